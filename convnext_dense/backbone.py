@@ -1,0 +1,246 @@
+"""ConvNeXt: an image in, one normalised feature map a stage out ("A ConvNet for the 2020s", section 2)."""
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule, PretrainedInit
+from mmengine.registry import MODELS
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .errors import UsageError
+
+# Tiny to xlarge: the paper's section 3; atto to nano: the small ones of ConvNeXt V2, table 9.
+ARCHS = {
+    'atto': dict(depths=(2, 2, 6, 2), channels=(40, 80, 160, 320)),
+    'femto': dict(depths=(2, 2, 6, 2), channels=(48, 96, 192, 384)),
+    'pico': dict(depths=(2, 2, 6, 2), channels=(64, 128, 256, 512)),
+    'nano': dict(depths=(2, 2, 8, 2), channels=(80, 160, 320, 640)),
+    'tiny': dict(depths=(3, 3, 9, 3), channels=(96, 192, 384, 768)),
+    'small': dict(depths=(3, 3, 27, 3), channels=(96, 192, 384, 768)),
+    'base': dict(depths=(3, 3, 27, 3), channels=(128, 256, 512, 1024)),
+    'large': dict(depths=(3, 3, 27, 3), channels=(192, 384, 768, 1536)),
+    'xlarge': dict(depths=(3, 3, 27, 3), channels=(256, 512, 1024, 2048)),
+}
+DECAY_TYPES = ('layer_wise', 'stage_wise')
+NORM_EPS = 1e-6
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of an N x C x H x W map."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training each sample loses the branch with probability `rate`, the others are scaled up."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        return x * x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f'rate={self.rate:.3f}'
+
+
+class Block(nn.Module):
+    """Depthwise convolution, LayerNorm, two Linears with GELU between, layer scale, stochastic depth (figure 4)."""
+
+    def __init__(self, channels: int, kernel_size: int, drop_path: float, layer_scale: float):
+        super().__init__()
+        self.dwconv = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=NORM_EPS)
+        self.pwconv1 = nn.Linear(channels, 4 * channels)
+        self.pwconv2 = nn.Linear(4 * channels, channels)
+        self.gamma = nn.Parameter(torch.full((channels,), float(layer_scale))) if layer_scale else None
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.dwconv(x).permute(0, 2, 3, 1)
+        y = self.pwconv2(F.gelu(self.pwconv1(self.norm(y))))
+        if self.gamma is not None:
+            y = self.gamma * y
+        return x + self.drop_path(y.permute(0, 3, 1, 2))
+
+
+@MODELS.register_module()
+class ConvNeXt(BaseModule):
+    """The ConvNeXt trunk for dense prediction. Parameter names are those of the original code.
+
+    Stage i works at stride 4 * 2**i and emits `norm{i}(x)`; the trunk goes on from the un-normalised x. Stages after
+    the last chosen one are not built, nor are norms of stages that are not chosen: every parameter gets a gradient.
+
+    Args:
+        arch: a name in `ARCHS`, or `dict(depths=..., channels=...)` with any number of stages.
+        in_channels: channels of the image.
+        kernel_size: side of the depthwise kernels, odd.
+        drop_path_rate: stochastic depth of the deepest block; it grows linearly from 0 at the first.
+        layer_scale_init_value: initial layer scale (1.0 in every dense recipe of the paper); 0 leaves it out.
+        out_indices: the stages to emit, an int or a sequence of ints, in the order wanted; negative ones count from
+            the last stage.
+        frozen_stages: as in mmdet's backbones: -1 freezes nothing, 0 the stem, k the stem and the first k stages.
+            Frozen parts stay in eval mode. Output norms are never frozen: no checkpoint fills them.
+        with_cp: recompute each block in the backward pass instead of keeping its activations.
+        init_cfg: `dict(type='Pretrained', checkpoint=...)` with a known name, a path or a URL, loaded by
+            `convnext_dense.weights`; None keeps the paper's random initialisation.
+
+    Raises:
+        UsageError: an argument that cannot be used, in one line.
+    """
+
+    def __init__(self,
+                 arch: str | dict = 'tiny',
+                 in_channels: int = 3,
+                 kernel_size: int = 7,
+                 drop_path_rate: float = 0.0,
+                 layer_scale_init_value: float = 1.0,
+                 out_indices: int | Sequence[int] = (0, 1, 2, 3),
+                 frozen_stages: int = -1,
+                 with_cp: bool = False,
+                 init_cfg: dict | list | None = None):
+        super().__init__(_with_our_loader(init_cfg))
+        self.depths, self.channels = _resolve_arch(arch)
+        self.out_indices = _resolve_indices(out_indices, len(self.depths))
+        _check(kernel_size, f'kernel_size={kernel_size!r}: give an odd number, such as 7',
+               lambda k: isinstance(k, int) and k > 0 and k % 2 == 1)
+        _check(in_channels, f'in_channels={in_channels!r}: give a positive number',
+               lambda c: isinstance(c, int) and c > 0)
+        _check(drop_path_rate, f'drop_path_rate={drop_path_rate!r}: give a number in [0, 1)',
+               lambda r: isinstance(r, (int, float)) and 0 <= r < 1)
+        n_stages = max(self.out_indices) + 1
+        _check(frozen_stages, f'frozen_stages={frozen_stages!r}: give -1 (nothing), 0 (the stem) or up to {n_stages} '
+               '(that many stages)', lambda f: isinstance(f, int) and -1 <= f <= n_stages)
+        self.frozen_stages, self.with_cp = frozen_stages, with_cp
+
+        self.downsample_layers, self.stages = nn.ModuleList(), nn.ModuleList()
+        n_blocks = sum(self.depths)
+        rates = [drop_path_rate * i / max(n_blocks - 1, 1) for i in range(n_blocks)]
+        for i, (depth, c) in enumerate(zip(self.depths[:n_stages], self.channels)):
+            self.downsample_layers.append(_stem(in_channels, c) if i == 0 else _downsample(self.channels[i - 1], c))
+            first = sum(self.depths[:i])
+            self.stages.append(nn.Sequential(
+                *(Block(c, kernel_size, rate, layer_scale_init_value) for rate in rates[first:first + depth])))
+        for i in sorted(self.out_indices):
+            self.add_module(f'norm{i}', LayerNorm2d(self.channels[i], eps=NORM_EPS))
+
+        self.apply(_init_weights)
+        for part in self._frozen_parts():
+            part.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """N x in_channels x H x W, H and W at least 32 for four stages -> N x C_i x H_i x W_i for each chosen stage.
+
+        Odd sizes floor: H_0 = H // 4, H_i = H_{i-1} // 2.
+        """
+        maps = {}
+        for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
+            x = downsample(x)
+            for block in stage:
+                if self.with_cp and torch.is_grad_enabled():
+                    x = checkpoint(block, x, use_reentrant=False)
+                else:
+                    x = block(x)
+            if i in self.out_indices:
+                maps[i] = getattr(self, f'norm{i}')(x)
+        return tuple(maps[i] for i in self.out_indices)
+
+    def train(self, mode: bool = True) -> 'ConvNeXt':
+        super().train(mode)
+        for part in self._frozen_parts():
+            part.eval()
+        return self
+
+    @property
+    def num_layers(self) -> int:
+        """N of layer-wise lr decay: three blocks of the third stage make a layer, any other stage is one."""
+        return sum(_layers_of_stages(self.depths))
+
+    def layer_id(self, name: str, decay_type: str = 'layer_wise') -> int:
+        """How deep the parameter `name` of this backbone lies: 0 for the stem, N + 1 for what is no part of the trunk.
+
+        Names may hold what wrappers add (`_orig_mod`, `module`, `_checkpoint_wrapped_module`).
+        layer_wise is the paper's rule for COCO, stage_wise the one for ADE20K (appendix A.3).
+        """
+        if decay_type not in DECAY_TYPES:
+            raise UsageError(f"decay_type='{decay_type}': give one of {', '.join(DECAY_TYPES)}")
+        kind, *where = (part for part in name.split('.') if part != 'module' and not part.startswith('_'))
+        if kind not in ('downsample_layers', 'stages'):
+            return self.num_layers + 1
+        stage = int(where[0])
+        if decay_type == 'stage_wise':
+            return 0 if kind == 'downsample_layers' else stage + 1
+        first = 1 + sum(_layers_of_stages(self.depths)[:stage])
+        if kind == 'downsample_layers':
+            return 0 if stage == 0 else first
+        return first + int(where[1]) // 3 if stage == 2 else first
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        return [*self.downsample_layers[:max(self.frozen_stages, 1)], *self.stages[:self.frozen_stages]]
+
+
+def _stem(in_channels: int, channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(in_channels, channels, 4, stride=4), LayerNorm2d(channels, eps=NORM_EPS))
+
+
+def _downsample(in_channels: int, channels: int) -> nn.Sequential:
+    return nn.Sequential(LayerNorm2d(in_channels, eps=NORM_EPS), nn.Conv2d(in_channels, channels, 2, stride=2))
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def _layers_of_stages(depths: Sequence[int]) -> list[int]:
+    return [math.ceil(depth / 3) if i == 2 else 1 for i, depth in enumerate(depths)]
+
+
+def _with_our_loader(init_cfg: dict | list | None) -> dict | list | None:
+    """mmengine's own 'Pretrained' loads nothing from an original file and only warns: ours takes its place."""
+    if isinstance(init_cfg, Sequence):
+        return [_with_our_loader(cfg) for cfg in init_cfg]
+    if init_cfg and init_cfg.get('type', 'Pretrained') in ('Pretrained', PretrainedInit):
+        return {**init_cfg, 'type': 'PretrainedConvNeXt'}
+    return init_cfg
+
+
+def _resolve_arch(arch: str | dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if isinstance(arch, str):
+        if arch not in ARCHS:
+            raise UsageError(f"arch='{arch}' is not known: give one of {', '.join(ARCHS)}, or "
+                             'dict(depths=..., channels=...)')
+        arch = ARCHS[arch]
+    if not isinstance(arch, dict) or set(arch) != {'depths', 'channels'}:
+        raise UsageError(f'arch={arch!r}: give a name ({", ".join(ARCHS)}) or dict(depths=..., channels=...)')
+    depths, channels = tuple(arch['depths']), tuple(arch['channels'])
+    if not depths or len(depths) != len(channels) or not all(isinstance(n, int) and n > 0 for n in depths + channels):
+        raise UsageError(f'arch: depths={depths} and channels={channels} must be positive ints, one each a stage')
+    return depths, channels
+
+
+def _resolve_indices(out_indices: int | Sequence[int], n_stages: int) -> tuple[int, ...]:
+    indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+    if not indices or not all(isinstance(i, int) and not isinstance(i, bool) and -n_stages <= i < n_stages
+                              for i in indices):
+        raise UsageError(f'out_indices={out_indices!r}: give ints from {-n_stages} to {n_stages - 1}, for '
+                         f'{n_stages} stages')
+    indices = tuple(i % n_stages for i in indices)
+    if len(set(indices)) < len(indices):
+        raise UsageError(f'out_indices={out_indices!r} names a stage twice: name each once')
+    return indices
+
+
+def _check(value, message: str, is_good) -> None:
+    if not is_good(value):
+        raise UsageError(message)

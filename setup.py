@@ -1,0 +1,21 @@
+from setuptools import find_packages, setup
+
+ONEDL = ['onedl-mmengine==0.10.12', 'onedl-mmcv==2.3.6', 'onedl-mmdetection==3.5.1', 'onedl-mmsegmentation==1.4.2']
+
+setup(
+    name='convnext_dense',
+    version='0.1.0',
+    description='The ConvNeXt backbone for detection (mmdet) and segmentation (mmseg), with the recipes of the paper',
+    long_description=open('README.md', encoding='utf-8').read(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.10',
+    packages=find_packages(include=['convnext_dense*']),
+    # .mim/configs and .mim/tools are links to the folders at the top; a wheel carries copies.
+    package_data={'convnext_dense': ['.mim/**/*.py', '.mim/*.yml']},
+    install_requires=['torch>=2.4', 'numpy'],
+    extras_require={
+        'onedl': ONEDL,  # the maintained line of OpenMMLab; another line has the same import names, so it is a choice
+        'test': ['pytest', 'ruff==0.15.4'],
+    },
+)

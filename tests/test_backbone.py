@@ -1,0 +1,195 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, made_weights
+from mmengine.registry import MODELS, Registry
+
+from convnext_dense import ARCHS, ConvNeXt, UsageError
+
+SMALL = dict(depths=(1, 1, 2, 1), channels=(8, 16, 32, 64))
+
+
+def small(**settings) -> ConvNeXt:
+    torch.manual_seed(0)
+    return ConvNeXt(arch=SMALL, **settings)
+
+
+def filled(model: ConvNeXt) -> ConvNeXt:
+    model.load_state_dict(made_weights({name: tuple(t.shape) for name, t in model.state_dict().items()}))
+    return model
+
+
+def test_features_equal_the_originals():
+    reference = np.load(ROOT / 'tests/data/features_small.npz')
+    image = torch.from_numpy(np.random.RandomState(7).standard_normal((1, 3, 76, 52)).astype(np.float32))
+    maps = filled(small()).eval()(image)
+    assert len(maps) == 4
+    for i, found in enumerate(maps):
+        np.testing.assert_allclose(found.detach().numpy(), reference[f'stage{i}'], rtol=0, atol=1e-5)
+
+
+def test_plain_forward_written_from_the_paper():
+    """The whole forward once more with other operations: einsum for the Linears, explicit means for the norms."""
+    model = filled(small()).eval()
+    p = dict(model.named_parameters())
+
+    def norm(x, name):
+        mean, var = x.mean(1, keepdim=True), x.var(1, keepdim=True, unbiased=False)
+        return (x - mean) / (var + 1e-6).sqrt() * p[f'{name}.weight'][:, None, None] + p[f'{name}.bias'][:, None, None]
+
+    def linear(x, name):
+        return torch.einsum('nchw,dc->ndhw', x, p[f'{name}.weight']) + p[f'{name}.bias'][:, None, None]
+
+    x = image = torch.randn(2, 3, 45, 70)
+    for i, depth in enumerate(SMALL['depths']):
+        d = f'downsample_layers.{i}'
+        x = (norm(torch.nn.functional.conv2d(x, p[f'{d}.0.weight'], p[f'{d}.0.bias'], stride=4), f'{d}.1') if i == 0
+             else torch.nn.functional.conv2d(norm(x, f'{d}.0'), p[f'{d}.1.weight'], p[f'{d}.1.bias'], stride=2))
+        for b in range(depth):
+            s = f'stages.{i}.{b}'
+            y = torch.nn.functional.conv2d(x, p[f'{s}.dwconv.weight'], p[f'{s}.dwconv.bias'], padding=3,
+                                           groups=x.shape[1])
+            y = linear(norm(y, f'{s}.norm'), f'{s}.pwconv1')
+            y = linear(y * 0.5 * (1 + torch.erf(y / 2 ** 0.5)), f'{s}.pwconv2')
+            x = x + y * p[f'{s}.gamma'][:, None, None]
+        torch.testing.assert_close(model(image)[i], norm(x, f'norm{i}'), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('height, width', [(32, 32), (33, 47), (63, 32), (95, 129)])
+def test_any_size_from_32_up_floors(height, width):
+    for i, y in enumerate(small().eval()(torch.randn(1, 3, height, width))):
+        assert y.shape == (1, SMALL['channels'][i], height // 4 // 2 ** i, width // 4 // 2 ** i)
+        assert y.isfinite().all()
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+def test_known_archs_have_the_papers_sizes(arch):
+    classifier = dict(atto=3.7, femto=5.2, pico=9.1, nano=15.6, tiny=28.6, small=50.2, base=88.6, large=197.8,
+                      xlarge=350.2)[arch]  # millions of parameters of the ImageNet models, as published
+    with torch.device('meta'):
+        model = ConvNeXt(arch)
+    count = sum(p.numel() for p in model.parameters())
+    last = model.channels[-1]
+    head_and_norm = last * 1000 + 1000 + 2 * last - 2 * sum(model.channels)  # one norm instead of four
+    assert (count + head_and_norm) / 1e6 == pytest.approx(classifier, abs=0.06)
+
+
+@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (0,), (3,), [2], (1, 3), 2, -1, (-4, -1), (3, 0), [0, 1]])
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_chosen_stages_come_out_and_every_parameter_gets_a_gradient(out_indices, with_cp):
+    given = copy.deepcopy(out_indices)
+    model = small(out_indices=out_indices, drop_path_rate=0.0, with_cp=with_cp)
+    assert out_indices == given and type(out_indices) is type(given)
+    image = torch.randn(2, 3, 64, 48)
+    wanted = [i % 4 for i in ([out_indices] if isinstance(out_indices, int) else out_indices)]
+    maps = model(image)
+    assert [m.shape[1] for m in maps] == [SMALL['channels'][i] for i in wanted]
+    sum((m * torch.randn_like(m)).sum() for m in maps).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    whole = small()
+    whole.load_state_dict(model.state_dict(), strict=False)
+    for m, i in zip(maps, wanted):
+        torch.testing.assert_close(m, whole(image)[i])
+
+
+def test_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for with_cp in (False, True):
+        model = small(with_cp=with_cp, drop_path_rate=0.5).train()
+        torch.manual_seed(1)
+        sum(m.square().mean() for m in model(torch.randn(4, 3, 64, 64))).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients):
+        torch.testing.assert_close(recomputed, plain)
+
+
+def test_checkpointing_recomputes():
+    model, calls = small(with_cp=True), []
+    model.stages[0][0].dwconv.register_forward_hook(lambda *_: calls.append(1))
+    model(torch.randn(1, 3, 32, 32))[3].sum().backward()
+    assert len(calls) == 2
+
+
+def test_export_with_dynamic_size():
+    model = filled(small()).eval()
+    # From 64: torch's own Conv2d exports for more than one pixel in its output only.
+    height, width = (torch.export.Dim(name, min=64, max=4096) for name in ('height', 'width'))
+    program = torch.export.export(model, (torch.randn(1, 3, 64, 96),), dynamic_shapes=[{2: height, 3: width}]).module()
+    for size in ((64, 96), (67, 97), (150, 201)):
+        image = torch.randn(1, 3, *size)
+        for exported, eager in zip(program(image), model(image)):
+            torch.testing.assert_close(exported, eager, rtol=1e-5, atol=1e-5)
+
+
+def test_drop_path_per_sample_and_linear_in_depth():
+    model = small(drop_path_rate=0.4)
+    blocks = [block for stage in model.stages for block in stage]
+    np.testing.assert_allclose([b.drop_path.rate for b in blocks], np.linspace(0, 0.4, 5))
+    last = blocks[-1].drop_path.train()
+    x = torch.ones(20000, 3, 1, 1)
+    y = last(x)
+    kept = y[:, 0, 0, 0] > 0
+    assert (y == y[:, :1]).all() and torch.allclose(y[kept], x[kept] / 0.6)
+    assert kept.float().mean().item() == pytest.approx(0.6, abs=0.02)
+    assert last.eval()(x) is x
+
+
+def test_any_number_of_stages_other_inputs_and_kernels():
+    for n in (1, 2, 3, 5):
+        model = ConvNeXt(dict(depths=(1,) * n, channels=tuple(8 * (i + 1) for i in range(n))), in_channels=4,
+                         kernel_size=5, out_indices=(-1,))
+        assert model(torch.randn(1, 4, 128, 128))[0].shape == (1, 8 * n, 32 >> (n - 1), 32 >> (n - 1))
+
+
+def test_initial_values():
+    model = ConvNeXt('atto', layer_scale_init_value=0.25)
+    for name, p in model.named_parameters():
+        if name.endswith('gamma'):
+            assert (p == 0.25).all()
+        elif p.ndim > 1:
+            assert p.std().item() == pytest.approx(0.02, rel=0.25) and abs(p.mean()) < 0.005
+        else:
+            assert (p == (1 if name.endswith('weight') else 0)).all(), name  # a norm's, or a bias
+    assert not any('gamma' in name for name in ConvNeXt('atto', layer_scale_init_value=0).state_dict())
+
+
+@pytest.mark.parametrize('frozen, n_downsample, n_stages', [(-1, 0, 0), (0, 1, 0), (1, 1, 1), (3, 3, 3), (4, 4, 4)])
+def test_frozen_stages(frozen, n_downsample, n_stages):
+    model = small(frozen_stages=frozen, drop_path_rate=0.5)
+    assert model.train() is model
+    for name, p in model.named_parameters():
+        kind, index = name.split('.')[:2]
+        limit = dict(downsample_layers=n_downsample, stages=n_stages).get(kind, 0)
+        assert p.requires_grad == (kind.startswith('norm') or int(index) >= limit), name
+    for i, stage in enumerate(model.stages):
+        assert stage.training == (i >= n_stages)
+
+
+@pytest.mark.parametrize('settings, word', [
+    (dict(arch='tinny'), 'tinny'), (dict(arch=dict(depths=(1, 1), channels=(8,))), 'channels'),
+    (dict(arch=dict(depths=(1,))), 'channels'), (dict(arch=dict(depths=(), channels=())), 'depths'),
+    (dict(out_indices=(0, 4)), 'out_indices'), (dict(out_indices=(-5,)), 'out_indices'),
+    (dict(out_indices=(1, -3)), 'twice'), (dict(out_indices=()), 'out_indices'),
+    (dict(out_indices=(True,)), 'out_indices'), (dict(out_indices=('0',)), 'out_indices'),
+    (dict(kernel_size=6), 'kernel_size'), (dict(drop_path_rate=1.0), 'drop_path_rate'),
+    (dict(drop_path_rate='a'), 'drop_path_rate'), (dict(frozen_stages=5), 'frozen_stages'),
+    (dict(frozen_stages=2, out_indices=(0,)), 'frozen_stages'), (dict(in_channels=0), 'in_channels')])
+def test_bad_settings_are_named_in_one_line(settings, word):
+    with pytest.raises(UsageError, match=word) as error:
+        ConvNeXt(**settings)
+    assert '\n' not in str(error.value)
+
+
+def test_found_from_other_scopes_and_beside_a_namesake():
+    """Found without a prefix from a library's registry, and with one where the library has a ConvNeXt of its own."""
+    library = Registry('model', parent=MODELS, scope='some_library')
+    assert library.get('ConvNeXt') is ConvNeXt
+
+    @library.register_module(name='ConvNeXt')
+    class Namesake:
+        pass
+
+    assert library.get('ConvNeXt') is Namesake and MODELS.get('ConvNeXt') is ConvNeXt
+    assert library.get('convnext_dense.ConvNeXt') is ConvNeXt
