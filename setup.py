@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 ONEDL = ['onedl-mmengine==0.10.12', 'onedl-mmcv==2.3.6', 'onedl-mmdetection==3.5.1', 'onedl-mmsegmentation==1.4.2']
@@ -6,7 +8,7 @@ setup(
     name='convnext_dense',
     version='0.1.0',
     description='The ConvNeXt backbone for detection (mmdet) and segmentation (mmseg), with the recipes of the paper',
-    long_description=open('README.md', encoding='utf-8').read(),
+    long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.10',
@@ -16,6 +18,6 @@ setup(
     install_requires=['torch>=2.4', 'numpy'],
     extras_require={
         'onedl': ONEDL,  # the maintained line of OpenMMLab; another line has the same import names, so it is a choice
-        'test': ['pytest', 'ruff==0.15.4'],
+        'test': ['pytest', 'ruff==0.17.6'],
     },
 )

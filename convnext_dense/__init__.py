@@ -3,6 +3,7 @@
 Importing it registers everything with OpenMMLab: the backbone `ConvNeXt`, its initializer `PretrainedConvNeXt` and the
 optimizer-wrapper constructor `LayerDecayOptimWrapperConstructor`.
 """
+
 from mmengine.config.utils import MODULE2PACKAGE
 
 from .backbone import ARCHS, ConvNeXt
@@ -11,8 +12,15 @@ from .layer_decay import LayerDecayOptimWrapperConstructor, layer_ids
 from .weights import PretrainedConvNeXt, load_backbone
 
 __version__ = '0.1.0'
-__all__ = ['ARCHS', 'ConvNeXt', 'LayerDecayOptimWrapperConstructor', 'PretrainedConvNeXt', 'UsageError', 'layer_ids',
-           'load_backbone']
+__all__ = [
+    'ARCHS',
+    'ConvNeXt',
+    'LayerDecayOptimWrapperConstructor',
+    'PretrainedConvNeXt',
+    'UsageError',
+    'layer_ids',
+    'load_backbone',
+]
 
 # mmengine resolves `_base_ = 'convnext_dense::...'` only for the packages in its table.
 MODULE2PACKAGE[__name__] = __name__

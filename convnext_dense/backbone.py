@@ -1,4 +1,5 @@
 """ConvNeXt: an image in, one normalised feature map a stage out ("A ConvNet for the 2020s", section 2)."""
+
 import math
 from collections.abc import Sequence
 
@@ -96,28 +97,30 @@ class ConvNeXt(BaseModule):
         UsageError: an argument that cannot be used, in one line.
     """
 
-    def __init__(self,
-                 arch: str | dict = 'tiny',
-                 in_channels: int = 3,
-                 kernel_size: int = 7,
-                 drop_path_rate: float = 0.0,
-                 layer_scale_init_value: float = 1.0,
-                 out_indices: int | Sequence[int] = (0, 1, 2, 3),
-                 frozen_stages: int = -1,
-                 with_cp: bool = False,
-                 init_cfg: dict | list | None = None):
+    def __init__(
+        self,
+        arch: str | dict = 'tiny',
+        in_channels: int = 3,
+        kernel_size: int = 7,
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 1.0,
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        init_cfg: dict | list | None = None,
+    ):
         super().__init__(_with_our_loader(init_cfg))
         self.depths, self.channels = _resolve_arch(arch)
         self.out_indices = _resolve_indices(out_indices, len(self.depths))
-        _check(kernel_size, f'kernel_size={kernel_size!r}: give an odd number, such as 7',
-               lambda k: isinstance(k, int) and k > 0 and k % 2 == 1)
-        _check(in_channels, f'in_channels={in_channels!r}: give a positive number',
-               lambda c: isinstance(c, int) and c > 0)
-        _check(drop_path_rate, f'drop_path_rate={drop_path_rate!r}: give a number in [0, 1)',
-               lambda r: isinstance(r, (int, float)) and 0 <= r < 1)
         n_stages = max(self.out_indices) + 1
-        _check(frozen_stages, f'frozen_stages={frozen_stages!r}: give -1 (nothing), 0 (the stem) or up to {n_stages} '
-               '(that many stages)', lambda f: isinstance(f, int) and -1 <= f <= n_stages)
+        for name, value, good, wanted in (
+            ('in_channels', in_channels, _is_int(in_channels, 1), 'a positive int'),
+            ('kernel_size', kernel_size, _is_int(kernel_size, 1) and kernel_size % 2, 'an odd int, such as 7'),
+            ('drop_path_rate', drop_path_rate, _is_rate(drop_path_rate), 'a number in [0, 1)'),
+            ('frozen_stages', frozen_stages, _is_int(frozen_stages, -1, n_stages), f'an int from -1 to {n_stages}'),
+        ):
+            if not good:
+                raise UsageError(f'{name}={value!r}: give {wanted}')
         self.frozen_stages, self.with_cp = frozen_stages, with_cp
 
         self.downsample_layers, self.stages = nn.ModuleList(), nn.ModuleList()
@@ -126,8 +129,11 @@ class ConvNeXt(BaseModule):
         for i, (depth, c) in enumerate(zip(self.depths[:n_stages], self.channels)):
             self.downsample_layers.append(_stem(in_channels, c) if i == 0 else _downsample(self.channels[i - 1], c))
             first = sum(self.depths[:i])
-            self.stages.append(nn.Sequential(
-                *(Block(c, kernel_size, rate, layer_scale_init_value) for rate in rates[first:first + depth])))
+            self.stages.append(
+                nn.Sequential(
+                    *(Block(c, kernel_size, rate, layer_scale_init_value) for rate in rates[first : first + depth])
+                )
+            )
         for i in sorted(self.out_indices):
             self.add_module(f'norm{i}', LayerNorm2d(self.channels[i], eps=NORM_EPS))
 
@@ -136,7 +142,8 @@ class ConvNeXt(BaseModule):
             part.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """N x in_channels x H x W, H and W at least 32 for four stages -> N x C_i x H_i x W_i for each chosen stage.
+        """N x in_channels x H x W, H and W at least 32 for four stages -> N x C_i x H_i x W_i for each chosen stage,
+        contiguous.
 
         Odd sizes floor: H_0 = H // 4, H_i = H_{i-1} // 2.
         """
@@ -144,12 +151,11 @@ class ConvNeXt(BaseModule):
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
             x = downsample(x)
             for block in stage:
-                if self.with_cp and torch.is_grad_enabled():
-                    x = checkpoint(block, x, use_reentrant=False)
-                else:
-                    x = block(x)
+                recompute = self.with_cp and torch.is_grad_enabled()
+                x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
             if i in self.out_indices:
-                maps[i] = getattr(self, f'norm{i}')(x)
+                # mmcv's RoIAlign reads its input as contiguous without a check: any other layout gives it garbage.
+                maps[i] = getattr(self, f'norm{i}')(x).contiguous()
         return tuple(maps[i] for i in self.out_indices)
 
     def train(self, mode: bool = True) -> 'ConvNeXt':
@@ -185,7 +191,7 @@ class ConvNeXt(BaseModule):
     def _frozen_parts(self) -> list[nn.Module]:
         if self.frozen_stages < 0:
             return []
-        return [*self.downsample_layers[:max(self.frozen_stages, 1)], *self.stages[:self.frozen_stages]]
+        return [*self.downsample_layers[: max(self.frozen_stages, 1)], *self.stages[: self.frozen_stages]]
 
 
 def _stem(in_channels: int, channels: int) -> nn.Sequential:
@@ -218,29 +224,33 @@ def _with_our_loader(init_cfg: dict | list | None) -> dict | list | None:
 def _resolve_arch(arch: str | dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if isinstance(arch, str):
         if arch not in ARCHS:
-            raise UsageError(f"arch='{arch}' is not known: give one of {', '.join(ARCHS)}, or "
-                             'dict(depths=..., channels=...)')
+            raise UsageError(
+                f"arch='{arch}' is not known: give one of {', '.join(ARCHS)}, or dict(depths=..., channels=...)"
+            )
         arch = ARCHS[arch]
     if not isinstance(arch, dict) or set(arch) != {'depths', 'channels'}:
         raise UsageError(f'arch={arch!r}: give a name ({", ".join(ARCHS)}) or dict(depths=..., channels=...)')
     depths, channels = tuple(arch['depths']), tuple(arch['channels'])
-    if not depths or len(depths) != len(channels) or not all(isinstance(n, int) and n > 0 for n in depths + channels):
+    if not depths or len(depths) != len(channels) or not all(_is_int(n, 1) for n in depths + channels):
         raise UsageError(f'arch: depths={depths} and channels={channels} must be positive ints, one each a stage')
     return depths, channels
 
 
 def _resolve_indices(out_indices: int | Sequence[int], n_stages: int) -> tuple[int, ...]:
     indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-    if not indices or not all(isinstance(i, int) and not isinstance(i, bool) and -n_stages <= i < n_stages
-                              for i in indices):
-        raise UsageError(f'out_indices={out_indices!r}: give ints from {-n_stages} to {n_stages - 1}, for '
-                         f'{n_stages} stages')
+    if not indices or not all(_is_int(i, -n_stages, n_stages - 1) for i in indices):
+        raise UsageError(
+            f'out_indices={out_indices!r}: give ints from {-n_stages} to {n_stages - 1}, for {n_stages} stages'
+        )
     indices = tuple(i % n_stages for i in indices)
     if len(set(indices)) < len(indices):
         raise UsageError(f'out_indices={out_indices!r} names a stage twice: name each once')
     return indices
 
 
-def _check(value, message: str, is_good) -> None:
-    if not is_good(value):
-        raise UsageError(message)
+def _is_int(value, low: int, high: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_rate(value) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < 1

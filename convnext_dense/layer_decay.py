@@ -1,4 +1,5 @@
 """Layer-wise lr decay: parameter -> layer id -> lr (the paper's appendix A.3)."""
+
 import inspect
 from collections import defaultdict
 
@@ -24,8 +25,10 @@ def layer_ids(model: nn.Module, decay_type: str) -> tuple[dict[str, int], int]:
     depths = {backbone.num_layers for backbone in backbones.values()}
     if len(depths) != 1:
         found = 'no module' if not depths else f'backbones of different depth (N = {sorted(depths)})'
-        raise UsageError(f'layer-wise lr decay found {found} in {type(model).__name__}: it needs one backbone that '
-                         "says how deep its parameters are, such as type='ConvNeXt' of convnext_dense")
+        raise UsageError(
+            f'layer-wise lr decay found {found} in {type(model).__name__}: it needs one backbone that '
+            "says how deep its parameters are, such as type='ConvNeXt' of convnext_dense"
+        )
     top = depths.pop() + 1
     ids = {name: top for name, _ in model.named_parameters()}
     for prefix, backbone in backbones.items():
@@ -49,8 +52,10 @@ class LayerDecayOptimWrapperConstructor:
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
         settings = dict(paramwise_cfg or {})
         if set(settings) != {'decay_rate', 'decay_type'}:
-            raise UsageError(f'paramwise_cfg={settings}: give decay_rate and decay_type ({" or ".join(DECAY_TYPES)}), '
-                             'no more; the number of layers follows from the backbone')
+            raise UsageError(
+                f'paramwise_cfg={settings}: give decay_rate and decay_type ({" or ".join(DECAY_TYPES)}), '
+                'no more; the number of layers follows from the backbone'
+            )
         self.decay_rate, self.decay_type = settings['decay_rate'], settings['decay_type']
         if not isinstance(self.decay_rate, (int, float)) or not 0 < self.decay_rate <= 1:
             raise UsageError(f'decay_rate={self.decay_rate!r}: give a number in (0, 1]')
@@ -68,8 +73,16 @@ class LayerDecayOptimWrapperConstructor:
                 decays = parameter.ndim > 1 and not name.endswith('.bias')
                 key = (ids[name], decays)
                 scale = self.decay_rate ** (top - ids[name])
-                groups.setdefault(key, dict(params=[], lr=lr * scale, weight_decay=weight_decay if decays else 0.0,
-                                            lr_scale=scale, layer_id=ids[name]))
+                groups.setdefault(
+                    key,
+                    dict(
+                        params=[],
+                        lr=lr * scale,
+                        weight_decay=weight_decay if decays else 0.0,
+                        lr_scale=scale,
+                        layer_id=ids[name],
+                    ),
+                )
                 groups[key]['params'].append(parameter)
         groups = [groups[key] for key in sorted(groups)]
         print_log(_table(groups, self.decay_type, self.decay_rate), logger='current')

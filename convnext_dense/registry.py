@@ -4,13 +4,13 @@ All our parts are in mmengine's root registries. But to what comes from `_base_ 
 the scope `convnext_dense`, and then looks for mmdet's and mmseg's parts in it as well. So this scope is a window: it
 holds nothing and finds what the scope around it finds.
 """
+
 from mmengine.registry import DefaultScope, Registry, root
 
 SCOPE = 'convnext_dense'
 
 
 class Window(Registry):
-
     def get(self, key: str):
         scopes = [scope.scope_name for scope in DefaultScope._instance_dict.values() if scope.scope_name != SCOPE]
         if not scopes:
@@ -19,5 +19,8 @@ class Window(Registry):
             return registry.get(key)
 
 
-WINDOWS = [Window(registry.name, parent=registry, scope=SCOPE) for registry in vars(root).values()
-           if isinstance(registry, Registry)]
+WINDOWS = [
+    Window(registry.name, parent=registry, scope=SCOPE)
+    for registry in vars(root).values()
+    if isinstance(registry, Registry)
+]

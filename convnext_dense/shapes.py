@@ -10,6 +10,7 @@ The bytes depend on the seed alone: RandomState's stream is frozen, and only `ra
 for; floats meet only + - * / floor and comparisons, which IEEE 754 settles to the last bit (no sin, no sums); the PNG
 are not compressed, so that no version of zlib matters.
 """
+
 import argparse
 import json
 import signal
@@ -27,12 +28,34 @@ from .errors import UsageError
 # Corners in the unit circle; the disc has none and is all that lies within a radius of 0.8.
 CORNERS = {
     'disc': (),
-    'square': ((-.68, -.68), (.68, -.68), (.68, .68), (-.68, .68)),
-    'triangle': ((0, -1), (.866, .5), (-.866, .5)),
-    'cross': ((-.3, -.95), (.3, -.95), (.3, -.3), (.95, -.3), (.95, .3), (.3, .3),
-              (.3, .95), (-.3, .95), (-.3, .3), (-.95, .3), (-.95, -.3), (-.3, -.3)),
-    'star': ((0, -1), (.265, -.364), (.951, -.309), (.428, .139), (.588, .809),
-             (0, .45), (-.588, .809), (-.428, .139), (-.951, -.309), (-.265, -.364)),
+    'square': ((-0.68, -0.68), (0.68, -0.68), (0.68, 0.68), (-0.68, 0.68)),
+    'triangle': ((0, -1), (0.866, 0.5), (-0.866, 0.5)),
+    'cross': (
+        (-0.3, -0.95),
+        (0.3, -0.95),
+        (0.3, -0.3),
+        (0.95, -0.3),
+        (0.95, 0.3),
+        (0.3, 0.3),
+        (0.3, 0.95),
+        (-0.3, 0.95),
+        (-0.3, 0.3),
+        (-0.95, 0.3),
+        (-0.95, -0.3),
+        (-0.3, -0.3),
+    ),
+    'star': (
+        (0, -1),
+        (0.265, -0.364),
+        (0.951, -0.309),
+        (0.428, 0.139),
+        (0.588, 0.809),
+        (0, 0.45),
+        (-0.588, 0.809),
+        (-0.428, 0.139),
+        (-0.951, -0.309),
+        (-0.265, -0.364),
+    ),
 }
 CLASSES = tuple(CORNERS)
 LABELS = ('ground', *CLASSES)  # label maps hold 1 + the index of these, and 0 on the borders of shapes
@@ -40,8 +63,9 @@ PALETTE = [[90, 90, 90], [220, 60, 50], [60, 130, 220], [240, 190, 40], [70, 180
 SPLITS = ('train', 'val')
 
 FORMAT = 1  # of the bytes: a change of what is drawn or written counts it up
-LIMITS = {'seed': (0, 2 ** 32 - 1), 'train': (0, 999999), 'val': (0, 999999), 'size': (64, 1024)}
+LIMITS = {'seed': (0, 2**32 - 1), 'train': (0, 999999), 'val': (0, 999999), 'size': (64, 1024)}
 RADIUS = (15, 34)  # least and greatest circumradius in pixels of an image of 128 x 128
+TILT = 0.13  # tangent of half the greatest angle by which a shape is turned: 15 degrees; textures turn freely
 CONTRAST = 120  # least sum over R, G, B of the differences between the mean colours of any two regions
 TRIES = 200  # places tried per image before it makes do with fewer shapes
 
@@ -51,6 +75,7 @@ SIDES = (((0, -1), (0, 0), (1, 0)), ((1, 0), (1, 0), (0, 1)), ((0, 1), (1, 1), (
 
 class Scene(NamedTuple):
     """An image and what is on it."""
+
     image: np.ndarray  # H x W x 3, RGB, uint8
     instances: np.ndarray  # H x W, uint8: 0 is ground, k the visible pixels of the k-th shape
     categories: list[int]  # index into CLASSES of each shape, from the lowest to the topmost
@@ -117,9 +142,15 @@ def annotations(scene: Scene) -> list[dict]:
         visible = scene.instances == k
         loops = outline(visible)
         x, y = zip(*(corner for loop in loops for corner in loop))
-        found.append(dict(category_id=category + 1, iscrowd=0, area=int(visible.sum()),
-                          bbox=[min(x), min(y), max(x) - min(x), max(y) - min(y)],
-                          segmentation=[[value for corner in loop for value in corner] for loop in loops]))
+        found.append(
+            dict(
+                category_id=category + 1,
+                iscrowd=0,
+                area=int(visible.sum()),
+                bbox=[min(x), min(y), max(x) - min(x), max(y) - min(y)],
+                segmentation=[[value for corner in loop for value in corner] for loop in loops],
+            )
+        )
     return found
 
 
@@ -135,14 +166,19 @@ def png(pixels: np.ndarray) -> bytes:
     """The PNG file of H x W (grey) or H x W x 3 (RGB) uint8 pixels, not compressed."""
     height, width = pixels.shape[:2]
     rows = b''.join(b'\0' + row.tobytes() for row in pixels)
-    blocks = [rows[i:i + 65535] for i in range(0, len(rows), 65535)]
-    data = b''.join(struct.pack('<BHH', i == len(blocks) - 1, len(block), 65535 - len(block)) + block
-                    for i, block in enumerate(blocks))
-    chunks = (b'IHDR' + struct.pack('>IIBBBBB', width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0),
-              b'IDAT' + b'\x78\x01' + data + struct.pack('>I', zlib.adler32(rows)),
-              b'IEND')
+    blocks = [rows[i : i + 65535] for i in range(0, len(rows), 65535)]
+    data = b''.join(
+        struct.pack('<BHH', i == len(blocks) - 1, len(block), 65535 - len(block)) + block
+        for i, block in enumerate(blocks)
+    )
+    chunks = (
+        b'IHDR' + struct.pack('>IIBBBBB', width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0),
+        b'IDAT' + b'\x78\x01' + data + struct.pack('>I', zlib.adler32(rows)),
+        b'IEND',
+    )
     return b'\x89PNG\r\n\x1a\n' + b''.join(
-        struct.pack('>I', len(chunk) - 4) + chunk + struct.pack('>I', zlib.crc32(chunk)) for chunk in chunks)
+        struct.pack('>I', len(chunk) - 4) + chunk + struct.pack('>I', zlib.crc32(chunk)) for chunk in chunks
+    )
 
 
 def write(root: str | Path, seed: int = 0, train: int = 400, val: int = 100, size: int = 128) -> bool:
@@ -163,8 +199,9 @@ def write(root: str | Path, seed: int = 0, train: int = 400, val: int = 100, siz
         if root.exists():
             if _request_at(root) == dict(format=FORMAT, **request):
                 return False
-            raise UsageError(f'{root} holds something else than these shapes ({_said(request)}): remove it or give '
-                             'another folder')
+            raise UsageError(
+                f'{root} holds something else than these shapes ({_said(request)}): remove it or give another folder'
+            )
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f'.{root.name}-', dir=root.parent) as temporary:
             whole = Path(temporary, 'shapes')
@@ -188,8 +225,10 @@ def _write_split(root: Path, split: str, seed: int, count: int, size: int) -> No
         (images / name).write_bytes(png(scene.image))
         (labels / name).write_bytes(png(label_map(scene)))
         coco['images'].append(dict(id=index, file_name=name, width=size, height=size))
-        coco['annotations'] += [dict(id=i, image_id=index, **annotation)
-                                for i, annotation in enumerate(annotations(scene), len(coco['annotations']) + 1)]
+        coco['annotations'] += [
+            dict(id=i, image_id=index, **annotation)
+            for i, annotation in enumerate(annotations(scene), len(coco['annotations']) + 1)
+        ]
     _write_json(instances, coco)
 
 
@@ -215,16 +254,16 @@ def _colour(rng: np.random.RandomState) -> np.ndarray:
 def _texture(rng: np.random.RandomState, mean: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Stripes, checks, blotches or none of them in two colours around the mean, and grey noise: H x W x 3, uint8."""
     period, swing, grain = 3 + rng.randint(6), rng.randint(-24, 25, 3), rng.randint(2, 13)
-    across, along = (1 - 2 * (np.floor(turned / period).astype(int) & 1) for turned in _turned(rng, x, y))
-    blotches = 1 - 2 * rng.randint(0, 2, x.shape).repeat(3, 0).repeat(3, 1)[:len(x), :len(x)]
+    across, along = (1 - 2 * (np.floor(turned / period).astype(int) & 1) for turned in _turned(rng, x, y, 1))
+    blotches = 1 - 2 * rng.randint(0, 2, x.shape).repeat(3, 0).repeat(3, 1)[: len(x), : len(x)]
     pattern = (0 * across, across, across * along, blotches)[rng.randint(4)]
     noise = rng.randint(-grain, grain + 1, x.shape)
     return (mean + pattern[..., None] * swing + noise[..., None]).astype(np.uint8)
 
 
-def _turned(rng: np.random.RandomState, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """x and y turned around the origin by a random angle from -90 to 90 degrees."""
-    t = 2 * rng.random_sample() - 1
+def _turned(rng: np.random.RandomState, x: np.ndarray, y: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray]:
+    """x and y turned around the origin by a random angle, the tangent of whose half is at most `most`."""
+    t = most * (2 * rng.random_sample() - 1)
     cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
     return cos * x + sin * y, cos * y - sin * x
 
@@ -235,7 +274,7 @@ def _shape(rng: np.random.RandomState, name: str, x: np.ndarray, y: np.ndarray) 
     radius = size * (RADIUS[0] + (RADIUS[1] - RADIUS[0]) * rng.random_sample()) / 128
     aspect = 0.75 + 0.25 * rng.random_sample()
     left, top = (radius + (size - 2 * radius) * rng.random_sample() for _ in 'xy')
-    u, v = _turned(rng, (x - left) / radius, (y - top) / radius)
+    u, v = _turned(rng, (x - left) / radius, (y - top) / radius, TILT)
     v = v / aspect
     if name == 'disc':
         return u * u + v * v < 0.64
@@ -257,8 +296,11 @@ def _turns_clockwise(loop: list[tuple[int, int]]) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog='python -m convnext_dense.shapes', allow_abbrev=False,
-                                     description='Draw the data set of shapes into a new folder.')
+    parser = argparse.ArgumentParser(
+        prog='python -m convnext_dense.shapes',
+        allow_abbrev=False,
+        description='Draw the data set of shapes into a new folder.',
+    )
     parser.add_argument('root', help='the folder')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--train', type=int, default=400, help='images to train on (default: 400)')

@@ -1,4 +1,5 @@
 """Shared by the tests: the package's folder, small models and made weights."""
+
 import os
 import subprocess
 import sys
@@ -32,7 +33,15 @@ def made_weights(shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def run_tool(tmp_path):
     """Run a tool in an empty folder, as a user would; returns the finished process."""
+
     def run(tool: str, *args, timeout: float = 300, **env) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, ROOT / 'tools' / tool, *map(str, args)], cwd=tmp_path, text=True,
-                              capture_output=True, timeout=timeout, env={**os.environ, **env})
+        return subprocess.run(
+            [sys.executable, ROOT / 'tools' / tool, *map(str, args)],
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+            timeout=timeout,
+            env={**os.environ, **env},
+        )
+
     return run

@@ -45,14 +45,18 @@ def test_plain_forward_written_from_the_paper():
     x = image = torch.randn(2, 3, 45, 70)
     for i, depth in enumerate(SMALL['depths']):
         d = f'downsample_layers.{i}'
-        x = (norm(torch.nn.functional.conv2d(x, p[f'{d}.0.weight'], p[f'{d}.0.bias'], stride=4), f'{d}.1') if i == 0
-             else torch.nn.functional.conv2d(norm(x, f'{d}.0'), p[f'{d}.1.weight'], p[f'{d}.1.bias'], stride=2))
+        x = (
+            norm(torch.nn.functional.conv2d(x, p[f'{d}.0.weight'], p[f'{d}.0.bias'], stride=4), f'{d}.1')
+            if i == 0
+            else torch.nn.functional.conv2d(norm(x, f'{d}.0'), p[f'{d}.1.weight'], p[f'{d}.1.bias'], stride=2)
+        )
         for b in range(depth):
             s = f'stages.{i}.{b}'
-            y = torch.nn.functional.conv2d(x, p[f'{s}.dwconv.weight'], p[f'{s}.dwconv.bias'], padding=3,
-                                           groups=x.shape[1])
+            y = torch.nn.functional.conv2d(
+                x, p[f'{s}.dwconv.weight'], p[f'{s}.dwconv.bias'], padding=3, groups=x.shape[1]
+            )
             y = linear(norm(y, f'{s}.norm'), f'{s}.pwconv1')
-            y = linear(y * 0.5 * (1 + torch.erf(y / 2 ** 0.5)), f'{s}.pwconv2')
+            y = linear(y * 0.5 * (1 + torch.erf(y / 2**0.5)), f'{s}.pwconv2')
             x = x + y * p[f'{s}.gamma'][:, None, None]
         torch.testing.assert_close(model(image)[i], norm(x, f'norm{i}'), rtol=1e-4, atol=1e-5)
 
@@ -60,14 +64,15 @@ def test_plain_forward_written_from_the_paper():
 @pytest.mark.parametrize('height, width', [(32, 32), (33, 47), (63, 32), (95, 129)])
 def test_any_size_from_32_up_floors(height, width):
     for i, y in enumerate(small().eval()(torch.randn(1, 3, height, width))):
-        assert y.shape == (1, SMALL['channels'][i], height // 4 // 2 ** i, width // 4 // 2 ** i)
-        assert y.isfinite().all()
+        assert y.shape == (1, SMALL['channels'][i], height // 4 // 2**i, width // 4 // 2**i)
+        assert y.isfinite().all() and y.is_contiguous()
 
 
 @pytest.mark.parametrize('arch', ARCHS)
 def test_known_archs_have_the_papers_sizes(arch):
-    classifier = dict(atto=3.7, femto=5.2, pico=9.1, nano=15.6, tiny=28.6, small=50.2, base=88.6, large=197.8,
-                      xlarge=350.2)[arch]  # millions of parameters of the ImageNet models, as published
+    classifier = dict(
+        atto=3.7, femto=5.2, pico=9.1, nano=15.6, tiny=28.6, small=50.2, base=88.6, large=197.8, xlarge=350.2
+    )[arch]  # millions of parameters of the ImageNet models, as published
     with torch.device('meta'):
         model = ConvNeXt(arch)
     count = sum(p.numel() for p in model.parameters())
@@ -138,8 +143,12 @@ def test_drop_path_per_sample_and_linear_in_depth():
 
 def test_any_number_of_stages_other_inputs_and_kernels():
     for n in (1, 2, 3, 5):
-        model = ConvNeXt(dict(depths=(1,) * n, channels=tuple(8 * (i + 1) for i in range(n))), in_channels=4,
-                         kernel_size=5, out_indices=(-1,))
+        model = ConvNeXt(
+            dict(depths=(1,) * n, channels=tuple(8 * (i + 1) for i in range(n))),
+            in_channels=4,
+            kernel_size=5,
+            out_indices=(-1,),
+        )
         assert model(torch.randn(1, 4, 128, 128))[0].shape == (1, 8 * n, 32 >> (n - 1), 32 >> (n - 1))
 
 
@@ -167,15 +176,27 @@ def test_frozen_stages(frozen, n_downsample, n_stages):
         assert stage.training == (i >= n_stages)
 
 
-@pytest.mark.parametrize('settings, word', [
-    (dict(arch='tinny'), 'tinny'), (dict(arch=dict(depths=(1, 1), channels=(8,))), 'channels'),
-    (dict(arch=dict(depths=(1,))), 'channels'), (dict(arch=dict(depths=(), channels=())), 'depths'),
-    (dict(out_indices=(0, 4)), 'out_indices'), (dict(out_indices=(-5,)), 'out_indices'),
-    (dict(out_indices=(1, -3)), 'twice'), (dict(out_indices=()), 'out_indices'),
-    (dict(out_indices=(True,)), 'out_indices'), (dict(out_indices=('0',)), 'out_indices'),
-    (dict(kernel_size=6), 'kernel_size'), (dict(drop_path_rate=1.0), 'drop_path_rate'),
-    (dict(drop_path_rate='a'), 'drop_path_rate'), (dict(frozen_stages=5), 'frozen_stages'),
-    (dict(frozen_stages=2, out_indices=(0,)), 'frozen_stages'), (dict(in_channels=0), 'in_channels')])
+@pytest.mark.parametrize(
+    'settings, word',
+    [
+        (dict(arch='tinny'), 'tinny'),
+        (dict(arch=dict(depths=(1, 1), channels=(8,))), 'channels'),
+        (dict(arch=dict(depths=(1,))), 'channels'),
+        (dict(arch=dict(depths=(), channels=())), 'depths'),
+        (dict(out_indices=(0, 4)), 'out_indices'),
+        (dict(out_indices=(-5,)), 'out_indices'),
+        (dict(out_indices=(1, -3)), 'twice'),
+        (dict(out_indices=()), 'out_indices'),
+        (dict(out_indices=(True,)), 'out_indices'),
+        (dict(out_indices=('0',)), 'out_indices'),
+        (dict(kernel_size=6), 'kernel_size'),
+        (dict(drop_path_rate=1.0), 'drop_path_rate'),
+        (dict(drop_path_rate='a'), 'drop_path_rate'),
+        (dict(frozen_stages=5), 'frozen_stages'),
+        (dict(frozen_stages=2, out_indices=(0,)), 'frozen_stages'),
+        (dict(in_channels=0), 'in_channels'),
+    ],
+)
 def test_bad_settings_are_named_in_one_line(settings, word):
     with pytest.raises(UsageError, match=word) as error:
         ConvNeXt(**settings)

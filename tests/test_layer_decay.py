@@ -30,7 +30,6 @@ def original_id(name: str, decay_type: str, last: int, n: int) -> int:
 
 
 class Segmentor(nn.Module):
-
     def __init__(self, backbone: nn.Module):
         super().__init__()
         self.backbone = backbone
@@ -39,10 +38,15 @@ class Segmentor(nn.Module):
 
 
 def built(model: nn.Module, decay_type='layer_wise', decay_rate=0.7, **optimizer):
-    wrapper = build_optim_wrapper(model, dict(
-        type='OptimWrapper', constructor='LayerDecayOptimWrapperConstructor',
-        optimizer=dict(type='AdamW', lr=2e-4, weight_decay=0.05, **optimizer),
-        paramwise_cfg=dict(decay_type=decay_type, decay_rate=decay_rate)))
+    wrapper = build_optim_wrapper(
+        model,
+        dict(
+            type='OptimWrapper',
+            constructor='LayerDecayOptimWrapperConstructor',
+            optimizer=dict(type='AdamW', lr=2e-4, weight_decay=0.05, **optimizer),
+            paramwise_cfg=dict(decay_type=decay_type, decay_rate=decay_rate),
+        ),
+    )
     return {id(p): group for group in wrapper.optimizer.param_groups for p in group['params']}
 
 
@@ -60,8 +64,12 @@ def test_ids_scales_and_weight_decay_of_every_parameter(arch, decay_type, rate):
         assert group['layer_id'] == expected, name
         assert group['lr'] == pytest.approx(2e-4 * rate ** (n + 1 - expected), rel=1e-12), name
         assert group['weight_decay'] == (0 if p.ndim == 1 or name.endswith('bias') else 0.05), name
-    first = dict(zip(('downsample_layers.0.0', 'stages.0.0', 'stages.1.0', 'stages.2.0', f'stages.2.{last}',
-                      'stages.3.0'), SCALES[arch, decay_type, rate]))
+    first = dict(
+        zip(
+            ('downsample_layers.0.0', 'stages.0.0', 'stages.1.0', 'stages.2.0', f'stages.2.{last}', 'stages.3.0'),
+            SCALES[arch, decay_type, rate],
+        )
+    )
     for start, scale in first.items():
         lrs = {groups[id(p)]['lr'] for name, p in model.named_parameters() if name.startswith(f'backbone.{start}.')}
         assert len(lrs) == 1 and lrs.pop() / 2e-4 == pytest.approx(scale, rel=1e-5), start
@@ -76,7 +84,6 @@ def test_depthwise_weights_decay_and_output_norms_train_at_full_rate():
 
 
 class Wrapper(nn.Module):
-
     def __init__(self, module):
         super().__init__()
         self.module = module
@@ -87,9 +94,18 @@ def wrapped_stages(model):
     return model
 
 
-@pytest.mark.parametrize('wrap', [
-    lambda m: Wrapper(Wrapper(m)), torch.compile, lambda m: Wrapper(torch.compile(m)), wrapped_stages,
-    lambda m: Segmentor(torch.compile(m.backbone)), lambda m: nn.DataParallel(m), lambda m: m.backbone])
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda m: Wrapper(Wrapper(m)),
+        torch.compile,
+        lambda m: Wrapper(torch.compile(m)),
+        wrapped_stages,
+        lambda m: Segmentor(torch.compile(m.backbone)),
+        lambda m: nn.DataParallel(m),
+        lambda m: m.backbone,
+    ],
+)
 def test_found_wherever_it_sits(wrap):
     model = Segmentor(ConvNeXt('atto'))
     plain = {id(p): group['lr'] for p in model.backbone.parameters() for group in [built(model)[id(p)]]}
@@ -137,13 +153,20 @@ def test_raises_where_no_backbone_is():
         built(nn.ModuleList([ConvNeXt('atto'), ConvNeXt('tiny')]))
 
 
-@pytest.mark.parametrize('paramwise, word', [
-    (None, 'decay_rate'), (dict(decay_rate=0.9), 'decay_type'), (dict(decay_rate=0, decay_type='layer_wise'), '0'),
-    (dict(decay_rate=0.9, decay_type='blockwise'), 'blockwise'),
-    (dict(decay_rate=0.9, decay_type='layer_wise', num_layers=12), 'num_layers')])
+@pytest.mark.parametrize(
+    'paramwise, word',
+    [
+        (None, 'decay_rate'),
+        (dict(decay_rate=0.9), 'decay_type'),
+        (dict(decay_rate=0, decay_type='layer_wise'), '0'),
+        (dict(decay_rate=0.9, decay_type='blockwise'), 'blockwise'),
+        (dict(decay_rate=0.9, decay_type='layer_wise', num_layers=12), 'num_layers'),
+    ],
+)
 def test_bad_settings(paramwise, word):
-    cfg = dict(constructor='LayerDecayOptimWrapperConstructor', optimizer=dict(type='AdamW', lr=1e-4),
-               paramwise_cfg=paramwise)
+    cfg = dict(
+        constructor='LayerDecayOptimWrapperConstructor', optimizer=dict(type='AdamW', lr=1e-4), paramwise_cfg=paramwise
+    )
     with pytest.raises(UsageError, match=word):
         build_optim_wrapper(ConvNeXt('atto'), cfg)
 
@@ -157,7 +180,7 @@ def test_logs_one_short_table(caplog):
     logger = MMLogger.get_instance('layer_decay')
     logger.addHandler(caplog.handler)
     built(Segmentor(ConvNeXt('atto')))
-    table, = (r.getMessage() for r in caplog.records if 'lr decay' in r.getMessage())
+    (table,) = (r.getMessage() for r in caplog.records if 'lr decay' in r.getMessage())
     lines = table.splitlines()
     assert len(lines) == 2 + 7
     counted = sum(int(line.split()[-1].replace(',', '')) for line in lines[2:])

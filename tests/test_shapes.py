@@ -1,4 +1,5 @@
 """The embedded data set: read back by the libraries that read COCO and ADE20K, and pinned byte for byte."""
+
 import hashlib
 import json
 import os
@@ -22,20 +23,24 @@ SMALL = dict(seed=0, train=3, val=2, size=128)
 SHA256 = 'dcdc701bbefa869b9cbb26785d72c0c0b129b624d79fcbf381ad7b1d2f510de5'
 
 # The module without the package around it, which imports torch; `main` ends the process.
-ALONE = '''
+ALONE = """
 import runpy, sys, types
 package = types.ModuleType('convnext_dense')
 package.__path__ = [sys.argv.pop(1)]
 sys.modules['convnext_dense'] = package
 runpy.run_module('convnext_dense.shapes', run_name=sys.argv.pop(1), alter_sys=True)
 print(*({'torch', 'cv2', 'mmengine', 'PIL', 'pycocotools', 'scipy'} & set(sys.modules)))
-'''
+"""
 
 
 def alone(name, *args):
     folder = str(Path(shapes.__file__).parent)
-    return subprocess.Popen([sys.executable, '-c', ALONE, folder, name, *map(str, args)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, '-c', ALONE, folder, name, *map(str, args)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def scenes(count, seed=1, size=128):
@@ -85,14 +90,24 @@ def test_nothing_but_numpy_is_needed(tmp_path, small):
 
 
 def test_layout(small):
-    assert [path.relative_to(small).as_posix() for path in files(small)] == sorted([
-        'shapes.json', 'annotations/instances_train.json', 'annotations/instances_val.json',
-        *(f'{folder}{split}/{i:06d}.png' for folder in ('', 'labels/')
-          for split, count in (('train', 3), ('val', 2)) for i in range(1, count + 1))])
+    assert [path.relative_to(small).as_posix() for path in files(small)] == sorted(
+        [
+            'shapes.json',
+            'annotations/instances_train.json',
+            'annotations/instances_val.json',
+            *(
+                f'{folder}{split}/{i:06d}.png'
+                for folder in ('', 'labels/')
+                for split, count in (('train', 3), ('val', 2))
+                for i in range(1, count + 1)
+            ),
+        ]
+    )
 
 
-@pytest.mark.parametrize(('size', 'radius'), ((64, shapes.RADIUS), (128, shapes.RADIUS), (201, shapes.RADIUS),
-                                              (128, (4, 50))))  # the last: small shapes would leave holes in large ones
+@pytest.mark.parametrize(
+    ('size', 'radius'), ((64, shapes.RADIUS), (128, shapes.RADIUS), (201, shapes.RADIUS), (128, (4, 50)))
+)  # the last: small shapes would leave holes in large ones
 def test_polygons_are_exactly_the_visible_pixels(size, radius, monkeypatch):
     monkeypatch.setattr(shapes, 'RADIUS', radius)
     seen = set()
@@ -149,8 +164,11 @@ def test_shapes_differ_from_the_ground():
 
 
 def test_colours_do_not_tell_the_class():
-    found = [(category, *scene.image[scene.instances == k].mean(0)) for scene in scenes(200, size=64)
-             for k, category in enumerate(scene.categories, 1)]
+    found = [
+        (category, *scene.image[scene.instances == k].mean(0))
+        for scene in scenes(200, size=64)
+        for k, category in enumerate(scene.categories, 1)
+    ]
     category, *channels = np.array(found).T
     assert np.bincount(category.astype(int)).min() > len(found) / 8
     for values in channels:
@@ -165,7 +183,7 @@ def test_coco_and_opencv_read_what_was_drawn(small, capsys):
         assert (coco.getCatIds(), coco.getImgIds()) == ([1, 2, 3, 4, 5], list(range(1, count + 1)))
         for i in coco.getImgIds():
             scene = shapes.draw(np.random.RandomState([0, number, i]), 128)
-            info, = coco.loadImgs([i])
+            (info,) = coco.loadImgs([i])
             image = cv2.imread(str(small / split / info['file_name']), cv2.IMREAD_UNCHANGED)
             np.testing.assert_array_equal(image[..., ::-1], scene.image)
             assert image.shape == (info['height'], info['width'], 3)
@@ -195,13 +213,15 @@ def test_label_maps_have_borders_between_labels_only():
 
 
 def test_labels_palette_and_classes_agree():
-    assert shapes.LABELS == ('ground', *shapes.CLASSES)
+    assert ('ground', *shapes.CLASSES) == shapes.LABELS
     assert len({tuple(colour) for colour in shapes.PALETTE}) == len(shapes.PALETTE) == len(shapes.LABELS)
 
 
 def test_png_of_many_blocks_and_of_a_single_pixel():
-    for pixels in (np.random.RandomState(0).randint(0, 256, (201, 333, 3)).astype(np.uint8),
-                   np.full((1, 1), 7, np.uint8)):
+    for pixels in (
+        np.random.RandomState(0).randint(0, 256, (201, 333, 3)).astype(np.uint8),
+        np.full((1, 1), 7, np.uint8),
+    ):
         read = cv2.imdecode(np.frombuffer(shapes.png(pixels), np.uint8), cv2.IMREAD_UNCHANGED)
         np.testing.assert_array_equal(read if pixels.ndim == 2 else read[..., ::-1], pixels)
 
@@ -213,9 +233,10 @@ def test_images_depend_on_seed_split_and_index_alone(small, tmp_path):
     assert all((tmp_path / 'more' / name).read_bytes() == content for name, content in images.items())
     assert all((tmp_path / 'other' / name).read_bytes() != content for name, content in images.items())
     assert len(set(images.values())) == len(images)
-    first, more = (json.loads((root / 'annotations/instances_train.json').read_bytes())
-                   for root in (small, tmp_path / 'more'))
-    assert first['annotations'] == more['annotations'][:len(first['annotations'])]
+    first, more = (
+        json.loads((root / 'annotations/instances_train.json').read_bytes()) for root in (small, tmp_path / 'more')
+    )
+    assert first['annotations'] == more['annotations'][: len(first['annotations'])]
 
 
 def test_the_same_request_again_leaves_everything_as_it_is(small, monkeypatch, capsys):
@@ -244,11 +265,21 @@ def test_a_folder_of_something_else_is_refused(tmp_path, content):
     assert len(files(tmp_path)) == (content is not None)
 
 
-@pytest.mark.parametrize(('place', 'options', 'word'), (
-    ('new', ('--size', 63), 'size'), ('new', ('--size', 5000), 'size'), ('new', ('--train', -1), 'train'),
-    ('new', ('--val', -1), 'val'), ('new', ('--seed', -1), 'seed'), ('new', ('--seed', 2 ** 32), 'seed'),
-    ('.', (), 'something else'), ('file', (), 'something else'), ('file/below', (), 'cannot be written'),
-    ('x' * 300, (), 'cannot be written')))
+@pytest.mark.parametrize(
+    ('place', 'options', 'word'),
+    (
+        ('new', ('--size', 63), 'size'),
+        ('new', ('--size', 5000), 'size'),
+        ('new', ('--train', -1), 'train'),
+        ('new', ('--val', -1), 'val'),
+        ('new', ('--seed', -1), 'seed'),
+        ('new', ('--seed', 2**32), 'seed'),
+        ('.', (), 'something else'),
+        ('file', (), 'something else'),
+        ('file/below', (), 'cannot be written'),
+        ('x' * 300, (), 'cannot be written'),
+    ),
+)
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, place, options, word):
     (tmp_path / 'file').write_text('kept')
     code, out, err = run(monkeypatch, capsys, tmp_path / place, *options)

@@ -54,18 +54,28 @@ def test_init_weights_of_a_whole_model_says_what_was_loaded(tmp_path, caplog):
     torch.testing.assert_close(model[0].stages[2][3].gamma, torch.load(file)['model']['stages.2.3.gamma'])
 
 
-@pytest.mark.parametrize('wrap', [
-    lambda w: w, lambda w: {'state_dict': w}, lambda w: {'model': {f'module.{n}': t for n, t in w.items()}},
-    lambda w: {'state_dict': {f'_orig_mod.{n}': t for n, t in w.items()}},
-    lambda w: {'model': {n: t.half() for n, t in w.items()}},
-    lambda w: {'meta': {'epoch': 3}, 'state_dict': {f'backbone.{n}': t for n, t in w.items()} | {'x.y': w['head.bias']}}])
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda w: w,
+        lambda w: {'state_dict': w},
+        lambda w: {'model': {f'module.{n}': t for n, t in w.items()}},
+        lambda w: {'state_dict': {f'_orig_mod.{n}': t for n, t in w.items()}},
+        lambda w: {'model': {n: t.half() for n, t in w.items()}},
+        lambda w: {
+            'meta': {'epoch': 3},
+            'state_dict': {f'backbone.{n}': t for n, t in w.items()} | {'x.y': w['head.bias']},
+        },
+    ],
+)
 def test_wrappers_prefixes_and_finished_detectors(tmp_path, wrap):
     weights = torch.load(original_file(tmp_path / 'w.pth'))['model']
     torch.save(wrap(weights), tmp_path / 'v.pth')
     model = ConvNeXt(ARCH)
     load_backbone(model, tmp_path / 'v.pth')
-    torch.testing.assert_close(model.stages[3][0].dwconv.weight, weights['stages.3.0.dwconv.weight'], rtol=2e-3,
-                               atol=1e-4)
+    torch.testing.assert_close(
+        model.stages[3][0].dwconv.weight, weights['stages.3.0.dwconv.weight'], rtol=2e-3, atol=1e-4
+    )
 
 
 def test_output_norms_of_our_own_files_are_loaded(tmp_path):
@@ -91,6 +101,7 @@ def test_refused_and_named(tmp_path, name, damage):
             weights[name.replace('.weight', '.wieght').replace('.bias', '.bais').replace('gamma', 'gama')] = tensor
         elif damage == 'reshaped':
             weights[name] = torch.cat([tensor, tensor])
+
     model = ConvNeXt(ARCH)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     with pytest.raises(UsageError) as error:
@@ -125,6 +136,7 @@ def test_known_names_are_downloaded_once(tmp_path, monkeypatch, name):
     def download(url, target):
         asked.append(url)
         Path(target).write_bytes(served.read_bytes())
+
     monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
     for _ in range(2):
         load_backbone(ConvNeXt(ARCH), name)
@@ -142,7 +154,9 @@ def test_recipes_name_known_weights():
         assert Config.fromfile(path).model.backbone.init_cfg.checkpoint in zoo.URLS
 
 
-@pytest.mark.parametrize('content', [b'', b'<!DOCTYPE html><html>Not found</html>', b'PK\x03\x04 cut off', b'\x80\x02]'])
+@pytest.mark.parametrize(
+    'content', [b'', b'<!DOCTYPE html><html>Not found</html>', b'PK\x03\x04 cut off', b'\x80\x02]']
+)
 def test_no_checkpoint_at_all(tmp_path, content):
     (tmp_path / 'w.pth').write_bytes(content)
     with pytest.raises(UsageError, match='w.pth') as error:
@@ -168,9 +182,14 @@ class Bomb:
 
 
 @pytest.mark.parametrize('save', [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-@pytest.mark.parametrize('bomb', [lambda path: Bomb(open, str(path), 'w'),
-                                  lambda path: Bomb(getattr, Path(path), 'touch'),
-                                  lambda path: Bomb(getattr, HistoryBuffer, '__init__')])
+@pytest.mark.parametrize(
+    'bomb',
+    [
+        lambda path: Bomb(open, str(path), 'w'),
+        lambda path: Bomb(getattr, Path(path), 'touch'),
+        lambda path: Bomb(getattr, HistoryBuffer, '__init__'),
+    ],
+)
 def test_code_in_a_file_is_never_run(tmp_path, save, bomb):
     save({'model': {'downsample_layers.0.0.weight': bomb(tmp_path / 'ran')}}, tmp_path / 'w.pth')
     with pytest.raises(UsageError, match='safely'):
@@ -181,7 +200,9 @@ def test_code_in_a_file_is_never_run(tmp_path, save, bomb):
 def test_mmengines_own_checkpoints_are_read(tmp_path):
     history = HistoryBuffer([np.float64(1), 2], [1, 1])
     allowed = torch.serialization.get_safe_globals()
-    save_checkpoint({'state_dict': {'a': torch.ones(2)}, 'message_hub': {'log_scalars': {'loss': history}}},
-                    str(tmp_path / 'epoch_1.pth'))
+    save_checkpoint(
+        {'state_dict': {'a': torch.ones(2)}, 'message_hub': {'log_scalars': {'loss': history}}},
+        str(tmp_path / 'epoch_1.pth'),
+    )
     assert read(tmp_path / 'epoch_1.pth')['state_dict']['a'].tolist() == [1, 1]
     assert torch.serialization.get_safe_globals() == allowed

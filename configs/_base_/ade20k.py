@@ -1,4 +1,5 @@
 """ADE20K as the original trained and tested on it at 512 x 512: 16 images a step on 8 GPUs."""
+
 dataset_type = 'ADE20KDataset'
 data_root = '{{$ADE20K_ROOT:data/ade/ADEChallengeData2016}}/'
 
@@ -29,7 +30,9 @@ train_dataloader = dict(
         data_root=data_root,
         reduce_zero_label=True,
         data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
-        pipeline=train_pipeline))
+        pipeline=train_pipeline,
+    ),
+)
 val_dataloader = dict(
     batch_size=1,
     num_workers=4,
@@ -40,7 +43,9 @@ val_dataloader = dict(
         data_root=data_root,
         reduce_zero_label=True,
         data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation'),
-        pipeline=test_pipeline))
+        pipeline=test_pipeline,
+    ),
+)
 test_dataloader = val_dataloader
 
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])

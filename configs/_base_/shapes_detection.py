@@ -1,23 +1,30 @@
 """The embedded data set as COCO, with COCO's pipeline at a sixth of the size."""
+
 dataset_type = 'CocoDataset'
 data_root = '{{$SHAPES_ROOT:data/shapes}}/'
 metainfo = dict(classes=('disc', 'square', 'triangle', 'cross', 'star'))
 
-short_sides = [(112, 256), (128, 256), (144, 256)]
+short_sides = [(96, 128), (112, 128), (128, 128)]
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='RandomFlip', prob=0.5),
-    dict(type='RandomChoice', transforms=[
-        [dict(type='RandomChoiceResize', scales=short_sides, keep_ratio=True)],
-        [dict(type='RandomChoiceResize', scales=[(128, 256), (144, 256)], keep_ratio=True),
-         dict(type='RandomCrop', crop_type='absolute_range', crop_size=(96, 144), allow_negative_crop=True),
-         dict(type='RandomChoiceResize', scales=short_sides, keep_ratio=True)]]),
+    dict(
+        type='RandomChoice',
+        transforms=[
+            [dict(type='RandomChoiceResize', scales=short_sides, keep_ratio=True)],
+            [
+                dict(type='RandomChoiceResize', scales=[(112, 128), (128, 128)], keep_ratio=True),
+                dict(type='RandomCrop', crop_type='absolute_range', crop_size=(80, 112), allow_negative_crop=True),
+                dict(type='RandomChoiceResize', scales=short_sides, keep_ratio=True),
+            ],
+        ],
+    ),
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(256, 128), keep_ratio=True),
+    dict(type='Resize', scale=(128, 128), keep_ratio=True),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
@@ -35,7 +42,9 @@ train_dataloader = dict(
         ann_file='annotations/instances_train.json',
         data_prefix=dict(img='train/'),
         filter_cfg=dict(filter_empty_gt=True, min_size=32),
-        pipeline=train_pipeline))
+        pipeline=train_pipeline,
+    ),
+)
 val_dataloader = dict(
     batch_size=1,
     num_workers=1,
@@ -49,9 +58,10 @@ val_dataloader = dict(
         ann_file='annotations/instances_val.json',
         data_prefix=dict(img='val/'),
         test_mode=True,
-        pipeline=test_pipeline))
+        pipeline=test_pipeline,
+    ),
+)
 test_dataloader = val_dataloader
 
-val_evaluator = dict(
-    type='CocoMetric', ann_file=data_root + 'annotations/instances_val.json', metric=['bbox', 'segm'])
+val_evaluator = dict(type='CocoMetric', ann_file=data_root + 'annotations/instances_val.json', metric=['bbox', 'segm'])
 test_evaluator = val_evaluator

@@ -1,9 +1,11 @@
 """The embedded data set as label maps, with ADE20K's pipeline at a quarter of the size."""
+
 dataset_type = 'BaseSegDataset'
 data_root = '{{$SHAPES_ROOT:data/shapes}}/'
 metainfo = dict(
     classes=('ground', 'disc', 'square', 'triangle', 'cross', 'star'),
-    palette=[[120, 120, 120], [230, 60, 60], [60, 160, 60], [60, 90, 230], [230, 180, 40], [160, 60, 200]])
+    palette=[[120, 120, 120], [230, 60, 60], [60, 160, 60], [60, 90, 230], [230, 180, 40], [160, 60, 200]],
+)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -33,7 +35,9 @@ train_dataloader = dict(
         img_suffix='.png',
         reduce_zero_label=True,
         data_prefix=dict(img_path='train', seg_map_path='labels/train'),
-        pipeline=train_pipeline))
+        pipeline=train_pipeline,
+    ),
+)
 val_dataloader = dict(
     batch_size=1,
     num_workers=1,
@@ -46,7 +50,9 @@ val_dataloader = dict(
         img_suffix='.png',
         reduce_zero_label=True,
         data_prefix=dict(img_path='val', seg_map_path='labels/val'),
-        pipeline=test_pipeline))
+        pipeline=test_pipeline,
+    ),
+)
 test_dataloader = val_dataloader
 
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])

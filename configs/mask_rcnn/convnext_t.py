@@ -1,7 +1,9 @@
 """Mask R-CNN, ConvNeXt-T from ImageNet-1K, 3x; in the paper (table 3): 46.2 box AP, 41.7 mask AP."""
+
 _base_ = ['../_base_/mask_rcnn_3x.py', '../_base_/coco.py']
 
 model = dict(
     backbone=dict(arch='tiny', drop_path_rate=0.4, init_cfg=dict(checkpoint='convnext_tiny_1k_224')),
-    neck=dict(in_channels=[96, 192, 384, 768]))
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
 optim_wrapper = dict(optimizer=dict(lr=1e-4), paramwise_cfg=dict(decay_rate=0.95))

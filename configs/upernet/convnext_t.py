@@ -1,8 +1,10 @@
-"""UperNet, ConvNeXt-T from ImageNet-1K, 512 x 512; in the paper: 46.0 mIoU single scale (table 7), 46.7 multi (table 4)."""
+"""UperNet, ConvNeXt-T from ImageNet-1K, 512 x 512; in the paper: 46.0 mIoU single scale (table 7), 46.7 multi (4)."""
+
 _base_ = ['../_base_/upernet_160k.py', '../_base_/ade20k.py']
 
 model = dict(
     backbone=dict(arch='tiny', drop_path_rate=0.4, init_cfg=dict(checkpoint='convnext_tiny_1k_224')),
     decode_head=dict(in_channels=[96, 192, 384, 768]),
-    auxiliary_head=dict(in_channels=384))
+    auxiliary_head=dict(in_channels=384),
+)
 optim_wrapper = dict(optimizer=dict(lr=1e-4), paramwise_cfg=dict(decay_rate=0.9))

@@ -1,4 +1,5 @@
 """Any ConvNeXt checkpoint -> this backbone, or an error that says why not."""
+
 from .loading import PretrainedConvNeXt, load_backbone, read
 from .zoo import URLS, fetch
 

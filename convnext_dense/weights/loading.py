@@ -1,4 +1,5 @@
 """Read a checkpoint safely, recognise it, rename, match and report, or raise."""
+
 import pickle
 import re
 from collections.abc import Iterator
@@ -31,8 +32,9 @@ def read(file: str | Path) -> dict:
         with _allowing_history():
             content = torch.load(file, map_location='cpu', weights_only=True, mmap=_is_zip(file))
     except (pickle.UnpicklingError, EOFError, RuntimeError, BadZipFile, OSError, ValueError, KeyError) as error:
-        raise UsageError(f'{file} cannot be read safely as a checkpoint ({_reason(error)}): download or save it again'
-                         ) from error
+        raise UsageError(
+            f'{file} cannot be read safely as a checkpoint ({_reason(error)}): download or save it again'
+        ) from error
     if not isinstance(content, dict):
         raise UsageError(f'{file} holds a {type(content).__name__}: a checkpoint is a dict of tensors')
     return content
@@ -70,21 +72,28 @@ def load_backbone(backbone: nn.Module, source: str | Path) -> str:
     weights = weights_of(read(file))
     source_format = next((f for f in FORMATS if f.recognise(weights.keys())), None)
     if source_format is None:
-        raise UsageError(f'{file}: no ConvNeXt weights by the names in it ({", ".join(list(weights)[:3]) or "none"}, '
-                         f'...): known are {", ".join(f.title for f in FORMATS)}')
+        raise UsageError(
+            f'{file}: no ConvNeXt weights by the names in it ({", ".join(list(weights)[:3]) or "none"}, '
+            f'...): known are {", ".join(f.title for f in FORMATS)}'
+        )
     renamed = {source_format.rename(name): tensor for name, tensor in weights.items()}
     renamed.pop(None, None)
     ours = backbone.state_dict()
     theirs = {name: tensor for name, tensor in renamed.items() if not _is_unbuilt(name, backbone)}
     left = {name for name in ours if NORMS.fullmatch(name) and name not in theirs}
-    problems = _differences({n: tuple(t.shape) for n, t in ours.items() if n not in left},
-                            {n: tuple(t.shape) for n, t in theirs.items()})
+    problems = _differences(
+        {n: tuple(t.shape) for n, t in ours.items() if n not in left}, {n: tuple(t.shape) for n, t in theirs.items()}
+    )
     if problems:
-        raise UsageError(f'{file} does not fit ConvNeXt with depths {backbone.depths} and channels '
-                         f'{backbone.channels}: {problems}; give the arch of the file or the weights of this arch')
+        raise UsageError(
+            f'{file} does not fit ConvNeXt with depths {backbone.depths} and channels '
+            f'{backbone.channels}: {problems}; give the arch of the file or the weights of this arch'
+        )
     backbone.load_state_dict(theirs, strict=False)
-    return (f'{source} ({source_format.title}): {len(theirs)} of {len(ours)} backbone tensors loaded, {len(left)} left '
-            f'at initial value (output norms), {len(weights) - len(theirs)} ignored')
+    return (
+        f'{source} ({source_format.title}): {len(theirs)} of {len(ours)} backbone tensors loaded, {len(left)} left '
+        f'at initial value (output norms), {len(weights) - len(theirs)} ignored'
+    )
 
 
 @WEIGHT_INITIALIZERS.register_module()
@@ -93,8 +102,10 @@ class PretrainedConvNeXt:
 
     def __init__(self, checkpoint: str | None = None, **unknown):
         if checkpoint is None or unknown:
-            raise UsageError(f'init_cfg of ConvNeXt takes checkpoint=(a known name, a path or a URL) alone, not '
-                             f'{", ".join(unknown) or "nothing"}: prefixes and wrappers are found in the file')
+            raise UsageError(
+                f'init_cfg of ConvNeXt takes checkpoint=(a known name, a path or a URL) alone, not '
+                f'{", ".join(unknown) or "nothing"}: prefixes and wrappers are found in the file'
+            )
         self.checkpoint = checkpoint
 
     def __call__(self, module: nn.Module) -> None:
@@ -108,10 +119,14 @@ def _differences(ours: dict[str, tuple], theirs: dict[str, tuple], most: int = 3
     reshaped = [f'{n} is {theirs[n]}, not {ours[n]}' for n in ours if n in theirs and ours[n] != theirs[n]]
     missing = [n for n in ours if n not in theirs]
     unknown = [n for n in theirs if n not in ours]
-    parts = [(f'{len(names)} of another shape', names) if kind == 'shape' else (f'{len(names)} {kind}', names)
-             for kind, names in (('missing', missing), ('unknown', unknown), ('shape', reshaped)) if names]
-    return '; '.join(f'{title} ({", ".join(names[:most])}{", ..." if len(names) > most else ""})'
-                     for title, names in parts)
+    parts = [
+        (f'{len(names)} of another shape', names) if kind == 'shape' else (f'{len(names)} {kind}', names)
+        for kind, names in (('missing', missing), ('unknown', unknown), ('shape', reshaped))
+        if names
+    ]
+    return '; '.join(
+        f'{title} ({", ".join(names[:most])}{", ..." if len(names) > most else ""})' for title, names in parts
+    )
 
 
 def _is_unbuilt(name: str, backbone: nn.Module) -> bool:
@@ -140,8 +155,16 @@ def _reason(error: Exception) -> str:
 def _allowing_history() -> Iterator[None]:
     """Let torch's safe reading accept the log history in mmengine's checkpoints, and nothing else."""
     core = np._core if hasattr(np, '_core') else np.core
-    types = [HistoryBuffer, core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype,
-             type(np.dtype(np.float64)), type(np.dtype(np.int64)), _method_of_history]
+    types = [
+        HistoryBuffer,
+        core.multiarray._reconstruct,
+        core.multiarray.scalar,
+        np.ndarray,
+        np.dtype,
+        type(np.dtype(np.float64)),
+        type(np.dtype(np.int64)),
+        _method_of_history,
+    ]
     before = torch.serialization.get_safe_globals()
     torch.serialization.add_safe_globals(types)
     try:

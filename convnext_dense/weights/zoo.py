@@ -1,4 +1,5 @@
 """Known weights by name, and where a name, a path or a URL leads to."""
+
 import os
 from pathlib import Path
 from urllib.parse import urlparse
@@ -10,8 +11,14 @@ from ..errors import UsageError
 
 ORIGINAL = 'https://dl.fbaipublicfiles.com/convnext'
 # The original's ImageNet weights from which the paper's dense results start: the final ones, not the EMA's.
-NAMES = ('convnext_tiny_1k_224', 'convnext_small_1k_224', 'convnext_base_1k_224',
-         'convnext_base_22k_224', 'convnext_large_22k_224', 'convnext_xlarge_22k_224')
+NAMES = (
+    'convnext_tiny_1k_224',
+    'convnext_small_1k_224',
+    'convnext_base_1k_224',
+    'convnext_base_22k_224',
+    'convnext_large_22k_224',
+    'convnext_xlarge_22k_224',
+)
 URLS = {name: f'{ORIGINAL}/{name}.pth' for name in NAMES}
 
 
@@ -51,5 +58,7 @@ def _download(url: str, file: Path) -> None:
     try:
         torch.hub.download_url_to_file(url, str(file))  # into a temporary file, moved into place when whole
     except OSError as error:
-        raise UsageError(f'cannot download {url} ({error}): fetch it elsewhere and put it at {file}, or give its path '
-                         'as init_cfg.checkpoint') from error
+        raise UsageError(
+            f'cannot download {url} ({error}): fetch it elsewhere and put it at {file}, or give its path '
+            'as init_cfg.checkpoint'
+        ) from error

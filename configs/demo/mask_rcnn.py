@@ -1,0 +1,26 @@
+"""The Mask R-CNN recipe, small: random weights, the embedded data set, minutes on two CPU cores."""
+
+_base_ = ['../_base_/mask_rcnn_3x.py', '../_base_/shapes_detection.py']
+
+model = dict(
+    backbone=dict(arch='atto', drop_path_rate=0.0, init_cfg=None),
+    neck=dict(in_channels=[40, 80, 160, 320], out_channels=64),
+    rpn_head=dict(in_channels=64, feat_channels=64),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=64),
+        bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=5),
+        mask_roi_extractor=dict(out_channels=64),
+        mask_head=dict(in_channels=64, conv_out_channels=64, num_classes=5),
+    ),
+    train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=64))),
+    test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=200)),
+)
+
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(lr=1e-3), paramwise_cfg=dict(decay_rate=0.95))
+train_cfg = dict(max_epochs=12, val_interval=12)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=101),
+    dict(type='MultiStepLR', by_epoch=True, milestones=[9, 11], gamma=0.1, begin=0, end=12),
+]
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=12))
+randomness = dict(seed=0)

@@ -1,0 +1,206 @@
+"""The recipes are the original's: sizes, learning rates, pipelines, in closed form or against the written table."""
+
+import copy
+
+import pytest
+import torch
+from conftest import ROOT
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, init_default_scope
+
+import convnext_dense  # noqa: F401
+from convnext_dense import layer_ids
+
+RECIPES = {  # parameters, entries of the state dict, lr, decay type and rate
+    'mask_rcnn/convnext_t': (48_095_376, 228, 1e-4, 'layer_wise', 0.95),
+    'cascade/convnext_t': (85_930_578, 334, 2e-4, 'layer_wise', 0.7),
+    'upernet/convnext_t': (60_242_636, 268, 1e-4, 'stage_wise', 0.9),
+}
+DETECTION = [name for name in RECIPES if 'upernet' not in name]
+EVERY_CONFIG = sorted(str(p.relative_to(ROOT / 'configs'))[:-3] for p in (ROOT / 'configs').glob('[!_]*/*.py'))
+
+
+def load(name: str) -> Config:
+    config = Config.fromfile(ROOT / 'configs' / f'{name}.py')
+    init_default_scope(config.default_scope)
+    return config
+
+
+def build(config: Config) -> torch.nn.Module:
+    with torch.device('meta'):
+        return MODELS.build(config.model)
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_parameters_are_the_originals(name):
+    model = build(load(name))
+    assert (sum(p.numel() for p in model.parameters()), len(model.state_dict())) == RECIPES[name][:2]
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_lr_and_weight_decay_of_every_parameter(name):
+    _, _, lr, decay_type, rate = RECIPES[name]
+    config = load(name)
+    model = build(config)
+    wrapper_cfg = copy.deepcopy(config.optim_wrapper)
+    assert wrapper_cfg.pop('type') == 'AmpOptimWrapper' and 'clip_grad' not in wrapper_cfg
+    optimizer = build_optim_wrapper(model, wrapper_cfg).optimizer
+    assert type(optimizer) is torch.optim.AdamW
+    groups = {id(p): group for group in optimizer.param_groups for p in group['params']}
+    ids, _ = layer_ids(model, decay_type)  # itself tested against the original's description
+    assert len(groups) == len(ids) == len(list(model.parameters()))
+    for parameter_name, p in model.named_parameters():
+        group = groups[id(p)]
+        assert group['lr'] == pytest.approx(lr * rate ** (7 - ids[parameter_name]), rel=1e-12)
+        assert group['weight_decay'] == (0 if p.ndim == 1 or parameter_name.endswith('.bias') else 0.05)
+        assert group['betas'] == (0.9, 0.999) and group['eps'] == 1e-8
+    head_lrs = {groups[id(p)]['lr'] for n, p in model.named_parameters() if not n.startswith('backbone.')}
+    assert head_lrs == {lr}
+
+
+def lrs_over_iterations(config: Config, wanted: list[int], epoch_length: int | None = None) -> dict[int, float]:
+    """The lr relative to its base before each wanted iteration, by stepping mmengine's own schedulers."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedulers = [PARAM_SCHEDULERS.build({**cfg, 'optimizer': optimizer}) for cfg in config.param_scheduler]
+    found = {}
+    for iteration in range(max(wanted) + 1):
+        if iteration in wanted:
+            found[iteration] = optimizer.param_groups[0]['lr']
+        optimizer.step()
+        for scheduler in schedulers:
+            if not scheduler.by_epoch or (epoch_length and (iteration + 1) % epoch_length == 0):
+                scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize('name', DETECTION)
+def test_coco_schedule(name):
+    """Linear warmup over 500 iterations from 0.001, steps of 0.1 after epochs 27 and 33 of 36."""
+    config = load(name)
+    assert config.train_cfg == dict(type='EpochBasedTrainLoop', max_epochs=36, val_interval=1)
+    length = 40  # iterations an epoch; 7330 on COCO
+    wanted = [0, 1, 250, 499, 500, 501, 27 * length - 1, 27 * length, 33 * length - 1, 33 * length, 36 * length - 1]
+    for iteration, lr in lrs_over_iterations(config, wanted, length).items():
+        warmup = 1 - (1 - min(iteration / 500, 1)) * (1 - 1e-3)
+        epoch = iteration // length
+        assert lr == pytest.approx(warmup * 0.1 ** ((epoch >= 27) + (epoch >= 33)), rel=1e-9), iteration
+
+
+def test_ade20k_schedule():
+    """Poly of power 1 to 0 over 160,000 iterations, times linear warmup over 1500 from 1e-6."""
+    config = load('upernet/convnext_t')
+    assert config.train_cfg == dict(type='IterBasedTrainLoop', max_iters=160_000, val_interval=16_000)
+    wanted = [0, 1, 250, 1499, 1500, 1501, 80_000, 159_999]
+    for iteration, lr in lrs_over_iterations(config, wanted).items():
+        warmup = 1 - (1 - min(iteration / 1500, 1)) * (1 - 1e-6)
+        assert lr == pytest.approx(warmup * (1 - iteration / 160_000), rel=1e-9), iteration
+
+
+def test_differences_between_the_two_detectors():
+    mask, cascade = (load(name).model for name in DETECTION)
+    for model in (mask, cascade):
+        assert model.data_preprocessor.pad_size_divisor == 32 and model.backbone.layer_scale_init_value == 1.0
+        assert model.neck.num_outs == 5 and 'norm_cfg' not in model.neck
+        anchors = model.rpn_head.anchor_generator
+        assert (anchors.scales, anchors.ratios, anchors.strides) == ([8], [0.5, 1.0, 2.0], [4, 8, 16, 32, 64])
+        assert model.train_cfg.rpn.sampler.num == 256 and model.train_cfg.rpn_proposal.nms_pre == 2000
+        assigner = model.train_cfg.rpn.assigner
+        assert (assigner.pos_iou_thr, assigner.neg_iou_thr, assigner.min_pos_iou) == (0.7, 0.3, 0.3)
+        for extractor, size in ((model.roi_head.bbox_roi_extractor, 7), (model.roi_head.mask_roi_extractor, 14)):
+            assert extractor.roi_layer == dict(type='RoIAlign', output_size=size, sampling_ratio=0)
+        assert model.roi_head.mask_head.num_convs == 4
+        test = model.test_cfg
+        assert (test.rpn.nms_pre, test.rpn.max_per_img, test.rpn.nms.iou_threshold) == (1000, 1000, 0.7)
+        assert (test.rcnn.score_thr, test.rcnn.nms.iou_threshold, test.rcnn.max_per_img) == (0.05, 0.5, 100)
+        assert test.rcnn.mask_thr_binary == 0.5
+    assert mask.rpn_head.loss_bbox.type == 'L1Loss'
+    assert cascade.rpn_head.loss_bbox == dict(type='SmoothL1Loss', beta=1 / 9, loss_weight=1.0)
+    assert (mask.train_cfg.rpn.allowed_border, cascade.train_cfg.rpn.allowed_border) == (-1, 0)
+    assert (mask.train_cfg.rpn_proposal.max_per_img, cascade.train_cfg.rpn_proposal.max_per_img) == (1000, 2000)
+    assert mask.train_cfg.rcnn.assigner.pos_iou_thr == 0.5 and mask.train_cfg.rcnn.assigner.match_low_quality
+    assert [s.assigner.pos_iou_thr for s in cascade.train_cfg.rcnn] == [0.5, 0.6, 0.7]
+    assert not any(s.assigner.match_low_quality for s in cascade.train_cfg.rcnn)
+    assert mask.roi_head.bbox_head.type == 'Shared2FCBBoxHead'
+    assert mask.roi_head.bbox_head.loss_bbox == dict(type='L1Loss', loss_weight=1.0)
+    assert not mask.roi_head.bbox_head.reg_class_agnostic
+    assert cascade.roi_head.stage_loss_weights == [1, 0.5, 0.25]
+    for head, stds in zip(
+        cascade.roi_head.bbox_head, ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067])
+    ):
+        assert head.bbox_coder.target_stds == stds and head.reg_decoded_bbox and not head.reg_class_agnostic
+        assert head.loss_bbox == dict(type='GIoULoss', loss_weight=10.0) and head.norm_cfg.type == 'SyncBN'
+        assert (head.type, head.num_shared_convs, head.num_shared_fcs) == ('ConvFCBBoxHead', 4, 1)
+
+
+def test_coco_data():
+    config = load('cascade/convnext_t')
+    _, _, flip, choice, _ = config.train_pipeline
+    assert flip == dict(type='RandomFlip', prob=0.5)
+    sides = [(side, 1333) for side in range(480, 801, 32)]
+    plain, cropped = choice.transforms
+    assert plain == [dict(type='RandomChoiceResize', scales=sides, keep_ratio=True)]
+    assert cropped == [
+        dict(type='RandomChoiceResize', scales=[(400, 1333), (500, 1333), (600, 1333)], keep_ratio=True),
+        dict(type='RandomCrop', crop_type='absolute_range', crop_size=(384, 600), allow_negative_crop=True),
+        *plain,
+    ]
+    assert dict(type='Resize', scale=(1333, 800), keep_ratio=True) in config.test_pipeline
+    assert config.train_dataloader.batch_size == 2 and config.test_dataloader.batch_size == 1
+    assert config.val_evaluator.metric == ['bbox', 'segm'] and config.default_hooks.checkpoint.interval == 1
+
+
+def test_upernet_model_and_data():
+    config = load('upernet/convnext_t')
+    head, auxiliary = config.model.decode_head, config.model.auxiliary_head
+    assert (head.channels, head.pool_scales, head.dropout_ratio, head.num_classes) == (512, (1, 2, 3, 6), 0.1, 150)
+    assert (auxiliary.in_index, auxiliary.num_convs, auxiliary.channels) == (2, 1, 256)
+    assert not auxiliary.concat_input and auxiliary.loss_decode.loss_weight == 0.4
+    assert head.norm_cfg.type == auxiliary.norm_cfg.type == 'SyncBN'
+    assert 'avg_non_ignore' not in head.loss_decode
+    assert config.model.test_cfg == dict(mode='slide', crop_size=(512, 512), stride=(341, 341))
+    preprocessor = config.model.data_preprocessor
+    assert (preprocessor.size, preprocessor.pad_val, preprocessor.seg_pad_val) == ((512, 512), 0, 255)
+    assert config.train_pipeline[2:-1] == [
+        dict(type='RandomResize', scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
+        dict(type='RandomCrop', crop_size=(512, 512), cat_max_ratio=0.75),
+        dict(type='RandomFlip', prob=0.5),
+        dict(type='PhotoMetricDistortion'),
+    ]
+    assert dict(type='Resize', scale=(2048, 512), keep_ratio=True) in config.test_pipeline
+    assert config.train_dataloader.batch_size == 2 and config.default_hooks.checkpoint.interval == 16_000
+
+
+@pytest.mark.parametrize('name', EVERY_CONFIG)
+def test_every_config_builds_all_its_parts(name):
+    config = load(name)
+    assert build(config)
+    for split in ('train', 'val', 'test'):
+        dataset = config[f'{split}_dataloader'].dataset
+        assert DATASETS.build({**dataset, 'lazy_init': True}).metainfo['classes']
+    assert config.custom_imports.imports == ['convnext_dense']
+
+
+def test_used_from_any_folder_as_a_base(tmp_path, monkeypatch):
+    """`convnext_dense::` finds the recipe, and what comes by it builds in mmdet's scope, from the root or a child."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'mine.py').write_text(
+        "_base_ = 'convnext_dense::cascade/convnext_t.py'\n"
+        'model = dict(backbone=dict(arch="atto"), neck=dict(in_channels=[40, 80, 160, 320]))'
+    )
+    config = Config.fromfile('mine.py')
+    init_default_scope(config.default_scope)
+    model = build(config)
+    assert model.backbone.channels[0] == 40 and type(model).__name__ == 'CascadeRCNN'
+    assert config.test_cfg.type == 'TestLoop'
+
+
+@pytest.mark.parametrize(
+    'name, variable',
+    [('cascade/convnext_t', 'COCO_ROOT'), ('upernet/convnext_t', 'ADE20K_ROOT'), ('demo/mask_rcnn', 'SHAPES_ROOT')],
+)
+def test_data_folder_by_environment(name, variable, monkeypatch):
+    monkeypatch.setenv(variable, '/elsewhere')
+    config = load(name)
+    assert config.train_dataloader.dataset.data_root == '/elsewhere/'
+    assert config.val_evaluator.get('ann_file', '/elsewhere/').startswith('/elsewhere/')

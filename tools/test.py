@@ -1,0 +1,44 @@
+#!/usr/bin/env python
+"""Evaluate a checkpoint as the recipe says: COCO's AP, or mIoU at a single scale."""
+
+import os
+
+from convnext_dense.commands import (
+    build_runner,
+    check_checkpoint,
+    check_data,
+    config_parser,
+    load_config,
+    one_line_errors,
+    set_out,
+    set_pictures,
+    summary,
+)
+
+
+def parse_args():
+    parser = config_parser(__doc__)
+    parser.add_argument('checkpoint', help='a .pth file')
+    parser.add_argument(
+        '--out', help='where to keep the predictions: a .pkl file (detection), a folder of PNGs (segmentation)'
+    )
+    parser.add_argument('--show', action='store_true', help='show predictions beside the truth in a window')
+    parser.add_argument('--show-dir', help='folder for pictures of predictions beside the truth')
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds a picture is shown')
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    with one_line_errors():
+        check_checkpoint(args.checkpoint)
+        config = load_config(args)
+        check_data(config, ('test',))
+        set_pictures(config, args.show_dir and os.path.abspath(args.show_dir), args.show, args.wait_time)
+        set_out(config, args.out)
+        config.load_from = args.checkpoint
+        print(summary(build_runner(config, args.checkpoint).test()))
+
+
+if __name__ == '__main__':
+    main()

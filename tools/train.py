@@ -1,0 +1,45 @@
+#!/usr/bin/env python
+"""Train a recipe: detection and segmentation alike."""
+
+from convnext_dense.commands import (
+    build_runner,
+    check_data,
+    check_pretrained,
+    config_parser,
+    load_config,
+    one_line_errors,
+    set_precision,
+    set_resume,
+)
+
+
+def parse_args():
+    parser = config_parser(__doc__)
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='go on from this checkpoint, or from the last one in the work dir',
+    )
+    parser.add_argument(
+        '--amp-dtype',
+        choices=('float16', 'bfloat16', 'float32'),
+        help="precision of training (default: the recipe's); float32 is full precision",
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    with one_line_errors():
+        config = load_config(args)
+        set_precision(config, args.amp_dtype)
+        check_data(config, ('train', 'val'))
+        check_pretrained(config.model)
+        checkpoint = set_resume(config, args.resume)
+        build_runner(config, checkpoint).train()
+
+
+if __name__ == '__main__':
+    main()
