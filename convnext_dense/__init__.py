@@ -4,7 +4,10 @@ Importing it registers everything with OpenMMLab: the backbone `ConvNeXt`, its i
 optimizer-wrapper constructor `LayerDecayOptimWrapperConstructor`.
 """
 
-from mmengine.config.utils import MODULE2PACKAGE
+try:
+    from mmengine.config.utils import MODULE2PACKAGE
+except ImportError as error:
+    raise ImportError(f"{error}: run pip install --no-build-isolation 'convnext_dense[onedl]'") from error
 
 from .backbone import ARCHS, ConvNeXt
 from .errors import UsageError

@@ -94,23 +94,21 @@ def check_installed(library: str) -> None:
 
 def check_backbones(model: dict) -> None:
     """Raise UsageError where a ConvNeXt in a model config cannot be built; costs no memory."""
-    for settings in _dicts_in(model):
-        if settings.get('type') in ('ConvNeXt', 'convnext_dense.ConvNeXt', ConvNeXt):
-            try:
-                with torch.device('meta'):
-                    ConvNeXt(**{key: value for key, value in settings.items() if key not in ('type', '_scope_')})
-            except TypeError as error:
-                raise UsageError(f'backbone: {_first_line(error)}') from error
+    for settings in _backbones_in(model):
+        try:
+            with torch.device('meta'):
+                ConvNeXt(**settings)
+        except TypeError as error:
+            raise UsageError(f'backbone: {_first_line(error)}') from error
 
 
 def check_pretrained(model: dict) -> None:
-    """Raise UsageError where an `init_cfg` names a checkpoint that is nowhere."""
-    for settings in _dicts_in(model):
-        if settings.get('type') == 'ConvNeXt' and settings.get('init_cfg'):
-            init_cfg = settings['init_cfg']
-            for cfg in [init_cfg] if isinstance(init_cfg, dict) else init_cfg:
-                if 'checkpoint' in cfg:
-                    locate(cfg['checkpoint'])
+    """Raise UsageError where the `init_cfg` of a ConvNeXt names a checkpoint that is nowhere."""
+    for settings in _backbones_in(model):
+        init_cfg = settings.get('init_cfg') or []
+        for cfg in [init_cfg] if isinstance(init_cfg, dict) else init_cfg:
+            if 'checkpoint' in cfg:
+                locate(cfg['checkpoint'])
 
 
 def check_data(config: Config, splits: tuple[str, ...]) -> None:
@@ -255,6 +253,12 @@ def _dicts_in(value) -> Iterator[dict]:
     if isinstance(value, (list, tuple)):
         for item in value:
             yield from _dicts_in(item)
+
+
+def _backbones_in(model: dict) -> Iterator[dict]:
+    for settings in _dicts_in(model):
+        if settings.get('type') in ('ConvNeXt', 'convnext_dense.ConvNeXt', ConvNeXt):
+            yield {key: value for key, value in settings.items() if key not in ('type', '_scope_')}
 
 
 def _data_paths(dataset: dict) -> Iterator[str]:

@@ -44,22 +44,10 @@ CORNERS = {
         (-0.95, -0.3),
         (-0.3, -0.3),
     ),
-    'star': (
-        (0, -1),
-        (0.265, -0.364),
-        (0.951, -0.309),
-        (0.428, 0.139),
-        (0.588, 0.809),
-        (0, 0.45),
-        (-0.588, 0.809),
-        (-0.428, 0.139),
-        (-0.951, -0.309),
-        (-0.265, -0.364),
-    ),
 }
 CLASSES = tuple(CORNERS)
 LABELS = ('ground', *CLASSES)  # label maps hold 1 + the index of these, and 0 on the borders of shapes
-PALETTE = [[90, 90, 90], [220, 60, 50], [60, 130, 220], [240, 190, 40], [70, 180, 90], [170, 90, 200]]  # RGB of LABELS
+PALETTE = [[90, 90, 90], [220, 60, 50], [60, 130, 220], [240, 190, 40], [70, 180, 90]]  # RGB of LABELS
 SPLITS = ('train', 'val')
 
 FORMAT = 1  # of the bytes: a change of what is drawn or written counts it up

@@ -3,6 +3,8 @@
 
 import os
 
+from mmengine.dist import is_main_process
+
 from convnext_dense.commands import (
     build_runner,
     check_checkpoint,
@@ -37,7 +39,9 @@ def main():
         set_pictures(config, args.show_dir and os.path.abspath(args.show_dir), args.show, args.wait_time)
         set_out(config, args.out)
         config.load_from = args.checkpoint
-        print(summary(build_runner(config, args.checkpoint).test()))
+        metrics = build_runner(config, args.checkpoint).test()
+        if is_main_process():
+            print(summary(metrics))
 
 
 if __name__ == '__main__':

@@ -3,8 +3,8 @@
 dataset_type = 'BaseSegDataset'
 data_root = '{{$SHAPES_ROOT:data/shapes}}/'
 metainfo = dict(
-    classes=('ground', 'disc', 'square', 'triangle', 'cross', 'star'),
-    palette=[[120, 120, 120], [230, 60, 60], [60, 160, 60], [60, 90, 230], [230, 180, 40], [160, 60, 200]],
+    classes=('ground', 'disc', 'square', 'triangle', 'cross'),
+    palette=[[90, 90, 90], [220, 60, 50], [60, 130, 220], [240, 190, 40], [70, 180, 90]],
 )
 
 train_pipeline = [

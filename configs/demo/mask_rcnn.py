@@ -8,19 +8,19 @@ model = dict(
     rpn_head=dict(in_channels=64, feat_channels=64),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=64),
-        bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=5),
+        bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=4),
         mask_roi_extractor=dict(out_channels=64),
-        mask_head=dict(in_channels=64, conv_out_channels=64, num_classes=5),
+        mask_head=dict(in_channels=64, conv_out_channels=64, num_classes=4),
     ),
     train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=64))),
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=200)),
 )
 
-optim_wrapper = dict(type='OptimWrapper', optimizer=dict(lr=1e-3), paramwise_cfg=dict(decay_rate=0.95))
-train_cfg = dict(max_epochs=12, val_interval=12)
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(lr=3e-4), paramwise_cfg=dict(decay_rate=0.95))
+train_cfg = dict(max_epochs=10, val_interval=10)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=101),
-    dict(type='MultiStepLR', by_epoch=True, milestones=[9, 11], gamma=0.1, begin=0, end=12),
+    dict(type='MultiStepLR', by_epoch=True, milestones=[7, 9], gamma=0.1, begin=0, end=10),
 ]
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=12))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=10))
 randomness = dict(seed=0)

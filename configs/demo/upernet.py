@@ -1,0 +1,20 @@
+"""The UperNet recipe, small: random weights, the embedded data set, minutes on two CPU cores."""
+
+_base_ = ['../_base_/upernet_160k.py', '../_base_/shapes_segmentation.py']
+
+model = dict(
+    data_preprocessor=dict(size=(128, 128)),
+    backbone=dict(arch='atto', drop_path_rate=0.0, init_cfg=None),
+    decode_head=dict(in_channels=[40, 80, 160, 320], channels=64, num_classes=5),
+    auxiliary_head=dict(in_channels=160, channels=32, num_classes=5),
+    test_cfg=dict(crop_size=(128, 128), stride=(85, 85)),
+)
+
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(lr=1e-3))
+train_cfg = dict(max_iters=600, val_interval=600)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=51),
+    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=601),
+]
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=600))
+randomness = dict(seed=0)

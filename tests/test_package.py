@@ -1,0 +1,62 @@
+"""What a wheel carries, and what the backbone needs."""
+
+import subprocess
+import sys
+import zipfile
+
+from conftest import ROOT
+
+
+def test_a_wheel_carries_every_config_and_tool(tmp_path):
+    command = [
+        sys.executable,
+        '-m',
+        'pip',
+        'wheel',
+        '--quiet',
+        '--no-deps',
+        '--no-build-isolation',
+        '-w',
+        tmp_path,
+        ROOT,
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob('convnext_dense-*.whl')
+    names = {name.removeprefix('convnext_dense/') for name in zipfile.ZipFile(wheel).namelist()}
+    expected = {f'.mim/{p.relative_to(ROOT)}' for folder in ('configs', 'tools') for p in (ROOT / folder).rglob('*.py')}
+    assert len(expected) > 10 and expected < names
+    assert '.mim/model-index.yml' in names and 'weights/formats.py' in names
+
+    # Unpacked elsewhere, it is what `convnext_dense::...` finds from any folder.
+    zipfile.ZipFile(wheel).extractall(tmp_path / 'site')
+    (tmp_path / 'mine.py').write_text("_base_ = 'convnext_dense::upernet/convnext_t.py'")
+    code = (
+        'import convnext_dense\n'
+        'from mmengine import Config\n'
+        "print(convnext_dense.__file__, Config.fromfile('mine.py').model.type)"
+    )
+    found = subprocess.run(
+        [sys.executable, '-c', code],
+        cwd=tmp_path,
+        env={'PYTHONPATH': str(tmp_path / 'site')},
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.split() == [str(tmp_path / 'site/convnext_dense/__init__.py'), 'EncoderDecoder'], found.stderr
+
+
+def test_imports_where_no_library_is_but_mmengine():
+    """Neither mmdet nor mmseg nor mmcv is needed for the backbone."""
+    code = (
+        'import sys\n'
+        "for name in ('mmcv', 'mmdet', 'mmseg'): sys.modules[name] = None\n"
+        'import torch, convnext_dense\n'
+        "print(len(convnext_dense.ConvNeXt('atto')(torch.zeros(1, 3, 32, 32))))"
+    )
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout == '4\n'
+
+
+def test_without_mmengine_says_what_to_install():
+    code = "import sys; sys.modules['mmengine'] = None; import convnext_dense"
+    error = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stderr
+    assert "pip install --no-build-isolation 'convnext_dense[onedl]'" in error.splitlines()[-1]

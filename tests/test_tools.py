@@ -1,0 +1,239 @@
+"""The tools as a user runs them: what comes out, and what bad input gets."""
+
+import re
+import shutil
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, made_weights
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from convnext_dense import shapes
+from convnext_dense.commands import check_installed, summary
+from convnext_dense.errors import UsageError
+
+CONFIGS = ROOT / 'configs'
+MEAN, STD = np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57.375])
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'shapes'
+    shapes.write(folder, train=8, val=4, size=64)
+    return str(folder)
+
+
+@pytest.fixture(scope='module')
+def short():
+    """Options that make a demo recipe a matter of seconds."""
+    return [
+        'train_dataloader.batch_size=4',
+        'train_dataloader.num_workers=0',
+        'train_dataloader.persistent_workers=False',
+        'val_dataloader.num_workers=0',
+        'val_dataloader.persistent_workers=False',
+        'test_dataloader.num_workers=0',
+        'test_dataloader.persistent_workers=False',
+    ]
+
+
+def one_line_error(process, *words):
+    assert process.returncode == 2, process.stderr
+    assert 'Traceback' not in process.stderr + process.stdout
+    line = process.stderr.strip().splitlines()[-1]
+    assert line.startswith('error: '), process.stderr
+    for word in words:
+        assert word in line, line
+
+
+BAD = {
+    'no config': (['train.py', 'configs/nothing.py'], ['configs/nothing.py']),
+    'no data': (['train.py', CONFIGS / 'cascade/convnext_t.py', '--amp-dtype', 'float32'], ['data/coco', 'COCO_ROOT']),
+    'no segmentation data': (
+        ['train.py', CONFIGS / 'upernet/convnext_t.py', '--amp-dtype', 'float32'],
+        ['ADEChallengeData2016', 'ADE20K_ROOT'],
+    ),
+    'no annotations': (
+        ['train.py', CONFIGS / 'demo/mask_rcnn.py', '--cfg-options', 'train_dataloader.dataset.ann_file=gone.json'],
+        ['gone.json'],
+    ),
+    'no gpu': (['train.py', CONFIGS / 'mask_rcnn/convnext_t.py'], ['--amp-dtype float32']),
+    'unknown arch': (
+        ['train.py', CONFIGS / 'demo/mask_rcnn.py', '--cfg-options', 'model.backbone.arch=tinny'],
+        ['tinny', 'tiny, small'],
+    ),
+    'wrong stages': (
+        ['train.py', CONFIGS / 'demo/upernet.py', '--cfg-options', 'model.backbone.out_indices=[0,7]'],
+        ['out_indices'],
+    ),
+    'unknown argument': (
+        ['train.py', CONFIGS / 'demo/upernet.py', '--cfg-options', 'model.backbone.drop_path=0.1'],
+        ['drop_path'],
+    ),
+    'no weights': (
+        ['train.py', CONFIGS / 'demo/upernet.py', '--cfg-options', 'model.backbone.init_cfg.checkpoint=gone.pth'],
+        ['gone.pth', 'convnext_tiny_1k_224'],
+    ),
+    'nothing to resume': (['train.py', CONFIGS / 'demo/upernet.py', '--resume', 'gone.pth'], ['gone.pth']),
+    'no checkpoint': (['test.py', CONFIGS / 'demo/upernet.py', 'gone.pth'], ['gone.pth']),
+}
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_bad_input_is_one_line_at_once(run_tool, data, tmp_path, case):
+    (tool, *arguments), words = BAD[case]
+    start = time.monotonic()
+    process = run_tool(tool, *arguments, SHAPES_ROOT=data)
+    one_line_error(process, *words)
+    assert len(process.stderr.strip().splitlines()) == 1, process.stderr
+    assert not list(tmp_path.glob('work_dirs/**/*.pth'))
+    assert time.monotonic() - start < 60  # ten seconds on a machine of its own; a bound against building the model
+
+
+def test_argparse_errors_and_help(run_tool):
+    assert run_tool('train.py').returncode == 2
+    assert run_tool('train.py', 'x.py', '--no-such').returncode == 2
+    process = run_tool('test.py', '--help')
+    assert process.returncode == 0 and '--show-dir' in process.stdout
+
+
+@pytest.mark.parametrize('task', ['mask_rcnn', 'upernet'])
+def test_train_test_resume_and_nothing_overwritten(run_tool, data, tmp_path, short, task):
+    config, env = CONFIGS / f'demo/{task}.py', dict(SHAPES_ROOT=data)
+    if task == 'mask_rcnn':
+        length = ['train_cfg.max_epochs=1', 'train_cfg.val_interval=1', 'default_hooks.checkpoint.interval=1']
+        longer, last = ['train_cfg.max_epochs=2', *length[1:]], 'epoch_{}.pth'
+    else:
+        length = ['train_cfg.max_iters=1', 'train_cfg.val_interval=1', 'default_hooks.checkpoint.interval=1']
+        longer, last = ['train_cfg.max_iters=2', *length[1:]], 'iter_{}.pth'
+    work_dir = tmp_path / 'run'
+    train = ['train.py', config, '--work-dir', work_dir, '--cfg-options', *short]
+    process = run_tool(*train, *length, **env)
+    assert process.returncode == 0, process.stderr[-3000:]
+    first = work_dir / last.format(1)
+    saved = first.read_bytes()
+
+    one_line_error(run_tool(*train, *length, **env), str(work_dir), '--resume')
+    assert first.read_bytes() == saved
+
+    process = run_tool(*train, *longer, '--resume', **env)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert (work_dir / last.format(2)).exists() and first.read_bytes() == saved
+
+    test = ['test.py', config, first, '--work-dir', tmp_path / 'test', '--cfg-options', *short]
+    process = run_tool(*test, '--show-dir', tmp_path / 'pictures', **env)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert re.search('box AP50 .*mask AP50' if task == 'mask_rcnn' else 'mIoU', process.stdout.splitlines()[-1])
+    pictures = list((tmp_path / 'pictures').rglob('*.png'))
+    assert len(pictures) == 4
+    height, width = cv2.imread(str(pictures[0])).shape[:2]
+    assert width >= 2 * height  # the truth beside the prediction
+
+    other = run_tool(*test, 'model.backbone.arch=pico', **env)
+    one_line_error(other, str(first), 'does not fit', 'backbone')
+
+
+def test_detections_are_kept_by_out(run_tool, data, tmp_path, short):
+    config = CONFIGS / 'demo/mask_rcnn.py'
+    cfg = Config.fromfile(config)
+    init_default_scope('mmdet')
+    torch.save({'state_dict': MODELS.build(cfg.model).state_dict()}, tmp_path / 'w.pth')
+    arguments = ['test.py', config, tmp_path / 'w.pth', '--work-dir', tmp_path / 'test']
+    one_line_error(run_tool(*arguments, '--out', 'x.txt', SHAPES_ROOT=data), 'x.txt', '.pkl')
+    process = run_tool(*arguments, '--out', 'x.pkl', '--cfg-options', *short, SHAPES_ROOT=data)
+    assert process.returncode == 0, process.stderr[-3000:]
+    import pickle
+
+    assert len(pickle.loads((tmp_path / 'x.pkl').read_bytes())) == 4
+
+
+def slide(model, image: np.ndarray, crop=512, stride=341) -> np.ndarray:
+    """The single-scale test written out: windows over the resized image, overlapping logits averaged, argmax at the
+    image's own size. `image` is H x W x 3, BGR."""
+    height, width = image.shape[:2]
+    scale = min(2048 / max(height, width), 512 / min(height, width))
+    size = int(width * scale + 0.5), int(height * scale + 0.5)
+    rgb = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)[..., ::-1].astype(np.float32)
+    x = torch.from_numpy((rgb - MEAN) / STD).permute(2, 0, 1)[None]
+    total = torch.zeros(1, 150, *x.shape[2:])
+    count = torch.zeros(1, 1, *x.shape[2:])
+    tops, lefts = (range(0, max(n - crop, 0) + stride, stride) for n in x.shape[2:])
+    for top in tops:
+        for left in lefts:
+            bottom, right = min(top + crop, x.shape[2]), min(left + crop, x.shape[3])
+            window = (..., slice(max(bottom - crop, 0), bottom), slice(max(right - crop, 0), right))
+            logits = model.decode_head(model.backbone(x[window]))
+            total[window] += torch.nn.functional.interpolate(logits, x[window].shape[2:], mode='bilinear')
+            count[window] += 1
+    logits = torch.nn.functional.interpolate(total / count, (height, width), mode='bilinear')
+    return logits.argmax(1)[0].numpy()
+
+
+def test_upernet_predicts_what_a_plain_slide_loop_predicts(run_tool, tmp_path):
+    rng = np.random.RandomState(0)
+    root = tmp_path / 'ade'
+    images = {'wide': (150, 230), 'tall': (211, 140)}
+    for folder in ('images/validation', 'annotations/validation'):
+        (root / folder).mkdir(parents=True)
+    for name, (height, width) in images.items():
+        picture = cv2.resize(rng.randint(0, 256, (9, 9, 3)).astype(np.uint8), (width, height))
+        cv2.imwrite(str(root / f'images/validation/{name}.jpg'), picture)
+        label = rng.randint(0, 151, (height, width)).astype(np.uint8)
+        cv2.imwrite(str(root / f'annotations/validation/{name}.png'), label)
+    config = Config.fromfile(CONFIGS / 'upernet/convnext_t.py')
+    init_default_scope('mmseg')
+    model = MODELS.build(config.model).eval()
+    shapes_of = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    model.load_state_dict(made_weights(shapes_of), strict=False)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'w.pth')
+
+    process = run_tool(
+        'test.py',
+        CONFIGS / 'upernet/convnext_t.py',
+        tmp_path / 'w.pth',
+        '--out',
+        tmp_path / 'out',
+        ADE20K_ROOT=str(root),
+        timeout=600,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    with torch.no_grad():
+        for name in images:
+            expected = slide(model, cv2.imread(str(root / f'images/validation/{name}.jpg')))
+            found = cv2.imread(str(tmp_path / f'out/{name}.png'), cv2.IMREAD_UNCHANGED)
+            np.testing.assert_array_equal(found, expected + 1)  # 0 is kept for ADE20K's unlabelled
+            assert len(np.unique(expected)) > 3
+
+
+def test_mmcv_without_operators_is_named_with_the_way_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'mmcv._ext', None)
+    with pytest.raises(UsageError, match='pip install --no-build-isolation.*onedl-mmcv') as error:
+        check_installed('mmdet')
+    assert '\n' not in str(error.value)
+    monkeypatch.setitem(sys.modules, 'mmdet', None)
+    with pytest.raises(UsageError, match=r'mmdet.*convnext_dense\[onedl\]'):
+        check_installed('mmdet')
+
+
+def test_summary():
+    metrics = {f'coco/{kind}_mAP{at}': 0.25 for kind in ('bbox', 'segm') for at in ('', '_50', '_75')}
+    assert summary(metrics).startswith('box AP 25.0  box AP50 25.0') and 'mask AP50 25.0' in summary(metrics)
+    assert summary({'mIoU': 46.0, 'mAcc': 57.0, 'aAcc': 82.0}).startswith('mIoU 46.00')
+    assert summary({'other/score': 1.0}) == 'other/score 1.0'
+
+
+@pytest.mark.parametrize('library', ['mmdet', 'mmseg'])
+def test_under_the_libraries_own_tools(run_tool, data, tmp_path, short, library):
+    """The recipes train by mmdet's and mmseg's own tools, with nothing but their `custom_imports` line."""
+    module = __import__(library)
+    tool = f'{module.__path__[0]}/.mim/tools/train.py'
+    config = CONFIGS / ('demo/mask_rcnn.py' if library == 'mmdet' else 'demo/upernet.py')
+    length = ['train_cfg.max_epochs=1'] if library == 'mmdet' else ['train_cfg.max_iters=1']
+    process = run_tool(tool, config, '--work-dir', tmp_path / 'run', '--cfg-options', *short, *length, SHAPES_ROOT=data)
+    assert process.returncode == 0, process.stderr[-3000:]
+    shutil.rmtree(tmp_path / 'run')
