@@ -3,8 +3,8 @@
     python -m convnext_dense.shapes ROOT
 
 writes train/ and val/ (RGB images), annotations/instances_{train,val}.json (COCO: boxes and polygons of what is
-visible), labels/{train,val}/ (ADE20K: label maps) and shapes.json (what was asked for). Outlines alone tell the
-classes: colour, texture, radius and angle are drawn without regard to the class.
+visible), labels/{train,val}/ (ADE20K: label maps) and shapes.json (what was asked for). Outline and texture tell the
+classes, so that minutes suffice to learn them; colour, size and angle do not, and grounds have the same textures.
 
 The bytes depend on the seed alone: RandomState's stream is frozen, and only `randint` and `random_sample` are asked
 for; floats meet only + - * / floor and comparisons, which IEEE 754 settles to the last bit (no sin, no sums); the PNG
@@ -46,6 +46,7 @@ CORNERS = {
     ),
 }
 CLASSES = tuple(CORNERS)
+TEXTURES = ('plain', 'stripes', 'checks', 'blotches')  # of the classes in order; a ground has any of them
 LABELS = ('ground', *CLASSES)  # label maps hold 1 + the index of these, and 0 on the borders of shapes
 PALETTE = [[90, 90, 90], [220, 60, 50], [60, 130, 220], [240, 190, 40], [70, 180, 90]]  # RGB of LABELS
 SPLITS = ('train', 'val')
@@ -74,7 +75,7 @@ def draw(rng: np.random.RandomState, size: int) -> Scene:
     """Draw 2 to 5 shapes on a ground of `size` x `size` pixels; each of them shows at least half of itself."""
     y, x = np.mgrid[:size, :size] + 0.5
     means = [_colour(rng)]
-    image = _texture(rng, means[0], x, y)
+    image = _texture(rng, rng.randint(len(TEXTURES)), means[0], x, y)
     instances = np.zeros((size, size), np.uint8)
     scene = Scene(image, instances, [], [])
     count = rng.randint(2, 6)
@@ -90,7 +91,7 @@ def draw(rng: np.random.RandomState, size: int) -> Scene:
         means.append(mean)
         scene.categories.append(int(category))
         scene.areas.append(int(shape.sum()))
-        image[shape] = _texture(rng, mean, x, y)[shape]
+        image[shape] = _texture(rng, category, mean, x, y)[shape]
         instances[shape] = len(scene.areas)
     return scene
 
@@ -236,15 +237,15 @@ def _said(request: dict) -> str:
 
 
 def _colour(rng: np.random.RandomState) -> np.ndarray:
-    return rng.randint(40, 216, 3)  # leaves room for what _texture adds and takes
+    return rng.randint(56, 201, 3)  # leaves room for what _texture adds and takes
 
 
-def _texture(rng: np.random.RandomState, mean: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Stripes, checks, blotches or none of them in two colours around the mean, and grey noise: H x W x 3, uint8."""
-    period, swing, grain = 3 + rng.randint(6), rng.randint(-24, 25, 3), rng.randint(2, 13)
+def _texture(rng: np.random.RandomState, kind: int, mean: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """One of TEXTURES in two colours around the mean, and grey noise: H x W x 3, uint8."""
+    period, swing, grain = 3 + rng.randint(6), rng.randint(16, 37, 3), rng.randint(2, 13)
     across, along = (1 - 2 * (np.floor(turned / period).astype(int) & 1) for turned in _turned(rng, x, y, 1))
     blotches = 1 - 2 * rng.randint(0, 2, x.shape).repeat(3, 0).repeat(3, 1)[: len(x), : len(x)]
-    pattern = (0 * across, across, across * along, blotches)[rng.randint(4)]
+    pattern = dict(plain=0 * across, stripes=across, checks=across * along, blotches=blotches)[TEXTURES[kind]]
     noise = rng.randint(-grain, grain + 1, x.shape)
     return (mean + pattern[..., None] * swing + noise[..., None]).astype(np.uint8)
 
