@@ -4,7 +4,7 @@
 
 writes train/ and val/ (RGB images), annotations/instances_{train,val}.json (COCO: boxes and polygons of what is
 visible), labels/{train,val}/ (ADE20K: label maps) and shapes.json (what was asked for). Outline and texture tell the
-classes, so that minutes suffice to learn them; colour, size and angle do not, and grounds have the same textures.
+classes and vivid colours the shapes, so that minutes suffice to learn them; grounds are dull, with the same textures.
 
 The bytes depend on the seed alone: RandomState's stream is frozen, and only `randint` and `random_sample` are asked
 for; floats meet only + - * / floor and comparisons, which IEEE 754 settles to the last bit (no sin, no sums); the PNG
@@ -18,6 +18,7 @@ import struct
 import sys
 import tempfile
 import zlib
+from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +57,8 @@ LIMITS = {'seed': (0, 2**32 - 1), 'train': (0, 999999), 'val': (0, 999999), 'siz
 RADIUS = (15, 34)  # least and greatest circumradius in pixels of an image of 128 x 128
 TILT = 0.13  # tangent of half the greatest angle by which a shape is turned: 15 degrees; textures turn freely
 CONTRAST = 120  # least sum over R, G, B of the differences between the mean colours of any two regions
+ORDERS = tuple(permutations(range(3)))
+SWING_OF_GROUND, SWING_OF_SHAPE = (0, 9), (24, 41)  # least and greatest contrast of textures in each of R, G, B
 TRIES = 200  # places tried per image before it makes do with fewer shapes
 
 # The sides of a pixel, clockwise: step to the pixel beyond, from the pixel to the side's first corner, along the side.
@@ -74,15 +77,15 @@ class Scene(NamedTuple):
 def draw(rng: np.random.RandomState, size: int) -> Scene:
     """Draw 2 to 5 shapes on a ground of `size` x `size` pixels; each of them shows at least half of itself."""
     y, x = np.mgrid[:size, :size] + 0.5
-    means = [_colour(rng)]
-    image = _texture(rng, rng.randint(len(TEXTURES)), means[0], x, y)
+    means = [_dull(rng)]
+    image = _texture(rng, rng.randint(len(TEXTURES)), SWING_OF_GROUND, means[0], x, y)
     instances = np.zeros((size, size), np.uint8)
     scene = Scene(image, instances, [], [])
     count = rng.randint(2, 6)
     for _ in range(TRIES):
         if len(scene.areas) == count:
             break
-        category, mean = rng.randint(len(CLASSES)), _colour(rng)
+        category, mean = rng.randint(len(CLASSES)), _vivid(rng)
         shape = _shape(rng, CLASSES[category], x, y)
         if min(np.abs(mean - other).sum() for other in means) < CONTRAST:
             continue
@@ -91,7 +94,7 @@ def draw(rng: np.random.RandomState, size: int) -> Scene:
         means.append(mean)
         scene.categories.append(int(category))
         scene.areas.append(int(shape.sum()))
-        image[shape] = _texture(rng, category, mean, x, y)[shape]
+        image[shape] = _texture(rng, category, SWING_OF_SHAPE, mean, x, y)[shape]
         instances[shape] = len(scene.areas)
     return scene
 
@@ -236,13 +239,22 @@ def _said(request: dict) -> str:
     return ', '.join(f'{name} {value}' for name, value in request.items())
 
 
-def _colour(rng: np.random.RandomState) -> np.ndarray:
-    return rng.randint(56, 201, 3)  # leaves room for what _texture adds and takes
+def _dull(rng: np.random.RandomState) -> np.ndarray:
+    """A mean colour of a ground; like _vivid's it leaves room for what _texture adds and takes."""
+    return rng.randint(80, 176) + rng.randint(-12, 13, 3)
 
 
-def _texture(rng: np.random.RandomState, kind: int, mean: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """One of TEXTURES in two colours around the mean, and grey noise: H x W x 3, uint8."""
-    period, swing, grain = 3 + rng.randint(6), rng.randint(16, 37, 3), rng.randint(2, 13)
+def _vivid(rng: np.random.RandomState) -> np.ndarray:
+    """A mean colour of a shape: one of R, G, B is low, one is high."""
+    values = np.array([rng.randint(56, 81), rng.randint(56, 201), rng.randint(176, 201)])
+    return values[list(ORDERS[rng.randint(len(ORDERS))])]
+
+
+def _texture(
+    rng: np.random.RandomState, kind: int, swing: tuple[int, int], mean: np.ndarray, x: np.ndarray, y: np.ndarray
+) -> np.ndarray:
+    """One of TEXTURES in two colours at most `swing` from the mean, and grey noise: H x W x 3, uint8."""
+    period, swing, grain = 3 + rng.randint(6), rng.randint(*swing, 3), rng.randint(2, 9)
     across, along = (1 - 2 * (np.floor(turned / period).astype(int) & 1) for turned in _turned(rng, x, y, 1))
     blotches = 1 - 2 * rng.randint(0, 2, x.shape).repeat(3, 0).repeat(3, 1)[: len(x), : len(x)]
     pattern = dict(plain=0 * across, stripes=across, checks=across * along, blotches=blotches)[TEXTURES[kind]]
