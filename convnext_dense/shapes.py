@@ -3,8 +3,8 @@
     python -m convnext_dense.shapes ROOT
 
 writes train/ and val/ (RGB images), annotations/instances_{train,val}.json (COCO: boxes and polygons of what is
-visible), labels/{train,val}/ (ADE20K: label maps) and shapes.json (what was asked for). Outline and texture tell the
-classes and vivid colours the shapes, so that minutes suffice to learn them; grounds are dull, with the same textures.
+visible), labels/{train,val}/ (ADE20K: label maps) and shapes.json (what was asked for). Outline, texture and hue tell
+the classes, so that minutes suffice to learn them; size and angle do not, and grounds are dull, with the same textures.
 
 The bytes depend on the seed alone: RandomState's stream is frozen, and only `randint` and `random_sample` are asked
 for; floats meet only + - * / floor and comparisons, which IEEE 754 settles to the last bit (no sin, no sums); the PNG
@@ -18,7 +18,6 @@ import struct
 import sys
 import tempfile
 import zlib
-from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,15 +48,15 @@ CORNERS = {
 CLASSES = tuple(CORNERS)
 TEXTURES = ('plain', 'stripes', 'checks', 'blotches')  # of the classes in order; a ground has any of them
 LABELS = ('ground', *CLASSES)  # label maps hold 1 + the index of these, and 0 on the borders of shapes
-PALETTE = [[90, 90, 90], [220, 60, 50], [60, 130, 220], [240, 190, 40], [70, 180, 90]]  # RGB of LABELS
+PALETTE = [[90, 90, 90], [220, 60, 50], [140, 220, 60], [60, 200, 200], [150, 60, 220]]  # RGB of LABELS
 SPLITS = ('train', 'val')
 
 FORMAT = 1  # of the bytes: a change of what is drawn or written counts it up
 LIMITS = {'seed': (0, 2**32 - 1), 'train': (0, 999999), 'val': (0, 999999), 'size': (64, 1024)}
 RADIUS = (15, 34)  # least and greatest circumradius in pixels of an image of 128 x 128
 TILT = 0.13  # tangent of half the greatest angle by which a shape is turned: 15 degrees; textures turn freely
-CONTRAST = 120  # least sum over R, G, B of the differences between the mean colours of any two regions
-ORDERS = tuple(permutations(range(3)))
+CONTRAST = 80  # least sum over R, G, B of the differences between the mean colours of a shape and the ground
+HUES = ((190, 70, 70), (130, 190, 70), (70, 190, 190), (130, 70, 190))  # RGB of the classes, a quarter turn apart
 SWING_OF_GROUND, SWING_OF_SHAPE = (0, 9), (24, 41)  # least and greatest contrast of textures in each of R, G, B
 TRIES = 200  # places tried per image before it makes do with fewer shapes
 
@@ -77,21 +76,21 @@ class Scene(NamedTuple):
 def draw(rng: np.random.RandomState, size: int) -> Scene:
     """Draw 2 to 5 shapes on a ground of `size` x `size` pixels; each of them shows at least half of itself."""
     y, x = np.mgrid[:size, :size] + 0.5
-    means = [_dull(rng)]
-    image = _texture(rng, rng.randint(len(TEXTURES)), SWING_OF_GROUND, means[0], x, y)
+    ground = _dull(rng)
+    image = _texture(rng, rng.randint(len(TEXTURES)), SWING_OF_GROUND, ground, x, y)
     instances = np.zeros((size, size), np.uint8)
     scene = Scene(image, instances, [], [])
     count = rng.randint(2, 6)
     for _ in range(TRIES):
         if len(scene.areas) == count:
             break
-        category, mean = rng.randint(len(CLASSES)), _vivid(rng)
+        category = rng.randint(len(CLASSES))
+        mean = _vivid(rng, category)
         shape = _shape(rng, CLASSES[category], x, y)
-        if min(np.abs(mean - other).sum() for other in means) < CONTRAST:
+        if np.abs(mean - ground).sum() < CONTRAST:
             continue
         if any(not _shows((instances == k) & ~shape, scene.areas[k - 1]) for k in np.unique(instances[shape]) if k):
             continue
-        means.append(mean)
         scene.categories.append(int(category))
         scene.areas.append(int(shape.sum()))
         image[shape] = _texture(rng, category, SWING_OF_SHAPE, mean, x, y)[shape]
@@ -244,10 +243,9 @@ def _dull(rng: np.random.RandomState) -> np.ndarray:
     return rng.randint(80, 176) + rng.randint(-12, 13, 3)
 
 
-def _vivid(rng: np.random.RandomState) -> np.ndarray:
-    """A mean colour of a shape: one of R, G, B is low, one is high."""
-    values = np.array([rng.randint(56, 81), rng.randint(56, 201), rng.randint(176, 201)])
-    return values[list(ORDERS[rng.randint(len(ORDERS))])]
+def _vivid(rng: np.random.RandomState, category: int) -> np.ndarray:
+    """A mean colour of a shape, near the hue of its class."""
+    return np.array(HUES[category]) + rng.randint(-16, 17, 3)
 
 
 def _texture(

@@ -4,7 +4,7 @@ dataset_type = 'BaseSegDataset'
 data_root = '{{$SHAPES_ROOT:data/shapes}}/'
 metainfo = dict(
     classes=('ground', 'disc', 'square', 'triangle', 'cross'),
-    palette=[[90, 90, 90], [220, 60, 50], [60, 130, 220], [240, 190, 40], [70, 180, 90]],
+    palette=[[90, 90, 90], [220, 60, 50], [140, 220, 60], [60, 200, 200], [150, 60, 220]],
 )
 
 train_pipeline = [
