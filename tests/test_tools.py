@@ -18,6 +18,7 @@ from convnext_dense.commands import check_installed, summary
 from convnext_dense.errors import UsageError
 
 CONFIGS = ROOT / 'configs'
+PRETRAINED = 'mine.py'  # a user's config that names weights which are nowhere
 MEAN, STD = np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57.375])
 
 
@@ -76,7 +77,7 @@ BAD = {
         ['drop_path'],
     ),
     'no weights': (
-        ['train.py', CONFIGS / 'demo/upernet.py', '--cfg-options', 'model.backbone.init_cfg.checkpoint=gone.pth'],
+        ['train.py', PRETRAINED],
         ['gone.pth', 'convnext_tiny_1k_224'],
     ),
     'nothing to resume': (['train.py', CONFIGS / 'demo/upernet.py', '--resume', 'gone.pth'], ['gone.pth']),
@@ -87,6 +88,8 @@ BAD = {
 @pytest.mark.parametrize('case', BAD)
 def test_bad_input_is_one_line_at_once(run_tool, data, tmp_path, case):
     (tool, *arguments), words = BAD[case]
+    base = f"_base_ = '{CONFIGS / 'demo/upernet.py'}'"
+    (tmp_path / PRETRAINED).write_text(f"{base}\nmodel = dict(backbone=dict(init_cfg=dict(checkpoint='gone.pth')))")
     start = time.monotonic()
     process = run_tool(tool, *arguments, SHAPES_ROOT=data)
     one_line_error(process, *words)

@@ -17,10 +17,10 @@ model = dict(
 )
 
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(lr=3e-4), paramwise_cfg=dict(decay_rate=0.95))
-train_cfg = dict(max_epochs=8, val_interval=8)
+train_cfg = dict(max_epochs=4, val_interval=4)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=101),
-    dict(type='MultiStepLR', by_epoch=True, milestones=[6, 7], gamma=0.1, begin=0, end=8),
+    dict(type='MultiStepLR', by_epoch=True, milestones=[3], gamma=0.1, begin=0, end=4),
 ]
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=8))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=4))
 randomness = dict(seed=0)

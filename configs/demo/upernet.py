@@ -11,10 +11,10 @@ model = dict(
 )
 
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(lr=1e-3))
-train_cfg = dict(max_iters=600, val_interval=600)
+train_cfg = dict(max_iters=400, val_interval=400)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=51),
-    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=601),
+    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=401),
 ]
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=600))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=400))
 randomness = dict(seed=0)
