@@ -18,7 +18,6 @@ model = dict(
         drop_path_rate=0.4,
         layer_scale_init_value=1.0,
         out_indices=[0, 1, 2, 3],
-        init_cfg=dict(type='Pretrained', checkpoint='convnext_tiny_1k_224'),
     ),
     neck=dict(type='FPN', in_channels=[96, 192, 384, 768], out_channels=256, num_outs=5),
     rpn_head=dict(

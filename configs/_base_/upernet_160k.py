@@ -20,7 +20,6 @@ model = dict(
         drop_path_rate=0.4,
         layer_scale_init_value=1.0,
         out_indices=[0, 1, 2, 3],
-        init_cfg=dict(type='Pretrained', checkpoint='convnext_tiny_1k_224'),
     ),
     decode_head=dict(
         type='UPerHead',

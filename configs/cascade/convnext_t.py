@@ -3,7 +3,7 @@
 _base_ = ['../_base_/cascade_mask_rcnn_3x.py', '../_base_/coco.py']
 
 model = dict(
-    backbone=dict(arch='tiny', drop_path_rate=0.4, init_cfg=dict(checkpoint='convnext_tiny_1k_224')),
+    backbone=dict(arch='tiny', drop_path_rate=0.4, init_cfg=dict(type='Pretrained', checkpoint='convnext_tiny_1k_224')),
     neck=dict(in_channels=[96, 192, 384, 768]),
 )
 optim_wrapper = dict(optimizer=dict(lr=2e-4), paramwise_cfg=dict(decay_rate=0.7))

@@ -4,7 +4,7 @@ _base_ = ['../_base_/cascade_mask_rcnn_3x.py', '../_base_/shapes_detection.py']
 
 small = dict(num_shared_convs=1, in_channels=64, conv_out_channels=64, fc_out_channels=256, num_classes=4)
 model = dict(
-    backbone=dict(arch='atto', drop_path_rate=0.0, init_cfg=None),
+    backbone=dict(arch='atto', drop_path_rate=0.0),
     neck=dict(in_channels=[40, 80, 160, 320], out_channels=64),
     rpn_head=dict(in_channels=64, feat_channels=64),
     roi_head=dict(

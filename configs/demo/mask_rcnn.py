@@ -3,7 +3,7 @@
 _base_ = ['../_base_/mask_rcnn_3x.py', '../_base_/shapes_detection.py']
 
 model = dict(
-    backbone=dict(arch='atto', drop_path_rate=0.0, init_cfg=None),
+    backbone=dict(arch='atto', drop_path_rate=0.0),
     neck=dict(in_channels=[40, 80, 160, 320], out_channels=64),
     rpn_head=dict(in_channels=64, feat_channels=64),
     roi_head=dict(

@@ -4,7 +4,7 @@ _base_ = ['../_base_/upernet_160k.py', '../_base_/shapes_segmentation.py']
 
 model = dict(
     data_preprocessor=dict(size=(128, 128)),
-    backbone=dict(arch='atto', drop_path_rate=0.0, init_cfg=None),
+    backbone=dict(arch='atto', drop_path_rate=0.0),
     decode_head=dict(in_channels=[40, 80, 160, 320], channels=64, num_classes=5),
     auxiliary_head=dict(in_channels=160, channels=32, num_classes=5),
     test_cfg=dict(crop_size=(128, 128), stride=(85, 85)),

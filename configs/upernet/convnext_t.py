@@ -3,7 +3,7 @@
 _base_ = ['../_base_/upernet_160k.py', '../_base_/ade20k.py']
 
 model = dict(
-    backbone=dict(arch='tiny', drop_path_rate=0.4, init_cfg=dict(checkpoint='convnext_tiny_1k_224')),
+    backbone=dict(arch='tiny', drop_path_rate=0.4, init_cfg=dict(type='Pretrained', checkpoint='convnext_tiny_1k_224')),
     decode_head=dict(in_channels=[96, 192, 384, 768]),
     auxiliary_head=dict(in_channels=384),
 )
