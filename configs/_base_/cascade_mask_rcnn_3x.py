@@ -11,7 +11,7 @@ model = dict(
         stage_loss_weights=[1, 0.5, 0.25],
         bbox_head=[
             dict(
-                type='ConvFCBBoxHead',
+                type='FP32ConvFCBBoxHead',
                 num_shared_convs=4,
                 num_shared_fcs=1,
                 in_channels=256,

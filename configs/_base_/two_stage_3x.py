@@ -1,6 +1,7 @@
 """What Mask R-CNN and Cascade Mask R-CNN share: backbone, FPN, RPN, masks, the 3x schedule (appendix A.3)."""
 
 _base_ = 'runtime.py'
+custom_imports = dict(imports=['convnext_dense', 'convnext_dense.detection'])
 default_scope = 'mmdet'
 
 model = dict(
@@ -21,7 +22,7 @@ model = dict(
     ),
     neck=dict(type='FPN', in_channels=[96, 192, 384, 768], out_channels=256, num_outs=5),
     rpn_head=dict(
-        type='RPNHead',
+        type='FP32RPNHead',
         in_channels=256,
         feat_channels=256,
         anchor_generator=dict(type='AnchorGenerator', scales=[8], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32, 64]),
@@ -30,19 +31,19 @@ model = dict(
     ),
     roi_head=dict(
         bbox_roi_extractor=dict(
-            type='SingleRoIExtractor',
+            type='FP32RoIExtractor',
             roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0),
             out_channels=256,
             featmap_strides=[4, 8, 16, 32],
         ),
         mask_roi_extractor=dict(
-            type='SingleRoIExtractor',
+            type='FP32RoIExtractor',
             roi_layer=dict(type='RoIAlign', output_size=14, sampling_ratio=0),
             out_channels=256,
             featmap_strides=[4, 8, 16, 32],
         ),
         mask_head=dict(
-            type='FCNMaskHead',
+            type='FP32FCNMaskHead',
             num_convs=4,
             in_channels=256,
             conv_out_channels=256,
