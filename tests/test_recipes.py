@@ -9,16 +9,47 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, init_default_scope
 
-import convnext_dense  # noqa: F401
-from convnext_dense import layer_ids
+from convnext_dense import ARCHS, layer_ids
+from convnext_dense.paper import ROWS, changed_settings, precision_of, row_of
 
-RECIPES = {  # parameters, entries of the state dict, lr, decay type and rate
-    'mask_rcnn/convnext_t': (48_095_376, 228, 1e-4, 'layer_wise', 0.95),
-    'cascade/convnext_t': (85_930_578, 334, 2e-4, 'layer_wise', 0.7),
-    'upernet/convnext_t': (60_242_636, 268, 1e-4, 'stage_wise', 0.9),
+# Parameters and entries of the state dict, of the original's fine-tuned checkpoints.
+SIZES = {
+    'mask_rcnn/convnext_t': (48_095_376, 228),
+    'cascade/convnext_t': (85_930_578, 334),
+    'cascade/convnext_s': (107_565_138, 496),
+    'cascade/convnext_b': (145_800_242, 496),
+    'cascade/convnext_b_in22k': (145_800_242, 496),
+    'cascade/convnext_l_in22k': (254_710_770, 496),
+    'cascade/convnext_xl_in22k': (406_875_058, 496),
+    'upernet/convnext_t': (60_242_636, 268),
+    'upernet/convnext_s': (81_877_196, 430),
+    'upernet/convnext_b': (122_102_956, 430),
+    'upernet/convnext_b_in22k': (122_102_956, 430),
+    'upernet/convnext_l_in22k': (234_994_796, 430),
+    'upernet/convnext_xl_in22k': (391_140_396, 430),
 }
-DETECTION = [name for name in RECIPES if 'upernet' not in name]
+# The lr scales of stem, first stage, downsample 1, first and last block of the third stage, last stage, output norm.
+PLACES = (
+    'downsample_layers.0.0.weight',
+    'stages.0.0.gamma',
+    'downsample_layers.1.1.weight',
+    'stages.2.0.gamma',
+    'stages.2.{last}.gamma',
+    'stages.3.0.gamma',
+    'norm3.weight',
+)
+SCALES = {
+    ('layer_wise', 0.95, 6): (0.698337, 0.735092, 0.773781, 0.814506, 0.9025, 0.95, 1),
+    ('layer_wise', 0.7, 6): (0.0823543, 0.117649, 0.16807, 0.2401, 0.49, 0.7, 1),
+    ('layer_wise', 0.7, 12): (0.00968890, 0.0138413, 0.0197733, 0.0282475, 0.49, 0.7, 1),
+    ('layer_wise', 0.8, 12): (0.0549756, 0.0687195, 0.0858993, 0.107374, 0.64, 0.8, 1),
+    ('stage_wise', 0.9, 6): (0.478297, 0.531441, 0.478297, 0.6561, 0.6561, 0.729, 1),
+    ('stage_wise', 0.9, 12): (0.254187, 0.282430, 0.254187, 0.348678, 0.348678, 0.387420, 1),
+}
+DETECTION = [row.recipe for row in ROWS if row.detector]
+SEGMENTATION = [row.recipe for row in ROWS if not row.detector]
 EVERY_CONFIG = sorted(str(p.relative_to(ROOT / 'configs'))[:-3] for p in (ROOT / 'configs').glob('[!_]*/*.py'))
+row_ids = {'ids': lambda row: row.recipe}
 
 
 def load(name: str) -> Config:
@@ -32,31 +63,77 @@ def build(config: Config) -> torch.nn.Module:
         return MODELS.build(config.model)
 
 
-@pytest.mark.parametrize('name', RECIPES)
-def test_parameters_are_the_originals(name):
-    model = build(load(name))
-    assert (sum(p.numel() for p in model.parameters()), len(model.state_dict())) == RECIPES[name][:2]
+def test_every_row_is_a_recipe_and_every_recipe_a_row():
+    assert [row.recipe for row in ROWS] == list(SIZES)
+    assert {name for name in EVERY_CONFIG if not name.startswith('demo/')} == set(SIZES)
 
 
-@pytest.mark.parametrize('name', RECIPES)
-def test_lr_and_weight_decay_of_every_parameter(name):
-    _, _, lr, decay_type, rate = RECIPES[name]
-    config = load(name)
+@pytest.mark.parametrize('row', ROWS, **row_ids)
+def test_a_recipe_says_what_its_row_says(row):
+    config = load(row.recipe)
+    assert row_of(config) is row and changed_settings(config, row) == []
+    assert precision_of(config) == row.precision
+    assert config.model.backbone.init_cfg == dict(type='Pretrained', checkpoint=row.weights)
+    assert config.train_dataloader.batch_size == 2  # on 8 GPUs
+    channels = list(ARCHS[row.arch]['channels'])
+    model = config.model
+    assert (model.neck.in_channels if row.detector else model.decode_head.in_channels) == channels
+    title = (ROOT / 'configs' / f'{row.recipe}.py').read_text().splitlines()[0]
+    for name in ('box AP', 'mask AP', 'mIoU'):
+        assert name not in row.figures or f'{row.figures[name]} {name}' in title
+    assert str(row.figures.get('mIoU multi-scale', '')) in title and 'in the paper' in title
+
+
+def test_other_configs_are_no_row():
+    config = load('cascade/convnext_s')
+    config.model.backbone.drop_path_rate = 0.5
+    assert row_of(config) is None
+    assert row_of(load('demo/upernet')) is row_of(Config()) is row_of(Config(dict(model=dict(type='MaskRCNN')))) is None
+
+
+def test_changed_settings_are_named():
+    config = load('upernet/convnext_s')
+    config.optim_wrapper.optimizer.lr = 2e-4
+    config.train_cfg.max_iters = 320_000
+    config.model.backbone.init_cfg.checkpoint = '/data/other.pth'
+    assert changed_settings(config, row_of(config)) == ['lr', 'length', 'weights']
+    config.optim_wrapper.update(accumulative_counts=2, optimizer=dict(config.optim_wrapper.optimizer, lr=1e-4))
+    config.model.backbone.init_cfg.checkpoint = '/data/convnext_small_1k_224.pth'
+    assert changed_settings(config, row_of(config)) == []
+
+
+@pytest.mark.parametrize('row', ROWS, **row_ids)
+def test_parameters_are_the_originals(row):
+    model = build(load(row.recipe))
+    n_parameters = sum(p.numel() for p in model.parameters())
+    assert (n_parameters, len(model.state_dict())) == SIZES[row.recipe]
+    assert round(n_parameters / 1e6) == row.params
+
+
+@pytest.mark.parametrize('row', ROWS, **row_ids)
+def test_lr_and_weight_decay_of_every_parameter(row):
+    config = load(row.recipe)
     model = build(config)
     wrapper_cfg = copy.deepcopy(config.optim_wrapper)
-    assert wrapper_cfg.pop('type') == 'AmpOptimWrapper' and 'clip_grad' not in wrapper_cfg
+    wrapper_cfg.pop('type')
+    assert 'clip_grad' not in wrapper_cfg
     optimizer = build_optim_wrapper(model, wrapper_cfg).optimizer
     assert type(optimizer) is torch.optim.AdamW
     groups = {id(p): group for group in optimizer.param_groups for p in group['params']}
-    ids, _ = layer_ids(model, decay_type)  # itself tested against the original's description
+    n = 6 if row.arch == 'tiny' else 12
+    ids, _ = layer_ids(model, row.decay_type)  # itself tested against the original's description
     assert len(groups) == len(ids) == len(list(model.parameters()))
     for parameter_name, p in model.named_parameters():
         group = groups[id(p)]
-        assert group['lr'] == pytest.approx(lr * rate ** (7 - ids[parameter_name]), rel=1e-12)
+        assert group['lr'] == pytest.approx(row.lr * row.decay_rate ** (n + 1 - ids[parameter_name]), rel=1e-12)
         assert group['weight_decay'] == (0 if p.ndim == 1 or parameter_name.endswith('.bias') else 0.05)
         assert group['betas'] == (0.9, 0.999) and group['eps'] == 1e-8
+    parameters = dict(model.named_parameters())
+    for place, scale in zip(PLACES, SCALES[row.decay_type, row.decay_rate, n]):
+        name = 'backbone.' + place.format(last=model.backbone.depths[2] - 1)
+        assert groups[id(parameters[name])]['lr'] == pytest.approx(row.lr * scale, rel=2e-6), name
     head_lrs = {groups[id(p)]['lr'] for n, p in model.named_parameters() if not n.startswith('backbone.')}
-    assert head_lrs == {lr}
+    assert head_lrs == {row.lr}
 
 
 def lrs_over_iterations(config: Config, wanted: list[int], epoch_length: int | None = None) -> dict[int, float]:
@@ -74,10 +151,18 @@ def lrs_over_iterations(config: Config, wanted: list[int], epoch_length: int | N
     return found
 
 
-@pytest.mark.parametrize('name', DETECTION)
-def test_coco_schedule(name):
+def same_in_all(names: list[str], *keys: str) -> Config:
+    """The config of the first recipe, once the others are seen to have the same under these keys."""
+    first, *others = map(load, names)
+    for other in others:
+        for key in keys:
+            assert other[key] == first[key], key
+    return first
+
+
+def test_coco_schedule():
     """Linear warmup over 500 iterations from 0.001, steps of 0.1 after epochs 27 and 33 of 36."""
-    config = load(name)
+    config = same_in_all(DETECTION, 'param_scheduler', 'train_cfg', 'default_hooks')
     assert config.train_cfg == dict(type='EpochBasedTrainLoop', max_epochs=36, val_interval=1)
     length = 40  # iterations an epoch; 7330 on COCO
     wanted = [0, 1, 250, 499, 500, 501, 27 * length - 1, 27 * length, 33 * length - 1, 33 * length, 36 * length - 1]
@@ -89,7 +174,7 @@ def test_coco_schedule(name):
 
 def test_ade20k_schedule():
     """Poly of power 1 to 0 over 160,000 iterations, times linear warmup over 1500 from 1e-6."""
-    config = load('upernet/convnext_t')
+    config = same_in_all(SEGMENTATION, 'param_scheduler', 'train_cfg', 'default_hooks')
     assert config.train_cfg == dict(type='IterBasedTrainLoop', max_iters=160_000, val_interval=16_000)
     wanted = [0, 1, 250, 1499, 1500, 1501, 80_000, 159_999]
     for iteration, lr in lrs_over_iterations(config, wanted).items():
@@ -98,7 +183,7 @@ def test_ade20k_schedule():
 
 
 def test_differences_between_the_two_detectors():
-    mask, cascade = (load(name).model for name in DETECTION)
+    mask, cascade = (load(name).model for name in DETECTION[:2])
     for model in (mask, cascade):
         assert model.data_preprocessor.pad_size_divisor == 32 and model.backbone.layer_scale_init_value == 1.0
         assert model.neck.num_outs == 5 and 'norm_cfg' not in model.neck
@@ -121,7 +206,7 @@ def test_differences_between_the_two_detectors():
     assert mask.train_cfg.rcnn.assigner.pos_iou_thr == 0.5 and mask.train_cfg.rcnn.assigner.match_low_quality
     assert [s.assigner.pos_iou_thr for s in cascade.train_cfg.rcnn] == [0.5, 0.6, 0.7]
     assert not any(s.assigner.match_low_quality for s in cascade.train_cfg.rcnn)
-    assert mask.roi_head.bbox_head.type == 'Shared2FCBBoxHead'
+    assert mask.roi_head.bbox_head.type == 'FP32Shared2FCBBoxHead'
     assert mask.roi_head.bbox_head.loss_bbox == dict(type='L1Loss', loss_weight=1.0)
     assert not mask.roi_head.bbox_head.reg_class_agnostic
     assert cascade.roi_head.stage_loss_weights == [1, 0.5, 0.25]
@@ -130,11 +215,18 @@ def test_differences_between_the_two_detectors():
     ):
         assert head.bbox_coder.target_stds == stds and head.reg_decoded_bbox and not head.reg_class_agnostic
         assert head.loss_bbox == dict(type='GIoULoss', loss_weight=10.0) and head.norm_cfg.type == 'SyncBN'
-        assert (head.type, head.num_shared_convs, head.num_shared_fcs) == ('ConvFCBBoxHead', 4, 1)
+        assert (head.type, head.num_shared_convs, head.num_shared_fcs) == ('FP32ConvFCBBoxHead', 4, 1)
+
+
+def test_cascades_differ_in_backbone_alone():
+    cascade, *others = (load(name).model for name in DETECTION[1:])
+    for other in others:
+        other.update(backbone=cascade.backbone, neck=cascade.neck)
+        assert other == cascade
 
 
 def test_coco_data():
-    config = load('cascade/convnext_t')
+    config = same_in_all(DETECTION, 'train_pipeline', 'train_dataloader', 'test_dataloader', 'test_evaluator')
     _, _, flip, choice, _ = config.train_pipeline
     assert flip == dict(type='RandomFlip', prob=0.5)
     sides = [(side, 1333) for side in range(480, 801, 32)]
@@ -150,24 +242,28 @@ def test_coco_data():
     assert config.val_evaluator.metric == ['bbox', 'segm'] and config.default_hooks.checkpoint.interval == 1
 
 
-def test_upernet_model_and_data():
-    config = load('upernet/convnext_t')
+@pytest.mark.parametrize('name', SEGMENTATION)
+def test_upernet_model_and_data(name):
+    config = load(name)
+    long, crop, stride = (2560, 640, 426) if name.endswith('in22k') else (2048, 512, 341)
     head, auxiliary = config.model.decode_head, config.model.auxiliary_head
     assert (head.channels, head.pool_scales, head.dropout_ratio, head.num_classes) == (512, (1, 2, 3, 6), 0.1, 150)
     assert (auxiliary.in_index, auxiliary.num_convs, auxiliary.channels) == (2, 1, 256)
     assert not auxiliary.concat_input and auxiliary.loss_decode.loss_weight == 0.4
     assert head.norm_cfg.type == auxiliary.norm_cfg.type == 'SyncBN'
     assert 'avg_non_ignore' not in head.loss_decode
-    assert config.model.test_cfg == dict(mode='slide', crop_size=(512, 512), stride=(341, 341))
+    assert config.model.test_cfg == dict(mode='slide', crop_size=(crop, crop), stride=(stride, stride))
     preprocessor = config.model.data_preprocessor
-    assert (preprocessor.size, preprocessor.pad_val, preprocessor.seg_pad_val) == ((512, 512), 0, 255)
+    assert (preprocessor.size, preprocessor.pad_val, preprocessor.seg_pad_val) == ((crop, crop), 0, 255)
     assert config.train_pipeline[2:-1] == [
-        dict(type='RandomResize', scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
-        dict(type='RandomCrop', crop_size=(512, 512), cat_max_ratio=0.75),
+        dict(type='RandomResize', scale=(long, crop), ratio_range=(0.5, 2.0), keep_ratio=True),
+        dict(type='RandomCrop', crop_size=(crop, crop), cat_max_ratio=0.75),
         dict(type='RandomFlip', prob=0.5),
         dict(type='PhotoMetricDistortion'),
     ]
-    assert dict(type='Resize', scale=(2048, 512), keep_ratio=True) in config.test_pipeline
+    assert config.train_dataloader.dataset.pipeline == config.train_pipeline
+    for dataloader in (config.val_dataloader, config.test_dataloader):
+        assert dict(type='Resize', scale=(long, crop), keep_ratio=True) in dataloader.dataset.pipeline
     assert config.train_dataloader.batch_size == 2 and config.default_hooks.checkpoint.interval == 16_000
 
 
@@ -178,7 +274,7 @@ def test_every_config_builds_all_its_parts(name):
     for split in ('train', 'val', 'test'):
         dataset = config[f'{split}_dataloader'].dataset
         assert DATASETS.build({**dataset, 'lazy_init': True}).metainfo['classes']
-    assert config.custom_imports.imports == ['convnext_dense']
+    assert config.custom_imports.imports[0] == 'convnext_dense'
 
 
 def test_used_from_any_folder_as_a_base(tmp_path, monkeypatch):
