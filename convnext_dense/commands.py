@@ -35,11 +35,10 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(_say('interrupted: what was saved is kept, --resume goes on from it', 130))
 
 
-def config_parser(description: str) -> argparse.ArgumentParser:
-    """The arguments that every tool has, as users of mmdet and mmseg know them."""
+def config_parser(description: str, **config) -> argparse.ArgumentParser:
+    """The arguments of every tool that reads a config; `config` is for argparse."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument('config', help='a recipe, such as configs/cascade/convnext_t.py')
-    parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/ and the recipe)')
+    parser.add_argument('config', help='a recipe, such as configs/cascade/convnext_t.py', **config)
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -48,31 +47,42 @@ def config_parser(description: str) -> argparse.ArgumentParser:
         metavar='KEY=VALUE',
         help='settings that replace those of the config, such as train_cfg.max_epochs=12',
     )
+    return parser
+
+
+def run_parser(description: str) -> argparse.ArgumentParser:
+    """The arguments of every tool that runs a config, as users of mmdet and mmseg know them."""
+    parser = config_parser(description)
+    parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/ and the recipe)')
     parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
-def load_config(args: argparse.Namespace) -> Config:
-    """The config of the command line with its options, work dir and launcher filled in.
+def load_config(path: str, options: dict) -> Config:
+    """A config file with the command line's options filled in.
 
     Raises:
         UsageError: the config cannot be read, or what it needs is not installed.
     """
-    if not os.path.isfile(args.config):
-        raise UsageError(
-            f"no config '{args.config}': give the path of a .py file, such as configs/cascade/convnext_t.py"
-        )
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if not os.path.isfile(path):
+        raise UsageError(f"no config '{path}': give the path of a .py file, such as configs/cascade/convnext_t.py")
     try:
-        config = Config.fromfile(args.config)
-        config.merge_from_dict(args.cfg_options)
+        config = Config.fromfile(path)
+        config.merge_from_dict(options)
     except (SyntaxError, OSError, KeyError, TypeError, ValueError, ImportError, AssertionError) as error:
-        raise UsageError(f'{args.config}: {_first_line(error)}') from error
-    config.launcher = args.launcher
-    config.work_dir = args.work_dir or config.get('work_dir') or str(_default_work_dir(args.config))
+        raise UsageError(f'{path}: {_first_line(error)}') from error
     check_installed(config.get('default_scope', 'mmengine'))
     check_backbones(config.get('model', {}))
+    return config
+
+
+def load_run(args: argparse.Namespace) -> Config:
+    """The config of a command line that runs it, with its work dir and launcher; raises as `load_config`."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    config = load_config(args.config, args.cfg_options)
+    config.launcher = args.launcher
+    config.work_dir = args.work_dir or config.get('work_dir') or str(_default_work_dir(args.config))
     return config
 
 

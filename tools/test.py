@@ -9,9 +9,9 @@ from convnext_dense.commands import (
     build_runner,
     check_checkpoint,
     check_data,
-    config_parser,
-    load_config,
+    load_run,
     one_line_errors,
+    run_parser,
     set_out,
     set_pictures,
     summary,
@@ -19,7 +19,7 @@ from convnext_dense.commands import (
 
 
 def parse_args():
-    parser = config_parser(__doc__)
+    parser = run_parser(__doc__)
     parser.add_argument('checkpoint', help='a .pth file')
     parser.add_argument(
         '--out', help='where to keep the predictions: a .pkl file (detection), a folder of PNGs (segmentation)'
@@ -34,7 +34,7 @@ def main():
     args = parse_args()
     with one_line_errors():
         check_checkpoint(args.checkpoint)
-        config = load_config(args)
+        config = load_run(args)
         check_data(config, ('test',))
         set_pictures(config, args.show_dir and os.path.abspath(args.show_dir), args.show, args.wait_time)
         set_out(config, args.out)

@@ -5,16 +5,16 @@ from convnext_dense.commands import (
     build_runner,
     check_data,
     check_pretrained,
-    config_parser,
-    load_config,
+    load_run,
     one_line_errors,
+    run_parser,
     set_precision,
     set_resume,
 )
 
 
 def parse_args():
-    parser = config_parser(__doc__)
+    parser = run_parser(__doc__)
     parser.add_argument(
         '--resume',
         nargs='?',
@@ -33,7 +33,7 @@ def parse_args():
 def main():
     args = parse_args()
     with one_line_errors():
-        config = load_config(args)
+        config = load_run(args)
         set_precision(config, args.amp_dtype)
         check_data(config, ('train', 'val'))
         check_pretrained(config.model)

@@ -1,0 +1,77 @@
+#!/usr/bin/env python
+"""Parameters and FLOPs as the paper counts them, of one config or of every recipe beside the paper's figure.
+
+Needs no data, no weights and no GPU. A multiply-add counts as one; README.md says what is counted.
+"""
+
+import json
+from pathlib import Path
+
+import convnext_dense
+from convnext_dense.commands import config_parser, load_config, one_line_errors
+from convnext_dense.complexity import complexity
+from convnext_dense.errors import UsageError
+from convnext_dense.paper import ROWS, row_of
+from convnext_dense.tables import table
+
+CONFIGS = Path(convnext_dense.__path__[0], '.mim/configs')
+SIZES = {'mmdet': (1280, 800), 'mmseg': (2048, 512)}  # of a config that is no row of the paper
+
+
+def parse_args():
+    parser = config_parser(__doc__, nargs='?')
+    parser.add_argument('--all', action='store_true', help='every recipe')
+    parser.add_argument('--size', nargs=2, type=int, metavar=('WIDTH', 'HEIGHT'), help="default: the paper's")
+    parser.add_argument('--json', action='store_true', help='for machines: parameters and FLOPs as whole numbers')
+    args = parser.parse_args()
+    if bool(args.config) == args.all:
+        parser.error('give a config or --all')
+    if args.size and min(args.size) < 1:
+        parser.error(f'--size {args.size[0]} {args.size[1]}: give pixels, at least 1')
+    return args
+
+
+def count(path: str, options: dict, size: tuple[int, int] | None) -> dict:
+    config = load_config(path, options)
+    if 'model' not in config:
+        raise UsageError(f'{path} has no model: give the config of a detector or segmentor')
+    row = row_of(config)
+    counted = complexity(config, tuple(size or (row.size if row else SIZES.get(config.default_scope, (1280, 800)))))
+    return {
+        'config': str(path),
+        'size': counted.size,
+        'parameters': counted.parameters,
+        'flops': counted.flops,
+        'paper_parameters_m': row.params if row else None,
+        'paper_gflops': row.gflops if row and row.size == counted.size else None,
+    }
+
+
+def main():
+    args = parse_args()
+    with one_line_errors():
+        paths = [CONFIGS / f'{row.recipe}.py' for row in ROWS] if args.all else [args.config]
+        found = [count(path, args.cfg_options, args.size) for path in paths]
+    if args.all:
+        for entry, row in zip(found, ROWS):
+            entry['config'] = row.recipe
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return
+    header = ('config', 'size', 'parameters', 'paper', 'GFLOPs', 'paper')
+    print(table(header, [_cells(entry) for entry in found]))
+
+
+def _cells(entry: dict) -> tuple[str, ...]:
+    return (
+        entry['config'],
+        '{}x{}'.format(*entry['size']),
+        f'{entry["parameters"]:,}',
+        f'{entry["paper_parameters_m"]}M' if entry['paper_parameters_m'] else '-',
+        f'{entry["flops"] / 1e9:.2f}',
+        f'{entry["paper_gflops"]}G' if entry['paper_gflops'] else '-',
+    )
+
+
+if __name__ == '__main__':
+    main()
