@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Evaluate a checkpoint as the recipe says: COCO's AP, or mIoU at a single scale."""
+"""Evaluate a checkpoint as the recipe says: COCO's AP, or mIoU at a single scale or at many."""
 
 import os
 
@@ -16,6 +16,7 @@ from convnext_dense.commands import (
     set_pictures,
     summary,
 )
+from convnext_dense.segmentation import set_multiscale
 
 
 def parse_args():
@@ -23,6 +24,11 @@ def parse_args():
     parser.add_argument('checkpoint', help='a .pth file')
     parser.add_argument(
         '--out', help='where to keep the predictions: a .pkl file (detection), a folder of PNGs (segmentation)'
+    )
+    parser.add_argument(
+        '--multiscale',
+        action='store_true',
+        help="segmentation: the paper's multi-scale test (table 4), six scales, plain and flipped, whole images",
     )
     parser.add_argument('--show', action='store_true', help='show predictions beside the truth in a window')
     parser.add_argument('--show-dir', help='folder for pictures of predictions beside the truth')
@@ -38,6 +44,8 @@ def main():
         check_data(config, ('test',))
         set_pictures(config, args.show_dir and os.path.abspath(args.show_dir), args.show, args.wait_time)
         set_out(config, args.out)
+        if args.multiscale:
+            set_multiscale(config)
         config.load_from = args.checkpoint
         metrics = build_runner(config, args.checkpoint).test()
         if is_main_process():
