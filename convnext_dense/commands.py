@@ -13,13 +13,14 @@ from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 from torch import nn
 
 from .backbone import ConvNeXt
 from .errors import UsageError
-from .weights.loading import check_same
-from .weights.zoo import is_url, locate
+from .fitting import check_same_accumulation
+from .weights.loading import check_same, read
+from .weights.zoo import URLS, fetch, is_url, locate
 
 RUNS_WITHOUT_AMP = ('cpu', 'mps')  # mmengine's AmpOptimWrapper refuses these
 
@@ -160,23 +161,30 @@ def set_resume(config: Config, resume: str | None) -> str | None:
         UsageError: the checkpoint is not there, or the work dir holds a run and `--resume` was not given.
     """
     work_dir = Path(config.work_dir)
-    latest = work_dir / 'last_checkpoint'
     if resume is None:
-        if _is_first_process() and (latest.exists() or any(work_dir.glob('*.pth'))):
+        if _is_first_process() and ((work_dir / 'last_checkpoint').exists() or any(work_dir.glob('*.pth'))):
             raise UsageError(
                 f'{work_dir} holds a run already: --resume goes on with it, another --work-dir starts anew'
             )
         return None
-    checkpoint = (latest.read_text().strip() if latest.exists() else None) if resume == 'auto' else resume
+    checkpoint = find_latest_checkpoint(str(work_dir)) if resume == 'auto' else resume
     if checkpoint:
-        check_checkpoint(checkpoint)
-    config.resume, config.load_from = True, None if resume == 'auto' else resume
+        checkpoint = local_checkpoint(checkpoint)
+    config.resume, config.load_from = True, checkpoint
     return checkpoint
 
 
-def check_checkpoint(checkpoint: str) -> None:
-    if not is_url(checkpoint) and not os.path.isfile(checkpoint):
-        raise UsageError(f"no checkpoint '{checkpoint}': give the path of a .pth file")
+def check_resume(config: Config, checkpoint: str | None) -> None:
+    """Raise UsageError where `checkpoint` counts its iterations otherwise than the config that is to go on from it."""
+    if checkpoint:
+        check_same_accumulation(config, read(checkpoint).get('meta') or {}, checkpoint)
+
+
+def local_checkpoint(source: str) -> str:
+    """The file of a checkpoint, downloaded where `source` is a URL or a known name; UsageError where there is none."""
+    if not os.path.isfile(source) and not is_url(source) and source not in URLS:
+        raise UsageError(f"no checkpoint '{source}': give the path of a .pth file, a URL or a recipe's released name")
+    return str(fetch(source))
 
 
 def build_runner(config: Config, checkpoint: str | None) -> Runner:
@@ -186,7 +194,7 @@ def build_runner(config: Config, checkpoint: str | None) -> Runner:
         UsageError: `checkpoint`, which the runner is going to load, is not exactly of its model.
     """
     runner = RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
-    if checkpoint and not is_url(checkpoint):
+    if checkpoint:
         check_same(_unwrapped(runner.model), checkpoint)
     return runner
 

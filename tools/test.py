@@ -7,9 +7,9 @@ from mmengine.dist import is_main_process
 
 from convnext_dense.commands import (
     build_runner,
-    check_checkpoint,
     check_data,
     load_run,
+    local_checkpoint,
     one_line_errors,
     run_parser,
     set_out,
@@ -21,7 +21,7 @@ from convnext_dense.segmentation import set_multiscale
 
 def parse_args():
     parser = run_parser(__doc__)
-    parser.add_argument('checkpoint', help='a .pth file')
+    parser.add_argument('checkpoint', help='a .pth file, a URL or the name of a released checkpoint')
     parser.add_argument(
         '--out', help='where to keep the predictions: a .pkl file (detection), a folder of PNGs (segmentation)'
     )
@@ -39,15 +39,15 @@ def parse_args():
 def main():
     args = parse_args()
     with one_line_errors():
-        check_checkpoint(args.checkpoint)
+        checkpoint = local_checkpoint(args.checkpoint)
         config = load_run(args)
         check_data(config, ('test',))
         set_pictures(config, args.show_dir and os.path.abspath(args.show_dir), args.show, args.wait_time)
         set_out(config, args.out)
         if args.multiscale:
             set_multiscale(config)
-        config.load_from = args.checkpoint
-        metrics = build_runner(config, args.checkpoint).test()
+        config.load_from = checkpoint
+        metrics = build_runner(config, checkpoint).test()
         if is_main_process():
             print(summary(metrics))
 

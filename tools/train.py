@@ -1,16 +1,22 @@
 #!/usr/bin/env python
-"""Train a recipe: detection and segmentation alike."""
+"""Train a recipe: detection and segmentation alike, with the recipe's total batch on any number of GPUs."""
+
+import logging
+
+from mmengine.logging import print_log
 
 from convnext_dense.commands import (
     build_runner,
     check_data,
     check_pretrained,
+    check_resume,
     load_run,
     one_line_errors,
     run_parser,
     set_precision,
     set_resume,
 )
+from convnext_dense.fitting import n_processes, set_total_batch
 
 
 def parse_args():
@@ -27,6 +33,9 @@ def parse_args():
         choices=('float16', 'bfloat16', 'float32'),
         help="precision of training (default: the recipe's); float32 is full precision",
     )
+    parser.add_argument(
+        '--as-is', action='store_true', help='do not fit images a GPU, accumulation and iterations to the total batch'
+    )
     return parser.parse_args()
 
 
@@ -38,7 +47,13 @@ def main():
         check_data(config, ('train', 'val'))
         check_pretrained(config.model)
         checkpoint = set_resume(config, args.resume)
-        build_runner(config, checkpoint).train()
+        fitted = set_total_batch(config, n_processes(args.launcher), args.as_is)
+        check_resume(config, checkpoint)
+        runner = build_runner(config, checkpoint)
+        if fitted:
+            line, warn = fitted
+            print_log(line, logger='current', level=logging.WARNING if warn else logging.INFO)
+        runner.train()
 
 
 if __name__ == '__main__':

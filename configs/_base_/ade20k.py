@@ -48,5 +48,7 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
+total_batch = 16  # images an update: tools/train.py keeps it on any number of GPUs
+
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator

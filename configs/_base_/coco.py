@@ -73,6 +73,8 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
+total_batch = 16  # images an update: tools/train.py keeps it on any number of GPUs
+
 val_evaluator = dict(
     type='CocoMetric', ann_file=data_root + 'annotations/instances_val2017.json', metric=['bbox', 'segm']
 )

@@ -19,7 +19,29 @@ NAMES = (
     'convnext_large_22k_224',
     'convnext_xlarge_22k_224',
 )
-URLS = {name: f'{ORIGINAL}/{name}.pth' for name in NAMES}
+# The original's finished detectors and segmentors.
+DETECTORS = (
+    'mask_rcnn_convnext_tiny_1k_3x',
+    'cascade_mask_rcnn_convnext_tiny_1k_3x',
+    'cascade_mask_rcnn_convnext_small_1k_3x',
+    'cascade_mask_rcnn_convnext_base_1k_3x',
+    'cascade_mask_rcnn_convnext_base_22k_3x',
+    'cascade_mask_rcnn_convnext_large_22k_3x',
+    'cascade_mask_rcnn_convnext_xlarge_22k_3x',
+)
+SEGMENTORS = (
+    'upernet_convnext_tiny_1k_512x512',
+    'upernet_convnext_small_1k_512x512',
+    'upernet_convnext_base_1k_512x512',
+    'upernet_convnext_base_22k_640x640',
+    'upernet_convnext_large_22k_640x640',
+    'upernet_convnext_xlarge_22k_640x640',
+)
+URLS = {
+    **{name: f'{ORIGINAL}/{name}.pth' for name in NAMES},
+    **{name: f'{ORIGINAL}/coco/{name}.pth' for name in DETECTORS},
+    **{name: f'{ORIGINAL}/ade20k/{name}.pth' for name in SEGMENTORS},
+}
 
 
 def locate(source: str) -> str:

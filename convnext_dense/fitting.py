@@ -1,0 +1,102 @@
+"""A recipe fitted to the machine: on any number of GPUs the total batch of an update stays the paper's."""
+
+import os
+
+from mmengine.config import Config
+from mmengine.hooks import ParamSchedulerHook
+from mmengine.registry import HOOKS
+
+from .errors import UsageError
+from .paper import accumulation_of
+
+PROCESSES = {'pytorch': 'WORLD_SIZE', 'slurm': 'SLURM_NTASKS', 'mpi': 'OMPI_COMM_WORLD_SIZE'}
+
+
+def n_processes(launcher: str) -> int:
+    """How many processes a launcher started, one a GPU."""
+    return int(os.environ.get(PROCESSES.get(launcher, ''), 1))
+
+
+def fit_batch(processes: int, images: int, wanted: int) -> tuple[int, int]:
+    """Images a process, at most `images`, and how many batches to add up, for a total nearest to `wanted`; of equally
+    near ones the one with the fewest batches."""
+    options = [(n, k) for n in range(1, images + 1) for k in range(1, wanted + 1)]
+    return min(options, key=lambda option: (abs(processes * option[0] * option[1] - wanted), option[1], -option[0]))
+
+
+def set_total_batch(config: Config, processes: int, as_is: bool = False) -> tuple[str, bool] | None:
+    """Fit a config that names its `total_batch` to a number of processes: gradients of several batches are added up
+    where the processes are few, each takes fewer images where they are many, and what counts iterations moves along.
+
+    Returns one line that says what was done and whether it is a warning; None for configs that name no total batch.
+
+    Raises:
+        UsageError: a schedule of the config cannot move along.
+    """
+    wanted, loader, wrapper = config.get('total_batch'), config.train_dataloader, config.optim_wrapper
+    if not wanted:
+        return None
+    if not as_is and 'accumulative_counts' not in wrapper:
+        loader.batch_size, accumulation = fit_batch(processes, loader.batch_size, wanted)
+        if accumulation > 1:
+            _accumulate(config, accumulation)
+    accumulation, at_once = accumulation_of(config), processes * loader.batch_size
+    total = at_once * accumulation
+    parts = [f'{processes} process{"es" if processes > 1 else ""}', f'{loader.batch_size} images a batch']
+    if accumulation > 1:
+        parts.append(f'{accumulation} batches added up for an update')
+    line = f'total batch {total} = {" x ".join(parts)}'
+    if total != wanted:
+        line += f"; the recipe's is {wanted}: expect other figures"
+    elif accumulation > 1 and 'max_iters' in config.train_cfg:
+        line += f', so {config.train_cfg.max_iters} iterations are {config.train_cfg.max_iters // accumulation} updates'
+    if at_once < wanted and "'SyncBN'" in str(config.model):
+        line += f'; batch norm sees {at_once} images at a time, {wanted} in the recipe'
+    return line, total != wanted
+
+
+def check_same_accumulation(config: Config, meta: dict, checkpoint: str) -> None:
+    """Raise UsageError where a run to be resumed, by the `meta` of its checkpoint, added up other numbers of batches:
+    its count of iterations would mean something else here."""
+    before = accumulation_of(Config.fromstring(meta['cfg'], '.py')) if meta.get('cfg') else 1
+    now = accumulation_of(config)
+    if before != now:
+        raise UsageError(
+            f'{checkpoint} comes from a run that added up {before} batches for an update, this one adds up {now}: '
+            f'resume on as many GPUs as before, or with a train_dataloader.batch_size that makes it {before}'
+        )
+
+
+@HOOKS.register_module()
+class UpdateParamSchedulerHook(ParamSchedulerHook):
+    """mmengine's hook where gradients are added up: schedules that count iterations count updates instead."""
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        if runner.optim_wrapper.should_update():
+            super().after_train_iter(runner, batch_idx, data_batch, outputs)
+
+
+def _accumulate(config: Config, n: int) -> None:
+    """Add up `n` batches for an update: a loop that counts iterations runs n times as many, schedules stay as they are
+    and step at every update."""
+    for scheduler in _listed(config.get('param_scheduler')):
+        if scheduler.get('convert_to_iter_based'):
+            raise UsageError(
+                f'{scheduler.type} with convert_to_iter_based cannot be fitted to this number of GPUs: '
+                'give begin and end in iterations, or --as-is'
+            )
+    config.optim_wrapper.accumulative_counts = n
+    config.default_hooks.param_scheduler = dict(type='UpdateParamSchedulerHook')
+    train_cfg, checkpoint = config.train_cfg, config.default_hooks.get('checkpoint', {})
+    if 'max_iters' in train_cfg:
+        for key in ('max_iters', 'val_interval', 'val_begin'):
+            if key in train_cfg:
+                train_cfg[key] *= n
+        if train_cfg.get('dynamic_intervals'):
+            train_cfg.dynamic_intervals = [(start * n, length * n) for start, length in train_cfg.dynamic_intervals]
+    if not checkpoint.get('by_epoch', True) and checkpoint.get('interval', -1) > 0:
+        checkpoint.interval *= n
+
+
+def _listed(value) -> list:
+    return value if isinstance(value, list) else [value] if value else []

@@ -1,0 +1,225 @@
+"""The total batch stays the recipe's on any number of GPUs, and so do weights and lr at every update."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT
+from mmengine.config import Config
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, MODELS
+from mmengine.runner import Runner
+from test_recipes import load
+from test_tools import one_line_error
+
+from convnext_dense import ConvNeXt, UsageError, shapes
+from convnext_dense.fitting import check_same_accumulation, fit_batch, n_processes, set_total_batch
+
+N_IMAGES, TOTAL = 16, 4
+
+
+@pytest.mark.parametrize(
+    'processes, images, expected',
+    [
+        (8, 2, (2, 1)), (1, 2, (2, 8)), (2, 2, (2, 4)), (4, 2, (2, 2)), (16, 2, (1, 1)), (1, 16, (16, 1)),
+        (1, 4, (4, 4)), (1, 12, (8, 2)), (2, 16, (8, 1)),
+        # nothing divides: the nearest
+        (3, 2, (1, 5)), (5, 2, (1, 3)), (6, 2, (1, 3)), (7, 2, (2, 1)), (12, 2, (1, 1)), (32, 2, (1, 1)),
+    ],
+)  # fmt: skip
+def test_images_and_accumulation(processes, images, expected):
+    n, k = expected
+    assert fit_batch(processes, images, 16) == expected
+    nearest = min(abs(processes * i * j - 16) for i in range(1, images + 1) for j in range(1, 17))
+    assert abs(processes * n * k - 16) == nearest
+
+
+def test_eight_gpus_leave_the_recipe_as_it_is():
+    for name in ('cascade/convnext_t', 'upernet/convnext_t'):
+        config, untouched = load(name), load(name)
+        assert set_total_batch(config, 8) == ('total batch 16 = 8 processes x 2 images a batch', False)
+        assert config.to_dict() == untouched.to_dict()
+
+
+def test_every_count_of_iterations_moves():
+    config = load('upernet/convnext_t')
+    config.train_cfg.dynamic_intervals = [(100_000, 8_000)]
+    line, warn = set_total_batch(config, 2)
+    assert config.train_dataloader.batch_size == 2 and config.optim_wrapper.accumulative_counts == 4
+    assert config.train_cfg.max_iters == 640_000 and config.train_cfg.val_interval == 64_000
+    assert config.train_cfg.dynamic_intervals == [(400_000, 32_000)]
+    assert config.default_hooks.checkpoint.interval == 64_000
+    assert config.param_scheduler == load('upernet/convnext_t').param_scheduler  # steps at updates
+    assert not warn and '640000 iterations are 160000 updates' in line and 'batch norm sees 4 images at a time' in line
+
+    config = load('cascade/convnext_t')
+    line, warn = set_total_batch(config, 1)
+    assert config.train_cfg == load('cascade/convnext_t').train_cfg and config.default_hooks.checkpoint.interval == 1
+    assert not warn and 'total batch 16 = 1 process x 2 images a batch x 8 batches' in line and 'batch norm' in line
+    assert 'batch norm' not in set_total_batch(load('mask_rcnn/convnext_t'), 1)[0]
+
+
+def test_what_does_not_divide_is_a_warning_with_both_figures():
+    line, warn = set_total_batch(load('mask_rcnn/convnext_t'), 3)
+    assert warn and 'total batch 15 = 3 processes x 1 images' in line and "recipe's is 16" in line
+
+
+def test_left_alone():
+    config = load('cascade/convnext_t')
+    line, warn = set_total_batch(config, 1, as_is=True)
+    assert warn and 'total batch 2 ' in line and "recipe's is 16" in line
+    assert config.to_dict() == load('cascade/convnext_t').to_dict()
+    config.optim_wrapper.accumulative_counts = 8  # the user's own
+    assert set_total_batch(config, 1) == (
+        'total batch 16 = 1 process x 2 images a batch x 8 batches added up for an update'
+        '; batch norm sees 2 images at a time, 16 in the recipe',
+        False,
+    )
+    assert set_total_batch(load('demo/upernet'), 4) is None
+
+
+def test_a_schedule_that_cannot_move():
+    config = load('cascade/convnext_t')
+    config.param_scheduler[1].convert_to_iter_based = True
+    with pytest.raises(UsageError, match='MultiStepLR with convert_to_iter_based'):
+        set_total_batch(config, 1)
+    set_total_batch(config, 8)
+
+
+@pytest.mark.parametrize(
+    'launcher, name', [('pytorch', 'WORLD_SIZE'), ('slurm', 'SLURM_NTASKS'), ('mpi', 'OMPI_COMM_WORLD_SIZE')]
+)
+def test_number_of_processes(launcher, name, monkeypatch):
+    monkeypatch.setenv(name, '6')
+    assert (n_processes(launcher), n_processes('none')) == (6, 1)
+
+
+@MODELS.register_module()
+class PixelMeanModel(BaseModel):
+    """The backbone under a plain mean over pixels, in float64, without batch statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = ConvNeXt(dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32))).double()
+
+    def forward(self, inputs, mode='tensor'):
+        x = torch.stack(inputs)
+        return dict(loss=sum((m - 0.5).square().mean() for m in self.backbone(x)))
+
+
+@DATASETS.register_module()
+class NumberedImages(torch.utils.data.Dataset):
+    def __len__(self):
+        return N_IMAGES
+
+    def __getitem__(self, i):
+        generator = torch.Generator().manual_seed(i)
+        return dict(inputs=torch.randn(3, 64, 64, generator=generator, dtype=torch.float64))
+
+
+def run_config(counted: str, images: int) -> Config:
+    epochs = counted == 'epochs'
+    decay = (
+        dict(type='MultiStepLR', by_epoch=True, milestones=[1, 2], gamma=0.1)
+        if epochs
+        else dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=8)
+    )
+    return Config(
+        dict(
+            model=dict(type='PixelMeanModel'),
+            model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None),  # on CPUs
+            train_dataloader=dict(
+                batch_size=images,
+                num_workers=0,
+                sampler=dict(type='DefaultSampler' if epochs else 'InfiniteSampler', shuffle=False),
+                dataset=dict(type='NumberedImages'),
+            ),
+            total_batch=TOTAL,
+            optim_wrapper=dict(
+                constructor='LayerDecayOptimWrapperConstructor',
+                optimizer=dict(type='AdamW', lr=1e-2, weight_decay=0.05),
+                paramwise_cfg=dict(decay_type='layer_wise', decay_rate=0.8),
+            ),
+            param_scheduler=[dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=6), decay],
+            train_cfg=dict(by_epoch=True, max_epochs=3) if epochs else dict(by_epoch=False, max_iters=7),
+            default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=epochs, interval=1)),
+            log_level='ERROR',
+            default_scope='mmengine',
+            randomness=dict(seed=0),
+        )
+    )
+
+
+def train(folder: str, counted: str, images: int, processes: int) -> dict:
+    """The weights at the end and the lr of the first group at every update."""
+    config = run_config(counted, images)
+    set_total_batch(config, processes)
+    config.launcher = 'pytorch' if processes > 1 else 'none'
+    config.work_dir = folder
+    runner = Runner.from_cfg(config)
+    lrs = []
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    optimizer = runner.optim_wrapper.optimizer
+    optimizer.register_step_pre_hook(lambda *_: lrs.append(optimizer.param_groups[0]['lr']))
+    runner.train()
+    model = runner.model.module if processes > 1 else runner.model
+    return dict(lrs=lrs, weights=model.state_dict(), files=sorted(f for f in os.listdir(folder) if f.endswith('.pth')))
+
+
+def work(rank: int, folder: str, counted: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank))
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    result = train(f'{folder}/two', counted, 2, 2)
+    torch.save(result, f'{folder}/result{rank}')
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('counted', ['epochs', 'iterations'])
+def test_fitted_runs_end_alike(tmp_path, counted):
+    """Four images on one process, two on each of two, and two on one with gradients added up: the same run."""
+    whole = train(str(tmp_path / 'one'), counted, 4, 1)
+    added = train(str(tmp_path / 'added'), counted, 2, 1)
+    torch.multiprocessing.spawn(work, (str(tmp_path), counted), nprocs=2)
+    spread = torch.load(tmp_path / 'result0')
+    assert len(whole['lrs']) == (12 if counted == 'epochs' else 7) and len(set(whole['lrs'])) > 3
+    for other in (added, spread):
+        assert other['lrs'] == pytest.approx(whole['lrs'], rel=1e-12)
+        for name, tensor in whole['weights'].items():
+            torch.testing.assert_close(other['weights'][name], tensor, rtol=1e-8, atol=1e-9)
+    if counted == 'iterations':
+        assert added['files'] == [f'iter_{2 * i}.pth' for i in sorted(range(1, 8), key=lambda i: str(2 * i))]
+    else:
+        assert added['files'] == ['epoch_1.pth', 'epoch_2.pth', 'epoch_3.pth']
+
+
+def test_resume_under_another_accumulation_is_refused(tmp_path):
+    folder = str(tmp_path / 'run')
+    train(folder, 'iterations', 2, 1)
+    meta = torch.load(tmp_path / 'run/iter_14.pth', weights_only=False)['meta']
+    same, other = run_config('iterations', 2), run_config('iterations', 1)
+    set_total_batch(same, 1)
+    set_total_batch(other, 1)
+    check_same_accumulation(same, meta, 'iter_14.pth')
+    with pytest.raises(UsageError, match=r'iter_14.pth .* added up 2 .* adds up 4'):
+        check_same_accumulation(other, meta, 'iter_14.pth')
+    check_same_accumulation(run_config('iterations', 4), {}, 'a checkpoint of another origin')
+
+
+def test_by_the_tool(run_tool, tmp_path):
+    data = tmp_path / 'shapes'
+    shapes.write(data, train=8, val=2, size=64)
+    quick = [
+        *(f'{s}_dataloader.{k}' for s in ('train', 'val') for k in ('num_workers=0', 'persistent_workers=False')),
+        'train_cfg.max_iters=1', 'train_cfg.val_interval=1', 'default_hooks.checkpoint.interval=1',
+        'train_dataloader.batch_size=2', 'total_batch=4', 'default_hooks.logger.interval=1',
+    ]  # fmt: skip
+    command = ['train.py', ROOT / 'configs/demo/upernet.py', '--work-dir', tmp_path / 'run', '--cfg-options', *quick]
+    process = run_tool(*command, SHAPES_ROOT=str(data))
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert 'total batch 4 = 1 process x 2 images a batch x 2 batches added up' in process.stdout + process.stderr
+    assert (tmp_path / 'run/iter_2.pth').exists()
+    process = run_tool(*command, 'train_dataloader.batch_size=1', '--resume', SHAPES_ROOT=str(data))
+    one_line_error(process, 'iter_2.pth', 'added up 2', 'adds up 4')
+    process = run_tool(*command, 'train_cfg.max_iters=3', '--resume', '--as-is', SHAPES_ROOT=str(data))
+    one_line_error(process, 'iter_2.pth', 'added up 2', 'adds up 1')
