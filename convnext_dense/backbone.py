@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule, PretrainedInit
+from mmengine.model import BaseModule, PretrainedInit, initialize
 from mmengine.registry import MODELS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -109,7 +109,8 @@ class ConvNeXt(BaseModule):
         with_cp: bool = False,
         init_cfg: dict | list | None = None,
     ):
-        super().__init__(_with_our_loader(init_cfg))
+        others, self.pretrained = _pretrained_apart(init_cfg)
+        super().__init__(others)
         self.depths, self.channels = _resolve_arch(arch)
         self.out_indices = _resolve_indices(out_indices, len(self.depths))
         n_stages = max(self.out_indices) + 1
@@ -117,6 +118,12 @@ class ConvNeXt(BaseModule):
             ('in_channels', in_channels, _is_int(in_channels, 1), 'a positive int'),
             ('kernel_size', kernel_size, _is_int(kernel_size, 1) and kernel_size % 2, 'an odd int, such as 7'),
             ('drop_path_rate', drop_path_rate, _is_rate(drop_path_rate), 'a number in [0, 1)'),
+            (
+                'layer_scale_init_value',
+                layer_scale_init_value,
+                _is_number(layer_scale_init_value),
+                'a number, such as 1.0',
+            ),
             ('frozen_stages', frozen_stages, _is_int(frozen_stages, -1, n_stages), f'an int from -1 to {n_stages}'),
         ):
             if not good:
@@ -157,6 +164,13 @@ class ConvNeXt(BaseModule):
                 # mmcv's RoIAlign reads its input as contiguous without a check: any other layout gives it garbage.
                 maps[i] = getattr(self, f'norm{i}')(x).contiguous()
         return tuple(maps[i] for i in self.out_indices)
+
+    def init_weights(self) -> None:
+        """Run the initializers of `init_cfg`, pretrained weights last, once."""
+        first_time = not self.is_init
+        super().init_weights()
+        if first_time and self.pretrained:
+            initialize(self, self.pretrained)
 
     def train(self, mode: bool = True) -> 'ConvNeXt':
         super().train(mode)
@@ -212,13 +226,19 @@ def _layers_of_stages(depths: Sequence[int]) -> list[int]:
     return [math.ceil(depth / 3) if i == 2 else 1 for i, depth in enumerate(depths)]
 
 
-def _with_our_loader(init_cfg: dict | list | None) -> dict | list | None:
-    """mmengine's own 'Pretrained' loads nothing from an original file and only warns: ours takes its place."""
-    if isinstance(init_cfg, Sequence):
-        return [_with_our_loader(cfg) for cfg in init_cfg]
-    if init_cfg and init_cfg.get('type', 'Pretrained') in ('Pretrained', PretrainedInit):
-        return {**init_cfg, 'type': 'PretrainedConvNeXt'}
-    return init_cfg
+def _pretrained_apart(init_cfg: dict | list | None) -> tuple[list, list]:
+    """The other initializers and the pretrained weights, for which mmengine's 'Pretrained', which loads nothing from
+    an original file and only warns, gives way to our loader."""
+    others, pretrained = [], []
+    for cfg in [init_cfg] if isinstance(init_cfg, dict) else init_cfg or []:
+        if not isinstance(cfg, dict):
+            raise UsageError(f"init_cfg={init_cfg!r}: give dict(type='Pretrained', checkpoint=...)")
+        kind = cfg.get('type', 'Pretrained')
+        if kind is PretrainedInit or str(kind).split('.')[-1] == 'Pretrained':
+            pretrained.append({**cfg, 'type': 'PretrainedConvNeXt'})
+        else:
+            others.append(cfg)
+    return others, pretrained
 
 
 def _resolve_arch(arch: str | dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -230,14 +250,14 @@ def _resolve_arch(arch: str | dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
         arch = ARCHS[arch]
     if not isinstance(arch, dict) or set(arch) != {'depths', 'channels'}:
         raise UsageError(f'arch={arch!r}: give a name ({", ".join(ARCHS)}) or dict(depths=..., channels=...)')
-    depths, channels = tuple(arch['depths']), tuple(arch['channels'])
+    depths, channels = (_as_tuple(arch[key]) for key in ('depths', 'channels'))
     if not depths or len(depths) != len(channels) or not all(_is_int(n, 1) for n in depths + channels):
         raise UsageError(f'arch: depths={depths} and channels={channels} must be positive ints, one each a stage')
     return depths, channels
 
 
 def _resolve_indices(out_indices: int | Sequence[int], n_stages: int) -> tuple[int, ...]:
-    indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+    indices = _as_tuple(out_indices)
     if not indices or not all(_is_int(i, -n_stages, n_stages - 1) for i in indices):
         raise UsageError(
             f'out_indices={out_indices!r}: give ints from {-n_stages} to {n_stages - 1}, for {n_stages} stages'
@@ -248,9 +268,17 @@ def _resolve_indices(out_indices: int | Sequence[int], n_stages: int) -> tuple[i
     return indices
 
 
+def _as_tuple(value) -> tuple:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _is_int(value, low: int, high: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def _is_rate(value) -> bool:
-    return isinstance(value, (int, float)) and 0 <= value < 1
+    return _is_number(value) and 0 <= value < 1

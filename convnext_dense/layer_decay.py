@@ -21,8 +21,8 @@ def layer_ids(model: nn.Module, decay_type: str) -> tuple[dict[str, int], int]:
         UsageError: there is none, or several of different depth.
     """
     # The class is asked, not the object: wrappers such as torch.compile's pass unknown attributes on.
-    backbones = {prefix: module for prefix, module in model.named_modules() if hasattr(type(module), 'layer_id')}
-    depths = {backbone.num_layers for backbone in backbones.values()}
+    backbones = [module for module in model.modules() if hasattr(type(module), 'layer_id')]
+    depths = {backbone.num_layers for backbone in backbones}
     if len(depths) != 1:
         found = 'no module' if not depths else f'backbones of different depth (N = {sorted(depths)})'
         raise UsageError(
@@ -30,10 +30,11 @@ def layer_ids(model: nn.Module, decay_type: str) -> tuple[dict[str, int], int]:
             "says how deep its parameters are, such as type='ConvNeXt' of convnext_dense"
         )
     top = depths.pop() + 1
-    ids = {name: top for name, _ in model.named_parameters()}
-    for prefix, backbone in backbones.items():
-        for name, _ in backbone.named_parameters():
-            ids[f'{prefix}.{name}' if prefix else name] = backbone.layer_id(name, decay_type)
+    # By object, not by name: a model may hold a part of its backbone under another name too.
+    known = {
+        id(p): backbone.layer_id(name, decay_type) for backbone in backbones for name, p in backbone.named_parameters()
+    }
+    ids = {name: known.get(id(p), top) for name, p in model.named_parameters()}
     return ids, top
 
 
@@ -92,6 +93,10 @@ class LayerDecayOptimWrapperConstructor:
         optimizer_type = self.optimizer['type']
         if isinstance(optimizer_type, str):
             optimizer_type = OPTIMIZERS.get(optimizer_type)
+        if optimizer_type is None:
+            raise UsageError(
+                f"optim_wrapper.optimizer.type='{self.optimizer['type']}' is not known: give AdamW, SGD, ..."
+            )
         # Not every optimizer calls its first argument `params`.
         first_argument = next(iter(inspect.signature(optimizer_type).parameters))
         optimizer = OPTIMIZERS.build({**self.optimizer, first_argument: groups})

@@ -2,7 +2,7 @@
 
 All our parts are in mmengine's root registries. But to what comes from `_base_ = 'convnext_dense::...'` mmengine gives
 the scope `convnext_dense`, and then looks for mmdet's and mmseg's parts in it as well. So this scope is a window: it
-holds nothing and finds what the scope around it finds.
+shows our parts, whatever else has their names, and otherwise what the scope around it finds.
 """
 
 from mmengine.registry import DefaultScope, Registry, root
@@ -12,6 +12,9 @@ SCOPE = 'convnext_dense'
 
 class Window(Registry):
     def get(self, key: str):
+        ours = self.root.module_dict.get(key)
+        if ours is not None and ours.__module__.split('.')[0] == SCOPE:
+            return ours
         scopes = [scope.scope_name for scope in DefaultScope._instance_dict.values() if scope.scope_name != SCOPE]
         if not scopes:
             return self.root.get(key)

@@ -140,7 +140,7 @@ def test_known_names_are_downloaded_once(tmp_path, monkeypatch, name):
     monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
     for _ in range(2):
         load_backbone(ConvNeXt(ARCH), name)
-    assert asked == [f'https://dl.fbaipublicfiles.com/convnext/{name}.pth']
+    assert asked == [URLS[name]]
 
 
 def test_unreachable_address_says_the_way_out(tmp_path, monkeypatch):

@@ -2,10 +2,10 @@
 
 import pickle
 import re
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ def read(file: str | Path) -> dict:
     try:
         with _allowing_history():
             content = torch.load(file, map_location='cpu', weights_only=True, mmap=_is_zip(file))
-    except (pickle.UnpicklingError, EOFError, RuntimeError, BadZipFile, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file can end the reader in any way
         raise UsageError(
             f'{file} cannot be read safely as a checkpoint ({_reason(error)}): download or save it again'
         ) from error
@@ -46,27 +46,39 @@ def weights_of(checkpoint: dict) -> dict[str, torch.Tensor]:
         if isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
             break
-    return {PREFIX.sub('', name): tensor for name, tensor in checkpoint.items() if isinstance(tensor, torch.Tensor)}
+    return {
+        PREFIX.sub('', str(name)): tensor for name, tensor in checkpoint.items() if isinstance(tensor, torch.Tensor)
+    }
 
 
-def check_same(model: nn.Module, file: str | Path) -> None:
-    """Raise UsageError unless the checkpoint has exactly the names and shapes of `model`."""
+def check_same(model: nn.Module, file: str | Path, parts: tuple[str, ...] = ('',)) -> None:
+    """Raise UsageError unless the checkpoint, as mmengine's runner is going to load it, has exactly the names and
+    shapes of `model`, or of those parts of it whose names start so."""
+    checkpoint = read(file)
+    found = checkpoint.get('state_dict', checkpoint)  # as the runner: no other wrapper, and one prefix
+    theirs = {re.sub(r'^module\.', '', str(name)): tuple(getattr(value, 'shape', ())) for name, value in found.items()}
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    theirs = {name: tuple(tensor.shape) for name, tensor in weights_of(read(file)).items()}
-    problems = _differences(ours, theirs)
+    problems = _differences(*({n: s for n, s in names.items() if n.startswith(parts)} for names in (ours, theirs)))
     if problems:
         raise UsageError(f'{file} does not fit the config: {problems}; give the config that it was trained with')
 
 
 def load_backbone(backbone: nn.Module, source: str | Path) -> str:
-    """Fill a ConvNeXt from a known name, a path or a URL, and return the report, one line.
+    """Fill a ConvNeXt from a known name, a path or a URL, and return the report, one line. Raises as `match`."""
+    weights, report = match(backbone, source)
+    backbone.load_state_dict(weights, strict=False)
+    return report
+
+
+def match(backbone: nn.Module, source: str | Path) -> tuple[dict[str, torch.Tensor], str]:
+    """The weights that a known name, a path or a URL holds for a ConvNeXt, by its names, and the report, one line.
 
     Only the output norms may stay at their initial values, since ImageNet weights have none. What the file holds
     beyond the trunk (its classifier, stages that `out_indices` leaves unbuilt) is ignored.
 
     Raises:
         UsageError: the file cannot be had, read or recognised; a tensor of the trunk is missing, has another shape or
-            is unknown. Nothing is loaded then.
+            is unknown.
     """
     file = fetch(str(source))
     weights = weights_of(read(file))
@@ -89,8 +101,7 @@ def load_backbone(backbone: nn.Module, source: str | Path) -> str:
             f'{file} does not fit ConvNeXt with depths {backbone.depths} and channels '
             f'{backbone.channels}: {problems}; give the arch of the file or the weights of this arch'
         )
-    backbone.load_state_dict(theirs, strict=False)
-    return (
+    return theirs, (
         f'{source} ({source_format.title}): {len(theirs)} of {len(ours)} backbone tensors loaded, {len(left)} left '
         f'at initial value (output norms), {len(weights) - len(theirs)} ignored'
     )
@@ -101,10 +112,10 @@ class PretrainedConvNeXt:
     """mmengine's initializer behind `init_cfg=dict(type='Pretrained', checkpoint=...)` of our backbone."""
 
     def __init__(self, checkpoint: str | None = None, **unknown):
-        if checkpoint is None or unknown:
+        if not isinstance(checkpoint, str) or unknown:
             raise UsageError(
                 f'init_cfg of ConvNeXt takes checkpoint=(a known name, a path or a URL) alone, not '
-                f'{", ".join(unknown) or "nothing"}: prefixes and wrappers are found in the file'
+                f'{", ".join(unknown) or checkpoint!r}: prefixes and wrappers are found in the file'
             )
         self.checkpoint = checkpoint
 
@@ -153,7 +164,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _allowing_history() -> Iterator[None]:
-    """Let torch's safe reading accept the log history in mmengine's checkpoints, and nothing else."""
+    """Let torch's safe reading accept what checkpoints of mmengine and of the original hold beside weights, no more."""
     core = np._core if hasattr(np, '_core') else np.core
     types = [
         HistoryBuffer,
@@ -164,6 +175,7 @@ def _allowing_history() -> Iterator[None]:
         type(np.dtype(np.float64)),
         type(np.dtype(np.int64)),
         _method_of_history,
+        Namespace,  # the arguments that the original's training code saves beside the weights
     ]
     before = torch.serialization.get_safe_globals()
     torch.serialization.add_safe_globals(types)

@@ -1,7 +1,8 @@
 """Known weights by name, and where a name, a path or a URL leads to."""
 
+import hashlib
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import urlparse
 
 import torch
@@ -61,7 +62,10 @@ def fetch(source: str) -> Path:
     place = locate(source)
     if not is_url(place):
         return Path(place)
-    file = Path(torch.hub.get_dir(), 'checkpoints', os.path.basename(urlparse(place).path))
+    name = PurePosixPath(urlparse(place).path)
+    # Other people's files are often called epoch_12.pth: their address goes into the name.
+    mark = '' if source in URLS else f'-{hashlib.sha256(place.encode()).hexdigest()[:8]}'
+    file = Path(torch.hub.get_dir(), 'checkpoints', f'{name.stem}{mark}{name.suffix}')
     if is_main_process():
         _download(place, file)
     barrier()
