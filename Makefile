@@ -9,14 +9,15 @@ TASK ?= mask_rcnn
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready-torch-$(TORCH)
-SHAPES := data/shapes/shapes.json
+export SHAPES_ROOT ?= data/shapes
+SHAPES := $(SHAPES_ROOT)/shapes.json
 RUN := work_dirs/demo/$(TASK)-$(shell date +%Y%m%d-%H%M%S)
 # mmcv compiles its operators against the installed torch, which only a build without isolation sees. Without -g0 the
 # debug information of Python's own flags doubles the time.
 INSTALL := CFLAGS=-g0 CXXFLAGS=-g0 $(BIN)/pip install --constraint $(VENV)/constraints.txt --no-build-isolation
 OPERATORS_WORK := $(BIN)/python -c 'import torch; from mmcv.ops import nms; nms(torch.rand(3, 4), torch.rand(3), 0.5)'
 
-.PHONY: setup demo test test-all lint
+.PHONY: setup demo test lint
 setup: $(READY)
 
 # Of the tools, all go on where they were interrupted; the stamp comes last. Another torch needs another mmcv: start anew.
@@ -37,12 +38,13 @@ $(READY): setup.py
 	@$(OPERATORS_WORK)
 	touch $@
 
-$(SHAPES): | $(READY)
-	$(BIN)/python -m convnext_dense.shapes data/shapes
+$(SHAPES): convnext_dense/shapes.py | $(READY)
+	$(BIN)/python -m convnext_dense.shapes $(SHAPES_ROOT)
+	@touch $@
 
-demo: $(READY) $(SHAPES)
+demo: configs/demo/$(TASK).py $(READY) $(SHAPES)
 	$(BIN)/python tools/train.py configs/demo/$(TASK).py --work-dir $(RUN)
-	$(BIN)/python tools/test.py configs/demo/$(TASK).py "$$(cat $(RUN)/last_checkpoint)" --work-dir $(RUN)/test \
+	$(BIN)/python tools/test.py configs/demo/$(TASK).py "$$(cat $(RUN)/last_checkpoint)" --work-dir $(RUN) \
 	  --show-dir $(RUN)/pictures
 	@echo 'predictions beside the truth: $(RUN)/pictures'
 
