@@ -18,8 +18,8 @@ from torch import nn
 
 from .backbone import ConvNeXt
 from .errors import UsageError
-from .fitting import check_same_accumulation
-from .weights.loading import check_same, read
+from .fitting import check_same_accumulation, n_processes
+from .weights.loading import PretrainedConvNeXt, check_same, match, read
 from .weights.zoo import URLS, fetch, is_url, locate
 
 RUNS_WITHOUT_AMP = ('cpu', 'mps')  # mmengine's AmpOptimWrapper refuses these
@@ -32,8 +32,22 @@ def one_line_errors() -> Iterator[None]:
         yield
     except UsageError as error:
         sys.exit(_say(f'error: {error}', 2))
+    except OSError as error:
+        if not error.filename:
+            raise
+        sys.exit(_say(f'error: {error.filename}: {error.strerror}', 2))
     except KeyboardInterrupt:
-        sys.exit(_say('interrupted: what was saved is kept, --resume goes on from it', 130))
+        sys.exit(_say('interrupted: what was saved is kept', 130))
+
+
+class Options(DictAction):
+    """mmengine's KEY=VALUE options; anything else is a usage error."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        wrong = next((value for value in values if '=' not in value), None)
+        if wrong is not None:
+            parser.error(f"{option_string} '{wrong}': give KEY=VALUE, such as train_cfg.max_epochs=12")
+        super().__call__(parser, namespace, values, option_string)
 
 
 def config_parser(description: str, **config) -> argparse.ArgumentParser:
@@ -43,7 +57,7 @@ def config_parser(description: str, **config) -> argparse.ArgumentParser:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=Options,
         default={},
         metavar='KEY=VALUE',
         help='settings that replace those of the config, such as train_cfg.max_epochs=12',
@@ -60,30 +74,44 @@ def run_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def load_config(path: str, options: dict) -> Config:
+def load_config(path: str, options: dict, needed: tuple[str, ...] = ('model',)) -> Config:
     """A config file with the command line's options filled in.
 
     Raises:
-        UsageError: the config cannot be read, or what it needs is not installed.
+        UsageError: the config cannot be read, lacks one of the `needed` keys, or what it needs is not installed.
     """
     if not os.path.isfile(path):
         raise UsageError(f"no config '{path}': give the path of a .py file, such as configs/cascade/convnext_t.py")
     try:
         config = Config.fromfile(path)
         config.merge_from_dict(options)
-    except (SyntaxError, OSError, KeyError, TypeError, ValueError, ImportError, AssertionError) as error:
-        raise UsageError(f'{path}: {_first_line(error)}') from error
+    except Exception as error:  # a config is a program: it can fail in any way
+        raise UsageError(f'{path}: {type(error).__name__}: {_first_line(error)}') from error
+    for key in needed:
+        if not config.get(key):
+            raise UsageError(f'{path} has no {key}: give a whole recipe, such as configs/cascade/convnext_t.py')
     check_installed(config.get('default_scope', 'mmengine'))
     check_backbones(config.get('model', {}))
     return config
 
 
-def load_run(args: argparse.Namespace) -> Config:
-    """The config of a command line that runs it, with its work dir and launcher; raises as `load_config`."""
+def load_run(args: argparse.Namespace, needed: tuple[str, ...], subfolder: str = '') -> Config:
+    """The config of a command line that runs it, with its launcher and its work dir, or a folder in it.
+
+    Raises:
+        UsageError: as `load_config`; the launcher's variables are not set; the work dir's copy of the config would
+            overwrite the config itself.
+    """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    config = load_config(args.config, args.cfg_options)
+    config = load_config(args.config, args.cfg_options, needed)
+    n_processes(args.launcher)
     config.launcher = args.launcher
-    config.work_dir = args.work_dir or config.get('work_dir') or str(_default_work_dir(args.config))
+    work_dir = args.work_dir or config.get('work_dir') or _default_work_dir(args.config)
+    config.work_dir = os.path.join(work_dir, subfolder).rstrip('/')
+    if os.path.realpath(args.config) == os.path.realpath(os.path.join(config.work_dir, os.path.basename(args.config))):
+        raise UsageError(
+            f'{config.work_dir} holds the config itself, which its copy would overwrite: give a --work-dir'
+        )
     return config
 
 
@@ -114,12 +142,15 @@ def check_backbones(model: dict) -> None:
 
 
 def check_pretrained(model: dict) -> None:
-    """Raise UsageError where the `init_cfg` of a ConvNeXt names a checkpoint that is nowhere."""
+    """Raise UsageError where the weights that a ConvNeXt's `init_cfg` names cannot be had or do not fit it. On the meta
+    device, before data or a model take time; a download is left to the first process."""
     for settings in _backbones_in(model):
-        init_cfg = settings.get('init_cfg') or []
-        for cfg in [init_cfg] if isinstance(init_cfg, dict) else init_cfg:
-            if 'checkpoint' in cfg:
-                locate(cfg['checkpoint'])
+        with torch.device('meta'):
+            backbone = ConvNeXt(**settings)
+        for cfg in backbone.pretrained:
+            source = PretrainedConvNeXt(**{k: v for k, v in cfg.items() if k != 'type'}).checkpoint
+            if _is_first_process() or not is_url(locate(source)):
+                match(backbone, source)
 
 
 def check_data(config: Config, splits: tuple[str, ...]) -> None:
@@ -128,10 +159,10 @@ def check_data(config: Config, splits: tuple[str, ...]) -> None:
     for split in splits:
         for dataset in _dicts_in(config.get(f'{split}_dataloader') or {}):
             for path in _data_paths(dataset):
-                _check_exists(path, split)
+                _check_there(path, split)
         for evaluator in _dicts_in(config.get(f'{split}_evaluator') or {}):
             if evaluator.get('ann_file'):
-                _check_exists(evaluator['ann_file'], split)
+                _check_there(evaluator['ann_file'], split)
 
 
 def set_precision(config: Config, amp_dtype: str | None) -> None:
@@ -161,8 +192,9 @@ def set_resume(config: Config, resume: str | None) -> str | None:
         UsageError: the checkpoint is not there, or the work dir holds a run and `--resume` was not given.
     """
     work_dir = Path(config.work_dir)
+    holds_run = (work_dir / 'last_checkpoint').exists() or any(work_dir.glob('*.pth'))
     if resume is None:
-        if _is_first_process() and ((work_dir / 'last_checkpoint').exists() or any(work_dir.glob('*.pth'))):
+        if holds_run:
             raise UsageError(
                 f'{work_dir} holds a run already: --resume goes on with it, another --work-dir starts anew'
             )
@@ -170,14 +202,25 @@ def set_resume(config: Config, resume: str | None) -> str | None:
     checkpoint = find_latest_checkpoint(str(work_dir)) if resume == 'auto' else resume
     if checkpoint:
         checkpoint = local_checkpoint(checkpoint)
+    elif holds_run:
+        raise UsageError(
+            f'{work_dir} has checkpoints but no last_checkpoint: --resume CHECKPOINT says which to go on from'
+        )
     config.resume, config.load_from = True, checkpoint
     return checkpoint
 
 
 def check_resume(config: Config, checkpoint: str | None) -> None:
-    """Raise UsageError where `checkpoint` counts its iterations otherwise than the config that is to go on from it."""
-    if checkpoint:
-        check_same_accumulation(config, read(checkpoint).get('meta') or {}, checkpoint)
+    """Raise UsageError where `checkpoint` is no state of a training, or counts its iterations otherwise than the config
+    that is to go on from it."""
+    if not checkpoint:
+        return
+    content = read(checkpoint)
+    if not {'meta', 'state_dict', 'optimizer'} <= set(content):
+        raise UsageError(
+            f'{checkpoint} holds weights alone: --cfg-options load_from={checkpoint} starts a run from them'
+        )
+    check_same_accumulation(config, content['meta'], checkpoint)
 
 
 def local_checkpoint(source: str) -> str:
@@ -187,15 +230,22 @@ def local_checkpoint(source: str) -> str:
     return str(fetch(source))
 
 
-def build_runner(config: Config, checkpoint: str | None) -> Runner:
-    """The runner of a config.
+def build_runner(config: Config, checkpoint: str | None = None) -> Runner:
+    """The runner of a config. `checkpoint` is a training or a model that it is going to load; without it that is the
+    config's `load_from`, whose heads may be another model's (other classes) while its backbone may not.
 
     Raises:
-        UsageError: `checkpoint`, which the runner is going to load, is not exactly of its model.
+        UsageError: the file is not of the runner's model.
     """
+    if not checkpoint and config.get('load_from'):
+        config.load_from = local_checkpoint(config.load_from)
     runner = RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+    model = _unwrapped(runner.model)
     if checkpoint:
-        check_same(_unwrapped(runner.model), checkpoint)
+        check_same(model, checkpoint)
+    elif config.get('load_from'):
+        backbones = tuple(f'{name}.' for name, module in model.named_modules() if isinstance(module, ConvNeXt))
+        check_same(model, config.load_from, backbones)
     return runner
 
 
@@ -219,6 +269,8 @@ def set_pictures(config: Config, folder: str | None, show: bool, wait_time: floa
     """
     if not (folder or show):
         return
+    if folder:
+        _check_new(folder, '--show-dir')
     hook = config.get('default_hooks', {}).get('visualization')
     if hook is None:
         raise UsageError(
@@ -235,13 +287,15 @@ def set_out(config: Config, out: str | None) -> None:
     """Have the predictions kept: label maps in a folder (segmentation) or a pickle file (detection)."""
     if out is None:
         return
-    evaluator = config.test_evaluator
+    _check_new(out, '--out')
+    evaluators = config.test_evaluator
+    evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
     if config.get('default_scope') == 'mmseg':
-        evaluator.update(output_dir=out, keep_results=True)
+        evaluators[0].output_dir = out
     elif not out.endswith(('.pkl', '.pickle')):
         raise UsageError(f"--out '{out}': detections are kept in a file whose name ends with .pkl")
     else:
-        config.test_evaluator = [evaluator, dict(type='DumpDetResults', out_file_path=out)]
+        config.test_evaluator = [*evaluators, dict(type='DumpDetResults', out_file_path=out)]
 
 
 def _say(line: str, code: int) -> int:
@@ -249,7 +303,10 @@ def _say(line: str, code: int) -> int:
     return code
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    """The first line of the error that began it all: mmengine wraps a failed import in a long text of its own."""
+    while error.__cause__ or (isinstance(error, ImportError) and isinstance(error.__context__, ImportError)):
+        error = error.__cause__ or error.__context__
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return text.strip().splitlines()[0] if text.strip() else type(error).__name__
 
@@ -290,12 +347,28 @@ def _data_paths(dataset: dict) -> Iterator[str]:
             yield os.path.join(root, path) if path != root else root
 
 
-def _check_exists(path: str, split: str) -> None:
+def _check_there(path: str, split: str) -> None:
     if not os.path.exists(path):
         raise UsageError(
             f"no {split} data at '{os.path.abspath(path)}': put or link them there, or set COCO_ROOT, "
             "ADE20K_ROOT or SHAPES_ROOT to their folder (README, 'Data')"
         )
+    if path.endswith('.json') and not _is_whole_json(path):
+        raise UsageError(f'{path} is not a whole JSON file: download or write it again')
+
+
+def _is_whole_json(path: str) -> bool:
+    """Whether a file begins and ends as JSON, as a broken download does not; COCO's are too large to read twice."""
+    with open(path, 'rb') as file:
+        first = file.read(64).lstrip()[:1]
+        file.seek(max(os.path.getsize(path) - 64, 0))
+        return first + file.read().rstrip()[-1:] in (b'{}', b'[]')
+
+
+def _check_new(path: str, option: str) -> None:
+    """Raise UsageError where a result would overwrite something."""
+    if os.path.isfile(path) or (os.path.isdir(path) and os.listdir(path)):
+        raise UsageError(f"{option} '{path}' exists already: give another place")
 
 
 def _is_first_process() -> bool:

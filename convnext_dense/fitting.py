@@ -9,12 +9,26 @@ from mmengine.registry import HOOKS
 from .errors import UsageError
 from .paper import accumulation_of
 
-PROCESSES = {'pytorch': 'WORLD_SIZE', 'slurm': 'SLURM_NTASKS', 'mpi': 'OMPI_COMM_WORLD_SIZE'}
+# The variable in which each launcher gives the number of processes, and the command that is one.
+PROCESSES = {
+    'pytorch': ('WORLD_SIZE', 'torchrun'),
+    'slurm': ('SLURM_NTASKS', 'srun'),
+    'mpi': ('OMPI_COMM_WORLD_SIZE', 'mpirun'),
+}
 
 
 def n_processes(launcher: str) -> int:
-    """How many processes a launcher started, one a GPU."""
-    return int(os.environ.get(PROCESSES.get(launcher, ''), 1))
+    """How many processes a launcher ('none', 'pytorch', 'slurm' or 'mpi') started, one a GPU.
+
+    Raises:
+        UsageError: it did not start this process.
+    """
+    if launcher == 'none':
+        return 1
+    variable, command = PROCESSES[launcher]
+    if variable not in os.environ:
+        raise UsageError(f'--launcher {launcher}: {variable} is not set; start the tool with {command}')
+    return int(os.environ[variable])
 
 
 def fit_batch(processes: int, images: int, wanted: int) -> tuple[int, int]:

@@ -10,7 +10,6 @@ from pathlib import Path
 import convnext_dense
 from convnext_dense.commands import config_parser, load_config, one_line_errors
 from convnext_dense.complexity import complexity
-from convnext_dense.errors import UsageError
 from convnext_dense.paper import ROWS, row_of
 from convnext_dense.tables import table
 
@@ -33,8 +32,6 @@ def parse_args():
 
 def count(path: str, options: dict, size: tuple[int, int] | None) -> dict:
     config = load_config(path, options)
-    if 'model' not in config:
-        raise UsageError(f'{path} has no model: give the config of a detector or segmentor')
     row = row_of(config)
     counted = complexity(config, tuple(size or (row.size if row else SIZES.get(config.default_scope, (1280, 800)))))
     return {

@@ -40,7 +40,7 @@ def main():
     args = parse_args()
     with one_line_errors():
         checkpoint = local_checkpoint(args.checkpoint)
-        config = load_run(args)
+        config = load_run(args, ('model', 'test_dataloader', 'test_cfg', 'test_evaluator'), 'test')
         check_data(config, ('test',))
         set_pictures(config, args.show_dir and os.path.abspath(args.show_dir), args.show, args.wait_time)
         set_out(config, args.out)

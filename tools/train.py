@@ -42,7 +42,7 @@ def parse_args():
 def main():
     args = parse_args()
     with one_line_errors():
-        config = load_run(args)
+        config = load_run(args, ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'))
         set_precision(config, args.amp_dtype)
         check_data(config, ('train', 'val'))
         check_pretrained(config.model)
