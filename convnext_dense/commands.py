@@ -19,6 +19,7 @@ from torch import nn
 from .backbone import ConvNeXt
 from .errors import UsageError
 from .fitting import check_same_accumulation, n_processes
+from .paper import figures_of
 from .weights.loading import PretrainedConvNeXt, check_same, match, read
 from .weights.zoo import URLS, fetch, is_url, locate
 
@@ -251,13 +252,11 @@ def build_runner(config: Config, checkpoint: str | None = None) -> Runner:
 
 def summary(metrics: dict[str, float]) -> str:
     """An evaluation in a line: box and mask AP (percent, as the paper gives them) or mIoU, else all there is."""
-    found = []
-    for title, key in (('box', 'coco/bbox_mAP'), ('mask', 'coco/segm_mAP')):
-        if key in metrics:
-            ap, ap50, ap75 = (100 * metrics[k] for k in (key, f'{key}_50', f'{key}_75'))
-            found.append(f'{title} AP {ap:.1f}  {title} AP50 {ap50:.1f}  {title} AP75 {ap75:.1f}')
-    if 'mIoU' in metrics:
-        found.append(f'mIoU {metrics["mIoU"]:.2f}  mAcc {metrics["mAcc"]:.2f}  aAcc {metrics["aAcc"]:.2f}')
+    found = [
+        f'{name} {value:.2f}' if name == 'mIoU' else f'{name} {value:.1f}'
+        for name, value in figures_of(metrics).items()
+    ]
+    found += [f'{name} {metrics[name]:.2f}' for name in ('mAcc', 'aAcc') if name in metrics]
     return '  '.join(found or (f'{key} {value}' for key, value in metrics.items()))
 
 

@@ -14,6 +14,17 @@ TOTAL_BATCH = 16
 # The figures of a detection row in the order in which the paper prints them, and of a segmentation row.
 DETECTION = ('box AP', 'box AP50', 'box AP75', 'mask AP', 'mask AP50', 'mask AP75')
 SEGMENTATION = ('mIoU', 'mIoU multi-scale')
+MAIN = ('box AP', 'mask AP', *SEGMENTATION)
+# The names under which mmdet's and mmseg's evaluators give them, and what makes them percent.
+METRICS = {
+    'box AP': ('coco/bbox_mAP', 100),
+    'box AP50': ('coco/bbox_mAP_50', 100),
+    'box AP75': ('coco/bbox_mAP_75', 100),
+    'mask AP': ('coco/segm_mAP', 100),
+    'mask AP50': ('coco/segm_mAP_50', 100),
+    'mask AP75': ('coco/segm_mAP_75', 100),
+    'mIoU': ('mIoU', 1),
+}
 # How far a faithful run may lie from the paper's figure: a retraining, and the released weights.
 RETRAINED = {'box AP': 0.3, 'mask AP': 0.3, 'mIoU': 0.5, 'mIoU multi-scale': 0.5}
 RELEASED = 0.1
@@ -147,6 +158,11 @@ ROWS = (
     _ade20k('upernet/convnext_xl_in22k', 'xlarge', '22k', 640, 0.4, 8e-5, 53.6, 54.0, 391, 3335, 'float32'),
 )
 # fmt: on
+
+
+def figures_of(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What an evaluator found, in percent and by the paper's names."""
+    return {name: factor * metrics[key] for name, (key, factor) in METRICS.items() if key in metrics}
 
 
 def row_of(config: Config) -> Row | None:

@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 
+TEXT = ('recipe', 'config', 'figure', 'weights', 'notes')  # columns that begin at the left; numbers end at the right
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
-    """One line a row in aligned columns; numbers, that is all but the first column, to the right."""
+    """One line a row, in aligned columns."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     aligned = [
-        [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))]
+        [cell.ljust(n) if name in TEXT else cell.rjust(n) for name, cell, n in zip(header, line, widths)]
         for line in lines
     ]
     if not markdown:
         return '\n'.join('  '.join(line).rstrip() for line in aligned)
-    rule = ['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])]
+    rule = ['-' * n if name in TEXT else '-' * (n - 1) + ':' for name, n in zip(header, widths)]
     return '\n'.join(f'| {" | ".join(line)} |' for line in [aligned[0], rule, *aligned[1:]])

@@ -92,5 +92,6 @@ def test_bad_input(run_tool, tmp_path):
 
 
 def test_tables_align():
-    assert table(['a', 'b'], [['x', '10'], ['long', '2']]) == 'a      b\nx     10\nlong   2'
-    assert table(['a', 'b'], [['x', '10']], markdown=True) == '| a |  b |\n| - | -: |\n| x | 10 |'
+    rows = [['x', '10'], ['long', '2']]
+    assert table(['recipe', 'b'], rows) == 'recipe   b\nx       10\nlong     2'
+    assert table(['recipe', 'b'], rows[:1], markdown=True) == '| recipe |  b |\n| ------ | -: |\n| x      | 10 |'

@@ -1,6 +1,7 @@
 """The tools as a user runs them: what comes out, and what bad input gets."""
 
 import re
+import runpy
 import shutil
 import sys
 import time
@@ -18,7 +19,6 @@ from convnext_dense.commands import check_installed, summary
 from convnext_dense.errors import UsageError
 
 CONFIGS = ROOT / 'configs'
-PRETRAINED = 'mine.py'  # a user's config that names weights which are nowhere
 MEAN, STD = np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57.375])
 
 
@@ -52,55 +52,130 @@ def one_line_error(process, *words):
         assert word in line, line
 
 
-BAD = {
-    'no config': (['train.py', 'configs/nothing.py'], ['configs/nothing.py']),
-    'no data': (['train.py', CONFIGS / 'cascade/convnext_t.py', '--amp-dtype', 'float32'], ['data/coco', 'COCO_ROOT']),
+TRAIN, TEST = 'train.py', 'test.py'
+DEMO, DETECTOR = CONFIGS / 'demo/upernet.py', CONFIGS / 'demo/mask_rcnn.py'
+WITH = '--cfg-options'
+BAD = {  # tool and arguments -> words in the one line; files are those that `mine` writes
+    'no config': ([TRAIN, 'configs/nothing.py'], ['configs/nothing.py']),
+    'a part of a config': ([TRAIN, CONFIGS / '_base_/upernet_160k.py'], ['upernet_160k.py', 'train_dataloader']),
+    'a broken config': ([TRAIN, 'broken.py'], ['broken.py', 'NameError', 'undefined']),
+    'a missing module': ([TRAIN, 'import.py'], ['no_such_module']),
+    'no data': ([TRAIN, CONFIGS / 'cascade/convnext_t.py', '--amp-dtype', 'float32'], ['data/coco', 'COCO_ROOT']),
     'no segmentation data': (
-        ['train.py', CONFIGS / 'upernet/convnext_t.py', '--amp-dtype', 'float32'],
+        [TRAIN, CONFIGS / 'upernet/convnext_t.py', '--amp-dtype', 'float32'],
         ['ADEChallengeData2016', 'ADE20K_ROOT'],
     ),
-    'no annotations': (
-        ['train.py', CONFIGS / 'demo/mask_rcnn.py', '--cfg-options', 'train_dataloader.dataset.ann_file=gone.json'],
-        ['gone.json'],
+    'no annotations': ([TRAIN, DETECTOR, WITH, 'train_dataloader.dataset.ann_file=gone.json'], ['gone.json']),
+    'no val annotations': ([TRAIN, DETECTOR, WITH, 'val_dataloader.dataset.ann_file=gone.json'], ['val', 'gone.json']),
+    'no truth to compare with': ([TRAIN, DETECTOR, WITH, 'val_evaluator.ann_file=gone.json'], ['val', 'gone.json']),
+    'no test data': (
+        [TEST, DETECTOR, 'good.pth', WITH, 'test_dataloader.dataset.data_prefix.img=gone/'],
+        ['test', 'gone'],
     ),
-    'no gpu': (['train.py', CONFIGS / 'mask_rcnn/convnext_t.py'], ['--amp-dtype float32']),
-    'unknown arch': (
-        ['train.py', CONFIGS / 'demo/mask_rcnn.py', '--cfg-options', 'model.backbone.arch=tinny'],
-        ['tinny', 'tiny, small'],
+    'half an annotation file': ([TRAIN, DETECTOR, WITH, 'val_evaluator.ann_file=half.json'], ['half.json', 'JSON']),
+    'no gpu': ([TRAIN, CONFIGS / 'mask_rcnn/convnext_t.py'], ['--amp-dtype float32']),
+    'amp without gpu': ([TRAIN, DEMO, '--amp-dtype', 'bfloat16'], ['bfloat16', 'GPU']),
+    'unknown arch': ([TRAIN, DETECTOR, WITH, 'model.backbone.arch=tinny'], ['tinny', 'tiny, small']),
+    'wrong stages': ([TRAIN, DEMO, WITH, 'model.backbone.out_indices=[0,7]'], ['out_indices']),
+    'stages of no kind': ([TRAIN, DEMO, WITH, 'model.backbone.out_indices=1.5'], ['out_indices']),
+    'layer scale of no kind': ([TRAIN, DEMO, WITH, 'model.backbone.layer_scale_init_value=abc'], ['layer_scale']),
+    'unknown argument': ([TRAIN, DEMO, WITH, 'model.backbone.drop_path=0.1'], ['drop_path']),
+    'unknown optimizer': ([TRAIN, DEMO, WITH, 'optim_wrapper.optimizer.type=AdmaW'], ['AdmaW']),
+    'no weights': ([TRAIN, 'mine.py'], ['gone.pth', 'convnext_tiny_1k_224']),
+    'weights of another size': (
+        [TRAIN, 'mine.py', WITH, 'model.backbone.init_cfg.checkpoint=pico.pth'],
+        ['pico.pth', 'does not fit', 'another shape'],
     ),
-    'wrong stages': (
-        ['train.py', CONFIGS / 'demo/upernet.py', '--cfg-options', 'model.backbone.out_indices=[0,7]'],
-        ['out_indices'],
-    ),
-    'unknown argument': (
-        ['train.py', CONFIGS / 'demo/upernet.py', '--cfg-options', 'model.backbone.drop_path=0.1'],
-        ['drop_path'],
-    ),
-    'no weights': (
-        ['train.py', PRETRAINED],
-        ['gone.pth', 'convnext_tiny_1k_224'],
-    ),
-    'nothing to resume': (['train.py', CONFIGS / 'demo/upernet.py', '--resume', 'gone.pth'], ['gone.pth']),
-    'no checkpoint': (['test.py', CONFIGS / 'demo/upernet.py', 'gone.pth'], ['gone.pth']),
+    'weights without a name': ([TRAIN, 'mine.py', WITH, 'model.backbone.init_cfg.checkpoint=None'], ['None']),
+    'weights as a text': ([TRAIN, DEMO, WITH, 'model.backbone.init_cfg=some.pth'], ['some.pth', 'checkpoint=']),
+    'nothing to resume': ([TRAIN, DEMO, '--resume', 'gone.pth'], ['gone.pth']),
+    'weights to resume': ([TRAIN, DEMO, '--resume', 'good.pth'], ['good.pth', 'load_from']),
+    'no last checkpoint': ([TRAIN, DEMO, '--work-dir', '.', '--resume'], ['last_checkpoint', '--resume CHECKPOINT']),
+    'a run is there': ([TRAIN, DEMO, '--work-dir', '.'], ['holds a run', '--resume']),
+    'work dir of the config': ([TRAIN, 'folder/mine.py', '--work-dir', 'folder'], ['folder', '--work-dir']),
+    'work dir a file': ([TRAIN, DEMO, '--work-dir', 'good.pth'], ['good.pth']),
+    'no load_from': ([TRAIN, DEMO, WITH, 'load_from=gone.pth'], ['gone.pth']),
+    'load_from of another size': ([TRAIN, DEMO, WITH, 'load_from=pico_model.pth'], ['pico_model.pth', 'backbone.']),
+    'no launcher': ([TRAIN, DEMO, '--launcher', 'slurm'], ['SLURM_NTASKS', 'srun']),
+    'no torchrun': ([TEST, DEMO, 'good.pth', '--launcher', 'pytorch'], ['WORLD_SIZE', 'torchrun']),
+    'no checkpoint': ([TEST, DEMO, 'gone.pth'], ['gone.pth']),
+    'an unreachable checkpoint': ([TEST, DEMO, 'http://127.0.0.1:9/w.pth'], ['http://127.0.0.1:9/w.pth', 'put it at']),
+    'no checkpoint at all': ([TEST, DEMO, 'half.json'], ['half.json', 'cannot be read safely']),
+    'another wrapper': ([TEST, DEMO, 'wrapped.pth'], ['wrapped.pth', 'does not fit', 'missing']),
+    'two prefixes': ([TEST, DEMO, 'prefixed.pth'], ['prefixed.pth', 'does not fit', 'missing']),
+    'out is there': ([TEST, DEMO, 'good.pth', '--out', 'folder'], ["--out 'folder'"]),
+    'pictures are there': ([TEST, DEMO, 'good.pth', '--show-dir', 'folder'], ["--show-dir '", "folder'"]),
+    'detections in no pickle': ([TEST, DETECTOR, 'good.pth', '--out', 'x.txt'], ['x.txt', '.pkl']),
 }
 
 
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    """What the bad cases speak of: configs, checkpoints, a folder that is taken."""
+    folder = tmp_path_factory.mktemp('files')
+    mine = f"_base_ = '{DEMO}'\nmodel = dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='gone.pth')))"
+    for name, text in {
+        'mine.py': mine,
+        'folder/mine.py': mine,
+        'broken.py': 'model = undefined',
+        'import.py': "custom_imports = dict(imports=['no_such_module'])",
+        'half.json': '{"images": [',
+    }.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    init_default_scope('mmseg')
+    config = Config.fromfile(DEMO)
+    weights = MODELS.build(config.model).state_dict()
+    config.model.backbone.arch = 'pico'
+    config.model.decode_head.in_channels, config.model.auxiliary_head.in_channels = [64, 128, 256, 512], 256
+    pico = MODELS.build(config.model)
+    for name, content in {
+        'good.pth': {'state_dict': weights},
+        'wrapped.pth': {'model': weights},
+        'prefixed.pth': {'state_dict': {f'module._orig_mod.{n}': t for n, t in weights.items()}},
+        'pico.pth': {'model': pico.backbone.state_dict()},
+        'pico_model.pth': {'state_dict': pico.state_dict()},
+    }.items():
+        torch.save(content, folder / name)
+    return folder
+
+
 @pytest.mark.parametrize('case', BAD)
-def test_bad_input_is_one_line_at_once(run_tool, data, tmp_path, case):
+def test_bad_input_is_one_line(data, files, tmp_path, monkeypatch, capsys, case):
+    """In this process, since nothing is to be built or trained: an error that is no UsageError fails here as it is."""
     (tool, *arguments), words = BAD[case]
-    base = f"_base_ = '{CONFIGS / 'demo/upernet.py'}'"
-    (tmp_path / PRETRAINED).write_text(f"{base}\nmodel = dict(backbone=dict(init_cfg=dict(checkpoint='gone.pth')))")
+    for file in files.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('SHAPES_ROOT', data)
+    monkeypatch.setattr(sys, 'argv', [tool, *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith('error: '), line
+    for word in words:
+        assert word in line, line
+    assert not list(tmp_path.glob('work_dirs/**/*.pth'))
+
+
+@pytest.mark.parametrize('case', ['no data', 'unknown arch', 'weights of another size', 'no checkpoint'])
+def test_bad_input_ends_the_process_at_once(run_tool, data, files, tmp_path, case):
+    (tool, *arguments), words = BAD[case]
+    for file in files.iterdir():
+        (tmp_path / file.name).symlink_to(file)
     start = time.monotonic()
     process = run_tool(tool, *arguments, SHAPES_ROOT=data)
     one_line_error(process, *words)
     assert len(process.stderr.strip().splitlines()) == 1, process.stderr
-    assert not list(tmp_path.glob('work_dirs/**/*.pth'))
     assert time.monotonic() - start < 60  # ten seconds on a machine of its own; a bound against building the model
 
 
 def test_argparse_errors_and_help(run_tool):
     assert run_tool('train.py').returncode == 2
     assert run_tool('train.py', 'x.py', '--no-such').returncode == 2
+    process = run_tool('train.py', 'x.py', '--cfg-options', 'foo')
+    assert process.returncode == 2 and "'foo': give KEY=VALUE" in process.stderr.splitlines()[-1]
     process = run_tool('test.py', '--help')
     assert process.returncode == 0 and '--show-dir' in process.stdout
 

@@ -1,0 +1,161 @@
+"""The paper's table beside work dirs: a finished run, one half-way, one that crashed, and tests of released weights."""
+
+import json
+
+import pytest
+from mmengine.config import Config
+from test_recipes import load
+from test_tools import one_line_error
+
+from convnext_dense.fitting import set_total_batch
+from convnext_dense.paper import MAIN, ROWS
+from convnext_dense.runs import find_runs, read_run
+
+
+def start(folder, config: Config, records=(), processes=8, timestamp='20260101_120000', cut='') -> None:
+    """What mmengine leaves in a work dir when it trains: config, log of numbers, text log."""
+    place = folder / timestamp
+    (place / 'vis_data').mkdir(parents=True)
+    config.dump(place / 'vis_data/config.py')
+    lines = [json.dumps(record) for record in records]
+    if records:
+        (place / 'vis_data/scalars.json').write_text('\n'.join(lines) + cut)
+    (place / f'{timestamp}.log').write_text(f'System environment:\n    GPU number: {processes}\n')
+
+
+def test_result(folder, metrics, load_from, multiscale=False, timestamp='20260102_120000') -> None:
+    place = folder / 'test' / timestamp
+    place.mkdir(parents=True)
+    (place / f'{timestamp}.json').write_text(json.dumps(metrics))
+    model = "type='MultiScaleSegmentor'" if multiscale else ''
+    (place / f'{timestamp}.log').write_text(f"Config:\nload_from = '{load_from}'\nmodel = dict({model})\n")
+
+
+test_result.__test__ = False
+
+
+def train(loss=1.0, **where):
+    return dict(loss=loss, lr=1e-4, **where)
+
+
+def coco(box, mask, epoch):
+    return {'coco/bbox_mAP': box, 'coco/bbox_mAP_50': 0.7, 'coco/segm_mAP': mask, 'step': epoch}
+
+
+@pytest.fixture
+def runs(tmp_path):
+    folder = tmp_path / 'work_dirs'
+    records = [r for e in range(1, 37) for r in (train(epoch=e, step=e * 10), coco(0.3 + e / 200, 0.2 + e / 200, e))]
+    records[-3] = coco(0.515, 0.437, 35)
+    records[-1] = coco(0.5062, 0.432, 36)
+    start(folder / 'finished', load('cascade/convnext_t'), records)
+    (folder / 'finished/last_checkpoint').write_text('/elsewhere/epoch_36.pth')
+
+    half = load('upernet/convnext_s')
+    set_total_batch(half, 4)
+    half.optim_wrapper.optimizer.lr = 2e-4
+    start(folder / 'half', half, [train(step=50), dict(mIoU=30.0, step=32_000)], 4)
+    start(folder / 'half', half, [dict(mIoU=44.0, step=128_000), train(step=160_000)], 4, '20260102_120000')
+
+    crashed = [train(epoch=1, step=50), coco(0.1, 0.1, 1), train(float('nan'), epoch=2, step=60)]
+    start(folder / 'crashed', load('mask_rcnn/convnext_t'), crashed, 3, cut='\n{"loss": 1.0, "ep')
+    (folder / 'crashed/last_checkpoint').write_text(str(folder / 'crashed/epoch_1.pth'))
+    (folder / 'crashed/epoch_1.pth').write_bytes(b'PK\x03\x04 half of a checkpoint')
+
+    released = folder / 'released'
+    test_result(released, dict(mIoU=46.02), '/hub/upernet_convnext_tiny_1k_512x512.pth')
+    test_result(released, dict(mIoU=46.9), '/hub/upernet_convnext_tiny_1k_512x512.pth', True, '20260103_120000')
+    load('upernet/convnext_t').dump(released / 'test/convnext_t.py')
+
+    start(folder / 'other', load('demo/upernet'), [dict(mIoU=90.15, step=400)], 1)
+    start(folder / 'at_once', load('cascade/convnext_b'))
+    return folder
+
+
+def test_each_run_is_read_right(runs):
+    finished, half, crashed, released, other, at_once = (
+        read_run(runs / name) for name in ('finished', 'half', 'crashed', 'released', 'other', 'at_once')
+    )
+    assert len(find_runs([runs])) == 6 and {run.folder for run in find_runs([runs])} == set(runs.iterdir())
+
+    assert (
+        finished.row.recipe == 'cascade/convnext_t'
+        and finished.finished
+        and (finished.done, finished.length) == (36, 36)
+    )
+    assert finished.last('box AP') == pytest.approx(50.62) and finished.best('box AP') == pytest.approx(51.5)
+    assert finished.verdict('box AP') == (0.2, 'inside') and finished.verdict('mask AP') == (-0.5, 'below')
+    assert (finished.precision, finished.total_batch, finished.departures()) == ('float16', 16, [])
+    assert finished.problems == ['epoch_36.pth is missing']
+
+    assert half.row.recipe == 'upernet/convnext_s' and not half.finished
+    assert (half.done, half.length, half.total_batch) == (80_000, 160_000, 16)
+    assert half.last('mIoU') == 44.0 and half.verdict('mIoU') == (None, '')
+    assert half.departures() == ['lr'] and half.problems == []
+
+    assert crashed.row.recipe == 'mask_rcnn/convnext_t' and crashed.done == 1 and crashed.total_batch == 6
+    assert crashed.problems == ['loss nan at step 60', 'log cut short at line 4', 'epoch_1.pth is damaged']
+    assert crashed.departures() == ['batch']
+
+    assert released.row.recipe == 'upernet/convnext_t' and not released.trained
+    assert released.verdict('mIoU') == (0.0, 'inside') and released.verdict('mIoU multi-scale') == (0.2, 'above')
+    assert released.last('mIoU') is None
+
+    assert other.row is None and other.finished and other.verdict('mIoU') == (None, '')
+    assert at_once.done == 0 and at_once.problems == ['20260101_120000: no log of any iteration']
+
+
+def test_a_changed_run_gets_no_verdict(runs):
+    config = load('cascade/convnext_t')
+    config.optim_wrapper.type = 'OptimWrapper'
+    start(runs / 'changed', config, [coco(0.504, 0.437, 36)], 1)
+    run = read_run(runs / 'changed')
+    assert run.verdict('box AP') == (0.0, '') and run.departures() == ['precision', 'batch']
+
+
+def test_half_written_files(tmp_path):
+    start(tmp_path / 'a', load('upernet/convnext_t'))
+    (tmp_path / 'a/20260101_120000/vis_data/config.py').write_text('model = dict(')
+    test_result(tmp_path / 'a', {}, 'x.pth')
+    (tmp_path / 'a/test/20260102_120000/20260102_120000.json').write_text('{"mIoU": 4')
+    run = read_run(tmp_path / 'a')
+    assert run.row is None and run.tests == []
+    assert run.problems[0] == '20260102_120000.json cut short' and 'config.py cannot be read' in run.problems[1]
+
+
+def test_the_table(run_tool, runs, tmp_path):
+    process = run_tool('paper_table.py', 'work_dirs', '--picture', 'bars.png')
+    assert process.returncode == 0, process.stderr
+    header, *lines = process.stdout.splitlines()
+    assert header.split()[:4] == ['recipe', 'figure', 'paper', 'last']
+    by_name = {}
+    for line in lines:
+        by_name.setdefault(line.split()[0], []).append(line)
+    assert set(by_name) == {row.recipe for row in ROWS} | {'work_dirs/other'}
+    assert (
+        '50.4  50.6  51.5' in by_name['cascade/convnext_t'][0] and '+0.2    inside' in by_name['cascade/convnext_t'][0]
+    )
+    assert (
+        '80,000/160,000' in by_name['upernet/convnext_s'][0]
+        and 'not as the recipe: lr' in by_name['upernet/convnext_s'][0]
+    )
+    assert 'not finished, last written 20' in by_name['mask_rcnn/convnext_t'][0]
+    assert 'epoch_1.pth is damaged' in by_name['mask_rcnn/convnext_t'][0]
+    assert by_name['work_dirs/other'][0].split()[1:5] == ['mIoU', '90.2', '90.2', '400/400']
+    for row in ROWS:  # those without a run hold the paper's figure and nothing of ours
+        if row.recipe.endswith('in22k'):
+            names = [name for name in MAIN if name in row.figures]
+            assert [line.split() for line in by_name[row.recipe]] == [
+                [row.recipe, *name.split(), str(row.figures[name])] for name in names
+            ]
+    assert (tmp_path / 'bars.png').read_bytes().startswith(b'\x89PNG')
+
+    process = run_tool('paper_table.py', 'work_dirs', '--markdown')
+    assert [line.count('|') for line in process.stdout.splitlines()] == [13] * (len(lines) + 2)
+
+
+def test_without_any_run_and_bad_input(run_tool):
+    process = run_tool('paper_table.py')
+    assert process.returncode == 0 and len(process.stdout.splitlines()) == 1 + 26
+    one_line_error(run_tool('paper_table.py', 'nowhere'), "'nowhere'")
+    one_line_error(run_tool('paper_table.py', '--picture', 'bars.xyz'), 'bars.xyz')
