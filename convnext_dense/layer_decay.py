@@ -1,5 +1,6 @@
 """Layer-wise lr decay: parameter -> layer id -> lr (the paper's appendix A.3)."""
 
+import copy
 import inspect
 from collections import defaultdict
 
@@ -100,7 +101,9 @@ class LayerDecayOptimWrapperConstructor:
         # Not every optimizer calls its first argument `params`.
         first_argument = next(iter(inspect.signature(optimizer_type).parameters))
         optimizer = OPTIMIZERS.build({**self.optimizer, first_argument: groups})
-        return OPTIM_WRAPPERS.build({'type': 'OptimWrapper', **self.wrapper}, default_args=dict(optimizer=optimizer))
+        return OPTIM_WRAPPERS.build(
+            {'type': 'OptimWrapper', **copy.deepcopy(self.wrapper)}, default_args=dict(optimizer=optimizer)
+        )
 
 
 def _table(groups: list[dict], decay_type: str, decay_rate: float) -> str:

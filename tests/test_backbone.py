@@ -7,6 +7,7 @@ from conftest import ROOT, made_weights
 from mmengine.registry import MODELS, Registry
 
 from convnext_dense import ARCHS, ConvNeXt, UsageError
+from convnext_dense.backbone import Block
 
 SMALL = dict(depths=(1, 1, 2, 1), channels=(8, 16, 32, 64))
 
@@ -68,6 +69,21 @@ def test_any_size_from_32_up_floors(height, width):
         assert y.isfinite().all() and y.is_contiguous()
 
 
+def test_known_archs():
+    expected = {
+        'atto': dict(depths=(2, 2, 6, 2), channels=(40, 80, 160, 320)),
+        'femto': dict(depths=(2, 2, 6, 2), channels=(48, 96, 192, 384)),
+        'pico': dict(depths=(2, 2, 6, 2), channels=(64, 128, 256, 512)),
+        'nano': dict(depths=(2, 2, 8, 2), channels=(80, 160, 320, 640)),
+        'tiny': dict(depths=(3, 3, 9, 3), channels=(96, 192, 384, 768)),
+        'small': dict(depths=(3, 3, 27, 3), channels=(96, 192, 384, 768)),
+        'base': dict(depths=(3, 3, 27, 3), channels=(128, 256, 512, 1024)),
+        'large': dict(depths=(3, 3, 27, 3), channels=(192, 384, 768, 1536)),
+        'xlarge': dict(depths=(3, 3, 27, 3), channels=(256, 512, 1024, 2048)),
+    }
+    assert expected == ARCHS
+
+
 @pytest.mark.parametrize('arch', ARCHS)
 def test_known_archs_have_the_papers_sizes(arch):
     classifier = dict(
@@ -97,6 +113,12 @@ def test_chosen_stages_come_out_and_every_parameter_gets_a_gradient(out_indices,
     whole.load_state_dict(model.state_dict(), strict=False)
     for m, i in zip(maps, wanted):
         torch.testing.assert_close(m, whole(image)[i])
+
+
+def test_a_list_of_negative_stages_is_left_as_given():
+    given = [-1, -3]
+    model = small(out_indices=given)
+    assert given == [-1, -3] and [m.shape[1] for m in model(torch.randn(1, 3, 32, 32))] == [64, 16]
 
 
 def test_checkpointing_gives_the_same_gradients():
@@ -141,6 +163,35 @@ def test_drop_path_per_sample_and_linear_in_depth():
     assert last.eval()(x) is x
 
 
+def test_a_block_in_training_drops_its_branch_and_keeps_its_shortcut():
+    torch.manual_seed(0)
+    block, x = filled(Block(8, 3, 0.6, 1.0)), torch.randn(64, 8, 6, 6)
+    branch = block.eval()(x) - x
+    y = block.train()(x)
+    dropped = torch.tensor([torch.equal(*maps) for maps in zip(y, x)])
+    assert 20 < dropped.sum() < 60
+    torch.testing.assert_close(y[~dropped], (x + branch / 0.4)[~dropped], rtol=1e-4, atol=1e-4)
+
+
+def test_the_blocks_of_a_model_in_training_drop_at_their_rates():
+    model, dropped, n = filled(small(drop_path_rate=0.4)).train(), [], 2000
+    for stage in model.stages:
+        for block in stage:
+            block.register_forward_hook(lambda _, x, y: dropped.append((y == x[0]).flatten(1).all(1).sum() / n))
+    with torch.no_grad():
+        model(torch.randn(n, 3, 32, 32))
+    np.testing.assert_allclose(dropped, [0, 0.1, 0.2, 0.3, 0.4], rtol=0, atol=0.04)
+    dropped.clear()
+    model.eval()(torch.randn(n, 3, 32, 32))
+    assert dropped == [0] * 5
+
+
+def test_stages_left_unbuilt_do_not_change_the_drop_rates():
+    for out_indices, expected in [((0, 1), [0, 0.1]), ((2,), [0, 0.1, 0.2, 0.3]), ((3,), [0, 0.1, 0.2, 0.3, 0.4])]:
+        model = small(drop_path_rate=0.4, out_indices=out_indices)
+        np.testing.assert_allclose([block.drop_path.rate for stage in model.stages for block in stage], expected)
+
+
 def test_any_number_of_stages_other_inputs_and_kernels():
     for n in (1, 2, 3, 5):
         model = ConvNeXt(
@@ -162,6 +213,7 @@ def test_initial_values():
         else:
             assert (p == (1 if name.endswith('weight') else 0)).all(), name  # a norm's, or a bias
     assert not any('gamma' in name for name in ConvNeXt('atto', layer_scale_init_value=0).state_dict())
+    assert all((p == 1).all() for name, p in ConvNeXt('atto').named_parameters() if name.endswith('gamma'))
 
 
 @pytest.mark.parametrize('frozen, n_downsample, n_stages', [(-1, 0, 0), (0, 1, 0), (1, 1, 1), (3, 3, 3), (4, 4, 4)])
@@ -176,12 +228,24 @@ def test_frozen_stages(frozen, n_downsample, n_stages):
         assert stage.training == (i >= n_stages)
 
 
+@pytest.mark.parametrize('frozen', [-1, 0, 2, 4])
+def test_eval_and_train_switch_every_part_that_is_not_frozen(frozen):
+    model = small(frozen_stages=frozen, drop_path_rate=0.5)
+    for off in (model.eval, lambda: model.train(False)):
+        assert model.train().training and model.norm3.training and model.stages[3].training == (frozen < 4)
+        assert off() is model and not any(module.training for module in model.modules())
+    image = torch.randn(2, 3, 32, 32)
+    for first, second in zip(model(image), model(image)):
+        assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize(
     'settings, word',
     [
         (dict(arch='tinny'), 'tinny'),
         (dict(arch=dict(depths=(1, 1), channels=(8,))), 'channels'),
         (dict(arch=dict(depths=(1,))), 'channels'),
+        (dict(arch=dict(depths=(1, 1, 1, 1), channels=(8, 8, 8, 8), width=2)), 'width'),
         (dict(arch=dict(depths=(), channels=())), 'depths'),
         (dict(out_indices=(0, 4)), 'out_indices'),
         (dict(out_indices=(-5,)), 'out_indices'),
@@ -192,6 +256,7 @@ def test_frozen_stages(frozen, n_downsample, n_stages):
         (dict(kernel_size=6), 'kernel_size'),
         (dict(drop_path_rate=1.0), 'drop_path_rate'),
         (dict(drop_path_rate='a'), 'drop_path_rate'),
+        (dict(drop_path_rate=-0.1), 'drop_path_rate'),
         (dict(frozen_stages=5), 'frozen_stages'),
         (dict(frozen_stages=2, out_indices=(0,)), 'frozen_stages'),
         (dict(in_channels=0), 'in_channels'),

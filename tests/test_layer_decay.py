@@ -1,10 +1,14 @@
+import copy
+
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from mmengine.logging import MMLogger
-from mmengine.optim import build_optim_wrapper
+from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
 
-from convnext_dense import ConvNeXt, UsageError, layer_ids
+from convnext_dense import ConvNeXt, LayerDecayOptimWrapperConstructor, UsageError, layer_ids
 
 # From the original code's table: (stem, stage 0, stage 1, stage 2 first block, stage 2 last block, stage 3).
 SCALES = {
@@ -50,6 +54,15 @@ def built(model: nn.Module, decay_type='layer_wise', decay_rate=0.7, **optimizer
     return {id(p): group for group in wrapper.optimizer.param_groups for p in group['params']}
 
 
+def config(**wrapper) -> dict:
+    return dict(
+        constructor='LayerDecayOptimWrapperConstructor',
+        optimizer=dict(type='SGD', lr=1.0),
+        paramwise_cfg=dict(decay_type='layer_wise', decay_rate=1.0),
+        **wrapper,
+    )
+
+
 @pytest.mark.parametrize('arch, decay_type, rate', SCALES)
 def test_ids_scales_and_weight_decay_of_every_parameter(arch, decay_type, rate):
     with torch.device('meta'):
@@ -75,6 +88,20 @@ def test_ids_scales_and_weight_decay_of_every_parameter(arch, decay_type, rate):
         assert len(lrs) == 1 and lrs.pop() / 2e-4 == pytest.approx(scale, rel=1e-5), start
 
 
+def test_a_bias_of_any_shape_does_not_decay():
+    model = Segmentor(ConvNeXt('atto'))
+    model.head.bias = nn.Parameter(torch.zeros(3, 4))
+    model.head.table = nn.Parameter(torch.zeros(3, 4))
+    groups = built(model)
+    assert groups[id(model.head.bias)]['weight_decay'] == 0
+    assert groups[id(model.head.table)]['weight_decay'] == 0.05
+
+
+def test_no_weight_decay_where_none_is_given():
+    wrapper = build_optim_wrapper(ConvNeXt('atto'), config())
+    assert {group['weight_decay'] for group in wrapper.optimizer.param_groups} == {0}
+
+
 def test_depthwise_weights_decay_and_output_norms_train_at_full_rate():
     model = Segmentor(ConvNeXt('atto'))
     groups = built(model)
@@ -94,6 +121,13 @@ def wrapped_stages(model):
     return model
 
 
+def wrapped_parts(model):
+    backbone = model.backbone
+    backbone.stages[1], backbone.stages[2] = Wrapper(backbone.stages[1]), Wrapper(backbone.stages[2])
+    backbone.stages, backbone.downsample_layers = Wrapper(backbone.stages), Wrapper(backbone.downsample_layers)
+    return model
+
+
 @pytest.mark.parametrize(
     'wrap',
     [
@@ -101,6 +135,7 @@ def wrapped_stages(model):
         torch.compile,
         lambda m: Wrapper(torch.compile(m)),
         wrapped_stages,
+        wrapped_parts,
         lambda m: Segmentor(torch.compile(m.backbone)),
         lambda m: nn.DataParallel(m),
         lambda m: m.backbone,
@@ -112,6 +147,19 @@ def test_found_wherever_it_sits(wrap):
     again = built(wrap(model))
     assert {key: again[key]['lr'] for key in plain} == plain
     assert len(set(plain.values())) == 7  # ids 0 to 6: N is 5 for two blocks a stage and six in the third
+
+
+def test_what_wrappers_add_to_names_is_passed_over():
+    backbone = ConvNeXt('tiny')
+    for name, expected in [
+        ('downsample_layers.0.1.weight', 0),
+        ('module.downsample_layers.module.2._orig_mod.1.bias', 3),
+        ('stages.1.module.2.gamma', 2),
+        ('_orig_mod.module.stages.module.2._checkpoint_wrapped_module.module.8.norm.weight', 5),
+        ('stages.module.3.0.module.gamma', 6),
+        ('module.norm3.weight', 7),
+    ]:
+        assert backbone.layer_id(name) == expected, name
 
 
 def test_found_behind_distributed_data_parallel(tmp_path):
@@ -159,6 +207,9 @@ def test_raises_where_no_backbone_is():
         (None, 'decay_rate'),
         (dict(decay_rate=0.9), 'decay_type'),
         (dict(decay_rate=0, decay_type='layer_wise'), '0'),
+        (dict(decay_rate=-0.5, decay_type='layer_wise'), '-0.5'),
+        (dict(decay_rate=1.1, decay_type='layer_wise'), '1.1'),
+        (dict(decay_rate='0.9', decay_type='layer_wise'), 'decay_rate'),
         (dict(decay_rate=0.9, decay_type='blockwise'), 'blockwise'),
         (dict(decay_rate=0.9, decay_type='layer_wise', num_layers=12), 'num_layers'),
     ],
@@ -169,6 +220,56 @@ def test_bad_settings(paramwise, word):
     )
     with pytest.raises(UsageError, match=word):
         build_optim_wrapper(ConvNeXt('atto'), cfg)
+
+
+def test_an_lr_is_needed():
+    cfg = config()
+    del cfg['optimizer']['lr']
+    with pytest.raises(UsageError, match='no lr'):
+        build_optim_wrapper(ConvNeXt('atto'), cfg)
+
+
+@OPTIM_WRAPPERS.register_module()
+class OtherOptimWrapper(OptimWrapper):
+    pass
+
+
+def test_the_type_of_the_wrapper_is_kept():
+    for settings, expected in [
+        (dict(type='OtherOptimWrapper'), OtherOptimWrapper),
+        (dict(type=OtherOptimWrapper), OtherOptimWrapper),
+        (dict(type='OptimWrapper'), OptimWrapper),
+        (dict(), OptimWrapper),
+    ]:
+        assert type(build_optim_wrapper(ConvNeXt('atto'), config(**settings))) is expected
+
+
+def test_clipping_and_accumulation_reach_the_wrapper():
+    """Of three updates only the third moves the weights, at lr 1 exactly as far as the clipped gradient is long."""
+    torch.manual_seed(0)
+    model = ConvNeXt(dict(depths=(1,), channels=(8,)), out_indices=0).double()
+    wrapper = build_optim_wrapper(model, config(accumulative_counts=3, clip_grad=dict(max_norm=0.25)))
+    start, moved = [p.detach().clone() for p in model.parameters()], []
+    for _ in range(3):
+        wrapper.update_params(100 * (model(torch.randn(2, 3, 16, 16).double())[0] - 1).square().mean())
+        changes = [p.detach() - before for p, before in zip(model.parameters(), start)]
+        moved.append(sum(change.square().sum().item() for change in changes) ** 0.5)
+    assert moved == [0, 0, pytest.approx(0.25, rel=1e-5)]
+
+
+@pytest.mark.parametrize('kind', [dict, ConfigDict])
+def test_the_callers_settings_are_left_as_given(kind):
+    optim_wrapper = kind(
+        type='OptimWrapper',
+        optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05, betas=(0.8, 0.9)),
+        clip_grad=dict(max_norm=1),
+    )
+    paramwise = kind(decay_rate=0.9, decay_type='stage_wise')
+    before = copy.deepcopy((optim_wrapper, paramwise))
+    constructor = LayerDecayOptimWrapperConstructor(optim_wrapper, paramwise)
+    for _ in range(2):
+        constructor(ConvNeXt('atto'))
+    assert (optim_wrapper, paramwise) == before
 
 
 def test_other_optimizers_and_their_options():
@@ -185,3 +286,26 @@ def test_logs_one_short_table(caplog):
     assert len(lines) == 2 + 7
     counted = sum(int(line.split()[-1].replace(',', '')) for line in lines[2:])
     assert counted == sum(p.numel() for p in Segmentor(ConvNeXt('atto')).parameters())
+
+
+def test_lrs_and_counts_by_hand(caplog):
+    """A block of c channels has 8 c^2 + 58 c parameters, the stem 51 c, a downsampling from a to b 2 a + 4 a b + b."""
+    logger = MMLogger.get_instance('layer_decay_by_hand')
+    logger.addHandler(caplog.handler)
+    model = Segmentor(ConvNeXt(dict(depths=(1, 1, 4, 2), channels=(8, 10, 20, 30))))
+    groups = built(model, decay_rate=0.5)
+    (table,) = (r.getMessage() for r in caplog.records if 'lr decay' in r.getMessage())
+    expected = [
+        (0, 3.125e-6, 51 * 8),
+        (1, 6.25e-6, 8 * 8**2 + 58 * 8),
+        (2, 1.25e-5, 2 * 8 + 4 * 8 * 10 + 10 + 8 * 10**2 + 58 * 10),
+        (3, 2.5e-5, 2 * 10 + 4 * 10 * 20 + 20 + 3 * (8 * 20**2 + 58 * 20)),
+        (4, 5e-5, 8 * 20**2 + 58 * 20),
+        (5, 1e-4, 2 * 20 + 4 * 20 * 30 + 30 + 2 * (8 * 30**2 + 58 * 30)),
+        (6, 2e-4, 2 * (8 + 10 + 20 + 30) + (9 * 8 * 3 + 3) + 2 * 3),  # output norms, the head and its norm
+    ]
+    rows = [line.split() for line in table.splitlines()[2:]]
+    assert [(int(i), float(lr), int(count.replace(',', ''))) for i, lr, count in rows] == expected
+    scales = {group['layer_id']: group['lr_scale'] for group in groups.values()}
+    assert scales == {0: 1 / 64, 1: 1 / 32, 2: 1 / 16, 3: 1 / 8, 4: 1 / 4, 5: 1 / 2, 6: 1}
+    assert all(group['lr'] == pytest.approx(2e-4 * group['lr_scale'], rel=1e-12) for group in groups.values())

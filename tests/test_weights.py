@@ -7,14 +7,37 @@ import torch
 from conftest import made_weights
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer, MMLogger
-from mmengine.model import Sequential
+from mmengine.model import PretrainedInit, Sequential
 from mmengine.registry import MODELS
 from mmengine.runner import save_checkpoint
 
 from convnext_dense import ConvNeXt, UsageError, load_backbone
+from convnext_dense.paper import ROWS
 from convnext_dense.weights import URLS, read, zoo
 
 ARCH = dict(depths=(1, 1, 4, 1), channels=(8, 16, 24, 32))
+# The addresses in the original code's own tables of results.
+ADDRESSES = [
+    'https://dl.fbaipublicfiles.com/convnext/convnext_tiny_1k_224.pth',
+    'https://dl.fbaipublicfiles.com/convnext/convnext_small_1k_224.pth',
+    'https://dl.fbaipublicfiles.com/convnext/convnext_base_1k_224.pth',
+    'https://dl.fbaipublicfiles.com/convnext/convnext_base_22k_224.pth',
+    'https://dl.fbaipublicfiles.com/convnext/convnext_large_22k_224.pth',
+    'https://dl.fbaipublicfiles.com/convnext/convnext_xlarge_22k_224.pth',
+    'https://dl.fbaipublicfiles.com/convnext/coco/mask_rcnn_convnext_tiny_1k_3x.pth',
+    'https://dl.fbaipublicfiles.com/convnext/coco/cascade_mask_rcnn_convnext_tiny_1k_3x.pth',
+    'https://dl.fbaipublicfiles.com/convnext/coco/cascade_mask_rcnn_convnext_small_1k_3x.pth',
+    'https://dl.fbaipublicfiles.com/convnext/coco/cascade_mask_rcnn_convnext_base_1k_3x.pth',
+    'https://dl.fbaipublicfiles.com/convnext/coco/cascade_mask_rcnn_convnext_base_22k_3x.pth',
+    'https://dl.fbaipublicfiles.com/convnext/coco/cascade_mask_rcnn_convnext_large_22k_3x.pth',
+    'https://dl.fbaipublicfiles.com/convnext/coco/cascade_mask_rcnn_convnext_xlarge_22k_3x.pth',
+    'https://dl.fbaipublicfiles.com/convnext/ade20k/upernet_convnext_tiny_1k_512x512.pth',
+    'https://dl.fbaipublicfiles.com/convnext/ade20k/upernet_convnext_small_1k_512x512.pth',
+    'https://dl.fbaipublicfiles.com/convnext/ade20k/upernet_convnext_base_1k_512x512.pth',
+    'https://dl.fbaipublicfiles.com/convnext/ade20k/upernet_convnext_base_22k_640x640.pth',
+    'https://dl.fbaipublicfiles.com/convnext/ade20k/upernet_convnext_large_22k_640x640.pth',
+    'https://dl.fbaipublicfiles.com/convnext/ade20k/upernet_convnext_xlarge_22k_640x640.pth',
+]
 
 
 def original_file(path: Path, arch=ARCH, change=None) -> Path:
@@ -44,6 +67,23 @@ def test_original_file_fills_all_but_the_output_norms(tmp_path):
     assert f'{n - 8} of {n} backbone tensors loaded, 8 left at initial value (output norms), 4 ignored' in report
 
 
+@pytest.mark.parametrize(
+    'settings',
+    [
+        lambda checkpoint: [dict(type='Pretrained', checkpoint=checkpoint)],
+        lambda checkpoint: dict(type=PretrainedInit, checkpoint=checkpoint),
+        lambda checkpoint: [dict(type=PretrainedInit, checkpoint=checkpoint)],
+    ],
+)
+def test_every_way_to_ask_for_pretrained_weights(tmp_path, settings):
+    file = original_file(tmp_path / 'w.pth')
+    model = ConvNeXt(ARCH, init_cfg=settings(str(file)))
+    model.init_weights()
+    saved = torch.load(file)['model']
+    for name, tensor in model.state_dict().items():
+        assert name.startswith('norm') or torch.equal(tensor, saved[name]), name
+
+
 def test_init_weights_of_a_whole_model_says_what_was_loaded(tmp_path, caplog):
     file = original_file(tmp_path / 'w.pth')
     MMLogger.get_instance('weights').addHandler(caplog.handler)
@@ -61,6 +101,8 @@ def test_init_weights_of_a_whole_model_says_what_was_loaded(tmp_path, caplog):
         lambda w: {'state_dict': w},
         lambda w: {'model': {f'module.{n}': t for n, t in w.items()}},
         lambda w: {'state_dict': {f'_orig_mod.{n}': t for n, t in w.items()}},
+        lambda w: {'model': {f'module._orig_mod.{n}': t for n, t in w.items()}},
+        lambda w: {f'_orig_mod.module.module.{n}': t for n, t in w.items()},
         lambda w: {'model': {n: t.half() for n, t in w.items()}},
         lambda w: {
             'meta': {'epoch': 3},
@@ -128,8 +170,32 @@ def test_unbuilt_stages_are_ignored(tmp_path):
     assert '4 left' in load_backbone(model, original_file(tmp_path / 'w.pth'))
 
 
-@pytest.mark.parametrize('name', URLS)
-def test_known_names_are_downloaded_once(tmp_path, monkeypatch, name):
+def test_the_report_counts_all_that_is_ignored(tmp_path):
+    """Nine tensors a block, four a stem or downsampling, two a norm."""
+    file = original_file(tmp_path / 'w.pth')
+    report = load_backbone(ConvNeXt(ARCH, out_indices=(0, 1)), file)
+    built, unbuilt = 2 * 9 + 2 * 4, 5 * 9 + 2 * 4
+    expected = '{} of {} backbone tensors loaded, 4 left at initial value (output norms), {} ignored'
+    assert expected.format(built, built + 4, unbuilt + 4) in report  # the classifier and its norm
+
+    weights = torch.load(file)['model']
+    heads = {f'head.{i}': torch.ones(2) for i in range(5)}
+    norms = {f'backbone.norm3.{name}': torch.ones(32) for name in ('weight', 'bias')}
+    detector = {f'backbone.{name}': t for name, t in weights.items() if not name.startswith(('norm', 'head'))}
+    torch.save({'state_dict': detector | heads | norms}, tmp_path / 'd.pth')
+    report = load_backbone(ConvNeXt(ARCH, out_indices=(0, 1)), tmp_path / 'd.pth')
+    assert expected.format(built, built + 4, unbuilt + 5 + 2) in report
+
+
+def test_known_names():
+    assert {name: zoo.locate(name) for name in URLS} == {Path(address).stem: address for address in ADDRESSES}
+    assert len(URLS) == 6 + 7 + 6
+    assert {row.weights for row in ROWS} | {row.released for row in ROWS} <= set(URLS)
+    assert len({row.released for row in ROWS}) == 13
+
+
+@pytest.mark.parametrize('address', ADDRESSES, ids=lambda address: Path(address).stem)
+def test_known_names_are_downloaded_once(tmp_path, monkeypatch, address):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     served, asked = original_file(tmp_path / 'served.pth'), []
 
@@ -139,8 +205,8 @@ def test_known_names_are_downloaded_once(tmp_path, monkeypatch, name):
 
     monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
     for _ in range(2):
-        load_backbone(ConvNeXt(ARCH), name)
-    assert asked == [URLS[name]]
+        load_backbone(ConvNeXt(ARCH), Path(address).stem)
+    assert asked == [address]
 
 
 def test_unreachable_address_says_the_way_out(tmp_path, monkeypatch):
@@ -162,6 +228,14 @@ def test_no_checkpoint_at_all(tmp_path, content):
     with pytest.raises(UsageError, match='w.pth') as error:
         load_backbone(ConvNeXt(ARCH), tmp_path / 'w.pth')
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('content, kind', [([torch.ones(2)], 'list'), (torch.ones(2), 'Tensor'), (3, 'int')])
+def test_a_file_without_a_dict_is_refused(tmp_path, content, kind):
+    torch.save(content, tmp_path / 'w.pth')
+    for use in (read, lambda file: load_backbone(ConvNeXt(ARCH), file)):
+        with pytest.raises(UsageError, match=f'w.pth holds a {kind}'):
+            use(tmp_path / 'w.pth')
 
 
 def test_missing_file_and_bad_init_cfg(tmp_path):
@@ -188,6 +262,7 @@ class Bomb:
         lambda path: Bomb(open, str(path), 'w'),
         lambda path: Bomb(getattr, Path(path), 'touch'),
         lambda path: Bomb(getattr, HistoryBuffer, '__init__'),
+        lambda path: Bomb(getattr, np.ndarray, 'max'),
     ],
 )
 def test_code_in_a_file_is_never_run(tmp_path, save, bomb):
@@ -195,6 +270,34 @@ def test_code_in_a_file_is_never_run(tmp_path, save, bomb):
     with pytest.raises(UsageError, match='safely'):
         load_backbone(ConvNeXt(ARCH), tmp_path / 'w.pth')
     assert not (tmp_path / 'ran').exists()
+
+
+class Allowed:
+    pass
+
+
+@pytest.fixture
+def one_allowed():
+    """torch's safe reading as a user has set it up who allows one class of their own."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([Allowed])
+    yield
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(before)
+
+
+def test_what_torch_reads_safely_is_the_same_after_a_file_is_read(tmp_path, one_allowed):
+    torch.save({'a': torch.ones(2), 'b': Allowed(), 'c': HistoryBuffer([1.0], [1])}, tmp_path / 'w.pth')
+    assert set(read(tmp_path / 'w.pth')) == {'a', 'b', 'c'}
+    assert set(torch.serialization.get_safe_globals()) == {Allowed}
+
+
+def test_what_torch_reads_safely_is_the_same_after_a_file_is_refused(tmp_path, one_allowed):
+    torch.save({'a': Bomb(open, str(tmp_path / 'ran'), 'w')}, tmp_path / 'w.pth')
+    with pytest.raises(UsageError, match='safely'):
+        read(tmp_path / 'w.pth')
+    assert set(torch.serialization.get_safe_globals()) == {Allowed}
 
 
 def test_mmengines_own_checkpoints_are_read(tmp_path):
