@@ -1,7 +1,8 @@
 """The ConvNeXt backbone for detection and segmentation.
 
-Importing it registers everything with OpenMMLab: the backbone `ConvNeXt`, its initializer `PretrainedConvNeXt` and the
-optimizer-wrapper constructor `LayerDecayOptimWrapperConstructor`.
+Importing it registers everything with OpenMMLab that needs neither mmdet nor mmseg: the backbone `ConvNeXt`, its
+initializer `PretrainedConvNeXt`, the optimizer-wrapper constructor `LayerDecayOptimWrapperConstructor` and the hook
+`UpdateParamSchedulerHook`.
 """
 
 try:
@@ -11,6 +12,7 @@ except ImportError as error:
 
 from .backbone import ARCHS, ConvNeXt
 from .errors import UsageError
+from .fitting import UpdateParamSchedulerHook
 from .layer_decay import LayerDecayOptimWrapperConstructor, layer_ids
 from .weights import PretrainedConvNeXt, load_backbone
 
@@ -20,6 +22,7 @@ __all__ = [
     'ConvNeXt',
     'LayerDecayOptimWrapperConstructor',
     'PretrainedConvNeXt',
+    'UpdateParamSchedulerHook',
     'UsageError',
     'layer_ids',
     'load_backbone',

@@ -260,6 +260,10 @@ def test_eval_and_train_switch_every_part_that_is_not_frozen(frozen):
         (dict(frozen_stages=5), 'frozen_stages'),
         (dict(frozen_stages=2, out_indices=(0,)), 'frozen_stages'),
         (dict(in_channels=0), 'in_channels'),
+        (dict(out_indices=None), 'out_indices'),
+        (dict(arch=dict(depths=3, channels=(8, 16))), 'depths'),
+        (dict(layer_scale_init_value='abc'), 'layer_scale_init_value'),
+        (dict(init_cfg='some.pth'), 'checkpoint='),
     ],
 )
 def test_bad_settings_are_named_in_one_line(settings, word):
@@ -279,3 +283,6 @@ def test_found_from_other_scopes_and_beside_a_namesake():
 
     assert library.get('ConvNeXt') is Namesake and MODELS.get('ConvNeXt') is ConvNeXt
     assert library.get('convnext_dense.ConvNeXt') is ConvNeXt
+    with MODELS.switch_scope_and_registry('some_library') as registry:
+        assert registry.build(dict(type='convnext_dense.ConvNeXt', arch='atto')).depths == (2, 2, 6, 2)
+        assert MODELS.build(dict(type='ConvNeXt', _scope_='convnext_dense', arch='atto')).depths == (2, 2, 6, 2)

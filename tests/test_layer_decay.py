@@ -128,6 +128,15 @@ def wrapped_parts(model):
     return model
 
 
+class Aliased(nn.Module):
+    """A part of the backbone under another name, before the backbone itself."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.first = model.backbone.stages[0]
+        self.model = model
+
+
 @pytest.mark.parametrize(
     'wrap',
     [
@@ -139,6 +148,7 @@ def wrapped_parts(model):
         lambda m: Segmentor(torch.compile(m.backbone)),
         lambda m: nn.DataParallel(m),
         lambda m: m.backbone,
+        Aliased,
     ],
 )
 def test_found_wherever_it_sits(wrap):

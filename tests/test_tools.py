@@ -17,6 +17,7 @@ from mmengine.registry import MODELS, init_default_scope
 from convnext_dense import shapes
 from convnext_dense.commands import check_installed, summary
 from convnext_dense.errors import UsageError
+from convnext_dense.runs import read_run
 
 CONFIGS = ROOT / 'configs'
 MEAN, STD = np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57.375])
@@ -212,8 +213,27 @@ def test_train_test_resume_and_nothing_overwritten(run_tool, data, tmp_path, sho
     height, width = cv2.imread(str(pictures[0])).shape[:2]
     assert width >= 2 * height  # the truth beside the prediction
 
+    run = read_run(work_dir)
+    assert run.done == run.length == 2 and len(run.evaluations) == 2 and run.total_batch == 4
+    assert run.problems == [] and run.row is None and run.precision == 'float32'
+    (tested,) = read_run(tmp_path / 'test').tests
+    assert tested.checkpoint == first.stem and tested.figures and not tested.multiscale
+
     other = run_tool(*test, 'model.backbone.arch=pico', **env)
     one_line_error(other, str(first), 'does not fit', 'backbone')
+
+
+def test_load_from_takes_the_backbone_of_a_model_with_other_classes(run_tool, data, files, tmp_path, short):
+    weights = torch.load(files / 'good.pth')['state_dict']
+    weights = {n: t[:3] if 'conv_seg' in n else t for n, t in weights.items()}
+    torch.save({'state_dict': weights}, tmp_path / 'other_classes.pth')
+    once = ['train_cfg.max_iters=1', 'train_cfg.val_interval=1', 'optim_wrapper.optimizer.lr=1e-12']
+    options = [*short, *once, 'load_from=other_classes.pth']
+    process = run_tool('train.py', DEMO, '--work-dir', 'run', '--cfg-options', *options, SHAPES_ROOT=data)
+    assert process.returncode == 0, process.stderr[-3000:]
+    after = torch.load(tmp_path / 'run/iter_1.pth', weights_only=False)['state_dict']
+    torch.testing.assert_close(after['backbone.stages.2.3.gamma'], weights['backbone.stages.2.3.gamma'])
+    torch.testing.assert_close(after['backbone.stages.1.0.dwconv.weight'], weights['backbone.stages.1.0.dwconv.weight'])
 
 
 def test_detections_are_kept_by_out(run_tool, data, tmp_path, short):

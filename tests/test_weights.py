@@ -73,6 +73,11 @@ def test_original_file_fills_all_but_the_output_norms(tmp_path):
         lambda checkpoint: [dict(type='Pretrained', checkpoint=checkpoint)],
         lambda checkpoint: dict(type=PretrainedInit, checkpoint=checkpoint),
         lambda checkpoint: [dict(type=PretrainedInit, checkpoint=checkpoint)],
+        lambda checkpoint: dict(type='mmengine.Pretrained', checkpoint=checkpoint),
+        lambda checkpoint: [
+            dict(type='Pretrained', checkpoint=checkpoint),
+            dict(type='Constant', val=3.0, layer=['Linear', 'Conv2d', 'LayerNorm']),  # comes before, wherever it stands
+        ],
     ],
 )
 def test_every_way_to_ask_for_pretrained_weights(tmp_path, settings):
@@ -207,6 +212,13 @@ def test_known_names_are_downloaded_once(tmp_path, monkeypatch, address):
     for _ in range(2):
         load_backbone(ConvNeXt(ARCH), Path(address).stem)
     assert asked == [address]
+
+
+def test_two_addresses_with_one_file_name_are_two_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, target: Path(target).write_text(url))
+    for url in ('https://one.org/epoch_12.pth', 'https://two.org/epoch_12.pth?download=1') * 2:
+        assert zoo.fetch(url).read_text() == url and zoo.fetch(url).suffix == '.pth'
 
 
 def test_unreachable_address_says_the_way_out(tmp_path, monkeypatch):
