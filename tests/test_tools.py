@@ -103,6 +103,8 @@ BAD = {  # tool and arguments -> words in the one line; files are those that `mi
     'an unreachable checkpoint': ([TEST, DEMO, 'http://127.0.0.1:9/w.pth'], ['http://127.0.0.1:9/w.pth', 'put it at']),
     'no checkpoint at all': ([TEST, DEMO, 'half.json'], ['half.json', 'cannot be read safely']),
     'another wrapper': ([TEST, DEMO, 'wrapped.pth'], ['wrapped.pth', 'does not fit', 'missing']),
+    'a name too few': ([TEST, DEMO, 'fewer.pth'], ['fewer.pth', '1 missing (decode_head.conv_seg.bias)']),
+    'a name too many': ([TEST, DEMO, 'more.pth'], ['more.pth', '1 unknown (backbone.norm9.weight)']),
     'two prefixes': ([TEST, DEMO, 'prefixed.pth'], ['prefixed.pth', 'does not fit', 'missing']),
     'out is there': ([TEST, DEMO, 'good.pth', '--out', 'folder'], ["--out 'folder'"]),
     'pictures are there': ([TEST, DEMO, 'good.pth', '--show-dir', 'folder'], ["--show-dir '", "folder'"]),
@@ -132,6 +134,8 @@ def files(tmp_path_factory):
     pico = MODELS.build(config.model)
     for name, content in {
         'good.pth': {'state_dict': weights},
+        'fewer.pth': as_of_2022({n: t for n, t in weights.items() if n != 'decode_head.conv_seg.bias'}),
+        'more.pth': as_of_2022({**weights, 'backbone.norm9.weight': torch.ones(1)}),
         'wrapped.pth': {'model': weights},
         'prefixed.pth': {'state_dict': {f'module._orig_mod.{n}': t for n, t in weights.items()}},
         'pico.pth': {'model': pico.backbone.state_dict()},
@@ -250,6 +254,15 @@ def test_detections_are_kept_by_out(run_tool, data, tmp_path, short):
     assert len(pickle.loads((tmp_path / 'x.pkl').read_bytes())) == 4
 
 
+def as_of_2022(weights: dict) -> dict:
+    """A checkpoint as mmdet 2.11 and mmseg 0.11 with apex saved it."""
+    meta = dict(env_info='sys.platform: linux', seed=0, mmseg_version='0.11.0', config='model = dict()', epoch=36)
+    meta.update(iter=160_000, CLASSES=('wall', 'building'), PALETTE=[[120, 120, 120], [180, 120, 120]], hook_msgs={})
+    optimizer = dict(state={}, param_groups=[dict(lr=1e-4, params=[0], lr_scale=0.1, group_name='layer_0_decay')])
+    amp = dict(loss_scaler0=dict(loss_scale=65536.0, unskipped=12))
+    return dict(meta=meta, state_dict=weights, optimizer=optimizer, amp=amp)
+
+
 def slide(model, image: np.ndarray, crop=512, stride=341) -> np.ndarray:
     """The single-scale test written out: windows over the resized image, overlapping logits averaged, argmax at the
     image's own size. `image` is H x W x 3, BGR."""
@@ -291,7 +304,7 @@ def test_upernet_predicts_what_a_plain_slide_loop_predicts(run_tool, tmp_path):
     for name, p in model.named_parameters():  # so that neither norms nor biases settle the class everywhere
         if '.bn.' in name or name.endswith('conv_seg.bias'):
             torch.nn.init.constant_(p, float(name.endswith('bn.weight')))
-    torch.save({'state_dict': model.state_dict()}, tmp_path / 'w.pth')
+    torch.save(as_of_2022(model.state_dict()), tmp_path / 'w.pth')
 
     process = run_tool(
         'test.py',
