@@ -5,6 +5,8 @@ Needs no data, no weights and no GPU. A multiply-add counts as one; README.md sa
 """
 
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import convnext_dense
@@ -48,7 +50,8 @@ def main():
     args = parse_args()
     with one_line_errors():
         paths = [CONFIGS / f'{row.recipe}.py' for row in ROWS] if args.all else [args.config]
-        found = [count(path, args.cfg_options, args.size) for path in paths]
+        with redirect_stdout(sys.stderr):  # libraries print as they are imported
+            found = [count(path, args.cfg_options, args.size) for path in paths]
     if args.all:
         for entry, row in zip(found, ROWS):
             entry['config'] = row.recipe
