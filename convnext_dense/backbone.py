@@ -1,4 +1,7 @@
-"""ConvNeXt: an image in, one normalised feature map a stage out ("A ConvNet for the 2020s", section 2)."""
+"""ConvNeXt: an image in, one normalised feature map a stage out ("A ConvNet for the 2020s", section 2).
+
+With `grn` it is ConvNeXt V2 ("ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders", section 3).
+"""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .errors import UsageError
 
-# Tiny to xlarge: the paper's section 3; atto to nano: the small ones of ConvNeXt V2, table 9.
+# Tiny to xlarge: the paper's section 3; atto to nano and huge: of ConvNeXt V2, table 9.
 ARCHS = {
     'atto': dict(depths=(2, 2, 6, 2), channels=(40, 80, 160, 320)),
     'femto': dict(depths=(2, 2, 6, 2), channels=(48, 96, 192, 384)),
@@ -23,6 +26,7 @@ ARCHS = {
     'base': dict(depths=(3, 3, 27, 3), channels=(128, 256, 512, 1024)),
     'large': dict(depths=(3, 3, 27, 3), channels=(192, 384, 768, 1536)),
     'xlarge': dict(depths=(3, 3, 27, 3), channels=(256, 512, 1024, 2048)),
+    'huge': dict(depths=(3, 3, 27, 3), channels=(352, 704, 1408, 2816)),
 }
 DECAY_TYPES = ('layer_wise', 'stage_wise')
 NORM_EPS = 1e-6
@@ -52,21 +56,38 @@ class DropPath(nn.Module):
         return f'rate={self.rate:.3f}'
 
 
-class Block(nn.Module):
-    """Depthwise convolution, LayerNorm, two Linears with GELU between, layer scale, stochastic depth (figure 4)."""
+class GRN(nn.Module):
+    """Global response normalisation of V2: each channel of an N x H x W x C map by its share of the response."""
 
-    def __init__(self, channels: int, kernel_size: int, drop_path: float, layer_scale: float):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        precise = torch.promote_types(x.dtype, torch.float32)  # squares of a whole map add up beyond fp16
+        response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=precise)
+        share = response / (response.mean(-1, keepdim=True) + NORM_EPS)
+        return self.gamma * (x * share.to(x.dtype)) + self.beta + x
+
+
+class Block(nn.Module):
+    """Depthwise convolution, LayerNorm, two Linears with GELU (V2: and GRN) between, layer scale, stochastic depth
+    (figure 4)."""
+
+    def __init__(self, channels: int, kernel_size: int, drop_path: float, layer_scale: float, grn: bool = False):
         super().__init__()
         self.dwconv = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
         self.norm = nn.LayerNorm(channels, eps=NORM_EPS)
         self.pwconv1 = nn.Linear(channels, 4 * channels)
+        self.grn = GRN(4 * channels) if grn else nn.Identity()
         self.pwconv2 = nn.Linear(4 * channels, channels)
         self.gamma = nn.Parameter(torch.full((channels,), float(layer_scale))) if layer_scale else None
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.dwconv(x).permute(0, 2, 3, 1)
-        y = self.pwconv2(F.gelu(self.pwconv1(self.norm(y))))
+        y = self.pwconv2(self.grn(F.gelu(self.pwconv1(self.norm(y)))))
         if self.gamma is not None:
             y = self.gamma * y
         return x + self.drop_path(y.permute(0, 3, 1, 2))
@@ -85,6 +106,7 @@ class ConvNeXt(BaseModule):
         kernel_size: side of the depthwise kernels, odd.
         drop_path_rate: stochastic depth of the deepest block; it grows linearly from 0 at the first.
         layer_scale_init_value: initial layer scale (1.0 in every dense recipe of the paper); 0 leaves it out.
+        grn: ConvNeXt V2: global response normalisation, and no layer scale.
         out_indices: the stages to emit, an int or a sequence of ints, in the order wanted; negative ones count from
             the last stage.
         frozen_stages: as in mmdet's backbones: -1 freezes nothing, 0 the stem, k the stem and the first k stages.
@@ -104,6 +126,7 @@ class ConvNeXt(BaseModule):
         kernel_size: int = 7,
         drop_path_rate: float = 0.0,
         layer_scale_init_value: float = 1.0,
+        grn: bool = False,
         out_indices: int | Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = -1,
         with_cp: bool = False,
@@ -124,6 +147,7 @@ class ConvNeXt(BaseModule):
                 _is_number(layer_scale_init_value),
                 'a number, such as 1.0',
             ),
+            ('grn', grn, isinstance(grn, bool), 'True or False'),
             ('frozen_stages', frozen_stages, _is_int(frozen_stages, -1, n_stages), f'an int from -1 to {n_stages}'),
         ):
             if not good:
@@ -131,15 +155,14 @@ class ConvNeXt(BaseModule):
         self.frozen_stages, self.with_cp = frozen_stages, with_cp
 
         self.downsample_layers, self.stages = nn.ModuleList(), nn.ModuleList()
+        self.grn, layer_scale = grn, 0 if grn else layer_scale_init_value
         n_blocks = sum(self.depths)
         rates = [drop_path_rate * i / max(n_blocks - 1, 1) for i in range(n_blocks)]
         for i, (depth, c) in enumerate(zip(self.depths[:n_stages], self.channels)):
             self.downsample_layers.append(_stem(in_channels, c) if i == 0 else _downsample(self.channels[i - 1], c))
             first = sum(self.depths[:i])
             self.stages.append(
-                nn.Sequential(
-                    *(Block(c, kernel_size, rate, layer_scale_init_value) for rate in rates[first : first + depth])
-                )
+                nn.Sequential(*(Block(c, kernel_size, rate, layer_scale, grn) for rate in rates[first : first + depth]))
             )
         for i in sorted(self.out_indices):
             self.add_module(f'norm{i}', LayerNorm2d(self.channels[i], eps=NORM_EPS))

@@ -3,6 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, made_weights
 from mmengine.registry import MODELS, Registry
 
@@ -80,21 +81,84 @@ def test_known_archs():
         'base': dict(depths=(3, 3, 27, 3), channels=(128, 256, 512, 1024)),
         'large': dict(depths=(3, 3, 27, 3), channels=(192, 384, 768, 1536)),
         'xlarge': dict(depths=(3, 3, 27, 3), channels=(256, 512, 1024, 2048)),
+        'huge': dict(depths=(3, 3, 27, 3), channels=(352, 704, 1408, 2816)),
     }
     assert expected == ARCHS
 
 
-@pytest.mark.parametrize('arch', ARCHS)
-def test_known_archs_have_the_papers_sizes(arch):
-    classifier = dict(
-        atto=3.7, femto=5.2, pico=9.1, nano=15.6, tiny=28.6, small=50.2, base=88.6, large=197.8, xlarge=350.2
-    )[arch]  # millions of parameters of the ImageNet models, as published
+SIZES = dict(atto=3.7, femto=5.2, pico=9.1, nano=15.6, tiny=28.6, small=50.2, base=88.6, large=197.8, xlarge=350.2)
+V2_SIZES = dict(atto=3.7, femto=5.2, pico=9.1, nano=15.6, tiny=28.6, base=89, large=198, huge=660)
+
+
+@pytest.mark.parametrize(
+    'arch, published, grn', [(*item, False) for item in SIZES.items()] + [(*item, True) for item in V2_SIZES.items()]
+)
+def test_known_archs_have_the_papers_sizes(arch, published, grn):
+    """Millions of parameters of the ImageNet models, as published."""
     with torch.device('meta'):
-        model = ConvNeXt(arch)
+        model = ConvNeXt(arch, grn=grn)
     count = sum(p.numel() for p in model.parameters())
     last = model.channels[-1]
     head_and_norm = last * 1000 + 1000 + 2 * last - 2 * sum(model.channels)  # one norm instead of four
-    assert (count + head_and_norm) / 1e6 == pytest.approx(classifier, abs=0.06)
+    margin = 0.06 if isinstance(published, float) else 0.5
+    assert (count + head_and_norm) / 1e6 == pytest.approx(published, abs=margin)
+
+
+def plain_v2(weights, image):
+    """ConvNeXt V2 by the equations of its paper (section 3.2, algorithm 1), the maps before the output norms."""
+
+    def norm(x, name):  # over the channels of N x H x W x C
+        mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+        return (x - mean) / (var + 1e-6).sqrt() * weights[f'{name}.weight'] + weights[f'{name}.bias']
+
+    def conv(x, name, **settings):
+        x = F.conv2d(x.permute(0, 3, 1, 2), weights[f'{name}.weight'], weights[f'{name}.bias'], **settings)
+        return x.permute(0, 2, 3, 1)
+
+    def linear(x, name):
+        return x @ weights[f'{name}.weight'].T + weights[f'{name}.bias']
+
+    def grn(x, name):
+        size = (x**2).sum((1, 2), keepdim=True).sqrt()
+        return (
+            weights[f'{name}.gamma'] * (x * size / (size.mean(-1, keepdim=True) + 1e-6)) + weights[f'{name}.beta'] + x
+        )
+
+    x, maps = image.permute(0, 2, 3, 1), []
+    for i, depth in enumerate((1, 1, 2, 1)):
+        layer = f'downsample_layers.{i}'
+        x = (
+            norm(conv(x, f'{layer}.0', stride=4), f'{layer}.1')
+            if i == 0
+            else conv(norm(x, f'{layer}.0'), f'{layer}.1', stride=2)
+        )
+        for b in range(depth):
+            block = f'stages.{i}.{b}'
+            y = conv(x, f'{block}.dwconv', padding=3, groups=x.shape[-1])
+            y = F.gelu(linear(norm(y, f'{block}.norm'), f'{block}.pwconv1'))
+            x = x + linear(grn(y, f'{block}.grn'), f'{block}.pwconv2')
+        maps.append(norm(x, f'norm{i}').permute(0, 3, 1, 2))
+    return maps
+
+
+def test_v2_equals_its_papers_equations():
+    model = small(grn=True).double().eval()
+    torch.manual_seed(0)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    assert not any('layer_scale' in n or n.split('.')[-2:] == ['0', 'gamma'] for n in model.state_dict())
+    image = torch.randn(2, 3, 70, 52, dtype=torch.float64)
+    for found, expected in zip(model(image), plain_v2(model.state_dict(), image)):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_v2_starts_as_the_identity_of_its_norm_and_keeps_half_precision():
+    block = Block(8, 3, 0.0, 0, grn=True)
+    assert not block.grn.gamma.any() and not block.grn.beta.any()
+    x = torch.full((1, 40, 40, 32), 100.0, dtype=torch.float16)  # squares add up to far beyond fp16
+    with torch.no_grad():
+        block.grn.gamma.fill_(1)
+        assert block.grn.half()(x).isfinite().all()
 
 
 @pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (0,), (3,), [2], (1, 3), 2, -1, (-4, -1), (3, 0), [0, 1]])

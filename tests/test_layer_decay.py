@@ -319,3 +319,10 @@ def test_lrs_and_counts_by_hand(caplog):
     scales = {group['layer_id']: group['lr_scale'] for group in groups.values()}
     assert scales == {0: 1 / 64, 1: 1 / 32, 2: 1 / 16, 3: 1 / 8, 4: 1 / 4, 5: 1 / 2, 6: 1}
     assert all(group['lr'] == pytest.approx(2e-4 * group['lr_scale'], rel=1e-12) for group in groups.values())
+
+
+def test_grn_of_v2_does_not_decay():
+    model = Segmentor(ConvNeXt('atto', grn=True))
+    groups = built(model)
+    grn = [p for name, p in model.named_parameters() if '.grn.' in name]
+    assert len(grn) == 2 * 12 and all(groups[id(p)]['weight_decay'] == 0 for p in grn)
