@@ -20,7 +20,8 @@ from .backbone import ConvNeXt
 from .errors import UsageError
 from .fitting import check_same_accumulation, n_processes
 from .paper import figures_of
-from .weights.loading import PretrainedConvNeXt, check_same, match, read
+from .weights.loading import PretrainedConvNeXt, check_same, match
+from .weights.reading import read
 from .weights.zoo import URLS, fetch, is_url, locate
 
 RUNS_WITHOUT_AMP = ('cpu', 'mps')  # mmengine's AmpOptimWrapper refuses these

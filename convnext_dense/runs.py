@@ -23,7 +23,7 @@ from .paper import (
     row_of,
     training_length,
 )
-from .weights.loading import read
+from .weights.reading import read
 
 TIMESTAMP = '[0-9]' * 8 + '_' + '[0-9]' * 6  # the folder of one start of a tool
 TESTS = 'test'  # the folder in a run's own where tools/test.py works

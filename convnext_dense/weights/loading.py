@@ -1,54 +1,150 @@
-"""Read a checkpoint safely, recognise it, rename, match and report, or raise."""
+"""The weights of any source for this backbone: recognised, renamed, matched and reported, or refused."""
 
-import pickle
+import difflib
 import re
-from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer, print_log
+from mmengine.logging import print_log
 from mmengine.model import update_init_info
 from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import nn
 
+from ..backbone import ARCHS, ConvNeXt
 from ..errors import UsageError
-from .formats import FORMATS, NORMS, TRUNK
+from .formats import FORMATS, NORMS, STEM, TRUNK, Recognised, recognise, to_ours
+from .reading import read, weights_of
 from .zoo import fetch
 
-WRAPPERS = ('model', 'state_dict')  # the keys under which checkpoints keep their weights
-PREFIX = re.compile(r'^(module\.|_orig_mod\.)+')  # what DistributedDataParallel and torch.compile put before names
+FINAL_NORM = ('drop', 'reuse')
 
 
-def read(file: str | Path) -> dict:
-    """What a checkpoint file holds, without running any code from it; tensors stay on disk until they are used.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file of ConvNeXt weights: `weights` by our names, classifier and final norm included."""
+
+    file: Path
+    source: Recognised
+    weights: dict[str, torch.Tensor]
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of the stages, as far as the file shows them."""
+        names = (f'stages.{i}.0.dwconv.weight' for i in range(len(self.source.depths)))
+        return tuple(self.weights[n].shape[0] if n in self.weights else 0 for n in names)
+
+    @property
+    def grn(self) -> bool:
+        return any('.grn.' in name for name in self.weights)
+
+    @property
+    def arch(self) -> str:
+        """The name of its arch, else its depths and channels."""
+        found = dict(depths=self.source.depths, channels=self.channels)
+        name = next((name for name, arch in ARCHS.items() if arch == found), None)
+        known = name or 'depths {depths}, channels {channels}'.format(**found)
+        return f'ConvNeXt{" V2" if self.grn else ""} {known}'
+
+    @property
+    def title(self) -> str:
+        """The source in words."""
+        title = self.source.format.title
+        if 'norms.3.weight' in self.source.others:
+            title = 'DINOv3 by Meta'
+        left = [name for name in self.source.others if not name.startswith('norms.')]
+        return f'a finished model in the names of {title}, its backbone taken' if left and self.source.prefix else title
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """The ConvNeXt weights that a known name, a path or a URL holds.
 
     Raises:
-        UsageError: it cannot be read so.
+        UsageError: the file cannot be had or read, or holds no ConvNeXt, or several.
     """
+    file = fetch(str(source))
+    tensors = weights_of(read(file))
     try:
-        with _allowing_history():
-            content = torch.load(file, map_location='cpu', weights_only=True, mmap=_is_zip(file))
-    except Exception as error:  # a damaged file can end the reader in any way
+        found = recognise(tensors)
+    except UsageError as error:
+        raise UsageError(f'{file}: {error}') from None
+    if found is None:
         raise UsageError(
-            f'{file} cannot be read safely as a checkpoint ({_reason(error)}): download or save it again'
-        ) from error
-    if not isinstance(content, dict):
-        raise UsageError(f'{file} holds a {type(content).__name__}: a checkpoint is a dict of tensors')
-    return content
+            f'{file}: no ConvNeXt weights by the names in it ({", ".join(list(tensors)[:3]) or "none"}, ...): known '
+            f'are those of {", ".join(f.title for f in FORMATS)}'
+        )
+    return Checkpoint(file, found, {ours: to_ours(ours, tensors[theirs]) for theirs, ours in found.names.items()})
 
 
-def weights_of(checkpoint: dict) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint by name, out of their wrapper and without wrappers' prefixes."""
-    for key in WRAPPERS:
-        if isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-            break
-    return {
-        PREFIX.sub('', str(name)): tensor for name, tensor in checkpoint.items() if isinstance(tensor, torch.Tensor)
-    }
+@dataclass(frozen=True)
+class Match:
+    """What a checkpoint gives a backbone: `weights` to load, our names `initial` that stay as they are (output norms),
+    `ignored` names of the file, and `notes` on what was done to fit it."""
+
+    title: str
+    weights: dict[str, torch.Tensor]
+    total: int
+    initial: list[str]
+    ignored: list[str]
+    notes: list[str]
+
+    def __str__(self) -> str:
+        line = (
+            f'{self.title}: {len(self.weights)} of {self.total} backbone tensors loaded, {len(self.initial)} left at '
+            f'initial value (output norms), {len(self.ignored)} ignored'
+        )
+        return '; '.join([line, *self.notes])
+
+
+def load_backbone(backbone: ConvNeXt, source: str | Path, final_norm: str = 'drop') -> str:
+    """Fill a ConvNeXt from a known name, a path or a URL, and return the report, one line. Raises as `match`."""
+    found = match(backbone, source, final_norm)
+    backbone.load_state_dict(found.weights, strict=False)
+    return str(found)
+
+
+def match(backbone: ConvNeXt, source: str | Path, final_norm: str = 'drop') -> Match:
+    """What a known name, a path or a URL holds for a ConvNeXt.
+
+    Only the output norms may stay at their initial values, since ImageNet weights have none. What the file holds
+    beyond the trunk (its classifier, stages that `out_indices` leaves unbuilt) is ignored. A stem for RGB is fitted to
+    other inputs: summed for one channel, else repeated and rescaled.
+
+    Args:
+        final_norm: what becomes of the norm before the classifier: 'drop', as in the paper, or 'reuse' as the last
+            output norm, for weights whose final norm was trained on features of patches (DINOv3).
+
+    Raises:
+        UsageError: the file cannot be had, read or recognised; a tensor of the trunk is missing, has another shape, is
+            unknown or not finite.
+    """
+    if final_norm not in FINAL_NORM:
+        raise UsageError(f"final_norm='{final_norm}': give {' or '.join(FINAL_NORM)}")
+    checkpoint = open_checkpoint(source)
+    weights, notes = dict(checkpoint.weights), []
+    final = {leaf: weights.pop(f'norm.{leaf}', None) for leaf in ('weight', 'bias')}
+    last = len(backbone.depths) - 1
+    if final_norm == 'reuse' and last in backbone.out_indices and final['weight'] is not None:
+        weights |= {f'norm{last}.{leaf}': tensor for leaf, tensor in final.items()}
+        notes.append(f'the final norm became output norm {last}')
+    ours = backbone.state_dict()
+    theirs = {n: t for n, t in weights.items() if not n.startswith('head.') and not _is_unbuilt(n, backbone)}
+    if STEM in theirs and _is_rgb_for_others(theirs[STEM], ours[STEM]):
+        theirs[STEM] = _fitted_stem(theirs[STEM], ours[STEM].shape[1])
+        notes.append(f'the stem fitted from 3 to {ours[STEM].shape[1]} channels')
+    initial = [name for name in ours if NORMS.fullmatch(name) and name not in theirs]
+    problems = _differences(
+        {n: tuple(t.shape) for n, t in ours.items() if n not in initial},
+        {n: tuple(t.shape) for n, t in theirs.items()} | dict.fromkeys(checkpoint.source.unknown, ()),
+    )
+    if problems:
+        wanted = f'ConvNeXt{" V2" if backbone.grn else ""} with depths {backbone.depths}, channels {backbone.channels}'
+        raise UsageError(
+            f'{checkpoint.file} is {checkpoint.arch} of {checkpoint.title} and does not fit {wanted}: {problems}'
+        )
+    _check_values(checkpoint.file, theirs)
+    ignored = [n for n, o in checkpoint.source.names.items() if o not in theirs] + checkpoint.source.others
+    return Match(f'{source} ({checkpoint.title})', theirs, len(ours), initial, ignored, notes)
 
 
 def check_same(model: nn.Module, file: str | Path, parts: tuple[str, ...] = ('',)) -> None:
@@ -63,73 +159,34 @@ def check_same(model: nn.Module, file: str | Path, parts: tuple[str, ...] = ('',
         raise UsageError(f'{file} does not fit the config: {problems}; give the config that it was trained with')
 
 
-def load_backbone(backbone: nn.Module, source: str | Path) -> str:
-    """Fill a ConvNeXt from a known name, a path or a URL, and return the report, one line. Raises as `match`."""
-    weights, report = match(backbone, source)
-    backbone.load_state_dict(weights, strict=False)
-    return report
-
-
-def match(backbone: nn.Module, source: str | Path) -> tuple[dict[str, torch.Tensor], str]:
-    """The weights that a known name, a path or a URL holds for a ConvNeXt, by its names, and the report, one line.
-
-    Only the output norms may stay at their initial values, since ImageNet weights have none. What the file holds
-    beyond the trunk (its classifier, stages that `out_indices` leaves unbuilt) is ignored.
-
-    Raises:
-        UsageError: the file cannot be had, read or recognised; a tensor of the trunk is missing, has another shape or
-            is unknown.
-    """
-    file = fetch(str(source))
-    weights = weights_of(read(file))
-    source_format = next((f for f in FORMATS if f.recognise(weights.keys())), None)
-    if source_format is None:
-        raise UsageError(
-            f'{file}: no ConvNeXt weights by the names in it ({", ".join(list(weights)[:3]) or "none"}, '
-            f'...): known are {", ".join(f.title for f in FORMATS)}'
-        )
-    renamed = {source_format.rename(name): tensor for name, tensor in weights.items()}
-    renamed.pop(None, None)
-    ours = backbone.state_dict()
-    theirs = {name: tensor for name, tensor in renamed.items() if not _is_unbuilt(name, backbone)}
-    left = {name for name in ours if NORMS.fullmatch(name) and name not in theirs}
-    problems = _differences(
-        {n: tuple(t.shape) for n, t in ours.items() if n not in left}, {n: tuple(t.shape) for n, t in theirs.items()}
-    )
-    if problems:
-        raise UsageError(
-            f'{file} does not fit ConvNeXt with depths {backbone.depths} and channels '
-            f'{backbone.channels}: {problems}; give the arch of the file or the weights of this arch'
-        )
-    return theirs, (
-        f'{source} ({source_format.title}): {len(theirs)} of {len(ours)} backbone tensors loaded, {len(left)} left '
-        f'at initial value (output norms), {len(weights) - len(theirs)} ignored'
-    )
-
-
 @WEIGHT_INITIALIZERS.register_module()
 class PretrainedConvNeXt:
-    """mmengine's initializer behind `init_cfg=dict(type='Pretrained', checkpoint=...)` of our backbone."""
+    """mmengine's initializer behind `init_cfg=dict(type='Pretrained', checkpoint=...)` of our backbone, with
+    `final_norm` as in `match`."""
 
-    def __init__(self, checkpoint: str | None = None, **unknown):
+    def __init__(self, checkpoint: str | None = None, final_norm: str = 'drop', **unknown):
         if not isinstance(checkpoint, str) or unknown:
             raise UsageError(
-                f'init_cfg of ConvNeXt takes checkpoint=(a known name, a path or a URL) alone, not '
+                f'init_cfg of ConvNeXt takes checkpoint=(a known name, a path or a URL) and final_norm, not '
                 f'{", ".join(unknown) or checkpoint!r}: prefixes and wrappers are found in the file'
             )
-        self.checkpoint = checkpoint
+        self.checkpoint, self.final_norm = checkpoint, final_norm
 
     def __call__(self, module: nn.Module) -> None:
-        print_log(load_backbone(module, self.checkpoint), logger='current')
+        print_log(load_backbone(module, self.checkpoint, self.final_norm), logger='current')
         if hasattr(module, '_params_init_info'):
             update_init_info(module, init_info=f'loaded from {self.checkpoint}')
 
 
 def _differences(ours: dict[str, tuple], theirs: dict[str, tuple], most: int = 3) -> str:
-    """What keeps two sets of names and shapes from being equal, shortly; empty where nothing does."""
+    """What keeps two sets of names and shapes from being equal, shortly, with the nearest name of one that is missing;
+    empty where nothing does."""
     reshaped = [f'{n} is {theirs[n]}, not {ours[n]}' for n in ours if n in theirs and ours[n] != theirs[n]]
     missing = [n for n in ours if n not in theirs]
     unknown = [n for n in theirs if n not in ours]
+    if len(missing) <= most:
+        near = {n: difflib.get_close_matches(n, unknown, 1, 0.8) for n in missing}
+        missing = [f'{n}, perhaps called {near[n][0]}' if near[n] else n for n in missing]
     parts = [
         (f'{len(names)} of another shape', names) if kind == 'shape' else (f'{len(names)} {kind}', names)
         for kind, names in (('missing', missing), ('unknown', unknown), ('shape', reshaped))
@@ -140,7 +197,7 @@ def _differences(ours: dict[str, tuple], theirs: dict[str, tuple], most: int = 3
     )
 
 
-def _is_unbuilt(name: str, backbone: nn.Module) -> bool:
+def _is_unbuilt(name: str, backbone: ConvNeXt) -> bool:
     """Whether a tensor belongs to a stage or an output norm of the arch that `out_indices` leaves out."""
     built, depth = len(backbone.stages), len(backbone.depths)
     trunk = TRUNK.match(name)
@@ -149,49 +206,24 @@ def _is_unbuilt(name: str, backbone: nn.Module) -> bool:
     return bool(NORMS.fullmatch(name)) and int(name.split('.')[0][4:]) not in backbone.out_indices
 
 
-def _is_zip(file: str | Path) -> bool:
-    """Only files in torch's zip format, the default since 1.6, can be mapped."""
-    with open(file, 'rb') as f:
-        return f.read(4) == b'PK\x03\x04'
+def _is_rgb_for_others(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
+    return theirs.ndim == 4 and theirs.shape[1] == 3 != ours.shape[1] and theirs.shape[0] == ours.shape[0]
 
 
-def _reason(error: Exception) -> str:
-    """The line of an error that says what is wrong: torch's advice around it would have the file's code run."""
-    refused = re.search(r'Unsupported (global|class|operand)[^\n]*?(?= was not|\n|$)', str(error))
-    lines = [refused[0]] if refused else str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _fitted_stem(stem: torch.Tensor, in_channels: int) -> torch.Tensor:
+    """A stem for RGB, C x 3 x k x k, for other inputs, with a response of about the same size."""
+    if in_channels == 1:
+        return stem.sum(1, keepdim=True)
+    repeated = stem.repeat(1, -(-in_channels // 3), 1, 1)[:, :in_channels]
+    return repeated * (3 / in_channels)
 
 
-@contextmanager
-def _allowing_history() -> Iterator[None]:
-    """Let torch's safe reading accept what checkpoints of mmengine and of the original hold beside weights, no more."""
-    core = np._core if hasattr(np, '_core') else np.core
-    types = [
-        HistoryBuffer,
-        core.multiarray._reconstruct,
-        core.multiarray.scalar,
-        np.ndarray,
-        np.dtype,
-        type(np.dtype(np.float64)),
-        type(np.dtype(np.int64)),
-        _method_of_history,
-        Namespace,  # the arguments that the original's training code saves beside the weights
-    ]
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.add_safe_globals(types)
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
-
-
-def _method_of_history(owner: type, name: str):
-    """Stands in for `getattr`, by which a pickled HistoryBuffer names its methods."""
-    if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
-        return getattr(owner, name)
-    raise pickle.UnpicklingError(f'Unsupported global: attribute {name}')
-
-
-_method_of_history.__module__ = 'builtins'
-_method_of_history.__name__ = _method_of_history.__qualname__ = 'getattr'
+def _check_values(file: Path, weights: dict[str, torch.Tensor]) -> None:
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise UsageError(
+                f'{file}: {name} is of {tensor.dtype}, not of floating point: quantised weights do not load'
+            )
+        # A sum is finite only where all is; it needs no copy.
+        if not tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).isfinite():
+            raise UsageError(f'{file}: {name} holds NaN or Inf: the training that wrote it had failed')

@@ -1,0 +1,148 @@
+"""Checkpoint files -> what they hold, without running any code from them."""
+
+import json
+import pickle
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+
+from ..errors import UsageError
+
+WRAPPERS = ('state_dict', 'model', 'model_ema', 'state_dict_ema')  # where checkpoints keep weights, the first one wins
+PREFIX = re.compile(r'^(module\.|_orig_mod\.)+')  # what DistributedDataParallel and torch.compile put before names
+INDEX = '.index.json'  # ends the name of the file that says in which shard a tensor is
+# What files that are no checkpoints begin with.
+STRANGERS = {
+    b'\x1f\x8b': 'a gzip archive: unpack it first',
+    b'7z\xbc\xaf': 'a 7z archive: unpack it first',
+    b'\xfd7zXZ': 'an xz archive: unpack it first',
+    b'\x89HDF': 'an HDF5 file, of Keras or TensorFlow: convert it to PyTorch first',
+    b'version https://git-lfs': 'a pointer of Git LFS, not the file itself: git lfs pull',
+    b'<': 'a web page, not weights: the download went wrong, or needs a login',
+    b'\x08': 'an ONNX or TensorFlow model: give the PyTorch weights that it was made from',
+    b'\x93NUMPY': 'a NumPy array: a checkpoint is a dict of tensors',
+}
+
+
+def read(file: str | Path) -> dict:
+    """What a checkpoint file (.pth and the like, .safetensors, or the index of sharded .safetensors) holds; tensors
+    stay on disk until they are used.
+
+    Raises:
+        UsageError: it is no checkpoint, is damaged, or would have to run code.
+    """
+    file = Path(file)
+    stranger = _stranger(file)
+    if stranger:
+        raise UsageError(f'{file} is {stranger}')
+    try:
+        content = _read_shards(file) if file.name.endswith(INDEX) else _read_one(file)
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged file can end a reader in any way
+        raise UsageError(
+            f'{file} cannot be read safely as a checkpoint ({_reason(error)}): download or save it again'
+        ) from error
+    if not isinstance(content, dict):
+        raise UsageError(f'{file} holds a {type(content).__name__}: a checkpoint is a dict of tensors')
+    return content
+
+
+def weights_of(checkpoint: dict) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by name, out of their wrapper and without wrappers' prefixes."""
+    for key in WRAPPERS:
+        if isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+            break
+    return {PREFIX.sub('', str(n)): tensor for n, tensor in checkpoint.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _stranger(file: Path) -> str | None:
+    """What a file is that cannot be a checkpoint."""
+    if file.is_dir():
+        return 'a folder: give a file in it'
+    with open(file, 'rb') as f:
+        start = f.read(32)
+    if not start:
+        return 'empty: download or save it again'
+    if file.suffix == '.safetensors':  # begins with a length, that is with any byte
+        return None
+    return next((name for magic, name in STRANGERS.items() if start.lstrip().startswith(magic)), None)
+
+
+def _read_one(file: Path) -> dict:
+    if file.suffix == '.safetensors':
+        from safetensors.torch import load_file
+
+        return load_file(file)
+    with _allowing_harmless():
+        return torch.load(file, map_location='cpu', weights_only=True, mmap=_is_zip(file))
+
+
+def _read_shards(index: Path) -> dict:
+    shards = json.loads(index.read_text())['weight_map']
+    tensors = {}
+    for name in sorted(set(shards.values())):
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise UsageError(
+                f"{index} names the shard '{name}', which is not beside it: get all files of the checkpoint"
+            )
+        tensors.update(_read_one(index.parent / name))
+    if tensors.keys() != shards.keys():
+        lost = sorted(tensors.keys() ^ shards.keys())
+        raise UsageError(f'{index} and its shards do not hold the same tensors ({lost[0]}, ...): get all files again')
+    return tensors
+
+
+def _is_zip(file: Path) -> bool:
+    """Only files in torch's zip format, the default since 1.6, can be mapped."""
+    with open(file, 'rb') as f:
+        return f.read(4) == b'PK\x03\x04'
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error that says what is wrong: torch's advice around it would have the file's code run."""
+    refused = re.search(r'Unsupported (global|class|operand)[^\n]*?(?= was not|\n|$)', str(error))
+    lines = [refused[0]] if refused else str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _allowing_harmless() -> Iterator[None]:
+    """Let torch's safe reading accept what checkpoints of mmengine and of the original hold beside weights, no more."""
+    core = np._core if hasattr(np, '_core') else np.core
+    types = [
+        HistoryBuffer,
+        core.multiarray._reconstruct,
+        core.multiarray.scalar,
+        np.ndarray,
+        np.dtype,
+        type(np.dtype(np.float64)),
+        type(np.dtype(np.int64)),
+        _method_of_history,
+        Namespace,  # the arguments that the original's training code saves beside the weights
+    ]
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals(types)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _method_of_history(owner: type, name: str):
+    """Stands in for `getattr`, by which a pickled HistoryBuffer names its methods."""
+    if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
+        return getattr(owner, name)
+    raise pickle.UnpicklingError(f'Unsupported global: attribute {name}')
+
+
+_method_of_history.__module__ = 'builtins'
+_method_of_history.__name__ = _method_of_history.__qualname__ = 'getattr'
