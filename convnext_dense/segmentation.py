@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from .errors import UsageError
 
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-STRIP = 16  # rows of the image that are resized and added up at a time
+STRIP = 8  # rows of the image that are resized and added up at a time
 
 
 def set_multiscale(config: Config) -> None:
