@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import made_weights
+from conftest import ROOT, made_weights
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.model import PretrainedInit, Sequential
@@ -16,28 +16,8 @@ from convnext_dense.paper import ROWS
 from convnext_dense.weights import URLS, read, zoo
 
 ARCH = dict(depths=(1, 1, 4, 1), channels=(8, 16, 24, 32))
-# The addresses in the original code's own tables of results.
-ADDRESSES = [
-    'https://dl.fbaipublicfiles.com/convnext/convnext_tiny_1k_224.pth',
-    'https://dl.fbaipublicfiles.com/convnext/convnext_small_1k_224.pth',
-    'https://dl.fbaipublicfiles.com/convnext/convnext_base_1k_224.pth',
-    'https://dl.fbaipublicfiles.com/convnext/convnext_base_22k_224.pth',
-    'https://dl.fbaipublicfiles.com/convnext/convnext_large_22k_224.pth',
-    'https://dl.fbaipublicfiles.com/convnext/convnext_xlarge_22k_224.pth',
-    'https://dl.fbaipublicfiles.com/convnext/coco/mask_rcnn_convnext_tiny_1k_3x.pth',
-    'https://dl.fbaipublicfiles.com/convnext/coco/cascade_mask_rcnn_convnext_tiny_1k_3x.pth',
-    'https://dl.fbaipublicfiles.com/convnext/coco/cascade_mask_rcnn_convnext_small_1k_3x.pth',
-    'https://dl.fbaipublicfiles.com/convnext/coco/cascade_mask_rcnn_convnext_base_1k_3x.pth',
-    'https://dl.fbaipublicfiles.com/convnext/coco/cascade_mask_rcnn_convnext_base_22k_3x.pth',
-    'https://dl.fbaipublicfiles.com/convnext/coco/cascade_mask_rcnn_convnext_large_22k_3x.pth',
-    'https://dl.fbaipublicfiles.com/convnext/coco/cascade_mask_rcnn_convnext_xlarge_22k_3x.pth',
-    'https://dl.fbaipublicfiles.com/convnext/ade20k/upernet_convnext_tiny_1k_512x512.pth',
-    'https://dl.fbaipublicfiles.com/convnext/ade20k/upernet_convnext_small_1k_512x512.pth',
-    'https://dl.fbaipublicfiles.com/convnext/ade20k/upernet_convnext_base_1k_512x512.pth',
-    'https://dl.fbaipublicfiles.com/convnext/ade20k/upernet_convnext_base_22k_640x640.pth',
-    'https://dl.fbaipublicfiles.com/convnext/ade20k/upernet_convnext_large_22k_640x640.pth',
-    'https://dl.fbaipublicfiles.com/convnext/ade20k/upernet_convnext_xlarge_22k_640x640.pth',
-]
+# The addresses in the tables of results of the original code of ConvNeXt and ConvNeXt V2.
+ADDRESSES = (ROOT / 'tests/data/addresses.txt').read_text().split()
 
 
 def original_file(path: Path, arch=ARCH, change=None) -> Path:
@@ -194,12 +174,12 @@ def test_the_report_counts_all_that_is_ignored(tmp_path):
 
 def test_known_names():
     assert {name: zoo.locate(name) for name in URLS} == {Path(address).stem: address for address in ADDRESSES}
-    assert len(URLS) == 6 + 7 + 6
+    assert len(URLS) == len(ADDRESSES) == 63
     assert {row.weights for row in ROWS} | {row.released for row in ROWS} <= set(URLS)
     assert len({row.released for row in ROWS}) == 13
 
 
-@pytest.mark.parametrize('address', ADDRESSES, ids=lambda address: Path(address).stem)
+@pytest.mark.parametrize('address', ADDRESSES[::6], ids=lambda address: Path(address).stem)
 def test_known_names_are_downloaded_once(tmp_path, monkeypatch, address):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     served, asked = original_file(tmp_path / 'served.pth'), []
@@ -208,7 +188,7 @@ def test_known_names_are_downloaded_once(tmp_path, monkeypatch, address):
         asked.append(url)
         Path(target).write_bytes(served.read_bytes())
 
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
+    monkeypatch.setattr(zoo, '_download', download)
     for _ in range(2):
         load_backbone(ConvNeXt(ARCH), Path(address).stem)
     assert asked == [address]
@@ -216,7 +196,7 @@ def test_known_names_are_downloaded_once(tmp_path, monkeypatch, address):
 
 def test_two_addresses_with_one_file_name_are_two_files(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, target: Path(target).write_text(url))
+    monkeypatch.setattr(zoo, '_download', lambda url, target: Path(target).write_text(url))
     for url in ('https://one.org/epoch_12.pth', 'https://two.org/epoch_12.pth?download=1') * 2:
         assert zoo.fetch(url).read_text() == url and zoo.fetch(url).suffix == '.pth'
 

@@ -1,48 +1,118 @@
 """Known weights by name, and where a name, a path or a URL leads to."""
 
+import fcntl
 import hashlib
 import os
+import re
+import sys
+from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlparse
+from urllib.request import Request, urlopen
 
 import torch
-from mmengine.dist import barrier, is_main_process
+from mmengine.utils import ProgressBar
 
 from ..errors import UsageError
 
 ORIGINAL = 'https://dl.fbaipublicfiles.com/convnext'
-# The original's ImageNet weights from which the paper's dense results start: the final ones, not the EMA's.
-NAMES = (
-    'convnext_tiny_1k_224',
-    'convnext_small_1k_224',
-    'convnext_base_1k_224',
-    'convnext_base_22k_224',
-    'convnext_large_22k_224',
-    'convnext_xlarge_22k_224',
-)
-# The original's finished detectors and segmentors.
-DETECTORS = (
-    'mask_rcnn_convnext_tiny_1k_3x',
-    'cascade_mask_rcnn_convnext_tiny_1k_3x',
-    'cascade_mask_rcnn_convnext_small_1k_3x',
-    'cascade_mask_rcnn_convnext_base_1k_3x',
-    'cascade_mask_rcnn_convnext_base_22k_3x',
-    'cascade_mask_rcnn_convnext_large_22k_3x',
-    'cascade_mask_rcnn_convnext_xlarge_22k_3x',
-)
-SEGMENTORS = (
-    'upernet_convnext_tiny_1k_512x512',
-    'upernet_convnext_small_1k_512x512',
-    'upernet_convnext_base_1k_512x512',
-    'upernet_convnext_base_22k_640x640',
-    'upernet_convnext_large_22k_640x640',
-    'upernet_convnext_xlarge_22k_640x640',
-)
-URLS = {
-    **{name: f'{ORIGINAL}/{name}.pth' for name in NAMES},
-    **{name: f'{ORIGINAL}/coco/{name}.pth' for name in DETECTORS},
-    **{name: f'{ORIGINAL}/ade20k/{name}.pth' for name in SEGMENTORS},
+V2 = f'{ORIGINAL}/convnextv2'
+V2_SIZES = ('atto', 'femto', 'pico', 'nano', 'tiny', 'base', 'large', 'huge')
+
+
+@dataclass(frozen=True)
+class Known:
+    """A published file: its address, or None where its owner gives it out only on request; what it was made from."""
+
+    url: str | None
+    training: str
+    licence: str
+    where: str = ''
+
+
+def _files(folder: str, names: str, training: str, licence: str, ending: str = '.pth') -> dict[str, Known]:
+    return {name: Known(f'{folder}/{name}{ending}', training, licence) for name in names.split()}
+
+
+MIT = 'MIT'
+NON_COMMERCIAL = 'CC BY-NC 4.0'
+DINOV3_LICENCE = 'DINOv3 License (on request)'
+DINOV3_SITE = 'https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/'
+# The addresses and licences as the authors' own READMEs give them.
+KNOWN = {
+    # The ImageNet weights from which the paper's dense results start: the final ones, not the EMA's.
+    **_files(ORIGINAL, 'convnext_tiny_1k_224 convnext_small_1k_224 convnext_base_1k_224', 'ImageNet-1K', MIT),
+    **_files(
+        ORIGINAL,
+        'convnext_tiny_22k_224 convnext_small_22k_224 convnext_base_22k_224 convnext_large_22k_224 '
+        'convnext_xlarge_22k_224',
+        'ImageNet-22K',
+        MIT,
+    ),
+    **_files(
+        ORIGINAL,
+        'convnext_tiny_1k_224_ema convnext_small_1k_224_ema convnext_base_1k_224_ema convnext_large_1k_224_ema '
+        'convnext_base_1k_384 convnext_large_1k_384',
+        'ImageNet-1K',
+        MIT,
+    ),
+    **_files(
+        ORIGINAL,
+        'convnext_tiny_22k_1k_224 convnext_small_22k_1k_224 convnext_base_22k_1k_224 convnext_large_22k_1k_224 '
+        'convnext_xlarge_22k_1k_224_ema convnext_tiny_22k_1k_384 convnext_small_22k_1k_384 convnext_base_22k_1k_384 '
+        'convnext_large_22k_1k_384 convnext_xlarge_22k_1k_384_ema',
+        'ImageNet-22K, then 1K',
+        MIT,
+    ),
+    **_files(
+        f'{ORIGINAL}/coco',
+        'mask_rcnn_convnext_tiny_1k_3x cascade_mask_rcnn_convnext_tiny_1k_3x cascade_mask_rcnn_convnext_small_1k_3x '
+        'cascade_mask_rcnn_convnext_base_1k_3x cascade_mask_rcnn_convnext_base_22k_3x '
+        'cascade_mask_rcnn_convnext_large_22k_3x cascade_mask_rcnn_convnext_xlarge_22k_3x',
+        'COCO detector',
+        MIT,
+    ),
+    **_files(
+        f'{ORIGINAL}/ade20k',
+        'upernet_convnext_tiny_1k_512x512 upernet_convnext_small_1k_512x512 upernet_convnext_base_1k_512x512 '
+        'upernet_convnext_base_22k_640x640 upernet_convnext_large_22k_640x640 upernet_convnext_xlarge_22k_640x640',
+        'ADE20K segmentor',
+        MIT,
+    ),
+    **_files(
+        f'{V2}/pt_only',
+        ' '.join(f'convnextv2_{size}_1k_224_fcmae' for size in V2_SIZES),
+        'ImageNet-1K without labels (FCMAE)',
+        NON_COMMERCIAL,
+        '.pt',
+    ),
+    **_files(
+        f'{V2}/im1k',
+        ' '.join(f'convnextv2_{size}_1k_224_ema' for size in V2_SIZES),
+        'FCMAE, then ImageNet-1K',
+        NON_COMMERCIAL,
+        '.pt',
+    ),
+    **_files(
+        f'{V2}/im22k',
+        'convnextv2_nano_22k_224_ema convnextv2_nano_22k_384_ema convnextv2_tiny_22k_224_ema '
+        'convnextv2_tiny_22k_384_ema convnextv2_base_22k_224_ema convnextv2_base_22k_384_ema '
+        'convnextv2_large_22k_224_ema convnextv2_large_22k_384_ema convnextv2_huge_22k_384_ema '
+        'convnextv2_huge_22k_512_ema',
+        'FCMAE, then ImageNet-22K, then 1K',
+        NON_COMMERCIAL,
+        '.pt',
+    ),
+    **{
+        f'dinov3_convnext_{size}_pretrain_lvd1689m-{mark}': Known(
+            None, 'DINOv3, 1.7 G images', DINOV3_LICENCE, DINOV3_SITE
+        )
+        for size, mark in dict(tiny='21b726bb', small='296db49d', base='801f2ba9', large='61fa432d').items()
+    },
 }
+URLS = {name: known.url for name, known in KNOWN.items() if known.url}
+FIRST = tuple(KNOWN)[:8]  # to be named in errors
 
 
 def locate(source: str) -> str:
@@ -51,14 +121,23 @@ def locate(source: str) -> str:
     Raises:
         UsageError: it is no known name and no file is there.
     """
-    place = URLS.get(source, source)
+    known = KNOWN.get(source)
+    if known and not known.url:
+        raise UsageError(f"'{source}' is given out by its owner alone: ask at {known.where} and give the file's path")
+    place = known.url if known else source
     if not is_url(place) and not os.path.isfile(place):
-        raise UsageError(f"no checkpoint '{source}': give a file that exists, a URL or one of {', '.join(URLS)}")
+        raise UsageError(
+            f"no checkpoint '{source}': give a file that exists, a URL or a known name, such as {', '.join(FIRST)}"
+        )
     return place
 
 
 def fetch(source: str) -> Path:
-    """The local file of `source`; a URL is downloaded once into torch's hub folder, by the first process of a run."""
+    """The local file of `source`. A URL is downloaded once into torch's hub folder; who else wants it meanwhile waits.
+
+    Raises:
+        UsageError: as `locate`; it cannot be downloaded, or not whole.
+    """
     place = locate(source)
     if not is_url(place):
         return Path(place)
@@ -66,10 +145,15 @@ def fetch(source: str) -> Path:
     # Other people's files are often called epoch_12.pth: their address goes into the name.
     mark = '' if source in URLS else f'-{hashlib.sha256(place.encode()).hexdigest()[:8]}'
     file = Path(torch.hub.get_dir(), 'checkpoints', f'{name.stem}{mark}{name.suffix}')
-    if is_main_process():
-        _download(place, file)
-    barrier()
-    _download(place, file)  # on other machines of the same run
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(f'{file}.lock', 'w') as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                if not file.exists():
+                    _download(place, file)
+            finally:
+                Path(lock.name).unlink(missing_ok=True)
     return file
 
 
@@ -78,12 +162,29 @@ def is_url(place: str) -> bool:
 
 
 def _download(url: str, file: Path) -> None:
-    if file.exists():
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Into a file beside it, moved into place when it is as long as announced and has the hash that a name may end in,
+    as torch's own do (...-21b726bb.pth)."""
+    announced = re.search(r'-([0-9a-f]{8,})\.\w+$', urlparse(url).path)
+    partial = Path(f'{file}.part')
     try:
-        torch.hub.download_url_to_file(url, str(file))  # into a temporary file, moved into place when whole
-    except OSError as error:
+        with (
+            urlopen(Request(url, headers={'User-Agent': 'convnext_dense'}), timeout=60) as answer,
+            open(partial, 'wb') as f,
+        ):
+            length, digest = int(answer.headers.get('Content-Length') or 0), hashlib.sha256()
+            bar = ProgressBar(length // 2**20, file=sys.stderr)
+            while chunk := answer.read(2**20):
+                f.write(chunk)
+                digest.update(chunk)
+                bar.update()
+            print(file=sys.stderr)
+        if length and partial.stat().st_size != length:
+            raise OSError(f'{partial.stat().st_size} of {length} bytes came')
+        if announced and not digest.hexdigest().startswith(announced[1]):
+            raise OSError(f'its hash does not begin with {announced[1]}')
+        partial.replace(file)
+    except (OSError, HTTPException, ValueError) as error:
+        partial.unlink(missing_ok=True)
         raise UsageError(
             f'cannot download {url} ({error}): fetch it elsewhere and put it at {file}, or give its path '
             'as init_cfg.checkpoint'
