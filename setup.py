@@ -15,7 +15,7 @@ setup(
     packages=find_packages(include=['convnext_dense*']),
     # .mim/configs and .mim/tools are links to the folders at the top; a wheel carries copies.
     package_data={'convnext_dense': ['.mim/**/*.py', '.mim/*.yml']},
-    install_requires=['torch>=2.4', 'numpy'],
+    install_requires=['torch>=2.4', 'numpy', 'safetensors'],
     extras_require={
         'onedl': ONEDL,  # the maintained line of OpenMMLab; another line has the same import names, so it is a choice
         'test': ['pytest', 'ruff==0.17.6'],

@@ -41,10 +41,7 @@ class Checkpoint:
     @property
     def arch(self) -> str:
         """The name of its arch, else its depths and channels."""
-        found = dict(depths=self.source.depths, channels=self.channels)
-        name = next((name for name, arch in ARCHS.items() if arch == found), None)
-        known = name or 'depths {depths}, channels {channels}'.format(**found)
-        return f'ConvNeXt{" V2" if self.grn else ""} {known}'
+        return arch_name(self.source.depths, self.channels, self.grn)
 
     @property
     def title(self) -> str:
@@ -54,6 +51,11 @@ class Checkpoint:
             title = 'DINOv3 by Meta'
         left = [name for name in self.source.others if not name.startswith('norms.')]
         return f'a finished model in the names of {title}, its backbone taken' if left and self.source.prefix else title
+
+
+def arch_name(depths: tuple[int, ...], channels: tuple[int, ...], grn: bool) -> str:
+    known = next((n for n, a in ARCHS.items() if (a['depths'], a['channels']) == (depths, channels)), None)
+    return f'ConvNeXt{" V2" if grn else ""} {known or f"depths {depths}, channels {channels}"}'
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
@@ -138,9 +140,10 @@ def match(backbone: ConvNeXt, source: str | Path, final_norm: str = 'drop') -> M
         {n: tuple(t.shape) for n, t in theirs.items()} | dict.fromkeys(checkpoint.source.unknown, ()),
     )
     if problems:
-        wanted = f'ConvNeXt{" V2" if backbone.grn else ""} with depths {backbone.depths}, channels {backbone.channels}'
+        wanted = arch_name(backbone.depths, backbone.channels, backbone.grn)
         raise UsageError(
-            f'{checkpoint.file} is {checkpoint.arch} of {checkpoint.title} and does not fit {wanted}: {problems}'
+            f'{checkpoint.file} is {checkpoint.arch} ({checkpoint.title}) and does not fit the config, {wanted}: '
+            f'{problems}'
         )
     _check_values(checkpoint.file, theirs)
     ignored = [n for n, o in checkpoint.source.names.items() if o not in theirs] + checkpoint.source.others

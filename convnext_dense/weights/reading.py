@@ -16,6 +16,7 @@ from ..errors import UsageError
 
 WRAPPERS = ('state_dict', 'model', 'model_ema', 'state_dict_ema')  # where checkpoints keep weights, the first one wins
 PREFIX = re.compile(r'^(module\.|_orig_mod\.)+')  # what DistributedDataParallel and torch.compile put before names
+ZIP = b'PK\x03\x04'  # torch's own format since 1.6, the only one that can be mapped
 INDEX = '.index.json'  # ends the name of the file that says in which shard a tensor is
 # What files that are no checkpoints begin with.
 STRANGERS = {
@@ -30,9 +31,12 @@ STRANGERS = {
 }
 
 
-def read(file: str | Path) -> dict:
-    """What a checkpoint file (.pth and the like, .safetensors, or the index of sharded .safetensors) holds; tensors
-    stay on disk until they are used.
+def read(file: str | Path, mapped: bool = True) -> dict:
+    """What a checkpoint file (.pth and the like, .safetensors, or the index of sharded .safetensors) holds.
+
+    Args:
+        mapped: leave tensors on disk until they are used; not for those that stay in use when the file may be written
+            again.
 
     Raises:
         UsageError: it is no checkpoint, is damaged, or would have to run code.
@@ -42,7 +46,7 @@ def read(file: str | Path) -> dict:
     if stranger:
         raise UsageError(f'{file} is {stranger}')
     try:
-        content = _read_shards(file) if file.name.endswith(INDEX) else _read_one(file)
+        content = _read_shards(file) if file.name.endswith(INDEX) else _read_one(file, mapped)
     except UsageError:
         raise
     except Exception as error:  # a damaged file can end a reader in any way
@@ -71,18 +75,20 @@ def _stranger(file: Path) -> str | None:
         start = f.read(32)
     if not start:
         return 'empty: download or save it again'
-    if file.suffix == '.safetensors':  # begins with a length, that is with any byte
+    if _is_safetensors(start):  # begins with a length, that is with any byte
         return None
     return next((name for magic, name in STRANGERS.items() if start.lstrip().startswith(magic)), None)
 
 
-def _read_one(file: Path) -> dict:
-    if file.suffix == '.safetensors':
+def _read_one(file: Path, mapped: bool = True) -> dict:
+    with open(file, 'rb') as f:
+        start = f.read(32)
+    if _is_safetensors(start):
         from safetensors.torch import load_file
 
         return load_file(file)
     with _allowing_harmless():
-        return torch.load(file, map_location='cpu', weights_only=True, mmap=_is_zip(file))
+        return torch.load(file, map_location='cpu', weights_only=True, mmap=mapped and start.startswith(ZIP))
 
 
 def _read_shards(index: Path) -> dict:
@@ -100,10 +106,9 @@ def _read_shards(index: Path) -> dict:
     return tensors
 
 
-def _is_zip(file: Path) -> bool:
-    """Only files in torch's zip format, the default since 1.6, can be mapped."""
-    with open(file, 'rb') as f:
-        return f.read(4) == b'PK\x03\x04'
+def _is_safetensors(start: bytes) -> bool:
+    """By its first bytes: the length of a header, and the header, which is JSON."""
+    return start[8:9] == b'{'
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,520 @@
+"""Weights of every source load, convert and are told apart; damaged ones are refused."""
+
+import gzip
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, made_weights
+from safetensors.torch import load_file, save_file
+from test_tools import one_line_error
+
+from convnext_dense import ARCHS, ConvNeXt, UsageError, load_backbone
+from convnext_dense.weights import match, open_checkpoint, read, zoo
+from convnext_dense.weights.converting import TARGETS, convert
+from convnext_dense.weights.formats import FORMATS, recognise
+
+REFERENCE = json.loads((ROOT / 'tests/data/foreign_names.json').read_text())
+SMALL = dict(depths=(1, 2, 4, 1), channels=(8, 16, 24, 32))
+SIZES = ('tiny', 'small', 'base', 'large', 'xlarge')
+
+
+def chain(*rules):
+    """A renaming as the libraries' own conversion scripts do it: one substitution after the other."""
+
+    def rename(name):
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    return rename
+
+
+def torchvision(name):
+    name = re.sub(r'^downsample_layers\.(\d)\.(\d)', lambda m: f'features.{2 * int(m[1])}.{m[2]}', name)
+    name = re.sub(r'^stages\.(\d)\.(\d+)', lambda m: f'features.{2 * int(m[1]) + 1}.{m[2]}', name)
+    layers = dict(dwconv='block.0', norm='block.2', pwconv1='block.3', pwconv2='block.5', gamma='layer_scale')
+    name = re.sub(r'(?<=\d\.)(dwconv|norm|pwconv1|pwconv2|gamma)', lambda m: layers[m[1]], name)
+    return name.replace('norm.', 'classifier.0.').replace('head.', 'classifier.2.')
+
+
+# From the original's names to each library's; the reference file proves these for tiny.
+RENAMES = {
+    'timm 1.0.31 convnext_tiny': chain(
+        (r'^downsample_layers\.0\.', 'stem.'),
+        (r'^stages\.(\d)\.(\d+)', r'stages.\1.blocks.\2'),
+        (r'^downsample_layers\.(\d)\.(\d)', r'stages.\1.downsample.\2'),
+        ('dwconv', 'conv_dw'),
+        ('pwconv', 'mlp.fc'),
+        (r'grn\.gamma', 'mlp.grn.weight'),
+        (r'grn\.beta', 'mlp.grn.bias'),
+        (r'^head\.', 'head.fc.'),
+        (r'^norm\.', 'head.norm.'),
+    ),
+    'torchvision 0.29.2 convnext_tiny': torchvision,
+    'transformers 5.23.0 ConvNextForImageClassification tiny': chain(
+        (r'^downsample_layers\.0\.0', 'convnext.embeddings.patch_embeddings'),
+        (r'^downsample_layers\.0\.1', 'convnext.embeddings.layernorm'),
+        (r'^downsample_layers\.(\d)\.(\d)', r'convnext.encoder.stages.\1.downsampling_layer.\2'),
+        (r'^stages\.(\d)\.(\d+)', r'convnext.encoder.stages.\1.layers.\2'),
+        (r'^norm\.', 'convnext.norm.'),
+        (r'\.norm\.', '.layernorm.'),
+        (r'(\d\.)gamma', r'\1layer_scale_parameter'),
+        (r'grn\.gamma', 'grn.weight'),
+        (r'grn\.beta', 'grn.bias'),
+        (r'^head\.', 'classifier.'),
+    ),
+    'transformers 5.23.0 DINOv3ConvNextModel tiny': chain(
+        (r'^downsample_layers\.(\d)\.(\d)', r'model.stages.\1.downsample_layers.\2'),
+        (r'^stages\.(\d)\.(\d+)', r'model.stages.\1.layers.\2'),
+        ('dwconv', 'depthwise_conv'),
+        ('pwconv', 'pointwise_conv'),
+        (r'(^|\.)norm\.', r'\1layer_norm.'),
+    ),
+    'mmpretrain 1.3.6 ConvNeXt tiny': chain(
+        ('dwconv', 'depthwise_conv'),
+        ('pwconv', 'pointwise_conv'),
+        (r'^norm\.', 'norm3.'),
+    ),
+}
+TIMM, TORCHVISION, TRANSFORMERS, DINOV3, MMPRETRAIN = RENAMES
+HEADLESS = [DINOV3, MMPRETRAIN]
+SHAPES = {  # of a tensor whose shape is not the original's
+    TORCHVISION: lambda name, t: t[:, None, None] if name.endswith('layer_scale') else t,
+}
+
+
+def original_weights(arch, grn=False, head=5) -> dict[str, torch.Tensor]:
+    model = ConvNeXt(arch, out_indices=-1, grn=grn)
+    last = model.channels[-1]
+    shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith('norm')}
+    shapes |= {'norm.weight': (last,), 'norm.bias': (last,), 'head.weight': (head, last), 'head.bias': (head,)}
+    weights = made_weights(shapes)
+    return {n: t.reshape(1, 1, 1, -1) if '.grn.' in n else t for n, t in weights.items()}
+
+
+def as_library(weights, library) -> dict[str, torch.Tensor]:
+    if library in HEADLESS:
+        weights = {n: t for n, t in weights.items() if not n.startswith('head.')}
+    shape = SHAPES.get(library, lambda name, t: t)
+    return {RENAMES[library](n): shape(RENAMES[library](n), t) for n, t in weights.items()}
+
+
+def saved(path: Path, content) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def scaled(arch: str) -> dict:
+    """A size's depths at an eighth of its width."""
+    return dict(depths=ARCHS[arch]['depths'], channels=tuple(c // 8 for c in ARCHS[arch]['channels']))
+
+
+def features(arch, weights_file, **settings):
+    torch.manual_seed(0)
+    model = ConvNeXt(arch, **settings).eval()
+    load_backbone(model, weights_file)
+    with torch.no_grad():
+        return model(torch.randn(1, settings.get('in_channels', 3), 64, 64))
+
+
+@pytest.mark.parametrize('library', REFERENCE)
+def test_the_references_names_and_shapes(library):
+    with torch.device('meta'):
+        model = ConvNeXt('tiny', out_indices=-1)
+    tiny = {n: t.shape for n, t in model.state_dict().items() if not n.startswith('norm')}
+    n_classes = 2 if 'ImageClassification' in library else 1000
+    tiny |= {'norm.weight': (768,), 'norm.bias': (768,), 'head.weight': (n_classes, 768), 'head.bias': (n_classes,)}
+    with torch.device('meta'):
+        renamed = as_library({n: torch.empty(shape) for n, shape in tiny.items()}, library)
+    assert {n: list(t.shape) for n, t in renamed.items()} == REFERENCE[library]
+    found = recognise(REFERENCE[library])
+    assert found.depths == (3, 3, 9, 3) and not found.unknown and not found.others
+    assert set(found.names.values()) == {n for n in tiny if library not in HEADLESS or not n.startswith('head.')}
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('library', REFERENCE)
+def test_features_equal_those_of_the_originals_file(tmp_path, library, size):
+    weights = original_weights(scaled(size))
+    theirs = saved(tmp_path / 'theirs.pth', as_library(weights, library))
+    original = saved(tmp_path / 'original.pth', {'model': weights})
+    for ours, other in zip(features(scaled(size), original), features(scaled(size), theirs)):
+        assert torch.equal(ours, other)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda w: {f'visual.trunk.{n}': t for n, t in w.items()},  # OpenCLIP
+        lambda w: {re.sub(r'^(stem|stages)\.', r'\1_', n): t for n, t in w.items() if not n.startswith('head')},
+        lambda w: {n: t[..., None, None] if re.search(r'fc\d\.weight', n) else t for n, t in w.items()},  # 1x1 conv
+        lambda w: {'state_dict': {f'module._orig_mod.{n}': t for n, t in w.items()}},
+        lambda w: {'model': w, 'model_ema': {n: t + 1 for n, t in w.items()}},
+    ],
+    ids=['open_clip', 'features_only', 'conv_mlp', 'wrapped', 'beside_ema'],
+)
+def test_variants_of_timm(tmp_path, change):
+    weights = original_weights(SMALL)
+    theirs = change(as_library(weights, 'timm 1.0.31 convnext_tiny'))
+    theirs = saved(tmp_path / 'theirs.pth', theirs)
+    original = saved(tmp_path / 'original.pth', {'model': weights})
+    for ours, other in zip(features(SMALL, original), features(SMALL, theirs)):
+        assert torch.equal(ours, other)
+
+
+def test_v2_by_every_door(tmp_path):
+    weights = original_weights(SMALL, grn=True)
+    variants = {
+        'fcmae': {
+            'model': {n: t[0, 0] if '.grn.' in n else t for n, t in weights.items() if n[:4] not in ('head', 'norm')}
+        },
+        'timm': {n: t.flatten() if '.grn.' in n else t for n, t in as_library(weights, TIMM).items()},
+        'transformers': {
+            n.replace('convnext.', 'convnextv2.'): t for n, t in as_library(weights, TRANSFORMERS).items()
+        },
+    }
+    expected = features(SMALL, saved(tmp_path / 'original.pth', {'model': weights}), grn=True)
+    for name, content in variants.items():
+        file = saved(tmp_path / f'{name}.pth', content)
+        assert 'V2' in open_checkpoint(file).arch
+        for ours, other in zip(expected, features(SMALL, file, grn=True)):
+            assert torch.equal(ours, other)
+        with pytest.raises(UsageError, match='is ConvNeXt V2'):
+            match(ConvNeXt(SMALL), file)
+
+
+def test_dinov3_final_norm(tmp_path):
+    weights = {n: t for n, t in original_weights(SMALL).items() if not n.startswith('head.')}
+    doubled = weights | {f'norms.3.{leaf}': weights[f'norm.{leaf}'] for leaf in ('weight', 'bias')}
+    for file, title in (
+        (saved(tmp_path / 'meta.pth', doubled), 'DINOv3 by Meta'),
+        (saved(tmp_path / 'hf.pth', as_library(weights, DINOV3)), 'DINOv3 by transformers'),
+    ):
+        model = ConvNeXt(SMALL)
+        report = load_backbone(model, file)
+        assert title in report and '8 left at initial value' in report and (model.norm3.weight == 1).all()
+        report = load_backbone(model, file, final_norm='reuse')
+        assert '6 left at initial value' in report and 'the final norm became output norm 3' in report
+        assert torch.equal(model.norm3.weight, weights['norm.weight'])
+        model = ConvNeXt(SMALL, init_cfg=dict(type='Pretrained', checkpoint=str(file), final_norm='reuse'))
+        model.init_weights()
+        assert torch.equal(model.norm3.bias, weights['norm.bias'])
+    with pytest.raises(UsageError, match="final_norm='keep'"):
+        load_backbone(ConvNeXt(SMALL), file, final_norm='keep')
+
+
+@pytest.mark.parametrize('in_channels', [1, 2, 4, 6])
+def test_a_stem_for_other_inputs(tmp_path, in_channels):
+    file = saved(tmp_path / 'w.pth', {'model': original_weights(SMALL)})
+    model = ConvNeXt(SMALL, in_channels=in_channels)
+    assert f'stem fitted from 3 to {in_channels} channels' in load_backbone(model, file)
+    rgb = torch.load(file)['model']['downsample_layers.0.0.weight']
+    found = model.downsample_layers[0][0].weight
+    if in_channels == 1:
+        torch.testing.assert_close(found[:, 0], rgb[:, 0] + rgb[:, 1] + rgb[:, 2])
+    else:
+        for i in range(in_channels):
+            torch.testing.assert_close(found[:, i], rgb[:, i % 3] * 3 / in_channels)
+
+
+def test_containers(tmp_path):
+    weights = original_weights(SMALL)
+    expected = features(SMALL, saved(tmp_path / 'original.pth', {'model': weights}))
+    save_file(weights, tmp_path / 'w.safetensors')
+    names, index = sorted(weights), {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        save_file({n: weights[n] for n in part}, tmp_path / f'model-{i}.safetensors')
+        index |= dict.fromkeys(part, f'model-{i}.safetensors')
+    (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(dict(metadata={}, weight_map=index)))
+    torch.save(weights, tmp_path / 'old.bin', _use_new_zipfile_serialization=False)
+    for name in ('w.safetensors', 'model.safetensors.index.json', 'old.bin'):
+        for ours, other in zip(expected, features(SMALL, tmp_path / name)):
+            assert torch.equal(ours, other)
+    (tmp_path / 'model-1.safetensors').unlink()
+    with pytest.raises(UsageError, match='model-1.safetensors.*not beside it'):
+        read(tmp_path / 'model.safetensors.index.json')
+    index['one.more'] = 'model-0.safetensors'
+    save_file({n: weights[n] for n in names[1::2]}, tmp_path / 'model-1.safetensors')
+    (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=index)))
+    with pytest.raises(UsageError, match='one.more'):
+        read(tmp_path / 'model.safetensors.index.json')
+    (tmp_path / 'x.index.json').write_text(json.dumps(dict(weight_map={'a': '../original.pth'})))
+    with pytest.raises(UsageError, match='original.pth'):
+        read(tmp_path / 'x.index.json')
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_cast(tmp_path, dtype):
+    weights = {n: t.to(dtype) for n, t in original_weights(SMALL).items()}
+    model = ConvNeXt(SMALL)
+    load_backbone(model, saved(tmp_path / 'w.pth', weights))
+    assert torch.equal(model.stages[2][1].pwconv1.weight, weights['stages.2.1.pwconv1.weight'].float())
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+def test_values_that_are_not_finite(tmp_path, value):
+    weights = original_weights(SMALL)
+    weights['stages.2.1.pwconv1.weight'][3, 4] = value
+    with pytest.raises(UsageError, match='stages.2.1.pwconv1.weight holds NaN or Inf'):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+
+
+def test_quantised_weights(tmp_path):
+    weights = {n: (t * 100).to(torch.int8) for n, t in original_weights(SMALL).items()}
+    with pytest.raises(UsageError, match='int8'):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+
+
+def test_likely_causes_are_named(tmp_path):
+    weights = original_weights(scaled('small'))
+    with pytest.raises(
+        UsageError, match=r'is ConvNeXt depths \(3, 3, 27, 3\).* does not fit the config.*\(3, 3, 9, 3\)'
+    ):
+        load_backbone(ConvNeXt(scaled('tiny')), saved(tmp_path / 'w.pth', weights))
+    weights = original_weights(SMALL)
+    weights['stages.2.1.pwconv_1.weight'] = weights.pop('stages.2.1.pwconv1.weight')
+    with pytest.raises(
+        UsageError, match=r'1 missing \(stages.2.1.pwconv1.weight, perhaps called stages.2.1.pwconv_1.weight'
+    ):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+    finished = {f'backbone.{n}': t for n, t in original_weights(SMALL).items() if n[:4] not in ('norm', 'head')}
+    report = load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'd.pth', {**finished, 'neck.weight': torch.ones(1)}))
+    assert 'a finished model' in report and 'its backbone taken' in report
+    two = {f'{who}.{n}': t for who in ('student', 'teacher') for n, t in original_weights(SMALL).items()}
+    with pytest.raises(UsageError, match=r'several ConvNeXts \(student., teacher.\)'):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 't.pth', two))
+    with pytest.raises(UsageError, match='no ConvNeXt weights by the names in it .*layer1'):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'r.pth', {'layer1.0.conv1.weight': torch.ones(1)}))
+
+
+STRANGERS = {
+    'a folder': lambda p: p.mkdir(),
+    'empty': lambda p: p.touch(),
+    'a gzip archive': lambda p: p.write_bytes(gzip.compress(b'weights')),
+    'a web page': lambda p: p.write_text('\n<!DOCTYPE html><html>'),
+    'a pointer of Git LFS': lambda p: p.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:'),
+    'an HDF5 file': lambda p: p.write_bytes(b'\x89HDF\r\n\x1a\n' + bytes(64)),
+    'an ONNX or TensorFlow model': lambda p: p.write_bytes(b'\x08\x07\x12\x07pytorch\x1a\x05'),
+    'holds a list': lambda p: torch.save([1], p),
+    'cannot be read safely': lambda p: p.write_bytes(b'\xff' * 100),
+}
+
+
+@pytest.mark.parametrize('said', STRANGERS)
+def test_what_is_no_checkpoint_is_named(tmp_path, said):
+    STRANGERS[said](tmp_path / 'w.pth')
+    with pytest.raises(UsageError, match=said):
+        read(tmp_path / 'w.pth')
+
+
+def test_a_header_that_lies(tmp_path):
+    """Lengths in a header neither hang nor allocate."""
+    lie = b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'
+    (tmp_path / 'w.safetensors').write_bytes(len(lie).to_bytes(8, 'little') + lie + bytes(64))
+    (tmp_path / 'v.safetensors').write_bytes((2**62).to_bytes(8, 'little') + lie)
+    for name in ('w', 'v'):
+        with pytest.raises(UsageError, match='cannot be read safely'):
+            read(tmp_path / f'{name}.safetensors')
+
+
+def attempt(file, expected) -> bool:
+    """Whether a file loads; if so, whole and with the values of `expected`; if not, nothing is changed."""
+    model = ConvNeXt(SMALL)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    try:
+        load_backbone(model, file)
+    except UsageError as error:
+        assert '\n' not in str(error)
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+        return False
+    if expected is not None:
+        for n, t in model.state_dict().items():
+            assert n.startswith('norm') or torch.equal(t, expected[n]), n
+    return True
+
+
+@pytest.mark.parametrize('library', [None, *REFERENCE])
+def test_every_damage_to_a_tensor_is_refused(tmp_path, library):
+    weights = original_weights(SMALL)
+    names = weights if library is None else as_library(weights, library)
+    trunk = {n for n in names if not re.search(r'^(norm3?|head|classifier|convnext\.layernorm|layer_norm)\.', n)}
+    changes = [
+        lambda w, n: w.pop(n),
+        lambda w, n: w.update({f'{n}_': w.pop(n)}),
+        lambda w, n: w.update({n: w[n].transpose(0, -1)}) if len(set(w[n].shape)) > 1 and w[n].ndim > 1 else w.pop(n),
+        lambda w, n: w.update({n: torch.cat([w[n], w[n]])}),
+        lambda w, n: w.update({n: w[n][:-1]}),
+    ]
+    for name in trunk:
+        for change in changes:
+            damaged = dict(names)
+            change(damaged, name)
+            # A vector that lies otherwise, (1, 1, C) for (C, 1, 1), is no damage: it loads right.
+            assert not attempt(saved(tmp_path / 'w.pth', damaged), weights) or name.endswith('layer_scale'), name
+
+
+@pytest.mark.parametrize('ending', ['.pth', '.safetensors', '.bin'])
+def test_damaged_files_are_refused_or_load_right(tmp_path, ending):
+    """Cut off at every tensor's end and elsewhere, and with bytes of the structure flipped."""
+    weights = original_weights(SMALL)
+    whole = tmp_path / f'whole{ending}'
+    if ending == '.safetensors':
+        save_file(weights, whole)
+    else:
+        torch.save(weights, whole, _use_new_zipfile_serialization=ending == '.pth')
+    data, file = whole.read_bytes(), tmp_path / f'w{ending}'
+    generator = torch.Generator().manual_seed(0)
+    ends, at = set(), 0
+    for tensor in weights.values():  # where a tensor's bytes end, wherever the container put them
+        at = data.find(tensor.contiguous().numpy().tobytes())
+        ends.add(at + tensor.numel() * 4)
+    ends |= set(torch.randint(0, len(data), (100,), generator=generator).tolist())
+    for end in sorted(ends):
+        if end < len(data):
+            file.write_bytes(data[:end])
+            assert not attempt(file, weights), end
+    structure = len(data) // 8 if ending == '.safetensors' else len(data)
+    for _ in range(400):
+        damaged = bytearray(data)
+        place = int(torch.randint(0, structure, (1,), generator=generator))
+        damaged[place] ^= 1 << int(torch.randint(0, 8, (1,), generator=generator))
+        file.write_bytes(damaged)
+        attempt(file, None)  # a flip among the values is another value: no container but its hash could tell
+
+
+@pytest.mark.parametrize('grn', [False, True])
+def test_conversions_go_round_without_loss(tmp_path, grn):
+    weights = original_weights(SMALL, grn)
+    (tmp_path / 'in').mkdir()
+    first = saved(tmp_path / 'in/original.pth', {'model': weights})
+    files = {'original': first}
+    for target in TARGETS:
+        files[target] = tmp_path / f'{target}{".safetensors" if target == "safetensors" else ".pth"}'
+        assert convert(first, files[target], target) == len(weights)
+    for source, file in files.items():
+        for target in TARGETS:
+            there, back = tmp_path / f'{source}-{target}.pth', tmp_path / f'{source}-{target}-back.pth'
+            convert(file, there, target)
+            convert(there, back, 'original')
+            found = torch.load(back)['model']
+            assert found.keys() == weights.keys()
+            assert all(torch.equal(found[n], weights[n]) and found[n].shape == weights[n].shape for n in weights)
+    names = as_library(weights, TIMM)
+    assert torch.load(files['timm']).keys() == names.keys()
+    names = {n.replace('convnext.', 'convnextv2.') if grn else n for n in as_library(weights, TRANSFORMERS)}
+    assert torch.load(files['transformers']).keys() == names
+    assert load_file(files['safetensors']).keys() == weights.keys()
+
+
+def test_conversions_that_would_lose(tmp_path):
+    file = saved(tmp_path / 'w.pth', {'model': original_weights(SMALL)})
+    with pytest.raises(UsageError, match='exists already'):
+        convert(file, file, 'timm')
+    with pytest.raises(UsageError, match='cannot be written'):
+        convert(file, tmp_path / 'no/where.pth', 'timm')
+    ours = saved(tmp_path / 'ours.pth', ConvNeXt(SMALL).state_dict())
+    with pytest.raises(UsageError, match='norm0.weight, which timm has no name for'):
+        convert(ours, tmp_path / 'out.pth', 'timm')
+    detector = {f'backbone.{n}': t for n, t in original_weights(SMALL).items()} | {'neck.weight': torch.ones(1)}
+    with pytest.raises(UsageError, match=r'more than a ConvNeXt \(1 tensors, such as neck.weight'):
+        convert(saved(tmp_path / 'd.pth', detector), tmp_path / 'out.pth', 'timm')
+    assert not (tmp_path / 'out.pth').exists() and not list(tmp_path.glob('*.part'))
+
+
+def test_keys_and_names_are_one_to_one():
+    assert len({f.key for f in FORMATS}) == len(FORMATS)
+    weights = original_weights(SMALL) | original_weights(SMALL, grn=True)
+    for source in FORMATS:
+        names = [source.name(n) for n in weights]
+        assert len(set(names) - {None}) == len([n for n in names if n])
+
+
+class Server(BaseHTTPRequestHandler):
+    asked, content, said = 0, b'', None
+
+    def do_GET(self):
+        type(self).asked += 1
+        self.send_response(200)
+        self.send_header('Content-Length', str(self.said or len(self.content)))
+        self.end_headers()
+        self.wfile.write(self.content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    handler = type('Handler', (Server,), {})
+    server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    handler.address = f'http://127.0.0.1:{server.server_port}'
+    handler.content = saved(tmp_path / 'served.pth', {'model': original_weights(SMALL)}).read_bytes()
+    yield handler
+    server.shutdown()
+
+
+def test_a_download(server):
+    url = f'{server.address}/convnext.pth'
+    load_backbone(ConvNeXt(SMALL), url)
+    file = zoo.fetch(url)
+    assert file.read_bytes() == server.content and server.asked == 1
+    assert list(file.parent.iterdir()) == [file]  # neither a lock nor a part is left
+
+
+def test_who_else_wants_it_waits(server):
+    files = []
+    threads = [threading.Thread(target=lambda: files.append(zoo.fetch(f'{server.address}/w.pth'))) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert server.asked == 1 and len(set(files)) == 1
+
+
+@pytest.mark.parametrize('name, said, word', [('w.pth', 10**6, 'bytes came'), ('w-0badc0de.pth', None, 'hash')])
+def test_a_broken_download_leaves_nothing(server, tmp_path, name, said, word):
+    server.said = said
+    with pytest.raises(UsageError, match=rf'cannot download {server.address}/{name} .*{word}.* put it at'):
+        zoo.fetch(f'{server.address}/{name}')
+    assert not list((tmp_path / 'hub').rglob('*.p*'))
+
+
+def test_a_hash_in_the_name_is_checked(server):
+    import hashlib
+
+    mark = hashlib.sha256(server.content).hexdigest()[:8]
+    assert zoo.fetch(f'{server.address}/w-{mark}.pth').exists()
+
+
+def test_weights_of_others_are_not_fetched():
+    name = next(name for name in zoo.KNOWN if name.startswith('dinov3'))
+    with pytest.raises(UsageError, match='ask at https://ai.meta.com'):
+        zoo.fetch(name)
+
+
+def test_the_tool(run_tool, tmp_path):
+    weights = original_weights('atto', head=10)
+    saved(tmp_path / 'w.pth', {'model': weights})
+    process = run_tool('weights.py', 'inspect', 'w.pth', '--table')
+    assert process.returncode == 0, process.stderr
+    for words in (
+        'ConvNeXt atto (depths (2, 2, 6, 2)',
+        'the original code',
+        '10 classes',
+        '124 of 132 backbone tensors',
+    ):
+        assert words in process.stdout
+    assert len(process.stdout.splitlines()) == 9 + 2 + len(weights)
+    process = run_tool('weights.py', 'convert', 'w.pth', 'timm.safetensors', '--to', 'timm')
+    assert process.stdout == f'timm.safetensors: {len(weights)} tensors in the names of timm\n'
+    assert 'source      timm' in run_tool('weights.py', 'inspect', 'timm.safetensors').stdout
+    one_line_error(run_tool('weights.py', 'convert', 'w.pth', 'w.pth', '--to', 'ours'), 'exists already')
+    one_line_error(run_tool('weights.py', 'inspect', 'gone.pth'), 'gone.pth')
+    process = run_tool('weights.py', 'list')
+    assert process.returncode == 0 and len(process.stdout.splitlines()) == 1 + len(zoo.KNOWN)
+    assert {line.split()[0] for line in process.stdout.splitlines()[1:]} == set(zoo.KNOWN)
