@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
+from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import CheckpointLoader, Runner, find_latest_checkpoint
 from torch import nn
 
 from .backbone import ConvNeXt
 from .errors import UsageError
-from .fitting import check_same_accumulation, n_processes
+from .fitting import check_same_accumulation, n_processes, set_inputs
 from .paper import figures_of
 from .weights.loading import PretrainedConvNeXt, check_same, match
 from .weights.reading import read
@@ -114,6 +115,9 @@ def load_run(args: argparse.Namespace, needed: tuple[str, ...], subfolder: str =
         raise UsageError(
             f'{config.work_dir} holds the config itself, which its copy would overwrite: give a --work-dir'
         )
+    fitted = set_inputs(config)
+    if fitted:
+        print_log(fitted, logger='current')
     return config
 
 
@@ -241,6 +245,7 @@ def build_runner(config: Config, checkpoint: str | None = None) -> Runner:
     """
     if not checkpoint and config.get('load_from'):
         config.load_from = local_checkpoint(config.load_from)
+    CheckpointLoader.register_scheme(prefixes='', loader=_safely, force=True)
     runner = RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
     model = _unwrapped(runner.model)
     if checkpoint:
@@ -249,6 +254,11 @@ def build_runner(config: Config, checkpoint: str | None = None) -> Runner:
         backbones = tuple(f'{name}.' for name, module in model.named_modules() if isinstance(module, ConvNeXt))
         check_same(model, config.load_from, backbones)
     return runner
+
+
+def _safely(filename: str, map_location=None) -> dict:
+    """mmengine's loader of files for what our tools run: its own unpickles in full where the safe way fails."""
+    return read(filename, mapped=False)
 
 
 def summary(metrics: dict[str, float]) -> str:

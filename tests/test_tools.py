@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, made_weights
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import CheckpointLoader
 
 from convnext_dense import shapes
 from convnext_dense.commands import check_installed, summary
@@ -162,6 +163,44 @@ def test_bad_input_is_one_line(data, files, tmp_path, monkeypatch, capsys, case)
     for word in words:
         assert word in line, line
     assert not list(tmp_path.glob('work_dirs/**/*.pth'))
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __reduce__(self):
+        return open, ('ran', 'w')
+
+
+@pytest.mark.parametrize(
+    'command',
+    [
+        [TRAIN, DEMO, '--resume', 'bomb.pth'],
+        [TRAIN, DEMO, WITH, 'load_from=bomb.pth'],
+        [TRAIN, 'mine.py', WITH, 'model.backbone.init_cfg.checkpoint=bomb.pth'],
+        [TEST, DEMO, 'bomb.pth'],
+        [TEST, DEMO, 'bomb.pth', '--multiscale'],
+        ['weights.py', 'inspect', 'bomb.pth'],
+        ['weights.py', 'convert', 'bomb.pth', 'out.pth', '--to', 'timm'],
+    ],
+    ids=lambda command: ' '.join(map(str, command[:1] + command[2:])),
+)
+def test_no_tool_runs_the_code_in_a_file(data, files, tmp_path, monkeypatch, capsys, command):
+    content = torch.load(files / 'good.pth')
+    content |= {'meta': {'bomb': Bomb()}, 'optimizer': {}}
+    torch.save(content, tmp_path / 'bomb.pth')
+    (tmp_path / 'mine.py').symlink_to(files / 'mine.py')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('SHAPES_ROOT', data)
+    monkeypatch.setattr(sys, 'argv', list(map(str, command)))
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / 'tools' / command[0]), run_name='__main__')
+    assert stopped.value.code == 2 and not (tmp_path / 'ran').exists()
+    assert 'bomb.pth cannot be read safely' in capsys.readouterr().err.splitlines()[-1]
+    if command[0] == TEST:
+        with pytest.raises(UsageError):  # nor does mmengine's own way, which the tools have replaced
+            CheckpointLoader.load_checkpoint('bomb.pth')
+        assert not (tmp_path / 'ran').exists()
 
 
 @pytest.mark.parametrize('case', ['no data', 'unknown arch', 'weights of another size', 'no checkpoint'])

@@ -1,0 +1,110 @@
+#!/usr/bin/env python
+"""Look at ConvNeXt weights, convert them, list the published ones."""
+
+import argparse
+from collections import Counter
+
+import torch
+
+from convnext_dense.backbone import ARCHS, ConvNeXt
+from convnext_dense.commands import one_line_errors
+from convnext_dense.errors import UsageError
+from convnext_dense.tables import table
+from convnext_dense.weights import match, open_checkpoint
+from convnext_dense.weights.converting import TARGETS, convert
+from convnext_dense.weights.loading import Checkpoint
+from convnext_dense.weights.zoo import KNOWN
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    actions = parser.add_subparsers(dest='action', required=True)
+    inspect = actions.add_parser('inspect', help='what a file is, and what of it would load')
+    inspect.add_argument('file', help='a file, a URL or a known name')
+    inspect.add_argument('--table', action='store_true', help='every tensor, by its name and by ours')
+    converting = actions.add_parser('convert', help='write a file in the names of another source, without loss')
+    converting.add_argument('file', help='a file, a URL or a known name')
+    converting.add_argument('out', help='the file to write; .safetensors by its ending')
+    converting.add_argument('--to', required=True, choices=TARGETS)
+    listing = actions.add_parser('list', help='the published files that are known by name')
+    listing.add_argument('--markdown', action='store_true', help='a table for a README')
+    return parser.parse_args()
+
+
+def inspect(args) -> None:
+    checkpoint = open_checkpoint(args.file)
+    weights = checkpoint.weights.values()
+    stem = checkpoint.weights['downsample_layers.0.0.weight']
+    dtypes = Counter(str(tensor.dtype).removeprefix('torch.') for tensor in weights)
+    others = [name for name in checkpoint.source.others if not name.startswith('norms.')]
+    facts = {
+        'file': f'{checkpoint.file} ({checkpoint.file.stat().st_size / 2**20:.1f} MiB)',
+        'source': checkpoint.title,
+        'arch': f'{checkpoint.arch} (depths {checkpoint.source.depths}, channels {checkpoint.channels})',
+        'tensors': f'{len(weights)} of {", ".join(f"{dtype} ({n})" for dtype, n in dtypes.items())}',
+        'parameters': f'{sum(tensor.numel() for tensor in weights):,}',
+        'input': f'{stem.shape[1]} channels',
+        'classifier': f'{len(checkpoint.weights["head.weight"])} classes'
+        if 'head.weight' in checkpoint.weights
+        else 'none',
+        'beyond it': f'{len(others)} tensors, such as {others[0]}' if others else 'nothing',
+        'would load': _would_load(checkpoint, args.file),
+    }
+    for title, fact in facts.items():
+        print(f'{title:<11} {fact}')
+    if args.table:
+        print()
+        print(
+            table(('recipe', 'config', 'shape'), list(_rows(checkpoint)))
+            .replace('recipe', 'in it ')
+            .replace('config', 'ours  ')
+        )
+
+
+def _would_load(checkpoint: Checkpoint, source: str) -> str:
+    channels = checkpoint.weights['downsample_layers.0.0.weight'].shape[1]
+    arch = dict(depths=checkpoint.source.depths, channels=checkpoint.channels)
+    kernel = checkpoint.weights['stages.0.0.dwconv.weight'].shape[-1]
+    scaled = any(name.endswith('.gamma') and '.grn.' not in name for name in checkpoint.weights)
+    try:
+        with torch.device('meta'):
+            backbone = ConvNeXt(arch, channels, kernel, layer_scale_init_value=float(scaled), grn=checkpoint.grn)
+        return str(match(backbone, source))
+    except UsageError as error:
+        return f'nothing: {error}'
+
+
+def _rows(checkpoint: Checkpoint):
+    for theirs, ours in checkpoint.source.names.items():
+        yield theirs, ours, 'x'.join(map(str, checkpoint.weights[ours].shape))
+    for name in [*checkpoint.source.unknown, *checkpoint.source.others]:
+        yield name, '-', ''
+
+
+def listed(args) -> None:
+    rows = []
+    for name, known in KNOWN.items():
+        rows.append((name, known.training, known.licence, _size(name), known.url or known.where))
+    print(table(('recipe', 'weights', 'notes', 'MB', 'config'), rows, args.markdown))
+
+
+def _size(name: str) -> str:
+    """Of the backbone in fp32, to the MB."""
+    arch = next(arch for arch in sorted(ARCHS, key=len, reverse=True) if f'_{arch}_' in name)
+    with torch.device('meta'):
+        backbone = ConvNeXt(arch, grn='v2' in name)
+    return f'{sum(p.numel() for p in backbone.parameters()) * 4 / 1e6:.0f}'
+
+
+def main():
+    args = parse_args()
+    with one_line_errors():
+        if args.action == 'convert':
+            n = convert(args.file, args.out, args.to)
+            print(f'{args.out}: {n} tensors in the names of {args.to}')
+        else:
+            {'inspect': inspect, 'list': listed}[args.action](args)
+
+
+if __name__ == '__main__':
+    main()
