@@ -1,4 +1,5 @@
-"""A recipe fitted to the machine: on any number of GPUs the total batch of an update stays the paper's."""
+"""A recipe fitted to the user's world: to the number of GPUs, on any of which the total batch of an update stays the
+paper's, and to other inputs than RGB."""
 
 import os
 
@@ -79,6 +80,41 @@ def check_same_accumulation(config: Config, meta: dict, checkpoint: str) -> None
             f'{checkpoint} comes from a run that added up {before} batches for an update, this one adds up {now}: '
             f'resume on as many GPUs as before, or with a train_dataloader.batch_size that makes it {before}'
         )
+
+
+def set_inputs(config: Config) -> str | None:
+    """Fit a config whose backbone takes other inputs than RGB: images are read as grey or as they are, and normalised
+    by the mean of RGB's values (mmengine's preprocessors take one value or three).
+
+    Returns one line that says so; None where there is nothing to do.
+    """
+    n = config.model.get('backbone', {}).get('in_channels', 3)
+    preprocessor = config.model.get('data_preprocessor') or {}
+    if n == 3 or len(preprocessor.get('mean') or []) != 3:
+        return None
+    for key in ('mean', 'std'):
+        preprocessor[key] = [sum(preprocessor[key]) / 3]
+    preprocessor.bgr_to_rgb = False
+    for split in ('train', 'val', 'test'):
+        _read_as(config.get(f'{split}_dataloader'), 'grayscale' if n == 1 else 'unchanged')
+    return (
+        f'{n} input channel{"s" if n > 1 else ""}: read as {"grey" if n == 1 else "they are"}, normalised by '
+        f'{preprocessor.mean[0]:.2f} and {preprocessor.std[0]:.2f}, without PhotoMetricDistortion, which needs RGB'
+    )
+
+
+def _read_as(value, color_type: str) -> None:
+    """Set how images are read, and take out what needs RGB, in all pipelines below a config's value."""
+    if isinstance(value, dict):
+        if value.get('type') == 'LoadImageFromFile':
+            value['color_type'] = color_type
+        for key, item in value.items():
+            if isinstance(item, list):
+                value[key] = [i for i in item if not (isinstance(i, dict) and i.get('type') == 'PhotoMetricDistortion')]
+            _read_as(value[key], color_type)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _read_as(item, color_type)
 
 
 @HOOKS.register_module()

@@ -2,6 +2,8 @@
 
 import os
 
+import cv2
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from test_recipes import load
 from test_tools import one_line_error
 
 from convnext_dense import ConvNeXt, UsageError, shapes
-from convnext_dense.fitting import check_same_accumulation, fit_batch, n_processes, set_total_batch
+from convnext_dense.fitting import check_same_accumulation, fit_batch, n_processes, set_inputs, set_total_batch
 
 N_IMAGES, TOTAL = 16, 4
 
@@ -223,3 +225,44 @@ def test_by_the_tool(run_tool, tmp_path):
     one_line_error(process, 'iter_2.pth', 'added up 2', 'adds up 4')
     process = run_tool(*command, 'train_cfg.max_iters=3', '--resume', '--as-is', SHAPES_ROOT=str(data))
     one_line_error(process, 'iter_2.pth', 'added up 2', 'adds up 1')
+
+
+@pytest.mark.parametrize('name', ['mask_rcnn/convnext_t', 'upernet/convnext_t'])
+def test_grey_images(name):
+    config = load(name)
+    assert set_inputs(config) is None and config.to_dict() == load(name).to_dict()
+    config.model.backbone.in_channels = 1
+    assert '1 input channel: read as grey' in set_inputs(config)
+    preprocessor = config.model.data_preprocessor
+    assert preprocessor.mean == [pytest.approx((123.675 + 116.28 + 103.53) / 3)] and not preprocessor.bgr_to_rgb
+    for split in ('train', 'val', 'test'):
+        pipeline = config[f'{split}_dataloader'].dataset.pipeline
+        assert pipeline[0] == dict(type='LoadImageFromFile', color_type='grayscale')
+        assert 'PhotoMetricDistortion' not in str(pipeline)
+    assert set_inputs(config) is None  # once is enough
+
+
+@pytest.mark.parametrize('name', ['mask_rcnn/convnext_t', 'upernet/convnext_t'])
+def test_more_channels_than_rgb(name):
+    config = load(name)
+    config.model.backbone.in_channels = 4
+    assert '4 input channels: read as they are' in set_inputs(config)
+    assert config.model.data_preprocessor.std == [pytest.approx((58.395 + 57.12 + 57.375) / 3)]
+    assert config.train_dataloader.dataset.pipeline[0].color_type == 'unchanged'
+
+
+@pytest.mark.parametrize('task, in_channels', [('mask_rcnn', 1), ('mask_rcnn', 4), ('upernet', 1), ('upernet', 4)])
+def test_other_inputs_train_and_test(run_tool, tmp_path, task, in_channels):
+    data = tmp_path / 'shapes'
+    shapes.write(data, train=4, val=2, size=64)
+    if in_channels == 4:
+        for file in [*data.glob('train/*.png'), *data.glob('val/*.png')]:
+            image = cv2.imread(str(file))
+            cv2.imwrite(str(file), np.concatenate([image, image[..., :1]], 2))
+    quick = [f'{s}_dataloader.{k}' for s in ('train', 'val') for k in ('num_workers=0', 'persistent_workers=False')]
+    length = 'train_cfg.max_epochs=1' if task == 'mask_rcnn' else 'train_cfg.max_iters=1'
+    quick += [length, 'train_cfg.val_interval=1', f'model.backbone.in_channels={in_channels}']
+    config = ROOT / f'configs/demo/{task}.py'
+    process = run_tool('train.py', config, '--work-dir', 'run', '--cfg-options', *quick, SHAPES_ROOT=str(data))
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert f'{in_channels} input channel' in process.stdout + process.stderr
