@@ -1,5 +1,5 @@
 """A recipe fitted to the user's world: to the number of GPUs, on any of which the total batch of an update stays the
-paper's, and to other inputs than RGB."""
+paper's, to another length, and to other inputs than RGB."""
 
 import os
 
@@ -80,6 +80,48 @@ def check_same_accumulation(config: Config, meta: dict, checkpoint: str) -> None
             f'{checkpoint} comes from a run that added up {before} batches for an update, this one adds up {now}: '
             f'resume on as many GPUs as before, or with a train_dataloader.batch_size that makes it {before}'
         )
+
+
+def set_length(config: Config, epochs: int | None = None, iters: int | None = None) -> str | None:
+    """Make a training last `epochs`, or `iters` where it counts iterations; warmup, steps, decay, evaluation and
+    checkpoints keep their share of it.
+
+    Returns one line that says so; None where neither is given.
+
+    Raises:
+        UsageError: the config counts in the other unit, or a length is not positive.
+    """
+    if epochs is None and iters is None:
+        return None
+    unit, wanted = ('epochs', epochs) if epochs is not None else ('iters', iters)
+    train_cfg = config.train_cfg
+    before = train_cfg.get(f'max_{unit}')
+    if before is None:
+        other = 'iters' if unit == 'epochs' else 'epochs'
+        raise UsageError(f'--{unit}: this config counts {"iterations" if other == "iters" else other}, give --{other}')
+    if wanted < 1:
+        raise UsageError(f'--{unit} {wanted}: give a positive number')
+    share = wanted / before
+    train_cfg[f'max_{unit}'] = wanted
+    for holder, key in ((train_cfg, 'val_interval'), (config.default_hooks.get('checkpoint', {}), 'interval')):
+        if holder.get(key, -1) > 0:
+            holder[key] = max(1, round(holder[key] * share))
+    for scheduler in _listed(config.get('param_scheduler')):
+        _scale_schedule(scheduler, share)
+    return f'{wanted:,} {unit} instead of {before:,}: warmup, steps and decay keep their shares'
+
+
+def _scale_schedule(scheduler: dict, share: float) -> None:
+    """Scale where a schedule begins, steps and ends. mmengine counts `end - begin - 1` iterations, so ends that count
+    iterations have one more than what they mean."""
+    extra = 0 if scheduler.get('by_epoch', True) else 1
+    if 'end' in scheduler:
+        scheduler['end'] = max(1, round((scheduler['end'] - extra) * share)) + extra
+    for key in ('begin', 'T_max', 'step_size'):
+        if scheduler.get(key):
+            scheduler[key] = max(1, round(scheduler[key] * share))
+    if 'milestones' in scheduler:
+        scheduler['milestones'] = sorted({max(1, round(m * share)) for m in scheduler['milestones']})
 
 
 def set_inputs(config: Config) -> str | None:

@@ -12,11 +12,18 @@ from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner
-from test_recipes import load
+from test_recipes import load, lrs_over_iterations
 from test_tools import one_line_error
 
 from convnext_dense import ConvNeXt, UsageError, shapes
-from convnext_dense.fitting import check_same_accumulation, fit_batch, n_processes, set_inputs, set_total_batch
+from convnext_dense.fitting import (
+    check_same_accumulation,
+    fit_batch,
+    n_processes,
+    set_inputs,
+    set_length,
+    set_total_batch,
+)
 
 N_IMAGES, TOTAL = 16, 4
 
@@ -266,3 +273,53 @@ def test_other_inputs_train_and_test(run_tool, tmp_path, task, in_channels):
     process = run_tool('train.py', config, '--work-dir', 'run', '--cfg-options', *quick, SHAPES_ROOT=str(data))
     assert process.returncode == 0, process.stderr[-3000:]
     assert f'{in_channels} input channel' in process.stdout + process.stderr
+
+
+def test_another_length_of_a_detector():
+    config = load('cascade/convnext_t')
+    assert set_length(config) is None and config.to_dict() == load('cascade/convnext_t').to_dict()
+    assert '12 epochs instead of 36' in set_length(config, epochs=12)
+    assert config.train_cfg == dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=1)
+    warmup, steps = config.param_scheduler
+    assert warmup.end == 1 + round(500 / 3) and (steps.milestones, steps.end) == ([9, 11], 12)
+    assert config.default_hooks.checkpoint.interval == 1
+
+
+@pytest.mark.parametrize('iters', [20_000, 80_000, 320_000])
+def test_another_length_of_a_segmentor_has_the_papers_curve(iters):
+    config, paper = load('upernet/convnext_t'), load('upernet/convnext_t')
+    set_length(config, iters=iters)
+    assert config.train_cfg.max_iters == iters
+    assert config.train_cfg.val_interval == config.default_hooks.checkpoint.interval == iters // 10
+    shares = [0, 0.005, 0.01, 0.25, 0.5, 0.9]
+    found = lrs_over_iterations(config, [int(share * iters) for share in shares])
+    expected = lrs_over_iterations(paper, [int(share * 160_000) for share in shares])
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=0.01)
+
+
+def test_a_fitted_length_on_fewer_gpus():
+    config = load('upernet/convnext_t')
+    set_length(config, iters=40_000)
+    set_total_batch(config, 2)
+    assert config.train_cfg.max_iters == 160_000 and config.optim_wrapper.accumulative_counts == 4
+    assert config.param_scheduler[1].end == 40_001  # steps at updates
+
+
+@pytest.mark.parametrize(
+    'name, length, words',
+    [
+        ('cascade/convnext_t', dict(iters=10), '--iters: this config counts epochs, give --epochs'),
+        ('upernet/convnext_t', dict(epochs=10), '--epochs: this config counts iterations, give --iters'),
+        ('upernet/convnext_t', dict(iters=0), '--iters 0: give a positive number'),
+    ],
+)
+def test_lengths_that_cannot_be(name, length, words):
+    with pytest.raises(UsageError, match=words):
+        set_length(load(name), **length)
+
+
+def test_very_short_trainings_keep_their_order():
+    config = load('mask_rcnn/convnext_t')
+    set_length(config, epochs=1)
+    warmup, steps = config.param_scheduler
+    assert warmup.end == 1 + round(500 / 36) and steps.milestones == [1] and steps.end == 1

@@ -16,7 +16,7 @@ from convnext_dense.commands import (
     set_precision,
     set_resume,
 )
-from convnext_dense.fitting import n_processes, set_total_batch
+from convnext_dense.fitting import n_processes, set_length, set_total_batch
 
 
 def parse_args():
@@ -33,6 +33,11 @@ def parse_args():
         choices=('float16', 'bfloat16', 'float32'),
         help="precision of training (default: the recipe's); float32 is full precision",
     )
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        '--epochs', type=int, help='another length, with the shares of warmup, steps and evaluation kept'
+    )
+    length.add_argument('--iters', type=int, help='the same for recipes that count iterations')
     parser.add_argument(
         '--as-is', action='store_true', help='do not fit images a GPU, accumulation and iterations to the total batch'
     )
@@ -47,9 +52,12 @@ def main():
         check_data(config, ('train', 'val'))
         check_pretrained(config.model)
         checkpoint = set_resume(config, args.resume)
+        length = set_length(config, args.epochs, args.iters)
         fitted = set_total_batch(config, n_processes(args.launcher), args.as_is)
         check_resume(config, checkpoint)
         runner = build_runner(config, checkpoint)
+        if length:
+            print_log(length, logger='current')
         if fitted:
             line, warn = fitted
             print_log(line, logger='current', level=logging.WARNING if warn else logging.INFO)
