@@ -257,8 +257,12 @@ def build_runner(config: Config, checkpoint: str | None = None) -> Runner:
 
 
 def _safely(filename: str, map_location=None) -> dict:
-    """mmengine's loader of files for what our tools run: its own unpickles in full where the safe way fails."""
-    return read(filename, mapped=False)
+    """mmengine's loader of files for what our tools run: its own unpickles in full where the safe way fails, and a
+    resumed runner runs the config in the file."""
+    content = read(filename, mapped=False)
+    if isinstance(content.get('meta'), dict):
+        content['meta'] = {k: v for k, v in content['meta'].items() if k not in ('cfg', 'config')}
+    return content
 
 
 def summary(metrics: dict[str, float]) -> str:

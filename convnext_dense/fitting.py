@@ -7,6 +7,7 @@ from mmengine.config import Config
 from mmengine.hooks import ParamSchedulerHook
 from mmengine.registry import HOOKS
 
+from .dumped import read_dumped
 from .errors import UsageError
 from .paper import accumulation_of
 
@@ -73,7 +74,7 @@ def set_total_batch(config: Config, processes: int, as_is: bool = False) -> tupl
 def check_same_accumulation(config: Config, meta: dict, checkpoint: str) -> None:
     """Raise UsageError where a run to be resumed, by the `meta` of its checkpoint, added up other numbers of batches:
     its count of iterations would mean something else here."""
-    before = accumulation_of(Config.fromstring(meta['cfg'], '.py')) if meta.get('cfg') else 1
+    before = accumulation_of(read_dumped(meta['cfg'])) if meta.get('cfg') else 1
     now = accumulation_of(config)
     if before != now:
         raise UsageError(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from .dumped import read_dumped
 from .errors import UsageError
 from .paper import (
     RELEASED,
@@ -191,9 +192,9 @@ def _read_config(run: Run, *candidates: Path) -> None:
     if file is None:
         return
     try:
-        config = Config.fromfile(file, import_custom_modules=False)
-    except Exception as error:  # a config is a program, and this one may be half written
-        run.problems.append(f'{file.name} cannot be read ({type(error).__name__})')
+        config = read_dumped(_text(file))
+    except UsageError:
+        run.problems.append(f'{file.name} cannot be read')
         return
     if 'module' in config.get('model', {}):  # of a multi-scale test
         config.model = config.model.module

@@ -16,6 +16,7 @@ from test_recipes import load, lrs_over_iterations
 from test_tools import one_line_error
 
 from convnext_dense import ConvNeXt, UsageError, shapes
+from convnext_dense.dumped import read_dumped
 from convnext_dense.fitting import (
     check_same_accumulation,
     fit_batch,
@@ -323,3 +324,27 @@ def test_very_short_trainings_keep_their_order():
     set_length(config, epochs=1)
     warmup, steps = config.param_scheduler
     assert warmup.end == 1 + round(500 / 36) and steps.milestones == [1] and steps.end == 1
+
+
+@pytest.mark.parametrize('name', ['cascade/convnext_l_in22k', 'upernet/convnext_t', 'demo/mask_rcnn'])
+def test_a_dumped_config_is_read_without_running_it(name):
+    config = load(name)
+    assert read_dumped(config.pretty_text).to_dict() == Config.fromstring(config.pretty_text, '.py').to_dict()
+    odd = Config(dict(a={'b.c': 1, 2: (1,)}, d=[-1.5, float('inf'), None, {1}], e='x', f=dict()))
+    assert read_dumped(odd.pretty_text).to_dict() == odd.to_dict()
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        "open('ran', 'w')",
+        "a = open('ran', 'w')",
+        'import os',
+        'a = (lambda: 1)()',
+        'a = [x for x in (1,)]',
+        'a = dict(',
+    ],
+)
+def test_a_dumped_config_that_is_a_program(text):
+    with pytest.raises(UsageError, match='not plain data'):
+        read_dumped(text)

@@ -203,6 +203,23 @@ def test_no_tool_runs_the_code_in_a_file(data, files, tmp_path, monkeypatch, cap
         assert not (tmp_path / 'ran').exists()
 
 
+def test_resume_does_not_run_the_config_in_a_checkpoint(data, files, tmp_path, monkeypatch, capsys):
+    """mmengine's own resume does."""
+    runs = "open('ran', 'w')"
+    for name, meta in {'cfg.pth': {'cfg': runs}, 'config.pth': {'config': runs}}.items():
+        meta |= dict(epoch=0, iter=1)
+        torch.save({**torch.load(files / 'good.pth'), 'meta': meta, 'optimizer': {}}, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('SHAPES_ROOT', data)
+    for name in ('cfg.pth', 'config.pth'):
+        monkeypatch.setattr(sys, 'argv', [TRAIN, str(DEMO), '--resume', name])
+        with pytest.raises((SystemExit, KeyError)) as stopped:  # the optimizer's state is missing in the second
+            runpy.run_path(str(ROOT / 'tools' / TRAIN), run_name='__main__')
+        if name == 'cfg.pth':
+            assert stopped.value.code == 2 and 'is not plain data' in capsys.readouterr().err.splitlines()[-1]
+        assert not (tmp_path / 'ran').exists()
+
+
 @pytest.mark.parametrize('case', ['no data', 'unknown arch', 'weights of another size', 'no checkpoint'])
 def test_bad_input_ends_the_process_at_once(run_tool, data, files, tmp_path, case):
     (tool, *arguments), words = BAD[case]
