@@ -15,6 +15,7 @@ from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import CheckpointLoader, Runner, find_latest_checkpoint
+from mmengine.runner.checkpoint import get_torchvision_models
 from torch import nn
 
 from .backbone import ConvNeXt
@@ -25,6 +26,9 @@ from .weights.loading import PretrainedConvNeXt, check_same, match
 from .weights.reading import read
 from .weights.zoo import URLS, fetch, is_url, locate
 
+# All from which mmengine loads checkpoints: what our loader does not find there is an error.
+PLACES = ('', 'http://', 'https://', 'torchvision://', 'modelzoo://', 'open-mmlab://', 'openmmlab://', 'mmcls://')
+PLACES += ('pavi://', 's3://', r'(\S+\:)?s3://')
 RUNS_WITHOUT_AMP = ('cpu', 'mps')  # mmengine's AmpOptimWrapper refuses these
 
 
@@ -208,6 +212,8 @@ def set_resume(config: Config, resume: str | None) -> str | None:
     checkpoint = find_latest_checkpoint(str(work_dir)) if resume == 'auto' else resume
     if checkpoint:
         checkpoint = local_checkpoint(checkpoint)
+        if holds_run and Path(checkpoint).resolve().parent != work_dir.resolve():
+            raise UsageError(f'{work_dir} holds another run than {checkpoint}: give another --work-dir')
     elif holds_run:
         raise UsageError(
             f'{work_dir} has checkpoints but no last_checkpoint: --resume CHECKPOINT says which to go on from'
@@ -245,8 +251,13 @@ def build_runner(config: Config, checkpoint: str | None = None) -> Runner:
     """
     if not checkpoint and config.get('load_from'):
         config.load_from = local_checkpoint(config.load_from)
-    CheckpointLoader.register_scheme(prefixes='', loader=_safely, force=True)
-    runner = RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+    CheckpointLoader.register_scheme(prefixes=PLACES, loader=_safely, force=True)
+    try:
+        runner = RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+    except (KeyError, TypeError, AssertionError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f'the config cannot be built: {_first_line(error)}') from error
     model = _unwrapped(runner.model)
     if checkpoint:
         check_same(model, checkpoint)
@@ -259,7 +270,9 @@ def build_runner(config: Config, checkpoint: str | None = None) -> Runner:
 def _safely(filename: str, map_location=None) -> dict:
     """mmengine's loader of files for what our tools run: its own unpickles in full where the safe way fails, and a
     resumed runner runs the config in the file."""
-    content = read(filename, mapped=False)
+    if filename.startswith('torchvision://'):
+        filename = get_torchvision_models()[filename.removeprefix('torchvision://')]
+    content = read(local_checkpoint(filename), mapped=False)
     if isinstance(content.get('meta'), dict):
         content['meta'] = {k: v for k, v in content['meta'].items() if k not in ('cfg', 'config')}
     return content

@@ -35,7 +35,10 @@ def complexity(config: Config, size: tuple[int, int]) -> Complexity:
     init_default_scope(config.get('default_scope', 'mmengine'))
     model_cfg = {key: value for key, value in config.model.items() if key != 'pretrained'}
     with torch.device('meta'):
-        model = MODELS.build(model_cfg)
+        try:
+            model = MODELS.build(model_cfg)
+        except (KeyError, TypeError, AssertionError) as error:
+            raise UsageError(f'the model cannot be built: {str(error).splitlines()[0]}') from error
         parameters = sum(p.numel() for p in model.parameters())
         counted = _Counted(model)
         for module in counted.modules():
@@ -47,7 +50,8 @@ def complexity(config: Config, size: tuple[int, int]) -> Complexity:
             )
         except (RuntimeError, ValueError) as error:
             raise UsageError(
-                f'{width}x{height} cannot be counted: {str(error).splitlines()[0]}; give a larger size'
+                f'{type(model).__name__} cannot be counted at {width}x{height}: {str(error).splitlines()[0]}; '
+                'give a larger size, or channels that fit each other'
             ) from error
         except (TypeError, AttributeError) as error:
             raise UsageError(f'{type(model).__name__} cannot be counted: its heads do not take feature maps') from error

@@ -57,6 +57,8 @@ def set_total_batch(config: Config, processes: int, as_is: bool = False) -> tupl
         if accumulation > 1:
             _accumulate(config, accumulation)
     accumulation, at_once = accumulation_of(config), processes * loader.batch_size
+    if at_once == 1 and "'SyncBN'" in str(config.model) and 'decode_head' in config.model:
+        raise UsageError('batch norm needs two images at a time: give train_dataloader.batch_size=2 or more GPUs')
     total = at_once * accumulation
     parts = [f'{processes} process{"es" if processes > 1 else ""}', f'{loader.batch_size} images a batch']
     if accumulation > 1:
@@ -104,7 +106,10 @@ def set_length(config: Config, epochs: int | None = None, iters: int | None = No
         raise UsageError(f'--{unit} {wanted}: give a positive number')
     share = wanted / before
     train_cfg[f'max_{unit}'] = wanted
-    for holder, key in ((train_cfg, 'val_interval'), (config.default_hooks.get('checkpoint', {}), 'interval')):
+    for holder, key in (
+        (train_cfg, 'val_interval'),
+        ((config.get('default_hooks') or {}).get('checkpoint') or {}, 'interval'),
+    ):
         if holder.get(key, -1) > 0:
             holder[key] = max(1, round(holder[key] * share))
     for scheduler in _listed(config.get('param_scheduler')):
@@ -179,14 +184,18 @@ def _accumulate(config: Config, n: int) -> None:
                 'give begin and end in iterations, or --as-is'
             )
     config.optim_wrapper.accumulative_counts = n
-    config.default_hooks.param_scheduler = dict(type='UpdateParamSchedulerHook')
-    train_cfg, checkpoint = config.train_cfg, config.default_hooks.get('checkpoint', {})
+    hooks = config.setdefault('default_hooks', {})
+    hooks['param_scheduler'] = dict(type='UpdateParamSchedulerHook')
+    train_cfg, checkpoint = config.train_cfg, hooks.get('checkpoint') or {}
     if 'max_iters' in train_cfg:
         for key in ('max_iters', 'val_interval', 'val_begin'):
             if key in train_cfg:
                 train_cfg[key] *= n
         if train_cfg.get('dynamic_intervals'):
             train_cfg.dynamic_intervals = [(start * n, length * n) for start, length in train_cfg.dynamic_intervals]
+    for hook in config.get('custom_hooks') or []:
+        if 'EMAHook' in str(hook.get('type')):  # it averages every `interval` iterations, from `begin_iter` on
+            hook['begin_iter'], hook['interval'] = n * hook.get('begin_iter', 0), n * hook.get('interval', 1)
     if not checkpoint.get('by_epoch', True) and checkpoint.get('interval', -1) > 0:
         checkpoint.interval *= n
 

@@ -31,17 +31,18 @@ def set_multiscale(config: Config) -> None:
     """
     if config.get('default_scope') != 'mmseg':
         raise UsageError('--multiscale is for segmentation: the paper has no multi-scale figure for COCO')
-    pipeline = config.test_dataloader.dataset.get('pipeline', [])
-    at = next((i for i, step in enumerate(pipeline) if step.type == 'Resize' and step.get('scale')), None)
+    pipeline = config.test_dataloader.dataset.get('pipeline') or []
+    resizes = (i for i, step in enumerate(pipeline) if step['type'] == 'Resize')
+    at = next((i for i in resizes if isinstance(pipeline[i].get('scale'), (tuple, list))), None)
     if at is None:
         raise UsageError("--multiscale needs dict(type='Resize', scale=(long, short)) in test_dataloader's pipeline")
     resize = pipeline[at]
-    scales = [{**resize, 'scale': tuple(int(side * ratio) for side in resize.scale)} for ratio in RATIOS]
+    scales = [{**resize, 'scale': tuple(int(side * ratio) for side in resize['scale'])} for ratio in RATIOS]
     flips = [dict(type='RandomFlip', prob=prob, direction='horizontal') for prob in (0.0, 1.0)]
     steps = [scales, flips, *([step] for step in pipeline[at + 1 :])]
     config.test_dataloader.dataset.pipeline = [*pipeline[:at], dict(type='TestTimeAug', transforms=steps)]
     config.test_dataloader.batch_size = 1
-    config.model.test_cfg.mode = 'whole'
+    config.model.test_cfg = {**(config.model.get('test_cfg') or {}), 'mode': 'whole'}
     config.model = dict(type='MultiScaleSegmentor', module=config.model)
     config.custom_hooks = [*config.get('custom_hooks', []), dict(type='ProgressBarHook')]
 

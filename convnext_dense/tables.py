@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-TEXT = ('recipe', 'config', 'figure', 'weights', 'notes')  # columns that begin at the left; numbers end at the right
+# Columns that begin at the left; those of numbers end at the right.
+TEXT = ('recipe', 'config', 'figure', 'weights', 'notes', 'name', 'licence', 'address', 'in the file', 'ours')
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool = False) -> str:

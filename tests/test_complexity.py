@@ -84,7 +84,7 @@ def test_bad_input(run_tool, tmp_path):
     one_line_error(run_tool('complexity.py', 'gone.py'), 'gone.py')
     assert run_tool('complexity.py').returncode == run_tool('complexity.py', 'a.py', '--all').returncode == 2
     assert run_tool('complexity.py', '--all', '--size', '0', '5').returncode == 2
-    with pytest.raises(UsageError, match='8x8.*larger'):
+    with pytest.raises(UsageError, match='at 8x8.*larger'):
         complexity(load('demo/upernet'), (8, 8))
     config = Config(dict(model=dict(type='ConvNeXt')))
     with pytest.raises(UsageError, match='ConvNeXt cannot be counted'):

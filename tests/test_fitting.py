@@ -222,14 +222,14 @@ def test_by_the_tool(run_tool, tmp_path):
     quick = [
         *(f'{s}_dataloader.{k}' for s in ('train', 'val') for k in ('num_workers=0', 'persistent_workers=False')),
         'train_cfg.max_iters=1', 'train_cfg.val_interval=1', 'default_hooks.checkpoint.interval=1',
-        'train_dataloader.batch_size=2', 'total_batch=4', 'default_hooks.logger.interval=1',
+        'train_dataloader.batch_size=4', 'total_batch=8', 'default_hooks.logger.interval=1',
     ]  # fmt: skip
     command = ['train.py', ROOT / 'configs/demo/upernet.py', '--work-dir', tmp_path / 'run', '--cfg-options', *quick]
     process = run_tool(*command, SHAPES_ROOT=str(data))
     assert process.returncode == 0, process.stderr[-3000:]
-    assert 'total batch 4 = 1 process x 2 images a batch x 2 batches added up' in process.stdout + process.stderr
+    assert 'total batch 8 = 1 process x 4 images a batch x 2 batches added up' in process.stdout + process.stderr
     assert (tmp_path / 'run/iter_2.pth').exists()
-    process = run_tool(*command, 'train_dataloader.batch_size=1', '--resume', SHAPES_ROOT=str(data))
+    process = run_tool(*command, 'train_dataloader.batch_size=2', '--resume', SHAPES_ROOT=str(data))
     one_line_error(process, 'iter_2.pth', 'added up 2', 'adds up 4')
     process = run_tool(*command, 'train_cfg.max_iters=3', '--resume', '--as-is', SHAPES_ROOT=str(data))
     one_line_error(process, 'iter_2.pth', 'added up 2', 'adds up 1')
@@ -348,3 +348,20 @@ def test_a_dumped_config_is_read_without_running_it(name):
 def test_a_dumped_config_that_is_a_program(text):
     with pytest.raises(UsageError, match='not plain data'):
         read_dumped(text)
+
+
+def test_batch_norm_of_one_image_is_refused():
+    config = load('upernet/convnext_t')
+    config.train_dataloader.batch_size = 1
+    with pytest.raises(UsageError, match='two images at a time'):
+        set_total_batch(config, 1)
+    set_total_batch(config, 2)
+
+
+def test_a_config_without_hooks_and_one_with_an_average():
+    config = Config(dict(model={}, total_batch=4, train_dataloader=dict(batch_size=2), train_cfg=dict(max_iters=10)))
+    config.optim_wrapper = dict(optimizer=dict(type='SGD', lr=1.0))
+    config.custom_hooks = [dict(type='EMAHook', begin_iter=3), dict(type='NumClassCheckHook')]
+    set_total_batch(config, 1)
+    assert config.default_hooks == dict(param_scheduler=dict(type='UpdateParamSchedulerHook'))
+    assert config.custom_hooks == [dict(type='EMAHook', begin_iter=6, interval=2), dict(type='NumClassCheckHook')]

@@ -35,7 +35,9 @@ def parse_args():
 def count(path: str, options: dict, size: tuple[int, int] | None) -> dict:
     config = load_config(path, options)
     row = row_of(config)
-    counted = complexity(config, tuple(size or (row.size if row else SIZES.get(config.default_scope, (1280, 800)))))
+    counted = complexity(
+        config, tuple(size or (row.size if row else SIZES.get(config.get('default_scope'), (1280, 800))))
+    )
     return {
         'config': str(path),
         'size': counted.size,

@@ -12,6 +12,7 @@ from convnext_dense.errors import UsageError
 from convnext_dense.tables import table
 from convnext_dense.weights import match, open_checkpoint
 from convnext_dense.weights.converting import TARGETS, convert
+from convnext_dense.weights.formats import FIRST_BLOCK, STEM
 from convnext_dense.weights.loading import Checkpoint
 from convnext_dense.weights.zoo import KNOWN
 
@@ -34,7 +35,7 @@ def parse_args():
 def inspect(args) -> None:
     checkpoint = open_checkpoint(args.file)
     weights = checkpoint.weights.values()
-    stem = checkpoint.weights['downsample_layers.0.0.weight']
+    stem = checkpoint.weights[STEM]
     dtypes = Counter(str(tensor.dtype).removeprefix('torch.') for tensor in weights)
     others = [name for name in checkpoint.source.others if not name.startswith('norms.')]
     facts = {
@@ -43,33 +44,32 @@ def inspect(args) -> None:
         'arch': f'{checkpoint.arch} (depths {checkpoint.source.depths}, channels {checkpoint.channels})',
         'tensors': f'{len(weights)} of {", ".join(f"{dtype} ({n})" for dtype, n in dtypes.items())}',
         'parameters': f'{sum(tensor.numel() for tensor in weights):,}',
-        'input': f'{stem.shape[1]} channels',
+        'input': f'{stem.shape[1]} channels' if stem.ndim == 4 else 'unknown',
         'classifier': f'{len(checkpoint.weights["head.weight"])} classes'
         if 'head.weight' in checkpoint.weights
         else 'none',
         'beyond it': f'{len(others)} tensors, such as {others[0]}' if others else 'nothing',
-        'would load': _would_load(checkpoint, args.file),
+        'would load': _would_load(checkpoint),
     }
     for title, fact in facts.items():
         print(f'{title:<11} {fact}')
     if args.table:
         print()
-        print(
-            table(('recipe', 'config', 'shape'), list(_rows(checkpoint)))
-            .replace('recipe', 'in it ')
-            .replace('config', 'ours  ')
-        )
+        print(table(('in the file', 'ours', 'shape'), list(_rows(checkpoint))))
 
 
-def _would_load(checkpoint: Checkpoint, source: str) -> str:
-    channels = checkpoint.weights['downsample_layers.0.0.weight'].shape[1]
+def _would_load(checkpoint: Checkpoint) -> str:
     arch = dict(depths=checkpoint.source.depths, channels=checkpoint.channels)
-    kernel = checkpoint.weights['stages.0.0.dwconv.weight'].shape[-1]
+    stem, block = checkpoint.weights[STEM], checkpoint.weights[FIRST_BLOCK]
     scaled = any(name.endswith('.gamma') and '.grn.' not in name for name in checkpoint.weights)
+    outputs = tuple(range(len(checkpoint.source.depths)))
+    if stem.ndim != 4 or block.ndim != 4:
+        return 'nothing: its convolutions have lost their shape'
     try:
         with torch.device('meta'):
-            backbone = ConvNeXt(arch, channels, kernel, layer_scale_init_value=float(scaled), grn=checkpoint.grn)
-        return str(match(backbone, source))
+            settings = dict(layer_scale_init_value=float(scaled), grn=checkpoint.grn, out_indices=outputs)
+            backbone = ConvNeXt(arch, stem.shape[1], block.shape[-1], **settings)
+        return str(match(backbone, checkpoint))
     except UsageError as error:
         return f'nothing: {error}'
 
@@ -85,7 +85,7 @@ def listed(args) -> None:
     rows = []
     for name, known in KNOWN.items():
         rows.append((name, known.training, known.licence, _size(name), known.url or known.where))
-    print(table(('recipe', 'weights', 'notes', 'MB', 'config'), rows, args.markdown))
+    print(table(('name', 'weights', 'licence', 'backbone, MB', 'address'), rows, args.markdown))
 
 
 def _size(name: str) -> str:

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from ..errors import UsageError
-from .formats import FORMATS, Format
+from .formats import DOUBLES, FORMATS, Format
 from .loading import open_checkpoint
+from .reading import WRAPPERS, read
 
 BY_KEY = {source.key: source for source in FORMATS}
 # What a file is converted to: whose names, and the wrapper around them.
@@ -32,7 +33,11 @@ def convert(source: str | Path, out: str | Path, target: str) -> int:
     if out.exists():
         raise UsageError(f'{out} exists already: give another name')
     checkpoint = open_checkpoint(source)
-    extra = [*checkpoint.source.unknown, *(n for n in checkpoint.source.others if not n.startswith('norms.'))]
+    extra = [
+        *_beside(checkpoint.file),
+        *checkpoint.source.unknown,
+        *(n for n in checkpoint.source.others if not n.startswith(DOUBLES)),
+    ]
     if extra:
         raise UsageError(
             f'{source} holds more than a ConvNeXt ({len(extra)} tensors, such as {extra[0]}): only that alone converts'
@@ -46,6 +51,13 @@ def convert(source: str | Path, out: str | Path, target: str) -> int:
         tensors[_prefix(names, ours, checkpoint.grn) + name] = names.to_theirs(ours, tensor).contiguous()
     _write(tensors, wrapper, out, target == 'safetensors' or out.suffix == '.safetensors')
     return len(tensors)
+
+
+def _beside(file: Path) -> list[str]:
+    """What a file holds beside the weights that are taken from it: another wrapper's, such as an average's."""
+    content = read(file)
+    wrappers = [key for key in WRAPPERS if isinstance(content.get(key), dict)]
+    return [f"those of '{key}'" for key in wrappers[1:]]
 
 
 def _prefix(names: Format, ours: str, grn: bool) -> str:
@@ -65,6 +77,6 @@ def _write(tensors: dict[str, torch.Tensor], wrapper: str | None, out: Path, saf
         else:
             torch.save({wrapper: tensors} if wrapper else tensors, partial)
         os.replace(partial, out)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # safetensors has errors of its own
         partial.unlink(missing_ok=True)
         raise UsageError(f'{out} cannot be written ({error}): give another place') from error

@@ -14,6 +14,7 @@ from ..errors import UsageError
 NORMS = re.compile(r'norm\d+\.(weight|bias)')
 TRUNK = re.compile(r'(downsample_layers|stages)\.(\d+)\.')
 VECTORS = ('gamma', 'grn.gamma', 'grn.beta')
+DOUBLES = 'norms.'  # DINOv3 by Meta holds its final norm twice
 LAYERS = ('dwconv', 'norm', 'pwconv1', 'pwconv2')  # the parts of a block with weight and bias
 STEM, FIRST_BLOCK = 'downsample_layers.0.0.weight', 'stages.0.0.dwconv.weight'
 
@@ -56,9 +57,10 @@ class Format:
         part = self.parts.get('.'.join(leaf)) or (leaf[0] in self.parts and f'{self.parts[leaf[0]]}.{leaf[-1]}')
         return f'{_filled(self.block, i, b=j)}.{part}' if part else None
 
-    def is_trunk(self, theirs: str) -> bool:
-        """Whether a name, without prefix, begins as those of stem, downsampling and blocks do."""
-        return theirs.startswith(tuple(re.match(r'\w+', t)[0] for t in (self.stem, self.downsample, self.block)))
+    def is_ours(self, theirs: str) -> bool:
+        """Whether a name, without prefix, begins as those of stem, downsampling, blocks and output norms do."""
+        templates = (self.stem, self.downsample, self.block, self.outputs or self.stem)
+        return theirs.startswith(tuple(re.match(r'\w+', t)[0] for t in templates)) and not theirs.startswith(DOUBLES)
 
     def to_theirs(self, ours: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.reshape(self.shapes.get(_part(ours), tensor.shape))
@@ -130,7 +132,7 @@ def _sorted_out(source: Format, prefix: str, names: list[str]) -> Recognised:
     if source.final_norm_as_output and {o for o in known.values() if NORMS.fullmatch(o)} == set(_last_norm(depths)):
         known = {n: re.sub(r'^norm\d+', 'norm', o) for n, o in known.items()}
     left = [n for n in names if n not in known]
-    unknown = [n for n in left if source.is_trunk(bare.get(n, ''))]
+    unknown = [n for n in left if source.is_ours(bare.get(n, ''))]
     return Recognised(source, prefix, depths, known, unknown, [n for n in left if n not in unknown])
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..backbone import ARCHS, ConvNeXt
 from ..errors import UsageError
-from .formats import FORMATS, NORMS, STEM, TRUNK, Recognised, recognise, to_ours
+from .formats import DOUBLES, FORMATS, NORMS, STEM, TRUNK, Recognised, recognise, to_ours
 from .reading import read, weights_of
 from .zoo import fetch
 
@@ -24,6 +24,7 @@ FINAL_NORM = ('drop', 'reuse')
 class Checkpoint:
     """A file of ConvNeXt weights: `weights` by our names, classifier and final norm included."""
 
+    name: str
     file: Path
     source: Recognised
     weights: dict[str, torch.Tensor]
@@ -49,7 +50,7 @@ class Checkpoint:
         title = self.source.format.title
         if 'norms.3.weight' in self.source.others:
             title = 'DINOv3 by Meta'
-        left = [name for name in self.source.others if not name.startswith('norms.')]
+        left = [name for name in self.source.others if not name.startswith(DOUBLES)]
         return f'a finished model in the names of {title}, its backbone taken' if left and self.source.prefix else title
 
 
@@ -75,7 +76,12 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             f'{file}: no ConvNeXt weights by the names in it ({", ".join(list(tensors)[:3]) or "none"}, ...): known '
             f'are those of {", ".join(f.title for f in FORMATS)}'
         )
-    return Checkpoint(file, found, {ours: to_ours(ours, tensors[theirs]) for theirs, ours in found.names.items()})
+    for theirs in found.names:
+        if tensors[theirs].layout != torch.strided or tensors[theirs].is_meta or not tensors[theirs].ndim:
+            raise UsageError(f'{file}: {theirs} is not a tensor of weights: it is sparse, empty or a single number')
+    return Checkpoint(
+        str(source), file, found, {ours: to_ours(ours, tensors[theirs]) for theirs, ours in found.names.items()}
+    )
 
 
 @dataclass(frozen=True)
@@ -105,12 +111,12 @@ def load_backbone(backbone: ConvNeXt, source: str | Path, final_norm: str = 'dro
     return str(found)
 
 
-def match(backbone: ConvNeXt, source: str | Path, final_norm: str = 'drop') -> Match:
-    """What a known name, a path or a URL holds for a ConvNeXt.
+def match(backbone: ConvNeXt, source: str | Path | Checkpoint, final_norm: str = 'drop') -> Match:
+    """What a known name, a path, a URL or an open checkpoint holds for a ConvNeXt.
 
-    Only the output norms may stay at their initial values, since ImageNet weights have none. What the file holds
-    beyond the trunk (its classifier, stages that `out_indices` leaves unbuilt) is ignored. A stem for RGB is fitted to
-    other inputs: summed for one channel, else repeated and rescaled.
+    Only the output norms may stay at their initial values, all of them, since ImageNet weights have none. What the file
+    holds beyond the trunk (its classifier, stages that `out_indices` leaves unbuilt) is ignored. A stem for RGB is
+    fitted to other inputs: summed for one channel, else repeated and rescaled.
 
     Args:
         final_norm: what becomes of the norm before the classifier: 'drop', as in the paper, or 'reuse' as the last
@@ -122,11 +128,16 @@ def match(backbone: ConvNeXt, source: str | Path, final_norm: str = 'drop') -> M
     """
     if final_norm not in FINAL_NORM:
         raise UsageError(f"final_norm='{final_norm}': give {' or '.join(FINAL_NORM)}")
-    checkpoint = open_checkpoint(source)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     weights, notes = dict(checkpoint.weights), []
     final = {leaf: weights.pop(f'norm.{leaf}', None) for leaf in ('weight', 'bias')}
     last = len(backbone.depths) - 1
-    if final_norm == 'reuse' and last in backbone.out_indices and final['weight'] is not None:
+    has_outputs = any(NORMS.fullmatch(name) for name in weights)
+    if final_norm == 'reuse' and last in backbone.out_indices:
+        if any(tensor is None for tensor in final.values()):
+            raise UsageError(
+                f"{checkpoint.file} has no final norm (norm.weight, norm.bias): final_norm='reuse' needs one"
+            )
         weights |= {f'norm{last}.{leaf}': tensor for leaf, tensor in final.items()}
         notes.append(f'the final norm became output norm {last}')
     ours = backbone.state_dict()
@@ -134,7 +145,8 @@ def match(backbone: ConvNeXt, source: str | Path, final_norm: str = 'drop') -> M
     if STEM in theirs and _is_rgb_for_others(theirs[STEM], ours[STEM]):
         theirs[STEM] = _fitted_stem(theirs[STEM], ours[STEM].shape[1])
         notes.append(f'the stem fitted from 3 to {ours[STEM].shape[1]} channels')
-    initial = [name for name in ours if NORMS.fullmatch(name) and name not in theirs]
+    # A file has all output norms or none.
+    initial = [] if has_outputs else [name for name in ours if NORMS.fullmatch(name) and name not in theirs]
     problems = _differences(
         {n: tuple(t.shape) for n, t in ours.items() if n not in initial},
         {n: tuple(t.shape) for n, t in theirs.items()} | dict.fromkeys(checkpoint.source.unknown, ()),
@@ -147,7 +159,7 @@ def match(backbone: ConvNeXt, source: str | Path, final_norm: str = 'drop') -> M
         )
     _check_values(checkpoint.file, theirs)
     ignored = [n for n, o in checkpoint.source.names.items() if o not in theirs] + checkpoint.source.others
-    return Match(f'{source} ({checkpoint.title})', theirs, len(ours), initial, ignored, notes)
+    return Match(f'{checkpoint.name} ({checkpoint.title})', theirs, len(ours), initial, ignored, notes)
 
 
 def check_same(model: nn.Module, file: str | Path, parts: tuple[str, ...] = ('',)) -> None:

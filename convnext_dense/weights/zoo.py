@@ -147,13 +147,11 @@ def fetch(source: str) -> Path:
     file = Path(torch.hub.get_dir(), 'checkpoints', f'{name.stem}{mark}{name.suffix}')
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(f'{file}.lock', 'w') as lock:
+        # The lock stays: who removes it lets a third one in beside the second.
+        with open(file.with_name(f'.{file.name}.lock'), 'w') as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            try:
-                if not file.exists():
-                    _download(place, file)
-            finally:
-                Path(lock.name).unlink(missing_ok=True)
+            if not file.exists():
+                _download(place, file)
     return file
 
 
@@ -164,7 +162,7 @@ def is_url(place: str) -> bool:
 def _download(url: str, file: Path) -> None:
     """Into a file beside it, moved into place when it is as long as announced and has the hash that a name may end in,
     as torch's own do (...-21b726bb.pth)."""
-    announced = re.search(r'-([0-9a-f]{8,})\.\w+$', urlparse(url).path)
+    announced = re.search(r'-(?!\d+\.)([0-9a-f]{8,})\.\w+$', urlparse(url).path)  # all digits are a date
     partial = Path(f'{file}.part')
     try:
         with (
