@@ -184,7 +184,9 @@ def _accumulate(config: Config, n: int) -> None:
                 'give begin and end in iterations, or --as-is'
             )
     config.optim_wrapper.accumulative_counts = n
-    hooks = config.setdefault('default_hooks', {})
+    if 'default_hooks' not in config:
+        config.default_hooks = {}
+    hooks = config.default_hooks
     hooks['param_scheduler'] = dict(type='UpdateParamSchedulerHook')
     train_cfg, checkpoint = config.train_cfg, hooks.get('checkpoint') or {}
     if 'max_iters' in train_cfg:

@@ -3,14 +3,30 @@
 Every table, test and figure of this project that shows the paper's numbers reads them here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from mmengine.config import Config
 
+CONFIGS = Path(__file__).parent / '.mim/configs'
 TOTAL_BATCH = 16
+# What makes a recipe, and in it what is not the recipe's but the user's machine's.
+COMPARED = ('model', 'optim_wrapper', 'param_scheduler', 'train_dataloader', 'val_dataloader', 'val_evaluator')
+COMPARED += ('custom_hooks', 'load_from')
+FITTED = ('batch_size', 'num_workers', 'persistent_workers', 'prefetch_factor', 'pin_memory', 'accumulative_counts')
+FITTED += (
+    'data_root',
+    'ann_file',
+    'img',
+    'img_path',
+    'seg_map_path',
+    'backend_args',
+    'dtype',
+    'loss_scale',
+    'checkpoint',
+)
 # The figures of a detection row in the order in which the paper prints them, and of a segmentation row.
 DETECTION = ('box AP', 'box AP50', 'box AP75', 'mask AP', 'mask AP50', 'mask AP75')
 SEGMENTATION = ('mIoU', 'mIoU multi-scale')
@@ -61,11 +77,6 @@ class Row:
         return 'layer_wise' if self.detector else 'stage_wise'
 
     @property
-    def length(self) -> int:
-        """Epochs on COCO, updates on ADE20K."""
-        return 36 if self.detector else 160_000
-
-    @property
     def crop(self) -> int | None:
         """Side of the training crop on ADE20K, pixels."""
         return None if self.detector else self.size[1]
@@ -88,16 +99,6 @@ class Row:
             'model.decode_head.num_classes': 150,
             'model.test_cfg.crop_size': (self.crop, self.crop),
             'train_dataloader.dataset.type': 'ADE20KDataset',
-        }
-
-    @cached_property
-    def settings(self) -> dict[str, object]:
-        """What else the paper's training was made of: a run that differs here is not the row's recipe any more."""
-        return {
-            'optim_wrapper.optimizer.lr': self.lr,
-            'optim_wrapper.optimizer.weight_decay': 0.05,
-            'optim_wrapper.paramwise_cfg.decay_rate': self.decay_rate,
-            'optim_wrapper.paramwise_cfg.decay_type': self.decay_type,
         }
 
 
@@ -162,7 +163,7 @@ ROWS = (
 
 def figures_of(metrics: Mapping[str, float]) -> dict[str, float]:
     """What an evaluator found, in percent and by the paper's names."""
-    return {name: factor * metrics[key] for name, (key, factor) in METRICS.items() if key in metrics}
+    return {name: factor * metrics[key] for name, (key, factor) in METRICS.items() if metrics.get(key) is not None}
 
 
 def row_of(config: Config) -> Row | None:
@@ -170,14 +171,36 @@ def row_of(config: Config) -> Row | None:
     return next((row for row in ROWS if not _differing(config, row.identity)), None)
 
 
+def recipe(row: Row) -> Config:
+    """The config of a row as this package holds it."""
+    return Config.fromfile(CONFIGS / f'{row.recipe}.py', import_custom_modules=False)
+
+
 def changed_settings(config: Config, row: Row) -> list[str]:
-    """The settings, by their last names, in which a config of this row departs from the paper's training."""
-    changed = [key.split('.')[-1] for key in _differing(config, row.settings)]
-    if training_length(config) != row.length:
-        changed.append('length')
-    if _weights(config) != row.weights:
-        changed.append('weights')
-    return changed
+    """The settings, by their last names, in which a config departs from the recipe of its row; places of data, workers
+    and what `tools/train.py` fits to a number of GPUs are none, precision and batch have their own names elsewhere."""
+    ours, theirs = (dict(_settings(c)) for c in (config, recipe(row)))
+    changed = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
+    return list(dict.fromkeys(next(part for part in reversed(key.split('.')) if not part.isdigit()) for key in changed))
+
+
+def _settings(config: Config) -> Iterator[tuple[str, object]]:
+    """What a training and its evaluation are made of, by dotted keys."""
+    for part in COMPARED:
+        yield from _flat(part, config.get(part) or None)
+    yield 'length', training_length(config)
+    yield 'weights', _weights(config)
+
+
+def _flat(key: str, value) -> Iterator[tuple[str, object]]:
+    if key.split('.')[-1] in FITTED or key == 'optim_wrapper.type':
+        return
+    items = enumerate(value) if isinstance(value, (list, tuple)) else value.items() if hasattr(value, 'items') else None
+    if items is None:
+        yield key, value
+        return
+    for name, item in items:
+        yield from _flat(f'{key}.{name}', item)
 
 
 def training_length(config: Config) -> float:

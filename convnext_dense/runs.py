@@ -27,29 +27,40 @@ from .paper import (
 from .weights.reading import read
 
 TIMESTAMP = '[0-9]' * 8 + '_' + '[0-9]' * 6  # the folder of one start of a tool
+SCALARS = 'vis_data/scalars.json'
 TESTS = 'test'  # the folder in a run's own where tools/test.py works
 
 
 @dataclass
 class Test:
-    """A test: its figures, the checkpoint's file name without its ending, and whether it was the multi-scale one."""
+    """A test by tools/test.py: its figures, its config, and the checkpoint's file name without its ending."""
 
     figures: dict[str, float]
+    config: Config
     checkpoint: str
-    multiscale: bool
+
+    @property
+    def row(self) -> Row | None:
+        return row_of(self.config)
+
+    @property
+    def released(self) -> bool:
+        """Whether it is the paper's authors' model that was tested."""
+        return self.row is not None and self.checkpoint == self.row.released
 
 
 @dataclass
 class Run:
-    """A work dir. `done` and `length` are epochs, or updates where the config counts iterations; `evaluations` are the
-    figures found in training, in order; `written` is when its log last grew; `problems` say what could not be read."""
+    """A training, or tests of one model of other origin. `done` and `length` are epochs, or updates where the config
+    counts iterations; `evaluations` are the figures found in training by step; `processes` is None where no log says
+    it; `written` is when a training's log last grew; `problems` say what could not be read."""
 
     folder: Path
     config: Config = field(default_factory=Config)
     done: float = 0
-    evaluations: list[dict[str, float]] = field(default_factory=list)
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     tests: list[Test] = field(default_factory=list)
-    processes: int = 1
+    processes: int | None = None
     written: datetime | None = None
     problems: list[str] = field(default_factory=list)
 
@@ -75,15 +86,20 @@ class Run:
         return precision_of(self.config)
 
     @property
-    def total_batch(self) -> int:
+    def total_batch(self) -> int | None:
         images = (self.config.get('train_dataloader') or {}).get('batch_size', 0)
-        return self.processes * images * accumulation_of(self.config)
+        return self.processes and self.processes * images * accumulation_of(self.config)
+
+    @property
+    def final_checkpoint(self) -> str:
+        train_cfg = self.config.get('train_cfg') or {}
+        return f'epoch_{train_cfg["max_epochs"]}' if 'max_epochs' in train_cfg else f'iter_{train_cfg.get("max_iters")}'
 
     def last(self, figure: str) -> float | None:
-        return next((e[figure] for e in reversed(self.evaluations) if figure in e), None)
+        return next((e[figure] for _, e in sorted(self.evaluations.items(), reverse=True) if figure in e), None)
 
     def best(self, figure: str) -> float | None:
-        return max((e[figure] for e in self.evaluations if figure in e), default=None)
+        return max((e[figure] for e in self.evaluations.values() if figure in e), default=None)
 
     def test(self, figure: str) -> Test | None:
         """The latest test that gave this figure."""
@@ -94,17 +110,20 @@ class Run:
         row = self.row
         changed = changed_settings(self.config, row)
         changed += ['precision'] if self.precision != row.precision else []
-        return changed + (['batch'] if self.total_batch != TOTAL_BATCH else [])
+        return changed + (['batch'] if self.total_batch not in (None, TOTAL_BATCH) else [])
 
     def verdict(self, figure: str) -> tuple[float | None, str]:
-        """The difference of our figure, tested or at the end of training, to the paper's, and whether a faithful run
-        may differ so: 'inside', 'below' or 'above'; '' where that cannot be said."""
+        """The difference of our figure to the paper's, and whether a faithful run may differ so: 'inside', 'below' or
+        'above'; '' where that cannot be said. Ours is that of the training's end, tested or else evaluated in training,
+        or a test of a model of other origin."""
         row, test = self.row, self.test(figure)
+        if self.trained and test and test.checkpoint != self.final_checkpoint:
+            test = None
         ours = test.figures[figure] if test else self.last(figure) if self.finished else None
         if ours is None or row is None:
             return None, ''
         difference = round(round(ours, 1) - row.figures[figure], 1)
-        released = test is not None and test.checkpoint == row.released
+        released = test is not None and test.released
         if not released and (not self.finished or self.departures()):
             return difference, ''
         margin = RELEASED if released else RETRAINED[figure]
@@ -123,82 +142,83 @@ def find_runs(folders: Iterable[str | Path]) -> list[Run]:
             raise UsageError(f"no folder '{folder}': give work dirs, such as work_dirs")
         for start in folder.rglob(TIMESTAMP):
             if start.is_dir():
-                found.add(start.parent.parent if start.parent.name == TESTS else start.parent)
-    return [read_run(folder) for folder in sorted(found)]
+                tests = start.parent.name == TESTS and not (start / SCALARS).exists()
+                found.add(start.parent.parent if tests else start.parent)
+    return [run for folder in sorted(found) for run in read_runs(folder)]
 
 
-def read_run(folder: Path) -> Run:
-    """One work dir, whatever state it is in: what cannot be read is said in `problems`."""
-    run = Run(folder)
-    tests = sorted((folder / TESTS).glob(TIMESTAMP))
-    for start in [*tests, *sorted(folder.glob(TIMESTAMP))]:
-        log = _text(start / f'{start.name}.log')
-        result = start / f'{start.name}.json'
-        if result.exists():
-            _read_test(run, result, log)
-        if start.parent == folder and not result.exists():
-            _read_training(run, start, log)
-        elif not run.config:
-            _read_config(run, start / 'vis_data/config.py', *sorted(start.parent.glob('*.py')))
+def read_runs(folder: Path) -> list[Run]:
+    """What one work dir holds, whatever state it is in: its training, and each model of other origin that was tested
+    there. What cannot be read is said in `problems`."""
+    run, tests = Run(folder), []
+    for start in [*sorted((folder / TESTS).glob(TIMESTAMP)), *sorted(folder.glob(TIMESTAMP))]:
+        if (start / f'{start.name}.json').exists():
+            tests += _read_test(run, start)
+        elif start.parent == folder:
+            _read_training(run, start)
     _check_last_checkpoint(run)
-    return run
+    others: dict[tuple, Run] = {}
+    for test in tests:
+        if run.trained and test.row is run.row and not test.released:
+            run.tests.append(test)
+        else:
+            origin = (test.row and test.row.recipe, test.checkpoint)
+            others.setdefault(origin, Run(folder / TESTS, test.config)).tests.append(test)
+    return [*([run] if run.trained or run.problems else []), *others.values()]
 
 
-def _read_training(run: Run, start: Path, log: str) -> None:
-    _read_config(run, start / 'vis_data/config.py')
+def _read_training(run: Run, start: Path) -> None:
+    run.config = _read_config(run, start) or run.config
     run.written = datetime.fromtimestamp(max(file.stat().st_mtime for file in [start, *start.rglob('*')]))
-    processes = re.search(r'GPU number: (\d+)', log)
-    run.processes = int(processes[1]) if processes else 1
-    scalars = start / 'vis_data/scalars.json'
-    if not scalars.exists():
+    processes = re.search(r'GPU number: (\d+)', _text(start / f'{start.name}.log'))
+    run.processes = int(processes[1]) if processes else run.processes
+    if not (start / SCALARS).exists():
         run.problems.append(f'{start.name}: no log of any iteration')
         return
-    counts_epochs = 'max_epochs' in (run.config.get('train_cfg') or {})
-    for record in _records(scalars, run.problems):
-        figures = figures_of(record)
-        if figures:
-            run.evaluations.append(figures)
+    counts_epochs, lost = 'max_epochs' in (run.config.get('train_cfg') or {}), []
+    for record in _records(start / SCALARS, run.problems):
+        figures, step = figures_of(record), record.get('step', 0)
+        if figures:  # what a resumed run does again replaces what it went back behind
+            run.evaluations = {s: e for s, e in run.evaluations.items() if s < step} | {step: figures}
         if counts_epochs:
-            run.done = record['step'] if figures else record.get('epoch', 1) - 1
-        elif 'step' in record:
-            run.done = record['step'] / accumulation_of(run.config)
-        if not math.isfinite(record.get('loss', 0)):
-            run.problems.append(f'loss {record["loss"]} at step {record["step"]}')
+            run.done = step if figures else max(run.done, record.get('epoch', 1) - 1)
+        else:
+            run.done = step / accumulation_of(run.config)
+        if not math.isfinite(record.get('loss') or 0):
+            lost.append(f'loss {record["loss"]} at step {step}')
+    if lost:
+        run.problems.append(lost[0] + (f' and in {len(lost) - 1} records more' if len(lost) > 1 else ''))
 
 
 def _records(scalars: Path, problems: list[str]) -> Iterator[dict]:
     for i, line in enumerate(_text(scalars).splitlines(), 1):
         try:
-            yield json.loads(line)
-        except ValueError:
+            yield dict(json.loads(line))
+        except (ValueError, TypeError):
             problems.append(f'log cut short at line {i}')
 
 
-def _read_test(run: Run, result: Path, log: str) -> None:
+def _read_test(run: Run, start: Path) -> list[Test]:
     try:
-        figures = figures_of(json.loads(_text(result)))
-    except ValueError:
-        run.problems.append(f'{result.name} cut short')
-        return
-    multiscale = "type='MultiScaleSegmentor'" in log
-    if multiscale and 'mIoU' in figures:
-        figures = {'mIoU multi-scale': figures['mIoU']}
-    checkpoint = re.search(r"^load_from = '(.*)'", log, re.M)
-    run.tests.append(Test(figures, Path(checkpoint[1]).stem if checkpoint else '', multiscale))
-
-
-def _read_config(run: Run, *candidates: Path) -> None:
-    file = next((file for file in candidates if file.exists()), None)
-    if file is None:
-        return
-    try:
-        config = read_dumped(_text(file))
-    except UsageError:
-        run.problems.append(f'{file.name} cannot be read')
-        return
-    if 'module' in config.get('model', {}):  # of a multi-scale test
+        figures = figures_of(json.loads(_text(start / f'{start.name}.json')))
+    except (ValueError, TypeError, AttributeError):
+        run.problems.append(f'{start.name}.json cut short')
+        return []
+    config = _read_config(run, start) or Config()
+    if 'module' in config.get('model', {}):  # a multi-scale test
         config.model = config.model.module
-    run.config = config
+        figures = {f'{name} multi-scale': value for name, value in figures.items()}
+    return [Test(figures, config, Path(str(config.get('load_from'))).stem)]
+
+
+def _read_config(run: Run, start: Path) -> Config | None:
+    """The config of a start of a tool: our test's own, or the one that mmengine keeps beside its pictures."""
+    file = next((f for f in (start / 'config.py', start / 'vis_data/config.py') if f.exists()), None)
+    try:
+        return file and read_dumped(_text(file))
+    except UsageError:
+        run.problems.append(f'{start.name}: config.py cannot be read')
+        return None
 
 
 def _check_last_checkpoint(run: Run) -> None:
@@ -206,13 +226,16 @@ def _check_last_checkpoint(run: Run) -> None:
     if not pointer.exists():
         return
     name = Path(_text(pointer).strip()).name  # the folder may have moved since
+    epoch = re.fullmatch(r'epoch_(\d+)\.pth', name)
+    if epoch:
+        run.done = max(run.done, int(epoch[1]))
+    if not name or not (run.folder / name).is_file():
+        run.problems.append(f'{name or "last_checkpoint"} is missing')
+        return
     try:
-        if not (run.folder / name).is_file():
-            raise UsageError('is missing')
         read(run.folder / name)
-    except UsageError as error:
-        missing = str(error) == 'is missing'
-        run.problems.append(f'{name or "last_checkpoint"} {error if missing else "is damaged"}')
+    except UsageError:
+        run.problems.append(f'{name} cannot be read: half written or damaged')
 
 
 def _text(file: Path) -> str:

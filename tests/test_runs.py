@@ -8,8 +8,9 @@ from test_recipes import load
 from test_tools import one_line_error
 
 from convnext_dense.fitting import set_total_batch
-from convnext_dense.paper import MAIN, ROWS
-from convnext_dense.runs import find_runs, read_run
+from convnext_dense.paper import MAIN, ROWS, changed_settings, row_of
+from convnext_dense.runs import find_runs, read_runs
+from convnext_dense.segmentation import set_multiscale
 
 
 def start(folder, config: Config, records=(), processes=8, timestamp='20260101_120000', cut='') -> None:
@@ -23,12 +24,15 @@ def start(folder, config: Config, records=(), processes=8, timestamp='20260101_1
     (place / f'{timestamp}.log').write_text(f'System environment:\n    GPU number: {processes}\n')
 
 
-def test_result(folder, metrics, load_from, multiscale=False, timestamp='20260102_120000') -> None:
+def test_result(folder, config, metrics, load_from, multiscale=False, timestamp='20260102_120000') -> None:
+    """What tools/test.py leaves."""
     place = folder / 'test' / timestamp
     place.mkdir(parents=True)
     (place / f'{timestamp}.json').write_text(json.dumps(metrics))
-    model = "type='MultiScaleSegmentor'" if multiscale else ''
-    (place / f'{timestamp}.log').write_text(f"Config:\nload_from = '{load_from}'\nmodel = dict({model})\n")
+    if multiscale:
+        set_multiscale(config)
+    config.load_from = load_from
+    config.dump(place / 'config.py')
 
 
 test_result.__test__ = False
@@ -63,9 +67,9 @@ def runs(tmp_path):
     (folder / 'crashed/epoch_1.pth').write_bytes(b'PK\x03\x04 half of a checkpoint')
 
     released = folder / 'released'
-    test_result(released, dict(mIoU=46.02), '/hub/upernet_convnext_tiny_1k_512x512.pth')
-    test_result(released, dict(mIoU=46.9), '/hub/upernet_convnext_tiny_1k_512x512.pth', True, '20260103_120000')
-    load('upernet/convnext_t').dump(released / 'test/convnext_t.py')
+    file, recipe = '/hub/upernet_convnext_tiny_1k_512x512.pth', 'upernet/convnext_t'
+    test_result(released, load(recipe), dict(mIoU=46.02), file)
+    test_result(released, load(recipe), dict(mIoU=46.9), file, True, '20260103_120000')
 
     start(folder / 'other', load('demo/upernet'), [dict(mIoU=90.15, step=400)], 1)
     start(folder / 'at_once', load('cascade/convnext_b'))
@@ -73,10 +77,11 @@ def runs(tmp_path):
 
 
 def test_each_run_is_read_right(runs):
-    finished, half, crashed, released, other, at_once = (
-        read_run(runs / name) for name in ('finished', 'half', 'crashed', 'released', 'other', 'at_once')
-    )
-    assert len(find_runs([runs])) == 6 and {run.folder for run in find_runs([runs])} == set(runs.iterdir())
+    names = ('finished', 'half', 'crashed', 'released', 'other', 'at_once')
+    (finished,), (half,), (crashed,), (released,), (other,), (at_once,) = (read_runs(runs / name) for name in names)
+    assert {run.folder for run in find_runs([runs])} == {runs / n for n in names if n != 'released'} | {
+        runs / 'released/test'
+    }
 
     assert (
         finished.row.recipe == 'cascade/convnext_t'
@@ -94,7 +99,8 @@ def test_each_run_is_read_right(runs):
     assert half.departures() == ['lr'] and half.problems == []
 
     assert crashed.row.recipe == 'mask_rcnn/convnext_t' and crashed.done == 1 and crashed.total_batch == 6
-    assert crashed.problems == ['loss nan at step 60', 'log cut short at line 4', 'epoch_1.pth is damaged']
+    assert crashed.problems[:2] == ['log cut short at line 4', 'loss nan at step 60']
+    assert crashed.problems[2:] == ['epoch_1.pth cannot be read: half written or damaged']
     assert crashed.departures() == ['batch']
 
     assert released.row.recipe == 'upernet/convnext_t' and not released.trained
@@ -109,18 +115,77 @@ def test_a_changed_run_gets_no_verdict(runs):
     config = load('cascade/convnext_t')
     config.optim_wrapper.type = 'OptimWrapper'
     start(runs / 'changed', config, [coco(0.504, 0.437, 36)], 1)
-    run = read_run(runs / 'changed')
+    (run,) = read_runs(runs / 'changed')
     assert run.verdict('box AP') == (0.0, '') and run.departures() == ['precision', 'batch']
 
 
+@pytest.mark.parametrize(
+    'change, name',
+    [
+        (lambda c: c.update(custom_hooks=[dict(type='EMAHook')]), 'type'),
+        (lambda c: c.model.test_cfg.update(mode='whole'), 'mode'),
+        (lambda c: c.param_scheduler.pop(0), 'type'),
+        (lambda c: c.optim_wrapper.update(clip_grad=dict(max_norm=1)), 'max_norm'),
+        (lambda c: c.model.decode_head.norm_cfg.update(type='BN'), 'type'),
+        (lambda c: c.train_dataloader.dataset.pipeline.pop(5), 'type'),
+        (lambda c: c.optim_wrapper.optimizer.update(betas=(0.9, 0.99)), '1'),
+        (lambda c: c.update(load_from='coarse.pth'), 'load_from'),
+        (lambda c: c.val_dataloader.dataset.pipeline[1].update(keep_ratio=False), 'keep_ratio'),
+        (lambda c: c.model.decode_head.update(dropout_ratio=0.0), 'dropout_ratio'),
+    ],
+)
+def test_every_departure_from_the_recipe_is_seen(tmp_path, change, name):
+    config = load('upernet/convnext_t')
+    set_total_batch(config, 1)
+    config.train_dataloader.num_workers = 9
+    assert changed_settings(config, row_of(config)) == []
+    change(config)
+    assert name in changed_settings(config, row_of(config)) or name == '1'
+    start(tmp_path / 'run', config, [dict(mIoU=46.0, step=1_280_000)], 1)
+    (run,) = read_runs(tmp_path / 'run')
+    assert run.finished and run.verdict('mIoU') == (0.0, '')
+
+
+def test_each_test_stands_where_it_belongs(tmp_path):
+    """Tests of other rows, of the released model and of early checkpoints are not the run's figure."""
+    folder, config = tmp_path / 'run', load('upernet/convnext_t')
+    start(folder, config, [dict(mIoU=46.1, step=160_000)])
+    test_result(folder, load('upernet/convnext_b'), dict(mIoU=49.0), 'x/iter_160000.pth', timestamp='20260102_000001')
+    test_result(
+        folder, config, dict(mIoU=46.0), 'hub/upernet_convnext_tiny_1k_512x512.pth', timestamp='20260102_000002'
+    )
+    test_result(folder, load('upernet/convnext_t'), dict(mIoU=31.0), 'run/iter_16000.pth', timestamp='20260102_000003')
+    run, base, released = read_runs(folder)
+    assert run.trained and run.verdict('mIoU') == (0.1, 'inside') and run.test('mIoU').checkpoint == 'iter_16000'
+    assert base.row.recipe == 'upernet/convnext_b' and base.verdict('mIoU') == (-0.1, '')
+    assert released.verdict('mIoU') == (0.0, 'inside') and not released.trained
+
+
+def test_a_resumed_run_and_one_without_evaluation(tmp_path):
+    config = load('mask_rcnn/convnext_t')
+    start(tmp_path / 'a', config, [coco(0.3, 0.2, 1), coco(0.9, 0.9, 2)])
+    start(tmp_path / 'a', config, [coco(0.31, 0.2, 2)], timestamp='20260103_120000')  # again from epoch 1 on
+    (run,) = read_runs(tmp_path / 'a')
+    assert run.best('box AP') == run.last('box AP') == 31.0 and run.done == 2
+    start(tmp_path / 'test', config, [train(epoch=36, step=9)])  # a work dir of that name is a run all the same
+    (tmp_path / 'test/last_checkpoint').write_text('epoch_36.pth')
+    (run,) = [run for run in find_runs([tmp_path]) if run.folder.name == 'test']
+    assert run.finished and run.problems == ['epoch_36.pth is missing']
+
+
 def test_half_written_files(tmp_path):
-    start(tmp_path / 'a', load('upernet/convnext_t'))
+    start(
+        tmp_path / 'a',
+        load('upernet/convnext_t'),
+        [dict(mIoU=None, step=1), *[train(float('inf'), step=i) for i in (2, 3)]],
+    )
     (tmp_path / 'a/20260101_120000/vis_data/config.py').write_text('model = dict(')
-    test_result(tmp_path / 'a', {}, 'x.pth')
+    test_result(tmp_path / 'a', load('upernet/convnext_t'), {}, 'x.pth')
     (tmp_path / 'a/test/20260102_120000/20260102_120000.json').write_text('{"mIoU": 4')
-    run = read_run(tmp_path / 'a')
-    assert run.row is None and run.tests == []
+    (run,) = read_runs(tmp_path / 'a')
+    assert run.row is None and run.tests == [] and run.evaluations == {}
     assert run.problems[0] == '20260102_120000.json cut short' and 'config.py cannot be read' in run.problems[1]
+    assert run.problems[2] == 'loss inf at step 2 and in 1 records more'
 
 
 def test_the_table(run_tool, runs, tmp_path):
@@ -140,7 +205,7 @@ def test_the_table(run_tool, runs, tmp_path):
         and 'not as the recipe: lr' in by_name['upernet/convnext_s'][0]
     )
     assert 'not finished, last written 20' in by_name['mask_rcnn/convnext_t'][0]
-    assert 'epoch_1.pth is damaged' in by_name['mask_rcnn/convnext_t'][0]
+    assert 'epoch_1.pth cannot be read' in by_name['mask_rcnn/convnext_t'][0]
     assert by_name['work_dirs/other'][0].split()[1:5] == ['mIoU', '90.2', '90.2', '400/400']
     for row in ROWS:  # those without a run hold the paper's figure and nothing of ours
         if row.recipe.endswith('in22k'):

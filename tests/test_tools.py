@@ -18,7 +18,7 @@ from mmengine.runner import CheckpointLoader
 from convnext_dense import shapes
 from convnext_dense.commands import check_installed, summary
 from convnext_dense.errors import UsageError
-from convnext_dense.runs import read_run
+from convnext_dense.runs import read_runs
 
 CONFIGS = ROOT / 'configs'
 MEAN, STD = np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57.375])
@@ -94,6 +94,15 @@ BAD = {  # tool and arguments -> words in the one line; files are those that `mi
     'weights to resume': ([TRAIN, DEMO, '--resume', 'good.pth'], ['good.pth', 'load_from']),
     'no last checkpoint': ([TRAIN, DEMO, '--work-dir', '.', '--resume'], ['last_checkpoint', '--resume CHECKPOINT']),
     'a run is there': ([TRAIN, DEMO, '--work-dir', '.'], ['holds a run', '--resume']),
+    'another run is there': (
+        [TRAIN, DEMO, '--work-dir', 'taken', '--resume', 'state.pth'],
+        ['taken', 'another run than', 'state.pth'],
+    ),
+    'unknown head': ([TRAIN, DEMO, WITH, 'model.decode_head.type=UPerHed'], ['UPerHed']),
+    'a head from an unsafe place': (
+        [TRAIN, 'head.py', WITH, 'model.decode_head.init_cfg.checkpoint=open-mmlab://resnet50'],
+        ['open-mmlab://resnet50'],
+    ),
     'work dir of the config': ([TRAIN, 'folder/mine.py', '--work-dir', 'folder'], ['folder', '--work-dir']),
     'work dir a file': ([TRAIN, DEMO, '--work-dir', 'good.pth'], ['good.pth']),
     'no load_from': ([TRAIN, DEMO, WITH, 'load_from=gone.pth'], ['gone.pth']),
@@ -102,7 +111,7 @@ BAD = {  # tool and arguments -> words in the one line; files are those that `mi
     'no torchrun': ([TEST, DEMO, 'good.pth', '--launcher', 'pytorch'], ['WORLD_SIZE', 'torchrun']),
     'no checkpoint': ([TEST, DEMO, 'gone.pth'], ['gone.pth']),
     'an unreachable checkpoint': ([TEST, DEMO, 'http://127.0.0.1:9/w.pth'], ['http://127.0.0.1:9/w.pth', 'put it at']),
-    'no checkpoint at all': ([TEST, DEMO, 'half.json'], ['half.json', 'cannot be read safely']),
+    'no checkpoint at all': ([TEST, DEMO, 'half.json'], ['half.json', 'JSON']),
     'another wrapper': ([TEST, DEMO, 'wrapped.pth'], ['wrapped.pth', 'does not fit', 'missing']),
     'a name too few': ([TEST, DEMO, 'fewer.pth'], ['fewer.pth', '1 missing (decode_head.conv_seg.bias)']),
     'a name too many': ([TEST, DEMO, 'more.pth'], ['more.pth', '1 unknown (backbone.norm9.weight)']),
@@ -121,6 +130,8 @@ def files(tmp_path_factory):
     for name, text in {
         'mine.py': mine,
         'folder/mine.py': mine,
+        'head.py': mine.replace('backbone', 'decode_head'),
+        'taken/last_checkpoint': 'taken/iter_9.pth',
         'broken.py': 'model = undefined',
         'import.py': "custom_imports = dict(imports=['no_such_module'])",
         'half.json': '{"images": [',
@@ -137,6 +148,7 @@ def files(tmp_path_factory):
         'good.pth': {'state_dict': weights},
         'fewer.pth': as_of_2022({n: t for n, t in weights.items() if n != 'decode_head.conv_seg.bias'}),
         'more.pth': as_of_2022({**weights, 'backbone.norm9.weight': torch.ones(1)}),
+        'state.pth': {'state_dict': weights, 'meta': {}, 'optimizer': {}},
         'wrapped.pth': {'model': weights},
         'prefixed.pth': {'state_dict': {f'module._orig_mod.{n}': t for n, t in weights.items()}},
         'pico.pth': {'model': pico.backbone.state_dict()},
@@ -273,11 +285,11 @@ def test_train_test_resume_and_nothing_overwritten(run_tool, data, tmp_path, sho
     height, width = cv2.imread(str(pictures[0])).shape[:2]
     assert width >= 2 * height  # the truth beside the prediction
 
-    run = read_run(work_dir)
+    (run,) = read_runs(work_dir)
     assert run.done == run.length == 2 and len(run.evaluations) == 2 and run.total_batch == 4
     assert run.problems == [] and run.row is None and run.precision == 'float32'
-    (tested,) = read_run(tmp_path / 'test').tests
-    assert tested.checkpoint == first.stem and tested.figures and not tested.multiscale
+    ((tested,),) = (run.tests for run in read_runs(tmp_path / 'test'))
+    assert tested.checkpoint == first.stem and tested.figures and tested.config.model.type
 
     other = run_tool(*test, 'model.backbone.arch=pico', **env)
     one_line_error(other, str(first), 'does not fit', 'backbone')

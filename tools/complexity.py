@@ -7,15 +7,12 @@ Needs no data, no weights and no GPU. A multiply-add counts as one; README.md sa
 import json
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 
-import convnext_dense
 from convnext_dense.commands import config_parser, load_config, one_line_errors
 from convnext_dense.complexity import complexity
-from convnext_dense.paper import ROWS, row_of
+from convnext_dense.paper import CONFIGS, ROWS, row_of
 from convnext_dense.tables import table
 
-CONFIGS = Path(convnext_dense.__path__[0], '.mim/configs')
 SIZES = {'mmdet': (1280, 800), 'mmseg': (2048, 512)}  # of a config that is no row of the paper
 
 

@@ -54,13 +54,14 @@ def _line(title: str, figure: str, paper: float | None, run: Run | None) -> list
         verdict,
         f'{run.done:,.0f}/{run.length:,.0f}' if run.trained else '',
         run.precision if run.trained else '',
-        str(run.total_batch) if run.trained else '',
+        str(run.total_batch or '') if run.trained else '',
         '; '.join(_notes(run)),
     ]
 
 
 def _notes(run: Run) -> list[str]:
     notes = [] if run.row is None else [str(run.folder)]
+    notes += [f'tested: {name}' for name in dict.fromkeys(test.checkpoint for test in run.tests)]
     if run.trained and run.row and run.departures():
         notes.append(f'not as the recipe: {", ".join(run.departures())}')
     if run.trained and not run.finished:

@@ -47,7 +47,10 @@ def main():
         if args.multiscale:
             set_multiscale(config)
         config.load_from = checkpoint
-        metrics = build_runner(config, checkpoint).test()
+        runner = build_runner(config, checkpoint)
+        if is_main_process():  # beside the log and the figures: what they are of
+            config.dump(os.path.join(runner.log_dir, 'config.py'))
+        metrics = runner.test()
         if is_main_process():
             print(summary(metrics))
 
