@@ -49,7 +49,7 @@ demo: configs/demo/$(TASK).py $(READY) $(SHAPES)
 	@echo 'predictions beside the truth: $(RUN)/pictures'
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -18,6 +18,6 @@ setup(
     install_requires=['torch>=2.4', 'numpy', 'safetensors'],
     extras_require={
         'onedl': ONEDL,  # the maintained line of OpenMMLab; another line has the same import names, so it is a choice
-        'test': ['pytest', 'ruff==0.17.6'],
+        'test': ['pytest', 'pytest-xdist', 'ruff==0.17.6'],
     },
 )

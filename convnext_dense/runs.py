@@ -112,14 +112,15 @@ class Run:
         changed += ['precision'] if self.precision != row.precision else []
         return changed + (['batch'] if self.total_batch not in (None, TOTAL_BATCH) else [])
 
+    def result(self, figure: str) -> float | None:
+        """What this run reached: tested or evaluated at its end, or the test of a model of other origin."""
+        test = self._test_of_the_end(figure)
+        return test.figures[figure] if test else self.last(figure) if self.finished else None
+
     def verdict(self, figure: str) -> tuple[float | None, str]:
-        """The difference of our figure to the paper's, and whether a faithful run may differ so: 'inside', 'below' or
-        'above'; '' where that cannot be said. Ours is that of the training's end, tested or else evaluated in training,
-        or a test of a model of other origin."""
-        row, test = self.row, self.test(figure)
-        if self.trained and test and test.checkpoint != self.final_checkpoint:
-            test = None
-        ours = test.figures[figure] if test else self.last(figure) if self.finished else None
+        """The difference of our result to the paper's figure, and whether a faithful run may differ so: 'inside',
+        'below' or 'above'; '' where that cannot be said."""
+        row, ours, test = self.row, self.result(figure), self._test_of_the_end(figure)
         if ours is None or row is None:
             return None, ''
         difference = round(round(ours, 1) - row.figures[figure], 1)
@@ -128,6 +129,10 @@ class Run:
             return difference, ''
         margin = RELEASED if released else RETRAINED[figure]
         return difference, 'inside' if abs(difference) <= margin else 'below' if difference < 0 else 'above'
+
+    def _test_of_the_end(self, figure: str) -> Test | None:
+        test = self.test(figure)
+        return test if test and (not self.trained or test.checkpoint == self.final_checkpoint) else None
 
 
 def find_runs(folders: Iterable[str | Path]) -> list[Run]:

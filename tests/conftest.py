@@ -12,6 +12,9 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the same tests on every machine
+# Tests run side by side, a process a core: threads of each would only get in each other's way.
+os.environ['OMP_NUM_THREADS'] = '1'
+torch.set_num_threads(1)
 
 
 def made_weights(shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:

@@ -74,7 +74,7 @@ def _number(value: float | None) -> str:
 
 
 def draw(runs: list[Run], file: str) -> None:
-    """Two panels of bars: box AP and mIoU of each row, the paper's and ours (tested, else the last of training)."""
+    """Two panels of bars: box AP and mIoU of each row, the paper's and ours, of finished trainings and other tests."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -85,10 +85,8 @@ def draw(runs: list[Run], file: str) -> None:
         rows = [row for row in ROWS if name in row.figures]
         ours = {}
         for run in runs:
-            test = run.test(name)
-            value = test.figures[name] if test else run.last(name)
-            if run.row in rows and value is not None:
-                ours[run.row.recipe] = value
+            if run.row in rows and run.result(name) is not None:
+                ours[run.row.recipe] = run.result(name)
         places = range(len(rows))
         panel.bar([i - 0.2 for i in places], [row.figures[name] for row in rows], 0.4, label='paper', color='0.75')
         bars = panel.bar(

@@ -16,7 +16,8 @@ from mmengine.logging import HistoryBuffer
 from ..errors import UsageError
 
 WRAPPERS = ('state_dict', 'model', 'model_ema', 'state_dict_ema')  # where checkpoints keep weights, the first one wins
-PREFIX = re.compile(r'^(module\.|_orig_mod\.)+')  # what DistributedDataParallel and torch.compile put before names
+# What DistributedDataParallel, torch.compile and activation checkpointing put before names and into them.
+INSERTED = re.compile(r'(?<![^.])(module|_orig_mod|_checkpoint_wrapped_module)\.')
 ZIP = b'PK\x03\x04'  # torch's own format since 1.6, the only one that can be mapped
 INDEX = '.index.json'  # ends the name of the file that says in which shard a tensor is
 # What files that are no checkpoints begin with.
@@ -67,7 +68,7 @@ def weights_of(checkpoint: dict) -> dict[str, torch.Tensor]:
         if isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
             break
-    return {PREFIX.sub('', str(n)): tensor for n, tensor in checkpoint.items() if isinstance(tensor, torch.Tensor)}
+    return {INSERTED.sub('', str(n)): tensor for n, tensor in checkpoint.items() if isinstance(tensor, torch.Tensor)}
 
 
 def _stranger(file: Path) -> str | None:
