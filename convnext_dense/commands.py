@@ -20,7 +20,7 @@ from torch import nn
 
 from .backbone import ConvNeXt
 from .errors import UsageError
-from .fitting import check_same_accumulation, n_processes, set_inputs
+from .fitting import check_same_accumulation, dicts_in, listed, n_processes, set_inputs
 from .paper import figures_of
 from .weights.loading import PretrainedConvNeXt, check_same, match
 from .weights.reading import read
@@ -158,19 +158,19 @@ def check_pretrained(model: dict) -> None:
         with torch.device('meta'):
             backbone = ConvNeXt(**settings)
         for cfg in backbone.pretrained:
-            source = PretrainedConvNeXt(**{k: v for k, v in cfg.items() if k != 'type'}).checkpoint
-            if _is_first_process() or not is_url(locate(source)):
-                match(backbone, source)
+            loader = PretrainedConvNeXt(**{k: v for k, v in cfg.items() if k != 'type'})
+            if _is_first_process() or not is_url(locate(loader.checkpoint)):
+                match(backbone, loader.checkpoint, loader.final_norm)
 
 
 def check_data(config: Config, splits: tuple[str, ...]) -> None:
     """Raise UsageError naming the first folder or annotation file of these splits ('train', 'val', 'test') that is
     not there."""
     for split in splits:
-        for dataset in _dicts_in(config.get(f'{split}_dataloader') or {}):
+        for dataset in dicts_in(config.get(f'{split}_dataloader') or {}):
             for path in _data_paths(dataset):
                 _check_there(path, split)
-        for evaluator in _dicts_in(config.get(f'{split}_evaluator') or {}):
+        for evaluator in dicts_in(config.get(f'{split}_evaluator') or {}):
             if evaluator.get('ann_file'):
                 _check_there(evaluator['ann_file'], split)
 
@@ -315,8 +315,7 @@ def set_out(config: Config, out: str | None) -> None:
     if out is None:
         return
     _check_new(out, '--out')
-    evaluators = config.test_evaluator
-    evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
+    evaluators = listed(config.test_evaluator)
     if config.get('default_scope') == 'mmseg':
         evaluators[0].output_dir = out
     elif not out.endswith(('.pkl', '.pickle')):
@@ -348,17 +347,8 @@ def _default_work_dir(config: str) -> Path:
     return Path('work_dirs', *path.parts[after:])
 
 
-def _dicts_in(value) -> Iterator[dict]:
-    if isinstance(value, dict):
-        yield value
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _dicts_in(item)
-
-
 def _backbones_in(model: dict) -> Iterator[dict]:
-    for settings in _dicts_in(model):
+    for settings in dicts_in(model):
         if settings.get('type') in ('ConvNeXt', 'convnext_dense.ConvNeXt', ConvNeXt):
             yield {key: value for key, value in settings.items() if key not in ('type', '_scope_')}
 

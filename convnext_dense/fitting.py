@@ -2,6 +2,7 @@
 paper's, to another length, and to other inputs than RGB."""
 
 import os
+from collections.abc import Iterator
 
 from mmengine.config import Config
 from mmengine.hooks import ParamSchedulerHook
@@ -112,7 +113,7 @@ def set_length(config: Config, epochs: int | None = None, iters: int | None = No
     ):
         if holder.get(key, -1) > 0:
             holder[key] = max(1, round(holder[key] * share))
-    for scheduler in _listed(config.get('param_scheduler')):
+    for scheduler in listed(config.get('param_scheduler')):
         _scale_schedule(scheduler, share)
     return f'{wanted:,} {unit} instead of {before:,}: warmup, steps and decay keep their shares'
 
@@ -151,18 +152,26 @@ def set_inputs(config: Config) -> str | None:
     )
 
 
-def _read_as(value, color_type: str) -> None:
-    """Set how images are read, and take out what needs RGB, in all pipelines below a config's value."""
+def _read_as(dataloader, color_type: str) -> None:
+    """Set how images are read, and take out what needs RGB, in all pipelines of a data loader's config."""
+    for settings in dicts_in(dataloader):
+        if settings.get('type') == 'LoadImageFromFile':
+            settings['color_type'] = color_type
+        for key, steps in settings.items():
+            if isinstance(steps, list):
+                settings[key] = [
+                    s for s in steps if not (isinstance(s, dict) and s.get('type') == 'PhotoMetricDistortion')
+                ]
+
+
+def dicts_in(value) -> Iterator[dict]:
+    """All dicts in a config's value, itself included, from the outside in."""
     if isinstance(value, dict):
-        if value.get('type') == 'LoadImageFromFile':
-            value['color_type'] = color_type
-        for key, item in value.items():
-            if isinstance(item, list):
-                value[key] = [i for i in item if not (isinstance(i, dict) and i.get('type') == 'PhotoMetricDistortion')]
-            _read_as(value[key], color_type)
-    elif isinstance(value, (list, tuple)):
+        yield value
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
         for item in value:
-            _read_as(item, color_type)
+            yield from dicts_in(item)
 
 
 @HOOKS.register_module()
@@ -177,7 +186,7 @@ class UpdateParamSchedulerHook(ParamSchedulerHook):
 def _accumulate(config: Config, n: int) -> None:
     """Add up `n` batches for an update: a loop that counts iterations runs n times as many, schedules stay as they are
     and step at every update."""
-    for scheduler in _listed(config.get('param_scheduler')):
+    for scheduler in listed(config.get('param_scheduler')):
         if scheduler.get('convert_to_iter_based'):
             raise UsageError(
                 f'{scheduler.type} with convert_to_iter_based cannot be fitted to this number of GPUs: '
@@ -202,5 +211,6 @@ def _accumulate(config: Config, n: int) -> None:
         checkpoint.interval *= n
 
 
-def _listed(value) -> list:
+def listed(value) -> list:
+    """A setting that may be one or a list of them, as a list."""
     return value if isinstance(value, list) else [value] if value else []

@@ -296,6 +296,9 @@ def test_quantised_weights(tmp_path):
     weights = {n: (t * 100).to(torch.int8) for n, t in original_weights(SMALL).items()}
     with pytest.raises(UsageError, match='int8'):
         load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+    weights = {n: t.to(torch.float8_e4m3fn) for n, t in original_weights(SMALL).items()}
+    with pytest.raises(UsageError, match='float8'):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
 
 
 def test_likely_causes_are_named(tmp_path):

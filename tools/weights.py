@@ -37,7 +37,7 @@ def inspect(args) -> None:
     weights = checkpoint.weights.values()
     stem = checkpoint.weights[STEM]
     dtypes = Counter(str(tensor.dtype).removeprefix('torch.') for tensor in weights)
-    others = [name for name in checkpoint.source.others if not name.startswith('norms.')]
+    others = checkpoint.beyond
     facts = {
         'file': f'{checkpoint.file} ({checkpoint.file.stat().st_size / 2**20:.1f} MiB)',
         'source': checkpoint.title,

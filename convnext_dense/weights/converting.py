@@ -6,9 +6,8 @@ from pathlib import Path
 import torch
 
 from ..errors import UsageError
-from .formats import DOUBLES, FORMATS, Format
+from .formats import FORMATS, Format
 from .loading import open_checkpoint
-from .reading import WRAPPERS, read
 
 BY_KEY = {source.key: source for source in FORMATS}
 # What a file is converted to: whose names, and the wrapper around them.
@@ -34,9 +33,9 @@ def convert(source: str | Path, out: str | Path, target: str) -> int:
         raise UsageError(f'{out} exists already: give another name')
     checkpoint = open_checkpoint(source)
     extra = [
-        *_beside(checkpoint.file),
+        *(f"those of '{key}'" for key in checkpoint.wrappers),
         *checkpoint.source.unknown,
-        *(n for n in checkpoint.source.others if not n.startswith(DOUBLES)),
+        *checkpoint.beyond,
     ]
     if extra:
         raise UsageError(
@@ -51,13 +50,6 @@ def convert(source: str | Path, out: str | Path, target: str) -> int:
         tensors[_prefix(names, ours, checkpoint.grn) + name] = names.to_theirs(ours, tensor).contiguous()
     _write(tensors, wrapper, out, target == 'safetensors' or out.suffix == '.safetensors')
     return len(tensors)
-
-
-def _beside(file: Path) -> list[str]:
-    """What a file holds beside the weights that are taken from it: another wrapper's, such as an average's."""
-    content = read(file)
-    wrappers = [key for key in WRAPPERS if isinstance(content.get(key), dict)]
-    return [f"those of '{key}'" for key in wrappers[1:]]
 
 
 def _prefix(names: Format, ours: str, grn: bool) -> str:

@@ -14,20 +14,23 @@ from torch import nn
 from ..backbone import ARCHS, ConvNeXt
 from ..errors import UsageError
 from .formats import DOUBLES, FORMATS, NORMS, STEM, TRUNK, Recognised, recognise, to_ours
-from .reading import read, weights_of
+from .reading import read, weights_of, wrappers_of
 from .zoo import fetch
 
 FINAL_NORM = ('drop', 'reuse')
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file of ConvNeXt weights: `weights` by our names, classifier and final norm included."""
+    """A file of ConvNeXt weights: `weights` by our names, classifier and final norm included; `wrappers` under which
+    it keeps other weights that are not taken, such as an average's."""
 
     name: str
     file: Path
     source: Recognised
     weights: dict[str, torch.Tensor]
+    wrappers: list[str]
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -50,8 +53,13 @@ class Checkpoint:
         title = self.source.format.title
         if 'norms.3.weight' in self.source.others:
             title = 'DINOv3 by Meta'
-        left = [name for name in self.source.others if not name.startswith(DOUBLES)]
-        return f'a finished model in the names of {title}, its backbone taken' if left and self.source.prefix else title
+        finished = self.beyond and self.source.prefix
+        return f'a finished model in the names of {title}, its backbone taken' if finished else title
+
+    @property
+    def beyond(self) -> list[str]:
+        """Names in the file that belong to no ConvNeXt."""
+        return [name for name in self.source.others if not name.startswith(DOUBLES)]
 
 
 def arch_name(depths: tuple[int, ...], channels: tuple[int, ...], grn: bool) -> str:
@@ -66,7 +74,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         UsageError: the file cannot be had or read, or holds no ConvNeXt, or several.
     """
     file = fetch(str(source))
-    tensors = weights_of(read(file))
+    content = read(file)
+    tensors = weights_of(content)
     try:
         found = recognise(tensors)
     except UsageError as error:
@@ -79,9 +88,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     for theirs in found.names:
         if tensors[theirs].layout != torch.strided or tensors[theirs].is_meta or not tensors[theirs].ndim:
             raise UsageError(f'{file}: {theirs} is not a tensor of weights: it is sparse, empty or a single number')
-    return Checkpoint(
-        str(source), file, found, {ours: to_ours(ours, tensors[theirs]) for theirs, ours in found.names.items()}
-    )
+    weights = {ours: to_ours(ours, tensors[theirs]) for theirs, ours in found.names.items()}
+    return Checkpoint(str(source), file, found, weights, wrappers_of(content)[1:])
 
 
 @dataclass(frozen=True)
@@ -235,10 +243,8 @@ def _fitted_stem(stem: torch.Tensor, in_channels: int) -> torch.Tensor:
 
 def _check_values(file: Path, weights: dict[str, torch.Tensor]) -> None:
     for name, tensor in weights.items():
-        if not tensor.is_floating_point():
-            raise UsageError(
-                f'{file}: {name} is of {tensor.dtype}, not of floating point: quantised weights do not load'
-            )
+        if tensor.dtype not in DTYPES:
+            raise UsageError(f'{file}: {name} is of {tensor.dtype}: quantised weights do not load, give fp16 to fp64')
         # A sum is finite only where all is; it needs no copy.
         if not tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).isfinite():
             raise UsageError(f'{file}: {name} holds NaN or Inf: the training that wrote it had failed')

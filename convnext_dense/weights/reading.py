@@ -64,11 +64,14 @@ def read(file: str | Path, mapped: bool = True) -> dict:
 
 def weights_of(checkpoint: dict) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint by name, out of their wrapper and without wrappers' prefixes."""
-    for key in WRAPPERS:
-        if isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-            break
+    for key in wrappers_of(checkpoint)[:1]:
+        checkpoint = checkpoint[key]
     return {INSERTED.sub('', str(n)): tensor for n, tensor in checkpoint.items() if isinstance(tensor, torch.Tensor)}
+
+
+def wrappers_of(checkpoint: dict) -> list[str]:
+    """The keys under which a checkpoint keeps weights, the one that is taken first."""
+    return [key for key in WRAPPERS if isinstance(checkpoint.get(key), dict)]
 
 
 def _stranger(file: Path) -> str | None:
