@@ -13,6 +13,7 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from . import fast
 from .errors import UsageError
 
 # Tiny to xlarge: the paper's section 3; atto to nano and huge: of ConvNeXt V2, table 9.
@@ -49,8 +50,13 @@ class DropPath(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.rate == 0:
             return x
+        return x * self.draw(x).view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+
+    def draw(self, x: torch.Tensor) -> torch.Tensor:
+        """The factor of each sample's branch: 0, or what makes the mean 1."""
         keep = 1 - self.rate
-        return x * x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+        # Of a tensor of probabilities, not of a number: torch.compile would compile anew for each rate.
+        return torch.full((len(x),), keep, device=x.device).bernoulli() / keep
 
     def extra_repr(self) -> str:
         return f'rate={self.rate:.3f}'
@@ -75,6 +81,8 @@ class Block(nn.Module):
     """Depthwise convolution, LayerNorm, two Linears with GELU (V2: and GRN) between, layer scale, stochastic depth
     (figure 4)."""
 
+    PARTS = (nn.Conv2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Linear, DropPath)  # of a block that `fast` can run
+
     def __init__(self, channels: int, kernel_size: int, drop_path: float, layer_scale: float, grn: bool = False):
         super().__init__()
         self.dwconv = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
@@ -85,12 +93,16 @@ class Block(nn.Module):
         self.gamma = nn.Parameter(torch.full((channels,), float(layer_scale))) if layer_scale else None
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, with_cp: bool | str = False) -> torch.Tensor:
+        if with_cp is True:
+            return checkpoint(self, x, use_reentrant=False)
         y = self.dwconv(x).permute(0, 2, 3, 1)
-        y = self.pwconv2(self.grn(F.gelu(self.pwconv1(self.norm(y)))))
-        if self.gamma is not None:
-            y = self.gamma * y
+        y = checkpoint(self.mlp, y, use_reentrant=False) if with_cp == 'mlp' else self.mlp(y)
         return x + self.drop_path(y.permute(0, 3, 1, 2))
+
+    def mlp(self, y: torch.Tensor) -> torch.Tensor:
+        y = self.pwconv2(self.grn(F.gelu(self.pwconv1(self.norm(y)))))
+        return y if self.gamma is None else self.gamma * y
 
 
 @MODELS.register_module()
@@ -111,7 +123,8 @@ class ConvNeXt(BaseModule):
             the last stage.
         frozen_stages: as in mmdet's backbones: -1 freezes nothing, 0 the stem, k the stem and the first k stages.
             Frozen parts stay in eval mode. Output norms are never frozen: no checkpoint fills them.
-        with_cp: recompute each block in the backward pass instead of keeping its activations.
+        with_cp: what the backward pass computes again instead of keeping it: True each block, 'mlp' each block but its
+            depthwise convolution, which saves most of the memory and less time.
         init_cfg: `dict(type='Pretrained', checkpoint=...)` with a known name, a path or a URL, loaded by
             `convnext_dense.weights`; None keeps the paper's random initialisation.
 
@@ -129,7 +142,7 @@ class ConvNeXt(BaseModule):
         grn: bool = False,
         out_indices: int | Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = -1,
-        with_cp: bool = False,
+        with_cp: bool | str = False,
         init_cfg: dict | list | None = None,
     ):
         others, self.pretrained = _pretrained_apart(init_cfg)
@@ -148,6 +161,7 @@ class ConvNeXt(BaseModule):
                 'a number, such as 1.0',
             ),
             ('grn', grn, isinstance(grn, bool), 'True or False'),
+            ('with_cp', with_cp, isinstance(with_cp, bool) or with_cp == 'mlp', "True, False or 'mlp'"),
             ('frozen_stages', frozen_stages, _is_int(frozen_stages, -1, n_stages), f'an int from -1 to {n_stages}'),
         ):
             if not good:
@@ -177,16 +191,28 @@ class ConvNeXt(BaseModule):
 
         Odd sizes floor: H_0 = H // 4, H_i = H_{i-1} // 2.
         """
-        maps = {}
+        maps, x = {}, fast.layout(x)
+        with_cp = self.with_cp if torch.is_grad_enabled() else False
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
             x = downsample(x)
             for block in stage:
-                recompute = self.with_cp and torch.is_grad_enabled()
-                x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+                quick = fast.run(block, x, with_cp) if type(block) is Block else None
+                x = block(x, with_cp) if quick is None else quick
             if i in self.out_indices:
                 # mmcv's RoIAlign reads its input as contiguous without a check: any other layout gives it garbage.
                 maps[i] = getattr(self, f'norm{i}')(x).contiguous()
         return tuple(maps[i] for i in self.out_indices)
+
+    def compile_blocks(self, **settings) -> None:
+        """Have `torch.compile` (`settings` are its own) make a unit of each block when it first runs; blocks of one
+        width share it, and other sizes of the input need no other."""
+        import torch._dynamo.config as config  # takes a second
+
+        limit = 'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit'  # before torch 2.6
+        setattr(config, limit, max(getattr(config, limit), 64))  # widths, with and without gradients, training or not
+        for stage in self.stages:
+            for block in stage:
+                block.compile(dynamic=True, **settings)
 
     def init_weights(self) -> None:
         """Run the initializers of `init_cfg`, pretrained weights last, once."""

@@ -162,7 +162,7 @@ def test_v2_starts_as_the_identity_of_its_norm_and_keeps_half_precision():
 
 
 @pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (0,), (3,), [2], (1, 3), 2, -1, (-4, -1), (3, 0), [0, 1]])
-@pytest.mark.parametrize('with_cp', [False, True])
+@pytest.mark.parametrize('with_cp', [False, True, 'mlp'])
 def test_chosen_stages_come_out_and_every_parameter_gets_a_gradient(out_indices, with_cp):
     given = copy.deepcopy(out_indices)
     model = small(out_indices=out_indices, drop_path_rate=0.0, with_cp=with_cp)
@@ -325,6 +325,7 @@ def test_eval_and_train_switch_every_part_that_is_not_frozen(frozen):
         (dict(frozen_stages=2, out_indices=(0,)), 'frozen_stages'),
         (dict(in_channels=0), 'in_channels'),
         (dict(out_indices=None), 'out_indices'),
+        (dict(with_cp='all'), 'with_cp'),
         (dict(arch=dict(depths=3, channels=(8, 16))), 'depths'),
         (dict(layer_scale_init_value='abc'), 'layer_scale_init_value'),
         (dict(init_cfg='some.pth'), 'checkpoint='),

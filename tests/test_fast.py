@@ -1,0 +1,378 @@
+"""The fast form of a block against `Block` itself, run where the fast form is refused."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from convnext_dense import ConvNeXt, fast
+from convnext_dense.backbone import Block
+
+pytestmark = pytest.mark.skipif(torch.float32 not in fast._dtypes(), reason='this machine has no fast form')
+BF16 = pytest.param('bfloat16', marks=pytest.mark.skipif(len(fast._dtypes()) < 2, reason='no bfloat16 here'))
+ARCH = dict(depths=(2, 1, 2), channels=(16, 40, 400))  # groups of 16 and of 8; narrow and wide
+AUTOCAST, PURE = 'autocast', 'pure'
+
+
+def made(**settings) -> ConvNeXt:
+    torch.manual_seed(0)
+    model = ConvNeXt(ARCH, out_indices=(0, 1, 2), **settings)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    return model
+
+
+def plainly(monkeypatch):
+    monkeypatch.setattr(fast, 'run', lambda *args: None)
+    monkeypatch.setattr(fast, 'layout', lambda x: x)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """For each block since: whether it ran in its fast form."""
+    seen, run = [], fast.run
+
+    def watched(*args):
+        out = run(*args)
+        seen.append(out is not None)
+        return out
+
+    monkeypatch.setattr(fast, 'run', watched)
+    return seen
+
+
+def maps_and_gradients(model, image, precision='float32'):
+    """Maps, and gradients of a weighted sum of them by parameters and image."""
+    image = image.clone().requires_grad_()
+    if precision == PURE:
+        model, image = copy.deepcopy(model).bfloat16(), image.detach().bfloat16().requires_grad_()
+    torch.manual_seed(1)
+    with torch.autocast('cpu', torch.bfloat16, enabled=precision == AUTOCAST):
+        maps = model(image)
+    torch.manual_seed(2)
+    sum((m.double() * torch.randn(m.shape)).sum() for m in maps).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()} | {'image': image.grad}
+    for p in model.parameters():
+        p.grad = None
+    return [m.detach() for m in maps], gradients
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.detach().double(), expected.detach().double()
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize('tile', [4096, 64])
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {},
+        dict(layer_scale_init_value=0),
+        dict(drop_path_rate=0.6),
+        dict(with_cp=True, drop_path_rate=0.6),
+        dict(with_cp='mlp'),
+        dict(frozen_stages=1),
+        dict(kernel_size=5),
+    ],
+    ids=str,
+)
+def test_float32_equals_the_plain_form(settings, tile, runs, monkeypatch):
+    monkeypatch.setattr(fast, 'TILE', tile)
+    model, image = made(**settings), torch.randn(3, 3, 70, 101)
+    found = maps_and_gradients(model, image)
+    assert runs == [True] * 5
+    plainly(monkeypatch)
+    expected = maps_and_gradients(model, image)
+    for m, e in zip(found[0], expected[0]):
+        assert m.dtype == e.dtype and m.is_contiguous() and distance(m, e) < 1e-5
+    for name, e in expected[1].items():
+        assert (found[1][name] is None) == (e is None), name
+        assert e is None or (found[1][name].dtype == e.dtype and distance(found[1][name], e) < 1e-5), name
+
+
+@pytest.mark.parametrize('precision', [pytest.param(p, marks=BF16.marks) for p in (AUTOCAST, PURE)])
+@pytest.mark.parametrize(
+    'settings', [{}, dict(layer_scale_init_value=0), dict(with_cp='mlp', drop_path_rate=0.6)], ids=str
+)
+def test_bfloat16_is_as_near_to_the_truth_as_the_plain_form(precision, settings, runs, monkeypatch):
+    model, image = made(**settings), torch.randn(3, 3, 70, 101)
+    found = maps_and_gradients(model, image, precision)
+    assert runs == [True] * 5
+    plainly(monkeypatch)
+    plain = maps_and_gradients(model, image, precision)
+    true = maps_and_gradients(model.double(), image.double())
+    for m, p, t in zip(found[0], plain[0], true[0]):
+        assert m.dtype == p.dtype and distance(m, t) < 1.2 * distance(p, t) + 1e-3
+    ours, theirs = ([distance(gradients[name], t) for name, t in true[1].items()] for gradients in (found[1], plain[1]))
+    assert sum(ours) < 1.15 * sum(theirs) and max(ours) < 2 * max(theirs)
+    assert [g.dtype for g in found[1].values()] == [g.dtype for g in plain[1].values()]
+
+
+@pytest.mark.parametrize('settings', [{}, dict(with_cp=True)], ids=str)
+def test_without_gradients_the_same_maps_and_an_untouched_image(settings, runs, monkeypatch):
+    model, image = made(**settings), torch.randn(2, 3, 64, 96)
+    given = image.clone()
+    expected = [m.detach() for m in model(image)]
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            found = model(image)
+        assert torch.equal(image, given)
+        for f, e in zip(found, expected):
+            assert distance(f, e) < 1e-6 and f.is_contiguous()
+    assert all(runs)
+
+
+@pytest.mark.parametrize('with_cp', [False, 'mlp', True])
+def test_gradients_and_their_gradients_by_finite_differences(with_cp, monkeypatch):
+    monkeypatch.setattr(fast, 'TILE', 7)
+    monkeypatch.setattr(fast, 'WIDE', 8)
+    monkeypatch.setattr(fast, '_dtypes', lambda: (torch.float64,))
+    # oneDNN has no float64: its Linear as it is defined.
+    monkeypatch.setattr(
+        fast, '_linear', lambda x, w, b=None, gelu=False: (F.gelu if gelu else nn.Identity())(F.linear(x, w, b))
+    )
+    torch.manual_seed(0)
+    block = Block(8, 3, 0.0, 0.5).double()
+    for p in block.parameters():
+        nn.init.normal_(p)
+    x = torch.randn(2, 8, 3, 4, dtype=torch.float64, requires_grad=True)
+    names, parameters = zip(*block.named_parameters())
+
+    def function(x, *values):
+        other = copy.copy(block)
+        other._modules = {k: copy.copy(m) for k, m in block._modules.items()}
+        for module in other._modules.values():
+            module._parameters = dict(module._parameters)
+        other._parameters = dict(block._parameters)
+        for name, value in zip(names, values):
+            module, _, last = name.rpartition('.')
+            (other._modules[module] if module else other)._parameters[last] = value
+        out = fast.run(other, x, with_cp)
+        assert out is not None
+        return out
+
+    assert torch.autograd.gradcheck(function, (x, *parameters), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, (x, *parameters), fast_mode=True)
+
+
+def kept(model, image) -> int:
+    """Bytes that a forward pass keeps for the backward pass beside parameters, each storage once."""
+    sizes = {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = (storage.nbytes(), t)  # t: not freed, that no other takes its place
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(image)
+    return sum(size for size, _ in sizes.values())
+
+
+def test_what_is_kept_for_the_backward_pass(monkeypatch):
+    image = torch.randn(1, 3, 128, 128)
+    arch = dict(depths=(3, 3, 9, 3), channels=(16, 32, 64, 512))
+    models = {cp: ConvNeXt(arch, with_cp=cp) for cp in (False, 'mlp', True)}
+    quick = {cp: kept(model, image) for cp, model in models.items()}
+    plainly(monkeypatch)
+    plain = {cp: kept(model, image) for cp, model in models.items()}
+    assert quick[False] < 0.4 * plain[False] and quick['mlp'] < 0.3 * plain[False]
+    assert quick[True] < quick['mlp'] < quick[False]
+    assert plain[True] < plain['mlp'] < 0.5 * plain[False]
+
+
+def test_changed_weights_count_at_once():
+    """Nothing is cached: not even a change behind autograd's back, as mmengine's EMA makes it, goes unseen."""
+    model, image = made().eval(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        model(image)
+        for p in model.parameters():
+            p.data.mul_(0.5)
+        found = model(image)
+    fresh = made()
+    fresh.load_state_dict(model.state_dict())
+    for f, e in zip(found, fresh.eval()(image)):
+        assert distance(f, e) < 1e-6
+
+
+def changed(model, how):
+    block = model.stages[0][0]
+    if how == 'forward hook':
+        block.pwconv1.register_forward_hook(lambda *_: None)
+    elif how == 'pre-hook':
+        block.norm.register_forward_pre_hook(lambda *_: None)
+    elif how == 'backward hook':
+        block.register_full_backward_hook(lambda *_: None)
+    elif how == 'subclass':
+        block.pwconv1.__class__ = type('Other', (nn.Linear,), {})
+    elif how == 'block subclass':
+        block.__class__ = type('Other', (Block,), {})
+    elif how == 'forward replaced':
+        block.dwconv.forward = block.dwconv.forward
+    elif how == 'parametrized':
+        nn.utils.parametrizations.weight_norm(block.pwconv2)
+    elif how == 'reflecting':
+        block.dwconv.padding_mode = 'reflect'
+        block.dwconv._reversed_padding_repeated_twice = [3] * 4
+    elif how == 'dilated':
+        block.dwconv.dilation, block.dwconv.padding = (2, 2), (6, 6)
+    elif how == 'tensor subclass':
+        block.pwconv1.weight = nn.Parameter(type('Other', (torch.Tensor,), {})(block.pwconv1.weight.data))
+    return model
+
+
+@pytest.mark.parametrize(
+    'how',
+    [
+        'forward hook',
+        'pre-hook',
+        'backward hook',
+        'subclass',
+        'block subclass',
+        'forward replaced',
+        'parametrized',
+        'reflecting',
+        'dilated',
+        'tensor subclass',
+    ],
+)
+def test_a_changed_block_goes_the_plain_way_alone(how, runs, monkeypatch):
+    model, image = changed(made(), how), torch.randn(1, 3, 80, 96)
+    found = maps_and_gradients(model, image)
+    expected = {'block subclass': [True] * 4, 'tensor subclass': [False] * 5}  # the latter's maps are such tensors too
+    assert runs == expected.get(how, [False] + [True] * 4)
+    plainly(monkeypatch)
+    for f, e in zip(found[0], maps_and_gradients(model, image)[0]):
+        assert distance(f, e) < 1e-5
+
+
+def test_hooks_see_what_they_saw():
+    model, seen = made(), []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    model(torch.randn(1, 3, 64, 64))
+    assert {'stages.0.0', 'stages.0.0.pwconv1', 'stages.2.1.drop_path', 'downsample_layers.1', 'norm2'} <= set(seen)
+
+
+def test_watched_operations_are_the_plain_ones(runs):
+    model, image = made(grn=False), torch.randn(1, 3, 64, 64)
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+    assert not any(runs) and counter.get_total_flops() > 0
+    runs.clear()
+    torch.jit.trace(model.eval(), image, check_trace=False)
+    assert not any(runs)
+    runs.clear()
+    parameters = dict(model.named_parameters())
+    gradients = torch.func.grad(lambda p: torch.func.functional_call(model, p, image)[2].sum())(parameters)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(image, torch.ones_like(image))
+        assert torch.autograd.forward_ad.unpack_dual(model(dual)[2]).tangent is not None
+    assert not any(runs) and gradients['stages.0.0.gamma'].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    'image, dtype',
+    [
+        (torch.empty(0, 3, 64, 64), None),
+        (torch.randn(1, 3, 64, 64).double(), torch.float64),
+        (torch.randn(1, 3, 64, 64, device='meta'), None),
+    ],
+    ids=['no image', 'float64', 'meta'],
+)
+def test_what_has_no_fast_form_goes_the_plain_way(image, dtype, runs):
+    model = made().to(image.device, dtype)
+    assert [len(m) for m in model(image)] == [len(image)] * 3
+    assert not any(runs)
+
+
+def test_v2_and_machines_without_onednn_go_the_plain_way(runs):
+    made(grn=True)(torch.randn(1, 3, 64, 64))
+    with torch.backends.mkldnn.flags(enabled=False):
+        made()(torch.randn(1, 3, 64, 64))
+    with torch.autocast('cpu', torch.float16), torch.no_grad():
+        made()(torch.randn(1, 3, 64, 64))
+    assert not any(runs) and len(runs) == 15
+
+
+def test_mismatched_dtypes_fail_as_they_did():
+    with pytest.raises(RuntimeError):
+        made()(torch.randn(1, 3, 64, 64).bfloat16())
+
+
+@pytest.mark.parametrize('size', [(4, 4), (5, 7), (16, 16), (17, 40)])
+@pytest.mark.parametrize('form', ['contiguous', 'channels_last', 'strided', 'expanded'])
+def test_any_size_and_layout(size, form, runs, monkeypatch):
+    torch.manual_seed(0)
+    block, (h, w) = Block(16, 7, 0.0, 1.0), size
+    x = torch.randn(2, 16, h, w)
+    if form == 'channels_last':
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif form == 'strided':
+        x = torch.randn(2, 32, 2 * h, w)[:, ::2, ::2]
+    elif form == 'expanded':
+        x = torch.randn(1, 16, 1, w).expand(2, 16, h, w)
+    for size_one in (x, x[:1], x[:, :, :1], x[:, :, :1, :1]):
+        found = fast.run(block, size_one)
+        assert distance(found, block(size_one)) < 1e-5
+
+
+def test_every_parameter_has_a_gradient_where_no_sample_keeps_its_branch():
+    block = Block(16, 7, 1 - 1e-9, 1.0).train()
+    out = fast.run(block, torch.randn(2, 16, 8, 8))
+    out.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in block.parameters())
+
+
+def test_a_user_may_checkpoint_copy_and_retain(runs):
+    model, image = made(), torch.randn(1, 3, 64, 64, requires_grad=True)
+    expected = maps_and_gradients(copy.deepcopy(model), image.detach())[1]
+    torch.manual_seed(2)
+    for attempt in range(2):
+        maps = checkpoint(model, image, use_reentrant=False) if attempt else model(image)
+        torch.manual_seed(2)
+        loss = sum((m.double() * torch.randn(m.shape)).sum() for m in maps)
+        for again in range(1 if attempt else 2):
+            image.grad = None
+            loss.backward(retain_graph=not attempt and not again)
+            assert distance(image.grad, expected['image']) < 1e-5
+    assert all(runs)
+
+
+def test_the_import_loads_no_library_that_only_tools_need():
+    script = "import sys, convnext_dense; print(sorted({m.split('.')[0] for m in sys.modules}))"
+    loaded = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True).stdout
+    assert not any(f"'{name}'" in loaded for name in ('mmcv', 'mmdet', 'mmseg', 'torchvision', 'scipy', 'triton'))
+
+
+def test_compiled_blocks_are_compiled_once_for_all_sizes_and_rates(runs):
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = ConvNeXt(dict(depths=(3, 3), channels=(16, 32)), out_indices=(0, 1), drop_path_rate=0.5).train()
+    eager = copy.deepcopy(model)
+    model.compile_blocks(backend=backend)
+    found = []
+    for n, h, w in ((2, 64, 96), (3, 96, 160), (2, 128, 64), (4, 160, 96)):
+        sum(m.sum() for m in model(torch.randn(n, 3, h, w))).backward()
+        found.append(len(graphs))
+    assert found[1] <= 8 and found[1:] == [found[1]] * 3
+    model.eval()
+    image = torch.randn(2, 3, 96, 96)
+    for compiled, plain in zip(model(image), eager.eval()(image)):
+        assert distance(compiled, plain) < 1e-5
+    assert not any(runs[:-6]) and all(runs[-6:])  # those of `eager`
+    assert not any(m._compiled_call_impl for m in copy.deepcopy(model).modules())  # a copy's blocks are its own
+    torch._dynamo.reset()
