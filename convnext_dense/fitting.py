@@ -18,6 +18,7 @@ PROCESSES = {
     'slurm': ('SLURM_NTASKS', 'srun'),
     'mpi': ('OMPI_COMM_WORLD_SIZE', 'mpirun'),
 }
+HOOKS_BEGIN = ('begin_epoch', 'begin_iter', 'switch_epoch')  # settings of hooks that count from a run's begin
 
 
 def n_processes(launcher: str) -> int:
@@ -107,12 +108,16 @@ def set_length(config: Config, epochs: int | None = None, iters: int | None = No
         raise UsageError(f'--{unit} {wanted}: give a positive number')
     share = wanted / before
     train_cfg[f'max_{unit}'] = wanted
-    for holder, key in (
-        (train_cfg, 'val_interval'),
-        ((config.get('default_hooks') or {}).get('checkpoint') or {}, 'interval'),
-    ):
+    saving = (config.get('default_hooks') or {}).get('checkpoint') or {}
+    timed = [(train_cfg, 'val_interval'), (train_cfg, 'val_begin'), (saving, 'interval'), (saving, 'save_begin')]
+    timed += [(hook, key) for hook in config.get('custom_hooks') or [] for key in HOOKS_BEGIN]
+    for holder, key in timed:
         if holder.get(key, -1) > 0:
             holder[key] = max(1, round(holder[key] * share))
+    if train_cfg.get('dynamic_intervals'):
+        train_cfg.dynamic_intervals = [
+            tuple(max(1, round(n * share)) for n in pair) for pair in train_cfg.dynamic_intervals
+        ]
     for scheduler in listed(config.get('param_scheduler')):
         _scale_schedule(scheduler, share)
     return f'{wanted:,} {unit} instead of {before:,}: warmup, steps and decay keep their shares'
@@ -124,11 +129,14 @@ def _scale_schedule(scheduler: dict, share: float) -> None:
     extra = 0 if scheduler.get('by_epoch', True) else 1
     if 'end' in scheduler:
         scheduler['end'] = max(1, round((scheduler['end'] - extra) * share)) + extra
-    for key in ('begin', 'T_max', 'step_size'):
+    for key in ('begin', 'T_max', 'step_size', 'total_steps'):
         if scheduler.get(key):
             scheduler[key] = max(1, round(scheduler[key] * share))
+    for key in ('milestones', 'periods'):
+        if key in scheduler:
+            scheduler[key] = [max(1, round(m * share)) for m in scheduler[key]]
     if 'milestones' in scheduler:
-        scheduler['milestones'] = sorted({max(1, round(m * share)) for m in scheduler['milestones']})
+        scheduler['milestones'] = sorted(set(scheduler['milestones']))
 
 
 def set_inputs(config: Config) -> str | None:

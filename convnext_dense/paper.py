@@ -85,6 +85,8 @@ class Row:
     def identity(self) -> dict[str, object]:
         """The settings of a config, by dotted key, by which it is this row and no other."""
         common = {'model.backbone.arch': self.arch, 'model.backbone.drop_path_rate': self.drop_path}
+        # Classes that are named are not COCO's or ADE20K's own: other data, even if of as many classes.
+        common |= {f'{split}_dataloader.dataset.metainfo': None for split in ('train', 'test')}
         if self.detector:
             model = {'mask_rcnn': 'MaskRCNN', 'cascade': 'CascadeRCNN'}[self.recipe.split('/')[0]]
             return {
@@ -174,6 +176,14 @@ def row_of(config: Config) -> Row | None:
 def recipe(row: Row) -> Config:
     """The config of a row as this package holds it."""
     return Config.fromfile(CONFIGS / f'{row.recipe}.py', import_custom_modules=False)
+
+
+def recipe_parts(path: str) -> tuple[str, ...]:
+    """What names a config among others: ('cascade', 'convnext_t') of .../configs/cascade/convnext_t.py, the file's name
+    where it lies in no `configs`."""
+    parts = Path(path).absolute().with_suffix('').parts
+    folders = parts[:-1][::-1]
+    return parts[len(parts) - 1 - folders.index('configs') :] if 'configs' in folders else parts[-1:]
 
 
 def changed_settings(config: Config, row: Row) -> list[str]:

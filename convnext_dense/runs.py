@@ -53,7 +53,8 @@ class Test:
 class Run:
     """A training, or tests of one model of other origin. `done` and `length` are epochs, or updates where the config
     counts iterations; `evaluations` are the figures found in training by step; `processes` is None where no log says
-    it; `written` is when a training's log last grew; `problems` say what could not be read."""
+    it; `written` is when a training's log last grew; `problems` say what could not be read; `starts` are the folders of
+    its logs in order, each with its config."""
 
     folder: Path
     config: Config = field(default_factory=Config)
@@ -63,6 +64,7 @@ class Run:
     processes: int | None = None
     written: datetime | None = None
     problems: list[str] = field(default_factory=list)
+    starts: list[tuple[Path, Config]] = field(default_factory=list)
 
     @property
     def row(self) -> Row | None:
@@ -175,13 +177,14 @@ def read_runs(folder: Path) -> list[Run]:
 def _read_training(run: Run, start: Path) -> None:
     run.config = _read_config(run, start) or run.config
     run.written = datetime.fromtimestamp(max(file.stat().st_mtime for file in [start, *start.rglob('*')]))
-    processes = re.search(r'GPU number: (\d+)', _text(start / f'{start.name}.log'))
+    processes = re.search(r'GPU number: (\d+)', read_text(start / f'{start.name}.log'))
     run.processes = int(processes[1]) if processes else run.processes
     if not (start / SCALARS).exists():
         run.problems.append(f'{start.name}: no log of any iteration')
         return
+    run.starts.append((start, run.config))
     counts_epochs, lost = 'max_epochs' in (run.config.get('train_cfg') or {}), []
-    for record in _records(start / SCALARS, run.problems):
+    for record in read_records(start / SCALARS, run.problems):
         figures, step = figures_of(record), record.get('step', 0)
         if figures:  # what a resumed run does again replaces what it went back behind
             run.evaluations = {s: e for s, e in run.evaluations.items() if s < step} | {step: figures}
@@ -195,8 +198,9 @@ def _read_training(run: Run, start: Path) -> None:
         run.problems.append(lost[0] + (f' and in {len(lost) - 1} records more' if len(lost) > 1 else ''))
 
 
-def _records(scalars: Path, problems: list[str]) -> Iterator[dict]:
-    for i, line in enumerate(_text(scalars).splitlines(), 1):
+def read_records(scalars: Path, problems: list[str]) -> Iterator[dict]:
+    """What was logged, line by line; a line that is cut short is said in `problems`."""
+    for i, line in enumerate(read_text(scalars).splitlines(), 1):
         try:
             yield dict(json.loads(line))
         except (ValueError, TypeError):
@@ -205,7 +209,7 @@ def _records(scalars: Path, problems: list[str]) -> Iterator[dict]:
 
 def _read_test(run: Run, start: Path) -> list[Test]:
     try:
-        figures = figures_of(json.loads(_text(start / f'{start.name}.json')))
+        figures = figures_of(json.loads(read_text(start / f'{start.name}.json')))
     except (ValueError, TypeError, AttributeError):
         run.problems.append(f'{start.name}.json cut short')
         return []
@@ -220,7 +224,7 @@ def _read_config(run: Run, start: Path) -> Config | None:
     """The config of a start of a tool: our test's own, or the one that mmengine keeps beside its pictures."""
     file = next((f for f in (start / 'config.py', start / 'vis_data/config.py') if f.exists()), None)
     try:
-        return file and read_dumped(_text(file))
+        return file and read_dumped(read_text(file))
     except UsageError:
         run.problems.append(f'{start.name}: config.py cannot be read')
         return None
@@ -230,7 +234,7 @@ def _check_last_checkpoint(run: Run) -> None:
     pointer = run.folder / 'last_checkpoint'
     if not pointer.exists():
         return
-    name = Path(_text(pointer).strip()).name  # the folder may have moved since
+    name = Path(read_text(pointer).strip()).name  # the folder may have moved since
     epoch = re.fullmatch(r'epoch_(\d+)\.pth', name)
     if epoch:
         run.done = max(run.done, int(epoch[1]))
@@ -243,5 +247,5 @@ def _check_last_checkpoint(run: Run) -> None:
         run.problems.append(f'{name} cannot be read: half written or damaged')
 
 
-def _text(file: Path) -> str:
+def read_text(file: Path) -> str:
     return file.read_text(encoding='utf-8', errors='replace') if file.is_file() else ''

@@ -1,4 +1,6 @@
 import pickle
+import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -294,12 +296,19 @@ def test_what_torch_reads_safely_is_the_same_after_a_file_is_refused(tmp_path, o
     assert set(torch.serialization.get_safe_globals()) == {Allowed}
 
 
-def test_mmengines_own_checkpoints_are_read(tmp_path):
+@pytest.mark.parametrize('numpy', [b'numpy.core.', b'numpy._core.'], ids=['numpy 1', 'numpy 2'])
+def test_mmengines_own_checkpoints_are_read(tmp_path, numpy):
     history = HistoryBuffer([np.float64(1), 2], [1, 1])
     allowed = set(torch.serialization.get_safe_globals())
     save_checkpoint(
-        {'state_dict': {'a': torch.ones(2)}, 'message_hub': {'log_scalars': {'loss': history}}},
-        str(tmp_path / 'epoch_1.pth'),
+        {'state_dict': {'a': torch.ones(2)}, 'message_hub': {'log_scalars': {'loss': history, 'last': np.float64(2)}}},
+        str(tmp_path / 'saved.pth'),
     )
-    assert read(tmp_path / 'epoch_1.pth')['state_dict']['a'].tolist() == [1, 1]
+    with zipfile.ZipFile(tmp_path / 'saved.pth') as saved, zipfile.ZipFile(tmp_path / 'epoch_1.pth', 'w') as file:
+        for record in saved.namelist():  # numpy writes the name of a module of its own, which numpy 2 gave another one
+            file.writestr(record, re.sub(rb'numpy\._?core\.', numpy, saved.read(record)))
+    content = read(tmp_path / 'epoch_1.pth')
+    assert content['state_dict']['a'].tolist() == [1, 1]
+    scalars = content['message_hub']['log_scalars']
+    assert scalars['loss'].data[0].tolist() == [1, 2] and scalars['last'] == 2
     assert set(torch.serialization.get_safe_globals()) == allowed

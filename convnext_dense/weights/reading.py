@@ -4,7 +4,7 @@ import json
 import pickle
 import re
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from zipfile import ZipFile
@@ -144,8 +144,8 @@ def _allowing_harmless() -> Iterator[None]:
     core = np._core if hasattr(np, '_core') else np.core
     types = [
         HistoryBuffer,
-        core.multiarray._reconstruct,
-        core.multiarray.scalar,
+        *_of_any_numpy(core.multiarray._reconstruct),
+        *_of_any_numpy(core.multiarray.scalar),
         np.ndarray,
         np.dtype,
         *{type(np.dtype(code)) for code in '?bhilqBHILQefdFDSU'},
@@ -159,6 +159,18 @@ def _allowing_harmless() -> Iterator[None]:
     finally:
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(before)
+
+
+def _of_any_numpy(function: Callable) -> Iterator[Callable]:
+    """Stand in for a function of numpy's by the names that numpy 1 and numpy 2 write into files."""
+    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
+
+        def stand_in(*args):
+            return function(*args)
+
+        stand_in.__module__ = module
+        stand_in.__name__ = stand_in.__qualname__ = function.__name__
+        yield stand_in
 
 
 def _method_of_history(owner: type, name: str):
