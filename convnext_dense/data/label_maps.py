@@ -1,0 +1,221 @@
+"""Label maps, checked: which values are which classes, and which pairs of an image and a label map are usable."""
+
+import csv
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import UsageError
+from ..shapes import LABELS, PALETTE
+from .images import Labels, Seen
+from .report import Report
+
+NO_CLASS = ('background', 'unlabeled', 'unlabelled', 'void', 'ignore')
+IGNORED = 255  # in what mmseg reads
+# The classes of known data sets: mmseg's names of them, from which their names and colours are taken.
+KNOWN = {'ade20k': 'ADE20KDataset', 'cityscapes': 'CityscapesDataset', 'voc': 'PascalVOCDataset'}
+# Cityscapes' labelIds that are evaluated, in the order of their classes.
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+
+
+class Classes(NamedTuple):
+    """Names and colours (RGB) of classes; `values` are the labels of those in order, None where they are 0, 1, ..., or
+    1, 2, ... with 0 ignored; `ignored` are the labels that are no class."""
+
+    names: list[str] | None
+    palette: list[list[int]] | None = None
+    ignored: frozenset[int] = frozenset({IGNORED})
+    values: Sequence[int] | None = None
+
+    @property
+    def label_of(self) -> dict[int, int]:
+        """The class of each label, IGNORED included."""
+        first = 1 if 0 in self.ignored else 0
+        values = range(first, first + len(self.names)) if self.values is None else self.values
+        others = dict.fromkeys((*self.ignored, *range(max(self.values or [0]) + 1 if self.values else 0)), IGNORED)
+        return {**others, **{v: i for i, v in enumerate(values) if v not in self.ignored}}
+
+    @property
+    def settings(self) -> dict:
+        """What a data set of mmseg is told: whether 0 is ignored and the rest moves down, and what else changes."""
+        reduced = self.values is None and 0 in self.ignored
+        changed = {v: c for v, c in self.label_of.items() if c != ((v or 256) - 1 if reduced else v) and v != IGNORED}
+        # Ours is looked up after mmseg moved the labels down.
+        label_map = [[v - reduced, c] for v, c in changed.items() if not (reduced and v == 0)]
+        return dict(reduce_zero_label=reduced, label_map=label_map or None)
+
+
+def convention(root: Path, layout: str, more: str, asked: str | None, ignore: Sequence[int] | None) -> Classes:
+    """The classes of a folder: as asked for by a file or a known name, or by what the folder is.
+
+    Raises:
+        UsageError: a classes file that cannot be read.
+    """
+    file = next((f for f in class_files(root, None) if f.exists()), None)
+    known = asked if asked in KNOWN else None if asked or file else _known(root, layout, more)
+    if known:
+        names, palette = _of_mmseg(known)
+    elif asked:
+        names, palette = read_classes(Path(asked))
+    elif (root / 'shapes.json').exists():
+        names, palette = list(LABELS), PALETTE
+    else:
+        names, palette = read_classes(file) if file else (None, None)
+    zero = known == 'ade20k' or ((root / 'shapes.json').exists() and not asked)
+    ignored = frozenset({IGNORED, *(ignore or []), *([0] if zero else [])})
+    if not zero and 0 in ignored and names and names[0].strip('_').lower() in NO_CLASS:  # named, and yet ignored
+        names, palette = names[1:], palette and palette[1:]
+    ids = known == 'cityscapes' and more.endswith('labelIds')
+    return Classes(names, palette, ignored, CITYSCAPES_IDS if ids else None)
+
+
+def class_files(root: Path, asked: str | None) -> list[Path]:
+    """Where names of classes may be."""
+    names = ('classes.txt', 'classes.json', 'class_names.txt', 'labelmap.txt', 'labels.txt', 'train/_classes.csv')
+    return [Path(asked)] if asked else [root / name for name in names]
+
+
+def read_classes(path: Path) -> tuple[list[str], list[list[int]] | None]:
+    """The names and, where they are given, the colours (RGB) of classes in a file: a name a line, also followed by
+    `: r,g,b` or ` r g b`; JSON, a list of names or a dict of names and colours; or Roboflow's _classes.csv.
+
+    Raises:
+        UsageError: the file is not there, is none of these, or has a name twice.
+    """
+    if not path.is_file():
+        raise UsageError(f"no classes file '{path}': give a file of a name a line, or one of {', '.join(KNOWN)}")
+    text = path.read_text(encoding='utf-8-sig', errors='replace')
+    try:
+        found = _from_json(json.loads(text)) if path.suffix == '.json' else _from_text(text, path.suffix == '.csv')
+        names, colours = [str(name).strip() for name, _ in found], [colour for _, colour in found]
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise UsageError(f'{path} is no list of classes ({error}): give a name a line') from error
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if not names or twice is not None:
+        raise UsageError(f'{path} ' + ('names no class' if not names else f"names '{twice}' twice"))
+    if len(names) > IGNORED:
+        raise UsageError(f'{path} names {len(names)} classes: label maps of 8 bits hold {IGNORED} at most')
+    return names, colours if all(colours) else None
+
+
+def count_classes(maps: dict[Path, Labels], classes: Classes, root: Path) -> Classes:
+    """Classes named by their number, as many as there are labels, for label maps with a palette and no names.
+
+    Raises:
+        UsageError: the label maps have no palette, so that nothing says what their values are.
+    """
+    readable = [m for m in maps.values() if m.counts is not None]
+    if not all(m.palette for m in readable):
+        raise UsageError(f'{root} does not name its classes: give --classes FILE, a name a line in the order of labels')
+    counts = np.sum([m.counts for m in readable], axis=0) if readable else np.zeros(256, int)
+    values = [value for value in np.flatnonzero(counts).tolist() if value not in classes.ignored]
+    first = 1 if 0 in classes.ignored else 0
+    return classes._replace(names=[f'class {i}' for i in range(first, max(values, default=first) + 1)])
+
+
+def check_pairs(
+    pairs: list[tuple[Path, Path]],
+    seen: dict[str, Seen],
+    maps: dict[str, Labels],
+    classes: Classes,
+    turn: bool,
+    split: str,
+    report: Report,
+) -> tuple[list[tuple[Path, Path]], np.ndarray]:
+    """The usable pairs of a split, and the pixels of each class in them."""
+    label_of, kept, total = classes.label_of, [], np.zeros(len(classes.names), int)
+    for image, labels in pairs:
+        facts, found = seen[str(image)], maps[str(labels)]
+        size = (facts.width, facts.height)
+        if facts.turned and not turn:
+            size = size[::-1]
+        problem, name = facts.problem, image.name
+        if not problem and found.problem:
+            problem, name = found.problem, labels.name
+        if not problem and size != (found.width, found.height):
+            problem = 'label map of another size'
+            name = f'{labels.name}: {found.width} x {found.height}, its image {size[0]} x {size[1]}'
+        if problem:
+            report.add(split, problem, name)
+            continue
+        if facts.turned and not turn:
+            report.add(split, 'image turned by EXIF', name)
+        strange = [value for value in np.flatnonzero(found.counts).tolist() if value not in label_of]
+        if strange:
+            zero = strange == [len(classes.names)] and 0 not in classes.ignored
+            hint = ', the number of classes: if 0 is no class, --ignore 0' if zero else ''
+            report.add(
+                split, 'label out of range', f'{labels.name}: {strange[0]} of {len(classes.names)} classes{hint}'
+            )
+            continue
+        pixels = np.zeros(len(classes.names), int)
+        for value, label in label_of.items():
+            if label != IGNORED:
+                pixels[label] += found.counts[value]
+        if not pixels.any():
+            report.add(split, 'label map of ignored pixels', labels.name)
+            continue
+        total += pixels
+        kept.append((image, labels))
+    return kept, total
+
+
+def _known(root: Path, layout: str, more: str) -> str | None:
+    if (root / 'objectInfo150.txt').exists():
+        return 'ade20k'
+    if more.startswith('_gtFine'):
+        return 'cityscapes'
+    return 'voc' if layout == 'VOC' and re.fullmatch(r'VOC20\d\d', root.resolve().name) else None
+
+
+def _of_mmseg(known: str) -> tuple[list[str], list[list[int]]]:
+    from mmseg.registry import DATASETS  # mmseg alone knows them, and this module is imported without it
+    from mmseg.utils import register_all_modules
+
+    register_all_modules(init_default_scope=False)
+    meta = DATASETS.get(KNOWN[known]).METAINFO
+    return list(meta['classes']), [list(colour) for colour in meta['palette']]
+
+
+def _from_json(content: object) -> list[tuple[str, list[int] | None]]:
+    if isinstance(content, dict):
+        content = content.get('classes', content)
+    if isinstance(content, dict):
+        if content and all(isinstance(value, int) for value in content.values()):  # name: label
+            content = {str(label): name for name, label in content.items()}
+        if all(str(label).isdigit() for label in content):
+            return [(name, None) for name in _in_order({int(label): name for label, name in content.items()})]
+        return [(name, _colour(colour)) for name, colour in content.items()]
+    if all(isinstance(c, dict) and isinstance(c.get('id'), int) for c in content):
+        content = _in_order({c['id']: c for c in content})
+    return [(c, None) if isinstance(c, str) else (c['name'], _colour(c.get('color', c.get('colour')))) for c in content]
+
+
+def _in_order(by_label: dict[int, object]) -> list:
+    if sorted(by_label) != list(range(len(by_label))):
+        raise ValueError('its labels are not 0, 1, 2, ...')
+    return [by_label[label] for label in sorted(by_label)]
+
+
+def _from_text(text: str, is_csv: bool) -> list[tuple[str, list[int] | None]]:
+    if is_csv:
+        rows = [(int(row[0]), row[1]) for row in list(csv.reader(text.splitlines()))[1:] if row]
+        if [value for value, _ in rows] != list(range(len(rows))):
+            raise ValueError('its values are not 0, 1, 2, ...')
+        return [(name, None) for _, name in rows]
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith('#')]
+    numbered = [re.fullmatch(r'(\d+)\s*[:,\s]\s*(\D.*)', line) for line in lines]
+    if lines and all(numbered):
+        return [(name, None) for name in _in_order({int(m[1]): m[2] for m in numbered})]
+    found = [re.fullmatch(r'(.+?)(?:\s*[:,\s]\s*(\d+)[,\s]+(\d+)[,\s]+(\d+)(?::.*)?)?:*', line) for line in lines]
+    return [(m[1], [int(v) for v in m.groups()[1:]] if m[2] else None) for m in found]
+
+
+def _colour(value: object) -> list[int] | None:
+    if isinstance(value, str) and re.fullmatch('#[0-9a-fA-F]{6}', value):
+        return list(bytes.fromhex(value[1:]))
+    return [int(v) for v in value] if isinstance(value, (list, tuple)) and len(value) == 3 else None

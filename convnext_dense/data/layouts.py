@@ -1,0 +1,278 @@
+"""How data sets lie on a disk: which file or folder is what in each layout that is taken, and what the others are."""
+
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import UsageError
+from .images import ENDINGS
+
+# COCO json, by where the files are in the folder (in small letters); 'all' is one file for all splits.
+ANNOTATIONS = {
+    'COCO': {
+        'train': 'annotations/instances_train*.json',
+        'val': 'annotations/instances_val*.json',
+        'test': 'annotations/instances_test*.json',
+    },
+    'Roboflow': {
+        'train': 'train/_annotations.coco.json',
+        'val': 'val*/_annotations.coco.json',
+        'test': 'test/_annotations.coco.json',
+    },
+    'CVAT': {'all': 'annotations/instances_default.json'},
+    'Label Studio': {'all': 'result.json'},
+    'a file a split': {'train': 'train*.json', 'val': 'val*.json', 'test': 'test*.json'},
+    'annotations/': {
+        'train': 'annotations/*train*.json',
+        'val': 'annotations/*val*.json',
+        'test': 'annotations/*test*.json',
+    },
+    'a folder a split': {'train': 'train*/*.json', 'val': 'val*/*.json', 'test': 'test*/*.json'},
+    'one file': {'all': '*.json'},
+    'one file in annotations/': {'all': 'annotations/*.json'},
+}
+# Names of folders of images, of label maps and of splits, in small letters.
+IMAGES = ('images', 'image', 'imgs', 'img', 'img_dir', 'jpegimages', 'leftimg8bit')
+LABELS = ('labels', 'label', 'annotations', 'masks', 'mask', 'ann_dir', 'gtfine', 'segmentationclass', 'gt')
+SPLITS = {'train': ('train', 'training'), 'val': ('val', 'valid', 'validation'), 'test': ('test', 'testing')}
+# What the name of a label map has more than its image's, before the ending, and the name of an image more than its own.
+MORE_IN_LABELS = ('', '_gtFine_labelTrainIds', '_gtFine_labelIds', '_mask', '_label', '_labels', '_seg')
+MORE_IN_IMAGES = '_leftImg8bit'
+CONVERT = 'convert them to COCO json (CVAT, FiftyOne and Roboflow do)'
+DEPTH, MANY = 4, 20000  # how far a folder is looked into to find out what it is
+
+
+class Folders(NamedTuple):
+    """Where a split's images and label maps are; `names` are the stems of those that belong to it, None for all."""
+
+    images: Path
+    labels: Path
+    names: list[str] | None = None
+
+
+class Pairs(NamedTuple):
+    """Images with their label maps, images without one (`bare`), label maps without an image (`lone`), what label maps
+    have `more` in their names than images, and images that share their name with another (`twice`)."""
+
+    pairs: list[tuple[Path, Path]]
+    bare: list[Path]
+    lone: list[Path]
+    more: str
+    twice: Sequence[Path] = ()
+
+
+def find_annotations(root: Path, given: Collection[str] = ()) -> tuple[str, dict[str, Path]] | None:
+    """The layout of a folder with COCO json and its file of each split ('train', 'val', 'test' or 'all') that is not
+    `given` otherwise; None where there is none. Splits that are named so go before one file of all.
+
+    Raises:
+        UsageError: several files could be a split's.
+    """
+    files = [path for path in _files(root, depth=2) if path.suffix.lower() == '.json' and path.name != 'shapes.json']
+    other = None
+    for layout, patterns in ANNOTATIONS.items():
+        found = {}
+        for split, pattern in patterns.items():
+            if split in given or (given and split == 'all'):
+                continue
+            named = [file for file in files if _fits(file.relative_to(root), pattern)]
+            fitting = [file for file in named if _could_be_coco(file, tells=pattern.split('/')[-1] != '*.json')]
+            if len(fitting) > 1:
+                names = ' and '.join(f.name for f in fitting[:2])
+                raise UsageError(f'{root}: {names} could both be {split}: say which by --train-ann and --val-ann')
+            found |= {split: fitting[0]} if fitting else {}
+        if 'train' in found or ('all' in found and not other):
+            return layout, found
+        other = other or ((layout, found) if found else None)
+    return other
+
+
+def find_folders(root: Path) -> tuple[str, dict[str, Folders]] | None:
+    """The layout of a folder with label maps and the folders of each split; None where there is none."""
+    lists, images, labels = root / 'ImageSets/Segmentation', _child(root, IMAGES), _labels(root)
+    if images and labels and lists.is_dir():
+        files = {split: lists / f'{split}.txt' for split in SPLITS}
+        found = {split: Folders(images, labels, _lines(file)) for split, file in files.items() if file.exists()}
+        if found:
+            return 'VOC', found
+    tops = (root, images, labels)
+    by_split = {split: tuple(_child(top, names) for top in tops) for split, names in SPLITS.items()}
+    for layout, folders_of in {
+        'images/SPLIT, labels/SPLIT': lambda split, images, labels: (images, labels),
+        'SPLIT/images, SPLIT/labels': lambda split, images, labels: (_child(split, IMAGES), _labels(split)),
+        'SPLIT, labels/SPLIT': lambda split, images, labels: (split, labels),
+    }.items():
+        pairs = {split: folders_of(*three) for split, three in by_split.items()}
+        found = {split: Folders(*folders) for split, folders in pairs.items() if all(folders)}
+        if 'train' in found or 'val' in found:
+            return layout, found
+    roboflow = {split: Folders(folder, folder) for split, names in SPLITS.items() if (folder := _child(root, names))}
+    if 'train' in roboflow and any(path.stem.endswith('_mask') for path in images_in(roboflow['train'].images)):
+        return 'Roboflow', roboflow
+    if images and labels:
+        return 'images, labels', {'all': Folders(images, labels)}
+    return None
+
+
+def pair(folders: Folders, more: str | None = None) -> Pairs:
+    """The images of a split with their label maps, by name; `more` is what those of train have, if that is known."""
+    images, twice = {}, []
+    for path in images_in(folders.images):
+        stem = _stem(path, folders.images).removesuffix(MORE_IN_IMAGES)
+        twice += [path] if images.setdefault(stem, path) is not path else []
+    maps = {_stem(path, folders.labels): path for path in images_in(folders.labels)}
+    if folders.images == folders.labels:
+        images = {stem: path for stem, path in images.items() if not stem.endswith('_mask')}
+        maps = {stem: path for stem, path in maps.items() if stem.endswith('_mask')}
+    if more is None:
+        more = max(MORE_IN_LABELS, key=lambda more: sum(stem + more in maps for stem in images))
+    if folders.names is not None:
+        images = {name: images.get(name, folders.images / f'{name}.jpg') for name in folders.names}
+    pairs = [(path, maps[stem + more]) for stem, path in sorted(images.items()) if stem + more in maps]
+    bare = [path for stem, path in sorted(images.items()) if stem + more not in maps]
+    own = {stem + more for stem in images}
+    lone = [p for stem, p in sorted(maps.items()) if stem not in own and stem.endswith(more)]
+    return Pairs(pairs, bare, [] if folders.names is not None else lone, more, twice)
+
+
+def images_in(folder: Path) -> list[Path]:
+    """All image files in and below a folder, by their endings."""
+    return sorted(p for p in _files(folder, None) if p.suffix.lower() in ENDINGS and not p.name.startswith('.'))
+
+
+def what_it_is(root: Path) -> str:
+    """What a folder holds that is no layout of ours, and the way out, in words."""
+    if not root.exists():
+        return 'is not there'
+    if root.is_file():
+        return _what_file(root)
+    files = [path for _, path in zip(range(MANY), _files(root))]
+    endings = {path.suffix.lower() for path in files}
+    if not files:
+        return 'is an empty folder'
+    for below in sorted(path for path in root.iterdir() if path.is_dir()):
+        if find_annotations(below) or find_folders(below):
+            return f'holds a data set in its folder {below.name}: give {below}'
+    for fits, what in (
+        (lambda: _yolo(files), f'looks like YOLO labels: {CONVERT}'),
+        (lambda: _holds(files, '.xml', '<annotation'), f'looks like Pascal VOC boxes in XML: {CONVERT}'),
+        (lambda: _holds(files, '.json', '"shapes"'), 'looks like LabelMe, a file an image: run its labelme2coco.py'),
+        (lambda: _holds(files, '.json', '"result":'), "looks like Label Studio's own JSON: export it as COCO instead"),
+        (lambda: _holds(files, '.json', '"regions"'), f"looks like the VGG annotator's JSON: {CONVERT}"),
+        (lambda: any('createml' in p.name.lower() for p in files), f'looks like CreateML labels: {CONVERT}'),
+        (lambda: any('tfrecord' in p.name.lower() for p in files), f'looks like TFRecords: {CONVERT}'),
+        (lambda: '.csv' in endings, f'looks like labels in CSV: {CONVERT}'),
+        (lambda: _is_image_folder(root), 'has a folder a class, as for classification: boxes or label maps are needed'),
+        (lambda: endings <= {'.zip', '.tar', '.gz', '.tgz', '.rar', '.7z'}, 'holds archives: unpack them there'),
+        (lambda: endings & set(ENDINGS), 'holds images without annotations'),
+    ):  # fmt: skip
+        if fits():
+            return what
+    return f'holds no data set that is known (its files end with {", ".join(sorted(endings)[:4])})'
+
+
+def _what_file(path: Path) -> str:
+    if path.suffix.lower() in ('.zip', '.tar', '.gz', '.tgz', '.rar', '.7z'):
+        return 'is an archive: unpack it and give its folder'
+    if path.suffix.lower() == '.json':
+        return 'is a file: give its folder, or --train-ann and --val-ann'
+    if path.suffix.lower() in ('.yaml', '.yml'):
+        return f'is a file as YOLO has it: its labels are no COCO json, {CONVERT}'
+    return 'is a file: give the folder of a data set'
+
+
+def _yolo(files: list[Path]) -> bool:
+    if any(path.name.lower() in ('data.yaml', 'data.yml', 'obj.names') for path in files):
+        return True
+    texts = [path for path in files if path.suffix == '.txt' and {'labels', 'obj_train_data'} & set(path.parts)]
+    return any(len(line.split()) >= 5 for path in texts[:5] for line in _start(path).splitlines()[:1])
+
+
+def _holds(files: list[Path], ending: str, text: str) -> bool:
+    return any(text in _start(path) for path in [p for p in files if p.suffix.lower() == ending][:5])
+
+
+def _is_image_folder(root: Path) -> bool:
+    train = _child(root, SPLITS['train']) or root
+    classes = [folder for folder in train.iterdir() if folder.is_dir()]
+    names = {folder.name.lower() for folder in classes}
+    return (
+        len(classes) > 1 and not names & {*IMAGES, *LABELS, *sum(SPLITS.values(), ())} and all(map(_has_image, classes))
+    )
+
+
+def _has_image(folder: Path) -> bool:
+    return any(path.suffix.lower() in ENDINGS for path in folder.iterdir())
+
+
+def _fits(path: Path, pattern: str) -> bool:
+    parts, patterns = path.as_posix().lower().split('/'), pattern.split('/')
+    return len(parts) == len(patterns) and all(map(fnmatch, parts, patterns))
+
+
+def _could_be_coco(path: Path, tells: bool) -> bool:
+    """Whether a file is COCO's by its beginning. Where its name tells so, it may be broken: another format is told from
+    that by its keys."""
+    start = _start(path, 2**16)
+    if re.search(r'"(shapes|regions|caption|keypoints)"\s*:', start) and '"bbox"' not in start:
+        return False
+    keys = re.search(r'"(images|annotations|categories)"\s*:', start)
+    return tells or (keys is not None and start.lstrip().startswith('{'))
+
+
+def _holds_maps(folder: Path) -> bool:
+    return any(path.suffix.lower() in ENDINGS for path in _files(folder))
+
+
+def _start(path: Path, size: int = 4096) -> str:
+    with open(path, 'rb') as file:
+        return file.read(size).decode('utf-8', 'replace')
+
+
+def _lines(path: Path) -> list[str]:
+    return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+
+
+def _stem(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).with_suffix('').as_posix()
+
+
+def _child(folder: Path | None, names: tuple[str, ...]) -> Path | None:
+    """The first of the folders of these names in a folder, in whatever case."""
+    if folder is None:
+        return None
+    there = {child.name.lower(): child for child in sorted(folder.iterdir()) if child.is_dir()}
+    return next((there[name] for name in names if name in there), None)
+
+
+def _labels(folder: Path | None) -> Path | None:
+    """The folder of label maps in a folder; others may have such names too."""
+    found = (_child(folder, (name,)) for name in LABELS)
+    return next((child for child in found if child and _holds_maps(child)), None)
+
+
+def _files(root: Path, depth: int | None = DEPTH) -> Iterator[Path]:
+    """The files in and below a folder, those further up first."""
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith(('.', '__MACOSX')))
+        if depth is not None and len(Path(folder).relative_to(root).parts) >= depth - 1:
+            folders.clear()
+        yield from (Path(folder, name) for name in sorted(names))
+
+
+def read_json(path: Path) -> object:
+    """What a JSON file holds.
+
+    Raises:
+        UsageError: it is not there, or not whole.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f'{path}: {error.strerror}') from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f'{path} is not a whole JSON file ({error}): download or write it again') from error

@@ -1,0 +1,151 @@
+"""What a check of data finds: kinds of problems, what is done about each, and the text that says so."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ..errors import UsageError
+
+# What is done about a kind of problem. The first two are errors, which --strict refuses.
+REFUSED, LEFT_OUT, MENDED, NOTED = 'refused', 'left out', 'mended', 'noted'
+EXAMPLES = 3
+
+
+class Kind(NamedTuple):
+    done: str
+    then: str = ''  # what is done, or the way out, where the word is not enough
+
+
+KINDS = {
+    # images, of both tasks
+    'missing image': Kind(LEFT_OUT),
+    'empty file': Kind(LEFT_OUT),
+    'not an image': Kind(LEFT_OUT),
+    'image cut short': Kind(LEFT_OUT),
+    'unreadable image': Kind(LEFT_OUT, 'left out: OpenCV, which reads in training, cannot'),
+    'name in other case': Kind(MENDED, 'the name on the disk is taken'),
+    'image turned by EXIF': Kind(MENDED, 'its annotation is of the image as stored: read without turning'),
+    'the same image twice': Kind(NOTED, 'kept: the same bytes under two names'),
+    'image of train in val': Kind(NOTED, 'kept: the same bytes in both, so figures on val are too good'),
+    'nothing to train on': Kind(REFUSED, 'no usable annotation is left'),
+    'nothing to evaluate': Kind(REFUSED, 'no usable annotation is left'),
+    # COCO's images
+    'image without id or name': Kind(LEFT_OUT),
+    'image id twice': Kind(LEFT_OUT, 'the later one is left out, the annotations stay with the first'),
+    'file name twice': Kind(LEFT_OUT, 'the later one is left out, with its annotations'),
+    'name leads out of the folder': Kind(LEFT_OUT),
+    'size contradicts the image': Kind(LEFT_OUT),
+    'no size given': Kind(MENDED, "the image's own is taken"),
+    'image without annotations': Kind(NOTED, 'kept: the recipes train without them, and evaluate with them'),
+    'image under 32 pixels': Kind(NOTED, 'kept: the recipes train without them (filter_cfg.min_size)'),
+    # COCO's categories
+    'category id twice': Kind(REFUSED, 'give each category an id of its own'),
+    'category without id or name': Kind(REFUSED),
+    'category name twice': Kind(MENDED, 'taken as one class'),
+    'category named otherwise': Kind(REFUSED, 'the same id has two names in train and here: name it alike'),
+    'category without a class': Kind(LEFT_OUT, "none of train's, or of the checkpoint's: its annotations are left out"),
+    'category with other id': Kind(MENDED, 'matched with train by its name'),
+    'class never annotated': Kind(NOTED, 'kept as a class'),
+    'class never trained': Kind(NOTED, 'kept: annotated here, never in train'),
+    'gaps in category ids': Kind(NOTED, 'classes are counted without them'),
+    'group of classes': Kind(MENDED, 'no class: nothing is annotated with it, the others name it as their group'),
+    # COCO's annotations
+    'annotation of no image': Kind(LEFT_OUT),
+    'unknown category': Kind(LEFT_OUT),
+    'not an annotation': Kind(LEFT_OUT),
+    'annotation there twice': Kind(LEFT_OUT, 'the later one is left out'),
+    'annotation id twice': Kind(MENDED, 'numbered anew'),
+    'no box': Kind(LEFT_OUT),
+    'box from the mask': Kind(MENDED, 'there is no box: taken from the mask'),
+    'box is not four numbers': Kind(LEFT_OUT),
+    'box of NaN or Inf': Kind(LEFT_OUT),
+    'box without area': Kind(LEFT_OUT),
+    'box under a pixel': Kind(NOTED, 'kept: mmdet trains without them'),
+    'box outside the image': Kind(LEFT_OUT),
+    'box far outside': Kind(LEFT_OUT),
+    'box partly outside': Kind(NOTED, 'kept: training cuts it at the border, the evaluation takes it as it is'),
+    'no area given': Kind(MENDED, 'taken from the mask or the box'),
+    'no mask': Kind(LEFT_OUT, 'left out: most others have one'),
+    'masks of few': Kind(NOTED, 'most annotations have no mask: all are taken as boxes'),
+    'polygon under three points': Kind(LEFT_OUT),
+    'polygon of an odd count': Kind(LEFT_OUT, 'left out: x and y do not pair up'),
+    'polygon of no numbers': Kind(LEFT_OUT),
+    'polygon outside the image': Kind(LEFT_OUT),
+    'polygon far outside': Kind(LEFT_OUT),
+    'polygon not in a list': Kind(MENDED, 'put into one'),
+    'RLE of another size': Kind(LEFT_OUT),
+    'RLE that does not add up': Kind(LEFT_OUT),
+    'crowd': Kind(NOTED, 'kept: not trained on, ignored in the evaluation (CVAT marks what was painted so)'),
+    'crowd with polygons': Kind(NOTED, 'kept: not trained on, ignored in the evaluation'),
+    # label maps
+    'image without label map': Kind(LEFT_OUT),
+    'two images of one name': Kind(LEFT_OUT, 'the later one is left out: a label map belongs to one image'),
+    'masks of 0 and 255': Kind(REFUSED, '255 is ignored, so that nothing is learnt: write the class as 1'),
+    'label map without image': Kind(LEFT_OUT),
+    'unreadable label map': Kind(LEFT_OUT),
+    'label map of another size': Kind(LEFT_OUT),
+    'label map of ignored pixels': Kind(LEFT_OUT),
+    'label map in colours': Kind(REFUSED, 'write index PNGs: one channel, in which a pixel is the number of its class'),
+    'labels beyond 255': Kind(REFUSED, 'write 8-bit PNGs: in 16 bits mmseg would cut labels off'),
+    'label out of range': Kind(REFUSED, 'name its class in --classes FILE, or --ignore it'),
+}
+ERRORS = (REFUSED, LEFT_OUT)
+
+
+@dataclass
+class Finding:
+    """A kind of problem in a split: how often, and the first few by name."""
+
+    split: str
+    kind: str
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    @property
+    def done(self) -> str:
+        return KINDS[self.kind].done
+
+    def __str__(self) -> str:
+        then = KINDS[self.kind].then
+        more = ', ...' if self.count > len(self.examples) else ''
+        text = f'{self.done:<8}  {self.split}: {self.kind}, {self.count:,} ({", ".join(self.examples)}{more})'
+        return f'{text}: {then}' if then else text
+
+
+@dataclass
+class Report:
+    """What is there (`facts`, a line each) and what is wrong with it."""
+
+    facts: list[str] = field(default_factory=list)
+    findings: dict[tuple[str, str], Finding] = field(default_factory=dict)
+
+    def add(self, split: str, kind: str, example: object, count: int = 1) -> None:
+        finding = self.findings.setdefault((split, kind), Finding(split, kind))
+        finding.count += count
+        if len(finding.examples) < EXAMPLES:
+            finding.examples.append(str(example))
+
+    def of(self, *done: str) -> list[Finding]:
+        """The findings about which this is done, the most serious first, and as they were found."""
+        return [f for word in (REFUSED, LEFT_OUT, MENDED, NOTED) if word in done for f in self.findings.values()
+                if f.done == word]  # fmt: skip
+
+    @property
+    def errors(self) -> list[Finding]:
+        return self.of(*ERRORS)
+
+    def lines(self) -> list[str]:
+        found = self.of(REFUSED, LEFT_OUT, MENDED, NOTED)
+        return [*self.facts, *map(str, found)] if found else [*self.facts, 'nothing is wrong']
+
+    def as_data(self) -> dict:
+        """For machines: facts and findings as plain data."""
+        found = self.of(REFUSED, LEFT_OUT, MENDED, NOTED)
+        keys = ('split', 'kind', 'done', 'count', 'examples')
+        return dict(facts=self.facts, findings=[{key: getattr(f, key) for key in keys} for f in found])
+
+    def refuse(self, strict: bool = False) -> None:
+        """Raise UsageError where something cannot be left out or mended, or `strict` and something is left out."""
+        found = self.of(REFUSED) or (self.errors if strict else [])
+        if found:
+            more = f' (and {len(found) - 1} more: tools/check_data.py lists them)' if len(found) > 1 else ''
+            raise UsageError(f'the data: {str(found[0]).split(maxsplit=1)[1] if not strict else found[0]}{more}')

@@ -1,0 +1,90 @@
+"""Checked data in a work dir: what training reads, and what tells that nothing has changed since."""
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from .asking import Data
+from .images import ENDINGS
+from .report import Finding, Report
+
+FORMAT = 1  # of what is written; a change counts it up
+ABOUT = 'data.json'
+POLL = 1  # seconds
+KEPT = ('task', 'root', 'classes', 'palette', 'turn', 'masks', 'settings', 'places')
+LOCAL_RANKS = {'pytorch': 'LOCAL_RANK', 'slurm': 'SLURM_LOCALID', 'mpi': 'OMPI_COMM_WORLD_LOCAL_RANK'}
+
+
+def prepared(folder: str, key: tuple) -> tuple[Data, dict[str, str]] | None:
+    """The data that an earlier check left in `folder`, without their splits, and the file of each split; None where
+    there are none, something else was asked for (`key`), or files have come, gone or changed since."""
+    try:
+        content = json.loads(Path(folder, ABOUT).read_bytes())
+    except (OSError, ValueError):
+        return None
+    if content.get('of') != fingerprint(key, content.get('places', [])):
+        return None
+    files = {split: os.path.join(folder, f'{split}.json') for split in content['splits']}
+    if not all(map(os.path.exists, files.values())):
+        return None
+    findings = [Finding(f['split'], f['kind'], f['count'], f['examples']) for f in content['report']['findings']]
+    report = Report(content['report']['facts'], {(f.split, f.kind): f for f in findings})
+    return Data(**{key: content[key] for key in KEPT}, splits={}, report=report), files
+
+
+def write(folder: str, key: tuple, data: Data) -> dict[str, str]:
+    """Write the splits of checked data, and last what they are of. Returns the file of each split."""
+    os.makedirs(folder, exist_ok=True)
+    Path(folder, ABOUT).unlink(missing_ok=True)  # while splits are written, it is of none
+    files = {split: os.path.join(folder, f'{split}.json') for split in data.splits}
+    for split, file in files.items():
+        _write(file, data.splits[split])
+    about = {key: getattr(data, key) for key in KEPT}
+    about |= dict(of=fingerprint(key, data.places), splits=list(files), report=data.report.as_data())
+    _write(os.path.join(folder, ABOUT), about)
+    return files
+
+
+def wait_for(folder: str, key: tuple) -> tuple[Data, dict[str, str]]:
+    """What the first process of this machine prepares; where that ends in an error, the launcher ends this one."""
+    while (found := prepared(folder, key)) is None:
+        time.sleep(POLL)
+    return found
+
+
+def is_first_on_node(launcher: str) -> bool:
+    """Whether this is the process that does what is done once on each machine."""
+    return os.environ.get(LOCAL_RANKS.get(launcher, ''), '0') == '0'
+
+
+def fingerprint(key: tuple, places: Sequence[str]) -> str:
+    """Of what was asked and of names, sizes and times of the files at these places: files, and images in folders."""
+    digest = hashlib.sha256(repr((FORMAT, key)).encode())
+    for place in sorted(places):
+        if not os.path.isdir(place):
+            digest.update(_state(place))
+        for at, folders, names in os.walk(place, followlinks=True):
+            folders.sort()
+            for name in sorted(names):
+                if name.lower().endswith(ENDINGS):
+                    digest.update(_state(os.path.join(at, name)))
+    return digest.hexdigest()
+
+
+def _state(path: str) -> bytes:
+    try:
+        stat = os.stat(path)
+        return f'{path} {stat.st_size} {stat.st_mtime_ns}\n'.encode()
+    except OSError:
+        return f'{path} is not there\n'.encode()
+
+
+def _write(file: str, content: object) -> None:
+    handle, aside = tempfile.mkstemp(dir=os.path.dirname(file), prefix=f'{os.path.basename(file)}.')
+    with open(handle, 'w') as out:
+        json.dump(content, out, separators=(',', ':'))
+    os.replace(aside, file)

@@ -1,0 +1,45 @@
+#!/usr/bin/env python
+"""Check a data set: what is there, what is wrong, and what training would do about it. Changes nothing.
+
+Leaves with 0 where nothing is wrong that matters, with 1 where something would be left out or refused, with 2 where the
+data cannot be read at all.
+"""
+
+import argparse
+import json
+import sys
+from contextlib import redirect_stdout
+
+from convnext_dense.commands import one_line_errors
+from convnext_dense.data import data_arguments, read_data, request_of, tasks_of
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    data_arguments(parser, strict=False)
+    parser.add_argument(
+        '--task', choices=('detection', 'segmentation'), help='of data for both, one alone (default: all that is there)'
+    )
+    parser.add_argument('--json', action='store_true', help='for machines')
+    args = parser.parse_args()
+    if not args.data and not args.train_ann and not args.val_ann:
+        parser.error('give --data PATH')
+    return args
+
+
+def main():
+    args = parse_args()
+    with one_line_errors(), redirect_stdout(sys.stderr):  # libraries print as they are imported
+        request = request_of(args)
+        told = 'segmentation' if args.classes or args.ignore is not None else None
+        tasks = [args.task or told] if args.task or told else tasks_of(request)
+        reports = {task: read_data(request, task, ('train', 'val', 'test')).report for task in tasks}
+    if args.json:
+        print(json.dumps({task: report.as_data() for task, report in reports.items()}, indent=2))
+    else:
+        print('\n\n'.join('\n'.join([task, *report.lines()]) for task, report in reports.items()))
+    sys.exit(int(any(report.errors for report in reports.values())))
+
+
+if __name__ == '__main__':
+    main()
