@@ -1,19 +1,22 @@
 """The ConvNeXt backbone for detection and segmentation.
 
 Importing it registers everything with OpenMMLab that needs neither mmdet nor mmseg: the backbone `ConvNeXt`, its
-initializer `PretrainedConvNeXt`, the optimizer-wrapper constructor `LayerDecayOptimWrapperConstructor` and the hook
-`UpdateParamSchedulerHook`.
+initializer `PretrainedConvNeXt`, the optimizer-wrapper constructor `LayerDecayOptimWrapperConstructor`, the hook
+`UpdateParamSchedulerHook` and the backend `RunWandbVisBackend`.
 """
 
 try:
     from mmengine.config.utils import MODULE2PACKAGE
 except ImportError as error:
-    raise ImportError(f"{error}: run pip install --no-build-isolation 'convnext_dense[onedl]'") from error
+    raise ImportError(
+        f"{error}: run pip install --no-build-isolation 'convnext_dense[onedl]', or [openmmlab] for the classic line"
+    ) from error
 
 from .backbone import ARCHS, ConvNeXt
 from .errors import UsageError
 from .fitting import UpdateParamSchedulerHook
 from .layer_decay import LayerDecayOptimWrapperConstructor, layer_ids
+from .tracking import RunWandbVisBackend
 from .weights import PretrainedConvNeXt, load_backbone
 
 __version__ = '0.1.0'
@@ -22,11 +25,13 @@ __all__ = [
     'ConvNeXt',
     'LayerDecayOptimWrapperConstructor',
     'PretrainedConvNeXt',
+    'RunWandbVisBackend',
     'UpdateParamSchedulerHook',
     'UsageError',
     'layer_ids',
     'load_backbone',
 ]
 
-# mmengine resolves `_base_ = 'convnext_dense::...'` only for the packages in its table.
-MODULE2PACKAGE[__name__] = __name__
+# mmengine resolves `_base_ = 'convnext_dense::...'` only for the packages in its table. By a module's name it finds the
+# folder; by that of the distribution the classic one looks where an editable install has no files.
+MODULE2PACKAGE[__name__] = f'{__name__}.errors'

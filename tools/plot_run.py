@@ -1,0 +1,43 @@
+#!/usr/bin/env python
+"""Draw trainings: loss, lr by layer and AP or mIoU, of one run or several in one picture.
+
+Runs that are unfinished, resumed or broken are drawn as far as their logs go; so are runs of mmdet's and mmseg's tools.
+"""
+
+import argparse
+from pathlib import Path
+
+from convnext_dense.commands import one_line_errors
+from convnext_dense.errors import UsageError
+from convnext_dense.plots import draw, progress, read_curves
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folders', nargs='+', metavar='WORK_DIR', help='work dirs, or folders that hold them')
+    parser.add_argument(
+        '--out',
+        metavar='FILE',
+        help='a .png, .pdf or .svg (default: run.png in the work dir, runs.png here for several)',
+    )
+    parser.add_argument(
+        '--smooth', type=float, default=0.0, metavar='SHARE', help='of the mean before in a smoothed loss, such as 0.9'
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    with one_line_errors():
+        if not 0 <= args.smooth < 1:
+            raise UsageError(f'--smooth {args.smooth}: give a number from 0 to below 1, such as 0.9')
+        curves = read_curves(args.folders)
+        file = args.out or (curves[0].run.folder / 'run.png' if len(curves) == 1 else Path('runs.png'))
+        file = draw(curves, file, args.smooth)
+        for each in curves:
+            print('; '.join([f'{each.run.folder}: {progress(each.run)}', *each.run.problems]))
+        print(file)
+
+
+if __name__ == '__main__':
+    main()
