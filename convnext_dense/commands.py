@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -14,14 +15,17 @@ from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS
-from mmengine.runner import CheckpointLoader, Runner, find_latest_checkpoint
+from mmengine.runner import CheckpointLoader, Runner
 from mmengine.runner.checkpoint import get_torchvision_models
 from torch import nn
 
 from .backbone import ConvNeXt
-from .errors import UsageError
+from .dumped import read_dumped
+from .errors import RunError, Stopped, UsageError
 from .fitting import check_same_accumulation, dicts_in, listed, n_processes, set_inputs
-from .paper import figures_of
+from .paper import figures_of, recipe_parts, training_length
+from .running import ResumableRunner, said
+from .saving import LAST
 from .weights.loading import PretrainedConvNeXt, check_same, match
 from .weights.reading import read
 from .weights.zoo import URLS, fetch, is_url, locate
@@ -29,16 +33,23 @@ from .weights.zoo import URLS, fetch, is_url, locate
 # All from which mmengine loads checkpoints: what our loader does not find there is an error.
 PLACES = ('', 'http://', 'https://', 'torchvision://', 'modelzoo://', 'open-mmlab://', 'openmmlab://', 'mmcls://')
 PLACES += ('pavi://', 's3://', r'(\S+\:)?s3://')
+# The lines of OpenMMLab, which have the same import names: distribution of mmengine -> our extra, its mmcv.
+LINES = {'onedl-mmengine': ('onedl', 'onedl-mmcv==2.3.6'), 'mmengine': ('openmmlab', 'mmcv==2.1.0')}
 RUNS_WITHOUT_AMP = ('cpu', 'mps')  # mmengine's AmpOptimWrapper refuses these
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Bad input ends the process with one line and exit code 2; a bug keeps its traceback."""
+    """Bad input ends the process with one line and exit code 2, a run that cannot go on with one line and its own code;
+    a bug keeps its traceback."""
     try:
         yield
     except UsageError as error:
         sys.exit(_say(f'error: {error}', 2))
+    except Stopped as error:
+        sys.exit(_say(str(error), error.exit_code))
+    except RunError as error:
+        sys.exit(_say(f'error: {said(error)}', error.exit_code))
     except OSError as error:
         if not error.filename:
             raise
@@ -77,6 +88,7 @@ def run_parser(description: str) -> argparse.ArgumentParser:
     parser = config_parser(description)
     parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/ and the recipe)')
     parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none')
+    parser.add_argument('--compile', action='store_true', help="torch.compile the backbone's blocks: for long runs")
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
@@ -126,18 +138,25 @@ def load_run(args: argparse.Namespace, needed: tuple[str, ...], subfolder: str =
 
 
 def check_installed(library: str) -> None:
-    """Raise UsageError where mmcv lacks its operators or `library` (mmdet, mmseg) cannot be imported."""
+    """Raise UsageError where mmcv lacks its operators, `library` (mmdet, mmseg) cannot be imported, or both lines of
+    OpenMMLab are installed."""
+    lines = [name for name in LINES if _is_installed(name)]
+    if len(lines) > 1:
+        raise UsageError(
+            f'{" and ".join(lines)} are installed over one another: install one line of OpenMMLab, in a new environment'
+        )
+    extra, mmcv = LINES[lines[0] if lines else 'onedl-mmengine']
     try:
         importlib.import_module('mmcv')
         importlib.import_module(library)
     except ImportError as error:
-        raise UsageError(f"{error}: run pip install --no-build-isolation 'convnext_dense[onedl]'") from error
+        raise UsageError(f"{error}: run pip install --no-build-isolation 'convnext_dense[{extra}]'") from error
     try:
         importlib.import_module('mmcv._ext')
     except ImportError as error:
         raise UsageError(
             f'mmcv is installed without its operators ({_first_line(error)}): run pip install --no-build-isolation '
-            '--no-cache-dir --no-deps --force-reinstall onedl-mmcv==2.3.6'
+            f'--no-cache-dir --no-deps --force-reinstall {mmcv}'
         ) from error
 
 
@@ -195,6 +214,50 @@ def set_precision(config: Config, amp_dtype: str | None) -> None:
         )
 
 
+def set_keep(config: Config, n: int | None) -> None:
+    """Keep the last `n` checkpoints and the one of the best evaluation (None: as the config says).
+
+    Raises:
+        UsageError: `n` is not positive.
+    """
+    if n is None:
+        return
+    if n < 1:
+        raise UsageError(f'--keep {n}: give a positive number of checkpoints')
+    if 'default_hooks' not in config:
+        config.default_hooks = {}
+    best = {} if not config.get('val_evaluator') else dict(save_best=_best_of(config.val_evaluator), rule='greater')
+    hook = config.default_hooks.get('checkpoint') or dict(type='CheckpointHook', interval=1)
+    config.default_hooks.checkpoint = {**best, **hook, 'max_keep_ckpts': n}
+
+
+def _best_of(evaluator) -> str:
+    """The figure by which the best checkpoint is chosen: box AP, mIoU, or the first that the evaluator gives."""
+    for metric in dicts_in(evaluator):
+        if metric.get('type') in ('CocoMetric', 'mmdet.CocoMetric') and 'bbox' in listed(metric.get('metric', 'bbox')):
+            return f'{metric.get("prefix") or "coco"}/bbox_mAP'
+        if metric.get('type') in ('IoUMetric', 'mmseg.IoUMetric') and 'mIoU' in metric.get('iou_metrics', ['mIoU']):
+            return 'mIoU'
+    return 'auto'
+
+
+def set_max_bad_images(config: Config, given: str | None) -> None:
+    """How many training images may turn out unreadable: a number of them, or a share such as 0.5% (None: 0.1 %).
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if given is None:
+        return
+    try:
+        limit = float(given.removesuffix('%')) / 100 if given.endswith('%') else float(given)
+    except ValueError:
+        limit = -1.0
+    if limit < 0 or (limit >= 1 and (given.endswith('%') or limit != int(limit))):
+        raise UsageError(f"--max-bad-images '{given}': give a number of images, or a share below all such as 0.5%")
+    config.max_bad_images = limit
+
+
 def set_resume(config: Config, resume: str | None) -> str | None:
     """Fill in what `--resume [CHECKPOINT]` means and return the checkpoint to go on from, if any.
 
@@ -202,29 +265,43 @@ def set_resume(config: Config, resume: str | None) -> str | None:
         UsageError: the checkpoint is not there, or the work dir holds a run and `--resume` was not given.
     """
     work_dir = Path(config.work_dir)
-    holds_run = (work_dir / 'last_checkpoint').exists() or any(work_dir.glob('*.pth'))
+    holds_run = (work_dir / LAST).exists() or any(work_dir.glob('*.pth'))
     if resume is None:
         if holds_run:
             raise UsageError(
                 f'{work_dir} holds a run already: --resume goes on with it, another --work-dir starts anew'
             )
         return None
-    checkpoint = find_latest_checkpoint(str(work_dir)) if resume == 'auto' else resume
+    checkpoint = latest(work_dir) if resume == 'auto' else resume
     if checkpoint:
         checkpoint = local_checkpoint(checkpoint)
-        if holds_run and Path(checkpoint).resolve().parent != work_dir.resolve():
+        if resume != 'auto' and holds_run and Path(checkpoint).resolve().parent != work_dir.resolve():
             raise UsageError(f'{work_dir} holds another run than {checkpoint}: give another --work-dir')
     elif holds_run:
         raise UsageError(
             f'{work_dir} has checkpoints but no last_checkpoint: --resume CHECKPOINT says which to go on from'
         )
-    config.resume, config.load_from = True, checkpoint
+    if checkpoint:  # else the run starts anew, from its own load_from if it has one
+        config.resume, config.load_from = True, checkpoint
     return checkpoint
 
 
-def check_resume(config: Config, checkpoint: str | None) -> None:
-    """Raise UsageError where `checkpoint` is no state of a training, or counts its iterations otherwise than the config
-    that is to go on from it."""
+def latest(work_dir: Path) -> str | None:
+    """The checkpoint that a work dir's run goes on from: the one that `last_checkpoint` names, also where the work dir
+    was moved since; without it, as a kill after the first checkpoint leaves it, the farthest of those written whole."""
+    if (work_dir / LAST).exists():
+        named = (work_dir / LAST).read_text().strip()
+        here = work_dir / Path(named).name
+        return str(here) if here.exists() else named
+    found = {str(path): read(path) for path in work_dir.glob('*.pth')}
+    reached = {p: c['meta']['iter'] for p, c in found.items() if 'optimizer' in c and 'layout' in c.get('meta', {})}
+    return max(reached, key=reached.get, default=None)
+
+
+def check_resume(config: Config, checkpoint: str | None, another_length: bool = False) -> None:
+    """Raise UsageError where `checkpoint` is no state of a training, or does not say how its batches were laid out and
+    counts its iterations otherwise than the config that is to go on from it; or where the run is to have another length
+    than it was begun with, since schedules go on as they were saved."""
     if not checkpoint:
         return
     content = read(checkpoint)
@@ -232,7 +309,22 @@ def check_resume(config: Config, checkpoint: str | None) -> None:
         raise UsageError(
             f'{checkpoint} holds weights alone: --cfg-options load_from={checkpoint} starts a run from them'
         )
-    check_same_accumulation(config, content['meta'], checkpoint)
+    if another_length and content['meta'].get('cfg'):
+        before, now = training_length(read_dumped(content['meta']['cfg'])), training_length(config)
+        if before != now:
+            raise UsageError(
+                f'{checkpoint} comes from a run of {before:g} epochs or updates, not {now:g}, and its schedules go on: '
+                f'resume with its length, or start from its weights with --cfg-options load_from={checkpoint}'
+            )
+    if 'layout' not in content['meta']:
+        check_same_accumulation(config, content['meta'], checkpoint)
+
+
+def compile_backbones(model: nn.Module) -> None:
+    """Have the blocks of every ConvNeXt in a model compiled when they first run."""
+    for module in model.modules():
+        if isinstance(module, ConvNeXt):
+            module.compile_blocks()
 
 
 def local_checkpoint(source: str) -> str:
@@ -253,7 +345,7 @@ def build_runner(config: Config, checkpoint: str | None = None) -> Runner:
         config.load_from = local_checkpoint(config.load_from)
     CheckpointLoader.register_scheme(prefixes=PLACES, loader=_safely, force=True)
     try:
-        runner = RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+        runner = RUNNERS.build(config) if 'runner_type' in config else ResumableRunner.from_cfg(config)
     except (KeyError, TypeError, AssertionError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
@@ -303,7 +395,7 @@ def set_pictures(config: Config, folder: str | None, show: bool, wait_time: floa
         raise UsageError(
             'pictures need default_hooks.visualization in the config: DetVisualizationHook or SegVisualizationHook'
         )
-    hook.update(draw=True, show=show, wait_time=wait_time)
+    hook.update(draw=True, show=show, wait_time=wait_time, interval=1)  # the classic mmseg draws every 50th by default
     if folder and 'Seg' in hook.type:
         config.visualizer.save_dir = folder
     elif folder:
@@ -324,6 +416,13 @@ def set_out(config: Config, out: str | None) -> None:
         config.test_evaluator = [*evaluators, dict(type='DumpDetResults', out_file_path=out)]
 
 
+def _is_installed(distribution: str) -> bool:
+    try:
+        return bool(version(distribution))
+    except PackageNotFoundError:
+        return False
+
+
 def _say(line: str, code: int) -> int:
     print(line, file=sys.stderr)
     return code
@@ -339,12 +438,7 @@ def _first_line(error: BaseException) -> str:
 
 def _default_work_dir(config: str) -> Path:
     """work_dirs/cascade/convnext_t for .../configs/cascade/convnext_t.py: recipes share their file names."""
-    path = Path(config).absolute().with_suffix('')
-    parents = path.parts[:-1]
-    if 'configs' not in parents:
-        return Path('work_dirs', path.name)
-    after = len(parents) - parents[::-1].index('configs')
-    return Path('work_dirs', *path.parts[after:])
+    return Path('work_dirs', *recipe_parts(config))
 
 
 def _backbones_in(model: dict) -> Iterator[dict]:

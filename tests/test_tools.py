@@ -1,8 +1,11 @@
 """The tools as a user runs them: what comes out, and what bad input gets."""
 
+import os
+import pickle
 import re
 import runpy
 import shutil
+import signal
 import sys
 import time
 
@@ -10,15 +13,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, made_weights
+from conftest import ROOT, WITHOUT_WORKERS, made_weights
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 
-from convnext_dense import shapes
-from convnext_dense.commands import check_installed, summary
+from convnext_dense import commands, shapes
+from convnext_dense.commands import summary
 from convnext_dense.errors import UsageError
 from convnext_dense.runs import read_runs
+from convnext_dense.weights import read
 
 CONFIGS = ROOT / 'configs'
 MEAN, STD = np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57.375])
@@ -34,15 +38,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope='module')
 def short():
     """Options that make a demo recipe a matter of seconds."""
-    return [
-        'train_dataloader.batch_size=4',
-        'train_dataloader.num_workers=0',
-        'train_dataloader.persistent_workers=False',
-        'val_dataloader.num_workers=0',
-        'val_dataloader.persistent_workers=False',
-        'test_dataloader.num_workers=0',
-        'test_dataloader.persistent_workers=False',
-    ]
+    return ['train_dataloader.batch_size=4', *WITHOUT_WORKERS]
 
 
 def one_line_error(process, *words):
@@ -295,6 +291,43 @@ def test_train_test_resume_and_nothing_overwritten(run_tool, data, tmp_path, sho
     one_line_error(other, str(first), 'does not fit', 'backbone')
 
 
+def test_a_killed_run_goes_on_from_mmengines_own_checkpoint(run_tool, data, tmp_path, short):
+    """It holds mmengine's and numpy's types, which torch refuses: the classic mmengine cannot resume with torch 2.6."""
+    (tmp_path / 'killing.py').write_text(
+        'import os, signal\n'
+        'from mmengine.hooks import Hook\n'
+        'from mmengine.registry import HOOKS\n'
+        '@HOOKS.register_module()\n'
+        'class Kill(Hook):\n'
+        '    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):\n'
+        '        if runner.iter == 4: os.kill(os.getpid(), signal.SIGKILL)\n'
+    )
+    (tmp_path / 'mine.py').write_text(
+        f"_base_ = '{DEMO}'\n"
+        "custom_imports = dict(imports=['convnext_dense', 'killing'], allow_failed_imports=False)\n"
+        'train_cfg = dict(max_iters=6, val_interval=6)\n'
+        'default_hooks = dict(checkpoint=dict(interval=3), logger=dict(interval=1))\n'
+        "custom_hooks = [dict(type='Kill')]\n"
+    )
+    train = [TRAIN, 'mine.py', '--work-dir', 'run', WITH, *short]
+    env = dict(SHAPES_ROOT=data, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    process = run_tool(*train, **env)
+    assert process.returncode == -signal.SIGKILL, process.stderr[-3000:]
+    with pytest.raises(pickle.UnpicklingError, match='HistoryBuffer'):
+        torch.load(tmp_path / 'run/iter_3.pth', weights_only=True)
+    before = read(tmp_path / 'run/iter_3.pth')['message_hub']['log_scalars']['train/loss'].data[0]
+
+    process = run_tool(*train, 'custom_hooks=[]', '--resume', **env)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert 'resumed epoch: 0, iter: 3' in process.stdout + process.stderr
+    after = read(tmp_path / 'run/iter_6.pth')
+    assert after['meta']['iter'] == after['optimizer']['state'][0]['step'] == 6
+    history = after['message_hub']['log_scalars']['train/loss'].data[0]
+    assert len(history) == 6 and len(before) == 3 and (history[:3] == before).all()
+    torch.save({key: after[key] for key in ('meta', 'state_dict')}, tmp_path / 'weights.pth')  # as the README says
+    assert torch.load(tmp_path / 'weights.pth', weights_only=True)['meta']['dataset_meta']['classes']
+
+
 def test_load_from_takes_the_backbone_of_a_model_with_other_classes(run_tool, data, files, tmp_path, short):
     weights = torch.load(files / 'good.pth')['state_dict']
     weights = {n: t[:3] if 'conv_seg' in n else t for n, t in weights.items()}
@@ -392,14 +425,25 @@ def test_upernet_predicts_what_a_plain_slide_loop_predicts(run_tool, tmp_path):
             assert len(np.unique(expected)) > 3
 
 
-def test_mmcv_without_operators_is_named_with_the_way_out(monkeypatch):
+@pytest.mark.parametrize('line', commands.LINES)
+def test_what_is_missing_is_named_with_the_way_out_of_the_line_that_is_there(monkeypatch, line):
+    extra, mmcv = commands.LINES[line]
+    monkeypatch.setattr(commands, '_is_installed', lambda name: name == line)
     monkeypatch.setitem(sys.modules, 'mmcv._ext', None)
-    with pytest.raises(UsageError, match='pip install --no-build-isolation.*onedl-mmcv') as error:
-        check_installed('mmdet')
+    with pytest.raises(UsageError, match=f'pip install --no-build-isolation.* {mmcv}$') as error:
+        commands.check_installed('mmdet')
     assert '\n' not in str(error.value)
     monkeypatch.setitem(sys.modules, 'mmdet', None)
-    with pytest.raises(UsageError, match=r'mmdet.*convnext_dense\[onedl\]'):
-        check_installed('mmdet')
+    with pytest.raises(UsageError, match=rf'mmdet.*convnext_dense\[{extra}\]'):
+        commands.check_installed('mmdet')
+    assert f"'{mmcv}'" in (ROOT / 'setup.py').read_text()
+
+
+def test_both_lines_of_openmmlab_in_one_environment_are_refused(monkeypatch):
+    commands.check_installed('mmdet')
+    monkeypatch.setattr(commands, 'version', lambda name: '0')
+    with pytest.raises(UsageError, match='onedl-mmengine and mmengine'):
+        commands.check_installed('mmdet')
 
 
 def test_summary():

@@ -4,10 +4,12 @@
 import os
 
 from mmengine.dist import is_main_process
+from mmengine.logging import print_log
 
 from convnext_dense.commands import (
     build_runner,
     check_data,
+    compile_backbones,
     load_run,
     local_checkpoint,
     one_line_errors,
@@ -16,6 +18,7 @@ from convnext_dense.commands import (
     set_pictures,
     summary,
 )
+from convnext_dense.data import data_arguments, request_of, set_data
 from convnext_dense.segmentation import set_multiscale
 
 
@@ -33,6 +36,7 @@ def parse_args():
     parser.add_argument('--show', action='store_true', help='show predictions beside the truth in a window')
     parser.add_argument('--show-dir', help='folder for pictures of predictions beside the truth')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds a picture is shown')
+    data_arguments(parser)
     return parser.parse_args()
 
 
@@ -41,13 +45,20 @@ def main():
     with one_line_errors():
         checkpoint = local_checkpoint(args.checkpoint)
         config = load_run(args, ('model', 'test_dataloader', 'test_cfg', 'test_evaluator'), 'test')
-        check_data(config, ('test',))
+        request = request_of(args)
+        if not request:
+            check_data(config, ('test',))
+        data = set_data(config, request, ('test',), args.cfg_options, checkpoint)
         set_pictures(config, args.show_dir and os.path.abspath(args.show_dir), args.show, args.wait_time)
         set_out(config, args.out)
         if args.multiscale:
             set_multiscale(config)
         config.load_from = checkpoint
         runner = build_runner(config, checkpoint)
+        for line in data:
+            print_log(line, logger='current')
+        if args.compile:
+            compile_backbones(runner.model)
         if is_main_process():  # beside the log and the figures: what they are of
             config.dump(os.path.join(runner.log_dir, 'config.py'))
         metrics = runner.test()

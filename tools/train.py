@@ -10,13 +10,18 @@ from convnext_dense.commands import (
     check_data,
     check_pretrained,
     check_resume,
+    compile_backbones,
     load_run,
     one_line_errors,
     run_parser,
+    set_keep,
+    set_max_bad_images,
     set_precision,
     set_resume,
 )
+from convnext_dense.data import check_classes, data_arguments, request_of, set_data
 from convnext_dense.fitting import n_processes, set_length, set_total_batch
+from convnext_dense.tracking import TRACKERS, set_trackers
 
 
 def parse_args():
@@ -38,9 +43,19 @@ def parse_args():
         '--epochs', type=int, help='another length, with the shares of warmup, steps and evaluation kept'
     )
     length.add_argument('--iters', type=int, help='the same for recipes that count iterations')
+    parser.add_argument('--keep', type=int, metavar='N', help='keep the last N checkpoints, and the best one')
+    parser.add_argument(
+        '--max-bad-images',
+        metavar='N',
+        help='training images that may turn out unreadable and be replaced: a number or a share (default: 0.1%%)',
+    )
+    parser.add_argument(
+        '--log-to', nargs='+', choices=tuple(TRACKERS), default=[], help='where else numbers go; runs are kept here too'
+    )
     parser.add_argument(
         '--as-is', action='store_true', help='do not fit images a GPU, accumulation and iterations to the total batch'
     )
+    data_arguments(parser)
     return parser.parse_args()
 
 
@@ -48,14 +63,25 @@ def main():
     args = parse_args()
     with one_line_errors():
         config = load_run(args, ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'))
+        request = request_of(args)
         set_precision(config, args.amp_dtype)
-        check_data(config, ('train', 'val'))
+        set_trackers(config, args.log_to, args.resume is not None)
+        if not request:
+            check_data(config, ('train', 'val'))
         check_pretrained(config.model)
         checkpoint = set_resume(config, args.resume)
+        data = set_data(config, request, ('train', 'val'), args.cfg_options, checkpoint)
+        check_classes(config)
         length = set_length(config, args.epochs, args.iters)
         fitted = set_total_batch(config, n_processes(args.launcher), args.as_is)
-        check_resume(config, checkpoint)
+        check_resume(config, checkpoint, length is not None)
+        set_keep(config, args.keep)
+        set_max_bad_images(config, args.max_bad_images)
         runner = build_runner(config, checkpoint)
+        for line in data:
+            print_log(line, logger='current')
+        if args.compile:
+            compile_backbones(runner.model)
         if length:
             print_log(length, logger='current')
         if fitted:
