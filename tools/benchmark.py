@@ -1,0 +1,211 @@
+#!/usr/bin/env python
+"""This backbone beside every ConvNeXt that is installed (timm, torchvision, transformers, mmpretrain) and mmdet's Swin
+of the same size: runs interleaved in one process, peak memory each in a process of its own. A ratio is theirs to ours.
+
+Needs no data and no weights. `make benchmark` sets up the others in an environment of their own.
+"""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from contextlib import redirect_stdout
+
+os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
+
+import torch
+
+from convnext_dense import ARCHS
+from convnext_dense.benchmark import (
+    CANDIDATES,
+    DTYPES,
+    OURS,
+    PAPER_RATIOS,
+    agreement,
+    available,
+    bound,
+    cases,
+    memory,
+    models,
+    times,
+)
+from convnext_dense.commands import one_line_errors
+from convnext_dense.errors import UsageError
+from convnext_dense.tables import table
+
+LETTERS = dict(T='tiny', S='small', B='base', L='large', XL='xlarge')
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument('--sizes', nargs='+', default=['T'], metavar='SIZE', help='T S B L XL, or names such as atto')
+    parser.add_argument('--resolutions', nargs='+', default=['512x512', '800x1280'], type=_resolution, metavar='HxW')
+    parser.add_argument('--batches', nargs='+', default=[1], type=int, metavar='N')
+    parser.add_argument('--dtypes', nargs='+', default=['fp32', 'bf16'], choices=DTYPES)
+    parser.add_argument(
+        '--measure',
+        nargs='+',
+        default=['inference', 'training'],
+        choices=('inference', 'training', 'inference-memory', 'training-memory', 'models'),
+        help='time or peak memory of a forward pass, of forward and backward; images a second of whole models',
+    )
+    parser.add_argument('--peers', nargs='*', metavar='NAME', help=f'of {", ".join(CANDIDATES)} (default: all)')
+    parser.add_argument('--compiled', nargs='?', const='yes', default='no', choices=('no', 'yes', 'both'))
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--threads', type=int, help="of the CPU (default: torch's)")
+    parser.add_argument('--rounds', type=int, default=7, help='runs of each, after two that warm up')
+    parser.add_argument('--json', action='store_true', help='for machines: milliseconds, MB, ratios to ours')
+    parser.add_argument('--markdown', action='store_true', help='the table for a text')
+    parser.add_argument('--picture', metavar='FILE', help='bars: each case, each candidate in its faster memory format')
+    args = parser.parse_args()
+    args.archs = [LETTERS.get(size, size) for size in args.sizes]
+    for arch in args.archs:
+        if arch not in ARCHS:
+            parser.error(f"--sizes '{arch}': give some of {', '.join(LETTERS)} or {', '.join(ARCHS)}")
+    for name in args.peers or ():
+        if name not in CANDIDATES:
+            parser.error(f"--peers '{name}': give some of {', '.join(CANDIDATES)}")
+    if min(*args.batches, args.rounds, args.threads or 1) < 1:
+        parser.error('--batches, --rounds and --threads are at least 1')
+    return args
+
+
+def _resolution(text: str) -> tuple[int, int]:
+    height, _, width = text.partition('x')
+    if not (height.isdigit() and width.isdigit() and min(int(height), int(width)) >= 32):
+        raise argparse.ArgumentTypeError(f"'{text}': give height x width, each at least 32, such as 800x1280")
+    return int(height), int(width)
+
+
+def main():
+    args = parse_args()
+    warnings.filterwarnings('ignore')
+    with one_line_errors():
+        if args.device != 'cpu' and not torch.cuda.is_available():
+            raise UsageError(f'--device {args.device}: no GPU was found; --device cpu')
+        torch.set_num_threads(args.threads or torch.get_num_threads())
+        with redirect_stdout(sys.stderr):  # libraries print as they are imported
+            report = measured(args)
+        if args.picture:
+            draw(report['results'], args.picture)
+    if args.json:
+        print(json.dumps(report, indent=2))
+        return
+    print('\n'.join(as_text(report, args.markdown)))
+
+
+def measured(args) -> dict:
+    names = [OURS, *(n for n in (CANDIDATES if args.peers is None else args.peers) if n != OURS)]
+    report = {'machine': machine(args), 'missing': [], 'agreement': {}, 'bounds': [], 'results': [], 'models': []}
+    modes = [m for m in args.measure if m != 'models']
+    for arch in args.archs if modes else []:
+        found, missing = available(names, arch)
+        report['missing'] += [f'{arch}: {line}' for line in missing]
+        for name in found:
+            try:
+                distance = agreement(name, arch)
+            except UsageError as error:
+                report['missing'].append(f'{arch}: the features of {name} were not compared: {error}')
+                continue
+            if distance is not None:
+                report['agreement'][f'{arch}, {name}'] = distance
+                if distance > 1e-4:
+                    raise UsageError(f'{name} has other features than ours with the same weights: {distance:.1e} apart')
+        compiled = {'no': False, 'yes': True, 'both': 'both'}[args.compiled]
+        kinds = dict.fromkeys(m.removesuffix('-memory') for m in modes)
+        for case in cases([arch], kinds, args.resolutions, args.batches, args.dtypes, args.device, compiled):
+            chosen = [n for n in found if case.mode == 'training' or not n.startswith('ours,')]
+            if case.mode in modes:
+                report['results'] += [{**r.as_dict(), 'unit': 'ms'} for r in times(case, chosen, args.rounds)]
+                if case.mode == 'inference':
+                    report['bounds'].append({**vars(case), 'ms': bound(case)})
+            if f'{case.mode}-memory' in modes:
+                report['results'] += [{**r.as_dict(), 'unit': 'MB'} for r in memory(case, chosen)]
+    if 'models' in args.measure:
+        for dtype in args.dtypes:
+            report['models'] += [{'dtype': dtype, **m} for m in models(args.device, dtype, args.rounds)]
+    return report
+
+
+def machine(args) -> str:
+    name = torch.cuda.get_device_name() if args.device != 'cpu' else _processor()
+    return f'{name}, {torch.get_num_threads()} threads, torch {torch.__version__}'
+
+
+def _processor() -> str:
+    try:
+        with open('/proc/cpuinfo') as lines:
+            return next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return 'CPU'
+
+
+def as_text(report: dict, markdown: bool) -> list[str]:
+    lines = [report['machine'], *(f'left out: {line}' for line in report['missing'])]
+    lines += [f'{key}: features equal ours to {value:.0e}' for key, value in report['agreement'].items()]
+    if report['results']:
+        header = ('name', 'memory format', 'figure', 'size', 'dtype', 'median', 'quartiles', '', 'ratio')
+        rows = [
+            (
+                r['candidate'],
+                r['layout'],
+                f'{r["arch"]} {r["mode"]}{" compiled" if r["compiled"] else ""}',
+                f'{r["height"]}x{r["width"]} x {r["batch"]}',
+                r['dtype'],
+                f'{r["median"]:.1f}',
+                f'{r["low"]:.1f}-{r["high"]:.1f}',
+                r['unit'],
+                '-' if r['ratio'] is None else f'{r["ratio"]:.2f}',
+            )
+            for r in report['results']
+        ]
+        lines += ['', table(header, rows, markdown)]
+    lines += [
+        f'{b["arch"]} {b["height"]}x{b["width"]} x {b["batch"]} {b["dtype"]}: matrix products alone {b["ms"]:.1f} ms'
+        for b in report['bounds']
+    ]
+    lines += [
+        f'{r["arch"]} 224x224 x {r["batch"]} {r["dtype"]}: ConvNeXt : Swin {r["ratio"]:.2f} in images a second, '
+        f'in the paper {PAPER_RATIOS[r["arch"]]} (classifiers on an A100)'
+        for r in report['results']
+        if r['candidate'].startswith('Swin') and r['arch'] in PAPER_RATIOS and r['unit'] == 'ms'
+        if (r['mode'], r['height'], r['width']) == ('inference', 224, 224)
+    ]
+    for m in report['models']:
+        rates = ', '.join(f'{name} {rate:.2f}' for name, rate in m['images_per_second'].items())
+        paper = f', in the paper {m["paper_ratio"]}' if m['paper_ratio'] else ''
+        lines.append(
+            f'{m["model"]} {m["size"][0]}x{m["size"][1]} {m["dtype"]}, images a second: {rates}; '
+            f'ConvNeXt : Swin {m["ratio"]:.2f}{paper}'
+        )
+    return lines
+
+
+def draw(results: list[dict], file: str) -> None:
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    best = {}
+    for r in results:
+        group = f'{r["arch"]} {r["mode"]}\n{r["height"]}x{r["width"]} x {r["batch"]}\n{r["dtype"]}, {r["unit"]}'
+        entry = best.setdefault(group, {})
+        entry[r['candidate']] = min(r['median'], entry.get(r['candidate'], float('inf')))
+    names = list(dict.fromkeys(name for entry in best.values() for name in entry))
+    figure, axes = plt.subplots(1, max(len(best), 1), figsize=(2.2 * max(len(best), 2), 4.5), squeeze=False)
+    for axis, (group, entry) in zip(axes[0], best.items()):
+        for i, name in enumerate(names):
+            axis.bar(i, entry.get(name, 0), color='C3' if name.startswith(OURS) else 'C7')
+        axis.set_title(group, fontsize=8)
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    figure.tight_layout()
+    try:
+        figure.savefig(file, dpi=150)
+    except ValueError as error:
+        raise UsageError(f"--picture '{file}': {str(error).splitlines()[0]}") from error
+
+
+if __name__ == '__main__':
+    main()
