@@ -1,12 +1,21 @@
-# Two commands, each doing all its own set-up in .venv:
+# Two commands, each doing all its own set-up in .venv (the classic line's in .venv-classic):
 #   make demo                   draw the data, train a small detector, evaluate it (TASK=mask_rcnn, cascade or upernet)
 #   make test                   run the tests
-# Settings: TORCH=2.13.0 another torch, PYTHON=python3.12 another Python, TASK=upernet another demo.
+#   make benchmark              the backbone beside other libraries', which get an environment of their own (.venv-peers)
+# Settings: LINE=classic the classic line of OpenMMLab, TORCH=2.13.0 another torch, PYTHON=python3.12 another Python,
+# TASK=upernet another demo, TESTS=... of pytest (tests/test_weights.py, -k NAME).
+LINE ?= onedl
 TORCH ?= 2.13.0
 PYTHON ?= python3
 TASK ?= mask_rcnn
 
-VENV := .venv
+# A line's environment and its extra in setup.py: the two have the same import names, so each has a place of its own.
+LINE_onedl := .venv onedl
+LINE_classic := .venv-classic openmmlab
+VENV := $(word 1,$(LINE_$(LINE)))
+EXTRA := $(word 2,$(LINE_$(LINE)))
+$(if $(VENV),,$(error no LINE '$(LINE)': onedl or classic))
+
 BIN := $(VENV)/bin
 READY := $(VENV)/ready-torch-$(TORCH)
 export SHAPES_ROOT ?= data/shapes
@@ -17,7 +26,7 @@ RUN := work_dirs/demo/$(TASK)-$(shell date +%Y%m%d-%H%M%S)
 INSTALL := CFLAGS=-g0 CXXFLAGS=-g0 $(BIN)/pip install --constraint $(VENV)/constraints.txt --no-build-isolation
 OPERATORS_WORK := $(BIN)/python -c 'import torch; from mmcv.ops import nms; nms(torch.rand(3, 4), torch.rand(3), 0.5)'
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test lint benchmark
 setup: $(READY)
 
 # Of the tools, all go on where they were interrupted; the stamp comes last. Another torch needs another mmcv: start anew.
@@ -31,10 +40,10 @@ $(READY): setup.py
 	$(PYTHON) -m venv $(VENV)
 	echo 'torch==$(TORCH)' > $(VENV)/constraints.txt
 	$(BIN)/pip install --constraint $(VENV)/constraints.txt torch 'setuptools<81' wheel ninja psutil packaging
-	$(INSTALL) --editable '.[onedl,test]'
+	$(INSTALL) --editable '.[$(EXTRA),test]'
 	@$(OPERATORS_WORK) 2> $(VENV)/operators.log || { \
 	  echo 'the cached mmcv was built for another torch or without its operators: building it again'; \
-	  $(INSTALL) --no-cache-dir --no-deps --force-reinstall onedl-mmcv==$(shell sed -n "s/.*onedl-mmcv==\([0-9.]*\).*/\1/p" setup.py); }
+	  $(INSTALL) --no-cache-dir --no-deps --force-reinstall "$$($(BIN)/pip freeze | grep mmcv==)"; }
 	@$(OPERATORS_WORK)
 	touch $@
 
@@ -49,7 +58,23 @@ demo: configs/demo/$(TASK).py $(READY) $(SHAPES)
 	@echo 'predictions beside the truth: $(RUN)/pictures'
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(TESTS)
+
+# Of the peers' own dependencies timm's and torchvision's name another torch: without dependencies they keep to this one.
+PEERS := .venv-peers
+ARGS ?= --sizes T B
+$(PEERS)/ready-torch-$(TORCH): setup.py Makefile
+	$(PYTHON) -m venv $(PEERS)
+	echo 'torch==$(TORCH)' > $(PEERS)/constraints.txt
+	$(PEERS)/bin/pip install --constraint $(PEERS)/constraints.txt torch 'setuptools<81' wheel ninja psutil packaging
+	CFLAGS=-g0 CXXFLAGS=-g0 $(PEERS)/bin/pip install --constraint $(PEERS)/constraints.txt --no-build-isolation \
+	  --editable '.[onedl]' onedl-mmpretrain 'transformers<5'
+	$(PEERS)/bin/pip install --no-deps timm
+	-$(PEERS)/bin/pip install --no-deps torchvision==0.$$(( $$(echo $(TORCH) | cut -d. -f2) + 15 ))
+	touch $@
+
+benchmark: $(PEERS)/ready-torch-$(TORCH)
+	$(PEERS)/bin/python tools/benchmark.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

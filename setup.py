@@ -3,6 +3,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ONEDL = ['onedl-mmengine==0.10.12', 'onedl-mmcv==2.3.6', 'onedl-mmdetection==3.5.1', 'onedl-mmsegmentation==1.4.2']
+OPENMMLAB = ['mmengine==0.10.7', 'mmcv==2.1.0', 'mmdet==3.3.0', 'mmsegmentation==1.2.2']
+OPENMMLAB += ['ftfy', 'regex', 'setuptools<81']  # imported, not declared: by mmseg, and pkg_resources by mmengine
 
 setup(
     name='convnext_dense',
@@ -14,10 +16,13 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['convnext_dense*']),
     # .mim/configs and .mim/tools are links to the folders at the top; a wheel carries copies.
-    package_data={'convnext_dense': ['.mim/**/*.py', '.mim/*.yml']},
+    package_data={'convnext_dense': ['.mim/**/*.py', '.mim/**/*.sh', '.mim/*.yml']},
     install_requires=['torch>=2.4', 'numpy', 'safetensors'],
     extras_require={
-        'onedl': ONEDL,  # the maintained line of OpenMMLab; another line has the same import names, so it is a choice
-        'test': ['pytest', 'pytest-xdist', 'ruff==0.17.6'],
+        # The two lines of OpenMMLab have the same import names, so they are a choice.
+        'onedl': ONEDL,  # the maintained one
+        'openmmlab': OPENMMLAB,  # the classic one
+        'test': ['pytest', 'pytest-xdist', 'ruff==0.17.6', 'tensorboard'],
+        'trackers': ['tensorboard', 'wandb'],  # what train.py --log-to sends runs to
     },
 )

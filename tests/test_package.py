@@ -23,7 +23,12 @@ def test_a_wheel_carries_every_config_and_tool(tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob('convnext_dense-*.whl')
     names = {name.removeprefix('convnext_dense/') for name in zipfile.ZipFile(wheel).namelist()}
-    expected = {f'.mim/{p.relative_to(ROOT)}' for folder in ('configs', 'tools') for p in (ROOT / folder).rglob('*.py')}
+    expected = {
+        f'.mim/{p.relative_to(ROOT)}'
+        for folder in ('configs', 'tools')
+        for ending in ('*.py', '*.sh')
+        for p in (ROOT / folder).rglob(ending)
+    }
     assert len(expected) > 10 and expected < names
     assert '.mim/model-index.yml' in names and 'weights/formats.py' in names
 
@@ -59,4 +64,4 @@ def test_imports_where_no_library_is_but_mmengine():
 def test_without_mmengine_says_what_to_install():
     code = "import sys; sys.modules['mmengine'] = None; import convnext_dense"
     error = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stderr
-    assert "pip install --no-build-isolation 'convnext_dense[onedl]'" in error.splitlines()[-1]
+    assert "pip install --no-build-isolation 'convnext_dense[onedl]', or [openmmlab]" in error.splitlines()[-1]

@@ -42,10 +42,15 @@ def test_links_and_named_files_exist():
 
 def test_options_it_names_are_options_of_a_tool():
     sources = ''.join(
-        path.read_text() for path in [*(ROOT / 'tools').glob('*.py'), ROOT / 'convnext_dense/commands.py']
+        path.read_text()
+        for path in [
+            *(ROOT / 'tools').glob('*.py'),
+            ROOT / 'convnext_dense/commands.py',
+            ROOT / 'convnext_dense/data/__init__.py',
+        ]
     )
     others = {'--no-build-isolation', '--nproc_per_node', '--gres', '--ntasks', '--ntasks-per-node', '--cpus-per-task'}
-    others |= {'--kill-on-bad-exit', '--launcher'}
+    others |= {'--kill-on-bad-exit', '--launcher', '--nodes', '--logdir'}
     for option in set(re.findall(r'(?<![\w-])--[a-z][\w-]+', README)) - others:
         assert f"'{option}'" in sources, option
 
@@ -53,3 +58,13 @@ def test_options_it_names_are_options_of_a_tool():
 def test_names_of_weights_it_gives_are_known():
     names = re.findall(r'`((?:mask_rcnn_|cascade_mask_rcnn_|upernet_)?convnext_\w+_(?:224|3x|\d+x\d+))`', README)
     assert len(names) > 6 and set(names) <= set(URLS)
+
+
+def test_the_lines_of_openmmlab_are_those_that_setup_pins():
+    for extra, names in {
+        'onedl': ['onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation'],
+        'openmmlab': ['mmengine', 'mmcv', 'mmdet', 'mmsegmentation'],
+    }.items():
+        pins = [re.search(rf"'{name}==([\d.]+)'", (ROOT / 'setup.py').read_text())[1] for name in names]
+        cells = [cell.strip() for cell in re.search(rf'\| `\[{extra}\]` .*', README)[0].split('|')]
+        assert cells[2:6] == pins
