@@ -28,6 +28,13 @@ def test_one_run(run_tool, tmp_path):
     assert (tmp_path / 'bars.png').stat().st_size > 1000
 
 
+def test_sizes_of_the_image_that_need_not_be_said(run_tool):
+    chosen = ('--sizes', 'atto', '--rounds', '1', '--dtypes', 'fp32', '--device', 'cpu')
+    run = run_tool('benchmark.py', *chosen, '--measure', 'inference', '--json', '--peers')
+    assert run.returncode == 0, run.stderr
+    assert {(r['height'], r['width']) for r in json.loads(run.stdout)['results']} == {(512, 512), (800, 1280)}
+
+
 def test_a_peer_that_is_not_there_is_named_and_the_others_run(run_tool):
     run = run_tool('benchmark.py', *TINY, '--measure', 'inference', '--peers', 'mmpretrain', 'plain form')
     assert run.returncode == 0, run.stderr

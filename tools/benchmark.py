@@ -40,7 +40,7 @@ LETTERS = dict(T='tiny', S='small', B='base', L='large', XL='xlarge')
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument('--sizes', nargs='+', default=['T'], metavar='SIZE', help='T S B L XL, or names such as atto')
-    parser.add_argument('--resolutions', nargs='+', default=['512x512', '800x1280'], type=_resolution, metavar='HxW')
+    parser.add_argument('--resolutions', nargs='+', default=[(512, 512), (800, 1280)], type=_resolution, metavar='HxW')
     parser.add_argument('--batches', nargs='+', default=[1], type=int, metavar='N')
     parser.add_argument('--dtypes', nargs='+', default=['fp32', 'bf16'], choices=DTYPES)
     parser.add_argument(
