@@ -1,10 +1,19 @@
+import hashlib
+import platform
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ONEDL = ['onedl-mmengine==0.10.12', 'onedl-mmcv==2.3.6', 'onedl-mmdetection==3.5.1', 'onedl-mmsegmentation==1.4.2']
 OPENMMLAB = ['mmengine==0.10.7', 'mmcv==2.1.0', 'mmdet==3.3.0', 'mmsegmentation==1.2.2']
 OPENMMLAB += ['ftfy', 'regex', 'setuptools<81']  # imported, not declared: by mmseg, and pkg_resources by mmengine
+
+# The kernels of a block for processors with AVX-512. They know nothing of Python or torch, whose OpenMP they share: it
+# is not linked. Without a compiler the backbone runs in a slower form.
+KERNELS = Path('convnext_dense', 'fast', 'kernels.c')
+KERNEL_FLAGS = ['-O3', '-fopenmp', *(f'-mavx512{part}' for part in ('f', 'bw', 'dq', 'vl', 'bf16')), '-mfma']
+SOURCE = hashlib.sha256(Path(__file__).parent.joinpath(KERNELS).read_bytes()).hexdigest()[:16]
 
 setup(
     name='convnext_dense',
@@ -16,7 +25,18 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['convnext_dense*']),
     # .mim/configs and .mim/tools are links to the folders at the top; a wheel carries copies.
-    package_data={'convnext_dense': ['.mim/**/*.py', '.mim/**/*.sh', '.mim/*.yml']},
+    package_data={'convnext_dense': ['.mim/**/*.py', '.mim/**/*.sh', '.mim/*.yml', 'fast/*.c']},
+    ext_modules=[
+        Extension(
+            'convnext_dense.fast.kernels',
+            [str(KERNELS)],
+            define_macros=[('SOURCE', f'"{SOURCE}"')],
+            extra_compile_args=KERNEL_FLAGS,
+            optional=True,
+        )
+    ]
+    if (sys.platform, platform.machine()) == ('linux', 'x86_64')
+    else [],
     install_requires=['torch>=2.4', 'numpy', 'safetensors'],
     extras_require={
         # The two lines of OpenMMLab have the same import names, so they are a choice.

@@ -266,7 +266,7 @@ def bound(case: Case) -> float:
         rows = case.batch * case.height * case.width // area
         products = [(before, channels, 1), (channels, 4 * channels, depth), (4 * channels, channels, depth)]
         for inner, outer, times_run in products:
-            tile = min(rows, fast.TILE)
+            tile = min(rows, fast.tiled.TILE)
             total += times_run * rows / tile * _product_time(tile, inner, outer, dtype, device)
         before = 4 * channels
     return 1000 * total
@@ -381,8 +381,8 @@ def _product_time(rows: int, inner: int, outer: int, dtype: torch.dtype, device:
     )
     image = x.view(1, rows, 1, inner).permute(0, 3, 1, 2)
     forms = [lambda: F.linear(x, weight), lambda: F.conv2d(image, weight[:, :, None, None])]
-    if device == 'cpu' and dtype in fast._dtypes():
-        forms.append(lambda: fast._linear(x, weight))
+    if device == 'cpu' and dtype in fast.tiled.dtypes():
+        forms.append(lambda: fast.tiled._linear(x, weight))
     best = float('inf')
     with torch.no_grad():
         for form in forms:

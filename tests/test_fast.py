@@ -1,4 +1,4 @@
-"""The fast form of a block against `Block` itself, run where the fast form is refused."""
+"""Both fast forms of a block against `Block` itself, run where the fast forms are refused."""
 
 import copy
 import subprocess
@@ -13,19 +13,40 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from convnext_dense import ConvNeXt, fast
 from convnext_dense.backbone import Block
+from convnext_dense.fast import fused, tiled
 
-pytestmark = pytest.mark.skipif(torch.float32 not in fast._dtypes(), reason='this machine has no fast form')
-BF16 = pytest.param('bfloat16', marks=pytest.mark.skipif(len(fast._dtypes()) < 2, reason='no bfloat16 here'))
-ARCH = dict(depths=(2, 1, 2), channels=(16, 40, 400))  # groups of 16 and of 8; narrow and wide
+pytestmark = pytest.mark.skipif(torch.float32 not in tiled.dtypes(), reason='this machine has no fast form')
+BF16 = pytest.param('bfloat16', marks=pytest.mark.skipif(len(tiled.dtypes()) < 2, reason='no bfloat16 here'))
+# Tiled: groups of 16 and of 8. Fused: multiples of 32, in the last the hidden layer's chunks leave a rest. The last is
+# wide.
+ARCHS = {
+    tiled: dict(depths=(2, 1, 2), channels=(16, 40, 400)),
+    fused: dict(depths=(2, 1, 2), channels=(32, 96, 416)),
+}
 AUTOCAST, PURE = 'autocast', 'pure'
 
 
-def made(**settings) -> ConvNeXt:
+def made(form=tiled, **settings) -> ConvNeXt:
     torch.manual_seed(0)
-    model = ConvNeXt(ARCH, out_indices=(0, 1, 2), **settings)
+    model = ConvNeXt(ARCHS[form], out_indices=(0, 1, 2), **settings)
     for p in model.parameters():
         nn.init.normal_(p, std=0.2)
     return model
+
+
+@pytest.fixture(params=[tiled, fused], ids=['tiled', 'fused'])
+def form(request, monkeypatch):
+    """The form that runs; the other would be noticed."""
+    if request.param is fused and not fused.dtypes():
+        pytest.skip('the kernels are not for this machine, or not compiled')
+
+    def wrong(*args, **kwargs):
+        raise AssertionError('the other form ran')
+
+    monkeypatch.setattr(tiled if request.param is fused else fused, 'forward', wrong)
+    if request.param is tiled:
+        monkeypatch.setattr(fused, 'takes', lambda *args: False)
+    return request.param
 
 
 def plainly(monkeypatch):
@@ -82,9 +103,11 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     ],
     ids=str,
 )
-def test_float32_equals_the_plain_form(settings, tile, runs, monkeypatch):
-    monkeypatch.setattr(fast, 'TILE', tile)
-    model, image = made(**settings), torch.randn(3, 3, 70, 101)
+def test_float32_equals_the_plain_form(settings, tile, form, runs, monkeypatch):
+    if form is fused and (tile < 4096 or 'kernel_size' in settings):
+        pytest.skip('of the other form')
+    monkeypatch.setattr(tiled, 'TILE', tile)
+    model, image = made(form, **settings), torch.randn(3, 3, 70, 101)
     found = maps_and_gradients(model, image)
     assert runs == [True] * 5
     plainly(monkeypatch)
@@ -100,8 +123,12 @@ def test_float32_equals_the_plain_form(settings, tile, runs, monkeypatch):
 @pytest.mark.parametrize(
     'settings', [{}, dict(layer_scale_init_value=0), dict(with_cp='mlp', drop_path_rate=0.6)], ids=str
 )
-def test_bfloat16_is_as_near_to_the_truth_as_the_plain_form(precision, settings, runs, monkeypatch):
-    model, image = made(**settings), torch.randn(3, 3, 70, 101)
+def test_bfloat16_is_as_near_to_the_truth_as_the_plain_form(precision, settings, form, runs, monkeypatch):
+    if form is fused and (precision == PURE or 'layer_scale_init_value' in settings):
+        pytest.skip('maps are bfloat16: of the other form')
+    if form is fused and torch.bfloat16 not in fused.dtypes():
+        pytest.skip('this processor has no products of bfloat16, or oneDNN faster ones')
+    model, image = made(form, **settings), torch.randn(3, 3, 70, 101)
     found = maps_and_gradients(model, image, precision)
     assert runs == [True] * 5
     plainly(monkeypatch)
@@ -115,8 +142,8 @@ def test_bfloat16_is_as_near_to_the_truth_as_the_plain_form(precision, settings,
 
 
 @pytest.mark.parametrize('settings', [{}, dict(with_cp=True)], ids=str)
-def test_without_gradients_the_same_maps_and_an_untouched_image(settings, runs, monkeypatch):
-    model, image = made(**settings), torch.randn(2, 3, 64, 96)
+def test_without_gradients_the_same_maps_and_an_untouched_image(settings, form, runs):
+    model, image = made(form, **settings), torch.randn(2, 3, 64, 96)
     given = image.clone()
     expected = [m.detach() for m in model(image)]
     for context in (torch.no_grad, torch.inference_mode):
@@ -130,12 +157,12 @@ def test_without_gradients_the_same_maps_and_an_untouched_image(settings, runs, 
 
 @pytest.mark.parametrize('with_cp', [False, 'mlp', True])
 def test_gradients_and_their_gradients_by_finite_differences(with_cp, monkeypatch):
-    monkeypatch.setattr(fast, 'TILE', 7)
-    monkeypatch.setattr(fast, 'WIDE', 8)
-    monkeypatch.setattr(fast, '_dtypes', lambda: (torch.float64,))
+    monkeypatch.setattr(tiled, 'TILE', 7)
+    monkeypatch.setattr(tiled, 'WIDE', 8)
+    monkeypatch.setattr(tiled, 'dtypes', lambda: (torch.float64,))
     # oneDNN has no float64: its Linear as it is defined.
     monkeypatch.setattr(
-        fast, '_linear', lambda x, w, b=None, gelu=False: (F.gelu if gelu else nn.Identity())(F.linear(x, w, b))
+        tiled, '_linear', lambda x, w, b=None, gelu=False: (F.gelu if gelu else nn.Identity())(F.linear(x, w, b))
     )
     torch.manual_seed(0)
     block = Block(8, 3, 0.0, 0.5).double()
@@ -161,6 +188,92 @@ def test_gradients_and_their_gradients_by_finite_differences(with_cp, monkeypatc
     assert torch.autograd.gradgradcheck(function, (x, *parameters), fast_mode=True)
 
 
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_gradients_of_gradients_equal_the_plain_form(with_cp, form, monkeypatch):
+    torch.manual_seed(0)
+    block = Block(32, 7, 0.0, 0.5)
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.3)
+
+    def penalty():
+        x = torch.randn(2, 32, 5, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        out = fast.run(block, x, with_cp) if form else block(x)
+        (grad,) = torch.autograd.grad(out.pow(2).sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.pow(2).sum(), [x, *block.parameters()])
+
+    found, form = penalty(), None
+    for f, e in zip(found, penalty()):
+        assert distance(f, e) < 1e-5
+
+
+@pytest.mark.parametrize('precision', ['float32', AUTOCAST])
+@pytest.mark.parametrize('shape', [(1, 1, 1), (3, 5, 7), (2, 33, 17), (1, 20, 90)], ids=str)
+def test_any_number_of_threads_computes_the_same(shape, precision, runs):
+    if (torch.bfloat16 if precision == AUTOCAST else torch.float32) not in fused.dtypes():
+        pytest.skip('the kernels are not for this machine, or not compiled')
+    torch.manual_seed(0)
+    block, x = Block(64, 7, 0.0, 1.0), torch.randn(shape[0], 64, *shape[1:])
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            image = x.clone().requires_grad_()
+            block.zero_grad()
+            with torch.autocast('cpu', torch.bfloat16, enabled=precision == AUTOCAST):
+                out = fast.run(block, image)
+            out.pow(2).sum().backward()
+            found.append([out, image.grad, *(p.grad.clone() for p in block.parameters())])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for f, e in zip(other, found[0]):
+            assert distance(f, e) < (1e-5 if precision == 'float32' else 1e-2)
+
+
+def test_the_gelu_of_the_kernels():
+    """Identity before and behind it: inputs of every size, NaN and Inf, and the slope by the gradient of the input."""
+    if torch.float32 not in fused.dtypes():
+        pytest.skip('the kernels are not for this machine, or not compiled')
+    block = Block(32, 7, 0.0, 1.0).requires_grad_(False)
+    for p in block.parameters():
+        nn.init.zeros_(p)
+    block.norm.bias.fill_(1.0)
+    nn.init.ones_(block.gamma)
+    block.pwconv2.weight[:, :32] = torch.eye(32)
+    for values in (torch.linspace(-12, 12, 3200), torch.linspace(-200, 200, 320), torch.logspace(-8, 0, 320)):
+        for part in values.split(32):
+            block.pwconv1.bias[:32] = part
+            found = fast.run(block, torch.zeros(1, 32, 1, 1)).flatten()
+            assert (found - F.gelu(part.double())).abs().max() < 2e-6 * part.abs().max().clamp_min(1)
+    block.pwconv1.bias[:3] = torch.tensor([float('nan'), float('inf'), -float('inf')])
+    found = fast.run(block, torch.zeros(1, 32, 1, 1)).flatten()
+    assert found.isnan().all()  # as 0 * NaN is
+
+
+def test_kernels_of_another_source_are_left_unused_and_said(monkeypatch, tmp_path):
+    if not fused.dtypes():
+        pytest.skip('the kernels are not for this machine, or not compiled')
+    monkeypatch.setattr(fused, 'source_hash', lambda: 'of another')
+    with pytest.warns(UserWarning, match='install convnext_dense again'):
+        assert fused._library.__wrapped__() is None
+    monkeypatch.setattr(fused, 'SOURCE', tmp_path / 'kernels.c')
+    assert fused._library.__wrapped__() is None
+
+
+def test_processors_without_the_instructions_take_the_other_form(monkeypatch):
+    monkeypatch.setattr(fused, '_library', lambda: object())
+    avx512 = {'avx512f', 'avx512bw', 'avx512dq', 'avx512vl'}
+    for flags, expected in (
+        (set(), ()),
+        (avx512 - {'avx512vl'}, ()),
+        (avx512, (torch.float32,)),
+        (avx512 | {'avx512_bf16'}, (torch.float32, torch.bfloat16)),
+        (avx512 | {'avx512_bf16', 'amx_bf16'}, (torch.float32,)),
+    ):
+        monkeypatch.setattr(fused, '_flags', lambda flags=flags: flags)
+        assert fused.dtypes.__wrapped__() == expected
+
+
 def kept(model, image) -> int:
     """Bytes that a forward pass keeps for the backward pass beside parameters, each storage once."""
     sizes = {}
@@ -177,9 +290,9 @@ def kept(model, image) -> int:
     return sum(size for size, _ in sizes.values())
 
 
-def test_what_is_kept_for_the_backward_pass(monkeypatch):
+def test_what_is_kept_for_the_backward_pass(form, monkeypatch):
     image = torch.randn(1, 3, 128, 128)
-    arch = dict(depths=(3, 3, 9, 3), channels=(16, 32, 64, 512))
+    arch = dict(depths=(3, 3, 9, 3), channels=(32, 64, 96, 512))
     models = {cp: ConvNeXt(arch, with_cp=cp) for cp in (False, 'mlp', True)}
     quick = {cp: kept(model, image) for cp, model in models.items()}
     plainly(monkeypatch)
@@ -189,15 +302,15 @@ def test_what_is_kept_for_the_backward_pass(monkeypatch):
     assert plain[True] < plain['mlp'] < 0.5 * plain[False]
 
 
-def test_changed_weights_count_at_once():
+def test_changed_weights_count_at_once(form):
     """Nothing is cached: not even a change behind autograd's back, as mmengine's EMA makes it, goes unseen."""
-    model, image = made().eval(), torch.randn(1, 3, 64, 64)
+    model, image = made(form).eval(), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         model(image)
         for p in model.parameters():
             p.data.mul_(0.5)
         found = model(image)
-    fresh = made()
+    fresh = made(form)
     fresh.load_state_dict(model.state_dict())
     for f, e in zip(found, fresh.eval()(image)):
         assert distance(f, e) < 1e-6
@@ -309,31 +422,31 @@ def test_mismatched_dtypes_fail_as_they_did():
 
 
 @pytest.mark.parametrize('size', [(4, 4), (5, 7), (16, 16), (17, 40)])
-@pytest.mark.parametrize('form', ['contiguous', 'channels_last', 'strided', 'expanded'])
-def test_any_size_and_layout(size, form, runs, monkeypatch):
+@pytest.mark.parametrize('memory', ['contiguous', 'channels_last', 'strided', 'expanded'])
+def test_any_size_and_layout(size, memory, form):
     torch.manual_seed(0)
-    block, (h, w) = Block(16, 7, 0.0, 1.0), size
-    x = torch.randn(2, 16, h, w)
-    if form == 'channels_last':
+    block, (h, w) = Block(32, 7, 0.0, 1.0), size
+    x = torch.randn(2, 32, h, w)
+    if memory == 'channels_last':
         x = x.contiguous(memory_format=torch.channels_last)
-    elif form == 'strided':
-        x = torch.randn(2, 32, 2 * h, w)[:, ::2, ::2]
-    elif form == 'expanded':
-        x = torch.randn(1, 16, 1, w).expand(2, 16, h, w)
+    elif memory == 'strided':
+        x = torch.randn(2, 64, 2 * h, w)[:, ::2, ::2]
+    elif memory == 'expanded':
+        x = torch.randn(1, 32, 1, w).expand(2, 32, h, w)
     for size_one in (x, x[:1], x[:, :, :1], x[:, :, :1, :1]):
         found = fast.run(block, size_one)
         assert distance(found, block(size_one)) < 1e-5
 
 
-def test_every_parameter_has_a_gradient_where_no_sample_keeps_its_branch():
-    block = Block(16, 7, 1 - 1e-9, 1.0).train()
-    out = fast.run(block, torch.randn(2, 16, 8, 8))
+def test_every_parameter_has_a_gradient_where_no_sample_keeps_its_branch(form):
+    block = Block(32, 7, 1 - 1e-9, 1.0).train()
+    out = fast.run(block, torch.randn(2, 32, 8, 8))
     out.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in block.parameters())
 
 
-def test_a_user_may_checkpoint_copy_and_retain(runs):
-    model, image = made(), torch.randn(1, 3, 64, 64, requires_grad=True)
+def test_a_user_may_checkpoint_copy_and_retain(form, runs):
+    model, image = made(form), torch.randn(1, 3, 64, 64, requires_grad=True)
     expected = maps_and_gradients(copy.deepcopy(model), image.detach())[1]
     torch.manual_seed(2)
     for attempt in range(2):

@@ -1,0 +1,669 @@
+/* A block of ConvNeXt, forward and backward, for processors with AVX-512: x + gamma * MLP(LayerNorm(depthwise(x))).
+
+   Maps are channels_last: a pixel is a row of channels. A thread takes some hundred rows at a time from the depthwise
+   convolution to the output, so that all in between stays in its cache. Products run in float32 or bfloat16, the rest in
+   float32. The unit of a product's operands is a word of 32 bits: a float, or two bfloat16 that are neighbours in the
+   dimension summed over; so both dtypes share all loops but for the multiply-add itself.
+
+   Called by kernels.py, which sees to shapes, dtypes and memory. */
+
+#include <immintrin.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 24")
+
+enum {
+    LANES = 16,
+    TALL = 14,   /* rows of a product held in registers, */
+    WIDE = 32,   /* and columns: two vectors */
+    SIDE = 7,    /* of a depthwise kernel */
+    HALO = 3,
+    TAPS = 49,
+    CHUNK = 384, /* columns of the hidden layer at a time */
+    PAD = 64,    /* bytes after a row, lest rows a power of two long fall on the same lines of the cache */
+};
+
+typedef int32_t word;
+typedef __m512 vec;
+
+typedef struct {
+    int64_t images, height, width, channels, threads, bf16;
+    float eps, factor; /* the branch's, of stochastic depth */
+    const float *depthwise, *depthwise_bias, *norm, *norm_bias, *linear1, *bias1, *linear2, *bias2, *gamma;
+    const float *x;
+    void *y, *hidden; /* depthwise convolution's output and the layer before GELU, kept for the backward pass, or null */
+    float *out;
+    /* of the backward pass; grad_x or grad_linear1 null: not wanted */
+    const float *grad;
+    float *grad_x, *grad_y, *grad_linear1, *grad_linear2, *sums;
+    char *work;
+} Block;
+
+/* Where the parts of `work` lie, in bytes; of the scratch of a thread likewise. */
+typedef struct {
+    int64_t rows, strip; /* of a tile, and of what tiles leave for the gradients of the weights */
+    int64_t line, thin, hidden_line, hidden_thin; /* bytes of a row: floats or elements, of C or CHUNK columns */
+    int64_t taps, scale, linear1, linear2, linear1_back, linear2_back, panels[4], scratch, scratch_size, sums, total;
+    int64_t of_sums; /* floats */
+} Plan;
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+/* ---- vectors ---------------------------------------------------------------------------------------------------- */
+
+INLINE vec all(float x) { return _mm512_set1_ps(x); }
+INLINE vec load(const void *p) { return _mm512_loadu_ps(p); }
+INLINE void store(void *p, vec v) { _mm512_storeu_ps(p, v); }
+INLINE float sum(vec v) { return _mm512_reduce_add_ps(v); }
+
+INLINE void add_to(float *p, vec v) { store(p, _mm512_add_ps(load(p), v)); }
+
+/* Elements: float or bfloat16. */
+INLINE int size_of(const int bf16) { return bf16 ? 2 : 4; }
+
+INLINE void put(const int bf16, void *row, int64_t at, vec v) {
+    if (bf16)
+        _mm256_storeu_si256((void *)((char *)row + 2 * at), (__m256i)_mm512_cvtneps_pbh(v));
+    else
+        store((float *)row + at, v);
+}
+
+INLINE vec get(const int bf16, const void *row, int64_t at) {
+    if (!bf16) return load((const float *)row + at);
+    __m256i narrow = _mm256_loadu_si256((const void *)((const char *)row + 2 * at));
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+}
+
+/* Of two rows of 16 bfloat16 one vector of words. */
+INLINE __m512i paired(__m256i even, __m256i odd) {
+    static const int16_t order[32] __attribute__((aligned(64))) = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,
+                                                                   21, 6, 22, 7, 23, 8,  24, 9,  25, 10, 26,
+                                                                   11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
+    return _mm512_permutexvar_epi16(_mm512_load_si512(order), both);
+}
+
+INLINE __m256i narrow(vec v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+
+INLINE vec multiply_add(const int bf16, vec a, vec b, vec c) {
+    return bf16 ? _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b) : _mm512_fmadd_ps(a, b, c);
+}
+
+/* The normal distribution function, or the derivative of GELU, both odd about 1/2: 1/2 + x P(x^2), of the least largest
+   error, to 1e-6 in float32 and 5e-5 in bfloat16; x as far as it makes a difference. */
+INLINE vec share(const int bf16, const int derivative, vec x) {
+    static const float phi[14] = {0.13465935f,    -0.067126593f,  0.049645194f,    -0.039771219f,  0.0320452618f,
+                                  -0.0249654233f, 0.0184254328f,  -0.0130905119f,  0.00883971595f, -0.00482707536f,
+                                  0.00211210693f, -0.00161967756f, 0.00136216613f, -0.000450652852f};
+    static const float phi_short[9] = {0.156902113f,   -0.0771719603f, 0.054818568f,    -0.0405557651f, 0.0276294026f,
+                                       -0.0167440514f, 0.0122085253f,  -0.00932853279f, 0.00335368849f};
+    static const float slope[14] = {0.135065565f,   -0.0699213916f, 0.0592397272f,  -0.0619431165f, 0.0708513386f,
+                                    -0.0772527834f, 0.0744442488f,  -0.0727170208f, 0.0727316151f,  -0.0456217111f,
+                                    0.0103600221f,  -0.0137990041f, 0.0238645086f,  -0.0100637936f};
+    static const float slope_short[10] = {0.159445756f,   -0.0899230015f, 0.0861859261f,  -0.0953676493f, 0.105038981f,
+                                          -0.0877582013f, 0.0477326452f,  -0.0454834467f, 0.0559670798f,  -0.0247234514f};
+    const float far = bf16 ? 4.5f : 5.25f;
+    const float *p = derivative ? (bf16 ? slope_short : slope) : (bf16 ? phi_short : phi);
+    const int degree = bf16 ? (derivative ? 9 : 8) : 13;
+    x = _mm512_min_ps(all(far), _mm512_max_ps(all(-far), x)); /* of a NaN the second operand: it stays */
+    vec u = _mm512_fmadd_ps(_mm512_mul_ps(x, x), all(2 / (far * far)), all(-1)), r = all(p[degree]);
+    UNROLL for (int i = degree - 1; i >= 0; i--) r = _mm512_fmadd_ps(r, u, all(p[i]));
+    return _mm512_fmadd_ps(x, r, all(0.5f));
+}
+
+/* ---- products --------------------------------------------------------------------------------------------------- */
+
+/* What becomes of a product. */
+enum { STORE, ADD, BIAS, GELU, SLOPE };
+
+typedef struct {
+    int kind;
+    char *to; /* rows of `line` bytes: floats of STORE, ADD and BIAS, else elements */
+    int64_t line;
+    const float *bias;
+    /* GELU: the layer before it is kept there, or null. SLOPE: it comes from there, in floats */
+    char *hidden;
+    int64_t hidden_line;
+    char *gelu;  /* SLOPE: GELU, in rows as `to` has */
+    float *sums; /* SLOPE: of each column, added to */
+} Epilogue;
+
+/* Rows of `a` by a panel of WIDE columns: a[i][k] at i * row + k * step bytes, b[k] the next WIDE words. */
+INLINE void product(const int bf16, const int rows, const char *a, int64_t row, int64_t step, const word *b, int64_t k,
+                    vec acc[TALL][2]) {
+    const char *a7 = a + 7 * row; /* two bases, so that few registers address all rows */
+    UNROLL for (int i = 0; i < rows; i++) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
+    for (; k > 0; k--, b += WIDE, a += step, a7 += step) {
+        vec b0 = load(b), b1 = load(b + LANES);
+        UNROLL for (int i = 0; i < rows; i++) {
+            vec x = all(*(const float *)(i < 7 ? a + i * row : a7 + (i - 7) * row));
+            acc[i][0] = multiply_add(bf16, x, b0, acc[i][0]);
+            acc[i][1] = multiply_add(bf16, x, b1, acc[i][1]);
+        }
+    }
+}
+
+INLINE void finish(const int bf16, const int rows, const Epilogue *e, int64_t first, int64_t column, vec acc[TALL][2]) {
+    char *to = e->to + first * e->line;
+    if (e->kind <= BIAS) {
+        UNROLL for (int i = 0; i < rows; i++) for (int half = 0; half < 2; half++) {
+            float *p = (float *)(to + i * e->line) + column + LANES * half;
+            vec v = acc[i][half];
+            if (e->kind == ADD) v = _mm512_add_ps(v, load(p));
+            if (e->kind == BIAS) v = _mm512_add_ps(v, load(e->bias + column + LANES * half));
+            store(p, v);
+        }
+    } else if (e->kind == GELU) {
+        vec bias[2] = {load(e->bias + column), load(e->bias + column + LANES)};
+        char *hidden = e->hidden ? e->hidden + first * e->hidden_line : 0;
+        UNROLL for (int i = 0; i < rows; i++) for (int half = 0; half < 2; half++) {
+            vec v = _mm512_add_ps(acc[i][half], bias[half]);
+            if (hidden) put(bf16, hidden + i * e->hidden_line, column + LANES * half, v);
+            put(bf16, to + i * e->line, column + LANES * half, _mm512_mul_ps(v, share(bf16, 0, v)));
+        }
+    } else {
+        vec sums[2] = {load(e->sums + column), load(e->sums + column + LANES)};
+        UNROLL for (int i = 0; i < rows; i++) for (int half = 0; half < 2; half++) {
+            int64_t at = column + LANES * half;
+            vec v = load((float *)(e->hidden + (first + i) * e->hidden_line) + at);
+            put(bf16, e->gelu + (first + i) * e->line, at, _mm512_mul_ps(v, share(bf16, 0, v)));
+            v = _mm512_mul_ps(acc[i][half], share(bf16, 1, v));
+            put(bf16, to + i * e->line, at, v);
+            sums[half] = _mm512_add_ps(sums[half], v);
+        }
+        store(e->sums + column, sums[0]);
+        store(e->sums + column + LANES, sums[1]);
+    }
+}
+
+/* A number of rows has registers of its own only where it is known to the compiler. */
+#define FOR_ROWS(DO) \
+    switch (rows) { \
+        case 1: DO(1); case 2: DO(2); case 3: DO(3); case 4: DO(4); case 5: DO(5); case 6: DO(6); case 7: DO(7); \
+        case 8: DO(8); case 9: DO(9); case 10: DO(10); case 11: DO(11); case 12: DO(12); case 13: DO(13); \
+        case 14: DO(14); \
+    }
+
+#define PRODUCT(NAME, BF16) \
+    __attribute__((noinline)) static void NAME(int64_t rows, const char *a, int64_t line, const word *b, int64_t k, \
+                                               const Epilogue *e, int64_t first, int64_t column) { \
+        vec acc[TALL][2]; \
+        FOR_ROWS(BF16) \
+    }
+#define IN_FLOAT32(N) product(0, N, a, line, 4, b, k, acc); finish(0, N, e, first, column, acc); break
+#define IN_BFLOAT16(N) product(1, N, a, line, 4, b, k, acc); finish(1, N, e, first, column, acc); break
+PRODUCT(product_float32, IN_FLOAT32)
+PRODUCT(product_bfloat16, IN_BFLOAT16)
+
+/* `rows` rows of `a` by panels of `k` words, `stride` words apart. */
+static void multiply(int bf16, const char *a, int64_t line, int64_t rows, const word *b, int64_t stride, int64_t k,
+                     int64_t columns, const Epilogue *e) {
+    int64_t parts = (rows + TALL - 1) / TALL;
+    for (int64_t column = 0; column < columns; column += WIDE, b += stride)
+        for (int64_t i = 0; i < parts; i++) {
+            int64_t first = i * rows / parts, n = (i + 1) * rows / parts - first;
+            (bf16 ? product_bfloat16 : product_float32)(n, a + first * line, line, b, k, e, first, column);
+        }
+}
+
+/* The gradient of a weight, WIDE x WIDE of it: the sum over `k` rows of a panel's columns by another's; added where it
+   is not the first. */
+#define OUTER(NAME, BF16) \
+    __attribute__((noinline)) static void NAME(const word *a, const word *b, int64_t k, float *to, int64_t line, int add) { \
+        vec acc[TALL][2]; \
+        Epilogue e = {add ? ADD : STORE, (char *)to, 4 * line, 0, 0, 0, 0, 0}; \
+        product(BF16, 11, (const char *)a, 4, 4 * WIDE, b, k, acc), finish(BF16, 11, &e, 0, 0, acc); \
+        product(BF16, 11, (const char *)(a + 11), 4, 4 * WIDE, b, k, acc), finish(BF16, 11, &e, 11, 0, acc); \
+        product(BF16, 10, (const char *)(a + 22), 4, 4 * WIDE, b, k, acc), finish(BF16, 10, &e, 22, 0, acc); \
+    }
+OUTER(outer_float32, 0)
+OUTER(outer_bfloat16, 1)
+
+/* ---- operands in panels ------------------------------------------------------------------------------------------ */
+
+INLINE void transpose(__m512i r[16]) {
+    __m512i t[16];
+    UNROLL for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 16; i += 4) for (int j = 0; j < 2; j++) {
+        r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+        r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+    /* r[4 q + c]: of rows 4 q to 4 q + 3 columns c, c + 4, c + 8, c + 12 */
+    UNROLL for (int c = 0; c < 4; c++) {
+        __m512i low01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), high01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
+        __m512i low23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
+        __m512i high23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+        t[c] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+        t[c + 8] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+        t[c + 4] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+        t[c + 12] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+    }
+    UNROLL for (int i = 0; i < 16; i++) r[i] = t[i];
+}
+
+/* Panel `at` of a weight, columns x k, summed over its rows' own dimension. */
+static void pack_rows(int bf16, const float *weight, int64_t k, int64_t at, word *to) {
+    int64_t words = bf16 ? k / 2 : k;
+    to += at * words * WIDE;
+    for (int64_t w = 0; w < words; w += LANES)
+        for (int half = 0; half < WIDE; half += LANES) {
+            __m512i r[16];
+            const float *from = weight + (at * WIDE + half) * k + (bf16 ? 2 * w : w);
+            UNROLL for (int i = 0; i < 16; i++)
+                r[i] = bf16 ? (__m512i)_mm512_cvtne2ps_pbh(load(from + i * k + LANES), load(from + i * k))
+                            : (__m512i)load(from + i * k);
+            transpose(r);
+            UNROLL for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (w + i) * WIDE + half, r[i]);
+        }
+}
+
+/* Panel `at` of a weight, k x columns, summed over its rows. */
+static void pack_columns(int bf16, const float *weight, int64_t k, int64_t columns, int64_t at, word *to) {
+    int64_t words = bf16 ? k / 2 : k;
+    to += at * words * WIDE;
+    for (int64_t w = 0; w < words; w++, to += WIDE)
+        for (int half = 0; half < WIDE; half += LANES) {
+            const float *from = weight + (bf16 ? 2 * w : w) * columns + at * WIDE + half;
+            __m512i v = bf16 ? paired(narrow(load(from)), narrow(load(from + columns))) : (__m512i)load(from);
+            _mm512_storeu_si512(to + half, v);
+        }
+}
+
+/* Rows of elements as panels, summed over rows, `stride` words apart; of an odd number of rows the last has a partner of
+   zeros. */
+static void to_panels(int bf16, const char *rows, int64_t line, int64_t n, int64_t columns, word *to, int64_t stride) {
+    for (int64_t column = 0; column < columns; column += WIDE, to += stride)
+        for (int64_t i = 0; i < n; i += 1 + bf16)
+            for (int half = 0; half < WIDE; half += LANES) {
+                const char *from = rows + i * line + size_of(bf16) * (column + half);
+                if (!bf16) {
+                    store(to + i * WIDE + half, load(from));
+                    continue;
+                }
+                __m256i odd = i + 1 < n ? _mm256_loadu_si256((const void *)(from + line)) : _mm256_setzero_si256();
+                __m512i pairs = paired(_mm256_loadu_si256((const void *)from), odd);
+                _mm512_storeu_si512(to + i / 2 * WIDE + half, pairs);
+            }
+}
+
+/* ---- depthwise convolution --------------------------------------------------------------------------------------- */
+
+/* Lanes of a pixel's vector: all inside the row of the map, none outside. */
+INLINE __mmask16 inside(int64_t x, int64_t width) { return (uint64_t)x < (uint64_t)width ? 0xffff : 0; }
+
+/* Pixels x to x + n - 1 of row h of an image, 16 channels of them; the first `count` are stored, `line` bytes apart. */
+INLINE void convolve(const int n, const Block *b, const float *image, int64_t h, int64_t x, const float *taps, vec start,
+                     const float *add, int64_t count, char *to, int64_t line) {
+    int64_t c = b->channels;
+    __mmask16 there[22];
+    vec acc[16], tap[SIDE];
+    UNROLL for (int i = 0; i < n + 2 * HALO; i++) there[i] = inside(x + i - HALO, b->width);
+    UNROLL for (int j = 0; j < n; j++) acc[j] = start;
+    for (int64_t v = most(0, HALO - h); v < least(SIDE, b->height + HALO - h); v++) {
+        const float *row = image + ((h + v - HALO) * b->width + x - HALO) * c;
+        UNROLL for (int u = 0; u < SIDE; u++) tap[u] = load(taps + (v * SIDE + u) * c);
+        UNROLL for (int i = 0; i < n + 2 * HALO; i++, row += c) {
+            vec in = _mm512_maskz_loadu_ps(there[i], row);
+            UNROLL for (int u = 0; u < SIDE; u++)
+                if (i - u >= 0 && i - u < n) acc[i - u] = _mm512_fmadd_ps(in, tap[u], acc[i - u]);
+        }
+    }
+    UNROLL for (int j = 0; j < n; j++)
+        if (j < count) store(to + j * line, add ? _mm512_add_ps(acc[j], load(add + j * c)) : acc[j]);
+}
+
+/* `rows` pixels from the `first` on, of `map` by `taps` (TAPS x C), plus `bias` and `add` where they are not null. */
+static void depthwise(const Block *b, const float *map, const float *taps, const float *bias, const float *add,
+                      int64_t first, int64_t rows, char *to, int64_t line) {
+    int64_t c = b->channels, area = b->height * b->width, run;
+    for (int64_t p = 0; p < rows; p += run) {
+        int64_t at = first + p, h = at % area / b->width, x = at % b->width;
+        const float *image = map + at / area * area * c;
+        run = least(rows - p, b->width - x);
+        for (int64_t k = 0; k < c; k += LANES) {
+            vec start = bias ? load(bias + k) : _mm512_setzero_ps();
+            for (int64_t q = 0, left; (left = run - q) > 0; q += left > 8 ? 16 : 8) {
+                char *here = to + (p + q) * line + 4 * k;
+                const float *more = add ? add + (at + q) * c + k : 0;
+                if (left > 8)
+                    convolve(16, b, image + k, h, x + q, taps + k, start, more, left, here, line);
+                else
+                    convolve(8, b, image + k, h, x + q, taps + k, start, more, left, here, line);
+            }
+        }
+    }
+}
+
+/* Gradients of the taps of 16 channels from row h of an image, added to `sums`, TAPS x C. */
+static void tap_gradients(const Block *b, const float *image, const float *grad, int64_t h, float *sums) {
+    int64_t c = b->channels;
+    for (int64_t v = most(0, HALO - h); v < least(SIDE, b->height + HALO - h); v++) {
+        const float *row = image + ((h + v - HALO) * b->width - HALO) * c, *g_row = grad + h * b->width * c;
+        vec acc[SIDE];
+        UNROLL for (int u = 0; u < SIDE; u++) acc[u] = load(sums + (v * SIDE + u) * c);
+        for (int64_t x = 0; x < b->width; x += 8, row += 8 * c, g_row += 8 * c) {
+            vec g[8];
+            UNROLL for (int j = 0; j < 8; j++) g[j] = _mm512_maskz_loadu_ps(inside(x + j, b->width), g_row + j * c);
+            UNROLL for (int i = 0; i < 8 + 2 * HALO; i++) {
+                vec in = _mm512_maskz_loadu_ps(inside(x + i - HALO, b->width), row + i * c);
+                UNROLL for (int u = 0; u < SIDE; u++)
+                    if (i - u >= 0 && i - u < 8) acc[u] = _mm512_fmadd_ps(in, g[i - u], acc[u]);
+            }
+        }
+        UNROLL for (int u = 0; u < SIDE; u++) store(sums + (v * SIDE + u) * c, acc[u]);
+    }
+}
+
+/* ---- rows --------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    float mean, scale;
+} Moments;
+
+INLINE Moments moments(const float *row, int64_t c, float eps) {
+    vec total = _mm512_setzero_ps(), squares = total;
+    for (int64_t k = 0; k < c; k += LANES) total = _mm512_add_ps(total, load(row + k));
+    float mean = sum(total) / c;
+    for (int64_t k = 0; k < c; k += LANES) {
+        vec d = _mm512_sub_ps(load(row + k), all(mean));
+        squares = _mm512_fmadd_ps(d, d, squares);
+    }
+    return (Moments){mean, 1 / __builtin_sqrtf(sum(squares) / c + eps)};
+}
+
+/* LayerNorm of rows of floats, to elements. */
+static void normalise(const Block *b, const Plan *plan, const char *y, int64_t rows, char *to, Moments *of_rows) {
+    for (int64_t i = 0; i < rows; i++, y += plan->line, to += plan->thin) {
+        Moments m = moments((const float *)y, b->channels, b->eps);
+        if (of_rows) of_rows[i] = m;
+        for (int64_t k = 0; k < b->channels; k += LANES) {
+            vec v = _mm512_mul_ps(_mm512_sub_ps(load((const float *)y + k), all(m.mean)), all(m.scale));
+            put(b->bf16, to, k, _mm512_fmadd_ps(v, load(b->norm + k), load(b->norm_bias + k)));
+        }
+    }
+}
+
+/* ---- plan of the memory ------------------------------------------------------------------------------------------- */
+
+static int64_t place(int64_t *end, int64_t bytes) {
+    int64_t at = *end;
+    *end += up(bytes, 64);
+    return at;
+}
+
+static Plan plan_of(const Block *b, int backward) {
+    Plan p = {0};
+    int64_t c = b->channels, size = size_of(b->bf16), m = b->images * b->height * b->width, end = 0;
+    int64_t target = backward ? (c <= 192 ? 128 : 64) : (c <= 768 ? 112 : 56), round = target * b->threads;
+    int64_t even = (m + round - 1) / round * b->threads; /* as many tiles for each thread */
+    p.rows = most(2, up((m + even - 1) / even, 2));
+    p.strip = up(most(4 * round, 512), p.rows);
+    p.line = 4 * c + PAD, p.thin = size * c + PAD, p.hidden_line = 4 * CHUNK + PAD, p.hidden_thin = size * CHUNK + PAD;
+    p.taps = place(&end, 2 * 4 * TAPS * c);
+    p.scale = place(&end, 4 * c);
+    p.linear1 = place(&end, size * 4 * c * c);
+    p.linear2 = place(&end, backward ? 0 : size * 4 * c * c);
+    p.of_sums = (4 + 4 + TAPS) * c;
+    if (backward) {
+        p.linear1_back = place(&end, size * 4 * c * c);
+        p.linear2_back = place(&end, size * 4 * c * c);
+        for (int i = 0; i < 4 && b->grad_linear1; i++) p.panels[i] = place(&end, size * (i < 2 ? c : 4 * c) * p.strip);
+        p.sums = place(&end, 4 * p.of_sums * b->threads);
+        p.scratch_size = p.rows * (2 * p.line + 2 * p.thin + p.hidden_line + 2 * p.hidden_thin + sizeof(Moments)) + 64;
+    } else {
+        p.scratch_size = p.rows * (p.line + p.thin + p.hidden_thin);
+    }
+    p.scratch_size = up(p.scratch_size, 4096) + 64; /* threads' scratch not on the same lines of the cache */
+    p.scratch = place(&end, p.scratch_size * b->threads);
+    p.total = end;
+    return p;
+}
+
+/* Bytes that `work` is to hold. */
+int64_t convnext_work(const Block *b, int backward) { return plan_of(b, backward).total; }
+
+/* The taps, TAPS x C, as the forward pass and then as the backward pass wants them, and the branch's scale. */
+static void prepare(const Block *b, const Plan *plan) {
+    int64_t c = b->channels;
+    float *taps = (float *)(b->work + plan->taps), *scale = (float *)(b->work + plan->scale);
+#pragma omp for nowait
+    for (int64_t k = 0; k < c; k++) {
+        for (int t = 0; t < TAPS; t++)
+            taps[t * c + k] = taps[(TAPS + TAPS - 1 - t) * c + k] = b->depthwise[k * TAPS + t];
+        scale[k] = b->gamma ? b->factor * b->gamma[k] : b->factor;
+    }
+}
+
+/* ---- forward ------------------------------------------------------------------------------------------------------ */
+
+static void forward_tile(const Block *b, const Plan *plan, char *scratch, int64_t first, int64_t rows) {
+    int bf16 = b->bf16;
+    int64_t c = b->channels, size = size_of(bf16), words = bf16 ? c / 2 : c, all_words = 4 * words;
+    char *y = scratch, *n = y + plan->rows * plan->line, *h = n + plan->rows * plan->thin;
+    const float *scale = (const float *)(b->work + plan->scale);
+    const word *linear1 = (const word *)(b->work + plan->linear1), *linear2 = (const word *)(b->work + plan->linear2);
+    depthwise(b, b->x, (const float *)(b->work + plan->taps), b->depthwise_bias, 0, first, rows, y, plan->line);
+    for (int64_t i = 0; b->y && i < rows; i++)
+        for (int64_t k = 0; k < c; k += LANES)
+            put(bf16, (char *)b->y + (first + i) * c * size, k, load(y + i * plan->line + 4 * k));
+    normalise(b, plan, y, rows, n, 0);
+    for (int64_t column = 0; column < 4 * c; column += CHUNK) { /* y is done with: the branch grows in its place */
+        int64_t columns = least(CHUNK, 4 * c - column), k = bf16 ? columns / 2 : columns;
+        char *hidden = b->hidden ? (char *)b->hidden + (first * 4 * c + column) * size : 0;
+        Epilogue gelu = {GELU, h, plan->hidden_thin, b->bias1 + column, hidden, 4 * c * size, 0, 0};
+        Epilogue branch = {column ? ADD : STORE, y, plan->line, 0, 0, 0, 0, 0};
+        multiply(bf16, n, plan->thin, rows, linear1 + column * words, words * WIDE, words, columns, &gelu);
+        const word *part = linear2 + (bf16 ? column / 2 : column) * WIDE;
+        multiply(bf16, h, plan->hidden_thin, rows, part, all_words * WIDE, k, c, &branch);
+    }
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t k = 0; k < c; k += LANES) {
+            vec v = _mm512_add_ps(load(y + i * plan->line + 4 * k), load(b->bias2 + k));
+            int64_t at = (first + i) * c + k;
+            store(b->out + at, _mm512_fmadd_ps(v, load(scale + k), load(b->x + at)));
+        }
+}
+
+void convnext_forward(const Block *b) {
+    Plan p = plan_of(b, 0);
+    const Plan *plan = &p;
+    int64_t c = b->channels, m = b->images * b->height * b->width;
+#pragma omp parallel num_threads((int)b->threads)
+    {
+        char *scratch = b->work + plan->scratch + omp_get_thread_num() * plan->scratch_size;
+        prepare(b, plan);
+#pragma omp for nowait
+        for (int64_t i = 0; i < 4 * c / WIDE; i++)
+            pack_rows(b->bf16, b->linear1, c, i, (word *)(b->work + plan->linear1));
+#pragma omp for
+        for (int64_t i = 0; i < c / WIDE; i++)
+            pack_rows(b->bf16, b->linear2, 4 * c, i, (word *)(b->work + plan->linear2));
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t first = 0; first < m; first += plan->rows)
+            forward_tile(b, plan, scratch, first, least(plan->rows, m - first));
+    }
+}
+
+/* ---- backward ----------------------------------------------------------------------------------------------------- */
+
+/* Sums over all rows, of a thread: gradients of parameters in this order. */
+typedef struct {
+    float *bias1, *bias2, *norm, *norm_bias, *depthwise_bias, *taps;
+} Sums;
+
+INLINE Sums sums_at(float *p, int64_t c) { return (Sums){p, p + 4 * c, p + 5 * c, p + 6 * c, p + 7 * c, p + 8 * c}; }
+
+/* Rows of the gradient of the output: times the branch's scale as elements, as they are as panels, and their sum. */
+static void take_gradient(const Block *b, const Plan *plan, int64_t first, int64_t rows, char *scaled, word *panels,
+                          int64_t stride, float *sums) {
+    int bf16 = b->bf16;
+    int64_t c = b->channels;
+    const float *scale = (const float *)(b->work + plan->scale);
+    for (int64_t i = 0; i < rows; i += 1 + bf16)
+        for (int64_t k = 0; k < c; k += LANES) {
+            const float *from = b->grad + (first + i) * c + k;
+            char *to = scaled + i * plan->thin;
+            vec g = load(from), odd = _mm512_setzero_ps();
+            put(bf16, to, k, _mm512_mul_ps(g, load(scale + k)));
+            if (bf16 && i + 1 < rows) {
+                odd = load(from + c);
+                put(bf16, to + plan->thin, k, _mm512_mul_ps(odd, load(scale + k)));
+            }
+            if (!panels) continue;
+            add_to(sums + k, _mm512_add_ps(g, odd));
+            word *p = panels + k / WIDE * stride + (bf16 ? i / 2 : i) * WIDE + k % WIDE;
+            _mm512_storeu_si512(p, bf16 ? paired(narrow(g), narrow(odd)) : (__m512i)g);
+        }
+}
+
+/* LayerNorm's: from the gradient of its output that of its input, to `to`. */
+static void normalise_backward(const Block *b, const float *y, const float *grad, Moments m, float *to, const Sums *s) {
+    int64_t c = b->channels;
+    vec mean = all(m.mean), scale = all(m.scale), total = _mm512_setzero_ps(), product = total;
+    for (int64_t k = 0; k < c; k += LANES) {
+        vec n = _mm512_mul_ps(_mm512_sub_ps(load(y + k), mean), scale), g = load(grad + k);
+        if (s->norm) add_to(s->norm + k, _mm512_mul_ps(g, n)), add_to(s->norm_bias + k, g);
+        g = _mm512_mul_ps(g, load(b->norm + k));
+        total = _mm512_add_ps(total, g);
+        product = _mm512_fmadd_ps(g, n, product);
+    }
+    total = all(sum(total) / c), product = all(sum(product) / c);
+    for (int64_t k = 0; k < c; k += LANES) {
+        vec n = _mm512_mul_ps(_mm512_sub_ps(load(y + k), mean), scale);
+        vec g = _mm512_sub_ps(_mm512_mul_ps(load(grad + k), load(b->norm + k)), total);
+        g = _mm512_mul_ps(_mm512_fnmadd_ps(n, product, g), scale);
+        if (s->norm) add_to(s->depthwise_bias + k, g);
+        store(to + k, g);
+    }
+}
+
+/* From the gradient of the output of `rows` rows that of the depthwise convolution's, and the operands of the gradients of
+   both weights; `at`: rows of the strip before them. */
+static void backward_tile(const Block *b, const Plan *plan, char *scratch, int64_t first, int64_t rows, int64_t at,
+                          Sums s) {
+    int bf16 = b->bf16, of_weights = b->grad_linear1 != 0;
+    int64_t c = b->channels, size = size_of(bf16), words = bf16 ? c / 2 : c, all_words = 4 * words;
+    int64_t stride = (bf16 ? plan->strip / 2 : plan->strip) * WIDE, offset = (bf16 ? at / 2 : at) * WIDE;
+    char *y = scratch, *n_grad = y + plan->rows * plan->line, *n = n_grad + plan->rows * plan->line;
+    char *g = n + plan->rows * plan->thin, *a = g + plan->rows * plan->thin, *h = a + plan->rows * plan->hidden_line;
+    char *a_grad = h + plan->rows * plan->hidden_thin;
+    Moments *of_rows = (Moments *)(a_grad + plan->rows * plan->hidden_thin);
+    const word *linear1 = (const word *)(b->work + plan->linear1);
+    const word *linear1_back = (const word *)(b->work + plan->linear1_back);
+    const word *linear2_back = (const word *)(b->work + plan->linear2_back);
+    word *panels[4];
+    for (int i = 0; i < 4; i++) panels[i] = (word *)(b->work + plan->panels[i]) + offset;
+
+    if (b->y) {
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t k = 0; k < c; k += LANES)
+                store(y + i * plan->line + 4 * k, get(bf16, (const char *)b->y + (first + i) * c * size, k));
+    } else {
+        depthwise(b, b->x, (const float *)(b->work + plan->taps), b->depthwise_bias, 0, first, rows, y, plan->line);
+    }
+    normalise(b, plan, y, rows, n, of_rows);
+    if (of_weights) to_panels(bf16, n, plan->thin, rows, c, panels[0], stride);
+    take_gradient(b, plan, first, rows, g, of_weights ? panels[1] : 0, stride, s.bias2);
+    for (int64_t column = 0; column < 4 * c; column += CHUNK) {
+        int64_t columns = least(CHUNK, 4 * c - column), k = bf16 ? columns / 2 : columns;
+        if (b->hidden) {
+            const char *hidden = (const char *)b->hidden + first * 4 * c * size;
+            for (int64_t i = 0; i < rows; i++, hidden += 4 * c * size)
+                for (int64_t j = 0; j < columns; j += LANES)
+                    store(a + i * plan->hidden_line + 4 * j, get(bf16, hidden, column + j));
+        } else {
+            Epilogue e = {BIAS, a, plan->hidden_line, b->bias1 + column, 0, 0, 0, 0};
+            multiply(bf16, n, plan->thin, rows, linear1 + column * words, words * WIDE, words, columns, &e);
+        }
+        Epilogue slope = {SLOPE, a_grad, plan->hidden_thin, 0, a, plan->hidden_line, h, s.bias1 + column};
+        multiply(bf16, g, plan->thin, rows, linear2_back + column * words, words * WIDE, words, columns, &slope);
+        Epilogue e = {column ? ADD : STORE, n_grad, plan->line, 0, 0, 0, 0, 0};
+        const word *part = linear1_back + (bf16 ? column / 2 : column) * WIDE;
+        multiply(bf16, a_grad, plan->hidden_thin, rows, part, all_words * WIDE, k, c, &e);
+        if (of_weights) {
+            to_panels(bf16, a_grad, plan->hidden_thin, rows, columns, panels[2] + column / WIDE * stride, stride);
+            to_panels(bf16, h, plan->hidden_thin, rows, columns, panels[3] + column / WIDE * stride, stride);
+        }
+    }
+    for (int64_t i = 0; i < rows; i++)
+        normalise_backward(b, (float *)(y + i * plan->line), (float *)(n_grad + i * plan->line), of_rows[i],
+                           b->grad_y + (first + i) * c, &s);
+}
+
+/* Of a strip of `rows` rows the gradients of WIDE hidden channels' weights. */
+static void weight_gradients(const Block *b, const Plan *plan, int64_t panel, int64_t rows, int add) {
+    int64_t c = b->channels, words = b->bf16 ? (rows + 1) / 2 : rows;
+    int64_t stride = (b->bf16 ? plan->strip / 2 : plan->strip) * WIDE;
+    const word *panels[4];
+    for (int i = 0; i < 4; i++) panels[i] = (const word *)(b->work + plan->panels[i]) + (i < 2 ? 0 : panel * stride);
+    void (*outer)(const word *, const word *, int64_t, float *, int64_t, int) =
+        b->bf16 ? outer_bfloat16 : outer_float32;
+    for (int64_t k = 0; k < c / WIDE; k++) {
+        outer(panels[2], panels[0] + k * stride, words, b->grad_linear1 + panel * WIDE * c + k * WIDE, c, add);
+        outer(panels[1] + k * stride, panels[3], words, b->grad_linear2 + k * WIDE * 4 * c + panel * WIDE, 4 * c, add);
+    }
+}
+
+void convnext_backward(const Block *b) {
+    Plan p = plan_of(b, 1);
+    const Plan *plan = &p;
+    int64_t c = b->channels, m = b->images * b->height * b->width, lines = b->images * b->height;
+    float *of_threads = (float *)(b->work + plan->sums);
+#pragma omp parallel num_threads((int)b->threads)
+    {
+        char *scratch = b->work + plan->scratch + omp_get_thread_num() * plan->scratch_size;
+        float *of_thread = of_threads + omp_get_thread_num() * plan->of_sums;
+        Sums s = sums_at(of_thread, c);
+        memset(of_thread, 0, 4 * plan->of_sums);
+        if (!b->grad_linear1) s.norm = 0;
+        prepare(b, plan);
+#pragma omp for nowait
+        for (int64_t i = 0; i < 4 * c / WIDE; i++) {
+            if (!b->hidden) pack_rows(b->bf16, b->linear1, c, i, (word *)(b->work + plan->linear1));
+            pack_columns(b->bf16, b->linear2, c, 4 * c, i, (word *)(b->work + plan->linear2_back));
+        }
+#pragma omp for
+        for (int64_t i = 0; i < c / WIDE; i++)
+            pack_columns(b->bf16, b->linear1, 4 * c, c, i, (word *)(b->work + plan->linear1_back));
+        for (int64_t start = 0; start < m; start += plan->strip) {
+            int64_t end = least(start + plan->strip, m);
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t first = start; first < end; first += plan->rows)
+                backward_tile(b, plan, scratch, first, least(plan->rows, end - first), first - start, s);
+            if (!b->grad_linear1) continue;
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t i = 0; i < 4 * c / WIDE; i++) weight_gradients(b, plan, i, end - start, start > 0);
+        }
+        if (b->grad_x) {
+            const float *taps = (const float *)(b->work + plan->taps) + TAPS * c;
+#pragma omp for schedule(dynamic, 1) nowait
+            for (int64_t first = 0; first < m; first += plan->rows)
+                depthwise(b, b->grad_y, taps, 0, b->grad, first, least(plan->rows, m - first),
+                          (char *)(b->grad_x + first * c), 4 * c);
+        }
+        if (b->grad_linear1) {
+#pragma omp for schedule(dynamic, 4)
+            for (int64_t line = 0; line < lines; line++) {
+                int64_t image = line / b->height * b->height * b->width * c;
+                for (int64_t k = 0; k < c; k += LANES)
+                    tap_gradients(b, b->x + image + k, b->grad_y + image + k, line % b->height, s.taps + k);
+            }
+#pragma omp for
+            for (int64_t i = 0; i < plan->of_sums; i++) {
+                b->sums[i] = 0;
+                for (int64_t t = 0; t < omp_get_num_threads(); t++) b->sums[i] += of_threads[t * plan->of_sums + i];
+            }
+        }
+    }
+}
+
+/* Of which source these are the kernels. */
+const char *convnext_source(void) { return SOURCE; }
