@@ -36,6 +36,8 @@ NORM_EPS = 1e-6
 class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of an N x C x H x W map."""
 
+    PARTS = ()  # of a module that `fast` can run
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
@@ -81,7 +83,7 @@ class Block(nn.Module):
     """Depthwise convolution, LayerNorm, two Linears with GELU (V2: and GRN) between, layer scale, stochastic depth
     (figure 4)."""
 
-    PARTS = (nn.Conv2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Linear, DropPath)  # of a block that `fast` can run
+    PARTS = (nn.Conv2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Linear, DropPath)
 
     def __init__(self, channels: int, kernel_size: int, drop_path: float, layer_scale: float, grn: bool = False):
         super().__init__()
@@ -103,6 +105,24 @@ class Block(nn.Module):
     def mlp(self, y: torch.Tensor) -> torch.Tensor:
         y = self.pwconv2(self.grn(F.gelu(self.pwconv1(self.norm(y)))))
         return y if self.gamma is None else self.gamma * y
+
+
+class Stem(nn.Sequential):
+    """Convolution of patches of 4 x 4 pixels, LayerNorm (section 2.3)."""
+
+    PARTS = (nn.Conv2d, LayerNorm2d)
+
+    def __init__(self, in_channels: int, channels: int):
+        super().__init__(nn.Conv2d(in_channels, channels, 4, stride=4), LayerNorm2d(channels, eps=NORM_EPS))
+
+
+class Downsample(nn.Sequential):
+    """LayerNorm, convolution of patches of 2 x 2 pixels (section 2.6)."""
+
+    PARTS = (LayerNorm2d, nn.Conv2d)
+
+    def __init__(self, in_channels: int, channels: int):
+        super().__init__(LayerNorm2d(in_channels, eps=NORM_EPS), nn.Conv2d(in_channels, channels, 2, stride=2))
 
 
 @MODELS.register_module()
@@ -173,7 +193,7 @@ class ConvNeXt(BaseModule):
         n_blocks = sum(self.depths)
         rates = [drop_path_rate * i / max(n_blocks - 1, 1) for i in range(n_blocks)]
         for i, (depth, c) in enumerate(zip(self.depths[:n_stages], self.channels)):
-            self.downsample_layers.append(_stem(in_channels, c) if i == 0 else _downsample(self.channels[i - 1], c))
+            self.downsample_layers.append(Downsample(self.channels[i - 1], c) if i else Stem(in_channels, c))
             first = sum(self.depths[:i])
             self.stages.append(
                 nn.Sequential(*(Block(c, kernel_size, rate, layer_scale, grn) for rate in rates[first : first + depth]))
@@ -191,16 +211,13 @@ class ConvNeXt(BaseModule):
 
         Odd sizes floor: H_0 = H // 4, H_i = H_{i-1} // 2.
         """
-        maps, x = {}, fast.layout(x)
+        maps = {}
         with_cp = self.with_cp if torch.is_grad_enabled() else False
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
-            x = downsample(x)
-            for block in stage:
-                quick = fast.run(block, x, with_cp) if type(block) is Block else None
-                x = block(x, with_cp) if quick is None else quick
+            x = fast.stage(downsample, stage, x, with_cp)
             if i in self.out_indices:
                 # mmcv's RoIAlign reads its input as contiguous without a check: any other layout gives it garbage.
-                maps[i] = getattr(self, f'norm{i}')(x).contiguous()
+                maps[i] = fast.output(getattr(self, f'norm{i}'), x)
         return tuple(maps[i] for i in self.out_indices)
 
     def compile_blocks(self, **settings) -> None:
@@ -255,14 +272,6 @@ class ConvNeXt(BaseModule):
         if self.frozen_stages < 0:
             return []
         return [*self.downsample_layers[: max(self.frozen_stages, 1)], *self.stages[: self.frozen_stages]]
-
-
-def _stem(in_channels: int, channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(in_channels, channels, 4, stride=4), LayerNorm2d(channels, eps=NORM_EPS))
-
-
-def _downsample(in_channels: int, channels: int) -> nn.Sequential:
-    return nn.Sequential(LayerNorm2d(in_channels, eps=NORM_EPS), nn.Conv2d(in_channels, channels, 2, stride=2))
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -75,18 +75,8 @@ class _Plain(ConvNeXt):
     """The original's form: no other way than `Block`."""
 
     def forward(self, x):
-        with _without_fast_form():
+        with fast.plainly():
             return super().forward(x)
-
-
-@contextmanager
-def _without_fast_form():
-    run, layout = fast.run, fast.layout
-    fast.run, fast.layout = lambda *args: None, lambda x: x
-    try:
-        yield
-    finally:
-        fast.run, fast.layout = run, layout
 
 
 def _timm(arch: str, **settings) -> nn.Module:
@@ -321,7 +311,7 @@ def _model_step(recipe, backbone, device, dtype, height, width):
 
     @torch.no_grad()
     def run():
-        with _without_fast_form() if plain else nullcontext(), _autocast(device, dtype):
+        with fast.plainly() if plain else nullcontext(), _autocast(device, dtype):
             model(image, mode='tensor', **settings)
         _synchronise(device)
 

@@ -16,7 +16,7 @@ os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
 
 import torch
 
-from convnext_dense import ARCHS
+from convnext_dense import ARCHS, fast
 from convnext_dense.benchmark import (
     CANDIDATES,
     DTYPES,
@@ -130,7 +130,8 @@ def measured(args) -> dict:
 
 def machine(args) -> str:
     name = torch.cuda.get_device_name() if args.device != 'cpu' else _processor()
-    return f'{name}, {torch.get_num_threads()} threads, torch {torch.__version__}'
+    form = '' if args.device != 'cpu' else f', ours: {fast.described()}'
+    return f'{name}, {torch.get_num_threads()} threads, torch {torch.__version__}{form}'
 
 
 def _processor() -> str:

@@ -1,9 +1,16 @@
-"""A block on an x86 CPU, forward and backward: what `Block` computes, sooner and in less memory.
+"""The backbone's parts on an x86 CPU: what they compute, sooner and in less memory.
 
-Of two forms the first that takes the block is used: `fused`, which is compiled at installation and wants AVX-512, and
-`tiled`, of torch's own operations. Both read parameters anew in each pass: there is nothing to invalidate. Samples that
-lose the branch to stochastic depth are not computed.
+Of two forms of a block, forward and backward, the first that takes it is used: `fused`, which is compiled at
+installation and wants AVX-512, and `tiled`, of torch's own operations. Stem, downsampling and output norms have a form
+in `fused`. All read parameters anew in each pass: there is nothing to invalidate. Samples that lose the branch to
+stochastic depth are not computed.
+
+What has no fast form goes its own way: another device or dtype, modules that are not as built (other parts, hooks,
+parameters), or under what watches operations (tracers, transforms, modes).
 """
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +23,46 @@ from .blocks import Parameters, Settings
 HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
 
-def layout(x: torch.Tensor) -> torch.Tensor:
-    """An image in the memory format that `run` wants; as it is where `run` would not take it."""
-    return x.contiguous(memory_format=torch.channels_last) if _takes(x) else x
+_off = 0
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Everything goes its own way, to measure and to test."""
+    global _off
+    _off += 1
+    try:
+        yield
+    finally:
+        _off -= 1
+
+
+def described() -> str:
+    """In words, the form that blocks have on this machine's CPU."""
+    names = [', '.join(str(d).removeprefix('torch.') for d in form.dtypes()) for form in (fused, tiled)]
+    if names[0]:
+        return f'compiled kernels for {names[0]}'
+    return f'no compiled kernels ({fused.why_not()}), ' + (f'tiles for {names[1]}' if names[1] else 'the plain form')
+
+
+def stage(downsample: nn.Sequential, blocks: nn.Sequential, x: torch.Tensor, with_cp: bool | str) -> torch.Tensor:
+    """`x`, N x C x H x W, through the stem or a downsampling and the blocks; `with_cp` as in `ConvNeXt`."""
+    x = _downsample(downsample, x, all(getattr(block, 'gamma', None) is not None for block in blocks))
+    for block in blocks:
+        quick = run(block, x, with_cp)
+        x = block(x, with_cp) if quick is None else quick
+    return x
+
+
+def output(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+    """`norm(x)`, N x C x H x W, contiguous."""
+    if _takes(x) and _as_built(norm) and fused.takes_output(norm, x):
+        return _Part.apply('output', norm.eps, x, norm.weight, norm.bias)
+    return norm(x).contiguous()
 
 
 def run(block: nn.Module, x: torch.Tensor, with_cp: bool | str = False) -> torch.Tensor | None:
-    """`block(x)`, N x C x H x W, in channels_last; `with_cp` as in `ConvNeXt`.
-
-    None where there is no fast form: of the device, the dtype, a block that is not as built (other modules, hooks,
-    parameters), or under what watches operations (tracers, transforms, modes).
-    """
+    """`block(x)`, N x C x H x W, in channels_last; None where there is no fast form."""
     parameters = _parameters(block) if _takes(x) else None
     if parameters is None or not _fit(parameters, x):
         return None
@@ -36,15 +72,27 @@ def run(block: nn.Module, x: torch.Tensor, with_cp: bool | str = False) -> torch
     rows = x.permute(0, 2, 3, 1).contiguous()
     chosen = rows if kept is None else rows[kept]
     settings = Settings(dtype, block.norm.eps, block.dwconv.padding, factor, with_cp)
-    differentiable = any(t is not None and t.requires_grad for t in (x, *parameters))
     with torch.autocast('cpu', enabled=False):
-        if torch.is_grad_enabled() and differentiable:
+        if _differentiable(x, parameters):
             out = _Block.apply(form, settings, *form.inputs(settings, chosen), *parameters)
         else:
             out = form.forward(settings, chosen, None, parameters)[0]
         if kept is not None:
             out = rows.to(out.dtype).index_copy(0, kept, out)
     return out.permute(0, 3, 1, 2)
+
+
+def _downsample(module: nn.Sequential, x: torch.Tensor, scaled: bool) -> torch.Tensor:
+    """`module(x)`; in float32 where blocks with layer scale make it so under autocast anyway."""
+    if not _takes(x):
+        return module(x)
+    dtype = _autocast_dtype() or x.dtype
+    if _as_built(module) and (scaled or dtype == torch.float32):
+        conv, norm = sorted(module, key=lambda part: isinstance(part, nn.LayerNorm))
+        if fused.takes_patches(conv, norm, x, dtype):
+            settings = fused.Patches(conv.kernel_size[0], norm.eps, dtype)
+            return _Part.apply('patches', settings, x, conv.weight, conv.bias, norm.weight, norm.bias)
+    return module(x.contiguous(memory_format=torch.channels_last))
 
 
 class _Block(torch.autograd.Function):
@@ -73,6 +121,24 @@ class _Block(torch.autograd.Function):
         return None, None, *found
 
 
+class _Part(torch.autograd.Function):
+    """A function of `fused` by its name, of which the inputs alone are kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, name, settings, *inputs):
+        ctx.name, ctx.settings = name, settings
+        ctx.save_for_backward(*inputs)
+        return getattr(fused, name)(settings, *inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():  # gradients of these gradients are wanted
+            out = getattr(fused, f'{ctx.name}_plainly')(ctx.settings, *inputs)
+            return None, None, *_gradients(out, inputs, grad, needed)
+        return None, None, *getattr(fused, f'{ctx.name}_backward')(ctx.settings, *inputs, grad, needed)
+
+
 def _differentiable_backward(settings, z, parameters, grad, needed):
     """Gradients of z and of the parameters, of operations that have gradients themselves."""
     p = parameters.cast(settings.dtype)
@@ -80,8 +146,13 @@ def _differentiable_backward(settings, z, parameters, grad, needed):
     y = F.layer_norm(y, y.shape[-1:], p.norm, p.norm_bias, settings.eps)
     y = settings.factor * F.linear(F.gelu(F.linear(y, p.linear1, p.bias1)), p.linear2, p.bias2)
     y = y if p.gamma is None else p.gamma * y
-    inputs = [t for t, n in zip((z, *parameters), needed) if n]
-    found = iter(torch.autograd.grad(y, inputs, grad.to(y.dtype), create_graph=True))
+    return _gradients(y, (z, *parameters), grad.to(y.dtype), needed)
+
+
+def _gradients(out, inputs, grad, needed):
+    """Those of inputs that are `needed`, else None."""
+    chosen = [t for t, n in zip(inputs, needed) if n]
+    found = iter(torch.autograd.grad(out, chosen, grad, create_graph=True))
     return tuple(next(found) if n else None for n in needed)
 
 
@@ -96,7 +167,7 @@ def _draw(drop_path: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor | None, f
 def _takes(x: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not torch.Tensor:
         return False
-    if x.device.type != 'cpu' or x.ndim != 4 or not x.numel() or _watched():
+    if _off or x.device.type != 'cpu' or x.ndim != 4 or not x.numel() or _watched():
         return False
     return (_autocast_dtype() or x.dtype) in tiled.dtypes()
 
@@ -111,18 +182,27 @@ def _watched() -> bool:
     )
 
 
+def _differentiable(x: torch.Tensor, parameters: Iterable[torch.Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
+
+
+def _as_built(module: nn.Module) -> bool:
+    """Whether its class, not one derived from it, says of which PARTS it is made, it is, and none has hooks."""
+    parts = [module, *module.children()]
+    if [type(part) for part in parts[1:]] != list(vars(type(module)).get('PARTS', [None])):
+        return False
+    if any('forward' in vars(part) or part._compiled_call_impl for part in parts):
+        return False
+    return not any(getattr(part, name) for part in parts for name in HOOKS)
+
+
 def _autocast_dtype() -> torch.dtype | None:
     return torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else None
 
 
 def _parameters(block: nn.Module) -> Parameters | None:
     """None where the block is not as built."""
-    parts = [block, *block.children()]
-    if [type(part) for part in parts[1:]] != list(block.PARTS):
-        return None
-    if any('forward' in vars(part) or part._compiled_call_impl for part in parts):
-        return None
-    if any(getattr(part, name) for part in parts for name in HOOKS):
+    if not _as_built(block):
         return None
     conv = block.dwconv
     if (conv.stride, conv.dilation, conv.groups, conv.padding_mode) != ((1, 1), (1, 1), len(conv.weight), 'zeros'):

@@ -7,31 +7,51 @@ in wide blocks the hidden layer before GELU, unless `with_cp` is set.
 
 import ctypes
 import hashlib
+import threading
 import warnings
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from .blocks import Parameters, Settings
 
 SOURCE = Path(__file__).with_name('kernels.c')
+NEEDED = {'avx512f', 'avx512bw', 'avx512dq', 'avx512vl'}  # of a processor
 LANES = 32  # channels come in multiples of it
 SIDE = 7  # of the depthwise kernel
+WITH_WORK = ('forward', 'backward', 'patches', 'patches_backward', 'output_backward')
+PATCHES = (4, 2)  # sides of those of the stem and of a downsampling
 WIDE = 384  # channels from which on the hidden layer is sooner kept for the backward pass than computed again
-INTEGERS = ('images', 'height', 'width', 'channels', 'threads', 'bf16')
-MAPS = ('x', 'y', 'hidden', 'out', 'grad', 'grad_x', 'grad_y', 'grad_linear1', 'grad_linear2', 'sums', 'work')
 
 
-class _Arguments(ctypes.Structure):
-    """Block of kernels.c."""
+# A thread keeps the memory that the kernels work in: of 20 MB of fresh pages, tiny's, the system has to clear each one,
+# which can take longer than a block.
+_own, _NOTHING = threading.local(), torch.empty(0, dtype=torch.uint8)
 
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in INTEGERS),
-        *((name, ctypes.c_float) for name in ('eps', 'factor')),
-        *((name, ctypes.c_void_p) for name in (*Parameters._fields, *MAPS)),
-    ]
+
+def _structure(integers, floats, pointers):
+    names = ((integers, ctypes.c_int64), (floats, ctypes.c_float), (pointers, ctypes.c_void_p))
+    fields = [(name, kind) for group, kind in names for name in group.split()]
+    return type('Arguments', (ctypes.Structure,), dict(_fields_=fields))
+
+
+# Block, Patches and Output of kernels.c.
+_Block = _structure(
+    'images height width channels threads bf16',
+    'eps factor',
+    ' '.join(Parameters._fields) + ' x y hidden out grad grad_x grad_y grad_linear1 grad_linear2 sums work',
+)
+_Patches = _structure(
+    'images height width channels outputs side threads bf16 of_image of_channel of_row of_pixel',
+    'eps',
+    'x weight bias norm norm_bias out grad grad_x grad_weight sums work',
+)
+_Output = _structure('images area channels threads', 'eps', 'x norm norm_bias out grad grad_x sums work')
 
 
 def takes(x: torch.Tensor, p: Parameters, dtype: torch.dtype) -> bool:
@@ -41,7 +61,7 @@ def takes(x: torch.Tensor, p: Parameters, dtype: torch.dtype) -> bool:
         return False
     if p.gamma is None and x.dtype != torch.float32:  # then the plain form's output is not float32
         return False
-    return all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in p)
+    return all(t is None or (_plain(t) and t.is_contiguous()) for t in p)
 
 
 def inputs(settings: Settings, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +79,7 @@ def forward(settings, x, z, parameters, keep=False):
         z.new_empty(*z.shape[:-1], 4 * z.shape[-1], dtype=settings.dtype) if keep_hidden else None,
     )
     out = torch.empty_like(z)
-    _call('forward', settings, z, parameters, y=kept[0], hidden=kept[1], out=out)
+    _call_block('forward', settings, z, parameters, y=kept[0], hidden=kept[1], out=out)
     return out, kept
 
 
@@ -73,7 +93,7 @@ def backward(settings, z, kept, parameters, grad, needed):
         taps = SIDE * SIDE
         found |= dict(grad_linear1=torch.empty_like(p.linear1), grad_linear2=torch.empty_like(p.linear2))
         found['sums'] = z.new_empty((4 + 4 + taps) * channels)
-    _call('backward', settings, z, parameters, **found)
+    _call_block('backward', settings, z, parameters, **found)
     if not any(of_parameters):
         return None, found['grad_x'], *[None] * len(parameters)
     sizes = [4 * channels, *[channels] * 4, taps * channels]
@@ -84,29 +104,153 @@ def backward(settings, z, kept, parameters, grad, needed):
     return None, found['grad_x'], *(t if n else None for t, n in zip(all_found, of_parameters))
 
 
-def _call(name, settings, x, parameters, **tensors):
+class Patches(NamedTuple):
+    side: int  # 4 of the stem, whose norm comes after the convolution, 2 of a downsampling, whose norm comes before
+    eps: float
+    dtype: torch.dtype  # of the products
+
+
+def takes_patches(conv: nn.Conv2d, norm: nn.LayerNorm, x: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a stem or a downsampling has this form here. A stem's image gets no gradient."""
+    side = conv.kernel_size[0]
+    expected = ((side, side), (side, side), (0, 0), (1, 1), 1, 'zeros')
+    found = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    if side not in PATCHES or found != expected or min(x.shape[2:]) < side or x.shape[1] != conv.in_channels:
+        return False
+    if norm.normalized_shape != (conv.in_channels if side == 2 else conv.out_channels,):
+        return False
+    if side == 2 and not (x.shape[1] % LANES == 0 and x.is_contiguous(memory_format=torch.channels_last)):
+        return False
+    if side == 4 and x.requires_grad:
+        return False
+    parameters = (conv.weight, conv.bias, norm.weight, norm.bias)
+    return conv.out_channels % LANES == 0 and dtype in dtypes() and all(map(_plain, (x, *parameters)))
+
+
+def patches(settings: Patches, x, weight, bias, norm, norm_bias):
+    """N x C x H x W -> N x C' x H // side x W // side, float32 in channels_last."""
+    height, width = (n // settings.side for n in x.shape[2:])
+    out = x.new_empty(len(x), height, width, len(weight))
+    _call_patches('patches', settings, x, weight, (bias, norm, norm_bias), out=out)
+    return out.permute(0, 3, 1, 2)
+
+
+def patches_backward(settings, x, weight, bias, norm, norm_bias, grad, needed):
+    """Gradients of all but `settings`, None where not `needed`."""
+    of_parameters = needed[1:]
+    grad = grad.permute(0, 2, 3, 1).contiguous()
+    found = {}
+    if settings.side == 2:  # pixels of odd sizes that no patch covers have none
+        covered = not any(n % 2 for n in x.shape[2:])
+        found['grad_x'] = torch.empty_like(x) if covered else torch.zeros_like(x)
+    sizes = (len(bias), len(norm), len(norm))
+    if any(of_parameters):
+        found['grad_weight'] = x.new_empty(len(weight), _patch_size(weight))
+        found['sums'] = x.new_empty(sum(sizes))
+    _call_patches('patches_backward', settings, x, weight, (bias, norm, norm_bias), grad=grad, **found)
+    if not any(of_parameters):
+        return found.get('grad_x'), None, None, None, None
+    of_weight = found['grad_weight'][:, : weight[0].numel()].reshape(weight.shape)
+    all_found = (found.get('grad_x'), of_weight, *found['sums'].split(sizes))
+    return tuple(t if n else None for t, n in zip(all_found, needed))
+
+
+def patches_plainly(settings, x, weight, bias, norm, norm_bias):
+    def normalised(x):
+        return F.layer_norm(x.permute(0, 2, 3, 1), norm.shape, norm, norm_bias, settings.eps).permute(0, 3, 1, 2)
+
+    if settings.side == 2:
+        return F.conv2d(normalised(x), weight, bias, stride=2)
+    return normalised(F.conv2d(x, weight, bias, stride=settings.side))
+
+
+def _patch_size(weight: torch.Tensor) -> int:
+    return -(-weight[0].numel() // LANES) * LANES
+
+
+def _call_patches(name, settings, x, weight, vectors, **tensors):
+    rows = F.pad(weight.flatten(1), (0, _patch_size(weight) - weight[0].numel()))
+    sizes = (len(x), *(n // settings.side for n in x.shape[2:]), x.shape[1], len(weight), settings.side)
+    tensors |= dict(zip(('bias', 'norm', 'norm_bias'), vectors), x=x, weight=rows)
+    integers = (*sizes, torch.get_num_threads(), settings.dtype == torch.bfloat16, *x.stride())
+    _call(name, _Patches(*integers, settings.eps, **_pointers(tensors)))
+
+
+def takes_output(norm: nn.LayerNorm, x: torch.Tensor) -> bool:
+    """Whether the norm of a map that is emitted has this form here."""
+    if x.shape[1] % LANES or not x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    return norm.normalized_shape == (x.shape[1],) and bool(dtypes()) and all(map(_plain, (x, norm.weight, norm.bias)))
+
+
+def output(eps: float, x, norm, norm_bias):
+    """LayerNorm of N x C x H x W in channels_last, contiguous."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _call_output('output', eps, x, norm=norm, norm_bias=norm_bias, out=out)
+    return out
+
+
+def output_backward(eps, x, norm, norm_bias, grad, needed):
+    found = dict(grad_x=torch.empty_like(x), sums=x.new_empty(2 * len(norm)))
+    _call_output('output_backward', eps, x, norm=norm, norm_bias=norm_bias, grad=grad.contiguous(), **found)
+    all_found = (found['grad_x'], *found['sums'].chunk(2))
+    return tuple(t if n else None for t, n in zip(all_found, needed))
+
+
+def output_plainly(eps, x, norm, norm_bias):
+    return F.layer_norm(x.permute(0, 2, 3, 1), norm.shape, norm, norm_bias, eps).permute(0, 3, 1, 2)
+
+
+def _call_output(name, eps, x, **tensors):
+    n, channels, height, width = x.shape
+    integers = (n, height * width, channels, torch.get_num_threads())
+    _call(name, _Output(*integers, eps, **_pointers(tensors | dict(x=x))))
+
+
+def _plain(t: torch.Tensor | None) -> bool:
+    return type(t) in (nn.Parameter, torch.Tensor) and t.dtype == torch.float32 and t.device.type == 'cpu'
+
+
+def _pointers(tensors: dict[str, torch.Tensor | None]) -> dict[str, int]:
+    return {name: t.data_ptr() for name, t in tensors.items() if t is not None}
+
+
+def _call_block(name, settings, x, parameters, **tensors):
     images, height, width, channels = x.shape
     if not images:  # stochastic depth left none
         return
     integers = (images, height, width, channels, torch.get_num_threads(), settings.dtype == torch.bfloat16)
-    tensors |= {**parameters._asdict(), 'x': x}
-    pointers = {key: t.data_ptr() for key, t in tensors.items() if t is not None}
-    arguments = _Arguments(*integers, eps=settings.eps, factor=settings.factor, **pointers)
-    size = _library().convnext_work(ctypes.byref(arguments), name == 'backward')
-    work = torch.empty(size, dtype=torch.uint8)
-    arguments.work = work.data_ptr()
-    getattr(_library(), f'convnext_{name}')(ctypes.byref(arguments))
+    pointers = _pointers({**tensors, **parameters._asdict(), 'x': x})
+    _call(name, _Block(*integers, settings.eps, settings.factor, **pointers))
+
+
+def _call(name, arguments):
+    library = _library()
+    if name in WITH_WORK:
+        size = getattr(library, f'convnext_{name}_work')(ctypes.byref(arguments))
+        if getattr(_own, 'work', _NOTHING).numel() < size:
+            _own.work = _NOTHING  # before the new one comes
+            _own.work = torch.empty(size, dtype=torch.uint8)
+        arguments.work = _own.work.data_ptr()
+    getattr(library, f'convnext_{name}')(ctypes.byref(arguments))
 
 
 @cache
 def dtypes() -> tuple[torch.dtype, ...]:
     """Those that this machine has this form for."""
-    flags = _flags()
-    if not {'avx512f', 'avx512bw', 'avx512dq', 'avx512vl'} <= flags or _library() is None:
+    if why_not():
         return ()
     # Where the processor multiplies tiles of bfloat16, oneDNN does, and is faster.
-    bfloat16 = 'avx512_bf16' in flags and 'amx_bf16' not in flags
+    bfloat16 = 'avx512_bf16' in _flags() and 'amx_bf16' not in _flags()
     return (torch.float32, torch.bfloat16) if bfloat16 else (torch.float32,)
+
+
+def why_not() -> str:
+    """What keeps this machine from this form; empty where nothing does."""
+    missing = NEEDED - _flags()
+    if missing:
+        return f'this processor has no {", ".join(sorted(missing))}'
+    return '' if _library() else 'they were not compiled when convnext_dense was installed'
 
 
 def _flags() -> set[str]:
@@ -133,7 +277,8 @@ def _library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    library.convnext_work.restype = ctypes.c_int64
+    for name in WITH_WORK:
+        getattr(library, f'convnext_{name}_work').restype = ctypes.c_int64
     return library
 
 

@@ -224,39 +224,49 @@ static void multiply(int bf16, const char *a, int64_t line, int64_t rows, const 
 OUTER(outer_float32, 0)
 OUTER(outer_bfloat16, 1)
 
+static void multiply_transposed(int bf16, const word *a, const word *b, int64_t k, float *to, int64_t line, int add) {
+    (bf16 ? outer_bfloat16 : outer_float32)(a, b, k, to, line, add);
+}
+
 /* ---- operands in panels ------------------------------------------------------------------------------------------ */
+
+/* Of four vectors the first 128 bits of each to r[0], the second to r[step] and so on. */
+INLINE void transpose_lanes(__m512i a, __m512i b, __m512i c, __m512i d, __m512i *r, const int step) {
+    __m512i low01 = _mm512_shuffle_i32x4(a, b, 0x88), high01 = _mm512_shuffle_i32x4(a, b, 0xdd);
+    __m512i low23 = _mm512_shuffle_i32x4(c, d, 0x88), high23 = _mm512_shuffle_i32x4(c, d, 0xdd);
+    r[0] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+    r[step] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+    r[2 * step] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+    r[3 * step] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+}
+
+/* Within 128 bits: r[i] becomes word i of a, b, c, d, for each of the four lanes. */
+INLINE void transpose_words(__m512i a, __m512i b, __m512i c, __m512i d, __m512i r[4]) {
+    __m512i low01 = _mm512_unpacklo_epi32(a, b), high01 = _mm512_unpackhi_epi32(a, b);
+    __m512i low23 = _mm512_unpacklo_epi32(c, d), high23 = _mm512_unpackhi_epi32(c, d);
+    r[0] = _mm512_unpacklo_epi64(low01, low23);
+    r[1] = _mm512_unpackhi_epi64(low01, low23);
+    r[2] = _mm512_unpacklo_epi64(high01, high23);
+    r[3] = _mm512_unpackhi_epi64(high01, high23);
+}
 
 INLINE void transpose(__m512i r[16]) {
     __m512i t[16];
-    UNROLL for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    UNROLL for (int i = 0; i < 16; i += 4) for (int j = 0; j < 2; j++) {
-        r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-        r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-    }
-    /* r[4 q + c]: of rows 4 q to 4 q + 3 columns c, c + 4, c + 8, c + 12 */
-    UNROLL for (int c = 0; c < 4; c++) {
-        __m512i low01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), high01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
-        __m512i low23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
-        __m512i high23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
-        t[c] = _mm512_shuffle_i32x4(low01, low23, 0x88);
-        t[c + 8] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
-        t[c + 4] = _mm512_shuffle_i32x4(high01, high23, 0x88);
-        t[c + 12] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
-    }
-    UNROLL for (int i = 0; i < 16; i++) r[i] = t[i];
+    UNROLL for (int i = 0; i < 16; i += 4) transpose_words(r[i], r[i + 1], r[i + 2], r[i + 3], t + i);
+    UNROLL for (int i = 0; i < 4; i++) transpose_lanes(t[i], t[i + 4], t[i + 8], t[i + 12], r + i, 4);
 }
 
 /* Panel `at` of a weight, columns x k, summed over its rows' own dimension. */
 static void pack_rows(int bf16, const float *weight, int64_t k, int64_t at, word *to) {
     int64_t words = bf16 ? k / 2 : k;
-    to += at * words * WIDE;
+    vec seen = _mm512_setzero_ps(); /* one after the other they come from memory twice as fast as row beside row */
+    weight += at * WIDE * k, to += at * words * WIDE;
+    for (int64_t i = 0; i < WIDE * k; i += LANES) seen = _mm512_or_ps(seen, load(weight + i));
+    __asm__ volatile("" : : "v"(seen));
     for (int64_t w = 0; w < words; w += LANES)
         for (int half = 0; half < WIDE; half += LANES) {
             __m512i r[16];
-            const float *from = weight + (at * WIDE + half) * k + (bf16 ? 2 * w : w);
+            const float *from = weight + half * k + (bf16 ? 2 * w : w);
             UNROLL for (int i = 0; i < 16; i++)
                 r[i] = bf16 ? (__m512i)_mm512_cvtne2ps_pbh(load(from + i * k + LANES), load(from + i * k))
                             : (__m512i)load(from + i * k);
@@ -265,16 +275,14 @@ static void pack_rows(int bf16, const float *weight, int64_t k, int64_t at, word
         }
 }
 
-/* Panel `at` of a weight, k x columns, summed over its rows. */
-static void pack_columns(int bf16, const float *weight, int64_t k, int64_t columns, int64_t at, word *to) {
+/* Of all panels of a weight, k x columns, summed over its rows, the words at `w`. */
+static void pack_columns(int bf16, const float *weight, int64_t k, int64_t columns, int64_t w, word *to) {
     int64_t words = bf16 ? k / 2 : k;
-    to += at * words * WIDE;
-    for (int64_t w = 0; w < words; w++, to += WIDE)
-        for (int half = 0; half < WIDE; half += LANES) {
-            const float *from = weight + (bf16 ? 2 * w : w) * columns + at * WIDE + half;
-            __m512i v = bf16 ? paired(narrow(load(from)), narrow(load(from + columns))) : (__m512i)load(from);
-            _mm512_storeu_si512(to + half, v);
-        }
+    const float *from = weight + (bf16 ? 2 * w : w) * columns;
+    for (int64_t c = 0; c < columns; c += LANES, from += LANES) {
+        __m512i v = bf16 ? paired(narrow(load(from)), narrow(load(from + columns))) : (__m512i)load(from);
+        _mm512_storeu_si512(to + (c / WIDE * words + w) * WIDE + c % WIDE, v);
+    }
 }
 
 /* Rows of elements as panels, summed over rows, `stride` words apart; of an odd number of rows the last has a partner of
@@ -362,6 +370,15 @@ static void tap_gradients(const Block *b, const float *image, const float *grad,
     }
 }
 
+/* What all threads have summed up. */
+static void add_threads(const float *sums, int64_t n, float *to) {
+#pragma omp for
+    for (int64_t i = 0; i < n; i++) {
+        to[i] = 0;
+        for (int64_t t = 0; t < omp_get_num_threads(); t++) to[i] += sums[t * n + i];
+    }
+}
+
 /* ---- rows --------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -376,18 +393,45 @@ INLINE Moments moments(const float *row, int64_t c, float eps) {
         vec d = _mm512_sub_ps(load(row + k), all(mean));
         squares = _mm512_fmadd_ps(d, d, squares);
     }
-    return (Moments){mean, 1 / __builtin_sqrtf(sum(squares) / c + eps)};
+    return (Moments){mean, 1 / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(sum(squares) / c + eps)))};
 }
 
-/* LayerNorm of rows of floats, to elements. */
-static void normalise(const Block *b, const Plan *plan, const char *y, int64_t rows, char *to, Moments *of_rows) {
+/* LayerNorm of a row of floats, to elements. */
+INLINE void normalise(const int bf16, const float *row, int64_t c, Moments m, const float *weight, const float *bias,
+                      void *to) {
+    for (int64_t k = 0; k < c; k += LANES) {
+        vec v = _mm512_mul_ps(_mm512_sub_ps(load(row + k), all(m.mean)), all(m.scale));
+        put(bf16, to, k, _mm512_fmadd_ps(v, load(weight + k), load(bias + k)));
+    }
+}
+
+/* From the gradient of its output that of its input, to `to`; sums of the gradients of weight, bias and input, or null. */
+static void normalise_backward(const float *y, const float *grad, int64_t c, Moments m, const float *weight, float *to,
+                               float *of_weight, float *of_bias, float *of_y) {
+    vec mean = all(m.mean), scale = all(m.scale), total = _mm512_setzero_ps(), product = total;
+    for (int64_t k = 0; k < c; k += LANES) {
+        vec n = _mm512_mul_ps(_mm512_sub_ps(load(y + k), mean), scale), g = load(grad + k);
+        if (of_weight) add_to(of_weight + k, _mm512_mul_ps(g, n)), add_to(of_bias + k, g);
+        g = _mm512_mul_ps(g, load(weight + k));
+        total = _mm512_add_ps(total, g);
+        product = _mm512_fmadd_ps(g, n, product);
+    }
+    total = all(sum(total) / c), product = all(sum(product) / c);
+    for (int64_t k = 0; k < c; k += LANES) {
+        vec n = _mm512_mul_ps(_mm512_sub_ps(load(y + k), mean), scale);
+        vec g = _mm512_sub_ps(_mm512_mul_ps(load(grad + k), load(weight + k)), total);
+        g = _mm512_mul_ps(_mm512_fnmadd_ps(n, product, g), scale);
+        if (of_y) add_to(of_y + k, g);
+        store(to + k, g);
+    }
+}
+
+/* That of a block, of rows. */
+static void normalise_rows(const Block *b, const Plan *plan, const char *y, int64_t rows, char *to, Moments *of_rows) {
     for (int64_t i = 0; i < rows; i++, y += plan->line, to += plan->thin) {
         Moments m = moments((const float *)y, b->channels, b->eps);
         if (of_rows) of_rows[i] = m;
-        for (int64_t k = 0; k < b->channels; k += LANES) {
-            vec v = _mm512_mul_ps(_mm512_sub_ps(load((const float *)y + k), all(m.mean)), all(m.scale));
-            put(b->bf16, to, k, _mm512_fmadd_ps(v, load(b->norm + k), load(b->norm_bias + k)));
-        }
+        normalise(b->bf16, (const float *)y, b->channels, m, b->norm, b->norm_bias, to);
     }
 }
 
@@ -428,7 +472,8 @@ static Plan plan_of(const Block *b, int backward) {
 }
 
 /* Bytes that `work` is to hold. */
-int64_t convnext_work(const Block *b, int backward) { return plan_of(b, backward).total; }
+int64_t convnext_forward_work(const Block *b) { return plan_of(b, 0).total; }
+int64_t convnext_backward_work(const Block *b) { return plan_of(b, 1).total; }
 
 /* The taps, TAPS x C, as the forward pass and then as the backward pass wants them, and the branch's scale. */
 static void prepare(const Block *b, const Plan *plan) {
@@ -454,7 +499,7 @@ static void forward_tile(const Block *b, const Plan *plan, char *scratch, int64_
     for (int64_t i = 0; b->y && i < rows; i++)
         for (int64_t k = 0; k < c; k += LANES)
             put(bf16, (char *)b->y + (first + i) * c * size, k, load(y + i * plan->line + 4 * k));
-    normalise(b, plan, y, rows, n, 0);
+    normalise_rows(b, plan, y, rows, n, 0);
     for (int64_t column = 0; column < 4 * c; column += CHUNK) { /* y is done with: the branch grows in its place */
         int64_t columns = least(CHUNK, 4 * c - column), k = bf16 ? columns / 2 : columns;
         char *hidden = b->hidden ? (char *)b->hidden + (first * 4 * c + column) * size : 0;
@@ -524,27 +569,6 @@ static void take_gradient(const Block *b, const Plan *plan, int64_t first, int64
         }
 }
 
-/* LayerNorm's: from the gradient of its output that of its input, to `to`. */
-static void normalise_backward(const Block *b, const float *y, const float *grad, Moments m, float *to, const Sums *s) {
-    int64_t c = b->channels;
-    vec mean = all(m.mean), scale = all(m.scale), total = _mm512_setzero_ps(), product = total;
-    for (int64_t k = 0; k < c; k += LANES) {
-        vec n = _mm512_mul_ps(_mm512_sub_ps(load(y + k), mean), scale), g = load(grad + k);
-        if (s->norm) add_to(s->norm + k, _mm512_mul_ps(g, n)), add_to(s->norm_bias + k, g);
-        g = _mm512_mul_ps(g, load(b->norm + k));
-        total = _mm512_add_ps(total, g);
-        product = _mm512_fmadd_ps(g, n, product);
-    }
-    total = all(sum(total) / c), product = all(sum(product) / c);
-    for (int64_t k = 0; k < c; k += LANES) {
-        vec n = _mm512_mul_ps(_mm512_sub_ps(load(y + k), mean), scale);
-        vec g = _mm512_sub_ps(_mm512_mul_ps(load(grad + k), load(b->norm + k)), total);
-        g = _mm512_mul_ps(_mm512_fnmadd_ps(n, product, g), scale);
-        if (s->norm) add_to(s->depthwise_bias + k, g);
-        store(to + k, g);
-    }
-}
-
 /* From the gradient of the output of `rows` rows that of the depthwise convolution's, and the operands of the gradients of
    both weights; `at`: rows of the strip before them. */
 static void backward_tile(const Block *b, const Plan *plan, char *scratch, int64_t first, int64_t rows, int64_t at,
@@ -569,7 +593,7 @@ static void backward_tile(const Block *b, const Plan *plan, char *scratch, int64
     } else {
         depthwise(b, b->x, (const float *)(b->work + plan->taps), b->depthwise_bias, 0, first, rows, y, plan->line);
     }
-    normalise(b, plan, y, rows, n, of_rows);
+    normalise_rows(b, plan, y, rows, n, of_rows);
     if (of_weights) to_panels(bf16, n, plan->thin, rows, c, panels[0], stride);
     take_gradient(b, plan, first, rows, g, of_weights ? panels[1] : 0, stride, s.bias2);
     for (int64_t column = 0; column < 4 * c; column += CHUNK) {
@@ -594,8 +618,8 @@ static void backward_tile(const Block *b, const Plan *plan, char *scratch, int64
         }
     }
     for (int64_t i = 0; i < rows; i++)
-        normalise_backward(b, (float *)(y + i * plan->line), (float *)(n_grad + i * plan->line), of_rows[i],
-                           b->grad_y + (first + i) * c, &s);
+        normalise_backward((float *)(y + i * plan->line), (float *)(n_grad + i * plan->line), c, of_rows[i], b->norm,
+                           b->grad_y + (first + i) * c, s.norm, s.norm_bias, s.depthwise_bias);
 }
 
 /* Of a strip of `rows` rows the gradients of WIDE hidden channels' weights. */
@@ -604,11 +628,11 @@ static void weight_gradients(const Block *b, const Plan *plan, int64_t panel, in
     int64_t stride = (b->bf16 ? plan->strip / 2 : plan->strip) * WIDE;
     const word *panels[4];
     for (int i = 0; i < 4; i++) panels[i] = (const word *)(b->work + plan->panels[i]) + (i < 2 ? 0 : panel * stride);
-    void (*outer)(const word *, const word *, int64_t, float *, int64_t, int) =
-        b->bf16 ? outer_bfloat16 : outer_float32;
     for (int64_t k = 0; k < c / WIDE; k++) {
-        outer(panels[2], panels[0] + k * stride, words, b->grad_linear1 + panel * WIDE * c + k * WIDE, c, add);
-        outer(panels[1] + k * stride, panels[3], words, b->grad_linear2 + k * WIDE * 4 * c + panel * WIDE, 4 * c, add);
+        float *to1 = b->grad_linear1 + panel * WIDE * c + k * WIDE;
+        float *to2 = b->grad_linear2 + k * WIDE * 4 * c + panel * WIDE;
+        multiply_transposed(b->bf16, panels[2], panels[0] + k * stride, words, to1, c, add);
+        multiply_transposed(b->bf16, panels[1] + k * stride, panels[3], words, to2, 4 * c, add);
     }
 }
 
@@ -623,15 +647,18 @@ void convnext_backward(const Block *b) {
         float *of_thread = of_threads + omp_get_thread_num() * plan->of_sums;
         Sums s = sums_at(of_thread, c);
         memset(of_thread, 0, 4 * plan->of_sums);
-        if (!b->grad_linear1) s.norm = 0;
+        if (!b->grad_linear1) s.norm = s.norm_bias = s.depthwise_bias = 0;
         prepare(b, plan);
+        if (!b->hidden) {
 #pragma omp for nowait
-        for (int64_t i = 0; i < 4 * c / WIDE; i++) {
-            if (!b->hidden) pack_rows(b->bf16, b->linear1, c, i, (word *)(b->work + plan->linear1));
-            pack_columns(b->bf16, b->linear2, c, 4 * c, i, (word *)(b->work + plan->linear2_back));
+            for (int64_t i = 0; i < 4 * c / WIDE; i++)
+                pack_rows(b->bf16, b->linear1, c, i, (word *)(b->work + plan->linear1));
         }
+#pragma omp for nowait
+        for (int64_t i = 0; i < (b->bf16 ? c / 2 : c); i++)
+            pack_columns(b->bf16, b->linear2, c, 4 * c, i, (word *)(b->work + plan->linear2_back));
 #pragma omp for
-        for (int64_t i = 0; i < c / WIDE; i++)
+        for (int64_t i = 0; i < 4 * (b->bf16 ? c / 2 : c); i++)
             pack_columns(b->bf16, b->linear1, 4 * c, c, i, (word *)(b->work + plan->linear1_back));
         for (int64_t start = 0; start < m; start += plan->strip) {
             int64_t end = least(start + plan->strip, m);
@@ -656,12 +683,301 @@ void convnext_backward(const Block *b) {
                 for (int64_t k = 0; k < c; k += LANES)
                     tap_gradients(b, b->x + image + k, b->grad_y + image + k, line % b->height, s.taps + k);
             }
-#pragma omp for
-            for (int64_t i = 0; i < plan->of_sums; i++) {
-                b->sums[i] = 0;
-                for (int64_t t = 0; t < omp_get_num_threads(); t++) b->sums[i] += of_threads[t * plan->of_sums + i];
-            }
+            add_threads(of_threads, plan->of_sums, b->sums);
         }
+    }
+}
+
+/* ---- between stages ------------------------------------------------------------------------------------------------ */
+
+/* Patches of side x side pixels of a map become a pixel each by a Linear: the stem, whose LayerNorm comes after, and the
+   downsampling, whose LayerNorm comes before and goes over the input's channels. Sizes are the output's. */
+typedef struct {
+    int64_t images, height, width, channels, outputs, side, threads, bf16;
+    int64_t of_image, of_channel, of_row, of_pixel; /* floats from one to the next in x */
+    float eps;
+    const float *x, *weight, *bias, *norm, *norm_bias; /* weight: outputs x size of a patch, zeros at the end */
+    float *out;
+    /* of the backward pass; grad_x (as x, and only of the downsampling) or grad_weight null: not wanted */
+    const float *grad;
+    float *grad_x, *grad_weight, *sums; /* sums: gradients of bias, norm and norm_bias */
+    char *work;
+} Patches;
+
+enum { PATCH_ROWS = 56 };
+
+typedef struct {
+    int64_t size, words, strip;               /* of a patch, in elements and words; rows */
+    int64_t patch_line, line, float_line, wide_line; /* bytes of a row: patch; outputs; outputs, patch in floats */
+    int64_t weight, weight_back, patches, grads, sums, of_sums, scratch, scratch_size, total;
+} PatchPlan;
+
+static PatchPlan patch_plan_of(const Patches *b, int backward) {
+    PatchPlan p = {0};
+    int64_t size = size_of(b->bf16), end = 0;
+    p.size = up(b->channels * b->side * b->side, 2 * LANES); /* a multiple of what `pack_rows` takes */
+    p.words = b->bf16 ? p.size / 2 : p.size;
+    p.strip = up(most(4 * PATCH_ROWS * b->threads, 512), PATCH_ROWS);
+    p.patch_line = size * p.size + PAD, p.line = size * b->outputs + PAD;
+    p.float_line = 4 * b->outputs + PAD, p.wide_line = 4 * p.size + PAD;
+    p.weight = place(&end, size * p.size * b->outputs);
+    p.scratch_size = PATCH_ROWS * (p.patch_line + p.float_line);
+    if (backward) {
+        p.weight_back = place(&end, size * p.size * b->outputs);
+        p.patches = place(&end, size * p.size * p.strip);
+        p.grads = place(&end, size * b->outputs * p.strip);
+        p.of_sums = b->outputs + 2 * (b->side == 2 ? b->channels : b->outputs);
+        p.sums = place(&end, 4 * p.of_sums * b->threads);
+        p.scratch_size += PATCH_ROWS * (p.line + p.wide_line) + 4 * 4 * b->channels;
+    }
+    p.scratch_size = up(p.scratch_size, 4096) + 64;
+    p.scratch = place(&end, p.scratch_size * b->threads);
+    p.total = end;
+    return p;
+}
+
+int64_t convnext_patches_work(const Patches *b) { return patch_plan_of(b, 0).total; }
+int64_t convnext_patches_backward_work(const Patches *b) { return patch_plan_of(b, 1).total; }
+
+/* Floats from the beginning of x to the corner of a patch. */
+INLINE int64_t corner_of(const Patches *b, int64_t at) {
+    int64_t h = at / b->width % b->height, image = at / (b->width * b->height);
+    return image * b->of_image + b->side * (h * b->of_row + at % b->width * b->of_pixel);
+}
+
+/* Of the stem: as they lie in the weight, channel by channel. */
+static void gather(const Patches *b, const PatchPlan *plan, const float *corner, char *to) {
+    int64_t k = 0;
+    float row[plan->size];
+    for (int64_t c = 0; c < b->channels; c++)
+        for (int64_t v = 0; v < b->side; v++)
+            for (int64_t u = 0; u < b->side; u++)
+                row[k++] = corner[c * b->of_channel + v * b->of_row + u * b->of_pixel];
+    for (; k < plan->size; k++) row[k] = 0;
+    for (k = 0; k < plan->size; k += LANES) put(b->bf16, to, k, load(row + k));
+}
+
+/* Of 2 x 2 pixels, each normalised: the four of a channel side by side, as they lie in the weight. */
+static void gather_normalised(const Patches *b, const float *corner, char *to) {
+    const float *pixel[4] = {corner, corner + b->of_pixel, corner + b->of_row, corner + b->of_row + b->of_pixel};
+    Moments m[4];
+    for (int i = 0; i < 4; i++) m[i] = moments(pixel[i], b->channels, b->eps);
+    for (int64_t k = 0; k < b->channels; k += LANES) {
+        __m512i v[4], words[4];
+        vec weight = load(b->norm + k), bias = load(b->norm_bias + k);
+        UNROLL for (int i = 0; i < 4; i++) {
+            vec n = _mm512_mul_ps(_mm512_sub_ps(load(pixel[i] + k), all(m[i].mean)), all(m[i].scale));
+            v[i] = (__m512i)_mm512_fmadd_ps(n, weight, bias);
+        }
+        transpose_words(v[0], v[1], v[2], v[3], words);
+        transpose_lanes(words[0], words[1], words[2], words[3], v, 1);
+        UNROLL for (int i = 0; i < 4; i++) put(b->bf16, to, 4 * k + LANES * i, (vec)v[i]);
+    }
+}
+
+static void gather_rows(const Patches *b, const PatchPlan *plan, int64_t first, int64_t rows, char *to) {
+    for (int64_t i = 0; i < rows; i++, to += plan->patch_line) {
+        const float *corner = b->x + corner_of(b, first + i);
+        b->side == 2 ? gather_normalised(b, corner, to) : gather(b, plan, corner, to);
+    }
+}
+
+/* The Linear of gathered rows, to floats. */
+static void project(const Patches *b, const PatchPlan *plan, const char *patches, int64_t rows, char *to) {
+    Epilogue e = {BIAS, to, plan->float_line, b->bias, 0, 0, 0, 0};
+    multiply(b->bf16, patches, plan->patch_line, rows, (const word *)(b->work + plan->weight), plan->words * WIDE,
+             plan->words, b->outputs, &e);
+}
+
+static void patches_tile(const Patches *b, const PatchPlan *plan, char *scratch, int64_t first, int64_t rows) {
+    char *out = scratch + PATCH_ROWS * plan->patch_line;
+    gather_rows(b, plan, first, rows, scratch);
+    project(b, plan, scratch, rows, out);
+    for (int64_t i = 0; i < rows; i++) {
+        const float *row = (const float *)(out + i * plan->float_line);
+        float *to = b->out + (first + i) * b->outputs;
+        if (b->side == 2)
+            memcpy(to, row, 4 * b->outputs);
+        else
+            normalise(0, row, b->outputs, moments(row, b->outputs, b->eps), b->norm, b->norm_bias, to);
+    }
+}
+
+void convnext_patches(const Patches *b) {
+    PatchPlan p = patch_plan_of(b, 0);
+    const PatchPlan *plan = &p;
+    int64_t m = b->images * b->height * b->width;
+#pragma omp parallel num_threads((int)b->threads)
+    {
+        char *scratch = b->work + plan->scratch + omp_get_thread_num() * plan->scratch_size;
+#pragma omp for
+        for (int64_t i = 0; i < b->outputs / WIDE; i++)
+            pack_rows(b->bf16, b->weight, plan->size, i, (word *)(b->work + plan->weight));
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t first = 0; first < m; first += PATCH_ROWS)
+            patches_tile(b, plan, scratch, first, least(PATCH_ROWS, m - first));
+    }
+}
+
+/* The gradient of a patch, as it lies in the weight, back to its 2 x 2 pixels. */
+static void scatter_normalised(const Patches *b, const float *grad, int64_t corner, float *pixels, float *of_norm,
+                               float *of_norm_bias) {
+    int64_t c = b->channels, at[4] = {corner, corner + b->of_pixel, corner + b->of_row, corner + b->of_row + b->of_pixel};
+    for (int64_t k = 0; k < c; k += LANES) {
+        __m512i v[4], words[4];
+        UNROLL for (int i = 0; i < 4; i++) v[i] = (__m512i)load(grad + 4 * k + LANES * i);
+        transpose_lanes(v[0], v[1], v[2], v[3], words, 1);
+        transpose_words(words[0], words[1], words[2], words[3], v);
+        UNROLL for (int i = 0; i < 4; i++) store(pixels + i * c + k, (vec)v[i]);
+    }
+    for (int i = 0; i < 4; i++)
+        normalise_backward(b->x + at[i], pixels + i * c, c, moments(b->x + at[i], c, b->eps), b->norm,
+                           b->grad_x + at[i], of_norm, of_norm_bias, 0);
+}
+
+static void patches_backward_tile(const Patches *b, const PatchPlan *plan, char *scratch, int64_t first, int64_t rows,
+                                  int64_t at, float *sums) {
+    int bf16 = b->bf16, of_weights = b->grad_weight != 0;
+    int64_t n = b->outputs, stride = (bf16 ? plan->strip / 2 : plan->strip) * WIDE;
+    int64_t offset = (bf16 ? at / 2 : at) * WIDE;
+    char *y = scratch + PATCH_ROWS * plan->patch_line, *g = y + PATCH_ROWS * plan->float_line;
+    char *wide = g + PATCH_ROWS * plan->line;
+    float *pixels = (float *)(wide + PATCH_ROWS * plan->wide_line);
+    float *of_norm = of_weights ? sums + n : 0, *of_norm_bias = of_weights ? of_norm + (plan->of_sums - n) / 2 : 0;
+
+    gather_rows(b, plan, first, rows, scratch);
+    if (b->side != 2) project(b, plan, scratch, rows, y);
+    for (int64_t i = 0; i < rows; i++) {
+        const float *grad = b->grad + (first + i) * n;
+        float *row = (float *)(y + i * plan->float_line);
+        if (b->side != 2) {
+            normalise_backward(row, grad, n, moments(row, n, b->eps), b->norm, row, of_norm, of_norm_bias, 0);
+            grad = row;
+        }
+        for (int64_t k = 0; k < n; k += LANES) {
+            add_to(sums + k, load(grad + k));
+            put(bf16, g + i * plan->line, k, load(grad + k));
+        }
+    }
+    if (of_weights) {
+        to_panels(bf16, scratch, plan->patch_line, rows, plan->size, (word *)(b->work + plan->patches) + offset, stride);
+        to_panels(bf16, g, plan->line, rows, n, (word *)(b->work + plan->grads) + offset, stride);
+    }
+    if (!b->grad_x) return;
+    Epilogue e = {STORE, wide, plan->wide_line, 0, 0, 0, 0, 0};
+    int64_t words = bf16 ? n / 2 : n;
+    multiply(bf16, g, plan->line, rows, (const word *)(b->work + plan->weight_back), words * WIDE, words, plan->size, &e);
+    for (int64_t i = 0; i < rows; i++)
+        scatter_normalised(b, (const float *)(wide + i * plan->wide_line), corner_of(b, first + i), pixels, of_norm,
+                           of_norm_bias);
+}
+
+void convnext_patches_backward(const Patches *b) {
+    PatchPlan p = patch_plan_of(b, 1);
+    const PatchPlan *plan = &p;
+    int64_t m = b->images * b->height * b->width, stride = (b->bf16 ? plan->strip / 2 : plan->strip) * WIDE;
+    float *of_threads = (float *)(b->work + plan->sums);
+    const word *patches = (const word *)(b->work + plan->patches), *grads = (const word *)(b->work + plan->grads);
+#pragma omp parallel num_threads((int)b->threads)
+    {
+        char *scratch = b->work + plan->scratch + omp_get_thread_num() * plan->scratch_size;
+        float *of_thread = of_threads + omp_get_thread_num() * plan->of_sums;
+        memset(of_thread, 0, 4 * plan->of_sums);
+        if (b->side != 2) {
+#pragma omp for nowait
+            for (int64_t i = 0; i < b->outputs / WIDE; i++)
+                pack_rows(b->bf16, b->weight, plan->size, i, (word *)(b->work + plan->weight));
+        }
+#pragma omp for
+        for (int64_t i = 0; i < (b->bf16 ? b->outputs / 2 : b->outputs); i++)
+            pack_columns(b->bf16, b->weight, b->outputs, plan->size, i, (word *)(b->work + plan->weight_back));
+        for (int64_t start = 0; start < m; start += plan->strip) {
+            int64_t end = least(start + plan->strip, m), words = b->bf16 ? (end - start + 1) / 2 : end - start;
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t first = start; first < end; first += PATCH_ROWS)
+                patches_backward_tile(b, plan, scratch, first, least(PATCH_ROWS, end - first), first - start, of_thread);
+            if (!b->grad_weight) continue;
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t i = 0; i < plan->size / WIDE; i++)
+                for (int64_t k = 0; k < b->outputs / WIDE; k++)
+                    multiply_transposed(b->bf16, grads + k * stride, patches + i * stride, words,
+                                        b->grad_weight + k * WIDE * plan->size + i * WIDE, plan->size, start > 0);
+        }
+        if (b->grad_weight) add_threads(of_threads, plan->of_sums, b->sums);
+    }
+}
+
+/* LayerNorm of a map, N x H x W x C, to N x C x H x W. */
+typedef struct {
+    int64_t images, area, channels, threads;
+    float eps;
+    const float *x, *norm, *norm_bias;
+    float *out;
+    /* of the backward pass: of the norm's weight and bias, or null */
+    const float *grad;
+    float *grad_x, *sums;
+    char *work;
+} Output;
+
+/* 16 pixels, of which `rows` are there. */
+static void output_tile(const Output *b, int64_t image, int64_t first, int rows) {
+    int64_t c = b->channels;
+    const float *x = b->x + (image * b->area + first) * c;
+    Moments m[LANES];
+    for (int i = 0; i < rows; i++) m[i] = moments(x + i * c, c, b->eps);
+    for (int64_t k = 0; k < c; k += LANES) {
+        __m512i r[LANES];
+        vec weight = load(b->norm + k), bias = load(b->norm_bias + k);
+        for (int i = 0; i < LANES; i++) {
+            int j = i < rows ? i : 0;
+            vec n = _mm512_mul_ps(_mm512_sub_ps(load(x + j * c + k), all(m[j].mean)), all(m[j].scale));
+            r[i] = (__m512i)_mm512_fmadd_ps(n, weight, bias);
+        }
+        transpose(r);
+        float *to = b->out + (image * c + k) * b->area + first;
+        for (int i = 0; i < LANES; i++) _mm512_mask_storeu_ps(to + i * b->area, (1u << rows) - 1, (vec)r[i]);
+    }
+}
+
+void convnext_output(const Output *b) {
+    int64_t tiles = (b->area + LANES - 1) / LANES;
+#pragma omp parallel for num_threads((int)b->threads) schedule(static)
+    for (int64_t t = 0; t < b->images * tiles; t++) {
+        int64_t first = t % tiles * LANES;
+        output_tile(b, t / tiles, first, (int)least(LANES, b->area - first));
+    }
+}
+
+static void output_backward_tile(const Output *b, int64_t image, int64_t first, int rows, float *scratch, float *sums) {
+    int64_t c = b->channels, at = (image * b->area + first) * c;
+    for (int64_t k = 0; k < c; k += LANES) {
+        __m512i r[LANES];
+        const float *from = b->grad + (image * c + k) * b->area + first;
+        for (int i = 0; i < LANES; i++) r[i] = (__m512i)_mm512_maskz_loadu_ps((1u << rows) - 1, from + i * b->area);
+        transpose(r);
+        for (int i = 0; i < LANES; i++) store(scratch + i * c + k, (vec)r[i]);
+    }
+    for (int i = 0; i < rows; i++)
+        normalise_backward(b->x + at + i * c, scratch + i * c, c, moments(b->x + at + i * c, c, b->eps), b->norm,
+                           b->grad_x + at + i * c, sums, sums + c, 0);
+}
+
+/* Of a thread: the gradient of 16 pixels, and sums. */
+int64_t convnext_output_backward_work(const Output *b) { return b->threads * 4 * (LANES + 2) * b->channels; }
+
+void convnext_output_backward(const Output *b) {
+    int64_t c = b->channels, tiles = (b->area + LANES - 1) / LANES;
+    float *work = (float *)b->work, *of_threads = work + b->threads * LANES * c;
+#pragma omp parallel num_threads((int)b->threads)
+    {
+        float *scratch = work + omp_get_thread_num() * LANES * c, *sums = of_threads + omp_get_thread_num() * 2 * c;
+        memset(sums, 0, 4 * 2 * c);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < b->images * tiles; t++) {
+            int64_t first = t % tiles * LANES;
+            output_backward_tile(b, t / tiles, first, (int)least(LANES, b->area - first), scratch, sums);
+        }
+        add_threads(of_threads, 2 * c, b->sums);
     }
 }
 
