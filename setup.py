@@ -9,7 +9,7 @@ ONEDL = ['onedl-mmengine==0.10.12', 'onedl-mmcv==2.3.6', 'onedl-mmdetection==3.5
 OPENMMLAB = ['mmengine==0.10.7', 'mmcv==2.1.0', 'mmdet==3.3.0', 'mmsegmentation==1.2.2']
 OPENMMLAB += ['ftfy', 'regex', 'setuptools<81']  # imported, not declared: by mmseg, and pkg_resources by mmengine
 
-# The kernels of a block for processors with AVX-512. They know nothing of Python or torch, whose OpenMP they share: it
+# The kernels for processors with AVX-512. They know nothing of Python or torch, whose OpenMP they share: it
 # is not linked. Without a compiler the backbone runs in a slower form.
 KERNELS = Path('convnext_dense', 'fast', 'kernels.c')
 KERNEL_FLAGS = ['-O3', '-fopenmp', *(f'-mavx512{part}' for part in ('f', 'bw', 'dq', 'vl', 'bf16')), '-mfma']
@@ -32,6 +32,7 @@ setup(
             [str(KERNELS)],
             define_macros=[('SOURCE', f'"{SOURCE}"')],
             extra_compile_args=KERNEL_FLAGS,
+            depends=['setup.py'],
             optional=True,
         )
     ]

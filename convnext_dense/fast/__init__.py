@@ -6,7 +6,7 @@ in `fused`. All read parameters anew in each pass: there is nothing to invalidat
 stochastic depth are not computed.
 
 What has no fast form goes its own way: another device or dtype, modules that are not as built (other parts, hooks,
-parameters), or under what watches operations (tracers, transforms, modes).
+parameters), or under what watches operations (tracers, transforms, dispatch modes).
 """
 
 from collections.abc import Iterable, Iterator
@@ -67,7 +67,7 @@ def run(block: nn.Module, x: torch.Tensor, with_cp: bool | str = False) -> torch
     if parameters is None or not _fit(parameters, x):
         return None
     dtype = _autocast_dtype() or x.dtype
-    form = fused if fused.takes(x, parameters, dtype) else tiled
+    form = fused if fused.takes(x, parameters, block.dwconv.padding, dtype) else tiled
     kept, factor = _draw(block.drop_path, x)
     rows = x.permute(0, 2, 3, 1).contiguous()
     chosen = rows if kept is None else rows[kept]
@@ -91,7 +91,8 @@ def _downsample(module: nn.Sequential, x: torch.Tensor, scaled: bool) -> torch.T
         conv, norm = sorted(module, key=lambda part: isinstance(part, nn.LayerNorm))
         if fused.takes_patches(conv, norm, x, dtype):
             settings = fused.Patches(conv.kernel_size[0], norm.eps, dtype)
-            return _Part.apply('patches', settings, x, conv.weight, conv.bias, norm.weight, norm.bias)
+            rows = _Part.apply('patches', settings, x, conv.weight, conv.bias, norm.weight, norm.bias)
+            return rows.permute(0, 3, 1, 2)
     return module(x.contiguous(memory_format=torch.channels_last))
 
 
@@ -167,7 +168,7 @@ def _draw(drop_path: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor | None, f
 def _takes(x: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not torch.Tensor:
         return False
-    if _off or x.device.type != 'cpu' or x.ndim != 4 or not x.numel() or _watched():
+    if _off or x.device.type != 'cpu' or x.ndim != 4 or not x.numel() or x.is_neg() or _watched():
         return False
     return (_autocast_dtype() or x.dtype) in tiled.dtypes()
 

@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import threading
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -31,7 +32,7 @@ WIDE = 384  # channels from which on the hidden layer is sooner kept for the bac
 
 # A thread keeps the memory that the kernels work in: of 20 MB of fresh pages, tiny's, the system has to clear each one,
 # which can take longer than a block.
-_own, _NOTHING = threading.local(), torch.empty(0, dtype=torch.uint8)
+_own, _NOTHING = threading.local(), torch.empty(0, dtype=torch.uint8, device='cpu')
 
 
 def _structure(integers, floats, pointers):
@@ -54,14 +55,16 @@ _Patches = _structure(
 _Output = _structure('images area channels threads', 'eps', 'x norm norm_bias out grad grad_x sums work')
 
 
-def takes(x: torch.Tensor, p: Parameters, dtype: torch.dtype) -> bool:
+def takes(x: torch.Tensor, p: Parameters, padding: tuple | str, dtype: torch.dtype) -> bool:
     """Whether a block with these parameters and products in `dtype` has this form here; its output is float32."""
-    channels, _, *sides = p.depthwise.shape
-    if channels % LANES or sides != [SIDE, SIDE] or dtype not in dtypes():
+    c = x.shape[1]
+    if c % LANES or dtype not in dtypes() or x.dtype not in (torch.float32, torch.bfloat16):
         return False
     if p.gamma is None and x.dtype != torch.float32:  # then the plain form's output is not float32
         return False
-    return all(t is None or (_plain(t) and t.is_contiguous()) for t in p)
+    linears = ((4 * c, c), (4 * c,), (c, 4 * c), (c,))
+    shapes = ((c, 1, SIDE, SIDE), (c,), (c,), (c,), *linears, *([] if p.gamma is None else [(c,)]))
+    return padding in ((SIDE // 2, SIDE // 2), 'same') and _fit([t for t in p if t is not None], shapes)
 
 
 def inputs(settings: Settings, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,6 +90,9 @@ def backward(settings, z, kept, parameters, grad, needed):
     """Gradients of x (none: z's is all of it), of z and of the parameters, None where not `needed`."""
     _, of_z, *of_parameters = needed
     p, channels = parameters, z.shape[-1]
+    z, *kept = (
+        None if t is None else t.contiguous() for t in (z, *kept)
+    )  # hooks of saved tensors may have laid them otherwise
     found = dict(y=kept[0], hidden=kept[1], grad=grad, grad_y=torch.empty_like(z))
     found['grad_x'] = torch.empty_like(z) if of_z else None
     if any(of_parameters):
@@ -117,37 +123,37 @@ def takes_patches(conv: nn.Conv2d, norm: nn.LayerNorm, x: torch.Tensor, dtype: t
     found = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     if side not in PATCHES or found != expected or min(x.shape[2:]) < side or x.shape[1] != conv.in_channels:
         return False
-    if norm.normalized_shape != (conv.in_channels if side == 2 else conv.out_channels,):
-        return False
     if side == 2 and not (x.shape[1] % LANES == 0 and x.is_contiguous(memory_format=torch.channels_last)):
         return False
     if side == 4 and x.requires_grad:
         return False
-    parameters = (conv.weight, conv.bias, norm.weight, norm.bias)
-    return conv.out_channels % LANES == 0 and dtype in dtypes() and all(map(_plain, (x, *parameters)))
+    before, after = x.shape[1], conv.out_channels
+    shapes = ((after, before, side, side), (after,), *[(before if side == 2 else after,)] * 2)
+    if after % LANES or dtype not in dtypes() or x.dtype != torch.float32:
+        return False
+    return _fit((conv.weight, conv.bias, norm.weight, norm.bias), shapes)
 
 
 def patches(settings: Patches, x, weight, bias, norm, norm_bias):
-    """N x C x H x W -> N x C' x H // side x W // side, float32 in channels_last."""
+    """N x C x H x W -> N x H // side x W // side x C', float32."""
     height, width = (n // settings.side for n in x.shape[2:])
     out = x.new_empty(len(x), height, width, len(weight))
     _call_patches('patches', settings, x, weight, (bias, norm, norm_bias), out=out)
-    return out.permute(0, 3, 1, 2)
+    return out
 
 
 def patches_backward(settings, x, weight, bias, norm, norm_bias, grad, needed):
     """Gradients of all but `settings`, None where not `needed`."""
-    of_parameters = needed[1:]
-    grad = grad.permute(0, 2, 3, 1).contiguous()
-    found = {}
+    of_parameters, found = needed[1:], dict(grad=grad.contiguous())
     if settings.side == 2:  # pixels of odd sizes that no patch covers have none
+        x = x.contiguous(memory_format=torch.channels_last)  # hooks of saved tensors may have laid it otherwise
         covered = not any(n % 2 for n in x.shape[2:])
         found['grad_x'] = torch.empty_like(x) if covered else torch.zeros_like(x)
     sizes = (len(bias), len(norm), len(norm))
     if any(of_parameters):
         found['grad_weight'] = x.new_empty(len(weight), _patch_size(weight))
         found['sums'] = x.new_empty(sum(sizes))
-    _call_patches('patches_backward', settings, x, weight, (bias, norm, norm_bias), grad=grad, **found)
+    _call_patches('patches_backward', settings, x, weight, (bias, norm, norm_bias), **found)
     if not any(of_parameters):
         return found.get('grad_x'), None, None, None, None
     of_weight = found['grad_weight'][:, : weight[0].numel()].reshape(weight.shape)
@@ -160,8 +166,8 @@ def patches_plainly(settings, x, weight, bias, norm, norm_bias):
         return F.layer_norm(x.permute(0, 2, 3, 1), norm.shape, norm, norm_bias, settings.eps).permute(0, 3, 1, 2)
 
     if settings.side == 2:
-        return F.conv2d(normalised(x), weight, bias, stride=2)
-    return normalised(F.conv2d(x, weight, bias, stride=settings.side))
+        return F.conv2d(normalised(x), weight, bias, stride=2).permute(0, 2, 3, 1)
+    return normalised(F.conv2d(x, weight, bias, stride=settings.side)).permute(0, 2, 3, 1)
 
 
 def _patch_size(weight: torch.Tensor) -> int:
@@ -178,9 +184,10 @@ def _call_patches(name, settings, x, weight, vectors, **tensors):
 
 def takes_output(norm: nn.LayerNorm, x: torch.Tensor) -> bool:
     """Whether the norm of a map that is emitted has this form here."""
-    if x.shape[1] % LANES or not x.is_contiguous(memory_format=torch.channels_last):
+    c = x.shape[1]
+    if c % LANES or x.dtype != torch.float32 or not x.is_contiguous(memory_format=torch.channels_last) or not dtypes():
         return False
-    return norm.normalized_shape == (x.shape[1],) and bool(dtypes()) and all(map(_plain, (x, norm.weight, norm.bias)))
+    return norm.normalized_shape == (c,) and _fit((norm.weight, norm.bias), ((c,), (c,)))
 
 
 def output(eps: float, x, norm, norm_bias):
@@ -191,6 +198,7 @@ def output(eps: float, x, norm, norm_bias):
 
 
 def output_backward(eps, x, norm, norm_bias, grad, needed):
+    x = x.contiguous(memory_format=torch.channels_last)
     found = dict(grad_x=torch.empty_like(x), sums=x.new_empty(2 * len(norm)))
     _call_output('output_backward', eps, x, norm=norm, norm_bias=norm_bias, grad=grad.contiguous(), **found)
     all_found = (found['grad_x'], *found['sums'].chunk(2))
@@ -207,8 +215,15 @@ def _call_output(name, eps, x, **tensors):
     _call(name, _Output(*integers, eps, **_pointers(tensors | dict(x=x))))
 
 
-def _plain(t: torch.Tensor | None) -> bool:
-    return type(t) in (nn.Parameter, torch.Tensor) and t.dtype == torch.float32 and t.device.type == 'cpu'
+def _fit(parameters: Sequence[torch.Tensor | None], shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether they are what the kernels take them for."""
+    return all(
+        type(p) in (nn.Parameter, torch.Tensor)
+        and (p.dtype, p.device.type) == (torch.float32, 'cpu')
+        and tuple(p.shape) == shape
+        and (p.is_contiguous() or len(shape) == 4)  # those are flattened before
+        for p, shape in zip(parameters, shapes, strict=True)
+    )
 
 
 def _pointers(tensors: dict[str, torch.Tensor | None]) -> dict[str, int]:
@@ -230,7 +245,7 @@ def _call(name, arguments):
         size = getattr(library, f'convnext_{name}_work')(ctypes.byref(arguments))
         if getattr(_own, 'work', _NOTHING).numel() < size:
             _own.work = _NOTHING  # before the new one comes
-            _own.work = torch.empty(size, dtype=torch.uint8)
+            _own.work = torch.empty(size, dtype=torch.uint8, device='cpu')
         arguments.work = _own.work.data_ptr()
     getattr(library, f'convnext_{name}')(ctypes.byref(arguments))
 
@@ -250,7 +265,7 @@ def why_not() -> str:
     missing = NEEDED - _flags()
     if missing:
         return f'this processor has no {", ".join(sorted(missing))}'
-    return '' if _library() else 'they were not compiled when convnext_dense was installed'
+    return '' if _library() else 'they were not compiled when convnext_dense was installed, or do not load'
 
 
 def _flags() -> set[str]:
@@ -264,21 +279,23 @@ def _flags() -> set[str]:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """None where the kernels were not compiled, or from another source than the one that is here."""
+    """None where the kernels were not compiled, do not load, or come from another source than the one that is here."""
     file = next((f for suffix in EXTENSION_SUFFIXES if (f := SOURCE.with_name('kernels' + suffix)).exists()), None)
     if file is None:
         return None
-    library = ctypes.CDLL(str(file))
-    library.convnext_source.restype = ctypes.c_char_p
-    if library.convnext_source().decode() != source_hash():
+    try:
+        library = ctypes.CDLL(str(file))
+        library.convnext_source.restype = ctypes.c_char_p
+        if library.convnext_source().decode() != source_hash():
+            raise OSError('it was compiled from another kernels.c than the one beside it')
+        for name in WITH_WORK:
+            getattr(library, f'convnext_{name}_work').restype = ctypes.c_int64
+    except (OSError, AttributeError) as error:
         warnings.warn(
-            f'{file.name} was compiled from another kernels.c than the one beside it, and is left unused, which is '
-            'slower: install convnext_dense again',
+            f'{file.name} is left unused, which is slower: {error}. Install convnext_dense again, with gcc as compiler',
             stacklevel=2,
         )
         return None
-    for name in WITH_WORK:
-        getattr(library, f'convnext_{name}_work').restype = ctypes.c_int64
     return library
 
 

@@ -1,11 +1,13 @@
-/* A block of ConvNeXt, forward and backward, for processors with AVX-512: x + gamma * MLP(LayerNorm(depthwise(x))).
+/* The parts of a ConvNeXt, forward and backward, for processors with AVX-512: a block, that is
+   x + gamma * MLP(LayerNorm(depthwise(x))), the stem, a downsampling, and the norm of a map that is emitted.
 
    Maps are channels_last: a pixel is a row of channels. A thread takes some hundred rows at a time from the depthwise
    convolution to the output, so that all in between stays in its cache. Products run in float32 or bfloat16, the rest in
    float32. The unit of a product's operands is a word of 32 bits: a float, or two bfloat16 that are neighbours in the
    dimension summed over; so both dtypes share all loops but for the multiply-add itself.
 
-   Called by kernels.py, which sees to shapes, dtypes and memory. */
+   Sums over all rows are taken thread by thread, rows dealt out in a fixed order: the same number of threads, the same
+   bits. Called by fused.py, which sees to shapes, dtypes and memory. */
 
 #include <immintrin.h>
 #include <omp.h>
@@ -95,7 +97,7 @@ INLINE vec multiply_add(const int bf16, vec a, vec b, vec c) {
 }
 
 /* The normal distribution function, or the derivative of GELU, both odd about 1/2: 1/2 + x P(x^2), of the least largest
-   error, to 1e-6 in float32 and 5e-5 in bfloat16; x as far as it makes a difference. */
+   error, to 1e-6 in float32 and 5e-5 in bfloat16, and 0 where x is so low that it makes no difference. */
 INLINE vec share(const int bf16, const int derivative, vec x) {
     static const float phi[14] = {0.13465935f,    -0.067126593f,  0.049645194f,    -0.039771219f,  0.0320452618f,
                                   -0.0249654233f, 0.0184254328f,  -0.0130905119f,  0.00883971595f, -0.00482707536f,
@@ -110,10 +112,11 @@ INLINE vec share(const int bf16, const int derivative, vec x) {
     const float far = bf16 ? 4.5f : 5.25f;
     const float *p = derivative ? (bf16 ? slope_short : slope) : (bf16 ? phi_short : phi);
     const int degree = bf16 ? (derivative ? 9 : 8) : 13;
+    __mmask16 not_low = _mm512_cmp_ps_mask(x, all(-far), _CMP_NLT_UQ);
     x = _mm512_min_ps(all(far), _mm512_max_ps(all(-far), x)); /* of a NaN the second operand: it stays */
     vec u = _mm512_fmadd_ps(_mm512_mul_ps(x, x), all(2 / (far * far)), all(-1)), r = all(p[degree]);
     UNROLL for (int i = degree - 1; i >= 0; i--) r = _mm512_fmadd_ps(r, u, all(p[i]));
-    return _mm512_fmadd_ps(x, r, all(0.5f));
+    return _mm512_maskz_fmadd_ps(not_low, x, r, all(0.5f));
 }
 
 /* ---- products --------------------------------------------------------------------------------------------------- */
@@ -449,7 +452,7 @@ static Plan plan_of(const Block *b, int backward) {
     int64_t target = backward ? (c <= 192 ? 128 : 64) : (c <= 768 ? 112 : 56), round = target * b->threads;
     int64_t even = (m + round - 1) / round * b->threads; /* as many tiles for each thread */
     p.rows = most(2, up((m + even - 1) / even, 2));
-    p.strip = up(most(4 * round, 512), p.rows);
+    p.strip = up(least(most(8 * round, 1024), m), p.rows);
     p.line = 4 * c + PAD, p.thin = size * c + PAD, p.hidden_line = 4 * CHUNK + PAD, p.hidden_thin = size * CHUNK + PAD;
     p.taps = place(&end, 2 * 4 * TAPS * c);
     p.scale = place(&end, 4 * c);
@@ -662,7 +665,7 @@ void convnext_backward(const Block *b) {
             pack_columns(b->bf16, b->linear1, 4 * c, c, i, (word *)(b->work + plan->linear1_back));
         for (int64_t start = 0; start < m; start += plan->strip) {
             int64_t end = least(start + plan->strip, m);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static, 1)
             for (int64_t first = start; first < end; first += plan->rows)
                 backward_tile(b, plan, scratch, first, least(plan->rows, end - first), first - start, s);
             if (!b->grad_linear1) continue;
@@ -677,7 +680,7 @@ void convnext_backward(const Block *b) {
                           (char *)(b->grad_x + first * c), 4 * c);
         }
         if (b->grad_linear1) {
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(static)
             for (int64_t line = 0; line < lines; line++) {
                 int64_t image = line / b->height * b->height * b->width * c;
                 for (int64_t k = 0; k < c; k += LANES)
@@ -717,7 +720,7 @@ static PatchPlan patch_plan_of(const Patches *b, int backward) {
     int64_t size = size_of(b->bf16), end = 0;
     p.size = up(b->channels * b->side * b->side, 2 * LANES); /* a multiple of what `pack_rows` takes */
     p.words = b->bf16 ? p.size / 2 : p.size;
-    p.strip = up(most(4 * PATCH_ROWS * b->threads, 512), PATCH_ROWS);
+    p.strip = up(least(most(4 * PATCH_ROWS * b->threads, 512), b->images * b->height * b->width), PATCH_ROWS);
     p.patch_line = size * p.size + PAD, p.line = size * b->outputs + PAD;
     p.float_line = 4 * b->outputs + PAD, p.wide_line = 4 * p.size + PAD;
     p.weight = place(&end, size * p.size * b->outputs);
@@ -889,11 +892,11 @@ void convnext_patches_backward(const Patches *b) {
                 pack_rows(b->bf16, b->weight, plan->size, i, (word *)(b->work + plan->weight));
         }
 #pragma omp for
-        for (int64_t i = 0; i < (b->bf16 ? b->outputs / 2 : b->outputs); i++)
+        for (int64_t i = 0; i < (!b->grad_x ? 0 : b->bf16 ? b->outputs / 2 : b->outputs); i++)
             pack_columns(b->bf16, b->weight, b->outputs, plan->size, i, (word *)(b->work + plan->weight_back));
         for (int64_t start = 0; start < m; start += plan->strip) {
             int64_t end = least(start + plan->strip, m), words = b->bf16 ? (end - start + 1) / 2 : end - start;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static, 1)
             for (int64_t first = start; first < end; first += PATCH_ROWS)
                 patches_backward_tile(b, plan, scratch, first, least(PATCH_ROWS, end - first), first - start, of_thread);
             if (!b->grad_weight) continue;
@@ -913,7 +916,7 @@ typedef struct {
     float eps;
     const float *x, *norm, *norm_bias;
     float *out;
-    /* of the backward pass: of the norm's weight and bias, or null */
+    /* of the backward pass; sums: gradients of the norm's weight and bias */
     const float *grad;
     float *grad_x, *sums;
     char *work;

@@ -10,6 +10,7 @@ Kept for the backward pass: the input in the dtype of the products; the depthwis
 is True; in wide blocks the hidden layer before GELU, unless `with_cp` is set.
 """
 
+import math
 import platform
 from collections.abc import Iterator
 from functools import cache
@@ -114,6 +115,7 @@ def _depthwise_backward(settings, grad, z, weight, of_input, of_parameters):
 def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, gelu=False) -> torch.Tensor:
     """The Linear that `torch.compile` calls, oneDNN's: F.linear goes to MKL in float32, and in bfloat16 adds the bias
     in a pass of its own."""
+    bias = None if bias is None else bias.contiguous()  # it takes them as such
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, *(('gelu', [], 'none') if gelu else ('none', [], '')))
 
 
@@ -161,7 +163,8 @@ def _known_dtypes() -> tuple[torch.dtype, ...]:
 def _linear_is_there(dtype: torch.dtype) -> bool:
     """Whether torch's internal Linear is what it was when this was written."""
     rows, weight, bias = (
-        torch.linspace(-1, 1, n, dtype=dtype).view(shape) for n, shape in ((24, (3, 8)), (40, (5, 8)), (5, (5,)))
+        torch.linspace(-1, 1, math.prod(shape), dtype=dtype, device='cpu').view(shape)
+        for shape in ((3, 8), (5, 8), (5,))
     )
     expected = F.linear(rows.double(), weight.double(), bias.double())
     try:
