@@ -476,6 +476,33 @@ def test_processors_without_the_instructions_take_the_other_form(monkeypatch):
         assert fused.dtypes.__wrapped__() == expected and bool(fused.why_not()) == (not expected)
 
 
+@pytest.mark.parametrize('precision', ['float32', AUTOCAST])
+@pytest.mark.parametrize('depth', [1, 2, 3, 6])
+def test_a_stage_without_gradients_is_one_call_over_two_maps(depth, precision, monkeypatch):
+    if (torch.bfloat16 if precision == AUTOCAST else torch.float32) not in fused.dtypes():
+        pytest.skip('the kernels are not for this machine, or not compiled')
+    model, image, seen, calls = made(fused), torch.randn(1, 3, 64, 80), [], []
+    model = ConvNeXt(dict(depths=(depth, depth), channels=(32, 64)), out_indices=(0, 1)).eval()
+    run = fast.run
+    monkeypatch.setattr(fast, 'run', lambda *args: (calls.append(args), run(*args))[1])
+    with torch.autocast('cpu', torch.bfloat16, enabled=precision == AUTOCAST):
+        expected = [m.detach() for m in model(image)]
+        assert len(calls) == 2 * depth
+        calls.clear()
+        for hooked in (False, True):
+            if hooked:  # what a hook was given stays as it was
+                model.downsample_layers[1].register_forward_hook(lambda *args: seen.extend([args[2], args[2].clone()]))
+            with torch.no_grad():
+                found = model(image)
+            for f, e in zip(found, expected):
+                assert distance(f, e) < (1e-6 if precision == 'float32' else 2e-2)
+    assert not calls and torch.equal(*seen)
+    model.stages[1][0].register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        model(image)
+    assert len(calls) == depth  # of the other stage all
+
+
 def kept(model, image) -> int:
     """Bytes that a forward pass keeps for the backward pass beside parameters, each storage once."""
     sizes = {}

@@ -47,7 +47,12 @@ def described() -> str:
 
 def stage(downsample: nn.Sequential, blocks: nn.Sequential, x: torch.Tensor, with_cp: bool | str) -> torch.Tensor:
     """`x`, N x C x H x W, through the stem or a downsampling and the blocks; `with_cp` as in `ConvNeXt`."""
-    x = _downsample(downsample, x, all(getattr(block, 'gamma', None) is not None for block in blocks))
+    scaled = all(getattr(block, 'gamma', None) is not None for block in blocks)
+    quick = _downsample(downsample, x, scaled) if _takes(x) else None
+    fresh, x = quick is not None, downsample(_layout(x)) if quick is None else quick
+    together = None if torch.is_grad_enabled() else _together(blocks, x, fresh)
+    if together is not None:
+        return together
     for block in blocks:
         quick = run(block, x, with_cp)
         x = block(x, with_cp) if quick is None else quick
@@ -82,18 +87,39 @@ def run(block: nn.Module, x: torch.Tensor, with_cp: bool | str = False) -> torch
     return out.permute(0, 3, 1, 2)
 
 
-def _downsample(module: nn.Sequential, x: torch.Tensor, scaled: bool) -> torch.Tensor:
-    """`module(x)`; in float32 where blocks with layer scale make it so under autocast anyway."""
-    if not _takes(x):
-        return module(x)
+def _downsample(module: nn.Sequential, x: torch.Tensor, scaled: bool) -> torch.Tensor | None:
+    """`module(x)`; in float32, as under autocast only blocks that are `scaled`, with layer scale, make it anyway."""
     dtype = _autocast_dtype() or x.dtype
-    if _as_built(module) and (scaled or dtype == torch.float32):
-        conv, norm = sorted(module, key=lambda part: isinstance(part, nn.LayerNorm))
-        if fused.takes_patches(conv, norm, x, dtype):
-            settings = fused.Patches(conv.kernel_size[0], norm.eps, dtype)
-            rows = _Part.apply('patches', settings, x, conv.weight, conv.bias, norm.weight, norm.bias)
-            return rows.permute(0, 3, 1, 2)
-    return module(x.contiguous(memory_format=torch.channels_last))
+    if not _as_built(module) or not (scaled or dtype == torch.float32):
+        return None
+    conv, norm = sorted(module, key=lambda part: isinstance(part, nn.LayerNorm))
+    if not fused.takes_patches(conv, norm, x, dtype):
+        return None
+    settings = fused.Patches(conv.kernel_size[0], norm.eps, dtype)
+    rows = _Part.apply('patches', settings, x, conv.weight, conv.bias, norm.weight, norm.bias)
+    return rows.permute(0, 3, 1, 2)
+
+
+def _layout(x: torch.Tensor) -> torch.Tensor:
+    """A map in the memory format that blocks want; as it is where they would not take it."""
+    return x.contiguous(memory_format=torch.channels_last) if _takes(x) else x
+
+
+def _together(blocks: nn.Sequential, x: torch.Tensor, fresh: bool) -> torch.Tensor | None:
+    """The blocks without gradients in one call, lest Python's objects have to come back to the cache between them; None
+    where one of them does not run in the kernels. A `fresh` x nobody else has seen."""
+    if not _takes(x):
+        return None
+    dtype, settled = _autocast_dtype() or x.dtype, []
+    for block in blocks:
+        parameters = _parameters(block)
+        if parameters is None or not _fit(parameters, x) or (block.training and block.drop_path.rate):
+            return None
+        if not fused.takes(x, parameters, block.dwconv.padding, dtype):
+            return None
+        settled.append((Settings(dtype, block.norm.eps, block.dwconv.padding, 1.0, False), parameters))
+    rows = x.permute(0, 2, 3, 1)
+    return fused.forward_all(settled, rows.contiguous(), fresh or not rows.is_contiguous()).permute(0, 3, 1, 2)
 
 
 class _Block(torch.autograd.Function):

@@ -82,8 +82,27 @@ def forward(settings, x, z, parameters, keep=False):
         z.new_empty(*z.shape[:-1], 4 * z.shape[-1], dtype=settings.dtype) if keep_hidden else None,
     )
     out = torch.empty_like(z)
-    _call_block('forward', settings, z, parameters, y=kept[0], hidden=kept[1], out=out)
+    if len(z):  # stochastic depth has left some
+        _call('forward', _block_arguments(settings, z, parameters, y=kept[0], hidden=kept[1], out=out))
     return out, kept
+
+
+def forward_all(blocks: Sequence[tuple[Settings, Parameters]], x: torch.Tensor, fresh: bool) -> torch.Tensor:
+    """Output of blocks one after the other, N x H x W x C; nothing is kept. `x` is written over where it is `fresh`."""
+    x, fresh = x.float(), fresh or x.dtype != torch.float32
+    outputs = [torch.empty_like(x), x if fresh else torch.empty_like(x)]  # in turn
+    inputs = [x, *(outputs[i % 2] for i in range(len(blocks) - 1))]
+    arguments = (_Block * len(blocks))(
+        *(
+            _block_arguments(settings, taken, parameters, out=outputs[i % 2])
+            for i, (taken, (settings, parameters)) in enumerate(zip(inputs, blocks))
+        )
+    )
+    work = _work('forward', arguments[0])
+    for block in arguments:
+        block.work = work
+    _library().convnext_forward_all(arguments, len(blocks))
+    return outputs[(len(blocks) - 1) % 2]
 
 
 def backward(settings, z, kept, parameters, grad, needed):
@@ -99,7 +118,7 @@ def backward(settings, z, kept, parameters, grad, needed):
         taps = SIDE * SIDE
         found |= dict(grad_linear1=torch.empty_like(p.linear1), grad_linear2=torch.empty_like(p.linear2))
         found['sums'] = z.new_empty((4 + 4 + taps) * channels)
-    _call_block('backward', settings, z, parameters, **found)
+    _call('backward', _block_arguments(settings, z, parameters, **found))
     if not any(of_parameters):
         return None, found['grad_x'], *[None] * len(parameters)
     sizes = [4 * channels, *[channels] * 4, taps * channels]
@@ -230,24 +249,25 @@ def _pointers(tensors: dict[str, torch.Tensor | None]) -> dict[str, int]:
     return {name: t.data_ptr() for name, t in tensors.items() if t is not None}
 
 
-def _call_block(name, settings, x, parameters, **tensors):
-    images, height, width, channels = x.shape
-    if not images:  # stochastic depth left none
-        return
-    integers = (images, height, width, channels, torch.get_num_threads(), settings.dtype == torch.bfloat16)
+def _block_arguments(settings, x, parameters, **tensors):
+    integers = (*x.shape, torch.get_num_threads(), settings.dtype == torch.bfloat16)
     pointers = _pointers({**tensors, **parameters._asdict(), 'x': x})
-    _call(name, _Block(*integers, settings.eps, settings.factor, **pointers))
+    return _Block(*integers, settings.eps, settings.factor, **pointers)
 
 
 def _call(name, arguments):
-    library = _library()
     if name in WITH_WORK:
-        size = getattr(library, f'convnext_{name}_work')(ctypes.byref(arguments))
-        if getattr(_own, 'work', _NOTHING).numel() < size:
-            _own.work = _NOTHING  # before the new one comes
-            _own.work = torch.empty(size, dtype=torch.uint8, device='cpu')
-        arguments.work = _own.work.data_ptr()
-    getattr(library, f'convnext_{name}')(ctypes.byref(arguments))
+        arguments.work = _work(name, arguments)
+    getattr(_library(), f'convnext_{name}')(ctypes.byref(arguments))
+
+
+def _work(name, arguments) -> int:
+    """Where the thread's working memory is, of the size that the kernel needs at least."""
+    size = getattr(_library(), f'convnext_{name}_work')(ctypes.byref(arguments))
+    if getattr(_own, 'work', _NOTHING).numel() < size:
+        _own.work = _NOTHING  # before the new one comes
+        _own.work = torch.empty(size, dtype=torch.uint8, device='cpu')
+    return _own.work.data_ptr()
 
 
 @cache

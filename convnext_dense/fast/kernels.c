@@ -540,6 +540,11 @@ void convnext_forward(const Block *b) {
     }
 }
 
+/* Blocks one after the other. */
+void convnext_forward_all(const Block *blocks, int64_t n) {
+    for (int64_t i = 0; i < n; i++) convnext_forward(blocks + i);
+}
+
 /* ---- backward ----------------------------------------------------------------------------------------------------- */
 
 /* Sums over all rows, of a thread: gradients of parameters in this order. */
