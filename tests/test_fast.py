@@ -387,8 +387,17 @@ def other_mlp(block, width):
         lambda b: setattr(b.norm, 'weight', nn.Parameter(torch.randn(128)[::2])),
         lambda b: setattr(b.pwconv2, 'bias', nn.Parameter(torch.randn(1).expand(64))),
         lambda b: setattr(b.pwconv1, 'weight', nn.Parameter(torch.randn(64, 256).t())),
+        lambda b: setattr(b.dwconv, 'weight', nn.Parameter(torch.randn(64, 1, 7, 7).mT)),
     ],
-    ids=['narrower MLP', 'wider MLP', 'one gamma', 'strided norm', 'expanded bias', 'transposed Linear'],
+    ids=[
+        'narrower MLP',
+        'wider MLP',
+        'one gamma',
+        'strided norm',
+        'expanded bias',
+        'transposed Linear',
+        'transposed depthwise',
+    ],
 )
 def test_parameters_that_the_kernels_do_not_fit_go_another_way(change):
     torch.manual_seed(0)

@@ -21,8 +21,6 @@ from . import fused, tiled
 from .blocks import Parameters, Settings
 
 HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
-
-
 _off = 0
 
 

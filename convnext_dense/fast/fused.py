@@ -26,9 +26,8 @@ NEEDED = {'avx512f', 'avx512bw', 'avx512dq', 'avx512vl'}  # of a processor
 LANES = 32  # channels come in multiples of it
 SIDE = 7  # of the depthwise kernel
 WITH_WORK = ('forward', 'backward', 'patches', 'patches_backward', 'output_backward')
-PATCHES = (4, 2)  # sides of those of the stem and of a downsampling
+SIDES = (4, 2)  # of patches of the stem and of a downsampling
 WIDE = 384  # channels from which on the hidden layer is sooner kept for the backward pass than computed again
-
 
 # A thread keeps the memory that the kernels work in: of 20 MB of fresh pages, tiny's, the system has to clear each one,
 # which can take longer than a block.
@@ -64,7 +63,9 @@ def takes(x: torch.Tensor, p: Parameters, padding: tuple | str, dtype: torch.dty
         return False
     linears = ((4 * c, c), (4 * c,), (c, 4 * c), (c,))
     shapes = ((c, 1, SIDE, SIDE), (c,), (c,), (c,), *linears, *([] if p.gamma is None else [(c,)]))
-    return padding in ((SIDE // 2, SIDE // 2), 'same') and _fit([t for t in p if t is not None], shapes)
+    if padding not in ((SIDE // 2, SIDE // 2), 'same') or not p.depthwise.is_contiguous():
+        return False
+    return _fit([t for t in p if t is not None], shapes)
 
 
 def inputs(settings: Settings, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,9 +110,8 @@ def backward(settings, z, kept, parameters, grad, needed):
     """Gradients of x (none: z's is all of it), of z and of the parameters, None where not `needed`."""
     _, of_z, *of_parameters = needed
     p, channels = parameters, z.shape[-1]
-    z, *kept = (
-        None if t is None else t.contiguous() for t in (z, *kept)
-    )  # hooks of saved tensors may have laid them otherwise
+    # Hooks of saved tensors may have laid them otherwise.
+    z, *kept = (None if t is None else t.contiguous() for t in (z, *kept))
     found = dict(y=kept[0], hidden=kept[1], grad=grad, grad_y=torch.empty_like(z))
     found['grad_x'] = torch.empty_like(z) if of_z else None
     if any(of_parameters):
@@ -140,7 +140,7 @@ def takes_patches(conv: nn.Conv2d, norm: nn.LayerNorm, x: torch.Tensor, dtype: t
     side = conv.kernel_size[0]
     expected = ((side, side), (side, side), (0, 0), (1, 1), 1, 'zeros')
     found = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-    if side not in PATCHES or found != expected or min(x.shape[2:]) < side or x.shape[1] != conv.in_channels:
+    if side not in SIDES or found != expected or min(x.shape[2:]) < side or x.shape[1] != conv.in_channels:
         return False
     if side == 2 and not (x.shape[1] % LANES == 0 and x.is_contiguous(memory_format=torch.channels_last)):
         return False
@@ -194,7 +194,8 @@ def _patch_size(weight: torch.Tensor) -> int:
 
 
 def _call_patches(name, settings, x, weight, vectors, **tensors):
-    rows = F.pad(weight.flatten(1), (0, _patch_size(weight) - weight[0].numel()))
+    missing = _patch_size(weight) - weight[0].numel()
+    rows = F.pad(weight.flatten(1), (0, missing)) if missing else weight.flatten(1)
     sizes = (len(x), *(n // settings.side for n in x.shape[2:]), x.shape[1], len(weight), settings.side)
     tensors |= dict(zip(('bias', 'norm', 'norm_bias'), vectors), x=x, weight=rows)
     integers = (*sizes, torch.get_num_threads(), settings.dtype == torch.bfloat16, *x.stride())
@@ -240,7 +241,7 @@ def _fit(parameters: Sequence[torch.Tensor | None], shapes: Sequence[tuple[int, 
         type(p) in (nn.Parameter, torch.Tensor)
         and (p.dtype, p.device.type) == (torch.float32, 'cpu')
         and tuple(p.shape) == shape
-        and (p.is_contiguous() or len(shape) == 4)  # those are flattened before
+        and (p.is_contiguous() or len(shape) == 4)  # of a stem or downsampling: it is flattened
         for p, shape in zip(parameters, shapes, strict=True)
     )
 
