@@ -291,13 +291,15 @@ def models(device: str, dtype: str, rounds: int, size: tuple[int, int] | None = 
 def _model_step(recipe, backbone, device, dtype, height, width):
     config = Config.fromfile(CONFIGS / f'{recipe}.py', import_custom_modules=False)
     init_default_scope(config.default_scope)
-    importlib.import_module(f'{config.default_scope}.models')
-    importlib.import_module('convnext_dense.detection')
+    with _with_torchvision():
+        importlib.import_module(f'{config.default_scope}.models')
+        importlib.import_module('convnext_dense.detection')
     cfg = config.model
     cfg.backbone.init_cfg = None
     if backbone == 'Swin':
         cfg.backbone = dict(type='mmdet.SwinTransformer', **SWIN['tiny'])
-        importlib.import_module('mmdet.models')
+        with _with_torchvision():
+            importlib.import_module('mmdet.models')
     model = MODELS.build(cfg).to(device).eval()
     image = torch.randn(1, 3, height, width, device=device)
     if config.default_scope == 'mmdet':
