@@ -6,6 +6,7 @@ import math
 import re
 import signal
 import threading
+import traceback
 from contextlib import suppress
 
 import torch
@@ -20,6 +21,7 @@ from .saving import WholeCheckpointHook, updates_now
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PATIENCE = 3  # updates in a row that losses or gradients that are no numbers may cost
 GONE = 'another process of the run is gone'
+READER = r'(?:DataLoader worker \(pid.*?\)|Pin memory thread) (exited unexpectedly|is killed by signal: \w+)'
 LOST = 'Connection closed by peer|Connection reset by peer|Broken pipe|Socket Timeout|Timed out waiting|Socket closed'
 CAUSES = (
     'a learning rate that is too high (now {lr:.3g}), half precision (--amp-dtype bfloat16 or float32), '
@@ -218,15 +220,23 @@ def cause_of(error: Exception, model: torch.nn.Module | None = None, shape: tupl
         with suppress(Exception):  # advice, which may itself want memory, must not hide the cause
             return f'out of memory{_knobs(model, shape)}'
         return 'out of memory'
-    worker = re.search(r'DataLoader worker \(pid.*?\) (exited unexpectedly|is killed by signal: \w+)', text)
-    if worker:
+    worker = re.search(READER, text)
+    if worker or _while_reading(error):
+        sign = worker[1] if worker else text or 'end of file'
         return (
-            f'a process that reads data was ended from outside ({worker.group(1)}), most often for want of memory: '
+            f'a process that reads data was ended from outside ({sign}), most often for want of memory: '
             'fewer train_dataloader.num_workers, more shared memory (/dev/shm), or more memory for the job'
         )
     if isinstance(error, torch.distributed.DistError) or re.search(LOST, text):
         return GONE
     return None
+
+
+def _while_reading(error: Exception) -> bool:
+    """Whether a connection to a process that reads data was lost: torch's loader passes that on as it is where the
+    process is gone, but not yet seen as dead."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, (ConnectionError, EOFError)) and any(frame.name == '_try_get_data' for frame in frames)
 
 
 def _knobs(model: torch.nn.Module | None, shape: tuple | None) -> str:

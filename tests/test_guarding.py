@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop
 from mmengine.structures import BaseDataElement
 from torch import nn
+from torch.utils.data import DataLoader
 
 from convnext_dense import ConvNeXt, shapes
 from convnext_dense.commands import PLACES, _safely, set_keep, set_max_bad_images
@@ -90,6 +92,16 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_its_cause(train, tmp_pat
     assert process.wait(60) == 1 and time.monotonic() - begin < 60
     line = last_line(process)
     assert line.startswith('error: ') and 'process that reads data' in line and 'num_workers' in line, line
+
+
+@pytest.mark.parametrize('lost', [ConnectionResetError(104, 'Connection reset by peer'), EOFError()])
+def test_a_data_worker_that_is_not_yet_seen_as_dead_is_named_as_well(lost):
+    batches = iter(DataLoader(list(range(8)), num_workers=1))
+    batches._data_queue = Mock(get=Mock(side_effect=lost))
+    with pytest.raises(type(lost)) as caught:
+        next(batches)
+    assert cause_of(caught.value).startswith('a process that reads data was ended from outside')
+    assert cause_of(lost.with_traceback(None)) == ('another process of the run is gone' if lost.args else None)
 
 
 def two_ranks(train, options=()):
