@@ -32,6 +32,7 @@ setup(
             [str(KERNELS)],
             define_macros=[('SOURCE', f'"{SOURCE}"')],
             extra_compile_args=KERNEL_FLAGS,
+            libraries=['m'],
             depends=['setup.py'],
             optional=True,
         )

@@ -347,9 +347,11 @@ def test_any_number_of_threads_computes_the_same(shape, precision, runs):
             assert distance(f, e) < (1e-5 if precision == 'float32' else 1e-2)
 
 
-def test_the_gelu_of_the_kernels():
-    """Identity before and behind it: inputs of every size, NaN and Inf, and the slope by the gradient of the input."""
-    if torch.float32 not in fused.dtypes():
+@pytest.mark.parametrize('precision', ['float32', pytest.param(AUTOCAST, marks=BF16.marks)])
+def test_the_gelu_of_the_kernels(precision):
+    """Linears are the identity: inputs of every size, NaN and Inf, and the slope by the gradient of the bias."""
+    dtype = getattr(torch, 'float32' if precision == 'float32' else 'bfloat16')
+    if dtype not in fused.dtypes():
         pytest.skip('the kernels are not for this machine, or not compiled')
     block = Block(32, 7, 0.0, 1.0).requires_grad_(False)
     for p in block.parameters():
@@ -357,11 +359,20 @@ def test_the_gelu_of_the_kernels():
     block.norm.bias.fill_(1.0)
     nn.init.ones_(block.gamma)
     block.pwconv2.weight[:, :32] = torch.eye(32)
+    absolute, relative = (2e-6, 2e-7) if dtype == torch.float32 else (5e-4, 2**-8)  # rounded, times what is as far off
     for values in (torch.linspace(-12, 12, 3200), torch.linspace(-200, 200, 320), torch.logspace(-8, 0, 320)):
         for part in values.split(32):
-            block.pwconv1.bias[:32] = part
-            found = fast.run(block, torch.zeros(1, 32, 1, 1)).flatten()
-            assert (found - F.gelu(part.double())).abs().max() < 2e-6 + 2e-7 * part.max().clamp_min(0)
+            bias = block.pwconv1.bias.detach()
+            bias[:32] = part
+            exact = part.double().requires_grad_()
+            slope = torch.autograd.grad(F.gelu(exact).sum(), exact)[0]
+            with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+                block.pwconv1.bias = nn.Parameter(bias)
+                found = fast.run(block, torch.zeros(1, 32, 1, 1)).flatten()
+                found_slope = torch.autograd.grad(found.sum(), block.pwconv1.bias)[0][:32]
+                block.requires_grad_(False)
+            for is_now, wanted in ((found, F.gelu(part.double())), (found_slope, slope)):
+                assert ((is_now - wanted).abs() < absolute + relative * wanted.abs()).all(), part
     block.pwconv1.bias[:3] = torch.tensor([float('nan'), float('inf'), -float('inf')])
     found = fast.run(block, torch.zeros(1, 32, 1, 1)).flatten()
     assert found.isnan().all()  # as 0 * NaN is

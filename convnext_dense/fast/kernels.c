@@ -10,6 +10,7 @@
    bits. Called by fused.py, which sees to shapes, dtypes and memory. */
 
 #include <immintrin.h>
+#include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
@@ -75,6 +76,14 @@ INLINE void put(const int bf16, void *row, int64_t at, vec v) {
         store((float *)row + at, v);
 }
 
+/* The vectors of two times 16 neighbours. */
+INLINE void put_both(const int bf16, void *row, int64_t at, vec first, vec second) {
+    if (bf16)
+        _mm512_storeu_si512((char *)row + 2 * at, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+    else
+        store((float *)row + at, first), store((float *)row + at + LANES, second);
+}
+
 INLINE vec get(const int bf16, const void *row, int64_t at) {
     if (!bf16) return load((const float *)row + at);
     __m256i narrow = _mm256_loadu_si256((const void *)((const char *)row + 2 * at));
@@ -96,27 +105,80 @@ INLINE vec multiply_add(const int bf16, vec a, vec b, vec c) {
     return bf16 ? _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b) : _mm512_fmadd_ps(a, b, c);
 }
 
-/* The normal distribution function, or the derivative of GELU, both odd about 1/2: 1/2 + x P(x^2), of the least largest
-   error, to 1e-6 in float32 and 5e-5 in bfloat16, and 0 where x is so low that it makes no difference. */
-INLINE vec share(const int bf16, const int derivative, vec x) {
-    static const float phi[14] = {0.13465935f,    -0.067126593f,  0.049645194f,    -0.039771219f,  0.0320452618f,
-                                  -0.0249654233f, 0.0184254328f,  -0.0130905119f,  0.00883971595f, -0.00482707536f,
-                                  0.00211210693f, -0.00161967756f, 0.00136216613f, -0.000450652852f};
-    static const float phi_short[9] = {0.156902113f,   -0.0771719603f, 0.054818568f,    -0.0405557651f, 0.0276294026f,
-                                       -0.0167440514f, 0.0122085253f,  -0.00932853279f, 0.00335368849f};
-    static const float slope[14] = {0.135065565f,   -0.0699213916f, 0.0592397272f,  -0.0619431165f, 0.0708513386f,
-                                    -0.0772527834f, 0.0744442488f,  -0.0727170208f, 0.0727316151f,  -0.0456217111f,
-                                    0.0103600221f,  -0.0137990041f, 0.0238645086f,  -0.0100637936f};
-    static const float slope_short[10] = {0.159445756f,   -0.0899230015f, 0.0861859261f,  -0.0953676493f, 0.105038981f,
-                                          -0.0877582013f, 0.0477326452f,  -0.0454834467f, 0.0559670798f,  -0.0247234514f};
-    const float far = bf16 ? 4.5f : 5.25f;
-    const float *p = derivative ? (bf16 ? slope_short : slope) : (bf16 ? phi_short : phi);
-    const int degree = bf16 ? (derivative ? 9 : 8) : 13;
-    __mmask16 not_low = _mm512_cmp_ps_mask(x, all(-far), _CMP_NLT_UQ);
-    x = _mm512_min_ps(all(far), _mm512_max_ps(all(-far), x)); /* of a NaN the second operand: it stays */
-    vec u = _mm512_fmadd_ps(_mm512_mul_ps(x, x), all(2 / (far * far)), all(-1)), r = all(p[degree]);
-    UNROLL for (int i = degree - 1; i >= 0; i--) r = _mm512_fmadd_ps(r, u, all(p[i]));
-    return _mm512_maskz_fmadd_ps(not_low, x, r, all(0.5f));
+/* ---- GELU -------------------------------------------------------------------------------------------------------- */
+
+/* 1 - Phi and the derivative of GELU at -t, t >= 0, Phi the normal distribution function: polynomials in u around PIECES
+   values of t, a coefficient of all pieces a vector. Errors are below 1e-6 in float32, 7e-5 in bfloat16. */
+enum { PIECES = 16, MOST_TERMS = 5 };
+
+typedef struct {
+    float tail[MOST_TERMS][PIECES], slope[MOST_TERMS][PIECES];
+} Pieces;
+
+static Pieces pieces[2] __attribute__((aligned(64))); /* of float32 and bfloat16 */
+
+/* The last piece, where both are 0, begins there. */
+INLINE float far(const int bf16) { return bf16 ? 4.5f : 5.5f; }
+INLINE float piece_width(const int bf16) { return far(bf16) / (PIECES - 1.5f); }
+INLINE int tail_terms(const int bf16) { return bf16 ? 3 : MOST_TERMS; }
+INLINE int slope_terms(const int bf16) { return bf16 ? 4 : MOST_TERMS; }
+
+static double tail_at(double t) { return erfc(t / sqrt(2)) / 2; }
+static double slope_at(double t) { return tail_at(t) - t * exp(-t * t / 2) / sqrt(2 * M_PI); }
+
+/* Interpolated at the zeros of a Chebyshev polynomial, in Newton's form and from there by powers of u. */
+static void interpolate(double (*f)(double), int terms, double width, float table[MOST_TERMS][PIECES]) {
+    for (int i = 0; i < PIECES - 1; i++) {
+        double u[MOST_TERMS], d[MOST_TERMS], power[MOST_TERMS] = {0};
+        for (int j = 0; j < terms; j++) u[j] = cos(M_PI * (j + 0.5) / terms) / 2, d[j] = f((i + u[j]) * width);
+        for (int n = 1; n < terms; n++)
+            for (int j = terms - 1; j >= n; j--) d[j] = (d[j] - d[j - 1]) / (u[j] - u[j - n]);
+        for (int n = terms - 1; n >= 0; n--) {
+            for (int j = terms - 1; j > 0; j--) power[j] = power[j - 1] - u[n] * power[j];
+            power[0] = d[n] - u[n] * power[0];
+        }
+        for (int j = 0; j < terms; j++) table[j][i] = power[j];
+    }
+}
+
+__attribute__((constructor)) static void fill_pieces(void) {
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        interpolate(tail_at, tail_terms(bf16), piece_width(bf16), pieces[bf16].tail);
+        interpolate(slope_at, slope_terms(bf16), piece_width(bf16), pieces[bf16].slope);
+    }
+}
+
+typedef struct {
+    __m512i piece;
+    vec u, size; /* |x| */
+} Place;
+
+INLINE Place place_of(const int bf16, vec x) {
+    const vec whole = all(0x1.8p23f); /* what is added to it is rounded to a whole number, which its last bits hold */
+    vec size = _mm512_abs_ps(x), t = _mm512_min_ps(all(far(bf16)), size); /* of a NaN the second operand: it stays */
+    vec per = all(1 / piece_width(bf16)), piece = _mm512_fmadd_ps(t, per, whole);
+    return (Place){(__m512i)piece, _mm512_fmsub_ps(t, per, _mm512_sub_ps(piece, whole)), size};
+}
+
+INLINE vec polynomial(const float table[MOST_TERMS][PIECES], const int terms, Place p) {
+    vec r = _mm512_permutexvar_ps(p.piece, _mm512_load_ps(table[terms - 1]));
+    UNROLL for (int i = terms - 2; i >= 0; i--)
+        r = _mm512_fmadd_ps(r, p.u, _mm512_permutexvar_ps(p.piece, _mm512_load_ps(table[i])));
+    return r;
+}
+
+/* x Phi(x) = max(x, 0) - |x| (1 - Phi(|x|)) */
+INLINE vec gelu_at(const int bf16, vec x, Place p) {
+    vec tail = polynomial(pieces[bf16].tail, tail_terms(bf16), p);
+    return _mm512_fnmadd_ps(p.size, tail, _mm512_max_ps(_mm512_setzero_ps(), x));
+}
+
+INLINE vec gelu(const int bf16, vec x) { return gelu_at(bf16, x, place_of(bf16, x)); }
+
+/* Its derivative, odd about 1/2. */
+INLINE vec slope_of(const int bf16, vec x, Place p) {
+    vec slope = polynomial(pieces[bf16].slope, slope_terms(bf16), p);
+    return _mm512_mask_sub_ps(slope, (__mmask16)~_mm512_movepi32_mask((__m512i)x), all(1), slope);
 }
 
 /* ---- products --------------------------------------------------------------------------------------------------- */
@@ -164,20 +226,24 @@ INLINE void finish(const int bf16, const int rows, const Epilogue *e, int64_t fi
     } else if (e->kind == GELU) {
         vec bias[2] = {load(e->bias + column), load(e->bias + column + LANES)};
         char *hidden = e->hidden ? e->hidden + first * e->hidden_line : 0;
-        UNROLL for (int i = 0; i < rows; i++) for (int half = 0; half < 2; half++) {
-            vec v = _mm512_add_ps(acc[i][half], bias[half]);
-            if (hidden) put(bf16, hidden + i * e->hidden_line, column + LANES * half, v);
-            put(bf16, to + i * e->line, column + LANES * half, _mm512_mul_ps(v, share(bf16, 0, v)));
+        UNROLL for (int i = 0; i < rows; i++) {
+            vec v[2] = {_mm512_add_ps(acc[i][0], bias[0]), _mm512_add_ps(acc[i][1], bias[1])};
+            if (hidden) put_both(bf16, hidden + i * e->hidden_line, column, v[0], v[1]);
+            put_both(bf16, to + i * e->line, column, gelu(bf16, v[0]), gelu(bf16, v[1]));
         }
     } else {
         vec sums[2] = {load(e->sums + column), load(e->sums + column + LANES)};
-        UNROLL for (int i = 0; i < rows; i++) for (int half = 0; half < 2; half++) {
-            int64_t at = column + LANES * half;
-            vec v = load((float *)(e->hidden + (first + i) * e->hidden_line) + at);
-            put(bf16, e->gelu + (first + i) * e->line, at, _mm512_mul_ps(v, share(bf16, 0, v)));
-            v = _mm512_mul_ps(acc[i][half], share(bf16, 1, v));
-            put(bf16, to + i * e->line, at, v);
-            sums[half] = _mm512_add_ps(sums[half], v);
+        UNROLL for (int i = 0; i < rows; i++) {
+            const float *hidden = (const float *)(e->hidden + (first + i) * e->hidden_line) + column;
+            vec v[2] = {load(hidden), load(hidden + LANES)};
+            Place p[2] = {place_of(bf16, v[0]), place_of(bf16, v[1])};
+            vec activation[2] = {gelu_at(bf16, v[0], p[0]), gelu_at(bf16, v[1], p[1])};
+            put_both(bf16, e->gelu + (first + i) * e->line, column, activation[0], activation[1]);
+            UNROLL for (int half = 0; half < 2; half++) {
+                v[half] = _mm512_mul_ps(acc[i][half], slope_of(bf16, v[half], p[half]));
+                sums[half] = _mm512_add_ps(sums[half], v[half]);
+            }
+            put_both(bf16, to + i * e->line, column, v[0], v[1]);
         }
         store(e->sums + column, sums[0]);
         store(e->sums + column + LANES, sums[1]);
