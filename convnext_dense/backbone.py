@@ -214,10 +214,9 @@ class ConvNeXt(BaseModule):
         maps = {}
         with_cp = self.with_cp if torch.is_grad_enabled() else False
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
-            x = fast.stage(downsample, stage, x, with_cp)
-            if i in self.out_indices:
-                # mmcv's RoIAlign reads its input as contiguous without a check: any other layout gives it garbage.
-                maps[i] = fast.output(getattr(self, f'norm{i}'), x)
+            norm = getattr(self, f'norm{i}') if i in self.out_indices else None
+            # mmcv's RoIAlign reads its input as contiguous without a check: any other layout gives it garbage.
+            x, maps[i] = fast.stage(downsample, stage, norm, x, with_cp)
         return tuple(maps[i] for i in self.out_indices)
 
     def compile_blocks(self, **settings) -> None:

@@ -507,26 +507,38 @@ def test_processors_without_the_instructions_take_the_other_form(monkeypatch):
 def test_a_stage_without_gradients_is_one_call_over_two_maps(depth, precision, monkeypatch):
     if (torch.bfloat16 if precision == AUTOCAST else torch.float32) not in fused.dtypes():
         pytest.skip('the kernels are not for this machine, or not compiled')
-    model, image, seen, calls = made(fused), torch.randn(1, 3, 64, 80), [], []
+    image, calls, seen = torch.randn(1, 3, 64, 80), [], []
     model = ConvNeXt(dict(depths=(depth, depth), channels=(32, 64)), out_indices=(0, 1)).eval()
-    run = fast.run
-    monkeypatch.setattr(fast, 'run', lambda *args: (calls.append(args), run(*args))[1])
-    with torch.autocast('cpu', torch.bfloat16, enabled=precision == AUTOCAST):
-        expected = [m.detach() for m in model(image)]
-        assert len(calls) == 2 * depth
-        calls.clear()
-        for hooked in (False, True):
-            if hooked:  # what a hook was given stays as it was
-                model.downsample_layers[1].register_forward_hook(lambda *args: seen.extend([args[2], args[2].clone()]))
+    run = fused.run
+    monkeypatch.setattr(fused, 'run', lambda *some: (calls.append([call.name for call in some]), run(*some))[1])
+
+    def changed(change):
+        """Maps equal those with gradients; the kernels that ran without, call by call."""
+        change(model)
+        with torch.autocast('cpu', torch.bfloat16, enabled=precision == AUTOCAST):
+            expected = [m.detach() for m in model(image)]
+            calls.clear()
             with torch.no_grad():
                 found = model(image)
-            for f, e in zip(found, expected):
-                assert distance(f, e) < (1e-6 if precision == 'float32' else 2e-2)
-    assert not calls and torch.equal(*seen)
-    model.stages[1][0].register_forward_hook(lambda *_: None)
-    with torch.no_grad():
-        model(image)
-    assert len(calls) == depth  # of the other stage all
+        for f, e in zip(found, expected):
+            assert distance(f, e) < (1e-6 if precision == 'float32' else 2e-2)
+        return calls
+
+    stage, one_by_one = ['patches', *['forward'] * depth, 'output'], [['forward']] * depth
+    assert changed(lambda model: None) == [stage, stage]
+    assert changed(lambda model: model.norm0.register_forward_hook(lambda *_: None)) == [
+        *([['patches'], *one_by_one]),
+        stage,
+    ]
+    # What a hook was given stays as it was.
+    keep = lambda module, inputs, out: seen.append((out, out.clone()))  # noqa: E731
+    assert changed(lambda model: model.downsample_layers[1].register_forward_hook(keep))[-2:] == [
+        ['forward'],
+        ['output'],
+    ]
+    assert all(torch.equal(*pair) for pair in seen) and seen
+    model.out_indices = (1,)
+    assert changed(lambda model: None)[0] == stage[:-1]
 
 
 def kept(model, image) -> int:

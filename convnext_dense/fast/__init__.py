@@ -43,34 +43,30 @@ def described() -> str:
     return f'no compiled kernels ({fused.why_not()}), ' + (f'tiles for {names[1]}' if names[1] else 'the plain form')
 
 
-def stage(downsample: nn.Sequential, blocks: nn.Sequential, x: torch.Tensor, with_cp: bool | str) -> torch.Tensor:
-    """`x`, N x C x H x W, through the stem or a downsampling and the blocks; `with_cp` as in `ConvNeXt`."""
-    scaled = all(getattr(block, 'gamma', None) is not None for block in blocks)
-    quick = _downsample(downsample, x, scaled) if _takes(x) else None
-    fresh, x = quick is not None, downsample(_layout(x)) if quick is None else quick
-    together = None if torch.is_grad_enabled() else _together(blocks, x, fresh)
+def stage(
+    downsample: nn.Sequential, blocks: nn.Sequential, norm: nn.LayerNorm | None, x: torch.Tensor, with_cp: bool | str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`x`, N x C x H x W, through the stem or a downsampling and the blocks; the `norm` of that, contiguous. `with_cp`
+    as in `ConvNeXt`."""
+    together = None if torch.is_grad_enabled() else _together(downsample, blocks, norm, x)
     if together is not None:
         return together
+    quick = _apply('patches', _patches(downsample, blocks, x))
+    x = downsample(_layout(x)) if quick is None else quick.permute(0, 3, 1, 2)
     for block in blocks:
         quick = run(block, x, with_cp)
         x = block(x, with_cp) if quick is None else quick
-    return x
-
-
-def output(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
-    """`norm(x)`, N x C x H x W, contiguous."""
-    if _takes(x) and _as_built(norm) and fused.takes_output(norm, x):
-        return _Part.apply('output', norm.eps, x, norm.weight, norm.bias)
-    return norm(x).contiguous()
+    if norm is None:
+        return x, None
+    quick = _apply('output', _output(norm, x))
+    return x, norm(x).contiguous() if quick is None else quick
 
 
 def run(block: nn.Module, x: torch.Tensor, with_cp: bool | str = False) -> torch.Tensor | None:
     """`block(x)`, N x C x H x W, in channels_last; None where there is no fast form."""
-    parameters = _parameters(block) if _takes(x) else None
-    if parameters is None or not _fit(parameters, x):
+    form, dtype, parameters = _form(block, x) if _takes(x) else (None,) * 3
+    if form is None:
         return None
-    dtype = _autocast_dtype() or x.dtype
-    form = fused if fused.takes(x, parameters, block.dwconv.padding, dtype) else tiled
     kept, factor = _draw(block.drop_path, x)
     rows = x.permute(0, 2, 3, 1).contiguous()
     chosen = rows if kept is None else rows[kept]
@@ -85,39 +81,62 @@ def run(block: nn.Module, x: torch.Tensor, with_cp: bool | str = False) -> torch
     return out.permute(0, 3, 1, 2)
 
 
-def _downsample(module: nn.Sequential, x: torch.Tensor, scaled: bool) -> torch.Tensor | None:
-    """`module(x)`; in float32, as under autocast only blocks that are `scaled`, with layer scale, make it anyway."""
+def _together(
+    downsample: nn.Sequential, blocks: nn.Sequential, norm: nn.LayerNorm | None, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """A stage without gradients, in one call; None where a part of it does not run in the kernels."""
+    inputs = _patches(downsample, blocks, x)
+    if inputs is None:
+        return None
+    rows, calls = fused.patches(*inputs)
+    settled = []
+    for block in blocks:
+        form, dtype, parameters = _form(block, rows.permute(0, 3, 1, 2))
+        if form is not fused or (block.training and block.drop_path.rate):
+            return None
+        settled.append((Settings(dtype, block.norm.eps, block.dwconv.padding, 1.0, False), parameters))
+    rows, more = fused.forward_all(settled, rows)
+    x, out, last = rows.permute(0, 3, 1, 2), None, []
+    if norm is not None:
+        inputs = _output(norm, x)
+        if inputs is None:
+            return None
+        out, last = fused.output(*inputs)
+    fused.run(*calls, *more, *last)
+    return x, out
+
+
+def _apply(name: str, inputs: tuple | None) -> torch.Tensor | None:
+    """The output of a function of `fused`; None where there are no inputs for it."""
+    return None if inputs is None else _Part.apply(name, *inputs)
+
+
+def _patches(module: nn.Sequential, blocks: nn.Sequential, x: torch.Tensor) -> tuple | None:
+    """What `fused.patches` takes of the stem or downsampling before `blocks`; in float32, as under autocast only blocks
+    with layer scale make it anyway."""
+    if not _takes(x):
+        return None
     dtype = _autocast_dtype() or x.dtype
-    if not _as_built(module) or not (scaled or dtype == torch.float32):
+    scaled = dtype == torch.float32 or all(getattr(block, 'gamma', None) is not None for block in blocks)
+    if not scaled or not _as_built(module):
         return None
     conv, norm = sorted(module, key=lambda part: isinstance(part, nn.LayerNorm))
     if not fused.takes_patches(conv, norm, x, dtype):
         return None
     settings = fused.Patches(conv.kernel_size[0], norm.eps, dtype)
-    rows = _Part.apply('patches', settings, x, conv.weight, conv.bias, norm.weight, norm.bias)
-    return rows.permute(0, 3, 1, 2)
+    return settings, x, conv.weight, conv.bias, norm.weight, norm.bias
+
+
+def _output(norm: nn.LayerNorm, x: torch.Tensor) -> tuple | None:
+    """What `fused.output` takes."""
+    if _takes(x) and _as_built(norm) and fused.takes_output(norm, x):
+        return norm.eps, x, norm.weight, norm.bias
+    return None
 
 
 def _layout(x: torch.Tensor) -> torch.Tensor:
     """A map in the memory format that blocks want; as it is where they would not take it."""
     return x.contiguous(memory_format=torch.channels_last) if _takes(x) else x
-
-
-def _together(blocks: nn.Sequential, x: torch.Tensor, fresh: bool) -> torch.Tensor | None:
-    """The blocks without gradients in one call, lest Python's objects have to come back to the cache between them; None
-    where one of them does not run in the kernels. A `fresh` x nobody else has seen."""
-    if not _takes(x):
-        return None
-    dtype, settled = _autocast_dtype() or x.dtype, []
-    for block in blocks:
-        parameters = _parameters(block)
-        if parameters is None or not _fit(parameters, x) or (block.training and block.drop_path.rate):
-            return None
-        if not fused.takes(x, parameters, block.dwconv.padding, dtype):
-            return None
-        settled.append((Settings(dtype, block.norm.eps, block.dwconv.padding, 1.0, False), parameters))
-    rows = x.permute(0, 2, 3, 1)
-    return fused.forward_all(settled, rows.contiguous(), fresh or not rows.is_contiguous()).permute(0, 3, 1, 2)
 
 
 class _Block(torch.autograd.Function):
@@ -147,13 +166,15 @@ class _Block(torch.autograd.Function):
 
 
 class _Part(torch.autograd.Function):
-    """A function of `fused` by its name, of which the inputs alone are kept for the backward pass."""
+    """A function of `fused` by its name, run at once, of which the inputs alone are kept for the backward pass."""
 
     @staticmethod
     def forward(ctx, name, settings, *inputs):
         ctx.name, ctx.settings = name, settings
         ctx.save_for_backward(*inputs)
-        return getattr(fused, name)(settings, *inputs)
+        out, calls = getattr(fused, name)(settings, *inputs)
+        fused.run(*calls)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
@@ -225,16 +246,25 @@ def _autocast_dtype() -> torch.dtype | None:
     return torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else None
 
 
+def _form(block: nn.Module, x: torch.Tensor) -> tuple:
+    """The form that has `block(x)`, the dtype of its products, and the parameters; None, None, None: neither has."""
+    parameters = _parameters(block)
+    if parameters is None or not _fit(parameters, x):
+        return None, None, None
+    dtype = _autocast_dtype() or x.dtype
+    return fused if fused.takes(x, parameters, block.dwconv.padding, dtype) else tiled, dtype, parameters
+
+
 def _parameters(block: nn.Module) -> Parameters | None:
     """None where the block is not as built."""
     if not _as_built(block):
         return None
-    conv = block.dwconv
+    conv, norm, linear1, _, linear2, _ = block.children()
     if (conv.stride, conv.dilation, conv.groups, conv.padding_mode) != ((1, 1), (1, 1), len(conv.weight), 'zeros'):
         return None
     return Parameters(
-        *(conv.weight, conv.bias, block.norm.weight, block.norm.bias),
-        *(block.pwconv1.weight, block.pwconv1.bias, block.pwconv2.weight, block.pwconv2.bias, block.gamma),
+        *(conv.weight, conv.bias, norm.weight, norm.bias),
+        *(linear1.weight, linear1.bias, linear2.weight, linear2.bias, block.gamma),
     )
 
 

@@ -40,7 +40,7 @@ def _structure(integers, floats, pointers):
     return type('Arguments', (ctypes.Structure,), dict(_fields_=fields))
 
 
-# Block, Patches and Output of kernels.c.
+# Block, Patches, Output and Call of kernels.c.
 _Block = _structure(
     'images height width channels threads bf16',
     'eps factor',
@@ -52,6 +52,40 @@ _Patches = _structure(
     'x weight bias norm norm_bias out grad grad_x grad_weight sums work',
 )
 _Output = _structure('images area channels threads', 'eps', 'x norm norm_bias out grad grad_x sums work')
+_Step = _structure('', '', 'kernel arguments')
+
+
+class Call(NamedTuple):
+    """Of a kernel."""
+
+    name: str
+    arguments: ctypes.Structure
+    tensors: tuple[torch.Tensor | None, ...]  # that the arguments point into: they have to last until it ran
+
+
+def run(*calls: Call) -> None:
+    """One kernel after the other, without a return to Python: what that needs is no longer in the cache then."""
+    library = _library()
+    work = _work(max((_bytes_of_work(call) for call in calls), default=0))
+    for call in calls:
+        call.arguments.work = work
+    kernels = [ctypes.cast(getattr(library, f'convnext_{call.name}'), ctypes.c_void_p) for call in calls]
+    steps = (_Step * len(calls))(*((k.value, ctypes.addressof(c.arguments)) for k, c in zip(kernels, calls)))
+    library.convnext_run(steps, len(calls))
+
+
+def _bytes_of_work(call: Call) -> int:
+    if call.name not in WITH_WORK:
+        return 0
+    return getattr(_library(), f'convnext_{call.name}_work')(ctypes.byref(call.arguments))
+
+
+def _work(size: int) -> int:
+    """Where the thread's working memory is, of that many bytes at least."""
+    if getattr(_own, 'work', _NOTHING).numel() < size:
+        _own.work = _NOTHING  # before the new one comes
+        _own.work = torch.empty(size, dtype=torch.uint8, device='cpu')
+    return getattr(_own, 'work', _NOTHING).data_ptr()
 
 
 def takes(x: torch.Tensor, p: Parameters, padding: tuple | str, dtype: torch.dtype) -> bool:
@@ -84,26 +118,19 @@ def forward(settings, x, z, parameters, keep=False):
     )
     out = torch.empty_like(z)
     if len(z):  # stochastic depth has left some
-        _call('forward', _block_arguments(settings, z, parameters, y=kept[0], hidden=kept[1], out=out))
+        run(_block('forward', settings, z, parameters, y=kept[0], hidden=kept[1], out=out))
     return out, kept
 
 
-def forward_all(blocks: Sequence[tuple[Settings, Parameters]], x: torch.Tensor, fresh: bool) -> torch.Tensor:
-    """Output of blocks one after the other, N x H x W x C; nothing is kept. `x` is written over where it is `fresh`."""
-    x, fresh = x.float(), fresh or x.dtype != torch.float32
-    outputs = [torch.empty_like(x), x if fresh else torch.empty_like(x)]  # in turn
-    inputs = [x, *(outputs[i % 2] for i in range(len(blocks) - 1))]
-    arguments = (_Block * len(blocks))(
-        *(
-            _block_arguments(settings, taken, parameters, out=outputs[i % 2])
-            for i, (taken, (settings, parameters)) in enumerate(zip(inputs, blocks))
-        )
-    )
-    work = _work('forward', arguments[0])
-    for block in arguments:
-        block.work = work
-    _library().convnext_forward_all(arguments, len(blocks))
-    return outputs[(len(blocks) - 1) % 2]
+def forward_all(blocks: Sequence[tuple[Settings, Parameters]], x: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
+    """Output of blocks one after the other, and the calls that make it, over two maps in turn, one of them `x`, N x H x
+    W x C in float32. Nothing is kept."""
+    maps = [x, torch.empty_like(x)]
+    calls = [
+        _block('forward', settings, maps[i % 2], parameters, out=maps[1 - i % 2])
+        for i, (settings, parameters) in enumerate(blocks)
+    ]
+    return maps[len(blocks) % 2], calls
 
 
 def backward(settings, z, kept, parameters, grad, needed):
@@ -118,7 +145,7 @@ def backward(settings, z, kept, parameters, grad, needed):
         taps = SIDE * SIDE
         found |= dict(grad_linear1=torch.empty_like(p.linear1), grad_linear2=torch.empty_like(p.linear2))
         found['sums'] = z.new_empty((4 + 4 + taps) * channels)
-    _call('backward', _block_arguments(settings, z, parameters, **found))
+    run(_block('backward', settings, z, parameters, **found))
     if not any(of_parameters):
         return None, found['grad_x'], *[None] * len(parameters)
     sizes = [4 * channels, *[channels] * 4, taps * channels]
@@ -153,12 +180,11 @@ def takes_patches(conv: nn.Conv2d, norm: nn.LayerNorm, x: torch.Tensor, dtype: t
     return _fit((conv.weight, conv.bias, norm.weight, norm.bias), shapes)
 
 
-def patches(settings: Patches, x, weight, bias, norm, norm_bias):
-    """N x C x H x W -> N x H // side x W // side x C', float32."""
+def patches(settings: Patches, x, weight, bias, norm, norm_bias) -> tuple[torch.Tensor, list[Call]]:
+    """N x C x H x W -> N x H // side x W // side x C', float32, and the call that makes it."""
     height, width = (n // settings.side for n in x.shape[2:])
     out = x.new_empty(len(x), height, width, len(weight))
-    _call_patches('patches', settings, x, weight, (bias, norm, norm_bias), out=out)
-    return out
+    return out, [_patches('patches', settings, x, weight, (bias, norm, norm_bias), out=out)]
 
 
 def patches_backward(settings, x, weight, bias, norm, norm_bias, grad, needed):
@@ -172,7 +198,7 @@ def patches_backward(settings, x, weight, bias, norm, norm_bias, grad, needed):
     if any(of_parameters):
         found['grad_weight'] = x.new_empty(len(weight), _patch_size(weight))
         found['sums'] = x.new_empty(sum(sizes))
-    _call_patches('patches_backward', settings, x, weight, (bias, norm, norm_bias), **found)
+    run(_patches('patches_backward', settings, x, weight, (bias, norm, norm_bias), **found))
     if not any(of_parameters):
         return found.get('grad_x'), None, None, None, None
     of_weight = found['grad_weight'][:, : weight[0].numel()].reshape(weight.shape)
@@ -193,13 +219,13 @@ def _patch_size(weight: torch.Tensor) -> int:
     return -(-weight[0].numel() // LANES) * LANES
 
 
-def _call_patches(name, settings, x, weight, vectors, **tensors):
+def _patches(name, settings, x, weight, vectors, **tensors) -> Call:
     missing = _patch_size(weight) - weight[0].numel()
     rows = F.pad(weight.flatten(1), (0, missing)) if missing else weight.flatten(1)
     sizes = (len(x), *(n // settings.side for n in x.shape[2:]), x.shape[1], len(weight), settings.side)
     tensors |= dict(zip(('bias', 'norm', 'norm_bias'), vectors), x=x, weight=rows)
     integers = (*sizes, torch.get_num_threads(), settings.dtype == torch.bfloat16, *x.stride())
-    _call(name, _Patches(*integers, settings.eps, **_pointers(tensors)))
+    return Call(name, _Patches(*integers, settings.eps, **_pointers(tensors)), tuple(tensors.values()))
 
 
 def takes_output(norm: nn.LayerNorm, x: torch.Tensor) -> bool:
@@ -210,17 +236,16 @@ def takes_output(norm: nn.LayerNorm, x: torch.Tensor) -> bool:
     return norm.normalized_shape == (c,) and _fit((norm.weight, norm.bias), ((c,), (c,)))
 
 
-def output(eps: float, x, norm, norm_bias):
-    """LayerNorm of N x C x H x W in channels_last, contiguous."""
+def output(eps: float, x, norm, norm_bias) -> tuple[torch.Tensor, list[Call]]:
+    """LayerNorm of N x C x H x W in channels_last, contiguous, and the call that makes it."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _call_output('output', eps, x, norm=norm, norm_bias=norm_bias, out=out)
-    return out
+    return out, [_output('output', eps, x, norm=norm, norm_bias=norm_bias, out=out)]
 
 
 def output_backward(eps, x, norm, norm_bias, grad, needed):
     x = x.contiguous(memory_format=torch.channels_last)
     found = dict(grad_x=torch.empty_like(x), sums=x.new_empty(2 * len(norm)))
-    _call_output('output_backward', eps, x, norm=norm, norm_bias=norm_bias, grad=grad.contiguous(), **found)
+    run(_output('output_backward', eps, x, norm=norm, norm_bias=norm_bias, grad=grad.contiguous(), **found))
     all_found = (found['grad_x'], *found['sums'].chunk(2))
     return tuple(t if n else None for t, n in zip(all_found, needed))
 
@@ -229,10 +254,11 @@ def output_plainly(eps, x, norm, norm_bias):
     return F.layer_norm(x.permute(0, 2, 3, 1), norm.shape, norm, norm_bias, eps).permute(0, 3, 1, 2)
 
 
-def _call_output(name, eps, x, **tensors):
+def _output(name, eps, x, **tensors) -> Call:
     n, channels, height, width = x.shape
     integers = (n, height * width, channels, torch.get_num_threads())
-    _call(name, _Output(*integers, eps, **_pointers(tensors | dict(x=x))))
+    tensors['x'] = x
+    return Call(name, _Output(*integers, eps, **_pointers(tensors)), tuple(tensors.values()))
 
 
 def _fit(parameters: Sequence[torch.Tensor | None], shapes: Sequence[tuple[int, ...]]) -> bool:
@@ -250,25 +276,10 @@ def _pointers(tensors: dict[str, torch.Tensor | None]) -> dict[str, int]:
     return {name: t.data_ptr() for name, t in tensors.items() if t is not None}
 
 
-def _block_arguments(settings, x, parameters, **tensors):
+def _block(name, settings, x, parameters, **tensors) -> Call:
     integers = (*x.shape, torch.get_num_threads(), settings.dtype == torch.bfloat16)
-    pointers = _pointers({**tensors, **parameters._asdict(), 'x': x})
-    return _Block(*integers, settings.eps, settings.factor, **pointers)
-
-
-def _call(name, arguments):
-    if name in WITH_WORK:
-        arguments.work = _work(name, arguments)
-    getattr(_library(), f'convnext_{name}')(ctypes.byref(arguments))
-
-
-def _work(name, arguments) -> int:
-    """Where the thread's working memory is, of the size that the kernel needs at least."""
-    size = getattr(_library(), f'convnext_{name}_work')(ctypes.byref(arguments))
-    if getattr(_own, 'work', _NOTHING).numel() < size:
-        _own.work = _NOTHING  # before the new one comes
-        _own.work = torch.empty(size, dtype=torch.uint8, device='cpu')
-    return _own.work.data_ptr()
+    tensors |= dict(parameters._asdict(), x=x)
+    return Call(name, _Block(*integers, settings.eps, settings.factor, **_pointers(tensors)), tuple(tensors.values()))
 
 
 @cache

@@ -586,7 +586,8 @@ static void forward_tile(const Block *b, const Plan *plan, char *scratch, int64_
         }
 }
 
-void convnext_forward(const Block *b) {
+void convnext_forward(const void *arguments) {
+    const Block *b = arguments;
     Plan p = plan_of(b, 0);
     const Plan *plan = &p;
     int64_t c = b->channels, m = b->images * b->height * b->width;
@@ -604,11 +605,6 @@ void convnext_forward(const Block *b) {
         for (int64_t first = 0; first < m; first += plan->rows)
             forward_tile(b, plan, scratch, first, least(plan->rows, m - first));
     }
-}
-
-/* Blocks one after the other. */
-void convnext_forward_all(const Block *blocks, int64_t n) {
-    for (int64_t i = 0; i < n; i++) convnext_forward(blocks + i);
 }
 
 /* ---- backward ----------------------------------------------------------------------------------------------------- */
@@ -710,7 +706,8 @@ static void weight_gradients(const Block *b, const Plan *plan, int64_t panel, in
     }
 }
 
-void convnext_backward(const Block *b) {
+void convnext_backward(const void *arguments) {
+    const Block *b = arguments;
     Plan p = plan_of(b, 1);
     const Plan *plan = &p;
     int64_t c = b->channels, m = b->images * b->height * b->width, lines = b->images * b->height;
@@ -877,7 +874,8 @@ static void patches_tile(const Patches *b, const PatchPlan *plan, char *scratch,
     }
 }
 
-void convnext_patches(const Patches *b) {
+void convnext_patches(const void *arguments) {
+    const Patches *b = arguments;
     PatchPlan p = patch_plan_of(b, 0);
     const PatchPlan *plan = &p;
     int64_t m = b->images * b->height * b->width;
@@ -946,7 +944,8 @@ static void patches_backward_tile(const Patches *b, const PatchPlan *plan, char 
                            of_norm_bias);
 }
 
-void convnext_patches_backward(const Patches *b) {
+void convnext_patches_backward(const void *arguments) {
+    const Patches *b = arguments;
     PatchPlan p = patch_plan_of(b, 1);
     const PatchPlan *plan = &p;
     int64_t m = b->images * b->height * b->width, stride = (b->bf16 ? plan->strip / 2 : plan->strip) * WIDE;
@@ -1013,7 +1012,8 @@ static void output_tile(const Output *b, int64_t image, int64_t first, int rows)
     }
 }
 
-void convnext_output(const Output *b) {
+void convnext_output(const void *arguments) {
+    const Output *b = arguments;
     int64_t tiles = (b->area + LANES - 1) / LANES;
 #pragma omp parallel for num_threads((int)b->threads) schedule(static)
     for (int64_t t = 0; t < b->images * tiles; t++) {
@@ -1039,7 +1039,8 @@ static void output_backward_tile(const Output *b, int64_t image, int64_t first, 
 /* Of a thread: the gradient of 16 pixels, and sums. */
 int64_t convnext_output_backward_work(const Output *b) { return b->threads * 4 * (LANES + 2) * b->channels; }
 
-void convnext_output_backward(const Output *b) {
+void convnext_output_backward(const void *arguments) {
+    const Output *b = arguments;
     int64_t c = b->channels, tiles = (b->area + LANES - 1) / LANES;
     float *work = (float *)b->work, *of_threads = work + b->threads * LANES * c;
 #pragma omp parallel num_threads((int)b->threads)
@@ -1053,6 +1054,17 @@ void convnext_output_backward(const Output *b) {
         }
         add_threads(of_threads, 2 * c, b->sums);
     }
+}
+
+/* ---- the door ----------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    void (*kernel)(const void *);
+    const void *arguments;
+} Call;
+
+void convnext_run(const Call *calls, int64_t n) {
+    for (int64_t i = 0; i < n; i++) calls[i].kernel(calls[i].arguments);
 }
 
 /* Of which source these are the kernels. */
