@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import math
 import statistics
 import sys
 import tempfile
@@ -57,7 +58,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """Milliseconds (median, quartiles) or MB, of one candidate in a case; `ratio` is its figure over ours."""
+    """Milliseconds (median, quartiles) or MB, of one candidate in a case; `ratio` is its figure over ours, `first`
+    milliseconds of the two runs that warm up, compilation included."""
 
     case: Case
     candidate: str
@@ -66,6 +68,7 @@ class Result:
     low: float
     high: float
     ratio: float | None = None
+    first: float | None = None
 
     def as_dict(self) -> dict:
         return {**asdict(self.case), **{k: v for k, v in asdict(self).items() if k != 'case'}}
@@ -222,16 +225,23 @@ def times(case: Case, candidates: list[str], rounds: int) -> Iterator[Result]:
     for name in candidates:
         for layout in LAYOUTS if name in CANDIDATES and not name.startswith((OURS, 'Swin')) else ['contiguous']:
             runs[name, layout] = _step(case, build(name, case.arch), layout)
-    seconds = {key: [] for key in runs}
-    for i in range(rounds + 2):
+    found = {key: [] for key in runs}
+    for _ in range(rounds + 2):
         for key, run in runs.items():
             start = time.perf_counter()
             run()
-            if i >= 2:
-                seconds[key].append(1000 * (time.perf_counter() - start))
-    ours = statistics.median(seconds.get((OURS, 'contiguous'), [float('nan')]))
-    for (name, layout), values in seconds.items():
-        yield _result(case, name, layout, values, ours)
+            found[key].append(1000 * (time.perf_counter() - start))
+    ours = statistics.median(found.get((OURS, 'contiguous'), [float('nan')] * 3)[2:])
+    for (name, layout), (first, second, *values) in found.items():
+        yield _result(case, name, layout, values, ours, first + second)
+
+
+def pays_from(compiled: dict, plain: dict) -> int | None:
+    """From how many runs on a compiled candidate has won back its first two; None where it is not faster. Results as
+    dictionaries."""
+    won = plain['median'] - compiled['median']
+    lost = compiled['first'] - 2 * compiled['median']
+    return None if won <= 0 else math.ceil(max(lost, 0) / won)
 
 
 def memory(case: Case, candidates: list[str]) -> Iterator[Result]:
@@ -326,7 +336,11 @@ def _step(case: Case, model: nn.Module, layout: str) -> Callable[[], None]:
     model.train(case.mode == 'training')
     image = torch.randn(case.batch, 3, case.height, case.width, device=case.device)
     image = image.contiguous(memory_format=LAYOUTS[layout])
-    called = torch.compile(model, dynamic=True) if case.compiled else model
+    called = model
+    if case.compiled and isinstance(model, ConvNeXt):
+        model.compile_blocks()  # as the tools' flag does
+    elif case.compiled:
+        called = torch.compile(model, dynamic=True)
 
     def run():
         model.zero_grad(set_to_none=True)
@@ -386,10 +400,11 @@ def _product_time(rows: int, inner: int, outer: int, dtype: torch.dtype, device:
     return best
 
 
-def _result(case, name, layout, values, ours) -> Result:
+def _result(case, name, layout, values, ours, first=None) -> Result:
     quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
     median = statistics.median(values)
-    return Result(case, name, layout, median, quartiles[0], quartiles[2], None if ours != ours else median / ours)
+    ratio = None if ours != ours else median / ours
+    return Result(case, name, layout, median, quartiles[0], quartiles[2], ratio, first)
 
 
 def _maps(output) -> list[torch.Tensor]:

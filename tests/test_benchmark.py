@@ -103,3 +103,20 @@ def test_the_bound_grows_with_pixels():
 def test_bad_input_is_one_line(args, word, run_tool):
     run = run_tool('benchmark.py', *args)
     assert run.returncode == 2 and word in run.stderr.splitlines()[-1] and 'Traceback' not in run.stderr
+
+
+def test_from_how_many_runs_on_compilation_pays():
+    compiled, plain = dict(median=8.0, first=1001.0), dict(median=10.0)
+    runs = benchmark.pays_from(compiled, plain)
+    took = [(compiled['first'] + (n - 2) * compiled['median'], n * plain['median']) for n in (runs - 1, runs)]
+    assert took[0][0] > took[0][1] and took[1][0] <= took[1][1]
+    assert benchmark.pays_from(dict(median=8.0, first=16.0), plain) == 0
+    assert benchmark.pays_from(dict(median=10.0, first=1000.0), plain) is None
+
+
+@pytest.mark.slow
+def test_compiled_beside_eager(run_tool):
+    run = run_tool('benchmark.py', *TINY, '--measure', 'inference', '--peers', 'plain form', '--compiled', 'both')
+    assert run.returncode == 0, run.stderr
+    lines = [line for line in run.stdout.splitlines() if ': compiling, ' in line]
+    assert len(lines) == 3 and all(' s with two runs, ' in line and ' pay' in line for line in lines), run.stdout

@@ -28,6 +28,7 @@ from convnext_dense.benchmark import (
     cases,
     memory,
     models,
+    pays_from,
     times,
 )
 from convnext_dense.commands import one_line_errors
@@ -161,7 +162,7 @@ def as_text(report: dict, markdown: bool) -> list[str]:
             )
             for r in report['results']
         ]
-        lines += ['', table(header, rows, markdown)]
+        lines += ['', table(header, rows, markdown), *payoff(report['results'])]
     lines += [
         f'{b["arch"]} {b["height"]}x{b["width"]} x {b["batch"]} {b["dtype"]}: matrix products alone {b["ms"]:.1f} ms'
         for b in report['bounds']
@@ -183,6 +184,22 @@ def as_text(report: dict, markdown: bool) -> list[str]:
     return lines
 
 
+def payoff(results: list[dict]) -> list[str]:
+    """From how many runs on compilation pays, where both forms were measured."""
+    lines, plain = [], {}
+    for r in results:
+        key = tuple(r[k] for k in ('arch', 'mode', 'height', 'width', 'batch', 'dtype', 'candidate', 'layout'))
+        if r['unit'] != 'ms':
+            continue
+        if not r['compiled']:
+            plain[key] = r
+        elif key in plain:
+            runs = pays_from(r, plain[key])
+            pays = 'does not pay: it is no faster' if runs is None else f'pays from {runs} runs on'
+            lines.append(f'{", ".join(map(str, key))}: compiling, {r["first"] / 1000:.1f} s with two runs, {pays}')
+    return lines
+
+
 def draw(results: list[dict], file: str) -> None:
     import matplotlib
 
@@ -191,7 +208,8 @@ def draw(results: list[dict], file: str) -> None:
 
     best = {}
     for r in results:
-        group = f'{r["arch"]} {r["mode"]}\n{r["height"]}x{r["width"]} x {r["batch"]}\n{r["dtype"]}, {r["unit"]}'
+        form = ' compiled' if r['compiled'] else ''
+        group = f'{r["arch"]} {r["mode"]}{form}\n{r["height"]}x{r["width"]} x {r["batch"]}\n{r["dtype"]}, {r["unit"]}'
         entry = best.setdefault(group, {})
         entry[r['candidate']] = min(r['median'], entry.get(r['candidate'], float('inf')))
     names = list(dict.fromkeys(name for entry in best.values() for name in entry))
