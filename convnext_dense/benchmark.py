@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -59,7 +60,7 @@ class Case:
 @dataclass(frozen=True)
 class Result:
     """Milliseconds (median, quartiles) or MB, of one candidate in a case; `ratio` is its figure over ours, `first`
-    milliseconds of the two runs that warm up, compilation included."""
+    milliseconds of the first two runs where they compile."""
 
     case: Case
     candidate: str
@@ -225,15 +226,17 @@ def times(case: Case, candidates: list[str], rounds: int) -> Iterator[Result]:
     for name in candidates:
         for layout in LAYOUTS if name in CANDIDATES and not name.startswith((OURS, 'Swin')) else ['contiguous']:
             runs[name, layout] = _step(case, build(name, case.arch), layout)
-    found = {key: [] for key in runs}
-    for _ in range(rounds + 2):
+    milliseconds = {key: [] for key in runs}
+    for i in range(rounds + 2):
         for key, run in runs.items():
             start = time.perf_counter()
             run()
-            found[key].append(1000 * (time.perf_counter() - start))
-    ours = statistics.median(found.get((OURS, 'contiguous'), [float('nan')] * 3)[2:])
-    for (name, layout), (first, second, *values) in found.items():
-        yield _result(case, name, layout, values, ours, first + second)
+            if i >= 2:
+                milliseconds[key].append(1000 * (time.perf_counter() - start))
+    ours = statistics.median(milliseconds.get((OURS, 'contiguous'), [float('nan')]))
+    for (name, layout), values in milliseconds.items():
+        first = _alone(_first, case, name, layout) if case.compiled else None
+        yield _result(case, name, layout, values, ours, first)
 
 
 def pays_from(compiled: dict, plain: dict) -> int | None:
@@ -247,10 +250,7 @@ def pays_from(compiled: dict, plain: dict) -> int | None:
 def memory(case: Case, candidates: list[str]) -> Iterator[Result]:
     """Peak memory of a step in MB, beyond what the process held before it, which is mostly weights; each candidate in a
     process of its own. On a CPU it is resident memory (Linux)."""
-    found = {}
-    for name in candidates:
-        with get_context('spawn').Pool(1) as pool:
-            found[name] = pool.apply(_peak, (case, name, torch.get_num_threads()))
+    found = {name: _alone(_peak, case, name) for name in candidates}
     for name, value in found.items():
         yield _result(case, name, 'contiguous', [value], found.get(OURS, float('nan')))
 
@@ -353,6 +353,23 @@ def _step(case: Case, model: nn.Module, layout: str) -> Callable[[], None]:
         _synchronise(case.device)
 
     return run
+
+
+def _alone(function: Callable, *args):
+    """Its result in a process of its own."""
+    with get_context('spawn').Pool(1) as pool:
+        return pool.apply(function, args, dict(threads=torch.get_num_threads()))
+
+
+def _first(case: Case, candidate: str, layout: str, threads: int) -> float:
+    """Milliseconds of the first two runs, of which nothing was compiled before."""
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        os.environ['TORCHINDUCTOR_CACHE_DIR'] = folder
+        run = _step(case, build(candidate, case.arch), layout)
+        start = time.perf_counter()
+        run(), run()
+        return 1000 * (time.perf_counter() - start)
 
 
 def _peak(case: Case, candidate: str, threads: int) -> float:
