@@ -236,7 +236,8 @@ def _while_reading(error: Exception) -> bool:
     """Whether a connection to a process that reads data was lost: torch's loader passes that on as it is where the
     process is gone, but not yet seen as dead."""
     frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, (ConnectionError, EOFError)) and any(frame.name == '_try_get_data' for frame in frames)
+    lost = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))  # the last: its socket
+    return lost and any(frame.name == '_try_get_data' for frame in frames)
 
 
 def _knobs(model: torch.nn.Module | None, shape: tuple | None) -> str:

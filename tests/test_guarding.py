@@ -94,14 +94,18 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_its_cause(train, tmp_pat
     assert line.startswith('error: ') and 'process that reads data' in line and 'num_workers' in line, line
 
 
-@pytest.mark.parametrize('lost', [ConnectionResetError(104, 'Connection reset by peer'), EOFError()])
+@pytest.mark.parametrize(
+    'lost', [ConnectionResetError(104, 'Connection reset by peer'), EOFError(), FileNotFoundError(2, 'No such file')]
+)
 def test_a_data_worker_that_is_not_yet_seen_as_dead_is_named_as_well(lost):
     batches = iter(DataLoader(list(range(8)), num_workers=1))
     batches._data_queue = Mock(get=Mock(side_effect=lost))
     with pytest.raises(type(lost)) as caught:
         next(batches)
     assert cause_of(caught.value).startswith('a process that reads data was ended from outside')
-    assert cause_of(lost.with_traceback(None)) == ('another process of the run is gone' if lost.args else None)
+    assert cause_of(lost.with_traceback(None)) == (
+        'another process of the run is gone' if isinstance(lost, ConnectionError) else None
+    )
 
 
 def two_ranks(train, options=()):
