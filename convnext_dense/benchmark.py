@@ -222,10 +222,13 @@ def agreement(candidate: str, arch: str, size: int = 64) -> float | None:
 
 def times(case: Case, candidates: list[str], rounds: int) -> Iterator[Result]:
     """Each candidate in each memory format, one run after the other in each round; the first two rounds warm up."""
-    runs = {}
-    for name in candidates:
-        for layout in LAYOUTS if name in CANDIDATES and not name.startswith((OURS, 'Swin')) else ['contiguous']:
-            runs[name, layout] = _step(case, build(name, case.arch), layout)
+    keys = [
+        (name, layout)
+        for name in candidates
+        for layout in (LAYOUTS if name in CANDIDATES and not name.startswith((OURS, 'Swin')) else ['contiguous'])
+    ]
+    first = {key: _alone(_first, case, *key) if case.compiled else None for key in keys}  # while the device is free
+    runs = {(name, layout): _step(case, build(name, case.arch), layout) for name, layout in keys}
     milliseconds = {key: [] for key in runs}
     for i in range(rounds + 2):
         for key, run in runs.items():
@@ -235,8 +238,7 @@ def times(case: Case, candidates: list[str], rounds: int) -> Iterator[Result]:
                 milliseconds[key].append(1000 * (time.perf_counter() - start))
     ours = statistics.median(milliseconds.get((OURS, 'contiguous'), [float('nan')]))
     for (name, layout), values in milliseconds.items():
-        first = _alone(_first, case, name, layout) if case.compiled else None
-        yield _result(case, name, layout, values, ours, first)
+        yield _result(case, name, layout, values, ours, first[name, layout])
 
 
 def pays_from(compiled: dict, plain: dict) -> int | None:
@@ -244,7 +246,7 @@ def pays_from(compiled: dict, plain: dict) -> int | None:
     dictionaries."""
     won = plain['median'] - compiled['median']
     lost = compiled['first'] - 2 * compiled['median']
-    return None if won <= 0 else math.ceil(max(lost, 0) / won)
+    return None if won <= 0 else max(1, math.ceil(lost / won))
 
 
 def memory(case: Case, candidates: list[str]) -> Iterator[Result]:
