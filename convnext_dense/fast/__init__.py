@@ -95,13 +95,13 @@ def _together(
         if form is not fused or (block.training and block.drop_path.rate):
             return None
         settled.append((Settings(dtype, block.norm.eps, block.dwconv.padding, 1.0, False), parameters))
-    rows, more = fused.forward_all(settled, rows)
+    rows, free, more = fused.forward_all(settled, rows)
     x, out, last = rows.permute(0, 3, 1, 2), None, []
     if norm is not None:
         inputs = _output(norm, x)
         if inputs is None:
             return None
-        out, last = fused.output(*inputs)
+        out, last = fused.output(*inputs, free)
     fused.run(*calls, *more, *last)
     return x, out
 

@@ -25,7 +25,7 @@ SOURCE = Path(__file__).with_name('kernels.c')
 NEEDED = {'avx512f', 'avx512bw', 'avx512dq', 'avx512vl'}  # of a processor
 LANES = 32  # channels come in multiples of it
 SIDE = 7  # of the depthwise kernel
-WITH_WORK = ('forward', 'backward', 'patches', 'patches_backward', 'output_backward')
+WITH_WORK = ('forward', 'backward', 'patches', 'patches_backward', 'output_backward')  # kernels that want memory
 SIDES = (4, 2)  # of patches of the stem and of a downsampling
 WIDE = 384  # channels from which on the hidden layer is sooner kept for the backward pass than computed again
 
@@ -56,7 +56,7 @@ _Step = _structure('', '', 'kernel arguments')
 
 
 class Call(NamedTuple):
-    """Of a kernel."""
+    """A kernel of kernels.c that is to run."""
 
     name: str
     arguments: ctypes.Structure
@@ -122,15 +122,17 @@ def forward(settings, x, z, parameters, keep=False):
     return out, kept
 
 
-def forward_all(blocks: Sequence[tuple[Settings, Parameters]], x: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
-    """Output of blocks one after the other, and the calls that make it, over two maps in turn, one of them `x`, N x H x
-    W x C in float32. Nothing is kept."""
+def forward_all(
+    blocks: Sequence[tuple[Settings, Parameters]], x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, list[Call]]:
+    """Output of blocks one after the other, over two maps in turn, one of them `x`, N x H x W x C in float32; the map
+    that is free then; and the calls that do it. Nothing is kept."""
     maps = [x, torch.empty_like(x)]
     calls = [
         _block('forward', settings, maps[i % 2], parameters, out=maps[1 - i % 2])
         for i, (settings, parameters) in enumerate(blocks)
     ]
-    return maps[len(blocks) % 2], calls
+    return maps[len(blocks) % 2], maps[1 - len(blocks) % 2], calls
 
 
 def backward(settings, z, kept, parameters, grad, needed):
@@ -236,9 +238,10 @@ def takes_output(norm: nn.LayerNorm, x: torch.Tensor) -> bool:
     return norm.normalized_shape == (c,) and _fit((norm.weight, norm.bias), ((c,), (c,)))
 
 
-def output(eps: float, x, norm, norm_bias) -> tuple[torch.Tensor, list[Call]]:
-    """LayerNorm of N x C x H x W in channels_last, contiguous, and the call that makes it."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+def output(eps: float, x, norm, norm_bias, free: torch.Tensor | None = None) -> tuple[torch.Tensor, list[Call]]:
+    """LayerNorm of N x C x H x W in channels_last, contiguous, and the call that makes it, in a `free` map where there
+    is one."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if free is None else free.view(x.shape)
     return out, [_output('output', eps, x, norm=norm, norm_bias=norm_bias, out=out)]
 
 
@@ -322,6 +325,8 @@ def _library() -> ctypes.CDLL | None:
             raise OSError('it was compiled from another kernels.c than the one beside it')
         for name in WITH_WORK:
             getattr(library, f'convnext_{name}_work').restype = ctypes.c_int64
+        library.convnext_run.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+        library.convnext_prepare()
     except (OSError, AttributeError) as error:
         warnings.warn(
             f'{file.name} is left unused, which is slower: {error}. Install convnext_dense again, with gcc as compiler',
