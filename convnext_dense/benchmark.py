@@ -305,13 +305,11 @@ def _model_step(recipe, backbone, device, dtype, height, width):
     init_default_scope(config.default_scope)
     with _with_torchvision():
         importlib.import_module(f'{config.default_scope}.models')
-        importlib.import_module('convnext_dense.detection')
+        importlib.import_module('convnext_dense.detection')  # with mmdet's models, of which Swin is
     cfg = config.model
     cfg.backbone.init_cfg = None
     if backbone == 'Swin':
         cfg.backbone = dict(type='mmdet.SwinTransformer', **SWIN['tiny'])
-        with _with_torchvision():
-            importlib.import_module('mmdet.models')
     model = MODELS.build(cfg).to(device).eval()
     image = torch.randn(1, 3, height, width, device=device)
     if config.default_scope == 'mmdet':

@@ -351,7 +351,7 @@ def test_any_number_of_threads_computes_the_same(shape, precision, runs):
 @pytest.mark.parametrize('precision', ['float32', pytest.param(AUTOCAST, marks=BF16.marks)])
 def test_the_gelu_of_the_kernels(precision):
     """At inputs of every size, NaN and Inf; the second Linear is the identity, the slope the gradient of the bias."""
-    dtype = getattr(torch, 'float32' if precision == 'float32' else 'bfloat16')
+    dtype = torch.bfloat16 if precision == AUTOCAST else torch.float32
     if dtype not in fused.dtypes():
         pytest.skip('the kernels are not for this machine, or not compiled')
     block = Block(32, 7, 0.0, 1.0).requires_grad_(False)
@@ -534,16 +534,15 @@ def test_a_stage_without_gradients_is_one_call_over_two_maps(depth, precision, m
 
     stage, one_by_one = ['patches', *['forward'] * depth, 'output'], [['forward']] * depth
     assert changed(lambda model: None) == [stage, stage]
-    assert changed(lambda model: model.norm0.register_forward_hook(lambda *_: None)) == [
-        *([['patches'], *one_by_one]),
-        stage,
-    ]
+    found = changed(lambda model: model.norm0.register_forward_hook(lambda *_: None))
+    assert found == [['patches'], *one_by_one, stage]
     # What a hook was given stays as it was.
-    keep = lambda module, inputs, out: seen.append((out, out.clone()))  # noqa: E731
-    assert changed(lambda model: model.downsample_layers[1].register_forward_hook(keep))[-2:] == [
-        ['forward'],
-        ['output'],
-    ]
+    found = changed(
+        lambda model: model.downsample_layers[1].register_forward_hook(
+            lambda *given: seen.append((given[2], given[2].clone()))
+        )
+    )
+    assert found[-2:] == [['forward'], ['output']]
     assert all(torch.equal(*pair) for pair in seen) and seen
     model.out_indices = (1,)
     assert changed(lambda model: None)[0] == stage[:-1]

@@ -48,10 +48,11 @@ def stage(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`x`, N x C x H x W, through the stem or a downsampling and the blocks; the `norm` of that, contiguous. `with_cp`
     as in `ConvNeXt`."""
-    together = None if torch.is_grad_enabled() else _together(downsample, blocks, norm, x)
+    inputs = _patches(downsample, blocks, x)
+    together = None if inputs is None or torch.is_grad_enabled() else _together(inputs, blocks, norm)
     if together is not None:
         return together
-    quick = _apply('patches', _patches(downsample, blocks, x))
+    quick = _apply('patches', inputs)
     x = downsample(_layout(x)) if quick is None else quick.permute(0, 3, 1, 2)
     for block in blocks:
         quick = run(block, x, with_cp)
@@ -64,7 +65,9 @@ def stage(
 
 def run(block: nn.Module, x: torch.Tensor, with_cp: bool | str = False) -> torch.Tensor | None:
     """`block(x)`, N x C x H x W, in channels_last; None where there is no fast form."""
-    form, dtype, parameters = _form(block, x) if _takes(x) else (None,) * 3
+    if not _takes(x):
+        return None
+    form, dtype, parameters = _form(block, x)
     if form is None:
         return None
     kept, factor = _draw(block.drop_path, x)
@@ -82,27 +85,26 @@ def run(block: nn.Module, x: torch.Tensor, with_cp: bool | str = False) -> torch
 
 
 def _together(
-    downsample: nn.Sequential, blocks: nn.Sequential, norm: nn.LayerNorm | None, x: torch.Tensor
+    inputs: tuple, blocks: nn.Sequential, norm: nn.LayerNorm | None
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """A stage without gradients, in one call; None where a part of it does not run in the kernels."""
-    inputs = _patches(downsample, blocks, x)
-    if inputs is None:
-        return None
-    rows, calls = fused.patches(*inputs)
+    """A stage without gradients, in one call, from the `inputs` of `fused.patches` on; None where a part of it does not
+    run in the kernels."""
+    rows, first = fused.patches(*inputs)
     settled = []
     for block in blocks:
         form, dtype, parameters = _form(block, rows.permute(0, 3, 1, 2))
         if form is not fused or (block.training and block.drop_path.rate):
             return None
         settled.append((Settings(dtype, block.norm.eps, block.dwconv.padding, 1.0, False), parameters))
-    rows, free, more = fused.forward_all(settled, rows)
-    x, out, last = rows.permute(0, 3, 1, 2), None, []
+    rows, free, calls = fused.forward_all(settled, rows)
+    x, out = rows.permute(0, 3, 1, 2), None
     if norm is not None:
         inputs = _output(norm, x)
         if inputs is None:
             return None
         out, last = fused.output(*inputs, free)
-    fused.run(*calls, *more, *last)
+        calls.append(last)
+    fused.run(first, *calls)
     return x, out
 
 
@@ -172,8 +174,8 @@ class _Part(torch.autograd.Function):
     def forward(ctx, name, settings, *inputs):
         ctx.name, ctx.settings = name, settings
         ctx.save_for_backward(*inputs)
-        out, calls = getattr(fused, name)(settings, *inputs)
-        fused.run(*calls)
+        out, call = getattr(fused, name)(settings, *inputs)
+        fused.run(call)
         return out
 
     @staticmethod

@@ -182,11 +182,11 @@ def takes_patches(conv: nn.Conv2d, norm: nn.LayerNorm, x: torch.Tensor, dtype: t
     return _fit((conv.weight, conv.bias, norm.weight, norm.bias), shapes)
 
 
-def patches(settings: Patches, x, weight, bias, norm, norm_bias) -> tuple[torch.Tensor, list[Call]]:
+def patches(settings: Patches, x, weight, bias, norm, norm_bias) -> tuple[torch.Tensor, Call]:
     """N x C x H x W -> N x H // side x W // side x C', float32, and the call that makes it."""
     height, width = (n // settings.side for n in x.shape[2:])
     out = x.new_empty(len(x), height, width, len(weight))
-    return out, [_patches('patches', settings, x, weight, (bias, norm, norm_bias), out=out)]
+    return out, _patches('patches', settings, x, weight, (bias, norm, norm_bias), out=out)
 
 
 def patches_backward(settings, x, weight, bias, norm, norm_bias, grad, needed):
@@ -238,11 +238,11 @@ def takes_output(norm: nn.LayerNorm, x: torch.Tensor) -> bool:
     return norm.normalized_shape == (c,) and _fit((norm.weight, norm.bias), ((c,), (c,)))
 
 
-def output(eps: float, x, norm, norm_bias, free: torch.Tensor | None = None) -> tuple[torch.Tensor, list[Call]]:
+def output(eps: float, x, norm, norm_bias, free: torch.Tensor | None = None) -> tuple[torch.Tensor, Call]:
     """LayerNorm of N x C x H x W in channels_last, contiguous, and the call that makes it, in a `free` map where there
     is one."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if free is None else free.view(x.shape)
-    return out, [_output('output', eps, x, norm=norm, norm_bias=norm_bias, out=out)]
+    return out, _output('output', eps, x, norm=norm, norm_bias=norm_bias, out=out)
 
 
 def output_backward(eps, x, norm, norm_bias, grad, needed):
