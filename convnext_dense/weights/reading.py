@@ -1,24 +1,21 @@
 """Checkpoint files -> what they hold, without running any code from them."""
 
 import json
-import pickle
+import os
 import re
-from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import stat
 from pathlib import Path
-from zipfile import ZipFile
 
-import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer
 
 from ..errors import UsageError
+from . import torch_files
+from .unpickling import UnsafeCheckpoint
 
 WRAPPERS = ('state_dict', 'model', 'model_ema', 'state_dict_ema')  # where checkpoints keep weights, the first one wins
 # What DistributedDataParallel, torch.compile and activation checkpointing put before names and into them.
 INSERTED = re.compile(r'(?<![^.])(module|_orig_mod|_checkpoint_wrapped_module)\.')
-ZIP = b'PK\x03\x04'  # torch's own format since 1.6, the only one that can be mapped
+MAX_TEXT = 100_000_000  # bytes of a header or an index of safetensors
 INDEX = '.index.json'  # ends the name of the file that says in which shard a tensor is
 # What files that are no checkpoints begin with.
 STRANGERS = {
@@ -46,6 +43,8 @@ def read(file: str | Path, mapped: bool = True) -> dict:
         UsageError: it is no checkpoint, is damaged, or would have to run code.
     """
     file = Path(file)
+    if file.exists() and not stat.S_ISREG(os.stat(file).st_mode) and not file.is_dir():
+        raise UsageError(f'{file} is no regular file: give the file of a checkpoint')
     stranger = _stranger(file)
     if stranger:
         raise UsageError(f'{file} is {stranger}')
@@ -93,24 +92,18 @@ def _read_one(file: Path, mapped: bool = True) -> dict:
     if _is_safetensors(start):
         from safetensors.torch import load_file
 
+        header, size = int.from_bytes(start[:8], 'little'), file.stat().st_size
+        if header > min(size - 8, MAX_TEXT):
+            raise UnsafeCheckpoint(
+                f'its header should have {header:,} bytes, the file has {size:,}, the limit is {MAX_TEXT:,}'
+            )
         return load_file(file)
-    if start.startswith(ZIP):
-        _check_sums(file)
-    with _allowing_harmless():
-        return torch.load(file, map_location='cpu', weights_only=True, mmap=mapped and start.startswith(ZIP))
-
-
-def _check_sums(file: Path) -> None:
-    """Check the sums that torch's own files hold and torch does not look at: of the values, and of what lies where."""
-    with ZipFile(file) as archive:
-        for record in archive.infolist():
-            if record.CRC:
-                with archive.open(record) as f:
-                    while f.read(2**24):
-                        pass
+    return torch_files.load(file, mapped)
 
 
 def _read_shards(index: Path) -> dict:
+    if index.stat().st_size > MAX_TEXT:
+        raise UnsafeCheckpoint(f'an index has at most {MAX_TEXT:,} bytes')
     shards = json.loads(index.read_text())['weight_map']
     tensors = {}
     for name in sorted(set(shards.values())):
@@ -131,54 +124,5 @@ def _is_safetensors(start: bytes) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong, in a line, without torch's advice to have the file's code run."""
-    text = str(error).strip()
-    told = re.search(r'WeightsUnpickler error: (.*?)(?= was not|\. Please|\n|$)', text) or re.search(r'[^\n]+', text)
-    line = (told[1] if told and told.groups() else told[0]) if told else type(error).__name__
-    return re.split(r'\.? (In PyTorch|This file can still be loaded|Re-running)', line)[0]
-
-
-@contextmanager
-def _allowing_harmless() -> Iterator[None]:
-    """Let torch's safe reading accept what checkpoints of mmengine and of the original hold beside weights, no more."""
-    core = np._core if hasattr(np, '_core') else np.core
-    types = [
-        HistoryBuffer,
-        *_of_any_numpy(core.multiarray._reconstruct),
-        *_of_any_numpy(core.multiarray.scalar),
-        np.ndarray,
-        np.dtype,
-        *{type(np.dtype(code)) for code in '?bhilqBHILQefdFDSU'},
-        _method_of_history,
-        Namespace,  # the arguments that the original's training code saves beside the weights
-    ]
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.add_safe_globals(types)
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
-
-
-def _of_any_numpy(function: Callable) -> Iterator[Callable]:
-    """Stand in for a function of numpy's by the names that numpy 1 and numpy 2 write into files."""
-    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-
-        def stand_in(*args):
-            return function(*args)
-
-        stand_in.__module__ = module
-        stand_in.__name__ = stand_in.__qualname__ = function.__name__
-        yield stand_in
-
-
-def _method_of_history(owner: type, name: str):
-    """Stands in for `getattr`, by which a pickled HistoryBuffer names its methods."""
-    if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
-        return getattr(owner, name)
-    raise pickle.UnpicklingError(f'Unsupported global: attribute {name}')
-
-
-_method_of_history.__module__ = 'builtins'
-_method_of_history.__name__ = _method_of_history.__qualname__ = 'getattr'
+    """What is wrong, in one line."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()[:300]

@@ -1,0 +1,389 @@
+"""The pickle inside a checkpoint, read without trusting it.
+
+`torch.load(weights_only=True)` runs no code of a file either, but it calls what the file names with the arguments that
+the file gives: `bytearray(2**40)`, `_codecs.encode(text, 'punycode')`, which takes quadratic time, a storage of more
+bytes than the file has, and what one allows for mmengine's sake: a numpy dtype made of an array of made-up pointers.
+Here a name in a file stands for a function of this module, which checks its arguments before torch or numpy sees them,
+and only the opcodes that `torch.save` writes are known.
+"""
+
+import pickle
+import re
+from argparse import Namespace
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain
+from math import prod
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+
+# All that files of protocol 2 hold.
+OPCODES = """
+    PROTO STOP GLOBAL REDUCE BUILD NEWOBJ BINPERSID MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1
+    BINFLOAT BINUNICODE BINSTRING SHORT_BINSTRING EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS
+    EMPTY_DICT SETITEM SETITEMS BINPUT LONG_BINPUT BINGET LONG_BINGET
+"""
+KEYS = (str, int, float, bool, bytes, type(None))  # types of keys: the hash of nested tuples overflows the stack
+EXPANDED = 2**20  # elements that a tensor may have whatever its storage holds, as views of `Tensor.expand` do
+MAX_SIZE = 2**48  # of a dimension, a stride or an offset
+NUMBERS_AND_TEXT = re.compile(r'[biufc](1|2|4|8|16)|[SU][1-9]\d{0,5}')  # typecodes of numpy
+
+
+class UnsafeCheckpoint(pickle.UnpicklingError):
+    """A checkpoint asks for what no weights need, or contradicts itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class Name:
+    """What a global of the file stands for.
+
+    `call` builds a value from arguments that it checks, `new` an empty object whose state follows; None where the file
+    may not do so. `allowed` is the class or function itself where the user allows it by
+    `torch.serialization.add_safe_globals`.
+    """
+
+    path: str
+    call: Callable | None = None
+    new: Callable | None = None
+    allowed: Callable | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StorageType:
+    """A class of torch's storages, by the dtype of their elements."""
+
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """A storage of the file. `data` is None while a reader only asks which storages a file needs."""
+
+    dtype: torch.dtype
+    data: torch.UntypedStorage | None
+
+
+class DType:
+    """A numpy dtype of numbers or of text of a fixed length."""
+
+    __slots__ = ('dtype',)
+
+    def __init__(self, code: str, *_):
+        if not isinstance(code, str) or not NUMBERS_AND_TEXT.fullmatch(code):
+            raise UnsafeCheckpoint(f'it holds numpy values of dtype {str(code)[:40]!r}')
+        self.dtype = np.dtype(code)
+
+
+class Unpickler(pickle._Unpickler):
+    """Python's unpickler for a few opcodes and names. The one in C would allocate memory for any index of its memo.
+
+    Args:
+        file: an object with `read` and `readline`.
+        find_storage: takes the arguments of a persistent id of torch and returns a `Storage`.
+    """
+
+    def __init__(self, file, find_storage: Callable[..., Storage]):
+        super().__init__(file, encoding='utf-8')
+        self.find_storage = find_storage
+        self.user_names = _names_that_the_user_allows()
+
+    def load(self):
+        try:
+            return super().load()
+        except KeyError as error:  # of the dispatch table or the memo
+            raise UnsafeCheckpoint(f'its pickle holds what torch.save does not write: {error}') from error
+
+    def find_class(self, module: str, name: str):
+        path = f'{module}.{name}'
+        found = NAMES.get(path, self.user_names.get(path))
+        if found is None:
+            raise UnsafeCheckpoint(f'it needs {UNSUPPORTED.get(path, path)}')
+        return found
+
+    def persistent_load(self, pid):
+        if type(pid) is not tuple or len(pid) < 5 or pid[0] != 'storage' or type(pid[1]) is not StorageType:
+            raise UnsafeCheckpoint('it refers to something that is no storage')
+        return self.find_storage(*pid[1:])
+
+    def load_reduce(self):
+        args, name = self.stack.pop(), self.stack.pop()
+        if type(name) is not Name or name.call is None or type(args) is not tuple:
+            raise UnsafeCheckpoint(f'it calls {getattr(name, "path", type(name).__name__)}')
+        self.append(name.call(*args))
+
+    def load_newobj(self):
+        args, name = self.stack.pop(), self.stack.pop()
+        if type(name) is not Name or name.new is None or type(args) is not tuple:
+            raise UnsafeCheckpoint(f'it builds {getattr(name, "path", type(name).__name__)}')
+        self.append(name.new(*args))
+
+    def load_build(self):
+        state, built = self.stack.pop(), self.stack[-1]
+        if type(built) in FILL:
+            FILL[type(built)](built, state)
+        elif any(type(built) is name.allowed for name in self.user_names.values()):
+            _fill_object(built, state)
+        else:
+            raise UnsafeCheckpoint(f'it sets the state of a {type(built).__name__}')
+
+    def load_append(self):
+        value = self.stack.pop()
+        _expect(self.stack[-1], list).append(value)
+
+    def load_appends(self):
+        values = self.pop_mark()
+        _expect(self.stack[-1], list).extend(values)
+
+    def load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        _set_items(self.stack[-1], [(key, value)])
+
+    def load_setitems(self):
+        items = self.pop_mark()
+        _set_items(self.stack[-1], zip(items[::2], items[1::2], strict=True))
+
+
+OWN = 'reduce newobj build append appends setitem setitems'  # opcodes that Unpickler handles in its own way
+Unpickler.dispatch = {
+    getattr(pickle, code)[0]: pickle._Unpickler.dispatch[getattr(pickle, code)[0]] for code in OPCODES.split()
+}
+Unpickler.dispatch |= {getattr(pickle, code.upper())[0]: getattr(Unpickler, f'load_{code}') for code in OWN.split()}
+
+
+def _names_that_the_user_allows() -> dict[str, Name]:
+    found = {}
+    for entry in getattr(torch.serialization, 'get_safe_globals', list)():  # torch 2.5 and later
+        allowed, path = entry if isinstance(entry, tuple) else (entry, f'{entry.__module__}.{entry.__qualname__}')
+        if path.startswith('torch.'):  # torch registers rebuild functions of nested tensors by itself
+            continue
+        found[path] = Name(path, allowed, _new(allowed) if isinstance(allowed, type) else None, allowed)
+    return found
+
+
+def _fill_object(built: object, state: object) -> None:
+    """Set the state of an object as pickle does."""
+    if hasattr(built, '__setstate__'):
+        built.__setstate__(state)
+        return
+    state, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
+    vars(built).update(state or {})
+    for name, value in (slots or {}).items():
+        setattr(built, name, value)
+
+
+def _expect(value, kind):
+    if type(value) is not kind:
+        raise UnsafeCheckpoint(f'it holds a {type(value).__name__} where a {kind.__name__} is due')
+    return value
+
+
+def _set_items(target: object, items: Iterable[tuple]) -> None:
+    if type(target) not in (dict, OrderedDict):
+        _expect(target, dict)
+    for key, value in items:
+        parts = key if type(key) is tuple else (key,)
+        if not all(type(part) in KEYS or isinstance(part, np.generic) for part in parts):
+            raise UnsafeCheckpoint(f'it has a {type(key).__name__} as a key')
+        target[key] = value
+
+
+def _hashable(values: object) -> list:
+    values = list(_expect(values, list))
+    _set_items({}, ((value, None) for value in values))
+    return values
+
+
+def _ordered_dict(items: list = ()) -> OrderedDict:
+    made = OrderedDict()
+    _set_items(made, ((key, value) for key, value in items))
+    return made
+
+
+def _counter(counts: dict) -> Counter:
+    return Counter(_expect(counts, dict))
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Bytes as pickles of protocol 2 hold them."""
+    if encoding != 'latin1':
+        raise UnsafeCheckpoint(f'it encodes text as {str(encoding)[:40]!r}')
+    return _expect(text, str).encode('latin1')
+
+
+def _method_name(owner: object, name: str) -> None:
+    """`getattr`, by which an mmengine HistoryBuffer names its own methods: it has them anyway."""
+    if owner is not NAMES[HISTORY] or name not in ('min', 'max', 'current', 'mean'):
+        raise UnsafeCheckpoint(f'it calls getattr for {str(name)[:40]!r}')
+
+
+# ---- torch ----------------------------------------------------------------------------------------------------------
+
+
+def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> torch.Tensor | None:
+    """A tensor that lies in its storage, as `torch._utils._rebuild_tensor_v2` makes one."""
+    return _in_storage(_expect(storage, Storage), storage.dtype, offset, size, stride, requires_grad, metadata)
+
+
+def _tensor_of_dtype(storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None) -> torch.Tensor | None:
+    """The same for dtypes without a class of storages, `torch._utils._rebuild_tensor_v3`."""
+    return _in_storage(_expect(storage, Storage), dtype, offset, size, stride, requires_grad, metadata)
+
+
+def _in_storage(storage, dtype, offset, size, stride, requires_grad, metadata) -> torch.Tensor | None:
+    numbers = [offset, *size, *stride]
+    if not all(type(n) is int and 0 <= n < MAX_SIZE for n in numbers) or len(size) != len(stride) or metadata:
+        raise UnsafeCheckpoint('it holds a tensor of an impossible shape')
+    if storage.data is None:
+        return None
+    held, last = storage.data.nbytes() // dtype.itemsize, offset + sum((n - 1) * s for n, s in zip(size, stride))
+    if (last >= held and 0 not in size) or prod(size) > max(held, EXPANDED):
+        raise UnsafeCheckpoint(f'a tensor of shape {tuple(size)} is larger than its storage of {held} values')
+    tensor = torch.empty(0, dtype=dtype).set_(storage.data, offset, size, stride)
+    tensor.requires_grad = bool(requires_grad) and dtype.is_floating_point
+    return tensor
+
+
+def _parameter(data: torch.Tensor | None, requires_grad, hooks, state=None) -> torch.nn.Parameter | None:
+    if data is None:
+        return None
+    return torch.nn.Parameter(_expect(data, torch.Tensor).detach(), bool(requires_grad) and data.is_floating_point())
+
+
+def _tensor_with_attributes(function: Name, kind: Name, args: tuple, state: object) -> torch.Tensor | None:
+    """A plain tensor or parameter on which somebody set attributes, which are left out."""
+    if kind not in (NAMES['torch.Tensor'], NAMES['torch.nn.parameter.Parameter']):
+        raise UnsafeCheckpoint('it holds tensors of a class of their own')
+    return _expect(function, Name).call(*args)
+
+
+def _size(values: tuple) -> torch.Size:
+    return torch.Size([_expect(value, int) for value in values])
+
+
+def _device(kind: str, index: int | None = None) -> torch.device:
+    return torch.device(kind) if index is None else torch.device(kind, index)
+
+
+# ---- numpy and mmengine ---------------------------------------------------------------------------------------------
+
+
+def _empty_array(kind: Name, shape: tuple, code: bytes) -> np.ndarray:
+    """`numpy.core.multiarray._reconstruct`: an array whose state follows."""
+    if kind is not NAMES['numpy.ndarray']:
+        raise UnsafeCheckpoint('it holds numpy arrays of a class of their own')
+    return np.empty(0)
+
+
+def _raw(dtype: DType, content: object) -> bytes:
+    _expect(dtype, DType)
+    return content.encode('latin1') if type(content) is str else _expect(content, bytes)
+
+
+def _fill_array(array: np.ndarray, state: tuple) -> None:
+    _, shape, dtype, fortran, content = state
+    content = _raw(dtype, content)
+    if not all(type(n) is int and 0 <= n < MAX_SIZE for n in shape) or len(shape) > 32:
+        raise UnsafeCheckpoint('it holds a numpy array of an impossible shape')
+    if prod(shape) * dtype.dtype.itemsize != len(content):
+        raise UnsafeCheckpoint(f'it holds a numpy array of shape {shape} in {len(content)} bytes')
+    array.__setstate__((1, tuple(shape), dtype.dtype, bool(fortran), content))
+
+
+def _fill_dtype(dtype: DType, state: tuple) -> None:
+    _, order, *parts = state
+    if order not in ('<', '>', '|', '=') or any(part is not None for part in parts[:3]):
+        raise UnsafeCheckpoint('it holds numpy values that are no numbers')
+    if order in '<>':
+        dtype.dtype = dtype.dtype.newbyteorder(order)
+
+
+def _scalar(dtype: DType, content: object) -> np.generic:
+    content = _raw(dtype, content)
+    if len(content) != dtype.dtype.itemsize:
+        raise UnsafeCheckpoint(f'it holds a numpy value of {dtype.dtype} in {len(content)} bytes')
+    return np.frombuffer(content, dtype.dtype)[0]
+
+
+def _fill_history(history: HistoryBuffer, state: dict) -> None:
+    """A history of one logged value. The methods that the file registers with it are left out."""
+    values, counts = (_expect(state[key], np.ndarray) for key in ('_log_history', '_count_history'))
+    if any(array.ndim != 1 or array.dtype.kind not in 'biuf' for array in (values, counts)):
+        raise UnsafeCheckpoint('it holds a history of values that are no numbers')
+    history.__init__(values, counts, max(_expect(state['max_length'], int), len(values), 1))
+
+
+def _fill_namespace(namespace: Namespace, state: dict) -> None:
+    vars(namespace).update((_expect(key, str), value) for key, value in _expect(state, dict).items())
+
+
+def _fill_ordered_dict(ordered: OrderedDict, state: dict) -> None:
+    """The versions of modules, which `Module.state_dict` keeps beside the tensors."""
+    metadata = _expect(state, dict).get('_metadata')
+    if isinstance(metadata, dict):
+        ordered._metadata = metadata
+
+
+def _new(kind: type) -> Callable[..., object]:
+    return lambda *args: kind.__new__(kind, *args)
+
+
+# What checkpoints of torch, mmengine and the original code hold, by the names in their pickles.
+HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
+FUNCTIONS = {
+    'collections.OrderedDict': _ordered_dict,
+    'collections.Counter': _counter,
+    '__builtin__.set': lambda values=(): set(_hashable(list(values))),
+    '__builtin__.complex': lambda real, imag: complex(_expect(real, float), _expect(imag, float)),
+    '__builtin__.getattr': _method_name,
+    '_codecs.encode': _encode,
+    'torch._utils._rebuild_tensor': _tensor,
+    'torch._utils._rebuild_tensor_v2': _tensor,
+    'torch._utils._rebuild_tensor_v3': _tensor_of_dtype,
+    'torch._utils._rebuild_parameter': _parameter,
+    'torch._utils._rebuild_parameter_with_state': _parameter,
+    'torch._tensor._rebuild_from_type_v2': _tensor_with_attributes,
+    'torch.Size': _size,
+    'torch.device': _device,
+    'numpy.dtype': DType,
+}
+FUNCTIONS |= {f'numpy.{core}.multiarray._reconstruct': _empty_array for core in ('core', '_core')}
+FUNCTIONS |= {f'numpy.{core}.multiarray.scalar': _scalar for core in ('core', '_core')}
+FUNCTIONS |= {path.replace('__builtin__', 'builtins'): function for path, function in FUNCTIONS.items()}
+# Objects whose state follows. Namespace: the arguments that the original's training code saves beside the weights.
+OBJECTS = {HISTORY: HistoryBuffer, 'argparse.Namespace': Namespace}
+CLASSES = ('torch.Tensor', 'torch.nn.parameter.Parameter', 'numpy.ndarray')
+STORAGES = dict(
+    Double=torch.float64, Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16, Long=torch.int64,
+    Int=torch.int32, Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool,
+    ComplexFloat=torch.complex64, ComplexDouble=torch.complex128,
+)  # fmt: skip
+DTYPES = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+QUANTIZED = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
+
+NAMES: dict[str, object] = {
+    **{path: Name(path) for path in CLASSES},
+    **{path: Name(path, call=function) for path, function in FUNCTIONS.items()},
+    **{path: Name(path, new=_new(kind)) for path, kind in OBJECTS.items()},
+    **{f'torch.{name}Storage': StorageType(dtype) for name, dtype in STORAGES.items()},
+    'torch.storage.UntypedStorage': StorageType(torch.uint8),
+    **{str(dtype): dtype for dtype in DTYPES - QUANTIZED},
+}
+FILL = {
+    np.ndarray: _fill_array,
+    DType: _fill_dtype,
+    HistoryBuffer: _fill_history,
+    Namespace: _fill_namespace,
+    OrderedDict: _fill_ordered_dict,
+}
+UNSUPPORTED = dict(chain(
+    ((f'torch._utils._rebuild_{name}', words) for name, words in {
+        'qtensor': 'quantized tensors: give weights in fp16 to fp64',
+        'sparse_tensor': 'sparse tensors: give dense ones',
+        'meta_tensor_no_storage': 'tensors of the meta device, which have no values',
+    }.items()),
+    ((f'torch.{name}Storage', 'quantized tensors: give weights in fp16 to fp64') for name in (
+        'QInt8', 'QUInt8', 'QInt32', 'QUInt4x2', 'QUInt2x4')),
+))  # fmt: skip
