@@ -10,6 +10,8 @@ from pathlib import Path, PurePath
 
 from mmengine.config import Config
 
+from .config_types import short_name
+
 CONFIGS = Path(__file__).parent / '.mim/configs'
 TOTAL_BATCH = 16
 # What makes a recipe, and in it what is not the recipe's but the user's machine's.
@@ -207,7 +209,7 @@ def _flat(key: str, value) -> Iterator[tuple[str, object]]:
         return
     items = enumerate(value) if isinstance(value, (list, tuple)) else value.items() if hasattr(value, 'items') else None
     if items is None:
-        yield key, value
+        yield key, short_name(value) if key.endswith('.type') else value
         return
     for name, item in items:
         yield from _flat(f'{key}.{name}', item)
@@ -229,14 +231,16 @@ def accumulation_of(config: Config) -> int:
 def precision_of(config: Config) -> str:
     """'float16', 'bfloat16' or 'float32': what a config trains in."""
     wrapper = config.get('optim_wrapper', {})
-    return str(wrapper.get('dtype', 'float16')) if wrapper.get('type') == 'AmpOptimWrapper' else 'float32'
+    amp = short_name(wrapper.get('type')) == 'AmpOptimWrapper'
+    return str(wrapper.get('dtype', 'float16')) if amp else 'float32'
 
 
 def _differing(config: Config, wanted: Mapping[str, object]) -> list[str]:
-    return [key for key, value in wanted.items() if not _same(_at(config, key), value)]
+    return [key for key, value in wanted.items() if not _same(_at(config, key), value, key)]
 
 
-def _same(found, wanted) -> bool:
+def _same(found, wanted, key: str) -> bool:
+    found = short_name(found) if key.endswith('.type') else found
     return (tuple(found) if isinstance(found, list) else found) == wanted
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from mmengine.dist import get_rank, get_world_size, is_main_process
 from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, LOOPS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
+from .config_types import class_of
 from .errors import RunError, UsageError
 from .guarding import GONE, ActHook, GuardHook, cause_of
 from .sampling import NO_BATCH, apart, drawn, name_images
@@ -73,7 +75,7 @@ class ResumableRunner(Runner):
                 loop = copy.deepcopy(loop)
                 by_epoch = loop.pop('by_epoch', None)
                 kind = loop.get('type') or ('EpochBasedTrainLoop' if by_epoch else 'IterBasedTrainLoop')
-                loop['type'] = LOOPS.get(_host_name(kind), kind)
+                loop['type'] = RESUMABLE.get(_host_name(kind), kind)
             ours = isinstance(loop, dict) and loop['type'] is IterLoop
             self._train_dataloader = drawn(self._train_dataloader, opened=not ours)
         return super().build_train_loop(loop)
@@ -92,10 +94,9 @@ class ResumableRunner(Runner):
 
 
 def _host_name(kind) -> str | None:
-    """The name of one of mmengine's own classes, which a config may give with its scope or as the class itself."""
-    if isinstance(kind, type):
-        return kind.__name__ if kind.__module__.startswith('mmengine.') else None
-    return kind.removeprefix('mmengine.') if isinstance(kind, str) else None
+    """The name of one of mmengine's own classes, which a config may give with a scope, by its path or as itself."""
+    found = class_of(kind, LOOPS, HOOKS)
+    return found.__name__ if found is not None and found.__module__.startswith('mmengine.') else None
 
 
 def first_cause(folder: Path, line: str | None, error: Exception) -> str | None:
@@ -147,7 +148,7 @@ class IterLoop(IterBasedTrainLoop):
         self.fast_forward_on_resume = False  # as it costs nothing here
 
 
-LOOPS = {'EpochBasedTrainLoop': EpochLoop, 'IterBasedTrainLoop': IterLoop}
+RESUMABLE = {'EpochBasedTrainLoop': EpochLoop, 'IterBasedTrainLoop': IterLoop}
 
 
 class Batches:

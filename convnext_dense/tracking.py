@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import VISBACKENDS
 from mmengine.visualization import WandbVisBackend
 
+from .config_types import is_type
 from .dumped import read_dumped
 from .errors import UsageError
 from .fitting import listed
@@ -19,6 +20,7 @@ from .runs import TIMESTAMP, read_text
 
 # What each needs to be imported.
 TRACKERS = {'tensorboard': 'torch.utils.tensorboard', 'wandb': 'wandb'}
+BACKENDS = {'tensorboard': 'TensorboardVisBackend', 'wandb': 'WandbVisBackend'}  # of mmengine
 
 
 @VISBACKENDS.register_module()
@@ -56,8 +58,8 @@ def set_trackers(config: Config, names: Iterable[str], resumed: bool = False) ->
     config.visualizer = config.get('visualizer') or dict(type='Visualizer')
     backends = listed(config.visualizer.get('vis_backends')) or [dict(type='LocalVisBackend')]
     for name in names:
-        if not any(name in str(backend['type']).lower() for backend in backends):
-            backends.append(dict(type='TensorboardVisBackend') if name == 'tensorboard' else _wandb(config, resumed))
+        if not any(is_type(backend['type'], VISBACKENDS, BACKENDS[name]) for backend in backends):
+            backends.append(dict(type=BACKENDS[name]) if name == 'tensorboard' else _wandb(config, resumed))
     config.visualizer.vis_backends = backends
 
 
