@@ -4,25 +4,27 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.registry import RUNNERS
+from mmengine.registry import HOOKS, METRICS, MODELS, OPTIM_WRAPPERS, RUNNERS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.runner.checkpoint import get_torchvision_models
 from torch import nn
 
 from .backbone import ConvNeXt
-from .dumped import read_dumped
+from .config_types import class_of, is_type, short_name
+from .dumped import check_types, read_dumped, read_yaml_safely
 from .errors import RunError, Stopped, UsageError
 from .fitting import check_same_accumulation, dicts_in, listed, n_processes, set_inputs
+from .options import Options, is_explicit, merge
 from .paper import figures_of, recipe_parts, training_length
 from .running import ResumableRunner, said
 from .saving import LAST
@@ -58,16 +60,6 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(_say('interrupted: what was saved is kept', 130))
 
 
-class Options(DictAction):
-    """mmengine's KEY=VALUE options; anything else is a usage error."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        wrong = next((value for value in values if '=' not in value), None)
-        if wrong is not None:
-            parser.error(f"{option_string} '{wrong}': give KEY=VALUE, such as train_cfg.max_epochs=12")
-        super().__call__(parser, namespace, values, option_string)
-
-
 def config_parser(description: str, **config) -> argparse.ArgumentParser:
     """The arguments of every tool that reads a config; `config` is for argparse."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
@@ -78,7 +70,7 @@ def config_parser(description: str, **config) -> argparse.ArgumentParser:
         action=Options,
         default={},
         metavar='KEY=VALUE',
-        help='settings that replace those of the config, such as train_cfg.max_epochs=12',
+        help='settings that replace those of the config, such as train_cfg.max_epochs=12; +KEY=VALUE for a new one',
     )
     return parser
 
@@ -101,15 +93,19 @@ def load_config(path: str, options: dict, needed: tuple[str, ...] = ('model',)) 
     """
     if not os.path.isfile(path):
         raise UsageError(f"no config '{path}': give the path of a .py file, such as configs/cascade/convnext_t.py")
+    read_yaml_safely()
     try:
         config = Config.fromfile(path)
-        config.merge_from_dict(options)
     except Exception as error:  # a config is a program: it can fail in any way
         raise UsageError(f'{path}: {type(error).__name__}: {_first_line(error)}') from error
     for key in needed:
         if not config.get(key):
             raise UsageError(f'{path} has no {key}: give a whole recipe, such as configs/cascade/convnext_t.py')
-    check_installed(config.get('default_scope', 'mmengine'))
+    check_types(config, path)
+    scope = config.get('default_scope') or 'mmengine'
+    check_installed(scope)
+    init_default_scope(scope)
+    merge(config, options)
     check_backbones(config.get('model', {}))
     return config
 
@@ -123,6 +119,7 @@ def load_run(args: argparse.Namespace, needed: tuple[str, ...], subfolder: str =
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     config = load_config(args.config, args.cfg_options, needed)
+    args.cfg_options = {key.removeprefix('+'): value for key, value in args.cfg_options.items()}
     n_processes(args.launcher)
     config.launcher = args.launcher
     work_dir = args.work_dir or config.get('work_dir') or _default_work_dir(args.config)
@@ -162,10 +159,10 @@ def check_installed(library: str) -> None:
 
 def check_backbones(model: dict) -> None:
     """Raise UsageError where a ConvNeXt in a model config cannot be built; costs no memory."""
-    for settings in _backbones_in(model):
+    for kind, settings in _backbones_in(model):
         try:
             with torch.device('meta'):
-                ConvNeXt(**settings)
+                kind(**settings)
         except TypeError as error:
             raise UsageError(f'backbone: {_first_line(error)}') from error
 
@@ -173,9 +170,9 @@ def check_backbones(model: dict) -> None:
 def check_pretrained(model: dict) -> None:
     """Raise UsageError where the weights that a ConvNeXt's `init_cfg` names cannot be had or do not fit it. On the meta
     device, before data or a model take time; a download is left to the first process."""
-    for settings in _backbones_in(model):
+    for kind, settings in _backbones_in(model):
         with torch.device('meta'):
-            backbone = ConvNeXt(**settings)
+            backbone = kind(**settings)
         for cfg in backbone.pretrained:
             loader = PretrainedConvNeXt(**{k: v for k, v in cfg.items() if k != 'type'})
             if _is_first_process() or not is_url(locate(loader.checkpoint)):
@@ -206,8 +203,10 @@ def set_precision(config: Config, amp_dtype: str | None) -> None:
         for key in ('dtype', 'loss_scale'):
             wrapper.pop(key, None)
     elif amp_dtype:
-        wrapper.type, wrapper.dtype = 'AmpOptimWrapper', amp_dtype
-    if wrapper.get('type') == 'AmpOptimWrapper' and get_device() in RUNS_WITHOUT_AMP:
+        if not is_type(wrapper.get('type'), OPTIM_WRAPPERS, 'AmpOptimWrapper'):  # it may be derived from it
+            wrapper.type = 'AmpOptimWrapper'
+        wrapper.dtype = amp_dtype
+    if is_type(wrapper.get('type'), OPTIM_WRAPPERS, 'AmpOptimWrapper') and get_device() in RUNS_WITHOUT_AMP:
         raise UsageError(
             f'mixed precision ({wrapper.get("dtype", "float16")}) needs a GPU and none was found: '
             '--amp-dtype float32 trains in full precision'
@@ -234,9 +233,9 @@ def set_keep(config: Config, n: int | None) -> None:
 def _best_of(evaluator) -> str:
     """The figure by which the best checkpoint is chosen: box AP, mIoU, or the first that the evaluator gives."""
     for metric in dicts_in(evaluator):
-        if metric.get('type') in ('CocoMetric', 'mmdet.CocoMetric') and 'bbox' in listed(metric.get('metric', 'bbox')):
+        if is_type(metric.get('type'), METRICS, 'CocoMetric') and 'bbox' in listed(metric.get('metric', 'bbox')):
             return f'{metric.get("prefix") or "coco"}/bbox_mAP'
-        if metric.get('type') in ('IoUMetric', 'mmseg.IoUMetric') and 'mIoU' in metric.get('iou_metrics', ['mIoU']):
+        if is_type(metric.get('type'), METRICS, 'IoUMetric') and 'mIoU' in metric.get('iou_metrics', ['mIoU']):
             return 'mIoU'
     return 'auto'
 
@@ -380,7 +379,9 @@ def summary(metrics: dict[str, float]) -> str:
     return '  '.join(found or (f'{key} {value}' for key, value in metrics.items()))
 
 
-def set_pictures(config: Config, folder: str | None, show: bool, wait_time: float) -> None:
+def set_pictures(
+    config: Config, folder: str | None, show: bool, wait_time: float, options: Mapping[str, object] | None = None
+) -> None:
     """Have the library's visualization hook draw predictions beside the truth, into a folder or a window.
 
     Raises:
@@ -395,8 +396,10 @@ def set_pictures(config: Config, folder: str | None, show: bool, wait_time: floa
         raise UsageError(
             'pictures need default_hooks.visualization in the config: DetVisualizationHook or SegVisualizationHook'
         )
-    hook.update(draw=True, show=show, wait_time=wait_time, interval=1)  # the classic mmseg draws every 50th by default
-    if folder and 'Seg' in hook.type:
+    hook.update(draw=True, show=show, wait_time=wait_time)
+    if not is_explicit(options or (), 'default_hooks.visualization.interval'):
+        hook.interval = 1  # the classic mmseg draws every 50th by default
+    if folder and is_type(hook.type, HOOKS, 'SegVisualizationHook'):
         config.visualizer.save_dir = folder
     elif folder:
         hook.test_out_dir = folder
@@ -409,7 +412,10 @@ def set_out(config: Config, out: str | None) -> None:
     _check_new(out, '--out')
     evaluators = listed(config.test_evaluator)
     if config.get('default_scope') == 'mmseg':
-        evaluators[0].output_dir = out
+        metric = next((e for e in evaluators if is_type(e.get('type'), METRICS, 'IoUMetric')), None)
+        if metric is None:
+            raise UsageError("--out needs dict(type='IoUMetric') among test_evaluator, which writes label maps")
+        metric.output_dir = out
     elif not out.endswith(('.pkl', '.pickle')):
         raise UsageError(f"--out '{out}': detections are kept in a file whose name ends with .pkl")
     else:
@@ -441,10 +447,15 @@ def _default_work_dir(config: str) -> Path:
     return Path('work_dirs', *recipe_parts(config))
 
 
-def _backbones_in(model: dict) -> Iterator[dict]:
-    for settings in dicts_in(model):
-        if settings.get('type') in ('ConvNeXt', 'convnext_dense.ConvNeXt', ConvNeXt):
-            yield {key: value for key, value in settings.items() if key not in ('type', '_scope_')}
+def _backbones_in(model: dict) -> Iterator[tuple[type, dict]]:
+    """The class, ours or derived from it, and the arguments of every ConvNeXt in a model's config."""
+    for holder in dicts_in({'model': model}):
+        for key, settings in holder.items():
+            kind = settings.get('type') if isinstance(settings, dict) else None
+            if short_name(kind) == 'ConvNeXt' or 'backbone' in key:
+                found = ConvNeXt if short_name(kind) == 'ConvNeXt' else class_of(kind, MODELS)
+                if found is not None and issubclass(found, ConvNeXt):
+                    yield found, {k: v for k, v in settings.items() if k not in ('type', '_scope_')}
 
 
 def _data_paths(dataset: dict) -> Iterator[str]:

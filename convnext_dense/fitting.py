@@ -2,14 +2,17 @@
 paper's, to another length, and to other inputs than RGB."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from mmengine.config import Config
 from mmengine.hooks import ParamSchedulerHook
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, TRANSFORMS
+from torch import nn
 
+from .config_types import is_type, short_name
 from .dumped import read_dumped
 from .errors import UsageError
+from .options import is_explicit, restore
 from .paper import accumulation_of
 
 # The variable in which each launcher gives the number of processes, and the command that is one.
@@ -18,6 +21,7 @@ PROCESSES = {
     'slurm': ('SLURM_NTASKS', 'srun'),
     'mpi': ('OMPI_COMM_WORLD_SIZE', 'mpirun'),
 }
+SYNC_BN = ('SyncBN', 'MMSyncBN', 'NaiveSyncBN', 'SyncBatchNorm')  # in configs
 HOOKS_BEGIN = ('begin_epoch', 'begin_iter', 'switch_epoch')  # settings of hooks that count from a run's begin
 
 
@@ -35,16 +39,19 @@ def n_processes(launcher: str) -> int:
     return int(os.environ[variable])
 
 
-def fit_batch(processes: int, images: int, wanted: int) -> tuple[int, int]:
-    """Images a process, at most `images`, and how many batches to add up, for a total nearest to `wanted`; of equally
-    near ones the one with the fewest batches."""
-    options = [(n, k) for n in range(1, images + 1) for k in range(1, wanted + 1)]
+def fit_batch(processes: int, images: int, wanted: int, fewest: int = 1) -> tuple[int, int]:
+    """Images a process, from `fewest` to `images`, and how many batches to add up, for a total nearest to `wanted`; of
+    equally near ones the one with the fewest batches."""
+    options = [(n, k) for n in range(fewest, images + 1) for k in range(1, wanted + 1)]
     return min(options, key=lambda option: (abs(processes * option[0] * option[1] - wanted), option[1], -option[0]))
 
 
-def set_total_batch(config: Config, processes: int, as_is: bool = False) -> tuple[str, bool] | None:
+def set_total_batch(
+    config: Config, processes: int, as_is: bool = False, options: Mapping[str, object] | None = None
+) -> tuple[str, bool] | None:
     """Fit a config that names its `total_batch` to a number of processes: gradients of several batches are added up
-    where the processes are few, each takes fewer images where they are many, and what counts iterations moves along.
+    where the processes are few, each takes fewer images where they are many, unless the command line's `options` say
+    how many, and what counts iterations moves along.
 
     Returns one line that says what was done and whether it is a warning; None for configs that name no total batch.
 
@@ -55,11 +62,12 @@ def set_total_batch(config: Config, processes: int, as_is: bool = False) -> tupl
     if not wanted:
         return None
     if not as_is and 'accumulative_counts' not in wrapper:
-        loader.batch_size, accumulation = fit_batch(processes, loader.batch_size, wanted)
+        fewest = loader.batch_size if is_explicit(options or (), 'train_dataloader.batch_size') else 1
+        loader.batch_size, accumulation = fit_batch(processes, loader.batch_size, wanted, fewest)
         if accumulation > 1:
             _accumulate(config, accumulation)
     accumulation, at_once = accumulation_of(config), processes * loader.batch_size
-    if at_once == 1 and "'SyncBN'" in str(config.model) and 'decode_head' in config.model:
+    if at_once == 1 and _has_sync_bn(config.model) and 'decode_head' in config.model:
         raise UsageError('batch norm needs two images at a time: give train_dataloader.batch_size=2 or more GPUs')
     total = at_once * accumulation
     parts = [f'{processes} process{"es" if processes > 1 else ""}', f'{loader.batch_size} images a batch']
@@ -70,7 +78,7 @@ def set_total_batch(config: Config, processes: int, as_is: bool = False) -> tupl
         line += f"; the recipe's is {wanted}: expect other figures"
     elif accumulation > 1 and 'max_iters' in config.train_cfg:
         line += f', so {config.train_cfg.max_iters} iterations are {config.train_cfg.max_iters // accumulation} updates'
-    if at_once < wanted and "'SyncBN'" in str(config.model):
+    if at_once < wanted and _has_sync_bn(config.model):
         line += f'; batch norm sees {at_once} images at a time, {wanted} in the recipe'
     return line, total != wanted
 
@@ -87,9 +95,11 @@ def check_same_accumulation(config: Config, meta: dict, checkpoint: str) -> None
         )
 
 
-def set_length(config: Config, epochs: int | None = None, iters: int | None = None) -> str | None:
+def set_length(
+    config: Config, epochs: int | None = None, iters: int | None = None, options: Mapping[str, object] | None = None
+) -> str | None:
     """Make a training last `epochs`, or `iters` where it counts iterations; warmup, steps, decay, evaluation and
-    checkpoints keep their share of it.
+    checkpoints keep their share of it, but for those that the command line's `options` set.
 
     Returns one line that says so; None where neither is given.
 
@@ -99,6 +109,9 @@ def set_length(config: Config, epochs: int | None = None, iters: int | None = No
     if epochs is None and iters is None:
         return None
     unit, wanted = ('epochs', epochs) if epochs is not None else ('iters', iters)
+    options = options or {}
+    if is_explicit(options, f'train_cfg.max_{unit}'):
+        raise UsageError(f'--{unit} {wanted} and --cfg-options train_cfg.max_{unit}: give one of them')
     train_cfg = config.train_cfg
     before = train_cfg.get(f'max_{unit}')
     if before is None:
@@ -120,6 +133,7 @@ def set_length(config: Config, epochs: int | None = None, iters: int | None = No
         ]
     for scheduler in listed(config.get('param_scheduler')):
         _scale_schedule(scheduler, share)
+    restore(config, options, 'train_cfg.', 'default_hooks.checkpoint.', 'custom_hooks.', 'param_scheduler.')
     return f'{wanted:,} {unit} instead of {before:,}: warmup, steps and decay keep their shares'
 
 
@@ -163,13 +177,15 @@ def set_inputs(config: Config) -> str | None:
 def _read_as(dataloader, color_type: str) -> None:
     """Set how images are read, and take out what needs RGB, in all pipelines of a data loader's config."""
     for settings in dicts_in(dataloader):
-        if settings.get('type') == 'LoadImageFromFile':
+        if is_type(settings.get('type'), TRANSFORMS, 'LoadImageFromFile'):
             settings['color_type'] = color_type
         for key, steps in settings.items():
             if isinstance(steps, list):
-                settings[key] = [
-                    s for s in steps if not (isinstance(s, dict) and s.get('type') == 'PhotoMetricDistortion')
-                ]
+                settings[key] = [step for step in steps if not _needs_rgb(step)]
+
+
+def _needs_rgb(step) -> bool:
+    return isinstance(step, dict) and is_type(step.get('type'), TRANSFORMS, 'PhotoMetricDistortion')
 
 
 def dicts_in(value) -> Iterator[dict]:
@@ -197,7 +213,7 @@ def _accumulate(config: Config, n: int) -> None:
     for scheduler in listed(config.get('param_scheduler')):
         if scheduler.get('convert_to_iter_based'):
             raise UsageError(
-                f'{scheduler.type} with convert_to_iter_based cannot be fitted to this number of GPUs: '
+                f'{short_name(scheduler.type)} with convert_to_iter_based cannot be fitted to this number of GPUs: '
                 'give begin and end in iterations, or --as-is'
             )
     config.optim_wrapper.accumulative_counts = n
@@ -213,7 +229,7 @@ def _accumulate(config: Config, n: int) -> None:
         if train_cfg.get('dynamic_intervals'):
             train_cfg.dynamic_intervals = [(start * n, length * n) for start, length in train_cfg.dynamic_intervals]
     for hook in config.get('custom_hooks') or []:
-        if 'EMAHook' in str(hook.get('type')):  # it averages every `interval` iterations, from `begin_iter` on
+        if is_type(hook.get('type'), HOOKS, 'EMAHook'):  # it averages every `interval` iterations, from `begin_iter` on
             hook['begin_iter'], hook['interval'] = n * hook.get('begin_iter', 0), n * hook.get('interval', 1)
     if not checkpoint.get('by_epoch', True) and checkpoint.get('interval', -1) > 0:
         checkpoint.interval *= n
@@ -221,4 +237,9 @@ def _accumulate(config: Config, n: int) -> None:
 
 def listed(value) -> list:
     """A setting that may be one or a list of them, as a list."""
-    return value if isinstance(value, list) else [value] if value else []
+    return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
+
+
+def _has_sync_bn(model: dict) -> bool:
+    kinds = (settings.get('type') for settings in dicts_in(model))
+    return any(short_name(kind) in SYNC_BN or kind is nn.SyncBatchNorm for kind in kinds)

@@ -6,33 +6,41 @@ mmseg's own test-time augmentation scales the image's native size instead of the
 """
 
 import sys
+from collections.abc import Mapping
 
 import torch
 from mmengine.config import Config
 from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel
-from mmengine.registry import HOOKS, MODELS
+from mmengine.registry import HOOKS, MODELS, TRANSFORMS
 from mmengine.structures import PixelData
 from mmengine.utils import ProgressBar
 from torch.nn.functional import interpolate
 
+from .config_types import is_type
 from .errors import UsageError
 
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 STRIP = 8  # rows of the image that are resized and added up at a time
 
 
-def set_multiscale(config: Config) -> None:
+def set_multiscale(config: Config, options: Mapping[str, object] | None = None) -> None:
     """Turn the test of a segmentation config into the multi-scale one, at `RATIOS` of its own test scale.
 
     Raises:
-        UsageError: it is no segmentation config, or its test pipeline has no Resize to a scale.
+        UsageError: it is no segmentation config, its test pipeline has no Resize to a scale, or the command line's
+            `options` ask for another test.
     """
+    for key, value in (('model.test_cfg.mode', 'whole'), ('test_dataloader.batch_size', 1)):
+        if (options or {}).get(key, value) != value:
+            raise UsageError(
+                f'--cfg-options {key}={options[key]}: --multiscale tests with {value!r}: leave one of them out'
+            )
     if config.get('default_scope') != 'mmseg':
         raise UsageError('--multiscale is for segmentation: the paper has no multi-scale figure for COCO')
     pipeline = config.test_dataloader.dataset.get('pipeline') or []
-    resizes = (i for i, step in enumerate(pipeline) if step['type'] == 'Resize')
+    resizes = (i for i, step in enumerate(pipeline) if is_type(step['type'], TRANSFORMS, 'Resize'))
     at = next((i for i in resizes if isinstance(pipeline[i].get('scale'), (tuple, list))), None)
     if at is None:
         raise UsageError("--multiscale needs dict(type='Resize', scale=(long, short)) in test_dataloader's pipeline")

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Evaluate a checkpoint as the recipe says: COCO's AP, or mIoU at a single scale or at many."""
 
+import logging
 import os
 
 from mmengine.dist import is_main_process
@@ -19,6 +20,7 @@ from convnext_dense.commands import (
     summary,
 )
 from convnext_dense.data import data_arguments, request_of, set_data
+from convnext_dense.options import overruled
 from convnext_dense.segmentation import set_multiscale
 
 
@@ -49,14 +51,19 @@ def main():
         if not request:
             check_data(config, ('test',))
         data = set_data(config, request, ('test',), args.cfg_options, checkpoint)
-        set_pictures(config, args.show_dir and os.path.abspath(args.show_dir), args.show, args.wait_time)
+        set_pictures(
+            config, args.show_dir and os.path.abspath(args.show_dir), args.show, args.wait_time, args.cfg_options
+        )
         set_out(config, args.out)
+        changed = overruled(config, args.cfg_options)
         if args.multiscale:
-            set_multiscale(config)
+            set_multiscale(config, args.cfg_options)
         config.load_from = checkpoint
         runner = build_runner(config, checkpoint)
         for line in data:
             print_log(line, logger='current')
+        for line in changed:
+            print_log(line, logger='current', level=logging.WARNING)
         if args.compile:
             compile_backbones(runner.model)
         if is_main_process():  # beside the log and the figures: what they are of

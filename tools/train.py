@@ -21,6 +21,7 @@ from convnext_dense.commands import (
 )
 from convnext_dense.data import check_classes, data_arguments, request_of, set_data
 from convnext_dense.fitting import n_processes, set_length, set_total_batch
+from convnext_dense.options import overruled
 from convnext_dense.tracking import TRACKERS, set_trackers
 
 
@@ -72,14 +73,16 @@ def main():
         checkpoint = set_resume(config, args.resume)
         data = set_data(config, request, ('train', 'val'), args.cfg_options, checkpoint)
         check_classes(config)
-        length = set_length(config, args.epochs, args.iters)
-        fitted = set_total_batch(config, n_processes(args.launcher), args.as_is)
+        length = set_length(config, args.epochs, args.iters, args.cfg_options)
+        fitted = set_total_batch(config, n_processes(args.launcher), args.as_is, args.cfg_options)
         check_resume(config, checkpoint, length is not None)
         set_keep(config, args.keep)
         set_max_bad_images(config, args.max_bad_images)
         runner = build_runner(config, checkpoint)
         for line in data:
             print_log(line, logger='current')
+        for line in overruled(config, args.cfg_options):
+            print_log(line, logger='current', level=logging.WARNING)
         if args.compile:
             compile_backbones(runner.model)
         if length:
