@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,9 @@ from .errors import RunError, Stopped, UsageError
 from .fitting import check_same_accumulation, dicts_in, listed, n_processes, set_inputs
 from .options import Options, is_explicit, merge
 from .paper import figures_of, recipe_parts, training_length
+from .resuming import OVERRIDE, compare
 from .running import ResumableRunner, said
+from .runs import TIMESTAMP
 from .saving import LAST
 from .weights.loading import PretrainedConvNeXt, check_same, match
 from .weights.reading import read
@@ -260,28 +263,44 @@ def set_max_bad_images(config: Config, given: str | None) -> None:
 def set_resume(config: Config, resume: str | None) -> str | None:
     """Fill in what `--resume [CHECKPOINT]` means and return the checkpoint to go on from, if any.
 
+    Args:
+        resume: a checkpoint; 'last' for that of the work dir's run; 'auto' for the same, or a new run where there is
+            none; None for a new run, or what the config's own `resume` and `load_from` say.
+
     Raises:
-        UsageError: the checkpoint is not there, or the work dir holds a run and `--resume` was not given.
+        UsageError: the checkpoint is not there, the work dir holds no run to go on with, or it holds one and nothing
+            says to go on with it.
     """
     work_dir = Path(config.work_dir)
-    holds_run = (work_dir / LAST).exists() or any(work_dir.glob('*.pth'))
+    holds_run = (work_dir / LAST).is_file() or any(work_dir.glob('*.pth'))
+    if resume is None and config.get('resume'):
+        resume = config.get('load_from') or 'last'
     if resume is None:
         if holds_run:
             raise UsageError(
                 f'{work_dir} holds a run already: --resume goes on with it, another --work-dir starts anew'
             )
         return None
-    checkpoint = latest(work_dir) if resume == 'auto' else resume
+    finds = resume in ('last', 'auto')
+    checkpoint = latest(work_dir) if finds else resume
     if checkpoint:
         checkpoint = local_checkpoint(checkpoint)
-        if resume != 'auto' and holds_run and Path(checkpoint).resolve().parent != work_dir.resolve():
+        if not finds and holds_run and Path(checkpoint).resolve().parent != work_dir.resolve():
             raise UsageError(f'{work_dir} holds another run than {checkpoint}: give another --work-dir')
     elif holds_run:
         raise UsageError(
             f'{work_dir} has checkpoints but no last_checkpoint: --resume CHECKPOINT says which to go on from'
         )
+    elif resume == 'last' and not any(work_dir.glob(TIMESTAMP)):  # the logs of a run that was not saved yet
+        raise UsageError(
+            f'{work_dir} holds no run to resume: leave out --resume to start one there; --resume auto starts one where '
+            'there is none'
+        )
+    else:
+        print_log(f'{work_dir} holds no checkpoint: the run starts from the beginning', 'current', logging.WARNING)
+    config.resume = bool(checkpoint)
     if checkpoint:  # else the run starts anew, from its own load_from if it has one
-        config.resume, config.load_from = True, checkpoint
+        config.load_from = checkpoint
     return checkpoint
 
 
@@ -297,26 +316,46 @@ def latest(work_dir: Path) -> str | None:
     return max(reached, key=reached.get, default=None)
 
 
-def check_resume(config: Config, checkpoint: str | None, another_length: bool = False) -> None:
-    """Raise UsageError where `checkpoint` is no state of a training, or does not say how its batches were laid out and
-    counts its iterations otherwise than the config that is to go on from it; or where the run is to have another length
-    than it was begun with, since schedules go on as they were saved."""
+def check_resume(
+    config: Config, checkpoint: str | None, another_length: bool = False, override: bool = False
+) -> str | None:
+    """Compare a run with the checkpoint that it is to go on from.
+
+    Args:
+        another_length: whether an argument of the command line sets the length of the run.
+        override: whether the config's settings take the place of those that the state in the checkpoint holds.
+
+    Returns:
+        One line that says which settings changed; None where none did.
+
+    Raises:
+        UsageError: the checkpoint is no state of a training, counts its iterations otherwise, or holds other settings
+            than the config; there is none and `override` was given.
+    """
+    if override and (not checkpoint or 'runner_type' in config):
+        raise UsageError('--override goes with --resume' + ('' if not checkpoint else ' and without a runner_type'))
     if not checkpoint:
-        return
+        return None
     content = read(checkpoint)
     if not {'meta', 'state_dict', 'optimizer'} <= set(content):
         raise UsageError(
             f'{checkpoint} holds weights alone: --cfg-options load_from={checkpoint} starts a run from them'
         )
-    if another_length and content['meta'].get('cfg'):
-        before, now = training_length(read_dumped(content['meta']['cfg'])), training_length(config)
+    settings = read_dumped(content['meta']['cfg']) if content['meta'].get('cfg') else None
+    if another_length and settings is not None and not override:
+        before, now = training_length(settings), training_length(config)
         if before != now:
             raise UsageError(
                 f'{checkpoint} comes from a run of {before:g} epochs or updates, not {now:g}, and its schedules go on: '
-                f'resume with its length, or start from its weights with --cfg-options load_from={checkpoint}'
+                f'resume with its length, take the new schedules with --override, or start from its weights with '
+                f'--cfg-options load_from={checkpoint}'
             )
     if 'layout' not in content['meta']:
         check_same_accumulation(config, content['meta'], checkpoint)
+    config[OVERRIDE] = override
+    if settings is None:
+        return f'{checkpoint} does not say its settings: they were not compared with those of now'
+    return compare(settings, config, checkpoint, override)
 
 
 def compile_backbones(model: nn.Module) -> None:

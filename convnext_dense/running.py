@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from .config_types import class_of
 from .errors import RunError, UsageError
 from .guarding import GONE, ActHook, GuardHook, cause_of
+from .resuming import OVERRIDE, replay, take_own_settings
 from .sampling import NO_BATCH, apart, drawn, name_images
 from .saving import (
     PatientLoggerHook,
@@ -44,7 +45,8 @@ class ResumableRunner(Runner):
     def train(self):
         if self._resume and self._load_from:
             seed = read(self._load_from).get('meta', {}).get('seed')
-            if seed is not None:  # before the data are put in order
+            own = self.cfg.get(OVERRIDE) and self._randomness_cfg.get('seed') is not None
+            if seed is not None and not own:  # before the data are put in order
                 self._randomness_cfg.update(seed=seed)
                 self.set_randomness(**self._randomness_cfg)
         # Beside the GPUs' own group: it does not wait for them, and notices at once who is gone.
@@ -79,6 +81,17 @@ class ResumableRunner(Runner):
             ours = isinstance(loop, dict) and loop['type'] is IterLoop
             self._train_dataloader = drawn(self._train_dataloader, opened=not ours)
         return super().build_train_loop(loop)
+
+    def scale_lr(self, optim_wrapper, auto_scale_lr=None):
+        """mmengine's, which takes one batch for all images of an update; here it is one of those that are added up."""
+        n = getattr(optim_wrapper, '_accumulative_counts', 1)
+        if auto_scale_lr and auto_scale_lr.get('enable') and n > 1:
+            base = auto_scale_lr['base_batch_size']
+            self.logger.info(
+                f'auto_scale_lr: {n} batches are added up, so base_batch_size {base} is {base / n:g} a batch'
+            )
+            auto_scale_lr = {**auto_scale_lr, 'base_batch_size': base / n}
+        return super().scale_lr(optim_wrapper, auto_scale_lr)
 
     @staticmethod
     def build_dataloader(dataloader, *args, **kwargs) -> DataLoader:
@@ -188,9 +201,14 @@ class ResumeHook(Hook):
     added up, and an evaluation that was cut off."""
 
     priority = 'LOWEST'
+    _replays = False
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         meta, now = checkpoint.get('meta', {}), layout_of(runner) if runner._resume else None
+        self._replays = bool(runner._resume and runner.cfg.get(OVERRIDE))
+        if self._replays:
+            runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+            take_own_settings(runner.optim_wrapper, checkpoint)
         by_epoch = isinstance(runner._train_loop, EpochBasedTrainLoop)
         if now is None or 'layout' not in meta:
             if now and by_epoch:  # of another tool, which saves where epochs end
@@ -206,6 +224,8 @@ class ResumeHook(Hook):
 
     def before_train(self, runner) -> None:
         self.evaluated = Path(runner.work_dir, EVALUATED)
+        if self._replays:
+            replay(runner)
         if runner._resume and runner.val_loop is not None and due(runner.train_loop):
             done = int(self.evaluated.read_text()) if self.evaluated.exists() else 0
             if done < reached(runner):

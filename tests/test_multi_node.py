@@ -153,7 +153,7 @@ def test_the_slurm_script_goes_on_from_the_last_checkpoint(place, trained):
     assert [r['step'] for r in records] == [3, 4, 4] and 'GPU number: 2' in text and 'iter_2.pth' in text
     calls = (folder / 'calls').read_text().splitlines()
     assert calls[0].startswith('srun --ntasks=2 --cpus-per-task=1 --kill-on-bad-exit=1 python -u tools/train.py ')
-    assert calls[0].endswith('--launcher slurm --resume')
+    assert calls[0].endswith('--launcher slurm --resume auto')
     assert calls[1:] == ['scontrol show hostname node[1-2]'] * 2  # by mmengine, in each task
 
 

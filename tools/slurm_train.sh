@@ -21,7 +21,7 @@ trap 'again=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 srun --ntasks=$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE)) --cpus-per-task="$SLURM_CPUS_PER_TASK" \
-    --kill-on-bad-exit=1 python -u tools/train.py "$@" --launcher slurm --resume &
+    --kill-on-bad-exit=1 python -u tools/train.py "$@" --launcher slurm --resume auto &
 training=$!
 wait "$training" && code=0 || code=$?
 while kill -0 "$training" 2>/dev/null; do # the signal ended `wait`, not the training

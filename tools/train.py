@@ -30,9 +30,14 @@ def parse_args():
     parser.add_argument(
         '--resume',
         nargs='?',
-        const='auto',
+        const='last',
         metavar='CHECKPOINT',
-        help='go on from this checkpoint, or from the last one in the work dir',
+        help='go on from this checkpoint, or from the last one in the work dir; auto: begin where there is no run yet',
+    )
+    parser.add_argument(
+        '--override',
+        action='store_true',
+        help='with --resume: take lr, weight decay and schedules as they are now, not as the checkpoint holds them',
     )
     parser.add_argument(
         '--amp-dtype',
@@ -75,13 +80,13 @@ def main():
         check_classes(config)
         length = set_length(config, args.epochs, args.iters, args.cfg_options)
         fitted = set_total_batch(config, n_processes(args.launcher), args.as_is, args.cfg_options)
-        check_resume(config, checkpoint, length is not None)
+        resumed = check_resume(config, checkpoint, length is not None, args.override)
         set_keep(config, args.keep)
         set_max_bad_images(config, args.max_bad_images)
         runner = build_runner(config, checkpoint)
         for line in data:
             print_log(line, logger='current')
-        for line in overruled(config, args.cfg_options):
+        for line in [*overruled(config, args.cfg_options), *([resumed] if resumed else [])]:
             print_log(line, logger='current', level=logging.WARNING)
         if args.compile:
             compile_backbones(runner.model)
