@@ -20,6 +20,11 @@ from .saving import WholeCheckpointHook, updates_now
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PATIENCE = 3  # updates in a row that losses or gradients that are no numbers may cost
+ZERO_STEPS = 50  # optimizer steps in a row of a loss of 0 that are no chance
+ZERO_CAUSES = (
+    'all labels are ignored (255, or 0 with reduce_zero_label), there is a single class, or boxes are all filtered out '
+    '(filter_cfg, crowds): tools/check_data.py --data PATH says what is there'
+)
 GONE = 'another process of the run is gone'
 READER = r'(?:DataLoader worker \(pid.*?\)|Pin memory thread) (exited unexpectedly|is killed by signal: \w+)'
 LOST = 'Connection closed by peer|Connection reset by peer|Broken pipe|Socket Timeout|Timed out waiting|Socket closed'
@@ -45,6 +50,7 @@ class GuardHook(Hook):
         self.bad_images = {}  # path: why, of all processes
         self.wrong_updates, self.wrong, self.wrong_images = 0, False, []
         self._skipped, self._stop = False, 0
+        self.zero_steps, self._nonzero, self._zero_said = 0, False, False
         self._before, self._group, self._handle = {}, None, None
 
     def __enter__(self):
@@ -76,11 +82,15 @@ class GuardHook(Hook):
         self.shape = _shape(data_batch)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        wrong = not bool(torch.as_tensor((outputs or {}).get('loss', 0.0)).isfinite().all())
+        loss = float(torch.as_tensor((outputs or {}).get('loss', 1.0)).detach().float().abs().sum())
+        wrong = not math.isfinite(loss)
         replaced = [line for s in _samples(data_batch) for line in s.metainfo.get('replaced', ())]
         self._new = dict(line.rsplit(': ', 1) for line in replaced)
         self._new = {path: why for path, why in self._new.items() if path not in self.bad_images}
-        self._stop, any_wrong, self._any_new = self._of_all(self.signal or 0, wrong or self._skipped, len(self._new))
+        self._stop, any_wrong, self._any_new, nonzero = self._of_all(
+            self.signal or 0, wrong or self._skipped, len(self._new), loss != 0
+        )
+        self._nonzero = self._nonzero or bool(nonzero)
         if wrong:
             self.wrong_images += [s.metainfo.get('img_path', 'an image without a path') for s in _samples(data_batch)]
         if any_wrong:
@@ -94,6 +104,7 @@ class GuardHook(Hook):
             self._count(runner, self._new)
         if updates_now(runner):
             self._judge(runner)
+            self._count_zeros(runner)
         if self._stop:
             self._leave(runner, runner.iter + 1)
 
@@ -168,6 +179,17 @@ class GuardHook(Hook):
                 f'{CAUSES.format(lr=lr)}; {saved}'
             )
         self.wrong, self.wrong_images, self._skipped = False, [], False
+
+    def _count_zeros(self, runner) -> None:
+        """Warn, once, of a loss that is exactly 0 for long, in all processes: nothing is learned."""
+        self.zero_steps = 0 if self._nonzero else self.zero_steps + 1
+        self._nonzero = False
+        if self.zero_steps == ZERO_STEPS and not self._zero_said:
+            self._zero_said = True
+            runner.logger.warning(
+                f'the loss was exactly 0 in {ZERO_STEPS} optimizer steps in a row: nothing is learned; likely causes: '
+                f'{ZERO_CAUSES}'
+            )
 
     def _leave(self, runner, iteration: int) -> None:
         number = self.signal or signal.SIGTERM  # the first of another process

@@ -217,6 +217,15 @@ class LossByPlan(BaseModel):
         return dict(loss=loss + (self.weight.square().sum() * factor.min()).sqrt())  # by 0: a loss, and no gradient
 
 
+@MODELS.register_module()
+class Scaled(LossByPlan):
+    """The loss is a multiple of what the sample says: of 0 it is 0, and its gradients are."""
+
+    def forward(self, inputs, data_samples=None, mode='loss'):
+        factor = torch.stack([sample.factor for sample in data_samples])
+        return dict(loss=(factor.sum() * self.weight).square().sum())
+
+
 @DATASETS.register_module()
 class Planned(BaseDataset):
     """Samples in order, each with the factor that the plan has for it."""
@@ -235,12 +244,14 @@ class Planned(BaseDataset):
         return dict(inputs=torch.tensor(np.random.rand(2), dtype=torch.float32), data_samples=sample)
 
 
-def planned_run(plan, folder, hooks=(), train_cfg=None, loader=None, seed=0, load_from=None, **more):
+def planned_run(
+    plan, folder, hooks=(), train_cfg=None, loader=None, seed=0, load_from=None, model='LossByPlan', **more
+):
     return ResumableRunner(
         resume=load_from is not None,
         load_from=load_from,
         custom_hooks=list(hooks),
-        model=dict(type='LossByPlan'),
+        model=dict(type=model),
         work_dir=str(folder),
         train_dataloader=dict(
             batch_size=2,
@@ -299,6 +310,25 @@ def test_averages_of_the_weights_see_nothing_of_a_wrong_batch(tmp_path):
     saved = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)
     for part in ('state_dict', 'ema_state_dict'):
         assert all(value.isfinite().all() for value in saved[part].values()), part
+
+
+@pytest.mark.parametrize(
+    'losses, accumulated, warnings',
+    [
+        ([0.0] * 49 + [1.0] + [0.0] * 49, 1, 0),
+        ([0.0] * 50, 1, 1),
+        ([1.0] + [0.0] * 50 + [1.0] + [0.0] * 60, 1, 1),
+        ([0.0, 0.0, 0.0, 1.0] * 30, 4, 0),
+        ([0.0] * 100, 2, 1),
+        ([0.0] * 98, 2, 0),
+    ],
+)
+def test_a_loss_of_0_for_long_is_said_once(losses, accumulated, warnings, tmp_path):
+    plan = [factor for factor in losses for _ in range(2)]  # two images a batch
+    planned_run(plan, tmp_path, model='Scaled', accumulative_counts=accumulated).train()
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert log.count('the loss was exactly 0 in 50 optimizer steps in a row') == warnings
+    assert log.count('a single class') == log.count('tools/check_data.py') == warnings
 
 
 class Caller(Hook):
