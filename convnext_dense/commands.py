@@ -5,7 +5,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,7 +31,7 @@ from .resuming import OVERRIDE, compare
 from .running import ResumableRunner, said
 from .runs import TIMESTAMP
 from .saving import LAST
-from .weights.loading import PretrainedConvNeXt, check_same, match
+from .weights.loading import PretrainedConvNeXt, check_same, match, model_weights, source_of
 from .weights.reading import read
 from .weights.zoo import URLS, fetch, is_url, locate
 
@@ -341,6 +341,12 @@ def check_resume(
         raise UsageError(
             f'{checkpoint} holds weights alone: --cfg-options load_from={checkpoint} starts a run from them'
         )
+    source = source_of(content, checkpoint)
+    if source not in (None, 'original'):
+        raise UsageError(
+            f'{checkpoint} comes from a run of another ConvNeXt, in the names of {source}, and its optimizer likewise: '
+            f'--cfg-options load_from={checkpoint} starts a run from its weights'
+        )
     settings = read_dumped(content['meta']['cfg']) if content['meta'].get('cfg') else None
     if another_length and settings is not None and not override:
         before, now = training_length(settings), training_length(config)
@@ -381,7 +387,9 @@ def build_runner(config: Config, checkpoint: str | None = None) -> Runner:
     """
     if not checkpoint and config.get('load_from'):
         config.load_from = local_checkpoint(config.load_from)
-    CheckpointLoader.register_scheme(prefixes=PLACES, loader=_safely, force=True)
+    file = checkpoint or config.get('load_from')
+    whole = {}  # the file of the whole model, with the model, once that is there
+    CheckpointLoader.register_scheme(prefixes=PLACES, loader=_safe_loader(whole), force=True)
     try:
         runner = RUNNERS.build(config) if 'runner_type' in config else ResumableRunner.from_cfg(config)
     except (KeyError, TypeError, AssertionError, ValueError) as error:
@@ -389,23 +397,29 @@ def build_runner(config: Config, checkpoint: str | None = None) -> Runner:
             raise
         raise UsageError(f'the config cannot be built: {_first_line(error)}') from error
     model = _unwrapped(runner.model)
-    if checkpoint:
-        check_same(model, checkpoint)
-    elif config.get('load_from'):
+    if file:
+        whole[file] = model
         backbones = tuple(f'{name}.' for name, module in model.named_modules() if isinstance(module, ConvNeXt))
-        check_same(model, config.load_from, backbones)
+        check_same(model, model_weights(read(file), file, model), file, ('',) if checkpoint else backbones)
     return runner
 
 
-def _safely(filename: str, map_location=None) -> dict:
+def _safe_loader(whole: Mapping[str, nn.Module]) -> Callable[..., dict]:
     """mmengine's loader of files for what our tools run: its own unpickles in full where the safe way fails, and a
-    resumed runner runs the config in the file."""
-    if filename.startswith('torchvision://'):
-        filename = get_torchvision_models()[filename.removeprefix('torchvision://')]
-    content = read(local_checkpoint(filename), mapped=False)
-    if isinstance(content.get('meta'), dict):
-        content['meta'] = {k: v for k, v in content['meta'].items() if k not in ('cfg', 'config')}
-    return content
+    resumed runner runs the config in the file. Of the files in `whole` come the weights of the models there, by the
+    names of these."""
+
+    def load(filename: str, map_location=None) -> dict:
+        if filename.startswith('torchvision://'):
+            filename = get_torchvision_models()[filename.removeprefix('torchvision://')]
+        content = read(local_checkpoint(filename), mapped=False)
+        if filename in whole:
+            content['state_dict'] = model_weights(content, filename, whole[filename])
+        if isinstance(content.get('meta'), dict):
+            content['meta'] = {k: v for k, v in content['meta'].items() if k not in ('cfg', 'config')}
+        return content
+
+    return load
 
 
 def summary(metrics: dict[str, float]) -> str:

@@ -303,7 +303,7 @@ def test_archives_that_hold_something_else(tmp_path):
     with pytest.raises(UsageError, match='TorchScript'):
         read(tmp_path / 'traced.pth')
     (tmp_path / 'plain.pth').write_bytes(pickle.dumps({'a': 1}, 2))
-    with pytest.raises(UsageError, match='torch.save did not write it'):
+    with pytest.raises(UsageError, match='a pickle that torch.save did not write'):
         read(tmp_path / 'plain.pth')
     os.mkfifo(tmp_path / 'pipe.pth')
     with pytest.raises(UsageError, match='no regular file'):

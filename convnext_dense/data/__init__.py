@@ -9,7 +9,7 @@ from dataclasses import replace
 from mmengine.config import Config
 
 from ..errors import UsageError
-from ..weights.reading import WRAPPERS, read
+from ..weights.reading import read, weights_in
 from .asking import Data, Request, named
 from .filling import check_classes, check_options, fill
 from .reading import TASKS, read_data, sources, tasks_of
@@ -146,5 +146,5 @@ def of_checkpoint(file: str) -> tuple[list[str] | None, bool]:
     content = read(file)
     meta = content.get('meta') or {}
     classes = (meta.get('dataset_meta') or {}).get('classes') or meta.get('CLASSES')
-    weights = next((content[key] for key in WRAPPERS if key in content), content)
-    return list(classes) if classes else None, any('mask_head.' in name for name in weights)
+    names = (name for tensors in weights_in(content).values() for name in tensors)
+    return list(classes) if classes else None, any('mask_head.' in name for name in names)

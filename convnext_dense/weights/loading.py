@@ -1,7 +1,6 @@
 """The weights of any source for this backbone: recognised, renamed, matched and reported, or refused."""
 
 import difflib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +13,10 @@ from torch import nn
 from ..backbone import ARCHS, ConvNeXt
 from ..errors import UsageError
 from .formats import DOUBLES, FORMATS, NORMS, STEM, TRUNK, Recognised, recognise, to_ours
-from .reading import read, weights_of, wrappers_of
+from .reading import AVERAGES, WRAPPERS, read, weights_in
 from .zoo import fetch
 
+USUAL = ('', *WRAPPERS)  # keys of which the first with a ConvNeXt is the one that is meant
 FINAL_NORM = ('drop', 'reuse')
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -75,21 +75,41 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     """
     file = fetch(str(source))
     content = read(file)
-    tensors = weights_of(content)
-    try:
-        found = recognise(tensors)
-    except UsageError as error:
-        raise UsageError(f'{file}: {error}') from None
-    if found is None:
+    convnexts = _convnexts_in(content, file)
+    if not convnexts:
+        names = [name for tensors in weights_in(content).values() for name in tensors] or list(map(str, content))
         raise UsageError(
-            f'{file}: no ConvNeXt weights by the names in it ({", ".join(list(tensors)[:3]) or "none"}, ...): known '
-            f'are those of {", ".join(f.title for f in FORMATS)}'
+            f'{file}: no ConvNeXt weights by the names in it ({", ".join(names[:3]) or "none"}, ...): known are those '
+            f'of {", ".join(f.title for f in FORMATS)}'
         )
+    tensors, found = next(iter(convnexts.values()))
     for theirs in found.names:
         if tensors[theirs].layout != torch.strided or tensors[theirs].is_meta or not tensors[theirs].ndim:
             raise UsageError(f'{file}: {theirs} is not a tensor of weights: it is sparse, empty or a single number')
     weights = {ours: to_ours(ours, tensors[theirs]) for theirs, ours in found.names.items()}
-    return Checkpoint(str(source), file, found, weights, wrappers_of(content)[1:])
+    return Checkpoint(str(source), file, found, weights, list(convnexts)[1:])
+
+
+def _convnexts_in(content: dict, file: str | Path) -> dict[str, tuple[dict[str, torch.Tensor], Recognised]]:
+    """The dicts of tensors in a checkpoint that hold a ConvNeXt, by their keys, the one that is taken first.
+
+    Raises:
+        UsageError: there are several, and nothing says which is meant.
+    """
+    found, where = {}, weights_in(content)
+    for key, tensors in where.items():
+        try:
+            source = recognise(tensors)
+        except UsageError as error:
+            if not found:
+                raise UsageError(f'{file}: {error}') from None
+            continue
+        if source:
+            found[key] = tensors, source
+    rivals = [key for key in found if key not in USUAL and not AVERAGES.search(key)]
+    if found and next(iter(found)) in rivals and len(rivals) > 1:
+        raise UsageError(f'{file}: it holds several ConvNeXts ({", ".join(rivals)}): keep one of them in the file')
+    return found
 
 
 @dataclass(frozen=True)
@@ -170,12 +190,46 @@ def match(backbone: ConvNeXt, source: str | Path | Checkpoint, final_norm: str =
     return Match(f'{checkpoint.name} ({checkpoint.title})', theirs, len(ours), initial, ignored, notes)
 
 
-def check_same(model: nn.Module, file: str | Path, parts: tuple[str, ...] = ('',)) -> None:
-    """Raise UsageError unless the checkpoint, as mmengine's runner is going to load it, has exactly the names and
-    shapes of `model`, or of those parts of it whose names start so."""
-    checkpoint = read(file)
-    found = checkpoint.get('state_dict', checkpoint)  # as the runner: no other wrapper, and one prefix
-    theirs = {re.sub(r'^module\.', '', str(name)): tuple(getattr(value, 'shape', ())) for name, value in found.items()}
+def model_weights(content: dict, file: str | Path, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a whole model in a checkpoint of any source, by the names that `model` has: those of its ConvNeXt
+    renamed, the others as they are. Of a ConvNeXt alone those that `match` finds for the model's.
+
+    Raises:
+        UsageError: the file holds several ConvNeXts, or one alone that does not fit.
+    """
+    convnexts = _convnexts_in(content, file)
+    backbones = [(f'{name}.', module) for name, module in model.named_modules() if isinstance(module, ConvNeXt)]
+    if not convnexts or not backbones:
+        return next(iter(weights_in(content).values()), {})
+    tensors, source = next(iter(convnexts.values()))
+    prefix, backbone = backbones[0]
+    if all(name.startswith(DOUBLES) for name in source.others):
+        found, own = match(backbone, file), backbone.state_dict()
+        weights = found.weights | {name: own[name] for name in found.initial}
+        return {f'{prefix}{name}': tensor for name, tensor in weights.items()}
+    before = source.prefix.partition(prefix)[0] if prefix in source.prefix else ''  # of a Lightning module, say
+    weights = {}
+    for name, tensor in tensors.items():
+        ours = source.names.get(name, '')
+        if TRUNK.match(ours) or NORMS.fullmatch(ours):
+            weights[prefix + ours] = to_ours(ours, tensor)
+        else:
+            weights[name.removeprefix(before)] = tensor
+    return weights
+
+
+def source_of(content: dict, file: str | Path) -> str | None:
+    """The key of the format in which a checkpoint names its ConvNeXt; None where it has none."""
+    convnexts = _convnexts_in(content, file)
+    return next(iter(convnexts.values()))[1].format.key if convnexts else None
+
+
+def check_same(
+    model: nn.Module, weights: dict[str, torch.Tensor], file: str | Path, parts: tuple[str, ...] = ('',)
+) -> None:
+    """Raise UsageError unless weights have exactly the names and shapes of `model`, or of those parts of it whose names
+    start so."""
+    theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = _differences(*({n: s for n, s in names.items() if n.startswith(parts)} for names in (ours, theirs)))
     if problems:

@@ -12,6 +12,9 @@ from ..errors import UsageError
 from . import torch_files
 from .unpickling import UnsafeCheckpoint
 
+NO_WEIGHTS = re.compile('optim|sched|scaler|hub|^meta$')  # keys of what else a checkpoint holds
+AVERAGES = re.compile('ema|average|swa', re.IGNORECASE)  # keys of weights averaged over training
+DEPTH = 3  # of dicts in one another that are looked into
 WRAPPERS = ('state_dict', 'model', 'model_ema', 'state_dict_ema')  # where checkpoints keep weights, the first one wins
 # What DistributedDataParallel, torch.compile and activation checkpointing put before names and into them.
 INSERTED = re.compile(r'(?<![^.])(module|_orig_mod|_checkpoint_wrapped_module)\.')
@@ -53,24 +56,28 @@ def read(file: str | Path, mapped: bool = True) -> dict:
     except UsageError:
         raise
     except Exception as error:  # a damaged file can end a reader in any way
-        raise UsageError(
-            f'{file} cannot be read safely as a checkpoint ({_reason(error)}): download or save it again'
-        ) from error
+        fix = (getattr(error, 'fix', None) or 'download or save it again').format(file=file)
+        raise UsageError(f'{file} cannot be read safely as a checkpoint ({_reason(error)}): {fix}') from error
     if not isinstance(content, dict):
         raise UsageError(f'{file} holds a {type(content).__name__}: a checkpoint is a dict of tensors')
     return content
 
 
-def weights_of(checkpoint: dict) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint by name, out of their wrapper and without wrappers' prefixes."""
-    for key in wrappers_of(checkpoint)[:1]:
-        checkpoint = checkpoint[key]
-    return {INSERTED.sub('', str(n)): tensor for n, tensor in checkpoint.items() if isinstance(tensor, torch.Tensor)}
-
-
-def wrappers_of(checkpoint: dict) -> list[str]:
-    """The keys under which a checkpoint keeps weights, the one that is taken first."""
-    return [key for key in WRAPPERS if isinstance(checkpoint.get(key), dict)]
+def weights_in(checkpoint: dict) -> dict[str, dict[str, torch.Tensor]]:
+    """All dicts of tensors in a checkpoint, without what training wrappers add to the names, by the dotted keys under
+    which they are: '' for the checkpoint itself. In the order in which they are taken: the usual keys first, then the
+    checkpoint itself, then others, averages over training last."""
+    found, left = {}, [('', checkpoint)]
+    for place, content in left:
+        tensors = {INSERTED.sub('', str(n)): value for n, value in content.items() if isinstance(value, torch.Tensor)}
+        if tensors:
+            found[place] = tensors
+        if place.count('.') < DEPTH:
+            inner = ((str(key), value) for key, value in content.items() if isinstance(value, dict))
+            left += [(f'{place}.{key}'.lstrip('.'), value) for key, value in inner if not NO_WEIGHTS.search(key)]
+    usual = [key for key in WRAPPERS if key in found]
+    others = sorted((key for key in found if key and key not in usual), key=lambda key: bool(AVERAGES.search(key)))
+    return {key: found[key] for key in [*usual, *([''] if '' in found else []), *others]}
 
 
 def _stranger(file: Path) -> str | None:

@@ -16,6 +16,10 @@ from .unpickling import Storage, StorageType, Unpickler, UnsafeCheckpoint
 
 ZIP = b'PK\x03\x04'  # what an archive begins with
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first of the pickles in an older file
+PICKLE = (
+    "where you trust it: weights = pickle.load(open('{file}', 'rb'))['model']; "
+    "torch.save({{name: torch.as_tensor(array) for name, array in weights.items()}}, 'weights.pth')"
+)
 MAX_RATIO, MAX_UNPACKED = 20, 2**28  # compressed entries may unpack to so many times the file's size, or so many bytes
 
 
@@ -103,7 +107,8 @@ def _root_of(entries: dict[str, zipfile.ZipInfo]) -> str:
     if len(roots) != 1:
         raise UnsafeCheckpoint('it is a zip archive of something else: unpack it' if not roots else 'it holds several')
     if f'{roots[0]}constants.pkl' in entries:
-        raise UnsafeCheckpoint('it is a TorchScript archive: save the state_dict of torch.jit.load(FILE)')
+        fix = "torch.save(torch.jit.load('{file}').state_dict(), 'weights.pth')"
+        raise UnsafeCheckpoint('it is a TorchScript archive', fix)
     return roots[0]
 
 
@@ -126,7 +131,9 @@ def _load_legacy(file: Path, memory: mmap.mmap, mapped: bool) -> object:
     def pickled(find: Callable[..., Storage] | None = None) -> object:
         return Unpickler(memory, find or _no_storage).load()
 
-    if memory[:1] != b'\x80' or pickled() != LEGACY_MAGIC:
+    if memory[:1] == b'\x80' and (memory[1:2] != b'\x02' or pickled() != LEGACY_MAGIC):
+        raise UnsafeCheckpoint('it is a pickle that torch.save did not write, as detectron2 has them', PICKLE)
+    if memory[:1] != b'\x80':
         raise UnsafeCheckpoint('torch.save did not write it')
     pickled()  # the version of the format
     swap = pickled().get('little_endian', True) != (sys.byteorder == 'little')

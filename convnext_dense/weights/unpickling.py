@@ -26,6 +26,9 @@ OPCODES = """
     BINFLOAT BINUNICODE BINSTRING SHORT_BINSTRING EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS
     EMPTY_DICT SETITEM SETITEMS BINPUT LONG_BINPUT BINGET LONG_BINGET
 """
+# What makes files with objects of other people's classes readable; it runs their code.
+OBJECT = "where you trust it: torch.save(torch.load('{file}', weights_only=False).state_dict(), 'weights.pth')"
+WITH_OBJECTS = "where you trust it: torch.save(torch.load('{file}', weights_only=False)['state_dict'], 'weights.pth')"
 KEYS = (str, int, float, bool, bytes, type(None))  # types of keys: the hash of nested tuples overflows the stack
 EXPANDED = 2**20  # elements that a tensor may have whatever its storage holds, as views of `Tensor.expand` do
 MAX_SIZE = 2**48  # of a dimension, a stride or an offset
@@ -33,7 +36,12 @@ NUMBERS_AND_TEXT = re.compile(r'[biufc](1|2|4|8|16)|[SU][1-9]\d{0,5}')  # typeco
 
 
 class UnsafeCheckpoint(pickle.UnpicklingError):
-    """A checkpoint asks for what no weights need, or contradicts itself."""
+    """A checkpoint asks for what no weights need, or contradicts itself; `fix` is what makes it readable, where that is
+    known, with {file} for its path."""
+
+    def __init__(self, message: str, fix: str | None = None):
+        super().__init__(message)
+        self.fix = fix
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +107,11 @@ class Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str):
         path = f'{module}.{name}'
         found = NAMES.get(path, self.user_names.get(path))
+        if found is None and path in UNSUPPORTED:
+            raise UnsafeCheckpoint(f'it holds {UNSUPPORTED[path]}')
         if found is None:
-            raise UnsafeCheckpoint(f'it needs {UNSUPPORTED.get(path, path)}')
+            whole = not self.stack and not self.metastack  # it is no part of anything
+            raise UnsafeCheckpoint(f'it {"is" if whole else "needs"} {path}', OBJECT if whole else WITH_OBJECTS)
         return found
 
     def persistent_load(self, pid):
