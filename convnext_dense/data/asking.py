@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .images import Seen
-from .report import Report
+from .report import ERRORS, NOTED, Report
 
 HELD_OUT = 0.1  # of the images, where nothing says which are for evaluation
 
@@ -58,7 +58,8 @@ def held_out(names: Sequence[str], request: Request, root: Path | None = None) -
         raise UsageError(f'--val-share {share}: give a share between 0 and 1, such as 0.1')
 
     def drawn(name: str) -> float:
-        digest = hashlib.sha256((relative(name, root) if root else name).encode()).digest()
+        text = relative(name, root) if root else name
+        digest = hashlib.sha256(text.encode('utf-8', 'surrogatepass')).digest()  # names need not be UTF-8
         return int.from_bytes(digest[:6], 'big') / 2**48
 
     out = {name for name in names if drawn(name) < share} or set(sorted(names, key=drawn)[:1])
@@ -84,9 +85,12 @@ def wanted(found: Mapping, splits: Sequence[str], root: Path) -> dict:
 
 
 def say_empty(report: Report, split: str, usable: int, folder: Path) -> None:
-    """Report a split of which nothing is left."""
+    """Report a split of which nothing is left, and what most of it was lost to."""
     if not usable:
-        report.add(split, 'nothing to train on' if split == 'train' else 'nothing to evaluate', folder)
+        found = [finding for finding in report.of(*ERRORS) or report.of(NOTED) if finding.split in (split, 'all')]
+        most = max(found, key=lambda finding: finding.count, default=None)
+        cause = f': {most.kind}, {most.count:,} ({", ".join(most.examples)})' if most else ''
+        report.add(split, 'nothing to train on' if split == 'train' else 'nothing to evaluate', f'{folder}{cause}')
 
 
 def say_same(names: Mapping[str, Sequence[str]], seen: Mapping[str, Seen], report: Report) -> None:
@@ -106,7 +110,13 @@ def named(classes: Sequence[str]) -> str:
     return f'{len(classes)} class{"" if len(classes) == 1 else "es"}: {names}'
 
 
+def is_below(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path is a folder or lies in it, by names alone."""
+    full, top = os.path.abspath(path), os.path.abspath(folder)
+    return full == top or full.startswith(top.rstrip(os.sep) + os.sep)
+
+
 def relative(path: str | Path, root: Path) -> str:
     """A path relative to the data's root, or absolute where it lies elsewhere."""
     full, top = os.path.abspath(path), os.path.abspath(root)
-    return os.path.relpath(full, top) if full.startswith(top.rstrip(os.sep) + os.sep) else full
+    return os.path.relpath(full, top) if is_below(full, top) and full != top else full

@@ -3,7 +3,7 @@ the same order in all splits, sound annotations alone, and images that can be re
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ..errors import UsageError
@@ -17,17 +17,12 @@ FAR = 10  # times the longer side of an image, beyond which coordinates are a mi
 SLACK = 1  # pixels that a box may reach out of its image unsaid: rounding, and whether pixels count from 0 or 1
 
 
-def learnt(annotations: list[dict], images: dict[int, dict], split: str) -> list[dict]:
+def learnt(annotations: list[dict], images: Iterable[dict], split: str) -> list[dict]:
     """The annotations that mmdet learns from or evaluates by: no crowd, nothing under a pixel, and in training no image
     under 32 pixels."""
     least = SMALL if split == 'train' else 0
-    return [
-        a
-        for a in annotations
-        if not a['iscrowd']
-        and min(a['bbox'][2:]) >= 1
-        and min(images[a['image_id']][s] for s in ('width', 'height')) >= least
-    ]
+    large = {image['id'] for image in images if min(image['width'], image['height']) >= least}
+    return [a for a in annotations if not a['iscrowd'] and min(a['bbox'][2:]) >= 1 and a['image_id'] in large]
 
 
 def read_coco(path: Path, split: str = 'train') -> dict:
@@ -132,33 +127,34 @@ def check_images(coco: dict, images, seen: dict[str, Seen], turn: bool, split: s
         if number is None or not isinstance(name, str) or not name:
             report.add(split, 'image without id or name', name or f'id {number}')
             continue
-        file, problem = images.find(name)
-        if problem == 'name in other case':
-            report.add(split, problem, f'{name} is {file}')
-            problem = None
-        facts = seen.get(images.path(file), Seen())
+        place = images.find(name)
+        facts = seen.get(place.path, Seen())
         given = tuple(image.get(key) for key in ('width', 'height'))
         sizes = (facts.width, facts.height)
         if facts.turned and not turn:
             sizes = sizes[::-1]
-        problem = problem or facts.problem
+        problem, example = facts.problem, name
         if number in found:
             problem = 'image id twice'
-        elif file in names:
+        elif place.path is None:
+            problem, example = place.kind, place.example
+        elif place.path in names:
             problem = 'file name twice'
         elif not problem and all(map(_positive, given)) and given != sizes:
-            problem, name = 'size contradicts the image', f'{name}: {_size(given)}, its image {_size(sizes)}'
+            problem, example = 'size contradicts the image', f'{name}: {_size(given)}, its image {_size(sizes)}'
         if problem:
-            report.add(split, problem, name)
+            report.add(split, problem, example)
             continue
+        if place.kind:
+            report.add(split, place.kind, place.example)
         if not all(map(_positive, given)):
             report.add(split, 'no size given', name)
         if facts.turned and not turn:
             report.add(split, 'image turned by EXIF', name)
         if min(sizes) < SMALL:
             report.add(split, 'image under 32 pixels', f'{name} ({_size(sizes)})')
-        names.add(file)
-        found[number] = dict(id=number, file_name=images.path(file), width=sizes[0], height=sizes[1])
+        names.add(place.path)
+        found[number] = dict(id=number, file_name=place.path, width=sizes[0], height=sizes[1])
     return found
 
 

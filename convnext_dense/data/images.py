@@ -4,16 +4,29 @@ import hashlib
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
 from mmengine.utils import ProgressBar
 from PIL import Image, UnidentifiedImageError
 
-ORIENTATION, SWAPPED = 274, (5, 6, 7, 8)  # EXIF's tag, and its values that swap width and height
+from .files import NotRegularError, TooLargeError, open_regular, size_of
+
+MAX_BYTES = 2**30  # of a file
+MAX_PIXELS = 178_956_970  # Pillow's own limit, by which mmseg reads label maps
+# Beyond these a file is decoded while no other such one is, so that memory does not grow with the number of cores.
+LARGE_BYTES, LARGE_PIXELS = 2**26, 2**25
+# What Pillow may try to read, where it can: the rest holds no photographs, or has another program read it.
+FORMATS = ('JPEG', 'PNG', 'BMP', 'DIB', 'TIFF', 'WEBP', 'JPEG2000', 'PPM', 'GIF', 'AVIF', 'PCX', 'TGA')
+Image.init()
+FORMATS = tuple(name for name in FORMATS if name in Image.OPEN)
+LOSSY_FORMATS = ('JPEG', 'MPO', 'JPEG2000', 'AVIF')
+LOSSY_TIFF = ('jpeg', 'tiff_jpeg', 'webp')  # Pillow's words for its compression
 ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.jpe', '.jp2', '.ppm', '.pgm', '.pbm')
 
 
@@ -38,49 +51,107 @@ class Labels(NamedTuple):
     problem: str | None = None
 
 
+_large = threading.RLock()
+
+
 def look(path: str) -> Seen:
     """Read an image as training does, and find out what is wrong where that fails."""
     try:
-        with open(path, 'rb') as file:
-            data = file.read()
+        with open_regular(path, MAX_BYTES) as file, _one_at_a_time(size_of(file) > LARGE_BYTES):
+            return _seen(file.read(size_of(file)))
+    except NotRegularError:
+        return Seen(problem='not a regular file')
+    except TooLargeError:
+        return Seen(problem='file too large')
     except OSError:
         return Seen(problem='missing image')
+
+
+def _seen(data: bytes) -> Seen:
     if not data:
         return Seen(problem='empty file')
-    flag, size, swaps = cv2.IMREAD_COLOR, None, False
+    image, size = None, (MAX_PIXELS, 1)
     try:
-        image = Image.open(io.BytesIO(data))
-        swaps = image.getexif().get(ORIENTATION) in SWAPPED
-        if image.format == 'JPEG':  # an eighth of the size is decoded in a third of the time, from all of the file
-            flag, size = cv2.IMREAD_REDUCED_COLOR_8, image.size
-            image.draft('L', (image.width // 8, image.height // 8))
-            image.load()  # some versions of OpenCV fill up what is cut off and say nothing
-    except (UnidentifiedImageError, Image.DecompressionBombError):
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        size = image.size
+    except UnidentifiedImageError:
         pass  # OpenCV may know what it is
+    except Image.DecompressionBombError:
+        return Seen(problem='image too large')
     except Exception:  # a broken file can fail in any way
         return Seen(problem='image cut short')
-    pixels = _decoded(data, flag)
-    if pixels is None:
+    with _one_at_a_time(size[0] * size[1] > LARGE_PIXELS):
+        return _decoded_by_both(data, image)
+
+
+def _decoded_by_both(data: bytes, image: Image.Image | None) -> Seen:
+    """What OpenCV makes of the bytes of an image, that Pillow opened where it knows what it is."""
+    stored = image.size if image and image.format != 'TIFF' else None
+    is_jpeg = image is not None and image.format == 'JPEG'
+    try:
+        if is_jpeg:  # an eighth of the size is decoded in a third of the time, from all of the file
+            image.draft('L', (image.width // 8, image.height // 8))
+        if is_jpeg or (image and image.format == 'PNG'):  # some versions of OpenCV fill up what is cut off, unsaid
+            image.load()
+        if image:
+            image.close()
+    except Exception:  # a broken file can fail in any way
+        return Seen(problem='image cut short')
+    size = _decoded_size(data, cv2.IMREAD_REDUCED_COLOR_8 if is_jpeg else cv2.IMREAD_COLOR)
+    if size is None:
         return Seen(problem=_why(data))
-    stored = _decoded(data, flag | cv2.IMREAD_IGNORE_ORIENTATION) if swaps else pixels  # some formats are not turned
-    turned = stored is not None and stored.shape != pixels.shape
-    size = size[:: -1 if turned else 1] if size else pixels.shape[1::-1]
+    if is_jpeg:
+        size = _full_size(size, stored, b'Exif' in data) or _decoded_size(data, cv2.IMREAD_COLOR) or stored
+    elif image is None:
+        stored = _decoded_size(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if size[0] * size[1] > MAX_PIXELS:
+        return Seen(problem='image too large')
+    turned = stored is not None and size == stored[::-1] != stored  # TIFFs are always turned, in training too
     return Seen(*size, turned, hashlib.blake2b(data, digest_size=16).hexdigest())
+
+
+def _full_size(reduced: tuple[int, int], stored: tuple[int, int], has_exif: bool) -> tuple[int, int] | None:
+    """The size of an image of which an eighth was decoded, and which may be turned; None where that does not tell."""
+    upright = tuple(-(-side // 8) for side in stored)
+    if reduced == upright and (upright != upright[::-1] or stored == stored[::-1] or not has_exif):
+        return stored
+    return stored[::-1] if reduced == upright[::-1] != upright else None
 
 
 def look_at_labels(path: str) -> Labels:
     """Read a label map as mmseg does, by Pillow, without turning it."""
     try:
-        with Image.open(path) as image:
-            labels, palette = np.asarray(image).squeeze(), image.mode == 'P'
+        with open_regular(path, MAX_BYTES) as file, _one_at_a_time(size_of(file) > LARGE_BYTES):
+            return _labels(file)
+    except NotRegularError:
+        return Labels(problem='not a regular file')
+    except TooLargeError:
+        return Labels(problem='file too large')
+    except Image.DecompressionBombError:
+        return Labels(problem='label map too large')
     except Exception:  # a broken file can fail in any way
         return Labels(problem='unreadable label map')
-    if labels.ndim != 2:
-        return Labels(problem='label map in colours')
-    if labels.dtype.itemsize > 1 and labels.size and not 0 <= labels.min() <= labels.max() <= 255:
-        return Labels(problem='labels beyond 255')
-    counts = cv2.calcHist([labels.astype(np.uint8)], [0], None, [256], [0, 256]).ravel().astype(int)
-    return Labels(labels.shape[1], labels.shape[0], counts, palette)
+
+
+def _labels(file: BinaryIO) -> Labels:
+    with Image.open(file, formats=FORMATS) as image, _one_at_a_time(image.width * image.height > LARGE_PIXELS):
+        if _is_lossy(image, file):
+            return Labels(problem='label map in a lossy file')
+        labels, palette = np.asarray(image).squeeze(), image.mode == 'P'
+        if labels.ndim != 2:
+            return Labels(problem='label map in colours' if labels.ndim > 2 else 'unreadable label map')
+        if labels.dtype.itemsize > 1 and labels.size and not 0 <= labels.min() <= labels.max() <= 255:
+            return Labels(problem='labels beyond 255')
+        counts = cv2.calcHist([labels.astype(np.uint8)], [0], None, [256], [0, 256]).ravel().astype(int)
+        return Labels(labels.shape[1], labels.shape[0], counts, palette)
+
+
+def _is_lossy(image: Image.Image, file: BinaryIO) -> bool:
+    """Whether the pixels of an image that Pillow opened are no longer those that were written."""
+    if image.format == 'WEBP':
+        file.seek(0)
+        return b'VP8L' not in file.read(size_of(file))
+    return image.format in LOSSY_FORMATS or image.info.get('compression') in LOSSY_TIFF
 
 
 def look_at_pair(pair: tuple[str, str]) -> tuple[Seen, Labels]:
@@ -116,17 +187,23 @@ def n_threads() -> int:
     return min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1, 16)
 
 
-def _decoded(data: bytes, flag: int) -> np.ndarray | None:
+def _one_at_a_time(large: bool) -> AbstractContextManager:
+    return _large if large else nullcontext()
+
+
+def _decoded_size(data: bytes, flag: int) -> tuple[int, int] | None:
+    """Width and height of what OpenCV decodes, None where it cannot."""
     try:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), flag)
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
     except cv2.error:
         return None
+    return None if pixels is None else pixels.shape[1::-1]
 
 
 def _why(data: bytes) -> str:
     """The kind of problem of bytes that OpenCV cannot decode."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.load()
         return 'unreadable image'
     except UnidentifiedImageError:

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,11 +12,14 @@ import numpy as np
 
 from ..errors import UsageError
 from ..shapes import LABELS, PALETTE
+from .files import is_text, read_text, shown
 from .images import Labels, Seen
 from .report import Report
 
 NO_CLASS = ('background', 'unlabeled', 'unlabelled', 'void', 'ignore')
 IGNORED = 255  # in what mmseg reads
+MANY = 10  # labels that a report counts up
+LONGEST = 300  # characters of a line of a classes file
 # The classes of known data sets: mmseg's names of them, from which their names and colours are taken.
 KNOWN = {'ade20k': 'ADE20KDataset', 'cityscapes': 'CityscapesDataset', 'voc': 'PascalVOCDataset'}
 # Cityscapes' labelIds that are evaluated, in the order of their classes.
@@ -86,17 +90,21 @@ def read_classes(path: Path) -> tuple[list[str], list[list[int]] | None]:
     Raises:
         UsageError: the file is not there, is none of these, or has a name twice.
     """
-    if not path.is_file():
-        raise UsageError(f"no classes file '{path}': give a file of a name a line, or one of {', '.join(KNOWN)}")
-    text = path.read_text(encoding='utf-8-sig', errors='replace')
+    try:
+        text = read_text(path, errors='replace')
+    except FileNotFoundError as error:
+        known = ', '.join(KNOWN)
+        raise UsageError(f"no classes file '{path}': give a file of a name a line, or one of {known}") from error
+    except OSError as error:
+        raise UsageError(f'{path}: {error.strerror}: give a file of a name a line') from error
     try:
         found = _from_json(json.loads(text)) if path.suffix == '.json' else _from_text(text, path.suffix == '.csv')
-        names, colours = [str(name).strip() for name, _ in found], [colour for _, colour in found]
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise UsageError(f'{path} is no list of classes ({error}): give a name a line') from error
-    twice = next((name for name in names if names.count(name) > 1), None)
+        names, colours = [_name(name) for name, _ in found], [colour for _, colour in found]
+    except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, csv.Error) as error:
+        raise UsageError(f'{path} is no list of classes ({shown(error)}): give a name a line') from error
+    twice = next((name for name, n in Counter(names).items() if n > 1), None)
     if not names or twice is not None:
-        raise UsageError(f'{path} ' + ('names no class' if not names else f"names '{twice}' twice"))
+        raise UsageError(f'{path} ' + ('names no class' if not names else f"names '{shown(twice)}' twice"))
     if len(names) > IGNORED:
         raise UsageError(f'{path} names {len(names)} classes: label maps of 8 bits hold {IGNORED} at most')
     return names, colours if all(colours) else None
@@ -208,14 +216,29 @@ def _from_text(text: str, is_csv: bool) -> list[tuple[str, list[int] | None]]:
             raise ValueError('its values are not 0, 1, 2, ...')
         return [(name, None) for _, name in rows]
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith('#')]
+    if any(len(line) > LONGEST for line in lines):
+        raise ValueError(f'a line of more than {LONGEST} characters')
     numbered = [re.fullmatch(r'(\d+)\s*[:,\s]\s*(\D.*)', line) for line in lines]
     if lines and all(numbered):
         return [(name, None) for name in _in_order({int(m[1]): m[2] for m in numbered})]
     found = [re.fullmatch(r'(.+?)(?:\s*[:,\s]\s*(\d+)[,\s]+(\d+)[,\s]+(\d+)(?::.*)?)?:*', line) for line in lines]
-    return [(m[1], [int(v) for v in m.groups()[1:]] if m[2] else None) for m in found]
+    return [(m[1], _colour(m.groups()[1:]) if m[2] else None) for m in found]
+
+
+def _name(value: object) -> str:
+    """A name of a class that texts and files can hold."""
+    name = str(value).strip() if isinstance(value, (str, int, float)) else ''
+    if not name or len(name) > LONGEST or not is_text(name):
+        raise ValueError(f"'{shown(value)}' is no name")
+    return name
 
 
 def _colour(value: object) -> list[int] | None:
     if isinstance(value, str) and re.fullmatch('#[0-9a-fA-F]{6}', value):
         return list(bytes.fromhex(value[1:]))
-    return [int(v) for v in value] if isinstance(value, (list, tuple)) and len(value) == 3 else None
+    if not isinstance(value, (list, tuple)) or len(value) != 3:
+        return None
+    color = [int(v) for v in value]
+    if not all(0 <= v <= 255 for v in color):
+        raise ValueError(f'{shown(value)} is no color: three numbers up to 255')
+    return color

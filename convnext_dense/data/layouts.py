@@ -1,14 +1,27 @@
 """How data sets lie on a disk: which file or folder is what in each layout that is taken, and what the others are."""
 
 import json
-import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from fnmatch import fnmatch
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UsageError
+from .files import (
+    BOMS,
+    Match,
+    match,
+    open_regular,
+    path_in,
+    read_start,
+    read_text,
+    shown,
+    size_of,
+    spelled,
+    walk,
+)
 from .images import ENDINGS
 
 # COCO json, by where the files are in the folder (in small letters); 'all' is one file for all splits.
@@ -44,6 +57,14 @@ MORE_IN_LABELS = ('', '_gtFine_labelTrainIds', '_gtFine_labelIds', '_mask', '_la
 MORE_IN_IMAGES = '_leftImg8bit'
 CONVERT = 'convert them to COCO json (CVAT, FiftyOne and Roboflow do)'
 DEPTH, MANY = 4, 20000  # how far a folder is looked into to find out what it is
+IMAGE_FOLDERS = (
+    'has a folder a class, as for classification: boxes or label maps are needed; '
+    'if one holds label maps, call it labels and the other one images'
+)
+COLUMNS = ('filename', 'file_name', 'image', 'xmin', 'bbox', '.jpg', '.png')  # in a CSV of labels
+START = 4096  # bytes of a file by which its kind is told
+MAX_JSON_BYTES = 8 * 2**30
+BLANK = b' \t\r\n\0' + b''.join(BOMS)  # before the first character of a JSON file, in whatever encoding
 
 
 class Folders(NamedTuple):
@@ -56,13 +77,16 @@ class Folders(NamedTuple):
 
 class Pairs(NamedTuple):
     """Images with their label maps, images without one (`bare`), label maps without an image (`lone`), what label maps
-    have `more` in their names than images, and images that share their name with another (`twice`)."""
+    have `more` in their names than images, images that share their name with another (`twice`), names that were found
+    as another (`other`, such as 'X is Y') and names that several files may have (`ambiguous`)."""
 
     pairs: list[tuple[Path, Path]]
     bare: list[Path]
     lone: list[Path]
     more: str
     twice: Sequence[Path] = ()
+    other: Sequence[str] = ()
+    ambiguous: Sequence[str] = ()
 
 
 def find_annotations(root: Path, given: Collection[str] = ()) -> tuple[str, dict[str, Path]] | None:
@@ -120,7 +144,7 @@ def find_folders(root: Path) -> tuple[str, dict[str, Folders]] | None:
 
 def pair(folders: Folders, more: str | None = None) -> Pairs:
     """The images of a split with their label maps, by name; `more` is what those of train have, if that is known."""
-    images, twice = {}, []
+    images, twice, listed = {}, [], Match()
     for path in images_in(folders.images):
         stem = _stem(path, folders.images).removesuffix(MORE_IN_IMAGES)
         twice += [path] if images.setdefault(stem, path) is not path else []
@@ -129,14 +153,29 @@ def pair(folders: Folders, more: str | None = None) -> Pairs:
         images = {stem: path for stem, path in images.items() if not stem.endswith('_mask')}
         maps = {stem: path for stem, path in maps.items() if stem.endswith('_mask')}
     if more is None:
-        more = max(MORE_IN_LABELS, key=lambda more: sum(stem + more in maps for stem in images))
+        stems, there = [spelled(stem) for stem in images], {spelled(stem) for stem in maps}
+        more = max(MORE_IN_LABELS, key=lambda more: sum(stem + more.lower() in there for stem in stems))
     if folders.names is not None:
-        images = {name: images.get(name, folders.images / f'{name}.jpg') for name in folders.names}
-    pairs = [(path, maps[stem + more]) for stem, path in sorted(images.items()) if stem + more in maps]
-    bare = [path for stem, path in sorted(images.items()) if stem + more not in maps]
-    own = {stem + more for stem in images}
-    lone = [p for stem, p in sorted(maps.items()) if stem not in own and stem.endswith(more)]
-    return Pairs(pairs, bare, [] if folders.names is not None else lone, more, twice)
+        names = [_listed(line, folders.images, images) for line in folders.names]
+        listed = match(names, images)
+        images = {name: images.get(listed.found.get(name), folders.images / f'{name}.jpg') for name in names}
+    images = {stem: path for stem, path in sorted(images.items()) if stem not in listed.ambiguous}
+    labels = match([stem + more for stem in images], maps)
+    pairs, bare = [], []
+    for stem, path in images.items():
+        if stem + more in labels.found:
+            pairs.append((path, maps[labels.found[stem + more]]))
+        elif stem + more not in labels.ambiguous:
+            bare.append(path)
+    own = {*labels.found.values(), *chain(*labels.ambiguous.values())}
+    lone = [path for stem, path in sorted(maps.items()) if stem not in own and stem.endswith(more)]
+    other = [f'{name} is {there}' for found in (listed, labels) for name, there in found.found.items() if name != there]
+    several = [
+        f'{name} may be {" or ".join(there[:2])}'
+        for found in (listed, labels)
+        for name, there in found.ambiguous.items()
+    ]
+    return Pairs(pairs, bare, [] if folders.names is not None else lone, more, twice, other, several)
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -148,7 +187,7 @@ def what_it_is(root: Path) -> str:
     """What a folder holds that is no layout of ours, and the way out, in words."""
     if not root.exists():
         return 'is not there'
-    if root.is_file():
+    if not root.is_dir():
         return _what_file(root)
     files = [path for _, path in zip(range(MANY), _files(root))]
     endings = {path.suffix.lower() for path in files}
@@ -165,8 +204,8 @@ def what_it_is(root: Path) -> str:
         (lambda: _holds(files, '.json', '"regions"'), f"looks like the VGG annotator's JSON: {CONVERT}"),
         (lambda: any('createml' in p.name.lower() for p in files), f'looks like CreateML labels: {CONVERT}'),
         (lambda: any('tfrecord' in p.name.lower() for p in files), f'looks like TFRecords: {CONVERT}'),
-        (lambda: '.csv' in endings, f'looks like labels in CSV: {CONVERT}'),
-        (lambda: _is_image_folder(root), 'has a folder a class, as for classification: boxes or label maps are needed'),
+        (lambda: any(_holds(files, '.csv', text) for text in COLUMNS), f'looks like labels in CSV: {CONVERT}'),
+        (lambda: _is_image_folder(root), IMAGE_FOLDERS),
         (lambda: endings <= {'.zip', '.tar', '.gz', '.tgz', '.rar', '.7z'}, 'holds archives: unpack them there'),
         (lambda: endings & set(ENDINGS), 'holds images without annotations'),
     ):  # fmt: skip
@@ -176,6 +215,8 @@ def what_it_is(root: Path) -> str:
 
 
 def _what_file(path: Path) -> str:
+    if not path.is_file():
+        return 'is neither a folder nor a file: give the folder of a data set'
     if path.suffix.lower() in ('.zip', '.tar', '.gz', '.tgz', '.rar', '.7z'):
         return 'is an archive: unpack it and give its folder'
     if path.suffix.lower() == '.json':
@@ -189,11 +230,11 @@ def _yolo(files: list[Path]) -> bool:
     if any(path.name.lower() in ('data.yaml', 'data.yml', 'obj.names') for path in files):
         return True
     texts = [path for path in files if path.suffix == '.txt' and {'labels', 'obj_train_data'} & set(path.parts)]
-    return any(len(line.split()) >= 5 for path in texts[:5] for line in _start(path).splitlines()[:1])
+    return any(len(line.split()) >= 5 for path in texts[:5] for line in read_start(path, START).splitlines()[:1])
 
 
 def _holds(files: list[Path], ending: str, text: str) -> bool:
-    return any(text in _start(path) for path in [p for p in files if p.suffix.lower() == ending][:5])
+    return any(text in read_start(path, START) for path in [p for p in files if p.suffix.lower() == ending][:5])
 
 
 def _is_image_folder(root: Path) -> bool:
@@ -217,7 +258,7 @@ def _fits(path: Path, pattern: str) -> bool:
 def _could_be_coco(path: Path, tells: bool) -> bool:
     """Whether a file is COCO's by its beginning. Where its name tells so, it may be broken: another format is told from
     that by its keys."""
-    start = _start(path, 2**16)
+    start = read_start(path, 2**16)
     if re.search(r'"(shapes|regions|caption|keypoints)"\s*:', start) and '"bbox"' not in start:
         return False
     keys = re.search(r'"(images|annotations|categories)"\s*:', start)
@@ -228,13 +269,26 @@ def _holds_maps(folder: Path) -> bool:
     return any(path.suffix.lower() in ENDINGS for path in _files(folder))
 
 
-def _start(path: Path, size: int = 4096) -> str:
-    with open(path, 'rb') as file:
-        return file.read(size).decode('utf-8', 'replace')
-
-
 def _lines(path: Path) -> list[str]:
-    return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    try:
+        lines = [line.strip() for line in read_text(path).split('\n')]
+    except OSError as error:
+        raise UsageError(f'{path}: {error.strerror}') from error
+    return list(filter(None, lines))
+
+
+def _listed(line: str, folder: Path, images: Collection[str]) -> str:
+    """The name of an image in a line of a list, as names in a folder of images are: without the path to it, an ending
+    of images, and what else is in the line."""
+
+    def name_in(text: str) -> str:
+        path = path_in(text)[0]
+        at = f'/{path.lower()}'.rfind(f'/{folder.name.lower()}/')
+        path = path[at + len(folder.name) + 1 :] if at >= 0 else path
+        return path[: path.rfind('.')] if path.lower().endswith(ENDINGS) else path
+
+    name = name_in(line)
+    return name if name in images else name_in(line.split()[0])
 
 
 def _stem(path: Path, folder: Path) -> str:
@@ -257,22 +311,28 @@ def _labels(folder: Path | None) -> Path | None:
 
 def _files(root: Path, depth: int | None = DEPTH) -> Iterator[Path]:
     """The files in and below a folder, those further up first."""
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith(('.', '__MACOSX')))
-        if depth is not None and len(Path(folder).relative_to(root).parts) >= depth - 1:
-            folders.clear()
-        yield from (Path(folder, name) for name in sorted(names))
+    yield from (Path(folder, name) for folder, names in walk(root, depth, hidden=False) for name in names)
 
 
 def read_json(path: Path) -> object:
     """What a JSON file holds.
 
     Raises:
-        UsageError: it is not there, or not whole.
+        UsageError: it is not there, not whole, or does not hold a list or dict.
     """
     try:
-        return json.loads(path.read_bytes())
+        with open_regular(path, MAX_JSON_BYTES) as file:
+            start, size = file.read(START), size_of(file)
+            file.seek(0)
+            first = start.lstrip(BLANK)[:1]
+            content = file.read(size) if first in (b'{', b'[') or size <= START else None
     except OSError as error:
         raise UsageError(f'{path}: {error.strerror}') from error
+    if content is None:
+        raise UsageError(
+            f'{path} is not JSON of a data set: it begins with {shown(start[:20])}, such JSON with {{ or ['
+        )
+    try:
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f'{path} is not a whole JSON file ({error}): download or write it again') from error
+        raise UsageError(f'{path} is not a whole JSON file ({shown(error)}): download or write it again') from error

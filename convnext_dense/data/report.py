@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..errors import UsageError
+from .files import in_bytes, shown
+from .images import MAX_BYTES, MAX_PIXELS
 
 # What is done about a kind of problem. The first two are errors, which --strict refuses.
 REFUSED, LEFT_OUT, MENDED, NOTED = 'refused', 'left out', 'mended', 'noted'
@@ -15,9 +17,13 @@ class Kind(NamedTuple):
     then: str = ''  # what is done, or the way out, where the word is not enough
 
 
+TOO_LARGE = f'left out: over {MAX_PIXELS:,} pixels, which Pillow refuses: cut it into tiles'
 KINDS = {
     # images, of both tasks
     'missing image': Kind(LEFT_OUT),
+    'not a regular file': Kind(LEFT_OUT, 'left out: a folder, a device or a pipe has its name'),
+    'file too large': Kind(LEFT_OUT, f'left out: over {in_bytes(MAX_BYTES)}'),
+    'image too large': Kind(LEFT_OUT, TOO_LARGE),
     'empty file': Kind(LEFT_OUT),
     'not an image': Kind(LEFT_OUT),
     'image cut short': Kind(LEFT_OUT),
@@ -33,6 +39,11 @@ KINDS = {
     'image id twice': Kind(LEFT_OUT, 'the later one is left out, the annotations stay with the first'),
     'file name twice': Kind(LEFT_OUT, 'the later one is left out, with its annotations'),
     'name leads out of the folder': Kind(LEFT_OUT),
+    'name written otherwise': Kind(MENDED, 'the name on the disk is taken, which differs in Unicode form or escapes'),
+    'name found by its ending': Kind(MENDED, 'no such folder is here: the one file is taken that ends like the name'),
+    'ambiguous name': Kind(
+        REFUSED, 'write names with their folders as they are here, or give --train-images, --val-images'
+    ),
     'size contradicts the image': Kind(LEFT_OUT),
     'no size given': Kind(MENDED, "the image's own is taken"),
     'image without annotations': Kind(NOTED, 'kept: the recipes train without them, and evaluate with them'),
@@ -41,11 +52,16 @@ KINDS = {
     'category id twice': Kind(REFUSED, 'give each category an id of its own'),
     'category without id or name': Kind(REFUSED),
     'category name twice': Kind(MENDED, 'taken as one class'),
-    'category named otherwise': Kind(REFUSED, 'the same id has two names in train and here: name it alike'),
+    'category named otherwise': Kind(
+        REFUSED, 'the same id has two names in train and here: name it alike, or number it anew'
+    ),
     'category without a class': Kind(LEFT_OUT, "none of train's, or of the checkpoint's: its annotations are left out"),
     'category with other id': Kind(MENDED, 'matched with train by its name'),
     'class never annotated': Kind(NOTED, 'kept as a class'),
     'class never trained': Kind(NOTED, 'kept: annotated here, never in train'),
+    'id as text or float': Kind(MENDED, 'taken as the number that it is'),
+    'image id numbered anew': Kind(MENDED, 'all images are: pycocotools and mmdet want whole numbers up to 2**53'),
+    'supercategory that is no text': Kind(NOTED, 'left aside: nothing is learnt of it'),
     'gaps in category ids': Kind(NOTED, 'classes are counted without them'),
     'group of classes': Kind(MENDED, 'no class: nothing is annotated with it, the others name it as their group'),
     # COCO's annotations
@@ -63,9 +79,15 @@ KINDS = {
     'box outside the image': Kind(LEFT_OUT),
     'box far outside': Kind(LEFT_OUT),
     'box partly outside': Kind(NOTED, 'kept: training cuts it at the border, the evaluation takes it as it is'),
+    'box written as corners': Kind(LEFT_OUT, 'left out: its mask says x1, y1, x2, y2: write x, y, width, height'),
+    'boxes written as corners': Kind(REFUSED, 'most are x1, y1, x2, y2: write x, y, width, height'),
+    'box apart from its mask': Kind(LEFT_OUT, 'left out: it has nothing to do with its mask'),
+    'box unlike its mask': Kind(NOTED, 'kept: the mask is of another size or elsewhere'),
+    'area that cannot be': Kind(MENDED, 'taken from the mask or the box'),
     'no area given': Kind(MENDED, 'taken from the mask or the box'),
     'no mask': Kind(LEFT_OUT, 'left out: most others have one'),
     'masks of few': Kind(NOTED, 'most annotations have no mask: all are taken as boxes'),
+    'mask of no known form': Kind(LEFT_OUT, 'left out: a mask is a list of polygons, or an RLE'),
     'polygon under three points': Kind(LEFT_OUT),
     'polygon of an odd count': Kind(LEFT_OUT, 'left out: x and y do not pair up'),
     'polygon of no numbers': Kind(LEFT_OUT),
@@ -74,19 +96,27 @@ KINDS = {
     'polygon not in a list': Kind(MENDED, 'put into one'),
     'RLE of another size': Kind(LEFT_OUT),
     'RLE that does not add up': Kind(LEFT_OUT),
+    'iscrowd as text': Kind(MENDED, "'0' and 'false' are no crowd, '1' and 'true' are one"),
+    'iscrowd is neither 0 nor 1': Kind(LEFT_OUT),
     'crowd': Kind(NOTED, 'kept: not trained on, ignored in the evaluation (CVAT marks what was painted so)'),
     'crowd with polygons': Kind(NOTED, 'kept: not trained on, ignored in the evaluation'),
     # label maps
     'image without label map': Kind(LEFT_OUT),
     'two images of one name': Kind(LEFT_OUT, 'the later one is left out: a label map belongs to one image'),
-    'masks of 0 and 255': Kind(REFUSED, '255 is ignored, so that nothing is learnt: write the class as 1'),
+    'masks of 0 and 255': Kind(
+        REFUSED, '255 is ignored, so that nothing is learnt: where it is a class, write it as 1'
+    ),
+    'a single class': Kind(REFUSED, 'of one class nothing is learnt: the loss is always 0'),
+    'one class in all of train': Kind(NOTED, 'kept: nothing is learnt but that all is of this class'),
     'label map without image': Kind(LEFT_OUT),
     'unreadable label map': Kind(LEFT_OUT),
+    'label map too large': Kind(LEFT_OUT, TOO_LARGE),
+    'label map in a lossy file': Kind(REFUSED, 'JPEG and the like smear labels: write PNGs, from the original ones'),
     'label map of another size': Kind(LEFT_OUT),
     'label map of ignored pixels': Kind(LEFT_OUT),
     'label map in colours': Kind(REFUSED, 'write index PNGs: one channel, in which a pixel is the number of its class'),
     'labels beyond 255': Kind(REFUSED, 'write 8-bit PNGs: in 16 bits mmseg would cut labels off'),
-    'label out of range': Kind(REFUSED, 'name its class in --classes FILE, or --ignore it'),
+    'label out of range': Kind(REFUSED),
 }
 ERRORS = (REFUSED, LEFT_OUT)
 
@@ -122,7 +152,7 @@ class Report:
         finding = self.findings.setdefault((split, kind), Finding(split, kind))
         finding.count += count
         if len(finding.examples) < EXAMPLES:
-            finding.examples.append(str(example))
+            finding.examples.append(shown(example))
 
     def of(self, *done: str) -> list[Finding]:
         """The findings about which this is done, the most serious first, and as they were found."""
@@ -135,7 +165,7 @@ class Report:
 
     def lines(self) -> list[str]:
         found = self.of(REFUSED, LEFT_OUT, MENDED, NOTED)
-        return [*self.facts, *map(str, found)] if found else [*self.facts, 'nothing is wrong']
+        return [*map(shown, self.facts), *map(str, found or ['nothing is wrong'])]
 
     def as_data(self) -> dict:
         """For machines: facts and findings as plain data."""

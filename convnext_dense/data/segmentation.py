@@ -29,7 +29,7 @@ def read_segmentation(request: Request, splits: Sequence[str], classes: Sequence
         train, val = ([p for p in found[main].pairs if (str(p[0]) in names) == second] for second in (False, True))
         found |= {
             'train': found[main]._replace(pairs=train),
-            'val': found[main]._replace(pairs=val, bare=[], lone=[], twice=[]),
+            'val': found[main]._replace(pairs=val, bare=[], lone=[], twice=[], other=[], ambiguous=[]),
         }
     check_share(request, said)
     found = wanted(found, splits, root)
@@ -54,6 +54,9 @@ def read_segmentation(request: Request, splits: Sequence[str], classes: Sequence
         ):
             for path in paths:
                 report.add(split, kind, path.name)
+        for kind, names in (('name written otherwise', of.other), ('ambiguous name', of.ambiguous)):
+            for name in names:
+                report.add(split, kind, name)
         kept, pixels[split] = check_pairs(of.pairs, seen, maps, kinds, turn, split, report)
         made[split] = [[relative(path, root) for path in pair] for pair in kept]
         report.facts.append(f'{split}: {len(kept):,} images with label maps')

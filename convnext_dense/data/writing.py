@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .asking import Data
+from .files import read_bytes, walk
 from .images import ENDINGS
 from .report import Finding, Report
 
-FORMAT = 1  # of what is written; a change counts it up
+FORMAT = 2  # of what is checked and written; a change counts it up
+MAX_ABOUT_BYTES = 2**28  # of what tells what was checked
 ABOUT = 'data.json'
 POLL = 1  # seconds
 KEPT = ('task', 'root', 'classes', 'palette', 'turn', 'masks', 'settings', 'places')
@@ -23,17 +25,23 @@ def prepared(folder: str, key: tuple) -> tuple[Data, dict[str, str]] | None:
     """The data that an earlier check left in `folder`, without their splits, and the file of each split; None where
     there are none, something else was asked for (`key`), or files have come, gone or changed since."""
     try:
-        content = json.loads(Path(folder, ABOUT).read_bytes())
-    except (OSError, ValueError):
+        content = json.loads(read_bytes(Path(folder, ABOUT), MAX_ABOUT_BYTES))
+        if content['of'] != fingerprint(key, content['places']):
+            return None
+        files = {split: os.path.join(folder, f'{split}.json') for split in content['splits']}
+        if not all(map(os.path.isfile, files.values())):
+            return None
+        findings = [Finding(f['split'], f['kind'], f['count'], f['examples']) for f in content['report']['findings']]
+        report = Report(content['report']['facts'], {(f.split, f.kind): f for f in findings})
+        return Data(**{key: content[key] for key in KEPT}, splits={}, report=report), files
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        RecursionError,
+    ):  # what was not written by `write`, or not whole
         return None
-    if content.get('of') != fingerprint(key, content.get('places', [])):
-        return None
-    files = {split: os.path.join(folder, f'{split}.json') for split in content['splits']}
-    if not all(map(os.path.exists, files.values())):
-        return None
-    findings = [Finding(f['split'], f['kind'], f['count'], f['examples']) for f in content['report']['findings']]
-    report = Report(content['report']['facts'], {(f.split, f.kind): f for f in findings})
-    return Data(**{key: content[key] for key in KEPT}, splits={}, report=report), files
 
 
 def write(folder: str, key: tuple, data: Data) -> dict[str, str]:
@@ -67,9 +75,8 @@ def fingerprint(key: tuple, places: Sequence[str]) -> str:
     for place in sorted(places):
         if not os.path.isdir(place):
             digest.update(_state(place))
-        for at, folders, names in os.walk(place, followlinks=True):
-            folders.sort()
-            for name in sorted(names):
+        for at, names in walk(place):
+            for name in names:
                 if name.lower().endswith(ENDINGS):
                     digest.update(_state(os.path.join(at, name)))
     return digest.hexdigest()
@@ -78,9 +85,10 @@ def fingerprint(key: tuple, places: Sequence[str]) -> str:
 def _state(path: str) -> bytes:
     try:
         stat = os.stat(path)
-        return f'{path} {stat.st_size} {stat.st_mtime_ns}\n'.encode()
-    except OSError:
-        return f'{path} is not there\n'.encode()
+        state = f'{path} {stat.st_size} {stat.st_mtime_ns}\n'
+    except (OSError, ValueError):
+        state = f'{path} is not there\n'
+    return state.encode('utf-8', 'surrogatepass')  # names need not be UTF-8
 
 
 def _write(file: str, content: object) -> None:
