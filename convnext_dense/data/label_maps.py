@@ -36,12 +36,16 @@ class Classes(NamedTuple):
     values: Sequence[int] | None = None
 
     @property
+    def labels(self) -> Sequence[int]:
+        """The label of each class."""
+        first = 1 if 0 in self.ignored else 0
+        return range(first, first + len(self.names)) if self.values is None else self.values
+
+    @property
     def label_of(self) -> dict[int, int]:
         """The class of each label, IGNORED included."""
-        first = 1 if 0 in self.ignored else 0
-        values = range(first, first + len(self.names)) if self.values is None else self.values
         others = dict.fromkeys((*self.ignored, *range(max(self.values or [0]) + 1 if self.values else 0)), IGNORED)
-        return {**others, **{v: i for i, v in enumerate(values) if v not in self.ignored}}
+        return {**others, **{v: i for i, v in enumerate(self.labels) if v not in self.ignored}}
 
     @property
     def settings(self) -> dict:
@@ -71,7 +75,8 @@ def convention(root: Path, layout: str, more: str, asked: str | None, ignore: Se
         names, palette = read_classes(file) if file else (None, None)
     zero = known == 'ade20k' or ((root / 'shapes.json').exists() and not asked)
     ignored = frozenset({IGNORED, *(ignore or []), *([0] if zero else [])})
-    if not zero and 0 in ignored and names and names[0].strip('_').lower() in NO_CLASS:  # named, and yet ignored
+    is_named = names and len(names) > 1 and names[0].strip('_').lower() in NO_CLASS
+    if not zero and 0 in ignored and is_named:  # and yet ignored
         names, palette = names[1:], palette and palette[1:]
     ids = known == 'cityscapes' and more.endswith('labelIds')
     return Classes(names, palette, ignored, CITYSCAPES_IDS if ids else None)
@@ -125,6 +130,80 @@ def count_classes(maps: dict[Path, Labels], classes: Classes, root: Path) -> Cla
     return classes._replace(names=[f'class {i}' for i in range(first, max(values, default=first) + 1)])
 
 
+def check_labels(maps: dict[str, Labels], classes: Classes, report: Report) -> None:
+    """Report labels that have no name, and a set of classes of which nothing can be learnt, with what to do about it by
+    the pixels of all label maps."""
+    readable = {path: labels for path, labels in maps.items() if labels.counts is not None}
+    counts = sum((labels.counts for labels in readable.values()), np.zeros(256, int))
+    used, label_of = np.flatnonzero(counts).tolist(), classes.label_of
+    nameless = [label for label in used if label not in label_of]
+    if used and len(classes.names) == 1:
+        report.add('all', 'a single class', _of_one_class(classes, counts))
+    elif IGNORED in used and set(used) <= {0, IGNORED}:
+        report.add('all', 'masks of 0 and 255', f'the pixels are {_shares(counts, used)}')
+    elif nameless:
+        those = [Path(path).name for path, labels in readable.items() if labels.counts[nameless].any()]
+        where = f'in {those[0]}' if len(those) == 1 else f'in {len(those):,} label maps, such as {those[0]}'
+        report.add('all', 'label out of range', _of_nameless(nameless, classes, counts, where))
+
+
+def _of_one_class(classes: Classes, counts: np.ndarray) -> str:
+    """What to do about a set of one class, as the pixels show it."""
+    used = np.flatnonzero(counts).tolist()
+    labels = [label for label in used if label != IGNORED]
+    other = 'the classes' if classes.names[0].lower() in NO_CLASS else 'the background'
+    if len(used) == 1:
+        way = f'all pixels are {used[0]}: label maps are needed that show at least two classes'
+    elif len(labels) > MANY:
+        way = 'name a class for each label, if these are label maps'
+    elif labels == list(range(len(labels))) and len(labels) > 1:
+        way = f'name {other}, too: {len(labels)} names, for labels {_listed(labels)}'
+    elif len(labels) > 1:
+        way = f'name {other}, too, and write the labels {_listed(labels)} as 0 to {len(labels) - 1}'
+    else:
+        those = f'{labels[0]} and 255, which is ignored, as 0 and 1'
+        those = f'255, which is ignored, as {1 - labels[0]}' if labels[0] < 2 else those
+        way = f'name {other}, too: two names, for labels 0 and 1, and write {those}'
+    way += ', without --ignore 0' if 0 in classes.ignored and 0 in labels and len(used) > 1 else ''
+    return f'{classes.names[0]} alone, where the pixels are {_shares(counts, used)}: {way}'
+
+
+def _of_nameless(nameless: list[int], classes: Classes, counts: np.ndarray, where: str) -> str:
+    """What labels have no name, and what to do about it as the pixels show it."""
+    n, label_of, ignored = len(classes.names), classes.label_of, classes.ignored - {IGNORED}
+    known = [label for label in np.flatnonzero(counts).tolist() if label_of.get(label, IGNORED) != IGNORED]
+    is_next = nameless == [n] and 0 not in ignored and classes.values is None
+    zero, those = (' '.join(map(str, sorted({*ignored, *more}))) for more in ([0], nameless))
+    if is_next and not counts[0] and known:
+        way = f'0 is not used: --ignore {zero}'
+    elif len(known) < 2:
+        way = f'write labels as the numbers of their classes, {classes.labels[0]} to {classes.labels[-1]}'
+    elif len(nameless) > MANY:
+        way = 'name their classes in --classes FILE, if these are label maps'
+    else:
+        way = f'name {"its class" if len(nameless) == 1 else "their classes"} in --classes FILE, or --ignore {those}'
+        way += f', or, if 0 is no class, --ignore {zero}' if is_next else ''
+    if len(nameless) > 1:
+        shares = f'{_shares(counts, nameless)} of the pixels, {where}'
+        return f'{len(nameless)} labels are used and have no names ({shares}): {way}'
+    shares = f'{_share(counts, nameless[0])} of the pixels, {where}'
+    shares += f'; label 0 has {_share(counts, 0)}' if counts[0] and 0 not in ignored else ''
+    return f'label {nameless[0]} is used and has no name ({shares}): {way}'
+
+
+def _listed(labels: list[int]) -> str:
+    return f'{", ".join(map(str, labels[:-1]))} and {labels[-1]}'
+
+
+def _share(counts: np.ndarray, label: int) -> str:
+    share = 100 * counts[label] / counts.sum()
+    return f'{share:.1f} %' if share >= 0.05 else 'under 0.1 %'
+
+
+def _shares(counts: np.ndarray, labels: list[int]) -> str:
+    return ', '.join(f'{label}: {_share(counts, label)}' for label in labels[:MANY]) + ', ...' * (len(labels) > MANY)
+
+
 def check_pairs(
     pairs: list[tuple[Path, Path]],
     seen: dict[str, Seen],
@@ -152,19 +231,11 @@ def check_pairs(
             continue
         if facts.turned and not turn:
             report.add(split, 'image turned by EXIF', name)
-        strange = [value for value in np.flatnonzero(found.counts).tolist() if value not in label_of]
-        if strange:
-            zero = strange == [len(classes.names)] and 0 not in classes.ignored
-            hint = ', the number of classes: if 0 is no class, --ignore 0' if zero else ''
-            report.add(
-                split, 'label out of range', f'{labels.name}: {strange[0]} of {len(classes.names)} classes{hint}'
-            )
-            continue
         pixels = np.zeros(len(classes.names), int)
         for value, label in label_of.items():
             if label != IGNORED:
                 pixels[label] += found.counts[value]
-        if not pixels.any():
+        if not pixels.any() and all(value in label_of for value in np.flatnonzero(found.counts).tolist()):
             report.add(split, 'label map of ignored pixels', labels.name)
             continue
         total += pixels

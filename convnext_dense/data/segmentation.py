@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import UsageError
 from .asking import Data, Request, check_share, held_out, named, relative, say_empty, say_same, wanted
 from .images import Labels, Seen, look_at_all, look_at_pair
-from .label_maps import Classes, check_pairs, class_files, convention, count_classes
+from .label_maps import Classes, check_labels, check_pairs, class_files, convention, count_classes
 from .layouts import find_folders, pair
 from .report import Report
 
@@ -41,9 +41,7 @@ def read_segmentation(request: Request, splits: Sequence[str], classes: Sequence
         kinds = kinds._replace(names=list(classes)) if classes else count_classes(maps, kinds, root)
     if classes and list(classes) != kinds.names:
         raise UsageError(f"{root} has {named(kinds.names)}; the checkpoint's are {named(classes)}")
-    values = set().union(*(np.flatnonzero(m.counts).tolist() for m in maps.values() if m.counts is not None))
-    if values == {0, 255} and len(kinds.names) > 1 and 0 not in kinds.ignored:
-        report.add('all', 'masks of 0 and 255', root)
+    check_labels(maps, kinds, report)
     turn = turn_by_exif(pairs, seen, maps)
     made, pixels = {}, {}
     for split, of in found.items():
@@ -64,7 +62,10 @@ def read_segmentation(request: Request, splits: Sequence[str], classes: Sequence
     say_classes(pixels, kinds, report)
     by_name = {relative(path, root): facts for path, facts in seen.items()}
     say_same({split: [image for image, _ in kept] for split, kept in made.items()}, by_name, report)
-    report.facts.append(f'{named(kinds.names)}; labels that are ignored: {", ".join(map(str, sorted(kinds.ignored)))}')
+    ends = {kinds.labels[0]: kinds.names[0], kinds.labels[-1]: kinds.names[-1]}
+    labels = ', '.join(f'label {label} is {name}' for label, name in ends.items())
+    ignored = ', '.join(map(str, sorted(kinds.ignored)))
+    report.facts.append(f'{named(kinds.names)}; {labels}; labels that are ignored: {ignored}')
     places = [*class_files(root, request.classes), *{place for of in folders.values() for place in of[:2]}]
     common = dict(palette=kinds.palette, turn=turn, settings=kinds.settings, places=[*map(os.path.abspath, places)])
     return Data('segmentation', os.path.abspath(root), kinds.names, made, report, **common)
@@ -85,3 +86,6 @@ def say_classes(totals: dict[str, np.ndarray], classes: Classes, report: Report)
             report.add('all', 'class never annotated', name)
         elif 'train' in totals and not totals['train'][i]:
             report.add(next(s for s in totals if totals[s][i]), 'class never trained', name)
+    trained = np.flatnonzero(totals.get('train', ())).tolist()
+    if len(trained) == 1 < len(classes.names):
+        report.add('train', 'one class in all of train', classes.names[trained[0]])
