@@ -1,6 +1,7 @@
 """Seeded damage to a data set: each kind is found and named, what is said to be done is done, and nothing crashes."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 from pycocotools import mask as coco_mask
 from test_data import DETECTOR, as_folders, as_roboflow, drawn, load, other_categories, own, plain_dumps, run  # noqa: F401
+from test_files import png
 
 from convnext_dense.data import Request, read_data, set_data
 from convnext_dense.data.coco import _runs
@@ -109,9 +111,58 @@ def category_twice(coco):
 
 
 def moved(root):
-    (root / 'secret').mkdir()
-    shutil.move(root / 'train/000001.png', root / 'secret/000001.png')
-    edit(lambda coco: coco['images'][0].update(file_name='../secret/000001.png'))(root)
+    (root.parent / 'secret').mkdir()
+    shutil.move(root / 'train/000001.png', root.parent / 'secret/000001.png')
+    edit(lambda coco: coco['images'][0].update(file_name='../../secret/000001.png'))(root)
+
+
+def in_place_of(path, make):
+    """Something else in the place of a file."""
+
+    def damage(root):
+        (root / path).unlink()
+        make(root / path)
+
+    return damage
+
+
+def sparse(path):
+    """A file of a byte more than is read, none of which takes room."""
+    path.touch()
+    os.truncate(path, 2**30 + 1)
+
+
+def huge_png(path):
+    """A PNG of 20,000 x 20,000 pixels, by its header."""
+    path.write_bytes(png(20000, 20000))
+
+
+def two_cases(root):
+    """Two files that both have a name, but for its case."""
+    shutil.copy(root / 'train/000001.png', root / 'train/000001.Png')
+    (root / 'train/000001.png').rename(root / 'train/000001.PNG')
+
+
+def text_id(coco):
+    coco['images'][0]['id'] = 'first'
+    for annotation in coco['annotations']:
+        annotation['image_id'] = 'first' if annotation['image_id'] == 1 else annotation['image_id']
+
+
+def corners(box):
+    x, y, w, h = box
+    return [x, y, x + w, y + h]
+
+
+def first_as_corners(coco):
+    box = [20, 20, 10, 10]
+    polygon = [20, 20, 30, 20, 30, 30, 20, 30]
+    coco['annotations'][0].update(bbox=corners(box), area=100, segmentation=[polygon])
+
+
+def all_as_corners(coco):
+    for annotation in coco['annotations']:
+        annotation['bbox'] = corners(annotation['bbox'])
 
 
 def again(key, **values):
@@ -135,7 +186,18 @@ DETECTION = {  # kind: what is done to the data, and what the report names
     'image without id or name': (without('file_name', 'images'), 'id 1'),
     'image id twice': (again('images', file_name='000099.png'), '000099.png'),
     'file name twice': (again('images', id=99), '000001.png'),
-    'name leads out of the folder': (moved, '../secret/000001.png'),
+    'not a regular file': (in_place_of('train/000001.png', os.mkfifo), '000001.png'),
+    'file too large': (in_place_of('train/000001.png', sparse), '000001.png'),
+    'image too large': (in_place_of('train/000001.png', huge_png), '000001.png'),
+    'name leads out of the folder': (moved, '../../secret/000001.png'),
+    'name written otherwise': (
+        lambda root: (root / 'train/000001.png').rename(root / 'train/%30%30%30%30%30%31.png'), '1.png is train/%30',
+    ),
+    'name found by its ending': (
+        edit(lambda c: c['images'][0].update(file_name='/home/me/train/000001.png')),
+        '/home/me/train/000001.png is train/000001.png',
+    ),
+    'ambiguous name': (two_cases, '000001.png may be train/000001.PNG or train/000001.Png'),
     'size contradicts the image': (edit(lambda c: c['images'][0].update(width=65)), '65 x 64, its image 64 x 64'),
     'no size given': (without('width', 'images'), '000001.png'),
     'image without annotations': (
@@ -148,6 +210,9 @@ DETECTION = {  # kind: what is done to the data, and what the report names
     'category without a class': (edit(category_of_val_only, VAL), 'star'),
     'class never annotated': (edit(lambda c: c['categories'].append(dict(id=9, name='star'))), 'star'),
     'gaps in category ids': (edit(lambda c: c['categories'].append(dict(id=90, name='star'))), '5 ids up to 90'),
+    'supercategory that is no text': (edit(lambda c: c['categories'][0].update(supercategory=['a'])), 'disc'),
+    'id as text or float': (first(image_id='1'), "id 1: image_id '1'"),
+    'image id numbered anew': (edit(text_id), 'first'),
     'annotation of no image': (first(image_id=77), 'id 1: image 77'),
     'unknown category': (first(category_id=77), 'id 1: category 77'),
     'not an annotation': (edit(lambda c: c['annotations'].append('text')), 'number'),
@@ -158,12 +223,18 @@ DETECTION = {  # kind: what is done to the data, and what the report names
     'box is not four numbers': (first(bbox=[1, 2, 3]), 'id 1'),
     'box of NaN or Inf': (first(bbox=[1, 2, float('nan'), 4]), 'id 1'),
     'box without area': (first(bbox=[1, 2, 0, 4]), 'id 1'),
-    'box under a pixel': (first(bbox=[1, 2, 0.5, 4]), 'id 1'),
+    'box under a pixel': (first(bbox=[1, 2, 0.5, 4], segmentation=[[1, 2, 1.5, 2, 1.5, 6, 1, 6]], area=2), 'id 1'),
     'box outside the image': (first(bbox=[64, 2, 10, 4]), 'id 1'),
     'box far outside': (first(bbox=[50, 2, 10**30, 4]), 'id 1'),
-    'box partly outside': (first(bbox=[50, 2, 30, 4]), 'id 1'),
+    'box partly outside': (first(bbox=[50, 2, 30, 4], segmentation=[[50, 2, 80, 2, 80, 6, 50, 6]], area=120), 'id 1'),
+    'box written as corners': (edit(first_as_corners), 'id 1'),
+    'boxes written as corners': (edit(all_as_corners), 'id 1'),
+    'box apart from its mask': (first(bbox=[50, 50, 9, 9], segmentation=[square(5, 5)]), 'id 1'),
+    'box unlike its mask': (first(bbox=[5, 5, 30, 30], segmentation=[square(5, 5)]), 'id 1'),
+    'area that cannot be': (first(area=10**400), 'id 1: 1000000'),
     'no area given': (without('area'), 'id 1'),
     'no mask': (first(segmentation=[]), 'id 1'),
+    'mask of no known form': (first(segmentation='abc'), 'id 1'),
     'polygon under three points': (first(segmentation=[[1, 1, 20, 20]]), 'id 1'),
     'polygon of an odd count': (first(segmentation=[[1, 1, 20, 20, 5, 5, 5]]), 'id 1'),
     'polygon of no numbers': (first(segmentation=[[1, 1, None, 20, 5, 5]]), 'id 1'),
@@ -173,6 +244,8 @@ DETECTION = {  # kind: what is done to the data, and what the report names
     'RLE of another size': (rle(lambda rle: {**rle, 'size': [64, 65]}), 'id 1'),
     'RLE that does not add up': (rle(lambda rle: {**rle, 'counts': rle['counts'][:-2]}), 'id 1'),
     'crowd with polygons': (first(iscrowd=1), 'id 1'),
+    'iscrowd as text': (first(iscrowd='False'), "id 1: iscrowd 'False'"),
+    'iscrowd is neither 0 nor 1': (first(iscrowd=2), 'id 1: iscrowd 2'),
     'nothing to evaluate': (edit(lambda c: c.update(annotations=[]), VAL), 'val'),
     'nothing to train on': (edit(lambda c: c.update(annotations=c['annotations'][:1]) or first_gone(c)), 'train'),
 }  # fmt: skip
@@ -209,6 +282,29 @@ def without_crosses(root):
     change_labels(lambda labels: np.where(np.arange(64) < 9, 5, labels).astype(np.uint8), 'labels/val/000001.png')(root)
 
 
+def of_one_class(root):
+    """All of train is ground or ignored."""
+    for path in (root / 'labels/train').iterdir():
+        cv2.imwrite(str(path), np.array(Image.open(path)).clip(0, 1))
+
+
+def smeared(root):
+    path = root / 'labels/train/000001.png'
+    Image.open(path).convert('L').save(path, format='JPEG')
+
+
+def decomposed(root):
+    """An image and its label map whose names are of the two Unicode forms."""
+    (root / 'train/000001.png').rename(root / 'train/caf\u00e9.png')
+    (root / 'labels/train/000001.png').rename(root / 'labels/train/cafe\u0301.png')
+
+
+def two_forms(root):
+    """Two label maps that an image may have."""
+    decomposed(root)
+    shutil.copy(root / 'labels/train/cafe\u0301.png', root / 'labels/train/Caf\u00e9.png')
+
+
 def without_crosses_at_all(root):
     for split in ('train', 'val'):
         for path in (root / f'labels/{split}').iterdir():
@@ -226,11 +322,18 @@ SEGMENTATION = {
     'image without label map': (lambda root: (root / 'labels/train/000001.png').unlink(), '000001.png'),
     'label map without image': (lambda root: (root / 'train/000001.png').unlink(), '000001.png'),
     'unreadable label map': (cut('labels/train/000001.png'), '000001.png'),
+    'not a regular file': (in_place_of('labels/train/000001.png', os.mkfifo), '000001.png'),
+    'file too large': (in_place_of('labels/train/000001.png', sparse), '000001.png'),
+    'label map too large': (in_place_of('labels/train/000001.png', huge_png), '000001.png'),
+    'label map in a lossy file': (smeared, '000001.png'),
+    'name written otherwise': (decomposed, 'caf\u00e9 is cafe\u0301'),
+    'ambiguous name': (two_forms, 'caf\u00e9 may be Caf\u00e9 or cafe\u0301'),
+    'one class in all of train': (of_one_class, 'ground'),
     'label map of another size': (change_labels(lambda labels: labels[:60]), '64 x 60, its image 64 x 64'),
     'label map of ignored pixels': (change_labels(lambda labels: labels * 0), '000001.png'),
     'label map in colours': (change_labels(lambda labels: np.dstack([labels, labels + 1, labels])), '000001.png'),
     'labels beyond 255': (change_labels(lambda labels: labels.astype(np.uint16) * 1000), '000001.png'),
-    'label out of range': (change_labels(strange), '000001.png: 77 of 5 classes'),
+    'label out of range': (change_labels(strange), 'label 77 is used and has no name (under 0.1 % of the'),
     'class never annotated': (without_crosses_at_all, 'cross'),
     'class never trained': (without_crosses, 'cross'),
     'image of train in val': (copied('val/000001.png'), 'val/000001.png is train/000001.png'),
@@ -270,7 +373,7 @@ def test_damage_is_found_and_dealt_with(sound, monkeypatch, task, kind):
     found = {f.kind: f for f in data.report.findings.values()}
     assert kind in found, data.report.lines()
     assert any(named in example for example in found[kind].examples), found[kind]
-    assert found[kind].count == 1 or kind in ('no area given',)
+    assert found[kind].count == 1 or kind in ('no area given', 'boxes written as corners')
     line = next(line for line in data.report.lines() if kind in line)
     assert line.startswith(KINDS[kind].done) and f' {found[kind].split}: ' in line
     config = load('demo/mask_rcnn' if task == 'detection' else 'demo/upernet')
@@ -292,7 +395,7 @@ def test_all_kinds_are_tried_or_said_why_not():
     tried = {*DETECTION, *SEGMENTATION}
     elsewhere = {
         'unreadable image', 'image under 32 pixels', 'category with other id', 'group of classes',
-        'masks of few', 'masks of 0 and 255', 'no box',
+        'masks of few', 'masks of 0 and 255', 'no box', 'a single class',
     }  # fmt: skip
     assert len(tried) >= 25 and set(KINDS) == tried | elsewhere
 
@@ -524,7 +627,7 @@ def test_label_maps_that_need_a_word(drawn, tmp_path):  # noqa: F811
         report_of(tmp_path / 'mine', 'segmentation')
     (tmp_path / 'few.txt').write_text('ground\ndisc\nsquare\ntriangle\n')
     found = report_of(tmp_path / 'mine', 'segmentation', classes=str(tmp_path / 'few.txt'))[1]
-    assert 'the number of classes: if 0 is no class, --ignore 0' in found['label out of range'].examples[0]
+    assert '--ignore 4, or, if 0 is no class, --ignore 0' in found['label out of range'].examples[0]
     data, found = report_of(tmp_path / 'mine', 'segmentation', classes=str(tmp_path / 'few.txt'), ignore=[0])
     assert data.settings['reduce_zero_label'] and not found
     data, found = report_of(tmp_path / 'mine', 'segmentation', classes=str(tmp_path / 'few.txt'), ignore=[4])
