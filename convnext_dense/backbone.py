@@ -36,10 +36,18 @@ NORM_EPS = 1e-6
 class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of an N x C x H x W map."""
 
-    PARTS = ()  # of a module that `fast` can run
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class OutputNorm(LayerNorm2d):
+    """The norm of a map that is emitted."""
+
+    FAST = 'output', ()  # the function of `fast` that may run the module, and the classes of the children that it wants
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = fast.output(self, x)
+        return super().forward(x) if out is None else out
 
 
 class DropPath(nn.Module):
@@ -83,7 +91,8 @@ class Block(nn.Module):
     """Depthwise convolution, LayerNorm, two Linears with GELU (V2: and GRN) between, layer scale, stochastic depth
     (figure 4)."""
 
-    PARTS = (nn.Conv2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Linear, DropPath)
+    FAST = 'block', (nn.Conv2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Linear, DropPath)
+    with_cp: bool | str = False  # as in `ConvNeXt`, which sets it
 
     def __init__(self, channels: int, kernel_size: int, drop_path: float, layer_scale: float, grn: bool = False):
         super().__init__()
@@ -95,9 +104,15 @@ class Block(nn.Module):
         self.gamma = nn.Parameter(torch.full((channels,), float(layer_scale))) if layer_scale else None
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: torch.Tensor, with_cp: bool | str = False) -> torch.Tensor:
-        if with_cp is True:
-            return checkpoint(self, x, use_reentrant=False)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = fast.block(self, x)
+        if out is not None:
+            return out
+        with_cp = self.with_cp if torch.is_grad_enabled() else False
+        # Not the block itself: its hooks would run twice.
+        return checkpoint(self.residual, x, use_reentrant=False) if with_cp is True else self.residual(x, with_cp)
+
+    def residual(self, x: torch.Tensor, with_cp: bool | str = False) -> torch.Tensor:
         y = self.dwconv(x).permute(0, 2, 3, 1)
         y = checkpoint(self.mlp, y, use_reentrant=False) if with_cp == 'mlp' else self.mlp(y)
         return x + self.drop_path(y.permute(0, 3, 1, 2))
@@ -107,19 +122,31 @@ class Block(nn.Module):
         return y if self.gamma is None else self.gamma * y
 
 
-class Stem(nn.Sequential):
+class Patchify(nn.Sequential):
+    """A convolution of patches that do not overlap, and a LayerNorm before or after it."""
+
+    # Whether the blocks after it have a layer scale; set by `ConvNeXt`. The first of them, a float32 parameter, makes
+    # the feature map float32 under autocast, so that the fast form need not round it to bfloat16 before.
+    before_layer_scale = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = fast.patches(self, x)
+        return super().forward(fast.layout(x)) if out is None else out
+
+
+class Stem(Patchify):
     """Convolution of patches of 4 x 4 pixels, LayerNorm (section 2.3)."""
 
-    PARTS = (nn.Conv2d, LayerNorm2d)
+    FAST = 'patches', (nn.Conv2d, LayerNorm2d)
 
     def __init__(self, in_channels: int, channels: int):
         super().__init__(nn.Conv2d(in_channels, channels, 4, stride=4), LayerNorm2d(channels, eps=NORM_EPS))
 
 
-class Downsample(nn.Sequential):
+class Downsample(Patchify):
     """LayerNorm, convolution of patches of 2 x 2 pixels (section 2.6)."""
 
-    PARTS = (LayerNorm2d, nn.Conv2d)
+    FAST = 'patches', (LayerNorm2d, nn.Conv2d)
 
     def __init__(self, in_channels: int, channels: int):
         super().__init__(LayerNorm2d(in_channels, eps=NORM_EPS), nn.Conv2d(in_channels, channels, 2, stride=2))
@@ -186,7 +213,7 @@ class ConvNeXt(BaseModule):
         ):
             if not good:
                 raise UsageError(f'{name}={value!r}: give {wanted}')
-        self.frozen_stages, self.with_cp = frozen_stages, with_cp
+        self.frozen_stages = frozen_stages
 
         self.downsample_layers, self.stages = nn.ModuleList(), nn.ModuleList()
         self.grn, layer_scale = grn, 0 if grn else layer_scale_init_value
@@ -194,12 +221,14 @@ class ConvNeXt(BaseModule):
         rates = [drop_path_rate * i / max(n_blocks - 1, 1) for i in range(n_blocks)]
         for i, (depth, c) in enumerate(zip(self.depths[:n_stages], self.channels)):
             self.downsample_layers.append(Downsample(self.channels[i - 1], c) if i else Stem(in_channels, c))
+            self.downsample_layers[i].before_layer_scale = bool(layer_scale)
             first = sum(self.depths[:i])
             self.stages.append(
                 nn.Sequential(*(Block(c, kernel_size, rate, layer_scale, grn) for rate in rates[first : first + depth]))
             )
         for i in sorted(self.out_indices):
-            self.add_module(f'norm{i}', LayerNorm2d(self.channels[i], eps=NORM_EPS))
+            self.add_module(f'norm{i}', OutputNorm(self.channels[i], eps=NORM_EPS))
+        self.with_cp = with_cp
 
         self.apply(_init_weights)
         for part in self._frozen_parts():
@@ -212,12 +241,28 @@ class ConvNeXt(BaseModule):
         Odd sizes floor: H_0 = H // 4, H_i = H_{i-1} // 2.
         """
         maps = {}
-        with_cp = self.with_cp if torch.is_grad_enabled() else False
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
             norm = getattr(self, f'norm{i}') if i in self.out_indices else None
-            # mmcv's RoIAlign reads its input as contiguous without a check: any other layout gives it garbage.
-            x, maps[i] = fast.stage(downsample, stage, norm, x, with_cp)
+            in_one_call = fast.stage(downsample, stage, norm, x)
+            if in_one_call is not None:
+                x, maps[i] = in_one_call
+                continue
+            x = downsample(x)
+            x = stage(x)
+            if norm is not None:
+                # mmcv's RoIAlign reads its input as contiguous without a check: any other layout gives it garbage.
+                maps[i] = norm(x).contiguous()
         return tuple(maps[i] for i in self.out_indices)
+
+    @property
+    def with_cp(self) -> bool | str:
+        return self._with_cp
+
+    @with_cp.setter
+    def with_cp(self, with_cp: bool | str) -> None:
+        self._with_cp = with_cp
+        for block in self._blocks():
+            block.with_cp = with_cp
 
     def compile_blocks(self, **settings) -> None:
         """Have `torch.compile` (`settings` are its own) make a unit of each block when it first runs; blocks of one
@@ -226,9 +271,8 @@ class ConvNeXt(BaseModule):
 
         limit = 'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit'  # before torch 2.6
         setattr(config, limit, max(getattr(config, limit), 64))  # widths, with and without gradients, training or not
-        for stage in self.stages:
-            for block in stage:
-                block.compile(dynamic=True, **settings)
+        for block in self._blocks():
+            block.compile(dynamic=True, **settings)
 
     def init_weights(self) -> None:
         """Run the initializers of `init_cfg`, pretrained weights last, once."""
@@ -265,7 +309,15 @@ class ConvNeXt(BaseModule):
         first = 1 + sum(_layers_of_stages(self.depths)[:stage])
         if kind == 'downsample_layers':
             return 0 if stage == 0 else first
-        return first + int(where[1]) // 3 if stage == 2 else first
+        if stage != 2:
+            return first
+        last = self.depths[2] - 1  # with which goes what a user has put beside or behind the blocks, such as an adapter
+        block = next((int(part) for part in where[1:] if part.isdigit()), last)
+        return first + min(block, last) // 3
+
+    def _blocks(self) -> list[Block]:
+        """All blocks, also those within what wraps a stage or a block."""
+        return [module for module in self.modules() if isinstance(module, Block)]
 
     def _frozen_parts(self) -> list[nn.Module]:
         if self.frozen_stages < 0:

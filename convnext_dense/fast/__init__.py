@@ -5,8 +5,9 @@ installation and wants AVX-512, and `tiled`, of torch's own operations. Stem, do
 in `fused`. All read parameters anew in each pass: there is nothing to invalidate. Samples that lose the branch to
 stochastic depth are not computed.
 
-What has no fast form goes its own way: another device or dtype, modules that are not as built (other parts, hooks,
-parameters), or under what watches operations (tracers, transforms, dispatch modes).
+Modules ask for their fast form from within their own `forward`, so that hooks, wrappers and `compile` around them work
+as ever. What has none goes its own way: another device or dtype, modules whose children are not as built (of another
+class, hooked, with another `forward`), or all under what watches operations (tracers, transforms, dispatch modes).
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,8 @@ from torch.nn.modules import module as modules
 from . import fused, tiled
 from .blocks import Parameters, Settings
 
+# Methods that `forward` of a module that may have a fast form calls.
+INNER_METHODS = {'mlp', '_conv_forward'}
 HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 _off = 0
 
@@ -44,51 +47,16 @@ def described() -> str:
 
 
 def stage(
-    downsample: nn.Sequential, blocks: nn.Sequential, norm: nn.LayerNorm | None, x: torch.Tensor, with_cp: bool | str
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`x`, N x C x H x W, through the stem or a downsampling and the blocks; the `norm` of that, contiguous. `with_cp`
-    as in `ConvNeXt`."""
-    inputs = _patches(downsample, blocks, x)
-    together = None if inputs is None or torch.is_grad_enabled() else _together(inputs, blocks, norm)
-    if together is not None:
-        return together
-    quick = _apply('patches', inputs)
-    x = downsample(_layout(x)) if quick is None else quick.permute(0, 3, 1, 2)
-    for block in blocks:
-        quick = run(block, x, with_cp)
-        x = block(x, with_cp) if quick is None else quick
-    if norm is None:
-        return x, None
-    quick = _apply('output', _output(norm, x))
-    return x, norm(x).contiguous() if quick is None else quick
-
-
-def run(block: nn.Module, x: torch.Tensor, with_cp: bool | str = False) -> torch.Tensor | None:
-    """`block(x)`, N x C x H x W, in channels_last; None where there is no fast form."""
-    if not _takes(x):
-        return None
-    form, dtype, parameters = _form(block, x)
-    if form is None:
-        return None
-    kept, factor = _draw(block.drop_path, x)
-    rows = x.permute(0, 2, 3, 1).contiguous()
-    chosen = rows if kept is None else rows[kept]
-    settings = Settings(dtype, block.norm.eps, block.dwconv.padding, factor, with_cp)
-    with torch.autocast('cpu', enabled=False):
-        if _differentiable(x, parameters):
-            out = _Block.apply(form, settings, *form.inputs(settings, chosen), *parameters)
-        else:
-            out = form.forward(settings, chosen, None, parameters)[0]
-        if kept is not None:
-            out = rows.to(out.dtype).index_copy(0, kept, out)
-    return out.permute(0, 3, 1, 2)
-
-
-def _together(
-    inputs: tuple, blocks: nn.Sequential, norm: nn.LayerNorm | None
+    downsample: nn.Module, blocks: nn.Module, norm: nn.Module | None, x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """A stage without gradients, in one call, from the `inputs` of `fused.patches` on; None where a part of it does not
-    run in the kernels."""
+    """Without gradients, one call of the kernels takes `x`, N x C x H x W, through the stem or a downsampling and the
+    blocks, and on through the `norm` to a contiguous map. The result is None where gradients are wanted, or one of the
+    modules does not run in the kernels or has to be called."""
+    inputs = None if torch.is_grad_enabled() else _patches(downsample, x)
+    if inputs is None or type(blocks) is not nn.Sequential:
+        return None
+    if not all(map(_untouched, (downsample, blocks, *blocks, *([] if norm is None else [norm])))):
+        return None
     rows, first = fused.patches(*inputs)
     settled = []
     for block in blocks:
@@ -108,19 +76,50 @@ def _together(
     return x, out
 
 
-def _apply(name: str, inputs: tuple | None) -> torch.Tensor | None:
-    """The output of a function of `fused`; None where there are no inputs for it."""
-    return None if inputs is None else _Part.apply(name, *inputs)
+def patches(module: nn.Sequential, x: torch.Tensor) -> torch.Tensor | None:
+    """The stem or a downsampling of `x`, in channels_last; None where it has no fast form."""
+    inputs = _patches(module, x)
+    return None if inputs is None else _Part.apply('patches', *inputs).permute(0, 3, 1, 2)
 
 
-def _patches(module: nn.Sequential, blocks: nn.Sequential, x: torch.Tensor) -> tuple | None:
-    """What `fused.patches` takes of the stem or downsampling before `blocks`; in float32, as under autocast only blocks
-    with layer scale make it anyway."""
+def block(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """The block of `x`, N x C x H x W, in channels_last; None where it has no fast form."""
     if not _takes(x):
         return None
+    form, dtype, parameters = _form(module, x)
+    if form is None:
+        return None
+    kept, factor = _draw(module.drop_path, x)
+    rows = x.permute(0, 2, 3, 1).contiguous()
+    chosen = rows if kept is None else rows[kept]
+    settings = Settings(dtype, module.norm.eps, module.dwconv.padding, factor, module.with_cp)
+    with torch.autocast('cpu', enabled=False):
+        if _differentiable(x, parameters):
+            out = _Block.apply(form, settings, *form.inputs(settings, chosen), *parameters)
+        else:
+            out = form.forward(settings, chosen, None, parameters)[0]
+        if kept is not None:
+            out = rows.to(out.dtype).index_copy(0, kept, out)
+    return out.permute(0, 3, 1, 2)
+
+
+def output(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor | None:
+    """The norm of a map that is emitted, contiguous; None where it has no fast form."""
+    inputs = _output(norm, x)
+    return None if inputs is None else _Part.apply('output', *inputs)
+
+
+def layout(x: torch.Tensor) -> torch.Tensor:
+    """A map in the memory format that blocks want; as it is where they would not take it."""
+    return x.contiguous(memory_format=torch.channels_last) if _takes(x) else x
+
+
+def _patches(module: nn.Sequential, x: torch.Tensor) -> tuple | None:
+    """What `fused.patches` takes."""
+    if not _takes(x) or not _as_built(module, 'patches'):
+        return None
     dtype = _autocast_dtype() or x.dtype
-    scaled = dtype == torch.float32 or all(getattr(block, 'gamma', None) is not None for block in blocks)
-    if not scaled or not _as_built(module):
+    if dtype != torch.float32 and not module.before_layer_scale:  # the plain form's output is not float32 then
         return None
     conv, norm = sorted(module, key=lambda part: isinstance(part, nn.LayerNorm))
     if not fused.takes_patches(conv, norm, x, dtype):
@@ -131,14 +130,9 @@ def _patches(module: nn.Sequential, blocks: nn.Sequential, x: torch.Tensor) -> t
 
 def _output(norm: nn.LayerNorm, x: torch.Tensor) -> tuple | None:
     """What `fused.output` takes."""
-    if _takes(x) and _as_built(norm) and fused.takes_output(norm, x):
+    if _takes(x) and _as_built(norm, 'output') and fused.takes_output(norm, x):
         return norm.eps, x, norm.weight, norm.bias
     return None
-
-
-def _layout(x: torch.Tensor) -> torch.Tensor:
-    """A map in the memory format that blocks want; as it is where they would not take it."""
-    return x.contiguous(memory_format=torch.channels_last) if _takes(x) else x
 
 
 class _Block(torch.autograd.Function):
@@ -234,14 +228,24 @@ def _differentiable(x: torch.Tensor, parameters: Iterable[torch.Tensor | None]) 
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
 
 
-def _as_built(module: nn.Module) -> bool:
-    """Whether its class, not one derived from it, says of which PARTS it is made, it is, and none has hooks."""
-    parts = [module, *module.children()]
-    if [type(part) for part in parts[1:]] != list(vars(type(module)).get('PARTS', [None])):
+def _as_built(module: nn.Module, function: str) -> bool:
+    """Whether its class, not one derived from it, says that this function may run it, and no child has to be called.
+
+    A backward hook of the deprecated kind is shown the last operation of the plain form."""
+    wanted, classes = vars(type(module)).get('FAST', ('', ()))
+    children = [*module.children()]
+    if wanted != function or tuple(type(child) for child in children) != classes:
         return False
-    if any('forward' in vars(part) or part._compiled_call_impl for part in parts):
+    if module._is_full_backward_hook is False or not INNER_METHODS.isdisjoint(vars(module)):
         return False
-    return not any(getattr(part, name) for part in parts for name in HOOKS)
+    return all(map(_untouched, children))
+
+
+def _untouched(module: nn.Module) -> bool:
+    """Whether to call the module is to run the `forward` of its class, and nothing else."""
+    if any(getattr(module, name) for name in HOOKS) or module._compiled_call_impl:
+        return False
+    return not {'forward', '_call_impl', *INNER_METHODS} & vars(module).keys()
 
 
 def _autocast_dtype() -> torch.dtype | None:
@@ -259,7 +263,7 @@ def _form(block: nn.Module, x: torch.Tensor) -> tuple:
 
 def _parameters(block: nn.Module) -> Parameters | None:
     """None where the block is not as built."""
-    if not _as_built(block):
+    if not _as_built(block, 'block'):
         return None
     conv, norm, linear1, _, linear2, _ = block.children()
     if (conv.stride, conv.dilation, conv.groups, conv.padding_mode) != ((1, 1), (1, 1), len(conv.weight), 'zeros'):
