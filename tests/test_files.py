@@ -20,7 +20,7 @@ from test_data import as_voc, coco, drawn, dump, own  # noqa: F401
 
 from convnext_dense.data import Request, images, read_data, tasks_of
 from convnext_dense.data.detection import _folders
-from convnext_dense.data.files import files_below, folders_in, open_regular, read_text, walk
+from convnext_dense.data.files import files_below, folders_in, open_regular, read_text, shown, walk
 from convnext_dense.data.images import MAX_PIXELS, look, look_at_labels
 from convnext_dense.data.label_maps import read_classes
 from convnext_dense.data.layouts import find_annotations, find_folders, read_json, what_it_is
@@ -282,9 +282,9 @@ def test_folders_that_hold_themselves_end(kind, task, drawn, tmp_path):  # noqa:
 
 
 def test_a_walk_follows_links_in_order_and_a_bounded_number_of_times(tmp_path):
-    tree(tmp_path, 'mine/b/2', 'mine/b/1', 'mine/a/.hidden/3', 'mine/a/4', 'mine/0', 'real/5')
-    (tmp_path / 'mine/c').symlink_to('../real')
-    (tmp_path / 'mine/d').symlink_to('../real')
+    tree(tmp_path, 'mine/b/2', 'mine/b/1', 'mine/a/.hidden/3', 'mine/a/4', 'mine/0', 'away/real/5')
+    (tmp_path / 'mine/c').symlink_to('../away/real')
+    (tmp_path / 'mine/d').symlink_to('../away/real')
     root = str(tmp_path / 'mine')
     found = [(os.path.relpath(folder, root), names) for folder, names in walk(root)]
     assert found == [
@@ -292,8 +292,10 @@ def test_a_walk_follows_links_in_order_and_a_bounded_number_of_times(tmp_path):
     ]  # fmt: skip
     assert [os.path.relpath(folder, root) for folder, _ in walk(root, depth=1)] == ['.']
     assert 'a/.hidden/3' not in files_below(root, hidden=False)
+    (tmp_path / 'away/real/up').symlink_to('..')  # above itself, though not above the link to it
+    assert not any('/up/' in path for path in files_below(root))
     for n in range(100):
-        (tmp_path / f'mine/e{n}').symlink_to('../real')
+        (tmp_path / f'mine/e{n}').symlink_to('../away/real')
     assert 2 <= sum(path.endswith('/5') for path in files_below(root)) < 20
     assert not list(walk(tmp_path / 'gone'))
 
@@ -397,6 +399,14 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
             assert at_most() == 1, limit
 
 
+def test_what_pillow_does_not_know_is_judged_by_what_opencv_makes_of_it(tmp_path, monkeypatch):
+    Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(tmp_path / 'x.png')
+    monkeypatch.setattr(images, 'FORMATS', ('PCX',))
+    for limit, problem in ((2500, None), (2499, 'image too large')):
+        monkeypatch.setattr(images, 'MAX_PIXELS', limit)
+        assert look(str(tmp_path / 'x.png')).problem == problem
+
+
 def text_bomb(path):
     """A PNG of a thousand texts that unpack to a megabyte each."""
     info = PngImagePlugin.PngInfo()
@@ -475,5 +485,9 @@ def test_examples_are_one_short_line(drawn, tmp_path):  # noqa: F811
     content['images'][0]['file_name'] = 'a\nb\x1b[31m' + 'x' * 100000
     dump(content, root / 'annotations/instances_train.json')
     line = next(line for line in detection_of(root).report.lines() if 'missing image' in line)
+    deep = []
+    for _ in range(10**5):
+        deep = [deep]
+    assert shown(deep) == 'a list' and shown('\udce9') == '\\udce9' and shown(5) == '5'
     assert line.isprintable() and len(line) < 1000 and 'a\\nb\\x1b' in line
     assert find_annotations(root) and find_folders(root) and json.dumps(detection_of(root).report.as_data())

@@ -114,12 +114,14 @@ class Images:
         self, file: Path, root: Path, names: Sequence[str], given: str | None = None, split: str | None = None
     ):
         names = list(dict.fromkeys(names))
-        self.root, self.beside, self.split = root, file.parent, None if given else split
+        self.root, self.split = root, None if given else split
         own, folders = ([], [Path(given)]) if given else _folders(file, root)
         self.tops = [Path(given)] if given else _tops(file, root)
         folder = _likeliest(folders, names[:: max(1, len(names) // NAMES_TRIED)])
         self.folder, self.known = folder or self.tops[0], folder is not None
-        self.own = tuple(self._prefix(folder) for folder in own)
+        self.own, self.prefix = tuple(map(self._prefix, own)), self._prefix(self.folder)
+        self.begins = [os.path.abspath(folder) for folder in (file.parent, self.folder)]  # of names that lead upwards
+        self.inside = tuple(os.path.join(os.path.abspath(top), '') for top in (*self.tops, root))
         found = {name: self._in_full(name) for name in names}
         self.places = {**found, **self._by_endings(found)}
         if names and not any(place.path or place.kind == 'ambiguous name' for place in self.places.values()):
@@ -140,8 +142,7 @@ class Images:
     @cached_property
     def near(self) -> Files:
         """The files in and below the folder in which names begin."""
-        prefix = self._prefix(self.folder)
-        return Files(prefix + path for path in files_below(self.folder))
+        return Files(self.prefix + path for path in files_below(self.folder))
 
     @cached_property
     def everywhere(self) -> Files:
@@ -164,21 +165,20 @@ class Images:
         if len(name) > MAX_NAME:
             return Place(None, 'missing image', name)
         if machine or path.startswith('../'):
-            begins = (os.sep,) if machine else (self.beside, self.folder)
-            paths = [os.path.abspath(os.path.join(begin, path)) for begin in begins]
-            inside = [path for path in paths if any(is_below(path, top) for top in (*self.tops, self.root))]
+            begins = (os.sep,) if machine else self.begins
+            paths = [os.path.normpath(os.path.join(begin, path)) for begin in begins]
+            inside = [path for path in paths if path.startswith(self.inside)]
             there = next(filter(os.path.isfile, inside), None)
             if there:
                 return Place(relative(there, self.root))
             return None if inside or machine else Place(None, LEAVES, name)
         if not self.known:
             return None
-        prefix = self._prefix(self.folder)
-        for exact in (prefix + name, prefix + path):
+        for exact in (self.prefix + name, self.prefix + path):
             if exact in self.near.exact:
                 return Place(exact)
-        files = self.near.alike(prefix + path)
-        same = files and files[0].lower() == f'{prefix}{path}'.lower()
+        files = self.near.alike(self.prefix + path)
+        same = files and files[0].lower() == f'{self.prefix}{path}'.lower()
         return _place(name, files, 'name in other case' if same else 'name written otherwise') if files else None
 
     def _by_endings(self, found: dict[str, Place | None]) -> dict[str, Place]:

@@ -172,7 +172,7 @@ def _of_nameless(nameless: list[int], classes: Classes, counts: np.ndarray, wher
     """What labels have no name, and what to do about it as the pixels show it."""
     n, label_of, ignored = len(classes.names), classes.label_of, classes.ignored - {IGNORED}
     known = [label for label in np.flatnonzero(counts).tolist() if label_of.get(label, IGNORED) != IGNORED]
-    is_next = nameless == [n] and 0 not in ignored and classes.values is None
+    is_next = nameless == [n]
     zero, those = (' '.join(map(str, sorted({*ignored, *more}))) for more in ([0], nameless))
     if is_next and not counts[0] and known:
         way = f'0 is not used: --ignore {zero}'

@@ -34,13 +34,7 @@ def prepared(folder: str, key: tuple) -> tuple[Data, dict[str, str]] | None:
         findings = [Finding(f['split'], f['kind'], f['count'], f['examples']) for f in content['report']['findings']]
         report = Report(content['report']['facts'], {(f.split, f.kind): f for f in findings})
         return Data(**{key: content[key] for key in KEPT}, splits={}, report=report), files
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        LookupError,
-        RecursionError,
-    ):  # what was not written by `write`, or not whole
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):  # not whole, or of others
         return None
 
 
