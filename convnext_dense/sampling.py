@@ -2,10 +2,12 @@
 
 A run that is resumed, in the middle of an epoch too, then sees what it would have seen; workers play no part in it."""
 
+import hashlib
 import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from itertools import islice
 
@@ -23,6 +25,7 @@ from .errors import UnreadableImage, UsageError
 READS = ('img_path', 'seg_map_path')  # the files of a sample
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.ppm', '.pgm')
 NO_BATCH = 'the training data hold no whole batch: give a smaller train_dataloader.batch_size, or drop_last=False'
+ALONE = 1  # seconds between two looks whether the run is still there
 TRIES = 20  # unreadable images in a row that a sample gets over
 
 
@@ -198,6 +201,29 @@ def images_in(dataset) -> int:
     return sum(map(images_in, parts)) if parts[0] is not None else len(dataset)
 
 
+def order_of(dataset) -> str:
+    """A digest of the names of a data set's images in their order; empty where it does not say them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in _leaves(dataset):
+        if not isinstance(part, BaseDataset):
+            return ''
+        for i in range(len(part)):
+            digest.update(
+                os.path.basename(str(part.get_data_info(i).get('img_path'))).encode('utf-8', 'surrogateescape')
+            )
+            digest.update(b'\n')
+    return digest.hexdigest()
+
+
+def _leaves(dataset) -> Iterator:
+    """The data sets that read images, within those that repeat, join or draw them."""
+    parts = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
+    if parts[0] is None:
+        yield dataset
+    for part in parts if parts[0] is not None else ():
+        yield from _leaves(part)
+
+
 def name_images(dataset) -> None:
     """Have the pipelines of a data set, and of those it is made of, name the files that they cannot read."""
     for inner in [getattr(dataset, 'dataset', None), *getattr(dataset, 'datasets', [])]:
@@ -208,14 +234,23 @@ def name_images(dataset) -> None:
 
 
 def apart(init_fn, worker_id: int) -> None:
-    """Begin a process that reads data: it leaves when the run itself ends it, and signals to all the processes of the
-    run (of launchers, terminals, schedulers) are the run's to answer."""
+    """Begin a process that reads data: it leaves when the run itself ends it or is gone, and signals to all the
+    processes of the run (of launchers, terminals, schedulers) are the run's to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_when_alone, args=(os.getppid(),), daemon=True).start()
     if hasattr(signal, 'sigwaitinfo'):  # not on macOS: there a signal to all ends a run without a save
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_leave_when_told, args=(os.getppid(),), daemon=True).start()
     if init_fn:
         init_fn(worker_id)
+
+
+def _leave_when_alone(run: int) -> None:
+    """End with the run, of which a kill tells its workers nothing: they would wait in a queue of which they hold both
+    ends, and keep the connections of the run open, so that its other processes would wait for it too."""
+    while os.getppid() == run:
+        time.sleep(ALONE)
+    os._exit(1)
 
 
 def _leave_when_told(run: int) -> None:

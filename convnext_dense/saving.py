@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +18,23 @@ from mmengine.dist import get_rank, get_world_size, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, LoggerHook
 
-from .sampling import images_in
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+from .errors import UsageError
+from .sampling import images_in, order_of
 
 INTERRUPTED = 'interrupted.pth'  # between the regular checkpoints; goes when the next of these is there
 LAST = 'last_checkpoint'  # holds the path of the checkpoint to go on from
 PART = '.part'
+LOCK = '.lock'  # in a work dir, of the process that trains there
 COUNTED = ('keep_ckpt_ids', 'last_ckpt', 'best_ckpt_path', 'best_ckpt_path_dict')  # mmengine's books of checkpoints
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+_held = []  # locks of this process, which it gives up when it ends
 
 
 class NoRoom(OSError):
@@ -221,30 +232,71 @@ def full_disk_said(runner) -> Iterator[None]:
         )
 
 
+def hold(work_dir: str | Path) -> None:
+    """Keep a work dir for this process until that ends.
+
+    Raises:
+        UsageError: another one has it.
+    """
+    if fcntl is None:
+        return
+    os.makedirs(work_dir, exist_ok=True)
+    file = open(os.path.join(work_dir, LOCK), 'a+')  # noqa: SIM115 - open as long as the process is there
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a file system without locks
+        file.seek(0)
+        raise UsageError(
+            f'{work_dir} is in use by a run ({file.read().strip() or "of another process"}): wait until it ends, or '
+            'give another --work-dir'
+        ) from error
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    file.flush()
+    _held.append(file)
+
+
 def quiet_when_full(logger: logging.Logger) -> None:
-    """Have a log file on a full disk say so once, on the screen, instead of with a traceback for each line."""
+    """Have a log file on a full disk, and output that nobody reads any more, say so once instead of with a traceback
+    for each line."""
     for handler in logger.handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.handleError = partial(_say_once, handler)
+        handler.handleError = partial(say_once, handler)
 
 
-def _say_once(handler: logging.FileHandler, record: logging.LogRecord) -> None:
+def say_once(handler: logging.Handler, record: logging.LogRecord) -> None:
+    """Say that a handler cannot write, the first time."""
+    error, file = sys.exc_info()[1], getattr(handler, 'baseFilename', None)
+    if file is None and isinstance(error, OSError):  # `| head`: what else is printed must not end the run
+        close_output()
     if not getattr(handler, 'said', False):
         handler.said = True
-        print(
-            f'{handler.baseFilename} cannot be written ({sys.exc_info()[1]}): the log is on the screen', file=sys.stderr
+        there = (
+            f'{file} cannot be written ({error}): the log is on the screen' if file else 'the log goes on in its file'
         )
+        print(there, file=sys.stderr)
 
 
-def layout_of(runner) -> dict[str, int]:
+def close_output() -> None:
+    """Let standard output go nowhere once nobody reads it: it is written to again when Python ends."""
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    os.close(sink)
+
+
+def layout_of(runner) -> dict:
     """How a run's batches are laid out: what its count of iterations means."""
     loader = runner.train_loop.dataloader
+    if not hasattr(runner, 'order'):  # of all images: asked for once
+        runner.order = order_of(loader.dataset)
     return dict(
         processes=get_world_size(),
         images=getattr(loader.batch_sampler, 'batch_size', None) or loader.batch_size,
         accumulation=accumulation_of(runner),
         batches=len(loader),
         samples=images_in(loader.dataset),
+        order=runner.order,
     )
 
 

@@ -25,8 +25,8 @@ BACKENDS = {'tensorboard': 'TensorboardVisBackend', 'wandb': 'WandbVisBackend'} 
 
 @VISBACKENDS.register_module()
 class RunWandbVisBackend(WandbVisBackend):
-    """mmengine's, which also uploads every .py file in and below the folder that one works in: virtual environments,
-    and what is nobody else's business."""
+    """A backend for W&B that uploads no code. mmengine's `WandbVisBackend` also logs every .py file in and below the
+    working directory, virtual environments included; this one logs the config alone."""
 
     def _init_env(self) -> None:
         wandb = importlib.import_module('wandb')

@@ -1,6 +1,5 @@
 """Known weights by name, and where a name, a path or a URL leads to."""
 
-import fcntl
 import hashlib
 import os
 import re
@@ -13,6 +12,11 @@ from urllib.request import Request, urlopen
 
 import torch
 from mmengine.utils import ProgressBar
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: two downloads at once then take twice as long
+    fcntl = None
 
 from ..errors import UsageError
 
@@ -149,7 +153,8 @@ def fetch(source: str) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         # The lock stays: who removes it lets a third one in beside the second.
         with open(file.with_name(f'.{file.name}.lock'), 'w') as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX)
             if not file.exists():
                 _download(place, file)
     return file
@@ -163,7 +168,7 @@ def _download(url: str, file: Path) -> None:
     """Into a file beside it, moved into place when it is as long as announced and has the hash that a name may end in,
     as torch's own do (...-21b726bb.pth)."""
     announced = re.search(r'-(?!\d+\.)([0-9a-f]{8,})\.\w+$', urlparse(url).path)  # all digits are a date
-    partial = Path(f'{file}.part')
+    partial = Path(f'{file}.{os.getpid()}.part')
     try:
         with (
             urlopen(Request(url, headers={'User-Agent': 'convnext_dense'}), timeout=60) as answer,
