@@ -4,9 +4,7 @@ import argparse
 import importlib
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,16 +19,17 @@ from mmengine.runner.checkpoint import get_torchvision_models
 from torch import nn
 
 from .backbone import ConvNeXt
+from .command_line import Parser, config_path, is_users_bug, keep_output
 from .config_types import class_of, is_type, short_name
 from .dumped import check_types, read_dumped, read_yaml_safely
-from .errors import RunError, Stopped, UsageError
+from .errors import UsageError
 from .fitting import check_same_accumulation, dicts_in, listed, n_processes, set_inputs
 from .options import Options, is_explicit, merge
 from .paper import figures_of, recipe_parts, training_length
 from .resuming import OVERRIDE, compare
-from .running import ResumableRunner, said
+from .running import ResumableRunner
 from .runs import TIMESTAMP
-from .saving import LAST
+from .saving import LAST, hold
 from .weights.loading import PretrainedConvNeXt, check_same, match, model_weights, source_of
 from .weights.reading import read
 from .weights.zoo import URLS, fetch, is_url, locate
@@ -43,29 +42,9 @@ LINES = {'onedl-mmengine': ('onedl', 'onedl-mmcv==2.3.6'), 'mmengine': ('openmml
 RUNS_WITHOUT_AMP = ('cpu', 'mps')  # mmengine's AmpOptimWrapper refuses these
 
 
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Bad input ends the process with one line and exit code 2, a run that cannot go on with one line and its own code;
-    a bug keeps its traceback."""
-    try:
-        yield
-    except UsageError as error:
-        sys.exit(_say(f'error: {error}', 2))
-    except Stopped as error:
-        sys.exit(_say(str(error), error.exit_code))
-    except RunError as error:
-        sys.exit(_say(f'error: {said(error)}', error.exit_code))
-    except OSError as error:
-        if not error.filename:
-            raise
-        sys.exit(_say(f'error: {error.filename}: {error.strerror}', 2))
-    except KeyboardInterrupt:
-        sys.exit(_say('interrupted: what was saved is kept', 130))
-
-
-def config_parser(description: str, **config) -> argparse.ArgumentParser:
+def config_parser(description: str, **config) -> Parser:
     """The arguments of every tool that reads a config; `config` is for argparse."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = Parser(description=description)
     parser.add_argument('config', help='a recipe, such as configs/cascade/convnext_t.py', **config)
     parser.add_argument(
         '--cfg-options',
@@ -78,7 +57,7 @@ def config_parser(description: str, **config) -> argparse.ArgumentParser:
     return parser
 
 
-def run_parser(description: str) -> argparse.ArgumentParser:
+def run_parser(description: str) -> Parser:
     """The arguments of every tool that runs a config, as users of mmdet and mmseg know them."""
     parser = config_parser(description)
     parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/ and the recipe)')
@@ -94,13 +73,19 @@ def load_config(path: str, options: dict, needed: tuple[str, ...] = ('model',)) 
     Raises:
         UsageError: the config cannot be read, lacks one of the `needed` keys, or what it needs is not installed.
     """
-    if not os.path.isfile(path):
-        raise UsageError(f"no config '{path}': give the path of a .py file, such as configs/cascade/convnext_t.py")
+    path = config_path(str(path))
     read_yaml_safely()
     try:
         config = Config.fromfile(path)
     except Exception as error:  # a config is a program: it can fail in any way
+        if is_users_bug(error, path) and not isinstance(error, (ImportError, SyntaxError)):
+            raise
         raise UsageError(f'{path}: {type(error).__name__}: {_first_line(error)}') from error
+    if {'data', 'optimizer'} <= set(config) and 'train_dataloader' not in config:
+        raise UsageError(
+            f'{path} is a config of mmdet 2 or mmseg 0 (data, optimizer, runner): start from a recipe, such as '
+            'configs/cascade/convnext_t.py, or move it as mmdet 3 says (docs/en/migration/config_migration.md)'
+        )
     for key in needed:
         if not config.get(key):
             raise UsageError(f'{path} has no {key}: give a whole recipe, such as configs/cascade/convnext_t.py')
@@ -110,6 +95,7 @@ def load_config(path: str, options: dict, needed: tuple[str, ...] = ('model',)) 
     init_default_scope(scope)
     merge(config, options)
     check_backbones(config.get('model', {}))
+    check_levels(config.get('model', {}))
     return config
 
 
@@ -120,10 +106,13 @@ def load_run(args: argparse.Namespace, needed: tuple[str, ...], subfolder: str =
         UsageError: as `load_config`; the launcher's variables are not set; the work dir's copy of the config would
             overwrite the config itself.
     """
+    keep_output()
+    if args.launcher == 'mpi':
+        os.environ.setdefault('LOCAL_RANK', os.environ.get('OMPI_COMM_WORLD_LOCAL_RANK', '0'))
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     config = load_config(args.config, args.cfg_options, needed)
     args.cfg_options = {key.removeprefix('+'): value for key, value in args.cfg_options.items()}
-    n_processes(args.launcher)
+    check_launcher(config, args.launcher)
     config.launcher = args.launcher
     work_dir = args.work_dir or config.get('work_dir') or _default_work_dir(args.config)
     config.work_dir = os.path.join(work_dir, subfolder).rstrip('/')
@@ -135,6 +124,16 @@ def load_run(args: argparse.Namespace, needed: tuple[str, ...], subfolder: str =
     if fitted:
         print_log(fitted, logger='current')
     return config
+
+
+def check_launcher(config: Config, launcher: str) -> None:
+    """Raise UsageError where a launcher did not start this process, or its processes cannot be joined."""
+    n_processes(launcher)
+    backend = ((config.get('env_cfg') or {}).get('dist_cfg') or {}).get('backend', 'nccl')
+    if launcher != 'none' and backend == 'nccl' and get_device() == 'cpu':
+        raise UsageError(f'--launcher {launcher} needs a GPU for each process and none was found: leave it out')
+    if launcher == 'mpi' and 'MASTER_ADDR' not in os.environ:
+        raise UsageError('--launcher mpi: MASTER_ADDR is not set; mpirun -x MASTER_ADDR=NODE gives it, the first node')
 
 
 def check_installed(library: str) -> None:
@@ -168,6 +167,21 @@ def check_backbones(model: dict) -> None:
                 kind(**settings)
         except TypeError as error:
             raise UsageError(f'backbone: {_first_line(error)}') from error
+
+
+def check_levels(model: dict) -> None:
+    """Raise UsageError where a dense head of a detector has anchors for another number of levels than the neck gives,
+    which mmdet notices at the first image, in an AssertionError without a word."""
+    neck = (listed(model.get('neck')) or [{}])[-1]
+    for name in ('rpn_head', 'bbox_head'):
+        head = model.get(name)
+        anchors = (head.get('anchor_generator') or {}) if isinstance(head, dict) else {}
+        strides = anchors.get('strides') or ()
+        if isinstance(neck.get('num_outs'), int) and strides and len(strides) != neck['num_outs']:
+            raise UsageError(
+                f'the neck gives {neck["num_outs"]} levels (num_outs), {name} has anchors for {len(strides)} '
+                f'(anchor_generator.strides={list(strides)}): make them as many'
+            )
 
 
 def check_pretrained(model: dict) -> None:
@@ -304,6 +318,12 @@ def set_resume(config: Config, resume: str | None) -> str | None:
     return checkpoint
 
 
+def hold_work_dir(config: Config) -> None:
+    """Keep the work dir for this run; UsageError where another one has it."""
+    if _is_first_process():
+        hold(config.work_dir)
+
+
 def latest(work_dir: Path) -> str | None:
     """The checkpoint that a work dir's run goes on from: the one that `last_checkpoint` names, also where the work dir
     was moved since; without it, as a kill after the first checkpoint leaves it, the farthest of those written whole."""
@@ -393,7 +413,7 @@ def build_runner(config: Config, checkpoint: str | None = None) -> Runner:
     try:
         runner = RUNNERS.build(config) if 'runner_type' in config else ResumableRunner.from_cfg(config)
     except (KeyError, TypeError, AssertionError, ValueError) as error:
-        if isinstance(error, UsageError):
+        if isinstance(error, UsageError) or is_users_bug(error):
             raise
         raise UsageError(f'the config cannot be built: {_first_line(error)}') from error
     model = _unwrapped(runner.model)
@@ -482,11 +502,6 @@ def _is_installed(distribution: str) -> bool:
         return False
 
 
-def _say(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
-    return code
-
-
 def _first_line(error: BaseException) -> str:
     """The first line of the error that began it all: mmengine wraps a failed import in a long text of its own."""
     while error.__cause__ or (isinstance(error, ImportError) and isinstance(error.__context__, ImportError)):
@@ -547,7 +562,8 @@ def _check_new(path: str, option: str) -> None:
 
 
 def _is_first_process() -> bool:
-    return os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0'
+    ranks = (os.environ.get(name) for name in ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'))
+    return next((rank for rank in ranks if rank is not None), '0') == '0'
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

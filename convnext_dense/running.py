@@ -1,7 +1,6 @@
 """A runner whose runs can be killed at any instant and go on as the same run."""
 
 import copy
-import re
 import time
 from contextlib import suppress
 from functools import partial
@@ -14,6 +13,7 @@ from mmengine.registry import HOOKS, LOOPS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
+from .command_line import last_line
 from .config_types import class_of
 from .errors import RunError, UsageError
 from .guarding import GONE, ActHook, GuardHook, cause_of
@@ -100,6 +100,12 @@ class ResumableRunner(Runner):
         loader.worker_init_fn = partial(apart, loader.worker_init_fn)
         return loader
 
+    def call_hook(self, fn_name: str, **kwargs) -> None:
+        """mmengine's, without the try that leaves out of a TypeError where in the hook it was raised."""
+        for hook in self._hooks:
+            if hasattr(hook, fn_name):
+                getattr(hook, fn_name)(self, **kwargs)
+
     def register_hook(self, hook, priority=None) -> None:
         if isinstance(hook, dict):
             hook = {**hook, 'type': OURS.get(_host_name(hook.get('type')), hook.get('type'))}
@@ -117,7 +123,7 @@ def first_cause(folder: Path, line: str | None, error: Exception) -> str | None:
     than the end of another look for that one's."""
     own = folder / f'ended_rank_{get_rank()}.txt'
     with suppress(OSError):
-        write_whole(own, (line or said(error)).encode())
+        write_whole(own, (line or last_line(error)).encode())
     if line != GONE:
         return line and f'rank {get_rank()}: {line}'
     time.sleep(PAUSE)
@@ -127,11 +133,6 @@ def first_cause(folder: Path, line: str | None, error: Exception) -> str | None:
     if not causes and silent:
         causes = [f'rank {" and ".join(silent)} ended without a word: killed, or out of memory']
     return f'{GONE}: {causes[0]}' if causes else GONE
-
-
-def said(error: Exception) -> str:
-    """The one line of an error, also of one that comes out of a process that reads data."""
-    return re.sub(r'^[\w.]*(Error|Image): ', '', str(error).strip().splitlines()[-1]) or type(error).__name__
 
 
 class EpochLoop(EpochBasedTrainLoop):
@@ -245,8 +246,13 @@ def moved(epoch: int, iteration: int, before: dict, now: dict, by_epoch: bool) -
     Raises:
         UsageError: the data are others, or the place is within a batch of the new layout.
     """
+    orders = before.get('order'), now.get('order')
+    note = None
+    if all(orders) and orders[0] != orders[1]:
+        note = 'the training data are in another order than when the run stopped, or have other names: other batches'
+    before, now = ({key: value for key, value in layout.items() if key != 'order'} for layout in (before, now))
     if before == now:
-        return iteration, None
+        return iteration, note
     if before['samples'] != now['samples']:
         raise UsageError(
             f'the training data hold {now["samples"]} images, {before["samples"]} when the run stopped: give it the '
@@ -273,7 +279,7 @@ def moved(epoch: int, iteration: int, before: dict, now: dict, by_epoch: bool) -
             line += ', the same images in each update unless they are grouped by shape'
         else:
             line += '; the last update of an epoch and the first of the next take other images together'
-    return (epoch * now['batches'] if by_epoch else 0) + done, line
+    return (epoch * now['batches'] if by_epoch else 0) + done, f'{line}; {note}' if note else line
 
 
 def _set_gradients(model: torch.nn.Module, gradients: list[dict]) -> None:

@@ -19,6 +19,7 @@ WITHOUT_WORKERS = [
     for split in ('train', 'val', 'test')
     for setting in ('num_workers=0', 'persistent_workers=False')
 ]
+sys.path.append(str(ROOT / 'tools'))  # tools that are run in this process find what they import beside them
 os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the same tests on every machine
 # Tests run side by side, a process a core: threads of each would only get in each other's way.
 os.environ['OMP_NUM_THREADS'] = '1'

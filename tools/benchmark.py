@@ -14,6 +14,7 @@ from contextlib import redirect_stdout
 
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
 
+import environment  # noqa: F401
 import torch
 
 from convnext_dense import ARCHS, fast
@@ -31,7 +32,7 @@ from convnext_dense.benchmark import (
     pays_from,
     times,
 )
-from convnext_dense.commands import one_line_errors
+from convnext_dense.command_line import Parser, one_line_errors
 from convnext_dense.errors import UsageError
 from convnext_dense.tables import table
 
@@ -39,7 +40,7 @@ LETTERS = dict(T='tiny', S='small', B='base', L='large', XL='xlarge')
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument('--sizes', nargs='+', default=['T'], metavar='SIZE', help='T S B L XL, or names such as atto')
     parser.add_argument('--resolutions', nargs='+', default=[(512, 512), (800, 1280)], type=_resolution, metavar='HxW')
     parser.add_argument('--batches', nargs='+', default=[1], type=int, metavar='N')

@@ -5,17 +5,18 @@ Leaves with 0 where nothing is wrong that matters, with 1 where something would 
 data cannot be read at all.
 """
 
-import argparse
 import json
 import sys
 from contextlib import redirect_stdout
 
-from convnext_dense.commands import one_line_errors
+import environment  # noqa: F401
+
+from convnext_dense.command_line import Parser, one_line_errors
 from convnext_dense.data import data_arguments, read_data, request_of, tasks_of
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     data_arguments(parser, strict=False)
     parser.add_argument(
         '--task', choices=('detection', 'segmentation'), help='of data for both, one alone (default: all that is there)'

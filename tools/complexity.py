@@ -8,7 +8,10 @@ import json
 import sys
 from contextlib import redirect_stdout
 
-from convnext_dense.commands import config_parser, load_config, one_line_errors
+import environment  # noqa: F401
+
+from convnext_dense.command_line import one_line_errors
+from convnext_dense.commands import config_parser, load_config
 from convnext_dense.complexity import complexity
 from convnext_dense.paper import CONFIGS, ROWS, row_of
 from convnext_dense.tables import table

@@ -8,7 +8,9 @@ Rows without a run stay empty.
 import argparse
 from pathlib import Path
 
-from convnext_dense.commands import one_line_errors
+import environment  # noqa: F401
+
+from convnext_dense.command_line import Parser, one_line_errors
 from convnext_dense.errors import UsageError
 from convnext_dense.paper import MAIN, ROWS
 from convnext_dense.runs import Run, find_runs
@@ -19,7 +21,7 @@ HEADER += ('done', 'precision', 'batch', 'notes')
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folders', nargs='*', help='work dirs, or folders that hold them (default: work_dirs)')
     parser.add_argument('--markdown', action='store_true', help='a table for a README')
     parser.add_argument('--picture', metavar='FILE', help='bars, the paper against ours, as .png, .pdf or .svg')

@@ -7,13 +7,15 @@ Runs that are unfinished, resumed or broken are drawn as far as their logs go; s
 import argparse
 from pathlib import Path
 
-from convnext_dense.commands import one_line_errors
+import environment  # noqa: F401
+
+from convnext_dense.command_line import Parser, one_line_errors
 from convnext_dense.errors import UsageError
 from convnext_dense.plots import draw, progress, read_curves
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folders', nargs='+', metavar='WORK_DIR', help='work dirs, or folders that hold them')
     parser.add_argument(
         '--out',

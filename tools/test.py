@@ -4,16 +4,17 @@
 import logging
 import os
 
+import environment  # noqa: F401
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 
+from convnext_dense.command_line import one_line_errors
 from convnext_dense.commands import (
     build_runner,
     check_data,
     compile_backbones,
     load_run,
     local_checkpoint,
-    one_line_errors,
     run_parser,
     set_out,
     set_pictures,

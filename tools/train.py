@@ -3,16 +3,18 @@
 
 import logging
 
+import environment  # noqa: F401
 from mmengine.logging import print_log
 
+from convnext_dense.command_line import one_line_errors
 from convnext_dense.commands import (
     build_runner,
     check_data,
     check_pretrained,
     check_resume,
     compile_backbones,
+    hold_work_dir,
     load_run,
-    one_line_errors,
     run_parser,
     set_keep,
     set_max_bad_images,
@@ -76,6 +78,7 @@ def main():
             check_data(config, ('train', 'val'))
         check_pretrained(config.model)
         checkpoint = set_resume(config, args.resume)
+        hold_work_dir(config)
         data = set_data(config, request, ('train', 'val'), args.cfg_options, checkpoint)
         check_classes(config)
         length = set_length(config, args.epochs, args.iters, args.cfg_options)

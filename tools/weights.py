@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 """Look at ConvNeXt weights, convert them, list the published ones."""
 
-import argparse
 from collections import Counter
 
+import environment  # noqa: F401
 import torch
 
 from convnext_dense.backbone import ARCHS, ConvNeXt
-from convnext_dense.commands import one_line_errors
+from convnext_dense.command_line import Parser, one_line_errors
 from convnext_dense.errors import UsageError
 from convnext_dense.tables import table
 from convnext_dense.weights import match, open_checkpoint
@@ -18,7 +18,7 @@ from convnext_dense.weights.zoo import KNOWN
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     actions = parser.add_subparsers(dest='action', required=True)
     inspect = actions.add_parser('inspect', help='what a file is, and what of it would load')
     inspect.add_argument('file', help='a file, a URL or a known name')
