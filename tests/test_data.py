@@ -480,7 +480,10 @@ def test_a_wrong_number_of_classes_in_a_config(drawn, tmp_path, monkeypatch, cap
     config.train_dataloader.dataset = dict(type='RepeatDataset', times=3, dataset=config.train_dataloader.dataset)
     check_classes(config)
     set_data(config, Request(str(drawn)))
-    assert config.train_dataloader.dataset.type == 'CocoDataset'
+    assert (config.train_dataloader.dataset.type, config.train_dataloader.dataset.dataset.type) == (
+        'RepeatDataset',
+        'CocoDataset',
+    )
 
 
 def test_heads_of_every_kind():
