@@ -154,7 +154,7 @@ class _Block(torch.autograd.Function):
         with torch.autocast('cpu', enabled=False):
             if not len(grad):  # stochastic depth left no sample, and every parameter is to have a gradient
                 found = grad, *(torch.zeros_like(t) if n else None for t, n in zip((z, *parameters), needed[1:]))
-            elif torch.is_grad_enabled():  # gradients of these gradients are wanted
+            elif _needs_autograd(grad):
                 found = grad, *_differentiable_backward(ctx.settings, z, parameters, grad, needed[1:])
             else:
                 found = ctx.form.backward(ctx.settings, z, kept, parameters, grad.contiguous(), needed)
@@ -175,26 +175,37 @@ class _Part(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():  # gradients of these gradients are wanted
-            out = getattr(fused, f'{ctx.name}_plainly')(ctx.settings, *inputs)
-            return None, None, *_gradients(out, inputs, grad, needed)
+        if _needs_autograd(grad):
+            plainly = getattr(fused, f'{ctx.name}_plainly')
+            return None, None, *_gradients(lambda: plainly(ctx.settings, *inputs), inputs, grad, needed)
         return None, None, *getattr(fused, f'{ctx.name}_backward')(ctx.settings, *inputs, grad, needed)
+
+
+def _needs_autograd(grad: torch.Tensor) -> bool:
+    """Whether gradients have to come from torch's operations: they are to be differentiated themselves, or `grad`
+    stands for several (`is_grads_batched`, vectorized Jacobians) and has no memory that a kernel could read."""
+    return torch.is_grad_enabled() or not torch._C._has_storage(grad)
 
 
 def _differentiable_backward(settings, z, parameters, grad, needed):
     """Gradients of z and of the parameters, of operations that have gradients themselves."""
-    p = parameters.cast(settings.dtype)
-    y = tiled.depthwise(z.to(settings.dtype), p, settings)
-    y = F.layer_norm(y, y.shape[-1:], p.norm, p.norm_bias, settings.eps)
-    y = settings.factor * F.linear(F.gelu(F.linear(y, p.linear1, p.bias1)), p.linear2, p.bias2)
-    y = y if p.gamma is None else p.gamma * y
-    return _gradients(y, (z, *parameters), grad.to(y.dtype), needed)
+
+    def branch():
+        p = parameters.cast(settings.dtype)
+        y = tiled.depthwise(z.to(settings.dtype), p, settings)
+        y = F.layer_norm(y, y.shape[-1:], p.norm, p.norm_bias, settings.eps)
+        y = settings.factor * F.linear(F.gelu(F.linear(y, p.linear1, p.bias1)), p.linear2, p.bias2)
+        return y if p.gamma is None else p.gamma * y
+
+    return _gradients(branch, (z, *parameters), grad, needed)
 
 
-def _gradients(out, inputs, grad, needed):
-    """Those of inputs that are `needed`, else None."""
+def _gradients(function, inputs, grad, needed):
+    """Those of the `inputs` of a `function` that are `needed`, else None."""
     chosen = [t for t, n in zip(inputs, needed) if n]
-    found = iter(torch.autograd.grad(out, chosen, grad, create_graph=True))
+    with torch.enable_grad():
+        out = function()
+    found = iter(torch.autograd.grad(out, chosen, grad.to(out.dtype), create_graph=torch.is_grad_enabled()))
     return tuple(next(found) if n else None for n in needed)
 
 
@@ -209,9 +220,11 @@ def _draw(drop_path: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor | None, f
 def _takes(x: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not torch.Tensor:
         return False
-    if _off or x.device.type != 'cpu' or x.ndim != 4 or not x.numel() or x.is_neg() or _watched():
+    if (x.device.type, x.layout) != ('cpu', torch.strided) or x.ndim != 4 or not x.numel() or x.is_neg():
         return False
-    return (_autocast_dtype() or x.dtype) in tiled.dtypes()
+    if _off or _watched():
+        return False
+    return {x.dtype, _autocast_dtype() or x.dtype} <= set(tiled.dtypes())
 
 
 def _watched() -> bool:
@@ -279,6 +292,6 @@ def _fit(parameters: Parameters, x: torch.Tensor) -> bool:
     dtype = torch.float32 if _autocast_dtype() else x.dtype
     *needed, gamma = parameters
     return all(
-        type(p) in (nn.Parameter, torch.Tensor) and p.device == x.device and p.dtype == dtype
+        type(p) in (nn.Parameter, torch.Tensor) and (p.device, p.layout, p.dtype) == (x.device, torch.strided, dtype)
         for p in [*needed, *([] if gamma is None else [gamma])]
     )

@@ -27,9 +27,10 @@ class Parameters(NamedTuple):
     gamma: torch.Tensor | None
 
     def cast(self, dtype: torch.dtype) -> 'Parameters':
-        """As autocast has them: of convolutions and Linears in `dtype`, the others as they are."""
+        """As autocast has them: of convolutions and Linears in `dtype`, the others as they are. The former become
+        contiguous: oneDNN wants biases so, and takes weights that are other views by a path many times slower."""
         names = ('depthwise', 'depthwise_bias', 'linear1', 'bias1', 'linear2', 'bias2')
-        return self._replace(**{name: getattr(self, name).to(dtype) for name in names})
+        return self._replace(**{name: getattr(self, name).to(dtype).contiguous() for name in names})
 
     def branch_gradients(self, factor: float, of_linear2: torch.Tensor, of_bias2: torch.Tensor) -> tuple:
         """Gradients of linear2, bias2 and gamma from those of the first two before the branch's scale, in place."""

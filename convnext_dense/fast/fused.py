@@ -97,7 +97,7 @@ def takes(x: torch.Tensor, p: Parameters, padding: tuple | str, dtype: torch.dty
         return False
     linears = ((4 * c, c), (4 * c,), (c, 4 * c), (c,))
     shapes = ((c, 1, SIDE, SIDE), (c,), (c,), (c,), *linears, *([] if p.gamma is None else [(c,)]))
-    if padding not in ((SIDE // 2, SIDE // 2), 'same') or not p.depthwise.is_contiguous():
+    if padding not in ((SIDE // 2, SIDE // 2), 'same'):
         return False
     return _fit([t for t in p if t is not None], shapes)
 
@@ -139,13 +139,13 @@ def backward(settings, z, kept, parameters, grad, needed):
     """Gradients of x (none: z's is all of it), of z and of the parameters, None where not `needed`."""
     _, of_z, *of_parameters = needed
     p, channels = parameters, z.shape[-1]
-    # Hooks of saved tensors may have laid them otherwise.
-    z, *kept = (None if t is None else t.contiguous() for t in (z, *kept))
-    found = dict(y=kept[0], hidden=kept[1], grad=grad, grad_y=torch.empty_like(z))
+    z, y, hidden, grad = map(_contiguous, (z, *kept, grad))  # hooks of saved tensors may have laid them otherwise
+    found = dict(y=y, hidden=hidden, grad=grad, grad_y=torch.empty_like(z))
     found['grad_x'] = torch.empty_like(z) if of_z else None
     if any(of_parameters):
         taps = SIDE * SIDE
-        found |= dict(grad_linear1=torch.empty_like(p.linear1), grad_linear2=torch.empty_like(p.linear2))
+        # Not empty_like: the weights may be views.
+        found |= dict(grad_linear1=z.new_empty(p.linear1.shape), grad_linear2=z.new_empty(p.linear2.shape))
         found['sums'] = z.new_empty((4 + 4 + taps) * channels)
     run(_block('backward', settings, z, parameters, **found))
     if not any(of_parameters):
@@ -191,7 +191,7 @@ def patches(settings: Patches, x, weight, bias, norm, norm_bias) -> tuple[torch.
 
 def patches_backward(settings, x, weight, bias, norm, norm_bias, grad, needed):
     """Gradients of all but `settings`, None where not `needed`."""
-    of_parameters, found = needed[1:], dict(grad=grad.contiguous())
+    of_parameters, found = needed[1:], dict(grad=_contiguous(grad))
     if settings.side == 2:  # pixels of odd sizes that no patch covers have none
         x = x.contiguous(memory_format=torch.channels_last)  # hooks of saved tensors may have laid it otherwise
         covered = not any(n % 2 for n in x.shape[2:])
@@ -222,10 +222,10 @@ def _patch_size(weight: torch.Tensor) -> int:
 
 
 def _patches(name, settings, x, weight, vectors, **tensors) -> Call:
-    missing = _patch_size(weight) - weight[0].numel()
-    rows = F.pad(weight.flatten(1), (0, missing)) if missing else weight.flatten(1)
+    missing, rows = _patch_size(weight) - weight[0].numel(), weight.flatten(1)
+    rows = _contiguous(F.pad(rows, (0, missing)) if missing else rows)
     sizes = (len(x), *(n // settings.side for n in x.shape[2:]), x.shape[1], len(weight), settings.side)
-    tensors |= dict(zip(('bias', 'norm', 'norm_bias'), vectors), x=x, weight=rows)
+    tensors |= dict(zip(('bias', 'norm', 'norm_bias'), map(_contiguous, vectors)), x=x, weight=rows)
     integers = (*sizes, torch.get_num_threads(), settings.dtype == torch.bfloat16, *x.stride())
     return Call(name, _Patches(*integers, settings.eps, **_pointers(tensors)), tuple(tensors.values()))
 
@@ -248,7 +248,7 @@ def output(eps: float, x, norm, norm_bias, free: torch.Tensor | None = None) -> 
 def output_backward(eps, x, norm, norm_bias, grad, needed):
     x = x.contiguous(memory_format=torch.channels_last)
     found = dict(grad_x=torch.empty_like(x), sums=x.new_empty(2 * len(norm)))
-    run(_output('output_backward', eps, x, norm=norm, norm_bias=norm_bias, grad=grad.contiguous(), **found))
+    run(_output('output_backward', eps, x, norm=norm, norm_bias=norm_bias, grad=_contiguous(grad), **found))
     all_found = (found['grad_x'], *found['sums'].chunk(2))
     return tuple(t if n else None for t, n in zip(all_found, needed))
 
@@ -260,19 +260,24 @@ def output_plainly(eps, x, norm, norm_bias):
 def _output(name, eps, x, **tensors) -> Call:
     n, channels, height, width = x.shape
     integers = (n, height * width, channels, torch.get_num_threads())
-    tensors['x'] = x
+    tensors |= {name: _contiguous(tensors[name]) for name in ('norm', 'norm_bias')} | dict(x=x)
     return Call(name, _Output(*integers, eps, **_pointers(tensors)), tuple(tensors.values()))
 
 
 def _fit(parameters: Sequence[torch.Tensor | None], shapes: Sequence[tuple[int, ...]]) -> bool:
-    """Whether they are what the kernels take them for."""
+    """Whether they are what the kernels take them for, once they are contiguous."""
     return all(
         type(p) in (nn.Parameter, torch.Tensor)
-        and (p.dtype, p.device.type) == (torch.float32, 'cpu')
+        and (p.dtype, p.device.type, p.layout) == (torch.float32, 'cpu', torch.strided)
         and tuple(p.shape) == shape
-        and (p.is_contiguous() or len(shape) == 4)  # of a stem or downsampling: it is flattened
         for p, shape in zip(parameters, shapes, strict=True)
     )
+
+
+def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor as the kernels read memory: row after row, no sign kept aside. A parameter or a gradient may be any
+    view: sliced, expanded, transposed."""
+    return None if t is None else t.resolve_neg().contiguous()
 
 
 def _pointers(tensors: dict[str, torch.Tensor | None]) -> dict[str, int]:
@@ -281,7 +286,7 @@ def _pointers(tensors: dict[str, torch.Tensor | None]) -> dict[str, int]:
 
 def _block(name, settings, x, parameters, **tensors) -> Call:
     integers = (*x.shape, torch.get_num_threads(), settings.dtype == torch.bfloat16)
-    tensors |= dict(parameters._asdict(), x=x)
+    tensors |= dict(zip(Parameters._fields, map(_contiguous, parameters)), x=x)
     return Call(name, _Block(*integers, settings.eps, settings.factor, **_pointers(tensors)), tuple(tensors.values()))
 
 

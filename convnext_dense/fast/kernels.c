@@ -817,16 +817,14 @@ INLINE int64_t corner_of(const Patches *b, int64_t at) {
     return image * b->of_image + b->side * (h * b->of_row + at % b->width * b->of_pixel);
 }
 
-/* Of the stem: as they lie in the weight, channel by channel. */
+/* Of the stem: as they lie in the weight, channel by channel, of which the 4 x 4 pixels are a vector. */
 static void gather(const Patches *b, const PatchPlan *plan, const float *corner, char *to) {
-    int64_t k = 0;
-    float row[plan->size];
-    for (int64_t c = 0; c < b->channels; c++)
-        for (int64_t v = 0; v < b->side; v++)
-            for (int64_t u = 0; u < b->side; u++)
-                row[k++] = corner[c * b->of_channel + v * b->of_row + u * b->of_pixel];
-    for (; k < plan->size; k++) row[k] = 0;
-    for (k = 0; k < plan->size; k += LANES) put(b->bf16, to, k, load(row + k));
+    for (int64_t c = 0; c < b->channels; c++) {
+        float pixels[LANES];
+        for (int i = 0; i < LANES; i++) pixels[i] = corner[c * b->of_channel + i / 4 * b->of_row + i % 4 * b->of_pixel];
+        put(b->bf16, to, LANES * c, load(pixels));
+    }
+    for (int64_t k = LANES * b->channels; k < plan->size; k += LANES) put(b->bf16, to, k, _mm512_setzero_ps());
 }
 
 /* Of 2 x 2 pixels, each normalised: the four of a channel side by side, as they lie in the weight. */

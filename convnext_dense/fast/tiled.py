@@ -53,7 +53,8 @@ def forward(settings, x, z, parameters, keep=False):
 
 def backward(settings, z, kept, parameters, grad, needed):
     """Gradients of x by the shortcut, of z and of the parameters, None where not `needed`."""
-    y, *hidden = kept
+    # Hooks of saved tensors may have laid them otherwise.
+    y, *hidden = (None if t is None else t.contiguous() for t in kept)
     _, needs_z, *needs_parameters = needed
     p, of_parameters = parameters.cast(settings.dtype), any(needs_parameters)
     y = depthwise(z, p, settings) if y is None else y
@@ -115,7 +116,6 @@ def _depthwise_backward(settings, grad, z, weight, of_input, of_parameters):
 def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, gelu=False) -> torch.Tensor:
     """The Linear that `torch.compile` calls, oneDNN's: F.linear goes to MKL in float32, and in bfloat16 adds the bias
     in a pass of its own."""
-    bias = None if bias is None else bias.contiguous()  # it takes them as such
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, *(('gelu', [], 'none') if gelu else ('none', [], '')))
 
 
