@@ -26,8 +26,8 @@ def read_dumped(text: str) -> Config:
     try:
         statements = ast.parse(text).body
         return Config({_key(statement): _value(statement.value) for statement in statements})
-    except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UsageError(f'the config is not plain data ({error})') from error
+    except (SyntaxError, ValueError, TypeError, AttributeError, KeyError, RecursionError, MemoryError) as error:
+        raise UsageError(f'the config is not plain data ({str(error)[:200] or type(error).__name__})') from error
 
 
 def _key(statement: ast.stmt) -> str:

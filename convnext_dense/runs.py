@@ -28,6 +28,16 @@ from .weights.reading import read
 
 TIMESTAMP = '[0-9]' * 8 + '_' + '[0-9]' * 6  # the folder of one start of a tool
 SCALARS = 'vis_data/scalars.json'
+COUNTS = ('step', 'epoch', 'iter')  # of a record, whole numbers
+MAX_COUNT = 2**53
+# What the parts of a config that are looked into here have to be, where they are there.
+SHAPES = dict.fromkeys(
+    ('train_cfg', 'model', 'optim_wrapper', 'optim_wrapper.optimizer', 'train_dataloader', 'default_hooks',
+     'default_hooks.logger', 'auto_scale_lr', 'model.backbone', 'visualizer'), dict,
+) | dict.fromkeys(
+    ('train_cfg.max_epochs', 'train_cfg.max_iters', 'optim_wrapper.accumulative_counts', 'train_dataloader.batch_size'),
+    int,
+) | {'default_scope': str}  # fmt: skip
 TESTS = 'test'  # the folder in a run's own where tools/test.py works
 
 
@@ -198,19 +208,33 @@ def _read_training(run: Run, start: Path) -> None:
         run.problems.append(lost[0] + (f' and in {len(lost) - 1} records more' if len(lost) > 1 else ''))
 
 
-def read_records(scalars: Path, problems: list[str]) -> Iterator[dict]:
-    """What was logged, line by line; a line that is cut short is said in `problems`."""
+def read_records(scalars: Path, problems: list[str]) -> Iterator[dict[str, float]]:
+    """What was logged, line by line: numbers by their names. Lines that are cut short, and what is no number, are said
+    in `problems`."""
     for i, line in enumerate(read_text(scalars).splitlines(), 1):
         try:
-            yield dict(json.loads(line))
-        except (ValueError, TypeError):
+            record = dict(json.loads(line))
+        except (ValueError, TypeError, RecursionError):
             problems.append(f'log cut short at line {i}')
+            continue
+        numbers = {key: value for key, value in record.items() if _is_number(value, key in COUNTS)}
+        strange = [key for key, value in record.items() if key not in numbers and value is not None]
+        if strange:
+            problems.append(f'{strange[0]!r:.40} is no number at line {i} of the log')
+        yield numbers
+
+
+def _is_number(value: object, counts: bool) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return not counts if isinstance(value, float) else abs(value) < MAX_COUNT
 
 
 def _read_test(run: Run, start: Path) -> list[Test]:
     try:
-        figures = figures_of(json.loads(read_text(start / f'{start.name}.json')))
-    except (ValueError, TypeError, AttributeError):
+        found = json.loads(read_text(start / f'{start.name}.json'))
+        figures = figures_of({key: value for key, value in found.items() if _is_number(value, False)})
+    except (ValueError, TypeError, AttributeError, RecursionError):
         run.problems.append(f'{start.name}.json cut short')
         return []
     config = _read_config(run, start) or Config()
@@ -224,10 +248,26 @@ def _read_config(run: Run, start: Path) -> Config | None:
     """The config of a start of a tool: our test's own, or the one that mmengine keeps beside its pictures."""
     file = next((f for f in (start / 'config.py', start / 'vis_data/config.py') if f.exists()), None)
     try:
-        return file and read_dumped(read_text(file))
+        config = file and read_dumped(read_text(file))
     except UsageError:
         run.problems.append(f'{start.name}: config.py cannot be read')
         return None
+    strange = config and _misshapen(config)
+    if strange:
+        run.problems.append(f'{start.name}: config.py has no {strange} as mmengine writes it')
+        return None
+    return config
+
+
+def _misshapen(config: Config) -> str | None:
+    """The first part of a config that is not of the type that it has in every config of mmengine."""
+    for key, kinds in SHAPES.items():
+        value, parts = config, key.split('.')
+        for part in parts:
+            value = value.get(part) if isinstance(value, (Config, dict)) else None
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            return key
+    return None
 
 
 def _check_last_checkpoint(run: Run) -> None:

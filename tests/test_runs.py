@@ -224,3 +224,42 @@ def test_without_any_run_and_bad_input(run_tool):
     assert process.returncode == 0 and len(process.stdout.splitlines()) == 1 + 26
     one_line_error(run_tool('paper_table.py', 'nowhere'), "'nowhere'")
     one_line_error(run_tool('paper_table.py', '--picture', 'bars.xyz'), 'bars.xyz')
+
+
+STRANGE = {  # config.py and scalars.json of a work dir, what is said of them
+    'a reserved key': ('filename = "x"', '', 'config.py cannot be read'),
+    'a number in the place of a dict': ('train_cfg = 5', '', 'config.py has no train_cfg as mmengine writes it'),
+    'text in the place of a number': ("train_cfg = dict(max_epochs='3')", '', 'has no train_cfg.max_epochs'),
+    'a sign without end': (f'x = {"-" * 200_000}1', '', 'config.py cannot be read'),
+    'lists without end': (f'x = {"[" * 100_000}', '', 'config.py cannot be read'),
+    'text as a loss': ('train_cfg = dict(max_epochs=3)', '{"loss":"x","step":1}', "'loss' is no number at line 1"),
+    'a list as a step': ('train_cfg = dict(max_epochs=3)', '{"loss":1.0,"step":[1]}', "'step' is no number at line 1"),
+    'half a step': ('train_cfg = dict(max_epochs=3)', '{"loss":1.0,"step":0.5}', "'step' is no number at line 1"),
+    'a number of 400 digits': ('train_cfg = dict(max_epochs=3)', f'{{"loss":{"9" * 400}}}', "'loss' is no number"),
+    'nested without end': ('train_cfg = dict(max_epochs=3)', '[' * 100_000, 'log cut short at line 1'),
+}
+
+
+@pytest.mark.parametrize('case', STRANGE)
+def test_what_no_run_writes_is_said(tmp_path, run_tool, case):
+    config, scalars, words = STRANGE[case]
+    start = tmp_path / 'r/20260101_000000/vis_data'
+    start.mkdir(parents=True)
+    (start / 'config.py').write_text(config)
+    (start / 'scalars.json').write_text(f'{scalars}\n{{"loss":1.0,"lr":0.1,"epoch":1,"step":1,"iter":1}}\n')
+    (run,) = read_runs(tmp_path / 'r')
+    assert any(words in problem for problem in run.problems), run.problems
+    assert run.done in (0, 1)
+    for tool in ('paper_table.py', 'plot_run.py'):
+        process = run_tool(tool, 'r')
+        assert process.returncode == 0 and words in process.stdout and 'Traceback' not in process.stderr
+
+
+def test_a_plot_goes_into_a_folder(tmp_path, run_tool):
+    start = tmp_path / 'r/20260101_000000/vis_data'
+    start.mkdir(parents=True)
+    (start / 'scalars.json').write_text('{"loss":1.0,"lr":0.1,"epoch":1,"step":1,"iter":1}\n' * 2)
+    (tmp_path / 'pictures').mkdir()
+    for out in ('pictures', 'pictures/'):
+        assert run_tool('plot_run.py', 'r', '--out', out).stdout.splitlines()[-1] == 'pictures/run.png'
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith('pictures')] == ['pictures']

@@ -20,7 +20,7 @@ def parse_args():
     parser.add_argument(
         '--out',
         metavar='FILE',
-        help='a .png, .pdf or .svg (default: run.png in the work dir, runs.png here for several)',
+        help='a .png, .pdf or .svg, or a folder (default: run.png in the work dir, runs.png here for several)',
     )
     parser.add_argument(
         '--smooth', type=float, default=0.0, metavar='SHARE', help='of the mean before in a smoothed loss, such as 0.9'
@@ -34,7 +34,10 @@ def main():
         if not 0 <= args.smooth < 1:
             raise UsageError(f'--smooth {args.smooth}: give a number from 0 to below 1, such as 0.9')
         curves = read_curves(args.folders)
-        file = args.out or (curves[0].run.folder / 'run.png' if len(curves) == 1 else Path('runs.png'))
+        name = 'run.png' if len(curves) == 1 else 'runs.png'
+        file = args.out or (curves[0].run.folder / name if len(curves) == 1 else name)
+        if Path(file).is_dir():
+            file = Path(file, name)
         file = draw(curves, file, args.smooth)
         for each in curves:
             print('; '.join([f'{each.run.folder}: {progress(each.run)}', *each.run.problems]))
