@@ -282,7 +282,7 @@ def test_folders_that_hold_themselves_end(kind, task, drawn, tmp_path):  # noqa:
 
 
 def test_a_walk_follows_links_in_order_and_a_bounded_number_of_times(tmp_path):
-    tree(tmp_path, 'mine/b/2', 'mine/b/1', 'mine/a/.hidden/3', 'mine/a/4', 'mine/0', 'away/real/5')
+    tree(tmp_path, 'mine/b/2', 'mine/b/1', 'mine/a/.hidden/3', 'mine/a/4', 'mine/0', 'away/real/5', 'away/6')
     (tmp_path / 'mine/c').symlink_to('../away/real')
     (tmp_path / 'mine/d').symlink_to('../away/real')
     root = str(tmp_path / 'mine')

@@ -22,11 +22,11 @@ from mmengine.structures import BaseDataElement
 from torch import nn
 from torch.utils.data import DataLoader
 
-from convnext_dense import ConvNeXt, shapes
-from convnext_dense.commands import PLACES, _safely, set_keep, set_max_bad_images
+from convnext_dense import ConvNeXt, command_line, shapes
+from convnext_dense.commands import PLACES, _safe_loader, set_keep, set_max_bad_images
 from convnext_dense.errors import RunError, UsageError
 from convnext_dense.guarding import cause_of, kept_bytes
-from convnext_dense.running import EpochLoop, ResumableRunner, said
+from convnext_dense.running import EpochLoop, ResumableRunner
 
 SMALL = ('train_dataloader.batch_size=2', 'total_batch=4', 'default_hooks.logger.interval=1')
 
@@ -373,7 +373,7 @@ def test_data_without_a_whole_batch_are_refused(tmp_path):
 def test_a_run_without_a_seed_of_its_own_goes_on_with_the_one_it_drew(tmp_path):
     first = planned_run([1.0] * 8, tmp_path / 'first', seed=None)
     first.train()
-    CheckpointLoader.register_scheme(prefixes=PLACES, loader=_safely, force=True)
+    CheckpointLoader.register_scheme(prefixes=PLACES, loader=_safe_loader({}), force=True)
     twice = dict(by_epoch=True, max_epochs=2)
     path = str(tmp_path / 'first/epoch_1.pth')
     again = planned_run([1.0] * 8, tmp_path / 'again', train_cfg=twice, seed=None, load_from=path)
@@ -455,4 +455,4 @@ def test_one_line_of_an_error_out_of_a_worker():
         'Caught UnreadableImage in DataLoader worker process 0.\nOriginal Traceback\n'
         'convnext_dense.errors.UnreadableImage: /data/1.png: an empty file\n'
     )
-    assert said(error) == '/data/1.png: an empty file'
+    assert command_line.last_line(error) == '/data/1.png: an empty file'
