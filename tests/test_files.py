@@ -351,12 +351,15 @@ def grey_png(path, width, height):
     Path(path).write_bytes(png(width, height, data))
 
 
-def test_images_of_a_billion_pixels_are_judged_by_their_header(tmp_path):
+def test_images_of_a_billion_pixels_are_judged_by_their_header(tmp_path, monkeypatch):
     """And those of Pillow's limit are still read."""
     width = 32767
     for function in (look, look_at_labels):
         grey_png(tmp_path / 'huge.png', width, width)
         assert limited(function, str(tmp_path / 'huge.png'), gigabytes=0.5).problem.endswith(' too large')
+        with monkeypatch.context() as patch:
+            patch.setattr(Image, 'MAX_IMAGE_PIXELS', None)  # as some libraries do
+            assert limited(function, str(tmp_path / 'huge.png'), gigabytes=0.5).problem.endswith(' too large')
         grey_png(tmp_path / 'large.png', 16384, MAX_PIXELS // 16384)
         found = limited(function, str(tmp_path / 'large.png'), gigabytes=2.5)
         assert (found.width, found.height, found.problem) == (16384, MAX_PIXELS // 16384, None)

@@ -80,6 +80,8 @@ def _seen(data: bytes) -> Seen:
         return Seen(problem='image too large')
     except Exception:  # a broken file can fail in any way
         return Seen(problem='image cut short')
+    if size[0] * size[1] > MAX_PIXELS:  # whatever Pillow's limit is set to
+        return Seen(problem='image too large')
     with _one_at_a_time(size[0] * size[1] > LARGE_PIXELS):
         return _decoded_by_both(data, image)
 
@@ -135,6 +137,8 @@ def look_at_labels(path: str) -> Labels:
 
 def _labels(file: BinaryIO) -> Labels:
     with Image.open(file, formats=FORMATS) as image, _one_at_a_time(image.width * image.height > LARGE_PIXELS):
+        if image.width * image.height > MAX_PIXELS:  # whatever Pillow's limit is set to
+            return Labels(problem='label map too large')
         if _is_lossy(image, file):
             return Labels(problem='label map in a lossy file')
         labels, palette = np.asarray(image).squeeze(), image.mode == 'P'
