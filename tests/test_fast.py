@@ -656,6 +656,7 @@ def changed(model, how):
     return model
 
 
+@pytest.mark.filterwarnings('ignore:Using a non-full backward hook')
 @pytest.mark.parametrize(
     'how',
     [

@@ -1,10 +1,19 @@
-"""What the kernels read and write: views of any kind against the reference implementation."""
+"""What the kernels read and write: views of any kind against the reference implementation, and all kernels under
+AddressSanitizer and UndefinedBehaviorSanitizer.
 
+As a script this file is the process that the sanitizers watch.
+"""
+
+import ast
 import copy
+import hashlib
 import os
+import random
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +22,7 @@ import torch
 from torch import nn
 
 from convnext_dense import ConvNeXt, fast
-from convnext_dense.backbone import Block
+from convnext_dense.backbone import Block, Downsample, OutputNorm, Patchify, Stem
 from convnext_dense.fast import fused, tiled
 
 pytestmark = pytest.mark.skipif(torch.float32 not in tiled.dtypes(), reason='this machine has no fast form')
@@ -189,6 +198,7 @@ def test_gradients_of_several_at_once_are_those_of_each(widths):
         torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.filterwarnings('ignore:Sparse CSR')
 @pytest.mark.parametrize('channels', [32, 40])
 def test_other_layouts_and_dtypes_go_as_in_the_reference(channels):
     torch.manual_seed(0)
@@ -258,3 +268,128 @@ def test_fewer_threads_than_asked_for_compute_the_same():
         found = torch.load(file.name)
     for f, e in zip(found, passed(made((32, 64)), torch.ones(2, 4, 67, 90)), strict=True):
         torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-3)
+
+
+def build_with_sanitizers(folder: Path) -> None:
+    """Compile the kernels of `fused` into a folder, by setup.py's flags and those of the sanitizers; on x86-64 only."""
+    statements = ast.parse(Path(__file__).parents[1].joinpath('setup.py').read_text()).body
+    flags = next(s.value for s in statements if isinstance(s, ast.Assign) and s.targets[0].id == 'KERNEL_FLAGS')
+    flags = eval(compile(ast.Expression(flags), 'setup.py', 'eval'))
+    sanitizers = ['-fsanitize=address,undefined', '-fno-omit-frame-pointer']
+    source = shutil.copy(fused.SOURCE, folder)
+    define = f'-DSOURCE="{hashlib.sha256(fused.SOURCE.read_bytes()).hexdigest()[:16]}"'
+    compiled = folder / 'kernels.o'
+    for command in (
+        [*flags, *sanitizers, '-Werror=vla', '-g1', '-fPIC', define, '-c', source, '-o', compiled],
+        [*sanitizers, '-shared', compiled, '-o', folder / f'kernels{fused.EXTENSION_SUFFIXES[0]}', '-lm'],
+    ):
+        subprocess.run(['gcc', *command], check=True, capture_output=True, text=True)
+
+
+@needs_kernels
+@pytest.mark.slow
+def test_the_sanitizers_find_nothing(tmp_path):
+    """Some minutes, of which compiling takes two."""
+    if not shutil.which('gcc'):
+        pytest.skip('gcc is not installed')
+    libasan = subprocess.run(['gcc', '-print-file-name=libasan.so'], capture_output=True, text=True).stdout.strip()
+    if not Path(libasan).is_absolute():
+        pytest.skip("gcc's libasan is not installed")
+    build_with_sanitizers(tmp_path)
+    # libstdc++ before torch, whose exceptions the sanitizer wants to see.
+    libraries = f'{libasan} libstdc++.so.6'
+    settings = dict(LD_PRELOAD=libraries, ASAN_OPTIONS='detect_leaks=0', UBSAN_OPTIONS='print_stacktrace=1')
+
+    def run(*args):
+        command = [sys.executable, __file__, str(tmp_path), *args]
+        return subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
+
+    assert 'AddressSanitizer: heap-' in run('overrun').stderr  # it does look
+    result = run('cases', '1500')
+    assert result.returncode == 0 and 'runtime error' not in result.stderr, result.stderr[-5000:]
+    calls = ast.literal_eval(result.stdout)
+    assert min(calls[name] for name in (*fused.WITH_WORK, 'output')) > 100
+
+
+def under_sanitizers(folder: str, what: str, n: str = '0') -> None:
+    fused._library.cache_clear()
+    fused.dtypes.cache_clear()
+    fused.SOURCE = Path(folder, 'kernels.c')
+    assert Path(fused._library()._name).parent == Path(folder)
+    fused._work = exact_work
+    if what == 'overrun':
+        fused._contiguous = lambda t: t
+        replaced(made((32, 64)), 'downsample_layers.1.1.weight', 'expanded rows')(torch.ones(1, 4, 16, 16))
+    calls, run = Counter(), fused.run
+    fused.run = lambda *some: (calls.update(call.name for call in some), run(*some))[1]
+    for seed in range(int(n)):
+        run_case(random.Random(seed))
+    print(dict(calls))
+
+
+def exact_work(size: int) -> int:
+    """Working memory that ends where the kernels say, not where those before them wanted more."""
+    fused._own.work = torch.empty(size, dtype=torch.uint8)
+    return fused._own.work.data_ptr()
+
+
+def run_case(r: random.Random) -> None:
+    """One of the kernels, or a small model, of any size, forward and backward, on views of any kind."""
+    torch.manual_seed(r.random())
+    torch.set_num_threads(r.randint(1, 5))
+    c, others = (32 * r.randint(1, 12) for _ in range(2))
+    in_channels = r.choice([*range(1, 14), 100, 257])
+    low, module = r.choice(
+        [
+            (1, lambda: Block(c, 7, r.choice([0.0, 0.5]), 1.0)),
+            (1, lambda: OutputNorm(c)),
+            (2, lambda: Downsample(c, others)),
+            (4, lambda: Stem(in_channels, c)),
+            (8, lambda: made((c, others), in_channels, drop_path_rate=r.choice([0.0, 0.5]))),
+        ]
+    )
+    module = module()
+    if isinstance(module, Patchify):
+        module.before_layer_scale = True
+    channels = in_channels if low >= 4 else c
+    n, *sides = r.randint(1, 3), *(r.choice([r.randint(1, 9), r.randint(1, 70)]) for _ in range(2))
+    sides = [max(low, side * (4 if low == 4 else 1)) for side in sides]
+    if n * sides[0] * sides[1] * c * c > 3e8:  # seconds
+        sides[1] = max(low, sides[1] // 10)
+    for part in module.modules():
+        if isinstance(part, Block):
+            part.with_cp = r.choice([False, 'mlp', True])
+    trained = r.choice([0.0, 0.5, 1.0])
+    for name, _ in [*module.named_parameters()]:
+        if r.random() < 0.3:
+            replace(module, name, r.choice([*VIEWS]))
+        module.get_parameter(name).requires_grad_(r.random() < trained)
+    # Not of equal channels, of which a LayerNorm makes nothing but rounding errors: it magnifies these a thousandfold.
+    view = r.choice([view for name, view in VIEWS.items() if name not in ('expanded channels', 'one value')])
+    x = view(torch.randn(n, channels, *sides))
+    if isinstance(module, (OutputNorm, Downsample)):  # as they come out of blocks
+        x = x.contiguous(memory_format=torch.channels_last)
+    x.requires_grad_(low < 4 and r.random() < 0.5)
+    seed, bfloat16 = r.randint(0, 1000), r.random() < 0.5
+
+    def output(module=module, x=x):
+        torch.manual_seed(seed)
+        with torch.autocast('cpu', torch.bfloat16, enabled=bfloat16 and x.dtype == torch.float32):
+            out = module(x)
+        return [out] if isinstance(out, torch.Tensor) else [*out]
+
+    with torch.no_grad():
+        alone = output()
+        with fast.plainly():
+            expected, true = output(), output(copy.deepcopy(module).double(), x.double())
+    maps = output()
+    for out in (alone, maps):
+        for f, e, t in zip(out, expected, true, strict=True):
+            assert (f - t).norm() <= 10 * (e - t).norm() + 3e-3 * t.norm(), (module, x.shape)
+    if maps[-1].requires_grad:
+        view = r.choice([*VIEWS.values()])
+        torch.autograd.backward(maps, [view(torch.randn_like(m)) for m in maps])
+
+
+if __name__ == '__main__':
+    under_sanitizers(*sys.argv[1:])

@@ -66,6 +66,29 @@ INLINE float sum(vec v) { return _mm512_reduce_add_ps(v); }
 
 INLINE void add_to(float *p, vec v) { store(p, _mm512_add_ps(load(p), v)); }
 
+/* The lanes of a mask alone are touched, zeros are loaded for the others. */
+#ifndef __SANITIZE_ADDRESS__
+INLINE vec load_lanes(__mmask16 mask, const void *p) { return _mm512_maskz_loadu_ps(mask, p); }
+INLINE void store_lanes(__mmask16 mask, void *p, vec v) { _mm512_mask_storeu_ps(p, mask, v); }
+#else /* AddressSanitizer does not see masked instructions: there lane by lane. */
+INLINE vec load_lanes(__mmask16 mask, const float *p) {
+    float lanes[LANES] = {0};
+    for (int i = 0; i < LANES; i++)
+        if (mask >> i & 1) lanes[i] = p[i];
+    return load(lanes);
+}
+INLINE void store_lanes(__mmask16 mask, float *p, vec v) {
+    float lanes[LANES];
+    store(lanes, v);
+    for (int i = 0; i < LANES; i++)
+        if (mask >> i & 1) p[i] = lanes[i];
+}
+#endif
+
+/* `n` floats from `p`, perhaps beyond the map that p points into, where nothing is loaded: an address, since to compute
+   such a pointer is undefined. */
+INLINE uintptr_t address(const float *p, int64_t n) { return (uintptr_t)p + sizeof(float) * (uintptr_t)n; }
+
 /* Elements: float or bfloat16. */
 INLINE int size_of(const int bf16) { return bf16 ? 2 : 4; }
 
@@ -202,7 +225,7 @@ typedef struct {
 /* Rows of `a` by a panel of WIDE columns: a[i][k] at i * row + k * step bytes, b[k] the next WIDE words. */
 INLINE void product(const int bf16, const int rows, const char *a, int64_t row, int64_t step, const word *b, int64_t k,
                     vec acc[TALL][2]) {
-    const char *a7 = a + 7 * row; /* two bases, so that few registers address all rows */
+    const char *a7 = rows > 7 ? a + 7 * row : a; /* two bases, so that few registers address all rows */
     UNROLL for (int i = 0; i < rows; i++) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
     for (; k > 0; k--, b += WIDE, a += step, a7 += step) {
         vec b0 = load(b), b1 = load(b + LANES);
@@ -386,10 +409,10 @@ INLINE void convolve(const int n, const Block *b, const float *image, int64_t h,
     UNROLL for (int i = 0; i < n + 2 * HALO; i++) there[i] = inside(x + i - HALO, b->width);
     UNROLL for (int j = 0; j < n; j++) acc[j] = start;
     for (int64_t v = most(0, HALO - h); v < least(SIDE, b->height + HALO - h); v++) {
-        const float *row = image + ((h + v - HALO) * b->width + x - HALO) * c;
+        uintptr_t row = address(image, ((h + v - HALO) * b->width + x - HALO) * c);
         UNROLL for (int u = 0; u < SIDE; u++) tap[u] = load(taps + (v * SIDE + u) * c);
-        UNROLL for (int i = 0; i < n + 2 * HALO; i++, row += c) {
-            vec in = _mm512_maskz_loadu_ps(there[i], row);
+        UNROLL for (int i = 0; i < n + 2 * HALO; i++, row += sizeof(float) * c) {
+            vec in = load_lanes(there[i], (const float *)row);
             UNROLL for (int u = 0; u < SIDE; u++)
                 if (i - u >= 0 && i - u < n) acc[i - u] = _mm512_fmadd_ps(in, tap[u], acc[i - u]);
         }
@@ -422,16 +445,17 @@ static void depthwise(const Block *b, const float *map, const float *taps, const
 
 /* Gradients of the taps of 16 channels from row h of an image, added to `sums`, TAPS x C. */
 static void tap_gradients(const Block *b, const float *image, const float *grad, int64_t h, float *sums) {
-    int64_t c = b->channels;
+    int64_t c = b->channels, line = sizeof(float) * c;
     for (int64_t v = most(0, HALO - h); v < least(SIDE, b->height + HALO - h); v++) {
-        const float *row = image + ((h + v - HALO) * b->width - HALO) * c, *g_row = grad + h * b->width * c;
+        uintptr_t row = address(image, ((h + v - HALO) * b->width - HALO) * c), g_row = address(grad, h * b->width * c);
         vec acc[SIDE];
         UNROLL for (int u = 0; u < SIDE; u++) acc[u] = load(sums + (v * SIDE + u) * c);
-        for (int64_t x = 0; x < b->width; x += 8, row += 8 * c, g_row += 8 * c) {
+        for (int64_t x = 0; x < b->width; x += 8, row += 8 * line, g_row += 8 * line) {
             vec g[8];
-            UNROLL for (int j = 0; j < 8; j++) g[j] = _mm512_maskz_loadu_ps(inside(x + j, b->width), g_row + j * c);
+            UNROLL for (int j = 0; j < 8; j++)
+                g[j] = load_lanes(inside(x + j, b->width), (const float *)(g_row + j * line));
             UNROLL for (int i = 0; i < 8 + 2 * HALO; i++) {
-                vec in = _mm512_maskz_loadu_ps(inside(x + i - HALO, b->width), row + i * c);
+                vec in = load_lanes(inside(x + i - HALO, b->width), (const float *)(row + i * line));
                 UNROLL for (int u = 0; u < SIDE; u++)
                     if (i - u >= 0 && i - u < 8) acc[u] = _mm512_fmadd_ps(in, g[i - u], acc[u]);
             }
@@ -654,8 +678,8 @@ static void backward_tile(const Block *b, const Plan *plan, char *scratch, int64
     const word *linear1 = (const word *)(b->work + plan->linear1);
     const word *linear1_back = (const word *)(b->work + plan->linear1_back);
     const word *linear2_back = (const word *)(b->work + plan->linear2_back);
-    word *panels[4];
-    for (int i = 0; i < 4; i++) panels[i] = (word *)(b->work + plan->panels[i]) + offset;
+    word *panels[4] = {0};
+    for (int i = 0; i < 4 && of_weights; i++) panels[i] = (word *)(b->work + plan->panels[i]) + offset;
 
     if (b->y) {
         for (int64_t i = 0; i < rows; i++)
@@ -666,7 +690,7 @@ static void backward_tile(const Block *b, const Plan *plan, char *scratch, int64
     }
     normalise_rows(b, plan, y, rows, n, of_rows);
     if (of_weights) to_panels(bf16, n, plan->thin, rows, c, panels[0], stride);
-    take_gradient(b, plan, first, rows, g, of_weights ? panels[1] : 0, stride, s.bias2);
+    take_gradient(b, plan, first, rows, g, panels[1], stride, s.bias2);
     for (int64_t column = 0; column < 4 * c; column += CHUNK) {
         int64_t columns = least(CHUNK, 4 * c - column), k = bf16 ? columns / 2 : columns;
         if (b->hidden) {
@@ -1007,7 +1031,7 @@ static void output_tile(const Output *b, int64_t image, int64_t first, int rows)
         }
         transpose(r);
         float *to = b->out + (image * c + k) * b->area + first;
-        for (int i = 0; i < LANES; i++) _mm512_mask_storeu_ps(to + i * b->area, (1u << rows) - 1, (vec)r[i]);
+        for (int i = 0; i < LANES; i++) store_lanes((1u << rows) - 1, to + i * b->area, (vec)r[i]);
     }
 }
 
@@ -1026,7 +1050,7 @@ static void output_backward_tile(const Output *b, int64_t image, int64_t first, 
     for (int64_t k = 0; k < c; k += LANES) {
         __m512i r[LANES];
         const float *from = b->grad + (image * c + k) * b->area + first;
-        for (int i = 0; i < LANES; i++) r[i] = (__m512i)_mm512_maskz_loadu_ps((1u << rows) - 1, from + i * b->area);
+        for (int i = 0; i < LANES; i++) r[i] = (__m512i)load_lanes((1u << rows) - 1, from + i * b->area);
         transpose(r);
         for (int i = 0; i < LANES; i++) store(scratch + i * c + k, (vec)r[i]);
     }
