@@ -31,7 +31,7 @@ from .running import ResumableRunner
 from .runs import TIMESTAMP
 from .saving import LAST, hold
 from .weights.loading import PretrainedConvNeXt, check_same, match, model_weights, source_of
-from .weights.reading import read
+from .weights.reading import forget, read
 from .weights.zoo import URLS, fetch, is_url, locate
 
 # All from which mmengine loads checkpoints: what our loader does not find there is an error.
@@ -433,6 +433,7 @@ def _safe_loader(whole: Mapping[str, nn.Module]) -> Callable[..., dict]:
         if filename.startswith('torchvision://'):
             filename = get_torchvision_models()[filename.removeprefix('torchvision://')]
         content = read(local_checkpoint(filename), mapped=False)
+        forget()  # from here on the run has its own
         if filename in whole:
             content['state_dict'] = model_weights(content, filename, whole[filename])
         if isinstance(content.get('meta'), dict):

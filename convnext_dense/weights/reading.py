@@ -1,5 +1,6 @@
 """Checkpoint files -> what they hold, without running any code from them."""
 
+import copy
 import json
 import os
 import re
@@ -35,24 +36,49 @@ STRANGERS = {
 }
 
 
+_last: dict[str, object] = {}  # the checkpoint that was read last, which a run asks for several times
+
+
 def read(file: str | Path, mapped: bool = True) -> dict:
-    """What a checkpoint file (.pth and the like, .safetensors, or the index of sharded .safetensors) holds.
+    """What a checkpoint file (.pth and the like, .safetensors, or the index of sharded .safetensors) holds. The last
+    one that was read is kept: who asks for it again, before `forget`, gets the same, which is not to be changed.
 
     Args:
-        mapped: leave tensors on disk until they are used; not for those that stay in use when the file may be written
-            again.
+        mapped: leave tensors on disk until they are used; False gives a copy of one's own, which stays as it is when
+            the file is written again.
 
     Raises:
         UsageError: it is no checkpoint, is damaged, or would have to run code.
     """
-    file = Path(file)
+    state = _state(file)
+    if state is None or _last.get('state') != state:
+        _last.update(content=_read(Path(file)), state=state)
+    return _last['content'] if mapped else copy.deepcopy(_last['content'])
+
+
+def forget() -> None:
+    """Let go of the checkpoint that was read last."""
+    _last.clear()
+
+
+def _state(file: str | Path) -> tuple | None:
+    """What tells a file from another one, and from itself when it is written again; None for shards, which are many."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    of_many = str(file).endswith(INDEX)
+    return None if of_many else (os.path.abspath(file), found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _read(file: Path) -> dict:
     if file.exists() and not stat.S_ISREG(os.stat(file).st_mode) and not file.is_dir():
         raise UsageError(f'{file} is no regular file: give the file of a checkpoint')
     stranger = _stranger(file)
     if stranger:
         raise UsageError(f'{file} is {stranger}')
     try:
-        content = _read_shards(file) if file.name.endswith(INDEX) else _read_one(file, mapped)
+        content = _read_shards(file) if file.name.endswith(INDEX) else _read_one(file)
     except UsageError:
         raise
     except Exception as error:  # a damaged file can end a reader in any way
@@ -93,7 +119,7 @@ def _stranger(file: Path) -> str | None:
     return next((name for magic, name in STRANGERS.items() if start.lstrip().startswith(magic)), None)
 
 
-def _read_one(file: Path, mapped: bool = True) -> dict:
+def _read_one(file: Path) -> dict:
     with open(file, 'rb') as f:
         start = f.read(32)
     if _is_safetensors(start):
@@ -105,7 +131,7 @@ def _read_one(file: Path, mapped: bool = True) -> dict:
                 f'its header should have {header:,} bytes, the file has {size:,}, the limit is {MAX_TEXT:,}'
             )
         return load_file(file)
-    return torch_files.load(file, mapped)
+    return torch_files.load(file)
 
 
 def _read_shards(index: Path) -> dict:

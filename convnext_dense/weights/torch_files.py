@@ -23,11 +23,9 @@ PICKLE = (
 MAX_RATIO, MAX_UNPACKED = 20, 2**28  # compressed entries may unpack to so many times the file's size, or so many bytes
 
 
-def load(file: Path, mapped: bool) -> object:
-    """The content of a file of `torch.save`, tensors on the CPU.
-
-    Args:
-        mapped: leave the tensors on the disk until they are used, where they lie uncompressed and aligned.
+def load(file: Path) -> object:
+    """The content of a file of `torch.save`, tensors on the CPU. They stay on the disk until they are used where they
+    lie uncompressed and aligned.
 
     Raises:
         UnsafeCheckpoint: it asks for what no weights need, or contradicts itself.
@@ -35,10 +33,10 @@ def load(file: Path, mapped: bool) -> object:
     """
     with open(file, 'rb') as f:
         memory = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    return (_load_zip if memory[:4] == ZIP else _load_legacy)(file, memory, mapped)
+    return (_load_zip if memory[:4] == ZIP else _load_legacy)(file, memory)
 
 
-def _load_zip(file: Path, memory: mmap.mmap, mapped: bool) -> object:
+def _load_zip(file: Path, memory: mmap.mmap) -> object:
     with zipfile.ZipFile(file) as archive:
         entries = _checked_entries(archive, memory)
         root = _root_of(entries)
@@ -54,10 +52,10 @@ def _load_zip(file: Path, memory: mmap.mmap, mapped: bool) -> object:
             if key not in storages:
                 if entry.compress_type == zipfile.ZIP_STORED:
                     start = _start_of(memory, entry)
-                    storages[key] = _storage(memory, start, entry.file_size, mapped, kind.dtype)
+                    storages[key] = _storage(memory, start, entry.file_size, kind.dtype)
                 else:
                     packed = bytearray(archive.read(entry))
-                    storages[key] = _storage(packed, 0, len(packed), True, kind.dtype)
+                    storages[key] = _storage(packed, 0, len(packed), kind.dtype)
                 if swap:
                     _swap(storages[key], kind.dtype)
             return Storage(kind.dtype, storages[key])
@@ -127,7 +125,7 @@ class Place(NamedTuple):
     dtype: torch.dtype
 
 
-def _load_legacy(file: Path, memory: mmap.mmap, mapped: bool) -> object:
+def _load_legacy(file: Path, memory: mmap.mmap) -> object:
     def pickled(find: Callable[..., Storage] | None = None) -> object:
         return Unpickler(memory, find or _no_storage).load()
 
@@ -153,7 +151,7 @@ def _load_legacy(file: Path, memory: mmap.mmap, mapped: bool) -> object:
         if numel != place.numel or kind.dtype != place.dtype:
             raise UnsafeCheckpoint(f'its storage {key} is described in two ways')
         if key not in storages:
-            storages[key] = _storage(memory, place.start, numel * size, mapped, kind.dtype)
+            storages[key] = _storage(memory, place.start, numel * size, kind.dtype)
             if swap:
                 _swap(storages[key], kind.dtype)
         if view is None:
@@ -187,14 +185,12 @@ def _no_storage(*_) -> Storage:
     raise UnsafeCheckpoint('it has a storage where none is due')
 
 
-def _storage(
-    memory: mmap.mmap | bytearray, start: int, size: int, mapped: bool, dtype: torch.dtype
-) -> torch.UntypedStorage:
-    """`size` bytes from `start` on: themselves where they can stay where they are, else a copy."""
+def _storage(memory: mmap.mmap | bytearray, start: int, size: int, dtype: torch.dtype) -> torch.UntypedStorage:
+    """`size` bytes from `start` on: themselves where values are aligned there, else a copy."""
     if not size:
         return torch.UntypedStorage(0)
     there = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=start)
-    return (there if mapped and start % dtype.itemsize == 0 else there.clone()).untyped_storage()
+    return (there if start % dtype.itemsize == 0 else there.clone()).untyped_storage()
 
 
 def _swap(storage: torch.UntypedStorage, dtype: torch.dtype) -> None:
