@@ -5,8 +5,10 @@ import copy
 import math
 import re
 import signal
+import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from contextlib import suppress
 
 import torch
@@ -14,6 +16,7 @@ from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import EMAHook, Hook
 
 from .backbone import ConvNeXt
+from .command_line import LIBRARIES, last_line
 from .errors import RunError, Stopped
 from .sampling import images_in, seed_all
 from .saving import WholeCheckpointHook, updates_now
@@ -28,6 +31,7 @@ ZERO_CAUSES = (
 GONE = 'another process of the run is gone'
 READER = r'(?:DataLoader worker \(pid.*?\)|Pin memory thread) (exited unexpectedly|is killed by signal: \w+)'
 LOST = 'Connection closed by peer|Connection reset by peer|Broken pipe|Socket Timeout|Timed out waiting|Socket closed'
+DROPPED = (ConnectionError, TimeoutError)
 CAUSES = (
     'a learning rate that is too high (now {lr:.3g}), half precision (--amp-dtype bfloat16 or float32), '
     'broken boxes or labels (tools/check_data.py)'
@@ -249,9 +253,33 @@ def cause_of(error: Exception, model: torch.nn.Module | None = None, shape: tupl
             f'a process that reads data was ended from outside ({sign}), most often for want of memory: '
             'fewer train_dataloader.num_workers, more shared memory (/dev/shm), or more memory for the job'
         )
-    if isinstance(error, torch.distributed.DistError) or re.search(LOST, text):
+    # No OSError comes from another process of the run: torch has errors of its own.
+    of_run = isinstance(error, torch.distributed.DistError) or re.search(LOST, text)
+    if get_world_size() > 1 and of_run and not isinstance(error, OSError):
         return GONE
-    return None
+    lost = next((e for e in _behind(error) if isinstance(e, DROPPED) or re.search(LOST, str(e))), None)
+    if lost is None:
+        return None
+    whose = next((f' of {package}' for package in _packages(error) if package not in LIBRARIES), '')
+    return (
+        f'a connection{whose} was lost ({type(lost).__name__}: {last_line(lost)}): see whether what it leads to is '
+        'there; --resume goes on from the last checkpoint, --debug shows the traceback'
+    )
+
+
+def _behind(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, the one that it came of, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _packages(error: BaseException) -> Iterator[str]:
+    """Whose code an error passed through, from the outermost call on, without Python's own."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        package = (frame.f_globals.get('__name__') or '').split('.')[0]
+        if package not in sys.stdlib_module_names:
+            yield package
 
 
 def _while_reading(error: Exception) -> bool:

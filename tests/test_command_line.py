@@ -133,6 +133,21 @@ def test_a_bug_in_a_module_of_the_users_keeps_its_traceback(run_tool, tmp_path, 
     assert process.stderr.splitlines()[-1].startswith(kind), process.stderr[-500:]
 
 
+def test_a_lost_connection_is_said_with_the_traceback_under_debug(run_tool, tmp_path, data):
+    lost = "raise TimeoutError(110, 'Connection timed out')"
+    (tmp_path / 'mine.py').write_text(MINE['when it runs'][0].replace("runner + 'text'", lost))
+    (tmp_path / 'c.py').write_text(f"_base_ = '{DEMO}'\n{IMPORTS}custom_hooks = [dict(type='Mine')]\n")
+    for more in ((), ('--debug',)):
+        process = run_tool(
+            *('train.py', 'c.py', '--work-dir', f'run{len(more)}', *more, '--cfg-options', *QUICK),
+            **dict(SHAPES_ROOT=data, PYTHONPATH=tmp_path),
+        )
+        assert process.returncode == 1
+        words = 'error: a connection of mine was lost (TimeoutError: [Errno 110] Connection timed out)'
+        assert process.stderr.splitlines()[-1].startswith(words), process.stderr[-3000:]
+        assert ('Traceback' in process.stderr) == bool(more)
+
+
 def test_a_wrong_argument_of_a_users_class_is_bad_input(run_tool, tmp_path, data):
     (tmp_path / 'mine.py').write_text(MINE['when it is built'][0].replace('self)', 'self, pace=1)'))
     (tmp_path / 'c.py').write_text(f"_base_ = '{DEMO}'\n{IMPORTS}custom_hooks = [dict(type='Mine', speed=3)]\n")
