@@ -62,6 +62,9 @@ class Options(DictAction):
         wrong = next((value for value in values if not value.partition('=')[0].strip('+') or '=' not in value), None)
         if wrong is not None:
             parser.error(f"{option_string} '{wrong}': give KEY=VALUE, such as train_cfg.max_epochs=12")
+        wrong = next((value for value in values if value.partition('=')[2].lstrip('[( ')[:1] == '{'), None)
+        if wrong is not None:  # to mmengine they are text
+            parser.error(f'{option_string} {wrong}: dicts have no form here: give KEY.SUBKEY=VALUE, or a config file')
         try:
             super().__call__(parser, namespace, values, option_string)
         except AssertionError as error:  # brackets that do not match

@@ -214,3 +214,5 @@ def test_the_tools_refuse_it(run_tool):
             one_line_error(process, 'modle.backbone.arch', 'perhaps model.backbone.arch')
         process = run_tool(tool, config, *more, '--cfg-options', 'train_cfg.max_epochs=[(1,2]')
         assert process.returncode == 2 and 'Imbalanced brackets' in process.stderr.splitlines()[-1]
+        process = run_tool(tool, config, *more, '--cfg-options', "custom_hooks=[{'type': 'EmptyCacheHook'}]")
+        assert process.returncode == 2 and 'dicts have no form here' in process.stderr.splitlines()[-1]
