@@ -18,6 +18,7 @@ from mmengine.runner import CheckpointLoader, Runner
 from mmengine.runner.checkpoint import get_torchvision_models
 from torch import nn
 
+from . import fast
 from .backbone import ConvNeXt
 from .command_line import Parser, config_path, is_users_bug, keep_output
 from .config_types import class_of, is_type, short_name
@@ -417,6 +418,8 @@ def build_runner(config: Config, checkpoint: str | None = None) -> Runner:
             raise
         raise UsageError(f'the config cannot be built: {_first_line(error)}') from error
     model = _unwrapped(runner.model)
+    if get_device() == 'cpu' and any(isinstance(module, ConvNeXt) for module in model.modules()):
+        runner.logger.info(f'ConvNeXt on this CPU: {fast.described()}')
     if file:
         whole[file] = model
         backbones = tuple(f'{name}.' for name, module in model.named_modules() if isinstance(module, ConvNeXt))

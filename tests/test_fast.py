@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -410,12 +411,13 @@ def test_kernels_of_another_source_or_that_do_not_load_are_left_unused_and_said(
     if not fused.dtypes():
         pytest.skip('the kernels are not for this machine, or not compiled')
     monkeypatch.setattr(fused, 'source_hash', lambda: 'of another')
-    with pytest.warns(UserWarning, match='another kernels.c.*Install convnext_dense again'):
+    with pytest.warns(UserWarning, match='another kernels.c.*Install it again'):
         assert fused._library.__wrapped__() is None
     monkeypatch.setattr(fused, 'SOURCE', tmp_path / 'kernels.c')
-    assert fused._library.__wrapped__() is None
+    with pytest.warns(UserWarning, match='were not compiled when convnext_dense was installed; .* slower'):
+        assert fused._library.__wrapped__() is None
     tmp_path.joinpath('kernels' + fused.EXTENSION_SUFFIXES[0]).write_bytes(b'no library')
-    with pytest.warns(UserWarning, match='left unused, which is slower'):
+    with pytest.warns(UserWarning, match='left unused: .* slower'):
         assert fused._library.__wrapped__() is None
 
 
@@ -724,9 +726,34 @@ def test_what_has_no_fast_form_goes_the_plain_way(image, dtype, runs):
     assert not any(runs)
 
 
-def test_v2_and_machines_without_onednn_go_the_plain_way(runs):
+@pytest.mark.parametrize('onednn', [True, False])
+@pytest.mark.parametrize('compiled', [(), (torch.float32,), (torch.float32, torch.bfloat16)], ids=str)
+def test_what_is_said_to_run_is_what_runs(onednn, compiled, monkeypatch):
+    if not set(compiled) <= set(fused.dtypes()) or torch.bfloat16 not in tiled.dtypes():
+        pytest.skip('not on this machine')
+    monkeypatch.setattr(fused, 'dtypes', lambda: compiled)
+    ran, block, x = [], Block(32, 7, 0.0, 1.0), torch.randn(1, 32, 8, 8)
+    for module in (fused, tiled):
+        monkeypatch.setattr(module, 'forward', partial(lambda f, *a, **k: (ran.append(f), (a[1], []))[1], module))
+    found = {}
+    with torch.backends.mkldnn.flags(enabled=onednn), torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16):
+            ran.clear()
+            with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+                fast.block(block, x)
+            found[str(dtype).removeprefix('torch.')] = ran[0] if ran else None
+        said = fast.described()
+    for form, name in ((fused, 'compiled kernels'), (tiled, 'tiles'), (None, 'the plain form')):
+        dtypes = ', '.join(dtype for dtype, ran in found.items() if ran is form)
+        wanted = bool(dtypes) if form else not onednn and not compiled
+        assert ((f'{name} for {dtypes}' if form else name) in said) == wanted, (said, found)
+    assert ('no compiled kernels (' in said) == (not compiled)
+
+
+def test_v2_and_machines_without_any_form_go_the_plain_way(runs, monkeypatch):
     made(grn=True)(torch.randn(1, 3, 64, 64))
-    with torch.backends.mkldnn.flags(enabled=False):
+    with torch.backends.mkldnn.flags(enabled=False), monkeypatch.context() as patch:
+        patch.setattr(fused, 'dtypes', lambda: ())
         made()(torch.randn(1, 3, 64, 64))
     with torch.autocast('cpu', torch.float16), torch.no_grad():
         made()(torch.randn(1, 3, 64, 64))

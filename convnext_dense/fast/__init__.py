@@ -39,11 +39,12 @@ def plainly() -> Iterator[None]:
 
 
 def described() -> str:
-    """In words, the form that blocks have on this machine's CPU."""
-    names = [', '.join(str(d).removeprefix('torch.') for d in form.dtypes()) for form in (fused, tiled)]
-    if names[0]:
-        return f'compiled kernels for {names[0]}'
-    return f'no compiled kernels ({fused.why_not()}), ' + (f'tiles for {names[1]}' if names[1] else 'the plain form')
+    """In words, the form that blocks have on this machine's CPU, in each dtype that may have a fast one."""
+    compiled = fused.dtypes()
+    forms = {'compiled kernels': compiled, 'tiles': [d for d in tiled.dtypes() if d not in compiled]}
+    names = {form: ', '.join(str(d).removeprefix('torch.') for d in dtypes) for form, dtypes in forms.items()}
+    parts = [f'{form} for {dtypes}' for form, dtypes in names.items() if dtypes] or ['the plain form']
+    return ', '.join(parts if compiled else [f'no compiled kernels ({fused.why_not()})', *parts])
 
 
 def stage(
@@ -224,7 +225,7 @@ def _takes(x: torch.Tensor) -> bool:
         return False
     if _off or _watched():
         return False
-    return {x.dtype, _autocast_dtype() or x.dtype} <= set(tiled.dtypes())
+    return {x.dtype, _autocast_dtype() or x.dtype} <= {*fused.dtypes(), *tiled.dtypes()}
 
 
 def _watched() -> bool:
@@ -271,7 +272,9 @@ def _form(block: nn.Module, x: torch.Tensor) -> tuple:
     if parameters is None or not _fit(parameters, x):
         return None, None, None
     dtype = _autocast_dtype() or x.dtype
-    return fused if fused.takes(x, parameters, block.dwconv.padding, dtype) else tiled, dtype, parameters
+    if fused.takes(x, parameters, block.dwconv.padding, dtype):
+        return fused, dtype, parameters
+    return (tiled, dtype, parameters) if {x.dtype, dtype} <= set(tiled.dtypes()) else (None, None, None)
 
 
 def _parameters(block: nn.Module) -> Parameters | None:

@@ -302,7 +302,10 @@ def dtypes() -> tuple[torch.dtype, ...]:
 
 def why_not() -> str:
     """What keeps this machine from this form; empty where nothing does."""
-    missing = NEEDED - _flags()
+    flags = _flags()
+    if not flags:
+        return 'they are for Linux on x86-64, where /proc/cpuinfo says what the processor has'
+    missing = NEEDED - flags
     if missing:
         return f'this processor has no {", ".join(sorted(missing))}'
     return '' if _library() else 'they were not compiled when convnext_dense was installed, or do not load'
@@ -322,6 +325,7 @@ def _library() -> ctypes.CDLL | None:
     """None where the kernels were not compiled, do not load, or come from another source than the one that is here."""
     file = next((f for suffix in EXTENSION_SUFFIXES if (f := SOURCE.with_name('kernels' + suffix)).exists()), None)
     if file is None:
+        _warn('the kernels were not compiled when convnext_dense was installed')
         return None
     try:
         library = ctypes.CDLL(str(file))
@@ -333,12 +337,13 @@ def _library() -> ctypes.CDLL | None:
         library.convnext_run.argtypes = (ctypes.c_void_p, ctypes.c_int64)
         library.convnext_prepare()
     except (OSError, AttributeError) as error:
-        warnings.warn(
-            f'{file.name} is left unused, which is slower: {error}. Install convnext_dense again, with gcc as compiler',
-            stacklevel=2,
-        )
+        _warn(f'{file.name} is left unused: {error}')
         return None
     return library
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f'{what}; the backbone is slower on this CPU. Install it again, with gcc as compiler', stacklevel=2)
 
 
 def source_hash() -> str:

@@ -1,0 +1,78 @@
+"""The package where less is there than on the machine that it was written on."""
+
+import subprocess
+import sys
+
+import pytest
+
+# Hides modules, files and libraries from all that follows. The hook sees every file that is opened and every library
+# that is loaded.
+HIDING = """
+import os, sys
+
+modules, files = {modules}, {files}
+for module in modules:
+    sys.modules[module] = None
+
+def hide(event, args):
+    if event in ('open', 'ctypes.dlopen') and args[0] is not None:
+        if any(part in os.fspath(args[0]) for part in files if isinstance(args[0], (str, os.PathLike))):
+            raise FileNotFoundError(2, 'hidden', args[0])
+
+sys.addaudithook(hide)
+"""
+FORWARD = """
+import torch
+import convnext_dense
+from convnext_dense import ConvNeXt, fast
+
+torch.manual_seed(0)
+backbone, image = ConvNeXt('atto').eval(), torch.randn(1, 3, 64, 64)
+maps = backbone(image)
+sum(m.sum() for m in maps).backward()
+with torch.no_grad():
+    for m, alone in zip(maps, backbone(image)):
+        torch.testing.assert_close(m, alone)
+    with fast.plainly():
+        for m, plain in zip(maps, backbone(image)):
+            torch.testing.assert_close(m, plain, rtol=1e-4, atol=1e-4)
+assert all(p.grad is not None for p in backbone.parameters())
+print(fast.described())
+"""
+POSIX = ['fcntl', 'resource', 'termios', 'pwd', 'grp', 'syslog']  # modules that Windows has not
+
+
+def without(modules=(), files=(), then=FORWARD) -> subprocess.CompletedProcess:
+    code = HIDING.format(modules=list(modules), files=list(files)) + then
+    return subprocess.run([sys.executable, '-c', code], text=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    'modules, files, said',
+    [
+        (POSIX, (), ''),
+        ((), ('/proc/',), 'no compiled kernels (they are for Linux on x86-64'),
+        ((), ('fast/kernels.',), 'no compiled kernels'),
+        (POSIX, ('/proc/', 'fast/kernels.'), 'no compiled kernels'),
+    ],
+    ids=['fcntl', '/proc', 'kernels', 'all'],
+)
+def test_the_backbone_runs(modules, files, said):
+    process = without(modules, files)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert said in process.stdout
+
+
+def test_weights_are_read_without_locks(tmp_path):
+    then = f"""
+import torch
+from convnext_dense import ConvNeXt, load_backbone
+
+backbone = ConvNeXt('atto')
+weights = {{f'backbone.{{name}}': tensor for name, tensor in backbone.state_dict().items()}}
+torch.save(dict(state_dict=weights), {str(tmp_path / 'x.pth')!r})
+load_backbone(other := ConvNeXt('atto'), {str(tmp_path / 'x.pth')!r})
+assert all(torch.equal(a, b) for a, b in zip(backbone.parameters(), other.parameters()))
+"""
+    process = without(POSIX, ('/proc/', 'fast/kernels.'), then)
+    assert process.returncode == 0, process.stderr[-3000:]
