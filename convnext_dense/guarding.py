@@ -3,6 +3,7 @@ stop it before they reach the weights, and what ends it is said in one line."""
 
 import copy
 import math
+import os
 import re
 import signal
 import sys
@@ -50,7 +51,7 @@ class GuardHook(Hook):
 
     def __init__(self, max_bad_images: float | int = 0.001):
         self.max_bad_images = max_bad_images
-        self.signal, self.shape = None, None
+        self.signal, self.shape, self.launcher = None, None, None
         self.bad_images = {}  # path: why, of all processes
         self.wrong_updates, self.wrong, self.wrong_images = 0, False, []
         self._skipped, self._stop = False, 0
@@ -67,6 +68,7 @@ class GuardHook(Hook):
             self._handle.remove()
 
     def before_train(self, runner) -> None:
+        self.launcher = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
         self._group = runner.cpu_group
         self.allowed = self.max_bad_images
         if self.max_bad_images < 1:
@@ -92,7 +94,7 @@ class GuardHook(Hook):
         self._new = dict(line.rsplit(': ', 1) for line in replaced)
         self._new = {path: why for path, why in self._new.items() if path not in self.bad_images}
         self._stop, any_wrong, self._any_new, nonzero = self._of_all(
-            self.signal or 0, wrong or self._skipped, len(self._new), loss != 0
+            self._asked(), wrong or self._skipped, len(self._new), loss != 0
         )
         self._nonzero = self._nonzero or bool(nonzero)
         if wrong:
@@ -116,7 +118,7 @@ class GuardHook(Hook):
         self._shared = min(self._together(len(runner.val_dataloader)))  # processes may have one batch more or less
 
     def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        if batch_idx < self._shared and self._of_all(self.signal or 0)[0]:
+        if batch_idx < self._shared and self._of_all(self._asked())[0]:
             for hook in runner.hooks:
                 if isinstance(hook, EMAHook):  # it lends the model its averages while that is evaluated
                     hook.after_val_epoch(runner)
@@ -126,6 +128,12 @@ class GuardHook(Hook):
         if self.signal == signal.SIGINT == number:
             raise KeyboardInterrupt  # asked twice: at once
         self.signal = number
+
+    def _asked(self) -> int:
+        """The signal that asks this process to stop, 0 without one; as of its terminal where torchrun itself is gone,
+        which would have ended its processes with it."""
+        gone = self.launcher is not None and os.getppid() != self.launcher
+        return self.signal or (signal.SIGHUP if gone else 0)
 
     def _before_step(self, optimizer, args, kwargs) -> None:
         """Leave out an update by gradients that are no numbers: they are the same in all processes."""
@@ -196,7 +204,7 @@ class GuardHook(Hook):
             )
 
     def _leave(self, runner, iteration: int) -> None:
-        number = self.signal or signal.SIGTERM  # the first of another process
+        number = self._asked() or signal.SIGTERM  # the first of another process
         name = signal.Signals(number).name
         raise Stopped(f'stopped by {name}: {self._save(runner, iteration)}', number)
 

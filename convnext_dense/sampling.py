@@ -3,6 +3,7 @@
 A run that is resumed, in the middle of an epoch too, then sees what it would have seen; workers play no part in it."""
 
 import hashlib
+import multiprocessing
 import os
 import random
 import signal
@@ -20,10 +21,10 @@ from mmengine.fileio import get as read_bytes
 from mmengine.registry import DATA_SAMPLERS, DATASETS
 from torch.utils.data import BatchSampler, Sampler
 
+from .data.images import ENDINGS
 from .errors import UnreadableImage, UsageError
 
 READS = ('img_path', 'seg_map_path')  # the files of a sample
-IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.ppm', '.pgm')
 NO_BATCH = 'the training data hold no whole batch: give a smaller train_dataloader.batch_size, or drop_last=False'
 ALONE = 1  # seconds between two looks whether the run is still there
 TRIES = 20  # unreadable images in a row that a sample gets over
@@ -186,7 +187,7 @@ def unreadable(path: str) -> str | None:
         content = read_bytes(path)
         if not content:
             return 'an empty file'
-        if not path.lower().endswith(IMAGES):
+        if not path.lower().endswith(ENDINGS):
             return None  # read by a pipeline of its own
         return None if mmcv.imfrombytes(content, flag='unchanged') is not None else 'not an image, or a broken one'
     except OSError as error:
@@ -236,19 +237,23 @@ def name_images(dataset) -> None:
 def apart(init_fn, worker_id: int) -> None:
     """Begin a process that reads data: it leaves when the run itself ends it or is gone, and signals to all the
     processes of the run (of launchers, terminals, schedulers) are the run's to answer."""
+    run = multiprocessing.parent_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_when_alone, args=(os.getppid(),), daemon=True).start()
     if hasattr(signal, 'sigwaitinfo'):  # not on macOS: there a signal to all ends a run without a save
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_leave_when_told, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_leave_when_told, args=(run.pid,), daemon=True).start()
+    # After the mask: a thread without it would end the process at a signal to all.
+    threading.Thread(target=_leave_when_alone, args=(run,), daemon=True).start()
     if init_fn:
         init_fn(worker_id)
 
 
-def _leave_when_alone(run: int) -> None:
+def _leave_when_alone(run) -> None:
     """End with the run, of which a kill tells its workers nothing: they would wait in a queue of which they hold both
-    ends, and keep the connections of the run open, so that its other processes would wait for it too."""
-    while os.getppid() == run:
+    ends, and keep the connections of the run open, so that its other processes would wait for it too. Their pipe to it
+    is not enough: workers that were forked later hold its other end as well."""
+    direct = os.getppid() == run.pid  # not where a fork server stands between them
+    while run.is_alive() and (os.getppid() == run.pid or not direct):
         time.sleep(ALONE)
     os._exit(1)
 

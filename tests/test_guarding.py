@@ -5,7 +5,9 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -24,9 +26,11 @@ from torch.utils.data import DataLoader
 
 from convnext_dense import ConvNeXt, command_line, shapes
 from convnext_dense.commands import PLACES, _safe_loader, set_keep, set_max_bad_images
+from convnext_dense.data.images import ENDINGS
 from convnext_dense.errors import RunError, UsageError
 from convnext_dense.guarding import cause_of, kept_bytes
 from convnext_dense.running import EpochLoop, ResumableRunner
+from convnext_dense.sampling import unreadable
 
 SMALL = ('train_dataloader.batch_size=2', 'total_batch=4', 'default_hooks.logger.interval=1')
 
@@ -49,6 +53,27 @@ def train(start_tool, data, tmp_path):
 
 def last_line(process) -> str:
     return process.output.strip().splitlines()[-1]
+
+
+def wait_until_it_trains(process) -> None:
+    while 'Iter(train)' not in process.output:
+        time.sleep(0.05)
+        assert process.process.is_alive(), process.output
+
+
+def left_of(*sessions: int, within: float = 15) -> list[str]:
+    """The processes of tools, each of which leads a session, that are still there after some seconds."""
+    end = time.monotonic() + within
+    while True:
+        left = []
+        for folder in Path('/proc').glob('[0-9]*'):
+            with suppress(OSError):  # it has just ended
+                state, *numbers = folder.joinpath('stat').read_text().rpartition(') ')[2].split()[:4]
+                if int(numbers[2]) in sessions and state != 'Z':
+                    left.append(folder.joinpath('cmdline').read_text().replace('\0', ' '))
+        if not left or time.monotonic() > end:
+            return left
+        time.sleep(0.1)
 
 
 def break_images(data: Path, names, split='train') -> None:
@@ -74,6 +99,15 @@ def test_images_that_cannot_be_read_are_named_counted_and_replaced(more, n_bad, 
         )
 
 
+@pytest.mark.parametrize('ending', ENDINGS)
+def test_every_image_that_a_data_set_may_hold_is_seen_to_be_broken(ending, tmp_path):
+    for name in (f'a{ending}', f'b{ending.upper()}'):
+        (tmp_path / name).write_bytes(b'no image')
+        assert unreadable(str(tmp_path / name)) == 'not an image, or a broken one'
+    (tmp_path / 'c.npy').write_bytes(b'no image')
+    assert unreadable(str(tmp_path / 'c.npy')) is None  # read by a pipeline of its own
+
+
 def test_an_image_of_the_evaluation_is_not_replaced(train, data):
     break_images(data, [1], 'val')
     process = train()
@@ -83,15 +117,49 @@ def test_an_image_of_the_evaluation_is_not_replaced(train, data):
 
 def test_a_data_worker_that_is_killed_ends_the_run_with_its_cause(train, tmp_path):
     process = train(length='--iters=4000')
-    while 'Iter(train)' not in process.output:
-        time.sleep(0.05)
-        assert process.process.is_alive(), process.output
+    wait_until_it_trains(process)
     children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
     begin = time.monotonic()
     os.kill(int(children[-1]), signal.SIGKILL)
     assert process.wait(60) == 1 and time.monotonic() - begin < 60
     line = last_line(process)
     assert line.startswith('error: ') and 'process that reads data' in line and 'num_workers' in line, line
+    assert not left_of(process.pid)
+
+
+def test_nothing_is_left_of_a_run_that_is_killed(train, data):
+    """Also of workers that write more than a pipe holds, which nobody reads any more."""
+    shutil.rmtree(data)
+    shapes.write(data, train=24, val=2, size=256)
+    workers = 'train_dataloader.num_workers=2', 'train_dataloader.batch_size=4', 'total_batch=4'
+    process = train(*workers, length='--epochs=100', config='mask_rcnn')
+    while 'Epoch(train)' not in process.output:
+        time.sleep(0.05)
+        assert process.process.is_alive(), process.output
+    time.sleep(2)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not left_of(process.pid)
+
+
+def test_workers_are_watched_however_they_are_started(tmp_path):
+    for method in ('fork', 'spawn', 'forkserver'):
+        code = (
+            'import time\n'
+            'from functools import partial\n'
+            'from torch.utils.data import DataLoader\n'
+            'from convnext_dense.sampling import apart\n\n'
+            "if __name__ == '__main__':\n"
+            f'    options = dict(num_workers=2, multiprocessing_context={method!r}, persistent_workers=True)\n'
+            '    loader = DataLoader([*range(8)], worker_init_fn=partial(apart, None), **options)\n'
+            '    print(sum(len(batch) for batch in loader), flush=True)\n'
+            '    time.sleep(60)\n'
+        )
+        (tmp_path / 'loads.py').write_text(code)
+        command = [sys.executable, tmp_path / 'loads.py']
+        with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
+            assert process.stdout.readline() == b'8\n'
+            process.kill()
+        assert not left_of(process.pid), method
 
 
 @pytest.mark.parametrize(
@@ -126,16 +194,18 @@ def test_a_connection_that_is_lost_is_another_process_only_where_there_are_some(
     assert cause_of(FileNotFoundError(2, 'No such file')) is None
 
 
+DDP = ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.device_ids=None']
+DDP += ['env_cfg.dist_cfg.backend=gloo', 'model.decode_head.norm_cfg.type=BN', 'model.auxiliary_head.norm_cfg.type=BN']
+
+
 def two_ranks(train, options=()):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = str(free.getsockname()[1])
-    ddp = ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.device_ids=None']
-    ddp += ['env_cfg.dist_cfg.backend=gloo', 'model.decode_head.norm_cfg.type=BN', *options]
-    ddp += ['model.auxiliary_head.norm_cfg.type=BN']
     return [
         train(
-            *ddp,
+            *DDP,
+            *options,
             length='--iters=4000',
             log=f'rank{rank}.log',
             more=('--launcher', 'pytorch'),
@@ -148,41 +218,74 @@ def two_ranks(train, options=()):
 @pytest.mark.parametrize('killed', [0, 1])
 def test_a_rank_that_is_killed_ends_the_other(killed, train):
     ranks = two_ranks(train)
-    while 'Iter(train)' not in ranks[0].output:
-        time.sleep(0.05)
-        assert ranks[0].process.is_alive(), ranks[0].output
+    wait_until_it_trains(ranks[0])
     os.kill(ranks[killed].pid, signal.SIGKILL)
     begin = time.monotonic()
     other = ranks[1 - killed]
     assert other.wait(60) == 1 and time.monotonic() - begin < 60
     assert f'rank {killed} ended without a word' in last_line(other), other.output
+    assert not left_of(*(rank.pid for rank in ranks))
+
+
+TORCHRUN = """
+import os, runpy, sys, torch
+torch.set_num_threads(1)
+torch.distributed.init_process_group('gloo')  # mmengine's own start wants a GPU
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+@pytest.mark.parametrize('killed', ['torchrun', 'rank'])
+def test_nothing_is_left_where_torchrun_or_one_of_its_ranks_is_killed(killed, data, tmp_path):
+    (tmp_path / 'start.py').write_text(TORCHRUN)
+    options = [*SMALL, *DDP, 'train_dataloader.num_workers=2']
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', '--rdzv-backend=c10d']
+    command += ['--rdzv-endpoint=localhost:0', tmp_path / 'start.py', ROOT / 'tools/train.py']
+    command += [ROOT / 'configs/demo/upernet.py', '--launcher=pytorch', '--iters=4000', '--work-dir', tmp_path / 'run']
+    log = tmp_path / 'log'
+    with open(log, 'w') as out:
+        agent = subprocess.Popen(
+            [*command, '--cfg-options', *options],
+            **dict(stdout=out, stderr=out, start_new_session=True, env={**os.environ, 'SHAPES_ROOT': str(data)}),
+        )
+    try:
+        while 'Iter(train)' not in log.read_text():
+            time.sleep(0.05)
+            assert agent.poll() is None, log.read_text()
+        ranks = Path(f'/proc/{agent.pid}/task/{agent.pid}/children').read_text().split()
+        os.kill(agent.pid if killed == 'torchrun' else int(ranks[0]), signal.SIGKILL)
+        assert agent.wait(60) != 0
+        assert not left_of(*map(int, ranks), agent.pid, within=30), log.read_text()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(agent.pid, signal.SIGKILL)
+    words = 'stopped by SIGHUP: ' if killed == 'torchrun' else 'error: another process of the run is gone: rank '
+    assert words in log.read_text(), log.read_text()[-3000:]
 
 
 def test_the_cause_of_another_rank_is_named(train, tmp_path):
     ranks = two_ranks(train)
-    while 'Iter(train)' not in ranks[0].output:
-        time.sleep(0.05)
-        assert ranks[0].process.is_alive(), ranks[0].output
+    wait_until_it_trains(ranks[0])
     children = Path(f'/proc/{ranks[1].pid}/task/{ranks[1].pid}/children').read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     assert [rank.wait(60) for rank in ranks] == [1, 1]
     for rank in ranks:
         assert 'rank 1: a process that reads data' in last_line(rank), rank.output
+    assert not left_of(*(rank.pid for rank in ranks))
 
 
 def test_a_signal_to_one_rank_stops_both_with_one_checkpoint(train, tmp_path):
     ranks = two_ranks(train)
-    while 'Iter(train)' not in ranks[0].output:
-        time.sleep(0.05)
-        assert ranks[0].process.is_alive(), ranks[0].output
+    wait_until_it_trains(ranks[0])
     os.killpg(ranks[1].pid, signal.SIGTERM)
     assert [rank.wait(60) for rank in ranks] == [143, 143], ranks[0].output
     saved = torch.load(tmp_path / 'run/interrupted.pth', weights_only=False)
     assert saved['meta']['layout']['processes'] == 2
+    assert not left_of(*(rank.pid for rank in ranks))
     alone = train(length='--iters=4000', more=('--resume',), log='alone.log')
-    while 'Iter(train)' not in alone.output:
-        time.sleep(0.05)
-        assert alone.process.is_alive(), alone.output
+    wait_until_it_trains(alone)
     os.kill(alone.pid, signal.SIGKILL)
     alone.wait()
     assert 'resumed on 1 x 2 images, before 2 x 2: the same total batch' in alone.output
