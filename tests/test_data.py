@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from mmengine.runner import find_latest_checkpoint
 from PIL import Image
 
 from convnext_dense import shapes
-from convnext_dense.data import Request, check_classes, read_data, set_data
+from convnext_dense.data import Request, check_classes, read_data, set_data, writing
 from convnext_dense.data.asking import held_out
 from convnext_dense.data.filling import heads, set_classes
 from convnext_dense.errors import UsageError
@@ -645,6 +646,22 @@ def test_other_processes_wait_for_the_first(drawn, tmp_path, monkeypatch):
         assert not waiting.done()
         assert set_data(first, Request(str(drawn))) == waiting.result(timeout=60)
     assert first.val_dataloader == second.val_dataloader
+
+
+def test_they_wait_as_long_as_the_first_works_and_no_longer(tmp_path, monkeypatch):
+    for name, seconds in dict(POLL=0.01, BEAT=0.1, SILENT=1).items():
+        monkeypatch.setattr(writing, name, seconds)
+    looks, prepared = [], writing.prepared
+    monkeypatch.setattr(writing, 'prepared', lambda *args: looks.append(time.monotonic()) or prepared(*args))
+    with ThreadPoolExecutor() as pool:
+        with writing.busy(str(tmp_path)):
+            waiting = pool.submit(writing.wait_for, str(tmp_path), ('key',))
+            time.sleep(2)
+            assert not waiting.done()
+        assert not (tmp_path / writing.BUSY).exists()
+        with pytest.raises(UsageError, match='the first process of this machine has not been heard of for'):
+            waiting.result(timeout=60)
+    assert len(looks) < 50  # once a beat, and not a hundred times a second
 
 
 def test_held_out_images_are_the_same_every_time(drawn, tmp_path, monkeypatch):

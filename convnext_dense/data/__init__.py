@@ -13,7 +13,7 @@ from ..weights.reading import read, weights_in
 from .asking import Data, Request, named
 from .filling import check_classes, check_options, fill
 from .reading import TASKS, read_data, sources, tasks_of
-from .writing import is_first_on_node, prepared, wait_for, write
+from .writing import busy, is_first_on_node, prepared, wait_for, write
 
 __all__ = [
     'Data',
@@ -136,7 +136,8 @@ def _checked(
     found = prepared(folder, key)
     if found:
         return found
-    data = read_data(request, task, splits, classes)
+    with busy(folder):
+        data = read_data(request, task, splits, classes)
     data.report.refuse(request.strict)
     return data, write(folder, key, data)
 

@@ -4,10 +4,13 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..errors import UsageError
 from .asking import Data
 from .files import read_bytes, walk
 from .images import ENDINGS
@@ -16,7 +19,8 @@ from .report import Finding, Report
 FORMAT = 2  # of what is checked and written; a change counts it up
 MAX_ABOUT_BYTES = 2**28  # of what tells what was checked
 ABOUT = 'data.json'
-POLL = 1  # seconds
+BUSY = 'checking'  # a file that changes while data are checked
+POLL, BEAT, SILENT = 1, 10, 600  # seconds: of looks for it, of its changes, and without one until it is given up
 KEPT = ('task', 'root', 'classes', 'palette', 'turn', 'masks', 'settings', 'places')
 LOCAL_RANKS = {'pytorch': 'LOCAL_RANK', 'slurm': 'SLURM_LOCALID', 'mpi': 'OMPI_COMM_WORLD_LOCAL_RANK'}
 
@@ -52,10 +56,48 @@ def write(folder: str, key: tuple, data: Data) -> dict[str, str]:
 
 
 def wait_for(folder: str, key: tuple) -> tuple[Data, dict[str, str]]:
-    """What the first process of this machine prepares; where that ends in an error, the launcher ends this one."""
-    while (found := prepared(folder, key)) is None:
+    """What the first process of this machine prepares; where that ends in an error, the launcher ends this one.
+
+    Raises:
+        UsageError: for some minutes nothing was heard of that process.
+    """
+    state, heard = None, time.monotonic()
+    while True:
+        now = _state(os.path.join(folder, ABOUT)), _state(os.path.join(folder, BUSY))
+        if now != state:  # else another look at all the data would find the same
+            state, heard = now, time.monotonic()
+            found = prepared(folder, key)
+            if found:
+                return found
+        if time.monotonic() - heard > SILENT:
+            raise UsageError(
+                f'the first process of this machine has not been heard of for {SILENT // 60} minutes while it checked '
+                'the data: see how it ended, or check them before with tools/check_data.py'
+            )
         time.sleep(POLL)
-    return found
+
+
+@contextmanager
+def busy(folder: str) -> Iterator[None]:
+    """Say every few seconds that this process checks the data that others wait for."""
+    os.makedirs(folder, exist_ok=True)
+    file, done = Path(folder, BUSY), threading.Event()
+
+    def say():
+        while True:
+            with suppress(OSError):  # no room: the others wait a little less patiently
+                file.write_text(str(time.time()))
+            if done.wait(BEAT):
+                return
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        file.unlink(missing_ok=True)
 
 
 def is_first_on_node(launcher: str) -> bool:
