@@ -148,6 +148,34 @@ def test_a_lost_connection_is_said_with_the_traceback_under_debug(run_tool, tmp_
         assert ('Traceback' in process.stderr) == bool(more)
 
 
+COUNTS = """
+import sys
+
+def count(event, args):
+    if event == 'open' and str(args[0]).endswith('epoch_1.pth') and 'r' in (args[1] or ''):
+        print('opened epoch_1.pth', file=sys.stderr)
+
+sys.addaudithook(count)
+"""
+
+
+def test_a_checkpoint_is_read_once_by_each_run(run_tool, tmp_path, data):
+    """It is opened as often as by the tool that does nothing else."""
+    (tmp_path / 'sitecustomize.py').write_text(COUNTS)
+    env = dict(SHAPES_ROOT=data, PYTHONPATH=tmp_path)
+    assert run_tool('train.py', DEMO, '--work-dir', 'run', '--cfg-options', *QUICK, **env).returncode == 0
+    checkpoint, longer = 'run/epoch_1.pth', ['train_cfg.max_epochs=2', *QUICK[1:]]
+    once = run_tool('weights.py', 'inspect', checkpoint, **env).stderr.count('opened epoch_1.pth')
+    for command in (
+        ('train.py', DEMO, '--work-dir', 'run', '--resume', '--cfg-options', *longer),
+        ('train.py', DEMO, '--work-dir', 'new', '--cfg-options', *QUICK, f'load_from={checkpoint}'),
+        ('test.py', DEMO, checkpoint),
+    ):
+        process = run_tool(*command, **env)
+        assert process.returncode == 0, process.stderr[-3000:]
+        assert process.stderr.count('opened epoch_1.pth') == once > 0, command
+
+
 def test_a_wrong_argument_of_a_users_class_is_bad_input(run_tool, tmp_path, data):
     (tmp_path / 'mine.py').write_text(MINE['when it is built'][0].replace('self)', 'self, pace=1)'))
     (tmp_path / 'c.py').write_text(f"_base_ = '{DEMO}'\n{IMPORTS}custom_hooks = [dict(type='Mine', speed=3)]\n")

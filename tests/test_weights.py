@@ -15,7 +15,7 @@ from mmengine.runner import save_checkpoint
 
 from convnext_dense import ConvNeXt, UsageError, load_backbone
 from convnext_dense.paper import ROWS
-from convnext_dense.weights import URLS, read, zoo
+from convnext_dense.weights import URLS, read, reading, zoo
 
 ARCH = dict(depths=(1, 1, 4, 1), channels=(8, 16, 24, 32))
 # The addresses in the tables of results of the original code of ConvNeXt and ConvNeXt V2.
@@ -105,6 +105,25 @@ def test_wrappers_prefixes_and_finished_detectors(tmp_path, wrap):
     torch.testing.assert_close(
         model.stages[3][0].dwconv.weight, weights['stages.3.0.dwconv.weight'], rtol=2e-3, atol=1e-4
     )
+
+
+def test_a_file_is_read_once_until_it_is_written_again(tmp_path, monkeypatch):
+    reads, read_anew = [], reading._read
+    monkeypatch.setattr(reading, '_read', lambda file: reads.append(file.name) or read_anew(file))
+    file = tmp_path / 'w.pth'
+    torch.save(dict(state_dict=dict(w=torch.zeros(5))), file)
+    first, own = read(file), read(str(file), mapped=False)
+    own['state_dict']['w'] += 1
+    assert not first['state_dict']['w'].any() and not read(file)['state_dict']['w'].any() and len(reads) == 1
+    torch.save(dict(state_dict=dict(w=torch.full((5,), 2.0))), file)
+    assert (read(file)['state_dict']['w'] == 2).all() and (own['state_dict']['w'] == 1).all() and len(reads) == 2
+    torch.save(dict(state_dict=dict(w=torch.ones(5))), tmp_path / 'v.pth')
+    assert (read(tmp_path / 'v.pth')['state_dict']['w'] == 1).all() and len(reads) == 3
+    (tmp_path / 'v.pth').unlink()
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / 'v.pth')
+    reading.forget()
+    assert (read(file)['state_dict']['w'] == 2).all() and reads == ['w.pth', 'w.pth', 'v.pth', 'v.pth', 'w.pth']
 
 
 def test_output_norms_of_our_own_files_are_loaded(tmp_path):
