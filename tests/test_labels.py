@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_files import limited, said
 from torch.nn.functional import cross_entropy
 
 from convnext_dense.data import Request, read_data
@@ -192,3 +193,58 @@ def test_lists_of_classes_may_be_large_or_broken(tmp_path):
         with pytest.raises(UsageError, match=name) as caught:
             read_classes(tmp_path / name)
         assert len(str(caught.value)) < 1500 and '\n' not in str(caught.value)
+
+
+CLASSES = {  # of labels that are none: what the line says
+    'negative.json': ('{"cat": -1, "dog": 0}', 'label -1 of 2'),
+    'truth.json': ('{"cat": true, "dog": false}', 'label True of 2'),
+    'ids.json': ('[{"id": true, "name": "a"}, {"id": false, "name": "b"}]', 'label True of 2'),
+    'keys.json': ('{"-1": "a", "0": "b"}', 'label -1 of 2'),
+    'half.json': ('{"a": 0.5, "b": 1}', 'label 0.5 of 2'),
+    'twice.json': ('{"a": 1, "b": 1}', 'label 1 is there twice'),
+    'keys twice.json': ('{"0": "a", "0": "b"}', "'0' is there twice"),
+    'numbers.json': ('[7, 8]', '7 is no name'),
+    'text.json': ('"abc"', 'neither a list of names nor a dict'),
+    'truth in a color.json': ('{"a": [true, 0, 0], "b": [1, 1, 1]}', 'no color'),
+    'deep.json': ('[' * 10**5, 'nested too deeply'),
+    'digits.json': ('[' + '9' * 5000, 'a number of more than 4,300 digits'),
+    'lines.txt': ('-1 a\n0 b\n1 c', 'label -1 of 3'),
+    'lines with colons.txt': ('0: a\n2: b', 'label 2 of 2'),
+    'rows.csv': ('value,class\n-1,a\n0,b', 'label -1 of 2'),
+    'columns.csv': ('a,b\n0', 'not a value and a name'),
+    'many.csv': ('a,b\n' + '\n'.join(f'{i},c{i}' for i in range(256)), '256 classes'),
+    'latin.txt': ('caf\udce9\nb', 'not UTF-8'),
+}
+
+
+@pytest.mark.parametrize('name', CLASSES)
+def test_labels_that_are_none_are_said(name, tmp_path):
+    text, words = CLASSES[name]
+    (tmp_path / name).write_bytes(text.encode('utf-8', 'surrogateescape'))
+    with pytest.raises(UsageError, match=words):
+        read_classes(tmp_path / name)
+
+
+@pytest.mark.parametrize('name, text', [
+    ('x.json', '{"b": 1, "a": 0}'), ('x.json', '{"b": "1", "a": "0"}'), ('x.json', '{"b": 1.0, "a": 0.0}'),
+    ('x.json', '{"1": "b", "0": "a"}'), ('x.json', '[{"id": 1, "name": "b"}, {"id": 0, "name": "a"}]'),
+    ('x.json', '{"a": "red", "b": null}'), ('x.txt', '1: b\n0: a'), ('x.txt', ' 1  b\n 0  a'), ('x.txt', 'a:\nb::'),
+    ('x.csv', 'value,class\n1,b\n0,a'),
+])  # fmt: skip
+def test_names_are_in_the_order_of_their_labels(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    assert read_classes(tmp_path / name) == (['a', 'b'], None)
+
+
+@pytest.mark.parametrize('label', [-1, 256, 10**400])
+def test_labels_to_ignore_are_those_of_eight_bits(label, tmp_path):
+    write(tmp_path, [0, 1], classes=CAMVID)
+    with pytest.raises(UsageError, match=r'--ignore .*: labels are 0 to 255'):
+        found(tmp_path, ignore=[label])
+
+
+def test_lines_of_many_spaces_end_at_once(tmp_path):
+    """As many as a line may hold, in as many lines as a file may: what was hours takes a second."""
+    for line in ['a' + ' ' * 290 + 'b', 'a' + ' ,' * 145 + 'b', '1 ' * 149 + 'x', 'a ' + '1,' * 149]:
+        (tmp_path / 'x.txt').write_text('\n'.join([line] * 40000))
+        assert '40,000 classes' in limited(said, read_classes, tmp_path / 'x.txt')

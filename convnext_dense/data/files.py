@@ -249,6 +249,17 @@ def shown(value: object, most: int = MAX_SHOWN) -> str:
     return text if text.isprintable() else repr(text)[1:-1]
 
 
+def why(error: Exception) -> str:
+    """What an error of JSON or another text says, as a part of one line."""
+    if isinstance(error, RecursionError):
+        return 'it is nested too deeply'
+    if isinstance(error, UnicodeDecodeError):
+        return 'it is not UTF-8'
+    if 'integer string conversion' in str(error):
+        return f'a number of more than {sys.get_int_max_str_digits():,} digits'
+    return shown(error)
+
+
 def _backwards(path: str) -> str:
     """A path's spelling from its last part to the first, each with an end that comes before all characters."""
     return ''.join(f'{part}\0' for part in reversed(spelled(path).split('/')))

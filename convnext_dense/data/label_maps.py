@@ -4,7 +4,7 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import UsageError
 from ..shapes import LABELS, PALETTE
-from .files import is_text, read_text, shown
+from .files import is_text, read_text, shown, why
 from .images import Labels, Seen
 from .report import Report
 
@@ -20,6 +20,9 @@ NO_CLASS = ('background', 'unlabeled', 'unlabelled', 'void', 'ignore')
 IGNORED = 255  # in what mmseg reads
 MANY = 10  # labels that a report counts up
 LONGEST = 300  # characters of a line of a classes file
+NUMBER = re.compile(r'-?\d{1,20}(\.\d{1,20})?')
+NUMBERED = re.compile(r'(-?\d{1,20}) ?[:, ] ?(\D.*)')  # a line of a label and a name
+COLOUR = re.compile(r'[:, ] ?(\d+)[, ]+(\d+)[, ]+(\d+)(:.*)?$')  # at the end of a line; CVAT writes more behind it
 # The classes of known data sets: mmseg's names of them, from which their names and colours are taken.
 KNOWN = {'ade20k': 'ADE20KDataset', 'cityscapes': 'CityscapesDataset', 'voc': 'PascalVOCDataset'}
 # Cityscapes' labelIds that are evaluated, in the order of their classes.
@@ -63,6 +66,9 @@ def convention(root: Path, layout: str, more: str, asked: str | None, ignore: Se
     Raises:
         UsageError: a classes file that cannot be read.
     """
+    odd = next((label for label in ignore or () if not 0 <= label <= IGNORED), None)
+    if odd is not None:
+        raise UsageError(f'--ignore {shown(odd, 20)}: labels are 0 to {IGNORED}')
     file = next((f for f in class_files(root, None) if f.exists()), None)
     known = asked if asked in KNOWN else None if asked or file else _known(root, layout, more)
     if known:
@@ -90,7 +96,7 @@ def class_files(root: Path, asked: str | None) -> list[Path]:
 
 def read_classes(path: Path) -> tuple[list[str], list[list[int]] | None]:
     """The names and, where they are given, the colours (RGB) of classes in a file: a name a line, also followed by
-    `: r,g,b` or ` r g b`; JSON, a list of names or a dict of names and colours; or Roboflow's _classes.csv.
+    `: r,g,b` or ` r g b`; JSON, a list of names or a dict of names and labels or colours; or Roboflow's _classes.csv.
 
     Raises:
         UsageError: the file is not there, is none of these, or has a name twice.
@@ -103,15 +109,16 @@ def read_classes(path: Path) -> tuple[list[str], list[list[int]] | None]:
     except OSError as error:
         raise UsageError(f'{path}: {error.strerror}: give a file of a name a line') from error
     try:
-        found = _from_json(json.loads(text)) if path.suffix == '.json' else _from_text(text, path.suffix == '.csv')
-        names, colours = [_name(name) for name, _ in found], [colour for _, colour in found]
-    except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, csv.Error) as error:
-        raise UsageError(f'{path} is no list of classes ({shown(error)}): give a name a line') from error
+        found = READERS.get(path.suffix, _from_lines)(text)
+        if len(found) <= IGNORED:
+            names, colours = [_name(name) for name, _ in found], [_colour(colour) for _, colour in found]
+    except (ValueError, LookupError, ArithmeticError, RecursionError, csv.Error) as error:
+        raise UsageError(f'{path} is no list of classes ({why(error)}): give a name a line') from error
+    if len(found) > IGNORED:
+        raise UsageError(f'{path} names {len(found):,} classes: label maps of 8 bits hold {IGNORED} at most')
     twice = next((name for name, n in Counter(names).items() if n > 1), None)
     if not names or twice is not None:
         raise UsageError(f'{path} ' + ('names no class' if not names else f"names '{shown(twice)}' twice"))
-    if len(names) > IGNORED:
-        raise UsageError(f'{path} names {len(names)} classes: label maps of 8 bits hold {IGNORED} at most')
     return names, colours if all(colours) else None
 
 
@@ -260,56 +267,96 @@ def _of_mmseg(known: str) -> tuple[list[str], list[list[int]]]:
     return list(meta['classes']), [list(colour) for colour in meta['palette']]
 
 
-def _from_json(content: object) -> list[tuple[str, list[int] | None]]:
+def _from_json(text: str) -> list[tuple[object, object]]:
+    content = json.loads(text, object_pairs_hook=_without_twins)
     if isinstance(content, dict):
         content = content.get('classes', content)
     if isinstance(content, dict):
-        if content and all(isinstance(value, int) for value in content.values()):  # name: label
-            content = {str(label): name for name, label in content.items()}
-        if all(str(label).isdigit() for label in content):
-            return [(name, None) for name in _in_order({int(label): name for label, name in content.items()})]
-        return [(name, _colour(colour)) for name, colour in content.items()]
-    if all(isinstance(c, dict) and isinstance(c.get('id'), int) for c in content):
-        content = _in_order({c['id']: c for c in content})
-    return [(c, None) if isinstance(c, str) else (c['name'], _colour(c.get('color', c.get('colour')))) for c in content]
+        for pairs in ([(label, name) for name, label in content.items()], content.items()):
+            if pairs and all(_is_label(label) for label, _ in pairs):
+                return _in_order(pairs)
+        return list(content.items())
+    if not isinstance(content, list):
+        raise ValueError('it holds neither a list of names nor a dict')
+    odd = next((entry for entry in content if not isinstance(entry, (str, dict))), None)
+    if odd is not None or None in content:
+        raise ValueError(f'{shown(odd)} is no name')
+    entries = [entry if isinstance(entry, dict) else dict(name=entry) for entry in content]
+    found = [(entry.get('name'), entry.get('color', entry.get('colour'))) for entry in entries]
+    numbered = [(entry['id'], pair) for entry, pair in zip(entries, found) if isinstance(entry.get('id'), (int, float))]
+    return [pair for pair, _ in _in_order(numbered)] if numbered and len(numbered) == len(found) else found
 
 
-def _in_order(by_label: dict[int, object]) -> list:
-    if sorted(by_label) != list(range(len(by_label))):
-        raise ValueError('its labels are not 0, 1, 2, ...')
-    return [by_label[label] for label in sorted(by_label)]
+def _without_twins(pairs: list[tuple[str, object]]) -> dict:
+    """A dict of JSON, where a key that is there twice is said: the first would be lost."""
+    twice = next((key for key, n in Counter(key for key, _ in pairs).items() if n > 1), None)
+    if twice is not None:
+        raise ValueError(f"'{shown(twice)}' is there twice")
+    return dict(pairs)
 
 
-def _from_text(text: str, is_csv: bool) -> list[tuple[str, list[int] | None]]:
-    if is_csv:
-        rows = [(int(row[0]), row[1]) for row in list(csv.reader(text.splitlines()))[1:] if row]
-        if [value for value, _ in rows] != list(range(len(rows))):
-            raise ValueError('its values are not 0, 1, 2, ...')
-        return [(name, None) for _, name in rows]
+def _is_label(value: object) -> bool:
+    """Whether a value could be a label: a number, or one as text. What is no whole number is said later."""
+    return isinstance(value, (bool, int, float)) or (isinstance(value, str) and NUMBER.fullmatch(value) is not None)
+
+
+def _in_order(pairs: Iterable[tuple[object, object]]) -> list[tuple[object, None]]:
+    """What belongs to the labels 0, 1, 2, ..., in their order."""
+    pairs = list(pairs)
+    by_label = {}
+    for label, value in pairs:
+        number = -1.0 if isinstance(label, bool) else float(label)
+        if not (0 <= number < len(pairs) and number.is_integer()):
+            raise ValueError(f'label {shown(label)} of {len(pairs)}: labels are 0, 1, 2, ...')
+        if int(number) in by_label:
+            raise ValueError(f'label {shown(label)} is there twice')
+        by_label[int(number)] = value
+    return [(by_label[label], None) for label in range(len(pairs))]
+
+
+def _from_csv(text: str) -> list[tuple[object, object]]:
+    rows = [row for row in list(csv.reader(text.splitlines()))[1:] if row]
+    if any(len(row) < 2 or not NUMBER.fullmatch(row[0].strip()) for row in rows):
+        raise ValueError('its lines are not a value and a name')
+    return _in_order([(row[0].strip(), row[1]) for row in rows])
+
+
+def _from_lines(text: str) -> list[tuple[object, object]]:
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith('#')]
     if any(len(line) > LONGEST for line in lines):
         raise ValueError(f'a line of more than {LONGEST} characters')
-    numbered = [re.fullmatch(r'(\d+)\s*[:,\s]\s*(\D.*)', line) for line in lines]
+    lines = [' '.join(line.split()) for line in lines]  # patterns would look at each of many spaces from each of them
+    numbered = [NUMBERED.fullmatch(line) for line in lines]
     if lines and all(numbered):
-        return [(name, None) for name in _in_order({int(m[1]): m[2] for m in numbered})]
-    found = [re.fullmatch(r'(.+?)(?:\s*[:,\s]\s*(\d+)[,\s]+(\d+)[,\s]+(\d+)(?::.*)?)?:*', line) for line in lines]
-    return [(m[1], _colour(m.groups()[1:]) if m[2] else None) for m in found]
+        return _in_order([(m[1], m[2]) for m in numbered])
+    colours = [COLOUR.search(line, 1) for line in lines]
+    return [
+        (line[: m.start()].rstrip(), m.groups()[:3]) if m else (line.rstrip(':') or line, None)
+        for line, m in zip(lines, colours)
+    ]
+
+
+READERS = {'.json': _from_json, '.csv': _from_csv}
 
 
 def _name(value: object) -> str:
     """A name of a class that texts and files can hold."""
-    name = str(value).strip() if isinstance(value, (str, int, float)) else ''
+    name = str(value).strip() if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ''
     if not name or len(name) > LONGEST or not is_text(name):
         raise ValueError(f"'{shown(value)}' is no name")
+    if '\ufffd' in name:
+        raise ValueError(f"'{shown(name)}' is not UTF-8")
     return name
 
 
 def _colour(value: object) -> list[int] | None:
+    """A colour; None where there is none, or in words."""
     if isinstance(value, str) and re.fullmatch('#[0-9a-fA-F]{6}', value):
         return list(bytes.fromhex(value[1:]))
+    if isinstance(value, (int, float)):
+        raise ValueError(f'{shown(value)} is no color')
     if not isinstance(value, (list, tuple)) or len(value) != 3:
         return None
-    color = [int(v) for v in value]
-    if not all(0 <= v <= 255 for v in color):
+    if not all(isinstance(v, (int, str)) and not isinstance(v, bool) and 0 <= int(v) <= 255 for v in value):
         raise ValueError(f'{shown(value)} is no color: three numbers up to 255')
-    return color
+    return [int(v) for v in value]
