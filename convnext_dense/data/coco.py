@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import UsageError
 from .files import is_text, shown
 from .images import Seen
-from .layouts import read_json
+from .layouts import FROM_PANOPTIC, read_json
 from .report import EXAMPLES, Report
 
 KEYS = ('images', 'annotations', 'categories')
@@ -51,6 +51,9 @@ def read_coco(path: Path, split: str = 'train') -> dict:
         content.setdefault('annotations', [])
     if not isinstance(content, dict):
         raise UsageError(f'{path} is not COCO: it holds a list, COCO a dict of {", ".join(KEYS)}')
+    annotations = content.get('annotations')
+    if isinstance(annotations, list) and any('segments_info' in a for a in _dicts(annotations)):
+        raise UsageError(f'{path} is panoptic JSON (its annotations have segments_info): {FROM_PANOPTIC}')
     missing = [key for key in KEYS if not isinstance(content.get(key), list)]
     if missing:
         there = ', '.join(map(str, list(content)[:5])) or 'nothing'

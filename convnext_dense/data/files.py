@@ -16,6 +16,8 @@ from typing import BinaryIO, NamedTuple
 from unicodedata import category, normalize
 from urllib.parse import unquote
 
+POINTER = b'version https://git-lfs.github.com/spec/'  # what a file of Git LFS begins with that was not fetched
+MAX_POINTER_BYTES = 1024  # which is what Git LFS itself takes for a pointer
 MAX_LIST_BYTES = 16 * 2**20  # of a list of classes or of names
 MAX_VISITS = 8  # of one folder, which links may show under several names
 HIDDEN = ('.', '__MACOSX')  # how names of folders begin that programs make for themselves
@@ -46,12 +48,17 @@ class TooLargeError(OSError):
     """A file beyond the size that is read."""
 
 
+class PointerError(OSError):
+    """A pointer of Git LFS in the place of a file, which was not fetched."""
+
+
 def open_regular(path: str | os.PathLike, max_bytes: int) -> BinaryIO:
     """Open a regular file, or a link to one. Nothing else is opened, and what takes its place in the meantime neither
     blocks nor is read.
 
     Raises:
         NotRegularError, TooLargeError: it is none, or larger than `max_bytes`.
+        PointerError: it is a pointer of Git LFS to the file.
         OSError: it cannot be opened.
     """
     try:
@@ -61,6 +68,9 @@ def open_regular(path: str | os.PathLike, max_bytes: int) -> BinaryIO:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
     try:
         _check(os.fstat(file.fileno()), path, max_bytes)
+        if size_of(file) < MAX_POINTER_BYTES and file.peek(len(POINTER)).startswith(POINTER):
+            text = 'is a pointer of Git LFS, its content was not fetched: run git lfs pull where it is from'
+            raise PointerError(errno.EINVAL, text, os.fspath(path))
     except OSError:
         file.close()
         raise

@@ -15,7 +15,7 @@ import numpy as np
 from mmengine.utils import ProgressBar
 from PIL import Image, UnidentifiedImageError
 
-from .files import NotRegularError, TooLargeError, open_regular, size_of
+from .files import NotRegularError, PointerError, TooLargeError, open_regular, size_of
 
 MAX_BYTES = 2**30  # of a file
 MAX_PIXELS = 178_956_970  # Pillow's own limit, by which mmseg reads label maps
@@ -63,6 +63,8 @@ def look(path: str) -> Seen:
         return Seen(problem='not a regular file')
     except TooLargeError:
         return Seen(problem='file too large')
+    except PointerError:
+        return Seen(problem='pointer of Git LFS')
     except OSError:
         return Seen(problem='missing image')
 
@@ -129,6 +131,8 @@ def look_at_labels(path: str) -> Labels:
         return Labels(problem='not a regular file')
     except TooLargeError:
         return Labels(problem='file too large')
+    except PointerError:
+        return Labels(problem='pointer of Git LFS')
     except Image.DecompressionBombError:
         return Labels(problem='label map too large')
     except Exception:  # a broken file can fail in any way

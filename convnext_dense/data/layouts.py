@@ -2,9 +2,10 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from fnmatch import fnmatch
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from ..errors import UsageError
 from .files import (
     BOMS,
     Match,
+    PointerError,
     match,
     open_regular,
     path_in,
@@ -21,6 +23,7 @@ from .files import (
     size_of,
     spelled,
     walk,
+    why,
 )
 from .images import ENDINGS
 
@@ -55,12 +58,21 @@ SPLITS = {'train': ('train', 'training'), 'val': ('val', 'valid', 'validation'),
 # What the name of a label map has more than its image's, before the ending, and the name of an image more than its own.
 MORE_IN_LABELS = ('', '_gtFine_labelTrainIds', '_gtFine_labelIds', '_mask', '_label', '_labels', '_seg')
 MORE_IN_IMAGES = '_leftImg8bit'
+PANOPTIC = '"segments_info"'  # a key of its annotations
+FROM_PANOPTIC = 'take instances_*.json, or panopticapi to convert it (panoptic2detection_coco_format.py)'
 CONVERT = 'convert them to COCO json (CVAT, FiftyOne and Roboflow do)'
-DEPTH, MANY = 4, 20000  # how far a folder is looked into to find out what it is
+DEPTH, MANY = 4, 20000  # how far a folder is looked into to find out what it is: levels, and files
+A_FEW = 100  # files of an ending in a folder, of which the others will be the same
 IMAGE_FOLDERS = (
     'has a folder a class, as for classification: boxes or label maps are needed; '
     'if one holds label maps, call it labels and the other one images'
 )
+# Folders of the label maps of one split, as CamVid has them for SegNet (trainannot) and others call them.
+_SPLIT = '|'.join(chain(*SPLITS.values()))
+_LABELS = 'annots?|annotations?|labels?|masks?|gt|seg|segmentations?'
+LABELS_OF_SPLIT = re.compile(f'({_SPLIT})[ _-]?({_LABELS})|({_LABELS})[ _-]?({_SPLIT})')
+KITTI = re.compile(r'[A-Za-z_]+( -?[0-9.]+){14,15} *')
+PUT = 'put images into images/train and images/val, label maps into labels/train and labels/val (links do)'
 COLUMNS = ('filename', 'file_name', 'image', 'xmin', 'bbox', '.jpg', '.png')  # in a CSV of labels
 START = 4096  # bytes of a file by which its kind is told
 MAX_JSON_BYTES = 8 * 2**30
@@ -189,29 +201,40 @@ def what_it_is(root: Path) -> str:
         return 'is not there'
     if not root.is_dir():
         return _what_file(root)
-    files = [path for _, path in zip(range(MANY), _files(root))]
+    files = list(islice(_sample(root), MANY))
     endings = {path.suffix.lower() for path in files}
     if not files:
         return 'is an empty folder'
     for below in sorted(path for path in root.iterdir() if path.is_dir()):
         if find_annotations(below) or find_folders(below):
-            return f'holds a data set in its folder {below.name}: give {below}'
-    for fits, what in (
-        (lambda: _yolo(files), f'looks like YOLO labels: {CONVERT}'),
+            return f'holds a data set in its folder {shown(below.name)}: give {below}'
+    for find, what in (
+        (lambda: _pointer(files), 'holds pointers of Git LFS, such as {}: run git lfs pull where they are from'),
+        (lambda: _yolo(files), f'looks like YOLO labels ({{}}): {CONVERT}'),
+        (lambda: _labels_of_split(root, files), f'holds label maps in {{}}, as SegNet lays out CamVid: {PUT}'),
         (lambda: _holds(files, '.xml', '<annotation'), f'looks like Pascal VOC boxes in XML: {CONVERT}'),
         (lambda: _holds(files, '.json', '"shapes"'), 'looks like LabelMe, a file an image: run its labelme2coco.py'),
         (lambda: _holds(files, '.json', '"result":'), "looks like Label Studio's own JSON: export it as COCO instead"),
         (lambda: _holds(files, '.json', '"regions"'), f"looks like the VGG annotator's JSON: {CONVERT}"),
-        (lambda: any('createml' in p.name.lower() for p in files), f'looks like CreateML labels: {CONVERT}'),
-        (lambda: any('tfrecord' in p.name.lower() for p in files), f'looks like TFRecords: {CONVERT}'),
+        (lambda: _holds(files, '.json', '"caption"'), 'holds captions ({}): boxes are in instances_*.json'),
+        (lambda: _holds(files, '.json', '"keypoints"'), 'holds keypoints ({}): boxes are in instances_*.json'),
+        (lambda: _holds(files, '.json', PANOPTIC), f'holds panoptic JSON ({{}}): {FROM_PANOPTIC}'),
+        (lambda: _named(files, 'createml'), f'looks like CreateML labels: {CONVERT}'),
+        (lambda: _named(files, 'tfrecord'), f'looks like TFRecords: {CONVERT}'),
+        (lambda: _kitti(files), f'looks like KITTI boxes ({{}}): {CONVERT}'),
+        (lambda: _named(files, 'labeltxt/'), f'looks like the rotated boxes of DOTA ({{}}): {CONVERT}'),
+        (lambda: _named(files, 'gt/gt.txt'), f'looks like the tracks of MOT ({{}}): {CONVERT}'),
         (lambda: any(_holds(files, '.csv', text) for text in COLUMNS), f'looks like labels in CSV: {CONVERT}'),
+        (lambda: _masks_beside(files), f'holds label maps beside the images ({{}}): {PUT}'),
         (lambda: _is_image_folder(root), IMAGE_FOLDERS),
         (lambda: endings <= {'.zip', '.tar', '.gz', '.tgz', '.rar', '.7z'}, 'holds archives: unpack them there'),
+        (lambda: endings & {'.npy', '.npz', '.mat'}, 'holds labels of NumPy or MATLAB: write them as index PNGs'),
         (lambda: endings & set(ENDINGS), 'holds images without annotations'),
     ):  # fmt: skip
-        if fits():
-            return what
-    return f'holds no data set that is known (its files end with {", ".join(sorted(endings)[:4])})'
+        found = find()
+        if found:
+            return what.format(shown(found.relative_to(root)) if isinstance(found, Path) else '')
+    return f'holds no data set that is known (its files end with {shown(", ".join(sorted(endings)[:4]))})'
 
 
 def _what_file(path: Path) -> str:
@@ -226,15 +249,69 @@ def _what_file(path: Path) -> str:
     return 'is a file: give the folder of a data set'
 
 
-def _yolo(files: list[Path]) -> bool:
-    if any(path.name.lower() in ('data.yaml', 'data.yml', 'obj.names') for path in files):
-        return True
-    texts = [path for path in files if path.suffix == '.txt' and {'labels', 'obj_train_data'} & set(path.parts)]
-    return any(len(line.split()) >= 5 for path in texts[:5] for line in read_start(path, START).splitlines()[:1])
+def _sample(root: Path) -> Iterator[Path]:
+    """The files in and below a folder, of many with the same ending in one folder the first."""
+    for folder, names in walk(root, DEPTH, hidden=False):
+        seen = Counter()
+        for name in names:
+            ending = Path(name).suffix.lower()
+            seen[ending] += 1
+            if seen[ending] <= A_FEW:
+                yield Path(folder, name)
 
 
-def _holds(files: list[Path], ending: str, text: str) -> bool:
-    return any(text in read_start(path, START) for path in [p for p in files if p.suffix.lower() == ending][:5])
+def _pointer(files: list[Path]) -> Path | None:
+    def is_pointer(path: Path) -> bool:
+        try:
+            open_regular(path, MAX_JSON_BYTES).close()
+        except PointerError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    return next(filter(is_pointer, files), None)
+
+
+def _yolo(files: list[Path]) -> Path | None:
+    def is_yolo(path: Path) -> bool:
+        fields = read_start(path, START).lstrip().split('\n')[0].split()
+        try:
+            return len(fields) >= 5 and fields[0].isdigit() and all(0 <= float(v) <= 1 for v in fields[1:])
+        except ValueError:
+            return False
+
+    names = ('data.yaml', 'data.yml', 'obj.names')
+    found = (path for path in files if path.suffix.lower() == '.txt' and is_yolo(path))
+    return next(found, None) or next((path for path in files if path.name.lower() in names), None)
+
+
+def _kitti(files: list[Path]) -> Path | None:
+    texts = (path for path in files if path.suffix.lower() == '.txt')
+    return next((path for path in texts if KITTI.fullmatch(read_start(path, START).split('\n')[0].strip())), None)
+
+
+def _labels_of_split(root: Path, files: list[Path]) -> Path | None:
+    """A folder of images whose name says that they are the label maps of a split."""
+    folders = {path.parent: None for path in files if path.suffix.lower() in ENDINGS and path.parent != root}
+    found = [folder for folder in folders if LABELS_OF_SPLIT.fullmatch(folder.name.lower())]
+    return min(found, key=lambda folder: 'train' not in folder.name.lower(), default=None)
+
+
+def _masks_beside(files: list[Path]) -> Path | None:
+    """An image that is called as another one in its folder, with _mask or the like behind."""
+    images = [path for path in files if path.suffix.lower() in ENDINGS]
+    stems = {(path.parent, path.stem.lower() + more) for path in images for more in MORE_IN_LABELS if more}
+    return next((path for path in images if (path.parent, path.stem.lower()) in stems), None)
+
+
+def _named(files: list[Path], text: str) -> Path | None:
+    return next((path for path in files if text in path.as_posix().lower()), None)
+
+
+def _holds(files: list[Path], ending: str, text: str) -> Path | None:
+    of = [path for path in files if path.suffix.lower() == ending][:5]
+    return next((path for path in of if text in read_start(path, 2**16)), None)
 
 
 def _is_image_folder(root: Path) -> bool:
@@ -335,4 +412,4 @@ def read_json(path: Path) -> object:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f'{path} is not a whole JSON file ({shown(error)}): download or write it again') from error
+        raise UsageError(f'{path} is not a whole JSON file ({why(error)}): download or write it again') from error

@@ -23,6 +23,7 @@ KINDS = {
     'missing image': Kind(LEFT_OUT),
     'not a regular file': Kind(LEFT_OUT, 'left out: a folder, a device or a pipe has its name'),
     'file too large': Kind(LEFT_OUT, f'left out: over {in_bytes(MAX_BYTES)}'),
+    'pointer of Git LFS': Kind(LEFT_OUT, 'left out: its content was not fetched: run git lfs pull where it is from'),
     'image too large': Kind(LEFT_OUT, TOO_LARGE),
     'empty file': Kind(LEFT_OUT),
     'not an image': Kind(LEFT_OUT),
