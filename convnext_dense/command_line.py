@@ -11,6 +11,7 @@ import sysconfig
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 from .errors import RunError, Stopped, UsageError
@@ -77,6 +78,8 @@ def _ending(error: BaseException) -> tuple[str, int] | None:
         return f'error: {last_line(error)}', error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return 'interrupted: what was saved is kept', 130
+    if _is_wrong_argument(error):
+        return f'error: the config cannot be built: {last_line(error)}', 2
     if isinstance(error, OSError) and not is_users_bug(error):
         if error.errno in FULL:
             where = f'{error.filename}: ' if error.filename else ''
@@ -96,6 +99,16 @@ def is_users_bug(error: BaseException, config: str = '') -> bool:
         if not own and os.path.isfile(file):
             return True
     return False
+
+
+def _is_wrong_argument(error: BaseException) -> bool:
+    """Whether a config gives a class what it does not take, or not what it needs: mmengine builds data sets and optimizers
+    only when they are used."""
+    if not re.search(r'__init__\(\) (got an unexpected|missing \d+ required)', str(error)) or is_users_bug(error):
+        return False
+    calls = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    calls = list(takewhile('build_from_cfg'.__ne__, reversed(calls))) if 'build_from_cfg' in calls else ['another']
+    return set(calls) <= {'__init__'}  # of the class and those that it is derived from
 
 
 def last_line(error: BaseException) -> str:

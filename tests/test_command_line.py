@@ -185,6 +185,21 @@ def test_a_wrong_argument_of_a_users_class_is_bad_input(run_tool, tmp_path, data
     one_line_error(process, 'the config cannot be built', "unexpected keyword argument 'speed'")
 
 
+@pytest.mark.parametrize(
+    'setting, words',
+    [
+        ('train_dataloader = dict(dataset=dict(indexes=6))', "unexpected keyword argument 'indexes'"),
+        ('optim_wrapper = dict(optimizer=dict(lrr=1))', "unexpected keyword argument 'lrr'"),
+        ("param_scheduler = [dict(type='StepLR')]", "missing 1 required positional argument: 'step_size'"),
+    ],
+)
+def test_a_wrong_argument_of_what_is_built_late_is_bad_input(setting, words, run_tool, tmp_path, data):
+    (tmp_path / 'c.py').write_text(f"_base_ = '{DEMO}'\n{setting}\n")
+    process = run_tool('train.py', 'c.py', '--work-dir', 'run', '--cfg-options', *QUICK, SHAPES_ROOT=data)
+    assert process.returncode == 2 and 'Traceback' not in process.stderr, process.stderr[-2000:]
+    assert re.search(f'^error: the config cannot be built: .*{words}', process.stderr.splitlines()[-1])
+
+
 # ---- output that nobody reads ---------------------------------------------------------------------------------------
 
 

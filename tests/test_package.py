@@ -4,6 +4,7 @@ import subprocess
 import sys
 import zipfile
 
+import pytest
 from conftest import ROOT
 
 
@@ -65,3 +66,24 @@ def test_without_mmengine_says_what_to_install():
     code = "import sys; sys.modules['mmengine'] = None; import convnext_dense"
     error = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stderr
     assert "pip install --no-build-isolation 'convnext_dense[onedl]', or [openmmlab]" in error.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    'library, inferencer, recipe', [('mmdet', 'DetInferencer', 'mask_rcnn'), ('mmseg', 'MMSegInferencer', 'upernet')]
+)
+@pytest.mark.parametrize('imported', [True, False])
+def test_inferencers_take_a_config_with_a_base_of_ours(library, inferencer, recipe, imported, tmp_path):
+    """Once the package is imported, or by the config itself."""
+    base = f"'convnext_dense::demo/{recipe}.py'"
+    base = base if imported else f"__import__('convnext_dense') and {base}"
+    (tmp_path / 'mine.py').write_text(f'_base_ = {base}\n')
+    code = (
+        f'{"import convnext_dense" if imported else ""}\n'
+        'import numpy as np\n'
+        f'from {library}.apis import {inferencer}\n'
+        f"inferencer = {inferencer}('mine.py', weights=None, device='cpu')\n"
+        "print(len(inferencer(np.zeros((64, 64, 3), np.uint8))['predictions']))\n"
+    )
+    process = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, text=True, capture_output=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.splitlines()[-1] in ('1', '64')
