@@ -395,7 +395,7 @@ def test_all_kinds_are_tried_or_said_why_not():
     tried = {*DETECTION, *SEGMENTATION}
     elsewhere = {
         'unreadable image', 'image under 32 pixels', 'category with other id', 'group of classes',
-        'masks of few', 'masks of 0 and 255', 'no box', 'a single class',
+        'masks of few', 'masks of 0 and 255', 'no box', 'a single class', 'pointer of Git LFS', 'mask left aside',
     }  # fmt: skip
     assert len(tried) >= 25 and set(KINDS) == tried | elsewhere
 
@@ -561,7 +561,7 @@ def test_runs_of_rle_are_pycocotools():
         ('{"a": 1}', 'no list of images and annotations and categories (it has a)'),
         ('{"images": [], "annotations": []}', 'no list of categories'),
         ('{"images": [], "annotations": [], "categories": []}', 'has no categories'),
-        ('{"images": [1, {}], "annotations": [2], "categories": [3]}', 'has no categories'),
+        ('{"images": [1, {}], "annotations": [2], "categories": [3]}', 'category without id or name, 1 (3)'),
     ],
 )
 def test_files_that_are_not_coco(sound, text, words):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .images import Seen
-from .report import ERRORS, NOTED, Report
+from .report import ERRORS, NOTED, UNLEARNT, Report
 
+CAUSES = 3  # that are named where nothing is left
 HELD_OUT = 0.1  # of the images, where nothing says which are for evaluation
 
 
@@ -86,11 +87,14 @@ def wanted(found: Mapping, splits: Sequence[str], root: Path) -> dict:
 
 def say_empty(report: Report, split: str, usable: int, folder: Path) -> None:
     """Report a split of which nothing is left, and what most of it was lost to."""
-    if not usable:
-        found = [finding for finding in report.of(*ERRORS) or report.of(NOTED) if finding.split in (split, 'all')]
-        most = max(found, key=lambda finding: finding.count, default=None)
-        cause = f': {most.kind}, {most.count:,} ({", ".join(most.examples)})' if most else ''
-        report.add(split, 'nothing to train on' if split == 'train' else 'nothing to evaluate', f'{folder}{cause}')
+    if usable:
+        return
+    found = [finding for finding in report.of(*ERRORS, NOTED) if finding.split in (split, 'all')]
+    causes = [finding for finding in found if finding.done in ERRORS or finding.kind in UNLEARNT]
+    causes = causes or [finding for finding in found if finding.kind == 'image without annotations']
+    causes.sort(key=lambda finding: finding.count, reverse=True)
+    said = '; '.join(cause.in_short() for cause in causes[:CAUSES]) or 'no images'
+    report.add(split, 'nothing to train on' if split == 'train' else 'nothing to evaluate', f'{folder}: {said}')
 
 
 def say_same(names: Mapping[str, Sequence[str]], seen: Mapping[str, Seen], report: Report) -> None:

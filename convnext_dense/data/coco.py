@@ -112,6 +112,7 @@ def match_categories(coco: dict, train: dict, classes: Sequence[str], split: str
     """The index of its class for each category id of a file, by name; annotations of others are left out."""
     of_train = {_id(c.get('id')): _name(c) for c in _dicts(train['categories'])}
     names_of_train, index = set(of_train.values()), {name: i for i, name in enumerate(classes)}
+    spellings = {name.strip().lower(): name for name in classes}
     ours = [c for c in _dicts(coco['categories']) if _id(c.get('id')) is not None]
     names = {_name(c) for c in ours}
     used = {_id(a.get('category_id')) for a in _dicts(coco['annotations'])}
@@ -127,7 +128,11 @@ def match_categories(coco: dict, train: dict, classes: Sequence[str], split: str
         elif train is not coco and there in index and there not in names:
             report.add(split, 'category named otherwise', f'{number} is {name}, in train {there}')
         elif number in used:
-            report.add(split, 'category without a class', name)
+            alike = spellings.get(str(name).strip().lower())
+            there = (
+                f'in train {alike}' if alike else f'none of {" / ".join(classes[:3])}{" / ..." * (len(classes) > 3)}'
+            )
+            report.add(split, 'category without a class', f'{shown(name, 60)}: {there}')
             found[number] = None
     return found
 
@@ -239,7 +244,10 @@ def _annotation(annotation: dict, image: dict, masks: bool, corners: 'Corners', 
     """The bbox, area, iscrowd and, with `masks`, segmentation of a usable annotation; None for others."""
     width, height = image['width'], image['height']
     crowd = _crowd(annotation, say)
-    mask = check_mask(annotation.get('segmentation'), width, height, say) if masks else None
+    mask = annotation.get('segmentation')
+    if not masks and mask and not isinstance(mask, (list, dict)):
+        say('mask left aside', f': {shown(mask, 20)}')
+    mask = check_mask(mask, width, height, say) if masks else None
     if crowd is None or (masks and mask is None):
         return None
     around = _around(mask) if mask else None
@@ -266,9 +274,9 @@ def _annotation(annotation: dict, image: dict, masks: bool, corners: 'Corners', 
     if min(x, y, width - x - w, height - y - h) < -SLACK:
         say('box partly outside')
     made = dict(bbox=box, area=_area(annotation.get('area'), mask, box, image, crowd, say), iscrowd=crowd)
+    if crowd:
+        say('crowd with polygons' if isinstance(mask, list) else 'crowd')
     if masks:
-        if crowd:
-            say('crowd with polygons' if isinstance(mask, list) else 'crowd')
         made['segmentation'] = mask
     return made
 
@@ -391,10 +399,10 @@ def check_mask(mask: object, width: int, height: int, say: Callable) -> list | d
     if isinstance(mask, dict):
         problem = _problem_of_rle(mask, width, height)
         if problem:
-            say(problem)
+            say(problem, f': {shown(mask.get("size"), 40)}' if problem == 'RLE of another size' else '')
         return None if problem else dict(size=[height, width], counts=mask['counts'])
     if not isinstance(mask, list):
-        say('mask of no known form')
+        say('mask of no known form', f': {shown(mask, 20)}')
         return None
     if all(map(_number, mask)):
         say('polygon not in a list')

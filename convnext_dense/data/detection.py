@@ -43,6 +43,7 @@ def read_detection(request: Request, splits: Sequence[str], classes: Sequence[st
     train = cocos[main]
     classes = [*(classes or checks.classes_of(train, main, report))]
     if not classes:
+        report.refuse()
         raise UsageError(f'{files[main]} has no categories: nothing to learn')
     said = ''
     if main in ('train', 'all') and 'val' not in cocos:
@@ -117,7 +118,9 @@ class Images:
         self.root, self.split = root, None if given else split
         own, folders = ([], [Path(given)]) if given else _folders(file, root)
         self.tops = [Path(given)] if given else _tops(file, root)
-        folder = _likeliest(folders, names[:: max(1, len(names) // NAMES_TRIED)])
+        tried = names[:: max(1, len(names) // NAMES_TRIED)]
+        # Label maps have the names of their images; the file's own folder is one of annotations by its name alone.
+        folder = _likeliest([f for f in folders if f == file.parent or not _of_labels(f, root)], tried)
         self.folder, self.known = folder or self.tops[0], folder is not None
         self.own, self.prefix = tuple(map(self._prefix, own)), self._prefix(self.folder)
         self.begins = [os.path.abspath(folder) for folder in (file.parent, self.folder)]  # of names that lead upwards
@@ -215,7 +218,7 @@ class Images:
             parts, files = anywhere, others
         split_up = [machine, *spelled(path).split('/')]
         cut = tuple(split_up[: len(split_up) - parts])
-        files = [file for file in files if not _among_labels(file)] or files
+        files = [file for file in files if not _among_labels(file)] or (files if parts > 1 else [])
         if parts == 1:
             files = [file for file in files if not _contradict(cut[1:], file, self.split)]
         return Fit(files, parts, cut)
@@ -282,6 +285,10 @@ def _among_labels(file: str) -> bool:
     return bool(folders & set(LABELS)) and not folders & set(IMAGES)
 
 
+def _of_labels(folder: Path, root: Path) -> bool:
+    return _among_labels(f'{os.path.relpath(folder, root)}/')
+
+
 def _tops(file: Path, root: Path) -> list[Path]:
     """The folders in and below which the images of a COCO file are."""
     beside = _beside(file)
@@ -317,9 +324,10 @@ def _folders(file: Path, root: Path) -> tuple[list[Path], list[Path]]:
     below = [*_subfolders(root), *_subfolders(_beside(file))]
     below += [inner for folder in below for inner in _subfolders(folder)]
     # Those that bear the split's name come first: names of files are often the same in all.
-    own = [f for f in below if split and any(n in f.name.lower() for n in SPLITS[split])]
+    own = [f for f in below if split and any(n in f.name.lower() for n in SPLITS[split]) and not _of_labels(f, root)]
     own.sort(key=lambda folder: _likely(folder, file), reverse=True)
-    others = [folder for folder in below if folder not in own]
+    # And where there are such, images of the same names in the folder of another split are other ones.
+    others = [f for f in below if f not in own and not (own and _splits_in([f.name.lower()]) - {split})]
     beside = [file.parent] if split and any(n in file.parent.name.lower() for n in SPLITS[split]) else []
     return [*beside, *own], list(dict.fromkeys([*beside, *own, *near, *others]))
 

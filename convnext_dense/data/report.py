@@ -51,7 +51,7 @@ KINDS = {
     'image under 32 pixels': Kind(NOTED, 'kept: the recipes train without them (filter_cfg.min_size)'),
     # COCO's categories
     'category id twice': Kind(REFUSED, 'give each category an id of its own'),
-    'category without id or name': Kind(REFUSED),
+    'category without id or name': Kind(REFUSED, 'give each a name and an id: true and false are none'),
     'category name twice': Kind(MENDED, 'taken as one class'),
     'category named otherwise': Kind(
         REFUSED, 'the same id has two names in train and here: name it alike, or number it anew'
@@ -88,6 +88,7 @@ KINDS = {
     'no area given': Kind(MENDED, 'taken from the mask or the box'),
     'no mask': Kind(LEFT_OUT, 'left out: most others have one'),
     'masks of few': Kind(NOTED, 'most annotations have no mask: all are taken as boxes'),
+    'mask left aside': Kind(NOTED, 'it is none: a mask is a list of polygons, or an RLE; boxes alone are taken'),
     'mask of no known form': Kind(LEFT_OUT, 'left out: a mask is a list of polygons, or an RLE'),
     'polygon under three points': Kind(LEFT_OUT),
     'polygon of an odd count': Kind(LEFT_OUT, 'left out: x and y do not pair up'),
@@ -120,6 +121,7 @@ KINDS = {
     'label out of range': Kind(REFUSED),
 }
 ERRORS = (REFUSED, LEFT_OUT)
+UNLEARNT = ('crowd', 'crowd with polygons', 'box under a pixel', 'image under 32 pixels')  # kept, and not trained on
 
 
 @dataclass
@@ -134,6 +136,10 @@ class Finding:
     @property
     def done(self) -> str:
         return KINDS[self.kind].done
+
+    def in_short(self) -> str:
+        """As a part of one line."""
+        return f'{self.kind}, {self.count:,} ({", ".join(shown(example, 60) for example in self.examples[:2])})'
 
     def __str__(self) -> str:
         then = KINDS[self.kind].then
@@ -178,5 +184,6 @@ class Report:
         """Raise UsageError where something cannot be left out or mended, or `strict` and something is left out."""
         found = self.of(REFUSED) or (self.errors if strict else [])
         if found:
-            more = f' (and {len(found) - 1} more: tools/check_data.py lists them)' if len(found) > 1 else ''
+            others = len(self.findings) - 1
+            more = f' ({others} more finding{"s" * (others > 1)}: tools/check_data.py lists them)' if others else ''
             raise UsageError(f'the data: {str(found[0]).split(maxsplit=1)[1] if not strict else found[0]}{more}')
