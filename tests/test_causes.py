@@ -61,8 +61,8 @@ def without(pattern):
 
 
 CAUSES = {  # what is done to the data -> what must be in the line that refuses them
-    'names in capitals': (other_names(str.upper), ['val', 'DISC: in train disc', 'SQUARE: in train square']),
-    'other names': (other_names('x{}'.format), ['val', 'xdisc: none of disc / square / triangle']),
+    'names in capitals': (other_names(str.upper), ['val', 'DISC: a class is called disc', 'SQUARE: a class is called square']),
+    'other names': (other_names('x{}'.format), ['val', 'category without a class, 4 (xdisc, xsquare)']),
     'crowds': (each(iscrowd=1), ['crowd with polygons']),
     'crowds without masks': (edit(boxes_of_crowds), ['crowd, ']),
     'crowds, and one other thing': (edit(mostly_crowds), ['crowd with polygons, ', 'box is not four numbers, 1']),

@@ -129,10 +129,8 @@ def match_categories(coco: dict, train: dict, classes: Sequence[str], split: str
             report.add(split, 'category named otherwise', f'{number} is {name}, in train {there}')
         elif number in used:
             alike = spellings.get(str(name).strip().lower())
-            there = (
-                f'in train {alike}' if alike else f'none of {" / ".join(classes[:3])}{" / ..." * (len(classes) > 3)}'
-            )
-            report.add(split, 'category without a class', f'{shown(name, 60)}: {there}')
+            example = f'{name}: a class is called {alike}' if alike else name
+            report.add(split, 'category without a class', example)
             found[number] = None
     return found
 
