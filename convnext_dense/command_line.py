@@ -102,8 +102,8 @@ def is_users_bug(error: BaseException, config: str = '') -> bool:
 
 
 def _is_wrong_argument(error: BaseException) -> bool:
-    """Whether a config gives a class what it does not take, or not what it needs. Not all is built at the start: mmengine
-    builds data sets and optimizers when they are used."""
+    """Whether a config gives a class what it does not take, or not what it needs; data sets and optimizers are built
+    late."""
     if not re.search(r'__init__\(\) (got an unexpected|missing \d+ required)', str(error)) or is_users_bug(error):
         return False
     calls = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
