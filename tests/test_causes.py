@@ -61,7 +61,7 @@ def without(pattern):
 
 
 CAUSES = {  # what is done to the data -> what must be in the line that refuses them
-    'names in capitals': (other_names(str.upper), ['val', 'DISC: a class is called disc', 'SQUARE: a class is called square']),
+    'names in capitals': (other_names(str.upper), ['val', 'DISC: a class is called disc', 'SQUARE: a class is']),
     'other names': (other_names('x{}'.format), ['val', 'category without a class, 4 (xdisc, xsquare)']),
     'crowds': (each(iscrowd=1), ['crowd with polygons']),
     'crowds without masks': (edit(boxes_of_crowds), ['crowd, ']),
