@@ -396,6 +396,7 @@ def test_all_kinds_are_tried_or_said_why_not():
     elsewhere = {
         'unreadable image', 'image under 32 pixels', 'category with other id', 'group of classes',
         'masks of few', 'masks of 0 and 255', 'no box', 'a single class', 'pointer of Git LFS', 'mask left aside',
+        'image resized to nothing', 'image under the stride', 'label map of one row',
     }  # fmt: skip
     assert len(tried) >= 25 and set(KINDS) == tried | elsewhere
 

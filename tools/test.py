@@ -22,7 +22,7 @@ from convnext_dense.commands import (
 )
 from convnext_dense.data import data_arguments, request_of, set_data
 from convnext_dense.options import overruled
-from convnext_dense.segmentation import set_multiscale
+from convnext_dense.segmentation import RATIOS, set_multiscale
 
 
 def parse_args():
@@ -51,7 +51,7 @@ def main():
         request = request_of(args)
         if not request:
             check_data(config, ('test',))
-        data = set_data(config, request, ('test',), args.cfg_options, checkpoint)
+        data = set_data(config, request, ('test',), args.cfg_options, checkpoint, min(RATIOS) if args.multiscale else 1)
         set_pictures(
             config, args.show_dir and os.path.abspath(args.show_dir), args.show, args.wait_time, args.cfg_options
         )

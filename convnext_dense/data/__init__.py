@@ -13,6 +13,7 @@ from ..weights.reading import read, weights_in
 from .asking import Data, Request, named
 from .filling import check_classes, check_options, fill
 from .reading import TASKS, read_data, sources, tasks_of
+from .sizes import Limit, limits_of
 from .writing import busy, is_first_on_node, prepared, wait_for, write
 
 __all__ = [
@@ -84,6 +85,7 @@ def set_data(
     splits: Sequence[str] = ('train', 'val'),
     options: dict | None = None,
     checkpoint: str | None = None,
+    ratio: float = 1.0,
 ) -> list[str]:
     """Fill in a config from the data that `request` names, once these are checked; what training reads of them is
     written into the work dir's folder `data`. One process a machine checks, and not again while nothing changes.
@@ -93,6 +95,7 @@ def set_data(
         options: the command line's settings, which may not contradict the data.
         checkpoint: of a model that is tested, whose classes and mask branch are taken, or of a training to resume,
             whose classes must be these.
+        ratio: the smallest of those by which a multi-scale test changes the config's scale.
 
     Returns:
         What is there and what is wrong with it, in lines.
@@ -107,7 +110,8 @@ def set_data(
         raise UsageError(f"--data: the config's default_scope is {config.get('default_scope')}, not mmdet or mmseg")
     classes, with_masks = of_checkpoint(checkpoint) if checkpoint else (None, None)
     wanted = classes if 'train' not in splits else None
-    data, files = _checked(os.path.join(config.work_dir, 'data'), config.launcher, request, task, splits, wanted)
+    folder, limits = os.path.join(config.work_dir, 'data'), limits_of(config, ratio)
+    data, files = _checked(folder, config.launcher, request, task, splits, wanted, limits)
     if 'train' in splits and 'train' not in files:
         raise UsageError(f'{request.root} has no data to train on: give --train-ann, or a folder with train')
     data.report.refuse(request.strict)
@@ -126,18 +130,24 @@ def set_data(
 
 
 def _checked(
-    folder: str, launcher: str, request: Request, task: str, splits: Sequence[str], classes: list[str] | None
+    folder: str,
+    launcher: str,
+    request: Request,
+    task: str,
+    splits: Sequence[str],
+    classes: list[str] | None,
+    limits: dict[str, Limit],
 ) -> tuple[Data, dict[str, str]]:
     """Data, checked now or before, and the files of their splits."""
     key = (task, tuple(splits), classes, os.path.abspath(request.root), replace(request, strict=False))
-    key += (str(sources(request, task)),)
+    key += (str(sources(request, task)), str(limits))
     if not is_first_on_node(launcher):
         return wait_for(folder, key)
     found = prepared(folder, key)
     if found:
         return found
     with busy(folder):
-        data = read_data(request, task, splits, classes)
+        data = read_data(request, task, splits, classes, limits)
     data.report.refuse(request.strict)
     return data, write(folder, key, data)
 

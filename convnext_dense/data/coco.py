@@ -13,7 +13,9 @@ from .files import is_text, shown
 from .images import Seen
 from .layouts import FROM_PANOPTIC, read_json
 from .report import EXAMPLES, Report
+from .sizes import Limit, too_thin
 
+ANY = Limit()  # of sizes
 KEYS = ('images', 'annotations', 'categories')
 SMALL = 32  # pixels: filter_cfg.min_size of the recipes
 FAR = 10  # times the longer side of an image, beyond which coordinates are a mistake
@@ -144,7 +146,9 @@ def has_masks(coco: dict, split: str, report: Report) -> bool:
     return n > 0 and n >= len(annotations) / 2
 
 
-def check_images(coco: dict, images, seen: dict[str, Seen], turn: bool, split: str, report: Report) -> dict:
+def check_images(
+    coco: dict, images, seen: dict[str, Seen], turn: bool, split: str, report: Report, limit: Limit = ANY
+) -> dict:
     """The usable images of a file by their id: dicts of id, file_name, width and height. `images` is a
     detection.Images."""
     found, names = {}, set()
@@ -168,6 +172,8 @@ def check_images(coco: dict, images, seen: dict[str, Seen], turn: bool, split: s
             problem = 'file name twice'
         elif not problem and all(map(_positive, given)) and given != sizes:
             problem, example = 'size contradicts the image', f'{name}: {_size(given)}, its image {_size(sizes)}'
+        elif not problem and (thin := too_thin(sizes, limit)):
+            problem, example = thin[0], f'{name}: {thin[1]}'
         if problem:
             report.add(split, problem, example)
             continue

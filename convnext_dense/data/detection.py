@@ -16,6 +16,7 @@ from .files import Files, files_below, folders_in, path_in, shown, spelled
 from .images import Seen, look, look_at_all
 from .layouts import IMAGES, LABELS, SPLITS, find_annotations
 from .report import Report
+from .sizes import Limit
 
 NAMES_TRIED = 50
 MAX_NAME = 4096  # characters of a name, of which no system has more
@@ -24,7 +25,9 @@ LEAVES = 'name leads out of the folder'
 DIGITS, WORDS = re.compile('[0-9]+'), re.compile('[a-z]+')
 
 
-def read_detection(request: Request, splits: Sequence[str], classes: Sequence[str] | None = None) -> Data:
+def read_detection(
+    request: Request, splits: Sequence[str], classes: Sequence[str] | None, limits: Mapping[str, Limit]
+) -> Data:
     """As asking.read_data, of COCO json."""
     root, report = request.root, Report()
     if request.classes or request.ignore is not None:
@@ -60,7 +63,7 @@ def read_detection(request: Request, splits: Sequence[str], classes: Sequence[st
         if coco['categories'] != train['categories']:
             checks.classes_of(coco, split, report)
         categories = checks.match_categories(coco, train, classes, split, report)
-        usable = checks.check_images(coco, images[split], seen, turn, split, report)
+        usable = checks.check_images(coco, images[split], seen, turn, split, report, limits.get(split, Limit()))
         annotations = checks.check_annotations(coco, usable, categories, masks, split, report)
         made[split] = checks.assembled(usable, annotations, classes, split, report)
         report.facts.append(f'{split}: {len(usable):,} images, {len(annotations):,} annotations')

@@ -146,6 +146,8 @@ def _labels(file: BinaryIO) -> Labels:
         if _is_lossy(image, file):
             return Labels(problem='label map in a lossy file')
         labels, palette = np.asarray(image).squeeze(), image.mode == 'P'
+        if 1 in image.size:  # which mmseg reads as a list of pixels
+            return Labels(problem='label map of one row')
         if labels.ndim != 2:
             return Labels(problem='label map in colours' if labels.ndim > 2 else 'unreadable label map')
         if labels.dtype.itemsize > 1 and labels.size and not 0 <= labels.min() <= labels.max() <= 255:

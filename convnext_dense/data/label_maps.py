@@ -15,6 +15,7 @@ from ..shapes import LABELS, PALETTE
 from .files import is_text, read_text, shown, why
 from .images import Labels, Seen
 from .report import Report
+from .sizes import Limit, too_thin
 
 NO_CLASS = ('background', 'unlabeled', 'unlabelled', 'void', 'ignore')
 IGNORED = 255  # in what mmseg reads
@@ -219,6 +220,7 @@ def check_pairs(
     turn: bool,
     split: str,
     report: Report,
+    limit: Limit,
 ) -> tuple[list[tuple[Path, Path]], np.ndarray]:
     """The usable pairs of a split, and the pixels of each class in them."""
     label_of, kept, total = classes.label_of, [], np.zeros(len(classes.names), int)
@@ -233,6 +235,9 @@ def check_pairs(
         if not problem and size != (found.width, found.height):
             problem = 'label map of another size'
             name = f'{labels.name}: {found.width} x {found.height}, its image {size[0]} x {size[1]}'
+        thin = None if problem else too_thin(size, limit)
+        if thin:
+            problem, name = thin[0], f'{image.name}: {thin[1]}'
         if problem:
             report.add(split, problem, name)
             continue

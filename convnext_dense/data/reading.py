@@ -1,12 +1,13 @@
 """From a folder to checked data of the task that a recipe is for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..errors import UsageError
 from .asking import Data, Request
 from .detection import find_files, read_detection
 from .layouts import find_annotations, find_folders, what_it_is
 from .segmentation import read_segmentation
+from .sizes import LIMITS, Limit
 
 TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation'}  # by the default_scope of a config
 FIND = {'detection': find_annotations, 'segmentation': find_folders}
@@ -45,14 +46,21 @@ def sources(request: Request, task: str) -> tuple[str, dict]:
     return find_files(request) if task == 'detection' else find_folders(request.root)
 
 
-def read_data(request: Request, task: str, splits: Sequence[str], classes: Sequence[str] | None = None) -> Data:
+def read_data(
+    request: Request,
+    task: str,
+    splits: Sequence[str],
+    classes: Sequence[str] | None = None,
+    limits: Mapping[str, Limit] | None = None,
+) -> Data:
     """Find, read and check the data of a task in some splits ('train', 'val', 'test'; those that are there).
 
     Args:
         classes: the classes of a trained model, which then are the data's, in this order.
+        limits: of the sizes of images in each split; the recipes' where none are given.
 
     Raises:
         UsageError: there are none, or they are of another kind; what is wrong with them is in the report.
     """
     sources(request, task)
-    return READ[task](request, splits, classes)
+    return READ[task](request, splits, classes, limits or LIMITS[task])

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from ..errors import UsageError
 from .files import in_bytes, shown
 from .images import MAX_BYTES, MAX_PIXELS
+from .sizes import STRIDE
 
 # What is done about a kind of problem. The first two are errors, which --strict refuses.
 REFUSED, LEFT_OUT, MENDED, NOTED = 'refused', 'left out', 'mended', 'noted'
@@ -29,6 +30,14 @@ KINDS = {
     'not an image': Kind(LEFT_OUT),
     'image cut short': Kind(LEFT_OUT),
     'unreadable image': Kind(LEFT_OUT, 'left out: OpenCV, which reads in training, cannot'),
+    'image resized to nothing': Kind(
+        LEFT_OUT, 'left out: in the size that the recipe gives it a side is less than a pixel: cut it into tiles'
+    ),
+    'image under the stride': Kind(
+        LEFT_OUT,
+        f'left out: in the size that the recipe gives it a side is under {STRIDE} pixels, of which the backbone leaves '
+        'nothing: cut it into tiles',
+    ),
     'name in other case': Kind(MENDED, 'the name on the disk is taken'),
     'image turned by EXIF': Kind(MENDED, 'its annotation is of the image as stored: read without turning'),
     'the same image twice': Kind(NOTED, 'kept: the same bytes under two names'),
@@ -113,6 +122,7 @@ KINDS = {
     'label map without image': Kind(LEFT_OUT),
     'unreadable label map': Kind(LEFT_OUT),
     'label map too large': Kind(LEFT_OUT, TOO_LARGE),
+    'label map of one row': Kind(LEFT_OUT, 'left out: mmseg cannot read one of a single row or column'),
     'label map in a lossy file': Kind(REFUSED, 'JPEG and the like smear labels: write PNGs, from the original ones'),
     'label map of another size': Kind(LEFT_OUT),
     'label map of ignored pixels': Kind(LEFT_OUT),

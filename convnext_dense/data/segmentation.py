@@ -1,7 +1,7 @@
 """Segmentation data: images and label maps, wherever they lie, read and checked."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,12 @@ from .images import Labels, Seen, look_at_all, look_at_pair
 from .label_maps import Classes, check_labels, check_pairs, class_files, convention, count_classes
 from .layouts import find_folders, pair
 from .report import Report
+from .sizes import Limit
 
 
-def read_segmentation(request: Request, splits: Sequence[str], classes: Sequence[str] | None = None) -> Data:
+def read_segmentation(
+    request: Request, splits: Sequence[str], classes: Sequence[str] | None, limits: Mapping[str, Limit]
+) -> Data:
     """As asking.read_data, of label maps."""
     root, report = request.root, Report()
     layout, folders = find_folders(root)
@@ -55,7 +58,8 @@ def read_segmentation(request: Request, splits: Sequence[str], classes: Sequence
         for kind, names in (('name written otherwise', of.other), ('ambiguous name', of.ambiguous)):
             for name in names:
                 report.add(split, kind, name)
-        kept, pixels[split] = check_pairs(of.pairs, seen, maps, kinds, turn, split, report)
+        limit = limits.get(split, Limit())
+        kept, pixels[split] = check_pairs(of.pairs, seen, maps, kinds, turn, split, report, limit)
         made[split] = [[relative(path, root) for path in pair] for pair in kept]
         report.facts.append(f'{split}: {len(kept):,} images with label maps')
         say_empty(report, split, len(kept), root)
