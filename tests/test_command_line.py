@@ -15,7 +15,7 @@ from conftest import ROOT
 from mmengine.config import Config
 from test_tools import one_line_error
 
-from convnext_dense import UsageError, shapes
+from convnext_dense import UsageError, fast, shapes
 from convnext_dense.command_line import MAX_LINE, _ending, config_path, printable
 from convnext_dense.commands import _is_first_process, check_launcher, check_levels
 from convnext_dense.running import moved
@@ -174,6 +174,7 @@ def test_a_checkpoint_is_read_once_by_each_run(run_tool, tmp_path, data):
         process = run_tool(*command, **env)
         assert process.returncode == 0, process.stderr[-3000:]
         assert process.stderr.count('opened epoch_1.pth') == once > 0, command
+        assert (process.stdout + process.stderr).count(f'ConvNeXt on this CPU: {fast.described()}') == 1
 
 
 def test_a_wrong_argument_of_a_users_class_is_bad_input(run_tool, tmp_path, data):
