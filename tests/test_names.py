@@ -2,18 +2,21 @@
 to be ambiguous or missing, and none gets another one's image."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from test_checking import report_of
-from test_data import drawn, dump, put_labels  # noqa: F401
+from test_data import DETECTOR, coco, drawn, dump, put_labels, quick  # noqa: F401
 from test_files import limited
 
 from convnext_dense.data import Request, read_data
+from convnext_dense.data.asking import held_out
 from convnext_dense.data.detection import Images
-from convnext_dense.data.files import Files, match, path_in
+from convnext_dense.data.files import Files, match, path_in, spelled
 from convnext_dense.data.layouts import Folders, find_folders, pair
 from convnext_dense.errors import UsageError
 
@@ -314,6 +317,64 @@ def test_a_list_in_latin1_names_files_in_latin1(tmp_path):
     (tmp_path / 'ImageSets/Segmentation/train.txt').write_bytes(b'caf\xe9\r\n')
     found = pair(find_folders(tmp_path)[1]['train'])
     assert [image.name for image, _ in found.pairs] == ['caf\udce9.jpg']
+
+
+# Where Python is told that names are ASCII: what is beyond it comes as bytes.
+ASCII = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+LATIN, JAPANESE = os.fsdecode(b'caf\xe9.png'), '\u65e5\u672c.png'
+
+
+@pytest.fixture
+def foreign(drawn, tmp_path):  # noqa: F811
+    """Names beyond ASCII: one is Latin-1 on the disk and UTF-8 in the JSON file, one holds an escape of terminals."""
+    names = {'000001.png': LATIN, '000002.png': JAPANESE, '000003.png': '\x1b[31mred.png'}
+    shutil.copytree(drawn, tmp_path / 'mine')
+    for old, new in names.items():
+        for folder in ('train', 'labels/train'):
+            os.rename(tmp_path / 'mine' / folder / old, tmp_path / 'mine' / folder / new)
+    content = coco(drawn, 'train')
+    for i in content['images']:
+        i['file_name'] = names.get(i['file_name'], i['file_name']).replace(LATIN, 'caf\u00e9.png')
+    dump(content, tmp_path / 'mine/annotations/instances_train.json')
+    return tmp_path / 'mine'
+
+
+def test_names_in_latin1_are_those_of_a_file_in_utf8(foreign):
+    data, found = report_of(foreign)
+    assert {f: found[f].examples for f in found} == {WRITTEN: ['caf\u00e9.png is train/caf\\udce9.png']}
+    names = [image['file_name'] for image in data.splits['train']['images']]
+    assert names[:3] == [f'train/{LATIN}', f'train/{JAPANESE}', 'train/\x1b[31mred.png']
+    assert all((foreign / name).is_file() for name in names)
+
+
+@pytest.mark.parametrize('task', ['detection', 'segmentation'])
+def test_all_names_are_found_where_names_are_ascii(task, foreign, run_tool):
+    done = run_tool('check_data.py', '--task', task, '--data', 'mine', **ASCII)
+    assert done.returncode == 0 and '\x1b' not in done.stdout + done.stderr
+    assert 'train: 5 images' in done.stdout and ('name written otherwise, 2' in done.stdout) is (task == 'detection')
+
+
+def test_a_run_where_names_are_ascii_ends(foreign, run_tool):
+    options = ['--work-dir', 'run', '--epochs', 1, '--data', 'mine', '--cfg-options', *quick('ascii')]
+    done = run_tool('train.py', DETECTOR, *options, **ASCII)
+    assert done.returncode == 0, done.stderr
+    written = json.loads((foreign.parent / 'run/data/train.json').read_text())
+    assert len(written['images']) == 5 and '\x1b' not in done.stdout + done.stderr
+
+
+def test_the_same_images_are_held_out_in_any_locale():
+    names = [f'\u00e9{i}.png' for i in range(300)]
+    as_ascii = {name.encode().decode('ascii', 'surrogateescape'): name for name in names}
+    out, _ = held_out(names, Request('x'))
+    assert {as_ascii[name] for name in held_out(list(as_ascii), Request('x'))[0]} == out and 10 < len(out) < 60
+
+
+@pytest.mark.parametrize('written, other', [
+    (LATIN, 'caf\u00e9.png'), (os.fsdecode(b'CAF\xc9.png'), 'caf\u00e9.png'), ('\udcc3\udca9', '\u00e9'),
+    ('\u65e5/\udce9', '\u65e5/\u00e9'), ('%E9', '\u00e9'), ('\ud800', '\ud800'), ('\udce9\ud800', '\u00e9\ud800'),
+])  # fmt: skip
+def test_spellings_of_bytes_that_are_not_decoded(written, other):
+    assert spelled(written) == spelled(other)
 
 
 def test_segmentation_says_what_was_found_otherwise(drawn, tmp_path):  # noqa: F811

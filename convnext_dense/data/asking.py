@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UsageError
+from .files import as_bytes
 from .images import Seen
 from .report import ERRORS, NOTED, UNLEARNT, Report
 
@@ -60,7 +61,7 @@ def held_out(names: Sequence[str], request: Request, root: Path | None = None) -
 
     def drawn(name: str) -> float:
         text = relative(name, root) if root else name
-        digest = hashlib.sha256(text.encode('utf-8', 'surrogatepass')).digest()  # names need not be UTF-8
+        digest = hashlib.sha256(as_bytes(text)).digest()
         return int.from_bytes(digest[:6], 'big') / 2**48
 
     out = {name for name in names if drawn(name) < share} or set(sorted(names, key=drawn)[:1])

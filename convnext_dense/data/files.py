@@ -25,6 +25,7 @@ FEW = 50  # files that are looked at for one name
 ADDRESS = re.compile(
     r'[a-z][a-z0-9+.-]+://[^/]*/?|[a-z]:/|/', re.IGNORECASE
 )  # what a name of a whole machine begins with
+UNDECODED = re.compile('[\udc80-\udcff]+')  # Python's bytes in names of files
 MAX_SHOWN = 500  # characters of a value in a report
 FLAGS = os.O_RDONLY
 for _name in ('O_NONBLOCK', 'O_NOCTTY', 'O_BINARY'):  # not all systems have them
@@ -236,12 +237,20 @@ def path_in(name: str) -> tuple[str, str]:
 
 
 def spelled(path: str) -> str:
-    """A path without what may be written in another way: percent escapes, slashes, case, and how letters with marks are
-    made."""
+    """A path without what may be written in another way: percent escapes, slashes, case, how letters with marks are
+    made, and bytes that Python could not decode as it was told the encoding of names."""
     if '%' in path:
         path = unquote(path, errors='surrogateescape')
-    path = path.replace('\\', '/').lower()
-    return path if path.isascii() else normalize('NFC', path)
+    path = path.replace('\\', '/')
+    return path.lower() if path.isascii() else normalize('NFC', UNDECODED.sub(_decoded, path).lower())
+
+
+def as_bytes(name: str) -> bytes:
+    """A name of a file as it is on the disk, whatever the locale; of what can be none, something that is its own."""
+    try:
+        return name.encode('utf-8', 'surrogateescape')
+    except UnicodeEncodeError:
+        return name.encode('utf-8', 'surrogatepass')
 
 
 def is_text(text: str) -> bool:
@@ -268,6 +277,15 @@ def why(error: Exception) -> str:
     if 'integer string conversion' in str(error):
         return f'a number of more than {sys.get_int_max_str_digits():,} digits'
     return shown(error)
+
+
+def _decoded(undecoded: re.Match) -> str:
+    """Bytes in a name: UTF-8 where the locale is of ASCII alone, or Latin-1 of an older machine."""
+    data = undecoded[0].encode('utf-8', 'surrogateescape')
+    try:
+        return data.decode('utf-8')
+    except UnicodeDecodeError:
+        return data.decode('latin-1')
 
 
 def _backwards(path: str) -> str:
