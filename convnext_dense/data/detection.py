@@ -197,8 +197,9 @@ class Images:
                 begins['',] += 1
         fits = {name: self._fit(name, bool(begins)) for name, place in found.items() if place is None}
         begins.update(fit.cut for fit in fits.values() if fit.parts > 1)
+        lengths = {len(begin) for begin in begins}
         for name, fit in fits.items():
-            files = [] if _is_anothers(fit, begins) else fit.files
+            files = [] if _is_anothers(fit, begins, lengths) else fit.files
             fits[name] = fit._replace(files=files)
             if len(files) == 1:
                 users[files[0]].append(name)
@@ -260,13 +261,13 @@ def _place(name: str, files: list[str], kind: str, users: Mapping[str, list[str]
     return Place(files[0], kind, f'{name} is {files[0]}')
 
 
-def _is_anothers(fit: Fit, begins: Counter) -> bool:
+def _is_anothers(fit: Fit, begins: Counter, lengths: set[int]) -> bool:
     """Whether a name is known to be of another file than those whose ending it has. `begins` counts what is before the
-    endings of names that have more than their last part in common with a file: where most names that begin like this
-    one have more of themselves on the disk, so would its own file."""
+    endings of names that have more than their last part in common with a file, of these `lengths`: where most names
+    that begin like this one have more of themselves on the disk, so would its own file."""
     if fit.parts < 2:
         return bool(begins)
-    return any(begins[fit.cut[:n]] >= begins[fit.cut] for n in range(1, len(fit.cut)))
+    return any(begins[fit.cut[:n]] >= begins[fit.cut] for n in lengths if 0 < n < len(fit.cut))
 
 
 def _contradict(folders: Sequence[str], file: str, split: str | None) -> bool:
@@ -312,7 +313,8 @@ def _likeliest(folders: Sequence[Path], names: Sequence[str]) -> Path | None:
 
     def is_there(folder: Path, path: str) -> bool:
         parent, _, last = f'{folder}/{path}'.rpartition('/')
-        return spelled(last) in listing(os.path.realpath(parent))  # links may show one folder many times
+        # Links may show one folder many times. Of what is none each part would be looked for.
+        return os.path.isdir(parent) and spelled(last) in listing(os.path.realpath(parent))
 
     hits = [sum(is_there(folder, path) for path in paths) for folder in folders]
     most = max(hits, default=0)

@@ -1,6 +1,8 @@
 """From a folder to checked data of the task that a recipe is for."""
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from ..errors import UsageError
 from .asking import Data, Request
@@ -63,4 +65,18 @@ def read_data(
         UsageError: there are none, or they are of another kind; what is wrong with them is in the report.
     """
     sources(request, task)
-    return READ[task](request, splits, classes, limits or LIMITS[task])
+    with _without_collector():
+        return READ[task](request, splits, classes, limits or LIMITS[task])
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """The values of a file are millions and hold no cycles: Python's collector would walk all of them ever again, in
+    more time than the checks take."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
