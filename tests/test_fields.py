@@ -391,9 +391,13 @@ def test_checks_take_time_by_the_size_of_their_input():
             _runs('o' * 4_000_000)
         assert _runs('0' * 4_000_000) == [0] * 4_000_000
         several = [annotation(i, segmentation=dict(size=[SIZE, SIZE], counts='o' * 10**6)) for i in range(5)]
-        return len(check(several)[0]), len(check([annotation()], categories=categories)[0])
+        # Lines to and fro, of which pycocotools walks along each pixel.
+        zigzag = [
+            annotation(i, (0, 0, SIZE, i), segmentation=[[0, 0, 10 * SIZE, i] * 100_000], area=9) for i in range(50, 55)
+        ]
+        return len(check(several)[0]), len(check([annotation()], categories=categories)[0]), len(check(zigzag)[0])
 
-    assert limited(end) == (0, 1)
+    assert limited(end) == (0, 1, 5)
 
 
 def test_a_run_on_ids_of_text_trains_and_evaluates(tmp_path, monkeypatch):

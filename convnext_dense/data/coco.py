@@ -28,6 +28,7 @@ WHOLE_NUMBER = re.compile(r'(0|-?[1-9][0-9]{0,19})(\.0+)?')
 SAME, OTHER, APART, EDGE = 0.9, 0.5, 0.1, 2
 # Times the box, and the mask, beyond which an area cannot be; and the pixels that are rounding.
 AREA_OF_BOX, AREA_OF_MASK, AREA_SLACK = 1.5, 5, 4
+LONGEST_OUTLINE = 10**6  # pixels of polygons that are drawn to count those within, in about a second
 CORNERS = (False, True)  # what fits as x, y, width, height, and what as corners
 # How many boxes, at least and as a share of all, reach out of their images where they are corners.
 LEAST_OUT, OUT = 3, 0.2
@@ -508,8 +509,16 @@ def _area_of_polygon(polygon: list[float]) -> float:
     return abs(sum(map(mul, x, y[1:] + y[:1])) - sum(map(mul, y, x[1:] + x[:1]))) / 2
 
 
-def _pixels(mask: list | dict, size: tuple[int, int]) -> int:
-    """The pixels of a mask."""
+def _outline(polygon: list[float]) -> float:
+    """The pixels that pycocotools walks along a polygon."""
+    x, y = polygon[::2], polygon[1::2]
+    return sum(max(abs(a - b), abs(c - d)) for a, b, c, d in zip(x, x[1:] + x[:1], y, y[1:] + y[:1]))
+
+
+def _pixels(mask: list | dict, size: tuple[int, int]) -> float:
+    """The pixels of a mask; the area of polygons with an outline that takes too long to draw."""
+    if isinstance(mask, list) and sum(map(_outline, mask)) > LONGEST_OUTLINE:
+        return sum(map(_area_of_polygon, mask))
     if isinstance(mask, list):
         return int(_coco_mask().area(_coco_mask().merge(_coco_mask().frPyObjects(mask, *size))))
     return int(_coco_mask().area(_compressed(mask)))
