@@ -240,6 +240,7 @@ DETECTION = {  # kind: what is done to the data, and what the report names
     'polygon of no numbers': (first(segmentation=[[1, 1, None, 20, 5, 5]]), 'id 1'),
     'polygon outside the image': (first(segmentation=[square(70, 70)]), 'id 1'),
     'polygon far outside': (first(segmentation=[[*square(5, 5), 5, 1e12]]), 'id 1'),
+    'polygon without an end': (first(segmentation=[[0, 0, 600, 5] * 9000]), 'id 1'),
     'polygon not in a list': (first(segmentation=square(5, 5)), 'id 1'),
     'RLE of another size': (rle(lambda rle: {**rle, 'size': [64, 65]}), 'id 1'),
     'RLE that does not add up': (rle(lambda rle: {**rle, 'counts': rle['counts'][:-2]}), 'id 1'),

@@ -382,6 +382,20 @@ def test_a_size_written_as_floats_is_one():
     assert left['segmentation'] == mask and not said
 
 
+def to_and_fro(height, times):
+    """A polygon of lines through all that an image may have around it, of which pycocotools walks along each pixel."""
+    return [[0, 0, 10 * SIZE, height] * times]
+
+
+def test_polygons_without_an_end_are_left_out():
+    """pycocotools ends the process, or takes gigabytes: in the check, in training and in the evaluation."""
+    endless = annotation(1, (0, 0, SIZE, 50), segmentation=to_and_fro(50, 100_000), area=9)
+    left, said = limited(check, [endless, annotation(2)])
+    assert len(left) == 1 and said['polygon without an end'] == ['id 1']
+    long = [v for i in range(SIZE) for v in (0, i, SIZE, i + 0.5)]  # as long as one may be in all sense
+    assert 'polygon without an end' not in check([annotation(1, segmentation=[long])])[1]
+
+
 def test_checks_take_time_by_the_size_of_their_input():
     """A hundred thousand categories and masks of millions of signs, which are seconds, and were minutes."""
     categories = [dict(id=i, name=f'class {i}') for i in range(100000)]
@@ -391,10 +405,7 @@ def test_checks_take_time_by_the_size_of_their_input():
             _runs('o' * 4_000_000)
         assert _runs('0' * 4_000_000) == [0] * 4_000_000
         several = [annotation(i, segmentation=dict(size=[SIZE, SIZE], counts='o' * 10**6)) for i in range(5)]
-        # Lines to and fro, of which pycocotools walks along each pixel.
-        zigzag = [
-            annotation(i, (0, 0, SIZE, i), segmentation=[[0, 0, 10 * SIZE, i] * 100_000], area=9) for i in range(50, 55)
-        ]
+        zigzag = [annotation(i, (0, 0, SIZE, i), segmentation=to_and_fro(i, 2500), area=9) for i in range(50, 55)]
         return len(check(several)[0]), len(check([annotation()], categories=categories)[0]), len(check(zigzag)[0])
 
     assert limited(end) == (0, 1, 5)

@@ -28,6 +28,7 @@ WHOLE_NUMBER = re.compile(r'(0|-?[1-9][0-9]{0,19})(\.0+)?')
 SAME, OTHER, APART, EDGE = 0.9, 0.5, 0.1, 2
 # Times the box, and the mask, beyond which an area cannot be; and the pixels that are rounding.
 AREA_OF_BOX, AREA_OF_MASK, AREA_SLACK = 1.5, 5, 4
+ENDLESS = 10**7  # pixels of the outline of a polygon, of which pycocotools takes gigabytes
 LONGEST_OUTLINE = 10**6  # pixels of polygons that are drawn to count those within, in about a second
 CORNERS = (False, True)  # what fits as x, y, width, height, and what as corners
 # How many boxes, at least and as a share of all, reach out of their images where they are corners.
@@ -435,6 +436,8 @@ def _problem_of_polygon(polygon: object, width: int, height: int) -> str | None:
         return 'polygon of an odd count'
     if not near:  # pycocotools would walk along each pixel of it, for ever
         return 'polygon far outside'
+    if len(polygon) * most > ENDLESS and _outline(polygon) > ENDLESS:  # most cannot be, and are not measured
+        return 'polygon without an end'
     x, y = polygon[::2], polygon[1::2]
     outside = max(x) <= 0 or max(y) <= 0 or min(x) >= width or min(y) >= height
     return 'polygon outside the image' if outside else None

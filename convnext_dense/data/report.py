@@ -104,6 +104,7 @@ KINDS = {
     'polygon of no numbers': Kind(LEFT_OUT),
     'polygon outside the image': Kind(LEFT_OUT),
     'polygon far outside': Kind(LEFT_OUT),
+    'polygon without an end': Kind(LEFT_OUT, 'left out: its outline is over ten million pixels long'),
     'polygon not in a list': Kind(MENDED, 'put into one'),
     'RLE of another size': Kind(LEFT_OUT),
     'RLE that does not add up': Kind(LEFT_OUT),
