@@ -152,6 +152,10 @@ class Downsample(Patchify):
         super().__init__(LayerNorm2d(in_channels, eps=NORM_EPS), nn.Conv2d(in_channels, channels, 2, stride=2))
 
 
+fast.know(nn.Conv2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Sequential)
+fast.know(LayerNorm2d, OutputNorm, DropPath, Block, Stem, Downsample)
+
+
 @MODELS.register_module()
 class ConvNeXt(BaseModule):
     """The ConvNeXt trunk for dense prediction. Parameter names are those of the original code.

@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from convnext_dense import ConvNeXt, fast
-from convnext_dense.backbone import Block
+from convnext_dense.backbone import Block, DropPath, OutputNorm, Stem
 from convnext_dense.fast import fused, tiled
 
 pytestmark = pytest.mark.skipif(torch.float32 not in tiled.dtypes(), reason='this machine has no fast form')
@@ -646,6 +647,15 @@ def changed(model, how):
     elif how == 'MLP replaced':
         mlp = block.mlp
         block.mlp = lambda y: mlp(y).relu()
+    elif how == 'residual replaced':
+        residual = block.residual
+        block.residual = lambda *args: residual(*args).relu()
+    elif how == 'scalar layer scale':
+        block.gamma = nn.Parameter(torch.tensor(0.5))
+    elif how == 'norm over rows':
+        block.norm = nn.LayerNorm((24, 16))
+    elif how == 'padding by name':
+        block.dwconv = nn.Conv2d(16, 16, 5, padding='same', groups=16)
     elif how == 'parametrized':
         nn.utils.parametrizations.weight_norm(block.pwconv2)
     elif how == 'reflecting':
@@ -670,6 +680,10 @@ def changed(model, how):
         'forward replaced',
         'convolution replaced',
         'MLP replaced',
+        'residual replaced',
+        'scalar layer scale',
+        'norm over rows',
+        'padding by name',
         'parametrized',
         'reflecting',
         'dilated',
@@ -684,6 +698,50 @@ def test_a_changed_block_goes_the_plain_way_alone(how, runs, monkeypatch):
     plainly(monkeypatch)
     for f, e in zip(found[0], maps_and_gradients(model, image)[0]):
         assert distance(f, e) < 1e-5
+
+
+@pytest.mark.parametrize(
+    'kind, name',
+    [
+        (nn.Module, '__call__'),
+        (nn.Linear, 'forward'),
+        (nn.Conv2d, '_conv_forward'),
+        (nn.LayerNorm, 'forward'),
+        (nn.Sequential, 'forward'),
+        *((Block, name) for name in ('forward', 'residual', 'mlp')),
+        (Stem, 'forward'),
+        (OutputNorm, 'forward'),
+    ],
+    ids=lambda value: getattr(value, '__name__', value),
+)
+@pytest.mark.parametrize('grad', [True, False])
+def test_methods_patched_on_a_class_are_called_as_in_the_reference(kind, name, grad, monkeypatch):
+    """As profilers, memory savers and adapters of other libraries do it."""
+    model, image, calls, own = made(fused), torch.randn(1, 3, 64, 64), [], getattr(kind, name)
+    monkeypatch.setattr(kind, name, lambda *args, **kwargs: (calls.append(0), own(*args, **kwargs))[1])
+    with torch.set_grad_enabled(grad):
+        found, n = model(image), len(calls)
+        calls.clear()
+        expected = reference(model, image)
+    assert n == len(calls) > 0
+    for f, e in zip(found, expected):
+        assert distance(f, e) < 1e-6
+
+
+def test_stochastic_depth_may_be_left_on_alone():
+    """As for Monte Carlo estimates of uncertainty."""
+    model, image = made(fused, drop_path_rate=0.5).eval(), torch.randn(4, 3, 64, 64)
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.train()
+    with torch.no_grad():
+        torch.manual_seed(1)
+        found = model(image)
+        torch.manual_seed(1)
+        expected = reference(model, image)
+        another = model(image)
+    for f, e, a in zip(found, expected, another):
+        assert distance(f, e) < 1e-5 < distance(f, a)
 
 
 def test_hooks_see_what_they_saw():
@@ -705,6 +763,8 @@ def test_watched_operations_are_the_plain_ones(runs):
     runs.clear()
     parameters = dict(model.named_parameters())
     gradients = torch.func.grad(lambda p: torch.func.functional_call(model, p, image)[2].sum())(parameters)
+    with BaseTorchFunctionMode():
+        model(image)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(image, torch.ones_like(image))
         assert torch.autograd.forward_ad.unpack_dual(model(dual)[2]).tangent is not None

@@ -7,7 +7,8 @@ stochastic depth are not computed.
 
 Modules ask for their fast form from within their own `forward`, so that hooks, wrappers and `compile` around them work
 as ever. What has none goes its own way: another device or dtype, modules whose children are not as built (of another
-class, hooked, with another `forward`), or all under what watches operations (tracers, transforms, dispatch modes).
+class, hooked, with another `forward`, on the class too), or all under what watches operations (tracers, transforms,
+modes).
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,14 +18,28 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as modules
+from torch.overrides import _get_current_function_mode_stack, _len_torch_function_stack
+from torch.utils._device import DeviceContext
 
 from . import fused, tiled
 from .blocks import Parameters, Settings
 
 # Methods that `forward` of a module that may have a fast form calls.
-INNER_METHODS = {'mlp', '_conv_forward'}
+INNER_METHODS = {'residual', 'mlp', '_conv_forward'}
+CALLED = {'__call__', '_call_impl', 'forward', *INNER_METHODS}
 HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 _off = 0
+_known: dict[type, list[tuple[type, str, object]]] = {}
+
+
+def know(*classes: type[nn.Module]) -> None:
+    """Note what modules of these classes call. Where one of these methods is another one later, on the class or on one
+    that it is derived from, they have to be called."""
+    for kind in classes:
+        parents = [parent for parent in kind.__mro__[1:] if issubclass(parent, nn.Module) and parent is not nn.Module]
+        methods = [(kind, name) for name in CALLED if hasattr(kind, name)]
+        methods += [(parent, name) for parent in parents for name in CALLED & vars(parent).keys()]
+        _known[kind] = [(owner, name, getattr(owner, name)) for owner, name in methods]
 
 
 @contextmanager
@@ -62,7 +77,7 @@ def stage(
     settled = []
     for block in blocks:
         form, dtype, parameters = _form(block, rows.permute(0, 3, 1, 2))
-        if form is not fused or (block.training and block.drop_path.rate):
+        if form is not fused or (block.drop_path.training and block.drop_path.rate):
             return None
         settled.append((Settings(dtype, block.norm.eps, block.dwconv.padding, 1.0, False), parameters))
     rows, free, calls = fused.forward_all(settled, rows)
@@ -230,6 +245,8 @@ def _takes(x: torch.Tensor) -> bool:
 
 def _watched() -> bool:
     """Whether something looks at or transforms the operations that make up a block."""
+    if _len_torch_function_stack() and any(type(m) is not DeviceContext for m in _get_current_function_mode_stack()):
+        return True
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
@@ -252,14 +269,18 @@ def _as_built(module: nn.Module, function: str) -> bool:
         return False
     if module._is_full_backward_hook is False or not INNER_METHODS.isdisjoint(vars(module)):
         return False
-    return all(map(_untouched, children))
+    return _is_known(type(module)) and all(map(_untouched, children))
 
 
 def _untouched(module: nn.Module) -> bool:
     """Whether to call the module is to run the `forward` of its class, and nothing else."""
     if any(getattr(module, name) for name in HOOKS) or module._compiled_call_impl:
         return False
-    return not {'forward', '_call_impl', *INNER_METHODS} & vars(module).keys()
+    return _is_known(type(module)) and CALLED.isdisjoint(vars(module))
+
+
+def _is_known(kind: type) -> bool:
+    return kind in _known and all(getattr(owner, name) is method for owner, name, method in _known[kind])
 
 
 def _autocast_dtype() -> torch.dtype | None:
@@ -282,7 +303,12 @@ def _parameters(block: nn.Module) -> Parameters | None:
     if not _as_built(block, 'block'):
         return None
     conv, norm, linear1, _, linear2, _ = block.children()
-    if (conv.stride, conv.dilation, conv.groups, conv.padding_mode) != ((1, 1), (1, 1), len(conv.weight), 'zeros'):
+    channels = len(conv.weight)
+    if (conv.stride, conv.dilation, conv.groups, conv.padding_mode) != ((1, 1), (1, 1), channels, 'zeros'):
+        return None
+    if isinstance(conv.padding, str) or norm.normalized_shape != (channels,):
+        return None
+    if block.gamma is not None and block.gamma.shape != (channels,):
         return None
     return Parameters(
         *(conv.weight, conv.bias, norm.weight, norm.bias),

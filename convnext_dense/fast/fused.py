@@ -88,7 +88,7 @@ def _work(size: int) -> int:
     return getattr(_own, 'work', _NOTHING).data_ptr()
 
 
-def takes(x: torch.Tensor, p: Parameters, padding: tuple | str, dtype: torch.dtype) -> bool:
+def takes(x: torch.Tensor, p: Parameters, padding: tuple[int, int], dtype: torch.dtype) -> bool:
     """Whether a block with these parameters and products in `dtype` has this form here; its output is float32."""
     c = x.shape[1]
     if c % LANES or dtype not in dtypes() or x.dtype not in (torch.float32, torch.bfloat16):
@@ -97,7 +97,7 @@ def takes(x: torch.Tensor, p: Parameters, padding: tuple | str, dtype: torch.dty
         return False
     linears = ((4 * c, c), (4 * c,), (c, 4 * c), (c,))
     shapes = ((c, 1, SIDE, SIDE), (c,), (c,), (c,), *linears, *([] if p.gamma is None else [(c,)]))
-    if padding not in ((SIDE // 2, SIDE // 2), 'same'):
+    if padding != (SIDE // 2, SIDE // 2):
         return False
     return _fit([t for t in p if t is not None], shapes)
 
