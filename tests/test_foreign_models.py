@@ -173,6 +173,29 @@ def test_which_of_several_is_taken(tmp_path):
         load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', {'teacher': weights, 'student': other}))
 
 
+@pytest.mark.parametrize('key', ['semantic_net', 'schema', 'upscaler', 'hubert', 'github', 'schedule_model', 'swagger'])
+def test_words_in_a_key_are_whole_words(tmp_path, key):
+    """Nor an average, nor a schedule, because the letters of one are in the key."""
+    weights, other = original_weights(SMALL), {n: t + 1 for n, t in original_weights(SMALL).items()}
+    backbone = ConvNeXt(SMALL)
+    load_backbone(backbone, saved(tmp_path / 'w.pth', {key: weights, 'optimizer': {'state': {}}}))
+    assert torch.equal(backbone.stages[0][0].gamma, weights['stages.0.0.gamma'])
+    with pytest.raises(UsageError, match='several ConvNeXts'):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', {key: weights, 'other': other}))
+
+
+@pytest.mark.parametrize(
+    'prefixes',
+    [('backbone.', 'module.backbone.'), ('', '_orig_mod.'), ('student.module.', 'student.'), ('', 'module.')],
+)
+def test_two_models_of_which_one_is_wrapped_are_two(tmp_path, prefixes):
+    weights, other = original_weights(SMALL), {n: t + 1 for n, t in original_weights(SMALL).items()}
+    for models in ((weights, other), (other, weights)):
+        both = {f'{prefix}{n}': t for prefix, model in zip(prefixes, models) for n, t in model.items()}
+        with pytest.raises(UsageError, match='several ConvNeXts'):
+            load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', both))
+
+
 def test_what_is_no_convnext_is_named_by_its_tensors(tmp_path):
     with pytest.raises(UsageError, match=r'by the names in it \(layer1.weight, ...\)'):
         load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', {'net': {'layer1.weight': torch.ones(1)}}))
@@ -196,6 +219,7 @@ def test_a_file_with_other_peoples_objects_says_how_to_make_it_loadable(tmp_path
     light = {'state_dict': {f'model.backbone.{n}': t for n, t in weights.items()}}
     for name, content in {
         'path.ckpt': {**light, 'hyper_parameters': {'root': pathlib.Path('/data')}},
+        'before.ckpt': {'root': pathlib.Path('/data'), 'model': light['state_dict']},
         'partial.ckpt': {'hyper_parameters': {'opt': functools.partial(torch.optim.AdamW, lr=1e-3)}, **light},
         'whole.pth': model,
     }.items():
@@ -205,6 +229,7 @@ def test_a_file_with_other_peoples_objects_says_how_to_make_it_loadable(tmp_path
         pickle.dump({'model': {f'backbone.{n}': t.numpy() for n, t in weights.items()}}, file)
     what = {
         'path.ckpt': 'pathlib',
+        'before.ckpt': 'pathlib',
         'partial.ckpt': 'functools.partial',
         'whole.pth': 'it is convnext_dense.backbone.ConvNeXt',
     }

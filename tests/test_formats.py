@@ -292,6 +292,22 @@ def test_values_that_are_not_finite(tmp_path, value):
         load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
 
 
+def test_large_values_are_finite(tmp_path):
+    weights = original_weights(SMALL)
+    weights['stages.2.1.pwconv1.weight'][:] = 3e38
+    load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+
+
+def test_complex_weights(tmp_path):
+    weights = {n: t.to(torch.complex64) for n, t in original_weights(SMALL).items()}
+    with pytest.raises(UsageError, match='is of torch.complex64: complex weights do not load'):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+    weights = original_weights(SMALL)
+    weights['norm.bias'] = torch.ones(32, dtype=torch.complex64).conj()
+    with pytest.raises(UsageError, match='a conjugate or negative view'):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+
+
 def test_quantised_weights(tmp_path):
     weights = {n: (t * 100).to(torch.int8) for n, t in original_weights(SMALL).items()}
     with pytest.raises(UsageError, match='int8'):
@@ -475,6 +491,32 @@ def test_conversions_go_round_without_loss(tmp_path, grn):
     names = {n.replace('convnext.', 'convnextv2.') if grn else n for n in as_library(weights, TRANSFORMERS)}
     assert torch.load(files['transformers']).keys() == names
     assert load_file(files['safetensors']).keys() == weights.keys()
+
+
+def test_tensors_that_share_memory_convert(tmp_path):
+    weights = original_weights(SMALL)
+    weights['stages.2.1.gamma'] = weights['stages.2.0.gamma']
+    file = saved(tmp_path / 'w.pth', {'model': weights})
+    convert(file, tmp_path / 'out.safetensors', 'safetensors')
+    found = load_file(tmp_path / 'out.safetensors')
+    assert all(torch.equal(found[n], t) for n, t in weights.items()) and found.keys() == weights.keys()
+
+
+def test_damaged_weights_do_not_convert(tmp_path):
+    weights = original_weights(SMALL)
+    weights['stages.2.1.gamma'][3] = float('nan')
+    with pytest.raises(UsageError, match='stages.2.1.gamma holds NaN or Inf'):
+        convert(saved(tmp_path / 'w.pth', {'model': weights}), tmp_path / 'out.pth', 'timm')
+    assert not (tmp_path / 'out.pth').exists()
+
+
+def test_shards_hold_what_their_index_says(tmp_path):
+    save_file({'a': torch.ones(2), 'b': torch.ones(2)}, tmp_path / 'one.safetensors')
+    save_file({'a': torch.zeros(2), 'c': torch.ones(2)}, tmp_path / 'two.safetensors')
+    index = tmp_path / 'model.safetensors.index.json'
+    index.write_text(json.dumps({'weight_map': dict.fromkeys('ab', 'one.safetensors') | {'c': 'two.safetensors'}}))
+    with pytest.raises(UsageError, match=r'its shard two.safetensors do not hold the same tensors \(a\)'):
+        read(index)
 
 
 def test_conversions_that_would_lose(tmp_path):

@@ -210,13 +210,24 @@ def same(a, b) -> bool:
     return type(a) is type(b) and a == b
 
 
+@pytest.mark.parametrize('protocol', [2, 3, 4])
 @pytest.mark.parametrize('legacy', [False, True])
-def test_all_that_checkpoints_hold_is_read(tmp_path, legacy):
-    torch.save(everything(), tmp_path / 'w.pth', _use_new_zipfile_serialization=not legacy)
+def test_all_that_checkpoints_hold_is_read(tmp_path, legacy, protocol):
+    file = tmp_path / 'w.pth'
+    torch.save(everything(), file, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
     for mapped in (True, False):
-        found = read(tmp_path / 'w.pth', mapped)
+        found = read(file, mapped)
         assert same(everything(), found)
         assert found['state_dict']._metadata == {'': {'version': 1}}
+
+
+def test_the_last_protocol_of_pickles_is_read(tmp_path):
+    content = {'state_dict': everything()['state_dict'], 'meta': {'epoch': 3, 'large': 2**3000, 'names': {'a', 'b'}}}
+    torch.save(content, tmp_path / 'w.pth', pickle_protocol=5)
+    assert same(content, read(tmp_path / 'w.pth'))
+    torch.save({**content, 'array': np.ones(3)}, tmp_path / 'w.pth', pickle_protocol=5)
+    with pytest.raises(UsageError, match=r"_frombuffer\): where you trust it: .*\['state_dict'\]"):
+        read(tmp_path / 'w.pth')
 
 
 def repacked(source: Path, target: Path, chosen=lambda entry: True, method=zipfile.ZIP_DEFLATED) -> Path:
@@ -254,6 +265,16 @@ def test_an_archive_of_the_other_byte_order(tmp_path):
             size = sizes.get(entry.filename.split('/', 1)[1], 1)
             new.writestr(entry.filename, b''.join(content[i : i + size][::-1] for i in range(0, len(content), size)))
     assert all(torch.equal(tensor, values[key]) for key, tensor in read(tmp_path / 'w.pth').items())
+
+
+@pytest.mark.parametrize('word', [b'little\n', b'middle', b''])
+def test_an_archive_of_no_known_byte_order(tmp_path, word):
+    torch.save({'a': torch.ones(4)}, tmp_path / 'saved.pth')
+    with zipfile.ZipFile(tmp_path / 'saved.pth') as old, zipfile.ZipFile(tmp_path / 'w.pth', 'w') as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, word if entry.filename.endswith('byteorder') else old.read(entry))
+    with pytest.raises(UsageError, match='neither little nor big'):
+        read(tmp_path / 'w.pth')
 
 
 def damaged(file: Path, change) -> Path:

@@ -1,13 +1,14 @@
 """ConvNeXt weights in the names of another source, without loss."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 from ..errors import UsageError
 from .formats import FORMATS, Format
-from .loading import open_checkpoint
+from .loading import check_values, open_checkpoint
 
 BY_KEY = {source.key: source for source in FORMATS}
 # What a file is converted to: whose names, and the wrapper around them.
@@ -41,6 +42,7 @@ def convert(source: str | Path, out: str | Path, target: str) -> int:
         raise UsageError(
             f'{source} holds more than a ConvNeXt ({len(extra)} tensors, such as {extra[0]}): only that alone converts'
         )
+    check_values(checkpoint.file, checkpoint.weights)
     names, wrapper = TARGETS[target]
     tensors = {}
     for ours, tensor in checkpoint.weights.items():
@@ -65,10 +67,16 @@ def _write(tensors: dict[str, torch.Tensor], wrapper: str | None, out: Path, saf
         if safetensors:
             from safetensors.torch import save_file
 
+            shared = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())  # which it refuses
+            for name, tensor in tensors.items():
+                if shared[tensor.untyped_storage().data_ptr()] > 1:
+                    tensors[name] = tensor.clone()
             save_file(tensors, partial, metadata={'format': 'pt'})
         else:
             torch.save({wrapper: tensors} if wrapper else tensors, partial)
         os.replace(partial, out)
     except Exception as error:  # safetensors has errors of its own
         partial.unlink(missing_ok=True)
-        raise UsageError(f'{out} cannot be written ({error}): give another place') from error
+        raise UsageError(
+            f'{out} cannot be written ({str(error).strip().splitlines()[0]}): give another place'
+        ) from error

@@ -185,7 +185,7 @@ def match(backbone: ConvNeXt, source: str | Path | Checkpoint, final_norm: str =
             f'{checkpoint.file} is {checkpoint.arch} ({checkpoint.title}) and does not fit the config, {wanted}: '
             f'{problems}'
         )
-    _check_values(checkpoint.file, theirs)
+    check_values(checkpoint.file, theirs)
     ignored = [n for n, o in checkpoint.source.names.items() if o not in theirs] + checkpoint.source.others
     return Match(f'{checkpoint.name} ({checkpoint.title})', theirs, len(ours), initial, ignored, notes)
 
@@ -295,10 +295,13 @@ def _fitted_stem(stem: torch.Tensor, in_channels: int) -> torch.Tensor:
     return repeated * (3 / in_channels)
 
 
-def _check_values(file: Path, weights: dict[str, torch.Tensor]) -> None:
+def check_values(file: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Raise UsageError unless weights are finite numbers of a precision that loads."""
     for name, tensor in weights.items():
         if tensor.dtype not in DTYPES:
-            raise UsageError(f'{file}: {name} is of {tensor.dtype}: quantised weights do not load, give fp16 to fp64')
-        # A sum is finite only where all is; it needs no copy.
-        if not tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).isfinite():
+            what = 'complex' if tensor.is_complex() else 'quantised'
+            raise UsageError(f'{file}: {name} is of {tensor.dtype}: {what} weights do not load, give fp16 to fp64')
+        # A sum is finite only where all is, and needs no copy; of finite values it may overflow.
+        total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+        if not total.isfinite() and not tensor.isfinite().all():
             raise UsageError(f'{file}: {name} holds NaN or Inf: the training that wrote it had failed')

@@ -13,8 +13,11 @@ from ..errors import UsageError
 from . import torch_files
 from .unpickling import UnsafeCheckpoint
 
-NO_WEIGHTS = re.compile('optim|sched|scaler|hub|^meta$')  # keys of what else a checkpoint holds
-AVERAGES = re.compile('ema|average|swa', re.IGNORECASE)  # keys of weights averaged over training
+# Keys of what else a checkpoint holds, and of weights averaged over training.
+NO_WEIGHTS = re.compile(
+    r'(?<![a-z])(optim|optimizers?|schedulers?|scaler)(?![a-z])|^(meta|message_hub)$', re.IGNORECASE
+)
+AVERAGES = re.compile('(?<![a-z])(ema|swa|avg|averaged?)(?![a-z])', re.IGNORECASE)
 DEPTH = 3  # of dicts in one another that are looked into
 WRAPPERS = ('state_dict', 'model', 'model_ema', 'state_dict_ema')  # where checkpoints keep weights, the first one wins
 # What DistributedDataParallel, torch.compile and activation checkpointing put before names and into them.
@@ -95,9 +98,10 @@ def weights_in(checkpoint: dict) -> dict[str, dict[str, torch.Tensor]]:
     checkpoint itself, then others, averages over training last."""
     found, left = {}, [('', checkpoint)]
     for place, content in left:
-        tensors = {INSERTED.sub('', str(n)): value for n, value in content.items() if isinstance(value, torch.Tensor)}
+        tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
         if tensors:
-            found[place] = tensors
+            short = {INSERTED.sub('', name): value for name, value in tensors.items()}
+            found[place] = short if len(short) == len(tensors) else tensors  # two models, one of them wrapped
         if place.count('.') < DEPTH:
             inner = ((str(key), value) for key, value in content.items() if isinstance(value, dict))
             left += [(f'{place}.{key}'.lstrip('.'), value) for key, value in inner if not NO_WEIGHTS.search(key)]
@@ -144,10 +148,13 @@ def _read_shards(index: Path) -> dict:
             raise UsageError(
                 f"{index} names the shard '{name}', which is not beside it: get all files of the checkpoint"
             )
-        tensors.update(_read_one(index.parent / name))
-    if tensors.keys() != shards.keys():
-        lost = sorted(tensors.keys() ^ shards.keys())
-        raise UsageError(f'{index} and its shards do not hold the same tensors ({lost[0]}, ...): get all files again')
+        shard, named = _read_one(index.parent / name), {tensor for tensor, own in shards.items() if own == name}
+        if shard.keys() != named:
+            other = sorted(shard.keys() ^ named)[0]
+            raise UsageError(
+                f'{index} and its shard {name} do not hold the same tensors ({other}): get all files again'
+            )
+        tensors.update(shard)
     return tensors
 
 

@@ -41,7 +41,10 @@ def _load_zip(file: Path, memory: mmap.mmap) -> object:
         entries = _checked_entries(archive, memory)
         root = _root_of(entries)
         order = entries.get(f'{root}byteorder')
-        swap = order is not None and _content(archive, memory, order) != sys.byteorder.encode()
+        order = sys.byteorder.encode() if order is None else _content(archive, memory, order)
+        if order not in (b'little', b'big'):
+            raise UnsafeCheckpoint(f'its byteorder is {order[:40]!r}, neither little nor big')
+        swap = order != sys.byteorder.encode()
         storages = {}
 
         def find(kind: StorageType, key: str, location: str, numel: int, *_) -> Storage:
@@ -129,7 +132,8 @@ def _load_legacy(file: Path, memory: mmap.mmap) -> object:
     def pickled(find: Callable[..., Storage] | None = None) -> object:
         return Unpickler(memory, find or _no_storage).load()
 
-    if memory[:1] == b'\x80' and (memory[1:2] != b'\x02' or pickled() != LEGACY_MAGIC):
+    magic = LEGACY_MAGIC.to_bytes(10, 'little') in memory[:32]
+    if memory[:1] == b'\x80' and not (magic and pickled() == LEGACY_MAGIC):
         raise UnsafeCheckpoint('it is a pickle that torch.save did not write, as detectron2 has them', PICKLE)
     if memory[:1] != b'\x80':
         raise UnsafeCheckpoint('torch.save did not write it')

@@ -4,9 +4,10 @@
 the file gives: `bytearray(2**40)`, `_codecs.encode(text, 'punycode')`, which takes quadratic time, a storage of more
 bytes than the file has, and what one allows for mmengine's sake: a numpy dtype made of an array of made-up pointers.
 Here a name in a file stands for a function of this module, which checks its arguments before torch or numpy sees them,
-and only the opcodes that `torch.save` writes are known.
+and only the opcodes of plain values, which `torch.save` writes by any protocol, are known.
 """
 
+import io
 import pickle
 import re
 from argparse import Namespace
@@ -20,15 +21,16 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
-# All that files of protocol 2 hold.
+# Protocol 2, torch.save's own, and those after it that a user may ask it for.
 OPCODES = """
     PROTO STOP GLOBAL REDUCE BUILD NEWOBJ BINPERSID MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1
     BINFLOAT BINUNICODE BINSTRING SHORT_BINSTRING EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS
     EMPTY_DICT SETITEM SETITEMS BINPUT LONG_BINPUT BINGET LONG_BINGET
+    BINBYTES SHORT_BINBYTES FRAME MEMOIZE STACK_GLOBAL SHORT_BINUNICODE BINUNICODE8 BINBYTES8 EMPTY_SET ADDITEMS LONG4
 """
 # What makes files with objects of other people's classes readable; it runs their code.
-OBJECT = "where you trust it: torch.save(torch.load('{file}', weights_only=False).state_dict(), 'weights.pth')"
-WITH_OBJECTS = "where you trust it: torch.save(torch.load('{file}', weights_only=False)['state_dict'], 'weights.pth')"
+OBJECT = "where you trust it: torch.save(torch.load('{{file}}', weights_only=False){part}, 'weights.pth')"
+KEYS_OF_WEIGHTS = ('state_dict', 'model', 'model_state_dict', 'net', 'weights')
 KEYS = (str, int, float, bool, bytes, type(None))  # types of keys: the hash of nested tuples overflows the stack
 EXPANDED = 2**20  # elements that a tensor may have whatever its storage holds, as views of `Tensor.expand` do
 MAX_SIZE = 2**48  # of a dimension, a stride or an offset
@@ -89,13 +91,13 @@ class Unpickler(pickle._Unpickler):
     """Python's unpickler for a few opcodes and names. The one in C would allocate memory for any index of its memo.
 
     Args:
-        file: an object with `read` and `readline`.
+        file: a BytesIO or an mmap.
         find_storage: takes the arguments of a persistent id of torch and returns a `Storage`.
     """
 
     def __init__(self, file, find_storage: Callable[..., Storage]):
         super().__init__(file, encoding='utf-8')
-        self.find_storage = find_storage
+        self.file, self.find_storage = file, find_storage
         self.user_names = _names_that_the_user_allows()
 
     def load(self):
@@ -111,8 +113,19 @@ class Unpickler(pickle._Unpickler):
             raise UnsafeCheckpoint(f'it holds {UNSUPPORTED[path]}')
         if found is None:
             whole = not self.stack and not self.metastack  # it is no part of anything
-            raise UnsafeCheckpoint(f'it {"is" if whole else "needs"} {path}', OBJECT if whole else WITH_OBJECTS)
+            raise UnsafeCheckpoint(
+                f'it {"is" if whole else "needs"} {path}', OBJECT.format(part='.state_dict()' if whole else self._key())
+            )
         return found
+
+    def _key(self) -> str:
+        """How to get at the weights of the dict that the file holds, by the texts in it."""
+        content = self.file.getvalue() if isinstance(self.file, io.BytesIO) else self.file
+        for key in KEYS_OF_WEIGHTS:
+            sizes = b'X' + len(key).to_bytes(4, 'little'), b'\x8c' + len(key).to_bytes(1, 'little')
+            if any(content.find(size + key.encode()) >= 0 for size in sizes):
+                return f'[{key!r}]'
+        return '[KEY_OF_ITS_WEIGHTS]'
 
     def persistent_load(self, pid):
         if type(pid) is not tuple or len(pid) < 5 or pid[0] != 'storage' or type(pid[1]) is not StorageType:
@@ -140,6 +153,10 @@ class Unpickler(pickle._Unpickler):
         else:
             raise UnsafeCheckpoint(f'it sets the state of a {type(built).__name__}')
 
+    def load_additems(self):
+        items = self.pop_mark()
+        _expect(self.stack[-1], set).update(_hashable(items))
+
     def load_append(self):
         value = self.stack.pop()
         _expect(self.stack[-1], list).append(value)
@@ -157,7 +174,7 @@ class Unpickler(pickle._Unpickler):
         _set_items(self.stack[-1], zip(items[::2], items[1::2], strict=True))
 
 
-OWN = 'reduce newobj build append appends setitem setitems'  # opcodes that Unpickler handles in its own way
+OWN = 'reduce newobj build additems append appends setitem setitems'  # opcodes that Unpickler handles in its own way
 Unpickler.dispatch = {
     getattr(pickle, code)[0]: pickle._Unpickler.dispatch[getattr(pickle, code)[0]] for code in OPCODES.split()
 }
@@ -226,7 +243,7 @@ def _encode(text: str, encoding: str) -> bytes:
 
 def _method_name(owner: object, name: str) -> None:
     """`getattr`, by which an mmengine HistoryBuffer names its own methods: it has them anyway."""
-    if owner is not NAMES[HISTORY] or name not in ('min', 'max', 'current', 'mean'):
+    if owner is not NAMES[HISTORY] or name not in STATISTICS:
         raise UnsafeCheckpoint(f'it calls getattr for {str(name)[:40]!r}')
 
 
@@ -245,7 +262,9 @@ def _tensor_of_dtype(storage, offset, size, stride, requires_grad, hooks, dtype,
 
 def _in_storage(storage, dtype, offset, size, stride, requires_grad, metadata) -> torch.Tensor | None:
     numbers = [offset, *size, *stride]
-    if not all(type(n) is int and 0 <= n < MAX_SIZE for n in numbers) or len(size) != len(stride) or metadata:
+    if metadata:
+        raise UnsafeCheckpoint('it holds a conjugate or negative view: save it after resolve_conj(), resolve_neg()')
+    if not all(type(n) is int and 0 <= n < MAX_SIZE for n in numbers) or len(size) != len(stride):
         raise UnsafeCheckpoint('it holds a tensor of an impossible shape')
     if storage.data is None:
         return None
@@ -343,6 +362,7 @@ def _new(kind: type) -> Callable[..., object]:
 
 # What checkpoints of torch, mmengine and the original code hold, by the names in their pickles.
 HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
+STATISTICS = ('min', 'max', 'current', 'mean')
 FUNCTIONS = {
     'collections.OrderedDict': _ordered_dict,
     'collections.Counter': _counter,
@@ -366,6 +386,7 @@ FUNCTIONS |= {path.replace('__builtin__', 'builtins'): function for path, functi
 # Objects whose state follows. Namespace: the arguments that the original's training code saves beside the weights.
 OBJECTS = {HISTORY: HistoryBuffer, 'argparse.Namespace': Namespace}
 CLASSES = ('torch.Tensor', 'torch.nn.parameter.Parameter', 'numpy.ndarray')
+CLASSES += tuple(f'{HISTORY}.{name}' for name in STATISTICS)  # as pickles of protocol 4 name them
 STORAGES = dict(
     Double=torch.float64, Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16, Long=torch.int64,
     Int=torch.int32, Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool,
