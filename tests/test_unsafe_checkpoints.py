@@ -382,7 +382,14 @@ def small_files(folder: Path) -> list[Path]:
         for entry in old.infolist():
             new.writestr(entry.filename, old.read(entry))
     save_file(weights, folder / 'w.safetensors')
-    return [folder / f for f in ('zip.pth', 'weights.pth', 'legacy.pth', 'deflated.pth', 'stored.pth', 'w.safetensors')]
+    torch.save(content, folder / 'protocol4.pth', pickle_protocol=4)
+    torch.save(content, folder / 'legacy4.pth', pickle_protocol=4, _use_new_zipfile_serialization=False)
+    torch.save({'state_dict': weights, 'meta': {'n': 2**3000, 'names': {'a'}}}, folder / 'last.pth', pickle_protocol=5)
+    names = 'zip weights legacy deflated stored protocol4 legacy4 last'.split()
+    return [*(folder / f'{name}.pth' for name in names), folder / 'w.safetensors']
+
+
+LATER = b'\x8c', b'\x8d', b'\x8e', b'\x8f', b'\x90', b'\x91', b'\x92', b'\x93', b'\x94', b'\x95'  # of protocol 4
 
 
 def mutated(content: bytes, draw: random.Random) -> bytes:
@@ -409,7 +416,7 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
             content[at : at + len(new)] = new
         else:  # an opcode of pickles
             content[at : at + 1] = draw.choice(
-                (b'R', b'b', b'\x81', b'Q', b'r', b'j', b'u', b'(', b't', b'0', b'\x96', b'.')
+                (b'R', b'b', b'\x81', b'Q', b'r', b'j', b'u', b'(', b't', b'0', b'\x96', b'.', *LATER)
             )
     return bytes(content)
 
