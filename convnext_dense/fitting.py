@@ -22,6 +22,11 @@ PROCESSES = {
     'mpi': ('OMPI_COMM_WORLD_SIZE', 'mpirun'),
 }
 SYNC_BN = ('SyncBN', 'MMSyncBN', 'NaiveSyncBN', 'SyncBatchNorm')  # in configs
+# Where pipelines stand beside those of the data sets; a hook may put its own in their place.
+OTHER_PIPELINES = ('custom_hooks', 'default_hooks', 'tta_pipeline')
+# Steps of a pipeline that take colours, and those that make images of three channels, of which grey ones are not all.
+OF_COLOURS = ('PhotoMetricDistortion', 'YOLOXHSVRandomAug', 'MixUp', 'CachedMixUp')
+OF_THREE_CHANNELS = (*OF_COLOURS, 'Mosaic', 'CachedMosaic')
 HOOKS_BEGIN = ('begin_epoch', 'begin_iter', 'switch_epoch')  # settings of hooks that count from a run's begin
 
 
@@ -155,37 +160,43 @@ def _scale_schedule(scheduler: dict, share: float) -> None:
 
 def set_inputs(config: Config) -> str | None:
     """Fit a config whose backbone takes other inputs than RGB: images are read as grey or as they are, and normalised
-    by the mean of RGB's values (mmengine's preprocessors take one value or three).
+    by the mean of RGB's values (mmengine's preprocessors take one value or three), if they are at all.
 
     Returns one line that says so; None where there is nothing to do.
     """
     n = config.model.get('backbone', {}).get('in_channels', 3)
     preprocessor = config.model.get('data_preprocessor') or {}
-    if n == 3 or len(preprocessor.get('mean') or []) != 3:
+    means = len(preprocessor.get('mean') or [])
+    if n == 3 or means not in (0, 3):
         return None
-    for key in ('mean', 'std'):
+    for key in ('mean', 'std') if means else ():
         preprocessor[key] = [sum(preprocessor[key]) / 3]
-    preprocessor.bgr_to_rgb = False
-    for split in ('train', 'val', 'test'):
-        _read_as(config.get(f'{split}_dataloader'), 'grayscale' if n == 1 else 'unchanged')
-    return (
-        f'{n} input channel{"s" if n > 1 else ""}: read as {"grey" if n == 1 else "they are"}, normalised by '
-        f'{preprocessor.mean[0]:.2f} and {preprocessor.std[0]:.2f}, without PhotoMetricDistortion, which needs RGB'
-    )
+    if 'bgr_to_rgb' in preprocessor:
+        preprocessor.bgr_to_rgb = False
+    unfit = OF_COLOURS if n == 1 else OF_THREE_CHANNELS
+    parts = [config.get(part) for part in ('train_dataloader', 'val_dataloader', 'test_dataloader', *OTHER_PIPELINES)]
+    left_out = {}
+    for part in parts:
+        for settings in dicts_in(part):
+            if is_type(settings.get('type'), TRANSFORMS, 'LoadImageFromFile'):
+                settings['color_type'] = 'grayscale' if n == 1 else 'unchanged'
+        left_out |= dict.fromkeys(_leave_out(part, unfit))
+    line = f'{n} input channel{"s" if n > 1 else ""}: read as {"grey" if n == 1 else "they are"}'
+    if means:
+        line += f', normalised by {preprocessor.mean[0]:.2f} and {preprocessor.std[0]:.2f}'
+    if left_out:
+        line += f', without {", ".join(sorted(left_out))}, which need{"s" * (len(left_out) == 1)} RGB'
+    return line
 
 
-def _read_as(dataloader, color_type: str) -> None:
-    """Set how images are read, and take out what needs RGB, in all pipelines of a data loader's config."""
-    for settings in dicts_in(dataloader):
-        if is_type(settings.get('type'), TRANSFORMS, 'LoadImageFromFile'):
-            settings['color_type'] = color_type
-        for key, steps in settings.items():
-            if isinstance(steps, list):
-                settings[key] = [step for step in steps if not _needs_rgb(step)]
-
-
-def _needs_rgb(step) -> bool:
-    return isinstance(step, dict) and is_type(step.get('type'), TRANSFORMS, 'PhotoMetricDistortion')
+def _leave_out(value, names: tuple[str, ...]) -> Iterator[str]:
+    """Take the steps of these types out of all lists in a config's value, and give their names."""
+    items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    for item in [*items]:
+        if isinstance(value, list) and isinstance(item, dict) and is_type(item.get('type'), TRANSFORMS, *names):
+            value.remove(item)
+            yield str(short_name(item['type']))
+        yield from _leave_out(item, names)
 
 
 def dicts_in(value) -> Iterator[dict]:

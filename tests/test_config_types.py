@@ -7,24 +7,29 @@ from pathlib import Path
 import mmdet
 import mmseg
 import pytest
+import torch
 from conftest import ROOT
 from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import CocoDataset, MultiImageMixDataset
 from mmdet.datasets.transforms import LoadAnnotations, PackDetInputs, Resize
 from mmdet.evaluation import CocoMetric
+from mmdet.models import SOLO
 from mmengine.config import Config
 from mmengine.dataset import RepeatDataset
 from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.optim import AmpOptimWrapper
-from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS, init_default_scope
+from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS, TRANSFORMS, init_default_scope
 from test_tools import one_line_error
 
 from convnext_dense import ConvNeXt, UsageError, shapes
 from convnext_dense.commands import check_backbones, set_keep, set_out, set_precision
 from convnext_dense.config_types import class_of, is_type, short_name
 from convnext_dense.data import Request, check_classes, set_data
-from convnext_dense.data.filling import set_classes
-from convnext_dense.fitting import set_inputs, set_total_batch
+from convnext_dense.data.asking import Data
+from convnext_dense.data.filling import fill, set_classes
+from convnext_dense.data.report import Report
+from convnext_dense.data.sizes import limits_of
+from convnext_dense.fitting import dicts_in, set_inputs, set_total_batch
 from convnext_dense.paper import precision_of, row_of
 from convnext_dense.running import _host_name
 
@@ -267,6 +272,136 @@ def test_what_own_data_cannot_feed_is_refused_by_name(drawn, tmp_path, monkeypat
     change(config)
     with pytest.raises(UsageError, match=words):
         set_data(config, Request(str(drawn)))
+
+
+# ---- pipelines of later epochs, and models of masks ------------------------------------------------------------------
+
+
+def filled(name, masks=True, train=True, **settings):
+    """A config of mmdet's on own data of boxes, or of masks too."""
+    config = name if isinstance(name, Config) else stock(mmdet, name)
+    init_default_scope('mmdet')
+    data = Data('detection', '/data', ['a', 'b'], {}, Report(), masks=masks, **settings)
+    fill(config, data, {'train': 'train.json', 'val': 'val.json'} if train else {'test': 'val.json'}, masks)
+    return config
+
+
+def steps(config, name, *parts):
+    return [s for part in parts for s in dicts_in(config[part]) if is_type(s.get('type'), TRANSFORMS, name)]
+
+
+@pytest.mark.parametrize('name', ['rtmdet/rtmdet_tiny_8xb32-300e_coco', 'rtmdet/rtmdet-ins_tiny_8xb32-300e_coco'])
+def test_the_pipeline_of_later_epochs_reads_images_alike(name):
+    config = filled(name, turn=False)
+    loaders = steps(config, 'LoadImageFromFile', 'train_dataloader', 'val_dataloader', 'custom_hooks')
+    assert len(loaders) == 3 and {s['color_type'] for s in loaders} == {'color_ignore_orientation'}
+    config = stock(mmdet, name)
+    config.model.backbone.in_channels = 1
+    assert 'without CachedMixUp, YOLOXHSVRandomAug, which need RGB' in set_inputs(config)
+    filled(config, turn=False)
+    loaders = steps(config, 'LoadImageFromFile', 'train_dataloader', 'val_dataloader', 'custom_hooks')
+    assert {s['color_type'] for s in loaders} == {'grayscale_ignore_orientation'}
+    assert not steps(config, 'YOLOXHSVRandomAug', 'train_dataloader', 'custom_hooks')
+    assert len(steps(config, 'CachedMosaic', 'train_dataloader')) == 1
+
+
+def test_the_pipeline_of_later_epochs_reads_no_masks_of_boxes():
+    config = stock(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco')
+    later = [*config.train_dataloader.dataset.to_dict()['pipeline'], dict(type='FilterAnnotations', by_mask=True)]
+    config.custom_hooks = [dict(type='PipelineSwitchHook', switch_epoch=1, switch_pipeline=later)]
+    filled(config, masks=False)
+    found = steps(config, 'LoadAnnotations', 'train_dataloader', 'custom_hooks')
+    assert [s['with_mask'] for s in found] == [False, False]
+    assert config.custom_hooks[0].switch_pipeline[-1].by_mask is False and 'mask_head' not in config.model.roi_head
+    later[1].update(type='LoadPanopticAnnotations')
+    config.custom_hooks = [dict(type='PipelineSwitchHook', switch_epoch=1, switch_pipeline=later)]
+    with pytest.raises(UsageError, match='custom_hooks: LoadPanopticAnnotations reads panoptic segmentation'):
+        filled(config)
+
+
+def test_scales_of_later_epochs_count():
+    config = stock(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco')
+    small = [dict(type='Resize', scale=(100, 60), keep_ratio=True)]
+    config.custom_hooks = [dict(type='PipelineSwitchHook', switch_epoch=1, switch_pipeline=small)]
+    init_default_scope('mmdet')
+    assert limits_of(config)['train'].scales == ((100, 60),) and limits_of(config)['val'].scales == ((1333, 800),)
+
+
+def test_grey_steps_within_others_are_left_out():
+    config = stock(mmdet, 'yolox/yolox_tiny_8xb8-300e_coco')
+    init_default_scope('mmdet')
+    choice = dict(type='RandomChoice', transforms=[[dict(type='PhotoMetricDistortion')], [dict(type='RandomFlip')]])
+    config.train_dataloader.dataset.pipeline.append(choice)
+    config.model.backbone.in_channels = 4
+    assert set_inputs(config) == (  # it normalises nothing
+        '4 input channels: read as they are, without Mosaic, PhotoMetricDistortion, YOLOXHSVRandomAug, which need RGB'
+    )
+    assert config.train_dataloader.dataset.pipeline[-1]['transforms'] == [[], [dict(type='RandomFlip')]]
+    assert {s['color_type'] for s in steps(config, 'LoadImageFromFile', 'train_dataloader', 'val_dataloader')} == {
+        'unchanged'
+    }
+
+
+OF_MASKS = {
+    'solo/solo_r50_fpn_1x_coco': 'SOLO',
+    'solov2/solov2_r50_fpn_1x_coco': 'SOLOv2',
+    'yolact/yolact_r50_1xb8-55e_coco': 'YOLACT',
+    'condinst/condinst_r50_fpn_ms-poly-90k_coco_instance': 'CondInst',
+    'mask2former/mask2former_r50_8xb2-lsj-50e_coco': 'Mask2Former',
+    'rtmdet/rtmdet-ins_tiny_8xb32-300e_coco': 'RTMDetInsSepBNHead',
+    'ms_rcnn/ms-rcnn_r50-caffe_fpn_1x_coco': 'MaskScoringRoIHead',
+    'point_rend/point-rend_r50-caffe_fpn_ms-1x_coco': 'PointRendRoIHead',
+    'scnet/scnet_r50_fpn_1x_coco': 'SCNetRoIHead',
+}
+
+
+@pytest.mark.parametrize('name', OF_MASKS)
+def test_models_of_masks_are_refused_boxes(name):
+    with pytest.raises(UsageError, match=f'^{OF_MASKS[name]} learns from masks, the data have boxes alone: take'):
+        filled(name, masks=False)
+    if name != 'scnet/scnet_r50_fpn_1x_coco':  # which reads stuff, too
+        filled(name, masks=False, train=False)  # what it finds can be compared with boxes
+    if name.startswith('solo/'):
+        config = stock(mmdet, name)
+        config.model.type = SOLO
+        with pytest.raises(UsageError, match='^SOLO learns from masks'):
+            filled(config, masks=False)
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'boxinst/boxinst_r50_fpn_ms-90k_coco',
+        'queryinst/queryinst_r50_fpn_1x_coco',
+        'pisa/mask-rcnn_r50_fpn_pisa_1x_coco',
+    ],
+)
+def test_models_that_do_without_masks_take_boxes(name):
+    config = filled(name, masks=False)
+    config.model.backbone.init_cfg = None
+    with torch.device('meta'):
+        MODELS.build(config.model)
+    assert config.val_evaluator.metric == ['bbox']
+
+
+def test_steps_that_take_masks_are_refused_boxes():
+    config = stock(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco')
+    config.train_dataloader.dataset.pipeline.insert(2, dict(type='mmdet.CopyPaste'))
+    filled(config.copy(), masks=False, train=False)
+    with pytest.raises(UsageError, match='train_dataloader: CopyPaste takes masks, the data have boxes alone'):
+        filled(config, masks=False)
+
+
+def test_a_checkpoint_without_a_mask_branch_of_that_name(drawn, tmp_path, monkeypatch):
+    """Of a model whose masks come from elsewhere: its data keep theirs."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / 'epoch_1.pth'
+    torch.save(dict(meta={}, state_dict={'panoptic_head.cls_embed.weight': torch.zeros(2, 2)}), file)
+    config = stock(mmdet, 'mask2former/mask2former_r50_8xb2-lsj-50e_coco')
+    config.launcher, config.work_dir = 'none', 'run'
+    set_data(config, Request(str(drawn)), checkpoint=str(file))
+    assert [s['with_mask'] for s in steps(config, 'LoadAnnotations', 'train_dataloader')] == [True]
+    assert list(config.val_evaluator.metric) == ['bbox', 'segm']
 
 
 # ---- heads of every kind --------------------------------------------------------------------------------------------

@@ -118,10 +118,11 @@ def set_data(
     if classes and classes != data.classes:
         raise UsageError(f'{checkpoint} was trained on {named(classes)}; the data have {named(data.classes)}')
     check_options(options or {}, len(data.classes))
-    with_masks = data.masks if with_masks is None else with_masks
+    has_branch = 'mask_head' in (config.model.get('roi_head') or {})  # which a training on boxes takes out
+    with_masks = data.masks if with_masks is None or not has_branch else with_masks
     data = replace(data, masks=data.masks and with_masks)
     lines = [f'data: {line}' for line in data.report.lines()]
-    if task == 'detection' and not with_masks and 'mask_head' in (config.model.get('roi_head') or {}):
+    if task == 'detection' and not with_masks and has_branch:
         lines.append("data: boxes alone, so that the recipe's mask branch is taken out")
     if task == 'segmentation':
         importlib.import_module('convnext_dense.data.pairs')

@@ -4,11 +4,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS, METRICS, TRANSFORMS
+from mmengine.registry import DATASETS, METRICS, MODELS, TRANSFORMS
 
 from ..config_types import class_of, is_type, short_name
 from ..errors import UsageError
-from ..fitting import dicts_in, listed
+from ..fitting import OTHER_PIPELINES, dicts_in, listed
 from .asking import Data
 
 SPLITS = ('train', 'val', 'test')
@@ -16,6 +16,12 @@ NO_CLASSES = ('rpn_head', 'semantic_head')  # what they count is not the data's 
 COUNTS = ('num_classes', 'num_things_classes', 'num_stuff_classes')  # of instance data all classes are things
 COLOUR_TYPES = (None, 'color', 'grayscale')  # as which mmcv turns images
 MASKS = ('mask_head', 'mask_roi_extractor', 'mask_iou_head')
+# Models that learn from masks and have no branch for them that could be taken out, but for those that draw them from
+# boxes; so are the steps of a pipeline that take masks.
+OF_MASKS = ('SingleStageInstanceSegmentor', 'MaskFormer', 'RTMDetInsHead')
+OF_MASKS += ('MaskScoringRoIHead', 'PointRendRoIHead', 'SCNetRoIHead')
+DRAWS_MASKS = 'BoxInstDataPreprocessor'
+TAKE_MASKS = ('CopyPaste', 'InstaBoost')
 # Settings of a data set that do not depend on where its data come from, and those that follow from the data.
 KEPT = ('pipeline', 'test_mode', 'filter_cfg', 'indices', 'serialize_data', 'lazy_init', 'max_refetch')
 KEPT += ('return_classes', '_scope_')
@@ -38,12 +44,16 @@ def fill(config: Config, data: Data, files: Mapping[str, str], masks: bool) -> N
     Raises:
         UsageError: the config has something that does not follow from the data.
     """
+    if not data.masks and 'train' in files:
+        _check_needs_no_masks(config)
     for split in SPLITS:
         loader = config.get(f'{split}_dataloader')
         if loader:
             file = files.get(split) or files.get('val') or files.get('test') or files['train']
             loader.dataset = _dataset(loader.dataset, data, file, f'{split}_dataloader')
             _fill_evaluators(config.get(f'{split}_evaluator'), data, file, split)
+    for part in OTHER_PIPELINES:
+        _fill_pipeline(config.get(part), data, part)
     set_classes(config.model, len(data.classes))
     if data.task == 'segmentation':
         imports = config.setdefault('custom_imports', dict(imports=[], allow_failed_imports=False))
@@ -51,6 +61,24 @@ def fill(config: Config, data: Data, files: Mapping[str, str], masks: bool) -> N
     if not masks:
         for part in MASKS:
             (config.model.get('roi_head') or {}).pop(part, None)
+
+
+def _check_needs_no_masks(config: Config) -> None:
+    """Raise UsageError where a training takes masks that neither can be left out nor follow from boxes."""
+    kinds = [part['type'] for part in dicts_in(config.model) if part.get('type') is not None]
+    of_masks = next((kind for kind in kinds if is_type(kind, MODELS, *OF_MASKS)), None)
+    if of_masks is not None and not any(is_type(kind, MODELS, DRAWS_MASKS) for kind in kinds):
+        raise UsageError(
+            f'{short_name(of_masks)} learns from masks, the data have boxes alone: take a recipe whose mask branch can '
+            'be taken out, such as configs/mask_rcnn/convnext_t.py, or a detector of boxes'
+        )
+    for part in ('train_dataloader', *OTHER_PIPELINES):
+        for step in dicts_in(config.get(part)):
+            if is_type(step.get('type'), TRANSFORMS, *TAKE_MASKS):
+                raise UsageError(
+                    f'{part}: {short_name(step["type"])} takes masks, the data have boxes alone: take it out of the '
+                    'config'
+                )
 
 
 def set_classes(model: dict, n: int) -> None:
@@ -187,6 +215,8 @@ def _fill_pipeline(steps, data: Data, where: str) -> None:
                 unfed = 'segmentation of stuff (with_seg=True)'
             if step.get('with_mask'):
                 step['with_mask'] = data.masks
+        if not data.masks and step.get('by_mask') and is_type(kind, TRANSFORMS, 'FilterAnnotations'):
+            step['by_mask'] = False
         if unfed:
             raise UsageError(
                 f'{where}: {short_name(kind)} reads {unfed}, --data gives {data.task}: take another recipe'

@@ -38,7 +38,8 @@ def limits_of(config: Config, ratio: float = 1.0) -> dict[str, Limit]:
     limits = {}
     for split in SPLITS:
         steps = list(dicts_in((config.get(f'{split}_dataloader') or {}).get('dataset')))
-        scales = [scale for step in steps for scale in _scales(step)]
+        hooks = config.get('custom_hooks') if split == 'train' else None  # which may have pipelines for later epochs
+        scales = [scale for step in [*steps, *dicts_in(hooks)] for scale in _scales(step)]
         if split == 'test':
             scales = [tuple(int(side * ratio) for side in scale) for scale in scales]
         pads = _pads(config.model.get('data_preprocessor') or {}, split, steps)
