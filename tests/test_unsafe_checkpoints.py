@@ -385,7 +385,7 @@ def small_files(folder: Path) -> list[Path]:
     torch.save(content, folder / 'protocol4.pth', pickle_protocol=4)
     torch.save(content, folder / 'legacy4.pth', pickle_protocol=4, _use_new_zipfile_serialization=False)
     torch.save({'state_dict': weights, 'meta': {'n': 2**3000, 'names': {'a'}}}, folder / 'last.pth', pickle_protocol=5)
-    names = 'zip weights legacy deflated stored protocol4 legacy4 last'.split()
+    names = ['zip', 'weights', 'legacy', 'deflated', 'stored', 'protocol4', 'legacy4', 'last']
     return [*(folder / f'{name}.pth' for name in names), folder / 'w.safetensors']
 
 
