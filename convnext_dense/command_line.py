@@ -20,6 +20,7 @@ from .saving import FULL, close_output, say_once
 MAX_LINE = 2000  # characters of a message: names in a file have no end of their own
 # Packages whose errors are about what they were given, wherever they are installed.
 LIBRARIES = {'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'torch', 'convnext_dense', '__main__'}
+RUN_CONFIGS = ('train.py', 'test.py')
 INSTALLED = tuple(
     os.path.realpath(path) + os.sep
     for path in {sysconfig.get_path(n) for n in ('stdlib', 'platstdlib', 'purelib', 'platlib')}
@@ -83,7 +84,8 @@ def _ending(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, OSError) and not is_users_bug(error):
         if error.errno in FULL:
             where = f'{error.filename}: ' if error.filename else ''
-            return f'error: {where}{error.strerror}: free some space, or give another --work-dir', 1
+            elsewhere = ', or give another --work-dir' if Path(sys.argv[0]).name in RUN_CONFIGS else ''
+            return f'error: {where}{error.strerror}: free some space{elsewhere}', 1
         if error.filename:
             return f'error: {error.filename}: {error.strerror}', 2
     return None
@@ -169,7 +171,7 @@ def config_path(name: str) -> str:
     """
     package, found, rest = name.partition('::')
     path = Path(name)
-    if found:
+    if found and package.isidentifier():
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise UsageError(f"no package '{package}', which the config '{name}' is of: install it")

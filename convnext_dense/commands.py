@@ -22,7 +22,7 @@ from . import fast
 from .backbone import ConvNeXt
 from .command_line import Parser, config_path, is_users_bug, keep_output
 from .config_types import class_of, is_type, short_name
-from .dumped import check_types, read_dumped, read_yaml_safely
+from .dumped import DATA_ENDINGS, check_types, read_dumped, read_yaml_safely
 from .errors import UsageError
 from .fitting import check_same_accumulation, dicts_in, listed, n_processes, set_inputs
 from .options import Options, is_explicit, merge
@@ -81,23 +81,38 @@ def load_config(path: str, options: dict, needed: tuple[str, ...] = ('model',)) 
     except Exception as error:  # a config is a program: it can fail in any way
         if is_users_bug(error, path) and not isinstance(error, (ImportError, SyntaxError)):
             raise
-        raise UsageError(f'{path}: {type(error).__name__}: {_first_line(error)}') from error
+        raise UsageError(f'{path}: {_why_not_read(error, path)}') from error
     if {'data', 'optimizer'} <= set(config) and 'train_dataloader' not in config:
         raise UsageError(
             f'{path} is a config of mmdet 2 or mmseg 0 (data, optimizer, runner): start from a recipe, such as '
             'configs/cascade/convnext_t.py, or move it as mmdet 3 says (docs/en/migration/config_migration.md)'
         )
-    for key in needed:
-        if not config.get(key):
-            raise UsageError(f'{path} has no {key}: give a whole recipe, such as configs/cascade/convnext_t.py')
+    _check_parts(config, path, needed)
     check_types(config, path)
     scope = config.get('default_scope') or 'mmengine'
     check_installed(scope)
     init_default_scope(scope)
     merge(config, options)
+    _check_parts(config, path, needed)
     check_backbones(config.get('model', {}))
     check_levels(config.get('model', {}))
     return config
+
+
+def _why_not_read(error: Exception, path: str) -> str:
+    if isinstance(error, RecursionError):
+        return 'it is nested without an end, or its _base_ leads back to it'
+    if isinstance(error, AttributeError) and path.lower().endswith(DATA_ENDINGS):
+        return 'a config has names and their settings: model: {type: ...}'
+    return f'{type(error).__name__}: {_first_line(error)}'
+
+
+def _check_parts(config: Config, path: str, needed: tuple[str, ...]) -> None:
+    for key in needed:
+        if not config.get(key):
+            raise UsageError(f'{path} has no {key}: give a whole recipe, such as configs/cascade/convnext_t.py')
+        if not isinstance(config[key], (dict, list)):
+            raise UsageError(f'{path}: {key} is {config[key]!r}, where a dict is due')
 
 
 def load_run(args: argparse.Namespace, needed: tuple[str, ...], subfolder: str = '') -> Config:
@@ -413,7 +428,7 @@ def build_runner(config: Config, checkpoint: str | None = None) -> Runner:
     CheckpointLoader.register_scheme(prefixes=PLACES, loader=_safe_loader(whole), force=True)
     try:
         runner = RUNNERS.build(config) if 'runner_type' in config else ResumableRunner.from_cfg(config)
-    except (KeyError, TypeError, AssertionError, ValueError) as error:
+    except (KeyError, TypeError, AssertionError, ValueError, AttributeError) as error:
         if isinstance(error, UsageError) or is_users_bug(error):
             raise
         raise UsageError(f'the config cannot be built: {_first_line(error)}') from error

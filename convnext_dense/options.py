@@ -3,6 +3,7 @@ from another argument or from the number of GPUs gives way to what the user says
 
 import difflib
 import inspect
+import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 
@@ -59,7 +60,7 @@ class Options(DictAction):
     """mmengine's KEY=VALUE options, +KEY=VALUE for keys that are meant to be new; anything else is a usage error."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        wrong = next((value for value in values if not value.partition('=')[0].strip('+') or '=' not in value), None)
+        wrong = next((value for value in values if not re.match(r'\+?[^+=][^=]*=', value)), None)
         if wrong is not None:
             parser.error(f"{option_string} '{wrong}': give KEY=VALUE, such as train_cfg.max_epochs=12")
         wrong = next((value for value in values if value.partition('=')[2].lstrip('[( ')[:1] == '{'), None)
@@ -80,6 +81,7 @@ def merge(config: Config, options: Mapping[str, object]) -> dict[str, object]:
     for key in options:
         if not key.startswith('+'):
             check_key(config, key)
+            _check_replaced(config, key, options[key])
     options = {key.removeprefix('+'): value for key, value in options.items()}
     try:
         config.merge_from_dict(options)
@@ -99,14 +101,24 @@ def check_key(config: Config, key: str) -> None:
         if i == 0 and part not in _read_at_the_top():
             raise UsageError(f'--cfg-options {key}: {_variable(config, part, parts[1:])}')
         place.append(part)
-        if isinstance(node, (list, tuple)):
+        if isinstance(node, tuple):
+            raise UsageError(f'--cfg-options {key}: it is a part of a tuple: give all of {".".join(place[:-1])}')
+        if isinstance(node, list):
             node = node[int(part)]
         elif hasattr(node, 'get') and part in node:
             node = node[part]
         else:
             node = None
-        if node is None:  # an argument that the config leaves at its default: what is below it is its own
-            return
+        if node is None and not {'.'.join(place)} & {*LOOKED_UP, *UNTYPED}:
+            return  # an argument that the config leaves at its default: what is below it is its own
+        node = {} if node is None else node
+
+
+def _check_replaced(config: Config, key: str, value: object) -> None:
+    """Raise UsageError where a number or a text takes the place of a part of the config."""
+    old = _at(config, key.split('.'))
+    if hasattr(old, 'keys') and isinstance(value, (int, float, str)) and ('.' not in key or 'type' in old):
+        raise UsageError(f'--cfg-options {key}={value!r}: {key} is a part of the config: give {key}.KEY=VALUE')
 
 
 def _keys(node: object, place: str) -> Collection[str]:

@@ -17,7 +17,7 @@ from test_tools import one_line_error
 
 from convnext_dense import UsageError, fast, shapes
 from convnext_dense.command_line import MAX_LINE, _ending, config_path, printable
-from convnext_dense.commands import _is_first_process, check_launcher, check_levels
+from convnext_dense.commands import _is_first_process, check_launcher, check_levels, load_config
 from convnext_dense.running import moved
 from convnext_dense.saving import hold
 
@@ -256,6 +256,27 @@ def test_a_config_of_an_older_mmdet_is_called_so(run_tool, tmp_path):
         "runner = dict(type='EpochBasedRunner', max_epochs=12)\n"
     )
     one_line_error(run_tool('train.py', 'old.py'), 'old.py is a config of mmdet 2 or mmseg 0')
+
+
+@pytest.mark.parametrize(
+    'name, text, words',
+    [
+        ('c.yaml', '', 'a config has names and their settings'),
+        ('c.yaml', '- 1\n', 'a config has names and their settings'),
+        ('c.json', '[]', 'a config has names and their settings'),
+        ('c.json', '{"model": 5}', 'model is 5, where a dict is due'),
+        ('c.py', 'model = None', 'has no model'),
+        ('c.py', "_base_ = 'c.py'", '_base_ leads back to it'),
+        ('a::b.py', '', 'has no model'),
+    ],
+)
+def test_files_that_are_no_configs(name, text, words, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=words) as error:
+        load_config(str(tmp_path / name), {})
+    assert name in str(error.value) and '\n' not in str(error.value)
+    with pytest.raises(UsageError, match="no config '../x::y.py'"):
+        config_path('../x::y.py')
 
 
 def test_levels_that_do_not_agree(run_tool, tmp_path):

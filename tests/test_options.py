@@ -8,6 +8,7 @@ from mmengine.registry import init_default_scope
 from test_tools import one_line_error
 
 from convnext_dense import UsageError, shapes
+from convnext_dense.commands import load_config
 from convnext_dense.data import Request, set_data
 from convnext_dense.fitting import fit_batch, set_length, set_total_batch
 from convnext_dense.options import arguments_of, merge, overruled
@@ -67,6 +68,44 @@ def test_a_key_that_nothing_reads_is_refused_with_the_nearest_one(key):
     else:
         with pytest.raises(UsageError, match='--cfg-options: '):
             merge(config, {f'+{key}': 1})
+
+
+@pytest.mark.parametrize(
+    'key, near',
+    [
+        ('auto_scale_lr.enabl', 'auto_scale_lr.enable'),
+        ('optim_wrapper.clip_grad.max_nor', 'optim_wrapper.clip_grad.max_norm'),
+        ('env_cfg.mp_cfg.opencv_num_thread', 'env_cfg.mp_cfg.opencv_num_threads'),
+        ('randomness.sed', 'randomness.seed'),
+    ],
+)
+def test_a_wrong_key_below_a_part_that_the_config_leaves_out_is_refused(key, near):
+    config = load('demo/upernet')
+    config.pop('auto_scale_lr', None), config.pop('randomness', None), config.env_cfg.pop('mp_cfg', None)
+    with pytest.raises(UsageError, match=f'perhaps {near};'):
+        merge(config, {key: 1})
+    merge(config, {near: 1})
+
+
+@pytest.mark.parametrize(
+    'key, value, words',
+    [
+        ('model', 5, 'model is a part of the config: give model.KEY=VALUE'),
+        ('model.backbone', 'ConvNeXt', 'model.backbone is a part of the config'),
+        ('optim_wrapper.optimizer', 'AdamW', 'optim_wrapper.optimizer is a part of the config'),
+        ('optim_wrapper.optimizer.betas.0', 0.8, 'a part of a tuple: give all of optim_wrapper.optimizer.betas'),
+    ],
+)
+def test_values_that_take_the_place_of_a_part(key, value, words):
+    with pytest.raises(UsageError, match=words):
+        merge(load('demo/mask_rcnn'), {key: value})
+
+
+def test_parts_that_are_needed_may_not_be_none(tmp_path):
+    path = str(CONFIGS / 'demo/mask_rcnn.py')
+    for key in ('model', 'train_dataloader', 'optim_wrapper'):
+        with pytest.raises(UsageError, match=f'has no {key}'):
+            load_config(path, {key: None}, ('model', 'train_dataloader', 'optim_wrapper'))
 
 
 VARIABLES = {
@@ -214,5 +253,8 @@ def test_the_tools_refuse_it(run_tool):
             one_line_error(process, 'modle.backbone.arch', 'perhaps model.backbone.arch')
         process = run_tool(tool, config, *more, '--cfg-options', 'train_cfg.max_epochs=[(1,2]')
         assert process.returncode == 2 and 'Imbalanced brackets' in process.stderr.splitlines()[-1]
+        for option in ('++x=1', '+=1', '=1', 'a'):
+            process = run_tool(tool, config, *more, '--cfg-options', option)
+            assert process.returncode == 2 and f"'{option}': give KEY=VALUE" in process.stderr.splitlines()[-1]
         process = run_tool(tool, config, *more, '--cfg-options', "custom_hooks=[{'type': 'EmptyCacheHook'}]")
         assert process.returncode == 2 and 'dicts have no form here' in process.stderr.splitlines()[-1]
