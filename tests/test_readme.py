@@ -46,6 +46,7 @@ def test_options_it_names_are_options_of_a_tool():
         for path in [
             *(ROOT / 'tools').glob('*.py'),
             ROOT / 'convnext_dense/commands.py',
+            ROOT / 'convnext_dense/command_line.py',
             ROOT / 'convnext_dense/data/__init__.py',
         ]
     )
