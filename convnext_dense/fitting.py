@@ -3,15 +3,17 @@ paper's, to another length, and to other inputs than RGB."""
 
 import os
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 
 from mmengine.config import Config
 from mmengine.hooks import ParamSchedulerHook
-from mmengine.registry import HOOKS, TRANSFORMS
+from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS, TRANSFORMS
 from torch import nn
 
 from .config_types import is_type, short_name
 from .dumped import read_dumped
 from .errors import UsageError
+from .kinds import check_kinds
 from .options import is_explicit, restore
 from .paper import accumulation_of
 
@@ -27,7 +29,15 @@ OTHER_PIPELINES = ('custom_hooks', 'default_hooks', 'tta_pipeline')
 # Steps of a pipeline that take colours, and those that make images of three channels, of which grey ones are not all.
 OF_COLOURS = ('PhotoMetricDistortion', 'YOLOXHSVRandomAug', 'MixUp', 'CachedMixUp')
 OF_THREE_CHANNELS = (*OF_COLOURS, 'Mosaic', 'CachedMosaic')
-HOOKS_BEGIN = ('begin_epoch', 'begin_iter', 'switch_epoch')  # settings of hooks that count from a run's begin
+# Settings of hooks and of models that count epochs or iterations, and those that classes have where configs are silent.
+OF_HOOKS = ('begin_epoch', 'begin_iter', 'switch_epoch', 'num_last_epochs')
+OF_MODELS = ('initial_epoch', 'warmup_iters')  # TOOD's and BoxInst's
+UNSAID = {
+    'YOLOXModeSwitchHook': (HOOKS, 'num_last_epochs', 15),
+    'BoxInstMaskHead': (MODELS, 'warmup_iters', 10_000),
+}
+# Schedules that multiply by a factor where they begin, and divide by it at a later step alone.
+FACTORS = ('LinearParamScheduler', 'ConstantParamScheduler')
 
 
 def n_processes(launcher: str) -> int:
@@ -41,7 +51,10 @@ def n_processes(launcher: str) -> int:
     variable, command = PROCESSES[launcher]
     if variable not in os.environ:
         raise UsageError(f'--launcher {launcher}: {variable} is not set; start the tool with {command}')
-    return int(os.environ[variable])
+    value = os.environ[variable].strip()
+    if not (value.isascii() and value.isdigit() and int(value) > 0):
+        raise UsageError(f"--launcher {launcher}: {variable}='{value}' is no number of processes; start with {command}")
+    return int(value)
 
 
 def fit_batch(processes: int, images: int, wanted: int, fewest: int = 1) -> tuple[int, int]:
@@ -61,11 +74,12 @@ def set_total_batch(
     Returns one line that says what was done and whether it is a warning; None for configs that name no total batch.
 
     Raises:
-        UsageError: a schedule of the config cannot move along.
+        UsageError: a schedule of the config cannot move along, or a setting is not of its kind.
     """
-    wanted, loader, wrapper = config.get('total_batch'), config.train_dataloader, config.optim_wrapper
-    if not wanted:
+    if not config.get('total_batch'):
         return None
+    check_kinds(config)
+    wanted, loader, wrapper = config.get('total_batch'), config.train_dataloader, config.optim_wrapper
     if not as_is and 'accumulative_counts' not in wrapper:
         fewest = loader.batch_size if is_explicit(options or (), 'train_dataloader.batch_size') else 1
         loader.batch_size, accumulation = fit_batch(processes, loader.batch_size, wanted, fewest)
@@ -117,6 +131,7 @@ def set_length(
     options = options or {}
     if is_explicit(options, f'train_cfg.max_{unit}'):
         raise UsageError(f'--{unit} {wanted} and --cfg-options train_cfg.max_{unit}: give one of them')
+    check_kinds(config)
     train_cfg = config.train_cfg
     before = train_cfg.get(f'max_{unit}')
     if before is None:
@@ -127,35 +142,96 @@ def set_length(
     share = wanted / before
     train_cfg[f'max_{unit}'] = wanted
     saving = (config.get('default_hooks') or {}).get('checkpoint') or {}
+    hooks = config.get('custom_hooks') or []
+    _say_defaults(config)
     timed = [(train_cfg, 'val_interval'), (train_cfg, 'val_begin'), (saving, 'interval'), (saving, 'save_begin')]
-    timed += [(hook, key) for hook in config.get('custom_hooks') or [] for key in HOOKS_BEGIN]
+    timed += [(hook, key) for hook in hooks for key in OF_HOOKS]
+    timed += [(part, key) for part in dicts_in(config.get('model')) for key in OF_MODELS]
     for holder, key in timed:
-        if holder.get(key, -1) > 0:
+        if isinstance(holder.get(key), (int, float)) and holder[key] > 0:
             holder[key] = max(1, round(holder[key] * share))
+            if key in ('begin_epoch', 'switch_epoch'):  # counted from 0: there is a last epoch for what it begins
+                holder[key] = min(holder[key], max(1, wanted - 1))
     if train_cfg.get('dynamic_intervals'):
         train_cfg.dynamic_intervals = [
             tuple(max(1, round(n * share)) for n in pair) for pair in train_cfg.dynamic_intervals
         ]
     for scheduler in listed(config.get('param_scheduler')):
-        _scale_schedule(scheduler, share)
-    restore(config, options, 'train_cfg.', 'default_hooks.checkpoint.', 'custom_hooks.', 'param_scheduler.')
-    return f'{wanted:,} {unit} instead of {before:,}: warmup, steps and decay keep their shares'
+        _scale_schedule(scheduler, share, wanted if unit == 'epochs' else None)
+    of_model = [key for key in options if key.split('.')[-1] in OF_MODELS]
+    restore(config, options, 'train_cfg.', 'default_hooks.checkpoint.', 'custom_hooks.', 'param_scheduler.', *of_model)
+    line = f'{wanted:,} {unit} instead of {before:,}: warmup, steps and decay keep their shares'
+    left_out = [s for s in listed(config.get('param_scheduler')) if not _lasts(s, wanted)]
+    if left_out:
+        config.param_scheduler = [s for s in listed(config.param_scheduler) if _lasts(s, wanted)]
+        names = ', '.join(str(short_name(scheduler.get('type'))) for scheduler in left_out)
+        line += (
+            f'; of {names} less than {"an epoch" if unit == "epochs" else "an iteration"} is left, so it is left out'
+        )
+    return line
 
 
-def _scale_schedule(scheduler: dict, share: float) -> None:
-    """Scale where a schedule begins, steps and ends. mmengine counts `end - begin - 1` iterations, so ends that count
-    iterations have one more than what they mean."""
-    extra = 0 if scheduler.get('by_epoch', True) else 1
+def _say_defaults(config: Config) -> None:
+    """Write out what classes count by default."""
+    for name, (registry, key, default) in UNSAID.items():
+        for part in dicts_in([config.get('custom_hooks'), config.get('model')]):
+            if is_type(part.get('type'), registry, name):
+                part.setdefault(key, default)
+
+
+def _scale_schedule(scheduler: dict, share: float, epochs: int | None) -> None:
+    """Scale where a schedule begins, steps and ends, in a training of so many epochs. mmengine's counts of iterations,
+    and of factors, are `end - begin - 1`, so that ends have one more than what they mean."""
+    by_epoch = scheduler.get('by_epoch', True)
+    extra = 1 if not by_epoch or _is_factor(scheduler) else 0
+    least = 0 if by_epoch and epochs == 1 else 1  # nothing but the longest has a share in a single epoch
+    before = _length(scheduler, extra)
+    if scheduler.get('begin'):
+        scheduler['begin'] = max(least, round(scheduler['begin'] * share))
     if 'end' in scheduler:
-        scheduler['end'] = max(1, round((scheduler['end'] - extra) * share)) + extra
-    for key in ('begin', 'T_max', 'step_size', 'total_steps'):
+        scheduler['end'] = max(least, round((scheduler['end'] - extra) * share)) + extra
+        if by_epoch and epochs:
+            scheduler['end'] = min(scheduler['end'], epochs)
+    after = _length(scheduler, extra)
+    own = after / before if before and after and after > 0 else share  # what it counts, it counts from its begin
+    for key in ('T_max', 'step_size', 'total_steps'):
         if scheduler.get(key):
-            scheduler[key] = max(1, round(scheduler[key] * share))
-    for key in ('milestones', 'periods'):
-        if key in scheduler:
-            scheduler[key] = [max(1, round(m * share)) for m in scheduler[key]]
+            scheduler[key] = max(1, round(scheduler[key] * own))
     if 'milestones' in scheduler:
-        scheduler['milestones'] = sorted(set(scheduler['milestones']))
+        scheduler['milestones'] = sorted({max(1, round(m * own)) for m in scheduler['milestones']})
+    if 'periods' in scheduler:
+        _scale_periods(scheduler, own)
+
+
+def _scale_periods(scheduler: dict, share: float) -> None:
+    """Scale the periods after which a schedule begins anew; those of which nothing is left are left out."""
+    ends = [round(end * share) for end in accumulate(scheduler['periods'])]
+    ends[-1] = max(ends[-1], 1)
+    periods = [end - begin for begin, end in zip([0, *ends], ends)]
+    kept = [i for i, period in enumerate(periods) if period > 0]
+    weights = scheduler.get('restart_weights')
+    if isinstance(weights, (list, tuple)) and len(weights) == len(periods):
+        scheduler['restart_weights'] = [weights[i] for i in kept]
+    scheduler['periods'] = [periods[i] for i in kept]
+
+
+def _length(scheduler: dict, extra: int) -> int | None:
+    """How long a schedule lasts; None where it has no end."""
+    return scheduler['end'] - extra - scheduler.get('begin', 0) if 'end' in scheduler else None
+
+
+def _lasts(scheduler: dict, wanted: int) -> bool:
+    """Whether a schedule does what it is for in a training of this length."""
+    begin, end = scheduler.get('begin', 0), scheduler.get('end')
+    if end is None or end <= begin:
+        return end is None
+    is_whole = end - begin > 1 or not _is_factor(scheduler) or not scheduler.get('by_epoch', True)
+    return is_whole or (begin > 0 and end >= wanted)  # else its factor would stay
+
+
+def _is_factor(scheduler: dict) -> bool:
+    converted = scheduler.get('convert_to_iter_based')
+    return not converted and is_type(scheduler.get('type'), PARAM_SCHEDULERS, *FACTORS)
 
 
 def set_inputs(config: Config) -> str | None:
@@ -242,6 +318,10 @@ def _accumulate(config: Config, n: int) -> None:
     for hook in config.get('custom_hooks') or []:
         if is_type(hook.get('type'), HOOKS, 'EMAHook'):  # it averages every `interval` iterations, from `begin_iter` on
             hook['begin_iter'], hook['interval'] = n * hook.get('begin_iter', 0), n * hook.get('interval', 1)
+    _say_defaults(config)
+    for part in dicts_in(config.model):
+        if part.get('warmup_iters'):
+            part['warmup_iters'] *= n
     if not checkpoint.get('by_epoch', True) and checkpoint.get('interval', -1) > 0:
         checkpoint.interval *= n
 
