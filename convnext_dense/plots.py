@@ -21,6 +21,7 @@ NO_FIGURES = ('step', 'iter', 'epoch', 'time', 'data_time', 'memory')
 # The layers' lrs as text logs hold them: our table of them, and what mmdet's constructor prints.
 TABLE = re.compile(r'\w+_wise lr decay, rate ([\d.e-]+):\n +id +lr +parameters\n((?: +\d+ +[\d.e+-]+ +[\d,]+\n)+)')
 GROUP = re.compile(r'"layer_(\d+)_(?:no_)?decay": \{.*?"lr_scale": ([\d.e+-]+)', re.DOTALL)
+LARGEST = 1e100  # what is drawn; beyond it scales have no numbers for their ends
 COLORS = ('#0b6fb8', '#d1495b', '#2e8b57', '#e08e1a', '#7a4fa3', '#8c564b', '#17a2b8', '#b5a900', '#d667b0', '#555555')
 
 
@@ -87,7 +88,24 @@ def _curves_of(run: Run) -> Curves:
                 curves.lrs.append((x, layer_lrs(record, scales, config)))
             elif figures := _figures(record):
                 curves.figures.append((x, figures))
+    _say_undrawn(curves)
     return curves
+
+
+def _say_undrawn(curves: Curves) -> None:
+    """Say which values are no place in a picture, but for losses that are lost, which the run itself says."""
+    points = [*curves.losses, *curves.lrs, *curves.figures]
+    values = [(x, name, value) for x, found in points for name, value in found.items() if not _is_drawn(value)]
+    values = [(x, name, value) for x, name, value in values if name != 'loss' or math.isfinite(value)]
+    if values:
+        x, name, value = values[0]
+        name = f'lr of layer {name}' if isinstance(name, int) else name
+        others = f', nor are {len(values) - 1} values more' if len(values) > 1 else ''
+        curves.run.problems.append(f'{name} {value:g} at {x:g} {curves.unit} is not drawn{others}')
+
+
+def _is_drawn(value: float) -> bool:
+    return abs(value) <= LARGEST  # which nothing is that is no number
 
 
 def _plain(record: dict) -> dict:
@@ -132,10 +150,17 @@ def _iterations_per_epoch(log: str, records: Sequence[dict]) -> int:
 def layer_scales(log: str, config: Config) -> dict[int, float]:
     """The lr scale of each layer id that a run trains, by its text log, in the order of its parameter groups; {} where
     the log does not say."""
+    try:
+        return _scales(log, config.get('optim_wrapper', {}).get('optimizer', {}).get('lr'))
+    except (ValueError, ZeroDivisionError, OverflowError, TypeError):  # numbers that no run writes
+        return {}
+
+
+def _scales(log: str, base: float | None) -> dict[int, float]:
     table = TABLE.search(log)
     if not table:
         return {int(layer): float(scale) for layer, scale in GROUP.findall(log)}
-    rate, base = float(table[1]), config.get('optim_wrapper', {}).get('optimizer', {}).get('lr')
+    rate = float(table[1])
     lrs = {int(line.split()[0]): float(line.split()[1]) for line in table[2].splitlines()}
     if rate == 1 or not base:
         return dict.fromkeys(lrs, 1.0) if rate == 1 else {}
@@ -152,8 +177,9 @@ def layer_lrs(record: dict, scales: dict[int, float], config: Config) -> dict[in
     if 'lr' not in record:
         return {}
     lr, first = record['lr'], next(iter(scales.values()), None)
-    if first is None:
-        return {'lr': lr} | ({'base_lr': record['base_lr']} if record.get('base_lr', lr) != lr else {})
+    if not first:
+        differs = 'base_lr' in record and record['base_lr'] != lr
+        return {'lr': lr} | ({'base_lr': record['base_lr']} if differs else {})
     if first == 1:
         return dict.fromkeys(scales, lr)
     scaled_later = (config.get('auto_scale_lr') or {}).get('enable')  # by mmengine, which leaves base_lr as it was
@@ -251,7 +277,7 @@ def _panels(kind: Sequence[Curves]) -> list[str]:
 
 def _line(points: Sequence[tuple[float, dict]], name) -> tuple[list[float], list[float]]:
     found = [(x, values[name]) for x, values in points if name in values]
-    return [x for x, _ in found], [value for _, value in found]
+    return [x for x, _ in found], [value if _is_drawn(value) else math.nan for _, value in found]
 
 
 def _draw_losses(axis, kind: Sequence[Curves], colors: dict, smooth: float, alone: bool) -> None:
@@ -295,7 +321,7 @@ def _draw_lrs(axis, kind: Sequence[Curves], colors: dict, alone: bool) -> None:
         bar = axis.figure.colorbar(ScalarMappable(norm, shades), ax=axis, pad=0.02)
         bar.set_ticks([i + 0.5 for i in range(len(layers))], labels=[str(layer) for layer in layers], fontsize=7)
         bar.set_label('layer id, the last: heads', fontsize=8)
-    highest = max(value for line in axis.lines for value in line.get_ydata())
+    highest = max((value for line in axis.lines for value in line.get_ydata() if value > 0), default=0)
     if highest > 0:  # what a warmup begins with and poly ends with would take most of the panel
         lowest = min((v for line in axis.lines for v in line.get_ydata() if v > 0), default=highest)
         axis.set_yscale('log')
@@ -306,11 +332,11 @@ def _draw_figure(axis, kind: Sequence[Curves], colors: dict, name: str) -> None:
     papers = {}
     for curves in kind:
         xs, values = _line(curves.figures, name)
-        if not xs:
+        if all(map(math.isnan, values)):
             continue
         color = colors[id(curves)]
         axis.plot(xs, values, color=color, lw=1.6, marker='o', ms=3.5 if len(xs) < 60 else 0)
-        best = max(range(len(xs)), key=values.__getitem__)
+        best = max((i for i, value in enumerate(values) if not math.isnan(value)), key=values.__getitem__)
         text = f'{values[best]:.1f}' if name in MAIN else f'{values[best]:.3g}'
         _note(axis, text, (xs[best], values[best]), color, ha='right')
         if curves.run.row is not None and name in curves.run.row.figures:

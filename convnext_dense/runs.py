@@ -30,7 +30,7 @@ TIMESTAMP = '[0-9]' * 8 + '_' + '[0-9]' * 6  # the folder of one start of a tool
 SCALARS = 'vis_data/scalars.json'
 COUNTS = ('step', 'epoch', 'iter')  # of a record, whole numbers
 MAX_COUNT = 2**53
-# What the parts of a config that are looked into here have to be, where they are there.
+# What the parts of a config that are looked into here have to be, where they are there; numbers are above 0.
 SHAPES = dict.fromkeys(
     ('train_cfg', 'model', 'optim_wrapper', 'optim_wrapper.optimizer', 'train_dataloader', 'default_hooks',
      'default_hooks.logger', 'auto_scale_lr', 'model.backbone', 'visualizer'), dict,
@@ -196,8 +196,9 @@ def _read_training(run: Run, start: Path) -> None:
     counts_epochs, lost = 'max_epochs' in (run.config.get('train_cfg') or {}), []
     for record in read_records(start / SCALARS, run.problems):
         figures, step = figures_of(record), record.get('step', 0)
+        lost += [f'{name} {value} at step {step}' for name, value in figures.items() if not math.isfinite(value)]
         if figures:  # what a resumed run does again replaces what it went back behind
-            run.evaluations = {s: e for s, e in run.evaluations.items() if s < step} | {step: figures}
+            run.evaluations = {s: e for s, e in run.evaluations.items() if s < step} | {step: _finite(figures)}
         if counts_epochs:
             run.done = step if figures else max(run.done, record.get('epoch', 1) - 1)
         else:
@@ -224,16 +225,24 @@ def read_records(scalars: Path, problems: list[str]) -> Iterator[dict[str, float
         yield numbers
 
 
+def _finite(figures: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
 def _is_number(value: object, counts: bool) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return not counts if isinstance(value, float) else abs(value) < MAX_COUNT
+    if isinstance(value, float):
+        return not counts
+    return 0 <= value < MAX_COUNT if counts else abs(value) < MAX_COUNT
 
 
 def _read_test(run: Run, start: Path) -> list[Test]:
     try:
         found = json.loads(read_text(start / f'{start.name}.json'))
         figures = figures_of({key: value for key, value in found.items() if _is_number(value, False)})
+        run.problems += [f'{start.name}: {name} {value}' for name, value in figures.items() if not math.isfinite(value)]
+        figures = _finite(figures)
     except (ValueError, TypeError, AttributeError, RecursionError):
         run.problems.append(f'{start.name}.json cut short')
         return []
@@ -265,7 +274,9 @@ def _misshapen(config: Config) -> str | None:
         value, parts = config, key.split('.')
         for part in parts:
             value = value.get(part) if isinstance(value, (Config, dict)) else None
-        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+        if value is not None and (
+            not isinstance(value, kinds) or isinstance(value, bool) or (kinds is int and value < 1)
+        ):
             return key
     return None
 

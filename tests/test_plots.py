@@ -281,3 +281,49 @@ def test_bad_input(run_tool, tmp_path):
     }.items():
         with pytest.raises(UsageError, match=words):
             read_curves([tmp_path / 'run', tmp_path / folder if folder != 'gone' else folder])
+
+
+STRANGE = {  # scalars, a text log, what is said
+    'an lr that is no number': ('{"loss":1,"lr":NaN,"step":1,"epoch":1}', '', 'lr nan at 1 epochs is not drawn'),
+    'an lr without end': ('{"loss":1,"lr":Infinity,"base_lr":1,"step":1,"epoch":1}', '', 'lr inf at 1 epochs is not'),
+    'numbers beyond scales': (
+        '{"loss":1e308,"loss_a":1e308,"loss_b":1,"s0.loss_c":1e308,"s1.loss_c":1e308,"lr":1e308,"step":1,"epoch":1}',
+        '',
+        'loss 1e+308 at 1 epochs is not drawn, nor are 3 values more',
+    ),
+    'a figure without end': (
+        '{"loss":1,"lr":1,"step":1,"epoch":1}\n{"coco/bbox_mAP":Infinity,"step":1}',
+        '',
+        'box AP inf at step 1',
+    ),
+    'another figure': ('{"loss":1,"lr":1,"step":1,"epoch":1}\n{"a/mAP":-1e308,"step":1}', '', 'a/mAP -1e+308 at 1'),
+    'scales of 0': ('{"loss":1,"lr":1,"step":1,"epoch":1}', '"layer_0_decay": {"lr_scale": 0.0', ''),
+    'scales that are no numbers': ('{"loss":1,"lr":1,"step":1,"epoch":1}', '"layer_0_decay": {"lr_scale": 1.2.3', ''),
+    'an lr of 0 in the table': (
+        '{"loss":1,"lr":1,"step":1,"epoch":1}',
+        'layer_wise lr decay, rate 0.7:\n  id  lr            parameters\n   0  0             2,040\n',
+        '',
+    ),
+    'a rate of 0 in the table': (
+        '{"loss":1,"lr":1,"step":1,"epoch":1}',
+        'layer_wise lr decay, rate 0:\n  id  lr            parameters\n   0  1             2,040\n',
+        '',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', STRANGE)
+@pytest.mark.parametrize('alone', [True, False])
+def test_numbers_that_no_scale_has(tmp_path, case, alone):
+    """The rest is drawn, alone and beside another run, and what is not is said."""
+    scalars, log, words = STRANGE[case]
+    config = Config(dict(train_cfg=dict(max_epochs=3), optim_wrapper=dict(optimizer=dict(lr=1.0))))
+    start(tmp_path / 'a', config, [train(1, epoch=1)])
+    place = tmp_path / 'a/20260101_120000'
+    (place / 'vis_data/scalars.json').write_text(f'{scalars}\n{{"loss":2.0,"lr":0.5,"epoch":2,"step":2}}\n')
+    (place / '20260101_120000.log').write_text(log)
+    if not alone:
+        start(tmp_path / 'b', config, [train(1, epoch=1)])
+    curves = read_curves([tmp_path])
+    assert draw(curves, tmp_path / 'x.png', 0.5).read_bytes().startswith(b'\x89PNG')
+    assert words in '; '.join(curves[0].run.problems) and bool(words) == bool(curves[0].run.problems)
