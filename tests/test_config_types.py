@@ -379,6 +379,8 @@ def test_models_of_masks_are_refused_boxes(name):
 def test_models_that_do_without_masks_take_boxes(name):
     config = filled(name, masks=False)
     config.model.backbone.init_cfg = None
+    if name.startswith('boxinst/'):
+        pytest.importorskip('skimage')  # by which it compares colours
     with torch.device('meta'):
         MODELS.build(config.model)
     assert config.val_evaluator.metric == ['bbox']
