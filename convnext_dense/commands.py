@@ -256,7 +256,7 @@ def set_keep(config: Config, n: int | None) -> None:
         return
     if n < 1:
         raise UsageError(f'--keep {n}: give a positive number of checkpoints')
-    if 'default_hooks' not in config:
+    if not config.get('default_hooks'):
         config.default_hooks = {}
     best = {} if not config.get('val_evaluator') else dict(save_best=_best_of(config.val_evaluator), rule='greater')
     hook = config.default_hooks.get('checkpoint') or dict(type='CheckpointHook', interval=1)

@@ -552,7 +552,7 @@ def test_keep_and_max_bad_images_say_what_they_cannot_use():
         (dict(type='CocoMetric', metric='segm'), 'auto'),
         (dict(type='VOCMetric'), 'auto'),
     ):
-        config = Config(dict(val_evaluator=evaluator))
+        config = Config(dict(val_evaluator=evaluator, default_hooks=None))
         set_keep(config, 1)
         assert config.default_hooks.checkpoint.save_best == best
     config = Config(dict(default_scope='mmseg', val_evaluator=dict(type='IoUMetric')))
