@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
+from types import FrameType
 
 from .errors import RunError, Stopped, UsageError
 from .saving import FULL, close_output, say_once
@@ -96,11 +97,15 @@ def is_users_bug(error: BaseException, config: str = '') -> bool:
     config imports; the `config` itself is input."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         file = os.path.realpath(frame.f_code.co_filename)
-        package = (frame.f_globals.get('__name__') or '').split('.')[0]
-        own = package in LIBRARIES or file.startswith(INSTALLED) or file == os.path.realpath(config)
+        own = package_of(frame) in LIBRARIES or file.startswith(INSTALLED) or file == os.path.realpath(config)
         if not own and os.path.isfile(file):
             return True
     return False
+
+
+def package_of(frame: FrameType) -> str:
+    """The package, or the module outside of one, whose code a frame runs."""
+    return (frame.f_globals.get('__name__') or '').split('.')[0]
 
 
 def _is_wrong_argument(error: BaseException) -> bool:

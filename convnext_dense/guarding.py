@@ -17,7 +17,7 @@ from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import EMAHook, Hook
 
 from .backbone import ConvNeXt
-from .command_line import LIBRARIES, last_line
+from .command_line import LIBRARIES, last_line, package_of
 from .errors import RunError, Stopped
 from .sampling import images_in, seed_all
 from .saving import WholeCheckpointHook, updates_now
@@ -284,10 +284,8 @@ def _behind(error: BaseException | None) -> Iterator[BaseException]:
 
 def _packages(error: BaseException) -> Iterator[str]:
     """Whose code an error passed through, from the outermost call on, without Python's own."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        package = (frame.f_globals.get('__name__') or '').split('.')[0]
-        if package not in sys.stdlib_module_names:
-            yield package
+    packages = (package_of(frame) for frame, _ in traceback.walk_tb(error.__traceback__))
+    return (package for package in packages if package not in sys.stdlib_module_names)
 
 
 def _while_reading(error: Exception) -> bool:

@@ -29,6 +29,7 @@ def _is_dict(value: object) -> bool:
 
 
 DICT = Kind('a dict', _is_dict)
+TEXT = Kind('a text', lambda value: isinstance(value, str))
 DICTS = Kind('a list of dicts', lambda value: _is_list(value, _is_dict), True)
 COUNT = Kind('a whole number above 0', lambda value: _is_whole(value) and isinstance(value, int) and value > 0)
 STEPS = Kind('a whole number above 0', lambda value: _is_whole(value) and value > 0)
@@ -67,10 +68,16 @@ KINDS = {
 
 def check_kinds(config: Config) -> None:
     """Raise UsageError naming the first setting that is not what fitting needs."""
-    for key, kind in KINDS.items():
+    for place, value, kind in of_other_kinds(config, KINDS):
+        raise UsageError(f'{place}={value!s:.60}: give {kind.words}')
+
+
+def of_other_kinds(config: Config, kinds: Mapping[str, Kind]) -> Iterator[tuple[str, object, Kind]]:
+    """The settings that are there and not of the kinds that they should be: their keys, values and these kinds."""
+    for key, kind in kinds.items():
         for place, value in _found(config, key.split('.')):
             if not (kind.test(value) or (kind.optional and value is None)):
-                raise UsageError(f'{place}={value!s:.60}: give {kind.words}')
+                yield place, value, kind
 
 
 def _found(node: object, parts: list[str], place: tuple[str, ...] = ()) -> Iterator[tuple[str, object]]:

@@ -12,6 +12,7 @@ from mmengine.config import Config
 
 from .dumped import read_dumped
 from .errors import UsageError
+from .kinds import COUNT, DICT, TEXT, of_other_kinds
 from .paper import (
     RELEASED,
     RETRAINED,
@@ -30,14 +31,14 @@ TIMESTAMP = '[0-9]' * 8 + '_' + '[0-9]' * 6  # the folder of one start of a tool
 SCALARS = 'vis_data/scalars.json'
 COUNTS = ('step', 'epoch', 'iter')  # of a record, whole numbers
 MAX_COUNT = 2**53
-# What the parts of a config that are looked into here have to be, where they are there; numbers are above 0.
-SHAPES = dict.fromkeys(
+# What the parts of a config that are looked into here have to be, where they are there.
+WRITTEN = dict.fromkeys(
     ('train_cfg', 'model', 'optim_wrapper', 'optim_wrapper.optimizer', 'train_dataloader', 'default_hooks',
-     'default_hooks.logger', 'auto_scale_lr', 'model.backbone', 'visualizer'), dict,
+     'default_hooks.logger', 'auto_scale_lr', 'model.backbone', 'visualizer'), DICT._replace(optional=True),
 ) | dict.fromkeys(
     ('train_cfg.max_epochs', 'train_cfg.max_iters', 'optim_wrapper.accumulative_counts', 'train_dataloader.batch_size'),
-    int,
-) | {'default_scope': str}  # fmt: skip
+    COUNT._replace(optional=True),
+) | {'default_scope': TEXT._replace(optional=True)}  # fmt: skip
 TESTS = 'test'  # the folder in a run's own where tools/test.py works
 
 
@@ -261,24 +262,11 @@ def _read_config(run: Run, start: Path) -> Config | None:
     except UsageError:
         run.problems.append(f'{start.name}: config.py cannot be read')
         return None
-    strange = config and _misshapen(config)
+    strange = next((place for place, *_ in of_other_kinds(config, WRITTEN)), None) if config else None
     if strange:
         run.problems.append(f'{start.name}: config.py has no {strange} as mmengine writes it')
         return None
     return config
-
-
-def _misshapen(config: Config) -> str | None:
-    """The first part of a config that is not of the type that it has in every config of mmengine."""
-    for key, kinds in SHAPES.items():
-        value, parts = config, key.split('.')
-        for part in parts:
-            value = value.get(part) if isinstance(value, (Config, dict)) else None
-        if value is not None and (
-            not isinstance(value, kinds) or isinstance(value, bool) or (kinds is int and value < 1)
-        ):
-            return key
-    return None
 
 
 def _check_last_checkpoint(run: Run) -> None:
