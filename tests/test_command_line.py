@@ -310,7 +310,7 @@ def test_launchers(monkeypatch):
 
 
 def test_a_second_run_in_a_work_dir_is_refused(start_tool, run_tool, tmp_path, data):
-    config = [str(DEMO), '--work-dir', str(tmp_path / 'run'), '--epochs', '50', '--cfg-options']
+    config = [str(DEMO), '--work-dir', str(tmp_path / 'run'), '--epochs', '5000', '--cfg-options']
     config += [
         'default_hooks.logger.interval=1',
         'train_dataloader.num_workers=0',

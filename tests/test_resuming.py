@@ -7,17 +7,24 @@ import torch
 from conftest import ROOT
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from mmengine.runner import CheckpointLoader
 from test_fitting import run_config
 from test_tools import one_line_error
 
 from convnext_dense import UsageError, shapes
-from convnext_dense.commands import check_resume, set_resume
+from convnext_dense.commands import PLACES, _safe_loader, check_resume, set_resume
 from convnext_dense.dumped import read_dumped
 from convnext_dense.fitting import set_total_batch
 from convnext_dense.resuming import OVERRIDE, compare
 from convnext_dense.running import ResumableRunner
 
 CONFIGS = ROOT / 'configs'
+
+
+@pytest.fixture(autouse=True)
+def loader():
+    """The tools': the classic mmengine's own refuses its checkpoints since torch 2.6."""
+    CheckpointLoader.register_scheme(prefixes=PLACES, loader=_safe_loader({}), force=True)
 
 
 def load(name):
