@@ -30,7 +30,7 @@ OPERATORS_WORK := $(BIN)/python -c 'import torch; from mmcv.ops import nms; nms(
 setup: $(READY)
 
 # Of the tools, all go on where they were interrupted; the stamp comes last. Another torch needs another mmcv: start anew.
-$(READY): setup.py convnext_dense/fast/kernels.c
+$(READY): setup.py convnext_dense/ops/avx512_kernels.c
 	@$(PYTHON) -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo 'error: $(PYTHON) is not Python 3.10 or later with venv: install one (Debian: python3-venv), or PYTHON=...' >&2; \
 	  exit 2; }
@@ -47,8 +47,8 @@ $(READY): setup.py convnext_dense/fast/kernels.c
 	@$(OPERATORS_WORK)
 	touch $@
 
-$(SHAPES): convnext_dense/shapes.py | $(READY)
-	$(BIN)/python -m convnext_dense.shapes $(SHAPES_ROOT)
+$(SHAPES): convnext_dense/datasets/toy_shapes.py | $(READY)
+	$(BIN)/python -m convnext_dense.datasets.toy_shapes $(SHAPES_ROOT)
 	@touch $@
 
 demo: configs/demo/$(TASK).py $(READY) $(SHAPES)
@@ -63,7 +63,7 @@ test: $(READY)
 # Of the peers' own dependencies timm's and torchvision's name another torch: without dependencies they keep to this one.
 PEERS := .venv-peers
 ARGS ?= --sizes T B
-$(PEERS)/ready-torch-$(TORCH): setup.py Makefile convnext_dense/fast/kernels.c
+$(PEERS)/ready-torch-$(TORCH): setup.py Makefile convnext_dense/ops/avx512_kernels.c
 	$(PYTHON) -m venv $(PEERS)
 	echo 'torch==$(TORCH)' > $(PEERS)/constraints.txt
 	$(PEERS)/bin/pip install --constraint $(PEERS)/constraints.txt torch 'setuptools<81' wheel ninja psutil packaging

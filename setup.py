@@ -11,7 +11,7 @@ OPENMMLAB += ['ftfy', 'regex', 'setuptools<81']  # imported, not declared: by mm
 
 # The kernels for processors with AVX-512. They know nothing of Python or torch, whose OpenMP they share: it
 # is not linked. Without a compiler the backbone runs in a slower form.
-KERNELS = Path('convnext_dense', 'fast', 'kernels.c')
+KERNELS = Path('convnext_dense', 'ops', 'avx512_kernels.c')
 KERNEL_FLAGS = ['-O3', '-fopenmp', *(f'-mavx512{part}' for part in ('f', 'bw', 'dq', 'vl', 'bf16')), '-mfma']
 SOURCE = hashlib.sha256(Path(__file__).parent.joinpath(KERNELS).read_bytes()).hexdigest()[:16]
 
@@ -25,10 +25,10 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['convnext_dense*']),
     # .mim/configs and .mim/tools are links to the folders at the top; a wheel carries copies.
-    package_data={'convnext_dense': ['.mim/**/*.py', '.mim/**/*.sh', '.mim/*.yml', 'fast/*.c']},
+    package_data={'convnext_dense': ['.mim/**/*.py', '.mim/**/*.sh', '.mim/*.yml', 'ops/*.c']},
     ext_modules=[
         Extension(
-            'convnext_dense.fast.kernels',
+            'convnext_dense.ops.avx512_kernels',
             [str(KERNELS)],
             define_macros=[('SOURCE', f'"{SOURCE}"')],
             extra_compile_args=KERNEL_FLAGS,

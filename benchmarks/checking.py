@@ -15,8 +15,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from convnext_dense.data import Request, read_data
-from convnext_dense.data.images import n_threads
+from convnext_dense.datasets.check_images import n_threads
+from convnext_dense.datasets.custom import Request, read_data
 
 WIDTH, HEIGHT, DIFFERENT, OBJECTS = 640, 480, 200, 7
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from convnext_dense.data import Request, read_data
+from convnext_dense.datasets.custom import Request, read_data
 from convnext_dense.errors import UsageError
 
 SIZE, FEW, TIMES = 64, 3, 10

@@ -12,12 +12,13 @@ except ImportError as error:
         f"{error}: run pip install --no-build-isolation 'convnext_dense[onedl]', or [openmmlab] for the classic line"
     ) from error
 
-from .backbone import ARCHS, ConvNeXt
+from . import _moved
+from .checkpoints import PretrainedConvNeXt, load_backbone
+from .config.batch_size import UpdateParamSchedulerHook
+from .config.trackers import RunWandbVisBackend
 from .errors import UsageError
-from .fitting import UpdateParamSchedulerHook
-from .layer_decay import LayerDecayOptimWrapperConstructor, layer_ids
-from .tracking import RunWandbVisBackend
-from .weights import PretrainedConvNeXt, load_backbone
+from .models.convnext import ARCHS, ConvNeXt
+from .optim.layer_decay import LayerDecayOptimWrapperConstructor, layer_ids
 
 __version__ = '0.1.0'
 __all__ = [
@@ -35,3 +36,4 @@ __all__ = [
 # mmengine resolves `_base_ = 'convnext_dense::...'` only for the packages in its table. By a module's name it finds the
 # folder; by that of the distribution the classic one looks where an editable install has no files.
 MODULE2PACKAGE[__name__] = f'{__name__}.errors'
+_moved.install()

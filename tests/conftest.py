@@ -60,7 +60,7 @@ def run_tool(tmp_path):
 
 
 # What a training imports; a process forked from one that has it starts at once.
-PRELOADED = ['convnext_dense.running', 'mmdet.models', 'mmdet.datasets', 'mmdet.evaluation', 'mmseg.models']
+PRELOADED = ['convnext_dense.engine.runner', 'mmdet.models', 'mmdet.datasets', 'mmdet.evaluation', 'mmseg.models']
 PRELOADED += ['mmseg.datasets', 'mmseg.evaluation', 'mmdet.visualization', 'mmseg.visualization', 'conftest']
 
 

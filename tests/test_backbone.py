@@ -8,7 +8,7 @@ from conftest import ROOT, made_weights
 from mmengine.registry import MODELS, Registry
 
 from convnext_dense import ARCHS, ConvNeXt, UsageError
-from convnext_dense.backbone import Block
+from convnext_dense.models.convnext import Block
 
 SMALL = dict(depths=(1, 1, 2, 1), channels=(8, 16, 32, 64))
 

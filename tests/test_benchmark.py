@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from convnext_dense import benchmark
-from convnext_dense.benchmark import Case, agreement, available, bound, build, times
+from benchmarks import backbone
+from benchmarks.backbone import Case, agreement, available, bound, build, times
 from convnext_dense.errors import UsageError
 
 TINY = ('--sizes', 'atto', '--resolutions', '32x48', '--rounds', '2', '--dtypes', 'fp32', '--device', 'cpu')
@@ -44,7 +44,7 @@ def test_a_peer_that_is_not_there_is_named_and_the_others_run(run_tool):
 
 
 def test_missing_and_unknown_sizes_are_named(monkeypatch):
-    monkeypatch.setitem(benchmark.CANDIDATES, 'gone', lambda arch: __import__('no_such_library'))
+    monkeypatch.setitem(backbone.CANDIDATES, 'gone', lambda arch: __import__('no_such_library'))
     found, missing = available(['plain form', 'gone', 'Swin, mmdet'], 'atto')
     assert found == ['plain form'] and [line.split(':')[0] for line in missing] == ['gone', 'Swin, mmdet']
     with pytest.raises(UsageError, match='gone'):
@@ -52,11 +52,11 @@ def test_missing_and_unknown_sizes_are_named(monkeypatch):
 
 
 def test_other_features_are_noticed(monkeypatch):
-    class Wrong(benchmark._Plain):
+    class Wrong(backbone._Plain):
         def forward(self, x):
             return [m + 0.1 * m.roll(1, 1) for m in super().forward(x)]
 
-    monkeypatch.setitem(benchmark.CANDIDATES, 'wrong', Wrong)
+    monkeypatch.setitem(backbone.CANDIDATES, 'wrong', Wrong)
     assert agreement('wrong', 'atto') > 1e-2 and agreement('plain form', 'atto') < 1e-5
     assert agreement('ours', 'atto') is None
 
@@ -64,19 +64,19 @@ def test_other_features_are_noticed(monkeypatch):
 def test_every_candidate_runs_in_every_memory_format_once_a_round():
     calls = []
 
-    class Counted(benchmark._Plain):
+    class Counted(backbone._Plain):
         def forward(self, x):
             calls.append(x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
             return super().forward(x)
 
-    before = dict(benchmark.CANDIDATES)
+    before = dict(backbone.CANDIDATES)
     try:
-        benchmark.CANDIDATES['counted'] = Counted
+        backbone.CANDIDATES['counted'] = Counted
         case = Case('atto', 'training', 32, 32, 1, 'fp32', 'cpu', False)
         results = list(times(case, ['ours', 'counted'], rounds=3))
     finally:
-        benchmark.CANDIDATES.clear()
-        benchmark.CANDIDATES.update(before)
+        backbone.CANDIDATES.clear()
+        backbone.CANDIDATES.update(before)
     assert calls == [False, True] * 5
     assert [(r.candidate, r.layout) for r in results] == [
         ('ours', 'contiguous'),
@@ -107,11 +107,11 @@ def test_bad_input_is_one_line(args, word, run_tool):
 
 def test_from_how_many_runs_on_compilation_pays():
     compiled, plain = dict(median=8.0, first=1001.0), dict(median=10.0)
-    runs = benchmark.pays_from(compiled, plain)
+    runs = backbone.pays_from(compiled, plain)
     took = [(compiled['first'] + (n - 2) * compiled['median'], n * plain['median']) for n in (runs - 1, runs)]
     assert took[0][0] > took[0][1] and took[1][0] <= took[1][1]
-    assert benchmark.pays_from(dict(median=8.0, first=16.0), plain) == 1
-    assert benchmark.pays_from(dict(median=10.0, first=1000.0), plain) is None
+    assert backbone.pays_from(dict(median=8.0, first=16.0), plain) == 1
+    assert backbone.pays_from(dict(median=10.0, first=1000.0), plain) is None
 
 
 @pytest.mark.slow

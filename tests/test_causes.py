@@ -8,8 +8,8 @@ from conftest import ROOT
 from test_data import run
 from test_files import said
 
-from convnext_dense import shapes
-from convnext_dense.data import Request, read_data
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.datasets.custom import Request, read_data
 
 DETECTOR, SEGMENTOR = ROOT / 'configs/demo/mask_rcnn.py', ROOT / 'configs/demo/upernet.py'
 FILES = [f'annotations/instances_{split}.json' for split in ('train', 'val')]
@@ -17,7 +17,7 @@ FILES = [f'annotations/instances_{split}.json' for split in ('train', 'val')]
 
 @pytest.fixture
 def mine(tmp_path):
-    shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
+    toy_shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
     return tmp_path / 'mine'
 
 

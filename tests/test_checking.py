@@ -16,11 +16,11 @@ from pycocotools import mask as coco_mask
 from test_data import DETECTOR, as_folders, as_roboflow, drawn, load, other_categories, own, plain_dumps, run  # noqa: F401
 from test_files import png
 
-from convnext_dense.data import Request, read_data, set_data
-from convnext_dense.data.coco import _runs
-from convnext_dense.data.images import look
-from convnext_dense.data.label_maps import read_classes
-from convnext_dense.data.report import ERRORS, KINDS, REFUSED
+from convnext_dense.datasets.check_coco import _runs
+from convnext_dense.datasets.check_images import look
+from convnext_dense.datasets.check_masks import read_classes
+from convnext_dense.datasets.custom import Request, read_data, set_data
+from convnext_dense.datasets.diagnostics import ERRORS, KINDS, REFUSED
 from convnext_dense.errors import UsageError
 
 TRAIN, VAL = 'annotations/instances_train.json', 'annotations/instances_val.json'

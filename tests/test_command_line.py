@@ -15,11 +15,13 @@ from conftest import ROOT
 from mmengine.config import Config
 from test_tools import one_line_error
 
-from convnext_dense import UsageError, fast, shapes
-from convnext_dense.command_line import MAX_LINE, _ending, config_path, printable
-from convnext_dense.commands import _is_first_process, check_launcher, check_levels, load_config
-from convnext_dense.running import moved
-from convnext_dense.saving import hold
+from convnext_dense import UsageError
+from convnext_dense.cli.exit import MAX_LINE, _ending, config_path, printable
+from convnext_dense.config.load import _is_first_process, check_launcher, check_levels, load_config
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.engine.checkpoint_hook import hold
+from convnext_dense.engine.runner import moved
+from convnext_dense.ops import dispatch
 
 TOOLS = ROOT / 'tools'
 DEMO = ROOT / 'configs/demo/mask_rcnn.py'
@@ -34,7 +36,7 @@ QUICK += [
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp('data') / 'shapes'
-    shapes.write(folder, train=4, val=2, size=64)
+    toy_shapes.write(folder, train=4, val=2, size=64)
     return folder
 
 
@@ -94,7 +96,7 @@ def test_text_for_a_terminal():
 
 IMPORTS = """
 custom_imports = dict(
-    imports=['convnext_dense', 'convnext_dense.detection', 'mine'], allow_failed_imports=False)
+    imports=['convnext_dense', 'convnext_dense.models.fp32_heads', 'mine'], allow_failed_imports=False)
 """
 MINE = {  # a module of the user's, and how it fails
     'at import': ('value = {}["missing"]', 'KeyError'),
@@ -174,7 +176,7 @@ def test_a_checkpoint_is_read_once_by_each_run(run_tool, tmp_path, data):
         process = run_tool(*command, **env)
         assert process.returncode == 0, process.stderr[-3000:]
         assert process.stderr.count('opened epoch_1.pth') == once > 0, command
-        assert (process.stdout + process.stderr).count(f'ConvNeXt on this CPU: {fast.described()}') == 1
+        assert (process.stdout + process.stderr).count(f'ConvNeXt on this CPU: {dispatch.described()}') == 1
 
 
 def test_a_wrong_argument_of_a_users_class_is_bad_input(run_tool, tmp_path, data):

@@ -10,10 +10,10 @@ from mmengine.config import Config
 from test_recipes import SIZES, load
 from test_tools import one_line_error
 
-from convnext_dense.complexity import complexity
 from convnext_dense.errors import UsageError
-from convnext_dense.paper import ROWS
-from convnext_dense.tables import table
+from convnext_dense.paper.flops import complexity
+from convnext_dense.paper.results import ROWS
+from convnext_dense.paper.tables import table
 
 # In G, counted once by the original stack's own tool.
 GFLOPS = (262.11, 740.99, 827.31, 964.46, 964.46, 1354.36, 1898.40, 938.92, 1027.31, 1169.84, 1827.86, 2458.22, 3335.21)
@@ -54,7 +54,7 @@ def test_a_backbone_by_hand():
 def test_nothing_is_allocated():
     """The weights of the largest recipe alone are 1.6 GB."""
     code = (
-        'import resource; from mmengine.config import Config; from convnext_dense.complexity import complexity;'
+        'import resource; from mmengine.config import Config; from convnext_dense.paper.flops import complexity;'
         f'config = Config.fromfile("{ROOT}/configs/cascade/convnext_xl_in22k.py"); used = resource.getrusage;'
         'before = used(resource.RUSAGE_SELF).ru_maxrss; complexity(config, (1280, 800));'
         'print(used(resource.RUSAGE_SELF).ru_maxrss - before)'

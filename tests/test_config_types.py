@@ -21,17 +21,18 @@ from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS, TRANSFORMS, init_default_scope
 from test_tools import one_line_error
 
-from convnext_dense import ConvNeXt, UsageError, shapes
-from convnext_dense.commands import check_backbones, set_keep, set_out, set_precision
-from convnext_dense.config_types import class_of, is_type, short_name
-from convnext_dense.data import Request, check_classes, set_data
-from convnext_dense.data.asking import Data
-from convnext_dense.data.filling import fill, set_classes
-from convnext_dense.data.report import Report
-from convnext_dense.data.sizes import limits_of
-from convnext_dense.fitting import dicts_in, set_inputs, set_total_batch
-from convnext_dense.paper import precision_of, row_of
-from convnext_dense.running import _host_name
+from convnext_dense import ConvNeXt, UsageError
+from convnext_dense.config.batch_size import dicts_in, set_inputs, set_total_batch
+from convnext_dense.config.load import check_backbones, set_keep, set_out, set_precision
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.datasets.configure import fill, set_classes
+from convnext_dense.datasets.custom import Request, check_classes, set_data
+from convnext_dense.datasets.diagnostics import Report
+from convnext_dense.datasets.image_sizes import limits_of
+from convnext_dense.datasets.request import Data
+from convnext_dense.engine.runner import _host_name
+from convnext_dense.paper.results import precision_of, row_of
+from convnext_dense.type_names import class_of, is_type, short_name
 
 CONFIGS = ROOT / 'configs'
 
@@ -62,7 +63,7 @@ def load(name):
 @pytest.fixture(scope='module')
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp('drawn') / 'shapes'
-    shapes.write(folder, train=5, val=3, size=64)
+    toy_shapes.write(folder, train=5, val=3, size=64)
     return folder
 
 
@@ -111,7 +112,7 @@ def test_own_data_reach_what_is_written_otherwise(drawn, tmp_path, monkeypatch, 
     config.val_evaluator = dict(type=metric, metric=('bbox', 'segm'))
     config.test_evaluator = [dict(type=metric, metric=['bbox', 'segm'], ann_file='theirs.json')]
     if not masks:
-        monkeypatch.setattr('convnext_dense.data.coco.has_masks', lambda *args: False)
+        monkeypatch.setattr('convnext_dense.datasets.check_coco.has_masks', lambda *args: False)
     set_data(config, Request(str(drawn)))
     for evaluator, split in ((config.val_evaluator, 'val'), (config.test_evaluator[0], 'val')):
         assert evaluator.ann_file == str(tmp_path / f'run/data/{split}.json')

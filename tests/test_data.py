@@ -21,13 +21,13 @@ from mmengine.registry import DATASETS, METRICS, MODELS, init_default_scope
 from mmengine.runner import find_latest_checkpoint
 from PIL import Image
 
-from convnext_dense import shapes
-from convnext_dense.data import Request, check_classes, read_data, set_data, writing
-from convnext_dense.data.asking import held_out
-from convnext_dense.data.filling import heads, set_classes
+from convnext_dense.datasets import cache, toy_shapes
+from convnext_dense.datasets.configure import heads, set_classes
+from convnext_dense.datasets.custom import Request, check_classes, read_data, set_data
+from convnext_dense.datasets.request import held_out
 from convnext_dense.errors import UsageError
-from convnext_dense.paper import row_of
-from convnext_dense.runs import read_runs
+from convnext_dense.paper.results import row_of
+from convnext_dense.paper.work_dirs import read_runs
 
 CONFIGS = ROOT / 'configs'
 DETECTOR, SEGMENTOR = CONFIGS / 'demo/mask_rcnn.py', CONFIGS / 'demo/upernet.py'
@@ -37,7 +37,7 @@ N_TRAIN, N_VAL = 5, 3
 @pytest.fixture(scope='module')
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp('drawn') / 'shapes'
-    shapes.write(folder, train=N_TRAIN, val=N_VAL, size=64)
+    toy_shapes.write(folder, train=N_TRAIN, val=N_VAL, size=64)
     return folder
 
 
@@ -217,7 +217,7 @@ def as_folders(drawn, folder):
             else:
                 path.rename(path.with_suffix(ending))
         put_labels(drawn, split, folder / 'masks' / split)
-    (folder / 'classes.txt').write_text('\n'.join(shapes.LABELS))
+    (folder / 'classes.txt').write_text('\n'.join(toy_shapes.LABELS))
 
 
 def as_folders_by_split(drawn, folder):
@@ -231,7 +231,7 @@ def as_roboflow_masks(drawn, folder):
     for split, name in (('train', 'train'), ('val', 'valid')):
         put(drawn, split, folder / name, ending='.jpg')
         put_labels(drawn, split, folder / name, name='{}_mask')
-        rows = ''.join(f'{i}, {name}\n' for i, name in enumerate(shapes.LABELS))
+        rows = ''.join(f'{i}, {name}\n' for i, name in enumerate(toy_shapes.LABELS))
         (folder / name / '_classes.csv').write_text('Pixel Value, Class\n' + rows)
 
 
@@ -239,7 +239,7 @@ def as_flat_folders(drawn, folder):
     for split in ('train', 'val'):
         put(drawn, split, folder / 'img', split + '_{}')
         put_labels(drawn, split, folder / 'label', lambda classes: classes + 1, name=split + '_{}')
-    dump(dict(zip(shapes.LABELS, shapes.PALETTE)), folder / 'names.json')
+    dump(dict(zip(toy_shapes.LABELS, toy_shapes.PALETTE)), folder / 'names.json')
     return ['--data', folder, '--classes', folder / 'names.json', '--ignore', 0]
 
 
@@ -317,11 +317,11 @@ def test_detection_trains_from_each_layout(drawn, tmp_path, monkeypatch, layout)
         assert objects(train, root) == expected_objects(drawn, 'train')
         assert objects(val, root) == expected_objects(drawn, 'val')
     for content in (train, val):
-        assert content['categories'] == [dict(id=i, name=name) for i, name in enumerate(shapes.CLASSES, 1)]
+        assert content['categories'] == [dict(id=i, name=name) for i, name in enumerate(toy_shapes.CLASSES, 1)]
         assert [a['id'] for a in content['annotations']] == list(range(1, 1 + len(content['annotations'])))
     weights = torch.load(find_latest_checkpoint('run'), weights_only=False)['state_dict']
-    assert weights['roi_head.bbox_head.fc_cls.weight'].shape[0] == 1 + len(shapes.CLASSES)
-    assert weights['roi_head.mask_head.conv_logits.weight'].shape[0] == len(shapes.CLASSES)
+    assert weights['roi_head.bbox_head.fc_cls.weight'].shape[0] == 1 + len(toy_shapes.CLASSES)
+    assert weights['roi_head.mask_head.conv_logits.weight'].shape[0] == len(toy_shapes.CLASSES)
 
 
 @pytest.mark.parametrize('layout', SEGMENTATION)
@@ -345,7 +345,7 @@ def test_segmentation_trains_from_each_layout(drawn, tmp_path, monkeypatch, layo
     ]
     if layout == 'img/, label/':
         assert sorted(found[0] + found[1]) == sorted(expected[0] + expected[1]) and found[1]
-        assert config.train_dataloader.dataset.metainfo.palette == shapes.PALETTE
+        assert config.train_dataloader.dataset.metainfo.palette == toy_shapes.PALETTE
     else:
         assert found == expected
     weights = torch.load(find_latest_checkpoint('run'), weights_only=False)['state_dict']
@@ -530,7 +530,9 @@ def test_labels_and_evaluation_agree_whatever_the_order_of_categories(drawn, tmp
     assert truth_as_prediction(config)['coco/bbox_mAP'] == 1
     dataset, original = DATASETS.build(config.val_dataloader.dataset), coco(drawn, 'val')
     found = [
-        (item['img_id'], shapes.CLASSES[i['bbox_label']], *i['bbox'][:2]) for item in dataset for i in item['instances']
+        (item['img_id'], toy_shapes.CLASSES[i['bbox_label']], *i['bbox'][:2])
+        for item in dataset
+        for i in item['instances']
     ]
     names = {c['id']: c['name'] for c in original['categories']}
     assert sorted(found) == sorted(
@@ -569,9 +571,9 @@ def test_a_test_takes_the_classes_of_the_checkpoint(drawn, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     as_files(drawn, tmp_path / 'mine')
     config, request = load('demo/mask_rcnn'), Request(files={'val': 'mine/val.json'})
-    set_data(config, request, ('test',), checkpoint=checkpoint_of(shapes.CLASSES))
+    set_data(config, request, ('test',), checkpoint=checkpoint_of(toy_shapes.CLASSES))
     config.val_dataloader.dataset = config.test_dataloader.dataset
-    assert list(config.test_dataloader.dataset.metainfo.classes) == list(shapes.CLASSES)
+    assert list(config.test_dataloader.dataset.metainfo.classes) == list(toy_shapes.CLASSES)
     assert config.test_evaluator.metric == ['bbox', 'segm'] and 'mask_head' in config.model.roi_head
     config.val_evaluator.metric = ['bbox']
     assert truth_as_prediction(config)['coco/bbox_mAP'] == 1
@@ -583,7 +585,7 @@ def test_a_test_takes_the_classes_of_the_checkpoint(drawn, tmp_path, monkeypatch
     )
     # A model of boxes stays one, whatever the data have.
     config = load('demo/mask_rcnn')
-    set_data(config, request, ('test',), checkpoint=checkpoint_of(shapes.CLASSES, part='bbox_head'))
+    set_data(config, request, ('test',), checkpoint=checkpoint_of(toy_shapes.CLASSES, part='bbox_head'))
     assert config.test_evaluator.metric == ['bbox'] and 'mask_head' not in config.model.roi_head
     with pytest.raises(UsageError, match="has 5 classes: ground, .*; the checkpoint's are 2 classes: a, b"):
         set_data(load('demo/upernet'), Request(str(drawn)), ('test',), checkpoint=checkpoint_of('ab'))
@@ -591,7 +593,7 @@ def test_a_test_takes_the_classes_of_the_checkpoint(drawn, tmp_path, monkeypatch
 
 def test_a_training_is_not_resumed_on_other_classes(drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for recipe, classes in (('demo/mask_rcnn', shapes.CLASSES), ('demo/upernet', shapes.LABELS)):
+    for recipe, classes in (('demo/mask_rcnn', toy_shapes.CLASSES), ('demo/upernet', toy_shapes.LABELS)):
         set_data(load(recipe), Request(str(drawn)), checkpoint=checkpoint_of(classes))
         with pytest.raises(UsageError, match='trained.pth was trained on .*; the data have'):
             set_data(load(recipe), Request(str(drawn)), checkpoint=checkpoint_of(classes[::-1]))
@@ -622,7 +624,7 @@ def test_what_was_checked_is_not_checked_again(drawn, tmp_path, monkeypatch):
     shutil.copytree(drawn, 'mine')
     first = set_data(load('demo/upernet'), Request('mine'))
     calls = []
-    monkeypatch.setattr('convnext_dense.data.read_data', lambda *a: calls.append(a) or read_data(*a))
+    monkeypatch.setattr('convnext_dense.datasets.custom.read_data', lambda *a: calls.append(a) or read_data(*a))
     config = load('demo/upernet')
     assert set_data(config, Request('mine')) == first and not calls
     assert config.train_dataloader.dataset.reduce_zero_label
@@ -636,7 +638,7 @@ def test_what_was_checked_is_not_checked_again(drawn, tmp_path, monkeypatch):
 
 def test_other_processes_wait_for_the_first(drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('convnext_dense.data.writing.POLL', 0.01)
+    monkeypatch.setattr('convnext_dense.datasets.cache.POLL', 0.01)
     first, second = load('demo/mask_rcnn'), load('demo/mask_rcnn')
     first.launcher, second.launcher = 'pytorch', 'slurm'
     monkeypatch.setenv('LOCAL_RANK', '0')
@@ -650,15 +652,15 @@ def test_other_processes_wait_for_the_first(drawn, tmp_path, monkeypatch):
 
 def test_they_wait_as_long_as_the_first_works_and_no_longer(tmp_path, monkeypatch):
     for name, seconds in dict(POLL=0.01, BEAT=0.1, SILENT=1).items():
-        monkeypatch.setattr(writing, name, seconds)
-    looks, prepared = [], writing.prepared
-    monkeypatch.setattr(writing, 'prepared', lambda *args: looks.append(time.monotonic()) or prepared(*args))
+        monkeypatch.setattr(cache, name, seconds)
+    looks, prepared = [], cache.prepared
+    monkeypatch.setattr(cache, 'prepared', lambda *args: looks.append(time.monotonic()) or prepared(*args))
     with ThreadPoolExecutor() as pool:
-        with writing.busy(str(tmp_path)):
-            waiting = pool.submit(writing.wait_for, str(tmp_path), ('key',))
+        with cache.busy(str(tmp_path)):
+            waiting = pool.submit(cache.wait_for, str(tmp_path), ('key',))
             time.sleep(2)
             assert not waiting.done()
-        assert not (tmp_path / writing.BUSY).exists()
+        assert not (tmp_path / cache.BUSY).exists()
         with pytest.raises(UsageError, match='the first process of this machine has not been heard of for'):
             waiting.result(timeout=60)
     assert len(looks) < 50  # once a beat, and not a hundred times a second

@@ -10,7 +10,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData
 from test_recipes import load
 
-from convnext_dense.detection import FP32RoIExtractor, FP32RPNHead
+from convnext_dense.models.fp32_heads import FP32RoIExtractor, FP32RPNHead
 
 DTYPES = [torch.float16, torch.bfloat16]
 

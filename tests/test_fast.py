@@ -15,9 +15,11 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from convnext_dense import ConvNeXt, fast
-from convnext_dense.backbone import Block, DropPath, OutputNorm, Stem
-from convnext_dense.fast import fused, tiled
+from convnext_dense import ConvNeXt
+from convnext_dense.models.convnext import Block, DropPath, OutputNorm, Stem
+from convnext_dense.ops import avx512 as fused
+from convnext_dense.ops import dispatch
+from convnext_dense.ops import onednn as tiled
 
 pytestmark = pytest.mark.skipif(torch.float32 not in tiled.dtypes(), reason='this machine has no fast form')
 BF16 = pytest.param('bfloat16', marks=pytest.mark.skipif(len(tiled.dtypes()) < 2, reason='no bfloat16 here'))
@@ -54,26 +56,26 @@ def form(request, monkeypatch):
 
 
 def plainly(monkeypatch):
-    monkeypatch.setattr(fast, '_off', 1)
+    monkeypatch.setattr(dispatch, '_off', 1)
 
 
 @pytest.fixture
 def runs(monkeypatch):
     """For each block since: whether it ran in its fast form."""
-    seen, block = [], fast.block
+    seen, block = [], dispatch.block
 
     def watched(*args):
         out = block(*args)
         seen.append(out is not None)
         return out
 
-    monkeypatch.setattr(fast, 'block', watched)
+    monkeypatch.setattr(dispatch, 'block', watched)
     return seen
 
 
 def reference(module, x):
     """The output of a module's reference implementation."""
-    with fast.plainly():
+    with dispatch.plainly():
         return module(x)
 
 
@@ -190,7 +192,7 @@ def test_gradients_and_their_gradients_by_finite_differences(with_cp, monkeypatc
         for name, value in zip(names, values):
             module, _, last = name.rpartition('.')
             (other._modules[module] if module else other)._parameters[last] = value
-        out = fast.block(other, x)
+        out = dispatch.block(other, x)
         assert out is not None
         return out
 
@@ -331,7 +333,7 @@ def test_gradients_of_gradients_equal_the_plain_form(with_cp, form, monkeypatch)
 
     def penalty():
         x = torch.randn(2, 32, 5, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        out = fast.block(block, x) if form else reference(block, x)
+        out = dispatch.block(block, x) if form else reference(block, x)
         (grad,) = torch.autograd.grad(out.pow(2).sum(), x, create_graph=True)
         return torch.autograd.grad(grad.pow(2).sum(), [x, *block.parameters()])
 
@@ -354,7 +356,7 @@ def test_any_number_of_threads_computes_the_same(shape, precision, runs):
             image = x.clone().requires_grad_()
             block.zero_grad()
             with torch.autocast('cpu', torch.bfloat16, enabled=precision == AUTOCAST):
-                out = fast.block(block, image)
+                out = dispatch.block(block, image)
             out.pow(2).sum().backward()
             found.append([out, image.grad, *(p.grad.clone() for p in block.parameters())])
     finally:
@@ -389,7 +391,7 @@ def test_the_gelu_of_the_kernels(precision):
         bias[:32] = values
         with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
             block.pwconv1.bias = nn.Parameter(bias)
-            out = fast.block(block, torch.zeros(1, 32, 1, 1)).flatten()
+            out = dispatch.block(block, torch.zeros(1, 32, 1, 1)).flatten()
             slope = torch.autograd.grad(out.sum(), block.pwconv1.bias)[0][:32]
             block.requires_grad_(False)
         return out, slope
@@ -412,12 +414,12 @@ def test_kernels_of_another_source_or_that_do_not_load_are_left_unused_and_said(
     if not fused.dtypes():
         pytest.skip('the kernels are not for this machine, or not compiled')
     monkeypatch.setattr(fused, 'source_hash', lambda: 'of another')
-    with pytest.warns(UserWarning, match='another kernels.c.*Install it again'):
+    with pytest.warns(UserWarning, match='another avx512_kernels.c.*Install it again'):
         assert fused._library.__wrapped__() is None
-    monkeypatch.setattr(fused, 'SOURCE', tmp_path / 'kernels.c')
+    monkeypatch.setattr(fused, 'SOURCE', tmp_path / 'avx512_kernels.c')
     with pytest.warns(UserWarning, match='were not compiled when convnext_dense was installed; .* slower'):
         assert fused._library.__wrapped__() is None
-    tmp_path.joinpath('kernels' + fused.EXTENSION_SUFFIXES[0]).write_bytes(b'no library')
+    tmp_path.joinpath('avx512_kernels' + fused.EXTENSION_SUFFIXES[0]).write_bytes(b'no library')
     with pytest.warns(UserWarning, match='left unused: .* slower'):
         assert fused._library.__wrapped__() is None
 
@@ -512,7 +514,7 @@ def test_the_default_device_does_not_matter(form):
     block, x = Block(32, 7, 0.0, 1.0), torch.randn(1, 32, 9, 9)
     fused._own.work = fused._NOTHING
     with torch.device('meta'):
-        out = fast.block(block, x)
+        out = dispatch.block(block, x)
     assert distance(out, reference(block, x)) < 1e-5
 
 
@@ -800,9 +802,9 @@ def test_what_is_said_to_run_is_what_runs(onednn, compiled, monkeypatch):
         for dtype in (torch.float32, torch.bfloat16):
             ran.clear()
             with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
-                fast.block(block, x)
+                dispatch.block(block, x)
             found[str(dtype).removeprefix('torch.')] = ran[0] if ran else None
-        said = fast.described()
+        said = dispatch.described()
     for form, name in ((fused, 'compiled kernels'), (tiled, 'tiles'), (None, 'the plain form')):
         dtypes = ', '.join(dtype for dtype, ran in found.items() if ran is form)
         wanted = bool(dtypes) if form else not onednn and not compiled
@@ -838,13 +840,13 @@ def test_any_size_and_layout(size, memory, form):
     elif memory == 'expanded':
         x = torch.randn(1, 32, 1, w).expand(2, 32, h, w)
     for size_one in (x, x[:1], x[:, :, :1], x[:, :, :1, :1]):
-        found = fast.block(block, size_one)
+        found = dispatch.block(block, size_one)
         assert distance(found, reference(block, size_one)) < 1e-5
 
 
 def test_every_parameter_has_a_gradient_where_no_sample_keeps_its_branch(form):
     block = Block(32, 7, 1 - 1e-9, 1.0).train()
-    out = fast.block(block, torch.randn(2, 32, 8, 8))
+    out = dispatch.block(block, torch.randn(2, 32, 8, 8))
     out.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in block.parameters())
 
@@ -872,9 +874,9 @@ def test_the_import_loads_no_library_that_only_tools_need():
 
 def test_compiled_blocks_are_compiled_once_for_all_sizes_and_rates(monkeypatch):
     torch._dynamo.reset()
-    graphs, asked, form = [], [], fast._form
+    graphs, asked, form = [], [], dispatch._form
     # Not `fast.block`, which compiled blocks have within their graphs.
-    monkeypatch.setattr(fast, '_form', lambda *args: (asked.append(1), form(*args))[1])
+    monkeypatch.setattr(dispatch, '_form', lambda *args: (asked.append(1), form(*args))[1])
 
     def backend(graph, inputs):
         graphs.append(graph)

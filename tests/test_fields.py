@@ -10,11 +10,11 @@ from test_checking import edit, report_of
 from test_data import DETECTOR, quick, run
 from test_files import limited
 
-from convnext_dense import shapes
-from convnext_dense.data.coco import _id, _runs, check_annotations, check_images, classes_of, match_categories
-from convnext_dense.data.detection import Place
-from convnext_dense.data.images import Seen
-from convnext_dense.data.report import Report
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.datasets.check_coco import _id, _runs, check_annotations, check_images, classes_of, match_categories
+from convnext_dense.datasets.check_images import Seen
+from convnext_dense.datasets.diagnostics import Report
+from convnext_dense.datasets.read_coco import Place
 from convnext_dense.errors import UsageError
 
 SIZE = 100  # of the images
@@ -221,7 +221,7 @@ def test_one_image_written_as_corners_is_enough():
 
 
 def test_data_written_as_corners_are_refused(tmp_path):
-    shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
+    toy_shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
     edit(lambda c: [a.update(bbox=corners(a['bbox'])) for a in c['annotations']])(tmp_path / 'mine')
     data, found = report_of(tmp_path / 'mine')
     assert found['boxes written as corners'].split == 'train'
@@ -413,7 +413,7 @@ def test_checks_take_time_by_the_size_of_their_input():
 
 def test_a_run_on_ids_of_text_trains_and_evaluates(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
+    toy_shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
 
     def as_text(coco):
         for i in coco['images'][::2]:

@@ -18,13 +18,14 @@ import pytest
 from PIL import Image, PngImagePlugin
 from test_data import as_voc, coco, drawn, dump, own  # noqa: F401
 
-from convnext_dense.data import Request, images, read_data, tasks_of
-from convnext_dense.data.detection import _folders
-from convnext_dense.data.files import files_below, folders_in, open_regular, read_text, shown, walk
-from convnext_dense.data.images import MAX_PIXELS, look, look_at_labels
-from convnext_dense.data.label_maps import read_classes
-from convnext_dense.data.layouts import find_annotations, find_folders, read_json, what_it_is
-from convnext_dense.data.writing import fingerprint, prepared
+from convnext_dense.datasets import check_images
+from convnext_dense.datasets.cache import fingerprint, prepared
+from convnext_dense.datasets.check_images import MAX_PIXELS, look, look_at_labels
+from convnext_dense.datasets.check_masks import read_classes
+from convnext_dense.datasets.custom import Request, read_data, tasks_of
+from convnext_dense.datasets.files import files_below, folders_in, open_regular, read_text, shown, walk
+from convnext_dense.datasets.layouts import find_annotations, find_folders, read_json, what_it_is
+from convnext_dense.datasets.read_coco import _folders
 from convnext_dense.errors import UsageError
 
 
@@ -208,7 +209,7 @@ def test_links_to_files_and_folders_elsewhere_are_followed(drawn, tmp_path):  # 
 def test_sizes_have_bounds_that_are_said(tmp_path, monkeypatch):
     path = tmp_path / 'train.json'
     path.write_text('{"images": []}')
-    monkeypatch.setattr('convnext_dense.data.layouts.MAX_JSON_BYTES', 13)
+    monkeypatch.setattr('convnext_dense.datasets.layouts.MAX_JSON_BYTES', 13)
     assert said(read_json, path) == f'{path}: has 14 bytes, of such a file at most 13 bytes are read'
     (tmp_path / 'names.txt').touch()
     os.truncate(tmp_path / 'names.txt', 2**24 + 1)
@@ -370,7 +371,7 @@ def test_images_of_a_billion_pixels_are_judged_by_their_header(tmp_path, monkeyp
 def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
     """Whether it is their pixels, their bytes or a header that Pillow does not know, that makes them large."""
     at_once, most, lock = 0, 0, threading.Lock()
-    decode = images.cv2.imdecode
+    decode = check_images.cv2.imdecode
 
     def counted(*args):
         nonlocal at_once, most
@@ -383,8 +384,8 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
             at_once -= 1
         return result
 
-    monkeypatch.setattr(images.cv2, 'imdecode', counted)
-    monkeypatch.setattr(images, 'n_threads', lambda: 8)
+    monkeypatch.setattr(check_images.cv2, 'imdecode', counted)
+    monkeypatch.setattr(check_images, 'n_threads', lambda: 8)
     paths = [str(tmp_path / f'{n}.png') for n in range(8)]
     for path in paths:
         Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(path)
@@ -392,21 +393,21 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
     def at_most():
         nonlocal most
         most = 0
-        assert not any(seen.problem for seen in images.look_at_all(look, paths, 'images').values())
+        assert not any(seen.problem for seen in check_images.look_at_all(look, paths, 'images').values())
         return most
 
     assert at_most() > 1
     for limit, value in (('LARGE_PIXELS', 2499), ('LARGE_BYTES', 50), ('FORMATS', ('PCX',))):
         with monkeypatch.context() as patch:
-            patch.setattr(images, limit, value)
+            patch.setattr(check_images, limit, value)
             assert at_most() == 1, limit
 
 
 def test_what_pillow_does_not_know_is_judged_by_what_opencv_makes_of_it(tmp_path, monkeypatch):
     Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(tmp_path / 'x.png')
-    monkeypatch.setattr(images, 'FORMATS', ('PCX',))
+    monkeypatch.setattr(check_images, 'FORMATS', ('PCX',))
     for limit, problem in ((2500, None), (2499, 'image too large')):
-        monkeypatch.setattr(images, 'MAX_PIXELS', limit)
+        monkeypatch.setattr(check_images, 'MAX_PIXELS', limit)
         assert look(str(tmp_path / 'x.png')).problem == problem
 
 

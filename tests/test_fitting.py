@@ -15,9 +15,8 @@ from mmengine.runner import Runner
 from test_recipes import load, lrs_over_iterations
 from test_tools import one_line_error
 
-from convnext_dense import ConvNeXt, UsageError, shapes
-from convnext_dense.dumped import read_dumped
-from convnext_dense.fitting import (
+from convnext_dense import ConvNeXt, UsageError
+from convnext_dense.config.batch_size import (
     check_same_accumulation,
     fit_batch,
     n_processes,
@@ -25,6 +24,8 @@ from convnext_dense.fitting import (
     set_length,
     set_total_batch,
 )
+from convnext_dense.config.literal import read_dumped
+from convnext_dense.datasets import toy_shapes
 
 N_IMAGES, TOTAL = 16, 4
 
@@ -218,7 +219,7 @@ def test_resume_under_another_accumulation_is_refused(tmp_path):
 
 def test_by_the_tool(run_tool, tmp_path):
     data = tmp_path / 'shapes'
-    shapes.write(data, train=8, val=2, size=64)
+    toy_shapes.write(data, train=8, val=2, size=64)
     quick = [
         *WITHOUT_WORKERS,
         'train_cfg.max_iters=1', 'train_cfg.val_interval=1', 'default_hooks.checkpoint.interval=1',
@@ -264,7 +265,7 @@ def test_more_channels_than_rgb(name):
 @pytest.mark.parametrize('task, in_channels', [('mask_rcnn', 1), ('mask_rcnn', 4), ('upernet', 1), ('upernet', 4)])
 def test_other_inputs_train_and_test(run_tool, tmp_path, task, in_channels):
     data = tmp_path / 'shapes'
-    shapes.write(data, train=4, val=2, size=64)
+    toy_shapes.write(data, train=4, val=2, size=64)
     if in_channels == 4:
         for file in [*data.glob('train/*.png'), *data.glob('val/*.png')]:
             image = cv2.imread(str(file))

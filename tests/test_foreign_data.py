@@ -9,9 +9,9 @@ import pytest
 from test_files import said
 from test_labels import found as report_of
 
-from convnext_dense import shapes
-from convnext_dense.data import Request, read_data, tasks_of
-from convnext_dense.data.layouts import A_FEW
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.datasets.custom import Request, read_data, tasks_of
+from convnext_dense.datasets.layouts import A_FEW
 
 POINTER = f'version https://git-lfs.github.com/spec/v1\noid sha256:{"a" * 64}\nsize 12345\n'
 YOLO = '0 0.5 0.5 0.2 0.2\n1 0.1 0.1 0.05 0.05\n'
@@ -82,7 +82,7 @@ def test_panoptic_json_is_called_so(name, tmp_path):
 
 @pytest.fixture
 def mine(tmp_path):
-    shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
+    toy_shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
     return tmp_path / 'mine'
 
 

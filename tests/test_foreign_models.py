@@ -22,10 +22,11 @@ from test_formats import (
     saved,
 )
 
-from convnext_dense import ConvNeXt, UsageError, load_backbone, shapes
-from convnext_dense.commands import build_runner, check_resume
-from convnext_dense.weights import read
-from convnext_dense.weights.loading import source_of
+from convnext_dense import ConvNeXt, UsageError, load_backbone
+from convnext_dense.checkpoints import read
+from convnext_dense.checkpoints.pretrained import source_of
+from convnext_dense.config.load import build_runner, check_resume
+from convnext_dense.datasets import toy_shapes
 
 SMALL = dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32))
 PREFIXES = {
@@ -40,7 +41,7 @@ PREFIXES = {
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp('data') / 'shapes'
-    shapes.write(folder, train=2, val=2, size=64)
+    toy_shapes.write(folder, train=2, val=2, size=64)
     return folder
 
 
@@ -231,7 +232,7 @@ def test_a_file_with_other_peoples_objects_says_how_to_make_it_loadable(tmp_path
         'path.ckpt': 'pathlib',
         'before.ckpt': 'pathlib',
         'partial.ckpt': 'functools.partial',
-        'whole.pth': 'it is convnext_dense.backbone.ConvNeXt',
+        'whole.pth': 'it is convnext_dense.models.convnext.ConvNeXt',
     }
     what |= {'traced.pt': 'TorchScript', 'detectron2.pkl': 'detectron2'}
     for name, words in what.items():

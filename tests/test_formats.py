@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from test_tools import one_line_error
 
 from convnext_dense import ARCHS, ConvNeXt, UsageError, load_backbone
-from convnext_dense.weights import match, open_checkpoint, read, zoo
-from convnext_dense.weights.converting import TARGETS, convert
-from convnext_dense.weights.formats import FORMATS, recognise
+from convnext_dense.checkpoints import hub, match, open_checkpoint, read
+from convnext_dense.checkpoints.convert import TARGETS, convert
+from convnext_dense.checkpoints.naming import FORMATS, recognise
 
 REFERENCE = json.loads((ROOT / 'tests/data/foreign_names.json').read_text())
 SMALL = dict(depths=(1, 2, 4, 1), channels=(8, 16, 24, 32))
@@ -574,14 +574,14 @@ def server(tmp_path, monkeypatch):
 def test_a_download(server):
     url = f'{server.address}/convnext.pth'
     load_backbone(ConvNeXt(SMALL), url)
-    file = zoo.fetch(url)
+    file = hub.fetch(url)
     assert file.read_bytes() == server.content and server.asked == 1
     assert {f.name for f in file.parent.iterdir()} == {file.name, f'.{file.name}.lock'}  # no part is left
 
 
 def test_who_else_wants_it_waits(server):
     files = []
-    threads = [threading.Thread(target=lambda: files.append(zoo.fetch(f'{server.address}/w.pth'))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: files.append(hub.fetch(f'{server.address}/w.pth'))) for _ in range(4)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert server.asked == 1 and len(set(files)) == 1
@@ -591,25 +591,25 @@ def test_who_else_wants_it_waits(server):
 def test_a_broken_download_leaves_nothing(server, tmp_path, name, said, word):
     server.said = said
     with pytest.raises(UsageError, match=rf'cannot download {server.address}/{name} .*{word}.* put it at'):
-        zoo.fetch(f'{server.address}/{name}')
+        hub.fetch(f'{server.address}/{name}')
     assert [f for f in (tmp_path / 'hub').rglob('*') if f.is_file() and not f.name.endswith('.lock')] == []
 
 
 def test_a_date_in_the_name_is_no_hash(server):
-    assert zoo.fetch(f'{server.address}/upernet-20240131.pth').exists()
+    assert hub.fetch(f'{server.address}/upernet-20240131.pth').exists()
 
 
 def test_a_hash_in_the_name_is_checked(server):
     import hashlib
 
     mark = hashlib.sha256(server.content).hexdigest()[:8]
-    assert zoo.fetch(f'{server.address}/w-{mark}.pth').exists()
+    assert hub.fetch(f'{server.address}/w-{mark}.pth').exists()
 
 
 def test_weights_of_others_are_not_fetched():
-    name = next(name for name in zoo.KNOWN if name.startswith('dinov3'))
+    name = next(name for name in hub.KNOWN if name.startswith('dinov3'))
     with pytest.raises(UsageError, match='ask at https://ai.meta.com'):
-        zoo.fetch(name)
+        hub.fetch(name)
 
 
 def test_the_tool(run_tool, tmp_path):
@@ -631,5 +631,5 @@ def test_the_tool(run_tool, tmp_path):
     one_line_error(run_tool('weights.py', 'convert', 'w.pth', 'w.pth', '--to', 'ours'), 'exists already')
     one_line_error(run_tool('weights.py', 'inspect', 'gone.pth'), 'gone.pth')
     process = run_tool('weights.py', 'list')
-    assert process.returncode == 0 and len(process.stdout.splitlines()) == 1 + len(zoo.KNOWN)
-    assert {line.split()[0] for line in process.stdout.splitlines()[1:]} == set(zoo.KNOWN)
+    assert process.returncode == 0 and len(process.stdout.splitlines()) == 1 + len(hub.KNOWN)
+    assert {line.split()[0] for line in process.stdout.splitlines()[1:]} == set(hub.KNOWN)

@@ -21,10 +21,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from test_files import limited
 
-from convnext_dense.data import Request, read_data
-from convnext_dense.data.images import MAX_PIXELS, look, look_at_labels
-from convnext_dense.data.label_maps import read_classes
-from convnext_dense.data.report import KINDS
+from convnext_dense.datasets.check_images import MAX_PIXELS, look, look_at_labels
+from convnext_dense.datasets.check_masks import read_classes
+from convnext_dense.datasets.custom import Request, read_data
+from convnext_dense.datasets.diagnostics import KINDS
 from convnext_dense.errors import UsageError
 
 SECONDS, GIGABYTES = 300, 3  # of a batch

@@ -24,20 +24,22 @@ from mmengine.structures import BaseDataElement
 from torch import nn
 from torch.utils.data import DataLoader
 
-from convnext_dense import ConvNeXt, command_line, shapes
-from convnext_dense.commands import PLACES, _safe_loader, set_keep, set_max_bad_images
-from convnext_dense.data.images import ENDINGS
+from convnext_dense import ConvNeXt
+from convnext_dense.cli import exit
+from convnext_dense.config.load import PLACES, _safe_loader, set_keep, set_max_bad_images
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.datasets.check_images import ENDINGS
+from convnext_dense.engine.health_hook import cause_of, kept_bytes
+from convnext_dense.engine.runner import EpochLoop, ResumableRunner
+from convnext_dense.engine.samplers import unreadable
 from convnext_dense.errors import RunError, UsageError
-from convnext_dense.guarding import cause_of, kept_bytes
-from convnext_dense.running import EpochLoop, ResumableRunner
-from convnext_dense.sampling import unreadable
 
 SMALL = ('train_dataloader.batch_size=2', 'total_batch=4', 'default_hooks.logger.interval=1')
 
 
 @pytest.fixture
 def data(tmp_path):
-    shapes.write(tmp_path / 'shapes', train=8, val=2, size=64)
+    toy_shapes.write(tmp_path / 'shapes', train=8, val=2, size=64)
     return tmp_path / 'shapes'
 
 
@@ -130,7 +132,7 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_its_cause(train, tmp_pat
 def test_nothing_is_left_of_a_run_that_is_killed(train, data):
     """Also of workers that write more than a pipe holds, which nobody reads any more."""
     shutil.rmtree(data)
-    shapes.write(data, train=24, val=2, size=256)
+    toy_shapes.write(data, train=24, val=2, size=256)
     workers = 'train_dataloader.num_workers=2', 'train_dataloader.batch_size=4', 'total_batch=4'
     process = train(*workers, length='--epochs=100', config='mask_rcnn')
     while 'Epoch(train)' not in process.output:
@@ -147,7 +149,7 @@ def test_workers_are_watched_however_they_are_started(tmp_path):
             'import time\n'
             'from functools import partial\n'
             'from torch.utils.data import DataLoader\n'
-            'from convnext_dense.sampling import apart\n\n'
+            'from convnext_dense.engine.samplers import apart\n\n'
             "if __name__ == '__main__':\n"
             f'    options = dict(num_workers=2, multiprocessing_context={method!r}, persistent_workers=True)\n'
             '    loader = DataLoader([*range(8)], worker_init_fn=partial(apart, None), **options)\n'
@@ -175,7 +177,7 @@ def test_a_data_worker_that_is_not_yet_seen_as_dead_is_named_as_well(lost):
 
 @pytest.mark.parametrize('world', [1, 2])
 def test_a_connection_that_is_lost_is_another_process_only_where_there_are_some(world, monkeypatch):
-    monkeypatch.setattr('convnext_dense.guarding.get_world_size', lambda: world)
+    monkeypatch.setattr('convnext_dense.engine.health_hook.get_world_size', lambda: world)
     gone = 'another process of the run is gone'
     of_gloo = RuntimeError('[gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:31445')
     assert cause_of(of_gloo) == gone if world > 1 else cause_of(of_gloo).startswith('a connection was lost (Runtime')
@@ -524,7 +526,7 @@ def test_out_of_memory_names_the_knobs_and_what_they_save():
 
 @pytest.mark.parametrize('with_cp', [False, 'mlp', True])
 def test_bytes_kept_for_the_backward_pass_are_those_of_a_real_one(with_cp, monkeypatch):
-    monkeypatch.setattr('convnext_dense.fast._off', 1)  # the plain form, as on a GPU
+    monkeypatch.setattr('convnext_dense.ops.dispatch._off', 1)  # the plain form, as on a GPU
     backbone = ConvNeXt(dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32)), with_cp=with_cp).train()
     storages = {}
 
@@ -578,4 +580,4 @@ def test_one_line_of_an_error_out_of_a_worker():
         'Caught UnreadableImage in DataLoader worker process 0.\nOriginal Traceback\n'
         'convnext_dense.errors.UnreadableImage: /data/1.png: an empty file\n'
     )
-    assert command_line.last_line(error) == '/data/1.png: an empty file'
+    assert exit.last_line(error) == '/data/1.png: an empty file'

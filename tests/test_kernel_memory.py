@@ -21,12 +21,12 @@ import pytest
 import torch
 from torch import nn
 
-from convnext_dense import ConvNeXt, fast
-from convnext_dense.backbone import Block, Downsample, OutputNorm, Patchify, Stem
-from convnext_dense.fast import fused, tiled
+from convnext_dense import ConvNeXt
+from convnext_dense.models.convnext import Block, Downsample, OutputNorm, Patchify, Stem
+from convnext_dense.ops import avx512, dispatch, onednn
 
-pytestmark = pytest.mark.skipif(torch.float32 not in tiled.dtypes(), reason='this machine has no fast form')
-needs_kernels = pytest.mark.skipif(not fused.dtypes(), reason='the kernels are not for this machine, or not compiled')
+pytestmark = pytest.mark.skipif(torch.float32 not in onednn.dtypes(), reason='this machine has no fast form')
+needs_kernels = pytest.mark.skipif(not avx512.dtypes(), reason='the kernels are not for this machine, or not compiled')
 # Widths of which the compiled kernels, and of which torch's own operations make the fast form.
 WIDTHS = [pytest.param((32, 64), marks=needs_kernels), (16, 40)]
 
@@ -108,7 +108,7 @@ def assert_equals_the_reference(model, image, view=None):
     found = passed(model, image, view)
     with torch.no_grad():
         found += model(image)
-    with fast.plainly():
+    with dispatch.plainly():
         expected = passed(model, image, view)
         true = passed(copy.deepcopy(model).double(), image.double(), view)
     for f, e, t in zip(found, [*expected, *expected[:2]], [*true, *true[:2]], strict=True):
@@ -147,8 +147,8 @@ def test_maps_of_one_pixel_or_one_channel_may_be_views(channels):
     for shape in ((1, channels, 1, 1), (2, channels, 1, 1), (2, channels, 1, 9), (3, channels, 6, 1)):
         for view in VIEWS.values():
             x = view(torch.randn(shape))
-            found = fast.block(block, x)
-            with fast.plainly():
+            found = dispatch.block(block, x)
+            with dispatch.plainly():
                 expected = block(x)
             assert (found is None) == x.is_neg()
             torch.testing.assert_close(expected if found is None else found, expected, rtol=1e-4, atol=1e-5)
@@ -167,7 +167,7 @@ def test_saved_tensors_may_come_back_as_views(channels, with_cp, view):
     def gradients(pack):
         block.zero_grad()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: pack(t.detach()), lambda t: t):
-            out = fast.block(block, x)
+            out = dispatch.block(block, x)
         out.pow(2).sum().backward()
         return [p.grad for p in block.parameters()]
 
@@ -276,12 +276,12 @@ def build_with_sanitizers(folder: Path) -> None:
     flags = next(s.value for s in statements if isinstance(s, ast.Assign) and s.targets[0].id == 'KERNEL_FLAGS')
     flags = eval(compile(ast.Expression(flags), 'setup.py', 'eval'))
     sanitizers = ['-fsanitize=address,undefined', '-fno-omit-frame-pointer']
-    source = shutil.copy(fused.SOURCE, folder)
-    define = f'-DSOURCE="{hashlib.sha256(fused.SOURCE.read_bytes()).hexdigest()[:16]}"'
+    source = shutil.copy(avx512.SOURCE, folder)
+    define = f'-DSOURCE="{hashlib.sha256(avx512.SOURCE.read_bytes()).hexdigest()[:16]}"'
     compiled = folder / 'kernels.o'
     for command in (
         [*flags, *sanitizers, '-Werror=vla', '-g1', '-fPIC', define, '-c', source, '-o', compiled],
-        [*sanitizers, '-shared', compiled, '-o', folder / f'kernels{fused.EXTENSION_SUFFIXES[0]}', '-lm'],
+        [*sanitizers, '-shared', compiled, '-o', folder / f'avx512_kernels{avx512.EXTENSION_SUFFIXES[0]}', '-lm'],
     ):
         subprocess.run(['gcc', *command], check=True, capture_output=True, text=True)
 
@@ -308,20 +308,20 @@ def test_the_sanitizers_find_nothing(tmp_path):
     result = run('cases', '1500')
     assert result.returncode == 0 and 'runtime error' not in result.stderr, result.stderr[-5000:]
     calls = ast.literal_eval(result.stdout)
-    assert min(calls[name] for name in (*fused.WITH_WORK, 'output')) > 100
+    assert min(calls[name] for name in (*avx512.WITH_WORK, 'output')) > 100
 
 
 def under_sanitizers(folder: str, what: str, n: str = '0') -> None:
-    fused._library.cache_clear()
-    fused.dtypes.cache_clear()
-    fused.SOURCE = Path(folder, 'kernels.c')
-    assert Path(fused._library()._name).parent == Path(folder)
-    fused._work = exact_work
+    avx512._library.cache_clear()
+    avx512.dtypes.cache_clear()
+    avx512.SOURCE = Path(folder, 'avx512_kernels.c')
+    assert Path(avx512._library()._name).parent == Path(folder)
+    avx512._work = exact_work
     if what == 'overrun':
-        fused._contiguous = lambda t: t
+        avx512._contiguous = lambda t: t
         replaced(made((32, 64)), 'downsample_layers.1.1.weight', 'expanded rows')(torch.ones(1, 4, 16, 16))
-    calls, run = Counter(), fused.run
-    fused.run = lambda *some: (calls.update(call.name for call in some), run(*some))[1]
+    calls, run = Counter(), avx512.run
+    avx512.run = lambda *some: (calls.update(call.name for call in some), run(*some))[1]
     for seed in range(int(n)):
         run_case(random.Random(seed))
     print(dict(calls))
@@ -329,8 +329,8 @@ def under_sanitizers(folder: str, what: str, n: str = '0') -> None:
 
 def exact_work(size: int) -> int:
     """Working memory that ends where the kernels say, not where those before them wanted more."""
-    fused._own.work = torch.empty(size, dtype=torch.uint8)
-    return fused._own.work.data_ptr()
+    avx512._own.work = torch.empty(size, dtype=torch.uint8)
+    return avx512._own.work.data_ptr()
 
 
 def run_case(r: random.Random) -> None:
@@ -380,7 +380,7 @@ def run_case(r: random.Random) -> None:
 
     with torch.no_grad():
         alone = output()
-        with fast.plainly():
+        with dispatch.plainly():
             expected, true = output(), output(copy.deepcopy(module).double(), x.double())
     maps = output()
     for out in (alone, maps):

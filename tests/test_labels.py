@@ -10,8 +10,8 @@ from PIL import Image
 from test_files import limited, said
 from torch.nn.functional import cross_entropy
 
-from convnext_dense.data import Request, read_data
-from convnext_dense.data.label_maps import read_classes
+from convnext_dense.datasets.check_masks import read_classes
+from convnext_dense.datasets.custom import Request, read_data
 from convnext_dense.errors import UsageError
 
 SIZE = 40

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from convnext_dense import ConvNeXt, fast
-from convnext_dense.backbone import Block, OutputNorm
+from convnext_dense import ConvNeXt
+from convnext_dense.models.convnext import Block, OutputNorm
+from convnext_dense.ops import dispatch
 
 # Widths of which the compiled kernels, and of which torch's own operations make the fast form.
 WIDTHS = [(32, 64), (16, 40)]
@@ -208,10 +209,10 @@ def test_the_fast_form_steps_aside_at_the_changed_module_alone(train, monkeypatc
             fast_ones.extend([name] if out is not None else [])
             return out
 
-        monkeypatch.setattr(fast, name, watched)
+        monkeypatch.setattr(dispatch, name, watched)
 
     for name in ('stage', 'patches', 'block', 'output'):
-        watch(name, getattr(fast, name))
+        watch(name, getattr(dispatch, name))
 
     def runs(place=None, how='hook'):
         model, _ = pair(WIDTHS[0])
@@ -259,7 +260,7 @@ def assert_equals_the_reference(model, image):
     for train in (True, False):
         with torch.set_grad_enabled(train):
             found = model(image)
-            with fast.plainly():
+            with dispatch.plainly():
                 expected = model(image)
         assert all(map(close, found, expected)) and all(f.is_contiguous() for f in found)
 
@@ -273,13 +274,13 @@ def test_without_gradients_nothing_is_checkpointed(monkeypatch):
     def wrong(*args, **kwargs):
         raise AssertionError('checkpointed')
 
-    monkeypatch.setattr('convnext_dense.backbone.checkpoint', wrong)
+    monkeypatch.setattr('convnext_dense.models.convnext.checkpoint', wrong)
     for with_cp in (True, 'mlp'):
         model, twin = pair(WIDTHS[0], with_cp)
         image = torch.randn(IMAGE)
-        with torch.no_grad(), fast.plainly():
+        with torch.no_grad(), dispatch.plainly():
             assert all(map(close, model(image), twin(image)))
-        with pytest.raises(AssertionError, match='checkpointed'), fast.plainly():
+        with pytest.raises(AssertionError, match='checkpointed'), dispatch.plainly():
             model(image)
 
 

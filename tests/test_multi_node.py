@@ -16,9 +16,9 @@ from conftest import ROOT, WITHOUT_WORKERS
 from mmengine.config import Config
 from test_recipes import load
 
-from convnext_dense import shapes
-from convnext_dense.commands import set_resume
-from convnext_dense.fitting import set_total_batch
+from convnext_dense.config.batch_size import set_total_batch
+from convnext_dense.config.load import set_resume
+from convnext_dense.datasets import toy_shapes
 
 DEMO = ROOT / 'configs/demo/upernet.py'
 PAGE = (ROOT / 'docs/multi_node.md').read_text()
@@ -69,7 +69,7 @@ SCANCEL = '#!/usr/bin/env bash\necho "scancel $*" >> "$CALLS"\nkill -TERM $(cat 
 def place(tmp_path_factory):
     """A folder with data and Slurm's commands, and the environment of what is started there."""
     folder = tmp_path_factory.mktemp('nodes')
-    shapes.write(folder / 'shapes', train=8, val=3, size=64)
+    toy_shapes.write(folder / 'shapes', train=8, val=3, size=64)
     (folder / 'site').mkdir()
     (folder / 'site/sitecustomize.py').write_text(SITE)
     (folder / 'bin').mkdir()

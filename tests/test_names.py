@@ -13,11 +13,11 @@ from test_checking import report_of
 from test_data import DETECTOR, coco, drawn, dump, put_labels, quick  # noqa: F401
 from test_files import limited
 
-from convnext_dense.data import Request, read_data
-from convnext_dense.data.asking import held_out
-from convnext_dense.data.detection import Images
-from convnext_dense.data.files import Files, match, path_in, spelled
-from convnext_dense.data.layouts import Folders, find_folders, pair
+from convnext_dense.datasets.custom import Request, read_data
+from convnext_dense.datasets.files import Files, match, path_in, spelled
+from convnext_dense.datasets.layouts import Folders, find_folders, pair
+from convnext_dense.datasets.read_coco import Images
+from convnext_dense.datasets.request import held_out
 from convnext_dense.errors import UsageError
 
 ENDING, WRITTEN, CASE = 'name found by its ending', 'name written otherwise', 'name in other case'
@@ -252,7 +252,7 @@ def test_a_walk_for_each_name_is_not_needed(tmp_path, monkeypatch):
     touch(tmp_path, *SEQUENCES)
     calls = []
     monkeypatch.setattr(
-        'convnext_dense.data.detection.files_below', lambda *a, **k: calls.append(a) or {str(n) for n in range(9)}
+        'convnext_dense.datasets.read_coco.files_below', lambda *a, **k: calls.append(a) or {str(n) for n in range(9)}
     )
     places(tmp_path, [f'/me/{n}' for n in range(5)])
     assert len(calls) == 1

@@ -7,12 +7,13 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from test_tools import one_line_error
 
-from convnext_dense import UsageError, shapes
-from convnext_dense.commands import load_config
-from convnext_dense.data import Request, set_data
-from convnext_dense.fitting import fit_batch, set_length, set_total_batch
-from convnext_dense.options import arguments_of, merge, overruled
-from convnext_dense.segmentation import set_multiscale
+from convnext_dense import UsageError
+from convnext_dense.config.batch_size import fit_batch, set_length, set_total_batch
+from convnext_dense.config.load import load_config
+from convnext_dense.config.options import arguments_of, merge, overruled
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.datasets.custom import Request, set_data
+from convnext_dense.models.multiscale_tta import set_multiscale
 
 CONFIGS = ROOT / 'configs'
 
@@ -221,7 +222,7 @@ def test_what_cannot_hold_is_said():
 @pytest.fixture(scope='module')
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp('drawn') / 'shapes'
-    shapes.write(folder, train=5, val=3, size=64)
+    toy_shapes.write(folder, train=5, val=3, size=64)
     return folder
 
 

@@ -31,7 +31,7 @@ def test_a_wheel_carries_every_config_and_tool(tmp_path):
         for p in (ROOT / folder).rglob(ending)
     }
     assert len(expected) > 10 and expected < names
-    assert '.mim/model-index.yml' in names and 'weights/formats.py' in names
+    assert '.mim/model-index.yml' in names and 'checkpoints/naming.py' in names
 
     # Unpacked elsewhere, it is what `convnext_dense::...` finds from any folder.
     zipfile.ZipFile(wheel).extractall(tmp_path / 'site')

@@ -13,7 +13,7 @@ from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.registry import MODELS, TRANSFORMS
 from test_recipes import load
 
-from convnext_dense import shapes
+from convnext_dense.datasets import toy_shapes
 
 SIDES = range(480, 801, 32)
 # Every pixel's row and column, and four classes in tiles, of which none fills a large window.
@@ -261,7 +261,7 @@ for name in ('mask_rcnn', 'upernet'):
 
 
 def test_a_seed_gives_the_same_first_batch_in_two_processes(tmp_path):
-    shapes.write(tmp_path / 'shapes', train=8, val=2, size=64)
+    toy_shapes.write(tmp_path / 'shapes', train=8, val=2, size=64)
     command = [sys.executable, '-c', FIRST_BATCHES, str(ROOT)]
     env = {**os.environ, 'SHAPES_ROOT': str(tmp_path / 'shapes')}
     processes = [subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE) for _ in range(2)]

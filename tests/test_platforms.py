@@ -24,7 +24,8 @@ sys.addaudithook(hide)
 FORWARD = """
 import torch
 import convnext_dense
-from convnext_dense import ConvNeXt, fast
+from convnext_dense import ConvNeXt
+from convnext_dense.ops import dispatch
 
 torch.manual_seed(0)
 backbone, image = ConvNeXt('atto').eval(), torch.randn(1, 3, 64, 64)
@@ -33,11 +34,11 @@ sum(m.sum() for m in maps).backward()
 with torch.no_grad():
     for m, alone in zip(maps, backbone(image)):
         torch.testing.assert_close(m, alone)
-    with fast.plainly():
+    with dispatch.plainly():
         for m, plain in zip(maps, backbone(image)):
             torch.testing.assert_close(m, plain, rtol=1e-4, atol=1e-4)
 assert all(p.grad is not None for p in backbone.parameters())
-print(fast.described())
+print(dispatch.described())
 """
 POSIX = ['fcntl', 'resource', 'termios', 'pwd', 'grp', 'syslog']  # modules that Windows has not
 
@@ -52,8 +53,8 @@ def without(modules=(), files=(), then=FORWARD) -> subprocess.CompletedProcess:
     [
         (POSIX, (), ''),
         ((), ('/proc/',), 'no compiled kernels (they are for Linux on x86-64'),
-        ((), ('fast/kernels.',), 'no compiled kernels'),
-        (POSIX, ('/proc/', 'fast/kernels.'), 'no compiled kernels'),
+        ((), ('ops/avx512_kernels.',), 'no compiled kernels'),
+        (POSIX, ('/proc/', 'ops/avx512_kernels.'), 'no compiled kernels'),
     ],
     ids=['fcntl', '/proc', 'kernels', 'all'],
 )
@@ -74,5 +75,5 @@ torch.save(dict(state_dict=weights), {str(tmp_path / 'x.pth')!r})
 load_backbone(other := ConvNeXt('atto'), {str(tmp_path / 'x.pth')!r})
 assert all(torch.equal(a, b) for a, b in zip(backbone.parameters(), other.parameters()))
 """
-    process = without(POSIX, ('/proc/', 'fast/kernels.'), then)
+    process = without(POSIX, ('/proc/', 'ops/avx512_kernels.'), then)
     assert process.returncode == 0, process.stderr[-3000:]

@@ -17,9 +17,9 @@ from test_tools import one_line_error
 from torch.utils.data import Dataset
 
 from convnext_dense import ConvNeXt
+from convnext_dense.config.batch_size import UpdateParamSchedulerHook, set_total_batch
 from convnext_dense.errors import UsageError
-from convnext_dense.fitting import UpdateParamSchedulerHook, set_total_batch
-from convnext_dense.plots import draw, layer_lrs, layer_scales, read_curves, smoothed
+from convnext_dense.paper.curves import draw, layer_lrs, layer_scales, read_curves, smoothed
 
 ARCH = dict(depths=(1, 1, 2, 1), channels=(4, 8, 12, 16))
 

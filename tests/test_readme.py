@@ -4,9 +4,9 @@ import re
 
 from conftest import ROOT
 
-from convnext_dense.paper import ROWS
-from convnext_dense.tables import table
-from convnext_dense.weights import URLS
+from convnext_dense.checkpoints import URLS
+from convnext_dense.paper.results import ROWS
+from convnext_dense.paper.tables import table
 
 README = (ROOT / 'README.md').read_text()
 HEADER = ('recipe', 'weights', 'precision', 'box AP', 'mask AP', 'mIoU', 'mIoU multi-scale', 'parameters', 'FLOPs')

@@ -14,11 +14,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from convnext_dense import shapes
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.engine.checkpoint_hook import NoRoom, write_whole
+from convnext_dense.engine.runner import moved
+from convnext_dense.engine.samplers import Draw, DrawSampler, SkippingBatchSampler, seed_all
 from convnext_dense.errors import UsageError
-from convnext_dense.running import moved
-from convnext_dense.sampling import Draw, DrawSampler, SkippingBatchSampler, seed_all
-from convnext_dense.saving import NoRoom, write_whole
 
 # Six batches of two an epoch, four added up for an update: epochs end in the middle of adding up.
 TASKS = {
@@ -37,7 +37,7 @@ SMALL = ('train_dataloader.batch_size=2', 'total_batch=8', 'default_hooks.logger
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp('data') / 'shapes'
-    shapes.write(folder, train=12, val=2, size=64)
+    toy_shapes.write(folder, train=12, val=2, size=64)
     return str(folder)
 
 

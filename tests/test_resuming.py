@@ -11,12 +11,13 @@ from mmengine.runner import CheckpointLoader
 from test_fitting import run_config
 from test_tools import one_line_error
 
-from convnext_dense import UsageError, shapes
-from convnext_dense.commands import PLACES, _safe_loader, check_resume, set_resume
-from convnext_dense.dumped import read_dumped
-from convnext_dense.fitting import set_total_batch
-from convnext_dense.resuming import OVERRIDE, compare
-from convnext_dense.running import ResumableRunner
+from convnext_dense import UsageError
+from convnext_dense.config.batch_size import set_total_batch
+from convnext_dense.config.literal import read_dumped
+from convnext_dense.config.load import PLACES, _safe_loader, check_resume, set_resume
+from convnext_dense.config.resume import OVERRIDE, compare
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.engine.runner import ResumableRunner
 
 CONFIGS = ROOT / 'configs'
 
@@ -215,7 +216,7 @@ def test_resume_without_a_run(tmp_path):
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp('data') / 'shapes'
-    shapes.write(folder, train=4, val=2, size=64)
+    toy_shapes.write(folder, train=4, val=2, size=64)
     return folder
 
 

@@ -7,10 +7,10 @@ from mmengine.config import Config
 from test_recipes import load
 from test_tools import one_line_error
 
-from convnext_dense.fitting import set_total_batch
-from convnext_dense.paper import MAIN, ROWS, changed_settings, row_of
-from convnext_dense.runs import find_runs, read_runs
-from convnext_dense.segmentation import set_multiscale
+from convnext_dense.config.batch_size import set_total_batch
+from convnext_dense.models.multiscale_tta import set_multiscale
+from convnext_dense.paper.results import MAIN, ROWS, changed_settings, row_of
+from convnext_dense.paper.work_dirs import find_runs, read_runs
 
 
 def start(folder, config: Config, records=(), processes=8, timestamp='20260101_120000', cut='') -> None:

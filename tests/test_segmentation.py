@@ -17,9 +17,9 @@ from test_recipes import SEGMENTATION, load
 from test_tools import MEAN, STD, one_line_error
 from torch.nn.functional import interpolate
 
-from convnext_dense import shapes
+from convnext_dense.datasets import toy_shapes
 from convnext_dense.errors import UsageError
-from convnext_dense.segmentation import RATIOS, _resized_rows, set_multiscale
+from convnext_dense.models.multiscale_tta import RATIOS, _resized_rows, set_multiscale
 
 DEMO = ROOT / 'configs/demo/upernet.py'
 
@@ -179,7 +179,7 @@ def test_memory_does_not_grow_with_the_views(tmp_path):
 
 def test_by_the_tool(run_tool, tmp_path):
     data = tmp_path / 'shapes'
-    shapes.write(data, train=2, val=3, size=64)
+    toy_shapes.write(data, train=2, val=3, size=64)
     config = small_segmentor()
     model = built(config)
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'w.pth')
@@ -200,7 +200,7 @@ def test_by_the_tool(run_tool, tmp_path):
 def test_where_there_is_no_multiscale(run_tool, tmp_path):
     torch.save({}, tmp_path / 'w.pth')
     data = tmp_path / 'shapes'
-    shapes.write(data, train=2, val=2, size=64)
+    toy_shapes.write(data, train=2, val=2, size=64)
     detector = ['test.py', ROOT / 'configs/demo/mask_rcnn.py', tmp_path / 'w.pth', '--multiscale']
     one_line_error(run_tool(*detector, SHAPES_ROOT=str(data)), '--multiscale', 'COCO')
     config = load('demo/upernet')

@@ -16,7 +16,7 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from convnext_dense import shapes
+from convnext_dense.datasets import toy_shapes
 from convnext_dense.errors import UsageError
 
 SMALL = dict(seed=0, train=3, val=2, size=128)
@@ -28,13 +28,13 @@ import runpy, sys, types
 package = types.ModuleType('convnext_dense')
 package.__path__ = [sys.argv.pop(1)]
 sys.modules['convnext_dense'] = package
-runpy.run_module('convnext_dense.shapes', run_name=sys.argv.pop(1), alter_sys=True)
+runpy.run_module('convnext_dense.datasets.toy_shapes', run_name=sys.argv.pop(1), alter_sys=True)
 print(*({'torch', 'cv2', 'mmengine', 'PIL', 'pycocotools', 'scipy'} & set(sys.modules)))
 """
 
 
 def alone(name, *args):
-    folder = str(Path(shapes.__file__).parent)
+    folder = str(Path(toy_shapes.__file__).parents[1])
     return subprocess.Popen(
         [sys.executable, '-c', ALONE, folder, name, *map(str, args)],
         text=True,
@@ -44,7 +44,7 @@ def alone(name, *args):
 
 
 def scenes(count, seed=1, size=128):
-    return [shapes.draw(np.random.RandomState([seed, 0, i]), size) for i in range(count)]
+    return [toy_shapes.draw(np.random.RandomState([seed, 0, i]), size) for i in range(count)]
 
 
 def decoded(polygons, mask):
@@ -66,13 +66,13 @@ def sha256(root):
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
     root = tmp_path_factory.mktemp('data') / 'shapes'
-    assert shapes.write(root, **SMALL)
+    assert toy_shapes.write(root, **SMALL)
     return root
 
 
 def run(monkeypatch, capsys, *args):
     monkeypatch.setattr(sys, 'argv', ['shapes', *map(str, args)])
-    code = shapes.main()
+    code = toy_shapes.main()
     return code, *capsys.readouterr()
 
 
@@ -81,7 +81,7 @@ def test_bytes_are_the_pinned_ones(small):
 
 
 def test_nothing_but_numpy_is_needed(tmp_path, small):
-    process = alone('shapes', tmp_path / 'unused')
+    process = alone('toy_shapes', tmp_path / 'unused')
     assert process.communicate() == ('\n', '')
     process = alone('__main__', tmp_path / 'a/new/place', '--train', 3, '--val', 2)
     out, err = process.communicate()
@@ -106,13 +106,13 @@ def test_layout(small):
 
 
 @pytest.mark.parametrize(
-    ('size', 'radius'), ((64, shapes.RADIUS), (128, shapes.RADIUS), (201, shapes.RADIUS), (128, (4, 50)))
+    ('size', 'radius'), ((64, toy_shapes.RADIUS), (128, toy_shapes.RADIUS), (201, toy_shapes.RADIUS), (128, (4, 50)))
 )  # the last: small shapes would leave holes in large ones
 def test_polygons_are_exactly_the_visible_pixels(size, radius, monkeypatch):
-    monkeypatch.setattr(shapes, 'RADIUS', radius)
+    monkeypatch.setattr(toy_shapes, 'RADIUS', radius)
     seen = set()
     for scene in scenes(40, size=size):
-        found = shapes.annotations(scene)
+        found = toy_shapes.annotations(scene)
         assert len(found) == len(scene.categories) == len(scene.areas) == scene.instances.max()
         for k, annotation in enumerate(found, 1):
             visible = scene.instances == k
@@ -121,7 +121,7 @@ def test_polygons_are_exactly_the_visible_pixels(size, radius, monkeypatch):
             assert annotation['area'] == visible.sum()
             assert annotation['category_id'] == scene.categories[k - 1] + 1
             seen.add((annotation['category_id'], len(annotation['segmentation']) > 1))
-    assert {category for category, _ in seen} == set(range(1, 1 + len(shapes.CLASSES)))
+    assert {category for category, _ in seen} == set(range(1, 1 + len(toy_shapes.CLASSES)))
     assert {in_pieces for _, in_pieces in seen} == {False, True}
 
 
@@ -130,7 +130,7 @@ def test_outline_of_any_mask(density):
     rng = np.random.RandomState(0)
     for _ in range(20):
         mask = rng.random_sample((13, 17)) < density
-        loops = shapes.outline(mask)
+        loops = toy_shapes.outline(mask)
         filled = [decoded([np.ravel(loop).tolist()], mask) for loop in loops]
         np.testing.assert_array_equal(np.logical_xor.reduce(filled), mask)
         pieces = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)[0] - 1
@@ -143,9 +143,9 @@ def test_outline_of_any_mask(density):
 
 
 def test_outline_of_a_pixel_and_of_pixels_that_touch():
-    assert shapes.outline(np.eye(1)) == [[(1, 0), (1, 1), (0, 1), (0, 0)]]
-    assert [len(loop) for loop in shapes.outline(np.eye(3))] == [4, 4, 4]
-    assert shapes.outline(np.zeros((2, 2))) == []
+    assert toy_shapes.outline(np.eye(1)) == [[(1, 0), (1, 1), (0, 1), (0, 0)]]
+    assert [len(loop) for loop in toy_shapes.outline(np.eye(3))] == [4, 4, 4]
+    assert toy_shapes.outline(np.zeros((2, 2))) == []
 
 
 def test_shapes_hide_one_another_by_half_at_most():
@@ -171,16 +171,16 @@ def test_each_class_has_its_hue():
     ]
     assert np.bincount([category for category, _ in found]).min() > len(found) / 8
     for category, mean in found:
-        assert np.abs(mean - shapes.HUES).sum(1).argmin() == category
+        assert np.abs(mean - toy_shapes.HUES).sum(1).argmin() == category
 
 
 def test_coco_and_opencv_read_what_was_drawn(small, capsys):
     for split, number, count in (('train', 0, 3), ('val', 1, 2)):
         coco = COCO(str(small / f'annotations/instances_{split}.json'))
-        assert [category['name'] for category in coco.loadCats(coco.getCatIds())] == list(shapes.CLASSES)
+        assert [category['name'] for category in coco.loadCats(coco.getCatIds())] == list(toy_shapes.CLASSES)
         assert (coco.getCatIds(), coco.getImgIds()) == ([1, 2, 3, 4], list(range(1, count + 1)))
         for i in coco.getImgIds():
-            scene = shapes.draw(np.random.RandomState([0, number, i]), 128)
+            scene = toy_shapes.draw(np.random.RandomState([0, number, i]), 128)
             (info,) = coco.loadImgs([i])
             image = cv2.imread(str(small / split / info['file_name']), cv2.IMREAD_UNCHANGED)
             np.testing.assert_array_equal(image[..., ::-1], scene.image)
@@ -206,13 +206,13 @@ def check_labels(labels, instances):
 
 def test_label_maps_have_borders_between_labels_only():
     instances = np.array([[1, 1, 1, 0, 2, 3], [1, 1, 1, 0, 2, 3]], np.uint8)
-    scene = shapes.Scene(None, instances, [0, 4, 4], [6, 2, 2])
-    np.testing.assert_array_equal(shapes.label_map(scene), [[2, 2, 0, 1, 0, 6]] * 2)
+    scene = toy_shapes.Scene(None, instances, [0, 4, 4], [6, 2, 2])
+    np.testing.assert_array_equal(toy_shapes.label_map(scene), [[2, 2, 0, 1, 0, 6]] * 2)
 
 
 def test_labels_palette_and_classes_agree():
-    assert ('ground', *shapes.CLASSES) == shapes.LABELS
-    assert len({tuple(colour) for colour in shapes.PALETTE}) == len(shapes.PALETTE) == len(shapes.LABELS)
+    assert ('ground', *toy_shapes.CLASSES) == toy_shapes.LABELS
+    assert len({tuple(colour) for colour in toy_shapes.PALETTE}) == len(toy_shapes.PALETTE) == len(toy_shapes.LABELS)
 
 
 def test_png_of_many_blocks_and_of_a_single_pixel():
@@ -220,13 +220,13 @@ def test_png_of_many_blocks_and_of_a_single_pixel():
         np.random.RandomState(0).randint(0, 256, (201, 333, 3)).astype(np.uint8),
         np.full((1, 1), 7, np.uint8),
     ):
-        read = cv2.imdecode(np.frombuffer(shapes.png(pixels), np.uint8), cv2.IMREAD_UNCHANGED)
+        read = cv2.imdecode(np.frombuffer(toy_shapes.png(pixels), np.uint8), cv2.IMREAD_UNCHANGED)
         np.testing.assert_array_equal(read if pixels.ndim == 2 else read[..., ::-1], pixels)
 
 
 def test_images_depend_on_seed_split_and_index_alone(small, tmp_path):
-    shapes.write(tmp_path / 'more', **{**SMALL, 'train': 5, 'val': 3})
-    shapes.write(tmp_path / 'other', **{**SMALL, 'seed': 1})
+    toy_shapes.write(tmp_path / 'more', **{**SMALL, 'train': 5, 'val': 3})
+    toy_shapes.write(tmp_path / 'other', **{**SMALL, 'seed': 1})
     images = {path.relative_to(small): path.read_bytes() for path in files(small) if path.suffix == '.png'}
     assert all((tmp_path / 'more' / name).read_bytes() == content for name, content in images.items())
     assert all((tmp_path / 'other' / name).read_bytes() != content for name, content in images.items())
@@ -239,7 +239,7 @@ def test_images_depend_on_seed_split_and_index_alone(small, tmp_path):
 
 def test_the_same_request_again_leaves_everything_as_it_is(small, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in [small, *small.rglob('*')]}
-    assert shapes.write(small, **SMALL) is False
+    assert toy_shapes.write(small, **SMALL) is False
     code, out, err = run(monkeypatch, capsys, small, '--train', 3, '--val', 2)
     assert (code, err, out.count('\n')) == (0, '', 1)
     assert 'already' in out and str(small) in out
@@ -250,7 +250,7 @@ def test_the_same_request_again_leaves_everything_as_it_is(small, monkeypatch, c
 def test_another_request_is_refused_and_the_folder_left(small, change):
     before = sha256(small)
     with pytest.raises(UsageError, match='remove it or give another folder'):
-        shapes.write(small, **{**SMALL, **change})
+        toy_shapes.write(small, **{**SMALL, **change})
     assert sha256(small) == before
 
 
@@ -259,7 +259,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / 'shapes.json').write_text(content)
     with pytest.raises(UsageError, match='something else'):
-        shapes.write(tmp_path, **SMALL)
+        toy_shapes.write(tmp_path, **SMALL)
     assert len(files(tmp_path)) == (content is not None)
 
 
@@ -288,9 +288,9 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, pl
 
 def test_whole_or_not_at_all(tmp_path, monkeypatch):
     for error, raised in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, 'No space left'), UsageError)):
-        monkeypatch.setattr(shapes, 'annotations', Mock(side_effect=error))
+        monkeypatch.setattr(toy_shapes, 'annotations', Mock(side_effect=error))
         with pytest.raises(raised):
-            shapes.write(tmp_path / 'new', **SMALL)
+            toy_shapes.write(tmp_path / 'new', **SMALL)
         assert os.listdir(tmp_path) == []
 
 
@@ -309,5 +309,5 @@ def test_a_signal_leaves_nothing(tmp_path, number):
 
 
 def test_an_empty_split_is_fine(tmp_path):
-    assert shapes.write(tmp_path / 'new', train=1, val=0, size=64)
+    assert toy_shapes.write(tmp_path / 'new', train=1, val=0, size=64)
     assert json.loads((tmp_path / 'new/annotations/instances_val.json').read_bytes())['images'] == []

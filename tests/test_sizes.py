@@ -12,10 +12,11 @@ from mmcv.transforms import Compose
 from mmengine.registry import init_default_scope
 from test_data import CONFIGS, DETECTOR, SEGMENTOR, load, quick, run
 
-from convnext_dense import ConvNeXt, shapes
-from convnext_dense.data import Request, read_data
-from convnext_dense.data.sizes import LIMITS, STRIDE, Limit, limits_of, resized, too_thin
-from convnext_dense.segmentation import RATIOS, set_multiscale
+from convnext_dense import ConvNeXt
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.datasets.custom import Request, read_data
+from convnext_dense.datasets.image_sizes import LIMITS, STRIDE, Limit, limits_of, resized, too_thin
+from convnext_dense.models.multiscale_tta import RATIOS, set_multiscale
 
 
 def config_of(name):
@@ -136,7 +137,7 @@ SIZES = {'line.png': (6000, 1), 'strip.png': (1600, 12), 'column.png': (3, 9000)
 
 @pytest.fixture
 def mine(tmp_path):
-    shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
+    toy_shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
     for split in ('train', 'val'):
         for name, size in SIZES.items():
             put(tmp_path / 'mine', split, name, *size)

@@ -21,7 +21,7 @@ from mmengine.runner import Runner
 from mmseg.datasets import ADE20KDataset
 from mmseg.models import EncoderDecoder
 
-from convnext_dense import shapes
+from convnext_dense.datasets import toy_shapes
 
 # What a run is made of: all that mmengine's Runner reads, what is imported first, and the batch that we keep.
 PARTS = [*inspect.signature(Runner).parameters, 'custom_imports', 'total_batch']
@@ -55,7 +55,7 @@ COMMON = {
 }
 COCO = {
     **COMMON,
-    'custom_imports.imports': (['mmpretrain.models'], ['convnext_dense', 'convnext_dense.detection']),
+    'custom_imports.imports': (['mmpretrain.models'], ['convnext_dense', 'convnext_dense.models.fp32_heads']),
     'auto_scale_lr.enable': (False, ABSENT),
     'auto_scale_lr.base_batch_size': (16, ABSENT),
     # The original warmed up for 500 iterations, and mmengine counts `end - begin - 1`.
@@ -239,7 +239,7 @@ def test_shapes_detection_is_coco_but_for():
         expected |= {
             f'{split}_dataloader.num_workers': 1,
             f'{split}_dataloader.dataset.data_root': 'data/shapes/',
-            f'{split}_dataloader.dataset.metainfo.classes': shapes.CLASSES,
+            f'{split}_dataloader.dataset.metainfo.classes': toy_shapes.CLASSES,
             f'{split}_dataloader.dataset.ann_file': f'annotations/instances_{of}.json',
             f'{split}_dataloader.dataset.data_prefix.img': f'{of}/',
         }
@@ -266,8 +266,8 @@ def test_shapes_segmentation_is_ade20k_but_for():
             f'{split}_dataloader.dataset.type': 'BaseSegDataset',
             f'{split}_dataloader.dataset.data_root': 'data/shapes/',
             f'{split}_dataloader.dataset.img_suffix': '.png',
-            f'{split}_dataloader.dataset.metainfo.classes': shapes.LABELS,
-            f'{split}_dataloader.dataset.metainfo.palette': shapes.PALETTE,
+            f'{split}_dataloader.dataset.metainfo.classes': toy_shapes.LABELS,
+            f'{split}_dataloader.dataset.metainfo.palette': toy_shapes.PALETTE,
             f'{split}_dataloader.dataset.data_prefix.img_path': of,
             f'{split}_dataloader.dataset.data_prefix.seg_map_path': f'labels/{of}',
         }

@@ -18,11 +18,12 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 
-from convnext_dense import commands, shapes
-from convnext_dense.commands import summary
+from convnext_dense.checkpoints import read
+from convnext_dense.config import load
+from convnext_dense.config.load import summary
+from convnext_dense.datasets import toy_shapes
 from convnext_dense.errors import UsageError
-from convnext_dense.runs import read_runs
-from convnext_dense.weights import read
+from convnext_dense.paper.work_dirs import read_runs
 
 CONFIGS = ROOT / 'configs'
 MEAN, STD = np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57.375])
@@ -31,7 +32,7 @@ MEAN, STD = np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp('data') / 'shapes'
-    shapes.write(folder, train=8, val=4, size=64)
+    toy_shapes.write(folder, train=8, val=4, size=64)
     return str(folder)
 
 
@@ -421,25 +422,25 @@ def test_upernet_predicts_what_a_plain_slide_loop_predicts(run_tool, tmp_path):
             assert len(np.unique(expected)) > 3
 
 
-@pytest.mark.parametrize('line', commands.LINES)
+@pytest.mark.parametrize('line', load.LINES)
 def test_what_is_missing_is_named_with_the_way_out_of_the_line_that_is_there(monkeypatch, line):
-    extra, mmcv = commands.LINES[line]
-    monkeypatch.setattr(commands, '_is_installed', lambda name: name == line)
+    extra, mmcv = load.LINES[line]
+    monkeypatch.setattr(load, '_is_installed', lambda name: name == line)
     monkeypatch.setitem(sys.modules, 'mmcv._ext', None)
     with pytest.raises(UsageError, match=f'pip install --no-build-isolation.* {mmcv}$') as error:
-        commands.check_installed('mmdet')
+        load.check_installed('mmdet')
     assert '\n' not in str(error.value)
     monkeypatch.setitem(sys.modules, 'mmdet', None)
     with pytest.raises(UsageError, match=rf'mmdet.*convnext_dense\[{extra}\]'):
-        commands.check_installed('mmdet')
+        load.check_installed('mmdet')
     assert f"'{mmcv}'" in (ROOT / 'setup.py').read_text()
 
 
 def test_both_lines_of_openmmlab_in_one_environment_are_refused(monkeypatch):
-    commands.check_installed('mmdet')
-    monkeypatch.setattr(commands, 'version', lambda name: '0')
+    load.check_installed('mmdet')
+    monkeypatch.setattr(load, 'version', lambda name: '0')
     with pytest.raises(UsageError, match='onedl-mmengine and mmengine'):
-        commands.check_installed('mmdet')
+        load.check_installed('mmdet')
 
 
 def test_summary():

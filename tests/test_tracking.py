@@ -11,8 +11,8 @@ from mmengine.registry import VISBACKENDS
 from test_recipes import load
 from test_tools import DEMO, TRAIN, WITH, data, one_line_error, short  # noqa: F401
 
+from convnext_dense.config.trackers import set_trackers
 from convnext_dense.errors import UsageError
-from convnext_dense.tracking import set_trackers
 
 WANDB = importlib.util.find_spec('wandb') is not None
 

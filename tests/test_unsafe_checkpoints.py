@@ -18,7 +18,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 
 from convnext_dense import UsageError
-from convnext_dense.weights import read
+from convnext_dense.checkpoints import read
 
 ROOT = Path(__file__).parents[1]
 
@@ -335,7 +335,7 @@ def test_archives_that_hold_something_else(tmp_path):
 LIMITED = """
 import resource, sys
 from convnext_dense.errors import UsageError
-from convnext_dense.weights.reading import read
+from convnext_dense.checkpoints.io import read
 used = int(next(line for line in open('/proc/self/status') if line.startswith('VmSize')).split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]),) * 2)
 try:

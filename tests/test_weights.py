@@ -14,8 +14,8 @@ from mmengine.registry import MODELS
 from mmengine.runner import save_checkpoint
 
 from convnext_dense import ConvNeXt, UsageError, load_backbone
-from convnext_dense.paper import ROWS
-from convnext_dense.weights import URLS, read, reading, zoo
+from convnext_dense.checkpoints import URLS, hub, io, read
+from convnext_dense.paper.results import ROWS
 
 ARCH = dict(depths=(1, 1, 4, 1), channels=(8, 16, 24, 32))
 # The addresses in the tables of results of the original code of ConvNeXt and ConvNeXt V2.
@@ -108,8 +108,8 @@ def test_wrappers_prefixes_and_finished_detectors(tmp_path, wrap):
 
 
 def test_a_file_is_read_once_until_it_is_written_again(tmp_path, monkeypatch):
-    reads, read_anew = [], reading._read
-    monkeypatch.setattr(reading, '_read', lambda file: reads.append(file.name) or read_anew(file))
+    reads, read_anew = [], io._read
+    monkeypatch.setattr(io, '_read', lambda file: reads.append(file.name) or read_anew(file))
     file = tmp_path / 'w.pth'
     torch.save(dict(state_dict=dict(w=torch.zeros(5))), file)
     first, own = read(file), read(str(file), mapped=False)
@@ -122,7 +122,7 @@ def test_a_file_is_read_once_until_it_is_written_again(tmp_path, monkeypatch):
     (tmp_path / 'v.pth').unlink()
     with pytest.raises(FileNotFoundError):
         read(tmp_path / 'v.pth')
-    reading.forget()
+    io.forget()
     assert (read(file)['state_dict']['w'] == 2).all() and reads == ['w.pth', 'w.pth', 'v.pth', 'v.pth', 'w.pth']
 
 
@@ -196,7 +196,7 @@ def test_the_report_counts_all_that_is_ignored(tmp_path):
 
 
 def test_known_names():
-    assert {name: zoo.locate(name) for name in URLS} == {Path(address).stem: address for address in ADDRESSES}
+    assert {name: hub.locate(name) for name in URLS} == {Path(address).stem: address for address in ADDRESSES}
     assert len(URLS) == len(ADDRESSES) == 63
     assert {row.weights for row in ROWS} | {row.released for row in ROWS} <= set(URLS)
     assert len({row.released for row in ROWS}) == 13
@@ -211,7 +211,7 @@ def test_known_names_are_downloaded_once(tmp_path, monkeypatch, address):
         asked.append(url)
         Path(target).write_bytes(served.read_bytes())
 
-    monkeypatch.setattr(zoo, '_download', download)
+    monkeypatch.setattr(hub, '_download', download)
     for _ in range(2):
         load_backbone(ConvNeXt(ARCH), Path(address).stem)
     assert asked == [address]
@@ -219,9 +219,9 @@ def test_known_names_are_downloaded_once(tmp_path, monkeypatch, address):
 
 def test_two_addresses_with_one_file_name_are_two_files(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    monkeypatch.setattr(zoo, '_download', lambda url, target: Path(target).write_text(url))
+    monkeypatch.setattr(hub, '_download', lambda url, target: Path(target).write_text(url))
     for url in ('https://one.org/epoch_12.pth', 'https://two.org/epoch_12.pth?download=1') * 2:
-        assert zoo.fetch(url).read_text() == url and zoo.fetch(url).suffix == '.pth'
+        assert hub.fetch(url).read_text() == url and hub.fetch(url).suffix == '.pth'
 
 
 def test_unreachable_address_says_the_way_out(tmp_path, monkeypatch):
@@ -232,7 +232,7 @@ def test_unreachable_address_says_the_way_out(tmp_path, monkeypatch):
 
 def test_recipes_name_known_weights():
     for path in (Path(__file__).parents[1] / 'configs').glob('[mcu]*/*.py'):
-        assert Config.fromfile(path).model.backbone.init_cfg.checkpoint in zoo.URLS
+        assert Config.fromfile(path).model.backbone.init_cfg.checkpoint in hub.URLS
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,15 @@ import os
 import sys
 import warnings
 from contextlib import redirect_stdout
+from pathlib import Path
 
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
 
 import environment  # noqa: F401
 import torch
 
-from convnext_dense import ARCHS, fast
-from convnext_dense.benchmark import (
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, of which `benchmarks` is a part
+from benchmarks.backbone import (
     CANDIDATES,
     DTYPES,
     OURS,
@@ -32,9 +33,11 @@ from convnext_dense.benchmark import (
     pays_from,
     times,
 )
-from convnext_dense.command_line import Parser, one_line_errors
+from convnext_dense import ARCHS
+from convnext_dense.cli.exit import Parser, one_line_errors
 from convnext_dense.errors import UsageError
-from convnext_dense.tables import table
+from convnext_dense.ops import dispatch
+from convnext_dense.paper.tables import table
 
 LETTERS = dict(T='tiny', S='small', B='base', L='large', XL='xlarge')
 
@@ -132,7 +135,7 @@ def measured(args) -> dict:
 
 def machine(args) -> str:
     name = torch.cuda.get_device_name() if args.device != 'cpu' else _processor()
-    form = '' if args.device != 'cpu' else f', ours: {fast.described()}'
+    form = '' if args.device != 'cpu' else f', ours: {dispatch.described()}'
     return f'{name}, {torch.get_num_threads()} threads, torch {torch.__version__}{form}'
 
 

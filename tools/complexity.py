@@ -10,11 +10,11 @@ from contextlib import redirect_stdout
 
 import environment  # noqa: F401
 
-from convnext_dense.command_line import one_line_errors
-from convnext_dense.commands import config_parser, load_config
-from convnext_dense.complexity import complexity
-from convnext_dense.paper import CONFIGS, ROWS, row_of
-from convnext_dense.tables import table
+from convnext_dense.cli.exit import one_line_errors
+from convnext_dense.config.load import config_parser, load_config
+from convnext_dense.paper.flops import complexity
+from convnext_dense.paper.results import CONFIGS, ROWS, row_of
+from convnext_dense.paper.tables import table
 
 SIZES = {'mmdet': (1280, 800), 'mmseg': (2048, 512)}  # of a config that is no row of the paper
 

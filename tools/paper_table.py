@@ -10,11 +10,11 @@ from pathlib import Path
 
 import environment  # noqa: F401
 
-from convnext_dense.command_line import Parser, one_line_errors
+from convnext_dense.cli.exit import Parser, one_line_errors
 from convnext_dense.errors import UsageError
-from convnext_dense.paper import MAIN, ROWS
-from convnext_dense.runs import Run, find_runs
-from convnext_dense.tables import table
+from convnext_dense.paper.results import MAIN, ROWS
+from convnext_dense.paper.tables import table
+from convnext_dense.paper.work_dirs import Run, find_runs
 
 HEADER = ('recipe', 'figure', 'paper', 'last', 'best', 'tested', 'difference', 'expected')
 HEADER += ('done', 'precision', 'batch', 'notes')

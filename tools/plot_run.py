@@ -9,9 +9,9 @@ from pathlib import Path
 
 import environment  # noqa: F401
 
-from convnext_dense.command_line import Parser, one_line_errors
+from convnext_dense.cli.exit import Parser, one_line_errors
 from convnext_dense.errors import UsageError
-from convnext_dense.plots import draw, progress, read_curves
+from convnext_dense.paper.curves import draw, progress, read_curves
 
 
 def parse_args():

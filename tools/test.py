@@ -8,8 +8,8 @@ import environment  # noqa: F401
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 
-from convnext_dense.command_line import one_line_errors
-from convnext_dense.commands import (
+from convnext_dense.cli.exit import one_line_errors
+from convnext_dense.config.load import (
     build_runner,
     check_data,
     compile_backbones,
@@ -20,9 +20,9 @@ from convnext_dense.commands import (
     set_pictures,
     summary,
 )
-from convnext_dense.data import data_arguments, request_of, set_data
-from convnext_dense.options import overruled
-from convnext_dense.segmentation import RATIOS, set_multiscale
+from convnext_dense.config.options import overruled
+from convnext_dense.datasets.custom import data_arguments, request_of, set_data
+from convnext_dense.models.multiscale_tta import RATIOS, set_multiscale
 
 
 def parse_args():

@@ -6,8 +6,9 @@ import logging
 import environment  # noqa: F401
 from mmengine.logging import print_log
 
-from convnext_dense.command_line import one_line_errors
-from convnext_dense.commands import (
+from convnext_dense.cli.exit import one_line_errors
+from convnext_dense.config.batch_size import n_processes, set_length, set_total_batch
+from convnext_dense.config.load import (
     build_runner,
     check_data,
     check_pretrained,
@@ -21,10 +22,9 @@ from convnext_dense.commands import (
     set_precision,
     set_resume,
 )
-from convnext_dense.data import check_classes, data_arguments, request_of, set_data
-from convnext_dense.fitting import n_processes, set_length, set_total_batch
-from convnext_dense.options import overruled
-from convnext_dense.tracking import TRACKERS, set_trackers
+from convnext_dense.config.options import overruled
+from convnext_dense.config.trackers import TRACKERS, set_trackers
+from convnext_dense.datasets.custom import check_classes, data_arguments, request_of, set_data
 
 
 def parse_args():

@@ -6,15 +6,15 @@ from collections import Counter
 import environment  # noqa: F401
 import torch
 
-from convnext_dense.backbone import ARCHS, ConvNeXt
-from convnext_dense.command_line import Parser, one_line_errors
+from convnext_dense.checkpoints import match, open_checkpoint
+from convnext_dense.checkpoints.convert import TARGETS, convert
+from convnext_dense.checkpoints.hub import KNOWN
+from convnext_dense.checkpoints.naming import FIRST_BLOCK, STEM
+from convnext_dense.checkpoints.pretrained import Checkpoint
+from convnext_dense.cli.exit import Parser, one_line_errors
 from convnext_dense.errors import UsageError
-from convnext_dense.tables import table
-from convnext_dense.weights import match, open_checkpoint
-from convnext_dense.weights.converting import TARGETS, convert
-from convnext_dense.weights.formats import FIRST_BLOCK, STEM
-from convnext_dense.weights.loading import Checkpoint
-from convnext_dense.weights.zoo import KNOWN
+from convnext_dense.models.convnext import ARCHS, ConvNeXt
+from convnext_dense.paper.tables import table
 
 
 def parse_args():

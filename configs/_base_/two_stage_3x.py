@@ -1,7 +1,7 @@
 """What Mask R-CNN and Cascade Mask R-CNN share: backbone, FPN, RPN, masks, the 3x schedule (appendix A.3)."""
 
 _base_ = 'runtime.py'
-custom_imports = dict(imports=['convnext_dense', 'convnext_dense.detection'])
+custom_imports = dict(imports=['convnext_dense', 'convnext_dense.models.fp32_heads'])
 default_scope = 'mmdet'
 
 model = dict(

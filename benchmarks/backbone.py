@@ -1,0 +1,452 @@
+"""This backbone beside the other ConvNeXts that are installed and Swin: time, memory, and whether features agree."""
+
+import importlib
+import importlib.util
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import asdict, dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+from convnext_dense.checkpoints import load_backbone
+from convnext_dense.errors import UsageError
+from convnext_dense.models.convnext import ARCHS, ConvNeXt
+from convnext_dense.ops import dispatch
+from convnext_dense.paper.results import CONFIGS
+
+DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
+LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
+SWIN = {  # of mmdet; the paper's partners of equal size
+    'tiny': dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    'small': dict(embed_dims=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+    'base': dict(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+    'large': dict(embed_dims=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
+}
+# Recipe, width and height, and the paper's ratio of images a second, ConvNeXt : Swin, where it has one.
+MODELS_OF_PAPER = {
+    'mask_rcnn/convnext_t': ((1280, 800), 1.11),  # table 3
+    'upernet/convnext_t': ((2048, 512), None),
+}
+PAPER_RATIOS = {'tiny': 1.47}  # the same of the classifiers at 224 x 224 on an A100 (table 12)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: 'inference' or 'training' (forward and backward), at height x width."""
+
+    arch: str
+    mode: str
+    height: int
+    width: int
+    batch: int
+    dtype: str
+    device: str
+    compiled: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """Milliseconds (median, quartiles) or MB, of one candidate in a case; `ratio` is its figure over ours, `first`
+    milliseconds of the first two runs where they compile."""
+
+    case: Case
+    candidate: str
+    layout: str
+    median: float
+    low: float
+    high: float
+    ratio: float | None = None
+    first: float | None = None
+
+    def as_dict(self) -> dict:
+        return {**asdict(self.case), **{k: v for k, v in asdict(self).items() if k != 'case'}}
+
+
+class _Plain(ConvNeXt):
+    """The original's form: no other way than `Block`."""
+
+    def forward(self, x):
+        with dispatch.plainly():
+            return super().forward(x)
+
+
+def _timm(arch: str, **settings) -> nn.Module:
+    _torchvision()
+    return importlib.import_module('timm').create_model(f'convnext_{arch}', features_only=True, **settings)
+
+
+def _torchvision_model(arch: str) -> nn.Module:
+    trunk = getattr(_torchvision().models, f'convnext_{arch}')().features
+
+    class Stages(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = trunk
+
+        def forward(self, x):
+            maps = []
+            for i, part in enumerate(self.features):
+                x = part(x)
+                if i % 2:
+                    maps.append(x)
+            return maps
+
+    return Stages()
+
+
+def _torchvision():
+    """torchvision; one that was built for another torch comes without operators, which no ConvNeXt needs."""
+    try:
+        return importlib.import_module('torchvision')
+    except RuntimeError as error:
+        if 'torchvision::nms' not in str(error):
+            raise
+    library = torch.library.Library('torchvision', 'DEF')
+    _torchvision.library = library  # its definitions end with it
+    for name in ('nms', 'qnms'):
+        library.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+    return importlib.import_module('torchvision')
+
+
+def _transformers(arch: str) -> nn.Module:
+    with _with_torchvision():
+        library = importlib.import_module('transformers')
+        backbone = library.ConvNextBackbone
+    sizes = ARCHS[arch]
+    config = library.ConvNextConfig(
+        depths=list(sizes['depths']),
+        hidden_sizes=list(sizes['channels']),
+        out_features=[f'stage{i}' for i in range(1, 5)],
+    )
+    return backbone(config)
+
+
+def _mmpretrain(arch: str) -> nn.Module:
+    with _with_torchvision():
+        backbones = importlib.import_module('mmpretrain.models.backbones')
+    return backbones.ConvNeXt(arch, out_indices=[0, 1, 2, 3], gap_before_final_norm=False)
+
+
+def _swin(arch: str) -> nn.Module:
+    if arch not in SWIN:
+        raise UsageError(f'there is no Swin of the size of {arch}')
+    with _with_torchvision():
+        models = importlib.import_module('mmdet.models')
+    return models.SwinTransformer(**SWIN[arch], drop_path_rate=0.0)
+
+
+@contextmanager
+def _with_torchvision():
+    """For libraries that import torchvision where it is installed."""
+    if importlib.util.find_spec('torchvision'):
+        _torchvision()
+    yield
+
+
+# How to build each candidate for an arch. The three of `ours` differ in training only.
+CANDIDATES: dict[str, Callable[[str], nn.Module]] = {
+    'ours': ConvNeXt,
+    "ours, with_cp='mlp'": lambda arch: ConvNeXt(arch, with_cp='mlp'),
+    'ours, with_cp=True': lambda arch: ConvNeXt(arch, with_cp=True),
+    'plain form': _Plain,  # the original's code, but for its class
+    'mmpretrain': _mmpretrain,
+    'timm': _timm,
+    'timm, conv_mlp': lambda arch: _timm(arch, conv_mlp=True),
+    'torchvision': _torchvision_model,
+    'transformers': _transformers,
+    'Swin, mmdet': _swin,
+}
+OURS = 'ours'
+
+
+def build(candidate: str, arch: str) -> nn.Module:
+    """Raises UsageError, which names the candidate, where it is not there or does not build."""
+    try:
+        torch.manual_seed(0)
+        return CANDIDATES[candidate](arch)
+    except Exception as error:  # of other libraries, in any way
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f'{candidate}: {reason}') from error
+
+
+def available(names: list[str], arch: str) -> tuple[list[str], list[str]]:
+    """The candidates of these that can be built, and a line for each that cannot."""
+    found, missing = [], []
+    for name in names:
+        try:
+            with torch.device('meta'):
+                build(name, arch)
+            found.append(name)
+        except UsageError as error:
+            try:
+                build(name, arch)  # some cannot be built on the meta device
+                found.append(name)
+            except UsageError:
+                missing.append(str(error))
+    return found, missing
+
+
+def agreement(candidate: str, arch: str, size: int = 64) -> float | None:
+    """Largest relative distance of a map of ours from the candidate's with its weights; None where they are of another
+    architecture. Maps of candidates without output norms are normalised.
+
+    Raises:
+        UsageError: the weights cannot be shared.
+    """
+    if candidate.startswith('Swin') or candidate.startswith(OURS):
+        return None
+    theirs, ours = build(candidate, arch), ConvNeXt(arch).eval()
+    theirs.eval()  # mmpretrain's returns None
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, 'weights.pth')
+        torch.save(theirs.state_dict(), file)
+        load_backbone(ours, file)
+    image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        pairs = zip(_maps(theirs(image)), ours(image))
+        return max(_distance(_normalised(t), _normalised(o)) for t, o in pairs)
+
+
+def times(case: Case, candidates: list[str], rounds: int) -> Iterator[Result]:
+    """Each candidate in each memory format, one run after the other in each round; the first two rounds warm up."""
+    keys = [
+        (name, layout)
+        for name in candidates
+        for layout in (LAYOUTS if name in CANDIDATES and not name.startswith((OURS, 'Swin')) else ['contiguous'])
+    ]
+    first = {key: _alone(_first, case, *key) if case.compiled else None for key in keys}  # while the device is free
+    runs = {(name, layout): _step(case, build(name, case.arch), layout) for name, layout in keys}
+    milliseconds = {key: [] for key in runs}
+    for i in range(rounds + 2):
+        for key, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if i >= 2:
+                milliseconds[key].append(1000 * (time.perf_counter() - start))
+    ours = statistics.median(milliseconds.get((OURS, 'contiguous'), [float('nan')]))
+    for (name, layout), values in milliseconds.items():
+        yield _result(case, name, layout, values, ours, first[name, layout])
+
+
+def pays_from(compiled: dict, plain: dict) -> int | None:
+    """From how many runs on a compiled candidate has won back its first two; None where it is not faster. Results as
+    dictionaries."""
+    won = plain['median'] - compiled['median']
+    lost = compiled['first'] - 2 * compiled['median']
+    return None if won <= 0 else max(1, math.ceil(lost / won))
+
+
+def memory(case: Case, candidates: list[str]) -> Iterator[Result]:
+    """Peak memory of a step in MB, beyond what the process held before it, which is mostly weights; each candidate in a
+    process of its own. On a CPU it is resident memory (Linux)."""
+    found = {name: _alone(_peak, case, name) for name in candidates}
+    for name, value in found.items():
+        yield _result(case, name, 'contiguous', [value], found.get(OURS, float('nan')))
+
+
+def bound(case: Case) -> float:
+    """Milliseconds of the matrix products of a forward pass alone, at the rate that this device reaches on their shapes
+    in the fastest of their forms, a cache-sized tile at a time."""
+    dtype, device = DTYPES[case.dtype], case.device
+    sizes, total = ARCHS[case.arch], 0.0
+    before, area = 3 * 16, 16
+    for i, (depth, channels) in enumerate(zip(sizes['depths'], sizes['channels'])):
+        area = (4 * 2**i) ** 2
+        rows = case.batch * case.height * case.width // area
+        products = [(before, channels, 1), (channels, 4 * channels, depth), (4 * channels, channels, depth)]
+        for inner, outer, times_run in products:
+            tile = min(rows, dispatch.onednn.TILE)
+            total += times_run * rows / tile * _product_time(tile, inner, outer, dtype, device)
+        before = 4 * channels
+    return 1000 * total
+
+
+def models(device: str, dtype: str, rounds: int, size: tuple[int, int] | None = None) -> Iterator[dict]:
+    """Images a second of whole models of the paper, random weights, with our backbone and with Swin in its place, and
+    the paper's ratio of the two."""
+    for recipe, (paper_size, ratio) in MODELS_OF_PAPER.items():
+        width, height = size or paper_size
+        runs = {
+            name: _model_step(recipe, name, device, dtype, height, width)
+            for name in ('ConvNeXt', 'ConvNeXt, plain', 'Swin')
+        }
+        seconds = {name: [] for name in runs}
+        for i in range(rounds + 1):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
+                if i:
+                    seconds[name].append(time.perf_counter() - start)
+        rates = {name: 1 / statistics.median(values) for name, values in seconds.items()}
+        yield {
+            'model': recipe,
+            'size': (width, height),
+            'images_per_second': rates,
+            'ratio': rates['ConvNeXt'] / rates['Swin'],
+            'paper_ratio': ratio,
+        }
+
+
+def _model_step(recipe, backbone, device, dtype, height, width):
+    config = Config.fromfile(CONFIGS / f'{recipe}.py', import_custom_modules=False)
+    init_default_scope(config.default_scope)
+    with _with_torchvision():
+        importlib.import_module(f'{config.default_scope}.models')
+        importlib.import_module('convnext_dense.models.fp32_heads')  # with mmdet's models, of which Swin is
+    cfg = config.model
+    cfg.backbone.init_cfg = None
+    if backbone == 'Swin':
+        cfg.backbone = dict(type='mmdet.SwinTransformer', **SWIN['tiny'])
+    model = MODELS.build(cfg).to(device).eval()
+    image = torch.randn(1, 3, height, width, device=device)
+    if config.default_scope == 'mmdet':
+        structures = importlib.import_module('mmdet.structures')
+        meta = dict(img_shape=(height, width), ori_shape=(height, width), scale_factor=(1.0, 1.0))
+        samples = [structures.DetDataSample(metainfo=meta)]
+        settings = dict(data_samples=samples)
+    else:
+        settings = {}
+    plain = backbone.endswith('plain')
+
+    @torch.no_grad()
+    def run():
+        with dispatch.plainly() if plain else nullcontext(), _autocast(device, dtype):
+            model(image, mode='tensor', **settings)
+        _synchronise(device)
+
+    return run
+
+
+def _step(case: Case, model: nn.Module, layout: str) -> Callable[[], None]:
+    """One run of a case."""
+    model = model.to(case.device, memory_format=LAYOUTS[layout])
+    model.train(case.mode == 'training')
+    image = torch.randn(case.batch, 3, case.height, case.width, device=case.device)
+    image = image.contiguous(memory_format=LAYOUTS[layout])
+    called = model
+    if case.compiled and isinstance(model, ConvNeXt):
+        model.compile_blocks()  # as the tools' flag does
+    elif case.compiled:
+        called = torch.compile(model, dynamic=True)
+
+    def run():
+        model.zero_grad(set_to_none=True)
+        with torch.set_grad_enabled(case.mode == 'training'), _autocast(case.device, case.dtype):
+            maps = _maps(called(image))
+            loss = sum(m.float().mean() for m in maps) if case.mode == 'training' else None
+        del maps
+        if loss is not None:
+            loss.backward()
+        _synchronise(case.device)
+
+    return run
+
+
+def _alone(function: Callable, *args):
+    """Its result in a process of its own."""
+    with get_context('spawn').Pool(1) as pool:
+        return pool.apply(function, args, dict(threads=torch.get_num_threads()))
+
+
+def _first(case: Case, candidate: str, layout: str, threads: int) -> float:
+    """Milliseconds of the first two runs, of which nothing was compiled before."""
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        os.environ['TORCHINDUCTOR_CACHE_DIR'] = folder
+        run = _step(case, build(candidate, case.arch), layout)
+        start = time.perf_counter()
+        run(), run()
+        return 1000 * (time.perf_counter() - start)
+
+
+def _peak(case: Case, candidate: str, threads: int) -> float:
+    torch.set_num_threads(threads)
+    with redirect_stdout(sys.stderr):  # libraries print as they are imported
+        model = build(candidate, case.arch)
+    small = Case(case.arch, case.mode, 64, 64, 1, case.dtype, case.device, case.compiled)
+    _step(small, model, 'contiguous')()  # what libraries allocate once
+    run = _step(case, model, 'contiguous')
+    model.zero_grad(set_to_none=True)
+    if case.device != 'cpu':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    Path('/proc/self/clear_refs').write_text('5')  # the peak starts anew
+    before = _resident('VmRSS')
+    run()
+    return _resident('VmHWM') - before
+
+
+def _resident(key: str) -> float:
+    return (
+        int(next(line for line in Path('/proc/self/status').read_text().splitlines() if key in line).split()[1]) / 1e3
+    )
+
+
+def _product_time(rows: int, inner: int, outer: int, dtype: torch.dtype, device: str) -> float:
+    x, weight = (
+        torch.randn(rows, inner, device=device, dtype=dtype),
+        torch.randn(outer, inner, device=device, dtype=dtype),
+    )
+    image = x.view(1, rows, 1, inner).permute(0, 3, 1, 2)
+    forms = [lambda: F.linear(x, weight), lambda: F.conv2d(image, weight[:, :, None, None])]
+    if device == 'cpu' and dtype in dispatch.onednn.dtypes():
+        forms.append(lambda: dispatch.onednn._linear(x, weight))
+    best = float('inf')
+    with torch.no_grad():
+        for form in forms:
+            for _ in range(5):
+                start = time.perf_counter()
+                form()
+                _synchronise(device)
+                best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _result(case, name, layout, values, ours, first=None) -> Result:
+    quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    median = statistics.median(values)
+    ratio = None if ours != ours else median / ours
+    return Result(case, name, layout, median, quartiles[0], quartiles[2], ratio, first)
+
+
+def _maps(output) -> list[torch.Tensor]:
+    return list(getattr(output, 'feature_maps', output))
+
+
+def _normalised(x: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-6)
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def _autocast(device: str, dtype: str):
+    return torch.autocast(device.split(':')[0], DTYPES[dtype], enabled=dtype != 'fp32')
+
+
+def _synchronise(device: str) -> None:
+    if device != 'cpu':
+        torch.cuda.synchronize()
+
+
+def cases(archs, modes, resolutions, batches, dtypes, device, compiled) -> Iterator[Case]:
+    """All combinations; `compiled` False, True or 'both'."""
+    forms = {'both': (False, True)}.get(compiled, (compiled,))
+    for arch, mode, (height, width), batch, dtype, form in product(archs, modes, resolutions, batches, dtypes, forms):
+        yield Case(arch, mode, height, width, batch, dtype, device, form)

@@ -1,0 +1,134 @@
+"""Checked data in a work dir: what training reads, and what tells that nothing has changed since."""
+
+import hashlib
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import UsageError
+from .check_images import ENDINGS
+from .diagnostics import Finding, Report
+from .files import read_bytes, walk
+from .request import Data
+
+FORMAT = 2  # of what is checked and written; a change counts it up
+MAX_ABOUT_BYTES = 2**28  # of what tells what was checked
+ABOUT = 'data.json'
+BUSY = 'checking'  # a file that changes while data are checked
+POLL, BEAT, SILENT = 1, 10, 600  # seconds: of looks for it, of its changes, and without one until it is given up
+KEPT = ('task', 'root', 'classes', 'palette', 'turn', 'masks', 'settings', 'places')
+LOCAL_RANKS = {'pytorch': 'LOCAL_RANK', 'slurm': 'SLURM_LOCALID', 'mpi': 'OMPI_COMM_WORLD_LOCAL_RANK'}
+
+
+def prepared(folder: str, key: tuple) -> tuple[Data, dict[str, str]] | None:
+    """The data that an earlier check left in `folder`, without their splits, and the file of each split; None where
+    there are none, something else was asked for (`key`), or files have come, gone or changed since."""
+    try:
+        content = json.loads(read_bytes(Path(folder, ABOUT), MAX_ABOUT_BYTES))
+        if content['of'] != fingerprint(key, content['places']):
+            return None
+        files = {split: os.path.join(folder, f'{split}.json') for split in content['splits']}
+        if not all(map(os.path.isfile, files.values())):
+            return None
+        findings = [Finding(f['split'], f['kind'], f['count'], f['examples']) for f in content['report']['findings']]
+        report = Report(content['report']['facts'], {(f.split, f.kind): f for f in findings})
+        return Data(**{key: content[key] for key in KEPT}, splits={}, report=report), files
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):  # not whole, or of others
+        return None
+
+
+def write(folder: str, key: tuple, data: Data) -> dict[str, str]:
+    """Write the splits of checked data, and last what they are of. Returns the file of each split."""
+    os.makedirs(folder, exist_ok=True)
+    Path(folder, ABOUT).unlink(missing_ok=True)  # while splits are written, it is of none
+    files = {split: os.path.join(folder, f'{split}.json') for split in data.splits}
+    for split, file in files.items():
+        _write(file, data.splits[split])
+    about = {key: getattr(data, key) for key in KEPT}
+    about |= dict(of=fingerprint(key, data.places), splits=list(files), report=data.report.as_data())
+    _write(os.path.join(folder, ABOUT), about)
+    return files
+
+
+def wait_for(folder: str, key: tuple) -> tuple[Data, dict[str, str]]:
+    """What the first process of this machine prepares; where that ends in an error, the launcher ends this one.
+
+    Raises:
+        UsageError: for some minutes nothing was heard of that process.
+    """
+    state, heard = None, time.monotonic()
+    while True:
+        now = _state(os.path.join(folder, ABOUT)), _state(os.path.join(folder, BUSY))
+        if now != state:  # else another look at all the data would find the same
+            state, heard = now, time.monotonic()
+            found = prepared(folder, key)
+            if found:
+                return found
+        if time.monotonic() - heard > SILENT:
+            raise UsageError(
+                f'the first process of this machine has not been heard of for {SILENT // 60} minutes while it checked '
+                'the data: see how it ended, or check them before with tools/check_data.py'
+            )
+        time.sleep(POLL)
+
+
+@contextmanager
+def busy(folder: str) -> Iterator[None]:
+    """Say every few seconds that this process checks the data that others wait for."""
+    os.makedirs(folder, exist_ok=True)
+    file, done = Path(folder, BUSY), threading.Event()
+
+    def say():
+        while True:
+            with suppress(OSError):  # no room: the others wait a little less patiently
+                file.write_text(str(time.time()))
+            if done.wait(BEAT):
+                return
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        file.unlink(missing_ok=True)
+
+
+def is_first_on_node(launcher: str) -> bool:
+    """Whether this is the process that does what is done once on each machine."""
+    return os.environ.get(LOCAL_RANKS.get(launcher, ''), '0') == '0'
+
+
+def fingerprint(key: tuple, places: Sequence[str]) -> str:
+    """Of what was asked and of names, sizes and times of the files at these places: files, and images in folders."""
+    digest = hashlib.sha256(repr((FORMAT, key)).encode())
+    for place in sorted(places):
+        if not os.path.isdir(place):
+            digest.update(_state(place))
+        for at, names in walk(place):
+            for name in names:
+                if name.lower().endswith(ENDINGS):
+                    digest.update(_state(os.path.join(at, name)))
+    return digest.hexdigest()
+
+
+def _state(path: str) -> bytes:
+    try:
+        stat = os.stat(path)
+        state = f'{path} {stat.st_size} {stat.st_mtime_ns}\n'
+    except (OSError, ValueError):
+        state = f'{path} is not there\n'
+    return state.encode('utf-8', 'surrogatepass')  # names need not be UTF-8
+
+
+def _write(file: str, content: object) -> None:
+    handle, aside = tempfile.mkstemp(dir=os.path.dirname(file), prefix=f'{os.path.basename(file)}.')
+    with open(handle, 'w') as out:
+        json.dump(content, out, separators=(',', ':'))
+    os.replace(aside, file)

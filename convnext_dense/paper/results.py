@@ -1,0 +1,259 @@
+"""The paper's thirteen dense results as data ("A ConvNet for the 2020s", tables 3, 4 and 7, appendix A.3).
+
+Every table, test and figure of this project that shows the paper's numbers reads them here.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePath
+
+from mmengine.config import Config
+
+from ..type_names import short_name
+
+CONFIGS = Path(__file__).parents[1] / '.mim/configs'
+TOTAL_BATCH = 16
+# What makes a recipe, and in it what is not the recipe's but the user's machine's.
+COMPARED = ('model', 'optim_wrapper', 'param_scheduler', 'train_dataloader', 'val_dataloader', 'val_evaluator')
+COMPARED += ('custom_hooks', 'load_from')
+FITTED = ('batch_size', 'num_workers', 'persistent_workers', 'prefetch_factor', 'pin_memory', 'accumulative_counts')
+FITTED += (
+    'data_root',
+    'ann_file',
+    'img',
+    'img_path',
+    'seg_map_path',
+    'backend_args',
+    'dtype',
+    'loss_scale',
+    'checkpoint',
+)
+# The figures of a detection row in the order in which the paper prints them, and of a segmentation row.
+DETECTION = ('box AP', 'box AP50', 'box AP75', 'mask AP', 'mask AP50', 'mask AP75')
+SEGMENTATION = ('mIoU', 'mIoU multi-scale')
+MAIN = ('box AP', 'mask AP', *SEGMENTATION)
+# The names under which mmdet's and mmseg's evaluators give them, and what makes them percent.
+METRICS = {
+    'box AP': ('coco/bbox_mAP', 100),
+    'box AP50': ('coco/bbox_mAP_50', 100),
+    'box AP75': ('coco/bbox_mAP_75', 100),
+    'mask AP': ('coco/segm_mAP', 100),
+    'mask AP50': ('coco/segm_mAP_50', 100),
+    'mask AP75': ('coco/segm_mAP_75', 100),
+    'mIoU': ('mIoU', 1),
+}
+# How far a faithful run may lie from the paper's figure: a retraining, and the released weights.
+RETRAINED = {'box AP': 0.3, 'mask AP': 0.3, 'mIoU': 0.5, 'mIoU multi-scale': 0.5}
+RELEASED = 0.1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result: a recipe's settings that tell it from the others, and the paper's figures of it.
+
+    `figures` are AP or mIoU in percent by the names in DETECTION or SEGMENTATION; `params` in millions and `gflops` (a
+    multiply-add counts as 1, at `size`, width x height) as the paper prints them; `released` is the name of the
+    checkpoint that the authors trained.
+    """
+
+    recipe: str
+    arch: str
+    weights: str
+    released: str
+    drop_path: float
+    lr: float
+    decay_rate: float
+    figures: Mapping[str, float]
+    params: int
+    gflops: int
+    size: tuple[int, int]
+    precision: str = 'float16'
+
+    @property
+    def detector(self) -> bool:
+        return 'mIoU' not in self.figures
+
+    @property
+    def decay_type(self) -> str:
+        return 'layer_wise' if self.detector else 'stage_wise'
+
+    @property
+    def crop(self) -> int | None:
+        """Side of the training crop on ADE20K, pixels."""
+        return None if self.detector else self.size[1]
+
+    @cached_property
+    def identity(self) -> dict[str, object]:
+        """The settings of a config, by dotted key, by which it is this row and no other."""
+        common = {'model.backbone.arch': self.arch, 'model.backbone.drop_path_rate': self.drop_path}
+        # Classes that are named are not COCO's or ADE20K's own: other data, even if of as many classes.
+        common |= {f'{split}_dataloader.dataset.metainfo': None for split in ('train', 'test')}
+        if self.detector:
+            model = {'mask_rcnn': 'MaskRCNN', 'cascade': 'CascadeRCNN'}[self.recipe.split('/')[0]]
+            return {
+                **common,
+                'model.type': model,
+                'model.roi_head.mask_head.num_classes': 80,
+                'train_dataloader.dataset.type': 'CocoDataset',
+            }
+        return {
+            **common,
+            'model.decode_head.type': 'UPerHead',
+            'model.decode_head.num_classes': 150,
+            'model.test_cfg.crop_size': (self.crop, self.crop),
+            'train_dataloader.dataset.type': 'ADE20KDataset',
+        }
+
+
+def _coco(recipe, arch, weights, drop_path, lr, decay_rate, box, mask, params, gflops, precision='float16') -> Row:
+    model = {'mask_rcnn': 'mask_rcnn', 'cascade': 'cascade_mask_rcnn'}[recipe.split('/')[0]]
+    return Row(
+        recipe=recipe,
+        arch=arch,
+        weights=f'convnext_{arch}_{weights}_224',
+        released=f'{model}_convnext_{arch}_{weights}_3x',
+        drop_path=drop_path,
+        lr=lr,
+        decay_rate=decay_rate,
+        figures=dict(zip(DETECTION, box + mask)),
+        params=params,
+        gflops=gflops,
+        size=(1280, 800),
+        precision=precision,
+    )
+
+
+def _ade20k(recipe, arch, weights, crop, drop_path, lr, single, multi, params, gflops, precision='float16') -> Row:
+    return Row(
+        recipe=recipe,
+        arch=arch,
+        weights=f'convnext_{arch}_{weights}_224',
+        released=f'upernet_convnext_{arch}_{weights}_{crop}x{crop}',
+        drop_path=drop_path,
+        lr=lr,
+        decay_rate=0.9,
+        figures={'mIoU': single, 'mIoU multi-scale': multi},
+        params=params,
+        gflops=gflops,
+        size=(4 * crop, crop),
+        precision=precision,
+    )
+
+
+# fmt: off
+ROWS = (
+    # recipe, arch, weights, drop path, lr, decay rate, box AP/50/75, mask AP/50/75, M parameters, GFLOPs
+    _coco('mask_rcnn/convnext_t', 'tiny', '1k', 0.4, 1e-4, 0.95, (46.2, 67.9, 50.8), (41.7, 65.0, 44.9), 48, 262),
+    _coco('cascade/convnext_t', 'tiny', '1k', 0.4, 2e-4, 0.7, (50.4, 69.1, 54.8), (43.7, 66.5, 47.3), 86, 741),
+    _coco('cascade/convnext_s', 'small', '1k', 0.6, 2e-4, 0.7, (51.9, 70.8, 56.5), (45.0, 68.4, 49.1), 108, 827),
+    _coco('cascade/convnext_b', 'base', '1k', 0.7, 2e-4, 0.8, (52.7, 71.3, 57.2), (45.6, 68.9, 49.5), 146, 964),
+    _coco('cascade/convnext_b_in22k', 'base', '22k', 0.6, 1e-4, 0.8,
+          (54.0, 73.1, 58.8), (46.9, 70.6, 51.3), 146, 964),
+    _coco('cascade/convnext_l_in22k', 'large', '22k', 0.7, 1e-4, 0.7,
+          (54.8, 73.8, 59.8), (47.6, 71.3, 51.7), 255, 1354, 'float32'),
+    _coco('cascade/convnext_xl_in22k', 'xlarge', '22k', 0.8, 1e-4, 0.7,
+          (55.2, 74.2, 59.9), (47.7, 71.6, 52.2), 407, 1898, 'float32'),
+    # recipe, arch, weights, crop, drop path, lr, mIoU single scale, multi-scale, M parameters, GFLOPs
+    _ade20k('upernet/convnext_t', 'tiny', '1k', 512, 0.4, 1e-4, 46.0, 46.7, 60, 939),
+    _ade20k('upernet/convnext_s', 'small', '1k', 512, 0.3, 1e-4, 48.7, 49.6, 82, 1027),
+    _ade20k('upernet/convnext_b', 'base', '1k', 512, 0.4, 1e-4, 49.1, 49.9, 122, 1170),
+    _ade20k('upernet/convnext_b_in22k', 'base', '22k', 640, 0.4, 1e-4, 52.6, 53.1, 122, 1828),
+    _ade20k('upernet/convnext_l_in22k', 'large', '22k', 640, 0.4, 1e-4, 53.2, 53.7, 235, 2458, 'float32'),
+    _ade20k('upernet/convnext_xl_in22k', 'xlarge', '22k', 640, 0.4, 8e-5, 53.6, 54.0, 391, 3335, 'float32'),
+)
+# fmt: on
+
+
+def figures_of(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What an evaluator found, in percent and by the paper's names."""
+    return {name: factor * metrics[key] for name, (key, factor) in METRICS.items() if metrics.get(key) is not None}
+
+
+def row_of(config: Config) -> Row | None:
+    """The row whose recipe a config is, whatever file it came from; None where it is none."""
+    return next((row for row in ROWS if not _differing(config, row.identity)), None)
+
+
+def recipe(row: Row) -> Config:
+    """The config of a row as this package holds it."""
+    return Config.fromfile(CONFIGS / f'{row.recipe}.py', import_custom_modules=False)
+
+
+def recipe_parts(path: str) -> tuple[str, ...]:
+    """What names a config among others: ('cascade', 'convnext_t') of .../configs/cascade/convnext_t.py, the file's name
+    where it lies in no `configs`."""
+    parts = Path(path).absolute().with_suffix('').parts
+    folders = parts[:-1][::-1]
+    return parts[len(parts) - 1 - folders.index('configs') :] if 'configs' in folders else parts[-1:]
+
+
+def changed_settings(config: Config, row: Row) -> list[str]:
+    """The settings, by their last names, in which a config departs from the recipe of its row; places of data, workers
+    and what `tools/train.py` fits to a number of GPUs are none, precision and batch have their own names elsewhere."""
+    ours, theirs = (dict(_settings(c)) for c in (config, recipe(row)))
+    changed = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
+    return list(dict.fromkeys(next(part for part in reversed(key.split('.')) if not part.isdigit()) for key in changed))
+
+
+def _settings(config: Config) -> Iterator[tuple[str, object]]:
+    """What a training and its evaluation are made of, by dotted keys."""
+    for part in COMPARED:
+        yield from _flat(part, config.get(part) or None)
+    yield 'length', training_length(config)
+    yield 'weights', _weights(config)
+
+
+def _flat(key: str, value) -> Iterator[tuple[str, object]]:
+    if key.split('.')[-1] in FITTED or key == 'optim_wrapper.type':
+        return
+    items = enumerate(value) if isinstance(value, (list, tuple)) else value.items() if hasattr(value, 'items') else None
+    if items is None:
+        yield key, short_name(value) if key.endswith('.type') else value
+        return
+    for name, item in items:
+        yield from _flat(f'{key}.{name}', item)
+
+
+def training_length(config: Config) -> float:
+    """How long a config trains: epochs, or updates where it counts iterations."""
+    train_cfg = config.get('train_cfg') or {}
+    if 'max_epochs' in train_cfg:
+        return train_cfg['max_epochs']
+    return train_cfg.get('max_iters', 0) / accumulation_of(config)
+
+
+def accumulation_of(config: Config) -> int:
+    """Batches whose gradients a config adds up for one update."""
+    return config.get('optim_wrapper', {}).get('accumulative_counts', 1)
+
+
+def precision_of(config: Config) -> str:
+    """'float16', 'bfloat16' or 'float32': what a config trains in."""
+    wrapper = config.get('optim_wrapper', {})
+    amp = short_name(wrapper.get('type')) == 'AmpOptimWrapper'
+    return str(wrapper.get('dtype', 'float16')) if amp else 'float32'
+
+
+def _differing(config: Config, wanted: Mapping[str, object]) -> list[str]:
+    return [key for key, value in wanted.items() if not _same(_at(config, key), value, key)]
+
+
+def _same(found, wanted, key: str) -> bool:
+    found = short_name(found) if key.endswith('.type') else found
+    return (tuple(found) if isinstance(found, list) else found) == wanted
+
+
+def _at(config: Config, dotted: str):
+    for key in dotted.split('.'):
+        if not hasattr(config, 'get'):
+            return None
+        config = config.get(key)
+    return config
+
+
+def _weights(config: Config) -> str:
+    """The name of the file that a config's backbone starts from, wherever it lies."""
+    init_cfg = _at(config, 'model.backbone.init_cfg')
+    checkpoint = init_cfg.get('checkpoint') if hasattr(init_cfg, 'get') else None
+    return PurePath(str(checkpoint)).name.removesuffix('.pth')
