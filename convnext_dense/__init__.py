@@ -14,8 +14,8 @@ except ImportError as error:
 
 from . import _moved
 from .checkpoints import PretrainedConvNeXt, load_backbone
-from .config.batch_size import UpdateParamSchedulerHook
 from .config.trackers import RunWandbVisBackend
+from .engine.param_scheduler_hook import UpdateParamSchedulerHook
 from .errors import UsageError
 from .models.convnext import ARCHS, ConvNeXt
 from .optim.layer_decay import LayerDecayOptimWrapperConstructor, layer_ids

@@ -16,11 +16,12 @@ from mmengine.config import Config
 from test_tools import one_line_error
 
 from convnext_dense import UsageError
-from convnext_dense.cli.exit import MAX_LINE, _ending, config_path, printable
-from convnext_dense.config.load import _is_first_process, check_launcher, check_levels, load_config
+from convnext_dense.cli.exit import MAX_LINE, _ending, printable
+from convnext_dense.config.load import config_path, load_config
+from convnext_dense.config.preflight import _is_first_process, check_launcher, check_levels
 from convnext_dense.datasets import toy_shapes
-from convnext_dense.engine.checkpoint_hook import hold
-from convnext_dense.engine.runner import moved
+from convnext_dense.engine.resume import moved
+from convnext_dense.engine.work_dir_lock import hold
 from convnext_dense.ops import dispatch
 
 TOOLS = ROOT / 'tools'

@@ -22,8 +22,14 @@ from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS, 
 from test_tools import one_line_error
 
 from convnext_dense import ConvNeXt, UsageError
-from convnext_dense.config.batch_size import dicts_in, set_inputs, set_total_batch
-from convnext_dense.config.load import check_backbones, set_keep, set_out, set_precision
+from convnext_dense.config.batch_size import set_total_batch
+from convnext_dense.config.hooks import set_keep
+from convnext_dense.config.inputs import set_inputs
+from convnext_dense.config.outputs import set_out
+from convnext_dense.config.precision import set_precision
+from convnext_dense.config.preflight import check_backbones
+from convnext_dense.config.recipe import precision_of
+from convnext_dense.config.tree import dicts_in
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.datasets.configure import fill, set_classes
 from convnext_dense.datasets.custom import Request, check_classes, set_data
@@ -31,7 +37,7 @@ from convnext_dense.datasets.diagnostics import Report
 from convnext_dense.datasets.image_sizes import limits_of
 from convnext_dense.datasets.request import Data
 from convnext_dense.engine.runner import _host_name
-from convnext_dense.paper.results import precision_of, row_of
+from convnext_dense.paper.results import row_of
 from convnext_dense.type_names import class_of, is_type, short_name
 
 CONFIGS = ROOT / 'configs'

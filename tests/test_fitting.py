@@ -16,15 +16,11 @@ from test_recipes import load, lrs_over_iterations
 from test_tools import one_line_error
 
 from convnext_dense import ConvNeXt, UsageError
-from convnext_dense.config.batch_size import (
-    check_same_accumulation,
-    fit_batch,
-    n_processes,
-    set_inputs,
-    set_length,
-    set_total_batch,
-)
+from convnext_dense.config.batch_size import check_same_accumulation, fit_batch, set_total_batch
+from convnext_dense.config.inputs import set_inputs
+from convnext_dense.config.launch import n_processes
 from convnext_dense.config.literal import read_dumped
+from convnext_dense.config.schedule import set_length
 from convnext_dense.datasets import toy_shapes
 
 N_IMAGES, TOTAL = 16, 4

@@ -25,8 +25,9 @@ from test_formats import (
 from convnext_dense import ConvNeXt, UsageError, load_backbone
 from convnext_dense.checkpoints import read
 from convnext_dense.checkpoints.pretrained import source_of
-from convnext_dense.config.load import build_runner, check_resume
+from convnext_dense.config.resume import check_resume
 from convnext_dense.datasets import toy_shapes
+from convnext_dense.engine.build import build_runner
 
 SMALL = dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32))
 PREFIXES = {

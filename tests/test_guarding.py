@@ -24,14 +24,14 @@ from mmengine.structures import BaseDataElement
 from torch import nn
 from torch.utils.data import DataLoader
 
-from convnext_dense import ConvNeXt
-from convnext_dense.cli import exit
-from convnext_dense.config.load import PLACES, _safe_loader, set_keep, set_max_bad_images
+from convnext_dense import ConvNeXt, errors
+from convnext_dense.config.hooks import set_keep, set_max_bad_images
 from convnext_dense.datasets import toy_shapes
-from convnext_dense.datasets.check_images import ENDINGS
-from convnext_dense.engine.health_hook import cause_of, kept_bytes
-from convnext_dense.engine.runner import EpochLoop, ResumableRunner
-from convnext_dense.engine.samplers import unreadable
+from convnext_dense.engine.build import PLACES, _safe_loader
+from convnext_dense.engine.datasets import IMAGE_SUFFIXES, unreadable
+from convnext_dense.engine.failures import cause_of, kept_bytes
+from convnext_dense.engine.loops import EpochLoop
+from convnext_dense.engine.runner import ResumableRunner
 from convnext_dense.errors import RunError, UsageError
 
 SMALL = ('train_dataloader.batch_size=2', 'total_batch=4', 'default_hooks.logger.interval=1')
@@ -101,7 +101,7 @@ def test_images_that_cannot_be_read_are_named_counted_and_replaced(more, n_bad, 
         )
 
 
-@pytest.mark.parametrize('ending', ENDINGS)
+@pytest.mark.parametrize('ending', IMAGE_SUFFIXES)
 def test_every_image_that_a_data_set_may_hold_is_seen_to_be_broken(ending, tmp_path):
     for name in (f'a{ending}', f'b{ending.upper()}'):
         (tmp_path / name).write_bytes(b'no image')
@@ -580,4 +580,4 @@ def test_one_line_of_an_error_out_of_a_worker():
         'Caught UnreadableImage in DataLoader worker process 0.\nOriginal Traceback\n'
         'convnext_dense.errors.UnreadableImage: /data/1.png: an empty file\n'
     )
-    assert exit.last_line(error) == '/data/1.png: an empty file'
+    assert errors.last_line(error) == '/data/1.png: an empty file'

@@ -13,7 +13,9 @@ from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
 from test_tools import one_line_error
 
 from convnext_dense import UsageError
-from convnext_dense.config.batch_size import n_processes, set_length, set_total_batch
+from convnext_dense.config.batch_size import set_total_batch
+from convnext_dense.config.launch import n_processes
+from convnext_dense.config.schedule import set_length
 
 STOCK = Path(mmdet.__file__).parent / '.mim/configs'
 YOLOX, RTMDET = 'yolox/yolox_tiny_8xb8-300e_coco', 'rtmdet/rtmdet-ins_tiny_8xb32-300e_coco'

@@ -17,7 +17,7 @@ from mmengine.config import Config
 from test_recipes import load
 
 from convnext_dense.config.batch_size import set_total_batch
-from convnext_dense.config.load import set_resume
+from convnext_dense.config.resume import set_resume
 from convnext_dense.datasets import toy_shapes
 
 DEMO = ROOT / 'configs/demo/upernet.py'

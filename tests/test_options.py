@@ -8,12 +8,13 @@ from mmengine.registry import init_default_scope
 from test_tools import one_line_error
 
 from convnext_dense import UsageError
-from convnext_dense.config.batch_size import fit_batch, set_length, set_total_batch
+from convnext_dense.config.batch_size import fit_batch, set_total_batch
 from convnext_dense.config.load import load_config
+from convnext_dense.config.multiscale import set_multiscale
 from convnext_dense.config.options import arguments_of, merge, overruled
+from convnext_dense.config.schedule import set_length
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.datasets.custom import Request, set_data
-from convnext_dense.models.multiscale_tta import set_multiscale
 
 CONFIGS = ROOT / 'configs'
 

@@ -17,7 +17,8 @@ from test_tools import one_line_error
 from torch.utils.data import Dataset
 
 from convnext_dense import ConvNeXt
-from convnext_dense.config.batch_size import UpdateParamSchedulerHook, set_total_batch
+from convnext_dense.config.batch_size import set_total_batch
+from convnext_dense.engine.param_scheduler_hook import UpdateParamSchedulerHook
 from convnext_dense.errors import UsageError
 from convnext_dense.paper.curves import draw, layer_lrs, layer_scales, read_curves, smoothed
 

@@ -45,9 +45,8 @@ def test_options_it_names_are_options_of_a_tool():
         path.read_text()
         for path in [
             *(ROOT / 'tools').glob('*.py'),
-            ROOT / 'convnext_dense/commands.py',
-            ROOT / 'convnext_dense/command_line.py',
-            ROOT / 'convnext_dense/data/__init__.py',
+            *(ROOT / 'convnext_dense/cli').glob('*.py'),
+            ROOT / 'convnext_dense/datasets/custom.py',
         ]
     )
     others = {'--no-build-isolation', '--nproc_per_node', '--gres', '--ntasks', '--ntasks-per-node', '--cpus-per-task'}

@@ -10,7 +10,9 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, init_default_scope
 
 from convnext_dense import ARCHS, layer_ids
-from convnext_dense.paper.results import ROWS, changed_settings, precision_of, row_of
+from convnext_dense.config.recipe import precision_of
+from convnext_dense.paper.departures import changed_settings
+from convnext_dense.paper.results import ROWS, row_of
 
 # Parameters and entries of the state dict, of the original's fine-tuned checkpoints.
 SIZES = {

@@ -15,9 +15,10 @@ import torch
 from conftest import ROOT
 
 from convnext_dense.datasets import toy_shapes
-from convnext_dense.engine.checkpoint_hook import NoRoom, write_whole
-from convnext_dense.engine.runner import moved
-from convnext_dense.engine.samplers import Draw, DrawSampler, SkippingBatchSampler, seed_all
+from convnext_dense.engine.atomic_files import NoRoom, write_whole
+from convnext_dense.engine.resume import moved
+from convnext_dense.engine.samplers import DrawSampler, SkippingBatchSampler
+from convnext_dense.engine.seeding import SeededIndex, seed_all
 from convnext_dense.errors import UsageError
 
 # Six batches of two an epoch, four added up for an update: epochs end in the middle of adding up.
@@ -250,7 +251,7 @@ def test_draws_follow_from_seed_and_place_alone():
     assert keys(0, 2, 'InfiniteSampler')[1][:4] == endless[2:]
     assert len({key for batch in endless for _, key in batch}) == 12
 
-    draw = pickle.loads(pickle.dumps(Draw(4, (1, 2))))
+    draw = pickle.loads(pickle.dumps(SeededIndex(4, (1, 2))))
     assert draw == 4 and draw.key == (1, 2)
 
 

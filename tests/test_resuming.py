@@ -14,9 +14,10 @@ from test_tools import one_line_error
 from convnext_dense import UsageError
 from convnext_dense.config.batch_size import set_total_batch
 from convnext_dense.config.literal import read_dumped
-from convnext_dense.config.load import PLACES, _safe_loader, check_resume, set_resume
-from convnext_dense.config.resume import OVERRIDE, compare
+from convnext_dense.config.resume import check_resume, compare, set_resume
 from convnext_dense.datasets import toy_shapes
+from convnext_dense.engine.build import PLACES, _safe_loader
+from convnext_dense.engine.resume import OVERRIDE
 from convnext_dense.engine.runner import ResumableRunner
 
 CONFIGS = ROOT / 'configs'

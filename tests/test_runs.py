@@ -8,8 +8,9 @@ from test_recipes import load
 from test_tools import one_line_error
 
 from convnext_dense.config.batch_size import set_total_batch
-from convnext_dense.models.multiscale_tta import set_multiscale
-from convnext_dense.paper.results import MAIN, ROWS, changed_settings, row_of
+from convnext_dense.config.multiscale import set_multiscale
+from convnext_dense.paper.departures import changed_settings
+from convnext_dense.paper.results import MAIN, ROWS, row_of
 from convnext_dense.paper.work_dirs import find_runs, read_runs
 
 

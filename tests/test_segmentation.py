@@ -17,9 +17,10 @@ from test_recipes import SEGMENTATION, load
 from test_tools import MEAN, STD, one_line_error
 from torch.nn.functional import interpolate
 
+from convnext_dense.config.multiscale import RATIOS, set_multiscale
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.errors import UsageError
-from convnext_dense.models.multiscale_tta import RATIOS, _resized_rows, set_multiscale
+from convnext_dense.models.multiscale_tta import _resized_rows
 
 DEMO = ROOT / 'configs/demo/upernet.py'
 
@@ -142,11 +143,11 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 import numpy as np
 import test_segmentation as t
-from convnext_dense import segmentation
+from convnext_dense.config import multiscale
 config = t.small_segmentor()
 config.model.decode_head.num_classes = 150
-segmentation.RATIOS = {ratios}
-segmentation.set_multiscale(config)
+multiscale.RATIOS = {ratios}
+multiscale.set_multiscale(config)
 model = t.built(config)
 image = np.random.RandomState(0).randint(0, 256, (700, 1000, 3)).astype(np.uint8)
 data = t.views_of(config, image, Path({folder!r}))

@@ -13,10 +13,10 @@ from mmengine.registry import init_default_scope
 from test_data import CONFIGS, DETECTOR, SEGMENTOR, load, quick, run
 
 from convnext_dense import ConvNeXt
+from convnext_dense.config.multiscale import RATIOS, set_multiscale
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.datasets.custom import Request, read_data
 from convnext_dense.datasets.image_sizes import LIMITS, STRIDE, Limit, limits_of, resized, too_thin
-from convnext_dense.models.multiscale_tta import RATIOS, set_multiscale
 
 
 def config_of(name):

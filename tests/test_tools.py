@@ -19,8 +19,8 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 
 from convnext_dense.checkpoints import read
-from convnext_dense.config import load
-from convnext_dense.config.load import summary
+from convnext_dense.cli.prepare import summary
+from convnext_dense.config import preflight
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.errors import UsageError
 from convnext_dense.paper.work_dirs import read_runs
@@ -422,25 +422,25 @@ def test_upernet_predicts_what_a_plain_slide_loop_predicts(run_tool, tmp_path):
             assert len(np.unique(expected)) > 3
 
 
-@pytest.mark.parametrize('line', load.LINES)
+@pytest.mark.parametrize('line', preflight.LINES)
 def test_what_is_missing_is_named_with_the_way_out_of_the_line_that_is_there(monkeypatch, line):
-    extra, mmcv = load.LINES[line]
-    monkeypatch.setattr(load, '_is_installed', lambda name: name == line)
+    extra, mmcv = preflight.LINES[line]
+    monkeypatch.setattr(preflight, '_is_installed', lambda name: name == line)
     monkeypatch.setitem(sys.modules, 'mmcv._ext', None)
     with pytest.raises(UsageError, match=f'pip install --no-build-isolation.* {mmcv}$') as error:
-        load.check_installed('mmdet')
+        preflight.check_installed('mmdet')
     assert '\n' not in str(error.value)
     monkeypatch.setitem(sys.modules, 'mmdet', None)
     with pytest.raises(UsageError, match=rf'mmdet.*convnext_dense\[{extra}\]'):
-        load.check_installed('mmdet')
+        preflight.check_installed('mmdet')
     assert f"'{mmcv}'" in (ROOT / 'setup.py').read_text()
 
 
 def test_both_lines_of_openmmlab_in_one_environment_are_refused(monkeypatch):
-    load.check_installed('mmdet')
-    monkeypatch.setattr(load, 'version', lambda name: '0')
+    preflight.check_installed('mmdet')
+    monkeypatch.setattr(preflight, 'version', lambda name: '0')
     with pytest.raises(UsageError, match='onedl-mmengine and mmengine'):
-        load.check_installed('mmdet')
+        preflight.check_installed('mmdet')
 
 
 def test_summary():

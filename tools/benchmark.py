@@ -34,7 +34,8 @@ from benchmarks.backbone import (
     times,
 )
 from convnext_dense import ARCHS
-from convnext_dense.cli.exit import Parser, one_line_errors
+from convnext_dense.cli.arguments import Parser
+from convnext_dense.cli.exit import one_line_errors
 from convnext_dense.errors import UsageError
 from convnext_dense.ops import dispatch
 from convnext_dense.paper.tables import table

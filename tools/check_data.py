@@ -11,7 +11,8 @@ from contextlib import redirect_stdout
 
 import environment  # noqa: F401
 
-from convnext_dense.cli.exit import Parser, one_line_errors
+from convnext_dense.cli.arguments import Parser
+from convnext_dense.cli.exit import one_line_errors
 from convnext_dense.datasets.custom import data_arguments, read_data, request_of, tasks_of
 
 

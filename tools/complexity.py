@@ -10,10 +10,12 @@ from contextlib import redirect_stdout
 
 import environment  # noqa: F401
 
+from convnext_dense.cli.arguments import config_parser
 from convnext_dense.cli.exit import one_line_errors
-from convnext_dense.config.load import config_parser, load_config
+from convnext_dense.config.load import load_config
+from convnext_dense.paper.departures import CONFIGS
 from convnext_dense.paper.flops import complexity
-from convnext_dense.paper.results import CONFIGS, ROWS, row_of
+from convnext_dense.paper.results import ROWS, row_of
 from convnext_dense.paper.tables import table
 
 SIZES = {'mmdet': (1280, 800), 'mmseg': (2048, 512)}  # of a config that is no row of the paper

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import environment  # noqa: F401
 
-from convnext_dense.cli.exit import Parser, one_line_errors
+from convnext_dense.cli.arguments import Parser
+from convnext_dense.cli.exit import one_line_errors
 from convnext_dense.errors import UsageError
 from convnext_dense.paper.results import MAIN, ROWS
 from convnext_dense.paper.tables import table

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import environment  # noqa: F401
 
-from convnext_dense.cli.exit import Parser, one_line_errors
+from convnext_dense.cli.arguments import Parser
+from convnext_dense.cli.exit import one_line_errors
 from convnext_dense.errors import UsageError
 from convnext_dense.paper.curves import draw, progress, read_curves
 

@@ -8,21 +8,15 @@ import environment  # noqa: F401
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 
+from convnext_dense.cli.arguments import run_parser
 from convnext_dense.cli.exit import one_line_errors
-from convnext_dense.config.load import (
-    build_runner,
-    check_data,
-    compile_backbones,
-    load_run,
-    local_checkpoint,
-    run_parser,
-    set_out,
-    set_pictures,
-    summary,
-)
+from convnext_dense.cli.prepare import load_run, summary
+from convnext_dense.config.multiscale import RATIOS, set_multiscale
 from convnext_dense.config.options import overruled
+from convnext_dense.config.outputs import set_out, set_pictures
+from convnext_dense.config.preflight import check_data
 from convnext_dense.datasets.custom import data_arguments, request_of, set_data
-from convnext_dense.models.multiscale_tta import RATIOS, set_multiscale
+from convnext_dense.engine.build import build_runner, compile_backbones, local_checkpoint
 
 
 def parse_args():

@@ -6,25 +6,21 @@ import logging
 import environment  # noqa: F401
 from mmengine.logging import print_log
 
+from convnext_dense.cli.arguments import run_parser
 from convnext_dense.cli.exit import one_line_errors
-from convnext_dense.config.batch_size import n_processes, set_length, set_total_batch
-from convnext_dense.config.load import (
-    build_runner,
-    check_data,
-    check_pretrained,
-    check_resume,
-    compile_backbones,
-    hold_work_dir,
-    load_run,
-    run_parser,
-    set_keep,
-    set_max_bad_images,
-    set_precision,
-    set_resume,
-)
+from convnext_dense.cli.prepare import load_run
+from convnext_dense.config.batch_size import set_total_batch
+from convnext_dense.config.hooks import set_keep, set_max_bad_images
+from convnext_dense.config.launch import n_processes
 from convnext_dense.config.options import overruled
+from convnext_dense.config.precision import set_precision
+from convnext_dense.config.preflight import check_data, check_pretrained
+from convnext_dense.config.resume import check_resume, set_resume
+from convnext_dense.config.schedule import set_length
 from convnext_dense.config.trackers import TRACKERS, set_trackers
+from convnext_dense.config.work_dir import hold_work_dir
 from convnext_dense.datasets.custom import check_classes, data_arguments, request_of, set_data
+from convnext_dense.engine.build import build_runner, compile_backbones
 
 
 def parse_args():

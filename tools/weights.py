@@ -11,7 +11,8 @@ from convnext_dense.checkpoints.convert import TARGETS, convert
 from convnext_dense.checkpoints.hub import KNOWN
 from convnext_dense.checkpoints.naming import FIRST_BLOCK, STEM
 from convnext_dense.checkpoints.pretrained import Checkpoint
-from convnext_dense.cli.exit import Parser, one_line_errors
+from convnext_dense.cli.arguments import Parser
+from convnext_dense.cli.exit import one_line_errors
 from convnext_dense.errors import UsageError
 from convnext_dense.models.convnext import ARCHS, ConvNeXt
 from convnext_dense.paper.tables import table

@@ -1,52 +1,21 @@
-"""What a user of the command line meets: arguments with the nearest name to a misspelt one, and errors in one line."""
+"""How a tool ends: bad input in one line with exit code 2, a failed run with its own code, a bug with its traceback."""
 
-import argparse
-import difflib
-import importlib.util
 import logging
 import os
 import re
 import sys
-import sysconfig
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
-from types import FrameType
 
-from ..engine.checkpoint_hook import FULL, close_output, say_once
-from ..errors import RunError, Stopped, UsageError
+from ..engine.atomic_files import FULL
+from ..engine.console import close_output, say_once
+from ..errors import RunError, Stopped, UsageError, is_users_bug, last_line
 
 MAX_LINE = 2000  # characters of a message: names in a file have no end of their own
-# Packages whose errors are about what they were given, wherever they are installed.
-LIBRARIES = {'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'torch', 'convnext_dense', '__main__'}
 RUN_CONFIGS = ('train.py', 'test.py')
-INSTALLED = tuple(
-    os.path.realpath(path) + os.sep
-    for path in {sysconfig.get_path(n) for n in ('stdlib', 'platstdlib', 'purelib', 'platlib')}
-)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse's, which takes no abbreviations, names the nearest option to one that is not known, and has --debug."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **{'allow_abbrev': False, **kwargs})
-        self.add_argument('--debug', action='store_true', help='show the traceback behind an error of one line')
-
-    def error(self, message: str):
-        unknown = re.match('unrecognized arguments: (--[^ =]+)', message)
-        options = [option for action in self._all_actions() for option in action.option_strings]
-        near = unknown and difflib.get_close_matches(unknown[1], options, 1, 0.6)
-        super().error(f'{printable(message)}: perhaps {near[0]}' if near else printable(message))
-
-    def _all_actions(self) -> Iterator[argparse.Action]:
-        for action in self._actions:
-            yield action
-            if isinstance(action, argparse._SubParsersAction):
-                for parser in action.choices.values():
-                    yield from parser._actions
 
 
 @contextmanager
@@ -92,22 +61,6 @@ def _ending(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
-def is_users_bug(error: BaseException, config: str = '') -> bool:
-    """Whether an error comes out of code that belongs to no library and not to this project, such as a module that a
-    config imports; the `config` itself is input."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        file = os.path.realpath(frame.f_code.co_filename)
-        own = package_of(frame) in LIBRARIES or file.startswith(INSTALLED) or file == os.path.realpath(config)
-        if not own and os.path.isfile(file):
-            return True
-    return False
-
-
-def package_of(frame: FrameType) -> str:
-    """The package, or the module outside of one, whose code a frame runs."""
-    return (frame.f_globals.get('__name__') or '').split('.')[0]
-
-
 def _is_wrong_argument(error: BaseException) -> bool:
     """Whether a config gives a class what it does not take, or not what it needs; data sets and optimizers are built
     late."""
@@ -118,44 +71,10 @@ def _is_wrong_argument(error: BaseException) -> bool:
     return set(calls) <= {'__init__'}  # of the class and those that it is derived from
 
 
-def last_line(error: BaseException) -> str:
-    """The one line of an error, also of one that comes out of a process that reads data."""
-    return re.sub(r'^[\w.]*(Error|Image): ', '', str(error).strip().splitlines()[-1]) or type(error).__name__
-
-
 def printable(text: str) -> str:
     """Text as a terminal may have it: control characters and half characters escaped, and cut where it has no end."""
     text = ''.join(c if c.isprintable() or c == '\n' else c.encode('unicode_escape').decode() for c in text)
     return text if len(text) <= MAX_LINE else f'{text[: MAX_LINE - 200]} ... {text[-190:]}'
-
-
-class PatientStream:
-    """Standard output that drops what nobody reads any more, or has no room for, instead of ending a run."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        return self._patiently('write', text) or len(text)
-
-    def flush(self) -> None:
-        self._patiently('flush')
-
-    def _patiently(self, method: str, *args):
-        try:
-            return getattr(self.stream, method)(*args)
-        except OSError as error:
-            close_output()
-            print(f'standard output is gone ({error.strerror}): the log goes on in its file', file=sys.stderr)
-
-
-def keep_output() -> None:
-    """Have a long run go on when its standard output ends."""
-    if not isinstance(sys.stdout, PatientStream):
-        sys.stdout = PatientStream(sys.stdout)
 
 
 def _open_streams() -> None:
@@ -166,21 +85,3 @@ def _open_streams() -> None:
         elif hasattr(getattr(sys, name), 'reconfigure'):
             getattr(sys, name).reconfigure(errors='backslashreplace')
     logging.StreamHandler.handleError = say_once
-
-
-def config_path(name: str) -> str:
-    """The file of a config: a path, or PACKAGE::NAME as configs write it in `_base_`.
-
-    Raises:
-        UsageError: there is none.
-    """
-    package, found, rest = name.partition('::')
-    path = Path(name)
-    if found and package.isidentifier():
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise UsageError(f"no package '{package}', which the config '{name}' is of: install it")
-        path = Path(spec.submodule_search_locations[0], '.mim/configs', rest)
-    if not path.is_file():
-        raise UsageError(f"no config '{name}': give the path of a .py file, such as configs/cascade/convnext_t.py")
-    return str(path)

@@ -1,19 +1,117 @@
-"""What a resumed run takes from its checkpoint and what from its config. The state of an optimizer and of its schedules
-holds the values of the settings that it was built with, so that these are compared with those of now."""
+"""Resuming: which checkpoint a run continues from, and which of its settings may have changed."""
 
-import warnings
+import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.optim import OptimWrapper
-from mmengine.runner import EpochBasedTrainLoop
+from mmengine.logging import print_log
 
+from ..checkpoints.io import read
+from ..checkpoints.pretrained import source_of
+from ..engine.build import local_checkpoint
+from ..engine.checkpoint_hook import LAST
+from ..engine.resume import OVERRIDE
 from ..errors import UsageError
-from ..paper.results import FITTED, accumulation_of, training_length
 from ..type_names import short_name
-from .batch_size import UpdateParamSchedulerHook
+from .batch_size import check_same_accumulation
+from .literal import read_dumped
+from .recipe import FITTED, accumulation_of, training_length
+from .work_dir import TIMESTAMP, latest
 
-OVERRIDE = 'override_resumed'  # key of a config whose own settings take the place of the checkpoint's
+
+def set_resume(config: Config, resume: str | None) -> str | None:
+    """Fill in what `--resume [CHECKPOINT]` means and return the checkpoint to go on from, if any.
+
+    Args:
+        resume: a checkpoint; 'last' for that of the work dir's run; 'auto' for the same, or a new run where there is
+            none; None for a new run, or what the config's own `resume` and `load_from` say.
+
+    Raises:
+        UsageError: the checkpoint is not there, the work dir holds no run to go on with, or it holds one and nothing
+            says to go on with it.
+    """
+    work_dir = Path(config.work_dir)
+    holds_run = (work_dir / LAST).is_file() or any(work_dir.glob('*.pth'))
+    if resume is None and config.get('resume'):
+        resume = config.get('load_from') or 'last'
+    if resume is None:
+        if holds_run:
+            raise UsageError(
+                f'{work_dir} holds a run already: --resume goes on with it, another --work-dir starts anew'
+            )
+        return None
+    finds = resume in ('last', 'auto')
+    checkpoint = latest(work_dir) if finds else resume
+    if checkpoint:
+        checkpoint = local_checkpoint(checkpoint)
+        if not finds and holds_run and Path(checkpoint).resolve().parent != work_dir.resolve():
+            raise UsageError(f'{work_dir} holds another run than {checkpoint}: give another --work-dir')
+    elif holds_run:
+        raise UsageError(
+            f'{work_dir} has checkpoints but no last_checkpoint: --resume CHECKPOINT says which to go on from'
+        )
+    elif resume == 'last' and not any(work_dir.glob(TIMESTAMP)):  # the logs of a run that was not saved yet
+        raise UsageError(
+            f'{work_dir} holds no run to resume: leave out --resume to start one there; --resume auto starts one where '
+            'there is none'
+        )
+    else:
+        print_log(f'{work_dir} holds no checkpoint: the run starts from the beginning', 'current', logging.WARNING)
+    config.resume = bool(checkpoint)
+    if checkpoint:  # else the run starts anew, from its own load_from if it has one
+        config.load_from = checkpoint
+    return checkpoint
+
+
+def check_resume(
+    config: Config, checkpoint: str | None, another_length: bool = False, override: bool = False
+) -> str | None:
+    """Compare a run with the checkpoint that it is to go on from.
+
+    Args:
+        another_length: whether an argument of the command line sets the length of the run.
+        override: whether the config's settings take the place of those that the state in the checkpoint holds.
+
+    Returns:
+        One line that says which settings changed; None where none did.
+
+    Raises:
+        UsageError: the checkpoint is no state of a training, counts its iterations otherwise, or holds other settings
+            than the config; there is none and `override` was given.
+    """
+    if override and (not checkpoint or 'runner_type' in config):
+        raise UsageError('--override goes with --resume' + ('' if not checkpoint else ' and without a runner_type'))
+    if not checkpoint:
+        return None
+    content = read(checkpoint)
+    if not {'meta', 'state_dict', 'optimizer'} <= set(content):
+        raise UsageError(
+            f'{checkpoint} holds weights alone: --cfg-options load_from={checkpoint} starts a run from them'
+        )
+    source = source_of(content, checkpoint)
+    if source not in (None, 'original'):
+        raise UsageError(
+            f'{checkpoint} comes from a run of another ConvNeXt, in the names of {source}, and its optimizer likewise: '
+            f'--cfg-options load_from={checkpoint} starts a run from its weights'
+        )
+    settings = read_dumped(content['meta']['cfg']) if content['meta'].get('cfg') else None
+    if another_length and settings is not None and not override:
+        before, now = training_length(settings), training_length(config)
+        if before != now:
+            raise UsageError(
+                f'{checkpoint} comes from a run of {before:g} epochs or updates, not {now:g}, and its schedules go on: '
+                f'resume with its length, take the new schedules with --override, or start from its weights with '
+                f'--cfg-options load_from={checkpoint}'
+            )
+    if 'layout' not in content['meta']:
+        check_same_accumulation(config, content['meta'], checkpoint)
+    config[OVERRIDE] = override
+    if settings is None:
+        return f'{checkpoint} does not say its settings: they were not compared with those of now'
+    return compare(settings, config, checkpoint, override)
+
+
 # Parts of a config whose values the checkpoint's state holds as well, and that would be overridden by it.
 HELD = ('optim_wrapper.optimizer', 'optim_wrapper.paramwise_cfg', 'optim_wrapper.constructor', 'param_scheduler')
 HELD += ('auto_scale_lr', 'randomness.seed')
@@ -105,38 +203,3 @@ def _is_in(key: str, parts: tuple[str, ...]) -> bool:
 def _listed(changed: Mapping[str, tuple[object, object]]) -> str:
     named = [f'{key} was {a!r}, is {b!r}' for key, (a, b) in list(changed.items())[:MOST]]
     return '; '.join([*named, *([f'and {len(changed) - MOST} more'] if len(changed) > MOST else [])])
-
-
-# ---- taking the config's settings ---------------------------------------------------------------------------------
-
-
-def take_own_settings(optim_wrapper: OptimWrapper, checkpoint: dict) -> None:
-    """Put the settings of a freshly built optimizer into the state that it is about to load, and leave out the state of
-    the schedules, which `replay` brings to where the run is.
-
-    Raises:
-        UsageError: the state has other groups of parameters.
-    """
-    fresh, saved = optim_wrapper.state_dict(), checkpoint['optimizer']
-    groups = [[len(group['params']) for group in state.get('param_groups', ())] for state in (fresh, saved)]
-    if groups[0] != groups[1] or not groups[0]:
-        raise UsageError('--override: the checkpoint groups its parameters otherwise: start a run from its weights')
-    own = [{**f, 'params': s['params']} for f, s in zip(fresh['param_groups'], saved['param_groups'])]
-    checkpoint['optimizer'] = {**saved, 'param_groups': own}
-    if 'base_param_settings' in fresh:
-        checkpoint['optimizer']['base_param_settings'] = fresh['base_param_settings']
-    checkpoint.pop('param_schedulers', None)
-
-
-def replay(runner) -> None:
-    """Step the schedules of a run as often as it has stepped."""
-    by_update = any(isinstance(hook, UpdateParamSchedulerHook) for hook in runner.hooks)
-    interval = runner.optim_wrapper._accumulative_counts if by_update else 1
-    by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
-    epoch_length = len(runner.train_dataloader) if by_epoch else runner.iter + 1
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # schedules expect a step of the optimizer before each of theirs
-        for iteration in range(1, runner.iter + 1):
-            for scheduler in runner.param_schedulers or ():
-                if iteration % (epoch_length if scheduler.by_epoch else interval) == 0:
-                    scheduler.step()

@@ -12,11 +12,11 @@ from mmengine.registry import VISBACKENDS
 from mmengine.visualization import WandbVisBackend
 
 from ..errors import UsageError
-from ..paper.results import recipe_parts
-from ..paper.work_dirs import TIMESTAMP, read_text
 from ..type_names import is_type
-from .batch_size import listed
 from .literal import read_dumped
+from .recipe import recipe_parts
+from .tree import listed
+from .work_dir import TIMESTAMP, read_text
 
 # What each needs to be imported.
 TRACKERS = {'tensorboard': 'torch.utils.tensorboard', 'wandb': 'wandb'}

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..engine.datasets import IMAGE_SUFFIXES
 from ..errors import UsageError
-from .check_images import ENDINGS
 from .diagnostics import Finding, Report
 from .files import read_bytes, walk
 from .request import Data
@@ -113,7 +113,7 @@ def fingerprint(key: tuple, places: Sequence[str]) -> str:
             digest.update(_state(place))
         for at, names in walk(place):
             for name in names:
-                if name.lower().endswith(ENDINGS):
+                if name.lower().endswith(IMAGE_SUFFIXES):
                     digest.update(_state(os.path.join(at, name)))
     return digest.hexdigest()
 

@@ -27,7 +27,6 @@ Image.init()
 FORMATS = tuple(name for name in FORMATS if name in Image.OPEN)
 LOSSY_FORMATS = ('JPEG', 'MPO', 'JPEG2000', 'AVIF')
 LOSSY_TIFF = ('jpeg', 'tiff_jpeg', 'webp')  # Pillow's words for its compression
-ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.jpe', '.jp2', '.ppm', '.pgm', '.pbm')
 
 
 class Seen(NamedTuple):

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, MODELS, TRANSFORMS
 
-from ..config.batch_size import OTHER_PIPELINES, dicts_in, listed
+from ..config.inputs import OTHER_PIPELINES
+from ..config.tree import dicts_in, listed
 from ..errors import UsageError
 from ..type_names import class_of, is_type, short_name
 from .request import Data

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from mmengine.config import Config
 from mmengine.registry import MODELS, TRANSFORMS
 
-from ..config.batch_size import dicts_in, listed
+from ..config.tree import dicts_in, listed
 from ..type_names import is_type
 
 SPLITS = ('train', 'val', 'test')

@@ -9,8 +9,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
+from ..engine.datasets import IMAGE_SUFFIXES
 from ..errors import UsageError
-from .check_images import ENDINGS
 from .files import (
     BOMS,
     Match,
@@ -192,7 +192,7 @@ def pair(folders: Folders, more: str | None = None) -> Pairs:
 
 def images_in(folder: Path) -> list[Path]:
     """All image files in and below a folder, by their endings."""
-    return sorted(p for p in _files(folder, None) if p.suffix.lower() in ENDINGS and not p.name.startswith('.'))
+    return sorted(p for p in _files(folder, None) if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith('.'))
 
 
 def what_it_is(root: Path) -> str:
@@ -229,7 +229,7 @@ def what_it_is(root: Path) -> str:
         (lambda: _is_image_folder(root), IMAGE_FOLDERS),
         (lambda: endings <= {'.zip', '.tar', '.gz', '.tgz', '.rar', '.7z'}, 'holds archives: unpack them there'),
         (lambda: endings & {'.npy', '.npz', '.mat'}, 'holds labels of NumPy or MATLAB: write them as index PNGs'),
-        (lambda: endings & set(ENDINGS), 'holds images without annotations'),
+        (lambda: endings & set(IMAGE_SUFFIXES), 'holds images without annotations'),
     ):  # fmt: skip
         found = find()
         if found:
@@ -293,14 +293,14 @@ def _kitti(files: list[Path]) -> Path | None:
 
 def _labels_of_split(root: Path, files: list[Path]) -> Path | None:
     """A folder of images whose name says that they are the label maps of a split."""
-    folders = {path.parent: None for path in files if path.suffix.lower() in ENDINGS and path.parent != root}
+    folders = {path.parent: None for path in files if path.suffix.lower() in IMAGE_SUFFIXES and path.parent != root}
     found = [folder for folder in folders if LABELS_OF_SPLIT.fullmatch(folder.name.lower())]
     return min(found, key=lambda folder: 'train' not in folder.name.lower(), default=None)
 
 
 def _masks_beside(files: list[Path]) -> Path | None:
     """An image that is called as another one in its folder, with _mask or the like behind."""
-    images = [path for path in files if path.suffix.lower() in ENDINGS]
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     stems = {(path.parent, path.stem.lower() + more) for path in images for more in MORE_IN_LABELS if more}
     return next((path for path in images if (path.parent, path.stem.lower()) in stems), None)
 
@@ -324,7 +324,7 @@ def _is_image_folder(root: Path) -> bool:
 
 
 def _has_image(folder: Path) -> bool:
-    return any(path.suffix.lower() in ENDINGS for path in folder.iterdir())
+    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
 
 
 def _fits(path: Path, pattern: str) -> bool:
@@ -343,7 +343,7 @@ def _could_be_coco(path: Path, tells: bool) -> bool:
 
 
 def _holds_maps(folder: Path) -> bool:
-    return any(path.suffix.lower() in ENDINGS for path in _files(folder))
+    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in _files(folder))
 
 
 def _lines(path: Path) -> list[str]:
@@ -362,7 +362,7 @@ def _listed(line: str, folder: Path, images: Collection[str]) -> str:
         path = path_in(text)[0]
         at = f'/{path.lower()}'.rfind(f'/{folder.name.lower()}/')
         path = path[at + len(folder.name) + 1 :] if at >= 0 else path
-        return path[: path.rfind('.')] if path.lower().endswith(ENDINGS) else path
+        return path[: path.rfind('.')] if path.lower().endswith(IMAGE_SUFFIXES) else path
 
     name = name_in(line)
     return name if name in images else name_in(line.split()[0])

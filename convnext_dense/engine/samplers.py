@@ -1,54 +1,23 @@
-"""Training samples that follow from the seed alone: their order, and what each is augmented with.
+"""Training samples that follow from the seed alone: their order, and the seeds of their augmentations.
 
 A run that is resumed, in the middle of an epoch too, then sees what it would have seen; workers play no part in it."""
 
 import hashlib
-import multiprocessing
 import os
-import random
-import signal
-import threading
-import time
 from collections.abc import Iterator
 from itertools import islice
 
-import numpy as np
-import torch
 from mmengine.config import ConfigDict
 from mmengine.dataset import BaseDataset
 from mmengine.dist import get_rank, get_world_size
-from mmengine.fileio import get as read_bytes
-from mmengine.registry import DATA_SAMPLERS, DATASETS
+from mmengine.registry import DATA_SAMPLERS
 from torch.utils.data import BatchSampler, Sampler
 
-from ..datasets.check_images import ENDINGS
-from ..errors import UnreadableImage, UsageError
+from ..errors import UsageError
+from .datasets import DrawnDataset
+from .seeding import SeededIndex
 
-READS = ('img_path', 'seg_map_path')  # the files of a sample
 NO_BATCH = 'the training data hold no whole batch: give a smaller train_dataloader.batch_size, or drop_last=False'
-ALONE = 1  # seconds between two looks whether the run is still there
-TRIES = 20  # unreadable images in a row that a sample gets over
-
-
-class Draw(int):
-    """An index into a data set, with the numbers that seed its augmentations."""
-
-    def __new__(cls, index: int, key: tuple[int, ...]):
-        draw = super().__new__(cls, index)
-        draw.key = key
-        return draw
-
-    def __getnewargs__(self):
-        return int(self), self.key
-
-
-def seed_all(*key: int) -> None:
-    """Seed Python's, numpy's and torch's random numbers by some whole numbers, as independent for neighbours as for
-    others."""
-    state = np.random.SeedSequence(key).generate_state(8)
-    random.seed(int(state[0]) << 32 | int(state[1]))
-    np.random.seed(state[2:6])
-    torch.manual_seed(int(state[6]) << 32 | int(state[7]))
 
 
 class DrawSampler(Sampler):
@@ -60,10 +29,10 @@ class DrawSampler(Sampler):
         self.seed = getattr(self.sampler, 'seed', seed) or 0
         self.epoch = 0
 
-    def __iter__(self) -> Iterator[Draw]:
+    def __iter__(self) -> Iterator[SeededIndex]:
         rank, processes = get_rank(), get_world_size()
         for n, index in enumerate(self.sampler):
-            yield Draw(index, (self.seed, self.epoch, rank + n * processes))
+            yield SeededIndex(index, (self.seed, self.epoch, rank + n * processes))
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -108,7 +77,7 @@ class SkippingBatchSampler(Sampler):
                 self._next = iter(self.batches)
         return passes
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[SeededIndex]]:
         if not self.opened:
             return
         # A generator: torch's loader asks for two iterators and uses the second.
@@ -117,89 +86,6 @@ class SkippingBatchSampler(Sampler):
 
     def __len__(self) -> int:
         return len(self.batches)
-
-
-class DrawnDataset:
-    """Another data set, whose samples are seeded by the `Draw` that asks for them. An image that cannot be read is
-    replaced by another, and the sample's metainfo `replaced` says so."""
-
-    def __init__(self, dataset: dict):
-        self.dataset = DATASETS.build(dataset)
-
-    def __getattr__(self, name):
-        if name == 'dataset':  # asked for while unpickled
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
-
-    def __setattr__(self, name, value):  # mmdet's hooks set a pipeline, or what follows the epoch
-        if name == 'dataset':
-            super().__setattr__(name, value)
-        else:
-            setattr(self.dataset, name, NamingPipeline(value) if name == 'pipeline' else value)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, draw: Draw) -> dict:
-        seed_all(*draw.key)
-        index, replaced = int(draw), []
-        for _ in range(TRIES):
-            try:
-                sample = self.dataset[index]
-            except UnreadableImage as error:
-                replaced.append(str(error))
-                index = np.random.randint(len(self))
-                continue
-            if replaced:
-                sample['data_samples'].set_metainfo(dict(replaced=replaced))
-            return sample
-        raise UnreadableImage(f'{TRIES} images in a row cannot be read, the last is {replaced[-1]}')
-
-
-class NamingPipeline:
-    """The pipeline of a data set; where it fails on a file that cannot be read, the error names the file."""
-
-    def __init__(self, pipeline):
-        self.pipeline = pipeline
-
-    def __getattr__(self, name):
-        if name == 'pipeline':
-            raise AttributeError(name)
-        return getattr(self.pipeline, name)
-
-    def __call__(self, info: dict):
-        paths = [info[key] for key in READS if isinstance(info.get(key), str)]
-        try:
-            return self.pipeline(info)
-        except Exception as error:
-            for path in paths:
-                reason = unreadable(path)
-                if reason:
-                    raise UnreadableImage(f'{path}: {reason}') from error
-            raise
-
-
-def unreadable(path: str) -> str | None:
-    """Why an image cannot be read; None where it can."""
-    import mmcv  # beside the backbone nothing needs mmcv at import
-
-    try:
-        content = read_bytes(path)
-        if not content:
-            return 'an empty file'
-        if not path.lower().endswith(ENDINGS):
-            return None  # read by a pipeline of its own
-        return None if mmcv.imfrombytes(content, flag='unchanged') is not None else 'not an image, or a broken one'
-    except OSError as error:
-        return error.strerror or str(error)
-    except Exception as error:  # decoders raise what they like
-        return f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'
-
-
-def images_in(dataset) -> int:
-    """How many images a data set holds, however often it repeats them."""
-    parts = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
-    return sum(map(images_in, parts)) if parts[0] is not None else len(dataset)
 
 
 def order_of(dataset) -> str:
@@ -223,45 +109,6 @@ def _leaves(dataset) -> Iterator:
         yield dataset
     for part in parts if parts[0] is not None else ():
         yield from _leaves(part)
-
-
-def name_images(dataset) -> None:
-    """Have the pipelines of a data set, and of those it is made of, name the files that they cannot read."""
-    for inner in [getattr(dataset, 'dataset', None), *getattr(dataset, 'datasets', [])]:
-        if inner is not None:
-            name_images(inner)
-    if isinstance(dataset, BaseDataset) and not isinstance(dataset.pipeline, NamingPipeline):
-        dataset.pipeline = NamingPipeline(dataset.pipeline)
-
-
-def apart(init_fn, worker_id: int) -> None:
-    """Begin a process that reads data: it leaves when the run itself ends it or is gone, and signals to all the
-    processes of the run (of launchers, terminals, schedulers) are the run's to answer."""
-    run = multiprocessing.parent_process()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, 'sigwaitinfo'):  # not on macOS: there a signal to all ends a run without a save
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_leave_when_told, args=(run.pid,), daemon=True).start()
-    # After the mask: a thread without it would end the process at a signal to all.
-    threading.Thread(target=_leave_when_alone, args=(run,), daemon=True).start()
-    if init_fn:
-        init_fn(worker_id)
-
-
-def _leave_when_alone(run) -> None:
-    """End with the run, of which a kill tells its workers nothing: they would wait in a queue of which they hold both
-    ends, and keep the connections of the run open, so that its other processes would wait for it too. Their pipe to it
-    is not enough: workers that were forked later hold its other end as well."""
-    direct = os.getppid() == run.pid  # not where a fork server stands between them
-    while run.is_alive() and (os.getppid() == run.pid or not direct):
-        time.sleep(ALONE)
-    os._exit(1)
-
-
-def _leave_when_told(run: int) -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != run:
-        pass
-    os._exit(0)
 
 
 def drawn(dataloader: dict, opened: bool) -> dict:

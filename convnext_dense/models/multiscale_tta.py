@@ -1,58 +1,12 @@
-"""What segmentation needs beyond mmseg: the paper's multi-scale test of ADE20K (table 4).
-
-The whole image at six scales, each plain and flipped; the softmax of each view's logits at the image's own size,
-averaged. Views are added up as they come, a strip of rows at a time, so that memory does not grow with their number.
-mmseg's own test-time augmentation scales the image's native size instead of the recipe's, slides, and keeps all views.
-"""
-
-import sys
-from collections.abc import Mapping
+"""The paper's multi-scale test for segmentation, as test-time augmentation of mmengine."""
 
 import torch
-from mmengine.config import Config
-from mmengine.dist import get_world_size, is_main_process
-from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel
-from mmengine.registry import HOOKS, MODELS, TRANSFORMS
+from mmengine.registry import MODELS
 from mmengine.structures import PixelData
-from mmengine.utils import ProgressBar
 from torch.nn.functional import interpolate
 
-from ..errors import UsageError
-from ..type_names import is_type
-
-RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 STRIP = 8  # rows of the image that are resized and added up at a time
-
-
-def set_multiscale(config: Config, options: Mapping[str, object] | None = None) -> None:
-    """Turn the test of a segmentation config into the multi-scale one, at `RATIOS` of its own test scale.
-
-    Raises:
-        UsageError: it is no segmentation config, its test pipeline has no Resize to a scale, or the command line's
-            `options` ask for another test.
-    """
-    for key, value in (('model.test_cfg.mode', 'whole'), ('test_dataloader.batch_size', 1)):
-        if (options or {}).get(key, value) != value:
-            raise UsageError(
-                f'--cfg-options {key}={options[key]}: --multiscale tests with {value!r}: leave one of them out'
-            )
-    if config.get('default_scope') != 'mmseg':
-        raise UsageError('--multiscale is for segmentation: the paper has no multi-scale figure for COCO')
-    pipeline = config.test_dataloader.dataset.get('pipeline') or []
-    resizes = (i for i, step in enumerate(pipeline) if is_type(step['type'], TRANSFORMS, 'Resize'))
-    at = next((i for i in resizes if isinstance(pipeline[i].get('scale'), (tuple, list))), None)
-    if at is None:
-        raise UsageError("--multiscale needs dict(type='Resize', scale=(long, short)) in test_dataloader's pipeline")
-    resize = pipeline[at]
-    scales = [{**resize, 'scale': tuple(int(side * ratio) for side in resize['scale'])} for ratio in RATIOS]
-    flips = [dict(type='RandomFlip', prob=prob, direction='horizontal') for prob in (0.0, 1.0)]
-    steps = [scales, flips, *([step] for step in pipeline[at + 1 :])]
-    config.test_dataloader.dataset.pipeline = [*pipeline[:at], dict(type='TestTimeAug', transforms=steps)]
-    config.test_dataloader.batch_size = 1
-    config.model.test_cfg = {**(config.model.get('test_cfg') or {}), 'mode': 'whole'}
-    config.model = dict(type='MultiScaleSegmentor', module=config.model)
-    config.custom_hooks = [*config.get('custom_hooks', []), dict(type='ProgressBarHook')]
 
 
 @MODELS.register_module()
@@ -91,24 +45,6 @@ class MultiScaleSegmentor(BaseTTAModel):
             strip = total[:, top : top + STRIP]
             rows = _resized_rows(logits, top, strip.shape[1], total.shape[1:], self.module.align_corners)
             strip += rows.softmax(0) if len(rows) > 1 else rows.sigmoid()
-
-
-@HOOKS.register_module()
-class ProgressBarHook(Hook):
-    """A bar of the images tested, of all processes together."""
-
-    def before_test(self, runner) -> None:
-        if is_main_process():
-            self.bar = ProgressBar(len(runner.test_dataloader.dataset), file=sys.stderr)
-
-    def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        if is_main_process():
-            left = self.bar.task_num - self.bar.completed  # the last round may be padded with repeated images
-            self.bar.update(max(min(len(outputs) * get_world_size(), left), 1))
-
-    def after_test(self, runner) -> None:
-        if is_main_process():
-            print(file=sys.stderr)
 
 
 def _upright(logits: torch.Tensor, meta: dict) -> torch.Tensor:

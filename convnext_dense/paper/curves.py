@@ -11,9 +11,11 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from ..config.recipe import accumulation_of
+from ..config.work_dir import TIMESTAMP, read_text
 from ..errors import UsageError
-from .results import MAIN, accumulation_of, figures_of
-from .work_dirs import SCALARS, TIMESTAMP, Run, find_runs, read_records, read_text
+from .results import MAIN, figures_of
+from .work_dirs import SCALARS, Run, find_runs, read_records
 
 TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation'}
 # What evaluators log beside their figures.

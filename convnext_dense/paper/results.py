@@ -1,34 +1,14 @@
-"""The paper's thirteen dense results as data ("A ConvNet for the 2020s", tables 3, 4 and 7, appendix A.3).
+"""The thirteen dense prediction results of the paper as data ("A ConvNet for the 2020s", tables 3, 4 and 11)."""
 
-Every table, test and figure of this project that shows the paper's numbers reads them here.
-"""
-
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePath
 
 from mmengine.config import Config
 
-from ..type_names import short_name
+from ..config.tree import differences
 
-CONFIGS = Path(__file__).parents[1] / '.mim/configs'
 TOTAL_BATCH = 16
-# What makes a recipe, and in it what is not the recipe's but the user's machine's.
-COMPARED = ('model', 'optim_wrapper', 'param_scheduler', 'train_dataloader', 'val_dataloader', 'val_evaluator')
-COMPARED += ('custom_hooks', 'load_from')
-FITTED = ('batch_size', 'num_workers', 'persistent_workers', 'prefetch_factor', 'pin_memory', 'accumulative_counts')
-FITTED += (
-    'data_root',
-    'ann_file',
-    'img',
-    'img_path',
-    'seg_map_path',
-    'backend_args',
-    'dtype',
-    'loss_scale',
-    'checkpoint',
-)
 # The figures of a detection row in the order in which the paper prints them, and of a segmentation row.
 DETECTION = ('box AP', 'box AP50', 'box AP75', 'mask AP', 'mask AP50', 'mask AP75')
 SEGMENTATION = ('mIoU', 'mIoU multi-scale')
@@ -172,88 +152,4 @@ def figures_of(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def row_of(config: Config) -> Row | None:
     """The row whose recipe a config is, whatever file it came from; None where it is none."""
-    return next((row for row in ROWS if not _differing(config, row.identity)), None)
-
-
-def recipe(row: Row) -> Config:
-    """The config of a row as this package holds it."""
-    return Config.fromfile(CONFIGS / f'{row.recipe}.py', import_custom_modules=False)
-
-
-def recipe_parts(path: str) -> tuple[str, ...]:
-    """What names a config among others: ('cascade', 'convnext_t') of .../configs/cascade/convnext_t.py, the file's name
-    where it lies in no `configs`."""
-    parts = Path(path).absolute().with_suffix('').parts
-    folders = parts[:-1][::-1]
-    return parts[len(parts) - 1 - folders.index('configs') :] if 'configs' in folders else parts[-1:]
-
-
-def changed_settings(config: Config, row: Row) -> list[str]:
-    """The settings, by their last names, in which a config departs from the recipe of its row; places of data, workers
-    and what `tools/train.py` fits to a number of GPUs are none, precision and batch have their own names elsewhere."""
-    ours, theirs = (dict(_settings(c)) for c in (config, recipe(row)))
-    changed = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
-    return list(dict.fromkeys(next(part for part in reversed(key.split('.')) if not part.isdigit()) for key in changed))
-
-
-def _settings(config: Config) -> Iterator[tuple[str, object]]:
-    """What a training and its evaluation are made of, by dotted keys."""
-    for part in COMPARED:
-        yield from _flat(part, config.get(part) or None)
-    yield 'length', training_length(config)
-    yield 'weights', _weights(config)
-
-
-def _flat(key: str, value) -> Iterator[tuple[str, object]]:
-    if key.split('.')[-1] in FITTED or key == 'optim_wrapper.type':
-        return
-    items = enumerate(value) if isinstance(value, (list, tuple)) else value.items() if hasattr(value, 'items') else None
-    if items is None:
-        yield key, short_name(value) if key.endswith('.type') else value
-        return
-    for name, item in items:
-        yield from _flat(f'{key}.{name}', item)
-
-
-def training_length(config: Config) -> float:
-    """How long a config trains: epochs, or updates where it counts iterations."""
-    train_cfg = config.get('train_cfg') or {}
-    if 'max_epochs' in train_cfg:
-        return train_cfg['max_epochs']
-    return train_cfg.get('max_iters', 0) / accumulation_of(config)
-
-
-def accumulation_of(config: Config) -> int:
-    """Batches whose gradients a config adds up for one update."""
-    return config.get('optim_wrapper', {}).get('accumulative_counts', 1)
-
-
-def precision_of(config: Config) -> str:
-    """'float16', 'bfloat16' or 'float32': what a config trains in."""
-    wrapper = config.get('optim_wrapper', {})
-    amp = short_name(wrapper.get('type')) == 'AmpOptimWrapper'
-    return str(wrapper.get('dtype', 'float16')) if amp else 'float32'
-
-
-def _differing(config: Config, wanted: Mapping[str, object]) -> list[str]:
-    return [key for key, value in wanted.items() if not _same(_at(config, key), value, key)]
-
-
-def _same(found, wanted, key: str) -> bool:
-    found = short_name(found) if key.endswith('.type') else found
-    return (tuple(found) if isinstance(found, list) else found) == wanted
-
-
-def _at(config: Config, dotted: str):
-    for key in dotted.split('.'):
-        if not hasattr(config, 'get'):
-            return None
-        config = config.get(key)
-    return config
-
-
-def _weights(config: Config) -> str:
-    """The name of the file that a config's backbone starts from, wherever it lies."""
-    init_cfg = _at(config, 'model.backbone.init_cfg')
-    checkpoint = init_cfg.get('checkpoint') if hasattr(init_cfg, 'get') else None
-    return PurePath(str(checkpoint)).name.removesuffix('.pth')
+    return next((row for row in ROWS if not differences(config, row.identity)), None)

@@ -1,4 +1,4 @@
-"""What work dirs hold: how far each run is, what it reached, and in which settings, read from mmengine's own logs."""
+"""What work dirs hold: how far each run is, what it reached, and where it departs from its recipe."""
 
 import json
 import math
@@ -12,22 +12,13 @@ from mmengine.config import Config
 
 from ..checkpoints.io import read
 from ..config.literal import read_dumped
+from ..config.recipe import accumulation_of, precision_of, training_length
 from ..config.value_types import COUNT, DICT, TEXT, of_other_kinds
+from ..config.work_dir import TIMESTAMP, read_text
 from ..errors import UsageError
-from .results import (
-    RELEASED,
-    RETRAINED,
-    TOTAL_BATCH,
-    Row,
-    accumulation_of,
-    changed_settings,
-    figures_of,
-    precision_of,
-    row_of,
-    training_length,
-)
+from .departures import changed_settings
+from .results import RELEASED, RETRAINED, TOTAL_BATCH, Row, figures_of, row_of
 
-TIMESTAMP = '[0-9]' * 8 + '_' + '[0-9]' * 6  # the folder of one start of a tool
 SCALARS = 'vis_data/scalars.json'
 COUNTS = ('step', 'epoch', 'iter')  # of a record, whole numbers
 MAX_COUNT = 2**53
@@ -284,7 +275,3 @@ def _check_last_checkpoint(run: Run) -> None:
         read(run.folder / name)
     except UsageError:
         run.problems.append(f'{name} cannot be read: half written or damaged')
-
-
-def read_text(file: Path) -> str:
-    return file.read_text(encoding='utf-8', errors='replace') if file.is_file() else ''

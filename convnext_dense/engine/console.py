@@ -1,0 +1,62 @@
+"""Console output that may end, or have no room, without ending a training."""
+
+import logging
+import os
+import sys
+from functools import partial
+
+
+class PatientStream:
+    """Standard output that drops what nobody reads any more, or has no room for, instead of ending a run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self._patiently('write', text) or len(text)
+
+    def flush(self) -> None:
+        self._patiently('flush')
+
+    def _patiently(self, method: str, *args):
+        try:
+            return getattr(self.stream, method)(*args)
+        except OSError as error:
+            close_output()
+            print(f'standard output is gone ({error.strerror}): the log goes on in its file', file=sys.stderr)
+
+
+def keep_output() -> None:
+    """Have a long run go on when its standard output ends."""
+    if not isinstance(sys.stdout, PatientStream):
+        sys.stdout = PatientStream(sys.stdout)
+
+
+def quiet_when_full(logger: logging.Logger) -> None:
+    """Have a log file on a full disk, and output that nobody reads any more, say so once instead of with a traceback
+    for each line."""
+    for handler in logger.handlers:
+        handler.handleError = partial(say_once, handler)
+
+
+def say_once(handler: logging.Handler, record: logging.LogRecord) -> None:
+    """Say that a handler cannot write, the first time."""
+    error, file = sys.exc_info()[1], getattr(handler, 'baseFilename', None)
+    if file is None and isinstance(error, OSError):  # `| head`: what else is printed must not end the run
+        close_output()
+    if not getattr(handler, 'said', False):
+        handler.said = True
+        there = (
+            f'{file} cannot be written ({error}): the log is on the screen' if file else 'the log goes on in its file'
+        )
+        print(there, file=sys.stderr)
+
+
+def close_output() -> None:
+    """Let standard output go nowhere once nobody reads it: it is written to again when Python ends."""
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    os.close(sink)

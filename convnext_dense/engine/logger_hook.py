@@ -1,0 +1,17 @@
+"""A logger hook that survives a full disk."""
+
+from mmengine.hooks import LoggerHook
+
+from .atomic_files import full_disk_said
+
+
+class PatientLoggerHook(LoggerHook):
+    """mmengine's hook; where the disk is full, what it would log is lost, not the run."""
+
+    def after_train_iter(self, runner, *args, **kwargs) -> None:
+        with full_disk_said(runner):
+            super().after_train_iter(runner, *args, **kwargs)
+
+    def after_val_epoch(self, runner, *args, **kwargs) -> None:
+        with full_disk_said(runner):
+            super().after_val_epoch(runner, *args, **kwargs)

@@ -1,0 +1,26 @@
+"""A progress bar for evaluations of which an image takes long."""
+
+import sys
+
+from mmengine.dist import get_world_size, is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.utils import ProgressBar
+
+
+@HOOKS.register_module()
+class ProgressBarHook(Hook):
+    """A bar of the images tested, of all processes together."""
+
+    def before_test(self, runner) -> None:
+        if is_main_process():
+            self.bar = ProgressBar(len(runner.test_dataloader.dataset), file=sys.stderr)
+
+    def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        if is_main_process():
+            left = self.bar.task_num - self.bar.completed  # the last round may be padded with repeated images
+            self.bar.update(max(min(len(outputs) * get_world_size(), left), 1))
+
+    def after_test(self, runner) -> None:
+        if is_main_process():
+            print(file=sys.stderr)

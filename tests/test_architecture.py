@@ -1,0 +1,67 @@
+"""The direction of imports between the sub-packages: each may import from those before it, and none in a circle."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import convnext_dense
+
+PACKAGE = Path(convnext_dense.__file__).parent
+# From the foundation up. Sub-packages in one entry do not import from each other.
+LAYERS = (
+    {'errors'},
+    {'registry', 'type_names', '_moved'},
+    {'ops'},
+    {'models'},
+    {'checkpoints', 'optim'},
+    {'engine', 'inference'},
+    {'config'},
+    {'datasets', 'paper'},
+    {'cli'},
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def modules() -> dict[str, Path]:
+    files = (path for path in PACKAGE.rglob('*.py') if '.mim' not in path.parts)
+    names = {'.'.join(path.relative_to(PACKAGE).with_suffix('').parts): path for path in files}
+    return {name.removesuffix('.__init__'): path for name, path in names.items() if name != '__init__'}
+
+
+def imports(name: str, path: Path, known: set[str]) -> set[str]:
+    """The modules of the package that a module imports, inside functions too."""
+    parents = name.split('.') if path.name == '__init__.py' else name.split('.')[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = parents[: len(parents) - node.level + 1] + (node.module.split('.') if node.module else [])
+            for alias in node.names:
+                full = '.'.join([*base, alias.name])
+                found.add(full if full in known else '.'.join(base))
+        else:
+            assert not (isinstance(node, ast.ImportFrom) and (node.module or '').startswith('convnext_dense'))
+            assert not (isinstance(node, ast.Import) and any(a.name.startswith('convnext_dense') for a in node.names))
+    return found - {name, ''}
+
+
+def test_every_module_has_a_layer():
+    assert {name.split('.')[0] for name in modules()} <= LEVEL.keys()
+
+
+def test_imports_go_down_the_layers_and_never_in_a_circle():
+    known = modules()
+    graph = {name: imports(name, path, set(known)) for name, path in known.items()}
+    for name, targets in graph.items():
+        room = name.split('.')[0]
+        for target in targets:
+            other = target.split('.')[0]
+            assert other == room or LEVEL[other] < LEVEL[room], f'{name} imports {target}'
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_nothing_in_the_package_imports_what_measures_or_tests_it():
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            top = {a.name.split('.')[0] for a in node.names} if isinstance(node, ast.Import) else set()
+            top |= {(node.module or '').split('.')[0]} if isinstance(node, ast.ImportFrom) and not node.level else set()
+            assert not top & {'benchmarks', 'tools', 'tests'}, name
