@@ -3,7 +3,7 @@
 #   make test                   run the tests
 #   make benchmark              the backbone beside other libraries', which get an environment of their own (.venv-peers)
 # Settings: LINE=classic the classic line of OpenMMLab, TORCH=2.13.0 another torch, PYTHON=python3.12 another Python,
-# TASK=upernet another demo, TESTS=... of pytest (tests/test_weights.py, -k NAME).
+# TASK=upernet another demo, TESTS=... of pytest (tests/optim, -k NAME).
 LINE ?= onedl
 TORCH ?= 2.13.0
 PYTHON ?= python3

@@ -5,7 +5,8 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT
+
+from helpers.paths import ROOT
 
 
 def test_a_wheel_carries_every_config_and_tool(tmp_path):

@@ -2,11 +2,10 @@
 
 import re
 
-from conftest import ROOT
-
 from convnext_dense.checkpoints import URLS
 from convnext_dense.paper.results import ROWS
 from convnext_dense.paper.tables import table
+from helpers.paths import ROOT
 
 README = (ROOT / 'README.md').read_text()
 HEADER = ('recipe', 'weights', 'precision', 'box AP', 'mask AP', 'mIoU', 'mIoU multi-scale', 'parameters', 'FLOPs')

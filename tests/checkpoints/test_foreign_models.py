@@ -1,0 +1,249 @@
+"""Whole models and backbones of other sources, behind any key, as `init_cfg`, `load_from` and what a test takes."""
+
+import functools
+import pathlib
+import pickle
+import re
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from convnext_dense import ConvNeXt, UsageError, load_backbone
+from convnext_dense.checkpoints import read
+from convnext_dense.checkpoints.pretrained import source_of
+from convnext_dense.config.resume import check_resume
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.engine.build import build_runner
+from helpers.foreign_weights import (
+    DINOV3,
+    MMPRETRAIN,
+    RENAMES,
+    TIMM,
+    TORCHVISION,
+    TRANSFORMERS,
+    as_library,
+    original_weights,
+    saved,
+)
+from helpers.paths import ROOT
+
+SMALL = dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32))
+PREFIXES = {
+    MMPRETRAIN: 'backbone.',
+    TIMM: 'backbone.timm_model.',
+    TORCHVISION: 'backbone.',
+    TRANSFORMERS: '',
+    DINOV3: '',
+}
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'shapes'
+    toy_shapes.write(folder, train=2, val=2, size=64)
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch, data):
+    """A small segmentor's; its weights are random."""
+    monkeypatch.setenv('SHAPES_ROOT', str(data))
+    config = Config.fromfile(ROOT / 'configs/demo/upernet.py')
+    init_default_scope('mmseg')
+    config.model.backbone.arch = SMALL
+    config.model.decode_head.in_channels, config.model.auxiliary_head.in_channels = [8, 16, 24, 32], 24
+    config.work_dir, config.launcher = str(tmp_path / 'run'), 'none'
+    return config
+
+
+def whole_model(config) -> dict:
+    torch.manual_seed(3)
+    weights = MODELS.build(config.model).state_dict()
+    return {name: torch.randn_like(t) if t.is_floating_point() else t for name, t in weights.items()}
+
+
+def renamed(weights: dict, library: str, prefix: str) -> dict:
+    """A whole model whose backbone is another library's, output norms in our names."""
+    trunk = {n.removeprefix('backbone.'): t for n, t in weights.items() if re.match(r'backbone\.(stages|down)', n)}
+    others = {n: t for n, t in weights.items() if n.removeprefix('backbone.') not in trunk}
+    theirs = {f'{prefix}{n.removeprefix("convnext.")}': t for n, t in as_library(trunk, library).items()}
+    return {**others, **theirs}
+
+
+def loaded(config, file, strict) -> dict:
+    config.load_from = str(file)
+    runner = build_runner(config, str(file) if strict else None)
+    runner.load_or_resume()
+    return runner.model.state_dict()
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize('strict', [True, False])
+@pytest.mark.parametrize('library', [MMPRETRAIN, TIMM, TORCHVISION])
+def test_a_whole_model_with_another_librarys_backbone(tmp_path, config, library, strict):
+    weights = whole_model(config)
+    theirs = renamed(weights, library, PREFIXES[library])
+    if library == TIMM:  # its layers of the stem lie below the prefix, output norms do not
+        theirs = {n.replace('backbone.norm', 'backbone.timm_model.norm'): t for n, t in theirs.items()}
+    if library in (TIMM, TORCHVISION):  # no names for output norms: they have to stay as they are
+        theirs = {n: t for n, t in theirs.items() if not re.match(r'backbone\.(timm_model\.)?norm\d', n)}
+        with pytest.raises(UsageError, match=r'8 missing \(backbone.norm0.weight'):
+            loaded(config, saved(tmp_path / 'w.pth', {'state_dict': theirs}), strict)
+        return
+    assert equal(loaded(config, saved(tmp_path / 'w.pth', {'state_dict': theirs}), strict), weights)
+
+
+WHERE = {
+    'model': lambda w: {'model': w},
+    'nothing': lambda w: w,
+    'a wrapper in a wrapper': lambda w: {'trainer': {'model': w}},
+    'two prefixes': lambda w: {'state_dict': {f'module._orig_mod.{n}': t for n, t in w.items()}},
+    'Lightning': lambda w: {'state_dict': {f'model.{n}': t for n, t in w.items()}, 'epoch': 1},
+    'DeepSpeed': lambda w: {'module': w, 'ds_version': '0.14'},
+    'an average beside it': lambda w: {'net': w, 'ema': {n: t * 0 for n, t in w.items()}},
+}
+
+
+@pytest.mark.parametrize('where', WHERE)
+def test_a_whole_model_behind_any_key(tmp_path, config, where):
+    weights = whole_model(config)
+    file = saved(tmp_path / 'w.pth', WHERE[where](weights))
+    for strict in (True, False):
+        assert equal(loaded(config, file, strict), weights)
+
+
+@pytest.mark.parametrize('library', [None, *RENAMES])
+def test_load_from_takes_a_backbone_alone(tmp_path, config, library):
+    """Of any source, as `init_cfg` does: output norms and heads stay at their initial values."""
+    weights = original_weights(SMALL)
+    if library:
+        weights = as_library(weights, library)
+    file = saved(tmp_path / 'w.pth', {'model': weights})
+    found = loaded(config, file, False)
+    expected = ConvNeXt(SMALL)
+    load_backbone(expected, file)
+    assert equal(
+        {n.removeprefix('backbone.'): t for n, t in found.items() if n.startswith('backbone.')}, expected.state_dict()
+    )
+    with pytest.raises(UsageError, match=r'missing \(.*decode_head'):
+        loaded(config, file, True)
+
+
+KEYS = [
+    'model_state_dict',
+    'module',
+    'net',
+    'params',
+    'params_ema',
+    'teacher',
+    'student',
+    'ema',
+    'weights',
+    'state.model',
+    'a.b.c',
+]
+
+
+@pytest.mark.parametrize('key', KEYS)
+def test_a_backbone_behind_any_key(tmp_path, key):
+    weights = original_weights(SMALL)
+    content = weights
+    for part in reversed(key.split('.')):
+        content = {part: content, 'epoch': 3, 'optimizer': {'state': {0: {'exp_avg': torch.ones(2)}}}}
+    backbone = ConvNeXt(SMALL)
+    assert '0 ignored' not in load_backbone(backbone, saved(tmp_path / 'w.pth', content))
+    assert all(torch.equal(t, weights[n]) for n, t in backbone.state_dict().items() if n in weights)
+
+
+def test_which_of_several_is_taken(tmp_path):
+    """The usual key before an average, and none where nothing says which is meant."""
+    weights, other = original_weights(SMALL), {n: t + 1 for n, t in original_weights(SMALL).items()}
+    for content in (
+        {'net_ema': other, 'net': weights},
+        {'ema': other, 'state_dict': weights},
+        {'x': other, 'model': weights},
+    ):
+        backbone = ConvNeXt(SMALL)
+        load_backbone(backbone, saved(tmp_path / 'w.pth', content))
+        assert torch.equal(backbone.stages[0][0].gamma, weights['stages.0.0.gamma'])
+    with pytest.raises(UsageError, match=r'several ConvNeXts \(teacher, student\): keep one'):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', {'teacher': weights, 'student': other}))
+
+
+@pytest.mark.parametrize('key', ['semantic_net', 'schema', 'upscaler', 'hubert', 'github', 'schedule_model', 'swagger'])
+def test_words_in_a_key_are_whole_words(tmp_path, key):
+    """Nor an average, nor a schedule, because the letters of one are in the key."""
+    weights, other = original_weights(SMALL), {n: t + 1 for n, t in original_weights(SMALL).items()}
+    backbone = ConvNeXt(SMALL)
+    load_backbone(backbone, saved(tmp_path / 'w.pth', {key: weights, 'optimizer': {'state': {}}}))
+    assert torch.equal(backbone.stages[0][0].gamma, weights['stages.0.0.gamma'])
+    with pytest.raises(UsageError, match='several ConvNeXts'):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', {key: weights, 'other': other}))
+
+
+@pytest.mark.parametrize(
+    'prefixes',
+    [('backbone.', 'module.backbone.'), ('', '_orig_mod.'), ('student.module.', 'student.'), ('', 'module.')],
+)
+def test_two_models_of_which_one_is_wrapped_are_two(tmp_path, prefixes):
+    weights, other = original_weights(SMALL), {n: t + 1 for n, t in original_weights(SMALL).items()}
+    for models in ((weights, other), (other, weights)):
+        both = {f'{prefix}{n}': t for prefix, model in zip(prefixes, models) for n, t in model.items()}
+        with pytest.raises(UsageError, match='several ConvNeXts'):
+            load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', both))
+
+
+def test_what_is_no_convnext_is_named_by_its_tensors(tmp_path):
+    with pytest.raises(UsageError, match=r'by the names in it \(layer1.weight, ...\)'):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', {'net': {'layer1.weight': torch.ones(1)}}))
+    with pytest.raises(UsageError, match=r'by the names in it \(epoch, args, ...\)'):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', {'epoch': 1, 'args': {}}))
+
+
+def test_the_state_of_another_backbones_optimizer_is_refused(tmp_path, config):
+    weights = renamed(whole_model(config), MMPRETRAIN, 'backbone.')
+    file = saved(tmp_path / 'w.pth', {'state_dict': weights, 'meta': {'epoch': 1, 'iter': 1}, 'optimizer': {}})
+    assert source_of(read(file), file) == 'mmpretrain'
+    with pytest.raises(UsageError, match='a run of another ConvNeXt, in the names of mmpretrain.*load_from='):
+        check_resume(config, str(file))
+
+
+def test_a_file_with_other_peoples_objects_says_how_to_make_it_loadable(tmp_path, monkeypatch):
+    """The statement that the line gives works as it stands."""
+    monkeypatch.chdir(tmp_path)
+    model = ConvNeXt(SMALL)
+    weights = model.state_dict()
+    light = {'state_dict': {f'model.backbone.{n}': t for n, t in weights.items()}}
+    for name, content in {
+        'path.ckpt': {**light, 'hyper_parameters': {'root': pathlib.Path('/data')}},
+        'before.ckpt': {'root': pathlib.Path('/data'), 'model': light['state_dict']},
+        'partial.ckpt': {'hyper_parameters': {'opt': functools.partial(torch.optim.AdamW, lr=1e-3)}, **light},
+        'whole.pth': model,
+    }.items():
+        torch.save(content, name)
+    torch.jit.trace(model.eval(), torch.randn(1, 3, 64, 64)).save('traced.pt')
+    with open('detectron2.pkl', 'wb') as file:
+        pickle.dump({'model': {f'backbone.{n}': t.numpy() for n, t in weights.items()}}, file)
+    what = {
+        'path.ckpt': 'pathlib',
+        'before.ckpt': 'pathlib',
+        'partial.ckpt': 'functools.partial',
+        'whole.pth': 'it is convnext_dense.models.convnext.ConvNeXt',
+    }
+    what |= {'traced.pt': 'TorchScript', 'detectron2.pkl': 'detectron2'}
+    for name, words in what.items():
+        with pytest.raises(UsageError, match='cannot be read safely') as error:
+            load_backbone(ConvNeXt(SMALL), name)
+        line = str(error.value)
+        assert words in line and '\n' not in line
+        statement = re.search(r'(weights = pickle.*|torch\.save\(.*)', line)[1]
+        exec(statement, {'torch': torch, 'pickle': pickle})  # as a user would who trusts the file
+        backbone = ConvNeXt(SMALL)
+        load_backbone(backbone, 'weights.pth')
+        assert equal(backbone.state_dict(), weights), name
+        pathlib.Path('weights.pth').unlink()

@@ -1,0 +1,334 @@
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer, MMLogger
+from mmengine.model import PretrainedInit, Sequential
+from mmengine.registry import MODELS
+from mmengine.runner import save_checkpoint
+
+from convnext_dense import ConvNeXt, UsageError, load_backbone
+from convnext_dense.checkpoints import URLS, hub, io, read
+from convnext_dense.paper.results import ROWS
+from helpers.paths import ROOT
+from helpers.weights import made_weights
+
+ARCH = dict(depths=(1, 1, 4, 1), channels=(8, 16, 24, 32))
+# The addresses in the tables of results of the original code of ConvNeXt and ConvNeXt V2.
+ADDRESSES = (ROOT / 'tests/data/addresses.txt').read_text().split()
+
+
+def original_file(path: Path, arch=ARCH, change=None) -> Path:
+    """A file as the original code saves it: {'model': ...} with a classifier and no output norms."""
+    model = ConvNeXt(arch, out_indices=-1)
+    shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith('norm')}
+    last = model.channels[-1]
+    shapes |= {'norm.weight': (last,), 'norm.bias': (last,), 'head.weight': (10, last), 'head.bias': (10,)}
+    weights = made_weights(shapes)
+    if change:
+        change(weights)
+    torch.save({'model': weights}, path)
+    return path
+
+
+def test_original_file_fills_all_but_the_output_norms(tmp_path):
+    file = original_file(tmp_path / 'w.pth')
+    model = MODELS.build(dict(type='ConvNeXt', arch=ARCH, init_cfg=dict(type='Pretrained', checkpoint=str(file))))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    model.init_weights()
+    saved = torch.load(file)['model']
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name] if name.startswith('norm') else saved[name], rtol=0, atol=0)
+    report = load_backbone(model, file)
+    n = len(before)
+    assert '\n' not in report
+    assert f'{n - 8} of {n} backbone tensors loaded, 8 left at initial value (output norms), 4 ignored' in report
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        lambda checkpoint: [dict(type='Pretrained', checkpoint=checkpoint)],
+        lambda checkpoint: dict(type=PretrainedInit, checkpoint=checkpoint),
+        lambda checkpoint: [dict(type=PretrainedInit, checkpoint=checkpoint)],
+        lambda checkpoint: dict(type='mmengine.Pretrained', checkpoint=checkpoint),
+        lambda checkpoint: [
+            dict(type='Pretrained', checkpoint=checkpoint),
+            dict(type='Constant', val=3.0, layer=['Linear', 'Conv2d', 'LayerNorm']),  # comes before, wherever it stands
+        ],
+    ],
+)
+def test_every_way_to_ask_for_pretrained_weights(tmp_path, settings):
+    file = original_file(tmp_path / 'w.pth')
+    model = ConvNeXt(ARCH, init_cfg=settings(str(file)))
+    model.init_weights()
+    saved = torch.load(file)['model']
+    for name, tensor in model.state_dict().items():
+        assert name.startswith('norm') or torch.equal(tensor, saved[name]), name
+
+
+def test_init_weights_of_a_whole_model_says_what_was_loaded(tmp_path, caplog):
+    file = original_file(tmp_path / 'w.pth')
+    MMLogger.get_instance('weights').addHandler(caplog.handler)
+    model = Sequential(MODELS.build(dict(type='ConvNeXt', arch=ARCH, init_cfg=dict(checkpoint=str(file)))))
+    model.init_weights()
+    reports = [r.getMessage() for r in caplog.records if 'tensors loaded' in r.getMessage()]
+    assert len(reports) == 1 and str(file) in reports[0]
+    torch.testing.assert_close(model[0].stages[2][3].gamma, torch.load(file)['model']['stages.2.3.gamma'])
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda w: w,
+        lambda w: {'state_dict': w},
+        lambda w: {'model': {f'module.{n}': t for n, t in w.items()}},
+        lambda w: {'state_dict': {f'_orig_mod.{n}': t for n, t in w.items()}},
+        lambda w: {'model': {f'module._orig_mod.{n}': t for n, t in w.items()}},
+        lambda w: {f'_orig_mod.module.module.{n}': t for n, t in w.items()},
+        lambda w: {'model': {n: t.half() for n, t in w.items()}},
+        lambda w: {
+            'meta': {'epoch': 3},
+            'state_dict': {f'backbone.{n}': t for n, t in w.items()} | {'x.y': w['head.bias']},
+        },
+    ],
+)
+def test_wrappers_prefixes_and_finished_detectors(tmp_path, wrap):
+    weights = torch.load(original_file(tmp_path / 'w.pth'))['model']
+    torch.save(wrap(weights), tmp_path / 'v.pth')
+    model = ConvNeXt(ARCH)
+    load_backbone(model, tmp_path / 'v.pth')
+    torch.testing.assert_close(
+        model.stages[3][0].dwconv.weight, weights['stages.3.0.dwconv.weight'], rtol=2e-3, atol=1e-4
+    )
+
+
+def test_a_file_is_read_once_until_it_is_written_again(tmp_path, monkeypatch):
+    reads, read_anew = [], io._read
+    monkeypatch.setattr(io, '_read', lambda file: reads.append(file.name) or read_anew(file))
+    file = tmp_path / 'w.pth'
+    torch.save(dict(state_dict=dict(w=torch.zeros(5))), file)
+    first, own = read(file), read(str(file), mapped=False)
+    own['state_dict']['w'] += 1
+    assert not first['state_dict']['w'].any() and not read(file)['state_dict']['w'].any() and len(reads) == 1
+    torch.save(dict(state_dict=dict(w=torch.full((5,), 2.0))), file)
+    assert (read(file)['state_dict']['w'] == 2).all() and (own['state_dict']['w'] == 1).all() and len(reads) == 2
+    torch.save(dict(state_dict=dict(w=torch.ones(5))), tmp_path / 'v.pth')
+    assert (read(tmp_path / 'v.pth')['state_dict']['w'] == 1).all() and len(reads) == 3
+    (tmp_path / 'v.pth').unlink()
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / 'v.pth')
+    io.forget()
+    assert (read(file)['state_dict']['w'] == 2).all() and reads == ['w.pth', 'w.pth', 'v.pth', 'v.pth', 'w.pth']
+
+
+def test_output_norms_of_our_own_files_are_loaded(tmp_path):
+    model = ConvNeXt(ARCH)
+    model.load_state_dict(made_weights({n: tuple(t.shape) for n, t in model.state_dict().items()}))
+    torch.save(model.state_dict(), tmp_path / 'own.pth')
+    fresh = ConvNeXt(ARCH, out_indices=(1, 2))
+    assert '0 left' in load_backbone(fresh, tmp_path / 'own.pth')
+    torch.testing.assert_close(fresh.norm2.weight, model.norm2.weight)
+    assert len(fresh.stages) == 3
+
+
+def every_block_tensor() -> list[str]:
+    return [n for n in ConvNeXt(ARCH).state_dict() if n.startswith(('stages.2.1.', 'downsample_layers'))]
+
+
+@pytest.mark.parametrize('name', every_block_tensor())
+@pytest.mark.parametrize('damage', ['missing', 'renamed', 'reshaped'])
+def test_refused_and_named(tmp_path, name, damage):
+    def change(weights):
+        tensor = weights.pop(name)
+        if damage == 'renamed':
+            weights[name.replace('.weight', '.wieght').replace('.bias', '.bais').replace('gamma', 'gama')] = tensor
+        elif damage == 'reshaped':
+            weights[name] = torch.cat([tensor, tensor])
+
+    model = ConvNeXt(ARCH)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(UsageError) as error:
+        load_backbone(model, original_file(tmp_path / 'w.pth', change=change))
+    message = str(error.value)
+    if damage == 'missing' and name == 'downsample_layers.0.0.weight':
+        assert 'no ConvNeXt weights' in message
+    else:
+        assert name in message or 'no ConvNeXt weights' in message
+    assert '\n' not in message
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())  # nothing was half loaded
+
+
+@pytest.mark.parametrize('of_file, of_model', [('atto', 'femto'), ('small', 'tiny'), ('tiny', 'small')])
+def test_another_size_is_refused(tmp_path, of_file, of_model):
+    """Small's file would fill every tensor of tiny: what is left over tells."""
+    file = original_file(tmp_path / 'w.pth', of_file)
+    with pytest.raises(UsageError, match='does not fit'):
+        load_backbone(ConvNeXt(of_model), file)
+
+
+def test_unbuilt_stages_are_ignored(tmp_path):
+    model = ConvNeXt(ARCH, out_indices=(0, 1))
+    assert '4 left' in load_backbone(model, original_file(tmp_path / 'w.pth'))
+
+
+def test_the_report_counts_all_that_is_ignored(tmp_path):
+    """Nine tensors a block, four a stem or downsampling, two a norm."""
+    file = original_file(tmp_path / 'w.pth')
+    report = load_backbone(ConvNeXt(ARCH, out_indices=(0, 1)), file)
+    built, unbuilt = 2 * 9 + 2 * 4, 5 * 9 + 2 * 4
+    expected = '{} of {} backbone tensors loaded, 4 left at initial value (output norms), {} ignored'
+    assert expected.format(built, built + 4, unbuilt + 4) in report  # the classifier and its norm
+
+    weights = torch.load(file)['model']
+    heads = {f'head.{i}': torch.ones(2) for i in range(5)}
+    places = {0: 8, 1: 16, 3: 32}
+    norms = {f'backbone.norm{i}.{name}': torch.ones(c) for i, c in places.items() for name in ('weight', 'bias')}
+    detector = {f'backbone.{name}': t for name, t in weights.items() if not name.startswith(('norm', 'head'))}
+    torch.save({'state_dict': detector | heads | norms}, tmp_path / 'd.pth')
+    report = load_backbone(ConvNeXt(ARCH, out_indices=(0, 1)), tmp_path / 'd.pth')
+    assert f'{built + 4} of {built + 4} backbone tensors loaded, 0 left at initial value' in report
+    assert f'{unbuilt + 5 + 2} ignored' in report
+
+
+def test_known_names():
+    assert {name: hub.locate(name) for name in URLS} == {Path(address).stem: address for address in ADDRESSES}
+    assert len(URLS) == len(ADDRESSES) == 63
+    assert {row.weights for row in ROWS} | {row.released for row in ROWS} <= set(URLS)
+    assert len({row.released for row in ROWS}) == 13
+
+
+@pytest.mark.parametrize('address', ADDRESSES[::6], ids=lambda address: Path(address).stem)
+def test_known_names_are_downloaded_once(tmp_path, monkeypatch, address):
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    served, asked = original_file(tmp_path / 'served.pth'), []
+
+    def download(url, target):
+        asked.append(url)
+        Path(target).write_bytes(served.read_bytes())
+
+    monkeypatch.setattr(hub, '_download', download)
+    for _ in range(2):
+        load_backbone(ConvNeXt(ARCH), Path(address).stem)
+    assert asked == [address]
+
+
+def test_two_addresses_with_one_file_name_are_two_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    monkeypatch.setattr(hub, '_download', lambda url, target: Path(target).write_text(url))
+    for url in ('https://one.org/epoch_12.pth', 'https://two.org/epoch_12.pth?download=1') * 2:
+        assert hub.fetch(url).read_text() == url and hub.fetch(url).suffix == '.pth'
+
+
+def test_unreachable_address_says_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    with pytest.raises(UsageError, match='http://127.0.0.1:9/w.pth.*init_cfg.checkpoint'):
+        load_backbone(ConvNeXt(ARCH), 'http://127.0.0.1:9/w.pth')
+
+
+def test_recipes_name_known_weights():
+    for path in (ROOT / 'configs').glob('[mcu]*/*.py'):
+        assert Config.fromfile(path).model.backbone.init_cfg.checkpoint in hub.URLS
+
+
+@pytest.mark.parametrize(
+    'content', [b'', b'<!DOCTYPE html><html>Not found</html>', b'PK\x03\x04 cut off', b'\x80\x02]']
+)
+def test_no_checkpoint_at_all(tmp_path, content):
+    (tmp_path / 'w.pth').write_bytes(content)
+    with pytest.raises(UsageError, match='w.pth') as error:
+        load_backbone(ConvNeXt(ARCH), tmp_path / 'w.pth')
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('content, kind', [([torch.ones(2)], 'list'), (torch.ones(2), 'Tensor'), (3, 'int')])
+def test_a_file_without_a_dict_is_refused(tmp_path, content, kind):
+    torch.save(content, tmp_path / 'w.pth')
+    for use in (read, lambda file: load_backbone(ConvNeXt(ARCH), file)):
+        with pytest.raises(UsageError, match=f'w.pth holds a {kind}'):
+            use(tmp_path / 'w.pth')
+
+
+def test_missing_file_and_bad_init_cfg(tmp_path):
+    with pytest.raises(UsageError, match='nowhere.pth.*convnext_tiny_1k_224'):
+        load_backbone(ConvNeXt(ARCH), tmp_path / 'nowhere.pth')
+    with pytest.raises(UsageError, match='prefix'):
+        ConvNeXt(ARCH, init_cfg=dict(type='Pretrained', checkpoint='x', prefix='backbone.')).init_weights()
+
+
+class Bomb:
+    """Runs a function when it is unpickled."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize('save', [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+@pytest.mark.parametrize(
+    'bomb',
+    [
+        lambda path: Bomb(open, str(path), 'w'),
+        lambda path: Bomb(getattr, Path(path), 'touch'),
+        lambda path: Bomb(getattr, HistoryBuffer, '__init__'),
+        lambda path: Bomb(getattr, np.ndarray, 'max'),
+    ],
+)
+def test_code_in_a_file_is_never_run(tmp_path, save, bomb):
+    save({'model': {'downsample_layers.0.0.weight': bomb(tmp_path / 'ran')}}, tmp_path / 'w.pth')
+    with pytest.raises(UsageError, match='safely'):
+        load_backbone(ConvNeXt(ARCH), tmp_path / 'w.pth')
+    assert not (tmp_path / 'ran').exists()
+
+
+class Allowed:
+    pass
+
+
+@pytest.fixture
+def one_allowed():
+    """torch's safe reading as a user has set it up who allows one class of their own."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([Allowed])
+    yield
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(before)
+
+
+def test_what_torch_reads_safely_is_the_same_after_a_file_is_read(tmp_path, one_allowed):
+    torch.save({'a': torch.ones(2), 'b': Allowed(), 'c': HistoryBuffer([1.0], [1])}, tmp_path / 'w.pth')
+    assert set(read(tmp_path / 'w.pth')) == {'a', 'b', 'c'}
+    assert set(torch.serialization.get_safe_globals()) == {Allowed}
+
+
+def test_what_torch_reads_safely_is_the_same_after_a_file_is_refused(tmp_path, one_allowed):
+    torch.save({'a': Bomb(open, str(tmp_path / 'ran'), 'w')}, tmp_path / 'w.pth')
+    with pytest.raises(UsageError, match='safely'):
+        read(tmp_path / 'w.pth')
+    assert set(torch.serialization.get_safe_globals()) == {Allowed}
+
+
+@pytest.mark.parametrize('numpy', [b'numpy.core.', b'numpy._core.'], ids=['numpy 1', 'numpy 2'])
+def test_mmengines_own_checkpoints_are_read(tmp_path, numpy):
+    history = HistoryBuffer([np.float64(1), 2], [1, 1])
+    allowed = set(torch.serialization.get_safe_globals())
+    save_checkpoint(
+        {'state_dict': {'a': torch.ones(2)}, 'message_hub': {'log_scalars': {'loss': history, 'last': np.float64(2)}}},
+        str(tmp_path / 'saved.pth'),
+    )
+    with zipfile.ZipFile(tmp_path / 'saved.pth') as saved, zipfile.ZipFile(tmp_path / 'epoch_1.pth', 'w') as file:
+        for record in saved.namelist():  # numpy writes the name of a module of its own, which numpy 2 gave another one
+            file.writestr(record, re.sub(rb'numpy\._?core\.', numpy, saved.read(record)))
+    content = read(tmp_path / 'epoch_1.pth')
+    assert content['state_dict']['a'].tolist() == [1, 1]
+    scalars = content['message_hub']['log_scalars']
+    assert scalars['loss'].data[0].tolist() == [1, 2] and scalars['last'] == 2
+    assert set(torch.serialization.get_safe_globals()) == allowed

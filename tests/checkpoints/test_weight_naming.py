@@ -1,0 +1,549 @@
+"""Weights of every source load, convert and are told apart; damaged ones are refused."""
+
+import bz2
+import gzip
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from convnext_dense import ARCHS, ConvNeXt, UsageError, load_backbone
+from convnext_dense.checkpoints import hub, match, open_checkpoint, read
+from convnext_dense.checkpoints.convert import TARGETS, convert
+from convnext_dense.checkpoints.naming import FORMATS, recognise
+from helpers.foreign_weights import DINOV3, HEADLESS, TIMM, TRANSFORMERS, as_library, original_weights, saved
+from helpers.paths import ROOT
+from helpers.tools import one_line_error
+
+REFERENCE = json.loads((ROOT / 'tests/data/foreign_names.json').read_text())
+SMALL = dict(depths=(1, 2, 4, 1), channels=(8, 16, 24, 32))
+SIZES = ('tiny', 'small', 'base', 'large', 'xlarge')
+
+
+def scaled(arch: str) -> dict:
+    """A size's depths at an eighth of its width."""
+    return dict(depths=ARCHS[arch]['depths'], channels=tuple(c // 8 for c in ARCHS[arch]['channels']))
+
+
+def features(arch, weights_file, **settings):
+    torch.manual_seed(0)
+    model = ConvNeXt(arch, **settings).eval()
+    load_backbone(model, weights_file)
+    with torch.no_grad():
+        return model(torch.randn(1, settings.get('in_channels', 3), 64, 64))
+
+
+@pytest.mark.parametrize('library', REFERENCE)
+def test_the_references_names_and_shapes(library):
+    with torch.device('meta'):
+        model = ConvNeXt('tiny', out_indices=-1)
+    tiny = {n: t.shape for n, t in model.state_dict().items() if not n.startswith('norm')}
+    n_classes = 2 if 'ImageClassification' in library else 1000
+    tiny |= {'norm.weight': (768,), 'norm.bias': (768,), 'head.weight': (n_classes, 768), 'head.bias': (n_classes,)}
+    with torch.device('meta'):
+        renamed = as_library({n: torch.empty(shape) for n, shape in tiny.items()}, library)
+    assert {n: list(t.shape) for n, t in renamed.items()} == REFERENCE[library]
+    found = recognise(REFERENCE[library])
+    assert found.depths == (3, 3, 9, 3) and not found.unknown and not found.others
+    assert set(found.names.values()) == {n for n in tiny if library not in HEADLESS or not n.startswith('head.')}
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('library', REFERENCE)
+def test_features_equal_those_of_the_originals_file(tmp_path, library, size):
+    weights = original_weights(scaled(size))
+    theirs = saved(tmp_path / 'theirs.pth', as_library(weights, library))
+    original = saved(tmp_path / 'original.pth', {'model': weights})
+    for ours, other in zip(features(scaled(size), original), features(scaled(size), theirs)):
+        assert torch.equal(ours, other)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda w: {f'visual.trunk.{n}': t for n, t in w.items()},  # OpenCLIP
+        lambda w: {re.sub(r'^(stem|stages)\.', r'\1_', n): t for n, t in w.items() if not n.startswith('head')},
+        lambda w: {n: t[..., None, None] if re.search(r'fc\d\.weight', n) else t for n, t in w.items()},  # 1x1 conv
+        lambda w: {'state_dict': {f'module._orig_mod.{n}': t for n, t in w.items()}},
+        lambda w: {n.replace('stages.2.', 'stages.2._orig_mod.'): t for n, t in w.items()},
+        lambda w: {'model': w, 'model_ema': {n: t + 1 for n, t in w.items()}},
+    ],
+    ids=['open_clip', 'features_only', 'conv_mlp', 'wrapped', 'wrapped_inside', 'beside_ema'],
+)
+def test_variants_of_timm(tmp_path, change):
+    weights = original_weights(SMALL)
+    theirs = change(as_library(weights, 'timm 1.0.31 convnext_tiny'))
+    theirs = saved(tmp_path / 'theirs.pth', theirs)
+    original = saved(tmp_path / 'original.pth', {'model': weights})
+    for ours, other in zip(features(SMALL, original), features(SMALL, theirs)):
+        assert torch.equal(ours, other)
+
+
+def test_dinov3_as_its_first_release_saved_it(tmp_path):
+    weights = original_weights(SMALL)
+    theirs = {n.removeprefix('model.'): t for n, t in as_library(weights, DINOV3).items()}
+    assert 'stages.0.layers.0.gamma' in theirs and 'layer_norm.weight' in theirs
+    original = saved(tmp_path / 'original.pth', {'model': weights})
+    for ours, other in zip(features(SMALL, original), features(SMALL, saved(tmp_path / 'theirs.pth', theirs))):
+        assert torch.equal(ours, other)
+
+
+def test_a_finished_segmentor_of_transformers(tmp_path):
+    """Its backbone's norms of hidden states are our output norms."""
+    weights = as_library(original_weights(SMALL), TRANSFORMERS)
+    theirs = {n.replace('convnext.', 'backbone.'): t for n, t in weights.items() if 'convnext.layernorm' not in n}
+    norms = {f'norm{i}.{leaf}': torch.rand(c) for i, c in enumerate(SMALL['channels']) for leaf in ('weight', 'bias')}
+    theirs |= {f'backbone.hidden_states_norms.stage{int(n[4]) + 1}{n[5:]}': t for n, t in norms.items()}
+    theirs['decode_head.classifier.weight'] = torch.ones(1)
+    model = ConvNeXt(SMALL)
+    report = load_backbone(model, saved(tmp_path / 'w.pth', theirs))
+    assert '0 left at initial value' in report and 'a finished model in the names of transformers' in report
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in norms.items())
+
+
+def test_v2_by_every_door(tmp_path):
+    weights = original_weights(SMALL, grn=True)
+    variants = {
+        'fcmae': {
+            'model': {n: t[0, 0] if '.grn.' in n else t for n, t in weights.items() if n[:4] not in ('head', 'norm')}
+        },
+        'timm': {n: t.flatten() if '.grn.' in n else t for n, t in as_library(weights, TIMM).items()},
+        'transformers': {
+            n.replace('convnext.', 'convnextv2.'): t for n, t in as_library(weights, TRANSFORMERS).items()
+        },
+    }
+    expected = features(SMALL, saved(tmp_path / 'original.pth', {'model': weights}), grn=True)
+    for name, content in variants.items():
+        file = saved(tmp_path / f'{name}.pth', content)
+        assert 'V2' in open_checkpoint(file).arch
+        for ours, other in zip(expected, features(SMALL, file, grn=True)):
+            assert torch.equal(ours, other)
+        with pytest.raises(UsageError, match='is ConvNeXt V2'):
+            match(ConvNeXt(SMALL), file)
+
+
+def test_dinov3_final_norm(tmp_path):
+    weights = {n: t for n, t in original_weights(SMALL).items() if not n.startswith('head.')}
+    doubled = weights | {f'norms.3.{leaf}': weights[f'norm.{leaf}'] for leaf in ('weight', 'bias')}
+    for file, title in (
+        (saved(tmp_path / 'meta.pth', doubled), 'DINOv3 by Meta'),
+        (saved(tmp_path / 'hf.pth', as_library(weights, DINOV3)), 'DINOv3 by transformers'),
+    ):
+        model = ConvNeXt(SMALL)
+        report = load_backbone(model, file)
+        assert title in report and '8 left at initial value' in report and (model.norm3.weight == 1).all()
+        report = load_backbone(model, file, final_norm='reuse')
+        assert '6 left at initial value' in report and 'the final norm became output norm 3' in report
+        assert torch.equal(model.norm3.weight, weights['norm.weight'])
+        model = ConvNeXt(SMALL, init_cfg=dict(type='Pretrained', checkpoint=str(file), final_norm='reuse'))
+        model.init_weights()
+        assert torch.equal(model.norm3.bias, weights['norm.bias'])
+    del doubled['norm.bias']
+    with pytest.raises(UsageError, match='no final norm'):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'none.pth', doubled), final_norm='reuse')
+    with pytest.raises(UsageError, match="final_norm='keep'"):
+        load_backbone(ConvNeXt(SMALL), file, final_norm='keep')
+
+
+@pytest.mark.parametrize('in_channels', [1, 2, 4, 6])
+def test_a_stem_for_other_inputs(tmp_path, in_channels):
+    file = saved(tmp_path / 'w.pth', {'model': original_weights(SMALL)})
+    model = ConvNeXt(SMALL, in_channels=in_channels)
+    assert f'stem fitted from 3 to {in_channels} channels' in load_backbone(model, file)
+    rgb = torch.load(file)['model']['downsample_layers.0.0.weight']
+    found = model.downsample_layers[0][0].weight
+    if in_channels == 1:
+        torch.testing.assert_close(found[:, 0], rgb[:, 0] + rgb[:, 1] + rgb[:, 2])
+    else:
+        for i in range(in_channels):
+            torch.testing.assert_close(found[:, i], rgb[:, i % 3] * 3 / in_channels)
+
+
+def test_containers(tmp_path):
+    weights = original_weights(SMALL)
+    expected = features(SMALL, saved(tmp_path / 'original.pth', {'model': weights}))
+    save_file(weights, tmp_path / 'w.safetensors')
+    names, index = sorted(weights), {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        save_file({n: weights[n] for n in part}, tmp_path / f'model-{i}.safetensors')
+        index |= dict.fromkeys(part, f'model-{i}.safetensors')
+    (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(dict(metadata={}, weight_map=index)))
+    torch.save(weights, tmp_path / 'old.bin', _use_new_zipfile_serialization=False)
+    for name in ('w.safetensors', 'model.safetensors.index.json', 'old.bin'):
+        for ours, other in zip(expected, features(SMALL, tmp_path / name)):
+            assert torch.equal(ours, other)
+    (tmp_path / 'model-1.safetensors').unlink()
+    with pytest.raises(UsageError, match='model-1.safetensors.*not beside it'):
+        read(tmp_path / 'model.safetensors.index.json')
+    index['one.more'] = 'model-0.safetensors'
+    save_file({n: weights[n] for n in names[1::2]}, tmp_path / 'model-1.safetensors')
+    (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=index)))
+    with pytest.raises(UsageError, match='one.more'):
+        read(tmp_path / 'model.safetensors.index.json')
+    (tmp_path / 'x.index.json').write_text(json.dumps(dict(weight_map={'a': '../original.pth'})))
+    with pytest.raises(UsageError, match='original.pth'):
+        read(tmp_path / 'x.index.json')
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_cast(tmp_path, dtype):
+    weights = {n: t.to(dtype) for n, t in original_weights(SMALL).items()}
+    model = ConvNeXt(SMALL)
+    load_backbone(model, saved(tmp_path / 'w.pth', weights))
+    assert torch.equal(model.stages[2][1].pwconv1.weight, weights['stages.2.1.pwconv1.weight'].float())
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+def test_values_that_are_not_finite(tmp_path, value):
+    weights = original_weights(SMALL)
+    weights['stages.2.1.pwconv1.weight'][3, 4] = value
+    with pytest.raises(UsageError, match='stages.2.1.pwconv1.weight holds NaN or Inf'):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+
+
+def test_large_values_are_finite(tmp_path):
+    weights = original_weights(SMALL)
+    weights['stages.2.1.pwconv1.weight'][:] = 3e38
+    load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+
+
+def test_complex_weights(tmp_path):
+    weights = {n: t.to(torch.complex64) for n, t in original_weights(SMALL).items()}
+    with pytest.raises(UsageError, match='is of torch.complex64: complex weights do not load'):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+    weights = original_weights(SMALL)
+    weights['norm.bias'] = torch.ones(32, dtype=torch.complex64).conj()
+    with pytest.raises(UsageError, match='a conjugate or negative view'):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+
+
+def test_quantised_weights(tmp_path):
+    weights = {n: (t * 100).to(torch.int8) for n, t in original_weights(SMALL).items()}
+    with pytest.raises(UsageError, match='int8'):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+    weights = {n: t.to(torch.float8_e4m3fn) for n, t in original_weights(SMALL).items()}
+    with pytest.raises(UsageError, match='float8'):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+
+
+def test_likely_causes_are_named(tmp_path):
+    weights = original_weights(scaled('small'))
+    with pytest.raises(
+        UsageError, match=r'is ConvNeXt depths \(3, 3, 27, 3\).* does not fit the config.*\(3, 3, 9, 3\)'
+    ):
+        load_backbone(ConvNeXt(scaled('tiny')), saved(tmp_path / 'w.pth', weights))
+    weights = original_weights(SMALL)
+    weights['stages.2.1.pwconv_1.weight'] = weights.pop('stages.2.1.pwconv1.weight')
+    with pytest.raises(
+        UsageError, match=r'1 missing \(stages.2.1.pwconv1.weight, perhaps called stages.2.1.pwconv_1.weight'
+    ):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+    finished = {f'backbone.{n}': t for n, t in original_weights(SMALL).items() if n[:4] not in ('norm', 'head')}
+    report = load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'd.pth', {**finished, 'neck.weight': torch.ones(1)}))
+    assert 'a finished model' in report and 'its backbone taken' in report
+    two = {f'{who}.{n}': t for who in ('student', 'teacher') for n, t in original_weights(SMALL).items()}
+    with pytest.raises(UsageError, match=r'several ConvNeXts \(student., teacher.\)'):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 't.pth', two))
+    with pytest.raises(UsageError, match='no ConvNeXt weights by the names in it .*layer1'):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'r.pth', {'layer1.0.conv1.weight': torch.ones(1)}))
+
+
+STRANGERS = {
+    'a folder': lambda p: p.mkdir(),
+    'empty': lambda p: p.touch(),
+    'a gzip archive': lambda p: p.write_bytes(gzip.compress(b'weights')),
+    'a web page': lambda p: p.write_text('\n<!DOCTYPE html><html>'),
+    'a pointer of Git LFS': lambda p: p.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:'),
+    'a bzip2 archive': lambda p: p.write_bytes(bz2.compress(b'weights')),
+    'JSON': lambda p: p.write_text('{"a": 1}'),
+    'an HDF5 file': lambda p: p.write_bytes(b'\x89HDF\r\n\x1a\n' + bytes(64)),
+    'an ONNX or TensorFlow model': lambda p: p.write_bytes(b'\x08\x07\x12\x07pytorch\x1a\x05'),
+    'holds a list': lambda p: torch.save([1], p),
+    'cannot be read safely': lambda p: p.write_bytes(b'\xff' * 100),
+}
+
+
+@pytest.mark.parametrize('said', STRANGERS)
+def test_what_is_no_checkpoint_is_named(tmp_path, said):
+    STRANGERS[said](tmp_path / 'w.pth')
+    with pytest.raises(UsageError, match=said):
+        read(tmp_path / 'w.pth')
+
+
+def test_a_header_that_lies(tmp_path):
+    """Lengths in a header neither hang nor allocate."""
+    lie = b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'
+    (tmp_path / 'w.safetensors').write_bytes(len(lie).to_bytes(8, 'little') + lie + bytes(64))
+    (tmp_path / 'v.safetensors').write_bytes((2**62).to_bytes(8, 'little') + lie)
+    for name in ('w', 'v'):
+        with pytest.raises(UsageError, match='cannot be read safely'):
+            read(tmp_path / f'{name}.safetensors')
+
+
+def attempt(file, expected, model=None) -> bool:
+    """Whether a file loads; if so, whole and with the values of `expected`; if not, nothing is changed. A model may be
+    used again as long as nothing loads."""
+    model = model or ConvNeXt(SMALL)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    try:
+        load_backbone(model, file)
+    except UsageError as error:
+        assert '\n' not in str(error)
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+        return False
+    if expected is not None:
+        for n, t in model.state_dict().items():
+            assert n.startswith('norm') or torch.equal(t, expected[n]), n
+    return True
+
+
+@pytest.mark.parametrize('library', [None, *REFERENCE])
+def test_every_damage_to_a_tensor_is_refused(tmp_path, library):
+    weights = original_weights(SMALL)
+    names = weights if library is None else as_library(weights, library)
+    trunk = {n for n in names if not re.search(r'^(norm3?|head|classifier|convnext\.layernorm|layer_norm)\.', n)}
+    changes = [
+        lambda w, n: w.pop(n),
+        lambda w, n: w.update({f'{n}_': w.pop(n)}),
+        lambda w, n: w.update({n: w[n].transpose(0, -1)}) if len(set(w[n].shape)) > 1 and w[n].ndim > 1 else w.pop(n),
+        lambda w, n: w.update({n: torch.cat([w[n], w[n]])}),
+        lambda w, n: w.update({n: w[n][:-1]}),
+    ]
+    model = ConvNeXt(SMALL)
+    for name in trunk:
+        for change in changes:
+            damaged = dict(names)
+            change(damaged, name)
+            # A vector that lies otherwise, (1, 1, C) for (C, 1, 1), is no damage: it loads right.
+            loads = attempt(saved(tmp_path / 'w.pth', damaged), weights, model)
+            assert not loads or name.endswith('layer_scale'), name
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda w: w.pop('backbone.norm2.weight'),
+        lambda w: w.update({'backbone.norm2.wieght': w.pop('backbone.norm2.weight')}),
+        lambda w: [w.pop(f'backbone.norm1.{leaf}') for leaf in ('weight', 'bias')],
+        lambda w: w.update({'backbone.norm3.weight': w['backbone.norm3.weight'][:-1]}),
+        lambda w: w.update({'backbone.norm4.weight': w['backbone.norm3.weight']}),
+    ],
+)
+def test_output_norms_are_all_there_or_none(tmp_path, change):
+    weights = {f'backbone.{n}': t for n, t in ConvNeXt(SMALL).state_dict().items()} | {'neck.weight': torch.ones(1)}
+    assert '0 left at initial value' in load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+    change(weights)
+    with pytest.raises(UsageError, match=r'norm\d.w'):
+        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+
+
+def test_values_of_numpy_beside_weights(tmp_path):
+    """As mmengine keeps them: the best score so far, of any type."""
+    content = {'state_dict': original_weights(SMALL)}
+    content |= {'meta': [np.float32(1), np.bool_(True), np.int32(3), np.str_('x'), np.ones(2, np.float32)]}
+    load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', content))
+
+
+@pytest.mark.parametrize('ending', ['.pth', '.safetensors', '.bin'])
+def test_damaged_files_are_refused_or_load_right(tmp_path, ending):
+    """Cut off at every tensor's end and elsewhere, and with bytes of the structure flipped."""
+    weights = original_weights(SMALL)
+    whole = tmp_path / f'whole{ending}'
+    if ending == '.safetensors':
+        save_file(weights, whole)
+    else:
+        torch.save(weights, whole, _use_new_zipfile_serialization=ending == '.pth')
+    data, file = whole.read_bytes(), tmp_path / f'w{ending}'
+    generator = torch.Generator().manual_seed(0)
+    ends, at = set(), 0
+    for tensor in weights.values():  # where a tensor's bytes end, wherever the container put them
+        at = data.find(tensor.contiguous().numpy().tobytes())
+        ends.add(at + tensor.numel() * 4)
+    ends |= set(torch.randint(0, len(data), (100,), generator=generator).tolist())
+    whole_model = ConvNeXt(SMALL)
+    for end in sorted(ends):
+        if end < len(data):
+            file.write_bytes(data[:end])
+            assert not attempt(file, weights, whole_model), end
+    structure = len(data) // 8 if ending == '.safetensors' else len(data)
+    for _ in range(400):
+        damaged = bytearray(data)
+        place = int(torch.randint(0, structure, (1,), generator=generator))
+        damaged[place] ^= 1 << int(torch.randint(0, 8, (1,), generator=generator))
+        file.write_bytes(damaged)
+        model = ConvNeXt(SMALL)
+        if attempt(file, None, model):
+            different = [(t != weights[n]).sum() for n, t in model.state_dict().items() if not n.startswith('norm')]
+            # Torch's own files have sums; in the others a flip among the values is another value, and no more.
+            assert sum(different) <= (0 if ending == '.pth' else 1), place
+
+
+@pytest.mark.parametrize('grn', [False, True])
+def test_conversions_go_round_without_loss(tmp_path, grn):
+    weights = original_weights(SMALL, grn)
+    (tmp_path / 'in').mkdir()
+    first = saved(tmp_path / 'in/original.pth', {'model': weights})
+    files = {'original': first}
+    for target in TARGETS:
+        files[target] = tmp_path / f'{target}{".safetensors" if target == "safetensors" else ".pth"}'
+        assert convert(first, files[target], target) == len(weights)
+    for source, file in files.items():
+        for target in TARGETS:
+            there, back = tmp_path / f'{source}-{target}.pth', tmp_path / f'{source}-{target}-back.pth'
+            convert(file, there, target)
+            convert(there, back, 'original')
+            found = torch.load(back)['model']
+            assert found.keys() == weights.keys()
+            assert all(torch.equal(found[n], weights[n]) and found[n].shape == weights[n].shape for n in weights)
+    names = as_library(weights, TIMM)
+    assert torch.load(files['timm']).keys() == names.keys()
+    names = {n.replace('convnext.', 'convnextv2.') if grn else n for n in as_library(weights, TRANSFORMERS)}
+    assert torch.load(files['transformers']).keys() == names
+    assert load_file(files['safetensors']).keys() == weights.keys()
+
+
+def test_tensors_that_share_memory_convert(tmp_path):
+    weights = original_weights(SMALL)
+    weights['stages.2.1.gamma'] = weights['stages.2.0.gamma']
+    file = saved(tmp_path / 'w.pth', {'model': weights})
+    convert(file, tmp_path / 'out.safetensors', 'safetensors')
+    found = load_file(tmp_path / 'out.safetensors')
+    assert all(torch.equal(found[n], t) for n, t in weights.items()) and found.keys() == weights.keys()
+
+
+def test_damaged_weights_do_not_convert(tmp_path):
+    weights = original_weights(SMALL)
+    weights['stages.2.1.gamma'][3] = float('nan')
+    with pytest.raises(UsageError, match='stages.2.1.gamma holds NaN or Inf'):
+        convert(saved(tmp_path / 'w.pth', {'model': weights}), tmp_path / 'out.pth', 'timm')
+    assert not (tmp_path / 'out.pth').exists()
+
+
+def test_shards_hold_what_their_index_says(tmp_path):
+    save_file({'a': torch.ones(2), 'b': torch.ones(2)}, tmp_path / 'one.safetensors')
+    save_file({'a': torch.zeros(2), 'c': torch.ones(2)}, tmp_path / 'two.safetensors')
+    index = tmp_path / 'model.safetensors.index.json'
+    index.write_text(json.dumps({'weight_map': dict.fromkeys('ab', 'one.safetensors') | {'c': 'two.safetensors'}}))
+    with pytest.raises(UsageError, match=r'its shard two.safetensors do not hold the same tensors \(a\)'):
+        read(index)
+
+
+def test_conversions_that_would_lose(tmp_path):
+    file = saved(tmp_path / 'w.pth', {'model': original_weights(SMALL)})
+    with pytest.raises(UsageError, match='exists already'):
+        convert(file, file, 'timm')
+    with pytest.raises(UsageError, match='cannot be written'):
+        convert(file, tmp_path / 'no/where.pth', 'timm')
+    ours = saved(tmp_path / 'ours.pth', ConvNeXt(SMALL).state_dict())
+    with pytest.raises(UsageError, match='norm0.weight, which timm has no name for'):
+        convert(ours, tmp_path / 'out.pth', 'timm')
+    detector = {f'backbone.{n}': t for n, t in original_weights(SMALL).items()} | {'neck.weight': torch.ones(1)}
+    with pytest.raises(UsageError, match=r'more than a ConvNeXt \(1 tensors, such as neck.weight'):
+        convert(saved(tmp_path / 'd.pth', detector), tmp_path / 'out.pth', 'timm')
+    both = {'model': original_weights(SMALL), 'model_ema': original_weights(SMALL)}
+    with pytest.raises(UsageError, match="those of 'model_ema'"):
+        convert(saved(tmp_path / 'b.pth', both), tmp_path / 'out.pth', 'timm')
+    assert not (tmp_path / 'out.pth').exists() and not list(tmp_path.glob('*.part'))
+
+
+def test_keys_and_names_are_one_to_one():
+    assert len({f.key for f in FORMATS}) == len(FORMATS)
+    weights = original_weights(SMALL) | original_weights(SMALL, grn=True)
+    for source in FORMATS:
+        names = [source.name(n) for n in weights]
+        assert len(set(names) - {None}) == len([n for n in names if n])
+
+
+class Server(BaseHTTPRequestHandler):
+    asked, content, said = 0, b'', None
+
+    def do_GET(self):
+        type(self).asked += 1
+        self.send_response(200)
+        self.send_header('Content-Length', str(self.said or len(self.content)))
+        self.end_headers()
+        self.wfile.write(self.content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    handler = type('Handler', (Server,), {})
+    server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    handler.address = f'http://127.0.0.1:{server.server_port}'
+    handler.content = saved(tmp_path / 'served.pth', {'model': original_weights(SMALL)}).read_bytes()
+    yield handler
+    server.shutdown()
+
+
+def test_a_download(server):
+    url = f'{server.address}/convnext.pth'
+    load_backbone(ConvNeXt(SMALL), url)
+    file = hub.fetch(url)
+    assert file.read_bytes() == server.content and server.asked == 1
+    assert {f.name for f in file.parent.iterdir()} == {file.name, f'.{file.name}.lock'}  # no part is left
+
+
+def test_who_else_wants_it_waits(server):
+    files = []
+    threads = [threading.Thread(target=lambda: files.append(hub.fetch(f'{server.address}/w.pth'))) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert server.asked == 1 and len(set(files)) == 1
+
+
+@pytest.mark.parametrize('name, said, word', [('w.pth', 10**6, 'bytes came'), ('w-0badc0de.pth', None, 'hash')])
+def test_a_broken_download_leaves_nothing(server, tmp_path, name, said, word):
+    server.said = said
+    with pytest.raises(UsageError, match=rf'cannot download {server.address}/{name} .*{word}.* put it at'):
+        hub.fetch(f'{server.address}/{name}')
+    assert [f for f in (tmp_path / 'hub').rglob('*') if f.is_file() and not f.name.endswith('.lock')] == []
+
+
+def test_a_date_in_the_name_is_no_hash(server):
+    assert hub.fetch(f'{server.address}/upernet-20240131.pth').exists()
+
+
+def test_a_hash_in_the_name_is_checked(server):
+    import hashlib
+
+    mark = hashlib.sha256(server.content).hexdigest()[:8]
+    assert hub.fetch(f'{server.address}/w-{mark}.pth').exists()
+
+
+def test_weights_of_others_are_not_fetched():
+    name = next(name for name in hub.KNOWN if name.startswith('dinov3'))
+    with pytest.raises(UsageError, match='ask at https://ai.meta.com'):
+        hub.fetch(name)
+
+
+def test_the_tool(run_tool, tmp_path):
+    weights = original_weights('atto', head=10)
+    saved(tmp_path / 'w.pth', {'model': weights})
+    process = run_tool('weights.py', 'inspect', 'w.pth', '--table')
+    assert process.returncode == 0, process.stderr
+    for words in (
+        'ConvNeXt atto (depths (2, 2, 6, 2)',
+        'the original code',
+        '10 classes',
+        '124 of 132 backbone tensors',
+    ):
+        assert words in process.stdout
+    assert len(process.stdout.splitlines()) == 9 + 2 + len(weights)
+    process = run_tool('weights.py', 'convert', 'w.pth', 'timm.safetensors', '--to', 'timm')
+    assert process.stdout == f'timm.safetensors: {len(weights)} tensors in the names of timm\n'
+    assert 'source      timm' in run_tool('weights.py', 'inspect', 'timm.safetensors').stdout
+    one_line_error(run_tool('weights.py', 'convert', 'w.pth', 'w.pth', '--to', 'ours'), 'exists already')
+    one_line_error(run_tool('weights.py', 'inspect', 'gone.pth'), 'gone.pth')
+    process = run_tool('weights.py', 'list')
+    assert process.returncode == 0 and len(process.stdout.splitlines()) == 1 + len(hub.KNOWN)
+    assert {line.split()[0] for line in process.stdout.splitlines()[1:]} == set(hub.KNOWN)

@@ -1,0 +1,343 @@
+"""What a user of the command line meets: misspelt arguments, closed output, full disks, bugs of their own, a second run
+in a work dir, a Python without the environment."""
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+from convnext_dense import UsageError
+from convnext_dense.cli.exit import MAX_LINE, _ending, printable
+from convnext_dense.config.load import config_path, load_config
+from convnext_dense.config.preflight import _is_first_process, check_launcher, check_levels
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.engine.resume import moved
+from convnext_dense.engine.work_dir_lock import hold
+from convnext_dense.ops import dispatch
+from helpers.paths import ROOT
+from helpers.tools import one_line_error
+
+TOOLS = ROOT / 'tools'
+DEMO = ROOT / 'configs/demo/mask_rcnn.py'
+QUICK = ['train_cfg.max_epochs=1', 'train_cfg.val_interval=9', 'default_hooks.checkpoint.interval=1']
+QUICK += [
+    'train_dataloader.num_workers=0',
+    'train_dataloader.persistent_workers=False',
+    'default_hooks.logger.interval=1',
+]
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'shapes'
+    toy_shapes.write(folder, train=4, val=2, size=64)
+    return folder
+
+
+@pytest.mark.parametrize(
+    'tool, args, near',
+    [
+        ('train.py', ['c.py', '--resum'], '--resume'),
+        ('train.py', ['c.py', '--cfg-option', 'a=1'], '--cfg-options'),
+        ('test.py', ['c.py', 'x.pth', '--multi-scale'], '--multiscale'),
+        ('weights.py', ['inspect', 'x.pth', '--tabel'], '--table'),
+        ('check_data.py', ['--data', 'x', '--jsn'], '--json'),
+        ('plot_run.py', ['x', '--smoth', '1'], '--smooth'),
+    ],
+)
+def test_a_misspelt_option_gets_the_nearest_one(run_tool, tool, args, near):
+    process = run_tool(tool, *args)
+    assert process.returncode == 2 and process.stderr.splitlines()[-1].endswith(f': perhaps {near}')
+
+
+def test_debug_shows_the_traceback_behind_a_line(run_tool):
+    assert 'Traceback' not in run_tool('complexity.py', 'nope.py').stderr
+    process = run_tool('complexity.py', 'nope.py', '--debug')
+    assert process.returncode == 2 and 'Traceback' in process.stderr
+    assert process.stderr.splitlines()[-1].startswith("error: no config 'nope.py'")
+
+
+@pytest.mark.parametrize(
+    'error, code, words',
+    [
+        (UsageError('bad'), 2, 'error: bad'),
+        (FileNotFoundError(2, 'No such file or directory', 'x.json'), 2, 'error: x.json: No such file'),
+        (OSError(errno.ENOSPC, 'No space left on device'), 1, 'error: No space left on device: free some space'),
+        (OSError(errno.EDQUOT, 'Disk quota exceeded', 'run/log'), 1, 'error: run/log: Disk quota exceeded'),
+        (KeyboardInterrupt(), 130, 'interrupted'),
+        (OSError('of no file'), None, ''),
+        (ValueError('a bug'), None, ''),
+    ],
+)
+def test_what_ends_in_a_line(error, code, words):
+    """Raised in a file of the package, not in this one, which would be a user's module."""
+    raising = compile('raise error', str(ROOT / 'convnext_dense/errors.py'), 'exec')
+    try:
+        exec(raising, {'error': error, '__name__': 'convnext_dense.errors'})
+    except BaseException as raised:
+        ending = _ending(raised.with_traceback(raised.__traceback__.tb_next))
+    if code is None:
+        assert ending is None
+    else:
+        assert ending[1] == code and ending[0].startswith(words)
+
+
+def test_text_for_a_terminal():
+    assert printable('a\x1b[31mred\x07 \udce9 b\ttab\u202e') == 'a\\x1b[31mred\\x07 \\udce9 b\\ttab\\u202e'
+    assert printable('größe 図.png') == 'größe 図.png'
+    assert len(printable('x' * 10**6)) < MAX_LINE and printable('x' * MAX_LINE) == 'x' * MAX_LINE
+
+
+IMPORTS = """
+custom_imports = dict(
+    imports=['convnext_dense', 'convnext_dense.models.fp32_heads', 'mine'], allow_failed_imports=False)
+"""
+MINE = {  # a module of the user's, and how it fails
+    'at import': ('value = {}["missing"]', 'KeyError'),
+    'when it is built': (
+        'from mmengine.hooks import Hook\n'
+        'from mmengine.registry import HOOKS\n'
+        '@HOOKS.register_module()\n'
+        'class Mine(Hook):\n'
+        '    def __init__(self):\n'
+        "        open('/nowhere/at/all')\n",
+        'FileNotFoundError',
+    ),
+    'when it runs': (
+        'from mmengine.hooks import Hook\n'
+        'from mmengine.registry import HOOKS\n'
+        '@HOOKS.register_module()\n'
+        'class Mine(Hook):\n'
+        '    def before_train(self, runner):\n'
+        "        runner + 'text'\n",
+        'TypeError',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', MINE)
+def test_a_bug_in_a_module_of_the_users_keeps_its_traceback(run_tool, tmp_path, data, case):
+    text, kind = MINE[case]
+    (tmp_path / 'mine.py').write_text(text)
+    hook = '' if case == 'at import' else "custom_hooks = [dict(type='Mine')]\n"
+    (tmp_path / 'c.py').write_text(f"_base_ = '{DEMO}'\n{IMPORTS}{hook}")
+    process = run_tool(
+        'train.py', 'c.py', '--work-dir', 'run', '--cfg-options', *QUICK, SHAPES_ROOT=data, PYTHONPATH=tmp_path
+    )
+    assert process.returncode == 1, process.stderr[-3000:]
+    assert 'Traceback' in process.stderr and 'mine.py' in process.stderr, process.stderr[-3000:]
+    assert process.stderr.splitlines()[-1].startswith(kind), process.stderr[-500:]
+
+
+def test_a_lost_connection_is_said_with_the_traceback_under_debug(run_tool, tmp_path, data):
+    lost = "raise TimeoutError(110, 'Connection timed out')"
+    (tmp_path / 'mine.py').write_text(MINE['when it runs'][0].replace("runner + 'text'", lost))
+    (tmp_path / 'c.py').write_text(f"_base_ = '{DEMO}'\n{IMPORTS}custom_hooks = [dict(type='Mine')]\n")
+    for more in ((), ('--debug',)):
+        process = run_tool(
+            *('train.py', 'c.py', '--work-dir', f'run{len(more)}', *more, '--cfg-options', *QUICK),
+            **dict(SHAPES_ROOT=data, PYTHONPATH=tmp_path),
+        )
+        assert process.returncode == 1
+        words = 'error: a connection of mine was lost (TimeoutError: [Errno 110] Connection timed out)'
+        assert process.stderr.splitlines()[-1].startswith(words), process.stderr[-3000:]
+        assert ('Traceback' in process.stderr) == bool(more)
+
+
+COUNTS = """
+import sys
+
+def count(event, args):
+    if event == 'open' and str(args[0]).endswith('epoch_1.pth') and 'r' in (args[1] or ''):
+        print('opened epoch_1.pth', file=sys.stderr)
+
+sys.addaudithook(count)
+"""
+
+
+def test_a_checkpoint_is_read_once_by_each_run(run_tool, tmp_path, data):
+    """It is opened as often as by the tool that does nothing else."""
+    (tmp_path / 'sitecustomize.py').write_text(COUNTS)
+    env = dict(SHAPES_ROOT=data, PYTHONPATH=tmp_path)
+    assert run_tool('train.py', DEMO, '--work-dir', 'run', '--cfg-options', *QUICK, **env).returncode == 0
+    checkpoint, longer = 'run/epoch_1.pth', ['train_cfg.max_epochs=2', *QUICK[1:]]
+    once = run_tool('weights.py', 'inspect', checkpoint, **env).stderr.count('opened epoch_1.pth')
+    for command in (
+        ('train.py', DEMO, '--work-dir', 'run', '--resume', '--cfg-options', *longer),
+        ('train.py', DEMO, '--work-dir', 'new', '--cfg-options', *QUICK, f'load_from={checkpoint}'),
+        ('test.py', DEMO, checkpoint),
+    ):
+        process = run_tool(*command, **env)
+        assert process.returncode == 0, process.stderr[-3000:]
+        assert process.stderr.count('opened epoch_1.pth') == once > 0, command
+        assert (process.stdout + process.stderr).count(f'ConvNeXt on this CPU: {dispatch.described()}') == 1
+
+
+def test_a_wrong_argument_of_a_users_class_is_bad_input(run_tool, tmp_path, data):
+    (tmp_path / 'mine.py').write_text(MINE['when it is built'][0].replace('self)', 'self, pace=1)'))
+    (tmp_path / 'c.py').write_text(f"_base_ = '{DEMO}'\n{IMPORTS}custom_hooks = [dict(type='Mine', speed=3)]\n")
+    process = run_tool(
+        'train.py', 'c.py', '--work-dir', 'run', '--cfg-options', *QUICK, SHAPES_ROOT=data, PYTHONPATH=tmp_path
+    )
+    one_line_error(process, 'the config cannot be built', "unexpected keyword argument 'speed'")
+
+
+@pytest.mark.parametrize(
+    'setting, words',
+    [
+        ('train_dataloader = dict(dataset=dict(indexes=6))', "unexpected keyword argument 'indexes'"),
+        ('optim_wrapper = dict(optimizer=dict(lrr=1))', "unexpected keyword argument 'lrr'"),
+        ("param_scheduler = [dict(type='StepLR')]", "missing 1 required positional argument: 'step_size'"),
+    ],
+)
+def test_a_wrong_argument_of_what_is_built_late_is_bad_input(setting, words, run_tool, tmp_path, data):
+    (tmp_path / 'c.py').write_text(f"_base_ = '{DEMO}'\n{setting}\n")
+    process = run_tool('train.py', 'c.py', '--work-dir', 'run', '--cfg-options', *QUICK, SHAPES_ROOT=data)
+    assert process.returncode == 2 and 'Traceback' not in process.stderr, process.stderr[-2000:]
+    assert re.search(f'^error: the config cannot be built: .*{words}', process.stderr.splitlines()[-1])
+
+
+# ---- output that nobody reads ---------------------------------------------------------------------------------------
+
+
+def shell(command: str, folder: Path, **env) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ['bash', '-c', command], cwd=folder, text=True, capture_output=True, timeout=300, env={**os.environ, **env}
+    )
+
+
+def test_a_reader_that_has_enough(tmp_path):
+    """`| head -1` ends a table without a word."""
+    done = shell(f'{sys.executable} {TOOLS}/weights.py list | head -1; echo "${{PIPESTATUS[0]}}"', tmp_path)
+    assert done.stderr == '' and done.stdout.splitlines()[0].startswith('name')
+    done = shell(f'{sys.executable} -u {TOOLS}/weights.py list | true; echo "${{PIPESTATUS[0]}}"', tmp_path)
+    assert done.stderr == '' and done.stdout.strip() in ('0', '141')
+
+
+@pytest.mark.parametrize('how', ['| head -1', '>&- 2>&-', '2>&-', '> /dev/full'])
+def test_a_training_goes_on_without_a_reader(tmp_path, data, how):
+    train = f'{sys.executable} {TOOLS}/train.py {DEMO} --work-dir run --cfg-options {" ".join(QUICK)}'
+    done = shell(f'{train} {how}; echo "ended with ${{PIPESTATUS[0]}}"', tmp_path, SHAPES_ROOT=str(data))
+    assert (tmp_path / 'run/epoch_1.pth').exists(), done.stderr[-3000:]
+    assert 'ended with 0' in done.stdout and 'Traceback' not in done.stderr, done.stderr[-3000:]
+
+
+# ---- where tools run ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('tool', sorted(path.name for path in TOOLS.glob('*.py') if path.name != 'environment.py'))
+def test_a_python_without_the_environment_is_one_line(tmp_path, tool):
+    command = [sys.executable, '-S', '-E', TOOLS / tool, '--help']  # -S: nothing that is installed
+    process = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
+    assert process.returncode == 2 and len(process.stderr.splitlines()) == 1
+    assert 'has no torch' in process.stderr and 'make setup' in process.stderr
+
+
+def test_a_config_of_a_package_by_its_name(run_tool):
+    assert Path(config_path('convnext_dense::cascade/convnext_t.py')).samefile(ROOT / 'configs/cascade/convnext_t.py')
+    assert 'rtmdet' in config_path('mmdet::rtmdet/rtmdet_l_8xb32-300e_coco.py')
+    for name, words in {
+        'nowhere::a/b.py': "no package 'nowhere'",
+        'mmdet::a/b.py': "no config 'mmdet::a/b.py'",
+    }.items():
+        with pytest.raises(UsageError, match=words):
+            config_path(name)
+    process = run_tool('complexity.py', 'convnext_dense::mask_rcnn/convnext_t.py')
+    assert process.returncode == 0 and '48,095,376' in process.stdout
+
+
+def test_a_config_of_an_older_mmdet_is_called_so(run_tool, tmp_path):
+    (tmp_path / 'old.py').write_text(
+        "model = dict(type='MaskRCNN')\ndata = dict(samples_per_gpu=2)\noptimizer = dict(type='SGD', lr=0.02)\n"
+        "runner = dict(type='EpochBasedRunner', max_epochs=12)\n"
+    )
+    one_line_error(run_tool('train.py', 'old.py'), 'old.py is a config of mmdet 2 or mmseg 0')
+
+
+@pytest.mark.parametrize(
+    'name, text, words',
+    [
+        ('c.yaml', '', 'a config has names and their settings'),
+        ('c.yaml', '- 1\n', 'a config has names and their settings'),
+        ('c.json', '[]', 'a config has names and their settings'),
+        ('c.json', '{"model": 5}', 'model is 5, where a dict is due'),
+        ('c.py', 'model = None', 'has no model'),
+        ('c.py', "_base_ = 'c.py'", '_base_ leads back to it'),
+        ('a::b.py', '', 'has no model'),
+    ],
+)
+def test_files_that_are_no_configs(name, text, words, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=words) as error:
+        load_config(str(tmp_path / name), {})
+    assert name in str(error.value) and '\n' not in str(error.value)
+    with pytest.raises(UsageError, match="no config '../x::y.py'"):
+        config_path('../x::y.py')
+
+
+def test_levels_that_do_not_agree(run_tool, tmp_path):
+    check_levels(Config.fromfile(DEMO).model)
+    check_levels(dict(neck=[dict(num_outs=3), dict(type='X')], rpn_head=dict(anchor_generator=dict(strides=[4, 8]))))
+    (tmp_path / 'c.py').write_text(f"_base_ = '{DEMO}'\nmodel = dict(neck=dict(num_outs=4))")
+    words = ['the neck gives 4 levels (num_outs)', 'rpn_head has anchors for 5']
+    one_line_error(run_tool('train.py', 'c.py'), *words)
+
+
+def test_launchers(monkeypatch):
+    config = Config(dict(env_cfg=dict(dist_cfg=dict(backend='nccl'))))
+    for launcher, variable in (('pytorch', 'WORLD_SIZE'), ('slurm', 'SLURM_NTASKS'), ('mpi', 'OMPI_COMM_WORLD_SIZE')):
+        monkeypatch.setenv(variable, '2')
+        with pytest.raises(UsageError, match=f'--launcher {launcher} needs a GPU for each process'):
+            check_launcher(config, launcher)
+    config.env_cfg.dist_cfg.backend = 'gloo'
+    check_launcher(config, 'pytorch')
+    with pytest.raises(UsageError, match='MASTER_ADDR is not set; mpirun -x MASTER_ADDR=NODE'):
+        check_launcher(config, 'mpi')
+    check_launcher(Config(), 'none')
+    for variable in ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'):
+        monkeypatch.delenv('RANK', raising=False)
+        assert _is_first_process()
+        monkeypatch.setenv(variable, '1')
+        assert not _is_first_process()
+        monkeypatch.delenv(variable)
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_a_work_dir_is_refused(start_tool, run_tool, tmp_path, data):
+    config = [str(DEMO), '--work-dir', str(tmp_path / 'run'), '--epochs', '5000', '--cfg-options']
+    config += [
+        'default_hooks.logger.interval=1',
+        'train_dataloader.num_workers=0',
+        'train_dataloader.persistent_workers=False',
+    ]
+    first = start_tool(tmp_path / 'log', 'train.py', *config, SHAPES_ROOT=str(data))
+    try:
+        deadline = time.monotonic() + 120
+        while 'Epoch(train)' not in first.output and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process = run_tool('train.py', *config[:3], SHAPES_ROOT=data)
+        one_line_error(process, 'run is in use by a run (process', 'another --work-dir')
+        one_line_error(run_tool('train.py', *config[:3], '--resume', 'auto', SHAPES_ROOT=data), 'is in use by a run')
+    finally:
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+    hold(tmp_path / 'run')  # free again at once
+    assert re.match(rf'process {os.getpid()} on ', (tmp_path / 'run/.lock').read_text())
+
+
+def test_another_order_of_the_data_is_said():
+    layout = dict(processes=1, images=2, accumulation=1, batches=8, samples=16)
+    here = {**layout, 'order': 'a'}
+    assert moved(1, 8, here, {**layout, 'order': 'b'}, True)[1].startswith('the training data are in another order')
+    assert moved(1, 8, here, here, True) == (8, None) and moved(1, 8, layout, here, True) == (8, None)
+    line = moved(1, 8, here, {**layout, 'order': 'b', 'processes': 2, 'images': 1}, True)[1]
+    assert 'the same total batch' in line and 'another order' in line

@@ -1,0 +1,332 @@
+"""The total batch stays the recipe's on any number of GPUs, and so do weights and lr at every update."""
+
+import os
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from mmengine.config import Config
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, MODELS
+from mmengine.runner import Runner
+
+from convnext_dense import ConvNeXt, UsageError
+from convnext_dense.config.batch_size import check_same_accumulation, fit_batch, set_total_batch
+from convnext_dense.config.inputs import set_inputs
+from convnext_dense.config.launch import n_processes
+from convnext_dense.config.literal import read_dumped
+from convnext_dense.config.schedule import set_length
+from convnext_dense.datasets import toy_shapes
+from helpers.paths import ROOT
+from helpers.processes import WITHOUT_WORKERS
+from helpers.recipes import load, lrs_over_iterations
+from helpers.runs import N_IMAGES, run_config
+from helpers.tools import one_line_error
+
+
+@pytest.mark.parametrize(
+    'processes, images, expected',
+    [
+        (8, 2, (2, 1)), (1, 2, (2, 8)), (2, 2, (2, 4)), (4, 2, (2, 2)), (16, 2, (1, 1)), (1, 16, (16, 1)),
+        (1, 4, (4, 4)), (1, 12, (8, 2)), (2, 16, (8, 1)),
+        # nothing divides: the nearest
+        (3, 2, (1, 5)), (5, 2, (1, 3)), (6, 2, (1, 3)), (7, 2, (2, 1)), (12, 2, (1, 1)), (32, 2, (1, 1)),
+    ],
+)  # fmt: skip
+def test_images_and_accumulation(processes, images, expected):
+    n, k = expected
+    assert fit_batch(processes, images, 16) == expected
+    nearest = min(abs(processes * i * j - 16) for i in range(1, images + 1) for j in range(1, 17))
+    assert abs(processes * n * k - 16) == nearest
+
+
+def test_eight_gpus_leave_the_recipe_as_it_is():
+    for name in ('cascade/convnext_t', 'upernet/convnext_t'):
+        config, untouched = load(name), load(name)
+        assert set_total_batch(config, 8) == ('total batch 16 = 8 processes x 2 images a batch', False)
+        assert config.to_dict() == untouched.to_dict()
+
+
+def test_every_count_of_iterations_moves():
+    config = load('upernet/convnext_t')
+    config.train_cfg.dynamic_intervals = [(100_000, 8_000)]
+    line, warn = set_total_batch(config, 2)
+    assert config.train_dataloader.batch_size == 2 and config.optim_wrapper.accumulative_counts == 4
+    assert config.train_cfg.max_iters == 640_000 and config.train_cfg.val_interval == 64_000
+    assert config.train_cfg.dynamic_intervals == [(400_000, 32_000)]
+    assert config.default_hooks.checkpoint.interval == 64_000
+    assert config.param_scheduler == load('upernet/convnext_t').param_scheduler  # steps at updates
+    assert not warn and '640000 iterations are 160000 updates' in line and 'batch norm sees 4 images at a time' in line
+
+    config = load('cascade/convnext_t')
+    line, warn = set_total_batch(config, 1)
+    assert config.train_cfg == load('cascade/convnext_t').train_cfg and config.default_hooks.checkpoint.interval == 1
+    assert not warn and 'total batch 16 = 1 process x 2 images a batch x 8 batches' in line and 'batch norm' in line
+    assert 'batch norm' not in set_total_batch(load('mask_rcnn/convnext_t'), 1)[0]
+
+
+def test_what_does_not_divide_is_a_warning_with_both_figures():
+    line, warn = set_total_batch(load('mask_rcnn/convnext_t'), 3)
+    assert warn and 'total batch 15 = 3 processes x 1 images' in line and "recipe's is 16" in line
+
+
+def test_left_alone():
+    config = load('cascade/convnext_t')
+    line, warn = set_total_batch(config, 1, as_is=True)
+    assert warn and 'total batch 2 ' in line and "recipe's is 16" in line
+    assert config.to_dict() == load('cascade/convnext_t').to_dict()
+    config.optim_wrapper.accumulative_counts = 8  # the user's own
+    assert set_total_batch(config, 1) == (
+        'total batch 16 = 1 process x 2 images a batch x 8 batches added up for an update'
+        '; batch norm sees 2 images at a time, 16 in the recipe',
+        False,
+    )
+    assert set_total_batch(load('demo/upernet'), 4) is None
+
+
+def test_a_schedule_that_cannot_move():
+    config = load('cascade/convnext_t')
+    config.param_scheduler[1].convert_to_iter_based = True
+    with pytest.raises(UsageError, match='MultiStepLR with convert_to_iter_based'):
+        set_total_batch(config, 1)
+    set_total_batch(config, 8)
+
+
+@pytest.mark.parametrize(
+    'launcher, name', [('pytorch', 'WORLD_SIZE'), ('slurm', 'SLURM_NTASKS'), ('mpi', 'OMPI_COMM_WORLD_SIZE')]
+)
+def test_number_of_processes(launcher, name, monkeypatch):
+    monkeypatch.setenv(name, '6')
+    assert (n_processes(launcher), n_processes('none')) == (6, 1)
+
+
+@MODELS.register_module()
+class PixelMeanModel(BaseModel):
+    """The backbone under a plain mean over pixels, in float64, without batch statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = ConvNeXt(dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32))).double()
+
+    def forward(self, inputs, mode='tensor'):
+        x = torch.stack(inputs)
+        return dict(loss=sum((m - 0.5).square().mean() for m in self.backbone(x)))
+
+
+@DATASETS.register_module()
+class NumberedImages(torch.utils.data.Dataset):
+    def __len__(self):
+        return N_IMAGES
+
+    def __getitem__(self, i):
+        generator = torch.Generator().manual_seed(i)
+        return dict(inputs=torch.randn(3, 64, 64, generator=generator, dtype=torch.float64))
+
+
+def train(folder: str, counted: str, images: int, processes: int) -> dict:
+    """The weights at the end and the lr of the first group at every update."""
+    config = run_config(counted, images)
+    set_total_batch(config, processes)
+    config.launcher = 'pytorch' if processes > 1 else 'none'
+    config.work_dir = folder
+    runner = Runner.from_cfg(config)
+    lrs = []
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    optimizer = runner.optim_wrapper.optimizer
+    optimizer.register_step_pre_hook(lambda *_: lrs.append(optimizer.param_groups[0]['lr']))
+    runner.train()
+    model = runner.model.module if processes > 1 else runner.model
+    return dict(lrs=lrs, weights=model.state_dict(), files=sorted(f for f in os.listdir(folder) if f.endswith('.pth')))
+
+
+def work(rank: int, folder: str, counted: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank))
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    result = train(f'{folder}/two', counted, 2, 2)
+    torch.save(result, f'{folder}/result{rank}')
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('counted', ['epochs', 'iterations'])
+def test_fitted_runs_end_alike(tmp_path, counted):
+    """Four images on one process, two on each of two, and two on one with gradients added up: the same run."""
+    whole = train(str(tmp_path / 'one'), counted, 4, 1)
+    added = train(str(tmp_path / 'added'), counted, 2, 1)
+    torch.multiprocessing.spawn(work, (str(tmp_path), counted), nprocs=2)
+    spread = torch.load(tmp_path / 'result0')
+    assert len(whole['lrs']) == (12 if counted == 'epochs' else 7) and len(set(whole['lrs'])) > 3
+    for other in (added, spread):
+        assert other['lrs'] == pytest.approx(whole['lrs'], rel=1e-12)
+        for name, tensor in whole['weights'].items():
+            torch.testing.assert_close(other['weights'][name], tensor, rtol=1e-8, atol=1e-9)
+    if counted == 'iterations':
+        assert added['files'] == [f'iter_{2 * i}.pth' for i in sorted(range(1, 8), key=lambda i: str(2 * i))]
+    else:
+        assert added['files'] == ['epoch_1.pth', 'epoch_2.pth', 'epoch_3.pth']
+
+
+def test_resume_under_another_accumulation_is_refused(tmp_path):
+    folder = str(tmp_path / 'run')
+    train(folder, 'iterations', 2, 1)
+    meta = torch.load(tmp_path / 'run/iter_14.pth', weights_only=False)['meta']
+    same, other = run_config('iterations', 2), run_config('iterations', 1)
+    set_total_batch(same, 1)
+    set_total_batch(other, 1)
+    check_same_accumulation(same, meta, 'iter_14.pth')
+    with pytest.raises(UsageError, match=r'iter_14.pth .* added up 2 .* adds up 4'):
+        check_same_accumulation(other, meta, 'iter_14.pth')
+    check_same_accumulation(run_config('iterations', 4), {}, 'a checkpoint of another origin')
+
+
+def test_by_the_tool(run_tool, tmp_path):
+    data = tmp_path / 'shapes'
+    toy_shapes.write(data, train=8, val=2, size=64)
+    quick = [
+        *WITHOUT_WORKERS,
+        'train_cfg.max_iters=1', 'train_cfg.val_interval=1', 'default_hooks.checkpoint.interval=1',
+        'train_dataloader.batch_size=4', 'total_batch=8', 'default_hooks.logger.interval=1',
+    ]  # fmt: skip
+    command = ['train.py', ROOT / 'configs/demo/upernet.py', '--work-dir', tmp_path / 'run', '--cfg-options', *quick]
+    process = run_tool(*command, SHAPES_ROOT=str(data))
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert 'total batch 8 = 1 process x 4 images a batch x 2 batches added up' in process.stdout + process.stderr
+    assert (tmp_path / 'run/iter_2.pth').exists()
+    process = run_tool(*command, 'train_dataloader.batch_size=2', '--resume', SHAPES_ROOT=str(data))
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert 'resumed on 1 x 2 images, before 1 x 4: the same total batch' in process.stdout + process.stderr
+    assert 'iter: 4' in process.stdout + process.stderr
+    process = run_tool(*command, 'train_cfg.max_iters=3', '--resume', '--as-is', SHAPES_ROOT=str(data))
+    one_line_error(process, 'the total batch was 8, now 4')
+
+
+@pytest.mark.parametrize('name', ['mask_rcnn/convnext_t', 'upernet/convnext_t'])
+def test_grey_images(name):
+    config = load(name)
+    assert set_inputs(config) is None and config.to_dict() == load(name).to_dict()
+    config.model.backbone.in_channels = 1
+    assert '1 input channel: read as grey' in set_inputs(config)
+    preprocessor = config.model.data_preprocessor
+    assert preprocessor.mean == [pytest.approx((123.675 + 116.28 + 103.53) / 3)] and not preprocessor.bgr_to_rgb
+    for split in ('train', 'val', 'test'):
+        pipeline = config[f'{split}_dataloader'].dataset.pipeline
+        assert pipeline[0] == dict(type='LoadImageFromFile', color_type='grayscale')
+        assert 'PhotoMetricDistortion' not in str(pipeline)
+    assert set_inputs(config) is None  # once is enough
+
+
+@pytest.mark.parametrize('name', ['mask_rcnn/convnext_t', 'upernet/convnext_t'])
+def test_more_channels_than_rgb(name):
+    config = load(name)
+    config.model.backbone.in_channels = 4
+    assert '4 input channels: read as they are' in set_inputs(config)
+    assert config.model.data_preprocessor.std == [pytest.approx((58.395 + 57.12 + 57.375) / 3)]
+    assert config.train_dataloader.dataset.pipeline[0].color_type == 'unchanged'
+
+
+@pytest.mark.parametrize('task, in_channels', [('mask_rcnn', 1), ('mask_rcnn', 4), ('upernet', 1), ('upernet', 4)])
+def test_other_inputs_train_and_test(run_tool, tmp_path, task, in_channels):
+    data = tmp_path / 'shapes'
+    toy_shapes.write(data, train=4, val=2, size=64)
+    if in_channels == 4:
+        for file in [*data.glob('train/*.png'), *data.glob('val/*.png')]:
+            image = cv2.imread(str(file))
+            cv2.imwrite(str(file), np.concatenate([image, image[..., :1]], 2))
+    length = 'train_cfg.max_epochs=1' if task == 'mask_rcnn' else 'train_cfg.max_iters=1'
+    quick = [*WITHOUT_WORKERS, length, 'train_cfg.val_interval=1', f'model.backbone.in_channels={in_channels}']
+    config = ROOT / f'configs/demo/{task}.py'
+    process = run_tool('train.py', config, '--work-dir', 'run', '--cfg-options', *quick, SHAPES_ROOT=str(data))
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert f'{in_channels} input channel' in process.stdout + process.stderr
+
+
+def test_another_length_of_a_detector():
+    config = load('cascade/convnext_t')
+    assert set_length(config) is None and config.to_dict() == load('cascade/convnext_t').to_dict()
+    assert '12 epochs instead of 36' in set_length(config, epochs=12)
+    assert config.train_cfg == dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=1)
+    warmup, steps = config.param_scheduler
+    assert warmup.end == 1 + round(500 / 3) and (steps.milestones, steps.end) == ([9, 11], 12)
+    assert config.default_hooks.checkpoint.interval == 1
+
+
+@pytest.mark.parametrize('iters', [20_000, 80_000, 320_000])
+def test_another_length_of_a_segmentor_has_the_papers_curve(iters):
+    config, paper = load('upernet/convnext_t'), load('upernet/convnext_t')
+    set_length(config, iters=iters)
+    assert config.train_cfg.max_iters == iters
+    assert config.train_cfg.val_interval == config.default_hooks.checkpoint.interval == iters // 10
+    shares = [0, 0.005, 0.01, 0.25, 0.5, 0.9]
+    found = lrs_over_iterations(config, [int(share * iters) for share in shares])
+    expected = lrs_over_iterations(paper, [int(share * 160_000) for share in shares])
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=0.01)
+
+
+def test_a_fitted_length_on_fewer_gpus():
+    config = load('upernet/convnext_t')
+    set_length(config, iters=40_000)
+    set_total_batch(config, 2)
+    assert config.train_cfg.max_iters == 160_000 and config.optim_wrapper.accumulative_counts == 4
+    assert config.param_scheduler[1].end == 40_001  # steps at updates
+
+
+@pytest.mark.parametrize(
+    'name, length, words',
+    [
+        ('cascade/convnext_t', dict(iters=10), '--iters: this config counts epochs, give --epochs'),
+        ('upernet/convnext_t', dict(epochs=10), '--epochs: this config counts iterations, give --iters'),
+        ('upernet/convnext_t', dict(iters=0), '--iters 0: give a positive number'),
+    ],
+)
+def test_lengths_that_cannot_be(name, length, words):
+    with pytest.raises(UsageError, match=words):
+        set_length(load(name), **length)
+
+
+def test_very_short_trainings_keep_their_order():
+    config = load('mask_rcnn/convnext_t')
+    set_length(config, epochs=1)
+    warmup, steps = config.param_scheduler
+    assert warmup.end == 1 + round(500 / 36) and steps.milestones == [1] and steps.end == 1
+
+
+@pytest.mark.parametrize('name', ['cascade/convnext_l_in22k', 'upernet/convnext_t', 'demo/mask_rcnn'])
+def test_a_dumped_config_is_read_without_running_it(name):
+    config = load(name)
+    assert read_dumped(config.pretty_text).to_dict() == Config.fromstring(config.pretty_text, '.py').to_dict()
+    odd = Config(dict(a={'b.c': 1, 2: (1,)}, d=[-1.5, float('inf'), None, {1}], e='x', f=dict()))
+    assert read_dumped(odd.pretty_text).to_dict() == odd.to_dict()
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        "open('ran', 'w')",
+        "a = open('ran', 'w')",
+        'import os',
+        'a = (lambda: 1)()',
+        'a = [x for x in (1,)]',
+        'a = dict(',
+    ],
+)
+def test_a_dumped_config_that_is_a_program(text):
+    with pytest.raises(UsageError, match='not plain data'):
+        read_dumped(text)
+
+
+def test_batch_norm_of_one_image_is_refused():
+    config = load('upernet/convnext_t')
+    config.train_dataloader.batch_size = 1
+    with pytest.raises(UsageError, match='two images at a time'):
+        set_total_batch(config, 1)
+    set_total_batch(config, 2)
+
+
+def test_a_config_without_hooks_and_one_with_an_average():
+    config = Config(dict(model={}, total_batch=4, train_dataloader=dict(batch_size=2), train_cfg=dict(max_iters=10)))
+    config.optim_wrapper = dict(optimizer=dict(type='SGD', lr=1.0))
+    config.custom_hooks = [dict(type='EMAHook', begin_iter=3), dict(type='NumClassCheckHook')]
+    set_total_batch(config, 1)
+    assert config.default_hooks == dict(param_scheduler=dict(type='UpdateParamSchedulerHook'))
+    assert config.custom_hooks == [dict(type='EMAHook', begin_iter=6, interval=2), dict(type='NumClassCheckHook')]

@@ -1,0 +1,520 @@
+"""Configs as other people write them, on own data: types with a scope, as classes, derived; wrapped data sets; heads of
+every kind. And config files that are data, which are read as such."""
+
+import re
+from pathlib import Path
+
+import mmdet
+import mmseg
+import pytest
+import torch
+from mmcv.transforms import LoadImageFromFile
+from mmdet.datasets import CocoDataset, MultiImageMixDataset
+from mmdet.datasets.transforms import LoadAnnotations, PackDetInputs, Resize
+from mmdet.evaluation import CocoMetric
+from mmdet.models import SOLO
+from mmengine.config import Config
+from mmengine.dataset import RepeatDataset
+from mmengine.hooks import CheckpointHook, EMAHook
+from mmengine.optim import AmpOptimWrapper
+from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS, TRANSFORMS, init_default_scope
+
+from convnext_dense import ConvNeXt, UsageError
+from convnext_dense.config.batch_size import set_total_batch
+from convnext_dense.config.hooks import set_keep
+from convnext_dense.config.inputs import set_inputs
+from convnext_dense.config.outputs import set_out
+from convnext_dense.config.precision import set_precision
+from convnext_dense.config.preflight import check_backbones
+from convnext_dense.config.recipe import precision_of
+from convnext_dense.config.tree import dicts_in
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.datasets.configure import fill, set_classes
+from convnext_dense.datasets.custom import Request, check_classes, set_data
+from convnext_dense.datasets.diagnostics import Report
+from convnext_dense.datasets.image_sizes import limits_of
+from convnext_dense.datasets.request import Data
+from convnext_dense.engine.runner import _host_name
+from convnext_dense.paper.results import row_of
+from convnext_dense.type_names import class_of, is_type, short_name
+from helpers.paths import ROOT
+from helpers.tools import one_line_error
+
+CONFIGS = ROOT / 'configs'
+
+
+@METRICS.register_module()
+class BoxMetric(CocoMetric):
+    """Somebody's own metric, derived from mmdet's."""
+
+
+@OPTIM_WRAPPERS.register_module()
+class OwnAmpWrapper(AmpOptimWrapper):
+    pass
+
+
+@MODELS.register_module()
+class OwnConvNeXt(ConvNeXt):
+    def __init__(self, extra=1, **kwargs):
+        super().__init__(**kwargs)
+
+
+def load(name):
+    config = Config.fromfile(CONFIGS / f'{name}.py')
+    init_default_scope(config.default_scope)
+    config.launcher, config.work_dir = 'none', 'run'
+    return config
+
+
+@pytest.fixture(scope='module')
+def drawn(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('drawn') / 'shapes'
+    toy_shapes.write(folder, train=5, val=3, size=64)
+    return folder
+
+
+PATH = 'mmdet.evaluation.metrics.coco_metric.CocoMetric'  # as mmengine dumps a class
+
+
+@pytest.mark.parametrize('kind', ['CocoMetric', 'mmdet.CocoMetric', CocoMetric, PATH, 'BoxMetric', BoxMetric])
+def test_a_type_is_known_however_it_is_written(kind):
+    init_default_scope('mmdet')
+    assert is_type(kind, METRICS, 'CocoMetric') and not is_type(kind, METRICS, 'IoUMetric', 'VOCMetric')
+    assert issubclass(class_of(kind), CocoMetric)
+
+
+def test_names_of_types():
+    assert short_name(PATH) == short_name(CocoMetric) == short_name('mmdet.CocoMetric') == 'CocoMetric'
+    assert short_name('mmpretrain.ConvNeXt') == 'mmpretrain.ConvNeXt'  # another one than ours
+    assert short_name(None) is None and short_name(BoxMetric) == 'test_config_types.BoxMetric'
+    init_default_scope('mmdet')
+    assert class_of('NoSuchThing') is None and not is_type('NoSuchThing', METRICS, 'CocoMetric')
+    assert is_type('CocoMetric', HOOKS, 'CocoMetric')  # by its name where it is not registered
+    for kind in ('CheckpointHook', 'mmengine.CheckpointHook', CheckpointHook):
+        assert _host_name(kind) == 'CheckpointHook'
+    assert (
+        _host_name('mmengine.IterBasedTrainLoop') == 'IterBasedTrainLoop' and _host_name('YOLOXModeSwitchHook') is None
+    )
+
+
+WRITTEN = {
+    'scoped': ('mmdet.CocoMetric', 'mmdet.LoadAnnotations', 'mmcv.LoadImageFromFile', 'mmdet.CocoDataset'),
+    'classes': (CocoMetric, LoadAnnotations, LoadImageFromFile, CocoDataset),
+    'derived': ('BoxMetric', LoadAnnotations, LoadImageFromFile, 'CocoDataset'),
+}
+
+
+@pytest.mark.parametrize('written', WRITTEN)
+@pytest.mark.parametrize('masks', [True, False])
+def test_own_data_reach_what_is_written_otherwise(drawn, tmp_path, monkeypatch, written, masks):
+    monkeypatch.chdir(tmp_path)
+    metric, annotations, image, dataset = WRITTEN[written]
+    config = load('demo/mask_rcnn')
+    for split in ('train', 'val', 'test'):
+        data = config[f'{split}_dataloader'].dataset
+        data.type = dataset
+        for step in data.pipeline:
+            step.type = {'LoadAnnotations': annotations, 'LoadImageFromFile': image}.get(step.type, step.type)
+    config.val_evaluator = dict(type=metric, metric=('bbox', 'segm'))
+    config.test_evaluator = [dict(type=metric, metric=['bbox', 'segm'], ann_file='theirs.json')]
+    if not masks:
+        monkeypatch.setattr('convnext_dense.datasets.check_coco.has_masks', lambda *args: False)
+    set_data(config, Request(str(drawn)))
+    for evaluator, split in ((config.val_evaluator, 'val'), (config.test_evaluator[0], 'val')):
+        assert evaluator.ann_file == str(tmp_path / f'run/data/{split}.json')
+        assert list(evaluator.metric) == (['bbox', 'segm'] if masks else ['bbox'])
+    step = next(s for s in config.train_dataloader.dataset.pipeline if s.type == annotations)
+    assert step.with_mask == masks
+    sample = DATASETS.build(config.train_dataloader.dataset)[0]
+    assert ('masks' in sample['data_samples'].gt_instances) == masks
+
+
+def test_commands_know_types_however_they_are_written():
+    for kind in ('AmpOptimWrapper', 'mmengine.AmpOptimWrapper', AmpOptimWrapper, 'OwnAmpWrapper'):
+        config = load('demo/mask_rcnn')
+        config.optim_wrapper.type = kind
+        with pytest.raises(UsageError, match='mixed precision .* needs a GPU'):
+            set_precision(config, None)
+    assert (
+        precision_of(Config(dict(optim_wrapper=dict(type='mmengine.AmpOptimWrapper', dtype='bfloat16')))) == 'bfloat16'
+    )
+    for kind in ('mmdet.CocoMetric', CocoMetric, 'BoxMetric'):
+        config = load('demo/mask_rcnn')
+        config.val_evaluator = dict(type=kind, metric='bbox')
+        set_keep(config, 2)
+        assert config.default_hooks.checkpoint.save_best == 'coco/bbox_mAP'
+    config = load('demo/upernet')
+    config.test_evaluator = [dict(type='mmengine.DumpResults', out_file_path='x.pkl'), dict(type='mmseg.IoUMetric')]
+    set_out(config, 'maps')
+    assert config.test_evaluator[1].output_dir == 'maps' and 'output_dir' not in config.test_evaluator[0]
+    config = load('cascade/convnext_t')
+    config.model.roi_head.bbox_head[0].norm_cfg.type = 'mmcv.SyncBN'
+    config.model.roi_head.bbox_head = config.model.roi_head.bbox_head[:1]
+    config.custom_hooks = [dict(type=EMAHook)]
+    assert 'batch norm sees 2 images' in set_total_batch(config, 1)[0] and config.custom_hooks[0].interval == 8
+    config = load('demo/upernet')
+    config.train_dataloader.dataset.pipeline[0].type = LoadImageFromFile
+    config.train_dataloader.dataset.pipeline[5].type = 'mmseg.PhotoMetricDistortion'
+    config.model.backbone.in_channels = 1
+    set_inputs(config)
+    assert config.train_dataloader.dataset.pipeline[0].color_type == 'grayscale'
+    assert 'PhotoMetric' not in str(config.train_dataloader)
+
+
+def test_a_backbone_derived_from_ours_is_checked():
+    init_default_scope('mmdet')
+    for kind in ('OwnConvNeXt', OwnConvNeXt, 'convnext_dense.ConvNeXt'):
+        extra = {} if kind == 'convnext_dense.ConvNeXt' else dict(extra=2)
+        check_backbones(dict(backbone=dict(type=kind, arch='atto', **extra)))
+        with pytest.raises(UsageError, match='tinny'):
+            check_backbones(dict(module=dict(backbone=dict(type=kind, arch='tinny'))))
+
+
+def test_a_row_of_the_paper_however_its_types_are_written():
+    config = load('cascade/convnext_t')
+    row = row_of(config)
+    config.model.type, config.train_dataloader.dataset.type = 'mmdet.CascadeRCNN', CocoDataset
+    config.val_evaluator.type = PATH
+    assert row is not None and row_of(config) is row
+    config.model.type = 'mmpretrain.CascadeRCNN'
+    assert row_of(config) is None
+
+
+# ---- data sets within others ----------------------------------------------------------------------------------------
+
+
+def wrapped(config, **wrapper):
+    config.train_dataloader.dataset = dict(**wrapper, dataset=config.train_dataloader.dataset)
+    return config
+
+
+WRAPPERS = {
+    'RepeatDataset': (dict(type='RepeatDataset', times=3), 15),
+    'a class': (dict(type=RepeatDataset, times=3), 15),
+    'a scope': (dict(type='mmengine.RepeatDataset', times=2), 10),
+    'ClassBalancedDataset': (dict(type='ClassBalancedDataset', oversample_thr=1e-3), 5),
+}
+
+
+@pytest.mark.parametrize('wrapper', WRAPPERS)
+def test_a_wrapper_keeps_its_meaning(drawn, tmp_path, monkeypatch, wrapper):
+    monkeypatch.chdir(tmp_path)
+    settings, n = WRAPPERS[wrapper]
+    config = wrapped(load('demo/mask_rcnn'), **settings)
+    set_data(config, Request(str(drawn)))
+    dataset = DATASETS.build(config.train_dataloader.dataset)
+    assert len(dataset) == n and type(dataset).__name__ == short_name(settings['type']).split('.')[-1]
+    assert dataset.metainfo['classes'] == ('disc', 'square', 'triangle', 'cross')
+    assert dataset[0]['inputs'].shape[0] == 3
+    check_classes(config)
+
+
+def test_wrappers_of_segmentation(drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = wrapped(load('demo/upernet'), type='RepeatDataset', times=4)
+    set_data(config, Request(str(drawn)))
+    assert len(DATASETS.build(config.train_dataloader.dataset)) == 20
+    with pytest.raises(UsageError, match='train_dataloader: ClassBalancedDataset needs classes of whole images'):
+        set_data(wrapped(load('demo/upernet'), type='ClassBalancedDataset', oversample_thr=0.1), Request(str(drawn)))
+
+
+def test_data_sets_that_are_mixed_keep_both_pipelines(drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for kind in ('MultiImageMixDataset', MultiImageMixDataset):
+        config = load('demo/mask_rcnn')
+        inner = dict(
+            config.train_dataloader.dataset,
+            pipeline=[dict(type='LoadImageFromFile'), dict(type=LoadAnnotations, with_bbox=True)],
+        )
+        outer = [
+            dict(type='Mosaic', img_scale=(96, 96), pad_val=114.0),
+            dict(type=Resize, scale=(64, 64)),
+            dict(type=PackDetInputs),
+        ]
+        config.train_dataloader.dataset = dict(type=kind, dataset=inner, pipeline=outer)
+        set_data(config, Request(str(drawn)))
+        dataset = DATASETS.build(config.train_dataloader.dataset)
+        sample = dataset[0]
+        assert sample['inputs'].shape[1:] == (64, 64)
+        assert len(sample['data_samples'].gt_instances) > len(dataset.dataset[0]['gt_bboxes'])  # of four images
+
+
+def test_data_sets_that_are_joined(drawn, tmp_path, monkeypatch):
+    """Of the same pipeline they are one on own data; of others it is refused."""
+    monkeypatch.chdir(tmp_path)
+    config = load('demo/mask_rcnn')
+    one = config.train_dataloader.dataset.to_dict()
+    parts = [one, {**one, 'ann_file': 'other.json', 'data_root': 'elsewhere'}]
+    config.train_dataloader.dataset = dict(
+        type='RepeatDataset', times=2, dataset=dict(type='ConcatDataset', datasets=parts)
+    )
+    check_classes(config)
+    set_data(config, Request(str(drawn)))
+    assert len(DATASETS.build(config.train_dataloader.dataset)) == 10
+    config = load('demo/mask_rcnn')
+    other = {**one, 'pipeline': one['pipeline'][:2] + one['pipeline'][-1:]}
+    config.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[one, other])
+    with pytest.raises(UsageError, match='train_dataloader: ConcatDataset joins data sets with pipelines or filters'):
+        set_data(config, Request(str(drawn)))
+
+
+REFUSED = {
+    'panoptic': (lambda c: c.train_dataloader.dataset.pipeline[1].update(type='LoadPanopticAnnotations'), 'panoptic'),
+    'stuff': (lambda c: c.train_dataloader.dataset.pipeline[1].update(with_seg=True), 'with_seg=True'),
+    'proposals': (
+        lambda c: c.train_dataloader.dataset.pipeline.insert(1, dict(type='mmdet.LoadProposals')),
+        'proposals',
+    ),
+    'VOC': (lambda c: c.update(val_evaluator=dict(type='VOCMetric')), 'val_evaluator: VOCMetric reads annotations'),
+    'LVIS': (lambda c: c.update(val_evaluator=dict(type='LVISMetric')), 'val_evaluator: LVISMetric reads'),
+    'another file': (lambda c: c.update(test_evaluator=dict(type='Mine', ann_file='x')), 'test_evaluator: Mine reads'),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_what_own_data_cannot_feed_is_refused_by_name(drawn, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    change, words = REFUSED[case]
+    config = load('demo/mask_rcnn')
+    change(config)
+    with pytest.raises(UsageError, match=words):
+        set_data(config, Request(str(drawn)))
+
+
+# ---- pipelines of later epochs, and models of masks ------------------------------------------------------------------
+
+
+def filled(name, masks=True, train=True, **settings):
+    """A config of mmdet's on own data of boxes, or of masks too."""
+    config = name if isinstance(name, Config) else stock(mmdet, name)
+    init_default_scope('mmdet')
+    data = Data('detection', '/data', ['a', 'b'], {}, Report(), masks=masks, **settings)
+    fill(config, data, {'train': 'train.json', 'val': 'val.json'} if train else {'test': 'val.json'}, masks)
+    return config
+
+
+def steps(config, name, *parts):
+    return [s for part in parts for s in dicts_in(config[part]) if is_type(s.get('type'), TRANSFORMS, name)]
+
+
+@pytest.mark.parametrize('name', ['rtmdet/rtmdet_tiny_8xb32-300e_coco', 'rtmdet/rtmdet-ins_tiny_8xb32-300e_coco'])
+def test_the_pipeline_of_later_epochs_reads_images_alike(name):
+    config = filled(name, turn=False)
+    loaders = steps(config, 'LoadImageFromFile', 'train_dataloader', 'val_dataloader', 'custom_hooks')
+    assert len(loaders) == 3 and {s['color_type'] for s in loaders} == {'color_ignore_orientation'}
+    config = stock(mmdet, name)
+    config.model.backbone.in_channels = 1
+    assert 'without CachedMixUp, YOLOXHSVRandomAug, which need RGB' in set_inputs(config)
+    filled(config, turn=False)
+    loaders = steps(config, 'LoadImageFromFile', 'train_dataloader', 'val_dataloader', 'custom_hooks')
+    assert {s['color_type'] for s in loaders} == {'grayscale_ignore_orientation'}
+    assert not steps(config, 'YOLOXHSVRandomAug', 'train_dataloader', 'custom_hooks')
+    assert len(steps(config, 'CachedMosaic', 'train_dataloader')) == 1
+
+
+def test_the_pipeline_of_later_epochs_reads_no_masks_of_boxes():
+    config = stock(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco')
+    later = [*config.train_dataloader.dataset.to_dict()['pipeline'], dict(type='FilterAnnotations', by_mask=True)]
+    config.custom_hooks = [dict(type='PipelineSwitchHook', switch_epoch=1, switch_pipeline=later)]
+    filled(config, masks=False)
+    found = steps(config, 'LoadAnnotations', 'train_dataloader', 'custom_hooks')
+    assert [s['with_mask'] for s in found] == [False, False]
+    assert config.custom_hooks[0].switch_pipeline[-1].by_mask is False and 'mask_head' not in config.model.roi_head
+    later[1].update(type='LoadPanopticAnnotations')
+    config.custom_hooks = [dict(type='PipelineSwitchHook', switch_epoch=1, switch_pipeline=later)]
+    with pytest.raises(UsageError, match='custom_hooks: LoadPanopticAnnotations reads panoptic segmentation'):
+        filled(config)
+
+
+def test_scales_of_later_epochs_count():
+    config = stock(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco')
+    small = [dict(type='Resize', scale=(100, 60), keep_ratio=True)]
+    config.custom_hooks = [dict(type='PipelineSwitchHook', switch_epoch=1, switch_pipeline=small)]
+    init_default_scope('mmdet')
+    assert limits_of(config)['train'].scales == ((100, 60),) and limits_of(config)['val'].scales == ((1333, 800),)
+
+
+def test_grey_steps_within_others_are_left_out():
+    config = stock(mmdet, 'yolox/yolox_tiny_8xb8-300e_coco')
+    init_default_scope('mmdet')
+    choice = dict(type='RandomChoice', transforms=[[dict(type='PhotoMetricDistortion')], [dict(type='RandomFlip')]])
+    config.train_dataloader.dataset.pipeline.append(choice)
+    config.model.backbone.in_channels = 4
+    assert set_inputs(config) == (  # it normalises nothing
+        '4 input channels: read as they are, without Mosaic, PhotoMetricDistortion, YOLOXHSVRandomAug, which need RGB'
+    )
+    assert config.train_dataloader.dataset.pipeline[-1]['transforms'] == [[], [dict(type='RandomFlip')]]
+    assert {s['color_type'] for s in steps(config, 'LoadImageFromFile', 'train_dataloader', 'val_dataloader')} == {
+        'unchanged'
+    }
+
+
+OF_MASKS = {
+    'solo/solo_r50_fpn_1x_coco': 'SOLO',
+    'solov2/solov2_r50_fpn_1x_coco': 'SOLOv2',
+    'yolact/yolact_r50_1xb8-55e_coco': 'YOLACT',
+    'condinst/condinst_r50_fpn_ms-poly-90k_coco_instance': 'CondInst',
+    'mask2former/mask2former_r50_8xb2-lsj-50e_coco': 'Mask2Former',
+    'rtmdet/rtmdet-ins_tiny_8xb32-300e_coco': 'RTMDetInsSepBNHead',
+    'ms_rcnn/ms-rcnn_r50-caffe_fpn_1x_coco': 'MaskScoringRoIHead',
+    'point_rend/point-rend_r50-caffe_fpn_ms-1x_coco': 'PointRendRoIHead',
+    'scnet/scnet_r50_fpn_1x_coco': 'SCNetRoIHead',
+}
+
+
+@pytest.mark.parametrize('name', OF_MASKS)
+def test_models_of_masks_are_refused_boxes(name):
+    with pytest.raises(UsageError, match=f'^{OF_MASKS[name]} learns from masks, the data have boxes alone: take'):
+        filled(name, masks=False)
+    if name != 'scnet/scnet_r50_fpn_1x_coco':  # which reads stuff, too
+        filled(name, masks=False, train=False)  # what it finds can be compared with boxes
+    if name.startswith('solo/'):
+        config = stock(mmdet, name)
+        config.model.type = SOLO
+        with pytest.raises(UsageError, match='^SOLO learns from masks'):
+            filled(config, masks=False)
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'boxinst/boxinst_r50_fpn_ms-90k_coco',
+        'queryinst/queryinst_r50_fpn_1x_coco',
+        'pisa/mask-rcnn_r50_fpn_pisa_1x_coco',
+    ],
+)
+def test_models_that_do_without_masks_take_boxes(name):
+    config = filled(name, masks=False)
+    config.model.backbone.init_cfg = None
+    if name.startswith('boxinst/'):
+        pytest.importorskip('skimage')  # by which it compares colours
+    with torch.device('meta'):
+        MODELS.build(config.model)
+    assert config.val_evaluator.metric == ['bbox']
+
+
+def test_steps_that_take_masks_are_refused_boxes():
+    config = stock(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco')
+    config.train_dataloader.dataset.pipeline.insert(2, dict(type='mmdet.CopyPaste'))
+    filled(config.copy(), masks=False, train=False)
+    with pytest.raises(UsageError, match='train_dataloader: CopyPaste takes masks, the data have boxes alone'):
+        filled(config, masks=False)
+
+
+def test_a_checkpoint_without_a_mask_branch_of_that_name(drawn, tmp_path, monkeypatch):
+    """Of a model whose masks come from elsewhere: its data keep theirs."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / 'epoch_1.pth'
+    torch.save(dict(meta={}, state_dict={'panoptic_head.cls_embed.weight': torch.zeros(2, 2)}), file)
+    config = stock(mmdet, 'mask2former/mask2former_r50_8xb2-lsj-50e_coco')
+    config.launcher, config.work_dir = 'none', 'run'
+    set_data(config, Request(str(drawn)), checkpoint=str(file))
+    assert [s['with_mask'] for s in steps(config, 'LoadAnnotations', 'train_dataloader')] == [True]
+    assert list(config.val_evaluator.metric) == ['bbox', 'segm']
+
+
+# ---- heads of every kind --------------------------------------------------------------------------------------------
+
+
+def stock(package, name):
+    return Config.fromfile(Path(package.__file__).parent / f'.mim/configs/{name}.py', import_custom_modules=False)
+
+
+def outputs(model, pattern):
+    """The sizes of the outputs of a model's layers by their names."""
+    return {module.bias.numel() for name, module in model.named_modules() if re.search(pattern, name)}
+
+
+# Of mmdet and mmseg: config, the layers that tell classes apart, their outputs for three classes.
+HEADS = {
+    'mask2former': (mmdet, 'mask2former/mask2former_r50_8xb2-lsj-50e_coco', r'panoptic_head\.cls_embed$', {4}),
+    'dino': (mmdet, 'dino/dino-4scale_r50_8xb2-12e_coco', r'cls_branches\.\d$', {3}),
+    'detr': (mmdet, 'detr/detr_r50_8xb2-150e_coco', r'bbox_head\.fc_cls$', {4}),
+    'solo': (mmdet, 'solo/solo_r50_fpn_1x_coco', r'mask_head\.conv_cls$', {3}),
+    'solov2': (mmdet, 'solov2/solov2_r50_fpn_1x_coco', r'mask_head\.conv_cls$', {3}),
+    'rtmdet': (mmdet, 'rtmdet/rtmdet_tiny_8xb32-300e_coco', r'bbox_head\.rtm_cls\.\d$', {3}),
+    'rtmdet-ins': (mmdet, 'rtmdet/rtmdet-ins_tiny_8xb32-300e_coco', r'bbox_head\.rtm_cls\.\d$', {3}),
+    'yolox': (mmdet, 'yolox/yolox_tiny_8xb8-300e_coco', r'multi_level_conv_cls\.\d$', {3}),
+    'retinanet': (mmdet, 'retinanet/retinanet_r50_fpn_1x_coco', r'bbox_head\.retina_cls$', {27}),
+    'point_rend': (mmdet, 'point_rend/point-rend_r50-caffe_fpn_ms-1x_coco', r'(mask|point)_head\.fc_logits', {3, 147}),
+    'mask2former of mmseg': (
+        mmseg,
+        'mask2former/mask2former_r50_8xb2-90k_cityscapes-512x1024',
+        r'decode_head\.cls_embed$',
+        {4},
+    ),
+    'segmenter': (mmseg, 'segmenter/segmenter_vit-t_mask_8xb1-160k_ade20k-512x512', r'decode_head\.mask_norm$', {3}),
+    'ocrnet': (mmseg, 'ocrnet/ocrnet_hr18s_4xb2-40k_cityscapes-512x1024', r'decode_head\.\d\.conv_seg$', {3}),
+}
+
+
+@pytest.mark.parametrize('case', HEADS)
+def test_heads_of_mmdet_and_mmseg_follow_the_data(case):
+    package, name, layers, expected = HEADS[case]
+    config = stock(package, name)
+    set_classes(config.model, 3)
+    init_default_scope(package.__name__)
+    for part in ('backbone', 'pretrained'):
+        if part == 'pretrained' or 'init_cfg' in (config.model.get(part) or {}):
+            config.model.pop(part, None) if part == 'pretrained' else config.model[part].update(init_cfg=None)
+    assert outputs(MODELS.build(config.model), layers) == expected
+
+
+def test_class_weights_and_queries_follow_the_data():
+    model = stock(mmdet, 'mask2former/mask2former_r50_8xb2-lsj-50e_coco').model
+    set_classes(model, 3)
+    assert model.panoptic_head.loss_cls.class_weight == [1.0] * 3 + [0.1]
+    assert (model.panoptic_head.num_things_classes, model.panoptic_head.num_stuff_classes) == (3, 0)
+    assert (model.panoptic_fusion_head.num_things_classes, model.panoptic_fusion_head.num_stuff_classes) == (3, 0)
+    assert model.panoptic_head.out_channels == 256 and model.test_cfg.max_per_image == 100
+    model.panoptic_head.num_queries = 20
+    set_classes(model, 3)
+    assert model.test_cfg.max_per_image == 60  # topk of 20 queries and 3 classes
+    head = dict(num_queries=100, num_classes=256, out_channels=256)
+    set_classes(dict(decode_head=head), 3)
+    assert head == dict(num_queries=100, num_classes=3, out_channels=256)
+    with pytest.raises(UsageError, match='class_weight of PIDHead has 19 values, the data 3 classes'):
+        set_classes(stock(mmseg, 'pidnet/pidnet-s_2xb6-120k_1024x1024-cityscapes').model, 3)
+
+
+# ---- config files that are data -------------------------------------------------------------------------------------
+
+RUNS = {
+    'a tag': '!!python/object/apply:os.system ["touch ran"]',
+    'a tag within': 'model:\n  type: !!python/object/new:subprocess.Popen [["touch", "ran"]]',
+    'a name': 'model: !!python/name:os.system',
+    'a path as a type': 'default_scope: mmdet\nmodel: {type: subprocess.Popen, args: touch ran, shell: true}',
+    "a function of mmengine's": 'default_scope: mmdet\nmodel: {type: mmengine.utils.call_command, cmd: [touch, ran]}',
+    'a constructor': 'default_scope: mmdet\nmodel: {type: MaskRCNN}\noptim_wrapper: {constructor: os.system}',
+}
+
+
+@pytest.mark.parametrize('case', RUNS)
+@pytest.mark.parametrize('ending', ['yaml', 'yml'])
+def test_a_yaml_config_runs_nothing(run_tool, tmp_path, case, ending):
+    (tmp_path / f'c.{ending}').write_text(RUNS[case])
+    one_line_error(run_tool('complexity.py', f'c.{ending}'), f'c.{ending}')
+    (tmp_path / 'below.py').write_text(f"_base_ = 'c.{ending}'")
+    if '!!' in RUNS[case]:
+        one_line_error(run_tool('complexity.py', 'below.py'), 'below.py')
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_a_json_config_runs_nothing(run_tool, tmp_path):
+    (tmp_path / 'c.json').write_text('{"default_scope": "mmdet", "model": {"type": "subprocess.Popen", "args": "ls"}}')
+    one_line_error(run_tool('complexity.py', 'c.json'), "type='subprocess.Popen' is no registered type")
+
+
+def test_a_yaml_file_of_aliases_is_bounded(run_tool, tmp_path):
+    lines = ['a0: &a0 [x]', *(f'a{i}: &a{i} [{", ".join([f"*a{i - 1}"] * 10)}]' for i in range(1, 12)), 'model: *a11']
+    (tmp_path / 'c.yaml').write_text('\n'.join(lines))
+    one_line_error(run_tool('complexity.py', 'c.yaml'), 'more than 1,000,000 values')
+
+
+@pytest.mark.parametrize('ending', ['yaml', 'json'])
+def test_what_mmengine_writes_is_read(run_tool, tmp_path, ending):
+    """As YAML it has tuples, by a tag of Python's that makes nothing else."""
+    config = load('mask_rcnn/convnext_t')
+    config.dump(str(tmp_path / f'c.{ending}'))
+    process = run_tool('complexity.py', f'c.{ending}')
+    assert process.returncode == 0 and '48,095,376' in process.stdout, process.stderr

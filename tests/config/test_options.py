@@ -1,0 +1,262 @@
+"""Settings from the command line: what nothing reads is refused with the nearest key that is read, and what the user
+says holds against what follows from other arguments."""
+
+import pytest
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from convnext_dense import UsageError
+from convnext_dense.config.batch_size import fit_batch, set_total_batch
+from convnext_dense.config.load import load_config
+from convnext_dense.config.multiscale import set_multiscale
+from convnext_dense.config.options import arguments_of, merge, overruled
+from convnext_dense.config.schedule import set_length
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.datasets.custom import Request, set_data
+from helpers.paths import ROOT
+from helpers.tools import one_line_error
+
+CONFIGS = ROOT / 'configs'
+
+
+def load(name):
+    config = Config.fromfile(CONFIGS / f'{name}.py')
+    init_default_scope(config.default_scope)
+    config.launcher = 'none'
+    return config
+
+
+# Key -> the key that is named in its place.
+UNKNOWN = {
+    'modle.backbone.arch': 'model.backbone.arch',
+    'model.bakbone.arch': 'model.backbone.arch',
+    'optimizer.lr': 'optim_wrapper.optimizer.lr',
+    'lr': 'optim_wrapper.optimizer.lr',
+    'train_cfg.max_epoch': 'train_cfg.max_epochs',
+    'train_cfg.val_intervall': 'train_cfg.val_interval',
+    'model.backbone.with_pc': 'model.backbone.with_cp',
+    'model.backbone.out_indexes': 'model.backbone.out_indices',
+    'optim_wrapper.optimizer.weight_deacy': 'optim_wrapper.optimizer.weight_decay',
+    'optim_wrapper.accumulative_count': 'optim_wrapper.accumulative_counts',
+    'train_dataloader.batchsize': 'train_dataloader.batch_size',
+    'train_dataloader.num_worker': 'train_dataloader.num_workers',
+    'train_dataloader.dataset.indicess': 'train_dataloader.dataset.indices',
+    'train_dataloader.dataset.pipeline.1.with_masks': 'train_dataloader.dataset.pipeline.1.with_mask',
+    'val_evaluator.metrics': 'val_evaluator.metric',
+    'default_hooks.checkpoint.intervals': 'default_hooks.checkpoint.interval',
+    'default_hooks.checkpoints.interval': 'default_hooks.checkpoint.interval',
+    'randomness.seeds': 'randomness.seed',
+    'param_scheduler.1.gama': 'param_scheduler.1.gamma',
+    'load_form': 'load_from',
+    'auto_scale.enable': 'auto_scale_lr.enable',
+    'model.backbone.arch.depths': None,
+    'param_scheduler.7.end': None,
+    'totally.different': None,
+}
+
+
+@pytest.mark.parametrize('key', UNKNOWN)
+def test_a_key_that_nothing_reads_is_refused_with_the_nearest_one(key):
+    config = load('demo/mask_rcnn')
+    before = config.to_dict()
+    with pytest.raises(UsageError, match=r'has no .*write \+') as error:
+        merge(config, {'train_cfg.val_interval': 2, key: 1})
+    assert f'--cfg-options {key}: ' in str(error.value)
+    if UNKNOWN[key]:
+        assert f'perhaps {UNKNOWN[key]};' in str(error.value)
+    assert config.to_dict() == before  # all or nothing
+    if UNKNOWN[key] or key == 'totally.different':
+        assert merge(config, {f'+{key}': 1}) == {key: 1}
+    else:
+        with pytest.raises(UsageError, match='--cfg-options: '):
+            merge(config, {f'+{key}': 1})
+
+
+@pytest.mark.parametrize(
+    'key, near',
+    [
+        ('auto_scale_lr.enabl', 'auto_scale_lr.enable'),
+        ('optim_wrapper.clip_grad.max_nor', 'optim_wrapper.clip_grad.max_norm'),
+        ('env_cfg.mp_cfg.opencv_num_thread', 'env_cfg.mp_cfg.opencv_num_threads'),
+        ('randomness.sed', 'randomness.seed'),
+    ],
+)
+def test_a_wrong_key_below_a_part_that_the_config_leaves_out_is_refused(key, near):
+    config = load('demo/upernet')
+    config.pop('auto_scale_lr', None), config.pop('randomness', None), config.env_cfg.pop('mp_cfg', None)
+    with pytest.raises(UsageError, match=f'perhaps {near};'):
+        merge(config, {key: 1})
+    merge(config, {near: 1})
+
+
+@pytest.mark.parametrize(
+    'key, value, words',
+    [
+        ('model', 5, 'model is a part of the config: give model.KEY=VALUE'),
+        ('model.backbone', 'ConvNeXt', 'model.backbone is a part of the config'),
+        ('optim_wrapper.optimizer', 'AdamW', 'optim_wrapper.optimizer is a part of the config'),
+        ('optim_wrapper.optimizer.betas.0', 0.8, 'a part of a tuple: give all of optim_wrapper.optimizer.betas'),
+    ],
+)
+def test_values_that_take_the_place_of_a_part(key, value, words):
+    with pytest.raises(UsageError, match=words):
+        merge(load('demo/mask_rcnn'), {key: value})
+
+
+def test_parts_that_are_needed_may_not_be_none(tmp_path):
+    path = str(CONFIGS / 'demo/mask_rcnn.py')
+    for key in ('model', 'train_dataloader', 'optim_wrapper'):
+        with pytest.raises(UsageError, match=f'has no {key}'):
+            load_config(path, {key: None}, ('model', 'train_dataloader', 'optim_wrapper'))
+
+
+VARIABLES = {
+    'train_pipeline.1.with_mask': 'train_dataloader.dataset.pipeline.1.with_mask',
+    'data_root': 'train_dataloader.dataset.data_root',
+    'metainfo.classes': 'train_dataloader.dataset.metainfo.classes',
+}
+
+
+@pytest.mark.parametrize('key', VARIABLES)
+def test_a_variable_of_the_file_that_was_read_before_is_refused(key):
+    with pytest.raises(UsageError, match=f'is a variable of the config file.*set {VARIABLES[key]} instead'):
+        merge(load('demo/mask_rcnn'), {key: 1})
+
+
+def test_what_the_config_leaves_at_its_default_is_known():
+    """Arguments of the classes that a config names, those included that they pass on, and what mmengine looks up."""
+    for recipe, keys in {
+        'demo/mask_rcnn': [
+            *('model.backbone.with_cp', 'model.backbone.init_cfg.checkpoint', 'model.rpn_head.reg_decoded_bbox'),
+            *('model.roi_head.bbox_head.init_cfg.type', 'model.data_preprocessor.batch_augments', 'model.init_cfg'),
+            *('train_dataloader.dataset.indices', 'train_dataloader.dataset.lazy_init', 'train_dataloader.timeout'),
+            *('val_dataloader.dataset.filter_cfg.min_size', 'val_evaluator.classwise', 'val_evaluator.prefix'),
+            *(
+                'optim_wrapper.clip_grad.max_norm',
+                'optim_wrapper.optimizer.amsgrad',
+                'optim_wrapper.accumulative_counts',
+            ),
+            *('default_hooks.checkpoint.save_best', 'default_hooks.logger.ignore_last', 'train_cfg.val_begin'),
+            *('env_cfg.dist_cfg.timeout', 'auto_scale_lr.enable', 'randomness.deterministic', 'load_from', 'resume'),
+            *(
+                'find_unused_parameters',
+                'custom_hooks',
+                'compile',
+                'visualizer.vis_backends',
+                'total_batch',
+                'work_dir',
+            ),
+            *('model.backbone._delete_', 'optim_wrapper.paramwise_cfg.decay_rate', 'param_scheduler.0.verbose'),
+        ],
+        'demo/upernet': [
+            *('model.decode_head.norm_cfg.type', 'model.decode_head.sampler', 'model.test_cfg.stride'),
+            *('train_dataloader.dataset.ignore_index', 'val_evaluator.output_dir', 'val_dataloader.dataset.indices'),
+        ],
+    }.items():
+        for key in keys:
+            merge(load(recipe), {key: None})
+
+
+def test_arguments_are_those_of_the_whole_family():
+    class Base:
+        def __init__(self, a, b=1):
+            pass
+
+    class Middle(Base):
+        def __init__(self, *args, c, **kwargs):
+            pass
+
+    class Leaf(Middle):
+        pass
+
+    class Closed(Middle):
+        def __init__(self, d):
+            pass
+
+    assert arguments_of(Leaf) == {'a', 'b', 'c'} and arguments_of(Closed) == {'d'}
+
+
+def test_what_the_user_says_holds_against_another_length():
+    options = {'train_cfg.val_interval': 7, 'param_scheduler.0.end': 301, 'default_hooks.checkpoint.interval': 9}
+    config, scaled = load('upernet/convnext_t'), load('upernet/convnext_t')
+    merge(config, options)
+    set_length(config, iters=1600, options=options)
+    set_length(scaled, iters=1600)
+    assert (config.train_cfg.max_iters, config.train_cfg.val_interval) == (1600, 7)
+    assert config.param_scheduler[0].end == 301 and config.default_hooks.checkpoint.interval == 9
+    assert scaled.train_cfg.val_interval == 160 and config.param_scheduler[1] == scaled.param_scheduler[1]
+    assert overruled(config, options) == []
+    with pytest.raises(UsageError, match='--iters 5 and --cfg-options train_cfg.max_iters: give one of them'):
+        set_length(config, iters=5, options={'train_cfg.max_iters': 10})
+
+
+def test_what_the_user_says_of_the_batch_holds():
+    assert fit_batch(1, 3, 16) == (2, 8) and fit_batch(1, 3, 16, 3) == (3, 5)
+    options = {'train_dataloader.batch_size': 3}
+    config = load('mask_rcnn/convnext_t')
+    merge(config, options)
+    line, warn = set_total_batch(config, 1, options=options)
+    assert config.train_dataloader.batch_size == 3 and config.optim_wrapper.accumulative_counts == 5
+    assert warn and line.startswith('total batch 15 = 1 process x 3 images') and overruled(config, options) == []
+    config = load('mask_rcnn/convnext_t')
+    merge(config, options)
+    set_total_batch(config, 1)
+    assert overruled(config, options) == [
+        '--cfg-options train_dataloader.batch_size=3 became 2: other arguments, the data or the number of GPUs '
+        'decide it'
+    ]
+
+
+def test_what_cannot_hold_is_said():
+    config = load('demo/upernet')
+    options = {'train_cfg.max_iters': 10, 'model.decode_head.in_channels': [1, 2], 'val_evaluator.prefix': 'a'}
+    merge(config, options)
+    config.train_cfg.max_iters, config.model.decode_head.in_channels = 80, (1, 2)
+    config.val_evaluator.pop('prefix')
+    first, second = overruled(config, options)
+    assert 'train_cfg.max_iters=10 became 80' in first and "val_evaluator.prefix='a' is not there any more" in second
+    for key, value in (('model.test_cfg.mode', 'slide'), ('test_dataloader.batch_size', 4)):
+        with pytest.raises(UsageError, match=f'{key}={value}: --multiscale tests with'):
+            set_multiscale(load('upernet/convnext_t'), {key: value})
+
+
+@pytest.fixture(scope='module')
+def drawn(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('drawn') / 'shapes'
+    toy_shapes.write(folder, train=5, val=3, size=64)
+    return folder
+
+
+@pytest.mark.parametrize('recipe', ['demo/mask_rcnn', 'demo/upernet'])
+def test_what_the_user_says_of_a_data_set_holds_with_own_data(drawn, tmp_path, monkeypatch, recipe):
+    monkeypatch.chdir(tmp_path)
+    config = load(recipe)
+    config.work_dir = 'run'
+    options = {'train_dataloader.dataset.indices': 2, 'train_dataloader.dataset.lazy_init': True}
+    merge(config, options)
+    set_data(config, Request(str(drawn)), options=options)
+    assert config.train_dataloader.dataset.indices == 2 and overruled(config, options) == []
+    for key in (
+        'train_dataloader.dataset.ann_file',
+        'val_dataloader.dataset.data_prefix.img',
+        'val_evaluator.ann_file',
+    ):
+        config = load(recipe)
+        config.work_dir = 'run'
+        with pytest.raises(UsageError, match=f'{key}=x: it follows from --data'):
+            set_data(config, Request(str(drawn)), options={key: 'x'})
+
+
+def test_the_tools_refuse_it(run_tool):
+    config = CONFIGS / 'demo/mask_rcnn.py'
+    for tool, more in (('train.py', []), ('test.py', ['x.pth']), ('complexity.py', [])):
+        if tool != 'test.py':
+            process = run_tool(tool, config, *more, '--cfg-options', 'modle.backbone.arch=atto')
+            one_line_error(process, 'modle.backbone.arch', 'perhaps model.backbone.arch')
+        process = run_tool(tool, config, *more, '--cfg-options', 'train_cfg.max_epochs=[(1,2]')
+        assert process.returncode == 2 and 'Imbalanced brackets' in process.stderr.splitlines()[-1]
+        for option in ('++x=1', '+=1', '=1', 'a'):
+            process = run_tool(tool, config, *more, '--cfg-options', option)
+            assert process.returncode == 2 and f"'{option}': give KEY=VALUE" in process.stderr.splitlines()[-1]
+        process = run_tool(tool, config, *more, '--cfg-options', "custom_hooks=[{'type': 'EmptyCacheHook'}]")
+        assert process.returncode == 2 and 'dicts have no form here' in process.stderr.splitlines()[-1]

@@ -1,0 +1,247 @@
+"""What a resumed run takes from its checkpoint, and what from a config that changed since."""
+
+import copy
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import CheckpointLoader
+
+from convnext_dense import UsageError
+from convnext_dense.config.batch_size import set_total_batch
+from convnext_dense.config.literal import read_dumped
+from convnext_dense.config.resume import check_resume, compare, set_resume
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.engine.build import PLACES, _safe_loader
+from convnext_dense.engine.resume import OVERRIDE
+from convnext_dense.engine.runner import ResumableRunner
+from helpers.paths import ROOT
+from helpers.runs import run_config
+from helpers.tools import one_line_error
+
+CONFIGS = ROOT / 'configs'
+
+
+@pytest.fixture(autouse=True)
+def loader():
+    """The tools': the classic mmengine's own refuses its checkpoints since torch 2.6."""
+    CheckpointLoader.register_scheme(prefixes=PLACES, loader=_safe_loader({}), force=True)
+
+
+def load(name):
+    config = Config.fromfile(CONFIGS / f'{name}.py')
+    init_default_scope(config.default_scope)
+    return config
+
+
+def changed(recipe, key, value):
+    config = load(recipe)
+    config.merge_from_dict({key: value})
+    return config
+
+
+# Settings that the state of an optimizer or of its schedules holds: key, value, what the line says.
+HELD = {
+    'optim_wrapper.optimizer.lr': (0.01, 'was 0.0001, is 0.01'),
+    'optim_wrapper.optimizer.weight_decay': (0.0, 'was 0.05, is 0.0'),
+    'optim_wrapper.optimizer.betas': ([0.9, 0.99], 'is [0.9, 0.99]'),
+    'optim_wrapper.optimizer.eps': (1e-6, 'is 1e-06'),
+    'optim_wrapper.paramwise_cfg.decay_rate': (0.8, 'was 0.95, is 0.8'),
+    'param_scheduler.1.milestones': ([20, 30], 'was [27, 33], is [20, 30]'),
+    'param_scheduler.1.gamma': (0.5, 'is 0.5'),
+    'param_scheduler.0.end': (1001, 'was 501, is 1001'),
+    'param_scheduler.0.type': ('ConstantLR', "was 'LinearLR', is 'ConstantLR'"),
+    'auto_scale_lr': (dict(enable=True, base_batch_size=16), 'is True'),
+    'randomness.seed': (3, "was '(not set)', is 3"),
+}
+
+
+@pytest.mark.parametrize('key', HELD)
+def test_a_setting_that_the_state_would_override_is_refused_or_taken(key):
+    value, words = HELD[key]
+    now = changed('mask_rcnn/convnext_t', key, value)
+    with pytest.raises(UsageError, match='would override yours .*--override.*load_from=x.pth') as error:
+        compare(load('mask_rcnn/convnext_t'), now, 'x.pth', False)
+    assert key in str(error.value) and words in str(error.value)
+    assert words in compare(load('mask_rcnn/convnext_t'), now, 'x.pth', True)
+    assert compare(now, copy.deepcopy(now), 'x.pth', False) is None
+
+
+@pytest.mark.parametrize(
+    'key, value',
+    [
+        ('optim_wrapper.optimizer.type', 'SGD'),
+        ('optim_wrapper.paramwise_cfg.decay_type', 'stage_wise'),
+        ('optim_wrapper.constructor', 'DefaultOptimWrapperConstructor'),
+    ],
+)
+def test_another_optimizer_is_refused_in_any_case(key, value):
+    for override in (False, True):
+        with pytest.raises(UsageError, match=f'state of another optimizer .*{key} was .*load_from=x.pth'):
+            compare(load('mask_rcnn/convnext_t'), changed('mask_rcnn/convnext_t', key, value), 'x.pth', override)
+
+
+SAID = {
+    'model.backbone.drop_path_rate': 0.6,
+    'model.roi_head.bbox_head.loss_cls.loss_weight': 2.0,
+    'train_dataloader.dataset.pipeline.2.prob': 0.0,
+    'train_dataloader.dataset.filter_cfg.min_size': 1,
+    'train_dataloader.dataset.data_root': 'elsewhere/',
+    'train_dataloader.dataset.ann_file': 'other.json',
+    'optim_wrapper.clip_grad': dict(max_norm=1.0),
+    'train_cfg.val_interval': 5,
+    'train_cfg.max_epochs': 40,
+    'custom_hooks': [dict(type='EMAHook')],
+}
+UNSAID = {
+    'work_dir': 'moved',
+    'train_dataloader.num_workers': 9,
+    'train_dataloader.batch_size': 1,
+    'default_hooks.logger.interval': 1,
+    'model.backbone.init_cfg.checkpoint': '/moved/convnext_tiny_1k_224.pth',
+    'launcher': 'pytorch',
+    'model.type': 'mmdet.MaskRCNN',
+}
+
+
+@pytest.mark.parametrize('key', [*SAID, *UNSAID])
+def test_a_setting_that_is_taken_is_said(key):
+    value = SAID.get(key, UNSAID.get(key))
+    line = compare(load('mask_rcnn/convnext_t'), changed('mask_rcnn/convnext_t', key, value), 'x.pth', False)
+    if key in UNSAID:
+        assert line is None
+    else:
+        assert ('length' if 'max_epochs' in key else key) in line
+
+
+def test_what_a_checkpoint_holds_is_compared_as_it_was_written():
+    """As text, tuples and all, and fitted to another number of GPUs."""
+    now, before = load('upernet/convnext_t'), load('upernet/convnext_t')
+    before.model.decode_head.in_channels = tuple(before.model.decode_head.in_channels)
+    set_total_batch(before, 2)
+    set_total_batch(now, 8)
+    assert compare(read_dumped(before.pretty_text), now, 'x.pth', False) is None
+    for config, folder in ((before, '/old/run'), (now, '/new/run')):
+        config.train_dataloader.dataset.ann_file = f'{folder}/data/train.json'
+    assert compare(read_dumped(before.pretty_text), now, 'x.pth', False) is None
+
+
+def test_long_lists_are_cut():
+    now = load('mask_rcnn/convnext_t')
+    now.model.roi_head.bbox_head = {f'a{i}': i for i in range(30)}
+    line = compare(load('mask_rcnn/convnext_t'), now, 'x.pth', False)
+    assert line.count('was') == 8 and ' more' in line
+
+
+# ---- the config's settings in the place of the checkpoint's ---------------------------------------------------------
+
+
+def record(config, folder, start=None):
+    """The settings of the first group of parameters at every optimizer step of a run."""
+    config.work_dir = str(folder)
+    if start:
+        config.load_from, config.resume, config[OVERRIDE] = str(start), True, True
+    runner = ResumableRunner.from_cfg(config)
+    found = []
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    optimizer = runner.optim_wrapper.optimizer
+    keys = ('lr', 'weight_decay', 'betas', 'initial_lr')
+    optimizer.register_step_pre_hook(lambda *_: found.append([{k: g[k] for k in keys} for g in optimizer.param_groups]))
+    runner.train()
+    return found, runner
+
+
+@pytest.mark.parametrize('images', [4, 2])  # 2: gradients of two batches are added up
+@pytest.mark.parametrize('counted', ['epochs', 'iterations'])
+def test_settings_are_those_of_a_run_that_had_them_from_the_beginning(tmp_path, counted, images):
+    first, other = run_config(counted, images), run_config(counted, images)
+    for config in (first, other):
+        config.default_hooks.checkpoint.interval = 1
+    other.optim_wrapper.optimizer.update(lr=3e-3, weight_decay=0.2, betas=(0.8, 0.95))
+    other.optim_wrapper.paramwise_cfg.decay_rate = 0.5
+    other.param_scheduler[0].end = 4
+    other.param_scheduler[1].update(dict(milestones=[2]) if counted == 'epochs' else dict(power=2.0))
+    for config in (first, other):
+        set_total_batch(config, 1)
+    record(first, tmp_path / 'first')
+    expected, _ = record(copy.deepcopy(other), tmp_path / 'fresh')
+    at = dict(epochs='epoch_1.pth', iterations=f'iter_{3 * (4 // images)}.pth')[counted]
+    found, runner = record(copy.deepcopy(other), tmp_path / 'resumed', tmp_path / 'first' / at)
+    done = 4 if counted == 'epochs' else 3  # optimizer steps
+    assert len(expected) == len(found) + done > len(found) > 3
+    for a, b in zip(expected[done:], found):
+        for group, own in zip(a, b, strict=True):
+            assert own['lr'] == pytest.approx(group['lr'], rel=1e-12) and own['betas'] == group['betas']
+            assert own['weight_decay'] == group['weight_decay']
+    state = next(iter(runner.optim_wrapper.optimizer.state.values()))
+    assert state['step'] == len(expected)  # the moments are the checkpoint's
+
+
+def test_other_groups_of_parameters_are_refused(tmp_path):
+    config = run_config('epochs', 4)
+    record(copy.deepcopy(config), tmp_path / 'first')
+    config.optim_wrapper.paramwise_cfg.decay_type = 'stage_wise'
+    with pytest.raises(UsageError, match='--override: the checkpoint groups its parameters otherwise'):
+        record(config, tmp_path / 'other', tmp_path / 'first/epoch_1.pth')
+
+
+@pytest.mark.parametrize('images, lr', [(4, 1e-2), (2, 1e-2), (1, 1e-2)])
+def test_auto_scale_lr_counts_the_whole_batch(tmp_path, images, lr):
+    """With gradients of several batches added up to the base, the lr is the base's; to half of it, half."""
+    for base in (4, 8):
+        config = run_config('epochs', images)
+        config.auto_scale_lr = dict(enable=True, base_batch_size=base)
+        set_total_batch(config, 1)
+        config.work_dir = str(tmp_path / f'{base}')
+        runner = ResumableRunner.from_cfg(config)
+        wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+        runner.scale_lr(wrapper, runner.auto_scale_lr)
+        assert max(g['lr'] for g in wrapper.optimizer.param_groups) == pytest.approx(lr * 4 / base)
+
+
+def test_resume_without_a_run(tmp_path):
+    """A misspelt work dir is no reason to start anew; a run that was not saved yet is."""
+    config = Config(dict(work_dir=str(tmp_path / 'mistyped'), load_from=None, resume=False))
+    for resume in ('last', None):
+        config.resume = resume is None
+        with pytest.raises(UsageError, match='mistyped holds no run to resume: leave out --resume'):
+            set_resume(config, resume)
+    (tmp_path / 'begun/20260101_000000').mkdir(parents=True)
+    config.work_dir = str(tmp_path / 'begun')
+    assert set_resume(config, 'last') is None and not config.resume
+    with pytest.raises(UsageError, match='--override goes with --resume'):
+        check_resume(config, None, override=True)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'shapes'
+    toy_shapes.write(folder, train=4, val=2, size=64)
+    return folder
+
+
+def test_by_the_tool(run_tool, tmp_path, data):
+    (tmp_path / 'c.py').write_text(
+        f"_base_ = '{CONFIGS}/demo/mask_rcnn.py'\n"
+        'model = dict(backbone=dict(arch=dict(_delete_=True, depths=[1, 1, 1, 1], channels=[8, 16, 24, 32])), '
+        'neck=dict(in_channels=[8, 16, 24, 32]))\n'
+        'train_dataloader = dict(num_workers=0, persistent_workers=False)\n'
+        'val_dataloader = dict(num_workers=0, persistent_workers=False)\n'
+        'train_cfg = dict(max_epochs=1, val_interval=9)\n'
+        'default_hooks = dict(checkpoint=dict(interval=1), logger=dict(interval=1))\n'
+    )
+    train = ['train.py', 'c.py', '--work-dir', 'run']
+    one_line_error(run_tool(*train, '--resume', SHAPES_ROOT=data), 'run holds no run to resume')
+    process = run_tool(*train, '--resume', 'auto', SHAPES_ROOT=data)
+    assert process.returncode == 0 and 'run holds no checkpoint' in process.stdout + process.stderr, process.stderr
+    again = [*train, '--resume', '--cfg-options', 'train_cfg.max_epochs=2', 'optim_wrapper.optimizer.lr=0.01']
+    one_line_error(run_tool(*again, SHAPES_ROOT=data), 'optim_wrapper.optimizer.lr was 0.0003, is 0.01', '--override')
+    process = run_tool(*again, '--override', SHAPES_ROOT=data)
+    output = process.stdout + process.stderr
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert (
+        'resumed with other settings than before: length was 1, is 2; optim_wrapper.optimizer.lr was 0.0003' in output
+    )
+    saved = torch.load(tmp_path / 'run/epoch_2.pth', weights_only=False)['optimizer']['param_groups']
+    assert max(group['initial_lr'] for group in saved) == 0.01

@@ -1,0 +1,185 @@
+"""Other people's schedules at another length: mmengine's own schedulers run through them; what hooks and models count
+moves along. And settings of the wrong kind, which end in one line."""
+
+import copy
+from pathlib import Path
+
+import mmdet
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
+
+from convnext_dense import UsageError
+from convnext_dense.config.batch_size import set_total_batch
+from convnext_dense.config.launch import n_processes
+from convnext_dense.config.schedule import set_length
+from helpers.paths import ROOT
+from helpers.tools import one_line_error
+
+STOCK = Path(mmdet.__file__).parent / '.mim/configs'
+YOLOX, RTMDET = 'yolox/yolox_tiny_8xb8-300e_coco', 'rtmdet/rtmdet-ins_tiny_8xb32-300e_coco'
+EPOCH = 50  # iterations
+
+
+def stock(name):
+    init_default_scope('mmdet')
+    return Config.fromfile(STOCK / f'{name}.py', import_custom_modules=False)
+
+
+def lrs(config, epochs):
+    """The lr relative to its base at every iteration, by mmengine's own schedulers."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedulers = [
+        PARAM_SCHEDULERS.build({**copy.deepcopy(cfg.to_dict()), 'optimizer': optimizer, 'epoch_length': EPOCH})
+        for cfg in config.param_scheduler
+    ]
+    found = []
+    for i in range(epochs * EPOCH):
+        found.append(optimizer.param_groups[0]['lr'])
+        optimizer.step()
+        for scheduler in schedulers:
+            if not scheduler.by_epoch or (i + 1) % EPOCH == 0:
+                scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize('epochs', [1, 2, 3, 4, 5, 10, 20, 30, 299])
+def test_phases_follow_one_another_to_the_end(epochs):
+    config = stock(YOLOX)
+    set_length(config, epochs=epochs)
+    phases = [(s.begin, s.end) for s in config.param_scheduler]
+    assert [begin for begin, _ in phases] == [0, *(end for _, end in phases[:-1])] and phases[-1][1] == epochs
+    assert all(begin < end for begin, end in phases)
+    assert any('Cosine' in str(s.type) for s in config.param_scheduler)
+    assert config.custom_hooks[0].num_last_epochs == max(1, round(15 * epochs / 300))
+    found = lrs(config, epochs)
+    assert max(found) > 0.97 and found[-1] < (0.06 if epochs > 3 else 0.6)
+
+
+@pytest.mark.parametrize('epochs', [1, 2, 3, 5, 7, 10, 20, 299])
+def test_a_cosine_over_the_second_half_ends_at_its_foot(epochs):
+    config = stock(RTMDET)
+    config.param_scheduler[0].end = EPOCH  # of a data set of fifty batches
+    set_length(config, epochs=epochs)
+    found = lrs(config, epochs)
+    assert max(found) == pytest.approx(1, abs=2e-3) and found[-1] < 2e-3  # its foot is an lr, not a share
+    falling = found[int(0.75 * len(found)) :]
+    assert falling == sorted(falling, reverse=True)
+    hook = config.custom_hooks[1]
+    assert hook.switch_epoch == (round(280 * epochs / 300) if epochs > 9 else max(1, epochs - 1))
+
+
+def test_what_is_left_out_is_said():
+    assert 'QuadraticWarmupLR, ConstantLR less than an epoch is left, so it is left out' in set_length(
+        stock(YOLOX), epochs=1
+    )
+    assert set_length(stock(YOLOX), epochs=150).endswith('keep their shares')
+
+
+def schedule(*schedulers, epochs=100):
+    return Config(dict(train_cfg=dict(by_epoch=True, max_epochs=epochs), param_scheduler=list(schedulers)))
+
+
+@pytest.mark.parametrize('epochs, warm', [(1, 0), (2, 1), (10, 1), (50, 2), (100, 5)])
+def test_a_warmup_that_steps_by_epochs_comes_to_its_end(epochs, warm):
+    init_default_scope('mmengine')
+    config = schedule(dict(type='LinearLR', start_factor=0.1, by_epoch=True, begin=0, end=6))
+    set_length(config, epochs=epochs)
+    found = lrs(config, epochs)
+    assert found[-1] == pytest.approx(1) and sum(lr < 0.99 for lr in found) == warm * EPOCH
+
+
+def test_restarts_keep_their_shares():
+    init_default_scope('mmengine')
+    config = schedule(
+        dict(type='CosineRestartLR', periods=[33, 2, 65], restart_weights=[1, 0.5, 0.25], eta_min=0, begin=0, end=100)
+    )
+    set_length(config, epochs=7)
+    assert (config.param_scheduler[0].periods, config.param_scheduler[0].restart_weights) == ([2, 5], [1, 0.25])
+    assert lrs(config, 7)[2 * EPOCH] == pytest.approx(0.25)
+
+
+def test_what_models_and_hooks_count_moves_along():
+    config = stock('tood/tood_r50_fpn_1x_coco')
+    set_length(config, epochs=3)
+    assert config.model.train_cfg.initial_epoch == 1
+    config = stock('boxinst/boxinst_r50_fpn_ms-90k_coco')
+    set_length(config, iters=9_000)
+    assert config.model.mask_head.warmup_iters == 1_000
+    config.total_batch, config.train_dataloader.batch_size = 16, 2
+    set_total_batch(config, 1)
+    assert config.model.mask_head.warmup_iters == 8_000
+    config = stock(YOLOX)
+    config.custom_hooks[0].pop('num_last_epochs')  # which is then its own default
+    set_length(config, epochs=100, options={'custom_hooks.1.interval': 2})
+    assert config.custom_hooks[0].num_last_epochs == 5
+    config = stock(YOLOX)
+    set_length(config, epochs=100, options={'custom_hooks.0.num_last_epochs': 15})
+    assert config.custom_hooks[0].num_last_epochs == 15
+
+
+WRONG = {
+    'total_batch': [-4, 'abc', 1.5, True],
+    'train_dataloader.batch_size': [0, 'abc', -1, 2.5],
+    'optim_wrapper.accumulative_counts': ['x', 0, -2],
+    'train_cfg.max_iters': ['abc', 0, float('nan')],
+    'train_cfg.val_interval': ['abc', 0],
+    'train_cfg.val_begin': ['abc'],
+    'train_cfg.dynamic_intervals': [[10, 2], [(1, 2, 3)], [('a', 2)], 5],
+    'param_scheduler': [5, 'abc', [5]],
+    'param_scheduler.0.end': [None, 'abc', [1]],
+    'param_scheduler.1.begin': ['abc', 0.5],
+    'param_scheduler.0.T_max': ['abc'],
+    'param_scheduler.0.milestones': [3, ['a'], None],
+    'default_hooks': [None, 5],
+    'default_hooks.checkpoint': [5],
+    'default_hooks.checkpoint.interval': ['abc'],
+    'custom_hooks': [['EMAHook'], 5],
+    'custom_hooks.0.begin_iter': ['abc', None],
+    'optim_wrapper': [5, None],
+    'train_dataloader': [None],
+}
+
+
+@pytest.mark.parametrize('key', WRONG)
+def test_settings_of_the_wrong_kind(key):
+    for value in WRONG[key]:
+        for fit in (lambda config: set_length(config, iters=50), lambda config: set_total_batch(config, 1)):
+            config = Config.fromfile(ROOT / 'configs/upernet/convnext_t.py')
+            config.custom_hooks = [dict(type='EMAHook')]
+            holder, _, last = key.rpartition('.')
+            place = config
+            for part in holder.split('.') if holder else ():
+                place = place[int(part) if part.isdigit() else part]
+            place[last] = value
+            with pytest.raises(UsageError) as error:
+                fit(config)
+            assert str(error.value).startswith(f'{key}') and ': give a' in str(error.value), error.value
+
+
+def test_settings_that_are_right():
+    config = Config.fromfile(ROOT / 'configs/upernet/convnext_t.py')
+    config.train_cfg.val_interval = 1e9
+    config.train_cfg.dynamic_intervals = [[10, 2], (20, 3)]
+    config.custom_hooks = config.param_scheduler = config.default_hooks.checkpoint = None
+    set_length(config, iters=80_000)
+    set_total_batch(config, 1)
+    assert config.train_cfg.dynamic_intervals == [(40, 8), (80, 16)]
+    config.param_scheduler = dict(type='CosineAnnealingLR', T_max=None, by_epoch=False, begin=0, end=80_001)
+    set_length(config, iters=320_000)
+    config.total_batch = None
+    assert set_total_batch(config, 1) is None
+
+
+@pytest.mark.parametrize('value', ['abc', '', '0', '-1', '1.5', '²'])
+def test_processes_that_are_no_number(value, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', value)
+    with pytest.raises(UsageError, match=f"--launcher pytorch: WORLD_SIZE='{value}' is no number of processes"):
+        n_processes('pytorch')
+
+
+def test_by_the_tool(run_tool):
+    config = ROOT / 'configs/demo/upernet.py'
+    process = run_tool('train.py', config, '--launcher', 'pytorch', WORLD_SIZE='abc')
+    one_line_error(process, "WORLD_SIZE='abc'")

@@ -1,0 +1,175 @@
+"""Runs sent to TensorBoard and W&B hold what the run's own log holds."""
+
+import importlib.util
+import json
+import struct
+import sys
+
+import pytest
+from mmengine.config import Config
+from mmengine.registry import VISBACKENDS
+
+from convnext_dense.config.trackers import set_trackers
+from convnext_dense.errors import UsageError
+from helpers.recipes import load
+from helpers.tools import DEMO, TRAIN, WITH, one_line_error
+
+WANDB = importlib.util.find_spec('wandb') is not None
+
+
+def logged(folder) -> dict[str, list[tuple[int, float]]]:
+    """The run's own log: (step, value) by name."""
+    (file,) = folder.glob('*/vis_data/scalars.json')
+    found = {}
+    for line in file.read_text().splitlines():
+        record = json.loads(line)
+        step = record.pop('step')
+        for name, value in record.items():
+            found.setdefault(name, []).append((step, value))
+    return found
+
+
+def test_tensorboard_and_wandb_hold_what_the_log_holds(run_tool, data, short, tmp_path):
+    arguments = [TRAIN, DEMO, '--work-dir', 'run', '--log-to', 'tensorboard', *(['wandb'] if WANDB else [])]
+    options = [*short, 'train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'default_hooks.logger.interval=1']
+    (tmp_path / 'private.py').write_text('')
+    env = dict(SHAPES_ROOT=data, WANDB_MODE='offline', WANDB_SILENT='true', WANDB_DIR='')
+    process = run_tool(*arguments, WITH, *options, **env)
+    assert process.returncode == 0, process.stderr[-3000:]
+    expected = logged(tmp_path / 'run')
+    assert {'loss', 'lr', 'base_lr', 'mIoU', 'decode.loss_ce'} < set(expected) and len(expected['loss']) == 2
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = tmp_path.glob('run/*/vis_data/events.out.tfevents.*')
+    accumulator = EventAccumulator(str(events), size_guidance=dict(scalars=0)).Reload()
+    found = {name: [(e.step, e.value) for e in accumulator.Scalars(name)] for name in accumulator.Tags()['scalars']}
+    assert found.keys() == expected.keys()
+    for name, points in found.items():
+        assert [step for step, _ in points] == [step for step, _ in expected[name]], name
+        assert [v for _, v in points] == pytest.approx([v for _, v in expected[name]], rel=1e-6), name  # float32
+    if WANDB:
+        offline = read_offline(next(tmp_path.glob('run/*/vis_data/wandb/offline-run-*/*.wandb')))
+        assert offline['run'] == ('demo-upernet', 'run') and not offline['files']
+        values = {name: [v for _, v in points] for name, points in expected.items() if name != 'iter'}
+        assert offline['history'] == values
+        assert offline['iters'] == [1, 2, 2]  # the evaluation's, too
+
+
+def records(file):
+    """Of W&B's file: a header, then LevelDB's log, blocks of 32 KiB with parts of records (crc, length, kind)."""
+    content, position, whole = file.read_bytes(), 7, b''
+    assert content.startswith(b':W&B')
+    while position < len(content):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = struct.unpack('<HB', content[position + 4 : position + 7])
+        whole += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # all of it, or the last part
+            yield whole
+            whole = b''
+
+
+def read_offline(file) -> dict:
+    """What W&B would upload: names, its history without its own columns, artifacts of code."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = dict(history={}, iters=[], files=[])
+    for content in records(file):
+        record = Record()
+        record.ParseFromString(content)
+        kind = record.WhichOneof('record_type')
+        if kind == 'run':
+            found['run'] = (record.run.project, record.run.display_name)
+        elif kind == 'artifact':
+            found['files'].append(record.artifact.name)
+        for item in record.history.item:
+            name, value = '/'.join(item.nested_key) or item.key, json.loads(item.value_json)
+            if name == 'iter':
+                found['iters'].append(value)
+            elif not name.startswith('_'):
+                found['history'].setdefault(name, []).append(value)
+    return found
+
+
+def types(config: Config) -> list[str]:
+    return [backend['type'] for backend in config.visualizer.vis_backends]
+
+
+@pytest.fixture
+def no_wandb(monkeypatch):
+    """Settings do not need the package itself."""
+    monkeypatch.setitem(sys.modules, 'wandb', type(sys)('wandb'))
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.delenv('WANDB_PROJECT', raising=False)
+
+
+def test_what_a_config_names_stays(no_wandb, monkeypatch, tmp_path):
+    config = load('cascade/convnext_t')
+    config.work_dir = 'work_dirs/a'
+    set_trackers(config, [])
+    assert types(config) == ['LocalVisBackend']
+    set_trackers(config, ['wandb', 'tensorboard', 'wandb'])
+    assert config.visualizer.type == 'DetLocalVisualizer'
+    assert types(config) == ['LocalVisBackend', 'RunWandbVisBackend', 'TensorboardVisBackend']
+    init = config.visualizer.vis_backends[1].init_kwargs
+    assert (init.project, init.name, init.resume) == ('cascade-convnext_t', 'a', 'allow')
+    before = config.pretty_text
+    set_trackers(config, ['tensorboard', 'wandb'])
+    assert config.pretty_text == before
+
+    monkeypatch.setenv('WANDB_PROJECT', 'mine')
+    (tmp_path / 'my.py').write_text("work_dir = 'x'")
+    bare = Config.fromfile(tmp_path / 'my.py')
+    set_trackers(bare, ['wandb'])
+    assert bare.visualizer.type == 'Visualizer' and types(bare) == ['LocalVisBackend', 'RunWandbVisBackend']
+    assert 'project' not in bare.visualizer.vis_backends[1].init_kwargs
+    own = Config(dict(visualizer=dict(type='Visualizer', vis_backends=[dict(type='WandbVisBackend', commit=False)])))
+    set_trackers(own, ['wandb'])
+    assert own.visualizer.vis_backends == [dict(type='WandbVisBackend', commit=False)]
+
+
+def test_a_resumed_run_goes_on_in_wandb(no_wandb, tmp_path):
+    def started(resumed: bool) -> str:
+        config = load('upernet/convnext_t')
+        config.work_dir = str(tmp_path)
+        set_trackers(config, ['wandb'], resumed)
+        folder = tmp_path / f'2026010{len(list(tmp_path.iterdir())) + 1}_120000/vis_data'
+        folder.mkdir(parents=True)
+        config.dump(folder / 'config.py')
+        return config.visualizer.vis_backends[1].init_kwargs.id
+
+    first = started(False)
+    assert started(True) == first
+    other = started(False)
+    assert other != first and started(True) == other
+    (tmp_path / '20260105_120000/vis_data').mkdir(parents=True)
+    (tmp_path / '20260105_120000/vis_data/config.py').write_text('visualizer = dict(')
+    assert started(True) == other
+
+
+def test_wandb_without_a_network(no_wandb, tmp_path):
+    stand_in = sys.modules['wandb']
+    stand_in.Error = type('CommError', (Exception,), {})
+
+    def init(**settings):
+        raise stand_in.Error('Run initialization has timed out after 90.0 sec.\nPlease try increasing the timeout')
+
+    stand_in.init = init
+    with pytest.raises(UsageError, match='timed out after 90.0 sec; WANDB_MODE=offline'):
+        VISBACKENDS.build(dict(type='RunWandbVisBackend', save_dir=str(tmp_path))).add_config(Config())
+
+
+def test_bad_input(run_tool, monkeypatch):
+    """Before data are looked for: there are none."""
+    for name, module in {'tensorboard': 'torch.utils.tensorboard', 'wandb': 'wandb'}.items():
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(UsageError, match=f'--log-to {name}: .*pip install {name}'):
+            set_trackers(load('upernet/convnext_t'), [name])
+    if WANDB:
+        command = [TRAIN, DEMO, '--log-to', 'wandb', WITH, 'train_dataloader.dataset.data_root=gone']
+        process = run_tool(*command, HOME='/nonexistent', NETRC='/nonexistent', WANDB_API_KEY='')
+        one_line_error(process, '--log-to wandb', 'wandb login', 'WANDB_MODE=offline')

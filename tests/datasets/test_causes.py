@@ -1,0 +1,141 @@
+"""Data of which nothing is left are refused by what it was lost to, in the check as in training."""
+
+import json
+import shutil
+
+import pytest
+
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.datasets.custom import Request, read_data
+from helpers.datasets import run
+from helpers.files import said
+from helpers.paths import ROOT
+
+DETECTOR, SEGMENTOR = ROOT / 'configs/demo/mask_rcnn.py', ROOT / 'configs/demo/upernet.py'
+FILES = [f'annotations/instances_{split}.json' for split in ('train', 'val')]
+
+
+@pytest.fixture
+def mine(tmp_path):
+    toy_shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
+    return tmp_path / 'mine'
+
+
+def edit(change, *files):
+    def do(root):
+        for file in files or FILES:
+            content = json.loads((root / file).read_text())
+            change(content)
+            (root / file).write_text(json.dumps(content))
+
+    return do
+
+
+def each(**values):
+    return edit(lambda c: [a.update(values) for a in c['annotations']])
+
+
+def other_names(name):
+    def change(content):
+        for category in content['categories']:
+            category.update(name=name(category['name']), id=category['id'] + 10)
+        for annotation in content['annotations']:
+            annotation['category_id'] += 10
+
+    return edit(change, FILES[1])
+
+
+def mostly_crowds(content):
+    for annotation in content['annotations']:
+        annotation['iscrowd'] = 1
+    content['annotations'][0]['bbox'] = [1, 2]
+
+
+def boxes_of_crowds(content):
+    for annotation in content['annotations']:
+        annotation.update(iscrowd=1, segmentation=[])
+
+
+def without(pattern):
+    return lambda root: [path.unlink() for path in root.glob(pattern)]
+
+
+CAUSES = {  # what is done to the data -> what must be in the line that refuses them
+    'names in capitals': (other_names(str.upper), ['val', 'DISC: a class is called disc', 'SQUARE: a class is']),
+    'other names': (other_names('x{}'.format), ['val', 'category without a class, 4 (xdisc, xsquare)']),
+    'crowds': (each(iscrowd=1), ['crowd with polygons']),
+    'crowds without masks': (edit(boxes_of_crowds), ['crowd, ']),
+    'crowds, and one other thing': (edit(mostly_crowds), ['crowd with polygons, ', 'box is not four numbers, 1']),
+    'no annotations': (edit(lambda c: c.update(annotations=[])), ['image without annotations, 5']),
+    'no images': (edit(lambda c: c.update(annotations=[], images=[])), ['no images']),
+    'images of text': (edit(lambda c: c.update(images=['a'])), ['image without id or name', 'annotation of no image']),
+    'other images': (each(image_id=99), ['annotation of no image', 'id 1: image 99']),
+    'other categories': (each(category_id=-1), ['unknown category', 'id 1: category -1']),
+    'categories true': (
+        edit(lambda c: [k.update(id=True) for k in c['categories']]), ['without id or name', 'true and false are none']
+    ),
+    'categories of numbers': (edit(lambda c: c.update(categories=[1, 2])), ['without id or name', '(1, 2)']),
+    'empty files': (lambda root: [p.write_bytes(b'') for p in (root / 'train').iterdir()], ['empty file, 5']),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', CAUSES)
+def test_what_data_were_lost_to_is_said(kind, mine):
+    change, words = CAUSES[kind]
+    change(mine)
+
+    def refused():
+        read_data(Request(str(mine)), 'detection', ('train', 'val')).report.refuse()
+
+    line = said(refused)
+    assert line and all(word in line for word in words)
+    assert len(line) < 1000
+
+
+def test_training_says_what_the_check_says(mine, monkeypatch, capsys):
+    monkeypatch.chdir(mine.parent)
+    other_names(str.upper)(mine)
+    assert run('check_data.py', '--data', 'mine', '--task', 'detection') == 1
+    finding = next(line for line in capsys.readouterr().out.splitlines() if 'nothing to evaluate' in line)
+    assert run('train.py', DETECTOR, '--data', 'mine', '--work-dir', 'run') == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith(f'error: the data: {finding.split(maxsplit=1)[1]}') and 'tools/check_data.py' in line
+
+
+def test_label_maps_that_are_not_there_are_the_cause(mine, monkeypatch, capsys):
+    monkeypatch.chdir(mine.parent)
+    without('labels/val/*')(mine)
+    (mine / 'labels/val/x.png').touch()
+    assert run('train.py', SEGMENTOR, '--data', 'mine', '--work-dir', 'run') == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert 'val: nothing to evaluate' in line and 'image without label map, 3 (000001.png, 000002.png)' in line
+
+
+def test_masks_that_are_none_are_said_where_boxes_are_taken(mine):
+    each(segmentation='abc')(mine)
+    data = read_data(Request(str(mine)), 'detection', ('train', 'val'))
+    found = {f.kind: f.examples for f in data.report.findings.values()}
+    assert not data.masks and found['mask left aside'][0] == 'id 1: abc'
+
+
+@pytest.mark.parametrize('folder', ['train', 'gone'])
+def test_images_of_another_split_are_not_taken_for_those_that_are_missing(folder, mine):
+    """They have the same names, and the same size."""
+    without('train/00000[2-5].png')(mine)
+    if folder == 'train':
+        data = read_data(Request(str(mine)), 'detection', ('train', 'val'))
+        assert [i['file_name'] for i in data.splits['train']['images']] == ['train/000001.png']
+        assert data.report.findings['train', 'missing image'].count == 4
+    else:
+        without('train/*')(mine)
+        assert 'none of its images' in said(read_data, Request(str(mine)), 'detection', ('train', 'val'))
+
+
+def test_one_folder_named_as_a_split_may_hold_all_images(mine):
+    """As where a file of COCO's train2017 was divided in two."""
+    shutil.rmtree(mine / 'val')
+    (mine / 'train').rename(mine / 'train2017')
+    content = json.loads((mine / FILES[0]).read_text())
+    (mine / FILES[1]).write_text(json.dumps(content))
+    data = read_data(Request(str(mine)), 'detection', ('train', 'val'))
+    assert data.splits['val']['images'][0]['file_name'] == 'train2017/000001.png'

@@ -1,0 +1,747 @@
+"""Seeded damage to a data set: each kind is found and named, what is said to be done is done, and nothing crashes."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import cv2
+import mmcv
+import numpy as np
+import pytest
+from mmengine.registry import DATASETS, init_default_scope
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from convnext_dense.datasets.check_coco import _runs
+from convnext_dense.datasets.check_images import look
+from convnext_dense.datasets.check_masks import read_classes
+from convnext_dense.datasets.custom import Request, read_data, set_data
+from convnext_dense.datasets.diagnostics import ERRORS, KINDS, REFUSED
+from convnext_dense.errors import UsageError
+from helpers.datasets import (
+    DETECTOR,
+    TRAIN,
+    VAL,
+    as_folders,
+    as_roboflow,
+    edit,
+    load,
+    other_categories,
+    own,
+    report_of,
+    run,
+)
+from helpers.files import png
+
+
+def first(**values):
+    """Damage to the first annotation of train."""
+    return edit(lambda coco: coco['annotations'][0].update(values))
+
+
+def without(key, of='annotations'):
+    return edit(lambda coco: coco[of][0].pop(key))
+
+
+def cut(path, share=0.5):
+    def damage(root):
+        data = (root / path).read_bytes()
+        (root / path).write_bytes(data[: int(share * len(data))])
+
+    return damage
+
+
+def copied(path):
+    """The first image of train in another one's place."""
+    return lambda root: shutil.copy(root / 'train/000001.png', root / path)
+
+
+def as_jpeg(root, path, **options):
+    """Put a JPEG in the place of a PNG, and say so in train's json."""
+    image = Image.open(root / path)
+    (root / path).unlink()
+    new = (root / path).with_suffix('.jpg')
+    image.save(new, quality=90, **options)
+    edit(lambda coco: coco['images'][0].update(file_name=new.name))(root)
+    return new
+
+
+def cut_jpeg(root):
+    path = as_jpeg(root, 'train/000001.png')
+    cut(path.relative_to(root), 0.8)(root)
+
+
+def turned_jpeg(root):
+    """An image that its EXIF turns, of a width and height that differ, annotated as it is stored."""
+    exif = Image.Exif()
+    exif[274] = 6
+    image = Image.open(root / 'train/000001.png').crop((0, 0, 64, 48))
+    image.save(root / 'train/000001.jpg', exif=exif, quality=90)
+    edit(lambda coco: coco['images'][0].update(file_name='000001.jpg', height=48))(root)
+
+
+def rle(change=lambda rle: rle, **more):
+    """The first mask as RLE."""
+
+    def damage(coco):
+        annotation = coco['annotations'][0]
+        found = coco_mask.merge(coco_mask.frPyObjects(annotation['segmentation'], 64, 64))
+        annotation['segmentation'] = change({'size': [64, 64], 'counts': found['counts'].decode()})
+        annotation.update(more)
+
+    return edit(damage)
+
+
+def category_of_val_only(coco):
+    coco['categories'].append(dict(id=9, name='star'))
+    coco['annotations'][0]['category_id'] = 9
+
+
+def swapped_names(root):
+    """A class of train is 'Disc' in val."""
+    edit(lambda coco: coco['categories'][0].update(name='Disc'), VAL)(root)
+
+
+def category_twice(coco):
+    coco['categories'].append(dict(id=7, name='disc'))
+    coco['annotations'][0]['category_id'] = 7
+
+
+def moved(root):
+    (root.parent / 'secret').mkdir()
+    shutil.move(root / 'train/000001.png', root.parent / 'secret/000001.png')
+    edit(lambda coco: coco['images'][0].update(file_name='../../secret/000001.png'))(root)
+
+
+def in_place_of(path, make):
+    """Something else in the place of a file."""
+
+    def damage(root):
+        (root / path).unlink()
+        make(root / path)
+
+    return damage
+
+
+def sparse(path):
+    """A file of a byte more than is read, none of which takes room."""
+    path.touch()
+    os.truncate(path, 2**30 + 1)
+
+
+def huge_png(path):
+    """A PNG of 20,000 x 20,000 pixels, by its header."""
+    path.write_bytes(png(20000, 20000))
+
+
+def two_cases(root):
+    """Two files that both have a name, but for its case."""
+    shutil.copy(root / 'train/000001.png', root / 'train/000001.Png')
+    (root / 'train/000001.png').rename(root / 'train/000001.PNG')
+
+
+def text_id(coco):
+    coco['images'][0]['id'] = 'first'
+    for annotation in coco['annotations']:
+        annotation['image_id'] = 'first' if annotation['image_id'] == 1 else annotation['image_id']
+
+
+def corners(box):
+    x, y, w, h = box
+    return [x, y, x + w, y + h]
+
+
+def first_as_corners(coco):
+    box = [20, 20, 10, 10]
+    polygon = [20, 20, 30, 20, 30, 30, 20, 30]
+    coco['annotations'][0].update(bbox=corners(box), area=100, segmentation=[polygon])
+
+
+def all_as_corners(coco):
+    for annotation in coco['annotations']:
+        annotation['bbox'] = corners(annotation['bbox'])
+
+
+def again(key, **values):
+    """The first image or annotation once more, with other values."""
+    return edit(lambda coco: coco[key].append({**coco[key][0], **values}))
+
+
+def square(x, y, side=10):
+    return [x, y, x + side, y, x + side, y + side, x, y + side]
+
+
+DETECTION = {  # kind: what is done to the data, and what the report names
+    'missing image': (lambda root: (root / 'train/000001.png').unlink(), '000001.png'),
+    'empty file': (lambda root: (root / 'train/000001.png').write_bytes(b''), '000001.png'),
+    'not an image': (lambda root: (root / 'train/000001.png').write_text('<html>' * 99), '000001.png'),
+    'image cut short': (cut('train/000001.png'), '000001.png'),
+    'name in other case': (lambda root: (root / 'train/000001.png').rename(root / 'train/000001.PNG'), '000001.PNG'),
+    'image turned by EXIF': (turned_jpeg, '000001.jpg'),
+    'the same image twice': (copied('train/000002.png'), 'train/000002.png is train/000001.png'),
+    'image of train in val': (copied('val/000001.png'), 'val/000001.png is train/000001.png'),
+    'image without id or name': (without('file_name', 'images'), 'id 1'),
+    'image id twice': (again('images', file_name='000099.png'), '000099.png'),
+    'file name twice': (again('images', id=99), '000001.png'),
+    'not a regular file': (in_place_of('train/000001.png', os.mkfifo), '000001.png'),
+    'file too large': (in_place_of('train/000001.png', sparse), '000001.png'),
+    'image too large': (in_place_of('train/000001.png', huge_png), '000001.png'),
+    'name leads out of the folder': (moved, '../../secret/000001.png'),
+    'name written otherwise': (
+        lambda root: (root / 'train/000001.png').rename(root / 'train/%30%30%30%30%30%31.png'), '1.png is train/%30',
+    ),
+    'name found by its ending': (
+        edit(lambda c: c['images'][0].update(file_name='/home/me/train/000001.png')),
+        '/home/me/train/000001.png is train/000001.png',
+    ),
+    'ambiguous name': (two_cases, '000001.png may be train/000001.PNG or train/000001.Png'),
+    'size contradicts the image': (edit(lambda c: c['images'][0].update(width=65)), '65 x 64, its image 64 x 64'),
+    'no size given': (without('width', 'images'), '000001.png'),
+    'image without annotations': (
+        edit(lambda c: c.update(annotations=[a for a in c['annotations'] if a['image_id'] != 1])), 'train/000001.png',
+    ),
+    'category id twice': (edit(lambda c: c['categories'].append(dict(id=1, name='star'))), '1 (star)'),
+    'category without id or name': (edit(lambda c: c['categories'].append(dict(id=9))), "{'id': 9}"),
+    'category name twice': (edit(category_twice), 'disc'),
+    'category named otherwise': (swapped_names, '1 is Disc, in train disc'),
+    'category without a class': (edit(category_of_val_only, VAL), 'star'),
+    'class never annotated': (edit(lambda c: c['categories'].append(dict(id=9, name='star'))), 'star'),
+    'gaps in category ids': (edit(lambda c: c['categories'].append(dict(id=90, name='star'))), '5 ids up to 90'),
+    'supercategory that is no text': (edit(lambda c: c['categories'][0].update(supercategory=['a'])), 'disc'),
+    'id as text or float': (first(image_id='1'), "id 1: image_id '1'"),
+    'image id numbered anew': (edit(text_id), 'first'),
+    'annotation of no image': (first(image_id=77), 'id 1: image 77'),
+    'unknown category': (first(category_id=77), 'id 1: category 77'),
+    'not an annotation': (edit(lambda c: c['annotations'].append('text')), 'number'),
+    'annotation there twice': (again('annotations', id=99), 'id 99'),
+    'annotation id twice': (edit(lambda c: c['annotations'][1].update(id=1)), 'id 1'),
+    'box from the mask': (without('bbox'), 'id 1'),
+    'crowd': (rle(iscrowd=1), 'id 1'),
+    'box is not four numbers': (first(bbox=[1, 2, 3]), 'id 1'),
+    'box of NaN or Inf': (first(bbox=[1, 2, float('nan'), 4]), 'id 1'),
+    'box without area': (first(bbox=[1, 2, 0, 4]), 'id 1'),
+    'box under a pixel': (first(bbox=[1, 2, 0.5, 4], segmentation=[[1, 2, 1.5, 2, 1.5, 6, 1, 6]], area=2), 'id 1'),
+    'box outside the image': (first(bbox=[64, 2, 10, 4]), 'id 1'),
+    'box far outside': (first(bbox=[50, 2, 10**30, 4]), 'id 1'),
+    'box partly outside': (first(bbox=[50, 2, 30, 4], segmentation=[[50, 2, 80, 2, 80, 6, 50, 6]], area=120), 'id 1'),
+    'box written as corners': (edit(first_as_corners), 'id 1'),
+    'boxes written as corners': (edit(all_as_corners), 'id 1'),
+    'box apart from its mask': (first(bbox=[50, 50, 9, 9], segmentation=[square(5, 5)]), 'id 1'),
+    'box unlike its mask': (first(bbox=[5, 5, 30, 30], segmentation=[square(5, 5)]), 'id 1'),
+    'area that cannot be': (first(area=10**400), 'id 1: 1000000'),
+    'no area given': (without('area'), 'id 1'),
+    'no mask': (first(segmentation=[]), 'id 1'),
+    'mask of no known form': (first(segmentation='abc'), 'id 1'),
+    'polygon under three points': (first(segmentation=[[1, 1, 20, 20]]), 'id 1'),
+    'polygon of an odd count': (first(segmentation=[[1, 1, 20, 20, 5, 5, 5]]), 'id 1'),
+    'polygon of no numbers': (first(segmentation=[[1, 1, None, 20, 5, 5]]), 'id 1'),
+    'polygon outside the image': (first(segmentation=[square(70, 70)]), 'id 1'),
+    'polygon far outside': (first(segmentation=[[*square(5, 5), 5, 1e12]]), 'id 1'),
+    'polygon without an end': (first(segmentation=[[0, 0, 600, 5] * 9000]), 'id 1'),
+    'polygon not in a list': (first(segmentation=square(5, 5)), 'id 1'),
+    'RLE of another size': (rle(lambda rle: {**rle, 'size': [64, 65]}), 'id 1'),
+    'RLE that does not add up': (rle(lambda rle: {**rle, 'counts': rle['counts'][:-2]}), 'id 1'),
+    'crowd with polygons': (first(iscrowd=1), 'id 1'),
+    'iscrowd as text': (first(iscrowd='False'), "id 1: iscrowd 'False'"),
+    'iscrowd is neither 0 nor 1': (first(iscrowd=2), 'id 1: iscrowd 2'),
+    'nothing to evaluate': (edit(lambda c: c.update(annotations=[]), VAL), 'val'),
+    'nothing to train on': (edit(lambda c: c.update(annotations=c['annotations'][:1]) or first_gone(c)), 'train'),
+}  # fmt: skip
+
+
+def first_gone(coco):
+    coco['annotations'][0]['bbox'] = [0, 0, -1, 5]
+
+
+def images_of(root, name='train'):
+    return sorted((root / name).iterdir())
+
+
+def change_labels(change, path='labels/train/000001.png'):
+    """Damage to a label map, an array of H x W."""
+
+    def damage(root):
+        labels = np.array(Image.open(root / path))
+        changed = change(labels)
+        assert cv2.imwrite(str(root / path), changed)
+
+    return damage
+
+
+def strange(labels):
+    labels[5, 5] = 77
+    return labels
+
+
+def without_crosses(root):
+    for path in (root / 'labels/train').iterdir():
+        labels = np.array(Image.open(path))
+        cv2.imwrite(str(path), np.where(labels == 5, 1, labels))
+    change_labels(lambda labels: np.where(np.arange(64) < 9, 5, labels).astype(np.uint8), 'labels/val/000001.png')(root)
+
+
+def of_one_class(root):
+    """All of train is ground or ignored."""
+    for path in (root / 'labels/train').iterdir():
+        cv2.imwrite(str(path), np.array(Image.open(path)).clip(0, 1))
+
+
+def smeared(root):
+    path = root / 'labels/train/000001.png'
+    Image.open(path).convert('L').save(path, format='JPEG')
+
+
+def decomposed(root):
+    """An image and its label map whose names are of the two Unicode forms."""
+    (root / 'train/000001.png').rename(root / 'train/caf\u00e9.png')
+    (root / 'labels/train/000001.png').rename(root / 'labels/train/cafe\u0301.png')
+
+
+def two_forms(root):
+    """Two label maps that an image may have."""
+    decomposed(root)
+    shutil.copy(root / 'labels/train/cafe\u0301.png', root / 'labels/train/Caf\u00e9.png')
+
+
+def without_crosses_at_all(root):
+    for split in ('train', 'val'):
+        for path in (root / f'labels/{split}').iterdir():
+            labels = np.array(Image.open(path))
+            cv2.imwrite(str(path), np.where(labels == 5, 1, labels))
+
+
+SEGMENTATION = {
+    'empty file': (lambda root: (root / 'train/000001.png').write_bytes(b''), '000001.png'),
+    'image cut short': (cut('train/000001.png'), '000001.png'),
+    'two images of one name': (
+        lambda root: Image.open(root / 'train/000002.png').save(root / 'train/000001.jpg'),
+        '000001.png',
+    ),
+    'image without label map': (lambda root: (root / 'labels/train/000001.png').unlink(), '000001.png'),
+    'label map without image': (lambda root: (root / 'train/000001.png').unlink(), '000001.png'),
+    'unreadable label map': (cut('labels/train/000001.png'), '000001.png'),
+    'not a regular file': (in_place_of('labels/train/000001.png', os.mkfifo), '000001.png'),
+    'file too large': (in_place_of('labels/train/000001.png', sparse), '000001.png'),
+    'label map too large': (in_place_of('labels/train/000001.png', huge_png), '000001.png'),
+    'label map in a lossy file': (smeared, '000001.png'),
+    'name written otherwise': (decomposed, 'caf\u00e9 is cafe\u0301'),
+    'ambiguous name': (two_forms, 'caf\u00e9 may be Caf\u00e9 or cafe\u0301'),
+    'one class in all of train': (of_one_class, 'ground'),
+    'label map of another size': (change_labels(lambda labels: labels[:60]), '64 x 60, its image 64 x 64'),
+    'label map of ignored pixels': (change_labels(lambda labels: labels * 0), '000001.png'),
+    'label map in colours': (change_labels(lambda labels: np.dstack([labels, labels + 1, labels])), '000001.png'),
+    'labels beyond 255': (change_labels(lambda labels: labels.astype(np.uint16) * 1000), '000001.png'),
+    'label out of range': (change_labels(strange), 'label 77 is used and has no name (under 0.1 % of the'),
+    'class never annotated': (without_crosses_at_all, 'cross'),
+    'class never trained': (without_crosses, 'cross'),
+    'image of train in val': (copied('val/000001.png'), 'val/000001.png is train/000001.png'),
+}  # fmt: skip
+CASES = [('detection', kind) for kind in DETECTION] + [('segmentation', kind) for kind in SEGMENTATION]
+
+
+@pytest.fixture
+def sound(drawn, tmp_path):
+    shutil.copytree(drawn, tmp_path / 'mine')
+    return tmp_path / 'mine'
+
+
+def load_all(config):
+    """Everything that training and evaluation read."""
+    init_default_scope(config.default_scope)
+    for split in ('train', 'val'):
+        dataset = DATASETS.build(config[f'{split}_dataloader'].dataset)
+        for i in range(len(dataset)):
+            assert dataset.prepare_data(i) is not None
+    if config.default_scope == 'mmdet':
+        from mmdet.datasets.api_wrappers import COCO
+
+        api = COCO(config.val_evaluator.ann_file)
+        for annotation in api.dataset['annotations']:
+            api.annToMask(annotation)
+
+
+@pytest.mark.parametrize('task, kind', CASES)
+def test_damage_is_found_and_dealt_with(sound, monkeypatch, task, kind):
+    monkeypatch.chdir(sound.parent)
+    damage, named = dict(detection=DETECTION, segmentation=SEGMENTATION)[task][kind]
+    clean = {(f.split, f.kind) for f in read_data(Request('mine'), task, ('train', 'val')).report.findings.values()}
+    assert not clean
+    damage(sound)
+    data = read_data(Request('mine'), task, ('train', 'val'))
+    found = {f.kind: f for f in data.report.findings.values()}
+    assert kind in found, data.report.lines()
+    assert any(named in example for example in found[kind].examples), found[kind]
+    assert found[kind].count == 1 or kind in ('no area given', 'boxes written as corners')
+    line = next(line for line in data.report.lines() if kind in line)
+    assert line.startswith(KINDS[kind].done) and f' {found[kind].split}: ' in line
+    config = load('demo/mask_rcnn' if task == 'detection' else 'demo/upernet')
+    if KINDS[kind].done == REFUSED:
+        with pytest.raises(UsageError, match=f'^the data: .*{re.escape(kind)}'):
+            set_data(config, Request('mine'))
+        return
+    assert any(kind in line for line in set_data(config, Request('mine')))
+    load_all(config)
+    if KINDS[kind].done in ERRORS:
+        with pytest.raises(UsageError, match='left out'):
+            set_data(config, Request('mine', strict=True))
+    elif not data.report.errors:
+        set_data(config, Request('mine', strict=True))
+
+
+def test_all_kinds_are_tried_or_said_why_not():
+    """At least twenty-five kinds, and none in the table that nothing shows."""
+    tried = {*DETECTION, *SEGMENTATION}
+    elsewhere = {
+        'unreadable image', 'image under 32 pixels', 'category with other id', 'group of classes',
+        'masks of few', 'masks of 0 and 255', 'no box', 'a single class', 'pointer of Git LFS', 'mask left aside',
+        'image resized to nothing', 'image under the stride', 'label map of one row',
+    }  # fmt: skip
+    assert len(tried) >= 25 and set(KINDS) == tried | elsewhere
+
+
+def test_masks_of_0_and_255_are_refused(tmp_path):
+    for n in range(4):
+        for folder, image in (('images', np.full((40, 40, 3), 60 * n)), ('labels', np.eye(40) * 255)):
+            path = tmp_path / f'{folder}/train/{n}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), image.astype(np.uint8))
+    (tmp_path / 'classes.txt').write_text('background\ncrack\n')
+    kinds = kinds_of(read_data(Request(str(tmp_path)), 'segmentation', ('train',)).report)
+    assert 'masks of 0 and 255' in kinds and KINDS['masks of 0 and 255'].done == REFUSED
+
+
+def test_annotations_of_neither_box_nor_mask_are_left_out(drawn, tmp_path):
+    shutil.copytree(drawn, tmp_path / 'mine')
+    edit(lambda c: ([a.pop('segmentation') for a in c['annotations']], c['annotations'][0].pop('bbox')))(
+        tmp_path / 'mine'
+    )
+    data = read_data(Request(str(tmp_path / 'mine')), 'detection', ('train',))
+    assert 'no box' in kinds_of(data.report) and not data.masks
+    n = len(json.loads((drawn / TRAIN).read_text())['annotations'])
+    assert len(data.splits['train']['annotations']) == n - 1
+
+
+def kinds_of(report):
+    return {finding.kind for finding in report.findings.values()}
+
+
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda c: [a.update(iscrowd=1) for a in c['annotations']],
+        lambda c: [a.update(ignore=1) for a in c['annotations']],  # which mmdet leaves out
+        lambda c: [a.update(bbox=[0.1, 0.1, 0.4, 0.4]) for a in c['annotations']],
+    ],
+    ids=['crowd', 'ignored', 'normalised'],
+)
+def test_annotations_of_which_none_is_learnt_are_refused(damage, drawn, tmp_path):
+    shutil.copytree(drawn, tmp_path / 'mine')
+    edit(damage)(tmp_path / 'mine')
+    assert 'nothing to train on' in kinds_of(read_data(Request(str(tmp_path / 'mine')), 'detection', ('train',)).report)
+
+
+@pytest.mark.parametrize(
+    'name, text, names',
+    [
+        ('c.json', '{"cat": 1, "background": 0}', ['background', 'cat']),
+        ('c.json', '{"0": "background", "1": "cat"}', ['background', 'cat']),
+        ('c.json', '{"classes": {"cat": 1, "background": 0}}', ['background', 'cat']),
+        ('c.json', '[{"id": 1, "name": "cat"}, {"id": 0, "name": "background"}]', ['background', 'cat']),
+        ('c.txt', '0: background\n1: cat\n', ['background', 'cat']),
+        ('c.txt', 'Nature::Tree\nNature::Road\n', ['Nature::Tree', 'Nature::Road']),
+        ('c.txt', 'cat:128,0,0::\ndog:0,128,0:head:run\n', ['cat', 'dog']),
+    ],
+)
+def test_classes_are_in_the_order_of_their_labels(name, text, names, tmp_path):
+    (tmp_path / name).write_text(text)
+    assert read_classes(tmp_path / name)[0] == names
+
+
+def test_an_image_that_pillow_reads_and_opencv_does_not(sound):
+    path = sound / 'train/000001.png'
+    Image.open(path).save(path, format='PCX')
+    assert report_of(sound)[1]['unreadable image'].examples == ['000001.png']
+
+
+def test_cut_jpegs(sound, monkeypatch):
+    """Found whatever OpenCV makes of them."""
+    cut_jpeg(sound)
+    monkeypatch.setattr(cv2, 'imdecode', lambda *_: np.zeros((64, 64, 3), np.uint8))
+    assert look(str(sound / 'train/000001.jpg')).problem == 'image cut short'
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('ending', ['jpg', 'png', 'webp', 'tif', 'bmp'])
+def test_sizes_are_those_of_mmcv(tmp_path, ending, orientation):
+    """What training reads, turned as EXIF says."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = str(tmp_path / f'x.{ending}')
+    Image.fromarray(np.zeros((37, 50, 3), np.uint8)).save(path, exif=exif)
+    seen, read = look(path), mmcv.imread(path)
+    assert (seen.height, seen.width) == read.shape[:2]
+    assert seen.turned == (mmcv.imread(path, 'color_ignore_orientation').shape != read.shape)
+
+
+def test_small_images_and_other_categories(tmp_path):
+    own(tmp_path / 'mine', 3, sizes=((31, 64), (64, 64), (30, 30)))
+    found = report_of(tmp_path / 'mine')[1]['image under 32 pixels']
+    assert found.count == 2 and found.examples == ['0.png (31 x 64)', '2.png (30 x 30)']
+    edit(lambda coco: coco.update(other_categories(coco)), 'annotations/val.json')(tmp_path / 'mine')
+    assert report_of(tmp_path / 'mine')[1]['category with other id'].count == 3
+
+
+def test_a_group_that_is_no_class(drawn, tmp_path):
+    as_roboflow(drawn, tmp_path / 'mine')
+    data, found = report_of(tmp_path / 'mine')
+    assert found['group of classes'].examples == ['shapes'] and 'shapes' not in data.classes
+    edit(lambda coco: coco['annotations'][0].update(category_id=0), 'train/_annotations.coco.json')(tmp_path / 'mine')
+    assert report_of(tmp_path / 'mine')[0].classes[0] == 'shapes'  # what is annotated is a class
+
+
+def test_masks_of_few(sound):
+    def bare(coco):
+        for annotation in coco['annotations'][2:]:
+            annotation['segmentation'] = []
+
+    edit(bare)(sound)
+    data, found = report_of(sound)
+    assert found['masks of few'].count == 2 and not data.masks
+    assert not any('segmentation' in annotation for annotation in data.splits['train']['annotations'])
+
+
+def test_numbers_of_names_and_examples(sound):
+    for path in images_of(sound):
+        path.write_bytes(b'')
+    with pytest.raises(UsageError, match='nothing to train on'):
+        set_data(load('demo/upernet'), Request(str(sound)))
+    lines = report_of(sound)[0].report.lines()
+    names = ', '.join(f'00000{i}.png' for i in (1, 2, 3))
+    assert f'left out  train: empty file, 5 ({names}, ...)' in lines
+
+
+def test_sizes_that_exif_turns(sound):
+    """Annotated as turned: nothing to do. As stored: all are read so, in training too."""
+    turned_jpeg(sound)
+    data, found = report_of(sound)
+    assert not data.turn and 'image turned by EXIF' in found
+    config = load('demo/mask_rcnn')
+    config.work_dir = str(sound.parent / 'run')
+    set_data(config, Request(str(sound)))
+    for split in ('train', 'val', 'test'):
+        assert config[f'{split}_dataloader'].dataset.pipeline[0].color_type == 'color_ignore_orientation'
+    load_all(config)
+    edit(lambda coco: coco['images'][0].update(width=48, height=64))(sound)
+    data, found = report_of(sound)
+    assert data.turn and 'image turned by EXIF' not in found and data.splits['train']['images'][0]['width'] == 48
+
+
+def test_runs_of_rle_are_pycocotools():
+    rng = np.random.RandomState(0)
+    for density in (0, 0.01, 0.5, 0.99, 1):
+        mask = np.asfortranarray(rng.random_sample((57, 83)) < density, np.uint8)
+        flat = mask.ravel('F')
+        ends = np.flatnonzero(np.diff(np.r_[0, flat, 2]))
+        runs = np.diff(np.r_[0, ends])
+        assert _runs(coco_mask.encode(mask)['counts'].decode()) == runs.tolist()
+
+
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        ('{"images": [', 'instances_train.json is not a whole JSON file'),
+        ('', 'instances_train.json is not a whole JSON file'),
+        ('[1, 2]', 'it holds a list'),
+        ('{"a": 1}', 'no list of images and annotations and categories (it has a)'),
+        ('{"images": [], "annotations": []}', 'no list of categories'),
+        ('{"images": [], "annotations": [], "categories": []}', 'has no categories'),
+        ('{"images": [1, {}], "annotations": [2], "categories": [3]}', 'category without id or name, 1 (3)'),
+    ],
+)
+def test_files_that_are_not_coco(sound, text, words):
+    (sound / TRAIN).write_text(text)
+    with pytest.raises(UsageError, match=re.escape(words)):
+        report_of(sound)
+
+
+WRONG = {  # what is there -> what it is recognised as
+    'YOLO labels': {'labels/train/1.txt': '0 0.5 0.5 0.1 0.1', 'images/train/1.jpg': ''},
+    'YOLO labels ': {'data.yaml': 'names: [a]', 'train/labels/1.txt': '', 'train/images/1.jpg': ''},
+    'Pascal VOC boxes in XML': {'Annotations/1.xml': '<annotation></annotation>', 'JPEGImages/1.jpg': ''},
+    'LabelMe': {'1.json': '{"version": "5", "shapes": []}', '2.json': '{"shapes": []}', '1.jpg': ''},
+    'VGG annotator': {'via.json': '{"1.jpg": {"regions": []}}', '1.jpg': ''},
+    "Label Studio's own JSON": {'project.json': '[{"annotations": [{"result": []}]}]', '1.jpg': ''},
+    'CreateML': {'train/_annotations.createml.json': '[]', 'train/1.jpg': ''},
+    'TFRecords': {'train/a.tfrecord': 'x', 'train/b.tfrecord': 'x'},
+    'labels in CSV': {'train/_annotations.csv': 'filename,width', 'train/1.jpg': ''},
+    'a folder a class': {'train/cat/1.jpg': '', 'train/dog/1.jpg': ''},
+    'a folder a class ': {'cat/1.jpg': '', 'dog/1.jpg': ''},
+    'archives: unpack': {'data.zip': 'PK'},
+    'images without annotations': {'1.jpg': '', '2.jpg': ''},
+    'no data set that is known (its files end with .doc': {'a.doc': ''},
+    'is an empty folder': {},
+}
+
+
+@pytest.mark.parametrize('kind', WRONG)
+def test_wrong_kinds_are_recognised(tmp_path, kind):
+    (tmp_path / 'mine').mkdir()
+    for name, text in WRONG[kind].items():
+        (tmp_path / 'mine' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'mine' / name).write_text(text)
+    for task in ('detection', 'segmentation'):
+        with pytest.raises(UsageError, match=re.escape(kind.strip())):
+            report_of(tmp_path / 'mine', task)
+
+
+def test_paths_that_are_no_folder(tmp_path, sound):
+    (tmp_path / 'data.zip').write_text('PK')
+    for path, words in (
+        (tmp_path / 'gone', 'is not there'),
+        (tmp_path / 'data.zip', 'is an archive: unpack it'),
+        (sound / TRAIN, 'give its folder, or --train-ann'),
+    ):
+        with pytest.raises(UsageError, match=words):
+            report_of(path)
+
+
+def test_data_of_the_other_task(drawn, tmp_path):
+    as_roboflow(drawn, tmp_path / 'boxes')
+    as_folders(drawn, tmp_path / 'maps')
+    with pytest.raises(UsageError, match=r'holds COCO json, segmentation takes label maps: .*configs/cascade'):
+        report_of(tmp_path / 'boxes', 'segmentation')
+    with pytest.raises(UsageError, match=r'holds label maps, detection takes COCO json: .*configs/upernet'):
+        report_of(tmp_path / 'maps')
+
+
+def test_label_maps_that_need_a_word(drawn, tmp_path):
+    as_folders(drawn, tmp_path / 'mine')
+    (tmp_path / 'mine/classes.txt').unlink()
+    with pytest.raises(UsageError, match='does not name its classes: give --classes FILE'):
+        report_of(tmp_path / 'mine', 'segmentation')
+    (tmp_path / 'few.txt').write_text('ground\ndisc\nsquare\ntriangle\n')
+    found = report_of(tmp_path / 'mine', 'segmentation', classes=str(tmp_path / 'few.txt'))[1]
+    assert '--ignore 4, or, if 0 is no class, --ignore 0' in found['label out of range'].examples[0]
+    data, found = report_of(tmp_path / 'mine', 'segmentation', classes=str(tmp_path / 'few.txt'), ignore=[0])
+    assert data.settings['reduce_zero_label'] and not found
+    data, found = report_of(tmp_path / 'mine', 'segmentation', classes=str(tmp_path / 'few.txt'), ignore=[4])
+    assert data.settings == dict(reduce_zero_label=False, label_map=[[4, 255]]) and not found
+    (tmp_path / 'twice.txt').write_text('ground\nground\n')
+    with pytest.raises(UsageError, match="names 'ground' twice"):
+        report_of(tmp_path / 'mine', 'segmentation', classes=str(tmp_path / 'twice.txt'))
+    with pytest.raises(UsageError, match='no classes file .*ade20k, cityscapes, voc'):
+        report_of(tmp_path / 'mine', 'segmentation', classes='gone.txt')
+
+
+@pytest.mark.parametrize(
+    'name, text',
+    [
+        ('names.txt', '# of our lab\na b\n\nc\n'),
+        ('names.txt', 'a b: 1, 2, 3\nc: 4,5,6\n'),
+        ('names.txt', 'a b:1,2,3::\nc:4,5,6::\n'),
+        ('names.txt', 'a b 1 2 3\nc 4 5 6\n'),
+        ('names.json', '["a b", "c"]'),
+        ('names.json', '{"a b": [1, 2, 3], "c": [4, 5, 6]}'),
+        ('names.json', '[{"name": "a b", "color": "#010203"}, {"name": "c", "color": [4, 5, 6]}]'),
+        ('names.csv', 'Pixel Value, Class\n0, a b\n1, c\n'),
+    ],
+)
+def test_files_of_classes(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    names, colours = read_classes(tmp_path / name)
+    assert names == ['a b', 'c']
+    assert colours == ([[1, 2, 3], [4, 5, 6]] if '3' in text else None)
+
+
+@pytest.mark.parametrize(
+    'name, text', [('x.json', '{'), ('x.json', '5'), ('x.csv', 'a,b\n1,c'), ('x.txt', ''), ('x.json', '[3]')]
+)
+def test_files_that_hold_no_classes(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=name):
+        read_classes(tmp_path / name)
+
+
+def test_the_tool(sound, capsys, monkeypatch):
+    monkeypatch.chdir(sound.parent)
+    assert run('check_data.py', '--data', 'mine') == 0
+    out = capsys.readouterr().out
+    assert out.startswith('detection\n') and '\n\nsegmentation\n' in out and out.count('nothing is wrong') == 2
+    (sound / 'train/000001.png').write_bytes(b'')
+    before = {path: path.stat().st_mtime_ns for path in Path('.').rglob('*')}
+    assert run('check_data.py', '--data', 'mine', '--task', 'detection', '--json') == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found['detection']['findings'] == [
+        dict(split='train', kind='empty file', done='left out', count=1, examples=['000001.png'])
+    ]
+    assert {path: path.stat().st_mtime_ns for path in Path('.').rglob('*')} == before
+    assert run('check_data.py', '--data', 'gone') == 2
+    assert capsys.readouterr().err == 'error: gone is not there\n'
+    assert run('check_data.py') == 2 and run('check_data.py', '--data', 'mine', '--train-images', 'mine') == 2
+
+
+@pytest.mark.parametrize(
+    'options, words',
+    [
+        (['--strict'], '--strict goes with --data PATH'),
+        (['--classes', 'voc'], '--classes goes with --data PATH'),
+        (['--val-share', '0.3'], '--val-share goes with --data PATH'),
+        (['--train-images', 'mine'], '--train-images goes with --train-ann'),
+        (['--train-ann', f'mine/{TRAIN}', '--train-images', 'gone'], "--train-images 'gone' is no folder"),
+        (['--train-ann', 'gone.json'], 'gone.json: No such file'),
+        (['--train-ann', f'mine/{TRAIN}', '--val-share', '1.5'], '--val-share 1.5: give a share between 0 and 1'),
+        (
+            ['--train-ann', f'mine/{TRAIN}', '--train-images', 'mine/annotations'],
+            'none of its images (such as 000001.png)',
+        ),
+        (['--data', 'mine', '--classes', 'voc'], '--classes and --ignore are for label maps'),
+        (['--data', 'mine', '--val-share', '0.2'], '--val-share is for data without a split: these have one'),
+        (['--data', 'mine/labels'], 'mine/labels holds images without annotations'),
+    ],
+)
+def test_arguments_that_do_not_go_together(sound, monkeypatch, capsys, options, words):
+    monkeypatch.chdir(sound.parent)
+    assert run('train.py', DETECTOR, *options) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith('error: ') and words in line
+
+
+ODD = (None, True, -1, 0, 1.5, float('nan'), float('inf'), 10**30, '', '1', [], [[]], [None], {}, {'a': 1}, [[1, 2]])
+
+
+def places(value, at=()):
+    """All keys and indices of nested dicts and lists."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*at, key)
+        yield from places(item, (*at, key))
+
+
+@pytest.mark.parametrize('seed', range(60))
+def test_any_value_may_be_odd(sound, monkeypatch, seed):
+    """Three places of a COCO file hold something else: what is left can be read, or the end is one line."""
+    monkeypatch.chdir(sound.parent)
+    rng = np.random.RandomState(seed)
+    file = (TRAIN, VAL)[seed % 2]
+    content = json.loads((sound / file).read_text())
+    content['images'], content['annotations'] = content['images'][:3], content['annotations'][:6]
+    for _ in range(3):
+        all_places = [place for place in places(content) if len(place) > 1]
+        *path, last = all_places[rng.randint(len(all_places))]
+        holder = content
+        for key in path:
+            holder = holder[key]
+        if rng.randint(4) or isinstance(holder, list):
+            holder[last] = ODD[rng.randint(len(ODD))]
+        else:
+            del holder[last]
+    (sound / file).write_text(json.dumps(content))
+    config = load('demo/mask_rcnn')
+    try:
+        set_data(config, Request('mine'))
+    except UsageError as error:
+        assert '\n' not in str(error)
+        return
+    load_all(config)

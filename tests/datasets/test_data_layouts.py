@@ -1,0 +1,576 @@
+"""Own data: the embedded data set in each layout that is taken trains by one command, and what training reads of it is
+what was drawn; classes and their number follow from the data."""
+
+import hashlib
+import json
+import re
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, METRICS, MODELS, init_default_scope
+from mmengine.runner import find_latest_checkpoint
+
+from convnext_dense.datasets import cache, toy_shapes
+from convnext_dense.datasets.configure import heads, set_classes
+from convnext_dense.datasets.custom import Request, check_classes, read_data, set_data
+from convnext_dense.datasets.request import held_out
+from convnext_dense.errors import UsageError
+from convnext_dense.paper.results import row_of
+from convnext_dense.paper.work_dirs import read_runs
+from helpers.datasets import (
+    CONFIGS,
+    DETECTOR,
+    N_TRAIN,
+    N_VAL,
+    SEGMENTOR,
+    as_folders,
+    as_roboflow,
+    as_voc,
+    classes_of,
+    coco,
+    dump,
+    load,
+    other_categories,
+    own,
+    put,
+    put_labels,
+    quick,
+    run,
+)
+
+
+def renamed(content, name):
+    return {**content, 'images': [{**i, 'file_name': name.format(i['file_name'])} for i in content['images']]}
+
+
+def both(drawn):
+    """The splits in one file, with ids from 0 as Label Studio writes them."""
+    train, val = coco(drawn, 'train'), coco(drawn, 'val')
+    n, prefixes = len(train['images']), ('t_', 'v_')
+    images, annotations = [], []
+    for content, prefix, more in zip((train, val), prefixes, (-1, n - 1)):
+        images += [{**i, 'id': i['id'] + more, 'file_name': prefix + i['file_name']} for i in content['images']]
+        annotations += [{**a, 'image_id': a['image_id'] + more} for a in content['annotations']]
+    annotations = [{**a, 'id': i} for i, a in enumerate(annotations)]
+    return dict(images=images, annotations=annotations, categories=train['categories'])
+
+
+def as_coco_2017(drawn, folder):
+    for split in ('train', 'val'):
+        put(drawn, split, folder / f'{split}2017')
+        dump(coco(drawn, split), folder / f'annotations/instances_{split}2017.json')
+        dump({'images': [], 'annotations': [{'caption': 'a disc'}]}, folder / f'annotations/captions_{split}2017.json')
+
+
+def as_cvat(drawn, folder):
+    for split in ('train', 'val'):
+        put(drawn, split, folder / 'images/default', split[0] + '_{}')
+    dump(both(drawn), folder / 'annotations/instances_default.json')
+
+
+def as_cvat_subsets(drawn, folder):
+    for split, name in (('train', 'Train'), ('val', 'Validation')):
+        put(drawn, split, folder / 'images' / name)
+        dump(coco(drawn, split), folder / f'annotations/instances_{name}.json')
+
+
+def as_label_studio(drawn, folder):
+    for split in ('train', 'val'):
+        put(drawn, split, folder / 'images', split[0] + '_{}')
+    dump(renamed(both(drawn), 'images\\{}'), folder / 'result.json')
+
+
+def as_label_studio_uploads(drawn, folder):
+    for split in ('train', 'val'):
+        put(drawn, split, folder / 'images', split[0] + '_{}')
+    dump(renamed(both(drawn), '/data/upload/1/{}'), folder / 'result.json')
+
+
+def as_files(drawn, folder):
+    """A file a split, with other categories in val's."""
+    for split in ('train', 'val'):
+        put(drawn, split, folder / split)
+    dump(coco(drawn, 'train'), folder / 'train.json')
+    dump(other_categories(coco(drawn, 'val')), folder / 'val.json')
+
+
+def as_given(drawn, folder):
+    for split in ('train', 'val'):
+        put(drawn, split, folder / f'pictures of {split}')
+        dump(coco(drawn, split), folder / f'elsewhere/{split}_objects.json')
+    return [
+        *('--train-ann', folder / 'elsewhere/train_objects.json', '--val-ann', folder / 'elsewhere/val_objects.json'),
+        *('--train-images', folder / 'pictures of train', '--val-images', folder / 'pictures of val'),
+    ]
+
+
+def as_drawn(drawn, folder):
+    shutil.copytree(drawn, folder)
+
+
+DETECTION = {
+    'embedded': as_drawn, 'COCO': as_coco_2017, 'Roboflow': as_roboflow, 'CVAT': as_cvat,
+    'CVAT, subsets': as_cvat_subsets, 'Label Studio': as_label_studio, 'Label Studio, uploads': as_label_studio_uploads,
+    'a file a split': as_files, 'given': as_given,
+}  # fmt: skip
+
+
+def as_ade20k(drawn, folder):
+    for split, name in (('train', 'training'), ('val', 'validation')):
+        put(drawn, split, folder / 'images' / name, ending='.jpg')
+        put_labels(drawn, split, folder / 'annotations' / name, lambda classes: classes + 1)  # 255 becomes 0
+    (folder / 'objectInfo150.txt').write_text('Idx Ratio Train Val Stuff Name\n')
+
+
+def as_cityscapes(drawn, folder):
+    for split in ('train', 'val'):
+        put(drawn, split, folder / 'leftImg8bit' / split / 'ulm', 'ulm_{}_leftImg8bit')
+        put_labels(drawn, split, folder / 'gtFine' / split / 'ulm', name='ulm_{}_gtFine_labelTrainIds')
+        put_labels(drawn, split, folder / 'gtFine' / split / 'ulm', lambda c: c * 0, name='ulm_{}_gtFine_instanceIds')
+
+
+def as_cityscapes_ids(drawn, folder):
+    ids = np.array([7, 8, 11, 12, 13, *[0] * 250, 3], np.uint8)
+    for split in ('train', 'val'):
+        put(drawn, split, folder / 'leftImg8bit' / split / 'ulm', 'ulm_{}_leftImg8bit')
+        put_labels(drawn, split, folder / 'gtFine' / split / 'ulm', lambda c: ids[c], name='ulm_{}_gtFine_labelIds')
+
+
+def as_folders_by_split(drawn, folder):
+    """train/images and train/masks, with a palette instead of names."""
+    for split, name in (('train', 'train'), ('val', 'valid')):
+        put(drawn, split, folder / name / 'images')
+        put_labels(drawn, split, folder / name / 'masks', palette=True)
+
+
+def as_roboflow_masks(drawn, folder):
+    for split, name in (('train', 'train'), ('val', 'valid')):
+        put(drawn, split, folder / name, ending='.jpg')
+        put_labels(drawn, split, folder / name, name='{}_mask')
+        rows = ''.join(f'{i}, {name}\n' for i, name in enumerate(toy_shapes.LABELS))
+        (folder / name / '_classes.csv').write_text('Pixel Value, Class\n' + rows)
+
+
+def as_flat_folders(drawn, folder):
+    for split in ('train', 'val'):
+        put(drawn, split, folder / 'img', split + '_{}')
+        put_labels(drawn, split, folder / 'label', lambda classes: classes + 1, name=split + '_{}')
+    dump(dict(zip(toy_shapes.LABELS, toy_shapes.PALETTE)), folder / 'names.json')
+    return ['--data', folder, '--classes', folder / 'names.json', '--ignore', 0]
+
+
+SEGMENTATION = {
+    'embedded': as_drawn, 'ADE20K': as_ade20k, 'Cityscapes': as_cityscapes, 'Cityscapes, ids': as_cityscapes_ids,
+    'VOC': as_voc, 'images/, masks/': as_folders, 'train/, valid/': as_folders_by_split,
+    'Roboflow': as_roboflow_masks, 'img/, label/': as_flat_folders,
+}  # fmt: skip
+N_CLASSES = {'ADE20K': 150, 'Cityscapes': 19, 'Cityscapes, ids': 19, 'VOC': 21}
+
+
+def written(folder, split):
+    return json.loads((folder / f'data/{split}.json').read_text())
+
+
+def objects(content, folder):
+    """What a file says: for each annotation the pixels of its image, its class, box and polygons."""
+    names = {c['id']: c['name'] for c in content['categories']}
+    pixels = {}
+    for image in content['images']:
+        read = cv2.imread(str(folder / image['file_name']))
+        assert read.shape[:2] == (image['height'], image['width'])
+        pixels[image['id']] = hashlib.sha256(read.tobytes()).hexdigest()
+    return sorted(
+        (pixels[a['image_id']], names[a['category_id']], str(a['bbox']), str(a['segmentation']), a['area'])
+        for a in content['annotations']
+    )
+
+
+def expected_objects(drawn, split):
+    return objects(renamed(coco(drawn, split), f'{split}/{{}}'), drawn)
+
+
+@pytest.mark.parametrize('layout', DETECTION)
+def test_detection_trains_from_each_layout(drawn, tmp_path, monkeypatch, layout):
+    monkeypatch.chdir(tmp_path)
+    extra = DETECTION[layout](drawn, tmp_path / 'own data') or ['--data', 'own data']
+    options = ['--work-dir', 'run', '--epochs', 1, *extra, '--cfg-options', *quick(layout)]
+    assert run('train.py', DETECTOR, *options) == 0
+    train, val = (written(tmp_path / 'run', split) for split in ('train', 'val'))
+    root = Path(Config.fromfile('run/mask_rcnn.py').train_dataloader.dataset.data_root)
+    if layout.startswith(('CVAT', 'Label')) and 'subsets' not in layout:
+        assert val['images'] and len(train['images']) + len(val['images']) == N_TRAIN + N_VAL
+        expected = sorted(expected_objects(drawn, 'train') + expected_objects(drawn, 'val'))
+        assert sorted(objects(train, root) + objects(val, root)) == expected
+    else:
+        assert objects(train, root) == expected_objects(drawn, 'train')
+        assert objects(val, root) == expected_objects(drawn, 'val')
+    for content in (train, val):
+        assert content['categories'] == [dict(id=i, name=name) for i, name in enumerate(toy_shapes.CLASSES, 1)]
+        assert [a['id'] for a in content['annotations']] == list(range(1, 1 + len(content['annotations'])))
+    weights = torch.load(find_latest_checkpoint('run'), weights_only=False)['state_dict']
+    assert weights['roi_head.bbox_head.fc_cls.weight'].shape[0] == 1 + len(toy_shapes.CLASSES)
+    assert weights['roi_head.mask_head.conv_logits.weight'].shape[0] == len(toy_shapes.CLASSES)
+
+
+@pytest.mark.parametrize('layout', SEGMENTATION)
+def test_segmentation_trains_from_each_layout(drawn, tmp_path, monkeypatch, layout):
+    monkeypatch.chdir(tmp_path)
+    extra = SEGMENTATION[layout](drawn, tmp_path / 'own data') or ['--data', 'own data']
+    options = ['--work-dir', 'run', '--iters', 1, *extra, '--cfg-options', *quick(layout)]
+    assert run('train.py', SEGMENTOR, *options) == 0
+    config = Config.fromfile('run/upernet.py')
+    n = N_CLASSES.get(layout, 5)
+    init_default_scope('mmseg')
+    found = []
+    for split in ('train', 'val'):
+        settings = config[f'{split}_dataloader'].dataset
+        assert len(settings.metainfo.classes) == n
+        settings.pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
+        found.append(sorted(as_bytes(item) for item in DATASETS.build(settings)))
+    expected = [
+        sorted(classes_of(drawn, split, path.name).tobytes() for path in (drawn / split).iterdir())
+        for split in ('train', 'val')
+    ]
+    if layout == 'img/, label/':
+        assert sorted(found[0] + found[1]) == sorted(expected[0] + expected[1]) and found[1]
+        assert config.train_dataloader.dataset.metainfo.palette == toy_shapes.PALETTE
+    else:
+        assert found == expected
+    weights = torch.load(find_latest_checkpoint('run'), weights_only=False)['state_dict']
+    for head in ('decode_head', 'auxiliary_head'):
+        assert weights[f'{head}.conv_seg.weight'].shape[0] == n
+
+
+def as_bytes(item):
+    assert item['img'].shape[:2] == item['gt_seg_map'].shape
+    return item['gt_seg_map'].tobytes()
+
+
+def counts(config):
+    return {head['num_classes'] for head in heads(config.model)}
+
+
+@pytest.mark.parametrize(
+    'recipe, n', [('demo/mask_rcnn', 2), ('demo/cascade', 200), ('demo/upernet', 2), ('demo/upernet', 200)]
+)
+def test_other_numbers_of_classes(tmp_path, monkeypatch, recipe, n):
+    monkeypatch.chdir(tmp_path)
+    names = own(tmp_path / 'mine', n)
+    length = ['--iters', 1] if 'upernet' in recipe else ['--epochs', 1]
+    options = ['--data', 'mine', '--work-dir', 'run', *length, '--cfg-options', *quick(f'{recipe}{"x" * (n > 2)}')]
+    options += ['model.decode_head.norm_cfg.type=BN', 'model.auxiliary_head.norm_cfg.type=BN'] * ('upernet' in recipe)
+    options += [f'model.roi_head.bbox_head.{i}.norm_cfg.type=BN' for i in range(3)] * ('cascade' in recipe)
+    assert run('train.py', CONFIGS / f'{recipe}.py', *options) == 0
+    checkpoint = find_latest_checkpoint('run')
+    content = torch.load(checkpoint, weights_only=False)
+    assert list(content['meta']['dataset_meta']['classes']) == names
+    found = {
+        key: len(weight) for key, weight in content['state_dict'].items() if re.search('fc_cls.w|logits.w|seg.w', key)
+    }
+    assert set(found.values()) == ({n} if 'upernet' in recipe else {n, n + 1})
+    assert run('test.py', CONFIGS / f'{recipe}.py', checkpoint, *options[:4], *options[6:]) == 0
+
+
+@pytest.mark.parametrize('recipe', ['mask_rcnn/convnext_t', 'cascade/convnext_b', 'upernet/convnext_b_in22k'])
+def test_the_papers_recipes_on_own_data(drawn, tmp_path, monkeypatch, recipe):
+    monkeypatch.chdir(tmp_path)
+    config, before = load(recipe), load(recipe)
+    assert row_of(config)
+    lines = set_data(config, Request(str(drawn)))
+    n = 5 if 'upernet' in recipe else 4
+    assert counts(config) == {n} and len(counts(before) & {80, 150}) == 1
+    assert any(f'{n} classes: ' in line for line in lines) and lines[-1] == 'data: nothing is wrong'
+    for split in ('train', 'val', 'test'):
+        dataset, theirs = (c[f'{split}_dataloader'].dataset for c in (config, before))
+        assert (dataset.pipeline, dataset.get('filter_cfg')) == (theirs.pipeline, theirs.get('filter_cfg'))
+        assert len(dataset.metainfo.classes) == n
+    init_default_scope(config.default_scope)
+    config.model.backbone.init_cfg = None
+    with torch.device('meta'):
+        model = MODELS.build(config.model)
+    assert model is not None
+    assert row_of(config) is None
+    assert not any(key in str(config.train_dataloader) + str(config.val_evaluator) for key in ('data/coco', 'data/ade'))
+
+
+def test_own_data_of_eighty_classes_are_no_row_of_the_paper(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own(tmp_path / 'mine', 80)
+    config = load('cascade/convnext_t')
+    set_data(config, Request('mine'))
+    assert counts(config) == {80} and row_of(config) is None
+    start = tmp_path / 'run/20260101_000000'
+    (start / 'vis_data').mkdir(parents=True)
+    (start / 'vis_data/config.py').write_text(config.pretty_text)
+    (start / 'vis_data/scalars.json').write_text('{"coco/bbox_mAP": 0.5, "step": 36}\n')
+    assert [run.row for run in read_runs(tmp_path / 'run')] == [None]
+
+
+@pytest.mark.parametrize(
+    'recipe, key',
+    [
+        ('demo/mask_rcnn', 'model.roi_head.bbox_head.num_classes'),
+        ('demo/mask_rcnn', 'model.roi_head.mask_head.num_classes'),
+        ('demo/cascade', 'model.roi_head.bbox_head.1.num_classes'),
+        ('demo/upernet', 'model.decode_head.num_classes'),
+        ('demo/upernet', 'model.auxiliary_head.num_classes'),
+    ],
+)
+def test_a_wrong_number_of_classes_is_refused(drawn, tmp_path, monkeypatch, capsys, recipe, key):
+    monkeypatch.chdir(tmp_path)
+    args = [CONFIGS / f'{recipe}.py', '--data', drawn, '--cfg-options', *quick(recipe)]
+    assert run('train.py', *args, f'{key}=80') == 2
+    assert f'{key}=80: it follows from the data' in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.glob('**/*.pth'))
+
+
+def test_a_wrong_number_of_classes_in_a_config(drawn, tmp_path, monkeypatch, capsys):
+    """Without --data too, where the config names its classes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('SHAPES_ROOT', str(drawn))
+    key = 'model.roi_head.mask_head.num_classes'
+    assert run('train.py', DETECTOR, '--cfg-options', *quick('config'), f'{key}=80') == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert 'FP32FCNMaskHead has num_classes=80, the data set names 4 classes' in line
+    config = load('demo/mask_rcnn')
+    config.train_dataloader.dataset = dict(type='RepeatDataset', times=3, dataset=config.train_dataloader.dataset)
+    check_classes(config)
+    set_data(config, Request(str(drawn)))
+    assert (config.train_dataloader.dataset.type, config.train_dataloader.dataset.dataset.type) == (
+        'RepeatDataset',
+        'CocoDataset',
+    )
+
+
+def test_heads_of_every_kind():
+    model = dict(
+        rpn_head=dict(num_classes=1),
+        bbox_head=[dict(num_classes=80, loss_cls=dict(type='SeesawLoss', num_classes=80))],
+        decode_head=dict(num_classes=150, out_channels=150),
+        auxiliary_head=[dict(num_classes=2, out_channels=1)],
+    )
+    set_classes(model, 7)
+    assert model == dict(
+        rpn_head=dict(num_classes=1),
+        bbox_head=[dict(num_classes=7, loss_cls=dict(type='SeesawLoss', num_classes=7))],
+        decode_head=dict(num_classes=7, out_channels=7),
+        auxiliary_head=[dict(num_classes=7, out_channels=7)],
+    )
+    model = dict(decode_head=dict(num_classes=2, loss_decode=dict(class_weight=[1.0, 2.0])))
+    set_classes(model, 2)
+    with pytest.raises(UsageError, match='class_weight .* has 2 values, the data 7 classes'):
+        set_classes(model, 7)
+
+
+def truth_as_prediction(config):
+    """The metrics of the val truth, of training's labels, held against the evaluator's truth."""
+    init_default_scope('mmdet')
+    config.val_dataloader.dataset.pipeline = []
+    dataset, metric = DATASETS.build(config.val_dataloader.dataset), METRICS.build(config.val_evaluator)
+    metric.dataset_meta = dataset.metainfo
+    for item in dataset:
+        boxes = torch.tensor([i['bbox'] for i in item['instances']]).reshape(-1, 4)
+        labels = torch.tensor([i['bbox_label'] for i in item['instances']])
+        found = dict(bboxes=boxes, scores=torch.ones(len(boxes)), labels=labels)
+        metric.process({}, [dict(img_id=item['img_id'], ori_shape=(64, 64), pred_instances=found)])
+    return metric.evaluate(len(dataset))
+
+
+def test_labels_and_evaluation_agree_whatever_the_order_of_categories(drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    as_files(drawn, tmp_path / 'mine')
+    config = load('demo/mask_rcnn')
+    set_data(config, Request('mine'))
+    config.val_evaluator.metric = ['bbox']
+    assert truth_as_prediction(config)['coco/bbox_mAP'] == 1
+    dataset, original = DATASETS.build(config.val_dataloader.dataset), coco(drawn, 'val')
+    found = [
+        (item['img_id'], toy_shapes.CLASSES[i['bbox_label']], *i['bbox'][:2])
+        for item in dataset
+        for i in item['instances']
+    ]
+    names = {c['id']: c['name'] for c in original['categories']}
+    assert sorted(found) == sorted(
+        (a['image_id'], names[a['category_id']], *a['bbox'][:2]) for a in original['annotations']
+    )
+    train, val = (json.loads(Path(f'mine/{split}.json').read_text())['categories'] for split in ('train', 'val'))
+    assert [c['name'] for c in train] == [c['name'] for c in val][::-1]
+    assert config.train_dataloader.dataset.metainfo == config.val_dataloader.dataset.metainfo
+
+
+def test_boxes_without_masks_train_the_boxes(drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own(tmp_path / 'mine', 3, masks=False)
+    for recipe in ('demo/mask_rcnn', 'demo/cascade'):
+        config = load(recipe)
+        lines = set_data(config, Request('mine'))
+        assert 'mask branch is taken out' in lines[-1]
+        assert not [key for key in config.model.roi_head if 'mask' in key]
+        loaders = str(config.train_dataloader) + str(config.val_dataloader) + str(config.test_dataloader)
+        assert config.val_evaluator.metric == ['bbox'] and "'with_mask': True" not in loaders and 'with_mask' in loaders
+    options = ['--data', 'mine', '--work-dir', 'trained', '--cfg-options', *quick('boxes')]
+    assert run('train.py', DETECTOR, '--epochs', 1, *options) == 0
+    assert run('test.py', DETECTOR, 'trained/epoch_1.pth', *options) == 0
+    # The same model on data with masks stays one of boxes.
+    assert run('test.py', DETECTOR, 'trained/epoch_1.pth', '--data', drawn, '--work-dir', 'other') == 2
+
+
+def checkpoint_of(classes, file='trained.pth', part='mask_head'):
+    """What a checkpoint says of its data."""
+    weights = {f'roi_head.{part}.weight': torch.zeros(1)}
+    torch.save(dict(state_dict=weights, meta=dict(dataset_meta=dict(classes=tuple(classes)))), file)
+    return file
+
+
+def test_a_test_takes_the_classes_of_the_checkpoint(drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    as_files(drawn, tmp_path / 'mine')
+    config, request = load('demo/mask_rcnn'), Request(files={'val': 'mine/val.json'})
+    set_data(config, request, ('test',), checkpoint=checkpoint_of(toy_shapes.CLASSES))
+    config.val_dataloader.dataset = config.test_dataloader.dataset
+    assert list(config.test_dataloader.dataset.metainfo.classes) == list(toy_shapes.CLASSES)
+    assert config.test_evaluator.metric == ['bbox', 'segm'] and 'mask_head' in config.model.roi_head
+    config.val_evaluator.metric = ['bbox']
+    assert truth_as_prediction(config)['coco/bbox_mAP'] == 1
+    # Of classes that the model does not know nothing is tested; a model of more classes is tested on these.
+    config = load('demo/mask_rcnn')
+    lines = set_data(config, request, ('test',), checkpoint=checkpoint_of(['disc', 'square', 'star']))
+    assert counts(config) == {3} and any(
+        "without a class, 2 (cross, triangle): none of train's" in line for line in lines
+    )
+    # A model of boxes stays one, whatever the data have.
+    config = load('demo/mask_rcnn')
+    set_data(config, request, ('test',), checkpoint=checkpoint_of(toy_shapes.CLASSES, part='bbox_head'))
+    assert config.test_evaluator.metric == ['bbox'] and 'mask_head' not in config.model.roi_head
+    with pytest.raises(UsageError, match="has 5 classes: ground, .*; the checkpoint's are 2 classes: a, b"):
+        set_data(load('demo/upernet'), Request(str(drawn)), ('test',), checkpoint=checkpoint_of('ab'))
+
+
+def test_a_training_is_not_resumed_on_other_classes(drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for recipe, classes in (('demo/mask_rcnn', toy_shapes.CLASSES), ('demo/upernet', toy_shapes.LABELS)):
+        set_data(load(recipe), Request(str(drawn)), checkpoint=checkpoint_of(classes))
+        with pytest.raises(UsageError, match='trained.pth was trained on .*; the data have'):
+            set_data(load(recipe), Request(str(drawn)), checkpoint=checkpoint_of(classes[::-1]))
+
+
+def test_nothing_to_train_on(drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match='no data to train on: give --train-ann'):
+        set_data(load('demo/mask_rcnn'), Request(files={'val': str(drawn / 'annotations/instances_val.json')}))
+
+
+def test_test_splits(drawn, tmp_path, monkeypatch):
+    """Of a folder that has one it is tested, where it is annotated; else val is."""
+    monkeypatch.chdir(tmp_path)
+    as_roboflow(drawn, tmp_path / 'mine')
+    shutil.copytree('mine/valid', 'mine/test')
+    content = json.loads(Path('mine/test/_annotations.coco.json').read_text())
+    dump({**content, 'images': content['images'][:1]}, Path('mine/test/_annotations.coco.json'))
+    tested = read_data(Request('mine'), 'detection', ('test',)).splits['test']
+    assert len(tested['images']) == 1
+    dump({**content, 'annotations': []}, Path('mine/test/_annotations.coco.json'))
+    tested = read_data(Request('mine'), 'detection', ('test',)).splits['test']
+    assert len(tested['images']) == N_VAL
+
+
+def test_what_was_checked_is_not_checked_again(drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(drawn, 'mine')
+    first = set_data(load('demo/upernet'), Request('mine'))
+    calls = []
+    monkeypatch.setattr('convnext_dense.datasets.custom.read_data', lambda *a: calls.append(a) or read_data(*a))
+    config = load('demo/upernet')
+    assert set_data(config, Request('mine')) == first and not calls
+    assert config.train_dataloader.dataset.reduce_zero_label
+    path = next(Path('mine/train').iterdir())
+    path.write_bytes(path.read_bytes()[:1000])
+    assert any('left out  train: ' in line for line in set_data(load('demo/upernet'), Request('mine'))) and calls
+    with pytest.raises(UsageError, match='left out'):
+        set_data(load('demo/upernet'), Request('mine', strict=True))
+    assert len(calls) == 1
+
+
+def test_other_processes_wait_for_the_first(drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('convnext_dense.datasets.cache.POLL', 0.01)
+    first, second = load('demo/mask_rcnn'), load('demo/mask_rcnn')
+    first.launcher, second.launcher = 'pytorch', 'slurm'
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    monkeypatch.setenv('SLURM_LOCALID', '3')
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(set_data, second, Request(str(drawn)))
+        assert not waiting.done()
+        assert set_data(first, Request(str(drawn))) == waiting.result(timeout=60)
+    assert first.val_dataloader == second.val_dataloader
+
+
+def test_they_wait_as_long_as_the_first_works_and_no_longer(tmp_path, monkeypatch):
+    for name, seconds in dict(POLL=0.01, BEAT=0.1, SILENT=1).items():
+        monkeypatch.setattr(cache, name, seconds)
+    looks, prepared = [], cache.prepared
+    monkeypatch.setattr(cache, 'prepared', lambda *args: looks.append(time.monotonic()) or prepared(*args))
+    with ThreadPoolExecutor() as pool:
+        with cache.busy(str(tmp_path)):
+            waiting = pool.submit(cache.wait_for, str(tmp_path), ('key',))
+            time.sleep(2)
+            assert not waiting.done()
+        assert not (tmp_path / cache.BUSY).exists()
+        with pytest.raises(UsageError, match='the first process of this machine has not been heard of for'):
+            waiting.result(timeout=60)
+    assert len(looks) < 50  # once a beat, and not a hundred times a second
+
+
+def test_held_out_images_are_the_same_every_time(drawn, tmp_path, monkeypatch):
+    as_label_studio(drawn, tmp_path / 'mine')
+    names = []
+    for share in (0.25, 0.25, 0.5):
+        data = read_data(Request(str(tmp_path / 'mine'), held_out=share), 'detection', ('train', 'val'))
+        train, val = ({i['file_name'] for i in data.splits[split]['images']} for split in ('train', 'val'))
+        assert not train & val and len(train | val) == N_TRAIN + N_VAL
+        names.append(val)
+    assert names[0] == names[1] <= names[2] and names[0]
+    assert (
+        f'{len(names[0])} of {N_TRAIN + N_VAL} images are held out'
+        in read_data(Request(str(tmp_path / 'mine'), held_out=0.25), 'detection', ('val',)).report.facts[0]
+    )
+
+
+def test_data_that_grow_move_no_image_from_train_to_val(tmp_path):
+    request = Request(str(tmp_path), held_out=0.2)
+    names = [f'{n:05d}.jpg' for n in range(600)]
+    before, after = held_out(names[:400], request)[0], held_out(names, request)[0]
+    assert before == after & set(names[:400]) and 60 < len(after) < 180
+
+
+def test_a_val_split_alone_is_evaluated_whole(drawn, tmp_path):
+    as_coco_2017(drawn, tmp_path / 'mine')
+    for path in (tmp_path / 'mine/annotations').glob('*train*'):
+        path.unlink()
+    data = read_data(Request(str(tmp_path / 'mine')), 'detection', ('test',))
+    assert len(data.splits['test']['images']) == N_VAL
+    with pytest.raises(UsageError, match='no train'):
+        read_data(Request(str(tmp_path / 'mine')), 'detection', ('train',))
+
+
+def test_annotations_that_are_asked_for_go_before_a_test_split(drawn, tmp_path):
+    as_roboflow(drawn, tmp_path / 'mine')
+    shutil.copytree(tmp_path / 'mine/train', tmp_path / 'mine/test')
+    given = {'val': str(tmp_path / 'mine/valid/_annotations.coco.json')}
+    data = read_data(Request(str(tmp_path / 'mine'), files=given), 'detection', ('test',))
+    assert len(data.splits['test']['images']) == N_VAL
+
+
+def test_images_are_not_looked_for_among_label_maps(drawn, tmp_path):
+    for folder, source in (('images', 'train'), ('annotations', 'labels/train')):
+        shutil.copytree(drawn / source, tmp_path / f'mine/{folder}/train')
+    shutil.copy(drawn / 'annotations/instances_train.json', tmp_path / 'mine/annotations')
+    data = read_data(Request(str(tmp_path / 'mine'), held_out=0.3), 'detection', ('train',))
+    assert all(i['file_name'].startswith('images/train/') for i in data.splits['train']['images'])

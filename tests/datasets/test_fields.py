@@ -1,0 +1,426 @@
+"""Fields of COCO annotations held against one another and against their types: what is mended is what was meant, what
+contradicts is left out or refused, and what real data have is left as it is."""
+
+import json
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.datasets.check_coco import _id, _runs, check_annotations, check_images, classes_of, match_categories
+from convnext_dense.datasets.check_images import Seen
+from convnext_dense.datasets.diagnostics import Report
+from convnext_dense.datasets.read_coco import Place
+from convnext_dense.errors import UsageError
+from helpers.datasets import DETECTOR, edit, quick, report_of, run
+from helpers.files import limited
+
+SIZE = 100  # of the images
+
+
+class Found:
+    """Images that are where their names say."""
+
+    def find(self, name):
+        return Place(name)
+
+
+def image(i=1, **more):
+    return dict(id=i, file_name=f'{i}.png', width=SIZE, height=SIZE, **more)
+
+
+def square(box):
+    x, y, w, h = box
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def annotation(i=1, box=(20, 30, 40, 20), **more):
+    made = dict(id=i, image_id=1, category_id=1, bbox=list(box), area=box[2] * box[3], iscrowd=0)
+    return {**made, 'segmentation': square(box), **more}
+
+
+def rle(box, compressed=True):
+    """A mask of a box as an RLE."""
+    x, y, w, h = box
+    mask = np.zeros((SIZE, SIZE), np.uint8, order='F')
+    mask[y : y + h, x : x + w] = 1
+    if compressed:
+        return dict(size=[SIZE, SIZE], counts=coco_mask.encode(mask)['counts'].decode())
+    flat = mask.ravel('F')
+    ends = np.flatnonzero(np.diff(np.r_[0, flat, 2]))
+    return dict(size=[SIZE, SIZE], counts=np.diff(np.r_[0, ends]).tolist())
+
+
+def check(annotations, images=None, categories=None, masks=True):
+    """The annotations that are left, and what is said: examples by kind."""
+    images = images or [image()]
+    content = dict(images=images, annotations=annotations, categories=categories or [dict(id=1, name='cat')])
+    content = json.loads(json.dumps(content))
+    report, seen = Report(), {i['file_name']: Seen(SIZE, SIZE) for i in images}
+    classes = classes_of(content, 'train', report)
+    known = match_categories(content, content, classes, 'train', report)
+    usable = check_images(content, Found(), seen, True, 'train', report)
+    left = check_annotations(content, usable, known, masks, 'train', report)
+    return left, {f.kind: f.examples for f in report.findings.values()}
+
+
+def alone(**more):
+    """One odd annotation among sound ones: it, where it is left, and what is said."""
+    others = [annotation(i, (5 * i, 40, 20 + i, 30)) for i in range(2, 8)]
+    left, said = check([annotation(1, **more), *others], masks=more.get('segmentation', 1) is not None)
+    first = left[0] if len(left) == 7 else None
+    assert len(left) - (first is not None) == 6
+    return first, said
+
+
+CROWDS = [  # what is written, whether it is a crowd, None where that is unclear, and whether it is said
+    *((value, 0, False) for value in (0, 0.0, False, None)),
+    *((value, 1, False) for value in (1, 1.0, True)),
+    *((value, 0, True) for value in ('0', 'false', 'False', ' 0 ')),
+    *((value, 1, True) for value in ('1', 'true', 'TRUE')),
+    *((value, None, True) for value in (2, -1, 0.5, '', 'no', '2', float('nan'), 10**400, [], {}, [1])),
+]
+
+
+@pytest.mark.parametrize('key', ['iscrowd', 'ignore'])
+@pytest.mark.parametrize('value, crowd, is_said', CROWDS)
+def test_crowds(key, value, crowd, is_said):
+    left, said = alone(**{key: value})
+    kinds = {kind for kind in said if 'iscrowd' in kind}
+    if crowd is None:
+        assert left is None and kinds == {'iscrowd is neither 0 nor 1'}
+        assert said['iscrowd is neither 0 nor 1'][0].startswith(f'id 1: {key} ')
+    else:
+        assert left['iscrowd'] == crowd and left['iscrowd'] in (0, 1)
+        assert kinds == ({'iscrowd as text'} if is_said else set())
+
+
+IDS = [  # what is written, and as what it is compared
+    *((value, 1) for value in (1, 1.0, '1', '1.0')), *((value, -3) for value in (-3, -3.0, '-3')), ('0', 0), (0.0, 0),
+    (2**60, 2**60), (1e30, int(1e30)),
+    *((text, text) for text in ('007', 'a', '1e3', ' 1', '\u0661', '9' * 5000, '')),
+    *((value, None) for value in (1.5, None, float('nan'), float('inf'), True, False, [1], {})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('value, expected', IDS)
+def test_ids(value, expected):
+    assert _id(value) == expected and type(_id(value)) is type(expected)
+
+
+FORMS = {'as they are': lambda i: i, 'float': float, 'text': str, 'float as text': lambda i: f'{i}.0'}
+
+
+@pytest.mark.parametrize('of_images', FORMS)
+@pytest.mark.parametrize('of_categories', FORMS)
+@pytest.mark.parametrize('of_references', FORMS)
+def test_ids_are_matched_in_whatever_form(of_images, of_categories, of_references):
+    i, c, r = FORMS[of_images], FORMS[of_categories], FORMS[of_references]
+    images = [image(n) | dict(id=i(n)) for n in (3, 4)]
+    categories = [dict(id=c(n), name=f'class {n}') for n in (7, 8)]
+    annotations = [annotation(r(n), image_id=r(3 + n % 2), category_id=r(7 + n % 2)) for n in range(2)]
+    left, said = check(annotations, images, categories)
+    assert [(a['id'], a['image_id'], a['category_id']) for a in left] == [(1, 3, 1), (2, 4, 2)]
+    assert all(type(a[key]) is int for a in left for key in ('id', 'image_id', 'category_id'))
+    plain = {of_images, of_categories, of_references} == {'as they are'}
+    assert ('id as text or float' in said) is not plain
+    if of_references == 'text':
+        assert (
+            "id 0: image_id '3'" in ' '.join(said['id as text or float'])
+            or of_categories != 'as they are'
+            or (of_images != 'as they are')
+        )
+
+
+@pytest.mark.parametrize('ids', [('a', 'b'), ('a', 2), (1, 2**53 + 1), (-(2**60), 5), ('001', '1'), (1e300, '')])
+def test_ids_that_are_no_numbers_are_numbered_anew(ids):
+    images = [image(i) | dict(id=number) for i, number in enumerate(ids)]
+    left, said = check([annotation(i, image_id=number) for i, number in enumerate(ids)], images)
+    assert [a['image_id'] for a in left] == [1, 2] and said['image id numbered anew']
+
+
+def test_numbers_that_are_whole_stay(tmp_path):
+    images = [image(i) for i in (139, 2**53, 0, -5)]
+    left, said = check([annotation(i, image_id=i) for i in (139, 2**53, 0, -5)], images)
+    assert [a['image_id'] for a in left] == [139, 2**53, 0, -5] and not said
+
+
+def test_true_is_no_id():
+    left, said = check([annotation(1, image_id=True), annotation(2, category_id=True), annotation(True)])
+    assert len(left) == 1
+    assert said['annotation of no image'] == ['id 1: image True']
+    assert said['unknown category'] == ['id 2: category True']
+    assert 'image without id or name' in check([annotation()], [image(), image(2) | dict(id=True)])[1]
+
+
+def test_the_first_of_two_images_of_one_id_is_it():
+    left, said = check([annotation()], [image(), image(2) | dict(id='1')])
+    assert said['image id twice'] == ['2.png'] and left[0]['image_id'] == 1
+
+
+def corners(box):
+    x, y, w, h = box
+    return [x, y, x + w, y + h]
+
+
+BOXES = [(20, 30, 40, 20), (5, 5, 10, 50), (50, 60, 30, 30), (0, 0, 30, 20), (40, 10, 50, 80), (70, 70, 25, 28)]
+
+
+@pytest.mark.parametrize('masks', ['polygons', 'rle', 'runs'])
+def test_boxes_written_as_corners_are_told_by_their_masks(masks):
+    made = {'polygons': square, 'rle': rle, 'runs': lambda box: rle(box, compressed=False)}[masks]
+    boxes = [annotation(i, box, bbox=corners(box), segmentation=made(box)) for i, box in enumerate(BOXES)]
+    said = check(boxes)[1]
+    assert said['boxes written as corners'] == ['id 0', 'id 1', 'id 2'] and 'box written as corners' not in said
+    others = [(x, y, w - 1, h - n) for n in (1, 2) for x, y, w, h in BOXES]
+    left, said = check([*boxes, *(annotation(9 + i, box, segmentation=made(box)) for i, box in enumerate(others))])
+    assert 'boxes written as corners' not in said and said['box written as corners'] == ['id 0', 'id 1', 'id 2']
+    assert [tuple(a['bbox']) for a in left] == [(0, 0, 30, 20), *others]  # the first is the same either way
+
+
+def test_boxes_written_as_corners_are_told_by_their_areas():
+    near = [(2, 3, 20, 10), (5, 5, 10, 20), (10, 2, 20, 25), (1, 9, 30, 11), (7, 7, 9, 30), (12, 3, 15, 5)]
+    boxes = [annotation(i, box, bbox=corners(box), segmentation=None) for i, box in enumerate(near)]
+    assert check(boxes, masks=False)[1]['boxes written as corners'][0].startswith('id ')
+    others = [annotation(9 + i, box, segmentation=None) for i, box in enumerate(BOXES)]
+    assert 'boxes written as corners' not in check([*boxes[:3], *others], masks=False)[1]
+
+
+@pytest.mark.parametrize('area', [None, 'of its own'])
+def test_boxes_written_as_corners_are_told_by_the_borders_of_images(area):
+    """Where nothing else is there, or areas were computed from corners as if they were none."""
+    boxes = []
+    for i, box in enumerate(BOXES):
+        x, y, right, bottom = corners(box)
+        boxes.append(annotation(i, bbox=[x, y, right, bottom], area=area and right * bottom, segmentation=None))
+    said = check(boxes, masks=False)[1]
+    assert said['boxes written as corners'][0].startswith('id ')
+    reach_out = [b for b in boxes if b['bbox'][0] + b['bbox'][2] > SIZE or b['bbox'][1] + b['bbox'][3] > SIZE]
+    inside = [b for b in boxes if b not in reach_out]
+    assert len(reach_out) == 3
+    assert 'boxes written as corners' not in check([*inside, *reach_out[:2]], masks=False)[1]
+    assert 'boxes written as corners' not in check([*inside * 5, *reach_out], masks=False)[1]  # under a fifth
+    assert (
+        'boxes written as corners'
+        not in check([*boxes, annotation(9, (60, 60, 20, 20), segmentation=None)], masks=False)[1]
+    )
+
+
+def test_masks_go_before_the_borders_of_images():
+    """Objects that reach out of their image, boxes and masks, whose boxes could be corners."""
+    boxes = [annotation(i, (30 + i, 30, 75, 75)) for i in range(6)]
+    left, said = check(boxes)
+    assert len(left) == 6 and set(said) == {'box partly outside'}
+
+
+def test_one_image_written_as_corners_is_enough():
+    said = check([annotation(1, bbox=corners((20, 30, 40, 20)))])[1]
+    assert 'boxes written as corners' in said
+
+
+def test_data_written_as_corners_are_refused(tmp_path):
+    toy_shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
+    edit(lambda c: [a.update(bbox=corners(a['bbox'])) for a in c['annotations']])(tmp_path / 'mine')
+    data, found = report_of(tmp_path / 'mine')
+    assert found['boxes written as corners'].split == 'train'
+    with pytest.raises(UsageError, match=r'boxes written as corners, .* \(id 1, .*write x, y, width, height'):
+        data.report.refuse()
+
+
+@pytest.mark.parametrize('box, mask, kind', [
+    ((5, 5, 10, 10), (60, 60, 20, 20), 'box apart from its mask'),
+    ((20, 20, 10, 10), (25, 25, 60, 60), 'box apart from its mask'),
+    ((20, 20, 20, 20), (30, 30, 20, 20), 'box unlike its mask'),
+    ((20, 20, 60, 60), (30, 30, 10, 10), 'box unlike its mask'),  # amodal: what is hidden belongs to the object
+    ((0, 0, 100, 100), (40, 40, 3, 3), 'box unlike its mask'),
+    ((20, 20, 20, 20), (22, 18, 20, 20), None),  # rounding
+    ((20, 20, 2, 2), (21, 21, 2, 2), None),
+    ((20, 20, 1, 1), (21, 21, 1, 1), None),
+    ((20, 20, 20, 20), (24, 24, 16, 16), None),
+    ((90, 90, 10, 10), (90, 90, 40, 40), None),  # a mask that reaches out of the image
+    ((90, 90, 40, 40), (90, 90, 10, 10), None),
+    ((-5, -5, 30, 30), (0, 0, 25, 25), None),
+])  # fmt: skip
+def test_boxes_and_masks_are_held_against_one_another(box, mask, kind):
+    left, said = alone(box=box, segmentation=square(mask))
+    kinds = {k for k in said if k.endswith('its mask')}
+    assert kinds == ({kind} if kind else set()) and all(said[k] == ['id 1'] for k in kinds)
+    assert (left is None) is (kind == 'box apart from its mask')
+
+
+def test_crowds_are_not_held_against_their_boxes():
+    """Their masks are of many objects."""
+    left, said = alone(box=(5, 5, 10, 10), segmentation=rle((60, 60, 20, 20)), iscrowd=1, area=9999)
+    assert left['area'] == 9999 and set(said) == {'crowd'}
+    left, said = alone(box=(5, 5, 10, 10), segmentation=rle((60, 60, 20, 20)), iscrowd=1, area=10**400)
+    assert left['area'] == 400 and set(said) == {'crowd', 'area that cannot be'}
+
+
+AREAS = {  # of a box of 40 x 20 with a mask: what is written, and what is made of it
+    'of the box': (800, square((20, 30, 40, 20)), 800),
+    'of half of it': (400, [[20, 30, 60, 30, 20, 50]], 400),
+    'over the box': (1201, square((20, 30, 40, 20)), 800),
+    'far over the box': (10**9, [[20, 30, 60, 30, 20, 50]], 400),
+    'up to the box and a half': (1200, square((20, 30, 40, 20)), 1200),
+    'under a fifth of the mask': (150, square((20, 30, 40, 20)), 800),
+    'a fifth of the mask': (160, square((20, 30, 40, 20)), 160),
+    'over five times the mask': (700, [[20, 30, 60, 30, 60, 31, 21, 31, 21, 50, 20, 50]], 59),
+    'of an RLE': (800, rle((20, 30, 40, 20)), 800),
+    'under a fifth of an RLE': (10, rle((20, 30, 40, 20)), 800),
+    'under a fifth of runs': (10, rle((20, 30, 40, 20), compressed=False), 800),
+    'of the pixels of a thin mask': (40, [[20, 30.45, 60, 30.45, 60, 30.55, 20, 30.55]], 40),
+    'of a mask that crosses itself': (400, [[20, 30, 60, 50, 60, 30, 20, 50]], 400),
+    'none': (None, square((20, 30, 40, 20)), 800),
+    'infinite': (float('inf'), square((20, 30, 40, 20)), 800),
+    'of 400 digits': (10**400, square((20, 30, 40, 20)), 800),
+    'below 0': (-5, [[20, 30, 60, 30, 20, 50]], 400),
+}
+
+
+@pytest.mark.parametrize('kind', AREAS)
+def test_areas(kind):
+    written, mask, area = AREAS[kind]
+    left, said = alone(area=written, segmentation=mask)
+    assert left['area'] == area and type(left['area']) in (int, float)
+    assert ('area that cannot be' in said or 'no area given' in said) is (written != area)
+    assert said.get('area that cannot be', ['id 1: '])[0].startswith('id 1: ')
+
+
+@pytest.mark.parametrize('area, expected', [(800, 800), (1201, 800), (30, 30), (10**400, 800)])
+def test_areas_of_boxes_without_masks(area, expected):
+    """What is small may be that of a mask."""
+    left, said = check([annotation(area=area, segmentation=None)], masks=False)
+    assert left[0]['area'] == expected and ('area that cannot be' in said) is (area != expected)
+
+
+def test_data_like_cocos_are_left_as_they_are():
+    """Objects of one pixel to the whole image, of one part or two, boxes rounded as COCO's are, areas of pixels."""
+    rng = np.random.RandomState(0)
+    annotations = []
+    for i in range(300):
+        n, parts = rng.randint(3, 12), []
+        middle, radius = rng.uniform(10, 90, 2), rng.uniform(0.7, 10) if i % 3 else rng.uniform(5, 60)
+        for _ in range(1 + (i % 5 == 0)):
+            angles, far = np.sort(rng.uniform(0, 2 * np.pi, n)), radius * rng.uniform(0.4, 1, n)
+            points = middle + np.stack([np.cos(angles), np.sin(angles)], 1) * far[:, None]
+            parts.append(points.clip(0, SIZE).round(2).ravel().tolist())
+            middle = (middle + rng.uniform(-10, 10, 2)).clip(1, 99)
+        x, y = (np.concatenate([np.array(p)[k::2] for p in parts]) for k in (0, 1))
+        box = [float(np.round(v, 2)) for v in (x.min(), y.min(), np.ptp(x), np.ptp(y))]
+        pixels = float(coco_mask.area(coco_mask.merge(coco_mask.frPyObjects(parts, SIZE, SIZE))))
+        if min(box[2:]) >= 1 and pixels:
+            annotations.append(annotation(i, tuple(box), area=pixels, segmentation=parts))
+    assert len(annotations) > 250
+    left, said = check(annotations)
+    assert not said and [a['area'] for a in left] == [a['area'] for a in annotations]
+    assert [a['segmentation'] for a in left] == [a['segmentation'] for a in annotations]
+    without = [{k: v for k, v in a.items() if k != 'segmentation'} for a in annotations]
+    assert not check(without, masks=False)[1]
+
+
+STRANGE = {  # what is no value of a field -> what is said
+    'box of 400 digits': (dict(bbox=[10**400, 1, 2, 3]), 'box far outside'),
+    'width of 400 digits': (dict(bbox=[1, 1, 10**400, 3]), 'box far outside'),
+    'polygon of 400 digits': (dict(segmentation=[[10**400] * 6]), 'polygon far outside'),
+    'polygon of NaN': (dict(segmentation=[[float('nan')] * 6]), 'polygon of no numbers'),
+    'polygon of Inf': (dict(segmentation=[[float('-inf'), 1, 2, 3, 4, 5]]), 'polygon of no numbers'),
+    'polygon of true': (dict(segmentation=[[True] * 6]), 'polygon of no numbers'),
+    'polygon of text': (dict(segmentation=['abcdef']), 'polygon of no numbers'),
+    'mask of text': (dict(segmentation='abc'), 'mask of no known form'),
+    'mask of a number': (dict(segmentation=5), 'mask of no known form'),
+    'mask of nothing': (dict(segmentation={}), 'no mask'),
+    'RLE of a size of one number': (dict(segmentation=dict(size=5, counts=[1])), 'RLE of another size'),
+    'RLE of a size of text': (dict(segmentation=dict(size='ab', counts=[1])), 'RLE of another size'),
+    'RLE of a size of truth': (dict(segmentation=dict(size=[True, True], counts=[1])), 'RLE of another size'),
+    'RLE without a size': (dict(segmentation=dict(counts=[1])), 'RLE of another size'),
+    'RLE of 400 digits': (dict(segmentation=dict(size=[100, 100], counts=[10**400])), 'RLE that does not add up'),
+    'RLE of floats': (dict(segmentation=dict(size=[100, 100], counts=[9999.5, 0.5])), 'RLE that does not add up'),
+    'RLE below 0': (dict(segmentation=dict(size=[100, 100], counts=[10001, -1])), 'RLE that does not add up'),
+    'RLE of lists': (dict(segmentation=dict(size=[100, 100], counts=[[10000]])), 'RLE that does not add up'),
+    'RLE of nothing': (dict(segmentation=dict(size=[100, 100])), 'RLE that does not add up'),
+    'RLE of other text': (dict(segmentation=dict(size=[100, 100], counts='\u00e9\n~')), 'RLE that does not add up'),
+    'category of a list': (dict(category_id=[1]), 'unknown category'),
+    'image of a dict': (dict(image_id={'a': 1}), 'annotation of no image'),
+}
+
+
+@pytest.mark.parametrize('kind', STRANGE)
+def test_strange_values_are_found_under_the_id_of_their_annotation(kind):
+    values, expected = STRANGE[kind]
+    left, said = alone(**values)
+    assert left is None and said[expected][0].startswith('id 1')
+
+
+def deep(n):
+    value = []
+    for _ in range(n):
+        value = [value]
+    return value
+
+
+def test_values_nested_deeply_are_found():
+    """As deeply as JSON is read."""
+    for value in (deep(900), deep(300)):
+        for key in ('bbox', 'segmentation', 'area', 'iscrowd', 'id', 'image_id', 'category_id'):
+            left, said = alone(**{key: value})
+            assert (left is None) is (key not in ('area', 'id')) and (said or key == 'id')
+            assert all(len(example) < 600 for examples in said.values() for example in examples)
+
+
+def test_names_that_no_file_or_class_can_have():
+    for name in ('\ud800', 'a\0b', '', ' ', None, ['a'], {}, True):
+        said = check([annotation()], categories=[dict(id=1, name='cat'), dict(id=2, name=name)])[1]
+        assert 'category without id or name' in said
+    assert 'category without id or name' not in check([annotation()], categories=[dict(id=1, name=7)])[1]
+
+
+def test_a_size_written_as_floats_is_one():
+    mask = rle((20, 30, 40, 20))
+    left, said = alone(segmentation={**mask, 'size': [100.0, 100.0], 'more': 'text'})
+    assert left['segmentation'] == mask and not said
+
+
+def to_and_fro(height, times):
+    """A polygon of lines through all that an image may have around it, of which pycocotools walks along each pixel."""
+    return [[0, 0, 10 * SIZE, height] * times]
+
+
+def test_polygons_without_an_end_are_left_out():
+    """pycocotools ends the process, or takes gigabytes: in the check, in training and in the evaluation."""
+    endless = annotation(1, (0, 0, SIZE, 50), segmentation=to_and_fro(50, 100_000), area=9)
+    left, said = limited(check, [endless, annotation(2)])
+    assert len(left) == 1 and said['polygon without an end'] == ['id 1']
+    long = [v for i in range(SIZE) for v in (0, i, SIZE, i + 0.5)]  # as long as one may be in all sense
+    assert 'polygon without an end' not in check([annotation(1, segmentation=[long])])[1]
+
+
+def test_checks_take_time_by_the_size_of_their_input():
+    """A hundred thousand categories and masks of millions of signs, which are seconds, and were minutes."""
+    categories = [dict(id=i, name=f'class {i}') for i in range(100000)]
+
+    def end():
+        with pytest.raises(ValueError):
+            _runs('o' * 4_000_000)
+        assert _runs('0' * 4_000_000) == [0] * 4_000_000
+        several = [annotation(i, segmentation=dict(size=[SIZE, SIZE], counts='o' * 10**6)) for i in range(5)]
+        zigzag = [annotation(i, (0, 0, SIZE, i), segmentation=to_and_fro(i, 2500), area=9) for i in range(50, 55)]
+        return len(check(several)[0]), len(check([annotation()], categories=categories)[0]), len(check(zigzag)[0])
+
+    assert limited(end) == (0, 1, 5)
+
+
+def test_a_run_on_ids_of_text_trains_and_evaluates(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    toy_shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
+
+    def as_text(coco):
+        for i in coco['images'][::2]:
+            i['id'] = f'x{i["id"]}'
+        for a in coco['annotations']:
+            a['image_id'] = f'x{a["image_id"]}' if a['image_id'] % 2 else a['image_id']
+
+    for split in ('train', 'val'):
+        edit(as_text, f'annotations/instances_{split}.json')(tmp_path / 'mine')
+    options = ['--work-dir', 'run', '--epochs', 1, '--data', 'mine', '--cfg-options', *quick('text')]
+    assert run('train.py', DETECTOR, *options) == 0

@@ -1,0 +1,444 @@
+"""Files and folders of others: what is no regular file is never read, sizes have bounds, folders that hold links to
+themselves end, and large images are decoded one at a time."""
+
+import json
+import os
+import shutil
+import socket
+import threading
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from convnext_dense.datasets import check_images
+from convnext_dense.datasets.cache import fingerprint, prepared
+from convnext_dense.datasets.check_images import MAX_PIXELS, look, look_at_labels
+from convnext_dense.datasets.check_masks import read_classes
+from convnext_dense.datasets.custom import Request, read_data, tasks_of
+from convnext_dense.datasets.files import files_below, folders_in, open_regular, read_text, shown, walk
+from convnext_dense.datasets.layouts import find_annotations, find_folders, read_json, what_it_is
+from convnext_dense.datasets.read_coco import _folders
+from helpers.datasets import as_voc, coco, dump
+from helpers.files import limited, png, said
+
+
+def listen(path):
+    socket.socket(socket.AF_UNIX).bind(str(path))
+
+
+ODD_FILES = {
+    'a pipe': os.mkfifo,
+    'a device': lambda path: path.symlink_to('/dev/zero'),
+    'a folder': Path.mkdir,
+    'a socket': listen,
+}
+
+
+@pytest.mark.parametrize('what', ODD_FILES)
+def test_what_is_no_regular_file_is_not_read(what, tmp_path):
+    path = tmp_path / 'odd'
+    ODD_FILES[what](path)
+
+    def problems():
+        with pytest.raises(OSError) as caught:
+            open_regular(path, 2**40)
+        return caught.value.strerror, look(str(path)).problem, look_at_labels(str(path)).problem
+
+    assert limited(problems) == (f'is {what}, not a regular file', 'not a regular file', 'not a regular file')
+
+
+@pytest.mark.parametrize('name', ['gone', 'a\0b', '\ud800', 'a' * 5000])
+def test_names_that_no_file_can_have(name, tmp_path):
+    with pytest.raises(OSError):
+        open_regular(tmp_path / name, 9)
+    assert look(f'{tmp_path}/{name}').problem == 'missing image'
+
+
+def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monkeypatch):
+    """Between the look at a path and its opening."""
+    os.mkfifo(tmp_path / 'odd')
+    (tmp_path / 'file').touch()
+    state = os.stat(tmp_path / 'file')
+    monkeypatch.setattr(os, 'stat', lambda path, **_: state)
+
+    def end():
+        with pytest.raises(OSError, match='is a pipe'):
+            open_regular(tmp_path / 'odd', 9)
+
+    limited(end)
+
+
+def detection_of(root):
+    return read_data(Request(str(root)), 'detection', ('train', 'val'))
+
+
+def segmentation_of(root):
+    return read_data(Request(str(root)), 'segmentation', ('train', 'val'))
+
+
+# What is read: where a file is put, and by what it is read then. All but images, which kinds of the report are.
+READERS = {
+    'annotations/instances_train.json': detection_of,
+    'annotations/instances_val.json': detection_of,
+    'classes.txt': segmentation_of,
+    'given.json': lambda root: read_data(Request(files={'train': f'{root}/given.json'}), 'detection', ('train',)),
+    'names.txt': lambda root: read_classes(root / 'names.txt'),
+    'names.json': lambda root: read_classes(root / 'names.json'),
+    'list.txt': lambda root: read_text(root / 'list.txt'),
+    'data.json': lambda root: prepared(str(root), ('key',)),
+}
+
+
+@pytest.mark.parametrize('name', READERS)
+@pytest.mark.parametrize('what', ['a pipe', 'a device'])
+def test_lists_and_json_that_are_no_regular_files_are_refused(name, what, drawn, tmp_path):
+    root = tmp_path / 'mine'
+    shutil.copytree(drawn, root)
+    (root / 'shapes.json').unlink()  # which would name the classes
+    (root / name).unlink(missing_ok=True)
+    ODD_FILES[what](root / name)
+
+    def end():
+        try:
+            return said(READERS[name], root)
+        except OSError as error:
+            return f'{error.filename} {error.strerror}'
+
+    line = limited(end)
+    assert line is None if name == 'data.json' else (name in line and f'is {what}, not a regular file' in line)
+
+
+@pytest.mark.parametrize('what', ['a pipe', 'a device'])
+@pytest.mark.parametrize('name', ['a.json', 'train.json', 'a.xml', 'a.csv', 'labels/a.txt', 'a.jpg', 'data.zip', 'a'])
+def test_files_are_not_waited_for_to_find_out_what_a_folder_is(name, what, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    ODD_FILES[what](tmp_path / name)
+
+    def end():
+        return what_it_is(tmp_path), said(tasks_of, Request(str(tmp_path)))
+
+    kind, line = limited(end)
+    assert kind.startswith(('holds', 'looks like')) and (name == 'train.json' or str(tmp_path) in line)
+
+
+@pytest.mark.parametrize('what', ['a pipe', 'a device'])
+def test_a_list_of_images_that_is_no_regular_file(what, drawn, tmp_path):
+    as_voc(drawn, tmp_path)
+    path = tmp_path / 'VOC2012/ImageSets/Segmentation/train.txt'
+    path.unlink()
+    ODD_FILES[what](path)
+    assert f'train.txt: is {what}' in limited(said, tasks_of, Request(str(tmp_path / 'VOC2012')))
+
+
+@pytest.mark.parametrize('what', ['a pipe', 'a device', 'a socket'])
+def test_a_path_of_data_that_is_no_folder(what, tmp_path):
+    ODD_FILES[what](tmp_path / 'odd')
+    assert 'neither a folder nor a file' in limited(said, tasks_of, Request(str(tmp_path / 'odd')))
+
+
+@pytest.mark.parametrize('name', ['/dev/zero', '../..', '/proc/self/environ', '../../../../../../dev/zero', '/'])
+def test_names_that_leave_the_data_are_never_opened(name, drawn, tmp_path):
+    root = tmp_path / 'mine'
+    shutil.copytree(drawn, root)
+    content = coco(root, 'train')
+    content['images'][0]['file_name'] = name
+    dump(content, root / 'annotations/instances_train.json')
+    found = limited(lambda: {f.kind: f.examples for f in detection_of(root).report.findings.values()})
+    assert found == {'name leads out of the folder': [name]}
+
+
+def test_links_to_files_and_folders_elsewhere_are_followed(drawn, tmp_path):
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine/annotations').symlink_to(drawn / 'annotations')
+    (tmp_path / 'mine/val').symlink_to(drawn / 'val')
+    (tmp_path / 'mine/train').mkdir()
+    for path in (drawn / 'train').iterdir():
+        (tmp_path / 'mine/train' / path.name).symlink_to(path)
+    data = detection_of(tmp_path / 'mine')
+    assert not data.report.findings and len(data.splits['train']['images']) == 5
+
+
+def test_sizes_have_bounds_that_are_said(tmp_path, monkeypatch):
+    path = tmp_path / 'train.json'
+    path.write_text('{"images": []}')
+    monkeypatch.setattr('convnext_dense.datasets.layouts.MAX_JSON_BYTES', 13)
+    assert said(read_json, path) == f'{path}: has 14 bytes, of such a file at most 13 bytes are read'
+    (tmp_path / 'names.txt').touch()
+    os.truncate(tmp_path / 'names.txt', 2**24 + 1)
+    assert said(read_classes, tmp_path / 'names.txt').startswith(
+        f'{tmp_path}/names.txt: has 16 MiB, of such a file at most 16 MiB are read'
+    )
+
+
+@pytest.mark.parametrize('begin', ['PK\3\4', '<html>', '5', '"text"', '\0' * 5000, ' ' * 5000 + '{'])
+def test_json_is_told_by_its_first_byte(begin, tmp_path):
+    """However large it is: it is not read."""
+    path = tmp_path / 'train.json'
+    path.write_text(begin)
+    os.truncate(path, 2**33)
+    assert 'is not JSON of a data set' in limited(said, read_json, path, gigabytes=1)
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'utf-16-le', 'utf-16-be', 'utf-32'])
+def test_json_of_all_encodings_is_read(encoding, tmp_path):
+    (tmp_path / 'x.json').write_bytes('\n {"a": "\u00e9"}'.encode(encoding))
+    assert read_json(tmp_path / 'x.json') == {'a': '\u00e9'}
+
+
+def tree(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text('')
+
+
+def ladder(root):
+    """Folders that each lead to the next by two links: as many paths as there are subsets of them."""
+    for n in range(30):
+        (root / f'step{n}').mkdir()
+        for name in 'ab' if n else '':
+            (root / f'step{n}/{name}').symlink_to(f'../step{n - 1}')
+
+
+LOOPS = {
+    'itself': lambda root: [(root / f'loop{n}').symlink_to('.') for n in range(3)],
+    'above': lambda root: [(root / f'train/up{n}').symlink_to('..') for n in range(3)],
+    'far above': lambda root: [(root / f'train/up{n}').symlink_to('/') for n in range(3)],
+    'one another': lambda root: [
+        (root / f'{a}/other{n}').symlink_to(f'../{b}')
+        for n in range(3)
+        for a, b in (('train', 'val'), ('val', 'train'), ('annotations', 'train'))
+    ],
+    'a ladder': ladder,
+}
+
+
+@pytest.mark.parametrize('kind', LOOPS)
+@pytest.mark.parametrize('task', ['detection', 'segmentation', 'neither'])
+def test_folders_that_hold_themselves_end(kind, task, drawn, tmp_path):
+    """In every walk: what data are there, where images are, what tells that nothing has changed."""
+    root = tmp_path / 'mine'
+    if task == 'neither':
+        tree(root, 'train/a.doc', 'val/b.doc', 'annotations/c.doc')
+    else:
+        shutil.copytree(drawn, root)
+        (root / 'annotations' if task == 'segmentation' else root / 'labels').rename(tmp_path / 'away')
+    (root / 'annotations').mkdir(exist_ok=True)
+    LOOPS[kind](root)
+
+    def end():
+        print(fingerprint(('key',), [str(root)]))
+        return said(what_it_is, root) if task == 'neither' else len(said(read_of[task], root).splits['train'])
+
+    read_of = dict(detection=detection_of, segmentation=segmentation_of)
+    expected = {'neither': 'holds no data set that is known (its files end with .doc)', 'detection': 3}
+    assert limited(end, seconds=30) == expected.get(task, 5)
+
+
+def test_a_walk_follows_links_in_order_and_a_bounded_number_of_times(tmp_path):
+    tree(tmp_path, 'mine/b/2', 'mine/b/1', 'mine/a/.hidden/3', 'mine/a/4', 'mine/0', 'away/real/5', 'away/6')
+    (tmp_path / 'mine/c').symlink_to('../away/real')
+    (tmp_path / 'mine/d').symlink_to('../away/real')
+    root = str(tmp_path / 'mine')
+    found = [(os.path.relpath(folder, root), names) for folder, names in walk(root)]
+    assert found == [
+        ('.', ['0']), ('a', ['4']), ('a/.hidden', ['3']), ('b', ['1', '2']), ('c', ['5']), ('d', ['5']),
+    ]  # fmt: skip
+    assert [os.path.relpath(folder, root) for folder, _ in walk(root, depth=1)] == ['.']
+    assert 'a/.hidden/3' not in files_below(root, hidden=False)
+    (tmp_path / 'away/real/up').symlink_to('..')  # above itself, though not above the link to it
+    assert not any('/up/' in path for path in files_below(root))
+    for n in range(100):
+        (tmp_path / f'mine/e{n}').symlink_to('../away/real')
+    assert 2 <= sum(path.endswith('/5') for path in files_below(root)) < 20
+    assert not list(walk(tmp_path / 'gone'))
+
+
+def test_folders_are_tried_once(tmp_path):
+    tree(tmp_path, 'a/1', 'b/.c/2', '.hidden/3')
+    for n in range(300):
+        (tmp_path / f'loop{n}').symlink_to('.')
+        (tmp_path / f'a/up{n}').symlink_to('..')
+    assert folders_in(tmp_path, 400) == [f'{tmp_path}/a', f'{tmp_path}/b']
+    assert len(_folders(tmp_path / 'train.json', tmp_path)[1]) <= 4
+
+
+def test_names_that_are_not_utf8(drawn, tmp_path):
+    """A folder and a file of Latin-1: they are read, and tell when they change."""
+    root = os.fsencode(tmp_path) + b'/caf\xe9'
+    shutil.copytree(os.fsencode(drawn), root)
+    shutil.copy(root + b'/train/000001.png', root + b'/train/caf\xe9.png')
+    data = read_data(Request(os.fsdecode(root), held_out=None), 'detection', ('train', 'val'))
+    assert all(line.isprintable() for line in data.report.lines())
+    before = fingerprint(('key',), [os.fsdecode(root)])
+    os.remove(root + b'/train/caf\xe9.png')
+    assert before != fingerprint(('key',), [os.fsdecode(root)])
+
+
+def test_what_others_wrote_in_the_place_of_a_check_is_checked_again(tmp_path):
+    for text in (
+        '',
+        '[]',
+        '{}',
+        '5',
+        '{"of": 1}',
+        '{"of": "x", "places": 5}',
+        '[' * 100000,
+        '{"of": {}, "places": [1]}',
+    ):
+        (tmp_path / 'data.json').write_text(text)
+        assert prepared(str(tmp_path), ('key',)) is None
+
+
+def grey_png(path, width, height):
+    """A whole PNG of zeros, which takes a thousandth of its pixels."""
+    compressor, row = zlib.compressobj(9), bytes(1 + width)
+    data = b''.join(compressor.compress(row) for _ in range(height)) + compressor.flush()
+    Path(path).write_bytes(png(width, height, data))
+
+
+def test_images_of_a_billion_pixels_are_judged_by_their_header(tmp_path, monkeypatch):
+    """And those of Pillow's limit are still read."""
+    width = 32767
+    for function in (look, look_at_labels):
+        grey_png(tmp_path / 'huge.png', width, width)
+        assert limited(function, str(tmp_path / 'huge.png'), gigabytes=0.5).problem.endswith(' too large')
+        with monkeypatch.context() as patch:
+            patch.setattr(Image, 'MAX_IMAGE_PIXELS', None)  # as some libraries do
+            assert limited(function, str(tmp_path / 'huge.png'), gigabytes=0.5).problem.endswith(' too large')
+        grey_png(tmp_path / 'large.png', 16384, MAX_PIXELS // 16384)
+        found = limited(function, str(tmp_path / 'large.png'), gigabytes=2.5)
+        assert (found.width, found.height, found.problem) == (16384, MAX_PIXELS // 16384, None)
+        grey_png(tmp_path / 'large.png', 16384, MAX_PIXELS // 16384 + 1)
+        assert limited(function, str(tmp_path / 'large.png'), gigabytes=0.5).problem.endswith(' too large')
+
+
+def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
+    """Whether it is their pixels, their bytes or a header that Pillow does not know, that makes them large."""
+    at_once, most, lock = 0, 0, threading.Lock()
+    decode = check_images.cv2.imdecode
+
+    def counted(*args):
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        threading.Event().wait(0.05)
+        result = decode(*args)
+        with lock:
+            at_once -= 1
+        return result
+
+    monkeypatch.setattr(check_images.cv2, 'imdecode', counted)
+    monkeypatch.setattr(check_images, 'n_threads', lambda: 8)
+    paths = [str(tmp_path / f'{n}.png') for n in range(8)]
+    for path in paths:
+        Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(path)
+
+    def at_most():
+        nonlocal most
+        most = 0
+        assert not any(seen.problem for seen in check_images.look_at_all(look, paths, 'images').values())
+        return most
+
+    assert at_most() > 1
+    for limit, value in (('LARGE_PIXELS', 2499), ('LARGE_BYTES', 50), ('FORMATS', ('PCX',))):
+        with monkeypatch.context() as patch:
+            patch.setattr(check_images, limit, value)
+            assert at_most() == 1, limit
+
+
+def test_what_pillow_does_not_know_is_judged_by_what_opencv_makes_of_it(tmp_path, monkeypatch):
+    Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(tmp_path / 'x.png')
+    monkeypatch.setattr(check_images, 'FORMATS', ('PCX',))
+    for limit, problem in ((2500, None), (2499, 'image too large')):
+        monkeypatch.setattr(check_images, 'MAX_PIXELS', limit)
+        assert look(str(tmp_path / 'x.png')).problem == problem
+
+
+def text_bomb(path):
+    """A PNG of a thousand texts that unpack to a megabyte each."""
+    info = PngImagePlugin.PngInfo()
+    for n in range(1000):
+        info.add_text(f'key{n}', 'x' * 2**20, zip=True)
+    Image.new('L', (64, 64)).save(path, pnginfo=info)
+
+
+def tiff_bomb(path, entries=60000):
+    """A TIFF whose tags all have the whole file as their value."""
+    size = 8 + 2 + 12 * entries + 4
+    tags = b''.join(
+        (n + 400).to_bytes(2, 'little') + b'\7\0' + size.to_bytes(4, 'little') + bytes(4) for n in range(entries)
+    )
+    Path(path).write_bytes(b'II*\0\10\0\0\0' + entries.to_bytes(2, 'little') + tags + bytes(4))
+
+
+def exif_bomb(path, name='JPEG'):
+    """EXIF whose tags all have all of it as their value."""
+    entries = 5400
+    size = 8 + 2 + 12 * entries + 4
+    tags = b''.join(
+        (n + 400).to_bytes(2, 'little') + b'\7\0' + size.to_bytes(4, 'little') + bytes(4) for n in range(entries)
+    )
+    exif = b'Exif\0\0II*\0\10\0\0\0' + entries.to_bytes(2, 'little') + tags + bytes(4)
+    Image.new('RGB', (64, 64)).save(path, format=name, exif=exif)
+
+
+BOMBS = {
+    'text.png': text_bomb,
+    'tags.tif': tiff_bomb,
+    'exif.jpg': exif_bomb,
+    'exif.png': lambda path: exif_bomb(path, 'PNG'),
+    'exif.webp': lambda path: exif_bomb(path, 'WEBP'),
+}
+
+
+@pytest.mark.parametrize('name', BOMBS)
+def test_what_unpacks_to_much_more_does_not_hurt(name, tmp_path):
+    path = tmp_path / name
+    BOMBS[name](path)
+    for function in (look, look_at_labels):
+        limited(function, str(path), gigabytes=0.5, seconds=30)
+
+
+def test_formats_that_have_other_programs_read_them_are_no_images(tmp_path):
+    """Pillow has Ghostscript read EPS."""
+    Image.new('L', (40, 40)).save(tmp_path / 'x.png', format='EPS')
+    assert look(str(tmp_path / 'x.png')).problem == 'not an image'
+    assert look_at_labels(str(tmp_path / 'x.png')).problem == 'unreadable label map'
+
+
+@pytest.mark.parametrize('name, options', [
+    ('JPEG', {}), ('JPEG2000', {}), ('WEBP', dict(quality=80)), ('TIFF', dict(compression='jpeg')),
+])  # fmt: skip
+def test_label_maps_in_lossy_files_are_refused(name, options, tmp_path):
+    Image.fromarray(np.eye(64, dtype=np.uint8)).save(tmp_path / 'x.png', format=name, **options)
+    assert look_at_labels(str(tmp_path / 'x.png')).problem == 'label map in a lossy file'
+
+
+@pytest.mark.parametrize('name, options', [
+    ('PNG', {}), ('TIFF', {}), ('TIFF', dict(compression='tiff_lzw')), ('BMP', {}), ('GIF', {}), ('PPM', {}),
+])  # fmt: skip
+def test_label_maps_in_exact_files_are_read(name, options, tmp_path):
+    Image.fromarray(np.eye(64, dtype=np.uint8)).save(tmp_path / 'x.png', format=name, **options)
+    found = look_at_labels(str(tmp_path / 'x.png'))
+    assert found.problem is None and found.counts[:3].tolist() == [64 * 63, 64, 0]
+    Image.fromarray(np.eye(64, dtype=np.uint8)).save(tmp_path / 'x.webp', lossless=True)
+    assert look_at_labels(str(tmp_path / 'x.webp')).problem == 'label map in colours'  # WebP has no others
+
+
+def test_examples_are_one_short_line(drawn, tmp_path):
+    root = tmp_path / 'mine'
+    shutil.copytree(drawn, root)
+    content = coco(root, 'train')
+    content['images'][0]['file_name'] = 'a\nb\x1b[31m' + 'x' * 100000
+    dump(content, root / 'annotations/instances_train.json')
+    line = next(line for line in detection_of(root).report.lines() if 'missing image' in line)
+    deep = []
+    for _ in range(10**5):
+        deep = [deep]
+    assert shown(deep) == 'a list' and shown('\udce9') == '\\udce9' and shown(5) == '5'
+    assert line.isprintable() and len(line) < 1000 and 'a\\nb\\x1b' in line
+    assert find_annotations(root) and find_folders(root) and json.dumps(detection_of(root).report.as_data())

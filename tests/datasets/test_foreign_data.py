@@ -1,0 +1,104 @@
+"""Folders that hold no data set of ours are called by what is in them, and by that alone."""
+
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.datasets.custom import Request, read_data, tasks_of
+from convnext_dense.datasets.layouts import A_FEW
+from helpers.files import said
+from helpers.labels import found as report_of
+
+POINTER = f'version https://git-lfs.github.com/spec/v1\noid sha256:{"a" * 64}\nsize 12345\n'
+YOLO = '0 0.5 0.5 0.2 0.2\n1 0.1 0.1 0.05 0.05\n'
+KITTI = 'Car 0.00 0 -1.57 599.41 156.40 629.75 189.25 2.85 2.63 12.34 0.47 1.49 69.44 -1.56\n'
+PANOPTIC = json.dumps(
+    dict(
+        images=[dict(id=1, file_name='a.jpg', width=8, height=8)],
+        annotations=[dict(image_id=1, file_name='a.png', segments_info=[dict(id=1, category_id=1, area=9)])],
+        categories=[dict(id=1, name='cat', isthing=1)],
+    )
+)
+
+
+def lay(root, *files):
+    """Images of these names, and files of these texts."""
+    for name, text in (file if isinstance(file, tuple) else (file, None) for file in files):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        if text is None:
+            cv2.imwrite(str(root / name), np.zeros((8, 8, 3), np.uint8))
+        else:
+            (root / name).write_text(text)
+
+
+SEGNET = [f'{split}{more}/{i}.png' for split in ('train', 'val', 'test') for more in ('', 'annot') for i in range(2)]
+FOLDERS = {  # what lies in a folder -> what it is called
+    'YOLO beside images': (['a.jpg', ('a.txt', YOLO)], 'YOLO labels (a.txt)'),
+    'YOLO and its classes': (['a.jpg', ('a.txt', YOLO), ('classes.txt', 'cat\ndog')], 'YOLO labels (a.txt)'),
+    'YOLO beside images of splits': (['train/a.jpg', ('train/a.txt', YOLO)], 'YOLO labels (train/a.txt)'),
+    'YOLO with empty files': (['a.jpg', 'b.jpg', ('a.txt', ''), ('b.txt', YOLO)], 'YOLO labels (b.txt)'),
+    'YOLO polygons': (['images/a.jpg', ('labels/a.txt', '0 0.1 0.1 0.2 0.2 0.3 0.1')], 'YOLO labels (labels/a.txt)'),
+    'YOLO behind many images': (
+        [*(f'images/{i}.jpg' for i in range(A_FEW + 1)), ('labels/0.txt', YOLO)],
+        'YOLO labels (labels/0.txt)',
+    ),
+    'SegNet': (SEGNET, 'label maps in trainannot, as SegNet lays out CamVid: put images into images/train'),
+    'SegNet, further down': ([f'CamVid/{name}' for name in SEGNET], 'label maps in CamVid/trainannot'),
+    'labels beside a split': (['train/a.jpg', 'train_masks/a.png'], 'label maps in train_masks'),
+    'masks beside images': (['a.jpg', 'a_mask.png'], 'label maps beside the images (a_mask.png)'),
+    'a pointer to JSON': (['a.jpg', ('coco.json', POINTER)], 'pointers of Git LFS, such as coco.json: run git lfs'),
+    'a pointer to an archive': ([('data.zip', POINTER)], 'pointers of Git LFS, such as data.zip'),
+    'captions': (['a.jpg', ('annotations/captions_train.json', '{"annotations": [{"caption": "x"}]}')], 'captions ('),
+    'keypoints': (['a.jpg', ('annotations/person_train.json', '{"annotations": [{"keypoints": []}]}')], 'keypoints ('),
+    'KITTI': (['image_2/a.png', ('label_2/a.txt', KITTI)], 'KITTI boxes (label_2/a.txt)'),
+    'DOTA': (['images/a.png', ('labelTxt/a.txt', 'gsd:1\n1 2 3 4 5 6 7 8 plane 0')], 'rotated boxes of DOTA'),
+    'MOT': (['img1/a.jpg', ('gt/gt.txt', '1,1,1,1,1,1,1,1,1')], 'tracks of MOT'),
+    'MATLAB': (['images/a.jpg', ('labels/a.mat', 'MATLAB 5.0')], 'NumPy or MATLAB'),
+    'images and other texts': (['a.jpg', ('a.txt', '5 1 2 3 4'), ('b.txt', 'a b c d e')], 'images without annotations'),
+    'images alone': (['train/a.jpg', 'val/a.jpg'], 'images without annotations'),
+}
+
+
+@pytest.mark.parametrize('kind', FOLDERS)
+def test_folders_are_called_by_what_is_in_them(kind, tmp_path):
+    files, words = FOLDERS[kind]
+    lay(tmp_path, *files)
+    assert words in said(tasks_of, Request(str(tmp_path)))
+
+
+@pytest.mark.parametrize('name', ['annotations/panoptic_train.json', 'annotations/instances_train.json', 'x.json'])
+def test_panoptic_json_is_called_so(name, tmp_path):
+    lay(tmp_path, 'train/a.jpg', (name, PANOPTIC))
+    line = said(read_data, Request(str(tmp_path)), 'detection', ('train', 'val'))
+    assert f'{name} is panoptic JSON' in line and 'take instances_*.json' in line
+    assert f'{name} is panoptic JSON' in said(
+        read_data, Request(files={'train': str(tmp_path / name)}), 'detection', ()
+    )
+
+
+@pytest.fixture
+def mine(tmp_path):
+    toy_shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
+    return tmp_path / 'mine'
+
+
+def test_pointers_in_the_place_of_files_are_findings(mine):
+    (mine / 'train/000001.png').write_text(POINTER)
+    (mine / 'labels/train/000002.png').write_text(POINTER)
+    findings = read_data(Request(str(mine)), 'detection', ('train', 'val')).report.findings
+    assert [(f.kind, f.examples) for f in findings.values()] == [('pointer of Git LFS', ['000001.png'])]
+    assert report_of(mine)[1]['pointer of Git LFS'].examples == ['000001.png', '000002.png']
+
+
+def test_pointers_in_the_place_of_json_and_lists_are_said(mine):
+    (mine / 'annotations/instances_val.json').write_text(POINTER)
+    line = said(read_data, Request(str(mine)), 'detection', ('train', 'val'))
+    assert 'instances_val.json: is a pointer of Git LFS' in line and 'git lfs pull' in line
+    shutil.rmtree(mine / 'annotations')
+    (mine / 'shapes.json').unlink()  # which would name the classes
+    (mine / 'classes.txt').write_text(POINTER)
+    assert 'classes.txt: is a pointer of Git LFS' in said(report_of, mine)

@@ -1,0 +1,176 @@
+"""Long, thin images: what the recipes' pipelines and models can read of them is kept, and nothing else."""
+
+import json
+import math
+
+import cv2
+import mmcv
+import numpy as np
+import pytest
+import torch
+from mmcv.transforms import Compose
+from mmengine.registry import init_default_scope
+
+from convnext_dense import ConvNeXt
+from convnext_dense.config.multiscale import RATIOS, set_multiscale
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.datasets.custom import Request, read_data
+from convnext_dense.datasets.image_sizes import LIMITS, STRIDE, Limit, limits_of, resized, too_thin
+from helpers.datasets import CONFIGS, DETECTOR, SEGMENTOR, load, quick, run
+
+
+def config_of(name):
+    config = load(name)
+    init_default_scope(config.default_scope)
+    return config
+
+
+def test_sizes_are_mmcvs():
+    rng = np.random.RandomState(0)
+    for _ in range(2000):
+        size, scale = (tuple(int(v) for v in 10 ** rng.uniform(0, 4.5, 2)) for _ in range(2))
+        assert resized(size, scale) == mmcv.rescale_size(size, scale)
+
+
+RECIPES = sorted(path.relative_to(CONFIGS).with_suffix('').as_posix() for path in CONFIGS.glob('[!_]*/*.py'))
+
+
+@pytest.mark.parametrize('recipe', [name for name in RECIPES if not name.startswith('demo')])
+def test_limits_without_a_recipe_are_those_of_the_recipes(recipe):
+    limits = limits_of(config_of(recipe))
+    if '22k' in recipe and recipe.startswith('upernet'):  # at 640
+        larger = {split: limit._replace(scales=tuple(tuple(side * 5 // 4 for side in s) for s in limit.scales))
+                  for split, limit in LIMITS['segmentation'].items()}  # fmt: skip
+        assert limits == larger
+    else:
+        assert limits == LIMITS['segmentation' if recipe.startswith('upernet') else 'detection']
+
+
+def sample(config, width, height):
+    """What steps of a pipeline after the loading of files find."""
+    image = np.zeros((height, width, 3), np.uint8)
+    results = dict(img=image, img_shape=(height, width), ori_shape=(height, width), img_path='', img_id=0)
+    if config.default_scope == 'mmseg':
+        results |= dict(gt_seg_map=image[..., 0], seg_fields=['gt_seg_map'], reduce_zero_label=False, seg_map_path='')
+    return results
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+@pytest.mark.parametrize('recipe', ['mask_rcnn/convnext_t', 'upernet/convnext_t', 'demo/mask_rcnn', 'demo/upernet'])
+def test_pipelines_take_what_is_kept_and_fail_on_what_is_left_out(recipe, split):
+    """On both sides of the limit; of a random step what is left out fails in some draws."""
+    config = config_of(recipe)
+    limit = limits_of(config)[split]._replace(least=1)
+    steps = config[f'{split}_dataloader'].dataset.pipeline
+    pipeline = Compose([step for step in steps if not step.type.startswith(('Load', 'Pack'))])
+    longest = 2 * max(limit.scales[0])  # the longest side of which one pixel is left: half of one is rounded up
+    kept = [(longest, 1), (1, longest), (3 * longest, 3), (40, 40), (longest // 2, 2)]
+    out = [(math.ceil(longest * 1.1), 1), (1, longest * 2), (longest * 4, 3)]
+    assert not any(too_thin(size, limit) for size in kept) and too_thin((longest + 1, 1), limit)
+    for size in kept:
+        for seed in range(20):
+            np.random.seed(seed)
+            assert min(pipeline(sample(config, *size))['img'].shape[:2]) >= 1
+    for size in out:
+        kind, text = too_thin(size, limit)
+        assert kind == 'image resized to nothing' and text.startswith(f'{size[0]} x {size[1]} becomes')
+        with pytest.raises(cv2.error):
+            for seed in range(300):
+                np.random.seed(seed)
+                pipeline(sample(config, *size))
+
+
+@pytest.mark.parametrize('height', [STRIDE - 1, STRIDE])
+def test_the_backbone_reads_the_stride_and_not_less(height):
+    backbone = ConvNeXt(arch='atto').eval()
+    images = torch.zeros(1, 3, height, 64)
+    if height < STRIDE:
+        with pytest.raises(RuntimeError):
+            backbone(images)
+    else:
+        assert backbone(images)[-1].shape[2:] == (1, 2)
+    assert bool(too_thin((64, height), Limit(least=STRIDE))) is (height < STRIDE)
+
+
+def test_limits_follow_from_the_config():
+    config = config_of('upernet/convnext_t')
+    config.model.data_preprocessor.test_cfg = dict(size_divisor=32)
+    assert limits_of(config)['val'].least == 1
+    config = config_of('upernet/convnext_t')
+    config.val_dataloader.dataset.pipeline.insert(2, dict(type='Pad', size_divisor=32))
+    assert limits_of(config)['val'].least == 1
+    config.model.backbone.type = 'ResNetV1c'  # whose convolutions pad
+    assert limits_of(config)['test'].least == 1
+    config.train_dataloader.dataset = dict(type='RepeatDataset', dataset=config.train_dataloader.dataset)
+    resize = config.train_dataloader.dataset.dataset.pipeline[2]
+    resize.update(scale=[(2048, 300), (900, 512)], ratio_range=None)
+    assert limits_of(config)['train'].scales == ((900, 300),)
+    resize.keep_ratio = False
+    assert limits_of(config)['train'].scales == () and not too_thin((9999, 1), limits_of(config)['train'])
+
+
+def test_limits_of_the_multi_scale_test_are_those_of_its_smallest_scale():
+    config = config_of('upernet/convnext_t')
+    limit = limits_of(config, min(RATIOS))['test']
+    set_multiscale(config)
+    assert limit.scales == limits_of(config)['test'].scales == ((1024, 256),)
+
+
+def put(root, split, name, width, height):
+    """A thin image beside the others, with an object that takes half of it, and a label map."""
+    cv2.imwrite(str(root / split / name), np.zeros((height, width, 3), np.uint8))
+    labels = np.ones((height, width), np.uint8)
+    labels[:, : width // 2] = 2
+    cv2.imwrite(str(root / 'labels' / split / name), labels)
+    file = root / f'annotations/instances_{split}.json'
+    content = json.loads(file.read_text())
+    n, w, h = len(content['images']) + 1, max(width // 2, 1), height
+    content['images'].append(dict(id=n, file_name=name, width=width, height=height))
+    mask = [[0, 0, w, 0, w, h, 0, h]]
+    about = dict(id=999 + n, image_id=n, category_id=1, iscrowd=0, area=w * h, bbox=[0, 0, w, h], segmentation=mask)
+    content['annotations'].append(about)
+    file.write_text(json.dumps(content))
+
+
+SIZES = {'line.png': (6000, 1), 'strip.png': (1600, 12), 'column.png': (3, 9000), 'band.png': (100, 40)}
+
+
+@pytest.fixture
+def mine(tmp_path):
+    toy_shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
+    for split in ('train', 'val'):
+        for name, size in SIZES.items():
+            put(tmp_path / 'mine', split, name, *size)
+    return tmp_path / 'mine'
+
+
+def found(root, task):
+    report = read_data(Request(str(root)), task, ('train', 'val')).report
+    return {(f.split, f.kind): f.examples for f in report.findings.values()}
+
+
+def test_thin_images_are_found_by_the_check(mine):
+    """By the recipes of the paper: of both tasks, and of each split."""
+    in_detection, in_segmentation = found(mine, 'detection'), found(mine, 'segmentation')
+    nothing, stride = 'image resized to nothing', 'image under the stride'
+    lines = ['line.png: 6000 x 1 becomes 1333 x 0', 'column.png: 3 x 9000 becomes 0 x 1333']
+    assert in_detection['train', nothing] == in_detection['val', nothing] == lines
+    assert in_detection['train', 'image under 32 pixels'] == ['strip.png (1600 x 12)']
+    assert ('val', stride) not in in_detection  # it is padded
+    assert in_segmentation['train', nothing] == ['column.png: 3 x 9000 becomes 0 x 1024']
+    assert ('train', stride) not in in_segmentation  # it is padded to the crop
+    assert in_segmentation['val', stride] == [
+        'column.png: 3 x 9000 becomes 1 x 2048', 'strip.png: 1600 x 12 becomes 2048 x 15'
+    ]  # fmt: skip
+    assert in_segmentation['train', 'label map of one row'] == ['line.png']
+
+
+@pytest.mark.parametrize('config', [DETECTOR, SEGMENTOR], ids=['detection', 'segmentation'])
+def test_a_run_on_thin_images_ends(config, mine, monkeypatch):
+    """What is left of them is trained on and evaluated on."""
+    monkeypatch.chdir(mine.parent)
+    length = ['--epochs', 2] if config is DETECTOR else ['--iters', 12]
+    options = ['--work-dir', 'run', *length, '--data', 'mine', '--cfg-options', *quick(f'thin {config.stem}')]
+    assert run('train.py', config, *options) == 0
+    written = {split: (mine.parent / f'run/data/{split}.json').read_text() for split in ('train', 'val')}
+    assert all('band.png' in text and 'line.png' not in text for text in written.values())

@@ -1,0 +1,387 @@
+"""File names of another machine, written in another way, and in several folders: each is found where it is, or said
+to be ambiguous or missing, and none gets another one's image."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from convnext_dense.datasets.custom import Request, read_data
+from convnext_dense.datasets.files import Files, match, path_in, spelled
+from convnext_dense.datasets.layouts import Folders, find_folders, pair
+from convnext_dense.datasets.read_coco import Images
+from convnext_dense.datasets.request import held_out
+from convnext_dense.errors import UsageError
+from helpers.datasets import DETECTOR, coco, dump, put_labels, quick, report_of
+from helpers.files import limited
+
+ENDING, WRITTEN, CASE = 'name found by its ending', 'name written otherwise', 'name in other case'
+MISSING, LEAVES, AMBIGUOUS = 'missing image', 'name leads out of the folder', 'ambiguous name'
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b'')
+
+
+def places(root, names, file='annotations/instances_train.json', **more):
+    """Where names of a JSON file are, and what is said of them."""
+    images = Images(root / file, root, names, **more)
+    return {name: images.find(name)[:2] for name in names}
+
+
+SEQUENCES = ('images/seq1/1.png', 'images/seq1/2.png', 'images/seq2/1.png', 'images/seq2/2.png')
+# What is on the disk, and for names of a file where they are and what is said of them.
+CASES = {
+    'of another machine': (SEQUENCES, {
+        '/home/me/images/seq1/1.png': ('images/seq1/1.png', ENDING),
+        '/home/me/images/seq2/1.png': ('images/seq2/1.png', ENDING),
+    }),
+    'of Windows': (SEQUENCES, {
+        'C:\\data\\images\\seq1\\1.png': ('images/seq1/1.png', ENDING),
+        'd:/images/seq2/2.png': ('images/seq2/2.png', ENDING),
+        '\\\\server\\share\\seq2\\1.png': ('images/seq2/1.png', ENDING),
+    }),
+    'addresses': (SEQUENCES, {
+        'https://host:80/bucket/seq1/1.png?sig=a/b#c': ('images/seq1/1.png', ENDING),
+        's3://bucket/images/seq2/1.png': ('images/seq2/1.png', ENDING),
+        'file:///mnt/images/seq2/2.png': ('images/seq2/2.png', ENDING),
+    }),
+    "Label Studio's local files": (('a/b.jpg', 'c/b.jpg'), {
+        '/data/local-files/?d=a/b.jpg': ('a/b.jpg', None),
+        'http://host/data/local-files/?d=c%2Fb.jpg': ('c/b.jpg', WRITTEN),
+    }),
+    "Label Studio's uploads": (('images/x.jpg', 'images/y.jpg'), {
+        '/data/upload/3/x.jpg': ('images/x.jpg', ENDING),
+        '/data/upload/3/y.jpg': ('images/y.jpg', ENDING),
+    }),
+    'uploads of one name': (('images/x.jpg', 'images/y.jpg'), {
+        '/data/upload/3/x.jpg': (None, AMBIGUOUS),
+        '/data/upload/4/x.jpg': (None, AMBIGUOUS),
+        '/data/upload/3/y.jpg': ('images/y.jpg', ENDING),
+    }),
+    'the longest ending': (('a/x.png', 'b/a/x.png', 'c/b/a/x.png'), {
+        '/home/c/b/a/x.png': ('c/b/a/x.png', ENDING),
+        '/mnt/d/b/a/x.png': (None, AMBIGUOUS),
+    }),
+    'of several folders': (SEQUENCES, {'/home/me/1.png': (None, AMBIGUOUS)}),
+    'a folder that is not there': (SEQUENCES, {
+        '/home/me/images/seq1/1.png': ('images/seq1/1.png', ENDING),
+        '/home/me/images/seq3/1.png': (None, MISSING),
+    }),
+    'the last part alone, where others have more': (('images/a/1.png', 'images/b/2.png'), {
+        '/home/me/images/a/1.png': ('images/a/1.png', ENDING),
+        '/home/me/images/c/2.png': (None, MISSING),
+    }),
+    'the last part alone, where others are found in full': (('images/a/1.png', 'images/b/2.png'), {
+        'a/1.png': ('images/a/1.png', None),
+        'c/2.png': (None, MISSING),
+    }),
+    'a shorter ending than names of the same beginning have': (('p/t/1.png', 'p/t/2.png', 'q/t/3.png'), {
+        '/home/p/t/1.png': ('p/t/1.png', ENDING),
+        '/home/p/t/2.png': ('p/t/2.png', ENDING),
+        '/home/r/t/3.png': (None, MISSING),
+    }),
+    'one more folder by chance': (('images/1.png', 'images/2.png', 'images/3.png', 'me/4.png'), {
+        '/home/me/images/1.png': ('images/1.png', ENDING),
+        '/home/me/images/2.png': ('images/2.png', ENDING),
+        '/home/me/images/3.png': ('images/3.png', ENDING),
+        '/home/me/4.png': ('me/4.png', ENDING),
+    }),
+    'another number': (('images/seq1/1.png',), {'/me/seq2/1.png': (None, None)}),
+    'another split': (('val/1.png',), {'/me/train/1.png': (None, None)}),
+    'another split than that of the file': (('valid/1.png',), {'/me/1.png': (None, None)}),
+    'another word for the split': (('training/x/1.png', 'val/x/1.png'), {
+        '/me/train2017/1.png': ('training/x/1.png', ENDING),
+    }),
+    'no folder': (('deep/in/the/data/1.png',), {'1.png': ('deep/in/the/data/1.png', ENDING)}),
+    'no folder, where others are in full': (('train/1.png', 'more/2.png'), {
+        '1.png': ('train/1.png', None), '2.png': (None, MISSING),
+    }),
+    'one folder up': (('images/1.png', 'images/2.png'), {
+        '../images/1.png': ('images/1.png', None),
+        '..\\images\\2.png': ('images/2.png', None),
+    }),
+    'folders up that leave the data': (('images/1.png', 'images/2.png'), {
+        '../images/1.png': ('images/1.png', None),
+        '../../images/2.png': (None, LEAVES),
+        '/dev/zero': (None, LEAVES),
+    }),
+    'missing, of another machine': (('images/1.png',), {
+        '/me/images/1.png': ('images/1.png', ENDING), '/me/images/2.png': (None, MISSING),
+    }),
+    'Unicode forms': (('train/caf\u00e9/\u00fc.png', 'train/caf\u00e9/o\u0308.png'), {
+        'cafe\u0301/u\u0308.png': ('train/caf\u00e9/\u00fc.png', WRITTEN),
+        'caf\u00e9/\u00f6.png': ('train/caf\u00e9/o\u0308.png', WRITTEN),
+    }),
+    'percent escapes': (('train/a b.png', 'train/c%20d.png', 'train/100%.png'), {
+        'a%20b.png': ('train/a b.png', WRITTEN),
+        'c d.png': ('train/c%20d.png', WRITTEN),
+        '100%.png': ('train/100%.png', None),
+    }),
+    'backslashes': (('train/a/1.png', 'train/b\\2.png'), {
+        'a\\1.png': ('train/a/1.png', None),
+        'b\\2.png': ('train/b\\2.png', None),
+    }),
+    'backslashes in names of files': (('data\\images\\1.png', 'data\\images\\2.png'), {
+        'images/1.png': ('data\\images\\1.png', ENDING), 'C:\\images\\2.png': ('data\\images\\2.png', ENDING),
+    }),
+    'case': (('train/A.PNG', 'train/b.png', 'train/B.png', 'train/c.png', 'train/C.png'), {
+        'a.png': ('train/A.PNG', CASE),
+        'b.png': ('train/b.png', None),
+        'B.png': ('train/B.png', None),
+        'c.PNG': (None, AMBIGUOUS),
+    }),
+    'what only looks like an escape or an address': (('train/a?d=b.png', 'train/x#1.png', 'train/c:d.png'), {
+        'a?d=b.png': ('train/a?d=b.png', None),
+        'x#1.png': ('train/x#1.png', None),
+        'c:d.png': ('train/c:d.png', None),
+    }),
+    'dots': (('train/a/1.png',), {'./a/./1.png': ('train/a/1.png', None), 'b/../a//1.png': ('train/a/1.png', None)}),
+    'label maps of the same names': (('images/seq/1.png', 'masks/seq/1.png'), {
+        '/me/seq/1.png': ('images/seq/1.png', ENDING),
+    }),
+    'folders of programs': (('images/1.png', '.thumbs/images/1.png'), {'/me/images/1.png': ('images/1.png', ENDING)}),
+    'longer than any path': (('images/1.png', 'images/2.png'), {
+        '/me/images/1.png': ('images/1.png', ENDING), '/' + 'a/' * 100000 + 'images/2.png': (None, MISSING),
+    }),
+    'no names at all': (('train/1.png',), {'1.png': ('train/1.png', None), '.': (None, MISSING), '/': (None, LEAVES)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', CASES)
+def test_names_are_found_where_they_are(kind, tmp_path):
+    files, expected = CASES[kind]
+    touch(tmp_path, *files)
+    if not any(path or said == AMBIGUOUS for path, said in expected.values()):
+        with pytest.raises(UsageError, match=r'none of its images \(such as .*give --train-images and --val-images'):
+            places(tmp_path, list(expected), split='train')
+        return
+    assert places(tmp_path, list(expected), split='train') == expected
+    backwards = list(expected)[::-1]
+    assert places(tmp_path, backwards, split='train') == {name: expected[name] for name in backwards}
+
+
+def test_the_splits_own_folder_goes_before_others(tmp_path):
+    touch(tmp_path, 'train/images/1.png', 'val/images/1.png', 'other/images/1.png', 'other/images/2.png')
+    names = ['/me/images/1.png', '/me/images/2.png']
+    assert places(tmp_path, names, split='train')[names[0]] == ('train/images/1.png', ENDING)
+    found = places(tmp_path, names, 'annotations/val.json', split='val')
+    assert found == {names[0]: ('val/images/1.png', ENDING), names[1]: ('other/images/2.png', ENDING)}
+
+
+def test_a_folder_that_is_given_is_the_only_one(tmp_path):
+    touch(tmp_path, 'train/1.png', 'val/1.png', 'val/2.png', 'train/3.png')
+    names = ['/me/images/1.png', '/me/2.png', '/me/3.png']
+    found = places(tmp_path, names, given=str(tmp_path / 'val'), split='train')
+    assert [path for path, _ in found.values()] == ['val/1.png', 'val/2.png', None]
+
+
+def test_whole_names_of_this_machine_are_names_like_others(tmp_path):
+    touch(tmp_path, 'train/1.png', 'val/1.png')
+    name = str(tmp_path / 'val/1.png')
+    assert places(tmp_path, [name], split='train') == {name: ('val/1.png', None)}
+
+
+def test_images_elsewhere_than_in_the_data(tmp_path):
+    """Beside the folder of a JSON file that is given alone."""
+    touch(tmp_path, 'images/a/1.png')
+    name = '/me/a/1.png'
+    images = Images(tmp_path / 'annotations/x.json', tmp_path / 'annotations', [name])
+    assert images.find(name).path == str(tmp_path / 'images/a/1.png') and images.searched[-1] == tmp_path
+
+
+def write_coco(root, names):
+    for split, of in names.items():
+        ids = dict(enumerate(of, 1))
+        annotations = [dict(id=i, image_id=i, category_id=1, bbox=[5, 5, 20, 20], area=400, iscrowd=0) for i in ids]
+        made = [dict(id=i, file_name=name, width=40, height=40) for i, name in ids.items()]
+        content = dict(images=made, annotations=annotations, categories=[dict(id=1, name='cat')])
+        dump(content, root / f'annotations/instances_{split}.json')
+
+
+def pictures(root, *names):
+    for n, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((40, 40, 3), n, np.uint8)).save(root / name)
+
+
+def test_what_is_found_otherwise_is_said_and_what_is_ambiguous_refused(tmp_path):
+    pictures(tmp_path, *SEQUENCES, 'images/\u00e9.png')
+    write_coco(tmp_path, dict(train=['/x/images/seq1/1.png', '/x/images/e\u0301.png'], val=['C:\\y\\seq2\\2.png']))
+    data, found = report_of(tmp_path)
+    paths = [image['file_name'] for split in ('train', 'val') for image in data.splits[split]['images']]
+    assert paths == ['images/seq1/1.png', 'images/\u00e9.png', 'images/seq2/2.png']
+    assert not data.report.errors and found[ENDING].done == 'mended'
+    assert found[ENDING].examples == ['C:\\y\\seq2\\2.png is images/seq2/2.png']
+    write_coco(tmp_path, dict(train=['/x/1.png'], val=['/y/seq2/2.png']))
+    data, found = report_of(tmp_path)
+    assert found[AMBIGUOUS].examples == ['/x/1.png may be images/seq1/1.png or images/seq2/1.png']
+    with pytest.raises(UsageError, match='ambiguous name, 1 .*write names with their folders'):
+        data.report.refuse()
+
+
+def test_an_image_that_moves_is_noticed(tmp_path):
+    """Where images are found by their endings, all files of the data say where they are."""
+    pictures(tmp_path, *SEQUENCES)
+    write_coco(tmp_path, dict(train=['/x/images/seq1/1.png'], val=['/y/seq2/2.png']))
+    assert str(tmp_path) in report_of(tmp_path)[0].places
+    images = Images(tmp_path / 'x.json', tmp_path, ['1.png', '/x/images/seq2/2.png'], given=str(tmp_path / 'images'))
+    assert images.searched == [tmp_path / 'images'] * 2
+    touch(tmp_path, 'train/9.png')
+    images = Images(tmp_path / 'train.json', tmp_path, ['9.png', '/x/images/seq2/2.png'])
+    assert images.find('9.png').kind is None and images.searched == [tmp_path / 'train', tmp_path]
+
+
+def test_many_names_are_looked_up_not_searched(tmp_path):
+    """A hundred thousand names of another machine, most of them alike in their last part."""
+    names = [f'images/{n % 50}/{n // 50 % 200}/image{n // 10000}.png' for n in range(100000)]
+    index = Files(names)
+    assert index.ending('nowhere/image3.png')[0] == 1 and len(index.ending('image3.png')[1]) <= 50
+    # A search among all of them would take hours.
+    assert limited(lambda: all(index.ending(f'home/me/{name}') == (4, [name]) for name in names[::10]))
+
+
+def test_a_walk_for_each_name_is_not_needed(tmp_path, monkeypatch):
+    touch(tmp_path, *SEQUENCES)
+    calls = []
+    monkeypatch.setattr(
+        'convnext_dense.datasets.read_coco.files_below', lambda *a, **k: calls.append(a) or {str(n) for n in range(9)}
+    )
+    places(tmp_path, [f'/me/{n}' for n in range(5)])
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize('name, path', [
+    ('a/b.png', ('a/b.png', '')), ('a\\b.png', ('a/b.png', '')), ('/a/b.png', ('a/b.png', '/')),
+    ('C:\\a\\b.png', ('a/b.png', 'c:/')), ('http://h/a/b.png?c=d', ('a/b.png', 'http://h/')), ('http://H', ('', 'http://h')),
+    ('../a', ('../a', '')), ('/../../a', ('a', '/')), ('C:\\..\\a', ('a', 'c:/')), ('a/../../b', ('../b', '')),
+    ('/data/local-files/?d=a/b.png', ('a/b.png', '')), ('', ('.', '')), ('/', ('', '/')),
+])  # fmt: skip
+def test_paths_in_names(name, path):
+    assert path_in(name) == path
+
+
+def test_names_are_matched_one_to_one():
+    found, ambiguous = match(['a', 'B', 'c', 'C', 'd', 'e%20f', 'g'], ['a', 'A', 'b', 'c', 'D', 'd', 'e f', 'G', 'g '])
+    assert found == {'a': 'a', 'B': 'b', 'c': 'c', 'd': 'd', 'e%20f': 'e f', 'g': 'G'} and not ambiguous
+    assert match(['e\u0301'], ['\u00c9', '\u00e9']).ambiguous == {'e\u0301': ['\u00c9', '\u00e9']}
+    assert set(match(['Ab', 'aB'], ['ab']).ambiguous) == {'Ab', 'aB'}
+
+
+def test_label_maps_are_found_by_names_written_otherwise(tmp_path):
+    touch(tmp_path, 'i/caf\u00e9.jpg', 'i/A.jpg', 'i/a.jpg', 'i/b c.jpg', 'i/x.y.z.jpg', 'i/none.jpg')
+    touch(tmp_path, 'l/cafe\u0301_mask.png', 'l/A_mask.png', 'l/a_mask.png', 'l/b%20c_MASK.png', 'l/x.y.z_mask.png')
+    found = pair(Folders(tmp_path / 'i', tmp_path / 'l'))
+    pairs = {image.name: labels.name for image, labels in found.pairs}
+    assert found.more == '_mask' and pairs == {
+        'caf\u00e9.jpg': 'cafe\u0301_mask.png', 'A.jpg': 'A_mask.png', 'a.jpg': 'a_mask.png',
+        'b c.jpg': 'b%20c_MASK.png', 'x.y.z.jpg': 'x.y.z_mask.png',
+    }  # fmt: skip
+    assert [path.name for path in found.bare] == ['none.jpg'] and not found.lone and not found.ambiguous
+    assert found.other == ['b c_mask is b%20c_MASK', 'caf\u00e9_mask is cafe\u0301_mask']
+
+
+LINES = {  # of a list of images -> the image that is meant
+    '2007_01': '2007_01', '2007_02 1': '2007_02', 'JPEGImages/2007_03.jpg SegmentationClass/2007_03.png': '2007_03',
+    '/home/me/VOC2012/JPEGImages/2007_04.jpg': '2007_04', 'C:\\VOC\\JPEGImages\\a\\5.jpg': 'a/5', 'a.b.c': 'a.b.c',
+    'with space': 'with space', 'cafe\u0301': 'caf\u00e9', 'of%20web.png': 'of web', '.\\7': '7', 'UPPER': 'upper',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
+@pytest.mark.parametrize('end', ['\n', '\r\n'])
+def test_lists_of_images(end, encoding, tmp_path):
+    for stem in LINES.values():
+        touch(tmp_path, f'JPEGImages/{stem}.jpg', f'SegmentationClass/{stem}.png')
+    text = end.join([*LINES, '', 'gone', '../../secret', '/dev/zero', ''])
+    touch(tmp_path, 'ImageSets/Segmentation/train.txt')
+    (tmp_path / 'ImageSets/Segmentation/train.txt').write_bytes(text.encode(encoding))
+    layout, folders = find_folders(tmp_path)
+    found = pair(folders['train'])
+    stems = {image.relative_to(tmp_path / 'JPEGImages').with_suffix('').as_posix() for image, _ in found.pairs}
+    assert layout == 'VOC' and stems == set(LINES.values()) and not found.twice
+    assert sorted(path.name for path in found.bare) == ['gone.jpg', 'secret.jpg', 'zero.jpg']
+
+
+def test_a_list_in_latin1_names_files_in_latin1(tmp_path):
+    touch(tmp_path, 'JPEGImages/x.jpg', 'SegmentationClass/x.png', 'ImageSets/Segmentation/train.txt')
+    for folder, ending in (('JPEGImages', 'jpg'), ('SegmentationClass', 'png')):
+        Path(f'{tmp_path}/{folder}/caf\udce9.{ending}').write_bytes(b'')
+    (tmp_path / 'ImageSets/Segmentation/train.txt').write_bytes(b'caf\xe9\r\n')
+    found = pair(find_folders(tmp_path)[1]['train'])
+    assert [image.name for image, _ in found.pairs] == ['caf\udce9.jpg']
+
+
+# Where Python is told that names are ASCII: what is beyond it comes as bytes.
+ASCII = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+LATIN, JAPANESE = os.fsdecode(b'caf\xe9.png'), '\u65e5\u672c.png'
+
+
+@pytest.fixture
+def foreign(drawn, tmp_path):
+    """Names beyond ASCII: one is Latin-1 on the disk and UTF-8 in the JSON file, one holds an escape of terminals."""
+    names = {'000001.png': LATIN, '000002.png': JAPANESE, '000003.png': '\x1b[31mred.png'}
+    shutil.copytree(drawn, tmp_path / 'mine')
+    for old, new in names.items():
+        for folder in ('train', 'labels/train'):
+            os.rename(tmp_path / 'mine' / folder / old, tmp_path / 'mine' / folder / new)
+    content = coco(drawn, 'train')
+    for i in content['images']:
+        i['file_name'] = names.get(i['file_name'], i['file_name']).replace(LATIN, 'caf\u00e9.png')
+    dump(content, tmp_path / 'mine/annotations/instances_train.json')
+    return tmp_path / 'mine'
+
+
+def test_names_in_latin1_are_those_of_a_file_in_utf8(foreign):
+    data, found = report_of(foreign)
+    assert {f: found[f].examples for f in found} == {WRITTEN: ['caf\u00e9.png is train/caf\\udce9.png']}
+    names = [image['file_name'] for image in data.splits['train']['images']]
+    assert names[:3] == [f'train/{LATIN}', f'train/{JAPANESE}', 'train/\x1b[31mred.png']
+    assert all((foreign / name).is_file() for name in names)
+
+
+@pytest.mark.parametrize('task', ['detection', 'segmentation'])
+def test_all_names_are_found_where_names_are_ascii(task, foreign, run_tool):
+    done = run_tool('check_data.py', '--task', task, '--data', 'mine', **ASCII)
+    assert done.returncode == 0 and '\x1b' not in done.stdout + done.stderr
+    assert 'train: 5 images' in done.stdout and ('name written otherwise, 2' in done.stdout) is (task == 'detection')
+
+
+def test_a_run_where_names_are_ascii_ends(foreign, run_tool):
+    options = ['--work-dir', 'run', '--epochs', 1, '--data', 'mine', '--cfg-options', *quick('ascii')]
+    done = run_tool('train.py', DETECTOR, *options, **ASCII)
+    assert done.returncode == 0, done.stderr
+    written = json.loads((foreign.parent / 'run/data/train.json').read_text())
+    assert len(written['images']) == 5 and '\x1b' not in done.stdout + done.stderr
+
+
+def test_the_same_images_are_held_out_in_any_locale():
+    names = [f'\u00e9{i}.png' for i in range(300)]
+    as_ascii = {name.encode().decode('ascii', 'surrogateescape'): name for name in names}
+    out, _ = held_out(names, Request('x'))
+    assert {as_ascii[name] for name in held_out(list(as_ascii), Request('x'))[0]} == out and 10 < len(out) < 60
+
+
+@pytest.mark.parametrize('written, other', [
+    (LATIN, 'caf\u00e9.png'), (os.fsdecode(b'CAF\xc9.png'), 'caf\u00e9.png'), ('\udcc3\udca9', '\u00e9'),
+    ('\u65e5/\udce9', '\u65e5/\u00e9'), ('%E9', '\u00e9'), ('\ud800', '\ud800'), ('\udce9\ud800', '\u00e9\ud800'),
+])  # fmt: skip
+def test_spellings_of_bytes_that_are_not_decoded(written, other):
+    assert spelled(written) == spelled(other)
+
+
+def test_segmentation_says_what_was_found_otherwise(drawn, tmp_path):
+    put_labels(drawn, 'train', tmp_path / 'images/train', name='{} \u00e9')
+    put_labels(drawn, 'train', tmp_path / 'labels/train', name='{}%20e\u0301')
+    (tmp_path / 'classes.txt').write_text('a\nb\nc\nd\ne')
+    data = read_data(Request(str(tmp_path)), 'segmentation', ('train', 'val'))
+    found = {f.kind: f for f in data.report.findings.values()}
+    assert sum(len(of) for of in data.splits.values()) == 5 and found[WRITTEN].done == 'mended'
+    assert found[WRITTEN].examples[0] == '000001 \u00e9 is 000001%20e\u0301'
+    assert json.dumps(data.splits)

@@ -1,0 +1,583 @@
+"""What goes wrong in a run is named, and costs no more than it must."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from mmengine.dataset import BaseDataset
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, MODELS
+from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop
+from mmengine.structures import BaseDataElement
+from torch import nn
+from torch.utils.data import DataLoader
+
+from convnext_dense import ConvNeXt, errors
+from convnext_dense.config.hooks import set_keep, set_max_bad_images
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.engine.build import PLACES, _safe_loader
+from convnext_dense.engine.datasets import IMAGE_SUFFIXES, unreadable
+from convnext_dense.engine.failures import cause_of, kept_bytes
+from convnext_dense.engine.loops import EpochLoop
+from convnext_dense.engine.runner import ResumableRunner
+from convnext_dense.errors import RunError, UsageError
+from helpers.paths import ROOT
+
+SMALL = ('train_dataloader.batch_size=2', 'total_batch=4', 'default_hooks.logger.interval=1')
+
+
+@pytest.fixture
+def data(tmp_path):
+    toy_shapes.write(tmp_path / 'shapes', train=8, val=2, size=64)
+    return tmp_path / 'shapes'
+
+
+@pytest.fixture
+def train(start_tool, data, tmp_path):
+    def start(*options, length='--iters=4', log='run.log', more=(), config='upernet', work_dir=None, **env):
+        config = ROOT / f'configs/demo/{config}.py'
+        args = [config, '--work-dir', work_dir or tmp_path / 'run', length, *more, '--cfg-options', *SMALL, *options]
+        return start_tool(tmp_path / log, 'train.py', *args, SHAPES_ROOT=str(data), **env)
+
+    return start
+
+
+def last_line(process) -> str:
+    return process.output.strip().splitlines()[-1]
+
+
+def wait_until_it_trains(process) -> None:
+    while 'Iter(train)' not in process.output:
+        time.sleep(0.05)
+        assert process.process.is_alive(), process.output
+
+
+def left_of(*sessions: int, within: float = 15) -> list[str]:
+    """The processes of tools, each of which leads a session, that are still there after some seconds."""
+    end = time.monotonic() + within
+    while True:
+        left = []
+        for folder in Path('/proc').glob('[0-9]*'):
+            with suppress(OSError):  # it has just ended
+                state, *numbers = folder.joinpath('stat').read_text().rpartition(') ')[2].split()[:4]
+                if int(numbers[2]) in sessions and state != 'Z':
+                    left.append(folder.joinpath('cmdline').read_text().replace('\0', ' '))
+        if not left or time.monotonic() > end:
+            return left
+        time.sleep(0.1)
+
+
+def break_images(data: Path, names, split='train') -> None:
+    for n, name in enumerate(names):
+        path = data / split / f'{name:06d}.png'
+        path.write_bytes([b'', b'no image', path.read_bytes()[:200]][n % 3])
+
+
+@pytest.mark.parametrize('more, n_bad, ends', [((), 1, 0), (('--max-bad-images', '3'), 3, 0), ((), 2, 1)])
+def test_images_that_cannot_be_read_are_named_counted_and_replaced(more, n_bad, ends, train, data, tmp_path):
+    break_images(data, range(2, 2 + n_bad))
+    process = train(more=more, length='--iters=8')
+    assert process.wait() == ends, process.output
+    for n in range(2, 2 + n_bad):
+        assert process.output.count(f'{n:06d}.png: ') >= 1
+    if ends:
+        line = last_line(process)
+        assert line.startswith('error: 2 images cannot be read') and '--max-bad-images' in line, line
+        assert 'interrupted.pth holds the run' in line
+    else:
+        assert (
+            f'({n_bad} of at most' in process.output and process.output.count('another image takes its place') == n_bad
+        )
+
+
+@pytest.mark.parametrize('ending', IMAGE_SUFFIXES)
+def test_every_image_that_a_data_set_may_hold_is_seen_to_be_broken(ending, tmp_path):
+    for name in (f'a{ending}', f'b{ending.upper()}'):
+        (tmp_path / name).write_bytes(b'no image')
+        assert unreadable(str(tmp_path / name)) == 'not an image, or a broken one'
+    (tmp_path / 'c.npy').write_bytes(b'no image')
+    assert unreadable(str(tmp_path / 'c.npy')) is None  # read by a pipeline of its own
+
+
+def test_an_image_of_the_evaluation_is_not_replaced(train, data):
+    break_images(data, [1], 'val')
+    process = train()
+    assert process.wait() == 1
+    assert last_line(process).startswith('error: ') and last_line(process).endswith('000001.png: an empty file')
+
+
+def test_a_data_worker_that_is_killed_ends_the_run_with_its_cause(train, tmp_path):
+    process = train(length='--iters=4000')
+    wait_until_it_trains(process)
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    begin = time.monotonic()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert process.wait(60) == 1 and time.monotonic() - begin < 60
+    line = last_line(process)
+    assert line.startswith('error: ') and 'process that reads data' in line and 'num_workers' in line, line
+    assert not left_of(process.pid)
+
+
+def test_nothing_is_left_of_a_run_that_is_killed(train, data):
+    """Also of workers that write more than a pipe holds, which nobody reads any more."""
+    shutil.rmtree(data)
+    toy_shapes.write(data, train=24, val=2, size=256)
+    workers = 'train_dataloader.num_workers=2', 'train_dataloader.batch_size=4', 'total_batch=4'
+    process = train(*workers, length='--epochs=100', config='mask_rcnn')
+    while 'Epoch(train)' not in process.output:
+        time.sleep(0.05)
+        assert process.process.is_alive(), process.output
+    time.sleep(2)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not left_of(process.pid)
+
+
+def test_workers_are_watched_however_they_are_started(tmp_path):
+    for method in ('fork', 'spawn', 'forkserver'):
+        code = (
+            'import time\n'
+            'from functools import partial\n'
+            'from torch.utils.data import DataLoader\n'
+            'from convnext_dense.engine.samplers import apart\n\n'
+            "if __name__ == '__main__':\n"
+            f'    options = dict(num_workers=2, multiprocessing_context={method!r}, persistent_workers=True)\n'
+            '    loader = DataLoader([*range(8)], worker_init_fn=partial(apart, None), **options)\n'
+            '    print(sum(len(batch) for batch in loader), flush=True)\n'
+            '    time.sleep(60)\n'
+        )
+        (tmp_path / 'loads.py').write_text(code)
+        command = [sys.executable, tmp_path / 'loads.py']
+        with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
+            assert process.stdout.readline() == b'8\n'
+            process.kill()
+        assert not left_of(process.pid), method
+
+
+@pytest.mark.parametrize(
+    'lost', [ConnectionResetError(104, 'Connection reset by peer'), EOFError(), FileNotFoundError(2, 'No such file')]
+)
+def test_a_data_worker_that_is_not_yet_seen_as_dead_is_named_as_well(lost):
+    batches = iter(DataLoader(list(range(8)), num_workers=1))
+    batches._data_queue = Mock(get=Mock(side_effect=lost))
+    with pytest.raises(type(lost)) as caught:
+        next(batches)
+    assert cause_of(caught.value).startswith('a process that reads data was ended from outside')
+
+
+@pytest.mark.parametrize('world', [1, 2])
+def test_a_connection_that_is_lost_is_another_process_only_where_there_are_some(world, monkeypatch):
+    monkeypatch.setattr('convnext_dense.engine.health_hook.get_world_size', lambda: world)
+    gone = 'another process of the run is gone'
+    of_gloo = RuntimeError('[gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:31445')
+    assert cause_of(of_gloo) == gone if world > 1 else cause_of(of_gloo).startswith('a connection was lost (Runtime')
+    assert (cause_of(torch.distributed.DistStoreError('timed out')) == gone) == (world > 1)
+
+    try:  # as storage and trackers word it: of their own class, around the one that says what happened
+        try:
+            raise ConnectionResetError(104, 'Connection reset by peer')
+        except ConnectionResetError as error:
+            raise Exception('failed to upload') from error
+    except Exception as error:
+        assert cause_of(error) == (
+            'a connection of test_guarding was lost (ConnectionResetError: [Errno 104] Connection reset by peer): see '
+            'whether what it leads to is there; --resume goes on from the last checkpoint, --debug shows the traceback'
+        )
+    assert cause_of(FileNotFoundError(2, 'No such file')) is None
+
+
+DDP = ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.device_ids=None']
+DDP += ['env_cfg.dist_cfg.backend=gloo', 'model.decode_head.norm_cfg.type=BN', 'model.auxiliary_head.norm_cfg.type=BN']
+
+
+def two_ranks(train, options=()):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    return [
+        train(
+            *DDP,
+            *options,
+            length='--iters=4000',
+            log=f'rank{rank}.log',
+            more=('--launcher', 'pytorch'),
+            **dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port),
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.parametrize('killed', [0, 1])
+def test_a_rank_that_is_killed_ends_the_other(killed, train):
+    ranks = two_ranks(train)
+    wait_until_it_trains(ranks[0])
+    os.kill(ranks[killed].pid, signal.SIGKILL)
+    begin = time.monotonic()
+    other = ranks[1 - killed]
+    assert other.wait(60) == 1 and time.monotonic() - begin < 60
+    assert f'rank {killed} ended without a word' in last_line(other), other.output
+    assert not left_of(*(rank.pid for rank in ranks))
+
+
+TORCHRUN = """
+import os, runpy, sys, torch
+torch.set_num_threads(1)
+torch.distributed.init_process_group('gloo')  # mmengine's own start wants a GPU
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+@pytest.mark.parametrize('killed', ['torchrun', 'rank'])
+def test_nothing_is_left_where_torchrun_or_one_of_its_ranks_is_killed(killed, data, tmp_path):
+    (tmp_path / 'start.py').write_text(TORCHRUN)
+    options = [*SMALL, *DDP, 'train_dataloader.num_workers=2']
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', '--rdzv-backend=c10d']
+    command += ['--rdzv-endpoint=localhost:0', tmp_path / 'start.py', ROOT / 'tools/train.py']
+    command += [ROOT / 'configs/demo/upernet.py', '--launcher=pytorch', '--iters=4000', '--work-dir', tmp_path / 'run']
+    log = tmp_path / 'log'
+    with open(log, 'w') as out:
+        agent = subprocess.Popen(
+            [*command, '--cfg-options', *options],
+            **dict(stdout=out, stderr=out, start_new_session=True, env={**os.environ, 'SHAPES_ROOT': str(data)}),
+        )
+    try:
+        while 'Iter(train)' not in log.read_text():
+            time.sleep(0.05)
+            assert agent.poll() is None, log.read_text()
+        ranks = Path(f'/proc/{agent.pid}/task/{agent.pid}/children').read_text().split()
+        os.kill(agent.pid if killed == 'torchrun' else int(ranks[0]), signal.SIGKILL)
+        assert agent.wait(60) != 0
+        assert not left_of(*map(int, ranks), agent.pid, within=30), log.read_text()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(agent.pid, signal.SIGKILL)
+    words = 'stopped by SIGHUP: ' if killed == 'torchrun' else 'error: another process of the run is gone: rank '
+    assert words in log.read_text(), log.read_text()[-3000:]
+
+
+def test_the_cause_of_another_rank_is_named(train, tmp_path):
+    ranks = two_ranks(train)
+    wait_until_it_trains(ranks[0])
+    children = Path(f'/proc/{ranks[1].pid}/task/{ranks[1].pid}/children').read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert [rank.wait(60) for rank in ranks] == [1, 1]
+    for rank in ranks:
+        assert 'rank 1: a process that reads data' in last_line(rank), rank.output
+    assert not left_of(*(rank.pid for rank in ranks))
+
+
+def test_a_signal_to_one_rank_stops_both_with_one_checkpoint(train, tmp_path):
+    ranks = two_ranks(train)
+    wait_until_it_trains(ranks[0])
+    os.killpg(ranks[1].pid, signal.SIGTERM)
+    assert [rank.wait(60) for rank in ranks] == [143, 143], ranks[0].output
+    saved = torch.load(tmp_path / 'run/interrupted.pth', weights_only=False)
+    assert saved['meta']['layout']['processes'] == 2
+    assert not left_of(*(rank.pid for rank in ranks))
+    alone = train(length='--iters=4000', more=('--resume',), log='alone.log')
+    wait_until_it_trains(alone)
+    os.kill(alone.pid, signal.SIGKILL)
+    alone.wait()
+    assert 'resumed on 1 x 2 images, before 2 x 2: the same total batch' in alone.output
+    assert f'iter: {2 * saved["meta"]["iter"]}' in alone.output  # two batches for an update, and not one
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='mounts a small disk')
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(train, tmp_path):
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=100m', 'none', disk], capture_output=True).returncode:
+        pytest.skip('no disk can be mounted here')
+    try:
+        process = train('default_hooks.checkpoint.interval=2', length='--iters=8', work_dir=disk / 'run')
+        first = disk / 'run/iter_4.pth'
+        while not (disk / 'run/last_checkpoint').exists():
+            time.sleep(0.02)
+            assert process.process.is_alive(), process.output
+        filler = disk / 'filler'
+        with open(filler, 'wb', buffering=0) as file, pytest.raises(OSError):
+            while True:
+                file.write(bytes(2**16))
+        assert process.wait() == 0, process.output
+        assert 'MB are missing' in process.output and 'training goes on' in process.output
+        assert 'Traceback' not in process.output
+        assert (disk / 'run/last_checkpoint').read_text() == str(first)
+        torch.load(first, weights_only=False)
+        assert not list((disk / 'run').glob('*.part'))
+        filler.unlink()
+        shutil.copytree(disk / 'run', tmp_path / 'run')  # a larger disk
+    finally:
+        subprocess.run(['umount', disk], check=True)
+    again = train('default_hooks.checkpoint.interval=2', length='--iters=8', more=('--resume',))
+    assert again.wait() == 0, again.output
+    assert (tmp_path / 'run/last_checkpoint').read_text().endswith('iter_16.pth')
+
+
+@MODELS.register_module()
+class LossByPlan(BaseModel):
+    """A batch norm and a weight; the loss is multiplied by what the sample says."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, inputs, data_samples=None, mode='loss'):
+        factor = torch.stack([sample.factor for sample in data_samples])[:, None]
+        loss = (self.norm(torch.stack(inputs) * factor) * self.weight).square().sum()
+        return dict(loss=loss + (self.weight.square().sum() * factor.min()).sqrt())  # by 0: a loss, and no gradient
+
+
+@MODELS.register_module()
+class Scaled(LossByPlan):
+    """The loss is a multiple of what the sample says: of 0 it is 0, and its gradients are."""
+
+    def forward(self, inputs, data_samples=None, mode='loss'):
+        factor = torch.stack([sample.factor for sample in data_samples])
+        return dict(loss=(factor.sum() * self.weight).square().sum())
+
+
+@DATASETS.register_module()
+class Planned(BaseDataset):
+    """Samples in order, each with the factor that the plan has for it."""
+
+    def __init__(self, plan):
+        self.plan = plan
+        super().__init__(pipeline=[self.sample])
+
+    def load_data_list(self):
+        return [dict(img_path=f'image_{n}.png', factor=f) for n, f in enumerate(self.plan)]
+
+    @staticmethod
+    def sample(info):
+        sample = BaseDataElement(metainfo=dict(img_path=info['img_path']))
+        sample.factor = torch.tensor(info['factor'])
+        return dict(inputs=torch.tensor(np.random.rand(2), dtype=torch.float32), data_samples=sample)
+
+
+def planned_run(
+    plan, folder, hooks=(), train_cfg=None, loader=None, seed=0, load_from=None, model='LossByPlan', **more
+):
+    return ResumableRunner(
+        resume=load_from is not None,
+        load_from=load_from,
+        custom_hooks=list(hooks),
+        model=dict(type=model),
+        work_dir=str(folder),
+        train_dataloader=dict(
+            batch_size=2,
+            num_workers=0,
+            dataset=dict(type='Planned', plan=plan),
+            sampler=dict(type='DefaultSampler', shuffle=False),
+            **(loader or {}),
+        ),
+        train_cfg=train_cfg or dict(by_epoch=True, max_epochs=1),
+        optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=0.01), **more),
+        randomness=dict(seed=seed),
+        experiment_name=Path(folder).name,
+        cfg=dict(model_wrapper_cfg=None),
+    )
+
+
+NAN, INF = float('nan'), float('inf')
+
+
+@pytest.mark.parametrize('wrong', [NAN, INF, 0.0])
+def test_updates_by_no_numbers_are_left_out_and_stop_the_run_in_the_end(wrong, tmp_path):
+    fine = planned_run([1.0] * 4, tmp_path / 'fine')
+    fine.train()
+    runner = planned_run([1.0] * 4 + [1.0, wrong] * 5 + [1.0] * 2, tmp_path / 'run')
+    images = 'image_9.png' if wrong else ''
+    with pytest.raises(RunError, match=f'3 updates in a row.*{images}.*learning rate.*interrupted.pth holds the run'):
+        runner.train()
+    saved = torch.load(tmp_path / 'run/interrupted.pth', weights_only=False)
+    assert saved['meta']['iter'] == 5
+    for name, value in fine.model.state_dict().items():
+        if value.is_floating_point():  # the last good state: of two updates
+            assert torch.equal(saved['state_dict'][name], value), name
+    steps = {int(state['step']) for state in saved['optimizer']['state'].values()}
+    assert steps == {2}
+
+
+def test_single_wrong_updates_are_said_and_the_run_goes_on(tmp_path):
+    runner = planned_run([1.0, 1.0, NAN, 1.0, 1.0, 1.0, 1.0, 1.0], tmp_path)
+    runner.train()
+    assert all(t.isfinite().all() for t in runner.model.state_dict().values())
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert log.count('of image_2.png, image_3.png is NaN or Inf: this update is left out') == 1
+
+
+def test_with_batches_added_up_a_wrong_one_costs_its_update(tmp_path):
+    plan = [1.0] * 8 + [NAN] + [1.0] * 7
+    runner = planned_run(plan, tmp_path, accumulative_counts=4)
+    runner.train()
+    steps = {int(state['step']) for state in runner.optim_wrapper.optimizer.state.values()}
+    assert steps == {1} and all(t.isfinite().all() for t in runner.model.state_dict().values())
+
+
+def test_averages_of_the_weights_see_nothing_of_a_wrong_batch(tmp_path):
+    runner = planned_run([1.0, 1.0, NAN, 1.0, 1.0, 1.0], tmp_path, hooks=[dict(type='EMAHook', update_buffers=True)])
+    runner.train()
+    saved = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)
+    for part in ('state_dict', 'ema_state_dict'):
+        assert all(value.isfinite().all() for value in saved[part].values()), part
+
+
+@pytest.mark.parametrize(
+    'losses, accumulated, warnings',
+    [
+        ([0.0] * 49 + [1.0] + [0.0] * 49, 1, 0),
+        ([0.0] * 50, 1, 1),
+        ([1.0] + [0.0] * 50 + [1.0] + [0.0] * 60, 1, 1),
+        ([1.0, 0.0, 0.0, 0.0] * 60, 4, 0),
+        ([0.0] * 100, 2, 1),
+        ([0.0] * 98, 2, 0),
+    ],
+)
+def test_a_loss_of_0_for_long_is_said_once(losses, accumulated, warnings, tmp_path, monkeypatch):
+    plan = [factor for factor in losses for _ in range(2)]  # two images a batch
+    runner, lines = planned_run(plan, tmp_path, model='Scaled', accumulative_counts=accumulated), []
+    monkeypatch.setattr(runner.logger, 'warning', lambda line, *_: lines.append(line))
+    runner.train()
+    lines = [line for line in lines if 'the loss was exactly 0 in 50 optimizer steps in a row' in line]
+    assert len(lines) == warnings
+    assert all('a single class' in line and 'tools/check_data.py' in line for line in lines)
+
+
+class Caller(Hook):
+    """Calls something at the n-th iteration."""
+
+    def __init__(self, n, call):
+        self.n, self.call = n, call
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == self.n:
+            self.call(runner)
+
+
+def test_a_pipeline_that_a_hook_sets_is_the_one_that_is_used(tmp_path):
+    used = []
+
+    def other(info):
+        used.append(info['img_path'])
+        return Planned.sample(info)
+
+    def switch(runner):
+        runner.train_loop.dataloader.dataset.pipeline = other
+
+    planned_run([1.0] * 8, tmp_path, hooks=[Caller(1, switch)]).train()
+    assert used[-1] == 'image_7.png' and len(used) >= 4
+
+
+def test_parts_given_as_classes_are_ours_too(tmp_path):
+    runner = planned_run([1.0] * 4, tmp_path, train_cfg=dict(type=EpochBasedTrainLoop, max_epochs=1))
+    runner.register_hook(dict(type=CheckpointHook, interval=1))
+    runner.train()
+    assert type(runner.train_loop) is EpochLoop
+    assert not any(type(hook) is CheckpointHook for hook in runner.hooks)
+
+
+def test_data_without_a_whole_batch_are_refused(tmp_path):
+    runner = planned_run([1.0], tmp_path, train_cfg=dict(by_epoch=False, max_iters=2), loader=dict(drop_last=True))
+    with pytest.raises(UsageError, match='no whole batch'):
+        runner.train()
+
+
+def test_a_run_without_a_seed_of_its_own_goes_on_with_the_one_it_drew(tmp_path):
+    first = planned_run([1.0] * 8, tmp_path / 'first', seed=None)
+    first.train()
+    CheckpointLoader.register_scheme(prefixes=PLACES, loader=_safe_loader({}), force=True)
+    twice = dict(by_epoch=True, max_epochs=2)
+    path = str(tmp_path / 'first/epoch_1.pth')
+    again = planned_run([1.0] * 8, tmp_path / 'again', train_cfg=twice, seed=None, load_from=path)
+    again.train()
+    assert again.seed == first.seed and again.iter == 8
+    assert again.train_loop.dataloader.batch_sampler.sampler.seed == first.seed
+
+
+def test_out_of_memory_names_the_knobs_and_what_they_save():
+    backbone = ConvNeXt(dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32)))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    line = cause_of(caught.value, nn.ModuleDict(dict(backbone=backbone)), (4, 3, 64, 96))
+    assert line.startswith('out of memory with a batch of 4 x 3 x 64 x 96')
+    for knob in (
+        'model.backbone.with_cp=True',
+        'model.backbone.with_cp=mlp',
+        '--amp-dtype bfloat16',
+        'train_dataloader.batch_size=2',
+    ):
+        assert knob in line
+    assert cause_of(torch.OutOfMemoryError('CUDA out of memory')) == 'out of memory'
+    assert cause_of(ValueError('no')) is None
+
+
+@pytest.mark.parametrize('with_cp', [False, 'mlp', True])
+def test_bytes_kept_for_the_backward_pass_are_those_of_a_real_one(with_cp, monkeypatch):
+    monkeypatch.setattr('convnext_dense.ops.dispatch._off', 1)  # the plain form, as on a GPU
+    backbone = ConvNeXt(dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32)), with_cp=with_cp).train()
+    storages = {}
+
+    def keep(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = backbone(torch.rand(2, 3, 64, 96))
+    own = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
+    kept = sum(t.untyped_storage().nbytes() for key, t in storages.items() if key not in own)
+    assert outputs and kept_bytes(backbone, (2, 3, 64, 96)) == pytest.approx(kept, rel=0.02)
+    sizes = [kept_bytes(backbone, (2, 3, 64, 96), way) for way in (False, 'mlp', True)]
+    assert sizes[0] > 2 * sizes[1] and sizes[1] > 1.1 * sizes[2]
+
+
+def test_keep_and_max_bad_images_say_what_they_cannot_use():
+    from mmengine.config import Config
+
+    for given in ('-1', '1.5', '200%', 'few'):
+        with pytest.raises(UsageError, match='--max-bad-images'):
+            set_max_bad_images(Config(), given)
+    for evaluator, best in (
+        (dict(type='CocoMetric', metric=['bbox', 'segm']), 'coco/bbox_mAP'),
+        (dict(type='CocoMetric', metric='segm'), 'auto'),
+        (dict(type='VOCMetric'), 'auto'),
+    ):
+        config = Config(dict(val_evaluator=evaluator, default_hooks=None))
+        set_keep(config, 1)
+        assert config.default_hooks.checkpoint.save_best == best
+    config = Config(dict(default_scope='mmseg', val_evaluator=dict(type='IoUMetric')))
+    for given, limit in (('0', 0), ('3', 3), ('0.5%', 0.005), ('0.002', 0.002)):
+        set_max_bad_images(config, given)
+        assert config.max_bad_images == limit
+    with pytest.raises(UsageError, match='--keep 0'):
+        set_keep(config, 0)
+    set_keep(config, 2)
+    hook = config.default_hooks.checkpoint
+    assert (hook.max_keep_ckpts, hook.save_best, hook.rule) == (2, 'mIoU', 'greater')
+
+
+def test_keep_keeps_the_last_and_the_best(train, tmp_path):
+    process = train('default_hooks.checkpoint.interval=1', 'train_cfg.val_interval=2', more=('--keep', '2'))
+    assert process.wait() == 0, process.output
+    found = sorted(path.name for path in (tmp_path / 'run').glob('*.pth'))
+    assert found[1:] == ['iter_6.pth', 'iter_8.pth'] and found[0].startswith('best_mIoU_iter_'), found
+
+
+def test_one_line_of_an_error_out_of_a_worker():
+    error = RunError(
+        'Caught UnreadableImage in DataLoader worker process 0.\nOriginal Traceback\n'
+        'convnext_dense.errors.UnreadableImage: /data/1.png: an empty file\n'
+    )
+    assert errors.last_line(error) == '/data/1.png: an empty file'

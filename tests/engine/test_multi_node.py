@@ -1,0 +1,226 @@
+"""Several nodes on one machine: torch's launcher as two agents, Slurm by stand-ins for its commands, both on CPU by
+gloo."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+from convnext_dense.config.batch_size import set_total_batch
+from convnext_dense.config.resume import set_resume
+from convnext_dense.datasets import toy_shapes
+from helpers.paths import ROOT
+from helpers.processes import WITHOUT_WORKERS
+from helpers.recipes import load
+
+DEMO = ROOT / 'configs/demo/upernet.py'
+PAGE = (ROOT / 'docs/multi_node.md').read_text()
+OPTIONS = [
+    *WITHOUT_WORKERS,
+    'train_dataloader.batch_size=2',
+    'train_cfg.val_interval=2',
+    'default_hooks.checkpoint.interval=2',
+    'default_hooks.logger.interval=1',
+]
+# SyncBN wants GPUs, and plain batch norms would differ between the processes.
+OPTIONS += [
+    f'model.{head}.norm_cfg.{s}' for head in ('decode_head', 'auxiliary_head') for s in ('type=GN', 'num_groups=8')
+]
+ON_CPU = [
+    'env_cfg.dist_cfg.backend=gloo',
+    'env_cfg.dist_cfg.timeout=120',
+    'model_wrapper_cfg.type=MMDistributedDataParallel',
+    'model_wrapper_cfg.device_ids=None',
+]
+# mmengine gives each process a GPU, even where there is none. And which ranks save checkpoints is written down.
+SITE = """
+import os
+import torch
+torch.cuda.set_device = lambda device: None
+save = torch.save
+def counted(content, *args, **kwargs):
+    if 'state_dict' in content:
+        with open(os.environ['SAVES'], 'a') as file:
+            file.write(os.environ.get('RANK', '-'))
+    return save(content, *args, **kwargs)
+torch.save = counted
+"""
+SRUN = """#!/usr/bin/env bash
+echo "srun $*" >> "$CALLS"
+while [[ $1 == --* ]]; do [[ $1 != --ntasks=* ]] || export SLURM_NTASKS=${1#*=}; shift; done
+code=0
+for ((i = 0; i < SLURM_NTASKS; i++)); do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & tasks[i]=$!; done
+echo "${tasks[*]}" > "$TASKS"
+for task in "${tasks[@]}"; do wait "$task" || code=$?; done
+exit $code
+"""
+SCONTROL = '#!/usr/bin/env bash\necho "scontrol $*" >> "$CALLS"\n[[ $1 != show ]] || { echo localhost; echo other; }\n'
+SCANCEL = '#!/usr/bin/env bash\necho "scancel $*" >> "$CALLS"\nkill -TERM $(cat "$TASKS")\n'
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    """A folder with data and Slurm's commands, and the environment of what is started there."""
+    folder = tmp_path_factory.mktemp('nodes')
+    toy_shapes.write(folder / 'shapes', train=8, val=3, size=64)
+    (folder / 'site').mkdir()
+    (folder / 'site/sitecustomize.py').write_text(SITE)
+    (folder / 'bin').mkdir()
+    for name, text in {'srun': SRUN, 'scontrol': SCONTROL, 'scancel': SCANCEL}.items():
+        (folder / 'bin' / name).write_text(text)
+        (folder / 'bin' / name).chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if not k.startswith('SLURM_')}
+    env |= dict(
+        SHAPES_ROOT=str(folder / 'shapes'),
+        SAVES=str(folder / 'saves'),
+        CALLS=str(folder / 'calls'),
+        TASKS=str(folder / 'tasks'),
+        PATH=f'{folder}/bin:{Path(sys.executable).parent}:{os.environ["PATH"]}',
+        PYTHONPATH=f'{folder}/site:{ROOT}',
+    )
+    return folder, env
+
+
+def slurm(**more) -> dict[str, str]:
+    """What sbatch sets for a job of one node and two tasks."""
+    found = dict(SLURM_JOB_ID=str(os.getpid()), SLURM_JOB_NUM_NODES='1', SLURM_NTASKS_PER_NODE='2')
+    return found | dict(SLURM_CPUS_PER_TASK='1', SLURM_NODELIST='node[1-2]', SLURM_JOB_NODELIST='node[1-2]') | more
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        return str(s.getsockname()[1])
+
+
+@pytest.fixture(scope='module')
+def trained(place):
+    """Two agents of torch's launcher, as on two nodes with a process each."""
+    folder, env = place
+    command = [ROOT / 'tools/dist_train.sh', DEMO, '--work-dir', folder / 'run', '--cfg-options', *OPTIONS, *ON_CPU]
+    env = env | dict(NNODES='2', GPUS='1', MASTER_PORT=free_port())
+    nodes = [
+        subprocess.Popen([*command, 'train_cfg.max_iters=2'], env=env, stderr=subprocess.PIPE, text=True, stdout=-3)
+        for _ in range(2)
+    ]
+    errors = [node.communicate(timeout=300)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], '\n'.join(errors)[-5000:]
+    return folder / 'run'
+
+
+def log_of(run: Path) -> tuple[list[dict], str]:
+    """The records and the text of the latest start, of which there is one, whatever the processes."""
+    start = max(path for path in run.iterdir() if path.is_dir())
+    (text,), (scalars,) = start.glob('*.log'), start.rglob('scalars.json')
+    return [json.loads(line) for line in scalars.read_text().splitlines()], text.read_text()
+
+
+@pytest.mark.slow
+def test_two_nodes_write_once_and_evaluate_together(place, trained):
+    folder, env = place
+    assert (folder / 'saves').read_text() == '0' and [f.name for f in trained.glob('*.pth')] == ['iter_2.pth']
+    assert len([path for path in trained.iterdir() if path.is_dir()]) == 1
+    records, text = log_of(trained)
+    assert [r['step'] for r in records] == [1, 2, 2] and 'GPU number: 2' in text
+    assert 'Iter(val) [2/2]' in text  # of three images
+
+    command = [sys.executable, ROOT / 'tools/test.py', DEMO, trained / 'iter_2.pth', '--work-dir', folder / 'alone']
+    subprocess.run([*command, '--cfg-options', *OPTIONS], env=env, check=True, capture_output=True, timeout=300)
+    (alone,) = folder.glob('alone/test/*/*.json')
+    alone = json.loads(alone.read_text())
+    assert alone['aAcc'] > 1
+    assert {k: records[-1][k] for k in ('aAcc', 'mIoU', 'mAcc')} == {k: alone[k] for k in ('aAcc', 'mIoU', 'mAcc')}
+
+
+@pytest.mark.slow
+def test_the_slurm_script_goes_on_from_the_last_checkpoint(place, trained):
+    folder, env = place
+    saves = (folder / 'saves').read_text()
+    command = [ROOT / 'tools/slurm_train.sh', DEMO, '--work-dir', trained, '--cfg-options', *OPTIONS, *ON_CPU]
+    process = subprocess.run(
+        [*command, 'train_cfg.max_iters=4'], env=env | slurm(), cwd=ROOT, text=True, capture_output=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr[-5000:]
+    assert (folder / 'saves').read_text() == saves + '0' and (trained / 'iter_4.pth').exists()
+    records, text = log_of(trained)
+    assert [r['step'] for r in records] == [3, 4, 4] and 'GPU number: 2' in text and 'iter_2.pth' in text
+    calls = (folder / 'calls').read_text().splitlines()
+    assert calls[0].startswith('srun --ntasks=2 --cpus-per-task=1 --kill-on-bad-exit=1 python -u tools/train.py ')
+    assert calls[0].endswith('--launcher slurm --resume auto')
+    assert calls[1:] == ['scontrol show hostname node[1-2]'] * 2  # by mmengine, in each task
+
+
+@pytest.fixture
+def job(place, tmp_path):
+    """The Slurm script with a stand-in for train.py, started."""
+    env = place[1]
+    (tmp_path / 'python').symlink_to('/bin/bash')  # bash -u takes tools/train.py as its script
+    (tmp_path / 'tools').mkdir()
+
+    def start(training: str, **more) -> subprocess.Popen:
+        (tmp_path / 'tools/train.py').write_text(training)
+        here = dict(PATH=f'{tmp_path}:{env["PATH"]}', CALLS=str(tmp_path / 'calls'), TASKS=str(tmp_path / 'tasks'))
+        return subprocess.Popen([ROOT / 'tools/slurm_train.sh', 'c.py'], cwd=tmp_path, env=env | slurm(**more) | here)
+
+    return start
+
+
+def test_slurm_near_the_end_of_its_time(job, tmp_path):
+    process = job("trap 'sleep 1; touch saved; exit 143' TERM; touch begun; for i in {1..600}; do sleep 0.1; done")
+    while not (tmp_path / 'begun').exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=30) == 143 and (tmp_path / 'saved').exists()
+    calls = [line for line in (tmp_path / 'calls').read_text().splitlines() if 'srun' not in line]
+    assert calls == [f'scancel --signal=TERM {os.getpid()}', f'scontrol requeue {os.getpid()}']
+
+
+@pytest.mark.parametrize('code', [0, 2, 7])
+def test_slurm_ends_with_the_trainings_code_and_is_not_queued_again(job, tmp_path, code):
+    assert job(f'exit {code}', SLURM_JOB_NUM_NODES='4', SLURM_NTASKS_PER_NODE='1').wait(timeout=30) == code
+    (call,) = (tmp_path / 'calls').read_text().splitlines()
+    assert call.startswith('srun --ntasks=4 ')
+
+
+def test_scripts_without_what_they_need():
+    for script in ('dist_train.sh', 'slurm_train.sh'):
+        subprocess.run(['bash', '-n', ROOT / 'tools' / script], check=True)
+    process = subprocess.run(['bash', ROOT / 'tools/slurm_train.sh', 'c.py'], capture_output=True, text=True, env={})
+    assert process.returncode and 'start this by sbatch' in process.stderr.splitlines()[-1]
+
+
+def test_resume_of_nothing_starts_anew_with_its_own_weights(tmp_path):
+    """As a job does that is submitted with --resume from its first start on."""
+    config = Config(dict(work_dir=str(tmp_path / 'new'), load_from='fine.pth', resume=False))
+    assert set_resume(config, 'auto') is None
+    assert config.load_from == 'fine.pth' and not config.resume
+
+
+def test_the_pages_table_is_what_train_does():
+    rows = re.findall(r'^\| +(\d+) \| +(\d+) \| +(\d+) \| +(\d+) \| +(\d+) \|$', PAGE, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == [1, 2, 4, 8, 16, 32, 64]
+    for row in rows:
+        gpus, images, added, total, seen = map(int, row)
+        for recipe in ('cascade/convnext_t', 'upernet/convnext_t'):
+            config = load(recipe)
+            line, warns = set_total_batch(config, gpus)
+            assert config.train_dataloader.batch_size == images
+            assert config.optim_wrapper.get('accumulative_counts', 1) == added
+            assert total == gpus * images * added and seen == gpus * images
+            assert warns == (total != 16) and f'total batch {total}' in line
+
+
+def test_links_and_names_of_the_page():
+    for target in re.findall(r'\]\((?!https?:)([^)#]+)\)', PAGE):
+        assert (ROOT / 'docs' / target).exists(), target
+    for tool in set(re.findall(r'tools/(\w+\.\w+)', PAGE)):
+        assert (ROOT / 'tools' / tool).exists(), tool

@@ -1,0 +1,334 @@
+"""A run that is stopped at any instant goes on as the same run, and ends with the same weights bit for bit."""
+
+import errno
+import math
+import os
+import pickle
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.engine.atomic_files import NoRoom, write_whole
+from convnext_dense.engine.resume import moved
+from convnext_dense.engine.samplers import DrawSampler, SkippingBatchSampler
+from convnext_dense.engine.seeding import SeededIndex, seed_all
+from convnext_dense.errors import UsageError
+from helpers.paths import ROOT
+
+# Six batches of two an epoch, four added up for an update: epochs end in the middle of adding up.
+TASKS = {
+    'mask_rcnn': (
+        '--epochs=3',
+        'default_hooks.checkpoint.interval=1',
+        'train_cfg.val_interval=2',
+        'model.test_cfg.rcnn.max_per_img=5',
+    ),
+    'upernet': ('--iters=6', 'default_hooks.checkpoint.interval=2', 'train_cfg.val_interval=3'),
+}
+LAST = {'mask_rcnn': 'epoch_3.pth', 'upernet': 'iter_24.pth'}
+SMALL = ('train_dataloader.batch_size=2', 'total_batch=8', 'default_hooks.logger.interval=1')
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'shapes'
+    toy_shapes.write(folder, train=12, val=2, size=64)
+    return str(folder)
+
+
+@pytest.fixture(scope='module')
+def train(start_tool, data, tmp_path_factory):
+    """Start a short training of a task in a work dir; it has two data workers."""
+
+    def start(task: str, work_dir, *more, options=(), **env):
+        length, *settings = TASKS[task]
+        config = ROOT / f'configs/demo/{task}.py'
+        args = [config, '--work-dir', work_dir, length, *more, '--cfg-options', *SMALL, *settings, *options]
+        return start_tool(f'{work_dir}.log', 'train.py', *args, SHAPES_ROOT=data, **env)
+
+    return start
+
+
+@pytest.fixture(scope='module')
+def whole(train, tmp_path_factory):
+    """The weights at the end of a run that nothing interrupts, and how long it takes in seconds, by task."""
+    known = {}
+
+    def of(task: str):
+        if task not in known:
+            work_dir = tmp_path_factory.mktemp(task) / 'whole'
+            start = time.monotonic()
+            process = train(task, work_dir)
+            assert process.wait() == 0, process.output
+            known[task] = weights(work_dir / LAST[task]), time.monotonic() - start
+        return known[task]
+
+    return of
+
+
+def weights(path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=False)['state_dict']
+
+
+def assert_same(found: dict, wanted: dict) -> None:
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
+@pytest.fixture
+def killed_before_it_is_pointed_at(train, tmp_path):
+    """A work dir with the first checkpoint and nothing that names it, and its log."""
+    process = train('mask_rcnn', tmp_path / 'run')
+    wait_for((tmp_path / 'run/epoch_1.pth').exists, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    (tmp_path / 'run/last_checkpoint').unlink(missing_ok=True)
+    return tmp_path / 'run'
+
+
+def test_killed_before_the_first_checkpoint_is_pointed_at(killed_before_it_is_pointed_at, train, whole):
+    again = train('mask_rcnn', killed_before_it_is_pointed_at, '--resume')
+    assert again.wait() == 0 and 'resumed epoch: 1' in again.output, again.output
+    assert_same(weights(killed_before_it_is_pointed_at / LAST['mask_rcnn']), whole('mask_rcnn')[0])
+
+
+def wait_for(condition, process, seconds: float = 120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end and process.process.is_alive(), process.output
+        time.sleep(0.002)
+
+
+def at_iteration(process, n: int):
+    """Wait for the n-th line of the log that counts an iteration."""
+    wait_for(lambda: process.output.count('Epoch(train)') + process.output.count('Iter(train)') >= n, process)
+
+
+@pytest.mark.parametrize(
+    'task, number, code', [('mask_rcnn', signal.SIGTERM, 143), ('upernet', signal.SIGINT, 130)], ids=['epochs', 'iters']
+)
+def test_a_signal_saves_and_leaves_and_the_run_goes_on(task, number, code, train, whole, tmp_path):
+    work_dir = tmp_path / 'run'
+    first = train(task, work_dir)
+    at_iteration(first, 9)
+    os.killpg(first.pid, number)  # as launchers, terminals and timeout do
+    assert first.wait(60) == code
+    line = first.output.strip().splitlines()[-1]
+    assert number.name in line and 'interrupted.pth' in line and '--resume' in line
+    saved = torch.load(work_dir / 'interrupted.pth', weights_only=False)['meta']
+    assert 9 <= saved['iter'] < 18 and (work_dir / 'last_checkpoint').read_text().endswith('interrupted.pth')
+    again = train(task, work_dir, '--resume')
+    assert again.wait() == 0, again.output
+    assert_same(weights(work_dir / LAST[task]), whole(task)[0])
+    assert not (work_dir / 'interrupted.pth').exists()
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_killed_between_a_checkpoint_and_its_evaluation(task, train, whole, tmp_path):
+    work_dir = tmp_path / 'run'
+    first = train(task, work_dir)
+    last = work_dir / 'last_checkpoint'
+    wait_for(lambda: last.exists() and last.read_text().endswith(LAST[task]), first)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    evaluated = int((work_dir / 'last_evaluation').read_text())
+    assert evaluated < {'mask_rcnn': 18, 'upernet': 24}[task], 'the kill came too late'
+    again = train(task, work_dir, '--resume')
+    assert again.wait() == 0 and 'evaluation that belongs' in again.output
+    assert int((work_dir / 'last_evaluation').read_text()) > evaluated
+    assert_same(weights(work_dir / LAST[task]), whole(task)[0])
+    third = train(task, work_dir, '--resume')
+    assert third.wait() == 0 and third.output.count('evaluation that belongs') == 1  # the log of all three
+
+
+def kill_while_writing(work_dir: Path, count: int, process, last: str) -> int:
+    """Kill a training as soon as it writes its `count`-th file, or has written its last checkpoint."""
+    seen = set()
+
+    def written():
+        seen.update(path.name for path in work_dir.glob('*.part'))
+        return len(seen) >= count or (work_dir / last).exists()
+
+    wait_for(written, process)
+    os.kill(process.pid, signal.SIGKILL)
+    return len(seen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', TASKS)
+def test_killed_at_fifty_instants(task, train, whole, tmp_path):
+    """Half of them at random, half as soon as a checkpoint is being written. One line each in kills.txt."""
+    wanted, seconds = whole(task)
+    rng, report = random.Random(0), []
+    n = attempts = 0
+    while n < int(os.environ.get('KILLS', 50)):
+        attempts += 1
+        work_dir = tmp_path / f'run{attempts}'
+        process = train(task, work_dir)
+        if n % 2:
+            instant = f'writing file {kill_while_writing(work_dir, rng.randrange(1, 5), process, LAST[task])}'
+        else:
+            instant = f'{rng.uniform(0, 0.95 * seconds):.2f} s'
+            process.process.join(float(instant[:-2]))
+            if not process.process.is_alive():
+                seconds *= 0.9  # the machine has become faster: no kill
+                continue
+            os.kill(process.pid, signal.SIGKILL)
+        n += 1
+        code = process.wait()
+        parts = [path.name for path in work_dir.glob('*.part')] if work_dir.exists() else []
+        again = train(task, work_dir, '--resume')
+        assert again.wait() == 0, again.output
+        assert_same(weights(work_dir / LAST[task]), wanted)
+        assert not list(work_dir.glob('*.pth.part'))
+        report.append(f'{task} {n}: killed at {instant} ({code}), left {parts}')
+    Path(os.environ.get('KILLS_REPORT', tmp_path / 'kills.txt')).write_text('\n'.join(report) + '\n')
+
+
+@pytest.mark.parametrize('place', ['before', 'written', 'moved'])
+def test_a_kill_while_a_file_is_written_leaves_a_whole_one(place, tmp_path):
+    path = tmp_path / 'epoch_1.pth'
+    path.write_bytes(b'old' * 1000)
+    child = os.fork()
+    if child == 0:  # the kill comes in the middle of the content, before the move, after it
+
+        def die(*args):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if place == 'before':
+            os.fsync = die
+        elif place == 'written':
+            os.replace = die
+        else:
+            os.open = die
+        write_whole(path, b'new' * 1000)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert path.read_bytes() == (b'new' if place == 'moved' else b'old') * 1000
+
+
+def test_no_room_keeps_what_was_there_and_says_what_is_missing(tmp_path, monkeypatch):
+    path = tmp_path / 'epoch_1.pth'
+    path.write_bytes(b'old')
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(os, 'fsync', full)
+    monkeypatch.setattr('shutil.disk_usage', lambda path: type('Usage', (), {'free': 2**20}))
+    with pytest.raises(NoRoom, match='no room for .*epoch_1.pth: 2.0 MB are missing'):
+        write_whole(path, bytes(3 * 2**20))
+    assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['epoch_1.pth']
+
+
+def test_draws_follow_from_seed_and_place_alone():
+    class Data:
+        metainfo, size = {}, 5
+
+        def __len__(self):
+            return 5
+
+    def keys(epoch, skipped=0, sampler='DefaultSampler'):
+        draws = DrawSampler(Data(), dict(type=sampler, shuffle=True), seed=3)
+        draws.set_epoch(epoch)
+        batches = SkippingBatchSampler(draws, 2)
+        passes = batches.skip(skipped)
+        order = [[(int(draw), draw.key) for draw in batch] for batch, _ in zip(batches, range(6))]
+        return passes, order
+
+    _, first = keys(0)
+    assert [index for batch in first for index, _ in batch] != list(range(5)) and len(first) == 3
+    assert keys(0)[1] == first and keys(1)[1] != first
+    assert keys(0, 1)[1] == first[1:]
+    assert keys(0, 4) == (1, keys(1)[1][1:])  # over the end of a pass
+    _, endless = keys(0, 0, 'InfiniteSampler')
+    assert keys(0, 2, 'InfiniteSampler')[1][:4] == endless[2:]
+    assert len({key for batch in endless for _, key in batch}) == 12
+
+    draw = pickle.loads(pickle.dumps(SeededIndex(4, (1, 2))))
+    assert draw == 4 and draw.key == (1, 2)
+
+
+def test_seeds_of_neighbours_are_unlike():
+    def drawn(*key):
+        seed_all(*key)
+        return [random.random(), float(np.random.rand()), float(torch.rand(1))]
+
+    assert drawn(0, 1, 2) == drawn(0, 1, 2)
+    values = np.array([drawn(0, 0, n) for n in range(2000)])
+    assert len(np.unique(values)) > 5990  # float32 draws may meet
+    assert np.abs(values.mean(0) - 0.5).max() < 0.03 and np.abs(np.corrcoef(values.T) - np.eye(3)).max() < 0.1
+    assert np.abs([np.corrcoef(v[1:], v[:-1])[0, 1] for v in values.T]).max() < 0.1
+
+
+@pytest.mark.parametrize('opened', [True, False])
+def test_a_loader_that_is_opened_before_its_run_is_resumed_takes_nothing(opened):
+    draws = DrawSampler(range(10), dict(type='InfiniteSampler', shuffle=False), seed=0)
+    batches = SkippingBatchSampler(draws, 2, opened=opened)
+    assert next(iter(batches), None) == ([0, 1] if opened else None)
+    if not opened:
+        batches.skip(1)
+        assert next(iter(batches)) == [2, 3]
+
+
+def layout(processes, images, accumulation, samples=96):
+    batches = math.ceil(math.ceil(samples / processes) / images)
+    return dict(processes=processes, images=images, accumulation=accumulation, batches=batches, samples=samples)
+
+
+@pytest.mark.parametrize(
+    'before, now, epoch, iteration, by_epoch, wanted',
+    [
+        (layout(8, 2, 1), layout(8, 2, 1), 2, 14, True, 14),
+        (layout(8, 2, 1), layout(4, 2, 2), 0, 100, False, 200),
+        (layout(4, 2, 2), layout(8, 2, 1), 0, 200, False, 100),
+        (layout(8, 2, 1), layout(1, 2, 8), 2, 12, True, 96),
+        (layout(8, 2, 1), layout(1, 2, 8), 2, 14, True, 112),  # two of six batches into the third epoch
+        (layout(8, 2, 1), layout(4, 2, 1), 2, 12, True, 24),  # another total batch: epochs still mean epochs
+        (layout(8, 2, 1), layout(4, 2, 1), 0, 100, False, 100),
+    ],
+)
+def test_counts_of_another_layout(before, now, epoch, iteration, by_epoch, wanted):
+    assert moved(epoch, iteration, before, now, by_epoch)[0] == wanted
+
+
+@pytest.mark.parametrize(
+    'before, now, epoch, iteration, by_epoch, word',
+    [
+        (layout(8, 2, 1), layout(8, 2, 1, 95), 2, 12, True, '95 images, 96 when'),
+        (layout(1, 2, 8), layout(8, 2, 1), 0, 201, False, 'within a batch'),
+        (layout(8, 2, 1), layout(4, 2, 4), 0, 100, False, 'total batch was 16, now 32'),
+        (layout(8, 2, 1), layout(4, 2, 1), 2, 14, True, 'total batch was 16, now 8'),
+    ],
+)
+def test_counts_that_cannot_be_carried_over(before, now, epoch, iteration, by_epoch, word):
+    with pytest.raises(UsageError, match=word):
+        moved(epoch, iteration, before, now, by_epoch)
+
+
+@pytest.mark.parametrize('samples, by_epoch, same', [(96, True, True), (100, True, False), (100, False, True)])
+def test_what_is_said_of_another_layout_is_true(samples, by_epoch, same):
+    _, note = moved(1, 10, layout(8, 2, 1, samples), layout(4, 2, 2, samples), by_epoch)
+    assert ('the same images in each update' in note) == same
+
+
+def test_updates_of_another_layout_see_the_same_images():
+    """Plain batches: the images of update k are the same on one process and on four."""
+
+    def images(processes, n_images, accumulation, update):
+        order = list(range(96))  # of any shuffle
+        found = []
+        for rank in range(processes):
+            own = order[rank::processes]
+            at = update * accumulation * n_images
+            found += own[at : at + accumulation * n_images]
+        return sorted(found)
+
+    for update in range(6):
+        assert images(1, 2, 8, update) == images(4, 2, 2, update) == images(8, 2, 1, update) == images(16, 1, 1, update)

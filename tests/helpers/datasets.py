@@ -1,0 +1,176 @@
+"""Custom data sets in the layouts that people use, and what the checks say of them."""
+
+import json
+import re
+import runpy
+import shutil
+import sys
+
+import cv2
+import numpy as np
+from mmengine.config import Config
+from PIL import Image
+
+from convnext_dense.datasets import toy_shapes
+from convnext_dense.datasets.custom import Request, read_data
+from helpers.paths import ROOT
+
+TRAIN, VAL = 'annotations/instances_train.json', 'annotations/instances_val.json'
+
+
+def edit(change, file=TRAIN):
+    """Damage by a change of a COCO file's content."""
+
+    def damage(root):
+        content = json.loads((root / file).read_text())
+        change(content)
+        (root / file).write_text(json.dumps(content))
+
+    return damage
+
+
+def report_of(root, task='detection', **request):
+    data = read_data(Request(str(root), **request), task, ('train', 'val'))
+    return data, {finding.kind: finding for finding in data.report.findings.values()}
+
+
+CONFIGS = ROOT / 'configs'
+DETECTOR, SEGMENTOR = CONFIGS / 'demo/mask_rcnn.py', CONFIGS / 'demo/upernet.py'
+N_TRAIN, N_VAL = 5, 3
+
+
+def coco(drawn, split):
+    return json.loads((drawn / f'annotations/instances_{split}.json').read_text())
+
+
+def put(drawn, split, folder, name='{}', ending='.png'):
+    """Copy the images of a split, under other names and in other formats, into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted((drawn / split).iterdir()):
+        new = folder / (name.format(path.stem) + ending)
+        if ending == '.png':
+            shutil.copy(path, new)
+        else:
+            cv2.imwrite(str(new), cv2.imread(str(path)))
+
+
+def dump(content, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def other_categories(content):
+    """The same with other ids of categories, in another order."""
+    ids = {c['id']: 7 * (10 - c['id']) for c in content['categories']}
+    return {
+        **content,
+        'categories': [{**c, 'id': ids[c['id']]} for c in content['categories']][::-1],
+        'annotations': [{**a, 'category_id': ids[a['category_id']]} for a in content['annotations']],
+    }
+
+
+def as_roboflow(drawn, folder):
+    for split, name in (('train', 'train'), ('val', 'valid')):
+        content = coco(drawn, split)
+        content['categories'] = [dict(id=0, name='shapes', supercategory='none')] + [
+            {**c, 'supercategory': 'shapes'} for c in content['categories']
+        ]
+        put(drawn, split, folder / name)
+        dump(content, folder / name / '_annotations.coco.json')
+
+
+def classes_of(drawn, split, path):
+    """The label map of an image as classes: ground 0, ..., 255 on borders."""
+    labels = cv2.imread(str(drawn / 'labels' / split / path), cv2.IMREAD_UNCHANGED)
+    return np.where(labels == 0, 255, labels.astype(int) - 1).astype(np.uint8)
+
+
+def put_labels(drawn, split, folder, change=lambda classes: classes, name='{}', palette=False):
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted((drawn / split).iterdir()):
+        image = Image.fromarray(change(classes_of(drawn, split, path.name)).astype(np.uint8))
+        if palette:
+            image.putpalette([i % 256 for i in range(768)])
+        image.save(folder / f'{name.format(path.stem)}.png')
+
+
+def as_voc(drawn, folder):
+    folder = folder / 'VOC2012'
+    (folder / 'ImageSets/Segmentation').mkdir(parents=True)
+    for split in ('train', 'val'):
+        put(drawn, split, folder / 'JPEGImages', split + '_{}', '.jpg')
+        put_labels(drawn, split, folder / 'SegmentationClass', name=split + '_{}', palette=True)
+        names = [f'{split}_{path.stem}' for path in sorted((drawn / split).iterdir())]
+        (folder / f'ImageSets/Segmentation/{split}.txt').write_text('\n'.join(names))
+    put(drawn, 'val', folder / 'JPEGImages', 'no_segmentation_{}', '.jpg')
+    return ['--data', folder]
+
+
+def as_folders(drawn, folder):
+    """images/ and masks/, with images of all endings and a file of classes."""
+    for split in ('train', 'val'):
+        put(drawn, split, folder / 'images' / split, ending='.jpg')
+        for i, ending in enumerate(('.JPG', '.jpeg', '.png')):
+            path = sorted((folder / 'images' / split).glob('*.jpg'))[0]
+            if i == 2:
+                cv2.imwrite(str(path.with_suffix('.png')), cv2.imread(str(path)))
+                path.unlink()
+            else:
+                path.rename(path.with_suffix(ending))
+        put_labels(drawn, split, folder / 'masks' / split)
+    (folder / 'classes.txt').write_text('\n'.join(toy_shapes.LABELS))
+
+
+def run(tool, *args):
+    """A tool in this process, as a user runs it."""
+    before = sys.argv
+    sys.argv = [tool, *map(str, args)]
+    try:
+        runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        sys.argv = before
+    return 0
+
+
+def quick(name):
+    """Settings that make a training a matter of a second."""
+    return [
+        *(f'{s}_dataloader.num_workers=0' for s in ('train', 'val', 'test')),
+        *(f'{s}_dataloader.persistent_workers=False' for s in ('train', 'val', 'test')),
+        'train_dataloader.batch_size=3', 'log_level=WARNING', f'experiment_name={re.sub("[^a-z]", "", name.lower())}',
+    ]  # fmt: skip
+
+
+def load(name):
+    """A recipe as a tool would have loaded it."""
+    config = Config.fromfile(CONFIGS / f'{name}.py')
+    config.launcher, config.work_dir = 'none', 'run'
+    return config
+
+
+def own(folder, n, sizes=((64, 48), (48, 64), (64, 64)), masks=True):
+    """A data set of `n` classes, an object of each somewhere; COCO json and label maps."""
+    rng = np.random.RandomState(0)
+    names = [f'thing {i}' for i in range(n)]
+    for split in ('train', 'val'):
+        images, annotations = [], []
+        (folder / 'images' / split).mkdir(parents=True)
+        (folder / 'masks' / split).mkdir(parents=True)
+        for i, (width, height) in enumerate(sizes):
+            image, labels = rng.randint(0, 256, (height, width, 3)), np.zeros((height, width), np.uint8)
+            images.append(dict(id=i, file_name=f'{i}.png', width=width, height=height))
+            for label in range(i, n, len(sizes)):
+                x, y = rng.randint(0, width - 20), rng.randint(0, height - 20)
+                labels[y : y + 20, x : x + 20] = label
+                polygon = [x, y, x + 20, y, x + 20, y + 20, x, y + 20]
+                annotation = dict(id=len(annotations), image_id=i, category_id=label + 1, bbox=[x, y, 20, 20], area=400)
+                annotation |= dict(iscrowd=0, segmentation=[[float(v) for v in polygon]] if masks else [])
+                annotations.append(json.loads(json.dumps(annotation, default=int)))
+            cv2.imwrite(str(folder / 'images' / split / f'{i}.png'), image)
+            Image.fromarray(labels).save(folder / 'masks' / split / f'{i}.png')
+        categories = [dict(id=i + 1, name=name) for i, name in enumerate(names)]
+        dump(dict(images=images, annotations=annotations, categories=categories), folder / f'annotations/{split}.json')
+    (folder / 'classes.txt').write_text('\n'.join(names))
+    return names

@@ -1,0 +1,60 @@
+"""Files and limits for the tests of data sets."""
+
+import multiprocessing
+import os
+import resource
+import struct
+import traceback
+import zlib
+from pathlib import Path
+
+from convnext_dense.errors import UsageError
+
+
+def limited(function, *args, seconds=60, gigabytes=2.0):
+    """What a function returns in a process of its own, which may take so much time and memory more than this one has.
+    A hang, a signal and an exception fail the test."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+
+    def run():
+        now = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+        most = now + int(gigabytes * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        try:
+            theirs.send((True, function(*args)))
+        except BaseException:
+            theirs.send((False, traceback.format_exc()))
+        os._exit(0)
+
+    process = multiprocessing.get_context('fork').Process(target=run)
+    process.start()
+    theirs.close()
+    there = ours.poll(seconds)
+    try:
+        assert there, f'no end after {seconds} s'
+        whole, result = ours.recv()
+    except EOFError:
+        process.join()
+        raise AssertionError(f'ended by signal {-process.exitcode}') from None
+    finally:
+        process.kill()
+        process.join()
+    assert whole, result
+    return result
+
+
+def said(function, *args):
+    """The one line of a UsageError, or what is returned."""
+    try:
+        return function(*args)
+    except UsageError as error:
+        assert '\n' not in str(error)
+        return str(error)
+
+
+def png(width, height, data=b''):
+    """The beginning of a grey PNG, or with its data a whole one."""
+    header = b'IHDR' + struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0)
+    chunks = [header, b'IDAT' + data, b'IEND']
+    parts = [struct.pack('>I', len(c) - 4) + c + struct.pack('>I', zlib.crc32(c)) for c in chunks]
+    return b'\x89PNG\r\n\x1a\n' + b''.join(parts)

@@ -1,0 +1,38 @@
+"""Configs of short runs."""
+
+from mmengine.config import Config
+
+N_IMAGES, TOTAL = 16, 4
+
+
+def run_config(counted: str, images: int) -> Config:
+    epochs = counted == 'epochs'
+    decay = (
+        dict(type='MultiStepLR', by_epoch=True, milestones=[1, 2], gamma=0.1)
+        if epochs
+        else dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=8)
+    )
+    return Config(
+        dict(
+            model=dict(type='PixelMeanModel'),
+            model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None),  # on CPUs
+            train_dataloader=dict(
+                batch_size=images,
+                num_workers=0,
+                sampler=dict(type='DefaultSampler' if epochs else 'InfiniteSampler', shuffle=False),
+                dataset=dict(type='NumberedImages'),
+            ),
+            total_batch=TOTAL,
+            optim_wrapper=dict(
+                constructor='LayerDecayOptimWrapperConstructor',
+                optimizer=dict(type='AdamW', lr=1e-2, weight_decay=0.05),
+                paramwise_cfg=dict(decay_type='layer_wise', decay_rate=0.8),
+            ),
+            param_scheduler=[dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=6), decay],
+            train_cfg=dict(by_epoch=True, max_epochs=3) if epochs else dict(by_epoch=False, max_iters=7),
+            default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=epochs, interval=1)),
+            log_level='ERROR',
+            default_scope='mmengine',
+            randomness=dict(seed=0),
+        )
+    )

@@ -1,0 +1,330 @@
+"""Curves of runs: the lr of every layer as the optimizer had it, resumed runs, other units, pictures."""
+
+import io
+import logging
+import math
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from torch.utils.data import Dataset
+
+from convnext_dense import ConvNeXt
+from convnext_dense.config.batch_size import set_total_batch
+from convnext_dense.engine.param_scheduler_hook import UpdateParamSchedulerHook
+from convnext_dense.errors import UsageError
+from convnext_dense.paper.curves import draw, layer_lrs, layer_scales, read_curves, smoothed
+from helpers.recipes import load
+from helpers.tools import one_line_error
+from helpers.work_dirs import coco, start
+
+ARCH = dict(depths=(1, 1, 2, 1), channels=(4, 8, 12, 16))
+
+
+class Net(BaseModel):
+    def __init__(self, frozen: int):
+        super().__init__()
+        self.backbone = ConvNeXt(ARCH, frozen_stages=frozen)
+        self.head = torch.nn.Linear(16, 1)
+
+    def forward(self, inputs, mode='loss'):
+        return {'loss': self.head(self.backbone(inputs)[-1].mean((2, 3))).square().mean()}
+
+
+class Images(Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        return {'inputs': torch.full((3, 32, 32), float(i))}
+
+
+class Witness(Hook):
+    """What the optimizer's own parameter groups have at each iteration."""
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self):
+        self.lrs = {}
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.lrs[runner.iter + 1] = {g['layer_id']: g['lr'] for g in runner.optim_wrapper.optimizer.param_groups}
+
+
+STEPS = [
+    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=5),
+    dict(type='MultiStepLR', by_epoch=True, milestones=[2, 3], gamma=0.1, begin=0, end=4),
+]
+POLY = [
+    dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=4),
+    dict(type='PolyLR', power=0.9, eta_min=3e-4, by_epoch=False, begin=0, end=30),
+]
+COSINE = [dict(type='CosineAnnealingLR', T_max=12, eta_min=1e-4, by_epoch=False, begin=0, end=12)]
+
+
+@pytest.mark.parametrize('decay_type', ['layer_wise', 'stage_wise'])
+@pytest.mark.parametrize(
+    'schedule, accumulation, frozen', [(STEPS, 1, -1), (POLY, 3, -1), (COSINE, 2, 2), (STEPS, 1, 1)]
+)
+def test_lr_by_layer_is_the_optimizers(tmp_path, schedule, accumulation, frozen, decay_type):
+    """Of a real run, at every iteration, from what its logs hold."""
+    witness = Witness()
+    Runner(
+        Net(frozen),
+        str(tmp_path / 'run'),
+        dict(
+            dataset=Images(), batch_size=1, sampler=dict(type='DefaultSampler'), collate_fn=dict(type='default_collate')
+        ),
+        train_cfg=dict(by_epoch=True, max_epochs=4),
+        optim_wrapper=dict(
+            constructor='LayerDecayOptimWrapperConstructor',
+            optimizer=dict(type='AdamW', lr=2e-3),
+            paramwise_cfg=dict(decay_type=decay_type, decay_rate=0.7),
+            accumulative_counts=accumulation,
+        ),
+        param_scheduler=schedule,
+        default_hooks=dict(
+            param_scheduler=UpdateParamSchedulerHook(), logger=dict(type='LoggerHook', interval=1), checkpoint=None
+        ),
+        custom_hooks=[witness],
+        cfg=dict(
+            train_cfg=dict(by_epoch=True, max_epochs=4), optim_wrapper=dict(optimizer=dict(lr=2e-3)), model=dict()
+        ),
+        experiment_name=f'{decay_type}{accumulation}{frozen}{id(tmp_path)}',
+    ).train()
+    (curves,) = read_curves([tmp_path])
+    assert [x for x, _ in curves.lrs] == [(i + 1) / 6 for i in range(24)] and curves.unit == 'epochs'
+    for i, (_, lrs) in enumerate(curves.lrs, 1):
+        assert lrs.keys() == witness.lrs[i].keys() and len(lrs) > 2
+        for layer, lr in lrs.items():
+            assert lr == pytest.approx(witness.lrs[i][layer], rel=1e-9)
+    assert any(len(set(lrs.values())) > 2 for _, lrs in curves.lrs)
+
+
+def test_scales_of_mmdets_own_constructor():
+    from mmdet.engine.optimizers import LearningRateDecayOptimizerConstructor
+
+    text = io.StringIO()
+    handler = logging.StreamHandler(text)
+    MMLogger.get_current_instance().addHandler(handler)
+    try:
+        groups = []
+        optimizer = dict(optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05))
+        paramwise = dict(decay_rate=0.8, decay_type='layer_wise', num_layers=6)
+        LearningRateDecayOptimizerConstructor(optimizer, paramwise).add_params(groups, Net(-1))
+    finally:
+        MMLogger.get_current_instance().removeHandler(handler)
+    found = layer_scales(text.getvalue(), Config())
+    assert found == {int(group['group_name'].split('_')[1]): group['lr_scale'] for group in groups} and len(found) > 3
+    assert next(iter(found.values())) == groups[0]['lr_scale']
+
+
+def test_scales_of_other_logs():
+    """A rate of 1, no log at all; a base lr that mmengine has scaled by the batch."""
+    record = dict(lr=5e-5, base_lr=1e-4)
+    assert layer_lrs(record, {}, Config()) == record
+    assert layer_lrs(dict(lr=5e-5, base_lr=5e-5), {}, Config()) == {'lr': 5e-5} and layer_lrs({}, {}, Config()) == {}
+    scaled = Config(dict(auto_scale_lr=dict(enable=True, base_batch_size=16)))
+    assert layer_lrs(record, {0: 0.25, 2: 1.0}, scaled) == pytest.approx({0: 5e-5, 2: 2e-4})
+    table = 'layer_wise lr decay, rate 1.0:\n  id  lr            parameters\n   0  0.0001             2,040\n'
+    assert layer_scales(table, Config()) == {0: 1.0}
+
+
+def train(step, **more):
+    return dict(loss=step / 1000, lr=1e-4, iter=step, step=step, **more)
+
+
+def test_a_resumed_run_is_joined(tmp_path):
+    """The first start ends at 900, the second goes on from 500, is killed at 700 and leaves a half-written line, the
+    third logs nothing, the fourth goes on from 500 again."""
+    config = load('upernet/convnext_t')
+    start(tmp_path, config, [*map(train, range(50, 501, 50)), dict(mIoU=1.0, step=500), train(550), train(900)])
+    second = [train(550), train(600), dict(mIoU=2.0, step=600), train(700)]
+    start(tmp_path, config, second, timestamp='20260102_120000', cut='\n{"loss": 0.1, "st')
+    start(tmp_path, config, timestamp='20260103_120000')
+    start(tmp_path, config, [train(550), train(600), dict(mIoU=3.0, step=600)], timestamp='20260104_120000')
+    (curves,) = read_curves([tmp_path])
+    assert [x for x, _ in curves.losses] == list(range(50, 601, 50)) and curves.unit == 'updates'
+    assert curves.figures == [(500, {'mIoU': 1.0}), (600, {'mIoU': 3.0})]
+    assert curves.resumed == [550]
+    assert curves.run.problems == ['log cut short at line 5', '20260103_120000: no log of any iteration']
+
+
+def test_a_run_that_goes_on_with_an_evaluation(tmp_path):
+    config = load('cascade/convnext_t')
+    start(tmp_path / 'epochs', config, [train(10, epoch=1), train(20, epoch=2)])
+    start(tmp_path / 'epochs', config, [coco(0.1, 0.1, 2), train(30, epoch=3)], timestamp='20260102_120000')
+    config = load('upernet/convnext_t')
+    config.default_hooks.logger.pop('log_metric_by_epoch')  # then it gives no step
+    start(tmp_path / 'iters', config, [train(10), train(20)])
+    start(tmp_path / 'iters', config, [dict(mIoU=1.0, step=0), train(30)], timestamp='20260102_120000')
+    for name, xs in {'epochs': [1, 2, 3], 'iters': [10, 20, 30]}.items():
+        (curves,) = read_curves([tmp_path / name])
+        assert [x for x, _ in curves.losses] == xs and [x for x, _ in curves.figures] == xs[1:2]
+
+
+def test_units(tmp_path):
+    """Epochs by the log's length of one, also where it is not said; updates where gradients are added up."""
+    config = load('cascade/convnext_t')
+    records = [train(20, epoch=1), train(40, epoch=1), coco(0.1, 0.2, 1), train(70, epoch=2), train(90, epoch=2)]
+    start(tmp_path / 'said', config, records)
+    log = tmp_path / 'said/20260101_120000/20260101_120000.log'
+    log.write_text(log.read_text() + '- mmengine - INFO - Epoch(train)  [ 1][ 20/50]  base_lr: 1e-4\n')
+    start(tmp_path / 'unsaid', config, records)
+    said, unsaid = read_curves([tmp_path])
+    assert [x for x, _ in said.losses] == [0.4, 0.8, 1.4, 1.8] and [x for x, _ in said.figures] == [1]
+    assert said.figures[0][1]['box AP'] == pytest.approx(10) and said.unit == 'epochs'
+    assert [x for x, _ in unsaid.losses] == [20 / 45, 40 / 45, 70 / 45, 2]
+
+    config = load('upernet/convnext_t')
+    set_total_batch(config, 1)
+    start(tmp_path / 'updates', config, [train(800), dict(mIoU=5.0, step=800)], 1)
+    # Loops that count iterations under a logger that does not know it: the step of an evaluation is none.
+    config.default_hooks.logger.pop('log_metric_by_epoch')
+    start(tmp_path / 'unknowing', config, [train(800), dict(mIoU=5.0, step=0)], 1)
+    for name in ('updates', 'unknowing'):
+        (curves,) = read_curves([tmp_path / name])
+        assert [x for x, _ in curves.losses] == [x for x, _ in curves.figures] == [100]
+
+
+def test_parts_of_the_loss_and_other_evaluators(tmp_path):
+    parts = {'loss_rpn_cls': 0.1, 's0.loss_cls': 0.2, 's1.loss_cls': 0.3, 's0.acc': 90.0, 'decode.loss_ce': 0.4}
+    records = [{f'train/{k}': v for k, v in dict(loss=1.0, lr=1e-4, **parts).items()} | dict(epoch=1, iter=1, step=1)]
+    records += [{'val/pascal_voc/mAP': 0.5, 'val/pascal_voc/AP50': 0.6, 'val/time': 1.0, 'step': 1}]
+    start(tmp_path, Config(dict(train_cfg=dict(max_epochs=2))), records)
+    (curves,) = read_curves([tmp_path])
+    assert curves.losses == [(1, {'loss': 1.0, 'loss_rpn_cls': 0.1, 'loss_cls': 0.5, 'decode.loss_ce': 0.4})]
+    assert curves.figures == [(1, {'pascal_voc/mAP': 0.5, 'pascal_voc/AP50': 0.6})]
+    assert draw([curves], tmp_path / 'run') == tmp_path / 'run.png' and (tmp_path / 'run.png').exists()
+    assert texts(curves)[:4] == ['loss', 'lr', 'pascal_voc/mAP', 'pascal_voc/AP50']
+
+
+def texts(*curves, smooth=0.0) -> list[str]:
+    """The titles of the panels, then all other text in the picture."""
+    import matplotlib.figure
+
+    seen = []
+
+    def look(figure, file):
+        seen.append([axis.get_title() for axis in figure.axes if axis.get_title()])
+        seen.append([t.get_text() for axis in figure.axes for t in axis.texts])
+        seen.append([t.get_text() for holder in [*figure.axes, figure] for t in legend_of(holder)])
+
+    save, matplotlib.figure.Figure.savefig = matplotlib.figure.Figure.savefig, look
+    try:
+        draw(curves, 'x.png', smooth)
+    finally:
+        matplotlib.figure.Figure.savefig = save
+    return [text for some in seen for text in some]
+
+
+def legend_of(holder):
+    legends = getattr(holder, 'legends', None) or [getattr(holder, 'legend_', None)]
+    return [text for legend in legends if legend for text in legend.get_texts()]
+
+
+def test_smoothed():
+    assert smoothed([1.0, 5.0, 2.0], 0.0) == [1.0, 5.0, 2.0]
+    found = smoothed([1.0, 5.0, math.nan, 2.0], 0.5)
+    assert found[:2] == pytest.approx([1.0, (0.25 * 1 + 0.5 * 5) / 0.75]) and math.isnan(found[2])
+    assert found[3] == pytest.approx((0.125 * 1 + 0.25 * 5 + 0.5 * 2) / 0.875)
+
+
+def test_the_tool(run_tool, tmp_path):
+    det = load('cascade/convnext_t')
+    records = [r for e in range(1, 5) for r in (train(e * 10, epoch=e), coco(e / 10, e / 20, e))]
+    start(tmp_path / 'work_dirs/cascade/a', det, records)
+    start(tmp_path / 'work_dirs/cascade/b', det, [*records[:4], train(30, epoch=3) | {'loss': math.nan}])
+    start(tmp_path / 'work_dirs/upernet/c', load('upernet/convnext_t'), [train(50), dict(mIoU=20.0, step=50)])
+    start(tmp_path / 'quiet', load('upernet/convnext_t'), [train(50), train(100)])
+
+    process = run_tool('plot_run.py', 'work_dirs/cascade/a')
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines() == [
+        'work_dirs/cascade/a: 4 of 36 epochs, box AP 40.0 (best 40.0), mask AP 20.0 (best 20.0)',
+        'work_dirs/cascade/a/run.png',
+    ]
+    assert (tmp_path / 'work_dirs/cascade/a/run.png').read_bytes().startswith(b'\x89PNG')
+    # Again, with the picture there: it is drawn anew. The same run twice is one.
+    process = run_tool(
+        'plot_run.py', 'work_dirs', 'work_dirs/cascade/a', 'quiet', '--out', 'all.svg', '--smooth', '0.9'
+    )
+    assert process.returncode == 0, process.stderr
+    assert len(process.stdout.splitlines()) == 5 and 'loss nan' in process.stdout
+    svg = (tmp_path / 'all.svg').read_text()
+    assert svg.startswith('<?xml') and not (tmp_path / 'runs.png').exists()
+
+    curves = read_curves([tmp_path / 'work_dirs'])
+    found = texts(*curves)
+    assert found[:4] == ['detection: loss', found[1], 'detection: box AP', 'detection: mask AP']
+    assert [t for t in found if t.startswith('segmentation: ')][::2] == ['segmentation: loss', 'segmentation: mIoU']
+    assert {'paper 50.4', 'paper 43.7', 'paper 46.0', '40.0', 'cascade/a', 'cascade/b', 'upernet/c'} <= set(found)
+    assert 'paper 46.0' not in texts(*read_curves([tmp_path / 'quiet']))
+    assert texts(curves[0])[:4] == ['loss', 'lr', 'box AP', 'mask AP']
+
+
+def test_bad_input(run_tool, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    start(tmp_path / 'begun', load('upernet/convnext_t'))
+    start(tmp_path / 'run', load('upernet/convnext_t'), [train(50)])
+    one_line_error(run_tool('plot_run.py', 'run', '--out', 'run.xyz'), 'run.xyz', 'png')
+    one_line_error(run_tool('plot_run.py', 'run', '--out', 'gone/run.png'), 'gone/run.png')
+    one_line_error(run_tool('plot_run.py', 'run', '--smooth', '1'), '--smooth 1')
+    for folder, words in {
+        'gone': "'gone'",
+        'empty': 'empty holds no run',
+        'begun': 'begun has logged no iteration',
+        'run/20260101_120000': 'is one start of a run: give',
+    }.items():
+        with pytest.raises(UsageError, match=words):
+            read_curves([tmp_path / 'run', tmp_path / folder if folder != 'gone' else folder])
+
+
+STRANGE = {  # scalars, a text log, what is said
+    'an lr that is no number': ('{"loss":1,"lr":NaN,"step":1,"epoch":1}', '', 'lr nan at 1 epochs is not drawn'),
+    'an lr without end': ('{"loss":1,"lr":Infinity,"base_lr":1,"step":1,"epoch":1}', '', 'lr inf at 1 epochs is not'),
+    'numbers beyond scales': (
+        '{"loss":1e308,"loss_a":1e308,"loss_b":1,"s0.loss_c":1e308,"s1.loss_c":1e308,"lr":1e308,"step":1,"epoch":1}',
+        '',
+        'loss 1e+308 at 1 epochs is not drawn, nor are 3 values more',
+    ),
+    'a figure without end': (
+        '{"loss":1,"lr":1,"step":1,"epoch":1}\n{"coco/bbox_mAP":Infinity,"step":1}',
+        '',
+        'box AP inf at step 1',
+    ),
+    'another figure': ('{"loss":1,"lr":1,"step":1,"epoch":1}\n{"a/mAP":-1e308,"step":1}', '', 'a/mAP -1e+308 at 1'),
+    'scales of 0': ('{"loss":1,"lr":1,"step":1,"epoch":1}', '"layer_0_decay": {"lr_scale": 0.0', ''),
+    'scales that are no numbers': ('{"loss":1,"lr":1,"step":1,"epoch":1}', '"layer_0_decay": {"lr_scale": 1.2.3', ''),
+    'an lr of 0 in the table': (
+        '{"loss":1,"lr":1,"step":1,"epoch":1}',
+        'layer_wise lr decay, rate 0.7:\n  id  lr            parameters\n   0  0             2,040\n',
+        '',
+    ),
+    'a rate of 0 in the table': (
+        '{"loss":1,"lr":1,"step":1,"epoch":1}',
+        'layer_wise lr decay, rate 0:\n  id  lr            parameters\n   0  1             2,040\n',
+        '',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', STRANGE)
+@pytest.mark.parametrize('alone', [True, False])
+def test_numbers_that_no_scale_has(tmp_path, case, alone):
+    """The rest is drawn, alone and beside another run, and what is not is said."""
+    scalars, log, words = STRANGE[case]
+    config = Config(dict(train_cfg=dict(max_epochs=3), optim_wrapper=dict(optimizer=dict(lr=1.0))))
+    start(tmp_path / 'a', config, [train(1, epoch=1)])
+    place = tmp_path / 'a/20260101_120000'
+    (place / 'vis_data/scalars.json').write_text(f'{scalars}\n{{"loss":2.0,"lr":0.5,"epoch":2,"step":2}}\n')
+    (place / '20260101_120000.log').write_text(log)
+    if not alone:
+        start(tmp_path / 'b', config, [train(1, epoch=1)])
+    curves = read_curves([tmp_path])
+    assert draw(curves, tmp_path / 'x.png', 0.5).read_bytes().startswith(b'\x89PNG')
+    assert words in '; '.join(curves[0].run.problems) and bool(words) == bool(curves[0].run.problems)

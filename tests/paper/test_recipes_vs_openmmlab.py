@@ -1,0 +1,285 @@
+"""The recipes are mmdet's and mmseg's own ConvNeXt configs, but for the differences that are written here.
+
+So are the base configs of the embedded data set those of COCO and ADE20K.
+"""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+
+import mmdet
+import mmseg
+import pytest
+from mmcv.transforms import LoadImageFromFile
+from mmdet.datasets import CocoDataset
+from mmdet.evaluation import CocoMetric
+from mmengine.config import Config
+from mmengine.optim import AmpOptimWrapper
+from mmengine.runner import Runner
+from mmseg.datasets import ADE20KDataset
+from mmseg.models import EncoderDecoder
+
+from convnext_dense.datasets import toy_shapes
+from helpers.paths import ROOT
+
+# What a run is made of: all that mmengine's Runner reads, what is imported first, and the batch that we keep.
+PARTS = [*inspect.signature(Runner).parameters, 'custom_imports', 'total_batch']
+SPLITS = ('train', 'val', 'test')
+ABSENT = 'absent'
+
+# Arguments that one side writes out and the other leaves to the class: no difference where the value is the default.
+DEFAULTS = {
+    **{f'{split}_dataloader.dataset.pipeline.0.backend_args': LoadImageFromFile for split in SPLITS},
+    'optim_wrapper.loss_scale': AmpOptimWrapper,
+}
+COCO_DEFAULTS = {
+    **DEFAULTS,
+    **{f'{split}_dataloader.dataset.backend_args': CocoDataset for split in SPLITS},
+    **{f'{split}_evaluator.{name}': CocoMetric for split in SPLITS for name in ('backend_args', 'format_only')},
+}
+ADE20K_DEFAULTS = {
+    **DEFAULTS,
+    **{f'{split}_dataloader.dataset.reduce_zero_label': ADE20KDataset for split in SPLITS},
+    'model.pretrained': EncoderDecoder,
+}
+
+# From here on: key -> (stock, ours).
+COMMON = {
+    'model.backbone.type': ('mmpretrain.ConvNeXt', 'ConvNeXt'),  # ours needs no mmpretrain
+    'model.backbone.gap_before_final_norm': (False, ABSENT),  # of mmpretrain's classifiers
+    'model.backbone.init_cfg.prefix': ('backbone.', ABSENT),  # of mmpretrain's files; ours are the authors'
+    # Ours finds the number of layers by the depths.
+    'optim_wrapper.constructor': ('LearningRateDecayOptimizerConstructor', 'LayerDecayOptimWrapperConstructor'),
+    'total_batch': (ABSENT, 16),  # tools/train.py keeps the batch, instead of scaling the lr with it
+}
+COCO = {
+    **COMMON,
+    'custom_imports.imports': (['mmpretrain.models'], ['convnext_dense', 'convnext_dense.models.fp32_heads']),
+    'auto_scale_lr.enable': (False, ABSENT),
+    'auto_scale_lr.base_batch_size': (16, ABSENT),
+    # The original warmed up for 500 iterations, and mmengine counts `end - begin - 1`.
+    'param_scheduler.0.end': (1000, 501),
+    # Under mixed precision proposals, RoIs, their features and losses stay in fp32, as in the original.
+    'model.rpn_head.type': ('RPNHead', 'FP32RPNHead'),
+    'model.roi_head.bbox_roi_extractor.type': ('SingleRoIExtractor', 'FP32RoIExtractor'),
+    'model.roi_head.mask_roi_extractor.type': ('SingleRoIExtractor', 'FP32RoIExtractor'),
+    'model.roi_head.mask_head.type': ('FCNMaskHead', 'FP32FCNMaskHead'),
+}
+MASK_RCNN = {**COCO, 'model.roi_head.bbox_head.type': ('Shared2FCBBoxHead', 'FP32Shared2FCBBoxHead')}
+CASCADE = {
+    **COCO,
+    **{f'model.roi_head.bbox_head.{i}.type': ('ConvFCBBoxHead', 'FP32ConvFCBBoxHead') for i in range(3)},
+}
+ADE20K = {
+    **COMMON,
+    'custom_imports.imports': ('mmpretrain.models', ['convnext_dense']),
+    # The original's two schedules both start at 0 and multiply; the ones as above.
+    'param_scheduler.0.end': (1500, 1501),
+    'param_scheduler.1.begin': (1500, 0),
+    'param_scheduler.1.end': (160000, 160001),
+    # Without and with the slash at the end.
+    **{
+        f'{split}_dataloader.dataset.data_root': ('data/ade/ADEChallengeData2016', 'data/ade/ADEChallengeData2016/')
+        for split in SPLITS
+    },
+    # Ours says it to the data set, which tells the pipeline: mmseg calls the other way deprecated.
+    'train_dataloader.dataset.pipeline.1.reduce_zero_label': (True, ABSENT),
+    'val_dataloader.dataset.pipeline.2.reduce_zero_label': (True, ABSENT),
+    'test_dataloader.dataset.pipeline.2.reduce_zero_label': (True, ABSENT),
+    # How many iterations a line of the log averages: 50 as on COCO; by default 10.
+    'log_processor.type': (ABSENT, 'LogProcessor'),
+    'log_processor.window_size': (ABSENT, 50),
+}
+# The original trained the two largest in fp32.
+FP32 = {'optim_wrapper.type': ('AmpOptimWrapper', 'OptimWrapper')}
+TINY = 'convnext-tiny_3rdparty_32xb128-noema_in1k_20220301-795e9634.pth'
+SMALL = 'convnext-small_3rdparty_32xb128-noema_in1k_20220301-303e75e3.pth'
+BASE = 'convnext-base_3rdparty_32xb128-noema_in1k_20220301-2a0ee547.pth'
+
+
+def weights(stock: str, ours: str, n_layers: int) -> dict:
+    return {
+        'model.backbone.init_cfg.checkpoint': (stock, ours),
+        'optim_wrapper.paramwise_cfg.num_layers': (n_layers, ABSENT),
+    }
+
+
+def larger_cascade(arch: str, channels: list[int], drop_path: float) -> dict:
+    """What makes another size of the stock Cascade S."""
+    return {
+        'model.backbone.arch': ('small', arch),
+        'model.neck.in_channels': ([96, 192, 384, 768], channels),
+        'model.backbone.drop_path_rate': (0.6, drop_path),
+    }
+
+
+HALF_LR = {'optim_wrapper.optimizer.lr': (2e-4, 1e-4)}
+DECAY = {'optim_wrapper.paramwise_cfg.decay_rate': (0.7, 0.8)}
+CASCADE_OF = 'cascade-mask-rcnn_convnext-{}-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco'
+UPERNET_OF = 'convnext-{0}_upernet_8xb2-amp-160k_ade20k-{1}x{1}'
+# recipe -> stock config, differences.
+RECIPES = {
+    'mask_rcnn/convnext_t': (
+        'mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco',
+        MASK_RCNN | weights(TINY, 'convnext_tiny_1k_224', 6),
+    ),
+    'cascade/convnext_t': (CASCADE_OF.format('t'), CASCADE | weights(TINY, 'convnext_tiny_1k_224', 6)),
+    'cascade/convnext_s': (CASCADE_OF.format('s'), CASCADE | weights(SMALL, 'convnext_small_1k_224', 12)),
+    # mmdet has no larger ones.
+    'cascade/convnext_b': (
+        CASCADE_OF.format('s'),
+        CASCADE
+        | weights(SMALL, 'convnext_base_1k_224', 12)
+        | larger_cascade('base', [128, 256, 512, 1024], 0.7)
+        | DECAY,
+    ),
+    'cascade/convnext_b_in22k': (
+        CASCADE_OF.format('s'),
+        CASCADE
+        | weights(SMALL, 'convnext_base_22k_224', 12)
+        | larger_cascade('base', [128, 256, 512, 1024], 0.6)
+        | DECAY
+        | HALF_LR,
+    ),
+    'cascade/convnext_l_in22k': (
+        CASCADE_OF.format('s'),
+        CASCADE
+        | weights(SMALL, 'convnext_large_22k_224', 12)
+        | larger_cascade('large', [192, 384, 768, 1536], 0.7)
+        | HALF_LR
+        | FP32,
+    ),
+    'cascade/convnext_xl_in22k': (
+        CASCADE_OF.format('s'),
+        CASCADE
+        | weights(SMALL, 'convnext_xlarge_22k_224', 12)
+        | larger_cascade('xlarge', [256, 512, 1024, 2048], 0.8)
+        | HALF_LR
+        | FP32,
+    ),
+    'upernet/convnext_t': (UPERNET_OF.format('tiny', 512), ADE20K | weights(TINY, 'convnext_tiny_1k_224', 6)),
+    'upernet/convnext_s': (UPERNET_OF.format('small', 512), ADE20K | weights(SMALL, 'convnext_small_1k_224', 12)),
+    'upernet/convnext_b': (UPERNET_OF.format('base', 512), ADE20K | weights(BASE, 'convnext_base_1k_224', 12)),
+    'upernet/convnext_b_in22k': (
+        UPERNET_OF.format('base', 640),
+        ADE20K | weights('convnext-base_3rdparty_in21k_20220301-262fd037.pth', 'convnext_base_22k_224', 12),
+    ),
+    'upernet/convnext_l_in22k': (
+        UPERNET_OF.format('large', 640),
+        ADE20K | weights('convnext-large_3rdparty_in21k_20220301-e6e0ea0a.pth', 'convnext_large_22k_224', 12) | FP32,
+    ),
+    'upernet/convnext_xl_in22k': (
+        UPERNET_OF.format('xlarge', 640),
+        ADE20K | weights('convnext-xlarge_3rdparty_in21k_20220301-08aa5ddc.pth', 'convnext_xlarge_22k_224', 12) | FP32,
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def data_at_its_default_place(monkeypatch):
+    for name in ('COCO_ROOT', 'ADE20K_ROOT', 'SHAPES_ROOT'):
+        monkeypatch.delenv(name, raising=False)
+
+
+def flat(value, key: str = '') -> dict[str, object]:
+    """Nested dicts and lists of them as one dict by dotted keys; lists of plain values, and what is empty, whole."""
+    if isinstance(value, dict) and value:
+        items = value.items()
+    elif isinstance(value, (list, tuple)) and any(isinstance(v, (dict, list, tuple)) for v in value):
+        items = enumerate(value)
+    else:
+        return {key: value}
+    return {k: v for name, item in items for k, v in flat(item, f'{key}.{name}'.lstrip('.')).items()}
+
+
+def settings(file: Path, defaults: Mapping[str, type] = MappingProxyType({})) -> dict[str, object]:
+    """A config's settings by dotted key, without those that merely repeat a default."""
+    config = Config.fromfile(file, import_custom_modules=False).to_dict()
+    found = flat({part: config[part] for part in PARTS if part in config})
+    for key, owner in defaults.items():
+        default = inspect.signature(owner).parameters[key.split('.')[-1]].default
+        if key in found and found[key] == default:
+            del found[key]
+    return found
+
+
+def differences(stock: dict, ours: dict) -> dict[str, tuple]:
+    pairs = {key: (stock.get(key, ABSENT), ours.get(key, ABSENT)) for key in {**stock, **ours}}
+    return {key: (theirs, own) for key, (theirs, own) in pairs.items() if theirs != own}
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_recipe_is_the_stock_config_but_for(recipe):
+    name, expected = RECIPES[recipe]
+    package, defaults = (mmseg, ADE20K_DEFAULTS) if recipe.startswith('upernet') else (mmdet, COCO_DEFAULTS)
+    stock = settings(Path(package.__path__[0], '.mim/configs/convnext', f'{name}.py'), defaults)
+    ours = settings(ROOT / 'configs' / f'{recipe}.py', defaults)
+    # The mirror that a release of mmdet or mmseg downloads from is its own business.
+    place = 'model.backbone.init_cfg.checkpoint'
+    stock[place] = PurePosixPath(stock[place]).name
+    # mmseg writes the preprocessor a second time, for models that have none.
+    for key in [key for key in stock if key.startswith('data_preprocessor.')]:
+        assert stock.pop(key) == stock[f'model.{key}']
+    expected = {key: (theirs, own) for key, (theirs, own) in expected.items() if theirs != own}
+    assert differences(stock, ours) == expected
+
+
+def test_shapes_detection_is_coco_but_for():
+    """Data and classes of its own, smaller, in one process."""
+    sides = [(96, 128), (112, 128), (128, 128)]
+    choice = 'train_dataloader.dataset.pipeline.3.transforms'
+    expected = {
+        f'{choice}.0.0.scales': sides,
+        f'{choice}.1.0.scales': sides[1:],
+        f'{choice}.1.1.crop_size': (80, 112),
+        f'{choice}.1.2.scales': sides,
+    }
+    for split, of in zip(SPLITS, ('train', 'val', 'val')):
+        expected |= {
+            f'{split}_dataloader.num_workers': 1,
+            f'{split}_dataloader.dataset.data_root': 'data/shapes/',
+            f'{split}_dataloader.dataset.metainfo.classes': toy_shapes.CLASSES,
+            f'{split}_dataloader.dataset.ann_file': f'annotations/instances_{of}.json',
+            f'{split}_dataloader.dataset.data_prefix.img': f'{of}/',
+        }
+    for split in ('val', 'test'):
+        expected[f'{split}_dataloader.dataset.pipeline.1.scale'] = (128, 128)
+        expected[f'{split}_evaluator.ann_file'] = 'data/shapes/annotations/instances_val.json'
+    coco = settings(ROOT / 'configs/_base_/coco.py')
+    kept = {key: value for key, value in coco.items() if '.scales.' not in key and key != 'total_batch'}
+    assert settings(ROOT / 'configs/_base_/shapes_detection.py') == kept | flat(expected)
+
+
+def test_shapes_segmentation_is_ade20k_but_for():
+    """Data and classes of its own, smaller, in one process."""
+    expected = {
+        'train_dataloader.batch_size': 8,
+        'train_dataloader.dataset.pipeline.2.scale': (512, 128),
+        'train_dataloader.dataset.pipeline.3.crop_size': (128, 128),
+        'val_dataloader.dataset.pipeline.1.scale': (512, 128),
+        'test_dataloader.dataset.pipeline.1.scale': (512, 128),
+    }
+    for split, of in zip(SPLITS, ('train', 'val', 'val')):
+        expected |= {
+            f'{split}_dataloader.num_workers': 1,
+            f'{split}_dataloader.dataset.type': 'BaseSegDataset',
+            f'{split}_dataloader.dataset.data_root': 'data/shapes/',
+            f'{split}_dataloader.dataset.img_suffix': '.png',
+            f'{split}_dataloader.dataset.metainfo.classes': toy_shapes.LABELS,
+            f'{split}_dataloader.dataset.metainfo.palette': toy_shapes.PALETTE,
+            f'{split}_dataloader.dataset.data_prefix.img_path': of,
+            f'{split}_dataloader.dataset.data_prefix.seg_map_path': f'labels/{of}',
+        }
+    kept = settings(ROOT / 'configs/_base_/ade20k.py')
+    del kept['total_batch']
+    assert settings(ROOT / 'configs/_base_/shapes_segmentation.py') == kept | flat(expected)
+
+
+@pytest.mark.parametrize(
+    'base, recipe', [('cascade_mask_rcnn_3x', 'cascade/convnext_t'), ('upernet_160k', 'upernet/convnext_t')]
+)
+def test_base_is_that_of_convnext_t(base, recipe):
+    """What a base says and each recipe says again is, where a config of somebody's own leaves it, Tiny's."""
+    found, tiny = settings(ROOT / f'configs/_base_/{base}.py'), settings(ROOT / f'configs/{recipe}.py')
+    assert {key: tiny.get(key, ABSENT) for key in found} == found

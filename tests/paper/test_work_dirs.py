@@ -1,0 +1,264 @@
+"""The paper's table beside work dirs: a finished run, one half-way, one that crashed, and tests of released weights."""
+
+import json
+
+import pytest
+
+from convnext_dense.config.batch_size import set_total_batch
+from convnext_dense.config.multiscale import set_multiscale
+from convnext_dense.paper.departures import changed_settings
+from convnext_dense.paper.results import MAIN, ROWS, row_of
+from convnext_dense.paper.work_dirs import find_runs, read_runs
+from helpers.recipes import load
+from helpers.tools import one_line_error
+from helpers.work_dirs import coco, start
+
+
+def test_result(folder, config, metrics, load_from, multiscale=False, timestamp='20260102_120000') -> None:
+    """What tools/test.py leaves."""
+    place = folder / 'test' / timestamp
+    place.mkdir(parents=True)
+    (place / f'{timestamp}.json').write_text(json.dumps(metrics))
+    if multiscale:
+        set_multiscale(config)
+    config.load_from = load_from
+    config.dump(place / 'config.py')
+
+
+test_result.__test__ = False
+
+
+def train(loss=1.0, **where):
+    return dict(loss=loss, lr=1e-4, **where)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    folder = tmp_path / 'work_dirs'
+    records = [r for e in range(1, 37) for r in (train(epoch=e, step=e * 10), coco(0.3 + e / 200, 0.2 + e / 200, e))]
+    records[-3] = coco(0.515, 0.437, 35)
+    records[-1] = coco(0.5062, 0.432, 36)
+    start(folder / 'finished', load('cascade/convnext_t'), records)
+    (folder / 'finished/last_checkpoint').write_text('/elsewhere/epoch_36.pth')
+
+    half = load('upernet/convnext_s')
+    set_total_batch(half, 4)
+    half.optim_wrapper.optimizer.lr = 2e-4
+    start(folder / 'half', half, [train(step=50), dict(mIoU=30.0, step=32_000)], 4)
+    start(folder / 'half', half, [dict(mIoU=44.0, step=128_000), train(step=160_000)], 4, '20260102_120000')
+
+    crashed = [train(epoch=1, step=50), coco(0.1, 0.1, 1), train(float('nan'), epoch=2, step=60)]
+    start(folder / 'crashed', load('mask_rcnn/convnext_t'), crashed, 3, cut='\n{"loss": 1.0, "ep')
+    (folder / 'crashed/last_checkpoint').write_text(str(folder / 'crashed/epoch_1.pth'))
+    (folder / 'crashed/epoch_1.pth').write_bytes(b'PK\x03\x04 half of a checkpoint')
+
+    released = folder / 'released'
+    file, recipe = '/hub/upernet_convnext_tiny_1k_512x512.pth', 'upernet/convnext_t'
+    test_result(released, load(recipe), dict(mIoU=46.02), file)
+    test_result(released, load(recipe), dict(mIoU=46.9), file, True, '20260103_120000')
+
+    start(folder / 'other', load('demo/upernet'), [dict(mIoU=90.15, step=400)], 1)
+    start(folder / 'at_once', load('cascade/convnext_b'))
+    return folder
+
+
+def test_each_run_is_read_right(runs):
+    names = ('finished', 'half', 'crashed', 'released', 'other', 'at_once')
+    (finished,), (half,), (crashed,), (released,), (other,), (at_once,) = (read_runs(runs / name) for name in names)
+    assert {run.folder for run in find_runs([runs])} == {runs / n for n in names if n != 'released'} | {
+        runs / 'released/test'
+    }
+
+    assert (
+        finished.row.recipe == 'cascade/convnext_t'
+        and finished.finished
+        and (finished.done, finished.length) == (36, 36)
+    )
+    assert finished.last('box AP') == pytest.approx(50.62) and finished.best('box AP') == pytest.approx(51.5)
+    assert finished.verdict('box AP') == (0.2, 'inside') and finished.verdict('mask AP') == (-0.5, 'below')
+    assert (finished.precision, finished.total_batch, finished.departures()) == ('float16', 16, [])
+    assert finished.problems == ['epoch_36.pth is missing']
+
+    assert half.row.recipe == 'upernet/convnext_s' and not half.finished
+    assert (half.done, half.length, half.total_batch) == (80_000, 160_000, 16)
+    assert half.last('mIoU') == 44.0 and half.verdict('mIoU') == (None, '')
+    assert half.departures() == ['lr'] and half.problems == []
+
+    assert crashed.row.recipe == 'mask_rcnn/convnext_t' and crashed.done == 1 and crashed.total_batch == 6
+    assert crashed.problems[:2] == ['log cut short at line 4', 'loss nan at step 60']
+    assert crashed.problems[2:] == ['epoch_1.pth cannot be read: half written or damaged']
+    assert crashed.departures() == ['batch']
+
+    assert released.row.recipe == 'upernet/convnext_t' and not released.trained
+    assert released.verdict('mIoU') == (0.0, 'inside') and released.verdict('mIoU multi-scale') == (0.2, 'above')
+    assert released.last('mIoU') is None
+
+    assert other.row is None and other.finished and other.verdict('mIoU') == (None, '')
+    assert at_once.done == 0 and at_once.problems == ['20260101_120000: no log of any iteration']
+
+
+def test_a_changed_run_gets_no_verdict(runs):
+    config = load('cascade/convnext_t')
+    config.optim_wrapper.type = 'OptimWrapper'
+    start(runs / 'changed', config, [coco(0.504, 0.437, 36)], 1)
+    (run,) = read_runs(runs / 'changed')
+    assert run.verdict('box AP') == (0.0, '') and run.departures() == ['precision', 'batch']
+
+
+@pytest.mark.parametrize(
+    'change, name',
+    [
+        (lambda c: c.update(custom_hooks=[dict(type='EMAHook')]), 'type'),
+        (lambda c: c.model.test_cfg.update(mode='whole'), 'mode'),
+        (lambda c: c.param_scheduler.pop(0), 'type'),
+        (lambda c: c.optim_wrapper.update(clip_grad=dict(max_norm=1)), 'max_norm'),
+        (lambda c: c.model.decode_head.norm_cfg.update(type='BN'), 'type'),
+        (lambda c: c.train_dataloader.dataset.pipeline.pop(5), 'type'),
+        (lambda c: c.optim_wrapper.optimizer.update(betas=(0.9, 0.99)), '1'),
+        (lambda c: c.update(load_from='coarse.pth'), 'load_from'),
+        (lambda c: c.val_dataloader.dataset.pipeline[1].update(keep_ratio=False), 'keep_ratio'),
+        (lambda c: c.model.decode_head.update(dropout_ratio=0.0), 'dropout_ratio'),
+    ],
+)
+def test_every_departure_from_the_recipe_is_seen(tmp_path, change, name):
+    config = load('upernet/convnext_t')
+    set_total_batch(config, 1)
+    config.train_dataloader.num_workers = 9
+    assert changed_settings(config, row_of(config)) == []
+    change(config)
+    assert name in changed_settings(config, row_of(config)) or name == '1'
+    start(tmp_path / 'run', config, [dict(mIoU=46.0, step=1_280_000)], 1)
+    (run,) = read_runs(tmp_path / 'run')
+    assert run.finished and run.verdict('mIoU') == (0.0, '')
+
+
+def test_each_test_stands_where_it_belongs(tmp_path):
+    """Tests of other rows, of the released model and of early checkpoints are not the run's figure."""
+    folder, config = tmp_path / 'run', load('upernet/convnext_t')
+    start(folder, config, [dict(mIoU=46.1, step=160_000)])
+    test_result(folder, load('upernet/convnext_b'), dict(mIoU=49.0), 'x/iter_160000.pth', timestamp='20260102_000001')
+    test_result(
+        folder, config, dict(mIoU=46.0), 'hub/upernet_convnext_tiny_1k_512x512.pth', timestamp='20260102_000002'
+    )
+    test_result(folder, load('upernet/convnext_t'), dict(mIoU=31.0), 'run/iter_16000.pth', timestamp='20260102_000003')
+    run, base, released = read_runs(folder)
+    assert run.trained and run.verdict('mIoU') == (0.1, 'inside') and run.test('mIoU').checkpoint == 'iter_16000'
+    assert base.row.recipe == 'upernet/convnext_b' and base.verdict('mIoU') == (-0.1, '')
+    assert released.verdict('mIoU') == (0.0, 'inside') and not released.trained
+
+
+def test_a_resumed_run_and_one_without_evaluation(tmp_path):
+    config = load('mask_rcnn/convnext_t')
+    start(tmp_path / 'a', config, [coco(0.3, 0.2, 1), coco(0.9, 0.9, 2)])
+    start(tmp_path / 'a', config, [coco(0.31, 0.2, 2)], timestamp='20260103_120000')  # again from epoch 1 on
+    (run,) = read_runs(tmp_path / 'a')
+    assert run.best('box AP') == run.last('box AP') == 31.0 and run.done == 2
+    start(tmp_path / 'test', config, [train(epoch=36, step=9)])  # a work dir of that name is a run all the same
+    (tmp_path / 'test/last_checkpoint').write_text('epoch_36.pth')
+    (run,) = [run for run in find_runs([tmp_path]) if run.folder.name == 'test']
+    assert run.finished and run.problems == ['epoch_36.pth is missing']
+
+
+def test_half_written_files(tmp_path):
+    start(
+        tmp_path / 'a',
+        load('upernet/convnext_t'),
+        [dict(mIoU=None, step=1), *[train(float('inf'), step=i) for i in (2, 3)]],
+    )
+    (tmp_path / 'a/20260101_120000/vis_data/config.py').write_text('model = dict(')
+    test_result(tmp_path / 'a', load('upernet/convnext_t'), {}, 'x.pth')
+    (tmp_path / 'a/test/20260102_120000/20260102_120000.json').write_text('{"mIoU": 4')
+    (run,) = read_runs(tmp_path / 'a')
+    assert run.row is None and run.tests == [] and run.evaluations == {}
+    assert run.problems[0] == '20260102_120000.json cut short' and 'config.py cannot be read' in run.problems[1]
+    assert run.problems[2] == 'loss inf at step 2 and in 1 records more'
+
+
+def test_the_table(run_tool, runs, tmp_path):
+    process = run_tool('paper_table.py', 'work_dirs', '--picture', 'bars.png')
+    assert process.returncode == 0, process.stderr
+    header, *lines = process.stdout.splitlines()
+    assert header.split()[:4] == ['recipe', 'figure', 'paper', 'last']
+    by_name = {}
+    for line in lines:
+        by_name.setdefault(line.split()[0], []).append(line)
+    assert set(by_name) == {row.recipe for row in ROWS} | {'work_dirs/other'}
+    assert (
+        '50.4  50.6  51.5' in by_name['cascade/convnext_t'][0] and '+0.2    inside' in by_name['cascade/convnext_t'][0]
+    )
+    assert (
+        '80,000/160,000' in by_name['upernet/convnext_s'][0]
+        and 'not as the recipe: lr' in by_name['upernet/convnext_s'][0]
+    )
+    assert 'not finished, last written 20' in by_name['mask_rcnn/convnext_t'][0]
+    assert 'epoch_1.pth cannot be read' in by_name['mask_rcnn/convnext_t'][0]
+    assert by_name['work_dirs/other'][0].split()[1:5] == ['mIoU', '90.2', '90.2', '400/400']
+    for row in ROWS:  # those without a run hold the paper's figure and nothing of ours
+        if row.recipe.endswith('in22k'):
+            names = [name for name in MAIN if name in row.figures]
+            assert [line.split() for line in by_name[row.recipe]] == [
+                [row.recipe, *name.split(), str(row.figures[name])] for name in names
+            ]
+    assert (tmp_path / 'bars.png').read_bytes().startswith(b'\x89PNG')
+
+    process = run_tool('paper_table.py', 'work_dirs', '--markdown')
+    assert [line.count('|') for line in process.stdout.splitlines()] == [13] * (len(lines) + 2)
+
+
+def test_without_any_run_and_bad_input(run_tool):
+    process = run_tool('paper_table.py')
+    assert process.returncode == 0 and len(process.stdout.splitlines()) == 1 + 26
+    one_line_error(run_tool('paper_table.py', 'nowhere'), "'nowhere'")
+    one_line_error(run_tool('paper_table.py', '--picture', 'bars.xyz'), 'bars.xyz')
+
+
+STRANGE = {  # config.py and scalars.json of a work dir, what is said of them
+    'a reserved key': ('filename = "x"', '', 'config.py cannot be read'),
+    'a number in the place of a dict': ('train_cfg = 5', '', 'config.py has no train_cfg as mmengine writes it'),
+    'text in the place of a number': ("train_cfg = dict(max_epochs='3')", '', 'has no train_cfg.max_epochs'),
+    'batches of no number': (
+        'train_cfg = dict(max_iters=3)\noptim_wrapper = dict(accumulative_counts=0)',
+        '',
+        'has no optim_wrapper.accumulative_counts',
+    ),
+    'fewer batches than none': (
+        'optim_wrapper = dict(accumulative_counts=-2)',
+        '',
+        'has no optim_wrapper.accumulative_counts',
+    ),
+    'a length below 0': ('train_cfg = dict(max_iters=-3)', '', 'has no train_cfg.max_iters'),
+    'a figure that is no number': ('train_cfg = dict(max_epochs=3)', '{"mIoU":NaN,"step":1}', 'mIoU nan at step 1'),
+    'a sign without end': (f'x = {"-" * 200_000}1', '', 'config.py cannot be read'),
+    'lists without end': (f'x = {"[" * 100_000}', '', 'config.py cannot be read'),
+    'text as a loss': ('train_cfg = dict(max_epochs=3)', '{"loss":"x","step":1}', "'loss' is no number at line 1"),
+    'a list as a step': ('train_cfg = dict(max_epochs=3)', '{"loss":1.0,"step":[1]}', "'step' is no number at line 1"),
+    'a step below 0': ('train_cfg = dict(max_epochs=3)', '{"mIoU":1.0,"step":-1}', "'step' is no number at line 1"),
+    'half a step': ('train_cfg = dict(max_epochs=3)', '{"loss":1.0,"step":0.5}', "'step' is no number at line 1"),
+    'a number of 400 digits': ('train_cfg = dict(max_epochs=3)', f'{{"loss":{"9" * 400}}}', "'loss' is no number"),
+    'nested without end': ('train_cfg = dict(max_epochs=3)', '[' * 100_000, 'log cut short at line 1'),
+}
+
+
+@pytest.mark.parametrize('case', STRANGE)
+def test_what_no_run_writes_is_said(tmp_path, run_tool, case):
+    config, scalars, words = STRANGE[case]
+    start = tmp_path / 'r/20260101_000000/vis_data'
+    start.mkdir(parents=True)
+    (start / 'config.py').write_text(config)
+    (start / 'scalars.json').write_text(f'{scalars}\n{{"loss":1.0,"lr":0.1,"epoch":1,"step":1,"iter":1}}\n')
+    (run,) = read_runs(tmp_path / 'r')
+    assert any(words in problem for problem in run.problems), run.problems
+    assert run.done in (0, 1)
+    for tool in ('paper_table.py', 'plot_run.py'):
+        process = run_tool(tool, 'r')
+        assert process.returncode == 0 and words in process.stdout and 'Traceback' not in process.stderr
+
+
+def test_a_plot_goes_into_a_folder(tmp_path, run_tool):
+    start = tmp_path / 'r/20260101_000000/vis_data'
+    start.mkdir(parents=True)
+    (start / 'scalars.json').write_text('{"loss":1.0,"lr":0.1,"epoch":1,"step":1,"iter":1}\n' * 2)
+    (tmp_path / 'pictures').mkdir()
+    for out in ('pictures', 'pictures/'):
+        assert run_tool('plot_run.py', 'r', '--out', out).stdout.splitlines()[-1] == 'pictures/run.png'
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith('pictures')] == ['pictures']
