@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from convnext_dense.datasets.check_images import n_threads
-from convnext_dense.datasets.custom import Request, read_data
+from convnext_dense.datasets.custom import DatasetRequest, read_data
 
 WIDTH, HEIGHT, DIFFERENT, OBJECTS = 640, 480, 200, 7
 
@@ -57,7 +57,7 @@ def main():
         draw(Path(folder), n)
         for task in ('detection', 'segmentation'):
             start = time.perf_counter()
-            report = read_data(Request(folder), task, ('train', 'val')).report
+            report = read_data(DatasetRequest(folder), task, ('train', 'val')).report
             seconds = time.perf_counter() - start
             assert not report.errors
             print(

@@ -18,7 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from convnext_dense.datasets.custom import Request, read_data
+from convnext_dense.datasets.custom import DatasetRequest, read_data
 from convnext_dense.errors import UsageError
 
 SIZE, FEW, TIMES = 64, 3, 10
@@ -113,7 +113,7 @@ def seconds(make: Callable[[Path, int], None], n: int) -> float:
         task = 'detection' if (root / 'annotations').exists() else 'segmentation'
         start = time.process_time()
         try:
-            read_data(Request(folder), task, ('train', 'val'))
+            read_data(DatasetRequest(folder), task, ('train', 'val'))
         except UsageError as error:  # some of the hostile ones are refused
             assert len(str(error)) < 10_000
         end = time.process_time()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from convnext_dense import ConvNeXt, load_backbone
+from convnext_dense import load_backbone
+from convnext_dense.models.convnext import ConvNeXt
 
 
 def resident(key: str) -> float:

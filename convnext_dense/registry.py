@@ -10,7 +10,7 @@ from mmengine.registry import DefaultScope, Registry, root
 SCOPE = 'convnext_dense'
 
 
-class Window(Registry):
+class ScopedView(Registry):
     def get(self, key: str):
         ours = self.root.module_dict.get(key)
         if ours is not None and ours.__module__.split('.')[0] == SCOPE:
@@ -22,8 +22,8 @@ class Window(Registry):
             return registry.get(key)
 
 
-WINDOWS = [
-    Window(registry.name, parent=registry, scope=SCOPE)
+SCOPED_REGISTRIES = [
+    ScopedView(registry.name, parent=registry, scope=SCOPE)
     for registry in vars(root).values()
     if isinstance(registry, Registry)
 ]

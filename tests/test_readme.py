@@ -2,9 +2,9 @@
 
 import re
 
-from convnext_dense.checkpoints import URLS
-from convnext_dense.paper.results import ROWS
-from convnext_dense.paper.tables import table
+from convnext_dense.checkpoints import WEIGHT_URLS
+from convnext_dense.paper.results import PAPER_RESULTS
+from convnext_dense.paper.tables import format_table
 from helpers.paths import ROOT
 
 README = (ROOT / 'README.md').read_text()
@@ -21,9 +21,9 @@ def recipes() -> str:
             f'{row.params}M',
             f'{row.gflops}G',
         ]
-        for row in ROWS
+        for row in PAPER_RESULTS
     ]
-    return table(HEADER, rows, markdown=True)
+    return format_table(HEADER, rows, markdown=True)
 
 
 def test_the_table_of_recipes_is_the_papers_data():
@@ -56,7 +56,7 @@ def test_options_it_names_are_options_of_a_tool():
 
 def test_names_of_weights_it_gives_are_known():
     names = re.findall(r'`((?:mask_rcnn_|cascade_mask_rcnn_|upernet_)?convnext_\w+_(?:224|3x|\d+x\d+))`', README)
-    assert len(names) > 6 and set(names) <= set(URLS)
+    assert len(names) > 6 and set(names) <= set(WEIGHT_URLS)
 
 
 def test_the_lines_of_openmmlab_are_those_that_setup_pins():

@@ -33,18 +33,18 @@ from benchmarks.backbone import (
     pays_from,
     times,
 )
-from convnext_dense import ARCHS
-from convnext_dense.cli.arguments import Parser
-from convnext_dense.cli.exit import one_line_errors
+from convnext_dense.cli.arguments import ArgumentParser
+from convnext_dense.cli.exit import exit_on_error
 from convnext_dense.errors import UsageError
+from convnext_dense.models.convnext import ARCHS
 from convnext_dense.ops import dispatch
-from convnext_dense.paper.tables import table
+from convnext_dense.paper.tables import format_table
 
 LETTERS = dict(T='tiny', S='small', B='base', L='large', XL='xlarge')
 
 
 def parse_args():
-    parser = Parser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument('--sizes', nargs='+', default=['T'], metavar='SIZE', help='T S B L XL, or names such as atto')
     parser.add_argument('--resolutions', nargs='+', default=[(512, 512), (800, 1280)], type=_resolution, metavar='HxW')
     parser.add_argument('--batches', nargs='+', default=[1], type=int, metavar='N')
@@ -87,7 +87,7 @@ def _resolution(text: str) -> tuple[int, int]:
 def main():
     args = parse_args()
     warnings.filterwarnings('ignore')
-    with one_line_errors():
+    with exit_on_error():
         if args.device != 'cpu' and not torch.cuda.is_available():
             raise UsageError(f'--device {args.device}: no GPU was found; --device cpu')
         torch.set_num_threads(args.threads or torch.get_num_threads())
@@ -167,7 +167,7 @@ def as_text(report: dict, markdown: bool) -> list[str]:
             )
             for r in report['results']
         ]
-        lines += ['', table(header, rows, markdown), *payoff(report['results'])]
+        lines += ['', format_table(header, rows, markdown), *payoff(report['results'])]
     lines += [
         f'{b["arch"]} {b["height"]}x{b["width"]} x {b["batch"]} {b["dtype"]}: matrix products alone {b["ms"]:.1f} ms'
         for b in report['bounds']

@@ -11,14 +11,14 @@ from contextlib import redirect_stdout
 
 import environment  # noqa: F401
 
-from convnext_dense.cli.arguments import Parser
-from convnext_dense.cli.exit import one_line_errors
-from convnext_dense.datasets.custom import data_arguments, read_data, request_of, tasks_of
+from convnext_dense.cli.arguments import ArgumentParser
+from convnext_dense.cli.exit import exit_on_error
+from convnext_dense.datasets.custom import add_data_arguments, detect_tasks, parse_request, read_data
 
 
 def parse_args():
-    parser = Parser(description=__doc__)
-    data_arguments(parser, strict=False)
+    parser = ArgumentParser(description=__doc__)
+    add_data_arguments(parser, strict=False)
     parser.add_argument(
         '--task', choices=('detection', 'segmentation'), help='of data for both, one alone (default: all that is there)'
     )
@@ -31,10 +31,10 @@ def parse_args():
 
 def main():
     args = parse_args()
-    with one_line_errors(), redirect_stdout(sys.stderr):  # libraries print as they are imported
-        request = request_of(args)
+    with exit_on_error(), redirect_stdout(sys.stderr):  # libraries print as they are imported
+        request = parse_request(args)
         told = 'segmentation' if args.classes or args.ignore is not None else None
-        tasks = [args.task or told] if args.task or told else tasks_of(request)
+        tasks = [args.task or told] if args.task or told else detect_tasks(request)
         reports = {task: read_data(request, task, ('train', 'val', 'test')).report for task in tasks}
     if args.json:
         print(json.dumps({task: report.as_data() for task, report in reports.items()}, indent=2))

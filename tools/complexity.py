@@ -10,19 +10,19 @@ from contextlib import redirect_stdout
 
 import environment  # noqa: F401
 
-from convnext_dense.cli.arguments import config_parser
-from convnext_dense.cli.exit import one_line_errors
+from convnext_dense.cli.arguments import make_config_parser
+from convnext_dense.cli.exit import exit_on_error
 from convnext_dense.config.load import load_config
 from convnext_dense.paper.departures import CONFIGS
-from convnext_dense.paper.flops import complexity
-from convnext_dense.paper.results import ROWS, row_of
-from convnext_dense.paper.tables import table
+from convnext_dense.paper.flops import count_flops
+from convnext_dense.paper.results import PAPER_RESULTS, find_paper_result
+from convnext_dense.paper.tables import format_table
 
 SIZES = {'mmdet': (1280, 800), 'mmseg': (2048, 512)}  # of a config that is no row of the paper
 
 
 def parse_args():
-    parser = config_parser(__doc__, nargs='?')
+    parser = make_config_parser(__doc__, nargs='?')
     parser.add_argument('--all', action='store_true', help='every recipe')
     parser.add_argument('--size', nargs=2, type=int, metavar=('WIDTH', 'HEIGHT'), help="default: the paper's")
     parser.add_argument('--json', action='store_true', help='for machines: parameters and FLOPs as whole numbers')
@@ -36,8 +36,8 @@ def parse_args():
 
 def count(path: str, options: dict, size: tuple[int, int] | None) -> dict:
     config = load_config(path, options)
-    row = row_of(config)
-    counted = complexity(
+    row = find_paper_result(config)
+    counted = count_flops(
         config, tuple(size or (row.size if row else SIZES.get(config.get('default_scope'), (1280, 800))))
     )
     return {
@@ -52,18 +52,18 @@ def count(path: str, options: dict, size: tuple[int, int] | None) -> dict:
 
 def main():
     args = parse_args()
-    with one_line_errors():
-        paths = [CONFIGS / f'{row.recipe}.py' for row in ROWS] if args.all else [args.config]
+    with exit_on_error():
+        paths = [CONFIGS / f'{row.recipe}.py' for row in PAPER_RESULTS] if args.all else [args.config]
         with redirect_stdout(sys.stderr):  # libraries print as they are imported
             found = [count(path, args.cfg_options, args.size) for path in paths]
     if args.all:
-        for entry, row in zip(found, ROWS):
+        for entry, row in zip(found, PAPER_RESULTS):
             entry['config'] = row.recipe
     if args.json:
         print(json.dumps(found, indent=2))
         return
     header = ('config', 'size', 'parameters', 'paper', 'GFLOPs', 'paper')
-    print(table(header, [_cells(entry) for entry in found]))
+    print(format_table(header, [_cells(entry) for entry in found]))
 
 
 def _cells(entry: dict) -> tuple[str, ...]:

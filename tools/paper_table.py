@@ -10,39 +10,39 @@ from pathlib import Path
 
 import environment  # noqa: F401
 
-from convnext_dense.cli.arguments import Parser
-from convnext_dense.cli.exit import one_line_errors
+from convnext_dense.cli.arguments import ArgumentParser
+from convnext_dense.cli.exit import exit_on_error
 from convnext_dense.errors import UsageError
-from convnext_dense.paper.results import MAIN, ROWS
-from convnext_dense.paper.tables import table
-from convnext_dense.paper.work_dirs import Run, find_runs
+from convnext_dense.paper.results import MAIN_METRICS, PAPER_RESULTS
+from convnext_dense.paper.tables import format_table
+from convnext_dense.paper.work_dirs import TrainingRun, find_runs
 
 HEADER = ('recipe', 'figure', 'paper', 'last', 'best', 'tested', 'difference', 'expected')
 HEADER += ('done', 'precision', 'batch', 'notes')
 
 
 def parse_args():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folders', nargs='*', help='work dirs, or folders that hold them (default: work_dirs)')
     parser.add_argument('--markdown', action='store_true', help='a table for a README')
     parser.add_argument('--picture', metavar='FILE', help='bars, the paper against ours, as .png, .pdf or .svg')
     return parser.parse_args()
 
 
-def lines(runs: list[Run]) -> list[list[str]]:
+def lines(runs: list[TrainingRun]) -> list[list[str]]:
     """A line for each figure of each row and run; runs that are no row of the paper's come last."""
     found = []
-    for row in ROWS:
+    for row in PAPER_RESULTS:
         for run in [run for run in runs if run.row is row] or [None]:
-            found += [_line(row.recipe, name, row.figures[name], run) for name in MAIN if name in row.figures]
+            found += [_line(row.recipe, name, row.figures[name], run) for name in MAIN_METRICS if name in row.figures]
     for run in runs:
         if run.row is None:
-            names = [name for name in MAIN if run.best(name) is not None or run.test(name)]
+            names = [name for name in MAIN_METRICS if run.best(name) is not None or run.test(name)]
             found += [_line(str(run.folder), name, None, run) for name in names or ['-']]
     return found
 
 
-def _line(title: str, figure: str, paper: float | None, run: Run | None) -> list[str]:
+def _line(title: str, figure: str, paper: float | None, run: TrainingRun | None) -> list[str]:
     first = [title, figure, _number(paper)]
     if run is None:
         return [*first, *[''] * (len(HEADER) - len(first))]
@@ -62,7 +62,7 @@ def _line(title: str, figure: str, paper: float | None, run: Run | None) -> list
     ]
 
 
-def _notes(run: Run) -> list[str]:
+def _notes(run: TrainingRun) -> list[str]:
     notes = [] if run.row is None else [str(run.folder)]
     notes += [f'tested: {name}' for name in dict.fromkeys(test.checkpoint for test in run.tests)]
     if run.trained and run.row and run.departures():
@@ -76,7 +76,7 @@ def _number(value: float | None) -> str:
     return '' if value is None else f'{value:.1f}'
 
 
-def draw(runs: list[Run], file: str) -> None:
+def draw(runs: list[TrainingRun], file: str) -> None:
     """Two panels of bars: box AP and mIoU of each row, the paper's and ours, of finished trainings and other tests."""
     import matplotlib
 
@@ -85,7 +85,7 @@ def draw(runs: list[Run], file: str) -> None:
 
     figure, panels = pyplot.subplots(1, 2, figsize=(13, 5), layout='constrained')
     for panel, name in zip(panels, ('box AP', 'mIoU')):
-        rows = [row for row in ROWS if name in row.figures]
+        rows = [row for row in PAPER_RESULTS if name in row.figures]
         ours = {}
         for run in runs:
             if run.row in rows and run.result(name) is not None:
@@ -108,10 +108,10 @@ def draw(runs: list[Run], file: str) -> None:
 
 def main():
     args = parse_args()
-    with one_line_errors():
+    with exit_on_error():
         folders = args.folders or ['work_dirs'] * Path('work_dirs').is_dir()
         runs = find_runs(folders)
-        print(table(HEADER, lines(runs), args.markdown))
+        print(format_table(HEADER, lines(runs), args.markdown))
         if args.picture:
             draw(runs, args.picture)
 

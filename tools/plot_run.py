@@ -9,14 +9,14 @@ from pathlib import Path
 
 import environment  # noqa: F401
 
-from convnext_dense.cli.arguments import Parser
-from convnext_dense.cli.exit import one_line_errors
+from convnext_dense.cli.arguments import ArgumentParser
+from convnext_dense.cli.exit import exit_on_error
 from convnext_dense.errors import UsageError
-from convnext_dense.paper.curves import draw, progress, read_curves
+from convnext_dense.paper.curves import format_progress, plot, read_curves
 
 
 def parse_args():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folders', nargs='+', metavar='WORK_DIR', help='work dirs, or folders that hold them')
     parser.add_argument(
         '--out',
@@ -31,7 +31,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    with one_line_errors():
+    with exit_on_error():
         if not 0 <= args.smooth < 1:
             raise UsageError(f'--smooth {args.smooth}: give a number from 0 to below 1, such as 0.9')
         curves = read_curves(args.folders)
@@ -39,9 +39,9 @@ def main():
         file = args.out or (curves[0].run.folder / name if len(curves) == 1 else name)
         if Path(file).is_dir():
             file = Path(file, name)
-        file = draw(curves, file, args.smooth)
+        file = plot(curves, file, args.smooth)
         for each in curves:
-            print('; '.join([f'{each.run.folder}: {progress(each.run)}', *each.run.problems]))
+            print('; '.join([f'{each.run.folder}: {format_progress(each.run)}', *each.run.problems]))
         print(file)
 
 

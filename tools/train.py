@@ -6,25 +6,25 @@ import logging
 import environment  # noqa: F401
 from mmengine.logging import print_log
 
-from convnext_dense.cli.arguments import run_parser
-from convnext_dense.cli.exit import one_line_errors
-from convnext_dense.cli.prepare import load_run
-from convnext_dense.config.batch_size import set_total_batch
-from convnext_dense.config.hooks import set_keep, set_max_bad_images
-from convnext_dense.config.launch import n_processes
-from convnext_dense.config.options import overruled
+from convnext_dense.cli.arguments import make_run_parser
+from convnext_dense.cli.exit import exit_on_error
+from convnext_dense.cli.prepare import load_run_config
+from convnext_dense.config.batch_size import scale_batch
+from convnext_dense.config.hooks import set_checkpoint_retention, set_max_unreadable
+from convnext_dense.config.launch import world_size_from_env
+from convnext_dense.config.options import overridden_options
 from convnext_dense.config.precision import set_precision
 from convnext_dense.config.preflight import check_data, check_pretrained
 from convnext_dense.config.resume import check_resume, set_resume
-from convnext_dense.config.schedule import set_length
-from convnext_dense.config.trackers import TRACKERS, set_trackers
+from convnext_dense.config.schedule import scale_schedule
+from convnext_dense.config.trackers import TRACKERS, add_trackers
 from convnext_dense.config.work_dir import hold_work_dir
-from convnext_dense.datasets.custom import check_classes, data_arguments, request_of, set_data
-from convnext_dense.engine.build import build_runner, compile_backbones
+from convnext_dense.datasets.custom import add_data_arguments, apply_custom_data, check_classes, parse_request
+from convnext_dense.engine.build import compile_backbones, make_runner
 
 
 def parse_args():
-    parser = run_parser(__doc__)
+    parser = make_run_parser(__doc__)
     parser.add_argument(
         '--resume',
         nargs='?',
@@ -59,33 +59,33 @@ def parse_args():
     parser.add_argument(
         '--as-is', action='store_true', help='do not fit images a GPU, accumulation and iterations to the total batch'
     )
-    data_arguments(parser)
+    add_data_arguments(parser)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    with one_line_errors():
-        config = load_run(args, ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'))
-        request = request_of(args)
+    with exit_on_error():
+        config = load_run_config(args, ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'))
+        request = parse_request(args)
         set_precision(config, args.amp_dtype)
-        set_trackers(config, args.log_to, args.resume is not None)
+        add_trackers(config, args.log_to, args.resume is not None)
         if not request:
             check_data(config, ('train', 'val'))
         check_pretrained(config.model)
         checkpoint = set_resume(config, args.resume)
         hold_work_dir(config)
-        data = set_data(config, request, ('train', 'val'), args.cfg_options, checkpoint)
+        data = apply_custom_data(config, request, ('train', 'val'), args.cfg_options, checkpoint)
         check_classes(config)
-        length = set_length(config, args.epochs, args.iters, args.cfg_options)
-        fitted = set_total_batch(config, n_processes(args.launcher), args.as_is, args.cfg_options)
+        length = scale_schedule(config, args.epochs, args.iters, args.cfg_options)
+        fitted = scale_batch(config, world_size_from_env(args.launcher), args.as_is, args.cfg_options)
         resumed = check_resume(config, checkpoint, length is not None, args.override)
-        set_keep(config, args.keep)
-        set_max_bad_images(config, args.max_bad_images)
-        runner = build_runner(config, checkpoint)
+        set_checkpoint_retention(config, args.keep)
+        set_max_unreadable(config, args.max_bad_images)
+        runner = make_runner(config, checkpoint)
         for line in data:
             print_log(line, logger='current')
-        for line in [*overruled(config, args.cfg_options), *([resumed] if resumed else [])]:
+        for line in [*overridden_options(config, args.cfg_options), *([resumed] if resumed else [])]:
             print_log(line, logger='current', level=logging.WARNING)
         if args.compile:
             compile_backbones(runner.model)

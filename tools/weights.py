@@ -6,20 +6,20 @@ from collections import Counter
 import environment  # noqa: F401
 import torch
 
-from convnext_dense.checkpoints import match, open_checkpoint
-from convnext_dense.checkpoints.convert import TARGETS, convert
-from convnext_dense.checkpoints.hub import KNOWN
+from convnext_dense.checkpoints import open_checkpoint, plan_load
+from convnext_dense.checkpoints.convert import EXPORT_FORMATS, convert
+from convnext_dense.checkpoints.hub import WEIGHTS
 from convnext_dense.checkpoints.naming import FIRST_BLOCK, STEM
 from convnext_dense.checkpoints.pretrained import Checkpoint
-from convnext_dense.cli.arguments import Parser
-from convnext_dense.cli.exit import one_line_errors
+from convnext_dense.cli.arguments import ArgumentParser
+from convnext_dense.cli.exit import exit_on_error
 from convnext_dense.errors import UsageError
 from convnext_dense.models.convnext import ARCHS, ConvNeXt
-from convnext_dense.paper.tables import table
+from convnext_dense.paper.tables import format_table
 
 
 def parse_args():
-    parser = Parser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     actions = parser.add_subparsers(dest='action', required=True)
     inspect = actions.add_parser('inspect', help='what a file is, and what of it would load')
     inspect.add_argument('file', help='a file, a URL or a known name')
@@ -27,7 +27,7 @@ def parse_args():
     converting = actions.add_parser('convert', help='write a file in the names of another source, without loss')
     converting.add_argument('file', help='a file, a URL or a known name')
     converting.add_argument('out', help='the file to write; .safetensors by its ending')
-    converting.add_argument('--to', required=True, choices=TARGETS)
+    converting.add_argument('--to', required=True, choices=EXPORT_FORMATS)
     listing = actions.add_parser('list', help='the published files that are known by name')
     listing.add_argument('--markdown', action='store_true', help='a table for a README')
     return parser.parse_args()
@@ -56,7 +56,7 @@ def inspect(args) -> None:
         print(f'{title:<11} {fact}')
     if args.table:
         print()
-        print(table(('in the file', 'ours', 'shape'), list(_rows(checkpoint))))
+        print(format_table(('in the file', 'ours', 'shape'), list(_rows(checkpoint))))
 
 
 def _would_load(checkpoint: Checkpoint) -> str:
@@ -70,7 +70,7 @@ def _would_load(checkpoint: Checkpoint) -> str:
         with torch.device('meta'):
             settings = dict(layer_scale_init_value=float(scaled), grn=checkpoint.grn, out_indices=outputs)
             backbone = ConvNeXt(arch, stem.shape[1], block.shape[-1], **settings)
-        return str(match(backbone, checkpoint))
+        return str(plan_load(backbone, checkpoint))
     except UsageError as error:
         return f'nothing: {error}'
 
@@ -84,9 +84,9 @@ def _rows(checkpoint: Checkpoint):
 
 def listed(args) -> None:
     rows = []
-    for name, known in KNOWN.items():
+    for name, known in WEIGHTS.items():
         rows.append((name, known.training, known.licence, _size(name), known.url or known.where))
-    print(table(('name', 'weights', 'licence', 'backbone, MB', 'address'), rows, args.markdown))
+    print(format_table(('name', 'weights', 'licence', 'backbone, MB', 'address'), rows, args.markdown))
 
 
 def _size(name: str) -> str:
@@ -99,7 +99,7 @@ def _size(name: str) -> str:
 
 def main():
     args = parse_args()
-    with one_line_errors():
+    with exit_on_error():
         if args.action == 'convert':
             n = convert(args.file, args.out, args.to)
             print(f'{args.out}: {n} tensors in the names of {args.to}')

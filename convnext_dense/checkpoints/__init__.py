@@ -1,7 +1,15 @@
 """Any ConvNeXt checkpoint -> this backbone, or an error that says why not."""
 
-from .hub import URLS, fetch
-from .io import read
-from .pretrained import PretrainedConvNeXt, load_backbone, match, open_checkpoint
+from .hub import WEIGHT_URLS, download
+from .io import load_checkpoint
+from .pretrained import PretrainedConvNeXt, load_backbone, open_checkpoint, plan_load
 
-__all__ = ['URLS', 'PretrainedConvNeXt', 'fetch', 'load_backbone', 'match', 'open_checkpoint', 'read']
+__all__ = [
+    'WEIGHT_URLS',
+    'PretrainedConvNeXt',
+    'download',
+    'load_backbone',
+    'load_checkpoint',
+    'open_checkpoint',
+    'plan_load',
+]

@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 
 from ..errors import UsageError
-from .naming import FORMATS, Format
+from .naming import NAMING_SCHEMES, NamingScheme
 from .pretrained import check_values, open_checkpoint
 
-BY_KEY = {source.key: source for source in FORMATS}
+SCHEMES_BY_KEY = {source.key: source for source in NAMING_SCHEMES}
 # What a file is converted to: whose names, and the wrapper around them.
-TARGETS: dict[str, tuple[Format, str | None]] = {
-    'ours': (BY_KEY['original'], 'state_dict'),
-    'original': (BY_KEY['original'], 'model'),
-    'timm': (BY_KEY['timm'], None),
-    'transformers': (BY_KEY['transformers'], None),
-    'safetensors': (BY_KEY['original'], None),
+EXPORT_FORMATS: dict[str, tuple[NamingScheme, str | None]] = {
+    'ours': (SCHEMES_BY_KEY['original'], 'state_dict'),
+    'original': (SCHEMES_BY_KEY['original'], 'model'),
+    'timm': (SCHEMES_BY_KEY['timm'], None),
+    'transformers': (SCHEMES_BY_KEY['transformers'], None),
+    'safetensors': (SCHEMES_BY_KEY['original'], None),
 }
 
 
@@ -43,24 +43,24 @@ def convert(source: str | Path, out: str | Path, target: str) -> int:
             f'{source} holds more than a ConvNeXt ({len(extra)} tensors, such as {extra[0]}): only that alone converts'
         )
     check_values(checkpoint.file, checkpoint.weights)
-    names, wrapper = TARGETS[target]
+    names, wrapper = EXPORT_FORMATS[target]
     tensors = {}
     for ours, tensor in checkpoint.weights.items():
         name = names.name(ours)
         if name is None:
             raise UsageError(f'{source} has {ours}, which {target} has no name for')
-        tensors[_prefix(names, ours, checkpoint.grn) + name] = names.to_theirs(ours, tensor).contiguous()
-    _write(tensors, wrapper, out, target == 'safetensors' or out.suffix == '.safetensors')
+        tensors[_name_prefix(names, ours, checkpoint.grn) + name] = names.to_theirs(ours, tensor).contiguous()
+    _write_checkpoint(tensors, wrapper, out, target == 'safetensors' or out.suffix == '.safetensors')
     return len(tensors)
 
 
-def _prefix(names: Format, ours: str, grn: bool) -> str:
+def _name_prefix(names: NamingScheme, ours: str, grn: bool) -> str:
     if ours.startswith('head.'):
         return ''
     return names.prefix.replace('convnext.', 'convnextv2.') if grn else names.prefix
 
 
-def _write(tensors: dict[str, torch.Tensor], wrapper: str | None, out: Path, safetensors: bool) -> None:
+def _write_checkpoint(tensors: dict[str, torch.Tensor], wrapper: str | None, out: Path, safetensors: bool) -> None:
     """Whole or not at all."""
     partial = out.with_name(f'{out.name}.part')
     try:

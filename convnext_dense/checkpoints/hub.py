@@ -21,12 +21,12 @@ except ImportError:  # not on Windows: two downloads at once then take twice as 
 from ..errors import UsageError
 
 ORIGINAL = 'https://dl.fbaipublicfiles.com/convnext'
-V2 = f'{ORIGINAL}/convnextv2'
+V2_FILES = f'{ORIGINAL}/convnextv2'
 V2_SIZES = ('atto', 'femto', 'pico', 'nano', 'tiny', 'base', 'large', 'huge')
 
 
 @dataclass(frozen=True)
-class Known:
+class WeightEntry:
     """A published file: its address, or None where its owner gives it out only on request; what it was made from."""
 
     url: str | None
@@ -35,16 +35,16 @@ class Known:
     where: str = ''
 
 
-def _files(folder: str, names: str, training: str, licence: str, ending: str = '.pth') -> dict[str, Known]:
-    return {name: Known(f'{folder}/{name}{ending}', training, licence) for name in names.split()}
+def _files(folder: str, names: str, training: str, licence: str, ending: str = '.pth') -> dict[str, WeightEntry]:
+    return {name: WeightEntry(f'{folder}/{name}{ending}', training, licence) for name in names.split()}
 
 
 MIT = 'MIT'
 NON_COMMERCIAL = 'CC BY-NC 4.0'
-DINOV3_LICENCE = 'DINOv3 License (on request)'
+DINOV3_LICENSE = 'DINOv3 License (on request)'
 DINOV3_SITE = 'https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/'
 # The addresses and licences as the authors' own READMEs give them.
-KNOWN = {
+WEIGHTS = {
     # The ImageNet weights from which the paper's dense results start: the final ones, not the EMA's.
     **_files(ORIGINAL, 'convnext_tiny_1k_224 convnext_small_1k_224 convnext_base_1k_224', 'ImageNet-1K', MIT),
     **_files(
@@ -85,21 +85,21 @@ KNOWN = {
         MIT,
     ),
     **_files(
-        f'{V2}/pt_only',
+        f'{V2_FILES}/pt_only',
         ' '.join(f'convnextv2_{size}_1k_224_fcmae' for size in V2_SIZES),
         'ImageNet-1K without labels (FCMAE)',
         NON_COMMERCIAL,
         '.pt',
     ),
     **_files(
-        f'{V2}/im1k',
+        f'{V2_FILES}/im1k',
         ' '.join(f'convnextv2_{size}_1k_224_ema' for size in V2_SIZES),
         'FCMAE, then ImageNet-1K',
         NON_COMMERCIAL,
         '.pt',
     ),
     **_files(
-        f'{V2}/im22k',
+        f'{V2_FILES}/im22k',
         'convnextv2_nano_22k_224_ema convnextv2_nano_22k_384_ema convnextv2_tiny_22k_224_ema '
         'convnextv2_tiny_22k_384_ema convnextv2_base_22k_224_ema convnextv2_base_22k_384_ema '
         'convnextv2_large_22k_224_ema convnextv2_large_22k_384_ema convnextv2_huge_22k_384_ema '
@@ -109,45 +109,46 @@ KNOWN = {
         '.pt',
     ),
     **{
-        f'dinov3_convnext_{size}_pretrain_lvd1689m-{mark}': Known(
-            None, 'DINOv3, 1.7 G images', DINOV3_LICENCE, DINOV3_SITE
+        f'dinov3_convnext_{size}_pretrain_lvd1689m-{mark}': WeightEntry(
+            None, 'DINOv3, 1.7 G images', DINOV3_LICENSE, DINOV3_SITE
         )
         for size, mark in dict(tiny='21b726bb', small='296db49d', base='801f2ba9', large='61fa432d').items()
     },
 }
-URLS = {name: known.url for name, known in KNOWN.items() if known.url}
-FIRST = tuple(KNOWN)[:8]  # to be named in errors
+WEIGHT_URLS = {name: known.url for name, known in WEIGHTS.items() if known.url}
+EXAMPLE_NAMES = tuple(WEIGHTS)[:8]  # to be named in errors
 
 
-def locate(source: str) -> str:
+def resolve(source: str) -> str:
     """The path or URL that `source`, a known name, a path or a URL, stands for; nothing is downloaded.
 
     Raises:
         UsageError: it is no known name and no file is there.
     """
-    known = KNOWN.get(source)
+    known = WEIGHTS.get(source)
     if known and not known.url:
         raise UsageError(f"'{source}' is given out by its owner alone: ask at {known.where} and give the file's path")
     place = known.url if known else source
     if not is_url(place) and not os.path.isfile(place):
         raise UsageError(
-            f"no checkpoint '{source}': give a file that exists, a URL or a known name, such as {', '.join(FIRST)}"
+            f"no checkpoint '{source}': give a file that exists, a URL or a known name, such as "
+            f'{", ".join(EXAMPLE_NAMES)}'
         )
     return place
 
 
-def fetch(source: str) -> Path:
+def download(source: str) -> Path:
     """The local file of `source`. A URL is downloaded once into torch's hub folder; who else wants it meanwhile waits.
 
     Raises:
         UsageError: as `locate`; it cannot be downloaded, or not whole.
     """
-    place = locate(source)
+    place = resolve(source)
     if not is_url(place):
         return Path(place)
     name = PurePosixPath(urlparse(place).path)
     # Other people's files are often called epoch_12.pth: their address goes into the name.
-    mark = '' if source in URLS else f'-{hashlib.sha256(place.encode()).hexdigest()[:8]}'
+    mark = '' if source in WEIGHT_URLS else f'-{hashlib.sha256(place.encode()).hexdigest()[:8]}'
     file = Path(torch.hub.get_dir(), 'checkpoints', f'{name.stem}{mark}{name.suffix}')
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -12,13 +12,22 @@ from torch import nn
 
 from ..errors import UsageError
 from ..models.convnext import ARCHS, ConvNeXt
-from .hub import fetch
-from .io import AVERAGES, WRAPPERS, read, weights_in
-from .naming import DOUBLES, FORMATS, NORMS, STEM, TRUNK, Recognised, recognise, to_ours
+from .hub import download
+from .io import EMA_KEYS, STATE_DICT_KEYS, find_state_dicts, load_checkpoint
+from .naming import (
+    DINOV3_DUPLICATE_PREFIX,
+    NAMING_SCHEMES,
+    OUTPUT_NORM_RE,
+    STEM,
+    TRUNK_RE,
+    ParsedNames,
+    detect_scheme,
+    to_canonical,
+)
 
-USUAL = ('', *WRAPPERS)  # keys of which the first with a ConvNeXt is the one that is meant
-FINAL_NORM = ('drop', 'reuse')
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COMMON_ARCHS = ('', *STATE_DICT_KEYS)  # keys of which the first with a ConvNeXt is the one that is meant
+FINAL_NORM_POLICIES = ('drop', 'reuse')
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,7 @@ class Checkpoint:
 
     name: str
     file: Path
-    source: Recognised
+    source: ParsedNames
     weights: dict[str, torch.Tensor]
     wrappers: list[str]
 
@@ -59,7 +68,7 @@ class Checkpoint:
     @property
     def beyond(self) -> list[str]:
         """Names in the file that belong to no ConvNeXt."""
-        return [name for name in self.source.others if not name.startswith(DOUBLES)]
+        return [name for name in self.source.others if not name.startswith(DINOV3_DUPLICATE_PREFIX)]
 
 
 def arch_name(depths: tuple[int, ...], channels: tuple[int, ...], grn: bool) -> str:
@@ -73,47 +82,47 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     Raises:
         UsageError: the file cannot be had or read, or holds no ConvNeXt, or several.
     """
-    file = fetch(str(source))
-    content = read(file)
-    convnexts = _convnexts_in(content, file)
+    file = download(str(source))
+    content = load_checkpoint(file)
+    convnexts = _find_convnexts(content, file)
     if not convnexts:
-        names = [name for tensors in weights_in(content).values() for name in tensors] or list(map(str, content))
+        names = [name for tensors in find_state_dicts(content).values() for name in tensors] or list(map(str, content))
         raise UsageError(
             f'{file}: no ConvNeXt weights by the names in it ({", ".join(names[:3]) or "none"}, ...): known are those '
-            f'of {", ".join(f.title for f in FORMATS)}'
+            f'of {", ".join(f.title for f in NAMING_SCHEMES)}'
         )
     tensors, found = next(iter(convnexts.values()))
     for theirs in found.names:
         if tensors[theirs].layout != torch.strided or tensors[theirs].is_meta or not tensors[theirs].ndim:
             raise UsageError(f'{file}: {theirs} is not a tensor of weights: it is sparse, empty or a single number')
-    weights = {ours: to_ours(ours, tensors[theirs]) for theirs, ours in found.names.items()}
+    weights = {ours: to_canonical(ours, tensors[theirs]) for theirs, ours in found.names.items()}
     return Checkpoint(str(source), file, found, weights, list(convnexts)[1:])
 
 
-def _convnexts_in(content: dict, file: str | Path) -> dict[str, tuple[dict[str, torch.Tensor], Recognised]]:
+def _find_convnexts(content: dict, file: str | Path) -> dict[str, tuple[dict[str, torch.Tensor], ParsedNames]]:
     """The dicts of tensors in a checkpoint that hold a ConvNeXt, by their keys, the one that is taken first.
 
     Raises:
         UsageError: there are several, and nothing says which is meant.
     """
-    found, where = {}, weights_in(content)
+    found, where = {}, find_state_dicts(content)
     for key, tensors in where.items():
         try:
-            source = recognise(tensors)
+            source = detect_scheme(tensors)
         except UsageError as error:
             if not found:
                 raise UsageError(f'{file}: {error}') from None
             continue
         if source:
             found[key] = tensors, source
-    rivals = [key for key in found if key not in USUAL and not AVERAGES.search(key)]
+    rivals = [key for key in found if key not in COMMON_ARCHS and not EMA_KEYS.search(key)]
     if found and next(iter(found)) in rivals and len(rivals) > 1:
         raise UsageError(f'{file}: it holds several ConvNeXts ({", ".join(rivals)}): keep one of them in the file')
     return found
 
 
 @dataclass(frozen=True)
-class Match:
+class LoadPlan:
     """What a checkpoint gives a backbone: `weights` to load, our names `initial` that stay as they are (output norms),
     `ignored` names of the file, and `notes` on what was done to fit it."""
 
@@ -134,12 +143,12 @@ class Match:
 
 def load_backbone(backbone: ConvNeXt, source: str | Path, final_norm: str = 'drop') -> str:
     """Fill a ConvNeXt from a known name, a path or a URL, and return the report, one line. Raises as `match`."""
-    found = match(backbone, source, final_norm)
+    found = plan_load(backbone, source, final_norm)
     backbone.load_state_dict(found.weights, strict=False)
     return str(found)
 
 
-def match(backbone: ConvNeXt, source: str | Path | Checkpoint, final_norm: str = 'drop') -> Match:
+def plan_load(backbone: ConvNeXt, source: str | Path | Checkpoint, final_norm: str = 'drop') -> LoadPlan:
     """What a known name, a path, a URL or an open checkpoint holds for a ConvNeXt.
 
     Only the output norms may stay at their initial values, all of them, since ImageNet weights have none. What the file
@@ -154,13 +163,13 @@ def match(backbone: ConvNeXt, source: str | Path | Checkpoint, final_norm: str =
         UsageError: the file cannot be had, read or recognised; a tensor of the trunk is missing, has another shape, is
             unknown or not finite.
     """
-    if final_norm not in FINAL_NORM:
-        raise UsageError(f"final_norm='{final_norm}': give {' or '.join(FINAL_NORM)}")
+    if final_norm not in FINAL_NORM_POLICIES:
+        raise UsageError(f"final_norm='{final_norm}': give {' or '.join(FINAL_NORM_POLICIES)}")
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     weights, notes = dict(checkpoint.weights), []
     final = {leaf: weights.pop(f'norm.{leaf}', None) for leaf in ('weight', 'bias')}
     last = len(backbone.depths) - 1
-    has_outputs = any(NORMS.fullmatch(name) for name in weights)
+    has_outputs = any(OUTPUT_NORM_RE.fullmatch(name) for name in weights)
     if final_norm == 'reuse' and last in backbone.out_indices:
         if any(tensor is None for tensor in final.values()):
             raise UsageError(
@@ -169,13 +178,13 @@ def match(backbone: ConvNeXt, source: str | Path | Checkpoint, final_norm: str =
         weights |= {f'norm{last}.{leaf}': tensor for leaf, tensor in final.items()}
         notes.append(f'the final norm became output norm {last}')
     ours = backbone.state_dict()
-    theirs = {n: t for n, t in weights.items() if not n.startswith('head.') and not _is_unbuilt(n, backbone)}
-    if STEM in theirs and _is_rgb_for_others(theirs[STEM], ours[STEM]):
-        theirs[STEM] = _fitted_stem(theirs[STEM], ours[STEM].shape[1])
+    theirs = {n: t for n, t in weights.items() if not n.startswith('head.') and not _is_unused_stage(n, backbone)}
+    if STEM in theirs and _needs_stem_adaptation(theirs[STEM], ours[STEM]):
+        theirs[STEM] = adapt_input_conv(theirs[STEM], ours[STEM].shape[1])
         notes.append(f'the stem fitted from 3 to {ours[STEM].shape[1]} channels')
     # A file has all output norms or none.
-    initial = [] if has_outputs else [name for name in ours if NORMS.fullmatch(name) and name not in theirs]
-    problems = _differences(
+    initial = [] if has_outputs else [name for name in ours if OUTPUT_NORM_RE.fullmatch(name) and name not in theirs]
+    problems = _describe_mismatch(
         {n: tuple(t.shape) for n, t in ours.items() if n not in initial},
         {n: tuple(t.shape) for n, t in theirs.items()} | dict.fromkeys(checkpoint.source.unknown, ()),
     )
@@ -187,51 +196,53 @@ def match(backbone: ConvNeXt, source: str | Path | Checkpoint, final_norm: str =
         )
     check_values(checkpoint.file, theirs)
     ignored = [n for n, o in checkpoint.source.names.items() if o not in theirs] + checkpoint.source.others
-    return Match(f'{checkpoint.name} ({checkpoint.title})', theirs, len(ours), initial, ignored, notes)
+    return LoadPlan(f'{checkpoint.name} ({checkpoint.title})', theirs, len(ours), initial, ignored, notes)
 
 
-def model_weights(content: dict, file: str | Path, model: nn.Module) -> dict[str, torch.Tensor]:
+def load_model_weights(content: dict, file: str | Path, model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights of a whole model in a checkpoint of any source, by the names that `model` has: those of its ConvNeXt
     renamed, the others as they are. Of a ConvNeXt alone those that `match` finds for the model's.
 
     Raises:
         UsageError: the file holds several ConvNeXts, or one alone that does not fit.
     """
-    convnexts = _convnexts_in(content, file)
+    convnexts = _find_convnexts(content, file)
     backbones = [(f'{name}.', module) for name, module in model.named_modules() if isinstance(module, ConvNeXt)]
     if not convnexts or not backbones:
-        return next(iter(weights_in(content).values()), {})
+        return next(iter(find_state_dicts(content).values()), {})
     tensors, source = next(iter(convnexts.values()))
     prefix, backbone = backbones[0]
-    if all(name.startswith(DOUBLES) for name in source.others):
-        found, own = match(backbone, file), backbone.state_dict()
+    if all(name.startswith(DINOV3_DUPLICATE_PREFIX) for name in source.others):
+        found, own = plan_load(backbone, file), backbone.state_dict()
         weights = found.weights | {name: own[name] for name in found.initial}
         return {f'{prefix}{name}': tensor for name, tensor in weights.items()}
     before = source.prefix.partition(prefix)[0] if prefix in source.prefix else ''  # of a Lightning module, say
     weights = {}
     for name, tensor in tensors.items():
         ours = source.names.get(name, '')
-        if TRUNK.match(ours) or NORMS.fullmatch(ours):
-            weights[prefix + ours] = to_ours(ours, tensor)
+        if TRUNK_RE.match(ours) or OUTPUT_NORM_RE.fullmatch(ours):
+            weights[prefix + ours] = to_canonical(ours, tensor)
         else:
             weights[name.removeprefix(before)] = tensor
     return weights
 
 
-def source_of(content: dict, file: str | Path) -> str | None:
+def naming_scheme_of(content: dict, file: str | Path) -> str | None:
     """The key of the format in which a checkpoint names its ConvNeXt; None where it has none."""
-    convnexts = _convnexts_in(content, file)
+    convnexts = _find_convnexts(content, file)
     return next(iter(convnexts.values()))[1].format.key if convnexts else None
 
 
-def check_same(
+def check_state_dict_matches(
     model: nn.Module, weights: dict[str, torch.Tensor], file: str | Path, parts: tuple[str, ...] = ('',)
 ) -> None:
     """Raise UsageError unless weights have exactly the names and shapes of `model`, or of those parts of it whose names
     start so."""
     theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = _differences(*({n: s for n, s in names.items() if n.startswith(parts)} for names in (ours, theirs)))
+    problems = _describe_mismatch(
+        *({n: s for n, s in names.items() if n.startswith(parts)} for names in (ours, theirs))
+    )
     if problems:
         raise UsageError(f'{file} does not fit the config: {problems}; give the config that it was trained with')
 
@@ -255,7 +266,7 @@ class PretrainedConvNeXt:
             update_init_info(module, init_info=f'loaded from {self.checkpoint}')
 
 
-def _differences(ours: dict[str, tuple], theirs: dict[str, tuple], most: int = 3) -> str:
+def _describe_mismatch(ours: dict[str, tuple], theirs: dict[str, tuple], most: int = 3) -> str:
     """What keeps two sets of names and shapes from being equal, shortly, with the nearest name of one that is missing;
     empty where nothing does."""
     reshaped = [f'{n} is {theirs[n]}, not {ours[n]}' for n in ours if n in theirs and ours[n] != theirs[n]]
@@ -274,20 +285,20 @@ def _differences(ours: dict[str, tuple], theirs: dict[str, tuple], most: int = 3
     )
 
 
-def _is_unbuilt(name: str, backbone: ConvNeXt) -> bool:
+def _is_unused_stage(name: str, backbone: ConvNeXt) -> bool:
     """Whether a tensor belongs to a stage or an output norm of the arch that `out_indices` leaves out."""
     built, depth = len(backbone.stages), len(backbone.depths)
-    trunk = TRUNK.match(name)
+    trunk = TRUNK_RE.match(name)
     if trunk:
         return built <= int(trunk[2]) < depth
-    return bool(NORMS.fullmatch(name)) and int(name.split('.')[0][4:]) not in backbone.out_indices
+    return bool(OUTPUT_NORM_RE.fullmatch(name)) and int(name.split('.')[0][4:]) not in backbone.out_indices
 
 
-def _is_rgb_for_others(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
+def _needs_stem_adaptation(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
     return theirs.ndim == 4 and theirs.shape[1] == 3 != ours.shape[1] and theirs.shape[0] == ours.shape[0]
 
 
-def _fitted_stem(stem: torch.Tensor, in_channels: int) -> torch.Tensor:
+def adapt_input_conv(stem: torch.Tensor, in_channels: int) -> torch.Tensor:
     """A stem for RGB, C x 3 x k x k, for other inputs, with a response of about the same size."""
     if in_channels == 1:
         return stem.sum(1, keepdim=True)
@@ -298,7 +309,7 @@ def _fitted_stem(stem: torch.Tensor, in_channels: int) -> torch.Tensor:
 def check_values(file: Path, weights: dict[str, torch.Tensor]) -> None:
     """Raise UsageError unless weights are finite numbers of a precision that loads."""
     for name, tensor in weights.items():
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in FLOAT_DTYPES:
             what = 'complex' if tensor.is_complex() else 'quantised'
             raise UsageError(f'{file}: {name} is of {tensor.dtype}: {what} weights do not load, give fp16 to fp64')
         # A sum is finite only where all is, and needs no copy; of finite values it may overflow.

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 
-from .unpickler import Storage, StorageType, Unpickler, UnsafeCheckpoint
+from .unpickler import Storage, StorageType, Unpickler, UnsafeCheckpointError
 
-ZIP = b'PK\x03\x04'  # what an archive begins with
+ZIP_MAGIC = b'PK\x03\x04'  # what an archive begins with
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first of the pickles in an older file
-PICKLE = (
+PICKLE_MAGIC = (
     "where you trust it: weights = pickle.load(open('{file}', 'rb'))['model']; "
     "torch.save({{name: torch.as_tensor(array) for name, array in weights.items()}}, 'weights.pth')"
 )
@@ -33,17 +33,17 @@ def load(file: Path) -> object:
     """
     with open(file, 'rb') as f:
         memory = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    return (_load_zip if memory[:4] == ZIP else _load_legacy)(file, memory)
+    return (_load_zip if memory[:4] == ZIP_MAGIC else _load_legacy)(file, memory)
 
 
 def _load_zip(file: Path, memory: mmap.mmap) -> object:
     with zipfile.ZipFile(file) as archive:
-        entries = _checked_entries(archive, memory)
-        root = _root_of(entries)
+        entries = _check_entries(archive, memory)
+        root = _archive_root(entries)
         order = entries.get(f'{root}byteorder')
-        order = sys.byteorder.encode() if order is None else _content(archive, memory, order)
+        order = sys.byteorder.encode() if order is None else _read_record(archive, memory, order)
         if order not in (b'little', b'big'):
-            raise UnsafeCheckpoint(f'its byteorder is {order[:40]!r}, neither little nor big')
+            raise UnsafeCheckpointError(f'its byteorder is {order[:40]!r}, neither little nor big')
         swap = order != sys.byteorder.encode()
         storages = {}
 
@@ -51,22 +51,22 @@ def _load_zip(file: Path, memory: mmap.mmap) -> object:
             entry = entries.get(f'{root}data/{key}')
             if entry is None or entry.file_size != numel * kind.dtype.itemsize:
                 size = 'none' if entry is None else f'{entry.file_size} bytes'
-                raise UnsafeCheckpoint(f'its storage {key} should hold {numel} values and has {size}')
+                raise UnsafeCheckpointError(f'its storage {key} should hold {numel} values and has {size}')
             if key not in storages:
                 if entry.compress_type == zipfile.ZIP_STORED:
-                    start = _start_of(memory, entry)
-                    storages[key] = _storage(memory, start, entry.file_size, kind.dtype)
+                    start = _data_offset(memory, entry)
+                    storages[key] = _load_storage(memory, start, entry.file_size, kind.dtype)
                 else:
                     packed = bytearray(archive.read(entry))
-                    storages[key] = _storage(packed, 0, len(packed), kind.dtype)
+                    storages[key] = _load_storage(packed, 0, len(packed), kind.dtype)
                 if swap:
-                    _swap(storages[key], kind.dtype)
+                    _swap_bytes(storages[key], kind.dtype)
             return Storage(kind.dtype, storages[key])
 
-        return Unpickler(io.BytesIO(_content(archive, memory, entries[f'{root}data.pkl'])), find).load()
+        return Unpickler(io.BytesIO(_read_record(archive, memory, entries[f'{root}data.pkl'])), find).load()
 
 
-def _checked_entries(archive: zipfile.ZipFile, memory: mmap.mmap) -> dict[str, zipfile.ZipInfo]:
+def _check_entries(archive: zipfile.ZipFile, memory: mmap.mmap) -> dict[str, zipfile.ZipInfo]:
     """The entries of an archive by name: each of them once, none beyond the file or over another one, none that unpacks
     without bound, and all as their sums say, at which torch does not look (`ZipFile.read` does where it unpacks)."""
     listed = archive.infolist()
@@ -74,21 +74,21 @@ def _checked_entries(archive: zipfile.ZipFile, memory: mmap.mmap) -> dict[str, z
     packed = [entry for entry in listed if entry.compress_type != zipfile.ZIP_STORED]
     unpacked, limit = sum(entry.file_size for entry in packed), max(MAX_UNPACKED, MAX_RATIO * len(memory))
     if len(entries) < len(listed) or sum(entry.compress_size for entry in listed) > len(memory):
-        raise UnsafeCheckpoint('its zip entries overlap')
+        raise UnsafeCheckpointError('its zip entries overlap')
     if unpacked > limit:
-        raise UnsafeCheckpoint(f'it unpacks to {unpacked / 2**20:,.0f} MiB, the limit is {limit / 2**20:,.0f}')
+        raise UnsafeCheckpointError(f'it unpacks to {unpacked / 2**20:,.0f} MiB, the limit is {limit / 2**20:,.0f}')
     for entry in listed:
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.flag_bits & 1:
-            raise UnsafeCheckpoint(f'its zip entry {entry.filename} is encrypted or compressed in a rare way')
+            raise UnsafeCheckpointError(f'its zip entry {entry.filename} is encrypted or compressed in a rare way')
         if entry.compress_type == zipfile.ZIP_STORED and entry.CRC:  # 0 where a writer left it out
-            start = _start_of(memory, entry)
+            start = _data_offset(memory, entry)
             with memoryview(memory) as view, view[start : start + entry.file_size] as content:
                 if zlib.crc32(content) != entry.CRC:
-                    raise UnsafeCheckpoint(f'its entry {entry.filename} is damaged: Bad CRC-32')
+                    raise UnsafeCheckpointError(f'its entry {entry.filename} is damaged: Bad CRC-32')
     return entries
 
 
-def _start_of(memory: mmap.mmap, entry: zipfile.ZipInfo) -> int:
+def _data_offset(memory: mmap.mmap, entry: zipfile.ZipInfo) -> int:
     """Where the content of an uncompressed entry begins, by the header before it, which has to say what the list of
     entries says."""
     at = entry.header_offset
@@ -96,31 +96,33 @@ def _start_of(memory: mmap.mmap, entry: zipfile.ZipInfo) -> int:
     name, extra = (int.from_bytes(memory[at + i : at + i + 2], 'little') for i in (26, 28))
     start = at + 30 + name + extra
     written = memory[at + 30 : at + 30 + name].decode('utf-8' if entry.flag_bits & 0x800 else 'cp437')
-    right = memory[at : at + 4] == ZIP and method == zipfile.ZIP_STORED and written == entry.orig_filename
+    right = memory[at : at + 4] == ZIP_MAGIC and method == zipfile.ZIP_STORED and written == entry.orig_filename
     if not right or entry.compress_size != entry.file_size or start + entry.file_size > len(memory):
-        raise UnsafeCheckpoint(f'its entry {entry.filename} is not where, or not what, its list of entries says')
+        raise UnsafeCheckpointError(f'its entry {entry.filename} is not where, or not what, its list of entries says')
     return start
 
 
-def _root_of(entries: dict[str, zipfile.ZipInfo]) -> str:
+def _archive_root(entries: dict[str, zipfile.ZipInfo]) -> str:
     """The folder in an archive that holds the checkpoint."""
     roots = [name.removesuffix('data.pkl') for name in entries if name.split('/')[-1] == 'data.pkl']
     if len(roots) != 1:
-        raise UnsafeCheckpoint('it is a zip archive of something else: unpack it' if not roots else 'it holds several')
+        raise UnsafeCheckpointError(
+            'it is a zip archive of something else: unpack it' if not roots else 'it holds several'
+        )
     if f'{roots[0]}constants.pkl' in entries:
         fix = "torch.save(torch.jit.load('{file}').state_dict(), 'weights.pth')"
-        raise UnsafeCheckpoint('it is a TorchScript archive', fix)
+        raise UnsafeCheckpointError('it is a TorchScript archive', fix)
     return roots[0]
 
 
-def _content(archive: zipfile.ZipFile, memory: mmap.mmap, entry: zipfile.ZipInfo) -> bytes:
+def _read_record(archive: zipfile.ZipFile, memory: mmap.mmap, entry: zipfile.ZipInfo) -> bytes:
     if entry.compress_type != zipfile.ZIP_STORED:
         return archive.read(entry)
-    start = _start_of(memory, entry)
+    start = _data_offset(memory, entry)
     return memory[start : start + entry.file_size]
 
 
-class Place(NamedTuple):
+class StorageLocation(NamedTuple):
     """Where a storage of an older file lies, in bytes, and how many values it has."""
 
     start: int
@@ -130,49 +132,53 @@ class Place(NamedTuple):
 
 def _load_legacy(file: Path, memory: mmap.mmap) -> object:
     def pickled(find: Callable[..., Storage] | None = None) -> object:
-        return Unpickler(memory, find or _no_storage).load()
+        return Unpickler(memory, find or _refuse_storage).load()
 
     magic = LEGACY_MAGIC.to_bytes(10, 'little') in memory[:32]
     if memory[:1] == b'\x80' and not (magic and pickled() == LEGACY_MAGIC):
-        raise UnsafeCheckpoint('it is a pickle that torch.save did not write, as detectron2 has them', PICKLE)
+        raise UnsafeCheckpointError(
+            'it is a pickle that torch.save did not write, as detectron2 has them', PICKLE_MAGIC
+        )
     if memory[:1] != b'\x80':
-        raise UnsafeCheckpoint('torch.save did not write it')
+        raise UnsafeCheckpointError('torch.save did not write it')
     pickled()  # the version of the format
     swap = pickled().get('little_endian', True) != (sys.byteorder == 'little')
     content_at = memory.tell()
-    asked: dict[str, Place] = {}
+    asked: dict[str, StorageLocation] = {}
 
     def ask(kind: StorageType, key: str, location: str, numel: int, view=None) -> Storage:
-        asked.setdefault(key, Place(0, numel, kind.dtype))
+        asked.setdefault(key, StorageLocation(0, numel, kind.dtype))
         return Storage(kind.dtype, None)
 
     pickled(ask)
-    places = _places(memory, pickled(), asked)
+    places = _storage_locations(memory, pickled(), asked)
     storages = {}
 
     def find(kind: StorageType, key: str, location: str, numel: int, view=None) -> Storage:
         place, size = places[key], kind.dtype.itemsize
         if numel != place.numel or kind.dtype != place.dtype:
-            raise UnsafeCheckpoint(f'its storage {key} is described in two ways')
+            raise UnsafeCheckpointError(f'its storage {key} is described in two ways')
         if key not in storages:
-            storages[key] = _storage(memory, place.start, numel * size, kind.dtype)
+            storages[key] = _load_storage(memory, place.start, numel * size, kind.dtype)
             if swap:
-                _swap(storages[key], kind.dtype)
+                _swap_bytes(storages[key], kind.dtype)
         if view is None:
             return Storage(kind.dtype, storages[key])
         _, first, length = view  # a part of it that tensors are counted from
         if not 0 <= first <= first + length <= numel:
-            raise UnsafeCheckpoint(f'it holds a view beyond its storage {key}')
+            raise UnsafeCheckpointError(f'it holds a view beyond its storage {key}')
         return Storage(kind.dtype, storages[key][first * size : (first + length) * size])
 
     memory.seek(content_at)
     return pickled(find)
 
 
-def _places(memory: mmap.mmap, keys: list[str], asked: dict[str, Place]) -> dict[str, Place]:
+def _storage_locations(
+    memory: mmap.mmap, keys: list[str], asked: dict[str, StorageLocation]
+) -> dict[str, StorageLocation]:
     """Where the storages lie that follow the pickles, each after its number of values."""
     if sorted(keys) != sorted(asked):
-        raise UnsafeCheckpoint('its list of storages is not that of its tensors')
+        raise UnsafeCheckpointError('its list of storages is not that of its tensors')
     places = {}
     for key in keys:
         numel = int.from_bytes(memory.read(8), 'little')
@@ -180,16 +186,16 @@ def _places(memory: mmap.mmap, keys: list[str], asked: dict[str, Place]) -> dict
         place = places[key] = asked[key]._replace(start=start)
         end = start + place.numel * place.dtype.itemsize
         if numel != place.numel or end > len(memory):
-            raise UnsafeCheckpoint(f'its storage {key} of {place.numel} values is cut short or has {numel}')
+            raise UnsafeCheckpointError(f'its storage {key} of {place.numel} values is cut short or has {numel}')
         memory.seek(end)
     return places
 
 
-def _no_storage(*_) -> Storage:
-    raise UnsafeCheckpoint('it has a storage where none is due')
+def _refuse_storage(*_) -> Storage:
+    raise UnsafeCheckpointError('it has a storage where none is due')
 
 
-def _storage(memory: mmap.mmap | bytearray, start: int, size: int, dtype: torch.dtype) -> torch.UntypedStorage:
+def _load_storage(memory: mmap.mmap | bytearray, start: int, size: int, dtype: torch.dtype) -> torch.UntypedStorage:
     """`size` bytes from `start` on: themselves where values are aligned there, else a copy."""
     if not size:
         return torch.UntypedStorage(0)
@@ -197,7 +203,7 @@ def _storage(memory: mmap.mmap | bytearray, start: int, size: int, dtype: torch.
     return (there if start % dtype.itemsize == 0 else there.clone()).untyped_storage()
 
 
-def _swap(storage: torch.UntypedStorage, dtype: torch.dtype) -> None:
+def _swap_bytes(storage: torch.UntypedStorage, dtype: torch.dtype) -> None:
     """Turn the bytes of each value around: a machine of the other byte order wrote them."""
     if dtype.itemsize > 1 and storage.nbytes():
         storage.byteswap(dtype)

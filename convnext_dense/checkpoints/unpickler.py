@@ -32,12 +32,12 @@ OPCODES = """
 OBJECT = "where you trust it: torch.save(torch.load('{{file}}', weights_only=False){part}, 'weights.pth')"
 KEYS_OF_WEIGHTS = ('state_dict', 'model', 'model_state_dict', 'net', 'weights')
 KEYS = (str, int, float, bool, bytes, type(None))  # types of keys: the hash of nested tuples overflows the stack
-EXPANDED = 2**20  # elements that a tensor may have whatever its storage holds, as views of `Tensor.expand` do
+MAX_EXPANSION = 2**20  # elements that a tensor may have whatever its storage holds, as views of `Tensor.expand` do
 MAX_SIZE = 2**48  # of a dimension, a stride or an offset
 NUMBERS_AND_TEXT = re.compile(r'[biufc](1|2|4|8|16)|[SU][1-9]\d{0,5}')  # typecodes of numpy
 
 
-class UnsafeCheckpoint(pickle.UnpicklingError):
+class UnsafeCheckpointError(pickle.UnpicklingError):
     """A checkpoint asks for what no weights need, or contradicts itself; `fix` is what makes it readable, where that is
     known, with {file} for its path."""
 
@@ -47,7 +47,7 @@ class UnsafeCheckpoint(pickle.UnpicklingError):
 
 
 @dataclass(frozen=True, eq=False)
-class Name:
+class GlobalName:
     """What a global of the file stands for.
 
     `call` builds a value from arguments that it checks, `new` an empty object whose state follows; None where the file
@@ -83,7 +83,7 @@ class DType:
 
     def __init__(self, code: str, *_):
         if not isinstance(code, str) or not NUMBERS_AND_TEXT.fullmatch(code):
-            raise UnsafeCheckpoint(f'it holds numpy values of dtype {str(code)[:40]!r}')
+            raise UnsafeCheckpointError(f'it holds numpy values of dtype {str(code)[:40]!r}')
         self.dtype = np.dtype(code)
 
 
@@ -98,22 +98,22 @@ class Unpickler(pickle._Unpickler):
     def __init__(self, file, find_storage: Callable[..., Storage]):
         super().__init__(file, encoding='utf-8')
         self.file, self.find_storage = file, find_storage
-        self.user_names = _names_that_the_user_allows()
+        self.user_names = _user_allowed_globals()
 
     def load(self):
         try:
             return super().load()
         except KeyError as error:  # of the dispatch table or the memo
-            raise UnsafeCheckpoint(f'its pickle holds what torch.save does not write: {error}') from error
+            raise UnsafeCheckpointError(f'its pickle holds what torch.save does not write: {error}') from error
 
     def find_class(self, module: str, name: str):
         path = f'{module}.{name}'
         found = NAMES.get(path, self.user_names.get(path))
         if found is None and path in UNSUPPORTED:
-            raise UnsafeCheckpoint(f'it holds {UNSUPPORTED[path]}')
+            raise UnsafeCheckpointError(f'it holds {UNSUPPORTED[path]}')
         if found is None:
             whole = not self.stack and not self.metastack  # it is no part of anything
-            raise UnsafeCheckpoint(
+            raise UnsafeCheckpointError(
                 f'it {"is" if whole else "needs"} {path}', OBJECT.format(part='.state_dict()' if whole else self._key())
             )
         return found
@@ -129,19 +129,19 @@ class Unpickler(pickle._Unpickler):
 
     def persistent_load(self, pid):
         if type(pid) is not tuple or len(pid) < 5 or pid[0] != 'storage' or type(pid[1]) is not StorageType:
-            raise UnsafeCheckpoint('it refers to something that is no storage')
+            raise UnsafeCheckpointError('it refers to something that is no storage')
         return self.find_storage(*pid[1:])
 
     def load_reduce(self):
         args, name = self.stack.pop(), self.stack.pop()
-        if type(name) is not Name or name.call is None or type(args) is not tuple:
-            raise UnsafeCheckpoint(f'it calls {getattr(name, "path", type(name).__name__)}')
+        if type(name) is not GlobalName or name.call is None or type(args) is not tuple:
+            raise UnsafeCheckpointError(f'it calls {getattr(name, "path", type(name).__name__)}')
         self.append(name.call(*args))
 
     def load_newobj(self):
         args, name = self.stack.pop(), self.stack.pop()
-        if type(name) is not Name or name.new is None or type(args) is not tuple:
-            raise UnsafeCheckpoint(f'it builds {getattr(name, "path", type(name).__name__)}')
+        if type(name) is not GlobalName or name.new is None or type(args) is not tuple:
+            raise UnsafeCheckpointError(f'it builds {getattr(name, "path", type(name).__name__)}')
         self.append(name.new(*args))
 
     def load_build(self):
@@ -151,7 +151,7 @@ class Unpickler(pickle._Unpickler):
         elif any(type(built) is name.allowed for name in self.user_names.values()):
             _fill_object(built, state)
         else:
-            raise UnsafeCheckpoint(f'it sets the state of a {type(built).__name__}')
+            raise UnsafeCheckpointError(f'it sets the state of a {type(built).__name__}')
 
     def load_additems(self):
         items = self.pop_mark()
@@ -174,20 +174,24 @@ class Unpickler(pickle._Unpickler):
         _set_items(self.stack[-1], zip(items[::2], items[1::2], strict=True))
 
 
-OWN = 'reduce newobj build additems append appends setitem setitems'  # opcodes that Unpickler handles in its own way
+ALLOWED_MODULES = (
+    'reduce newobj build additems append appends setitem setitems'  # opcodes that Unpickler handles in its own way
+)
 Unpickler.dispatch = {
     getattr(pickle, code)[0]: pickle._Unpickler.dispatch[getattr(pickle, code)[0]] for code in OPCODES.split()
 }
-Unpickler.dispatch |= {getattr(pickle, code.upper())[0]: getattr(Unpickler, f'load_{code}') for code in OWN.split()}
+Unpickler.dispatch |= {
+    getattr(pickle, code.upper())[0]: getattr(Unpickler, f'load_{code}') for code in ALLOWED_MODULES.split()
+}
 
 
-def _names_that_the_user_allows() -> dict[str, Name]:
+def _user_allowed_globals() -> dict[str, GlobalName]:
     found = {}
     for entry in getattr(torch.serialization, 'get_safe_globals', list)():  # torch 2.5 and later
         allowed, path = entry if isinstance(entry, tuple) else (entry, f'{entry.__module__}.{entry.__qualname__}')
         if path.startswith('torch.'):  # torch registers rebuild functions of nested tensors by itself
             continue
-        found[path] = Name(path, allowed, _new(allowed) if isinstance(allowed, type) else None, allowed)
+        found[path] = GlobalName(path, allowed, _new(allowed) if isinstance(allowed, type) else None, allowed)
     return found
 
 
@@ -204,7 +208,7 @@ def _fill_object(built: object, state: object) -> None:
 
 def _expect(value, kind):
     if type(value) is not kind:
-        raise UnsafeCheckpoint(f'it holds a {type(value).__name__} where a {kind.__name__} is due')
+        raise UnsafeCheckpointError(f'it holds a {type(value).__name__} where a {kind.__name__} is due')
     return value
 
 
@@ -214,7 +218,7 @@ def _set_items(target: object, items: Iterable[tuple]) -> None:
     for key, value in items:
         parts = key if type(key) is tuple else (key,)
         if not all(type(part) in KEYS or isinstance(part, np.generic) for part in parts):
-            raise UnsafeCheckpoint(f'it has a {type(key).__name__} as a key')
+            raise UnsafeCheckpointError(f'it has a {type(key).__name__} as a key')
         target[key] = value
 
 
@@ -237,14 +241,14 @@ def _counter(counts: dict) -> Counter:
 def _encode(text: str, encoding: str) -> bytes:
     """Bytes as pickles of protocol 2 hold them."""
     if encoding != 'latin1':
-        raise UnsafeCheckpoint(f'it encodes text as {str(encoding)[:40]!r}')
+        raise UnsafeCheckpointError(f'it encodes text as {str(encoding)[:40]!r}')
     return _expect(text, str).encode('latin1')
 
 
 def _method_name(owner: object, name: str) -> None:
     """`getattr`, by which an mmengine HistoryBuffer names its own methods: it has them anyway."""
     if owner is not NAMES[HISTORY] or name not in STATISTICS:
-        raise UnsafeCheckpoint(f'it calls getattr for {str(name)[:40]!r}')
+        raise UnsafeCheckpointError(f'it calls getattr for {str(name)[:40]!r}')
 
 
 # ---- torch ----------------------------------------------------------------------------------------------------------
@@ -263,14 +267,16 @@ def _tensor_of_dtype(storage, offset, size, stride, requires_grad, hooks, dtype,
 def _in_storage(storage, dtype, offset, size, stride, requires_grad, metadata) -> torch.Tensor | None:
     numbers = [offset, *size, *stride]
     if metadata:
-        raise UnsafeCheckpoint('it holds a conjugate or negative view: save it after resolve_conj(), resolve_neg()')
+        raise UnsafeCheckpointError(
+            'it holds a conjugate or negative view: save it after resolve_conj(), resolve_neg()'
+        )
     if not all(type(n) is int and 0 <= n < MAX_SIZE for n in numbers) or len(size) != len(stride):
-        raise UnsafeCheckpoint('it holds a tensor of an impossible shape')
+        raise UnsafeCheckpointError('it holds a tensor of an impossible shape')
     if storage.data is None:
         return None
     held, last = storage.data.nbytes() // dtype.itemsize, offset + sum((n - 1) * s for n, s in zip(size, stride))
-    if (last >= held and 0 not in size) or prod(size) > max(held, EXPANDED):
-        raise UnsafeCheckpoint(f'a tensor of shape {tuple(size)} is larger than its storage of {held} values')
+    if (last >= held and 0 not in size) or prod(size) > max(held, MAX_EXPANSION):
+        raise UnsafeCheckpointError(f'a tensor of shape {tuple(size)} is larger than its storage of {held} values')
     tensor = torch.empty(0, dtype=dtype).set_(storage.data, offset, size, stride)
     tensor.requires_grad = bool(requires_grad) and dtype.is_floating_point
     return tensor
@@ -282,11 +288,11 @@ def _parameter(data: torch.Tensor | None, requires_grad, hooks, state=None) -> t
     return torch.nn.Parameter(_expect(data, torch.Tensor).detach(), bool(requires_grad) and data.is_floating_point())
 
 
-def _tensor_with_attributes(function: Name, kind: Name, args: tuple, state: object) -> torch.Tensor | None:
+def _tensor_with_attributes(function: GlobalName, kind: GlobalName, args: tuple, state: object) -> torch.Tensor | None:
     """A plain tensor or parameter on which somebody set attributes, which are left out."""
     if kind not in (NAMES['torch.Tensor'], NAMES['torch.nn.parameter.Parameter']):
-        raise UnsafeCheckpoint('it holds tensors of a class of their own')
-    return _expect(function, Name).call(*args)
+        raise UnsafeCheckpointError('it holds tensors of a class of their own')
+    return _expect(function, GlobalName).call(*args)
 
 
 def _size(values: tuple) -> torch.Size:
@@ -300,10 +306,10 @@ def _device(kind: str, index: int | None = None) -> torch.device:
 # ---- numpy and mmengine ---------------------------------------------------------------------------------------------
 
 
-def _empty_array(kind: Name, shape: tuple, code: bytes) -> np.ndarray:
+def _empty_array(kind: GlobalName, shape: tuple, code: bytes) -> np.ndarray:
     """`numpy.core.multiarray._reconstruct`: an array whose state follows."""
     if kind is not NAMES['numpy.ndarray']:
-        raise UnsafeCheckpoint('it holds numpy arrays of a class of their own')
+        raise UnsafeCheckpointError('it holds numpy arrays of a class of their own')
     return np.empty(0)
 
 
@@ -316,16 +322,16 @@ def _fill_array(array: np.ndarray, state: tuple) -> None:
     _, shape, dtype, fortran, content = state
     content = _raw(dtype, content)
     if not all(type(n) is int and 0 <= n < MAX_SIZE for n in shape) or len(shape) > 32:
-        raise UnsafeCheckpoint('it holds a numpy array of an impossible shape')
+        raise UnsafeCheckpointError('it holds a numpy array of an impossible shape')
     if prod(shape) * dtype.dtype.itemsize != len(content):
-        raise UnsafeCheckpoint(f'it holds a numpy array of shape {shape} in {len(content)} bytes')
+        raise UnsafeCheckpointError(f'it holds a numpy array of shape {shape} in {len(content)} bytes')
     array.__setstate__((1, tuple(shape), dtype.dtype, bool(fortran), content))
 
 
 def _fill_dtype(dtype: DType, state: tuple) -> None:
     _, order, *parts = state
     if order not in ('<', '>', '|', '=') or any(part is not None for part in parts[:3]):
-        raise UnsafeCheckpoint('it holds numpy values that are no numbers')
+        raise UnsafeCheckpointError('it holds numpy values that are no numbers')
     if order in '<>':
         dtype.dtype = dtype.dtype.newbyteorder(order)
 
@@ -333,7 +339,7 @@ def _fill_dtype(dtype: DType, state: tuple) -> None:
 def _scalar(dtype: DType, content: object) -> np.generic:
     content = _raw(dtype, content)
     if len(content) != dtype.dtype.itemsize:
-        raise UnsafeCheckpoint(f'it holds a numpy value of {dtype.dtype} in {len(content)} bytes')
+        raise UnsafeCheckpointError(f'it holds a numpy value of {dtype.dtype} in {len(content)} bytes')
     return np.frombuffer(content, dtype.dtype)[0]
 
 
@@ -341,7 +347,7 @@ def _fill_history(history: HistoryBuffer, state: dict) -> None:
     """A history of one logged value. The methods that the file registers with it are left out."""
     values, counts = (_expect(state[key], np.ndarray) for key in ('_log_history', '_count_history'))
     if any(array.ndim != 1 or array.dtype.kind not in 'biuf' for array in (values, counts)):
-        raise UnsafeCheckpoint('it holds a history of values that are no numbers')
+        raise UnsafeCheckpointError('it holds a history of values that are no numbers')
     history.__init__(values, counts, max(_expect(state['max_length'], int), len(values), 1))
 
 
@@ -396,9 +402,9 @@ DTYPES = {value for value in vars(torch).values() if isinstance(value, torch.dty
 QUANTIZED = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
 
 NAMES: dict[str, object] = {
-    **{path: Name(path) for path in CLASSES},
-    **{path: Name(path, call=function) for path, function in FUNCTIONS.items()},
-    **{path: Name(path, new=_new(kind)) for path, kind in OBJECTS.items()},
+    **{path: GlobalName(path) for path in CLASSES},
+    **{path: GlobalName(path, call=function) for path, function in FUNCTIONS.items()},
+    **{path: GlobalName(path, new=_new(kind)) for path, kind in OBJECTS.items()},
     **{f'torch.{name}Storage': StorageType(dtype) for name, dtype in STORAGES.items()},
     'torch.storage.UntypedStorage': StorageType(torch.uint8),
     **{str(dtype): dtype for dtype in DTYPES - QUANTIZED},

@@ -5,11 +5,11 @@ import difflib
 import re
 from collections.abc import Iterator
 
-from ..config.options import Options
+from ..config.options import KeyValueAction
 from .exit import printable
 
 
-class Parser(argparse.ArgumentParser):
+class ArgumentParser(argparse.ArgumentParser):
     """argparse's, which takes no abbreviations, names the nearest option to one that is not known, and has --debug."""
 
     def __init__(self, *args, **kwargs):
@@ -30,14 +30,14 @@ class Parser(argparse.ArgumentParser):
                     yield from parser._actions
 
 
-def config_parser(description: str, **config) -> Parser:
+def make_config_parser(description: str, **config) -> ArgumentParser:
     """The arguments of every tool that reads a config; `config` is for argparse."""
-    parser = Parser(description=description)
+    parser = ArgumentParser(description=description)
     parser.add_argument('config', help='a recipe, such as configs/cascade/convnext_t.py', **config)
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=Options,
+        action=KeyValueAction,
         default={},
         metavar='KEY=VALUE',
         help='settings that replace those of the config, such as train_cfg.max_epochs=12; +KEY=VALUE for a new one',
@@ -45,9 +45,9 @@ def config_parser(description: str, **config) -> Parser:
     return parser
 
 
-def run_parser(description: str) -> Parser:
+def make_run_parser(description: str) -> ArgumentParser:
     """The arguments of every tool that runs a config, as users of mmdet and mmseg know them."""
-    parser = config_parser(description)
+    parser = make_config_parser(description)
     parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/ and the recipe)')
     parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none')
     parser.add_argument('--compile', action='store_true', help="torch.compile the backbone's blocks: for long runs")

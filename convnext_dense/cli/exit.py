@@ -10,26 +10,26 @@ from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 
-from ..engine.atomic_files import FULL
-from ..engine.console import close_output, say_once
-from ..errors import RunError, Stopped, UsageError, is_users_bug, last_line
+from ..engine.atomic_files import DISK_FULL_ERRNOS
+from ..engine.console import detach_stdout, warn_once
+from ..errors import RunInterrupted, TrainingError, UsageError, is_user_code_error, one_line
 
-MAX_LINE = 2000  # characters of a message: names in a file have no end of their own
-RUN_CONFIGS = ('train.py', 'test.py')
+MAX_MESSAGE_CHARS = 2000  # characters of a message: names in a file have no end of their own
+TOOLS_WITH_WORK_DIR = ('train.py', 'test.py')
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """Bad input ends the process with one line and exit code 2, a run that cannot go on with one line and its own code;
     a bug, of this project or of a module of the user's, keeps its traceback. With --debug all do."""
     _open_streams()
     try:
         yield
     except BrokenPipeError:  # `| head`: who reads the output has enough of it
-        close_output()
+        detach_stdout()
         sys.exit(141)
     except (Exception, KeyboardInterrupt) as error:
-        ending = _ending(error)
+        ending = _message_and_code(error)
         if ending is None:
             raise
         line, code = ending
@@ -39,32 +39,32 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(code)
 
 
-def _ending(error: BaseException) -> tuple[str, int] | None:
+def _message_and_code(error: BaseException) -> tuple[str, int] | None:
     """The line and the exit code of an error; None of a bug."""
     if isinstance(error, UsageError):
         return f'error: {error}', 2
-    if isinstance(error, Stopped):
+    if isinstance(error, RunInterrupted):
         return str(error), error.exit_code
-    if isinstance(error, RunError):
-        return f'error: {last_line(error)}', error.exit_code
+    if isinstance(error, TrainingError):
+        return f'error: {one_line(error)}', error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return 'interrupted: what was saved is kept', 130
-    if _is_wrong_argument(error):
-        return f'error: the config cannot be built: {last_line(error)}', 2
-    if isinstance(error, OSError) and not is_users_bug(error):
-        if error.errno in FULL:
+    if _is_config_argument_error(error):
+        return f'error: the config cannot be built: {one_line(error)}', 2
+    if isinstance(error, OSError) and not is_user_code_error(error):
+        if error.errno in DISK_FULL_ERRNOS:
             where = f'{error.filename}: ' if error.filename else ''
-            elsewhere = ', or give another --work-dir' if Path(sys.argv[0]).name in RUN_CONFIGS else ''
+            elsewhere = ', or give another --work-dir' if Path(sys.argv[0]).name in TOOLS_WITH_WORK_DIR else ''
             return f'error: {where}{error.strerror}: free some space{elsewhere}', 1
         if error.filename:
             return f'error: {error.filename}: {error.strerror}', 2
     return None
 
 
-def _is_wrong_argument(error: BaseException) -> bool:
+def _is_config_argument_error(error: BaseException) -> bool:
     """Whether a config gives a class what it does not take, or not what it needs; data sets and optimizers are built
     late."""
-    if not re.search(r'__init__\(\) (got an unexpected|missing \d+ required)', str(error)) or is_users_bug(error):
+    if not re.search(r'__init__\(\) (got an unexpected|missing \d+ required)', str(error)) or is_user_code_error(error):
         return False
     calls = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
     calls = list(takewhile('build_from_cfg'.__ne__, reversed(calls))) if 'build_from_cfg' in calls else ['another']
@@ -74,7 +74,7 @@ def _is_wrong_argument(error: BaseException) -> bool:
 def printable(text: str) -> str:
     """Text as a terminal may have it: control characters and half characters escaped, and cut where it has no end."""
     text = ''.join(c if c.isprintable() or c == '\n' else c.encode('unicode_escape').decode() for c in text)
-    return text if len(text) <= MAX_LINE else f'{text[: MAX_LINE - 200]} ... {text[-190:]}'
+    return text if len(text) <= MAX_MESSAGE_CHARS else f'{text[: MAX_MESSAGE_CHARS - 200]} ... {text[-190:]}'
 
 
 def _open_streams() -> None:
@@ -84,4 +84,4 @@ def _open_streams() -> None:
             setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
         elif hasattr(getattr(sys, name), 'reconfigure'):
             getattr(sys, name).reconfigure(errors='backslashreplace')
-    logging.StreamHandler.handleError = say_once
+    logging.StreamHandler.handleError = warn_once

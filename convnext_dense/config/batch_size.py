@@ -8,24 +8,24 @@ from torch import nn
 
 from ..errors import UsageError
 from ..type_names import is_type, short_name
-from .literal import read_dumped
+from .literal import parse_config_literal
 from .options import is_explicit
-from .recipe import accumulation_of
-from .schedule import _say_defaults
-from .tree import dicts_in, listed
-from .value_types import check_kinds
+from .recipe import accumulative_counts
+from .schedule import _fill_implicit_defaults
+from .tree import as_list, iter_dicts
+from .value_types import check_value_types
 
 SYNC_BN = ('SyncBN', 'MMSyncBN', 'NaiveSyncBN', 'SyncBatchNorm')  # in configs
 
 
-def fit_batch(processes: int, images: int, wanted: int, fewest: int = 1) -> tuple[int, int]:
+def choose_batch(processes: int, images: int, wanted: int, fewest: int = 1) -> tuple[int, int]:
     """Images a process, from `fewest` to `images`, and how many batches to add up, for a total nearest to `wanted`; of
     equally near ones the one with the fewest batches."""
     options = [(n, k) for n in range(fewest, images + 1) for k in range(1, wanted + 1)]
     return min(options, key=lambda option: (abs(processes * option[0] * option[1] - wanted), option[1], -option[0]))
 
 
-def set_total_batch(
+def scale_batch(
     config: Config, processes: int, as_is: bool = False, options: Mapping[str, object] | None = None
 ) -> tuple[str, bool] | None:
     """Fit a config that names its `total_batch` to a number of processes: gradients of several batches are added up
@@ -39,14 +39,14 @@ def set_total_batch(
     """
     if not config.get('total_batch'):
         return None
-    check_kinds(config)
+    check_value_types(config)
     wanted, loader, wrapper = config.get('total_batch'), config.train_dataloader, config.optim_wrapper
     if not as_is and 'accumulative_counts' not in wrapper:
         fewest = loader.batch_size if is_explicit(options or (), 'train_dataloader.batch_size') else 1
-        loader.batch_size, accumulation = fit_batch(processes, loader.batch_size, wanted, fewest)
+        loader.batch_size, accumulation = choose_batch(processes, loader.batch_size, wanted, fewest)
         if accumulation > 1:
-            _accumulate(config, accumulation)
-    accumulation, at_once = accumulation_of(config), processes * loader.batch_size
+            _apply_accumulation(config, accumulation)
+    accumulation, at_once = accumulative_counts(config), processes * loader.batch_size
     if at_once == 1 and _has_sync_bn(config.model) and 'decode_head' in config.model:
         raise UsageError('batch norm needs two images at a time: give train_dataloader.batch_size=2 or more GPUs')
     total = at_once * accumulation
@@ -63,11 +63,11 @@ def set_total_batch(
     return line, total != wanted
 
 
-def check_same_accumulation(config: Config, meta: dict, checkpoint: str) -> None:
+def check_accumulation_unchanged(config: Config, meta: dict, checkpoint: str) -> None:
     """Raise UsageError where a run to be resumed, by the `meta` of its checkpoint, added up other numbers of batches:
     its count of iterations would mean something else here."""
-    before = accumulation_of(read_dumped(meta['cfg'])) if meta.get('cfg') else 1
-    now = accumulation_of(config)
+    before = accumulative_counts(parse_config_literal(meta['cfg'])) if meta.get('cfg') else 1
+    now = accumulative_counts(config)
     if before != now:
         raise UsageError(
             f'{checkpoint} comes from a run that added up {before} batches for an update, this one adds up {now}: '
@@ -75,10 +75,10 @@ def check_same_accumulation(config: Config, meta: dict, checkpoint: str) -> None
         )
 
 
-def _accumulate(config: Config, n: int) -> None:
+def _apply_accumulation(config: Config, n: int) -> None:
     """Add up `n` batches for an update: a loop that counts iterations runs n times as many, schedules stay as they are
     and step at every update."""
-    for scheduler in listed(config.get('param_scheduler')):
+    for scheduler in as_list(config.get('param_scheduler')):
         if scheduler.get('convert_to_iter_based'):
             raise UsageError(
                 f'{short_name(scheduler.type)} with convert_to_iter_based cannot be fitted to this number of GPUs: '
@@ -99,8 +99,8 @@ def _accumulate(config: Config, n: int) -> None:
     for hook in config.get('custom_hooks') or []:
         if is_type(hook.get('type'), HOOKS, 'EMAHook'):  # it averages every `interval` iterations, from `begin_iter` on
             hook['begin_iter'], hook['interval'] = n * hook.get('begin_iter', 0), n * hook.get('interval', 1)
-    _say_defaults(config)
-    for part in dicts_in(config.model):
+    _fill_implicit_defaults(config)
+    for part in iter_dicts(config.model):
         if part.get('warmup_iters'):
             part['warmup_iters'] *= n
     if not checkpoint.get('by_epoch', True) and checkpoint.get('interval', -1) > 0:
@@ -108,5 +108,5 @@ def _accumulate(config: Config, n: int) -> None:
 
 
 def _has_sync_bn(model: dict) -> bool:
-    kinds = (settings.get('type') for settings in dicts_in(model))
+    kinds = (settings.get('type') for settings in iter_dicts(model))
     return any(short_name(kind) in SYNC_BN or kind is nn.SyncBatchNorm for kind in kinds)

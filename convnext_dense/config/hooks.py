@@ -5,10 +5,10 @@ from mmengine.registry import METRICS
 
 from ..errors import UsageError
 from ..type_names import is_type
-from .tree import dicts_in, listed
+from .tree import as_list, iter_dicts
 
 
-def set_keep(config: Config, n: int | None) -> None:
+def set_checkpoint_retention(config: Config, n: int | None) -> None:
     """Keep the last `n` checkpoints and the one of the best evaluation (None: as the config says).
 
     Raises:
@@ -20,22 +20,22 @@ def set_keep(config: Config, n: int | None) -> None:
         raise UsageError(f'--keep {n}: give a positive number of checkpoints')
     if not config.get('default_hooks'):
         config.default_hooks = {}
-    best = {} if not config.get('val_evaluator') else dict(save_best=_best_of(config.val_evaluator), rule='greater')
+    best = {} if not config.get('val_evaluator') else dict(save_best=_best_metric(config.val_evaluator), rule='greater')
     hook = config.default_hooks.get('checkpoint') or dict(type='CheckpointHook', interval=1)
     config.default_hooks.checkpoint = {**best, **hook, 'max_keep_ckpts': n}
 
 
-def _best_of(evaluator) -> str:
+def _best_metric(evaluator) -> str:
     """The figure by which the best checkpoint is chosen: box AP, mIoU, or the first that the evaluator gives."""
-    for metric in dicts_in(evaluator):
-        if is_type(metric.get('type'), METRICS, 'CocoMetric') and 'bbox' in listed(metric.get('metric', 'bbox')):
+    for metric in iter_dicts(evaluator):
+        if is_type(metric.get('type'), METRICS, 'CocoMetric') and 'bbox' in as_list(metric.get('metric', 'bbox')):
             return f'{metric.get("prefix") or "coco"}/bbox_mAP'
         if is_type(metric.get('type'), METRICS, 'IoUMetric') and 'mIoU' in metric.get('iou_metrics', ['mIoU']):
             return 'mIoU'
     return 'auto'
 
 
-def set_max_bad_images(config: Config, given: str | None) -> None:
+def set_max_unreadable(config: Config, given: str | None) -> None:
     """How many training images may turn out unreadable: a number of them, or a share such as 0.5% (None: 0.1 %).
 
     Raises:

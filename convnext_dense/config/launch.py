@@ -5,14 +5,14 @@ import os
 from ..errors import UsageError
 
 # The variable in which each launcher gives the number of processes, and the command that is one.
-PROCESSES = {
+WORLD_SIZE_VARIABLES = {
     'pytorch': ('WORLD_SIZE', 'torchrun'),
     'slurm': ('SLURM_NTASKS', 'srun'),
     'mpi': ('OMPI_COMM_WORLD_SIZE', 'mpirun'),
 }
 
 
-def n_processes(launcher: str) -> int:
+def world_size_from_env(launcher: str) -> int:
     """How many processes a launcher ('none', 'pytorch', 'slurm' or 'mpi') started, one a GPU.
 
     Raises:
@@ -20,7 +20,7 @@ def n_processes(launcher: str) -> int:
     """
     if launcher == 'none':
         return 1
-    variable, command = PROCESSES[launcher]
+    variable, command = WORLD_SIZE_VARIABLES[launcher]
     if variable not in os.environ:
         raise UsageError(f'--launcher {launcher}: {variable} is not set; start the tool with {command}')
     value = os.environ[variable].strip()

@@ -10,7 +10,7 @@ from ..errors import UsageError
 from ..models import multiscale_tta  # noqa: F401  (registers MultiScaleSegmentor)
 from ..type_names import is_type
 
-RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+SCALE_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
 def set_multiscale(config: Config, options: Mapping[str, object] | None = None) -> None:
@@ -33,7 +33,7 @@ def set_multiscale(config: Config, options: Mapping[str, object] | None = None) 
     if at is None:
         raise UsageError("--multiscale needs dict(type='Resize', scale=(long, short)) in test_dataloader's pipeline")
     resize = pipeline[at]
-    scales = [{**resize, 'scale': tuple(int(side * ratio) for side in resize['scale'])} for ratio in RATIOS]
+    scales = [{**resize, 'scale': tuple(int(side * ratio) for side in resize['scale'])} for ratio in SCALE_FACTORS]
     flips = [dict(type='RandomFlip', prob=prob, direction='horizontal') for prob in (0.0, 1.0)]
     steps = [scales, flips, *([step] for step in pipeline[at + 1 :])]
     config.test_dataloader.dataset.pipeline = [*pipeline[:at], dict(type='TestTimeAug', transforms=steps)]

@@ -16,10 +16,17 @@ from ..errors import UsageError
 from ..type_names import class_of
 
 # What mmengine's runner and this package's tools read of a config beside the runner's own arguments.
-READ = {'custom_imports', 'runner_type', 'find_unused_parameters', 'model_wrapper_cfg', 'compile', 'total_batch'}
-READ |= {'activation_checkpointing', 'sync_bn', 'max_bad_images', 'env_cfg', 'randomness', 'experiment_name'}
+TOP_LEVEL_KEYS = {
+    'custom_imports',
+    'runner_type',
+    'find_unused_parameters',
+    'model_wrapper_cfg',
+    'compile',
+    'total_batch',
+}
+TOP_LEVEL_KEYS |= {'activation_checkpointing', 'sync_bn', 'max_bad_images', 'env_cfg', 'randomness', 'experiment_name'}
 # Classes and functions whose arguments a part of a config is that names no type.
-UNTYPED = {
+BUILT_WITHOUT_TYPE = {
     'train_dataloader': (DataLoader,),
     'val_dataloader': (DataLoader,),
     'test_dataloader': (DataLoader,),
@@ -28,7 +35,7 @@ UNTYPED = {
     'optim_wrapper.clip_grad': (clip_grad_norm_,),
 }
 # Keys of parts that name no type and build nothing: what mmengine looks up in them.
-LOOKED_UP = {
+EXTRA_KEYS = {
     'train_dataloader': {'dataset', 'num_batch_per_epoch'},
     'val_dataloader': {'dataset', 'num_batch_per_epoch'},
     'test_dataloader': {'dataset', 'num_batch_per_epoch'},
@@ -53,10 +60,10 @@ LOOKED_UP = {
     },
 }
 DEFAULT_TYPES = {'optim_wrapper': 'OptimWrapper'}  # of parts that need not name theirs
-DIRECTIVES = {'type', '_delete_', '_scope_'}  # of mmengine, in any part
+MMENGINE_KEYS = {'type', '_delete_', '_scope_'}  # of mmengine, in any part
 
 
-class Options(DictAction):
+class KeyValueAction(DictAction):
     """mmengine's KEY=VALUE options, +KEY=VALUE for keys that are meant to be new; anything else is a usage error."""
 
     def __call__(self, parser, namespace, values, option_string=None):
@@ -72,7 +79,7 @@ class Options(DictAction):
             parser.error(f'{option_string}: {error}')
 
 
-def merge(config: Config, options: Mapping[str, object]) -> dict[str, object]:
+def merge_options(config: Config, options: Mapping[str, object]) -> dict[str, object]:
     """Put options into a config and return them by their keys without the plus of new ones.
 
     Raises:
@@ -95,11 +102,11 @@ def check_key(config: Config, key: str) -> None:
     parts, node, place = key.split('.'), config, []
     for i, part in enumerate(parts):
         if not hasattr(node, 'keys') or part not in node:
-            known = _keys(node, '.'.join(place))
+            known = _valid_keys(node, '.'.join(place))
             if part not in known:
-                raise UsageError(f'--cfg-options {key}: {_unknown(config, parts, i, known)}')
-        if i == 0 and part not in _read_at_the_top():
-            raise UsageError(f'--cfg-options {key}: {_variable(config, part, parts[1:])}')
+                raise UsageError(f'--cfg-options {key}: {_unknown_key_message(config, parts, i, known)}')
+        if i == 0 and part not in _top_level_keys():
+            raise UsageError(f'--cfg-options {key}: {_config_variable_message(config, part, parts[1:])}')
         place.append(part)
         if isinstance(node, tuple):
             raise UsageError(f'--cfg-options {key}: it is a part of a tuple: give all of {".".join(place[:-1])}')
@@ -109,39 +116,39 @@ def check_key(config: Config, key: str) -> None:
             node = node[part]
         else:
             node = None
-        if node is None and not {'.'.join(place)} & {*LOOKED_UP, *UNTYPED}:
+        if node is None and not {'.'.join(place)} & {*EXTRA_KEYS, *BUILT_WITHOUT_TYPE}:
             return  # an argument that the config leaves at its default: what is below it is its own
         node = {} if node is None else node
 
 
 def _check_replaced(config: Config, key: str, value: object) -> None:
     """Raise UsageError where a number or a text takes the place of a part of the config."""
-    old = _at(config, key.split('.'))
+    old = _get_dotted(config, key.split('.'))
     if hasattr(old, 'keys') and isinstance(value, (int, float, str)) and ('.' not in key or 'type' in old):
         raise UsageError(f'--cfg-options {key}={value!r}: {key} is a part of the config: give {key}.KEY=VALUE')
 
 
-def _keys(node: object, place: str) -> Collection[str]:
+def _valid_keys(node: object, place: str) -> Collection[str]:
     """What may stand below a part of a config: its own keys, and the arguments of what it builds."""
     if isinstance(node, (list, tuple)):
         return [str(i) for i in range(len(node))]
     if not hasattr(node, 'keys'):
         return []
-    own = {*node.keys(), *LOOKED_UP.get(place, ())}
+    own = {*node.keys(), *EXTRA_KEYS.get(place, ())}
     if not place:
-        return own | _read_at_the_top()
+        return own | _top_level_keys()
     kind = class_of(node.get('type', DEFAULT_TYPES.get(place)))
-    built = ([kind] if kind else []) + list(UNTYPED.get(place, ()))
-    return own.union(DIRECTIVES, *map(arguments_of, built))
+    built = ([kind] if kind else []) + list(BUILT_WITHOUT_TYPE.get(place, ()))
+    return own.union(MMENGINE_KEYS, *map(argument_names, built))
 
 
 @cache
-def _read_at_the_top() -> set[str]:
-    return READ | set(arguments_of(Runner)) - {'cfg'}
+def _top_level_keys() -> set[str]:
+    return TOP_LEVEL_KEYS | set(argument_names(Runner)) - {'cfg'}
 
 
 @cache
-def arguments_of(function) -> frozenset[str]:
+def argument_names(function) -> frozenset[str]:
     """The names of a function's or class's arguments, those included that it passes on to the classes it is derived
     from."""
     found, classes = set(), function.__mro__ if isinstance(function, type) else (function,)
@@ -156,9 +163,9 @@ def arguments_of(function) -> frozenset[str]:
     return frozenset(found - {'self'})
 
 
-def _unknown(config: Config, parts: list[str], i: int, known: Collection[str]) -> str:
+def _unknown_key_message(config: Config, parts: list[str], i: int, known: Collection[str]) -> str:
     """What is wrong with a key whose part `i` is not known, and the nearest one that is."""
-    every = dict.fromkeys(_dotted(config))
+    every = dict.fromkeys(_iter_dotted_keys(config))
     key, before = '.'.join(parts), '.'.join(parts[:i])
     tail = next((other for other in every if other.endswith(f'.{key}')), None)
     sibling = difflib.get_close_matches(parts[i], known, 1, 0.6)
@@ -170,10 +177,10 @@ def _unknown(config: Config, parts: list[str], i: int, known: Collection[str]) -
     return f'{there}: {hint}for what is meant to be new write +{key}=...'
 
 
-def _variable(config: Config, name: str, rest: list[str]) -> str:
+def _config_variable_message(config: Config, name: str, rest: list[str]) -> str:
     """What is read in the place of a variable of a config file."""
     value = config[name]
-    users = [key for key, other in _items(config) if key != name and _is_equal(other, value) and '.' in key]
+    users = [key for key, other in _iter_items(config) if key != name and _is_equal(other, value) and '.' in key]
     read = '.'.join([users[0], *rest]) if users else 'what it was put into'
     return f'{name} is a variable of the config file, which nothing reads once the file is loaded: set {read} instead'
 
@@ -182,16 +189,16 @@ def _is_equal(a: object, b: object) -> bool:
     return type(a) is type(b) and a == b
 
 
-def _dotted(config: Config) -> Iterator[str]:
+def _iter_dotted_keys(config: Config) -> Iterator[str]:
     """All keys of a config that are read, from the outside in."""
-    return (key for key, _ in _items(config) if key.split('.')[0] in _read_at_the_top())
+    return (key for key, _ in _iter_items(config) if key.split('.')[0] in _top_level_keys())
 
 
-def _items(node: object, place: str = '') -> Iterator[tuple[str, object]]:
+def _iter_items(node: object, place: str = '') -> Iterator[tuple[str, object]]:
     items = enumerate(node) if isinstance(node, (list, tuple)) else node.items() if hasattr(node, 'items') else ()
     for key, value in items:
         yield f'{place}{key}', value
-        yield from _items(value, f'{place}{key}.')
+        yield from _iter_items(value, f'{place}{key}.')
 
 
 def is_explicit(options: Collection[str], *keys: str) -> bool:
@@ -199,19 +206,19 @@ def is_explicit(options: Collection[str], *keys: str) -> bool:
     return any(key == option or key.startswith(f'{option}.') for key in keys for option in options)
 
 
-def restore(config: Config, options: Mapping[str, object], *parts: str) -> None:
+def reapply_options(config: Config, options: Mapping[str, object], *parts: str) -> None:
     """Put the user's settings of some parts of a config back in, after others in them were derived."""
     config.merge_from_dict({key: value for key, value in options.items() if key.startswith(parts)})
 
 
-def overruled(config: Config, options: Mapping[str, object]) -> list[str]:
+def overridden_options(config: Config, options: Mapping[str, object]) -> list[str]:
     """Options that do not hold in the end, a line each: other arguments or the number of GPUs changed them."""
     lines = []
     for key, value in options.items():
         if key.split('.')[-1] == '_delete_':
             continue
-        found = _at(config, key.split('.'))
-        if found is _MISSING or not _same(found, value):
+        found = _get_dotted(config, key.split('.'))
+        if found is _MISSING or not _equal(found, value):
             now = 'is not there any more' if found is _MISSING else f'became {found!r}'
             lines.append(
                 f'--cfg-options {key}={value!r} {now}: other arguments, the data or the number of GPUs decide it'
@@ -222,7 +229,7 @@ def overruled(config: Config, options: Mapping[str, object]) -> list[str]:
 _MISSING = object()
 
 
-def _at(node: object, parts: list[str]) -> object:
+def _get_dotted(node: object, parts: list[str]) -> object:
     for part in parts:
         if isinstance(node, (list, tuple)) and part.isdigit() and int(part) < len(node):
             node = node[int(part)]
@@ -233,7 +240,7 @@ def _at(node: object, parts: list[str]) -> object:
     return node
 
 
-def _same(found: object, value: object) -> bool:
+def _equal(found: object, value: object) -> bool:
     if isinstance(found, (list, tuple)) and isinstance(value, (list, tuple)):
-        return len(found) == len(value) and all(map(_same, found, value))
+        return len(found) == len(value) and all(map(_equal, found, value))
     return found == value

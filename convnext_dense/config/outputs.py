@@ -9,10 +9,10 @@ from mmengine.registry import HOOKS, METRICS
 from ..errors import UsageError
 from ..type_names import is_type
 from .options import is_explicit
-from .tree import listed
+from .tree import as_list
 
 
-def set_pictures(
+def set_visualization(
     config: Config, folder: str | None, show: bool, wait_time: float, options: Mapping[str, object] | None = None
 ) -> None:
     """Have the library's visualization hook draw predictions beside the truth, into a folder or a window.
@@ -23,7 +23,7 @@ def set_pictures(
     if not (folder or show):
         return
     if folder:
-        _check_new(folder, '--show-dir')
+        _require_absent(folder, '--show-dir')
     hook = config.get('default_hooks', {}).get('visualization')
     if hook is None:
         raise UsageError(
@@ -38,12 +38,12 @@ def set_pictures(
         hook.test_out_dir = folder
 
 
-def set_out(config: Config, out: str | None) -> None:
+def set_prediction_output(config: Config, out: str | None) -> None:
     """Have the predictions kept: label maps in a folder (segmentation) or a pickle file (detection)."""
     if out is None:
         return
-    _check_new(out, '--out')
-    evaluators = listed(config.test_evaluator)
+    _require_absent(out, '--out')
+    evaluators = as_list(config.test_evaluator)
     if config.get('default_scope') == 'mmseg':
         metric = next((e for e in evaluators if is_type(e.get('type'), METRICS, 'IoUMetric')), None)
         if metric is None:
@@ -55,7 +55,7 @@ def set_out(config: Config, out: str | None) -> None:
         config.test_evaluator = [*evaluators, dict(type='DumpDetResults', out_file_path=out)]
 
 
-def _check_new(path: str, option: str) -> None:
+def _require_absent(path: str, option: str) -> None:
     """Raise UsageError where a result would overwrite something."""
     if os.path.isfile(path) or (os.path.isdir(path) and os.listdir(path)):
         raise UsageError(f"{option} '{path}' exists already: give another place")

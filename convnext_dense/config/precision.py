@@ -7,7 +7,7 @@ from mmengine.registry import OPTIM_WRAPPERS
 from ..errors import UsageError
 from ..type_names import is_type
 
-RUNS_WITHOUT_AMP = ('cpu', 'mps')  # mmengine's AmpOptimWrapper refuses these
+NO_AMP_DEVICES = ('cpu', 'mps')  # mmengine's AmpOptimWrapper refuses these
 
 
 def set_precision(config: Config, amp_dtype: str | None) -> None:
@@ -25,7 +25,7 @@ def set_precision(config: Config, amp_dtype: str | None) -> None:
         if not is_type(wrapper.get('type'), OPTIM_WRAPPERS, 'AmpOptimWrapper'):  # it may be derived from it
             wrapper.type = 'AmpOptimWrapper'
         wrapper.dtype = amp_dtype
-    if is_type(wrapper.get('type'), OPTIM_WRAPPERS, 'AmpOptimWrapper') and get_device() in RUNS_WITHOUT_AMP:
+    if is_type(wrapper.get('type'), OPTIM_WRAPPERS, 'AmpOptimWrapper') and get_device() in NO_AMP_DEVICES:
         raise UsageError(
             f'mixed precision ({wrapper.get("dtype", "float16")}) needs a GPU and none was found: '
             '--amp-dtype float32 trains in full precision'

@@ -10,21 +10,21 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import MODELS
 
-from ..checkpoints.hub import is_url, locate
-from ..checkpoints.pretrained import PretrainedConvNeXt, match
+from ..checkpoints.hub import is_url, resolve
+from ..checkpoints.pretrained import PretrainedConvNeXt, plan_load
 from ..errors import UsageError, root_message
 from ..models.convnext import ConvNeXt
 from ..type_names import class_of, short_name
-from .launch import n_processes
-from .tree import dicts_in, listed
+from .launch import world_size_from_env
+from .tree import as_list, iter_dicts
 
 # The lines of OpenMMLab, which have the same import names: distribution of mmengine -> our extra, its mmcv.
-LINES = {'onedl-mmengine': ('onedl', 'onedl-mmcv==2.3.6'), 'mmengine': ('openmmlab', 'mmcv==2.1.0')}
+OPENMMLAB_DISTS = {'onedl-mmengine': ('onedl', 'onedl-mmcv==2.3.6'), 'mmengine': ('openmmlab', 'mmcv==2.1.0')}
 
 
 def check_launcher(config: Config, launcher: str) -> None:
     """Raise UsageError where a launcher did not start this process, or its processes cannot be joined."""
-    n_processes(launcher)
+    world_size_from_env(launcher)
     backend = ((config.get('env_cfg') or {}).get('dist_cfg') or {}).get('backend', 'nccl')
     if launcher != 'none' and backend == 'nccl' and get_device() == 'cpu':
         raise UsageError(f'--launcher {launcher} needs a GPU for each process and none was found: leave it out')
@@ -35,12 +35,12 @@ def check_launcher(config: Config, launcher: str) -> None:
 def check_installed(library: str) -> None:
     """Raise UsageError where mmcv lacks its operators, `library` (mmdet, mmseg) cannot be imported, or both lines of
     OpenMMLab are installed."""
-    lines = [name for name in LINES if _is_installed(name)]
+    lines = [name for name in OPENMMLAB_DISTS if _is_installed(name)]
     if len(lines) > 1:
         raise UsageError(
             f'{" and ".join(lines)} are installed over one another: install one line of OpenMMLab, in a new environment'
         )
-    extra, mmcv = LINES[lines[0] if lines else 'onedl-mmengine']
+    extra, mmcv = OPENMMLAB_DISTS[lines[0] if lines else 'onedl-mmengine']
     try:
         importlib.import_module('mmcv')
         importlib.import_module(library)
@@ -57,7 +57,7 @@ def check_installed(library: str) -> None:
 
 def check_backbones(model: dict) -> None:
     """Raise UsageError where a ConvNeXt in a model config cannot be built; costs no memory."""
-    for kind, settings in _backbones_in(model):
+    for kind, settings in _iter_backbones(model):
         try:
             with torch.device('meta'):
                 kind(**settings)
@@ -68,7 +68,7 @@ def check_backbones(model: dict) -> None:
 def check_levels(model: dict) -> None:
     """Raise UsageError where a dense head of a detector has anchors for another number of levels than the neck gives,
     which mmdet notices at the first image, in an AssertionError without a word."""
-    neck = (listed(model.get('neck')) or [{}])[-1]
+    neck = (as_list(model.get('neck')) or [{}])[-1]
     for name in ('rpn_head', 'bbox_head'):
         head = model.get(name)
         anchors = (head.get('anchor_generator') or {}) if isinstance(head, dict) else {}
@@ -83,25 +83,25 @@ def check_levels(model: dict) -> None:
 def check_pretrained(model: dict) -> None:
     """Raise UsageError where the weights that a ConvNeXt's `init_cfg` names cannot be had or do not fit it. On the meta
     device, before data or a model take time; a download is left to the first process."""
-    for kind, settings in _backbones_in(model):
+    for kind, settings in _iter_backbones(model):
         with torch.device('meta'):
             backbone = kind(**settings)
         for cfg in backbone.pretrained:
             loader = PretrainedConvNeXt(**{k: v for k, v in cfg.items() if k != 'type'})
-            if _is_first_process() or not is_url(locate(loader.checkpoint)):
-                match(backbone, loader.checkpoint, loader.final_norm)
+            if is_rank0() or not is_url(resolve(loader.checkpoint)):
+                plan_load(backbone, loader.checkpoint, loader.final_norm)
 
 
 def check_data(config: Config, splits: tuple[str, ...]) -> None:
     """Raise UsageError naming the first folder or annotation file of these splits ('train', 'val', 'test') that is
     not there."""
     for split in splits:
-        for dataset in dicts_in(config.get(f'{split}_dataloader') or {}):
-            for path in _data_paths(dataset):
-                _check_there(path, split)
-        for evaluator in dicts_in(config.get(f'{split}_evaluator') or {}):
+        for dataset in iter_dicts(config.get(f'{split}_dataloader') or {}):
+            for path in _iter_data_paths(dataset):
+                _require_path(path, split)
+        for evaluator in iter_dicts(config.get(f'{split}_evaluator') or {}):
             if evaluator.get('ann_file'):
-                _check_there(evaluator['ann_file'], split)
+                _require_path(evaluator['ann_file'], split)
 
 
 def _is_installed(distribution: str) -> bool:
@@ -111,9 +111,9 @@ def _is_installed(distribution: str) -> bool:
         return False
 
 
-def _backbones_in(model: dict) -> Iterator[tuple[type, dict]]:
+def _iter_backbones(model: dict) -> Iterator[tuple[type, dict]]:
     """The class, ours or derived from it, and the arguments of every ConvNeXt in a model's config."""
-    for holder in dicts_in({'model': model}):
+    for holder in iter_dicts({'model': model}):
         for key, settings in holder.items():
             kind = settings.get('type') if isinstance(settings, dict) else None
             if short_name(kind) == 'ConvNeXt' or 'backbone' in key:
@@ -122,7 +122,7 @@ def _backbones_in(model: dict) -> Iterator[tuple[type, dict]]:
                     yield found, {k: v for k, v in settings.items() if k not in ('type', '_scope_')}
 
 
-def _data_paths(dataset: dict) -> Iterator[str]:
+def _iter_data_paths(dataset: dict) -> Iterator[str]:
     """The folders and files a dataset config names, joined as mmengine's BaseDataset joins them."""
     if not ({'data_root', 'ann_file', 'data_prefix'} & set(dataset)) or dataset.get('backend_args'):
         return
@@ -133,17 +133,17 @@ def _data_paths(dataset: dict) -> Iterator[str]:
             yield os.path.join(root, path) if path != root else root
 
 
-def _check_there(path: str, split: str) -> None:
+def _require_path(path: str, split: str) -> None:
     if not os.path.exists(path):
         raise UsageError(
             f"no {split} data at '{os.path.abspath(path)}': put or link them there, or set COCO_ROOT, "
             "ADE20K_ROOT or SHAPES_ROOT to their folder (README, 'Data')"
         )
-    if path.endswith('.json') and not _is_whole_json(path):
+    if path.endswith('.json') and not _looks_like_complete_json(path):
         raise UsageError(f'{path} is not a whole JSON file: download or write it again')
 
 
-def _is_whole_json(path: str) -> bool:
+def _looks_like_complete_json(path: str) -> bool:
     """Whether a file begins and ends as JSON, as a broken download does not; COCO's are too large to read twice."""
     with open(path, 'rb') as file:
         first = file.read(64).lstrip()[:1]
@@ -151,6 +151,6 @@ def _is_whole_json(path: str) -> bool:
         return first + file.read().rstrip()[-1:] in (b'{}', b'[]')
 
 
-def _is_first_process() -> bool:
+def is_rank0() -> bool:
     ranks = (os.environ.get(name) for name in ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'))
     return next((rank for rank in ranks if rank is not None), '0') == '0'

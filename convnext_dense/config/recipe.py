@@ -6,8 +6,15 @@ from mmengine.config import Config
 
 from ..type_names import short_name
 
-FITTED = ('batch_size', 'num_workers', 'persistent_workers', 'prefetch_factor', 'pin_memory', 'accumulative_counts')
-FITTED += (
+MACHINE_KEYS = (
+    'batch_size',
+    'num_workers',
+    'persistent_workers',
+    'prefetch_factor',
+    'pin_memory',
+    'accumulative_counts',
+)
+MACHINE_KEYS += (
     'data_root',
     'ann_file',
     'img',
@@ -20,7 +27,7 @@ FITTED += (
 )
 
 
-def recipe_parts(path: str) -> tuple[str, ...]:
+def recipe_id(path: str) -> tuple[str, ...]:
     """What names a config among others: ('cascade', 'convnext_t') of .../configs/cascade/convnext_t.py, the file's name
     where it lies in no `configs`."""
     parts = Path(path).absolute().with_suffix('').parts
@@ -33,15 +40,15 @@ def training_length(config: Config) -> float:
     train_cfg = config.get('train_cfg') or {}
     if 'max_epochs' in train_cfg:
         return train_cfg['max_epochs']
-    return train_cfg.get('max_iters', 0) / accumulation_of(config)
+    return train_cfg.get('max_iters', 0) / accumulative_counts(config)
 
 
-def accumulation_of(config: Config) -> int:
+def accumulative_counts(config: Config) -> int:
     """Batches whose gradients a config adds up for one update."""
     return config.get('optim_wrapper', {}).get('accumulative_counts', 1)
 
 
-def precision_of(config: Config) -> str:
+def training_precision(config: Config) -> str:
     """'float16', 'bfloat16' or 'float32': what a config trains in."""
     wrapper = config.get('optim_wrapper', {})
     amp = short_name(wrapper.get('type')) == 'AmpOptimWrapper'

@@ -7,17 +7,17 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from ..checkpoints.io import read
-from ..checkpoints.pretrained import source_of
-from ..engine.build import local_checkpoint
-from ..engine.checkpoint_hook import LAST
-from ..engine.resume import OVERRIDE
+from ..checkpoints.io import load_checkpoint
+from ..checkpoints.pretrained import naming_scheme_of
+from ..engine.build import resolve_checkpoint
+from ..engine.checkpoint_hook import LAST_CKPT_FILE
+from ..engine.resume import OVERRIDE_KEY
 from ..errors import UsageError
 from ..type_names import short_name
-from .batch_size import check_same_accumulation
-from .literal import read_dumped
-from .recipe import FITTED, accumulation_of, training_length
-from .work_dir import TIMESTAMP, latest
+from .batch_size import check_accumulation_unchanged
+from .literal import parse_config_literal
+from .recipe import MACHINE_KEYS, accumulative_counts, training_length
+from .work_dir import TIMESTAMP_GLOB, find_resume_checkpoint
 
 
 def set_resume(config: Config, resume: str | None) -> str | None:
@@ -32,7 +32,7 @@ def set_resume(config: Config, resume: str | None) -> str | None:
             says to go on with it.
     """
     work_dir = Path(config.work_dir)
-    holds_run = (work_dir / LAST).is_file() or any(work_dir.glob('*.pth'))
+    holds_run = (work_dir / LAST_CKPT_FILE).is_file() or any(work_dir.glob('*.pth'))
     if resume is None and config.get('resume'):
         resume = config.get('load_from') or 'last'
     if resume is None:
@@ -42,16 +42,16 @@ def set_resume(config: Config, resume: str | None) -> str | None:
             )
         return None
     finds = resume in ('last', 'auto')
-    checkpoint = latest(work_dir) if finds else resume
+    checkpoint = find_resume_checkpoint(work_dir) if finds else resume
     if checkpoint:
-        checkpoint = local_checkpoint(checkpoint)
+        checkpoint = resolve_checkpoint(checkpoint)
         if not finds and holds_run and Path(checkpoint).resolve().parent != work_dir.resolve():
             raise UsageError(f'{work_dir} holds another run than {checkpoint}: give another --work-dir')
     elif holds_run:
         raise UsageError(
             f'{work_dir} has checkpoints but no last_checkpoint: --resume CHECKPOINT says which to go on from'
         )
-    elif resume == 'last' and not any(work_dir.glob(TIMESTAMP)):  # the logs of a run that was not saved yet
+    elif resume == 'last' and not any(work_dir.glob(TIMESTAMP_GLOB)):  # the logs of a run that was not saved yet
         raise UsageError(
             f'{work_dir} holds no run to resume: leave out --resume to start one there; --resume auto starts one where '
             'there is none'
@@ -84,18 +84,18 @@ def check_resume(
         raise UsageError('--override goes with --resume' + ('' if not checkpoint else ' and without a runner_type'))
     if not checkpoint:
         return None
-    content = read(checkpoint)
+    content = load_checkpoint(checkpoint)
     if not {'meta', 'state_dict', 'optimizer'} <= set(content):
         raise UsageError(
             f'{checkpoint} holds weights alone: --cfg-options load_from={checkpoint} starts a run from them'
         )
-    source = source_of(content, checkpoint)
+    source = naming_scheme_of(content, checkpoint)
     if source not in (None, 'original'):
         raise UsageError(
             f'{checkpoint} comes from a run of another ConvNeXt, in the names of {source}, and its optimizer likewise: '
             f'--cfg-options load_from={checkpoint} starts a run from its weights'
         )
-    settings = read_dumped(content['meta']['cfg']) if content['meta'].get('cfg') else None
+    settings = parse_config_literal(content['meta']['cfg']) if content['meta'].get('cfg') else None
     if another_length and settings is not None and not override:
         before, now = training_length(settings), training_length(config)
         if before != now:
@@ -105,28 +105,32 @@ def check_resume(
                 f'--cfg-options load_from={checkpoint}'
             )
     if 'layout' not in content['meta']:
-        check_same_accumulation(config, content['meta'], checkpoint)
-    config[OVERRIDE] = override
+        check_accumulation_unchanged(config, content['meta'], checkpoint)
+    config[OVERRIDE_KEY] = override
     if settings is None:
         return f'{checkpoint} does not say its settings: they were not compared with those of now'
-    return compare(settings, config, checkpoint, override)
+    return compare_settings(settings, config, checkpoint, override)
 
 
 # Parts of a config whose values the checkpoint's state holds as well, and that would be overridden by it.
-HELD = ('optim_wrapper.optimizer', 'optim_wrapper.paramwise_cfg', 'optim_wrapper.constructor', 'param_scheduler')
-HELD += ('auto_scale_lr', 'randomness.seed')
-FIXED = ('optim_wrapper.optimizer.type', 'optim_wrapper.constructor', 'optim_wrapper.paramwise_cfg.decay_type')
+STATE_KEYS = ('optim_wrapper.optimizer', 'optim_wrapper.paramwise_cfg', 'optim_wrapper.constructor', 'param_scheduler')
+STATE_KEYS += ('auto_scale_lr', 'randomness.seed')
+UNCHANGEABLE_KEYS = (
+    'optim_wrapper.optimizer.type',
+    'optim_wrapper.constructor',
+    'optim_wrapper.paramwise_cfg.decay_type',
+)
 # Parts that are taken from the config as it is now.
-COMPARED = ('model', 'optim_wrapper', 'param_scheduler', 'train_cfg', 'train_dataloader', 'custom_hooks')
-COMPARED += ('auto_scale_lr', 'randomness')
-PLACES = ('data_root', 'ann_file', 'img', 'img_path', 'seg_map_path', 'dtype')  # of FITTED, and no machine's matter
+COMPARED_KEYS = ('model', 'optim_wrapper', 'param_scheduler', 'train_cfg', 'train_dataloader', 'custom_hooks')
+COMPARED_KEYS += ('auto_scale_lr', 'randomness')
+PATH_KEYS = ('data_root', 'ann_file', 'img', 'img_path', 'seg_map_path', 'dtype')  # of FITTED, and no machine's matter
 # What gradient accumulation multiplies: the length of the run is compared instead.
-COUNTED = ('max_iters', 'val_interval', 'val_begin', 'dynamic_intervals', 'begin_iter', 'interval')
-LENGTHS = ('train_cfg.max_epochs', 'train_cfg.max_iters')  # compared as `length`
-MOST = 8  # settings that a line names
+ITERATION_KEYS = ('max_iters', 'val_interval', 'val_begin', 'dynamic_intervals', 'begin_iter', 'interval')
+LENGTH_KEYS = ('train_cfg.max_epochs', 'train_cfg.max_iters')  # compared as `length`
+MAX_LISTED = 8  # settings that a line names
 
 
-def compare(before: Config, now: Config, checkpoint: str, override: bool) -> str | None:
+def compare_settings(before: Config, now: Config, checkpoint: str, override: bool) -> str | None:
     """Compare the settings of a run with those that it is to go on with.
 
     Args:
@@ -139,67 +143,68 @@ def compare(before: Config, now: Config, checkpoint: str, override: bool) -> str
     Raises:
         UsageError: a setting changed that the checkpoint's state would override, or that no state fits.
     """
-    changed = {key: (a, b) for key, a, b in _changes(before, now)}
-    fixed = {key: values for key, values in changed.items() if key in FIXED}
-    held = {key: values for key, values in changed.items() if _is_in(key, HELD)}
+    changed = {key: (a, b) for key, a, b in _iter_changes(before, now)}
+    fixed = {key: values for key, values in changed.items() if key in UNCHANGEABLE_KEYS}
+    held = {key: values for key, values in changed.items() if _is_below(key, STATE_KEYS)}
     weights = f'start a run from its weights with --cfg-options load_from={checkpoint}'
     if fixed:
-        raise UsageError(f'{checkpoint} holds the state of another optimizer ({_listed(fixed)}): {weights}')
+        raise UsageError(f'{checkpoint} holds the state of another optimizer ({_format_changes(fixed)}): {weights}')
     if held and not override:
         raise UsageError(
-            f'{checkpoint} holds the state of other settings, which would override yours ({_listed(held)}): resume '
+            f'{checkpoint} holds the state of other settings, which would override yours ({_format_changes(held)}): '
+            f'resume '
             f'with those of before, take yours with --override, or {weights}'
         )
     if not changed:
         return None
-    return f'resumed with other settings than before: {_listed(changed)}'
+    return f'resumed with other settings than before: {_format_changes(changed)}'
 
 
-def _changes(before: Config, now: Config) -> Iterator[tuple[str, object, object]]:
-    accumulations = {accumulation_of(config) for config in (before, now)}
-    old, new = (_settings(config, len(accumulations) == 1) for config in (before, now))
+def _iter_changes(before: Config, now: Config) -> Iterator[tuple[str, object, object]]:
+    accumulations = {accumulative_counts(config) for config in (before, now)}
+    old, new = (_flatten_settings(config, len(accumulations) == 1) for config in (before, now))
     for key in {**old, **new}:
         a, b = (settings.get(key, '(not set)') for settings in (old, new))
-        if not _same(a, b):
+        if not _equal(a, b):
             yield key, a, b
 
 
-def _settings(config: Config, counted: bool) -> dict[str, object]:
+def _flatten_settings(config: Config, counted: bool) -> dict[str, object]:
     """What is compared, by dotted keys."""
     found = {'length': training_length(config)}
-    for part in COMPARED:
-        for key, value in _flat(part, config.get(part)):
+    for part in COMPARED_KEYS:
+        for key, value in _flatten(part, config.get(part)):
             leaf = key.split('.')[-1]
-            machine = leaf in FITTED and leaf not in PLACES
-            if not machine and key not in LENGTHS and (counted or leaf not in COUNTED):
+            machine = leaf in MACHINE_KEYS and leaf not in PATH_KEYS
+            if not machine and key not in LENGTH_KEYS and (counted or leaf not in ITERATION_KEYS):
                 found[key] = short_name(value) if leaf in ('type', 'constructor') else value
     return found
 
 
-def _flat(key: str, value: object) -> Iterator[tuple[str, object]]:
+def _flatten(key: str, value: object) -> Iterator[tuple[str, object]]:
     """The values in a part of a config by dotted keys; lists of plain values are values."""
     if isinstance(value, Mapping):
         for name, item in value.items():
-            yield from _flat(f'{key}.{name}', item)
+            yield from _flatten(f'{key}.{name}', item)
     elif isinstance(value, (list, tuple)) and any(isinstance(item, (Mapping, list, tuple)) for item in value):
         for i, item in enumerate(value):
-            yield from _flat(f'{key}.{i}', item)
+            yield from _flatten(f'{key}.{i}', item)
     elif key.endswith('.ann_file') and isinstance(value, str) and '/data/' in value:
         yield key, value.rsplit('/data/', 1)[-1]  # own data: written into the work dir, which may have moved
     elif value is not None:
         yield key, value
 
 
-def _same(a: object, b: object) -> bool:
+def _equal(a: object, b: object) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(map(_equal, a, b))
     return a == b or (a != a and b != b)
 
 
-def _is_in(key: str, parts: tuple[str, ...]) -> bool:
+def _is_below(key: str, parts: tuple[str, ...]) -> bool:
     return any(key == part or key.startswith(f'{part}.') for part in parts)
 
 
-def _listed(changed: Mapping[str, tuple[object, object]]) -> str:
-    named = [f'{key} was {a!r}, is {b!r}' for key, (a, b) in list(changed.items())[:MOST]]
-    return '; '.join([*named, *([f'and {len(changed) - MOST} more'] if len(changed) > MOST else [])])
+def _format_changes(changed: Mapping[str, tuple[object, object]]) -> str:
+    named = [f'{key} was {a!r}, is {b!r}' for key, (a, b) in list(changed.items())[:MAX_LISTED]]
+    return '; '.join([*named, *([f'and {len(changed) - MAX_LISTED} more'] if len(changed) > MAX_LISTED else [])])

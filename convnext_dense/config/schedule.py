@@ -8,22 +8,22 @@ from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS
 
 from ..errors import UsageError
 from ..type_names import is_type, short_name
-from .options import is_explicit, restore
-from .tree import dicts_in, listed
-from .value_types import check_kinds
+from .options import is_explicit, reapply_options
+from .tree import as_list, iter_dicts
+from .value_types import check_value_types
 
 # Settings of hooks and of models that count epochs or iterations, and those that classes have where configs are silent.
-OF_HOOKS = ('begin_epoch', 'begin_iter', 'switch_epoch', 'num_last_epochs')
-OF_MODELS = ('initial_epoch', 'warmup_iters')  # TOOD's and BoxInst's
-UNSAID = {
+HOOK_START_KEYS = ('begin_epoch', 'begin_iter', 'switch_epoch', 'num_last_epochs')
+MODEL_WARMUP_KEYS = ('initial_epoch', 'warmup_iters')  # TOOD's and BoxInst's
+IMPLICIT_DEFAULTS = {
     'YOLOXModeSwitchHook': (HOOKS, 'num_last_epochs', 15),
     'BoxInstMaskHead': (MODELS, 'warmup_iters', 10_000),
 }
 # Schedules that multiply by a factor where they begin, and divide by it at a later step alone.
-FACTORS = ('LinearParamScheduler', 'ConstantParamScheduler')
+FACTOR_SCHEDULERS = ('LinearParamScheduler', 'ConstantParamScheduler')
 
 
-def set_length(
+def scale_schedule(
     config: Config, epochs: int | None = None, iters: int | None = None, options: Mapping[str, object] | None = None
 ) -> str | None:
     """Make a training last `epochs`, or `iters` where it counts iterations; warmup, steps, decay, evaluation and
@@ -40,7 +40,7 @@ def set_length(
     options = options or {}
     if is_explicit(options, f'train_cfg.max_{unit}'):
         raise UsageError(f'--{unit} {wanted} and --cfg-options train_cfg.max_{unit}: give one of them')
-    check_kinds(config)
+    check_value_types(config)
     train_cfg = config.train_cfg
     before = train_cfg.get(f'max_{unit}')
     if before is None:
@@ -52,10 +52,10 @@ def set_length(
     train_cfg[f'max_{unit}'] = wanted
     saving = (config.get('default_hooks') or {}).get('checkpoint') or {}
     hooks = config.get('custom_hooks') or []
-    _say_defaults(config)
+    _fill_implicit_defaults(config)
     timed = [(train_cfg, 'val_interval'), (train_cfg, 'val_begin'), (saving, 'interval'), (saving, 'save_begin')]
-    timed += [(hook, key) for hook in hooks for key in OF_HOOKS]
-    timed += [(part, key) for part in dicts_in(config.get('model')) for key in OF_MODELS]
+    timed += [(hook, key) for hook in hooks for key in HOOK_START_KEYS]
+    timed += [(part, key) for part in iter_dicts(config.get('model')) for key in MODEL_WARMUP_KEYS]
     for holder, key in timed:
         if isinstance(holder.get(key), (int, float)) and holder[key] > 0:
             holder[key] = max(1, round(holder[key] * share))
@@ -65,14 +65,16 @@ def set_length(
         train_cfg.dynamic_intervals = [
             tuple(max(1, round(n * share)) for n in pair) for pair in train_cfg.dynamic_intervals
         ]
-    for scheduler in listed(config.get('param_scheduler')):
-        _scale_schedule(scheduler, share, wanted if unit == 'epochs' else None)
-    of_model = [key for key in options if key.split('.')[-1] in OF_MODELS]
-    restore(config, options, 'train_cfg.', 'default_hooks.checkpoint.', 'custom_hooks.', 'param_scheduler.', *of_model)
+    for scheduler in as_list(config.get('param_scheduler')):
+        _scale_param_scheduler(scheduler, share, wanted if unit == 'epochs' else None)
+    of_model = [key for key in options if key.split('.')[-1] in MODEL_WARMUP_KEYS]
+    reapply_options(
+        config, options, 'train_cfg.', 'default_hooks.checkpoint.', 'custom_hooks.', 'param_scheduler.', *of_model
+    )
     line = f'{wanted:,} {unit} instead of {before:,}: warmup, steps and decay keep their shares'
-    left_out = [s for s in listed(config.get('param_scheduler')) if not _lasts(s, wanted)]
+    left_out = [s for s in as_list(config.get('param_scheduler')) if not _has_effect(s, wanted)]
     if left_out:
-        config.param_scheduler = [s for s in listed(config.param_scheduler) if _lasts(s, wanted)]
+        config.param_scheduler = [s for s in as_list(config.param_scheduler) if _has_effect(s, wanted)]
         names = ', '.join(str(short_name(scheduler.get('type'))) for scheduler in left_out)
         line += (
             f'; of {names} less than {"an epoch" if unit == "epochs" else "an iteration"} is left, so it is left out'
@@ -80,28 +82,28 @@ def set_length(
     return line
 
 
-def _say_defaults(config: Config) -> None:
+def _fill_implicit_defaults(config: Config) -> None:
     """Write out what classes count by default."""
-    for name, (registry, key, default) in UNSAID.items():
-        for part in dicts_in([config.get('custom_hooks'), config.get('model')]):
+    for name, (registry, key, default) in IMPLICIT_DEFAULTS.items():
+        for part in iter_dicts([config.get('custom_hooks'), config.get('model')]):
             if is_type(part.get('type'), registry, name):
                 part.setdefault(key, default)
 
 
-def _scale_schedule(scheduler: dict, share: float, epochs: int | None) -> None:
+def _scale_param_scheduler(scheduler: dict, share: float, epochs: int | None) -> None:
     """Scale where a schedule begins, steps and ends, in a training of so many epochs. mmengine's counts of iterations,
     and of factors, are `end - begin - 1`, so that ends have one more than what they mean."""
     by_epoch = scheduler.get('by_epoch', True)
     extra = 1 if not by_epoch or _is_factor(scheduler) else 0
     least = 0 if by_epoch and epochs == 1 else 1  # nothing but the longest has a share in a single epoch
-    before = _length(scheduler, extra)
+    before = _duration(scheduler, extra)
     if scheduler.get('begin'):
         scheduler['begin'] = max(least, round(scheduler['begin'] * share))
     if 'end' in scheduler:
         scheduler['end'] = max(least, round((scheduler['end'] - extra) * share)) + extra
         if by_epoch and epochs:
             scheduler['end'] = min(scheduler['end'], epochs)
-    after = _length(scheduler, extra)
+    after = _duration(scheduler, extra)
     own = after / before if before and after and after > 0 else share  # what it counts, it counts from its begin
     for key in ('T_max', 'step_size', 'total_steps'):
         if scheduler.get(key):
@@ -124,12 +126,12 @@ def _scale_periods(scheduler: dict, share: float) -> None:
     scheduler['periods'] = [periods[i] for i in kept]
 
 
-def _length(scheduler: dict, extra: int) -> int | None:
+def _duration(scheduler: dict, extra: int) -> int | None:
     """How long a schedule lasts; None where it has no end."""
     return scheduler['end'] - extra - scheduler.get('begin', 0) if 'end' in scheduler else None
 
 
-def _lasts(scheduler: dict, wanted: int) -> bool:
+def _has_effect(scheduler: dict, wanted: int) -> bool:
     """Whether a schedule does what it is for in a training of this length."""
     begin, end = scheduler.get('begin', 0), scheduler.get('end')
     if end is None or end <= begin:
@@ -140,4 +142,4 @@ def _lasts(scheduler: dict, wanted: int) -> bool:
 
 def _is_factor(scheduler: dict) -> bool:
     converted = scheduler.get('convert_to_iter_based')
-    return not converted and is_type(scheduler.get('type'), PARAM_SCHEDULERS, *FACTORS)
+    return not converted and is_type(scheduler.get('type'), PARAM_SCHEDULERS, *FACTOR_SCHEDULERS)

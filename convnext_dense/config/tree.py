@@ -7,31 +7,31 @@ from mmengine.config import Config
 from ..type_names import short_name
 
 
-def dicts_in(value) -> Iterator[dict]:
+def iter_dicts(value) -> Iterator[dict]:
     """All dicts in a config's value, itself included, from the outside in."""
     if isinstance(value, dict):
         yield value
         value = list(value.values())
     if isinstance(value, (list, tuple)):
         for item in value:
-            yield from dicts_in(item)
+            yield from iter_dicts(item)
 
 
-def listed(value) -> list:
+def as_list(value) -> list:
     """A setting that may be one or a list of them, as a list."""
     return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
 
 
-def differences(config: Config, wanted: Mapping[str, object]) -> list[str]:
-    return [key for key, value in wanted.items() if not _same(_at(config, key), value, key)]
+def mismatched_keys(config: Config, wanted: Mapping[str, object]) -> list[str]:
+    return [key for key, value in wanted.items() if not _equal(_get_dotted(config, key), value, key)]
 
 
-def _same(found, wanted, key: str) -> bool:
+def _equal(found, wanted, key: str) -> bool:
     found = short_name(found) if key.endswith('.type') else found
     return (tuple(found) if isinstance(found, list) else found) == wanted
 
 
-def _at(config: Config, dotted: str):
+def _get_dotted(config: Config, dotted: str):
     for key in dotted.split('.'):
         if not hasattr(config, 'get'):
             return None

@@ -8,7 +8,7 @@ from mmengine.config import Config
 from ..errors import UsageError
 
 
-class Kind(NamedTuple):
+class ValueType(NamedTuple):
     """What a value has to be, in words and as a test; `optional` ones may be None."""
 
     words: str
@@ -28,20 +28,20 @@ def _is_dict(value: object) -> bool:
     return isinstance(value, Mapping)
 
 
-DICT = Kind('a dict', _is_dict)
-TEXT = Kind('a text', lambda value: isinstance(value, str))
-DICTS = Kind('a list of dicts', lambda value: _is_list(value, _is_dict), True)
-COUNT = Kind('a whole number above 0', lambda value: _is_whole(value) and isinstance(value, int) and value > 0)
-STEPS = Kind('a whole number above 0', lambda value: _is_whole(value) and value > 0)
-PLACE = Kind('a whole number', _is_whole)
-PLACES = Kind('a list of whole numbers', lambda value: _is_list(value, _is_whole))
-PAIRS = Kind(
+DICT = ValueType('a dict', _is_dict)
+TEXT = ValueType('a text', lambda value: isinstance(value, str))
+DICTS = ValueType('a list of dicts', lambda value: _is_list(value, _is_dict), True)
+COUNT = ValueType('a whole number above 0', lambda value: _is_whole(value) and isinstance(value, int) and value > 0)
+STEPS = ValueType('a whole number above 0', lambda value: _is_whole(value) and value > 0)
+PLACE = ValueType('a whole number', _is_whole)
+PLACES = ValueType('a list of whole numbers', lambda value: _is_list(value, _is_whole))
+PAIRS = ValueType(
     'a list of pairs (from where on, interval), whole numbers above 0',
     lambda value: _is_list(value, lambda pair: _is_list(pair, STEPS.test) and len(pair) == 2),
     True,
 )
 # By dotted key, from the outside in; `*` is every item of a list, or the one that stands in its place.
-KINDS = {
+EXPECTED_TYPES = {
     'total_batch': COUNT._replace(optional=True),
     'train_dataloader': DICT,
     'train_dataloader.batch_size': COUNT,
@@ -59,35 +59,35 @@ KINDS = {
         f'custom_hooks.*.{name}': PLACE
         for name in ('begin_epoch', 'begin_iter', 'switch_epoch', 'num_last_epochs', 'interval')
     },
-    'param_scheduler': Kind('a dict or a list of them', lambda value: _is_dict(value) or DICTS.test(value), True),
+    'param_scheduler': ValueType('a dict or a list of them', lambda value: _is_dict(value) or DICTS.test(value), True),
     **{f'param_scheduler.*.{name}': PLACE for name in ('begin', 'end', 'step_size')},
     **{f'param_scheduler.*.{name}': PLACE._replace(optional=True) for name in ('T_max', 'total_steps')},
     **{f'param_scheduler.*.{name}': PLACES for name in ('milestones', 'periods')},
 }
 
 
-def check_kinds(config: Config) -> None:
+def check_value_types(config: Config) -> None:
     """Raise UsageError naming the first setting that is not what fitting needs."""
-    for place, value, kind in of_other_kinds(config, KINDS):
+    for place, value, kind in find_wrong_types(config, EXPECTED_TYPES):
         raise UsageError(f'{place}={value!s:.60}: give {kind.words}')
 
 
-def of_other_kinds(config: Config, kinds: Mapping[str, Kind]) -> Iterator[tuple[str, object, Kind]]:
+def find_wrong_types(config: Config, kinds: Mapping[str, ValueType]) -> Iterator[tuple[str, object, ValueType]]:
     """The settings that are there and not of the kinds that they should be: their keys, values and these kinds."""
     for key, kind in kinds.items():
-        for place, value in _found(config, key.split('.')):
+        for place, value in _iter_key(config, key.split('.')):
             if not (kind.test(value) or (kind.optional and value is None)):
                 yield place, value, kind
 
 
-def _found(node: object, parts: list[str], place: tuple[str, ...] = ()) -> Iterator[tuple[str, object]]:
+def _iter_key(node: object, parts: list[str], place: tuple[str, ...] = ()) -> Iterator[tuple[str, object]]:
     """The values of a dotted key that are there, each with its own key."""
     if not parts:
         yield '.'.join(place), node
     elif parts[0] == '*' and isinstance(node, (list, tuple)):
         for i, item in enumerate(node):
-            yield from _found(item, parts[1:], (*place, str(i)))
+            yield from _iter_key(item, parts[1:], (*place, str(i)))
     elif parts[0] == '*':
-        yield from _found(node, parts[1:], place)
+        yield from _iter_key(node, parts[1:], place)
     elif isinstance(node, Mapping | Config) and parts[0] in node:
-        yield from _found(node[parts[0]], parts[1:], (*place, parts[0]))
+        yield from _iter_key(node[parts[0]], parts[1:], (*place, parts[0]))

@@ -12,50 +12,54 @@ from pathlib import Path
 
 from ..engine.datasets import IMAGE_SUFFIXES
 from ..errors import UsageError
-from .diagnostics import Finding, Report
+from .diagnostics import Diagnostic, Report
 from .files import read_bytes, walk
-from .request import Data
+from .request import CheckedDataset
 
-FORMAT = 2  # of what is checked and written; a change counts it up
-MAX_ABOUT_BYTES = 2**28  # of what tells what was checked
-ABOUT = 'data.json'
-BUSY = 'checking'  # a file that changes while data are checked
-POLL, BEAT, SILENT = 1, 10, 600  # seconds: of looks for it, of its changes, and without one until it is given up
-KEPT = ('task', 'root', 'classes', 'palette', 'turn', 'masks', 'settings', 'places')
-LOCAL_RANKS = {'pytorch': 'LOCAL_RANK', 'slurm': 'SLURM_LOCALID', 'mpi': 'OMPI_COMM_WORLD_LOCAL_RANK'}
+CACHE_VERSION = 2  # of what is checked and written; a change counts it up
+MAX_MANIFEST_BYTES = 2**28  # of what tells what was checked
+MANIFEST = 'data.json'
+BUSY_FILE = 'checking'  # a file that changes while data are checked
+POLL_SECONDS, HEARTBEAT_SECONDS, STALE_SECONDS = (
+    1,
+    10,
+    600,
+)  # seconds: of looks for it, of its changes, and without one until it is given up
+CACHED_FIELDS = ('task', 'root', 'classes', 'palette', 'turn', 'masks', 'settings', 'places')
+LOCAL_RANK_VARIABLES = {'pytorch': 'LOCAL_RANK', 'slurm': 'SLURM_LOCALID', 'mpi': 'OMPI_COMM_WORLD_LOCAL_RANK'}
 
 
-def prepared(folder: str, key: tuple) -> tuple[Data, dict[str, str]] | None:
+def load_cached(folder: str, key: tuple) -> tuple[CheckedDataset, dict[str, str]] | None:
     """The data that an earlier check left in `folder`, without their splits, and the file of each split; None where
     there are none, something else was asked for (`key`), or files have come, gone or changed since."""
     try:
-        content = json.loads(read_bytes(Path(folder, ABOUT), MAX_ABOUT_BYTES))
-        if content['of'] != fingerprint(key, content['places']):
+        content = json.loads(read_bytes(Path(folder, MANIFEST), MAX_MANIFEST_BYTES))
+        if content['of'] != dataset_fingerprint(key, content['places']):
             return None
         files = {split: os.path.join(folder, f'{split}.json') for split in content['splits']}
         if not all(map(os.path.isfile, files.values())):
             return None
-        findings = [Finding(f['split'], f['kind'], f['count'], f['examples']) for f in content['report']['findings']]
+        findings = [Diagnostic(f['split'], f['kind'], f['count'], f['examples']) for f in content['report']['findings']]
         report = Report(content['report']['facts'], {(f.split, f.kind): f for f in findings})
-        return Data(**{key: content[key] for key in KEPT}, splits={}, report=report), files
+        return CheckedDataset(**{key: content[key] for key in CACHED_FIELDS}, splits={}, report=report), files
     except (OSError, ValueError, TypeError, LookupError, RecursionError):  # not whole, or of others
         return None
 
 
-def write(folder: str, key: tuple, data: Data) -> dict[str, str]:
+def save_cache(folder: str, key: tuple, data: CheckedDataset) -> dict[str, str]:
     """Write the splits of checked data, and last what they are of. Returns the file of each split."""
     os.makedirs(folder, exist_ok=True)
-    Path(folder, ABOUT).unlink(missing_ok=True)  # while splits are written, it is of none
+    Path(folder, MANIFEST).unlink(missing_ok=True)  # while splits are written, it is of none
     files = {split: os.path.join(folder, f'{split}.json') for split in data.splits}
     for split, file in files.items():
         _write(file, data.splits[split])
-    about = {key: getattr(data, key) for key in KEPT}
-    about |= dict(of=fingerprint(key, data.places), splits=list(files), report=data.report.as_data())
-    _write(os.path.join(folder, ABOUT), about)
+    about = {key: getattr(data, key) for key in CACHED_FIELDS}
+    about |= dict(of=dataset_fingerprint(key, data.places), splits=list(files), report=data.report.as_data())
+    _write(os.path.join(folder, MANIFEST), about)
     return files
 
 
-def wait_for(folder: str, key: tuple) -> tuple[Data, dict[str, str]]:
+def wait_for_cache(folder: str, key: tuple) -> tuple[CheckedDataset, dict[str, str]]:
     """What the first process of this machine prepares; where that ends in an error, the launcher ends this one.
 
     Raises:
@@ -63,31 +67,32 @@ def wait_for(folder: str, key: tuple) -> tuple[Data, dict[str, str]]:
     """
     state, heard = None, time.monotonic()
     while True:
-        now = _state(os.path.join(folder, ABOUT)), _state(os.path.join(folder, BUSY))
+        now = _state(os.path.join(folder, MANIFEST)), _state(os.path.join(folder, BUSY_FILE))
         if now != state:  # else another look at all the data would find the same
             state, heard = now, time.monotonic()
-            found = prepared(folder, key)
+            found = load_cached(folder, key)
             if found:
                 return found
-        if time.monotonic() - heard > SILENT:
+        if time.monotonic() - heard > STALE_SECONDS:
             raise UsageError(
-                f'the first process of this machine has not been heard of for {SILENT // 60} minutes while it checked '
+                f'the first process of this machine has not been heard of for {STALE_SECONDS // 60} minutes while '
+                f'it checked '
                 'the data: see how it ended, or check them before with tools/check_data.py'
             )
-        time.sleep(POLL)
+        time.sleep(POLL_SECONDS)
 
 
 @contextmanager
-def busy(folder: str) -> Iterator[None]:
+def hold_busy_file(folder: str) -> Iterator[None]:
     """Say every few seconds that this process checks the data that others wait for."""
     os.makedirs(folder, exist_ok=True)
-    file, done = Path(folder, BUSY), threading.Event()
+    file, done = Path(folder, BUSY_FILE), threading.Event()
 
     def say():
         while True:
             with suppress(OSError):  # no room: the others wait a little less patiently
                 file.write_text(str(time.time()))
-            if done.wait(BEAT):
+            if done.wait(HEARTBEAT_SECONDS):
                 return
 
     thread = threading.Thread(target=say, daemon=True)
@@ -100,14 +105,14 @@ def busy(folder: str) -> Iterator[None]:
         file.unlink(missing_ok=True)
 
 
-def is_first_on_node(launcher: str) -> bool:
+def is_local_rank0(launcher: str) -> bool:
     """Whether this is the process that does what is done once on each machine."""
-    return os.environ.get(LOCAL_RANKS.get(launcher, ''), '0') == '0'
+    return os.environ.get(LOCAL_RANK_VARIABLES.get(launcher, ''), '0') == '0'
 
 
-def fingerprint(key: tuple, places: Sequence[str]) -> str:
+def dataset_fingerprint(key: tuple, places: Sequence[str]) -> str:
     """Of what was asked and of names, sizes and times of the files at these places: files, and images in folders."""
-    digest = hashlib.sha256(repr((FORMAT, key)).encode())
+    digest = hashlib.sha256(repr((CACHE_VERSION, key)).encode())
     for place in sorted(places):
         if not os.path.isdir(place):
             digest.update(_state(place))

@@ -9,7 +9,7 @@ from operator import mul
 from pathlib import Path
 
 from ..errors import UsageError
-from .check_images import Seen
+from .check_images import ImageInfo
 from .diagnostics import EXAMPLES, Report
 from .files import is_text, shown
 from .image_sizes import Limit, too_thin
@@ -17,9 +17,11 @@ from .layouts import FROM_PANOPTIC, read_json
 
 ANY = Limit()  # of sizes
 KEYS = ('images', 'annotations', 'categories')
-SMALL = 32  # pixels: filter_cfg.min_size of the recipes
-FAR = 10  # times the longer side of an image, beyond which coordinates are a mistake
-SLACK = 1  # pixels that a box may reach out of its image unsaid: rounding, and whether pixels count from 0 or 1
+MIN_IMAGE_SIDE = 32  # pixels: filter_cfg.min_size of the recipes
+MAX_COORD_FACTOR = 10  # times the longer side of an image, beyond which coordinates are a mistake
+BORDER_TOLERANCE = (
+    1  # pixels that a box may reach out of its image unsaid: rounding, and whether pixels count from 0 or 1
+)
 EXACT = 2**53  # beyond which pycocotools and mmdet, that count with floats, take one id for another
 FLAGS = {'0': 0, 'false': 0, '1': 1, 'true': 1}  # iscrowd as text
 WHOLE_NUMBER = re.compile(r'(0|-?[1-9][0-9]{0,19})(\.0+)?')
@@ -36,10 +38,10 @@ LEAST_OUT, OUT = 3, 0.2
 LONGEST_RUN = 30  # bits of a run before its last five
 
 
-def learnt(annotations: list[dict], images: Iterable[dict], split: str) -> list[dict]:
+def trainable_annotations(annotations: list[dict], images: Iterable[dict], split: str) -> list[dict]:
     """The annotations that mmdet learns from or evaluates by: no crowd, nothing under a pixel, and in training no image
     under 32 pixels."""
-    least = SMALL if split == 'train' else 0
+    least = MIN_IMAGE_SIDE if split == 'train' else 0
     large = {image['id'] for image in images if min(image['width'], image['height']) >= least}
     return [a for a in annotations if not a['iscrowd'] and min(a['bbox'][2:]) >= 1 and a['image_id'] in large]
 
@@ -65,12 +67,12 @@ def read_coco(path: Path, split: str = 'train') -> dict:
     return {**content, 'images': [i if isinstance(i, dict) else {} for i in content['images']]}
 
 
-def names_in(coco: dict) -> list[str]:
+def image_names(coco: dict) -> list[str]:
     """The file names of a file's images."""
     return [image['file_name'] for image in coco['images'] if isinstance(image.get('file_name'), str)]
 
 
-def divide(coco: dict, held_out: set[str]) -> tuple[dict, dict]:
+def split_coco(coco: dict, held_out: set[str]) -> tuple[dict, dict]:
     """A file in two: without the images of these names, and these alone. What belongs to no image stays in the first,
     where it is reported."""
     named = [isinstance(image.get('file_name'), str) and image['file_name'] in held_out for image in coco['images']]
@@ -85,7 +87,7 @@ def divide(coco: dict, held_out: set[str]) -> tuple[dict, dict]:
     return tuple(parts)
 
 
-def classes_of(coco: dict, split: str, report: Report) -> list[str]:
+def class_names(coco: dict, split: str, report: Report) -> list[str]:
     """The names of the classes in the file's order. Names that are there twice are one class, and a name that only
     groups the others, as Roboflow writes it, is none."""
     used = Counter(_id(a.get('category_id')) for a in coco['annotations'] if isinstance(a, dict))
@@ -148,8 +150,8 @@ def has_masks(coco: dict, split: str, report: Report) -> bool:
     return n > 0 and n >= len(annotations) / 2
 
 
-def check_images(
-    coco: dict, images, seen: dict[str, Seen], turn: bool, split: str, report: Report, limit: Limit = ANY
+def validate_images(
+    coco: dict, images, seen: dict[str, ImageInfo], turn: bool, split: str, report: Report, limit: Limit = ANY
 ) -> dict:
     """The usable images of a file by their id: dicts of id, file_name, width and height. `images` is a
     detection.Images."""
@@ -160,7 +162,7 @@ def check_images(
             report.add(split, 'image without id or name', name or f'id {image.get("id")}')
             continue
         place = images.find(name)
-        facts = seen.get(place.path, Seen())
+        facts = seen.get(place.path, ImageInfo())
         sizes = (facts.width, facts.height)
         if facts.turned and not turn:
             sizes = sizes[::-1]
@@ -183,7 +185,7 @@ def check_images(
             (place.kind, place.kind, place.example),
             (not all(map(_positive, given)), 'no size given', name),
             (facts.turned and not turn, 'image turned by EXIF', name),
-            (min(sizes) < SMALL, 'image under 32 pixels', f'{name} ({_size(sizes)})'),
+            (min(sizes) < MIN_IMAGE_SIDE, 'image under 32 pixels', f'{name} ({_size(sizes)})'),
         ):
             if is_so:
                 report.add(split, kind, example)
@@ -203,7 +205,7 @@ def _numbered(images: dict, split: str, report: Report) -> dict:
     return {number: {**image, 'id': i} for i, (number, image) in enumerate(images.items(), 1)}
 
 
-def check_annotations(
+def validate_annotations(
     coco: dict, images: dict, categories: dict, masks: bool, split: str, report: Report
 ) -> list[dict]:
     """The usable annotations of a file, numbered from 1: for pycocotools an annotation of id 0 is never found."""
@@ -253,7 +255,7 @@ def _annotation(annotation: dict, image: dict, masks: bool, corners: 'Corners', 
     mask = annotation.get('segmentation')
     if not masks and mask and not isinstance(mask, (list, dict)):
         say('mask left aside', f': {shown(mask, 20)}')
-    mask = check_mask(mask, width, height, say) if masks else None
+    mask = validate_mask(mask, width, height, say) if masks else None
     if crowd is None or (masks and mask is None):
         return None
     around = _around(mask) if mask else None
@@ -277,7 +279,7 @@ def _annotation(annotation: dict, image: dict, masks: bool, corners: 'Corners', 
             return None
     if min(w, h) < 1:
         say('box under a pixel')
-    if min(x, y, width - x - w, height - y - h) < -SLACK:
+    if min(x, y, width - x - w, height - y - h) < -BORDER_TOLERANCE:
         say('box partly outside')
     made = dict(bbox=box, area=_area(annotation.get('area'), mask, box, image, crowd, say), iscrowd=crowd)
     if crowd:
@@ -308,7 +310,7 @@ def _problem_of_box(box: object, width: int, height: int) -> str | None:
     if not all(map(_finite, box)):
         return 'box of NaN or Inf'
     x, y, w, h = box
-    if max(map(abs, box)) > FAR * max(width, height):
+    if max(map(abs, box)) > MAX_COORD_FACTOR * max(width, height):
         return 'box far outside'
     if w <= 0 or h <= 0 or w * h <= 0:  # of very small numbers the product is 0
         return 'box without area'
@@ -327,9 +329,9 @@ class Corners:
         """Count a box, and `around`, that of its mask; whether the mask says that it is written as corners."""
         x, y, right, bottom = box = annotation['bbox']
         other, could_be = [x, y, right - x, bottom - y], right > x and bottom > y
-        reaches_out = max(x + right - width, y + bottom - height) > SLACK
+        reaches_out = max(x + right - width, y + bottom - height) > BORDER_TOLERANCE
         self.seen += 1
-        self.sound += could_be and min(x, y, width - right, height - bottom) >= -SLACK
+        self.sound += could_be and min(x, y, width - right, height - bottom) >= -BORDER_TOLERANCE
         self.reach_out += reaches_out
         area, fits = annotation.get('area'), None
         if around:
@@ -397,7 +399,7 @@ def _cannot_be(area: float, mask: list | dict | None, box: list[float], size: tu
     return not any(of / AREA_OF_MASK - AREA_SLACK <= area <= of * AREA_OF_MASK + AREA_SLACK for of in areas)
 
 
-def check_mask(mask: object, width: int, height: int, say: Callable) -> list | dict | None:
+def validate_mask(mask: object, width: int, height: int, say: Callable) -> list | dict | None:
     """The usable polygons of a mask, or its RLE; None where nothing of it can be used, which is said."""
     if not mask:
         say('no mask')
@@ -426,7 +428,7 @@ def check_mask(mask: object, width: int, height: int, say: Callable) -> list | d
 def _problem_of_polygon(polygon: object, width: int, height: int) -> str | None:
     if not isinstance(polygon, list) or not {*map(type, polygon)} <= {int, float}:
         return 'polygon of no numbers'
-    most = FAR * max(width, height)
+    most = MAX_COORD_FACTOR * max(width, height)
     near = all(-most <= v <= most for v in polygon)
     if not near and not all(map(_finite, polygon)):
         return 'polygon of no numbers'
@@ -448,7 +450,7 @@ def _problem_of_rle(rle: dict, width: int, height: int) -> str | None:
     if not isinstance(size, list) or not all(map(_number, size)) or size != [height, width]:
         return 'RLE of another size'
     try:
-        runs = _runs(counts) if isinstance(counts, str) else counts
+        runs = _decode_rle_runs(counts) if isinstance(counts, str) else counts
         whole = isinstance(runs, list) and {*map(type, runs)} <= {int}
         whole = whole and sum(runs) == width * height and min(runs, default=0) >= 0
     except (IndexError, ValueError):
@@ -456,7 +458,7 @@ def _problem_of_rle(rle: dict, width: int, height: int) -> str | None:
     return None if whole else 'RLE that does not add up'
 
 
-def _runs(counts: str) -> list[int]:
+def _decode_rle_runs(counts: str) -> list[int]:
     """The lengths of runs in COCO's compressed text: groups of five bits, from the lowest, each run from the third on
     less the one before the last. pycocotools does not look at where such a text ends."""
     runs, at = [], 0
@@ -474,7 +476,7 @@ def _runs(counts: str) -> list[int]:
     return runs
 
 
-def assembled(images: dict, annotations: list[dict], classes: Sequence[str], split: str, report: Report) -> dict:
+def build_coco(images: dict, annotations: list[dict], classes: Sequence[str], split: str, report: Report) -> dict:
     """What is written of a split: COCO's dict, with the classes as categories from 1 on."""
     annotated = {annotation['image_id'] for annotation in annotations}
     for image in images.values():
@@ -484,7 +486,7 @@ def assembled(images: dict, annotations: list[dict], classes: Sequence[str], spl
     return dict(images=list(images.values()), annotations=annotations, categories=categories)
 
 
-def say_classes(made: dict[str, dict], classes: Sequence[str], report: Report) -> None:
+def report_class_usage(made: dict[str, dict], classes: Sequence[str], report: Report) -> None:
     """Report classes that no annotation has, or none of train."""
     used = {split: {a['category_id'] for a in coco['annotations']} for split, coco in made.items()}
     for i, name in enumerate(classes, 1):

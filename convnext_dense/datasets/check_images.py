@@ -29,7 +29,7 @@ LOSSY_FORMATS = ('JPEG', 'MPO', 'JPEG2000', 'AVIF')
 LOSSY_TIFF = ('jpeg', 'tiff_jpeg', 'webp')  # Pillow's words for its compression
 
 
-class Seen(NamedTuple):
+class ImageInfo(NamedTuple):
     """An image file: its size as training reads it, whether EXIF swapped its width and height, a hash of its bytes;
     `problem` is a kind of report.KINDS where it cannot be read."""
 
@@ -40,7 +40,7 @@ class Seen(NamedTuple):
     problem: str | None = None
 
 
-class Labels(NamedTuple):
+class MaskInfo(NamedTuple):
     """A label map: its size, how many pixels have each value, as mmseg reads it; `problem` as in Seen."""
 
     width: int = 0
@@ -53,24 +53,24 @@ class Labels(NamedTuple):
 _large = threading.RLock()
 
 
-def look(path: str) -> Seen:
+def inspect_image(path: str) -> ImageInfo:
     """Read an image as training does, and find out what is wrong where that fails."""
     try:
         with open_regular(path, MAX_BYTES) as file, _one_at_a_time(size_of(file) > LARGE_BYTES):
             return _seen(file.read(size_of(file)))
     except NotRegularError:
-        return Seen(problem='not a regular file')
+        return ImageInfo(problem='not a regular file')
     except TooLargeError:
-        return Seen(problem='file too large')
+        return ImageInfo(problem='file too large')
     except PointerError:
-        return Seen(problem='pointer of Git LFS')
+        return ImageInfo(problem='pointer of Git LFS')
     except OSError:
-        return Seen(problem='missing image')
+        return ImageInfo(problem='missing image')
 
 
-def _seen(data: bytes) -> Seen:
+def _seen(data: bytes) -> ImageInfo:
     if not data:
-        return Seen(problem='empty file')
+        return ImageInfo(problem='empty file')
     image, size = None, (MAX_PIXELS, 1)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -78,16 +78,16 @@ def _seen(data: bytes) -> Seen:
     except UnidentifiedImageError:
         pass  # OpenCV may know what it is
     except Image.DecompressionBombError:
-        return Seen(problem='image too large')
+        return ImageInfo(problem='image too large')
     except Exception:  # a broken file can fail in any way
-        return Seen(problem='image cut short')
+        return ImageInfo(problem='image cut short')
     if size[0] * size[1] > MAX_PIXELS:  # whatever Pillow's limit is set to
-        return Seen(problem='image too large')
+        return ImageInfo(problem='image too large')
     with _one_at_a_time(size[0] * size[1] > LARGE_PIXELS):
         return _decoded_by_both(data, image)
 
 
-def _decoded_by_both(data: bytes, image: Image.Image | None) -> Seen:
+def _decoded_by_both(data: bytes, image: Image.Image | None) -> ImageInfo:
     """What OpenCV makes of the bytes of an image, that Pillow opened where it knows what it is."""
     stored = image.size if image and image.format != 'TIFF' else None
     is_jpeg = image is not None and image.format == 'JPEG'
@@ -99,18 +99,18 @@ def _decoded_by_both(data: bytes, image: Image.Image | None) -> Seen:
         if image:
             image.close()
     except Exception:  # a broken file can fail in any way
-        return Seen(problem='image cut short')
+        return ImageInfo(problem='image cut short')
     size = _decoded_size(data, cv2.IMREAD_REDUCED_COLOR_8 if is_jpeg else cv2.IMREAD_COLOR)
     if size is None:
-        return Seen(problem=_why(data))
+        return ImageInfo(problem=_decode_failure(data))
     if is_jpeg:
         size = _full_size(size, stored, b'Exif' in data) or _decoded_size(data, cv2.IMREAD_COLOR) or stored
     elif image is None:
         stored = _decoded_size(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     if size[0] * size[1] > MAX_PIXELS:
-        return Seen(problem='image too large')
+        return ImageInfo(problem='image too large')
     turned = stored is not None and size == stored[::-1] != stored  # TIFFs are always turned, in training too
-    return Seen(*size, turned, hashlib.blake2b(data, digest_size=16).hexdigest())
+    return ImageInfo(*size, turned, hashlib.blake2b(data, digest_size=16).hexdigest())
 
 
 def _full_size(reduced: tuple[int, int], stored: tuple[int, int], has_exif: bool) -> tuple[int, int] | None:
@@ -121,38 +121,38 @@ def _full_size(reduced: tuple[int, int], stored: tuple[int, int], has_exif: bool
     return stored[::-1] if reduced == upright[::-1] != upright else None
 
 
-def look_at_labels(path: str) -> Labels:
+def inspect_mask(path: str) -> MaskInfo:
     """Read a label map as mmseg does, by Pillow, without turning it."""
     try:
         with open_regular(path, MAX_BYTES) as file, _one_at_a_time(size_of(file) > LARGE_BYTES):
             return _labels(file)
     except NotRegularError:
-        return Labels(problem='not a regular file')
+        return MaskInfo(problem='not a regular file')
     except TooLargeError:
-        return Labels(problem='file too large')
+        return MaskInfo(problem='file too large')
     except PointerError:
-        return Labels(problem='pointer of Git LFS')
+        return MaskInfo(problem='pointer of Git LFS')
     except Image.DecompressionBombError:
-        return Labels(problem='label map too large')
+        return MaskInfo(problem='label map too large')
     except Exception:  # a broken file can fail in any way
-        return Labels(problem='unreadable label map')
+        return MaskInfo(problem='unreadable label map')
 
 
-def _labels(file: BinaryIO) -> Labels:
+def _labels(file: BinaryIO) -> MaskInfo:
     with Image.open(file, formats=FORMATS) as image, _one_at_a_time(image.width * image.height > LARGE_PIXELS):
         if image.width * image.height > MAX_PIXELS:  # whatever Pillow's limit is set to
-            return Labels(problem='label map too large')
+            return MaskInfo(problem='label map too large')
         if _is_lossy(image, file):
-            return Labels(problem='label map in a lossy file')
+            return MaskInfo(problem='label map in a lossy file')
         labels, palette = np.asarray(image).squeeze(), image.mode == 'P'
         if 1 in image.size:  # which mmseg reads as a list of pixels
-            return Labels(problem='label map of one row')
+            return MaskInfo(problem='label map of one row')
         if labels.ndim != 2:
-            return Labels(problem='label map in colours' if labels.ndim > 2 else 'unreadable label map')
+            return MaskInfo(problem='label map in colours' if labels.ndim > 2 else 'unreadable label map')
         if labels.dtype.itemsize > 1 and labels.size and not 0 <= labels.min() <= labels.max() <= 255:
-            return Labels(problem='labels beyond 255')
+            return MaskInfo(problem='labels beyond 255')
         counts = cv2.calcHist([labels.astype(np.uint8)], [0], None, [256], [0, 256]).ravel().astype(int)
-        return Labels(labels.shape[1], labels.shape[0], counts, palette)
+        return MaskInfo(labels.shape[1], labels.shape[0], counts, palette)
 
 
 def _is_lossy(image: Image.Image, file: BinaryIO) -> bool:
@@ -163,12 +163,12 @@ def _is_lossy(image: Image.Image, file: BinaryIO) -> bool:
     return image.format in LOSSY_FORMATS or image.info.get('compression') in LOSSY_TIFF
 
 
-def look_at_pair(pair: tuple[str, str]) -> tuple[Seen, Labels]:
+def inspect_pair(pair: tuple[str, str]) -> tuple[ImageInfo, MaskInfo]:
     """An image and its label map."""
-    return look(pair[0]), look_at_labels(pair[1])
+    return inspect_image(pair[0]), inspect_mask(pair[1])
 
 
-def look_at_all(function: Callable, items: Iterable[Hashable], what: str) -> dict:
+def inspect_all(function: Callable, items: Iterable[Hashable], what: str) -> dict:
     """`function` of each item, in as many threads as there are cores: decoding leaves Python alone. A bar on a
     terminal, a line elsewhere."""
     items = list(dict.fromkeys(items))
@@ -209,7 +209,7 @@ def _decoded_size(data: bytes, flag: int) -> tuple[int, int] | None:
     return None if pixels is None else pixels.shape[1::-1]
 
 
-def _why(data: bytes) -> str:
+def _decode_failure(data: bytes) -> str:
     """The kind of problem of bytes that OpenCV cannot decode."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:

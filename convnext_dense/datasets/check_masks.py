@@ -11,32 +11,32 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UsageError
-from .check_images import Labels, Seen
+from .check_images import ImageInfo, MaskInfo
 from .diagnostics import Report
 from .files import is_text, read_text, shown, why
 from .image_sizes import Limit, too_thin
 from .toy_shapes import LABELS, PALETTE
 
-NO_CLASS = ('background', 'unlabeled', 'unlabelled', 'void', 'ignore')
-IGNORED = 255  # in what mmseg reads
+BACKGROUND_NAMES = ('background', 'unlabeled', 'unlabelled', 'void', 'ignore')
+IGNORE_INDEX = 255  # in what mmseg reads
 MANY = 10  # labels that a report counts up
 LONGEST = 300  # characters of a line of a classes file
 NUMBER = re.compile(r'-?\d{1,20}(\.\d{1,20})?')
 NUMBERED = re.compile(r'(-?\d{1,20}) ?[:, ] ?(\D.*)')  # a line of a label and a name
-COLOUR = re.compile(r'[:, ] ?(\d+)[, ]+(\d+)[, ]+(\d+)(:.*)?$')  # at the end of a line; CVAT writes more behind it
+COLOR_RE = re.compile(r'[:, ] ?(\d+)[, ]+(\d+)[, ]+(\d+)(:.*)?$')  # at the end of a line; CVAT writes more behind it
 # The classes of known data sets: mmseg's names of them, from which their names and colours are taken.
 KNOWN = {'ade20k': 'ADE20KDataset', 'cityscapes': 'CityscapesDataset', 'voc': 'PascalVOCDataset'}
 # Cityscapes' labelIds that are evaluated, in the order of their classes.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 
-class Classes(NamedTuple):
+class LabelSpec(NamedTuple):
     """Names and colours (RGB) of classes; `values` are the labels of those in order, None where they are 0, 1, ..., or
     1, 2, ... with 0 ignored; `ignored` are the labels that are no class."""
 
     names: list[str] | None
     palette: list[list[int]] | None = None
-    ignored: frozenset[int] = frozenset({IGNORED})
+    ignored: frozenset[int] = frozenset({IGNORE_INDEX})
     values: Sequence[int] | None = None
 
     @property
@@ -48,28 +48,30 @@ class Classes(NamedTuple):
     @property
     def label_of(self) -> dict[int, int]:
         """The class of each label, IGNORED included."""
-        others = dict.fromkeys((*self.ignored, *range(max(self.values or [0]) + 1 if self.values else 0)), IGNORED)
+        others = dict.fromkeys((*self.ignored, *range(max(self.values or [0]) + 1 if self.values else 0)), IGNORE_INDEX)
         return {**others, **{v: i for i, v in enumerate(self.labels) if v not in self.ignored}}
 
     @property
     def settings(self) -> dict:
         """What a data set of mmseg is told: whether 0 is ignored and the rest moves down, and what else changes."""
         reduced = self.values is None and 0 in self.ignored
-        changed = {v: c for v, c in self.label_of.items() if c != ((v or 256) - 1 if reduced else v) and v != IGNORED}
+        changed = {
+            v: c for v, c in self.label_of.items() if c != ((v or 256) - 1 if reduced else v) and v != IGNORE_INDEX
+        }
         # Ours is looked up after mmseg moved the labels down.
         label_map = [[v - reduced, c] for v, c in changed.items() if not (reduced and v == 0)]
         return dict(reduce_zero_label=reduced, label_map=label_map or None)
 
 
-def convention(root: Path, layout: str, more: str, asked: str | None, ignore: Sequence[int] | None) -> Classes:
+def infer_label_spec(root: Path, layout: str, more: str, asked: str | None, ignore: Sequence[int] | None) -> LabelSpec:
     """The classes of a folder: as asked for by a file or a known name, or by what the folder is.
 
     Raises:
         UsageError: a classes file that cannot be read.
     """
-    odd = next((label for label in ignore or () if not 0 <= label <= IGNORED), None)
+    odd = next((label for label in ignore or () if not 0 <= label <= IGNORE_INDEX), None)
     if odd is not None:
-        raise UsageError(f'--ignore {shown(odd, 20)}: labels are 0 to {IGNORED}')
+        raise UsageError(f'--ignore {shown(odd, 20)}: labels are 0 to {IGNORE_INDEX}')
     file = next((f for f in class_files(root, None) if f.exists()), None)
     known = asked if asked in KNOWN else None if asked or file else _known(root, layout, more)
     if known:
@@ -81,12 +83,12 @@ def convention(root: Path, layout: str, more: str, asked: str | None, ignore: Se
     else:
         names, palette = read_classes(file) if file else (None, None)
     zero = known == 'ade20k' or ((root / 'shapes.json').exists() and not asked)
-    ignored = frozenset({IGNORED, *(ignore or []), *([0] if zero else [])})
-    is_named = names and len(names) > 1 and names[0].strip('_').lower() in NO_CLASS
+    ignored = frozenset({IGNORE_INDEX, *(ignore or []), *([0] if zero else [])})
+    is_named = names and len(names) > 1 and names[0].strip('_').lower() in BACKGROUND_NAMES
     if not zero and 0 in ignored and is_named:  # and yet ignored
         names, palette = names[1:], palette and palette[1:]
     ids = known == 'cityscapes' and more.endswith('labelIds')
-    return Classes(names, palette, ignored, CITYSCAPES_IDS if ids else None)
+    return LabelSpec(names, palette, ignored, CITYSCAPES_IDS if ids else None)
 
 
 def class_files(root: Path, asked: str | None) -> list[Path]:
@@ -110,20 +112,20 @@ def read_classes(path: Path) -> tuple[list[str], list[list[int]] | None]:
     except OSError as error:
         raise UsageError(f'{path}: {error.strerror}: give a file of a name a line') from error
     try:
-        found = READERS.get(path.suffix, _from_lines)(text)
-        if len(found) <= IGNORED:
-            names, colours = [_name(name) for name, _ in found], [_colour(colour) for _, colour in found]
+        found = READERS.get(path.suffix, _parse_lines)(text)
+        if len(found) <= IGNORE_INDEX:
+            names, colours = [_name(name) for name, _ in found], [_parse_color(colour) for _, colour in found]
     except (ValueError, LookupError, ArithmeticError, RecursionError, csv.Error) as error:
         raise UsageError(f'{path} is no list of classes ({why(error)}): give a name a line') from error
-    if len(found) > IGNORED:
-        raise UsageError(f'{path} names {len(found):,} classes: label maps of 8 bits hold {IGNORED} at most')
+    if len(found) > IGNORE_INDEX:
+        raise UsageError(f'{path} names {len(found):,} classes: label maps of 8 bits hold {IGNORE_INDEX} at most')
     twice = next((name for name, n in Counter(names).items() if n > 1), None)
     if not names or twice is not None:
         raise UsageError(f'{path} ' + ('names no class' if not names else f"names '{shown(twice)}' twice"))
     return names, colours if all(colours) else None
 
 
-def count_classes(maps: dict[Path, Labels], classes: Classes, root: Path) -> Classes:
+def infer_class_count(maps: dict[Path, MaskInfo], classes: LabelSpec, root: Path) -> LabelSpec:
     """Classes named by their number, as many as there are labels, for label maps with a palette and no names.
 
     Raises:
@@ -138,7 +140,7 @@ def count_classes(maps: dict[Path, Labels], classes: Classes, root: Path) -> Cla
     return classes._replace(names=[f'class {i}' for i in range(first, max(values, default=first) + 1)])
 
 
-def check_labels(maps: dict[str, Labels], classes: Classes, report: Report) -> None:
+def validate_labels(maps: dict[str, MaskInfo], classes: LabelSpec, report: Report) -> None:
     """Report labels that have no name, and a set of classes of which nothing can be learnt, with what to do about it by
     the pixels of all label maps."""
     readable = {path: labels for path, labels in maps.items() if labels.counts is not None}
@@ -147,7 +149,7 @@ def check_labels(maps: dict[str, Labels], classes: Classes, report: Report) -> N
     nameless = [label for label in used if label not in label_of]
     if used and len(classes.names) == 1:
         report.add('all', 'a single class', _of_one_class(classes, counts))
-    elif IGNORED in used and set(used) <= {0, IGNORED}:
+    elif IGNORE_INDEX in used and set(used) <= {0, IGNORE_INDEX}:
         report.add('all', 'masks of 0 and 255', f'the pixels are {_shares(counts, used)}')
     elif nameless:
         those = [Path(path).name for path, labels in readable.items() if labels.counts[nameless].any()]
@@ -155,11 +157,11 @@ def check_labels(maps: dict[str, Labels], classes: Classes, report: Report) -> N
         report.add('all', 'label out of range', _of_nameless(nameless, classes, counts, where))
 
 
-def _of_one_class(classes: Classes, counts: np.ndarray) -> str:
+def _of_one_class(classes: LabelSpec, counts: np.ndarray) -> str:
     """What to do about a set of one class, as the pixels show it."""
     used = np.flatnonzero(counts).tolist()
-    labels = [label for label in used if label != IGNORED]
-    other = 'the classes' if classes.names[0].lower() in NO_CLASS else 'the background'
+    labels = [label for label in used if label != IGNORE_INDEX]
+    other = 'the classes' if classes.names[0].lower() in BACKGROUND_NAMES else 'the background'
     if len(used) == 1:
         way = f'all pixels are {used[0]}: label maps are needed that show at least two classes'
     elif len(labels) > MANY:
@@ -176,10 +178,10 @@ def _of_one_class(classes: Classes, counts: np.ndarray) -> str:
     return f'{classes.names[0]} alone, where the pixels are {_shares(counts, used)}: {way}'
 
 
-def _of_nameless(nameless: list[int], classes: Classes, counts: np.ndarray, where: str) -> str:
+def _of_nameless(nameless: list[int], classes: LabelSpec, counts: np.ndarray, where: str) -> str:
     """What labels have no name, and what to do about it as the pixels show it."""
-    n, label_of, ignored = len(classes.names), classes.label_of, classes.ignored - {IGNORED}
-    known = [label for label in np.flatnonzero(counts).tolist() if label_of.get(label, IGNORED) != IGNORED]
+    n, label_of, ignored = len(classes.names), classes.label_of, classes.ignored - {IGNORE_INDEX}
+    known = [label for label in np.flatnonzero(counts).tolist() if label_of.get(label, IGNORE_INDEX) != IGNORE_INDEX]
     is_next = nameless == [n]
     zero, those = (' '.join(map(str, sorted({*ignored, *more}))) for more in ([0], nameless))
     if is_next and not counts[0] and known:
@@ -212,11 +214,11 @@ def _shares(counts: np.ndarray, labels: list[int]) -> str:
     return ', '.join(f'{label}: {_share(counts, label)}' for label in labels[:MANY]) + ', ...' * (len(labels) > MANY)
 
 
-def check_pairs(
+def validate_pairs(
     pairs: list[tuple[Path, Path]],
-    seen: dict[str, Seen],
-    maps: dict[str, Labels],
-    classes: Classes,
+    seen: dict[str, ImageInfo],
+    maps: dict[str, MaskInfo],
+    classes: LabelSpec,
     turn: bool,
     split: str,
     report: Report,
@@ -245,7 +247,7 @@ def check_pairs(
             report.add(split, 'image turned by EXIF', name)
         pixels = np.zeros(len(classes.names), int)
         for value, label in label_of.items():
-            if label != IGNORED:
+            if label != IGNORE_INDEX:
                 pixels[label] += found.counts[value]
         if not pixels.any() and all(value in label_of for value in np.flatnonzero(found.counts).tolist()):
             report.add(split, 'label map of ignored pixels', labels.name)
@@ -272,7 +274,7 @@ def _of_mmseg(known: str) -> tuple[list[str], list[list[int]]]:
     return list(meta['classes']), [list(colour) for colour in meta['palette']]
 
 
-def _from_json(text: str) -> list[tuple[object, object]]:
+def _parse_json(text: str) -> list[tuple[object, object]]:
     content = json.loads(text, object_pairs_hook=_without_twins)
     if isinstance(content, dict):
         content = content.get('classes', content)
@@ -319,14 +321,14 @@ def _in_order(pairs: Iterable[tuple[object, object]]) -> list[tuple[object, None
     return [(by_label[label], None) for label in range(len(pairs))]
 
 
-def _from_csv(text: str) -> list[tuple[object, object]]:
+def _parse_csv(text: str) -> list[tuple[object, object]]:
     rows = [row for row in list(csv.reader(text.splitlines()))[1:] if row]
     if any(len(row) < 2 or not NUMBER.fullmatch(row[0].strip()) for row in rows):
         raise ValueError('its lines are not a value and a name')
     return _in_order([(row[0].strip(), row[1]) for row in rows])
 
 
-def _from_lines(text: str) -> list[tuple[object, object]]:
+def _parse_lines(text: str) -> list[tuple[object, object]]:
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith('#')]
     if any(len(line) > LONGEST for line in lines):
         raise ValueError(f'a line of more than {LONGEST} characters')
@@ -334,14 +336,14 @@ def _from_lines(text: str) -> list[tuple[object, object]]:
     numbered = [NUMBERED.fullmatch(line) for line in lines]
     if lines and all(numbered):
         return _in_order([(m[1], m[2]) for m in numbered])
-    colours = [COLOUR.search(line, 1) for line in lines]
+    colours = [COLOR_RE.search(line, 1) for line in lines]
     return [
         (line[: m.start()].rstrip(), m.groups()[:3]) if m else (line.rstrip(':') or line, None)
         for line, m in zip(lines, colours)
     ]
 
 
-READERS = {'.json': _from_json, '.csv': _from_csv}
+READERS = {'.json': _parse_json, '.csv': _parse_csv}
 
 
 def _name(value: object) -> str:
@@ -354,7 +356,7 @@ def _name(value: object) -> str:
     return name
 
 
-def _colour(value: object) -> list[int] | None:
+def _parse_color(value: object) -> list[int] | None:
     """A colour; None where there is none, or in words."""
     if isinstance(value, str) and re.fullmatch('#[0-9a-fA-F]{6}', value):
         return list(bytes.fromhex(value[1:]))

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, MODELS, TRANSFORMS
 
-from ..config.inputs import OTHER_PIPELINES
-from ..config.tree import dicts_in, listed
+from ..config.inputs import EXTRA_PIPELINE_KEYS
+from ..config.tree import as_list, iter_dicts
 from ..errors import UsageError
 from ..type_names import class_of, is_type, short_name
-from .request import Data
+from .request import CheckedDataset
 
 SPLITS = ('train', 'val', 'test')
-NO_CLASSES = ('rpn_head', 'semantic_head')  # what they count is not the data's classes
+CLASS_AGNOSTIC_HEADS = ('rpn_head', 'semantic_head')  # what they count is not the data's classes
 COUNTS = ('num_classes', 'num_things_classes', 'num_stuff_classes')  # of instance data all classes are things
-COLOUR_TYPES = (None, 'color', 'grayscale')  # as which mmcv turns images
+COLOR_TYPES = (None, 'color', 'grayscale')  # as which mmcv turns images
 MASKS = ('mask_head', 'mask_roi_extractor', 'mask_iou_head')
 # Models that learn from masks and have no branch for them that could be taken out, but for those that draw them from
 # boxes; so are the steps of a pipeline that take masks.
@@ -38,7 +38,7 @@ UNFED = {
 OTHER_METRICS = ('LVISMetric', 'CocoVideoMetric')  # derived from CocoMetric, and of other annotations
 
 
-def fill(config: Config, data: Data, files: Mapping[str, str], masks: bool) -> None:
+def apply_dataset(config: Config, data: CheckedDataset, files: Mapping[str, str], masks: bool) -> None:
     """Make a config one of `data`, whose splits are written in `files`; a split without one takes val's. `masks` is
     whether the model keeps its mask branch.
 
@@ -53,12 +53,12 @@ def fill(config: Config, data: Data, files: Mapping[str, str], masks: bool) -> N
             file = files.get(split) or files.get('val') or files.get('test') or files['train']
             loader.dataset = _dataset(loader.dataset, data, file, f'{split}_dataloader')
             _fill_evaluators(config.get(f'{split}_evaluator'), data, file, split)
-    for part in OTHER_PIPELINES:
+    for part in EXTRA_PIPELINE_KEYS:
         _fill_pipeline(config.get(part), data, part)
-    set_classes(config.model, len(data.classes))
+    set_num_classes(config.model, len(data.classes))
     if data.task == 'segmentation':
         imports = config.setdefault('custom_imports', dict(imports=[], allow_failed_imports=False))
-        imports['imports'] = [*dict.fromkeys([*listed(imports['imports']), 'convnext_dense.datasets.paired_dataset'])]
+        imports['imports'] = [*dict.fromkeys([*as_list(imports['imports']), 'convnext_dense.datasets.paired_dataset'])]
     if not masks:
         for part in MASKS:
             (config.model.get('roi_head') or {}).pop(part, None)
@@ -66,15 +66,15 @@ def fill(config: Config, data: Data, files: Mapping[str, str], masks: bool) -> N
 
 def _check_needs_no_masks(config: Config) -> None:
     """Raise UsageError where a training takes masks that neither can be left out nor follow from boxes."""
-    kinds = [part['type'] for part in dicts_in(config.model) if part.get('type') is not None]
+    kinds = [part['type'] for part in iter_dicts(config.model) if part.get('type') is not None]
     of_masks = next((kind for kind in kinds if is_type(kind, MODELS, *OF_MASKS)), None)
     if of_masks is not None and not any(is_type(kind, MODELS, DRAWS_MASKS) for kind in kinds):
         raise UsageError(
             f'{short_name(of_masks)} learns from masks, the data have boxes alone: take a recipe whose mask branch can '
             'be taken out, such as configs/mask_rcnn/convnext_t.py, or a detector of boxes'
         )
-    for part in ('train_dataloader', *OTHER_PIPELINES):
-        for step in dicts_in(config.get(part)):
+    for part in ('train_dataloader', *EXTRA_PIPELINE_KEYS):
+        for step in iter_dicts(config.get(part)):
             if is_type(step.get('type'), TRANSFORMS, *TAKE_MASKS):
                 raise UsageError(
                     f'{part}: {short_name(step["type"])} takes masks, the data have boxes alone: take it out of the '
@@ -82,9 +82,9 @@ def _check_needs_no_masks(config: Config) -> None:
                 )
 
 
-def set_classes(model: dict, n: int) -> None:
+def set_num_classes(model: dict, n: int) -> None:
     """Set the number of classes in every head of a model's config, and of class weights in it."""
-    for head in heads(model):
+    for head in iter_class_heads(model):
         before = count_of(head)
         for key in COUNTS:
             if key in head:
@@ -92,7 +92,7 @@ def set_classes(model: dict, n: int) -> None:
         counts_classes = head.get('out_channels') == before or (head.get('out_channels') == 1 and n > 2)
         if counts_classes and 'num_queries' not in head:  # there it is the width of the queries
             head['out_channels'] = n
-        for holder in dicts_in(head):
+        for holder in iter_dicts(head):
             if isinstance(holder.get('class_weight'), (list, tuple)):
                 holder['class_weight'] = _class_weights(holder['class_weight'], before, n, head)
     _bound_detections(model, n)
@@ -100,7 +100,9 @@ def set_classes(model: dict, n: int) -> None:
 
 def _bound_detections(model: dict, n: int) -> None:
     """Ask for no more detections than queries give with `n` classes: topk takes no more than there are."""
-    queries = [settings['num_queries'] for settings in dicts_in(model) if isinstance(settings.get('num_queries'), int)]
+    queries = [
+        settings['num_queries'] for settings in iter_dicts(model) if isinstance(settings.get('num_queries'), int)
+    ]
     for key in ('max_per_img', 'max_per_image'):
         asked = (model.get('test_cfg') or {}).get(key)
         if queries and asked and asked > min(queries) * n:
@@ -118,15 +120,15 @@ def _class_weights(weights: Sequence[float], before: int, n: int, head: dict) ->
     return list(weights)
 
 
-def heads(value) -> Iterator[dict]:
+def iter_class_heads(value) -> Iterator[dict]:
     """The parts of a model's config that count the data's classes."""
     if isinstance(value, dict):
         if any(key in value for key in COUNTS):
             yield value
-        value = [v for k, v in value.items() if k not in NO_CLASSES]
+        value = [v for k, v in value.items() if k not in CLASS_AGNOSTIC_HEADS]
     if isinstance(value, (list, tuple)):
         for item in value:
-            yield from heads(item)
+            yield from iter_class_heads(item)
 
 
 def count_of(head: dict) -> int:
@@ -136,12 +138,12 @@ def count_of(head: dict) -> int:
     return (head.get('num_things_classes') or 0) + (head.get('num_stuff_classes') or 0)
 
 
-def check_options(options: Mapping, n: int) -> None:
+def check_cfg_options(options: Mapping, n: int) -> None:
     """Raise UsageError where the command line's settings say another number of classes than the data have, or where the
     data are."""
     for key, value in _flat(options):
         parts = key.split('.')
-        if parts[-1] in COUNTS[:2] and value != n and not set(parts) & set(NO_CLASSES):
+        if parts[-1] in COUNTS[:2] and value != n and not set(parts) & set(CLASS_AGNOSTIC_HEADS):
             raise UsageError(
                 f'--cfg-options {key}={value}: it follows from the data, which have {n} classes: leave it out'
             )
@@ -153,10 +155,10 @@ def check_options(options: Mapping, n: int) -> None:
 
 def check_classes(config: Config) -> None:
     """Raise UsageError where a part of the model counts other classes than the config names for training."""
-    classes = (_inner(config.train_dataloader.dataset).get('metainfo') or {}).get('classes')
+    classes = (_unwrap_dataset(config.train_dataloader.dataset).get('metainfo') or {}).get('classes')
     if not isinstance(classes, (list, tuple)):
         return
-    for head in heads(config.model):
+    for head in iter_class_heads(config.model):
         if count_of(head) != len(classes):
             key = next(key for key in COUNTS if key in head)
             raise UsageError(
@@ -165,14 +167,14 @@ def check_classes(config: Config) -> None:
             )
 
 
-def _inner(settings: Mapping) -> Mapping:
+def _unwrap_dataset(settings: Mapping) -> Mapping:
     """The settings of the data set within those that wrap it; of several the first."""
     while isinstance(settings.get('dataset'), Mapping) or settings.get('datasets'):
         settings = settings['dataset'] if isinstance(settings.get('dataset'), Mapping) else settings['datasets'][0]
     return settings
 
 
-def _dataset(settings: dict, data: Data, file: str, where: str) -> dict:
+def _dataset(settings: dict, data: CheckedDataset, file: str, where: str) -> dict:
     """A data set of the recipe's pipeline and filter on the data, within the wrappers (RepeatDataset, ...) that the
     recipe has around it. Data sets that are joined become one where they differ in their data alone.
 
@@ -205,8 +207,8 @@ def _dataset(settings: dict, data: Data, file: str, where: str) -> dict:
     return dict(type='PairedSegDataset', **common, data_prefix=prefix, **data.settings, **kept)
 
 
-def _fill_pipeline(steps, data: Data, where: str) -> None:
-    for step in dicts_in(steps):
+def _fill_pipeline(steps, data: CheckedDataset, where: str) -> None:
+    for step in iter_dicts(steps):
         kind = step.get('type')
         if kind is None:
             continue
@@ -222,17 +224,17 @@ def _fill_pipeline(steps, data: Data, where: str) -> None:
             raise UsageError(
                 f'{where}: {short_name(kind)} reads {unfed}, --data gives {data.task}: take another recipe'
             )
-        if not data.turn and is_type(kind, TRANSFORMS, 'LoadImageFromFile') and step.get('color_type') in COLOUR_TYPES:
+        if not data.turn and is_type(kind, TRANSFORMS, 'LoadImageFromFile') and step.get('color_type') in COLOR_TYPES:
             step['color_type'] = f'{step.get("color_type", "color")}_ignore_orientation'
 
 
-def _fill_evaluators(evaluators, data: Data, file: str, split: str) -> None:
-    for evaluator in listed(evaluators):
+def _fill_evaluators(evaluators, data: CheckedDataset, file: str, split: str) -> None:
+    for evaluator in as_list(evaluators):
         kind = evaluator.get('type')
         if is_type(kind, METRICS, 'CocoMetric') and not is_type(kind, METRICS, *OTHER_METRICS):
             evaluator['ann_file'] = os.path.abspath(file)
             if not data.masks:
-                evaluator['metric'] = [m for m in listed(evaluator.get('metric', 'bbox')) if m != 'segm'] or ['bbox']
+                evaluator['metric'] = [m for m in as_list(evaluator.get('metric', 'bbox')) if m != 'segm'] or ['bbox']
         elif data.task == 'detection' and (evaluator.get('ann_file') or _is_mmdets(kind)):
             raise UsageError(
                 f'{split}_evaluator: {short_name(kind)} reads annotations of another kind than --data gives: '

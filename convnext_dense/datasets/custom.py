@@ -8,28 +8,28 @@ from dataclasses import replace
 
 from mmengine.config import Config
 
-from ..checkpoints.io import read, weights_in
+from ..checkpoints.io import find_state_dicts, load_checkpoint
 from ..errors import UsageError
-from .cache import busy, is_first_on_node, prepared, wait_for, write
-from .configure import check_classes, check_options, fill
+from .cache import hold_busy_file, is_local_rank0, load_cached, save_cache, wait_for_cache
+from .configure import apply_dataset, check_cfg_options, check_classes
 from .image_sizes import Limit, limits_of
-from .readers import TASKS, read_data, sources, tasks_of
-from .request import Data, Request, named
+from .readers import TASKS, detect_tasks, find_sources, read_data
+from .request import CheckedDataset, DatasetRequest, summarize_classes
 
 __all__ = [
-    'Data',
-    'Request',
+    'CheckedDataset',
+    'DatasetRequest',
+    'add_data_arguments',
+    'apply_custom_data',
     'check_classes',
-    'data_arguments',
-    'of_checkpoint',
+    'checkpoint_classes',
+    'detect_tasks',
+    'parse_request',
     'read_data',
-    'request_of',
-    'set_data',
-    'tasks_of',
 ]
 
 
-def data_arguments(parser: argparse.ArgumentParser, strict: bool = True) -> None:
+def add_data_arguments(parser: argparse.ArgumentParser, strict: bool = True) -> None:
     """The arguments by which a tool is told of the user's own data; `strict` is whether it may refuse them."""
     group = parser.add_argument_group('own data')
     group.add_argument('--data', metavar='PATH', help='folder of a data set, in any layout that README names')
@@ -58,7 +58,7 @@ def data_arguments(parser: argparse.ArgumentParser, strict: bool = True) -> None
     group.add_argument('--strict', action='store_true', help='refuse data of which something must be left out')
 
 
-def request_of(args: argparse.Namespace) -> Request | None:
+def parse_request(args: argparse.Namespace) -> DatasetRequest | None:
     """What the arguments ask for; None where they name no data.
 
     Raises:
@@ -76,12 +76,12 @@ def request_of(args: argparse.Namespace) -> Request | None:
             if getattr(args, option) not in (None, False):
                 raise UsageError(f'--{option.replace("_", "-")} goes with --data PATH')
         return None
-    return Request(args.data, files, images, args.classes, args.ignore, args.val_share, args.strict)
+    return DatasetRequest(args.data, files, images, args.classes, args.ignore, args.val_share, args.strict)
 
 
-def set_data(
+def apply_custom_data(
     config: Config,
-    request: Request | None,
+    request: DatasetRequest | None,
     splits: Sequence[str] = ('train', 'val'),
     options: dict | None = None,
     checkpoint: str | None = None,
@@ -108,16 +108,18 @@ def set_data(
     task = TASKS.get(config.get('default_scope'))
     if task is None:
         raise UsageError(f"--data: the config's default_scope is {config.get('default_scope')}, not mmdet or mmseg")
-    classes, with_masks = of_checkpoint(checkpoint) if checkpoint else (None, None)
+    classes, with_masks = checkpoint_classes(checkpoint) if checkpoint else (None, None)
     wanted = classes if 'train' not in splits else None
     folder, limits = os.path.join(config.work_dir, 'data'), limits_of(config, ratio)
-    data, files = _checked(folder, config.launcher, request, task, splits, wanted, limits)
+    data, files = _load_or_check(folder, config.launcher, request, task, splits, wanted, limits)
     if 'train' in splits and 'train' not in files:
         raise UsageError(f'{request.root} has no data to train on: give --train-ann, or a folder with train')
     data.report.refuse(request.strict)
     if classes and classes != data.classes:
-        raise UsageError(f'{checkpoint} was trained on {named(classes)}; the data have {named(data.classes)}')
-    check_options(options or {}, len(data.classes))
+        raise UsageError(
+            f'{checkpoint} was trained on {summarize_classes(classes)}; the data have {summarize_classes(data.classes)}'
+        )
+    check_cfg_options(options or {}, len(data.classes))
     has_branch = 'mask_head' in (config.model.get('roi_head') or {})  # which a training on boxes takes out
     with_masks = data.masks if with_masks is None or not has_branch else with_masks
     data = replace(data, masks=data.masks and with_masks)
@@ -126,37 +128,37 @@ def set_data(
         lines.append("data: boxes alone, so that the recipe's mask branch is taken out")
     if task == 'segmentation':
         importlib.import_module('convnext_dense.datasets.paired_dataset')
-    fill(config, data, files, with_masks)
+    apply_dataset(config, data, files, with_masks)
     return lines
 
 
-def _checked(
+def _load_or_check(
     folder: str,
     launcher: str,
-    request: Request,
+    request: DatasetRequest,
     task: str,
     splits: Sequence[str],
     classes: list[str] | None,
     limits: dict[str, Limit],
-) -> tuple[Data, dict[str, str]]:
+) -> tuple[CheckedDataset, dict[str, str]]:
     """Data, checked now or before, and the files of their splits."""
     key = (task, tuple(splits), classes, os.path.abspath(request.root), replace(request, strict=False))
-    key += (str(sources(request, task)), str(limits))
-    if not is_first_on_node(launcher):
-        return wait_for(folder, key)
-    found = prepared(folder, key)
+    key += (str(find_sources(request, task)), str(limits))
+    if not is_local_rank0(launcher):
+        return wait_for_cache(folder, key)
+    found = load_cached(folder, key)
     if found:
         return found
-    with busy(folder):
+    with hold_busy_file(folder):
         data = read_data(request, task, splits, classes, limits)
     data.report.refuse(request.strict)
-    return data, write(folder, key, data)
+    return data, save_cache(folder, key, data)
 
 
-def of_checkpoint(file: str) -> tuple[list[str] | None, bool]:
+def checkpoint_classes(file: str) -> tuple[list[str] | None, bool]:
     """The classes that a checkpoint was trained on, None where it does not say, and whether it has a mask branch."""
-    content = read(file)
+    content = load_checkpoint(file)
     meta = content.get('meta') or {}
     classes = (meta.get('dataset_meta') or {}).get('classes') or meta.get('CLASSES')
-    names = (name for tensors in weights_in(content).values() for name in tensors)
+    names = (name for tensors in find_state_dicts(content).values() for name in tensors)
     return list(classes) if classes else None, any('mask_head.' in name for name in names)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from mmengine.config import Config
 from mmengine.registry import MODELS, TRANSFORMS
 
-from ..config.tree import dicts_in, listed
+from ..config.tree import as_list, iter_dicts
 from ..type_names import is_type
 
 SPLITS = ('train', 'val', 'test')
@@ -37,9 +37,9 @@ def limits_of(config: Config, ratio: float = 1.0) -> dict[str, Limit]:
     a multi-scale test changes the test's scales."""
     limits = {}
     for split in SPLITS:
-        steps = list(dicts_in((config.get(f'{split}_dataloader') or {}).get('dataset')))
+        steps = list(iter_dicts((config.get(f'{split}_dataloader') or {}).get('dataset')))
         hooks = config.get('custom_hooks') if split == 'train' else None  # which may have pipelines for later epochs
-        scales = [scale for step in [*steps, *dicts_in(hooks)] for scale in _scales(step)]
+        scales = [scale for step in [*steps, *iter_dicts(hooks)] for scale in _scales(step)]
         if split == 'test':
             scales = [tuple(int(side * ratio) for side in scale) for scale in scales]
         pads = _pads(config.model.get('data_preprocessor') or {}, split, steps)
@@ -95,7 +95,7 @@ def _holds(scale: tuple[int, int], other: tuple[int, int]) -> bool:
 def _pads(preprocessor: dict, split: str, steps: list[dict]) -> bool:
     """Whether images are padded to the stride before they come to the backbone."""
     own = preprocessor if split == 'train' else preprocessor.get('test_cfg') or {}
-    sides = [*listed(own.get('size')), own.get('size_divisor'), preprocessor.get('pad_size_divisor')]
+    sides = [*as_list(own.get('size')), own.get('size_divisor'), preprocessor.get('pad_size_divisor')]
     return any(side and side >= STRIDE for side in sides) or any(
         is_type(step.get('type'), TRANSFORMS, 'Pad') for step in steps if step.get('type')
     )

@@ -56,12 +56,12 @@ IMAGES = ('images', 'image', 'imgs', 'img', 'img_dir', 'jpegimages', 'leftimg8bi
 LABELS = ('labels', 'label', 'annotations', 'masks', 'mask', 'ann_dir', 'gtfine', 'segmentationclass', 'gt')
 SPLITS = {'train': ('train', 'training'), 'val': ('val', 'valid', 'validation'), 'test': ('test', 'testing')}
 # What the name of a label map has more than its image's, before the ending, and the name of an image more than its own.
-MORE_IN_LABELS = ('', '_gtFine_labelTrainIds', '_gtFine_labelIds', '_mask', '_label', '_labels', '_seg')
-MORE_IN_IMAGES = '_leftImg8bit'
+MASK_SUFFIXES = ('', '_gtFine_labelTrainIds', '_gtFine_labelIds', '_mask', '_label', '_labels', '_seg')
+IMAGE_NAME_SUFFIXES = '_leftImg8bit'
 PANOPTIC = '"segments_info"'  # a key of its annotations
 FROM_PANOPTIC = 'take instances_*.json, or panopticapi to convert it (panoptic2detection_coco_format.py)'
-CONVERT = 'convert them to COCO json (CVAT, FiftyOne and Roboflow do)'
-DEPTH, MANY = 4, 20000  # how far a folder is looked into to find out what it is: levels, and files
+CONVERT_HINT = 'convert them to COCO json (CVAT, FiftyOne and Roboflow do)'
+MAX_DEPTH, MAX_FILES_SCANNED = 4, 20000  # how far a folder is looked into to find out what it is: levels, and files
 A_FEW = 100  # files of an ending in a folder, of which the others will be the same
 IMAGE_FOLDERS = (
     'has a folder a class, as for classification: boxes or label maps are needed; '
@@ -79,7 +79,7 @@ MAX_JSON_BYTES = 8 * 2**30
 BLANK = b' \t\r\n\0' + b''.join(BOMS)  # before the first character of a JSON file, in whatever encoding
 
 
-class Folders(NamedTuple):
+class SplitDirs(NamedTuple):
     """Where a split's images and label maps are; `names` are the stems of those that belong to it, None for all."""
 
     images: Path
@@ -87,7 +87,7 @@ class Folders(NamedTuple):
     names: list[str] | None = None
 
 
-class Pairs(NamedTuple):
+class Pairing(NamedTuple):
     """Images with their label maps, images without one (`bare`), label maps without an image (`lone`), what label maps
     have `more` in their names than images, images that share their name with another (`twice`), names that were found
     as another (`other`, such as 'X is Y') and names that several files may have (`ambiguous`)."""
@@ -127,12 +127,12 @@ def find_annotations(root: Path, given: Collection[str] = ()) -> tuple[str, dict
     return other
 
 
-def find_folders(root: Path) -> tuple[str, dict[str, Folders]] | None:
+def find_folders(root: Path) -> tuple[str, dict[str, SplitDirs]] | None:
     """The layout of a folder with label maps and the folders of each split; None where there is none."""
     lists, images, labels = root / 'ImageSets/Segmentation', _child(root, IMAGES), _labels(root)
     if images and labels and lists.is_dir():
         files = {split: lists / f'{split}.txt' for split in SPLITS}
-        found = {split: Folders(images, labels, _lines(file)) for split, file in files.items() if file.exists()}
+        found = {split: SplitDirs(images, labels, _lines(file)) for split, file in files.items() if file.exists()}
         if found:
             return 'VOC', found
     tops = (root, images, labels)
@@ -143,30 +143,30 @@ def find_folders(root: Path) -> tuple[str, dict[str, Folders]] | None:
         'SPLIT, labels/SPLIT': lambda split, images, labels: (split, labels),
     }.items():
         pairs = {split: folders_of(*three) for split, three in by_split.items()}
-        found = {split: Folders(*folders) for split, folders in pairs.items() if all(folders)}
+        found = {split: SplitDirs(*folders) for split, folders in pairs.items() if all(folders)}
         if 'train' in found or 'val' in found:
             return layout, found
-    roboflow = {split: Folders(folder, folder) for split, names in SPLITS.items() if (folder := _child(root, names))}
-    if 'train' in roboflow and any(path.stem.endswith('_mask') for path in images_in(roboflow['train'].images)):
+    roboflow = {split: SplitDirs(folder, folder) for split, names in SPLITS.items() if (folder := _child(root, names))}
+    if 'train' in roboflow and any(path.stem.endswith('_mask') for path in list_images(roboflow['train'].images)):
         return 'Roboflow', roboflow
     if images and labels:
-        return 'images, labels', {'all': Folders(images, labels)}
+        return 'images, labels', {'all': SplitDirs(images, labels)}
     return None
 
 
-def pair(folders: Folders, more: str | None = None) -> Pairs:
+def pair_files(folders: SplitDirs, more: str | None = None) -> Pairing:
     """The images of a split with their label maps, by name; `more` is what those of train have, if that is known."""
     images, twice, listed = {}, [], Match()
-    for path in images_in(folders.images):
-        stem = _stem(path, folders.images).removesuffix(MORE_IN_IMAGES)
+    for path in list_images(folders.images):
+        stem = _stem(path, folders.images).removesuffix(IMAGE_NAME_SUFFIXES)
         twice += [path] if images.setdefault(stem, path) is not path else []
-    maps = {_stem(path, folders.labels): path for path in images_in(folders.labels)}
+    maps = {_stem(path, folders.labels): path for path in list_images(folders.labels)}
     if folders.images == folders.labels:
         images = {stem: path for stem, path in images.items() if not stem.endswith('_mask')}
         maps = {stem: path for stem, path in maps.items() if stem.endswith('_mask')}
     if more is None:
         stems, there = [spelled(stem) for stem in images], {spelled(stem) for stem in maps}
-        more = max(MORE_IN_LABELS, key=lambda more: sum(stem + more.lower() in there for stem in stems))
+        more = max(MASK_SUFFIXES, key=lambda more: sum(stem + more.lower() in there for stem in stems))
     if folders.names is not None:
         names = [_listed(line, folders.images, images) for line in folders.names]
         listed = match(names, images)
@@ -187,21 +187,21 @@ def pair(folders: Folders, more: str | None = None) -> Pairs:
         for found in (listed, labels)
         for name, there in found.ambiguous.items()
     ]
-    return Pairs(pairs, bare, [] if folders.names is not None else lone, more, twice, other, several)
+    return Pairing(pairs, bare, [] if folders.names is not None else lone, more, twice, other, several)
 
 
-def images_in(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[Path]:
     """All image files in and below a folder, by their endings."""
     return sorted(p for p in _files(folder, None) if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith('.'))
 
 
-def what_it_is(root: Path) -> str:
+def describe_unsupported(root: Path) -> str:
     """What a folder holds that is no layout of ours, and the way out, in words."""
     if not root.exists():
         return 'is not there'
     if not root.is_dir():
         return _what_file(root)
-    files = list(islice(_sample(root), MANY))
+    files = list(islice(_sample(root), MAX_FILES_SCANNED))
     endings = {path.suffix.lower() for path in files}
     if not files:
         return 'is an empty folder'
@@ -210,21 +210,21 @@ def what_it_is(root: Path) -> str:
             return f'holds a data set in its folder {shown(below.name)}: give {below}'
     for find, what in (
         (lambda: _pointer(files), 'holds pointers of Git LFS, such as {}: run git lfs pull where they are from'),
-        (lambda: _yolo(files), f'looks like YOLO labels ({{}}): {CONVERT}'),
+        (lambda: _yolo(files), f'looks like YOLO labels ({{}}): {CONVERT_HINT}'),
         (lambda: _labels_of_split(root, files), f'holds label maps in {{}}, as SegNet lays out CamVid: {PUT}'),
-        (lambda: _holds(files, '.xml', '<annotation'), f'looks like Pascal VOC boxes in XML: {CONVERT}'),
+        (lambda: _holds(files, '.xml', '<annotation'), f'looks like Pascal VOC boxes in XML: {CONVERT_HINT}'),
         (lambda: _holds(files, '.json', '"shapes"'), 'looks like LabelMe, a file an image: run its labelme2coco.py'),
         (lambda: _holds(files, '.json', '"result":'), "looks like Label Studio's own JSON: export it as COCO instead"),
-        (lambda: _holds(files, '.json', '"regions"'), f"looks like the VGG annotator's JSON: {CONVERT}"),
+        (lambda: _holds(files, '.json', '"regions"'), f"looks like the VGG annotator's JSON: {CONVERT_HINT}"),
         (lambda: _holds(files, '.json', '"caption"'), 'holds captions ({}): boxes are in instances_*.json'),
         (lambda: _holds(files, '.json', '"keypoints"'), 'holds keypoints ({}): boxes are in instances_*.json'),
         (lambda: _holds(files, '.json', PANOPTIC), f'holds panoptic JSON ({{}}): {FROM_PANOPTIC}'),
-        (lambda: _named(files, 'createml'), f'looks like CreateML labels: {CONVERT}'),
-        (lambda: _named(files, 'tfrecord'), f'looks like TFRecords: {CONVERT}'),
-        (lambda: _kitti(files), f'looks like KITTI boxes ({{}}): {CONVERT}'),
-        (lambda: _named(files, 'labeltxt/'), f'looks like the rotated boxes of DOTA ({{}}): {CONVERT}'),
-        (lambda: _named(files, 'gt/gt.txt'), f'looks like the tracks of MOT ({{}}): {CONVERT}'),
-        (lambda: any(_holds(files, '.csv', text) for text in COLUMNS), f'looks like labels in CSV: {CONVERT}'),
+        (lambda: _named(files, 'createml'), f'looks like CreateML labels: {CONVERT_HINT}'),
+        (lambda: _named(files, 'tfrecord'), f'looks like TFRecords: {CONVERT_HINT}'),
+        (lambda: _kitti(files), f'looks like KITTI boxes ({{}}): {CONVERT_HINT}'),
+        (lambda: _named(files, 'labeltxt/'), f'looks like the rotated boxes of DOTA ({{}}): {CONVERT_HINT}'),
+        (lambda: _named(files, 'gt/gt.txt'), f'looks like the tracks of MOT ({{}}): {CONVERT_HINT}'),
+        (lambda: any(_holds(files, '.csv', text) for text in COLUMNS), f'looks like labels in CSV: {CONVERT_HINT}'),
         (lambda: _masks_beside(files), f'holds label maps beside the images ({{}}): {PUT}'),
         (lambda: _is_image_folder(root), IMAGE_FOLDERS),
         (lambda: endings <= {'.zip', '.tar', '.gz', '.tgz', '.rar', '.7z'}, 'holds archives: unpack them there'),
@@ -245,13 +245,13 @@ def _what_file(path: Path) -> str:
     if path.suffix.lower() == '.json':
         return 'is a file: give its folder, or --train-ann and --val-ann'
     if path.suffix.lower() in ('.yaml', '.yml'):
-        return f'is a file as YOLO has it: its labels are no COCO json, {CONVERT}'
+        return f'is a file as YOLO has it: its labels are no COCO json, {CONVERT_HINT}'
     return 'is a file: give the folder of a data set'
 
 
 def _sample(root: Path) -> Iterator[Path]:
     """The files in and below a folder, of many with the same ending in one folder the first."""
-    for folder, names in walk(root, DEPTH, hidden=False):
+    for folder, names in walk(root, MAX_DEPTH, hidden=False):
         seen = Counter()
         for name in names:
             ending = Path(name).suffix.lower()
@@ -301,7 +301,7 @@ def _labels_of_split(root: Path, files: list[Path]) -> Path | None:
 def _masks_beside(files: list[Path]) -> Path | None:
     """An image that is called as another one in its folder, with _mask or the like behind."""
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    stems = {(path.parent, path.stem.lower() + more) for path in images for more in MORE_IN_LABELS if more}
+    stems = {(path.parent, path.stem.lower() + more) for path in images for more in MASK_SUFFIXES if more}
     return next((path for path in images if (path.parent, path.stem.lower()) in stems), None)
 
 
@@ -386,7 +386,7 @@ def _labels(folder: Path | None) -> Path | None:
     return next((child for child in found if child and _holds_maps(child)), None)
 
 
-def _files(root: Path, depth: int | None = DEPTH) -> Iterator[Path]:
+def _files(root: Path, depth: int | None = MAX_DEPTH) -> Iterator[Path]:
     """The files in and below a folder, those further up first."""
     yield from (Path(folder, name) for folder, names in walk(root, depth, hidden=False) for name in names)
 

@@ -11,12 +11,23 @@ from typing import NamedTuple
 
 from ..errors import UsageError
 from . import check_coco as checks
-from .check_images import Seen, look, look_at_all
+from .check_images import ImageInfo, inspect_all, inspect_image
 from .diagnostics import Report
 from .files import Files, files_below, folders_in, path_in, shown, spelled
 from .image_sizes import Limit
 from .layouts import IMAGES, LABELS, SPLITS, find_annotations
-from .request import Data, Request, check_share, held_out, is_below, named, relative, say_empty, say_same, wanted
+from .request import (
+    CheckedDataset,
+    DatasetRequest,
+    check_val_fraction,
+    is_below,
+    relative_to_root,
+    report_duplicates,
+    report_empty,
+    select_splits,
+    split_by_hash,
+    summarize_classes,
+)
 
 NAMES_TRIED = 50
 MAX_NAME = 4096  # characters of a name, of which no system has more
@@ -26,8 +37,8 @@ DIGITS, WORDS = re.compile('[0-9]+'), re.compile('[a-z]+')
 
 
 def read_detection(
-    request: Request, splits: Sequence[str], classes: Sequence[str] | None, limits: Mapping[str, Limit]
-) -> Data:
+    request: DatasetRequest, splits: Sequence[str], classes: Sequence[str] | None, limits: Mapping[str, Limit]
+) -> CheckedDataset:
     """As asking.read_data, of COCO json."""
     root, report = request.root, Report()
     if request.classes or request.ignore is not None:
@@ -39,46 +50,54 @@ def read_detection(
     if 'test' in cocos and not cocos['test']['annotations']:  # given out without them
         del cocos['test']
     images = {
-        s: Images(files[s], root, checks.names_in(cocos[s]), request.images.get(s), s if s in SPLITS else None)
+        s: ImageResolver(
+            files[s], root, checks.image_names(cocos[s]), request.images.get(s), s if s in SPLITS else None
+        )
         for s in cocos
     }
     main = next(split for split in ('train', 'all', *cocos) if split in cocos)
     train = cocos[main]
-    classes = [*(classes or checks.classes_of(train, main, report))]
+    classes = [*(classes or checks.class_names(train, main, report))]
     if not classes:
         report.refuse()
         raise UsageError(f'{files[main]} has no categories: nothing to learn')
     said = ''
     if main in ('train', 'all') and 'val' not in cocos:
-        names, said = held_out(checks.names_in(train), request)
-        cocos['train'], cocos['val'] = checks.divide(train, names)
+        names, said = split_by_hash(checks.image_names(train), request)
+        cocos['train'], cocos['val'] = checks.split_coco(train, names)
         images['train'] = images['val'] = images[main]
-    check_share(request, said)
-    cocos, images = (wanted(by_split, splits, root) for by_split in (cocos, images))
+    check_val_fraction(request, said)
+    cocos, images = (select_splits(by_split, splits, root) for by_split in (cocos, images))
     report.facts.append(f'{root}: COCO json, laid out as {layout}{said}')
-    seen = _look(cocos, images, root)
-    turn, masks = turn_by_exif(cocos, images, seen), checks.has_masks(train, main, report)
+    seen = _inspect_images(cocos, images, root)
+    turn, masks = decide_exif_handling(cocos, images, seen), checks.has_masks(train, main, report)
     made = {}
     for split, coco in cocos.items():
         if coco['categories'] != train['categories']:
-            checks.classes_of(coco, split, report)
+            checks.class_names(coco, split, report)
         categories = checks.match_categories(coco, train, classes, split, report)
-        usable = checks.check_images(coco, images[split], seen, turn, split, report, limits.get(split, Limit()))
-        annotations = checks.check_annotations(coco, usable, categories, masks, split, report)
-        made[split] = checks.assembled(usable, annotations, classes, split, report)
+        usable = checks.validate_images(coco, images[split], seen, turn, split, report, limits.get(split, Limit()))
+        annotations = checks.validate_annotations(coco, usable, categories, masks, split, report)
+        made[split] = checks.build_coco(usable, annotations, classes, split, report)
         report.facts.append(f'{split}: {len(usable):,} images, {len(annotations):,} annotations')
-        say_empty(report, split, len(checks.learnt(annotations, usable.values(), split)), images[split].folder)
-    checks.say_classes(made, classes, report)
-    say_same({split: [image['file_name'] for image in coco['images']] for split, coco in made.items()}, seen, report)
-    report.facts.append(f'{named(classes)}; boxes {"and" if masks else "without"} masks')
+        report_empty(
+            report, split, len(checks.trainable_annotations(annotations, usable.values(), split)), images[split].folder
+        )
+    checks.report_class_usage(made, classes, report)
+    report_duplicates(
+        {split: [image['file_name'] for image in coco['images']] for split, coco in made.items()}, seen, report
+    )
+    report.facts.append(f'{summarize_classes(classes)}; boxes {"and" if masks else "without"} masks')
     places = [
         *map(os.path.abspath, files.values()),
         *{os.path.abspath(at) for of in images.values() for at in of.searched},
     ]
-    return Data('detection', os.path.abspath(root), classes, made, report, turn=turn, masks=masks, places=places)
+    return CheckedDataset(
+        'detection', os.path.abspath(root), classes, made, report, turn=turn, masks=masks, places=places
+    )
 
 
-def find_files(request: Request) -> tuple[str, dict[str, Path]]:
+def find_files(request: DatasetRequest) -> tuple[str, dict[str, Path]]:
     """The layout of the data and the COCO json of each split; those that were given take the place of what is found."""
     given = {split: Path(file) for split, file in request.files.items()}
     layout, files = (find_annotations(request.root, given) if request.path and len(given) < 2 else None) or (
@@ -105,7 +124,7 @@ class Fit(NamedTuple):
     cut: tuple[str, ...] = ()
 
 
-class Images:
+class ImageResolver:
     """Where the images of a COCO file are. Its names do not say in which folder they begin, so that folders are tried
     with some of them; names of another machine are found by their longest ending that a file has.
 
@@ -163,7 +182,7 @@ class Images:
     def _prefix(self, folder: str | Path) -> str:
         """What paths of images in and below a folder begin with."""
         same = os.path.abspath(folder) == os.path.abspath(self.root)
-        return '' if same else f'{relative(folder, self.root)}/'
+        return '' if same else f'{relative_to_root(folder, self.root)}/'
 
     def _in_full(self, name: str) -> Place | None:
         """Where an image is by all of its name, or that it cannot be anywhere; None where it is not there."""
@@ -176,7 +195,7 @@ class Images:
             inside = [path for path in paths if path.startswith(self.inside)]
             there = next(filter(os.path.isfile, inside), None)
             if there:
-                return Place(relative(there, self.root))
+                return Place(relative_to_root(there, self.root))
             return None if inside or machine else Place(None, LEAVES, name)
         if not self.known:
             return None
@@ -228,14 +247,14 @@ class Images:
         return Fit(files, parts, cut)
 
 
-def turn_by_exif(splits: dict[str, dict], images: dict[str, Images], seen: dict[str, Seen]) -> bool:
+def decide_exif_handling(splits: dict[str, dict], images: dict[str, ImageResolver], seen: dict[str, ImageInfo]) -> bool:
     """Whether images are to be turned as EXIF says, which is what training does by itself: yes, unless sizes in the
     files fit images as they are stored, and none fits a turned one."""
     stored = turned = 0
     for split, coco in splits.items():
         for image in coco['images']:
             if isinstance(image.get('file_name'), str):
-                facts = seen.get(images[split].find(image['file_name']).path, Seen())
+                facts = seen.get(images[split].find(image['file_name']).path, ImageInfo())
                 given = (image.get('width'), image.get('height'))
                 if facts.turned and facts.width != facts.height:
                     turned += given == (facts.width, facts.height)
@@ -243,11 +262,11 @@ def turn_by_exif(splits: dict[str, dict], images: dict[str, Images], seen: dict[
     return turned > 0 or not stored
 
 
-def _look(cocos: Mapping[str, dict], images: Mapping[str, Images], root: Path) -> dict[str, Seen]:
+def _inspect_images(cocos: Mapping[str, dict], images: Mapping[str, ImageResolver], root: Path) -> dict[str, ImageInfo]:
     """What the image files are, by their paths as `Images` gives them."""
-    places = {images[split].find(name).path for split, coco in cocos.items() for name in checks.names_in(coco)}
+    places = {images[split].find(name).path for split, coco in cocos.items() for name in checks.image_names(coco)}
     paths = sorted(places - {None})
-    seen = look_at_all(look, [os.path.join(root, path) for path in paths], 'images')
+    seen = inspect_all(inspect_image, [os.path.join(root, path) for path in paths], 'images')
     return {path: seen[os.path.join(root, path)] for path in paths}
 
 
@@ -330,14 +349,14 @@ def _folders(file: Path, root: Path) -> tuple[list[Path], list[Path]]:
     below += [inner for folder in below for inner in _subfolders(folder)]
     # Those that bear the split's name come first: names of files are often the same in all.
     own = [f for f in below if split and any(n in f.name.lower() for n in SPLITS[split]) and not _of_labels(f, root)]
-    own.sort(key=lambda folder: _likely(folder, file), reverse=True)
+    own.sort(key=lambda folder: _dir_score(folder, file), reverse=True)
     # And where there are such, images of the same names in the folder of another split are other ones.
     others = [f for f in below if f not in own and not (own and _splits_in([f.name.lower()]) - {split})]
     beside = [file.parent] if split and any(n in file.parent.name.lower() for n in SPLITS[split]) else []
     return [*beside, *own], list(dict.fromkeys([*beside, *own, *near, *others]))
 
 
-def _likely(folder: Path, file: Path) -> tuple[bool, int]:
+def _dir_score(folder: Path, file: Path) -> tuple[bool, int]:
     """How likely a folder holds the images of a COCO file: by the file's name, and as images or label maps."""
     near = {path.name.lower() for path in (folder, folder.parent)}
     return folder.name.lower() == file.stem.lower(), bool(near & {*IMAGES}) - bool(near & {*LABELS})

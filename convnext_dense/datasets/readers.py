@@ -6,19 +6,19 @@ from contextlib import contextmanager
 
 from ..errors import UsageError
 from .image_sizes import LIMITS, Limit
-from .layouts import find_annotations, find_folders, what_it_is
+from .layouts import describe_unsupported, find_annotations, find_folders
 from .read_coco import find_files, read_detection
 from .read_masks import read_segmentation
-from .request import Data, Request
+from .request import CheckedDataset, DatasetRequest
 
 TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation'}  # by the default_scope of a config
-FIND = {'detection': find_annotations, 'segmentation': find_folders}
-READ = {'detection': read_detection, 'segmentation': read_segmentation}
-HOLDS = {'detection': 'COCO json', 'segmentation': 'label maps'}
+FINDERS = {'detection': find_annotations, 'segmentation': find_folders}
+READERS = {'detection': read_detection, 'segmentation': read_segmentation}
+DESCRIPTIONS = {'detection': 'COCO json', 'segmentation': 'label maps'}
 RECIPES = {'detection': 'configs/cascade/convnext_t.py', 'segmentation': 'configs/upernet/convnext_t.py'}
 
 
-def tasks_of(request: Request) -> list[str]:
+def detect_tasks(request: DatasetRequest) -> list[str]:
     """For which tasks ('detection', 'segmentation') there are data.
 
     Raises:
@@ -27,34 +27,34 @@ def tasks_of(request: Request) -> list[str]:
     if request.files:
         return ['detection']
     root = request.root
-    found = [task for task, find in FIND.items() if root.is_dir() and find(root)]
+    found = [task for task, find in FINDERS.items() if root.is_dir() and find(root)]
     if not found:
-        raise UsageError(f'{root} {what_it_is(root)}')
+        raise UsageError(f'{root} {describe_unsupported(root)}')
     return found
 
 
-def sources(request: Request, task: str) -> tuple[str, dict]:
+def find_sources(request: DatasetRequest, task: str) -> tuple[str, dict]:
     """The layout of the data of a task, and the file or folders of each split.
 
     Raises:
         UsageError: there are none, or they are of the other task.
     """
-    there = tasks_of(request)
+    there = detect_tasks(request)
     if task not in there:
         raise UsageError(
-            f'{request.root} holds {HOLDS[there[0]]}, {task} takes {HOLDS[task]}: '
+            f'{request.root} holds {DESCRIPTIONS[there[0]]}, {task} takes {DESCRIPTIONS[task]}: '
             f'take a recipe of {there[0]}, such as {RECIPES[there[0]]}'
         )
     return find_files(request) if task == 'detection' else find_folders(request.root)
 
 
 def read_data(
-    request: Request,
+    request: DatasetRequest,
     task: str,
     splits: Sequence[str],
     classes: Sequence[str] | None = None,
     limits: Mapping[str, Limit] | None = None,
-) -> Data:
+) -> CheckedDataset:
     """Find, read and check the data of a task in some splits ('train', 'val', 'test'; those that are there).
 
     Args:
@@ -64,9 +64,9 @@ def read_data(
     Raises:
         UsageError: there are none, or they are of another kind; what is wrong with them is in the report.
     """
-    sources(request, task)
+    find_sources(request, task)
     with _without_collector():
-        return READ[task](request, splits, classes, limits or LIMITS[task])
+        return READERS[task](request, splits, classes, limits or LIMITS[task])
 
 
 @contextmanager

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UsageError
-from .check_images import Seen
-from .diagnostics import ERRORS, NOTED, UNLEARNT, Report
+from .check_images import ImageInfo
+from .diagnostics import ERROR_RULES, INFO, UNTRAINABLE_RULES, Report
 from .files import as_bytes
 
 CAUSES = 3  # that are named where nothing is left
@@ -16,7 +16,7 @@ HELD_OUT = 0.1  # of the images, where nothing says which are for evaluation
 
 
 @dataclass
-class Request:
+class DatasetRequest:
     """What the user asks for. `path` is the folder; `files` and `images` are explicit COCO json and folders of images
     by split; `classes` a file or a known name; `ignore` labels that are no class; `held_out` the share of images for
     evaluation where the data are not split."""
@@ -35,7 +35,7 @@ class Request:
 
 
 @dataclass
-class Data:
+class CheckedDataset:
     """Checked data: `splits` holds what is written for each, COCO's dict or a list of pairs; `turn` is whether images
     are turned as EXIF says; `masks` whether annotations have masks (detection); `settings` what PairedSegDataset is
     told of labels (segmentation); `places` are the files and folders that were read."""
@@ -52,7 +52,7 @@ class Data:
     places: list[str] = field(default_factory=list)
 
 
-def held_out(names: Sequence[str], request: Request, root: Path | None = None) -> tuple[set[str], str]:
+def split_by_hash(names: Sequence[str], request: DatasetRequest, root: Path | None = None) -> tuple[set[str], str]:
     """The names (relative to `root`) that are held out for evaluation, and what says so. A hash of each decides: data
     that grow move no image from one side to the other."""
     share = HELD_OUT if request.held_out is None else request.held_out
@@ -60,7 +60,7 @@ def held_out(names: Sequence[str], request: Request, root: Path | None = None) -
         raise UsageError(f'--val-share {share}: give a share between 0 and 1, such as 0.1')
 
     def drawn(name: str) -> float:
-        text = relative(name, root) if root else name
+        text = relative_to_root(name, root) if root else name
         digest = hashlib.sha256(as_bytes(text)).digest()
         return int.from_bytes(digest[:6], 'big') / 2**48
 
@@ -70,13 +70,13 @@ def held_out(names: Sequence[str], request: Request, root: Path | None = None) -
     return out, said
 
 
-def check_share(request: Request, said: str) -> None:
+def check_val_fraction(request: DatasetRequest, said: str) -> None:
     """Raise UsageError where a share was asked for of data that nothing is held out of."""
     if request.held_out is not None and not said:
         raise UsageError('--val-share is for data without a split: these have one')
 
 
-def wanted(found: Mapping, splits: Sequence[str], root: Path) -> dict:
+def select_splits(found: Mapping, splits: Sequence[str], root: Path) -> dict:
     """What was found of the splits, val's as 'test' where that alone is asked for; UsageError where none is."""
     if 'test' in splits and 'val' not in splits and 'val' in found:
         found = {'test': found['val'], **found}
@@ -86,19 +86,19 @@ def wanted(found: Mapping, splits: Sequence[str], root: Path) -> dict:
     return kept
 
 
-def say_empty(report: Report, split: str, usable: int, folder: Path) -> None:
+def report_empty(report: Report, split: str, usable: int, folder: Path) -> None:
     """Report a split of which nothing is left, and what most of it was lost to."""
     if usable:
         return
-    found = [finding for finding in report.of(*ERRORS, NOTED) if finding.split in (split, 'all')]
-    causes = [finding for finding in found if finding.done in ERRORS or finding.kind in UNLEARNT]
+    found = [finding for finding in report.of(*ERROR_RULES, INFO) if finding.split in (split, 'all')]
+    causes = [finding for finding in found if finding.done in ERROR_RULES or finding.kind in UNTRAINABLE_RULES]
     causes = causes or [finding for finding in found if finding.kind == 'image without annotations']
     causes.sort(key=lambda finding: finding.count, reverse=True)
     said = '; '.join(cause.in_short() for cause in causes[:CAUSES]) or 'no images'
     report.add(split, 'nothing to train on' if split == 'train' else 'nothing to evaluate', f'{folder}: {said}')
 
 
-def say_same(names: Mapping[str, Sequence[str]], seen: Mapping[str, Seen], report: Report) -> None:
+def report_duplicates(names: Mapping[str, Sequence[str]], seen: Mapping[str, ImageInfo], report: Report) -> None:
     """Report images that are there twice, in a split or in train and another."""
     first: dict[str, tuple[str, str]] = {}
     for split, of in names.items():
@@ -109,7 +109,7 @@ def say_same(names: Mapping[str, Sequence[str]], seen: Mapping[str, Seen], repor
                 report.add(split, kind, f'{name} is {there[1]}')
 
 
-def named(classes: Sequence[str]) -> str:
+def summarize_classes(classes: Sequence[str]) -> str:
     """How many classes there are, and the first few."""
     names = ', '.join(classes[:6]) + (', ...' if len(classes) > 6 else '')
     return f'{len(classes)} class{"" if len(classes) == 1 else "es"}: {names}'
@@ -121,7 +121,7 @@ def is_below(path: str | Path, folder: str | Path) -> bool:
     return full == top or full.startswith(top.rstrip(os.sep) + os.sep)
 
 
-def relative(path: str | Path, root: Path) -> str:
+def relative_to_root(path: str | Path, root: Path) -> str:
     """A path relative to the data's root, or absolute where it lies elsewhere."""
     full, top = os.path.abspath(path), os.path.abspath(root)
     return os.path.relpath(full, top) if is_below(full, top) and full != top else full

@@ -52,9 +52,9 @@ PALETTE = [[90, 90, 90], [220, 60, 50], [140, 220, 60], [60, 200, 200], [150, 60
 SPLITS = ('train', 'val')
 
 FORMAT = 1  # of the bytes: a change of what is drawn or written counts it up
-LIMITS = {'seed': (0, 2**32 - 1), 'train': (0, 999999), 'val': (0, 999999), 'size': (64, 1024)}
+ARG_RANGES = {'seed': (0, 2**32 - 1), 'train': (0, 999999), 'val': (0, 999999), 'size': (64, 1024)}
 RADIUS = (15, 34)  # least and greatest circumradius in pixels of an image of 128 x 128
-TILT = 0.13  # tangent of half the greatest angle by which a shape is turned: 15 degrees; textures turn freely
+MAX_TILT = 0.13  # tangent of half the greatest angle by which a shape is turned: 15 degrees; textures turn freely
 CONTRAST = 80  # least sum over R, G, B of the differences between the mean colours of a shape and the ground
 HUES = ((190, 70, 70), (130, 190, 70), (70, 190, 190), (130, 70, 190))  # RGB of the classes, a quarter turn apart
 SWING_OF_GROUND, SWING_OF_SHAPE = (0, 9), (24, 41)  # least and greatest contrast of textures in each of R, G, B
@@ -76,7 +76,7 @@ class Scene(NamedTuple):
 def draw(rng: np.random.RandomState, size: int) -> Scene:
     """Draw 2 to 5 shapes on a ground of `size` x `size` pixels; each of them shows at least half of itself."""
     y, x = np.mgrid[:size, :size] + 0.5
-    ground = _dull(rng)
+    ground = _background_color(rng)
     image = _texture(rng, rng.randint(len(TEXTURES)), SWING_OF_GROUND, ground, x, y)
     instances = np.zeros((size, size), np.uint8)
     scene = Scene(image, instances, [], [])
@@ -85,11 +85,15 @@ def draw(rng: np.random.RandomState, size: int) -> Scene:
         if len(scene.areas) == count:
             break
         category = rng.randint(len(CLASSES))
-        mean = _vivid(rng, category)
+        mean = _foreground_color(rng, category)
         shape = _shape(rng, CLASSES[category], x, y)
         if np.abs(mean - ground).sum() < CONTRAST:
             continue
-        if any(not _shows((instances == k) & ~shape, scene.areas[k - 1]) for k in np.unique(instances[shape]) if k):
+        if any(
+            not _is_visible_enough((instances == k) & ~shape, scene.areas[k - 1])
+            for k in np.unique(instances[shape])
+            if k
+        ):
             continue
         scene.categories.append(int(category))
         scene.areas.append(int(shape.sum()))
@@ -183,7 +187,7 @@ def write(root: str | Path, seed: int = 0, train: int = 400, val: int = 100, siz
         UsageError: a number out of range, something else at `root`, or a place that cannot be written.
     """
     root, request = Path(root), dict(seed=seed, train=train, val=val, size=size)
-    for name, (low, high) in LIMITS.items():
+    for name, (low, high) in ARG_RANGES.items():
         if not isinstance(request[name], int) or not low <= request[name] <= high:
             raise UsageError(f'{name}={request[name]!r}: give a whole number from {low} to {high}')
     try:
@@ -191,7 +195,8 @@ def write(root: str | Path, seed: int = 0, train: int = 400, val: int = 100, siz
             if _request_at(root) == dict(format=FORMAT, **request):
                 return False
             raise UsageError(
-                f'{root} holds something else than these shapes ({_said(request)}): remove it or give another folder'
+                f'{root} holds something else than these shapes ({_format_request(request)}): '
+                f'remove it or give another folder'
             )
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f'.{root.name}-', dir=root.parent) as temporary:
@@ -234,16 +239,16 @@ def _request_at(root: Path) -> dict | None:
         return None
 
 
-def _said(request: dict) -> str:
+def _format_request(request: dict) -> str:
     return ', '.join(f'{name} {value}' for name, value in request.items())
 
 
-def _dull(rng: np.random.RandomState) -> np.ndarray:
+def _background_color(rng: np.random.RandomState) -> np.ndarray:
     """A mean colour of a ground; like _vivid's it leaves room for what _texture adds and takes."""
     return rng.randint(80, 176) + rng.randint(-12, 13, 3)
 
 
-def _vivid(rng: np.random.RandomState, category: int) -> np.ndarray:
+def _foreground_color(rng: np.random.RandomState, category: int) -> np.ndarray:
     """A mean colour of a shape, near the hue of its class."""
     return np.array(HUES[category]) + rng.randint(-16, 17, 3)
 
@@ -253,14 +258,14 @@ def _texture(
 ) -> np.ndarray:
     """One of TEXTURES in two colours at most `swing` from the mean, and grey noise: H x W x 3, uint8."""
     period, swing, grain = 3 + rng.randint(6), rng.randint(*swing, 3), rng.randint(2, 9)
-    across, along = (1 - 2 * (np.floor(turned / period).astype(int) & 1) for turned in _turned(rng, x, y, 1))
+    across, along = (1 - 2 * (np.floor(turned / period).astype(int) & 1) for turned in _rotate(rng, x, y, 1))
     blotches = 1 - 2 * rng.randint(0, 2, x.shape).repeat(3, 0).repeat(3, 1)[: len(x), : len(x)]
     pattern = dict(plain=0 * across, stripes=across, checks=across * along, blotches=blotches)[TEXTURES[kind]]
     noise = rng.randint(-grain, grain + 1, x.shape)
     return (mean + pattern[..., None] * swing + noise[..., None]).astype(np.uint8)
 
 
-def _turned(rng: np.random.RandomState, x: np.ndarray, y: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray]:
+def _rotate(rng: np.random.RandomState, x: np.ndarray, y: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray]:
     """x and y turned around the origin by a random angle, the tangent of whose half is at most `most`."""
     t = most * (2 * rng.random_sample() - 1)
     cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
@@ -273,7 +278,7 @@ def _shape(rng: np.random.RandomState, name: str, x: np.ndarray, y: np.ndarray) 
     radius = size * (RADIUS[0] + (RADIUS[1] - RADIUS[0]) * rng.random_sample()) / 128
     aspect = 0.75 + 0.25 * rng.random_sample()
     left, top = (radius + (size - 2 * radius) * rng.random_sample() for _ in 'xy')
-    u, v = _turned(rng, (x - left) / radius, (y - top) / radius, TILT)
+    u, v = _rotate(rng, (x - left) / radius, (y - top) / radius, MAX_TILT)
     v = v / aspect
     if name == 'disc':
         return u * u + v * v < 0.64
@@ -285,7 +290,7 @@ def _shape(rng: np.random.RandomState, name: str, x: np.ndarray, y: np.ndarray) 
     return inside
 
 
-def _shows(visible: np.ndarray, area: int) -> bool:
+def _is_visible_enough(visible: np.ndarray, area: int) -> bool:
     """Whether half of a shape of `area` pixels is visible or more, and without holes, which polygons cannot say."""
     return 2 * visible.sum() >= area and all(_turns_clockwise(loop) for loop in outline(visible))
 
@@ -312,7 +317,7 @@ def main() -> int:
     except UsageError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    print(f'{done} {root} ({_said(request)})')
+    print(f'{done} {root} ({_format_request(request)})')
     return 0
 
 

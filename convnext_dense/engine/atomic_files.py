@@ -9,22 +9,22 @@ from pathlib import Path
 
 from mmengine.fileio import LocalBackend, register_backend
 
-PART = '.part'
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TMP_SUFFIX = '.part'
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class NoRoom(OSError):
+class DiskFullError(OSError):
     """A file did not fit on its disk; the message says what is missing."""
 
 
-def write_whole(path: str | Path, content: bytes) -> None:
+def write_atomic(path: str | Path, content: bytes) -> None:
     """Write a file so that at any instant the old one or the new one is there, on the disk itself.
 
     Raises:
         NoRoom: the disk, or the quota on it, is full; what was there is untouched.
     """
     path = Path(path)
-    part = path.with_name(path.name + PART)
+    part = path.with_name(path.name + TMP_SUFFIX)
     try:
         with open(part, 'wb') as file:
             file.write(content)
@@ -38,19 +38,19 @@ def write_whole(path: str | Path, content: bytes) -> None:
             os.close(folder)
     except OSError as error:
         part.unlink(missing_ok=True)
-        if error.errno not in FULL:
+        if error.errno not in DISK_FULL_ERRNOS:
             raise
         free = shutil.disk_usage(path.parent).free
         missing = len(content) - free
         said = f'{_mb(missing)} MB are missing' if missing > 0 else f'{error.strerror}, of {_mb(len(content))} MB'
-        raise NoRoom(f'no room for {path}: {said}') from error
+        raise DiskFullError(f'no room for {path}: {said}') from error
 
 
 def _mb(size: int) -> str:
     return f'{max(size / 2**20, 0.1):.1f}'
 
 
-class WholeFiles(LocalBackend):
+class AtomicLocalBackend(LocalBackend):
     """mmengine's files on disks, written whole or not at all; what is to be removed waits for `clear`."""
 
     def __init__(self):
@@ -58,7 +58,7 @@ class WholeFiles(LocalBackend):
 
     def put(self, obj: bytes, filepath) -> None:
         os.makedirs(os.path.dirname(filepath) or '.', exist_ok=True)
-        write_whole(filepath, obj)
+        write_atomic(filepath, obj)
 
     def remove(self, filepath) -> None:
         self.outdated.append(str(filepath))
@@ -68,15 +68,15 @@ class WholeFiles(LocalBackend):
             Path(self.outdated.pop()).unlink(missing_ok=True)
 
 
-register_backend('whole', WholeFiles, force=True)
+register_backend('whole', AtomicLocalBackend, force=True)
 
 
 @contextmanager
-def full_disk_said(runner) -> Iterator[None]:
+def warn_on_disk_full(runner) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL and not isinstance(error, NoRoom):
+        if error.errno not in DISK_FULL_ERRNOS and not isinstance(error, DiskFullError):
             raise
         runner.logger.warning(
             f'no room in {runner.work_dir} ({error.strerror or error}): figures are not logged; training goes on'

@@ -10,15 +10,20 @@ from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 
-from .atomic_files import PART, NoRoom, WholeFiles, write_whole
-from .progress import from_first, gathered_gradients, layout_of
+from .atomic_files import TMP_SUFFIX, AtomicLocalBackend, DiskFullError, write_atomic
+from .progress import batch_partition, broadcast_from_rank0, gather_partial_grads
 
-INTERRUPTED = 'interrupted.pth'  # between the regular checkpoints; goes when the next of these is there
-LAST = 'last_checkpoint'  # holds the path of the checkpoint to go on from
-COUNTED = ('keep_ckpt_ids', 'last_ckpt', 'best_ckpt_path', 'best_ckpt_path_dict')  # mmengine's books of checkpoints
+INTERRUPTED_CKPT = 'interrupted.pth'  # between the regular checkpoints; goes when the next of these is there
+LAST_CKPT_FILE = 'last_checkpoint'  # holds the path of the checkpoint to go on from
+CKPT_STATE_KEYS = (
+    'keep_ckpt_ids',
+    'last_ckpt',
+    'best_ckpt_path',
+    'best_ckpt_path_dict',
+)  # mmengine's books of checkpoints
 
 
-class WholeCheckpointHook(CheckpointHook):
+class AtomicCheckpointHook(CheckpointHook):
     """mmengine's hook with checkpoints that are whole, and from which a run goes on as if it had not stopped: they hold
     what gradients are added up so far, and how the batches were laid out."""
 
@@ -27,9 +32,9 @@ class WholeCheckpointHook(CheckpointHook):
     def before_train(self, runner) -> None:
         super().before_train(runner)
         if type(self.file_backend) is LocalBackend:
-            self.backend_args, self.file_backend = dict(backend='whole'), WholeFiles()
-        if is_main_process() and isinstance(self.file_backend, WholeFiles):
-            for part in Path(self.out_dir).glob(f'*.pth{PART}'):  # a kill in the middle of writing leaves these
+            self.backend_args, self.file_backend = dict(backend='whole'), AtomicLocalBackend()
+        if is_main_process() and isinstance(self.file_backend, AtomicLocalBackend):
+            for part in Path(self.out_dir).glob(f'*.pth{TMP_SUFFIX}'):  # a kill in the middle of writing leaves these
                 part.unlink()
             for path in runner.message_hub.runtime_info.get('outdated_ckpts', ()):  # and before removing, these
                 Path(path).unlink(missing_ok=True)
@@ -41,13 +46,13 @@ class WholeCheckpointHook(CheckpointHook):
     def save_interrupted(self, runner, meta: dict) -> str | None:
         """Save the state between regular checkpoints, counted by `meta`; None where the disk is full."""
         with self._or_as_before(runner) as done:
-            self._write(runner, INTERRUPTED, meta)
-            done.append(self.file_backend.join_path(self.out_dir, INTERRUPTED))
+            self._write(runner, INTERRUPTED_CKPT, meta)
+            done.append(self.file_backend.join_path(self.out_dir, INTERRUPTED_CKPT))
             self._point_at(runner, done[0])
         return done[0] if done else None
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        checkpoint['meta']['layout'] = layout_of(runner)
+        checkpoint['meta']['layout'] = batch_partition(runner)
         if self._gradients is not None and 'optimizer' in checkpoint:
             checkpoint['gradients'] = self._gradients
 
@@ -64,7 +69,7 @@ class WholeCheckpointHook(CheckpointHook):
             runner.message_hub.update_info('last_ckpt', path)
             self._write(runner, name, meta)
             self.last_ckpt = path
-            self._remove(INTERRUPTED)
+            self._remove(INTERRUPTED_CKPT)
             self._point_at(runner, path)
 
     def _save_best_checkpoint(self, runner, metrics: dict) -> None:
@@ -87,7 +92,7 @@ class WholeCheckpointHook(CheckpointHook):
 
     def _point_at(self, runner, path: str) -> None:
         if is_main_process():
-            write_whole(os.path.join(runner.work_dir, LAST), str(path).encode())
+            write_atomic(os.path.join(runner.work_dir, LAST_CKPT_FILE), str(path).encode())
 
     def _remove(self, name: str) -> None:
         path = self.file_backend.join_path(self.out_dir, name)
@@ -102,30 +107,30 @@ class WholeCheckpointHook(CheckpointHook):
             yield done
             return
         hub = runner.message_hub.runtime_info
-        mine = copy.deepcopy({key: vars(self)[key] for key in COUNTED if key in vars(self)})
-        info = {key: hub[key] for key in hub if _is_counted(key)}
-        self._gradients, self._depth, full = gathered_gradients(runner), 1, None
+        mine = copy.deepcopy({key: vars(self)[key] for key in CKPT_STATE_KEYS if key in vars(self)})
+        info = {key: hub[key] for key in hub if _is_managed(key)}
+        self._gradients, self._depth, full = gather_partial_grads(runner), 1, None
         try:
             yield done
-        except NoRoom as error:
+        except DiskFullError as error:
             full = str(error)
         finally:
             self._gradients, self._depth = None, 0
-        full = from_first(full, runner)
+        full = broadcast_from_rank0(full, runner)
         if full is None:
-            if is_main_process() and isinstance(self.file_backend, WholeFiles):
+            if is_main_process() and isinstance(self.file_backend, AtomicLocalBackend):
                 self.file_backend.clear()
             return
         done.clear()
-        for key in [key for key in hub if _is_counted(key) and key not in info]:
+        for key in [key for key in hub if _is_managed(key) and key not in info]:
             hub.pop(key)
         hub.update(info)
         vars(self).update(mine)
-        if isinstance(self.file_backend, WholeFiles):
+        if isinstance(self.file_backend, AtomicLocalBackend):
             self.file_backend.outdated.clear()
         last = self.last_ckpt or 'none yet'
         runner.logger.warning(f'{full}; the last checkpoint stays: {last}; training goes on')
 
 
-def _is_counted(key: str) -> bool:
+def _is_managed(key: str) -> bool:
     return key in ('keep_ckpt_ids', 'last_ckpt') or key.startswith('best_')

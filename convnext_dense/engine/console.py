@@ -6,7 +6,7 @@ import sys
 from functools import partial
 
 
-class PatientStream:
+class UnbrokenStream:
     """Standard output that drops what nobody reads any more, or has no room for, instead of ending a run."""
 
     def __init__(self, stream):
@@ -25,28 +25,28 @@ class PatientStream:
         try:
             return getattr(self.stream, method)(*args)
         except OSError as error:
-            close_output()
+            detach_stdout()
             print(f'standard output is gone ({error.strerror}): the log goes on in its file', file=sys.stderr)
 
 
-def keep_output() -> None:
+def survive_closed_stdout() -> None:
     """Have a long run go on when its standard output ends."""
-    if not isinstance(sys.stdout, PatientStream):
-        sys.stdout = PatientStream(sys.stdout)
+    if not isinstance(sys.stdout, UnbrokenStream):
+        sys.stdout = UnbrokenStream(sys.stdout)
 
 
-def quiet_when_full(logger: logging.Logger) -> None:
+def silence_disk_full(logger: logging.Logger) -> None:
     """Have a log file on a full disk, and output that nobody reads any more, say so once instead of with a traceback
     for each line."""
     for handler in logger.handlers:
-        handler.handleError = partial(say_once, handler)
+        handler.handleError = partial(warn_once, handler)
 
 
-def say_once(handler: logging.Handler, record: logging.LogRecord) -> None:
+def warn_once(handler: logging.Handler, record: logging.LogRecord) -> None:
     """Say that a handler cannot write, the first time."""
     error, file = sys.exc_info()[1], getattr(handler, 'baseFilename', None)
     if file is None and isinstance(error, OSError):  # `| head`: what else is printed must not end the run
-        close_output()
+        detach_stdout()
     if not getattr(handler, 'said', False):
         handler.said = True
         there = (
@@ -55,7 +55,7 @@ def say_once(handler: logging.Handler, record: logging.LogRecord) -> None:
         print(there, file=sys.stderr)
 
 
-def close_output() -> None:
+def detach_stdout() -> None:
     """Let standard output go nowhere once nobody reads it: it is written to again when Python ends."""
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)

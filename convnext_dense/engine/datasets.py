@@ -5,14 +5,14 @@ from mmengine.dataset import BaseDataset
 from mmengine.fileio import get as read_bytes
 from mmengine.registry import DATASETS
 
-from ..errors import UnreadableImage
-from .seeding import SeededIndex, seed_all
+from ..errors import UnreadableImageError
+from .seeding import SeededIndex, seed_everything
 
-READS = ('img_path', 'seg_map_path')  # the files of a sample
-TRIES = 20  # unreadable images in a row that a sample gets over
+FILE_KEYS = ('img_path', 'seg_map_path')  # the files of a sample
+MAX_RESAMPLES = 20  # unreadable images in a row that a sample gets over
 
 
-class DrawnDataset:
+class SeededDataset:
     """Another data set, whose samples are seeded by the `Draw` that asks for them. An image that cannot be read is
     replaced by another, and the sample's metainfo `replaced` says so."""
 
@@ -28,28 +28,28 @@ class DrawnDataset:
         if name == 'dataset':
             super().__setattr__(name, value)
         else:
-            setattr(self.dataset, name, NamingPipeline(value) if name == 'pipeline' else value)
+            setattr(self.dataset, name, PathReportingPipeline(value) if name == 'pipeline' else value)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, draw: SeededIndex) -> dict:
-        seed_all(*draw.key)
+        seed_everything(*draw.key)
         index, replaced = int(draw), []
-        for _ in range(TRIES):
+        for _ in range(MAX_RESAMPLES):
             try:
                 sample = self.dataset[index]
-            except UnreadableImage as error:
+            except UnreadableImageError as error:
                 replaced.append(str(error))
                 index = np.random.randint(len(self))
                 continue
             if replaced:
                 sample['data_samples'].set_metainfo(dict(replaced=replaced))
             return sample
-        raise UnreadableImage(f'{TRIES} images in a row cannot be read, the last is {replaced[-1]}')
+        raise UnreadableImageError(f'{MAX_RESAMPLES} images in a row cannot be read, the last is {replaced[-1]}')
 
 
-class NamingPipeline:
+class PathReportingPipeline:
     """The pipeline of a data set; where it fails on a file that cannot be read, the error names the file."""
 
     def __init__(self, pipeline):
@@ -61,18 +61,18 @@ class NamingPipeline:
         return getattr(self.pipeline, name)
 
     def __call__(self, info: dict):
-        paths = [info[key] for key in READS if isinstance(info.get(key), str)]
+        paths = [info[key] for key in FILE_KEYS if isinstance(info.get(key), str)]
         try:
             return self.pipeline(info)
         except Exception as error:
             for path in paths:
-                reason = unreadable(path)
+                reason = read_error(path)
                 if reason:
-                    raise UnreadableImage(f'{path}: {reason}') from error
+                    raise UnreadableImageError(f'{path}: {reason}') from error
             raise
 
 
-def unreadable(path: str) -> str | None:
+def read_error(path: str) -> str | None:
     """Why an image cannot be read; None where it can."""
     import mmcv  # beside the backbone nothing needs mmcv at import
 
@@ -89,19 +89,19 @@ def unreadable(path: str) -> str | None:
         return f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'
 
 
-def images_in(dataset) -> int:
+def count_images(dataset) -> int:
     """How many images a data set holds, however often it repeats them."""
     parts = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
-    return sum(map(images_in, parts)) if parts[0] is not None else len(dataset)
+    return sum(map(count_images, parts)) if parts[0] is not None else len(dataset)
 
 
-def name_images(dataset) -> None:
+def wrap_pipelines(dataset) -> None:
     """Have the pipelines of a data set, and of those it is made of, name the files that they cannot read."""
     for inner in [getattr(dataset, 'dataset', None), *getattr(dataset, 'datasets', [])]:
         if inner is not None:
-            name_images(inner)
-    if isinstance(dataset, BaseDataset) and not isinstance(dataset.pipeline, NamingPipeline):
-        dataset.pipeline = NamingPipeline(dataset.pipeline)
+            wrap_pipelines(inner)
+    if isinstance(dataset, BaseDataset) and not isinstance(dataset.pipeline, PathReportingPipeline):
+        dataset.pipeline = PathReportingPipeline(dataset.pipeline)
 
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.jpe', '.jp2', '.ppm', '.pgm', '.pbm')

@@ -9,26 +9,26 @@ import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import EMAHook, Hook
 
-from ..errors import RunError, Stopped
-from .checkpoint_hook import WholeCheckpointHook
-from .datasets import images_in
-from .progress import updates_now
-from .seeding import seed_all
+from ..errors import RunInterrupted, TrainingError
+from .checkpoint_hook import AtomicCheckpointHook
+from .datasets import count_images
+from .progress import is_update_step
+from .seeding import seed_everything
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-PATIENCE = 3  # updates in a row that losses or gradients that are no numbers may cost
-ZERO_STEPS = 50  # optimizer steps in a row of a loss of 0 that are no chance
-ZERO_CAUSES = (
+MAX_CONSECUTIVE_NONFINITE = 3  # updates in a row that losses or gradients that are no numbers may cost
+MAX_ZERO_LOSS_STEPS = 50  # optimizer steps in a row of a loss of 0 that are no chance
+ZERO_LOSS_CAUSES = (
     'all labels are ignored (255, or 0 with reduce_zero_label), there is a single class, or boxes are all filtered out '
     '(filter_cfg, crowds): tools/check_data.py --data PATH says what is there'
 )
-CAUSES = (
+NONFINITE_CAUSES = (
     'a learning rate that is too high (now {lr:.3g}), half precision (--amp-dtype bfloat16 or float32), '
     'broken boxes or labels (tools/check_data.py)'
 )
 
 
-class GuardHook(Hook):
+class HealthCheckHook(Hook):
     """Watches every iteration, in all processes at once. It looks before other hooks do, so that none keeps what is
     wrong; `ActHook` has it act when all of them are done.
 
@@ -61,8 +61,8 @@ class GuardHook(Hook):
         self._group = runner.cpu_group
         self.allowed = self.max_bad_images
         if self.max_bad_images < 1:
-            self.allowed = math.ceil(self.max_bad_images * images_in(runner.train_dataloader.dataset))
-        self._saver = next((hook for hook in runner.hooks if isinstance(hook, WholeCheckpointHook)), None)
+            self.allowed = math.ceil(self.max_bad_images * count_images(runner.train_dataloader.dataset))
+        self._saver = next((hook for hook in runner.hooks if isinstance(hook, AtomicCheckpointHook)), None)
         self._buffers = [b for b in runner.model.buffers() if b.is_floating_point()]
         optimizer = getattr(runner.optim_wrapper, 'optimizer', None)
         if optimizer is not None:
@@ -72,14 +72,14 @@ class GuardHook(Hook):
                 self._before[number] = signal.signal(number, self._receive)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        seed_all(runner.seed, runner.iter, get_rank(), 1)  # drop path, dropout, samplers: not what went before
+        seed_everything(runner.seed, runner.iter, get_rank(), 1)  # drop path, dropout, samplers: not what went before
         self._kept = [b.clone() for b in self._buffers]
-        self.shape = _shape(data_batch)
+        self.shape = _batch_shape(data_batch)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         loss = float(torch.as_tensor((outputs or {}).get('loss', 1.0)).detach().float().abs().sum())
         wrong = not math.isfinite(loss)
-        replaced = [line for s in _samples(data_batch) for line in s.metainfo.get('replaced', ())]
+        replaced = [line for s in _data_samples(data_batch) for line in s.metainfo.get('replaced', ())]
         self._new = dict(line.rsplit(': ', 1) for line in replaced)
         self._new = {path: why for path, why in self._new.items() if path not in self.bad_images}
         self._stop, any_wrong, self._any_new, nonzero = self._of_all(
@@ -87,7 +87,9 @@ class GuardHook(Hook):
         )
         self._nonzero = self._nonzero or bool(nonzero)
         if wrong:
-            self.wrong_images += [s.metainfo.get('img_path', 'an image without a path') for s in _samples(data_batch)]
+            self.wrong_images += [
+                s.metainfo.get('img_path', 'an image without a path') for s in _data_samples(data_batch)
+            ]
         if any_wrong:
             for buffer, kept in zip(self._buffers, self._kept):
                 buffer.copy_(kept)
@@ -97,7 +99,7 @@ class GuardHook(Hook):
         """Count images and updates, and stop the run where it must."""
         if self._any_new:
             self._count(runner, self._new)
-        if updates_now(runner):
+        if is_update_step(runner):
             self._judge(runner)
             self._count_zeros(runner)
         if self._stop:
@@ -158,7 +160,7 @@ class GuardHook(Hook):
         if len(self.bad_images) > self.allowed:
             path, why = list(self.bad_images.items())[-1]
             saved = self._save(runner, runner.iter + 1)
-            raise RunError(
+            raise TrainingError(
                 f'{len(self.bad_images)} images cannot be read, the last is {path}: {why}; at most {self.allowed} may '
                 f'be replaced by others (--max-bad-images); {saved}'
             )
@@ -171,13 +173,13 @@ class GuardHook(Hook):
             of = f' of {", ".join(images[:4])}' if images else ''
             then = ': this update is left out' if self._skipped else ''
             runner.logger.warning(f'the loss or a gradient{of} is NaN or Inf{then}')
-        if self.wrong_updates >= PATIENCE:
+        if self.wrong_updates >= MAX_CONSECUTIVE_NONFINITE:
             lr = max(lr for lrs in runner.optim_wrapper.get_lr().values() for lr in lrs)
             saved = self._save(runner, runner.iter + 1)
             of = f', the last of {", ".join(images[:4])}' if images else ''
-            raise RunError(
-                f'the loss or a gradient was NaN or Inf in {PATIENCE} updates in a row{of}; likely causes: '
-                f'{CAUSES.format(lr=lr)}; {saved}'
+            raise TrainingError(
+                f'the loss or a gradient was NaN or Inf in {MAX_CONSECUTIVE_NONFINITE} updates in a row{of}; likely '
+                f'causes: {NONFINITE_CAUSES.format(lr=lr)}; {saved}'
             )
         self.wrong, self.wrong_images, self._skipped = False, [], False
 
@@ -185,17 +187,17 @@ class GuardHook(Hook):
         """Warn, once, of a loss that is exactly 0 for long, in all processes: nothing is learned."""
         self.zero_steps = 0 if self._nonzero else self.zero_steps + 1
         self._nonzero = False
-        if self.zero_steps == ZERO_STEPS and not self._zero_said:
+        if self.zero_steps == MAX_ZERO_LOSS_STEPS and not self._zero_said:
             self._zero_said = True
             runner.logger.warning(
-                f'the loss was exactly 0 in {ZERO_STEPS} optimizer steps in a row: nothing is learned; likely causes: '
-                f'{ZERO_CAUSES}'
+                f'the loss was exactly 0 in {MAX_ZERO_LOSS_STEPS} optimizer steps in a row: nothing is learned; likely '
+                f'causes: {ZERO_LOSS_CAUSES}'
             )
 
     def _leave(self, runner, iteration: int) -> None:
         number = self._asked() or signal.SIGTERM  # the first of another process
         name = signal.Signals(number).name
-        raise Stopped(f'stopped by {name}: {self._save(runner, iteration)}', number)
+        raise RunInterrupted(f'stopped by {name}: {self._save(runner, iteration)}', number)
 
     def _save(self, runner, iteration: int) -> str:
         if self._saver is None:
@@ -206,25 +208,25 @@ class GuardHook(Hook):
         return f'{last} holds the run, --resume goes on with it' if last else 'there was no room to save'
 
 
-class ActHook(Hook):
+class HealthActionHook(Hook):
     """Has the guard act after all other hooks: what it saves is then as they left it."""
 
     priority = 'LOWEST'
 
-    def __init__(self, guard: GuardHook):
+    def __init__(self, guard: HealthCheckHook):
         self.guard = guard
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         self.guard.act(runner)
 
 
-def _samples(data_batch) -> list:
+def _data_samples(data_batch) -> list:
     """The data samples of a batch, whose metainfo says where they come from."""
     samples = data_batch.get('data_samples', ()) if isinstance(data_batch, dict) else ()
     return [sample for sample in samples if hasattr(sample, 'metainfo')]
 
 
-def _shape(data_batch) -> tuple | None:
+def _batch_shape(data_batch) -> tuple | None:
     """N x C x H x W of the images of a batch, padded to the largest."""
     images = data_batch.get('inputs') if isinstance(data_batch, dict) else None
     if images is None or not len(images) or not all(hasattr(image, 'shape') for image in images):

@@ -2,16 +2,16 @@
 
 from mmengine.hooks import LoggerHook
 
-from .atomic_files import full_disk_said
+from .atomic_files import warn_on_disk_full
 
 
-class PatientLoggerHook(LoggerHook):
+class DiskFullTolerantLoggerHook(LoggerHook):
     """mmengine's hook; where the disk is full, what it would log is lost, not the run."""
 
     def after_train_iter(self, runner, *args, **kwargs) -> None:
-        with full_disk_said(runner):
+        with warn_on_disk_full(runner):
             super().after_train_iter(runner, *args, **kwargs)
 
     def after_val_epoch(self, runner, *args, **kwargs) -> None:
-        with full_disk_said(runner):
+        with warn_on_disk_full(runner):
             super().after_val_epoch(runner, *args, **kwargs)

@@ -4,10 +4,10 @@ import torch
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
 from ..errors import UsageError
-from .samplers import NO_BATCH
+from .samplers import EMPTY_LOADER_MESSAGE
 
 
-class EpochLoop(EpochBasedTrainLoop):
+class ResumableEpochLoop(EpochBasedTrainLoop):
     """mmengine's loop; a run that stopped in the middle of an epoch goes on there."""
 
     def run(self) -> torch.nn.Module:
@@ -25,22 +25,22 @@ class EpochLoop(EpochBasedTrainLoop):
         self._epoch += 1
 
 
-class IterLoop(IterBasedTrainLoop):
+class ResumableIterLoop(IterBasedTrainLoop):
     """mmengine's loop; a run that is resumed skips what it has seen without reading it."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.dataloader_iterator = Batches(self)
+        self.dataloader_iterator = ResumableBatchIterator(self)
         self.fast_forward_on_resume = False  # as it costs nothing here
 
 
-RESUMABLE = {'EpochBasedTrainLoop': EpochLoop, 'IterBasedTrainLoop': IterLoop}
+LOOP_OVERRIDES = {'EpochBasedTrainLoop': ResumableEpochLoop, 'IterBasedTrainLoop': ResumableIterLoop}
 
 
-class Batches:
+class ResumableBatchIterator:
     """Batches without end, from the one on at which a loop that counts iterations begins."""
 
-    def __init__(self, loop: IterLoop):
+    def __init__(self, loop: ResumableIterLoop):
         self.loop, self.loader = loop, loop.dataloader
         self.skipped, self.epoch, self.batches = 0, 0, None
 
@@ -65,5 +65,5 @@ class Batches:
             self.batches = iter(self.loader)
             batch = next(self.batches, None)
         if batch is None:
-            raise UsageError(NO_BATCH)
+            raise UsageError(EMPTY_LOADER_MESSAGE)
         return batch

@@ -4,40 +4,40 @@ import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.runner import EpochBasedTrainLoop
 
-from .datasets import images_in
-from .samplers import order_of
+from .datasets import count_images
+from .samplers import order_digest
 
 
-def layout_of(runner) -> dict:
+def batch_partition(runner) -> dict:
     """How a run's batches are laid out: what its count of iterations means."""
     loader = runner.train_loop.dataloader
     if not hasattr(runner, 'order'):  # of all images: asked for once
-        runner.order = order_of(loader.dataset)
+        runner.order = order_digest(loader.dataset)
     return dict(
         processes=get_world_size(),
         images=getattr(loader.batch_sampler, 'batch_size', None) or loader.batch_size,
-        accumulation=accumulation_of(runner),
+        accumulation=accumulation_steps(runner),
         batches=len(loader),
-        samples=images_in(loader.dataset),
+        samples=count_images(loader.dataset),
         order=runner.order,
     )
 
 
-def accumulation_of(runner) -> int:
+def accumulation_steps(runner) -> int:
     """Batches that are added up for an update."""
     return getattr(runner.optim_wrapper, '_accumulative_counts', 1)
 
 
-def updates_now(runner) -> bool:
+def is_update_step(runner) -> bool:
     """Whether the last iteration ended with an update."""
     wrapper = runner.optim_wrapper
     return not hasattr(wrapper, '_inner_count') or wrapper.should_update()
 
 
-def gathered_gradients(runner) -> list[dict[str, torch.Tensor]] | None:
+def gather_partial_grads(runner) -> list[dict[str, torch.Tensor]] | None:
     """The gradients that each process has added up since the last update, by parameter; None right after an update, and
     on processes other than the first."""
-    if updates_now(runner):
+    if is_update_step(runner):
         return None
     own = {
         name.removeprefix('module.'): p.grad.cpu() for name, p in runner.model.named_parameters() if p.grad is not None
@@ -49,7 +49,7 @@ def gathered_gradients(runner) -> list[dict[str, torch.Tensor]] | None:
     return every
 
 
-def from_first(value, runner):
+def broadcast_from_rank0(value, runner):
     """What the first process has for a value."""
     if get_world_size() == 1:
         return value
@@ -58,7 +58,7 @@ def from_first(value, runner):
     return box[0]
 
 
-def reached(runner) -> int:
+def progress_of(runner) -> int:
     """How far a run has come, in epochs, or in updates where it counts iterations: on any number of processes."""
     by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
-    return runner.epoch if by_epoch else runner.iter // accumulation_of(runner)
+    return runner.epoch if by_epoch else runner.iter // accumulation_steps(runner)

@@ -10,17 +10,17 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop
 
 from ..errors import UsageError
-from .atomic_files import full_disk_said, write_whole
+from .atomic_files import warn_on_disk_full, write_atomic
 from .param_scheduler_hook import UpdateParamSchedulerHook
-from .progress import layout_of, reached
+from .progress import batch_partition, progress_of
 
-OVERRIDE = 'override_resumed'  # key of a config whose own settings take the place of the checkpoint's
+OVERRIDE_KEY = 'override_resumed'  # key of a config whose own settings take the place of the checkpoint's
 
 
 # ---- taking the config's settings ---------------------------------------------------------------------------------
 
 
-def take_own_settings(optim_wrapper: OptimWrapper, checkpoint: dict) -> None:
+def use_config_settings(optim_wrapper: OptimWrapper, checkpoint: dict) -> None:
     """Put the settings of a freshly built optimizer into the state that it is about to load, and leave out the state of
     the schedules, which `replay` brings to where the run is.
 
@@ -38,7 +38,7 @@ def take_own_settings(optim_wrapper: OptimWrapper, checkpoint: dict) -> None:
     checkpoint.pop('param_schedulers', None)
 
 
-def replay(runner) -> None:
+def replay_schedules(runner) -> None:
     """Step the schedules of a run as often as it has stepped."""
     by_update = any(isinstance(hook, UpdateParamSchedulerHook) for hook in runner.hooks)
     interval = runner.optim_wrapper._accumulative_counts if by_update else 1
@@ -52,7 +52,7 @@ def replay(runner) -> None:
                     scheduler.step()
 
 
-EVALUATED = 'last_evaluation'  # holds how far the run was at the last evaluation that was finished
+LAST_EVAL_FILE = 'last_evaluation'  # holds how far the run was at the last evaluation that was finished
 
 
 class ResumeHook(Hook):
@@ -63,41 +63,41 @@ class ResumeHook(Hook):
     _replays = False
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        meta, now = checkpoint.get('meta', {}), layout_of(runner) if runner._resume else None
-        self._replays = bool(runner._resume and runner.cfg.get(OVERRIDE))
+        meta, now = checkpoint.get('meta', {}), batch_partition(runner) if runner._resume else None
+        self._replays = bool(runner._resume and runner.cfg.get(OVERRIDE_KEY))
         if self._replays:
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-            take_own_settings(runner.optim_wrapper, checkpoint)
+            use_config_settings(runner.optim_wrapper, checkpoint)
         by_epoch = isinstance(runner._train_loop, EpochBasedTrainLoop)
         if now is None or 'layout' not in meta:
             if now and by_epoch:  # of another tool, which saves where epochs end
                 meta['iter'] = meta['epoch'] * now['batches']
             return
-        meta['iter'], note = moved(meta['epoch'], meta['iter'], meta['layout'], now, by_epoch)
+        meta['iter'], note = convert_progress(meta['epoch'], meta['iter'], meta['layout'], now, by_epoch)
         if note:
             runner.logger.warning(note)
         if checkpoint.get('gradients'):
-            _set_gradients(runner.model, checkpoint['gradients'])
+            _set_partial_grads(runner.model, checkpoint['gradients'])
             # mmengine warns that they are lost.
             runner.logger.addFilter(lambda record: 'Resumed iteration number is not div' not in record.getMessage())
 
     def before_train(self, runner) -> None:
-        self.evaluated = Path(runner.work_dir, EVALUATED)
+        self.evaluated = Path(runner.work_dir, LAST_EVAL_FILE)
         if self._replays:
-            replay(runner)
-        if runner._resume and runner.val_loop is not None and due(runner.train_loop):
+            replay_schedules(runner)
+        if runner._resume and runner.val_loop is not None and is_eval_due(runner.train_loop):
             done = int(self.evaluated.read_text()) if self.evaluated.exists() else 0
-            if done < reached(runner):
+            if done < progress_of(runner):
                 runner.logger.info('the evaluation that belongs to this checkpoint was not finished: evaluating')
                 runner.val_loop.run()
 
     def after_val_epoch(self, runner, metrics=None) -> None:
         if is_main_process():
-            with full_disk_said(runner):
-                write_whole(self.evaluated, str(reached(runner)).encode())
+            with warn_on_disk_full(runner):
+                write_atomic(self.evaluated, str(progress_of(runner)).encode())
 
 
-def moved(epoch: int, iteration: int, before: dict, now: dict, by_epoch: bool) -> tuple[int, str | None]:
+def convert_progress(epoch: int, iteration: int, before: dict, now: dict, by_epoch: bool) -> tuple[int, str | None]:
     """The count of iterations of a run that goes on with another layout of its batches (`saving.layout_of`), and what
     is to be said of it. With the same total batch an update sees the same images as before, and the order goes on.
 
@@ -140,7 +140,7 @@ def moved(epoch: int, iteration: int, before: dict, now: dict, by_epoch: bool) -
     return (epoch * now['batches'] if by_epoch else 0) + done, f'{line}; {note}' if note else line
 
 
-def _set_gradients(model: torch.nn.Module, gradients: list[dict]) -> None:
+def _set_partial_grads(model: torch.nn.Module, gradients: list[dict]) -> None:
     """Give the parameters the gradients added up by this process; by all, where their number is another now."""
     chosen = [gradients[get_rank()]] if len(gradients) == get_world_size() else gradients
     for name, parameter in model.named_parameters():
@@ -150,7 +150,7 @@ def _set_gradients(model: torch.nn.Module, gradients: list[dict]) -> None:
             parameter.grad = (sum(found) / len(chosen)).to(parameter)
 
 
-def due(loop) -> bool:
+def is_eval_due(loop) -> bool:
     """Whether an evaluation belongs to where a training loop stands."""
     loop._decide_current_val_interval()
     by_epoch = isinstance(loop, EpochBasedTrainLoop)

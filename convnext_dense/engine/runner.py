@@ -10,22 +10,22 @@ from mmengine.registry import HOOKS, LOOPS
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from ..checkpoints.io import read
-from ..errors import RunError
+from ..checkpoints.io import load_checkpoint
+from ..errors import TrainingError
 from ..type_names import class_of
-from .checkpoint_hook import WholeCheckpointHook
-from .console import quiet_when_full
-from .datasets import name_images
-from .failures import cause_of
-from .health_hook import ActHook, GuardHook
-from .logger_hook import PatientLoggerHook
-from .loops import RESUMABLE, IterLoop
-from .rank_errors import first_cause
-from .resume import OVERRIDE, ResumeHook
-from .samplers import drawn
-from .workers import apart
+from .checkpoint_hook import AtomicCheckpointHook
+from .console import silence_disk_full
+from .datasets import wrap_pipelines
+from .failures import diagnose
+from .health_hook import HealthActionHook, HealthCheckHook
+from .logger_hook import DiskFullTolerantLoggerHook
+from .loops import LOOP_OVERRIDES, ResumableIterLoop
+from .rank_errors import collect_rank_errors
+from .resume import OVERRIDE_KEY, ResumeHook
+from .samplers import make_resumable_dataloader_cfg
+from .workers import worker_init
 
-OURS = {'CheckpointHook': WholeCheckpointHook, 'LoggerHook': PatientLoggerHook}
+HOOK_OVERRIDES = {'CheckpointHook': AtomicCheckpointHook, 'LoggerHook': DiskFullTolerantLoggerHook}
 
 
 class ResumableRunner(Runner):
@@ -37,31 +37,31 @@ class ResumableRunner(Runner):
 
     def train(self):
         if self._resume and self._load_from:
-            seed = read(self._load_from).get('meta', {}).get('seed')
-            own = self.cfg.get(OVERRIDE) and self._randomness_cfg.get('seed') is not None
+            seed = load_checkpoint(self._load_from).get('meta', {}).get('seed')
+            own = self.cfg.get(OVERRIDE_KEY) and self._randomness_cfg.get('seed') is not None
             if seed is not None and not own:  # before the data are put in order
                 self._randomness_cfg.update(seed=seed)
                 self.set_randomness(**self._randomness_cfg)
         # Beside the GPUs' own group: it does not wait for them, and notices at once who is gone.
         self.cpu_group = torch.distributed.new_group(backend='gloo') if get_world_size() > 1 else None
-        guard = GuardHook(self.cfg.get('max_bad_images', 0.001))
+        guard = HealthCheckHook(self.cfg.get('max_bad_images', 0.001))
         self.register_hook(guard)
-        self.register_hook(ActHook(guard))
+        self.register_hook(HealthActionHook(guard))
         self.register_hook(ResumeHook())
         try:
             with guard:
                 return super().train()
         except Exception as error:
-            line = cause_of(error, self.model, guard.shape)
+            line = diagnose(error, self.model, guard.shape)
             if get_world_size() > 1:
-                line = first_cause(Path(self.log_dir), line, error)
+                line = collect_rank_errors(Path(self.log_dir), line, error)
             if line:
-                raise RunError(line) from error
+                raise TrainingError(line) from error
             raise
 
     def build_logger(self, *args, **kwargs):
         logger = super().build_logger(*args, **kwargs)
-        quiet_when_full(logger)
+        silence_disk_full(logger)
         return logger
 
     def build_train_loop(self, loop):
@@ -70,9 +70,9 @@ class ResumableRunner(Runner):
                 loop = copy.deepcopy(loop)
                 by_epoch = loop.pop('by_epoch', None)
                 kind = loop.get('type') or ('EpochBasedTrainLoop' if by_epoch else 'IterBasedTrainLoop')
-                loop['type'] = RESUMABLE.get(_host_name(kind), kind)
-            ours = isinstance(loop, dict) and loop['type'] is IterLoop
-            self._train_dataloader = drawn(self._train_dataloader, opened=not ours)
+                loop['type'] = LOOP_OVERRIDES.get(_mmengine_class_name(kind), kind)
+            ours = isinstance(loop, dict) and loop['type'] is ResumableIterLoop
+            self._train_dataloader = make_resumable_dataloader_cfg(self._train_dataloader, opened=not ours)
         return super().build_train_loop(loop)
 
     def scale_lr(self, optim_wrapper, auto_scale_lr=None):
@@ -89,8 +89,8 @@ class ResumableRunner(Runner):
     @staticmethod
     def build_dataloader(dataloader, *args, **kwargs) -> DataLoader:
         loader = Runner.build_dataloader(dataloader, *args, **kwargs)
-        name_images(loader.dataset)
-        loader.worker_init_fn = partial(apart, loader.worker_init_fn)
+        wrap_pipelines(loader.dataset)
+        loader.worker_init_fn = partial(worker_init, loader.worker_init_fn)
         return loader
 
     def call_hook(self, fn_name: str, **kwargs) -> None:
@@ -101,11 +101,11 @@ class ResumableRunner(Runner):
 
     def register_hook(self, hook, priority=None) -> None:
         if isinstance(hook, dict):
-            hook = {**hook, 'type': OURS.get(_host_name(hook.get('type')), hook.get('type'))}
+            hook = {**hook, 'type': HOOK_OVERRIDES.get(_mmengine_class_name(hook.get('type')), hook.get('type'))}
         super().register_hook(hook, priority)
 
 
-def _host_name(kind) -> str | None:
+def _mmengine_class_name(kind) -> str | None:
     """The name of one of mmengine's own classes, which a config may give with a scope, by its path or as itself."""
     found = class_of(kind, LOOPS, HOOKS)
     return found.__name__ if found is not None and found.__module__.startswith('mmengine.') else None

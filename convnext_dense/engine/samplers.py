@@ -14,13 +14,15 @@ from mmengine.registry import DATA_SAMPLERS
 from torch.utils.data import BatchSampler, Sampler
 
 from ..errors import UsageError
-from .datasets import DrawnDataset
+from .datasets import SeededDataset
 from .seeding import SeededIndex
 
-NO_BATCH = 'the training data hold no whole batch: give a smaller train_dataloader.batch_size, or drop_last=False'
+EMPTY_LOADER_MESSAGE = (
+    'the training data hold no whole batch: give a smaller train_dataloader.batch_size, or drop_last=False'
+)
 
 
-class DrawSampler(Sampler):
+class SeededSampler(Sampler):
     """The order of another sampler; its places in it, counted over all processes, seed the samples."""
 
     def __init__(self, dataset, sampler: dict, seed: int | None = None):
@@ -43,7 +45,7 @@ class DrawSampler(Sampler):
             self.sampler.set_epoch(epoch)
 
 
-class SkippingBatchSampler(Sampler):
+class ResumableBatchSampler(Sampler):
     """The batches of another batch sampler (None: of torch's), of which the first can be skipped unread.
 
     Args:
@@ -71,7 +73,7 @@ class SkippingBatchSampler(Sampler):
             n -= skipped
             if n:
                 if not skipped:
-                    raise UsageError(NO_BATCH)
+                    raise UsageError(EMPTY_LOADER_MESSAGE)
                 passes += 1
                 self.sampler.set_epoch(passes)
                 self._next = iter(self.batches)
@@ -88,10 +90,10 @@ class SkippingBatchSampler(Sampler):
         return len(self.batches)
 
 
-def order_of(dataset) -> str:
+def order_digest(dataset) -> str:
     """A digest of the names of a data set's images in their order; empty where it does not say them."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in _leaves(dataset):
+    for part in _iter_leaf_datasets(dataset):
         if not isinstance(part, BaseDataset):
             return ''
         for i in range(len(part)):
@@ -102,22 +104,22 @@ def order_of(dataset) -> str:
     return digest.hexdigest()
 
 
-def _leaves(dataset) -> Iterator:
+def _iter_leaf_datasets(dataset) -> Iterator:
     """The data sets that read images, within those that repeat, join or draw them."""
     parts = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
     if parts[0] is None:
         yield dataset
     for part in parts if parts[0] is not None else ():
-        yield from _leaves(part)
+        yield from _iter_leaf_datasets(part)
 
 
-def drawn(dataloader: dict, opened: bool) -> dict:
+def make_resumable_dataloader_cfg(dataloader: dict, opened: bool) -> dict:
     """The config of a data loader for training whose batches follow from the seed, and can be skipped unread."""
     loader = ConfigDict(dataloader)
-    loader.dataset = dict(type=DrawnDataset, dataset=loader.dataset)
-    loader.sampler = dict(type=DrawSampler, sampler=loader.sampler)
+    loader.dataset = dict(type=SeededDataset, dataset=loader.dataset)
+    loader.sampler = dict(type=SeededSampler, sampler=loader.sampler)
     loader.batch_sampler = dict(
-        type=SkippingBatchSampler,
+        type=ResumableBatchSampler,
         batch_sampler=loader.get('batch_sampler'),
         drop_last=loader.pop('drop_last', False),
         opened=opened,

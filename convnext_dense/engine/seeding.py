@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 
-def seed_all(*key: int) -> None:
+def seed_everything(*key: int) -> None:
     """Seed Python's, numpy's and torch's random numbers by some whole numbers, as independent for neighbours as for
     others."""
     state = np.random.SeedSequence(key).generate_state(8)

@@ -11,13 +11,13 @@ try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None
-LOCK = '.lock'  # in a work dir, of the process that trains there
+LOCK_FILE = '.lock'  # in a work dir, of the process that trains there
 
 
-_held = []  # locks of this process, which it gives up when it ends
+_held_locks = []  # locks of this process, which it gives up when it ends
 
 
-def hold(work_dir: str | Path) -> None:
+def lock_work_dir(work_dir: str | Path) -> None:
     """Keep a work dir for this process until that ends.
 
     Raises:
@@ -26,7 +26,7 @@ def hold(work_dir: str | Path) -> None:
     if fcntl is None:
         return
     os.makedirs(work_dir, exist_ok=True)
-    file = open(os.path.join(work_dir, LOCK), 'a+')  # noqa: SIM115 - open as long as the process is there
+    file = open(os.path.join(work_dir, LOCK_FILE), 'a+')  # noqa: SIM115 - open as long as the process is there
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -40,4 +40,4 @@ def hold(work_dir: str | Path) -> None:
     file.truncate(0)
     file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
     file.flush()
-    _held.append(file)
+    _held_locks.append(file)

@@ -87,7 +87,7 @@ class GRN(nn.Module):
         return self.gamma * (x * share.to(x.dtype)) + self.beta + x
 
 
-class Block(nn.Module):
+class ConvNeXtBlock(nn.Module):
     """Depthwise convolution, LayerNorm, two Linears with GELU (V2: and GRN) between, layer scale, stochastic depth
     (figure 4)."""
 
@@ -153,7 +153,7 @@ class Downsample(Patchify):
 
 
 dispatch.know(nn.Conv2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Sequential)
-dispatch.know(LayerNorm2d, OutputNorm, DropPath, Block, Stem, Downsample)
+dispatch.know(LayerNorm2d, OutputNorm, DropPath, ConvNeXtBlock, Stem, Downsample)
 
 
 @MODELS.register_module()
@@ -196,7 +196,7 @@ class ConvNeXt(BaseModule):
         with_cp: bool | str = False,
         init_cfg: dict | list | None = None,
     ):
-        others, self.pretrained = _pretrained_apart(init_cfg)
+        others, self.pretrained = _split_init_cfg(init_cfg)
         super().__init__(others)
         self.depths, self.channels = _resolve_arch(arch)
         self.out_indices = _resolve_indices(out_indices, len(self.depths))
@@ -228,7 +228,9 @@ class ConvNeXt(BaseModule):
             self.downsample_layers[i].before_layer_scale = bool(layer_scale)
             first = sum(self.depths[:i])
             self.stages.append(
-                nn.Sequential(*(Block(c, kernel_size, rate, layer_scale, grn) for rate in rates[first : first + depth]))
+                nn.Sequential(
+                    *(ConvNeXtBlock(c, kernel_size, rate, layer_scale, grn) for rate in rates[first : first + depth])
+                )
             )
         for i in sorted(self.out_indices):
             self.add_module(f'norm{i}', OutputNorm(self.channels[i], eps=NORM_EPS))
@@ -294,7 +296,7 @@ class ConvNeXt(BaseModule):
     @property
     def num_layers(self) -> int:
         """N of layer-wise lr decay: three blocks of the third stage make a layer, any other stage is one."""
-        return sum(_layers_of_stages(self.depths))
+        return sum(_layers_per_stage(self.depths))
 
     def layer_id(self, name: str, decay_type: str = 'layer_wise') -> int:
         """How deep the parameter `name` of this backbone lies: 0 for the stem, N + 1 for what is no part of the trunk.
@@ -310,7 +312,7 @@ class ConvNeXt(BaseModule):
         stage = int(where[0])
         if decay_type == 'stage_wise':
             return 0 if kind == 'downsample_layers' else stage + 1
-        first = 1 + sum(_layers_of_stages(self.depths)[:stage])
+        first = 1 + sum(_layers_per_stage(self.depths)[:stage])
         if kind == 'downsample_layers':
             return 0 if stage == 0 else first
         if stage != 2:
@@ -319,9 +321,9 @@ class ConvNeXt(BaseModule):
         block = next((int(part) for part in where[1:] if part.isdigit()), last)
         return first + min(block, last) // 3
 
-    def _blocks(self) -> list[Block]:
+    def _blocks(self) -> list[ConvNeXtBlock]:
         """All blocks, also those within what wraps a stage or a block."""
-        return [module for module in self.modules() if isinstance(module, Block)]
+        return [module for module in self.modules() if isinstance(module, ConvNeXtBlock)]
 
     def _frozen_parts(self) -> list[nn.Module]:
         if self.frozen_stages < 0:
@@ -335,11 +337,11 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _layers_of_stages(depths: Sequence[int]) -> list[int]:
+def _layers_per_stage(depths: Sequence[int]) -> list[int]:
     return [math.ceil(depth / 3) if i == 2 else 1 for i, depth in enumerate(depths)]
 
 
-def _pretrained_apart(init_cfg: dict | list | None) -> tuple[list, list]:
+def _split_init_cfg(init_cfg: dict | list | None) -> tuple[list, list]:
     """The other initializers and the pretrained weights, for which mmengine's 'Pretrained', which loads nothing from
     an original file and only warns, gives way to our loader."""
     others, pretrained = [], []

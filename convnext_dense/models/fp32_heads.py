@@ -10,7 +10,7 @@ from mmdet.models import ConvFCBBoxHead, FCNMaskHead, RPNHead, Shared2FCBBoxHead
 from mmengine.registry import MODELS
 
 
-class FP32Outputs:
+class FP32OutputMixin:
     """A head whose scores, box deltas or masks are fp32, whatever autocast computed them in."""
 
     def forward(self, *args, **kwargs):
@@ -18,22 +18,22 @@ class FP32Outputs:
 
 
 @MODELS.register_module()
-class FP32RPNHead(FP32Outputs, RPNHead):
+class FP32RPNHead(FP32OutputMixin, RPNHead):
     """mmdet's RPNHead with anchors, proposals and losses in fp32."""
 
 
 @MODELS.register_module()
-class FP32Shared2FCBBoxHead(FP32Outputs, Shared2FCBBoxHead):
+class FP32Shared2FCBBoxHead(FP32OutputMixin, Shared2FCBBoxHead):
     """mmdet's Shared2FCBBoxHead with boxes and losses in fp32."""
 
 
 @MODELS.register_module()
-class FP32ConvFCBBoxHead(FP32Outputs, ConvFCBBoxHead):
+class FP32ConvFCBBoxHead(FP32OutputMixin, ConvFCBBoxHead):
     """mmdet's ConvFCBBoxHead with boxes, also those of the next cascade stage, and losses in fp32."""
 
 
 @MODELS.register_module()
-class FP32FCNMaskHead(FP32Outputs, FCNMaskHead):
+class FP32FCNMaskHead(FP32OutputMixin, FCNMaskHead):
     """mmdet's FCNMaskHead with the loss in fp32."""
 
 

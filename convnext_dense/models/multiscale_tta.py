@@ -6,7 +6,7 @@ from mmengine.registry import MODELS
 from mmengine.structures import PixelData
 from torch.nn.functional import interpolate
 
-STRIP = 8  # rows of the image that are resized and added up at a time
+ROWS_PER_STRIP = 8  # rows of the image that are resized and added up at a time
 
 
 @MODELS.register_module()
@@ -34,27 +34,27 @@ class MultiScaleSegmentor(BaseTTAModel):
                 first = samples
                 totals = [logits.new_zeros(logits.shape[1], *sample.ori_shape) for sample in samples]
             for total, one, sample in zip(totals, logits, samples):
-                self._add(total, _upright(one, sample.metainfo))
+                self._add(total, _undo_pad_and_flip(one, sample.metainfo))
         return first, [total.div_(len(views)) for total in totals]
 
     def merge_preds(self, data_samples_list):
         raise NotImplementedError('views are added up as they come, in test_step')
 
     def _add(self, total: torch.Tensor, logits: torch.Tensor) -> None:
-        for top in range(0, total.shape[1], STRIP):
-            strip = total[:, top : top + STRIP]
-            rows = _resized_rows(logits, top, strip.shape[1], total.shape[1:], self.module.align_corners)
+        for top in range(0, total.shape[1], ROWS_PER_STRIP):
+            strip = total[:, top : top + ROWS_PER_STRIP]
+            rows = _resize_rows(logits, top, strip.shape[1], total.shape[1:], self.module.align_corners)
             strip += rows.softmax(0) if len(rows) > 1 else rows.sigmoid()
 
 
-def _upright(logits: torch.Tensor, meta: dict) -> torch.Tensor:
+def _undo_pad_and_flip(logits: torch.Tensor, meta: dict) -> torch.Tensor:
     """Logits, C x h x w, of an image as it was before it was padded and flipped."""
     left, right, top, bottom = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
     logits = logits[:, top : logits.shape[1] - bottom, left : logits.shape[2] - right]
     return logits.flip(2) if meta.get('flip') else logits
 
 
-def _resized_rows(
+def _resize_rows(
     logits: torch.Tensor, top: int, n_rows: int, size: tuple[int, int], align_corners: bool
 ) -> torch.Tensor:
     """`n_rows` rows from row `top` on of logits, C x h x w, resized bilinearly to `size`, as torch would."""

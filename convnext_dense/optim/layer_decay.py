@@ -87,7 +87,7 @@ class LayerDecayOptimWrapperConstructor:
                 )
                 groups[key]['params'].append(parameter)
         groups = [groups[key] for key in sorted(groups)]
-        print_log(_table(groups, self.decay_type, self.decay_rate), logger='current')
+        print_log(_format_param_groups(groups, self.decay_type, self.decay_rate), logger='current')
         return self._build(groups)
 
     def _build(self, groups: list[dict]) -> OptimWrapper:
@@ -106,7 +106,7 @@ class LayerDecayOptimWrapperConstructor:
         )
 
 
-def _table(groups: list[dict], decay_type: str, decay_rate: float) -> str:
+def _format_param_groups(groups: list[dict], decay_type: str, decay_rate: float) -> str:
     lrs, counts = {}, defaultdict(int)
     for group in groups:
         lrs[group['layer_id']] = group['lr']

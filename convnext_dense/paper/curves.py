@@ -11,15 +11,15 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from ..config.recipe import accumulation_of
-from ..config.work_dir import TIMESTAMP, read_text
+from ..config.recipe import accumulative_counts
+from ..config.work_dir import TIMESTAMP_GLOB, read_log_text
 from ..errors import UsageError
-from .results import MAIN, figures_of
-from .work_dirs import SCALARS, Run, find_runs, read_records
+from .results import MAIN_METRICS, to_paper_metrics
+from .work_dirs import SCALARS, TrainingRun, find_runs, read_records
 
 TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation'}
 # What evaluators log beside their figures.
-NO_FIGURES = ('step', 'iter', 'epoch', 'time', 'data_time', 'memory')
+NO_METRICS = ('step', 'iter', 'epoch', 'time', 'data_time', 'memory')
 # The layers' lrs as text logs hold them: our table of them, and what mmdet's constructor prints.
 TABLE = re.compile(r'\w+_wise lr decay, rate ([\d.e-]+):\n +id +lr +parameters\n((?: +\d+ +[\d.e+-]+ +[\d,]+\n)+)')
 GROUP = re.compile(r'"layer_(\d+)_(?:no_)?decay": \{.*?"lr_scale": ([\d.e+-]+)', re.DOTALL)
@@ -28,7 +28,7 @@ COLORS = ('#0b6fb8', '#d1495b', '#2e8b57', '#e08e1a', '#7a4fa3', '#8c564b', '#17
 
 
 @dataclass
-class Curves:
+class TrainingCurves:
     """What a training logged, by its position x: epochs, or updates where it counts iterations. What a resumed run did
     again replaces what it went back behind.
 
@@ -37,7 +37,7 @@ class Curves:
     others as they are, `resumed` where later starts took up the run.
     """
 
-    run: Run
+    run: TrainingRun
     unit: str
     losses: list[tuple[float, dict[str, float]]] = field(default_factory=list)
     lrs: list[tuple[float, dict[int | str, float]]] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Curves:
         return TASKS.get(scope, scope), self.unit
 
 
-def read_curves(folders: Iterable[str | Path]) -> list[Curves]:
+def read_curves(folders: Iterable[str | Path]) -> list[TrainingCurves]:
     """The curves of every training in and below these folders; what has logged no iteration yet is left out.
 
     Raises:
@@ -59,7 +59,7 @@ def read_curves(folders: Iterable[str | Path]) -> list[Curves]:
     """
     found = {}
     for folder in folders:
-        if fnmatch(Path(folder).name, TIMESTAMP):
+        if fnmatch(Path(folder).name, TIMESTAMP_GLOB):
             raise UsageError(f'{folder} is one start of a run: give its work dir, {Path(folder).parent}')
         runs = find_runs([folder])
         curves = [curves for run in runs if run.starts and (curves := _curves_of(run)).losses]
@@ -70,21 +70,21 @@ def read_curves(folders: Iterable[str | Path]) -> list[Curves]:
     return list(found.values())
 
 
-def _curves_of(run: Run) -> Curves:
+def _curves_of(run: TrainingRun) -> TrainingCurves:
     counts_epochs = 'max_epochs' in (run.config.get('train_cfg') or {})
-    curves = Curves(run, 'epochs' if counts_epochs else 'updates')
+    curves = TrainingCurves(run, 'epochs' if counts_epochs else 'updates')
     for start, config in run.starts:
-        records = [_plain(record) for record in read_records(start / SCALARS, [])]
-        log = read_text(start / f'{start.name}.log')
+        records = [_strip_prefix(record) for record in read_records(start / SCALARS, [])]
+        log = read_log_text(start / f'{start.name}.log')
         per_epoch = _iterations_per_epoch(log, records) if counts_epochs else 0
         scales, begun = layer_scales(log, config), False
         last = curves.losses[-1][0] if curves.losses else 0.0
         for record in records:
             trains = 'loss' in record or 'lr' in record
-            x = last = _position(record, trains, config, per_epoch, last)
+            x = last = _x_value(record, trains, config, per_epoch, last)
             if not begun:  # a later start took up the run before what it logs first
                 begun = True
-                _cut(curves, x, trains)
+                _drop_overlap(curves, x, trains)
             if trains:
                 curves.losses.append((x, _losses(record)))
                 curves.lrs.append((x, layer_lrs(record, scales, config)))
@@ -94,7 +94,7 @@ def _curves_of(run: Run) -> Curves:
     return curves
 
 
-def _say_undrawn(curves: Curves) -> None:
+def _say_undrawn(curves: TrainingCurves) -> None:
     """Say which values are no place in a picture, but for losses that are lost, which the run itself says."""
     points = [*curves.losses, *curves.lrs, *curves.figures]
     values = [(x, name, value) for x, found in points for name, value in found.items() if not _is_drawn(value)]
@@ -110,12 +110,12 @@ def _is_drawn(value: float) -> bool:
     return abs(value) <= LARGEST  # which nothing is that is no number
 
 
-def _plain(record: dict) -> dict:
+def _strip_prefix(record: dict) -> dict:
     """A record without the prefixes that `log_with_hierarchy` sets."""
     return {re.sub('^(train|val)/', '', key): value for key, value in record.items()}
 
 
-def _cut(curves: Curves, x: float, trains: bool) -> None:
+def _drop_overlap(curves: TrainingCurves, x: float, trains: bool) -> None:
     """Leave out what lies behind the first record of a later start, at `x`; what was trained before it is evaluated
     stays."""
     if curves.losses:
@@ -126,7 +126,7 @@ def _cut(curves: Curves, x: float, trains: bool) -> None:
         setattr(curves, name, [point for point in points if point[0] < x or (stays and point[0] == x)])
 
 
-def _position(record: dict, trains: bool, config: Config, per_epoch: int, last: float) -> float:
+def _x_value(record: dict, trains: bool, config: Config, per_epoch: int, last: float) -> float:
     """Where a record lies. mmengine gives evaluations the number of their epoch, unless told otherwise; loops that
     count iterations have none."""
     step = record.get('step', 0)
@@ -138,7 +138,7 @@ def _position(record: dict, trains: bool, config: Config, per_epoch: int, last: 
         return step if logger.get('log_metric_by_epoch', True) else step / per_epoch
     if not trains and logger.get('log_metric_by_epoch', True):
         return last
-    return step / accumulation_of(config)
+    return step / accumulative_counts(config)
 
 
 def _iterations_per_epoch(log: str, records: Sequence[dict]) -> int:
@@ -200,12 +200,12 @@ def _losses(record: dict) -> dict[str, float]:
 
 
 def _figures(record: dict) -> dict[str, float]:
-    return figures_of(record) or {
-        key: value for key, value in record.items() if key not in NO_FIGURES and isinstance(value, (int, float))
+    return to_paper_metrics(record) or {
+        key: value for key, value in record.items() if key not in NO_METRICS and isinstance(value, (int, float))
     }
 
 
-def smoothed(values: Sequence[float], factor: float) -> list[float]:
+def ema(values: Sequence[float], factor: float) -> list[float]:
     """The exponential mean of what came so far, without the bias to its first value; what is not finite stays."""
     mean, weight, found = 0.0, 0.0, []
     for value in values:
@@ -216,17 +216,17 @@ def smoothed(values: Sequence[float], factor: float) -> list[float]:
     return found
 
 
-def progress(run: Run) -> str:
+def format_progress(run: TrainingRun) -> str:
     """How far a run is and what it reached, in words."""
     unit = 'epochs' if 'max_epochs' in (run.config.get('train_cfg') or {}) else 'updates'
     parts = [f'{run.done:,.0f} of {run.length:,.0f} {unit}' if run.length else f'{run.done:,.0f} {unit}']
-    for name in MAIN:
+    for name in MAIN_METRICS:
         if run.last(name) is not None:
             parts.append(f'{name} {run.last(name):.1f} (best {run.best(name):.1f})')
     return ', '.join(parts)
 
 
-def draw(curves: Sequence[Curves], file: str | Path, smooth: float = 0.0) -> Path:
+def plot(curves: Sequence[TrainingCurves], file: str | Path, smooth: float = 0.0) -> Path:
     """Write one picture and return its path, a PNG where the name has no ending: for each kind of run a panel of the
     loss, one of the lr by layer, one for each figure. Of one run the parts of the loss and every layer's lr, of several
     their totals, and the lrs of the first layer and the heads.
@@ -243,11 +243,11 @@ def draw(curves: Sequence[Curves], file: str | Path, smooth: float = 0.0) -> Pat
     alone = len(curves) == 1
     colors = {id(c): COLORS[i % len(COLORS)] for i, c in enumerate(curves)}
     kinds = [list(g) for _, g in groupby(sorted(curves, key=lambda c: c.kind), lambda c: c.kind)]
-    n_rows = [math.ceil(len(_panels(kind)) / 2) for kind in kinds]
+    n_rows = [math.ceil(len(_panel_names(kind)) / 2) for kind in kinds]
     figure = Figure(figsize=(11, 0.6 + 3.4 * sum(n_rows)), dpi=130, layout='constrained')
     grid = figure.add_gridspec(sum(n_rows), 2)
     for kind, row in zip(kinds, accumulate([0, *n_rows])):
-        panels = _panels(kind)
+        panels = _panel_names(kind)
         for i, what in enumerate(panels):
             widely = i % 2 == 0 and i == len(panels) - 1
             axis = figure.add_subplot(grid[row + i // 2, slice(2) if widely else i % 2])
@@ -258,10 +258,10 @@ def draw(curves: Sequence[Curves], file: str | Path, smooth: float = 0.0) -> Pat
                 _draw_lrs(axis, kind, colors, alone)
             else:
                 _draw_figure(axis, kind, colors, what)
-            _finish(axis, kind)
+            _style_axis(axis, kind)
     names = _names([c.run.folder for c in curves])
     if alone:
-        figure.suptitle(f'{names[0]}: {progress(curves[0].run)}', fontsize=11)
+        figure.suptitle(f'{names[0]}: {format_progress(curves[0].run)}', fontsize=11)
     else:
         lines = [figure.axes[0].plot([], [], color=colors[id(c)], label=name)[0] for c, name in zip(curves, names)]
         figure.legend(handles=lines, loc='outside upper center', ncols=min(len(lines), 4), frameon=False)
@@ -269,12 +269,12 @@ def draw(curves: Sequence[Curves], file: str | Path, smooth: float = 0.0) -> Pat
     return file
 
 
-def _panels(kind: Sequence[Curves]) -> list[str]:
+def _panel_names(kind: Sequence[TrainingCurves]) -> list[str]:
     """What is drawn of runs of one kind; of figures that are not the paper's the first two, means before others."""
     found = list(dict.fromkeys(name for curves in kind for _, figures in curves.figures for name in figures))
     others = sorted(found, key=lambda name: not name.split('/')[-1].startswith('m'))[:2]
     lr = ['lr'] if any(lrs for curves in kind for _, lrs in curves.lrs) else []
-    return ['loss', *lr, *([name for name in MAIN if name in found] or others)]
+    return ['loss', *lr, *([name for name in MAIN_METRICS if name in found] or others)]
 
 
 def _line(points: Sequence[tuple[float, dict]], name) -> tuple[list[float], list[float]]:
@@ -282,25 +282,25 @@ def _line(points: Sequence[tuple[float, dict]], name) -> tuple[list[float], list
     return [x for x, _ in found], [value if _is_drawn(value) else math.nan for _, value in found]
 
 
-def _draw_losses(axis, kind: Sequence[Curves], colors: dict, smooth: float, alone: bool) -> None:
+def _draw_losses(axis, kind: Sequence[TrainingCurves], colors: dict, smooth: float, alone: bool) -> None:
     for curves in kind:
         parts = [name for name in dict.fromkeys(n for _, losses in curves.losses for n in losses) if name != 'loss']
         color = colors[id(curves)]
         xs, values = _line(curves.losses, 'loss')
         if smooth:
             axis.plot(xs, values, color=color, lw=0.8, alpha=0.3)
-        axis.plot(xs, smoothed(values, smooth), color=color, lw=1.8, label='total')
+        axis.plot(xs, ema(values, smooth), color=color, lw=1.8, label='total')
         if alone:
             for i, name in enumerate(parts if len(parts) > 1 else []):
                 xs, values = _line(curves.losses, name)
-                axis.plot(xs, smoothed(values, smooth), color=COLORS[1 + i % (len(COLORS) - 1)], lw=1, label=name)
+                axis.plot(xs, ema(values, smooth), color=COLORS[1 + i % (len(COLORS) - 1)], lw=1, label=name)
             for i, x in enumerate(curves.resumed):
                 axis.axvline(x, color='0.5', lw=0.8, ls=':', label='_' if i else 'resumed')
             axis.legend(fontsize=8, frameon=False, ncols=2)
     axis.set_ylim(bottom=0)
 
 
-def _draw_lrs(axis, kind: Sequence[Curves], colors: dict, alone: bool) -> None:
+def _draw_lrs(axis, kind: Sequence[TrainingCurves], colors: dict, alone: bool) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm
@@ -330,7 +330,7 @@ def _draw_lrs(axis, kind: Sequence[Curves], colors: dict, alone: bool) -> None:
         axis.set_ylim(max(lowest, 1e-4 * highest) / 1.5, highest * 1.5)
 
 
-def _draw_figure(axis, kind: Sequence[Curves], colors: dict, name: str) -> None:
+def _draw_figure(axis, kind: Sequence[TrainingCurves], colors: dict, name: str) -> None:
     papers = {}
     for curves in kind:
         xs, values = _line(curves.figures, name)
@@ -339,26 +339,26 @@ def _draw_figure(axis, kind: Sequence[Curves], colors: dict, name: str) -> None:
         color = colors[id(curves)]
         axis.plot(xs, values, color=color, lw=1.6, marker='o', ms=3.5 if len(xs) < 60 else 0)
         best = max((i for i, value in enumerate(values) if not math.isnan(value)), key=values.__getitem__)
-        text = f'{values[best]:.1f}' if name in MAIN else f'{values[best]:.3g}'
-        _note(axis, text, (xs[best], values[best]), color, ha='right')
+        text = f'{values[best]:.1f}' if name in MAIN_METRICS else f'{values[best]:.3g}'
+        _annotate(axis, text, (xs[best], values[best]), color, ha='right')
         if curves.run.row is not None and name in curves.run.row.figures:
             papers.setdefault(curves.run.row.figures[name], color)
     for i, (value, color) in enumerate(sorted(papers.items())):
         axis.axhline(value, color=color, lw=1, ls='--', alpha=0.7)
-        _note(axis, f'paper {value}', (0.01 + 0.17 * i, value), color, xycoords=axis.get_yaxis_transform())
-    if name in MAIN:
+        _annotate(axis, f'paper {value}', (0.01 + 0.17 * i, value), color, xycoords=axis.get_yaxis_transform())
+    if name in MAIN_METRICS:
         axis.set_ylabel('%')
         low, high = axis.get_ylim()
         axis.set_ylim(max(min(low, high - 2), -0.5), max(high, low + 2) + 0.1 * (high - low))
 
 
-def _note(axis, text: str, place: tuple[float, float], color, **settings) -> None:
+def _annotate(axis, text: str, place: tuple[float, float], color, **settings) -> None:
     axis.annotate(text, place, xytext=(0, 4), textcoords='offset points', fontsize=8, color=color, **settings)
 
 
-def _finish(axis, kind: Sequence[Curves]) -> None:
+def _style_axis(axis, kind: Sequence[TrainingCurves]) -> None:
     unit = kind[0].unit
-    if unit == 'updates' and all(accumulation_of(config) == 1 for c in kind for _, config in c.run.starts):
+    if unit == 'updates' and all(accumulative_counts(config) == 1 for c in kind for _, config in c.run.starts):
         unit = 'iterations'
     axis.set_xlabel(unit)
     last = max(x for c in kind for x, _ in c.losses + c.figures)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import UsageError
 
-N_BOXES, N_MASKS = 1000, 100  # RoIs on which the paper's counts run each box head and each mask head
+NUM_BOX_ROIS, NUM_MASK_ROIS = 1000, 100  # RoIs on which the paper's counts run each box head and each mask head
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Complexity:
     size: tuple[int, int]
 
 
-def complexity(config: Config, size: tuple[int, int]) -> Complexity:
+def count_flops(config: Config, size: tuple[int, int]) -> Complexity:
     """Count a detector or segmentor of a config on the meta device: nothing is allocated.
 
     FLOPs are those of convolutions, Linears, batch norms, ReLUs and poolings; LayerNorm, GELU, RoIAlign and
@@ -40,9 +40,9 @@ def complexity(config: Config, size: tuple[int, int]) -> Complexity:
         except (KeyError, TypeError, AssertionError) as error:
             raise UsageError(f'the model cannot be built: {str(error).splitlines()[0]}') from error
         parameters = sum(p.numel() for p in model.parameters())
-        counted = _Counted(model)
+        counted = _FlopsForward(model)
         for module in counted.modules():
-            _count_by_exact_type(module)
+            _adapt_for_mmcv_counter(module)
         width, height = size
         try:
             flops, _ = get_model_complexity_info(
@@ -62,7 +62,7 @@ class _UncountedLayerNorm(nn.LayerNorm):
     pass
 
 
-def _count_by_exact_type(module: nn.Module) -> None:
+def _adapt_for_mmcv_counter(module: nn.Module) -> None:
     """mmcv's counter goes by exact types: it knows no SyncBatchNorm, and counts LayerNorm, which the paper did not."""
     if isinstance(module, nn.SyncBatchNorm):
         module.__class__ = nn.BatchNorm2d
@@ -70,7 +70,7 @@ def _count_by_exact_type(module: nn.Module) -> None:
         module.__class__ = _UncountedLayerNorm
 
 
-class _Counted(nn.Module):
+class _FlopsForward(nn.Module):
     """A model as one forward pass from an image, RoIAlign left out: its output is fed to the heads as it would be."""
 
     def __init__(self, model: nn.Module):
@@ -95,7 +95,7 @@ class _Counted(nn.Module):
         self.model.bbox_head(maps)
 
     def _segmentor(self, maps):
-        first, *others = _listed(self.model.decode_head)
+        first, *others = _as_list(self.model.decode_head)
         output = first(maps)
         for head in others:  # each refines what the one before it found
             output = head(maps, output)
@@ -103,14 +103,14 @@ class _Counted(nn.Module):
     def _two_stage(self, maps):
         self.model.rpn_head(maps)
         roi_head = self.model.roi_head
-        for kind, n in (('bbox', N_BOXES), ('mask', N_MASKS)):
-            extractors = _listed(getattr(roi_head, f'{kind}_roi_extractor', None))
-            for extractor, head in zip(extractors, _listed(getattr(roi_head, f'{kind}_head', None))):
+        for kind, n in (('bbox', NUM_BOX_ROIS), ('mask', NUM_MASK_ROIS)):
+            extractors = _as_list(getattr(roi_head, f'{kind}_roi_extractor', None))
+            for extractor, head in zip(extractors, _as_list(getattr(roi_head, f'{kind}_head', None))):
                 side = extractor.roi_layers[0].output_size
                 head(maps[0].new_empty(n, extractor.out_channels, *side))
 
 
-def _listed(module) -> list:
+def _as_list(module) -> list:
     if module is None:
         return []
     return list(module) if isinstance(module, nn.ModuleList) else [module]

@@ -6,13 +6,13 @@ from functools import cached_property
 
 from mmengine.config import Config
 
-from ..config.tree import differences
+from ..config.tree import mismatched_keys
 
 TOTAL_BATCH = 16
 # The figures of a detection row in the order in which the paper prints them, and of a segmentation row.
 DETECTION = ('box AP', 'box AP50', 'box AP75', 'mask AP', 'mask AP50', 'mask AP75')
 SEGMENTATION = ('mIoU', 'mIoU multi-scale')
-MAIN = ('box AP', 'mask AP', *SEGMENTATION)
+MAIN_METRICS = ('box AP', 'mask AP', *SEGMENTATION)
 # The names under which mmdet's and mmseg's evaluators give them, and what makes them percent.
 METRICS = {
     'box AP': ('coco/bbox_mAP', 100),
@@ -24,12 +24,12 @@ METRICS = {
     'mIoU': ('mIoU', 1),
 }
 # How far a faithful run may lie from the paper's figure: a retraining, and the released weights.
-RETRAINED = {'box AP': 0.3, 'mask AP': 0.3, 'mIoU': 0.5, 'mIoU multi-scale': 0.5}
-RELEASED = 0.1
+RETRAIN_TOLERANCE = {'box AP': 0.3, 'mask AP': 0.3, 'mIoU': 0.5, 'mIoU multi-scale': 0.5}
+RELEASED_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
-class Row:
+class PaperResult:
     """One result: a recipe's settings that tell it from the others, and the paper's figures of it.
 
     `figures` are AP or mIoU in percent by the names in DETECTION or SEGMENTATION; `params` in millions and `gflops` (a
@@ -86,9 +86,11 @@ class Row:
         }
 
 
-def _coco(recipe, arch, weights, drop_path, lr, decay_rate, box, mask, params, gflops, precision='float16') -> Row:
+def _coco(
+    recipe, arch, weights, drop_path, lr, decay_rate, box, mask, params, gflops, precision='float16'
+) -> PaperResult:
     model = {'mask_rcnn': 'mask_rcnn', 'cascade': 'cascade_mask_rcnn'}[recipe.split('/')[0]]
-    return Row(
+    return PaperResult(
         recipe=recipe,
         arch=arch,
         weights=f'convnext_{arch}_{weights}_224',
@@ -104,8 +106,10 @@ def _coco(recipe, arch, weights, drop_path, lr, decay_rate, box, mask, params, g
     )
 
 
-def _ade20k(recipe, arch, weights, crop, drop_path, lr, single, multi, params, gflops, precision='float16') -> Row:
-    return Row(
+def _ade20k(
+    recipe, arch, weights, crop, drop_path, lr, single, multi, params, gflops, precision='float16'
+) -> PaperResult:
+    return PaperResult(
         recipe=recipe,
         arch=arch,
         weights=f'convnext_{arch}_{weights}_224',
@@ -122,7 +126,7 @@ def _ade20k(recipe, arch, weights, crop, drop_path, lr, single, multi, params, g
 
 
 # fmt: off
-ROWS = (
+PAPER_RESULTS = (
     # recipe, arch, weights, drop path, lr, decay rate, box AP/50/75, mask AP/50/75, M parameters, GFLOPs
     _coco('mask_rcnn/convnext_t', 'tiny', '1k', 0.4, 1e-4, 0.95, (46.2, 67.9, 50.8), (41.7, 65.0, 44.9), 48, 262),
     _coco('cascade/convnext_t', 'tiny', '1k', 0.4, 2e-4, 0.7, (50.4, 69.1, 54.8), (43.7, 66.5, 47.3), 86, 741),
@@ -145,11 +149,11 @@ ROWS = (
 # fmt: on
 
 
-def figures_of(metrics: Mapping[str, float]) -> dict[str, float]:
+def to_paper_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """What an evaluator found, in percent and by the paper's names."""
     return {name: factor * metrics[key] for name, (key, factor) in METRICS.items() if metrics.get(key) is not None}
 
 
-def row_of(config: Config) -> Row | None:
+def find_paper_result(config: Config) -> PaperResult | None:
     """The row whose recipe a config is, whatever file it came from; None where it is none."""
-    return next((row for row in ROWS if not differences(config, row.identity)), None)
+    return next((row for row in PAPER_RESULTS if not mismatched_keys(config, row.identity)), None)

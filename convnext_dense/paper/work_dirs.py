@@ -10,14 +10,21 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from ..checkpoints.io import read
-from ..config.literal import read_dumped
-from ..config.recipe import accumulation_of, precision_of, training_length
-from ..config.value_types import COUNT, DICT, TEXT, of_other_kinds
-from ..config.work_dir import TIMESTAMP, read_text
+from ..checkpoints.io import load_checkpoint
+from ..config.literal import parse_config_literal
+from ..config.recipe import accumulative_counts, training_length, training_precision
+from ..config.value_types import COUNT, DICT, TEXT, find_wrong_types
+from ..config.work_dir import TIMESTAMP_GLOB, read_log_text
 from ..errors import UsageError
-from .departures import changed_settings
-from .results import RELEASED, RETRAINED, TOTAL_BATCH, Row, figures_of, row_of
+from .departures import diff_from_recipe
+from .results import (
+    RELEASED_TOLERANCE,
+    RETRAIN_TOLERANCE,
+    TOTAL_BATCH,
+    PaperResult,
+    find_paper_result,
+    to_paper_metrics,
+)
 
 SCALARS = 'vis_data/scalars.json'
 COUNTS = ('step', 'epoch', 'iter')  # of a record, whole numbers
@@ -34,7 +41,7 @@ TESTS = 'test'  # the folder in a run's own where tools/test.py works
 
 
 @dataclass
-class Test:
+class EvalRecord:
     """A test by tools/test.py: its figures, its config, and the checkpoint's file name without its ending."""
 
     figures: dict[str, float]
@@ -42,8 +49,8 @@ class Test:
     checkpoint: str
 
     @property
-    def row(self) -> Row | None:
-        return row_of(self.config)
+    def row(self) -> PaperResult | None:
+        return find_paper_result(self.config)
 
     @property
     def released(self) -> bool:
@@ -52,7 +59,7 @@ class Test:
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """A training, or tests of one model of other origin. `done` and `length` are epochs, or updates where the config
     counts iterations; `evaluations` are the figures found in training by step; `processes` is None where no log says
     it; `written` is when a training's log last grew; `problems` say what could not be read; `starts` are the folders of
@@ -62,15 +69,15 @@ class Run:
     config: Config = field(default_factory=Config)
     done: float = 0
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
-    tests: list[Test] = field(default_factory=list)
+    tests: list[EvalRecord] = field(default_factory=list)
     processes: int | None = None
     written: datetime | None = None
     problems: list[str] = field(default_factory=list)
     starts: list[tuple[Path, Config]] = field(default_factory=list)
 
     @property
-    def row(self) -> Row | None:
-        return row_of(self.config)
+    def row(self) -> PaperResult | None:
+        return find_paper_result(self.config)
 
     @property
     def length(self) -> float:
@@ -87,12 +94,12 @@ class Run:
 
     @property
     def precision(self) -> str:
-        return precision_of(self.config)
+        return training_precision(self.config)
 
     @property
     def total_batch(self) -> int | None:
         images = (self.config.get('train_dataloader') or {}).get('batch_size', 0)
-        return self.processes and self.processes * images * accumulation_of(self.config)
+        return self.processes and self.processes * images * accumulative_counts(self.config)
 
     @property
     def final_checkpoint(self) -> str:
@@ -105,14 +112,14 @@ class Run:
     def best(self, figure: str) -> float | None:
         return max((e[figure] for e in self.evaluations.values() if figure in e), default=None)
 
-    def test(self, figure: str) -> Test | None:
+    def test(self, figure: str) -> EvalRecord | None:
         """The latest test that gave this figure."""
         return next((test for test in reversed(self.tests) if figure in test.figures), None)
 
     def departures(self) -> list[str]:
         """In what this run is not its row's recipe."""
         row = self.row
-        changed = changed_settings(self.config, row)
+        changed = diff_from_recipe(self.config, row)
         changed += ['precision'] if self.precision != row.precision else []
         return changed + (['batch'] if self.total_batch not in (None, TOTAL_BATCH) else [])
 
@@ -131,15 +138,15 @@ class Run:
         released = test is not None and test.released
         if not released and (not self.finished or self.departures()):
             return difference, ''
-        margin = RELEASED if released else RETRAINED[figure]
+        margin = RELEASED_TOLERANCE if released else RETRAIN_TOLERANCE[figure]
         return difference, 'inside' if abs(difference) <= margin else 'below' if difference < 0 else 'above'
 
-    def _test_of_the_end(self, figure: str) -> Test | None:
+    def _test_of_the_end(self, figure: str) -> EvalRecord | None:
         test = self.test(figure)
         return test if test and (not self.trained or test.checkpoint == self.final_checkpoint) else None
 
 
-def find_runs(folders: Iterable[str | Path]) -> list[Run]:
+def find_runs(folders: Iterable[str | Path]) -> list[TrainingRun]:
     """The runs in and below these folders, by path.
 
     Raises:
@@ -149,37 +156,37 @@ def find_runs(folders: Iterable[str | Path]) -> list[Run]:
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise UsageError(f"no folder '{folder}': give work dirs, such as work_dirs")
-        for start in folder.rglob(TIMESTAMP):
+        for start in folder.rglob(TIMESTAMP_GLOB):
             if start.is_dir():
                 tests = start.parent.name == TESTS and not (start / SCALARS).exists()
                 found.add(start.parent.parent if tests else start.parent)
     return [run for folder in sorted(found) for run in read_runs(folder)]
 
 
-def read_runs(folder: Path) -> list[Run]:
+def read_runs(folder: Path) -> list[TrainingRun]:
     """What one work dir holds, whatever state it is in: its training, and each model of other origin that was tested
     there. What cannot be read is said in `problems`."""
-    run, tests = Run(folder), []
-    for start in [*sorted((folder / TESTS).glob(TIMESTAMP)), *sorted(folder.glob(TIMESTAMP))]:
+    run, tests = TrainingRun(folder), []
+    for start in [*sorted((folder / TESTS).glob(TIMESTAMP_GLOB)), *sorted(folder.glob(TIMESTAMP_GLOB))]:
         if (start / f'{start.name}.json').exists():
             tests += _read_test(run, start)
         elif start.parent == folder:
             _read_training(run, start)
     _check_last_checkpoint(run)
-    others: dict[tuple, Run] = {}
+    others: dict[tuple, TrainingRun] = {}
     for test in tests:
         if run.trained and test.row is run.row and not test.released:
             run.tests.append(test)
         else:
             origin = (test.row and test.row.recipe, test.checkpoint)
-            others.setdefault(origin, Run(folder / TESTS, test.config)).tests.append(test)
+            others.setdefault(origin, TrainingRun(folder / TESTS, test.config)).tests.append(test)
     return [*([run] if run.trained or run.problems else []), *others.values()]
 
 
-def _read_training(run: Run, start: Path) -> None:
+def _read_training(run: TrainingRun, start: Path) -> None:
     run.config = _read_config(run, start) or run.config
     run.written = datetime.fromtimestamp(max(file.stat().st_mtime for file in [start, *start.rglob('*')]))
-    processes = re.search(r'GPU number: (\d+)', read_text(start / f'{start.name}.log'))
+    processes = re.search(r'GPU number: (\d+)', read_log_text(start / f'{start.name}.log'))
     run.processes = int(processes[1]) if processes else run.processes
     if not (start / SCALARS).exists():
         run.problems.append(f'{start.name}: no log of any iteration')
@@ -187,14 +194,14 @@ def _read_training(run: Run, start: Path) -> None:
     run.starts.append((start, run.config))
     counts_epochs, lost = 'max_epochs' in (run.config.get('train_cfg') or {}), []
     for record in read_records(start / SCALARS, run.problems):
-        figures, step = figures_of(record), record.get('step', 0)
+        figures, step = to_paper_metrics(record), record.get('step', 0)
         lost += [f'{name} {value} at step {step}' for name, value in figures.items() if not math.isfinite(value)]
         if figures:  # what a resumed run does again replaces what it went back behind
             run.evaluations = {s: e for s, e in run.evaluations.items() if s < step} | {step: _finite(figures)}
         if counts_epochs:
             run.done = step if figures else max(run.done, record.get('epoch', 1) - 1)
         else:
-            run.done = step / accumulation_of(run.config)
+            run.done = step / accumulative_counts(run.config)
         if not math.isfinite(record.get('loss') or 0):
             lost.append(f'loss {record["loss"]} at step {step}')
     if lost:
@@ -204,7 +211,7 @@ def _read_training(run: Run, start: Path) -> None:
 def read_records(scalars: Path, problems: list[str]) -> Iterator[dict[str, float]]:
     """What was logged, line by line: numbers by their names. Lines that are cut short, and what is no number, are said
     in `problems`."""
-    for i, line in enumerate(read_text(scalars).splitlines(), 1):
+    for i, line in enumerate(read_log_text(scalars).splitlines(), 1):
         try:
             record = dict(json.loads(line))
         except (ValueError, TypeError, RecursionError):
@@ -229,10 +236,10 @@ def _is_number(value: object, counts: bool) -> bool:
     return 0 <= value < MAX_COUNT if counts else abs(value) < MAX_COUNT
 
 
-def _read_test(run: Run, start: Path) -> list[Test]:
+def _read_test(run: TrainingRun, start: Path) -> list[EvalRecord]:
     try:
-        found = json.loads(read_text(start / f'{start.name}.json'))
-        figures = figures_of({key: value for key, value in found.items() if _is_number(value, False)})
+        found = json.loads(read_log_text(start / f'{start.name}.json'))
+        figures = to_paper_metrics({key: value for key, value in found.items() if _is_number(value, False)})
         run.problems += [f'{start.name}: {name} {value}' for name, value in figures.items() if not math.isfinite(value)]
         figures = _finite(figures)
     except (ValueError, TypeError, AttributeError, RecursionError):
@@ -242,29 +249,29 @@ def _read_test(run: Run, start: Path) -> list[Test]:
     if 'module' in config.get('model', {}):  # a multi-scale test
         config.model = config.model.module
         figures = {f'{name} multi-scale': value for name, value in figures.items()}
-    return [Test(figures, config, Path(str(config.get('load_from'))).stem)]
+    return [EvalRecord(figures, config, Path(str(config.get('load_from'))).stem)]
 
 
-def _read_config(run: Run, start: Path) -> Config | None:
+def _read_config(run: TrainingRun, start: Path) -> Config | None:
     """The config of a start of a tool: our test's own, or the one that mmengine keeps beside its pictures."""
     file = next((f for f in (start / 'config.py', start / 'vis_data/config.py') if f.exists()), None)
     try:
-        config = file and read_dumped(read_text(file))
+        config = file and parse_config_literal(read_log_text(file))
     except UsageError:
         run.problems.append(f'{start.name}: config.py cannot be read')
         return None
-    strange = next((place for place, *_ in of_other_kinds(config, WRITTEN)), None) if config else None
+    strange = next((place for place, *_ in find_wrong_types(config, WRITTEN)), None) if config else None
     if strange:
         run.problems.append(f'{start.name}: config.py has no {strange} as mmengine writes it')
         return None
     return config
 
 
-def _check_last_checkpoint(run: Run) -> None:
+def _check_last_checkpoint(run: TrainingRun) -> None:
     pointer = run.folder / 'last_checkpoint'
     if not pointer.exists():
         return
-    name = Path(read_text(pointer).strip()).name  # the folder may have moved since
+    name = Path(read_log_text(pointer).strip()).name  # the folder may have moved since
     epoch = re.fullmatch(r'epoch_(\d+)\.pth', name)
     if epoch:
         run.done = max(run.done, int(epoch[1]))
@@ -272,6 +279,6 @@ def _check_last_checkpoint(run: Run) -> None:
         run.problems.append(f'{name or "last_checkpoint"} is missing')
         return
     try:
-        read(run.folder / name)
+        load_checkpoint(run.folder / name)
     except UsageError:
         run.problems.append(f'{name} cannot be read: half written or damaged')

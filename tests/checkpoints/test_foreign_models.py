@@ -10,12 +10,14 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from convnext_dense import ConvNeXt, UsageError, load_backbone
-from convnext_dense.checkpoints import read
-from convnext_dense.checkpoints.pretrained import source_of
+from convnext_dense import load_backbone
+from convnext_dense.checkpoints import load_checkpoint
+from convnext_dense.checkpoints.pretrained import naming_scheme_of
 from convnext_dense.config.resume import check_resume
 from convnext_dense.datasets import toy_shapes
-from convnext_dense.engine.build import build_runner
+from convnext_dense.engine.build import make_runner
+from convnext_dense.errors import UsageError
+from convnext_dense.models.convnext import ConvNeXt
 from helpers.foreign_weights import (
     DINOV3,
     MMPRETRAIN,
@@ -74,7 +76,7 @@ def renamed(weights: dict, library: str, prefix: str) -> dict:
 
 def loaded(config, file, strict) -> dict:
     config.load_from = str(file)
-    runner = build_runner(config, str(file) if strict else None)
+    runner = make_runner(config, str(file) if strict else None)
     runner.load_or_resume()
     return runner.model.state_dict()
 
@@ -208,7 +210,7 @@ def test_what_is_no_convnext_is_named_by_its_tensors(tmp_path):
 def test_the_state_of_another_backbones_optimizer_is_refused(tmp_path, config):
     weights = renamed(whole_model(config), MMPRETRAIN, 'backbone.')
     file = saved(tmp_path / 'w.pth', {'state_dict': weights, 'meta': {'epoch': 1, 'iter': 1}, 'optimizer': {}})
-    assert source_of(read(file), file) == 'mmpretrain'
+    assert naming_scheme_of(load_checkpoint(file), file) == 'mmpretrain'
     with pytest.raises(UsageError, match='a run of another ConvNeXt, in the names of mmpretrain.*load_from='):
         check_resume(config, str(file))
 

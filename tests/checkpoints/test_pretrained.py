@@ -12,9 +12,11 @@ from mmengine.model import PretrainedInit, Sequential
 from mmengine.registry import MODELS
 from mmengine.runner import save_checkpoint
 
-from convnext_dense import ConvNeXt, UsageError, load_backbone
-from convnext_dense.checkpoints import URLS, hub, io, read
-from convnext_dense.paper.results import ROWS
+from convnext_dense import load_backbone
+from convnext_dense.checkpoints import WEIGHT_URLS, hub, io, load_checkpoint
+from convnext_dense.errors import UsageError
+from convnext_dense.models.convnext import ConvNeXt
+from convnext_dense.paper.results import PAPER_RESULTS
 from helpers.paths import ROOT
 from helpers.weights import made_weights
 
@@ -109,22 +111,32 @@ def test_wrappers_prefixes_and_finished_detectors(tmp_path, wrap):
 
 
 def test_a_file_is_read_once_until_it_is_written_again(tmp_path, monkeypatch):
-    reads, read_anew = [], io._read
-    monkeypatch.setattr(io, '_read', lambda file: reads.append(file.name) or read_anew(file))
+    reads, read_anew = [], io._load_uncached
+    monkeypatch.setattr(io, '_load_uncached', lambda file: reads.append(file.name) or read_anew(file))
     file = tmp_path / 'w.pth'
     torch.save(dict(state_dict=dict(w=torch.zeros(5))), file)
-    first, own = read(file), read(str(file), mapped=False)
+    first, own = load_checkpoint(file), load_checkpoint(str(file), mapped=False)
     own['state_dict']['w'] += 1
-    assert not first['state_dict']['w'].any() and not read(file)['state_dict']['w'].any() and len(reads) == 1
+    assert not first['state_dict']['w'].any() and not load_checkpoint(file)['state_dict']['w'].any() and len(reads) == 1
     torch.save(dict(state_dict=dict(w=torch.full((5,), 2.0))), file)
-    assert (read(file)['state_dict']['w'] == 2).all() and (own['state_dict']['w'] == 1).all() and len(reads) == 2
+    assert (
+        (load_checkpoint(file)['state_dict']['w'] == 2).all()
+        and (own['state_dict']['w'] == 1).all()
+        and len(reads) == 2
+    )
     torch.save(dict(state_dict=dict(w=torch.ones(5))), tmp_path / 'v.pth')
-    assert (read(tmp_path / 'v.pth')['state_dict']['w'] == 1).all() and len(reads) == 3
+    assert (load_checkpoint(tmp_path / 'v.pth')['state_dict']['w'] == 1).all() and len(reads) == 3
     (tmp_path / 'v.pth').unlink()
     with pytest.raises(FileNotFoundError):
-        read(tmp_path / 'v.pth')
-    io.forget()
-    assert (read(file)['state_dict']['w'] == 2).all() and reads == ['w.pth', 'w.pth', 'v.pth', 'v.pth', 'w.pth']
+        load_checkpoint(tmp_path / 'v.pth')
+    io.clear_cache()
+    assert (load_checkpoint(file)['state_dict']['w'] == 2).all() and reads == [
+        'w.pth',
+        'w.pth',
+        'v.pth',
+        'v.pth',
+        'w.pth',
+    ]
 
 
 def test_output_norms_of_our_own_files_are_loaded(tmp_path):
@@ -197,10 +209,10 @@ def test_the_report_counts_all_that_is_ignored(tmp_path):
 
 
 def test_known_names():
-    assert {name: hub.locate(name) for name in URLS} == {Path(address).stem: address for address in ADDRESSES}
-    assert len(URLS) == len(ADDRESSES) == 63
-    assert {row.weights for row in ROWS} | {row.released for row in ROWS} <= set(URLS)
-    assert len({row.released for row in ROWS}) == 13
+    assert {name: hub.resolve(name) for name in WEIGHT_URLS} == {Path(address).stem: address for address in ADDRESSES}
+    assert len(WEIGHT_URLS) == len(ADDRESSES) == 63
+    assert {row.weights for row in PAPER_RESULTS} | {row.released for row in PAPER_RESULTS} <= set(WEIGHT_URLS)
+    assert len({row.released for row in PAPER_RESULTS}) == 13
 
 
 @pytest.mark.parametrize('address', ADDRESSES[::6], ids=lambda address: Path(address).stem)
@@ -222,7 +234,7 @@ def test_two_addresses_with_one_file_name_are_two_files(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     monkeypatch.setattr(hub, '_download', lambda url, target: Path(target).write_text(url))
     for url in ('https://one.org/epoch_12.pth', 'https://two.org/epoch_12.pth?download=1') * 2:
-        assert hub.fetch(url).read_text() == url and hub.fetch(url).suffix == '.pth'
+        assert hub.download(url).read_text() == url and hub.download(url).suffix == '.pth'
 
 
 def test_unreachable_address_says_the_way_out(tmp_path, monkeypatch):
@@ -233,7 +245,7 @@ def test_unreachable_address_says_the_way_out(tmp_path, monkeypatch):
 
 def test_recipes_name_known_weights():
     for path in (ROOT / 'configs').glob('[mcu]*/*.py'):
-        assert Config.fromfile(path).model.backbone.init_cfg.checkpoint in hub.URLS
+        assert Config.fromfile(path).model.backbone.init_cfg.checkpoint in hub.WEIGHT_URLS
 
 
 @pytest.mark.parametrize(
@@ -249,7 +261,7 @@ def test_no_checkpoint_at_all(tmp_path, content):
 @pytest.mark.parametrize('content, kind', [([torch.ones(2)], 'list'), (torch.ones(2), 'Tensor'), (3, 'int')])
 def test_a_file_without_a_dict_is_refused(tmp_path, content, kind):
     torch.save(content, tmp_path / 'w.pth')
-    for use in (read, lambda file: load_backbone(ConvNeXt(ARCH), file)):
+    for use in (load_checkpoint, lambda file: load_backbone(ConvNeXt(ARCH), file)):
         with pytest.raises(UsageError, match=f'w.pth holds a {kind}'):
             use(tmp_path / 'w.pth')
 
@@ -305,14 +317,14 @@ def one_allowed():
 
 def test_what_torch_reads_safely_is_the_same_after_a_file_is_read(tmp_path, one_allowed):
     torch.save({'a': torch.ones(2), 'b': Allowed(), 'c': HistoryBuffer([1.0], [1])}, tmp_path / 'w.pth')
-    assert set(read(tmp_path / 'w.pth')) == {'a', 'b', 'c'}
+    assert set(load_checkpoint(tmp_path / 'w.pth')) == {'a', 'b', 'c'}
     assert set(torch.serialization.get_safe_globals()) == {Allowed}
 
 
 def test_what_torch_reads_safely_is_the_same_after_a_file_is_refused(tmp_path, one_allowed):
     torch.save({'a': Bomb(open, str(tmp_path / 'ran'), 'w')}, tmp_path / 'w.pth')
     with pytest.raises(UsageError, match='safely'):
-        read(tmp_path / 'w.pth')
+        load_checkpoint(tmp_path / 'w.pth')
     assert set(torch.serialization.get_safe_globals()) == {Allowed}
 
 
@@ -327,7 +339,7 @@ def test_mmengines_own_checkpoints_are_read(tmp_path, numpy):
     with zipfile.ZipFile(tmp_path / 'saved.pth') as saved, zipfile.ZipFile(tmp_path / 'epoch_1.pth', 'w') as file:
         for record in saved.namelist():  # numpy writes the name of a module of its own, which numpy 2 gave another one
             file.writestr(record, re.sub(rb'numpy\._?core\.', numpy, saved.read(record)))
-    content = read(tmp_path / 'epoch_1.pth')
+    content = load_checkpoint(tmp_path / 'epoch_1.pth')
     assert content['state_dict']['a'].tolist() == [1, 1]
     scalars = content['message_hub']['log_scalars']
     assert scalars['loss'].data[0].tolist() == [1, 2] and scalars['last'] == 2

@@ -17,8 +17,8 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 
-from convnext_dense import UsageError
-from convnext_dense.checkpoints import read
+from convnext_dense.checkpoints import load_checkpoint
+from convnext_dense.errors import UsageError
 from helpers.paths import ROOT
 
 
@@ -128,7 +128,7 @@ ATTACKS = {
     ),
     'a class changed by its state': (
         name('argparse Namespace') + b'}' + text('a') + b'Nsb',
-        'sets the state of a Name',
+        'sets the state of a GlobalName',
     ),
     'a function changed by its state': (name('_codecs encode') + b'}' + text('call') + b'Nsb', 'sets the state'),
     'a sparse tensor': (name('torch._utils _rebuild_sparse_tensor'), 'sparse tensors: give dense ones'),
@@ -145,12 +145,12 @@ def test_what_a_pickle_asks_for_is_checked(tmp_path, attack):
     value, words = ATTACKS[attack]
     file = save(tmp_path / 'w.pth', value)
     if words is None:
-        meta = read(file)['meta']
+        meta = load_checkpoint(file)['meta']
         assert meta is None or list(meta.items()) == []
         return
     for mapped in (True, False):
         with pytest.raises(UsageError, match='cannot be read safely') as error:
-            read(file, mapped)
+            load_checkpoint(file, mapped)
         assert words in str(error.value) and '\n' not in str(error.value) and len(str(error.value)) < 600
 
 
@@ -162,7 +162,7 @@ def test_a_view_of_a_larger_tensor_stays_right(tmp_path):
     for legacy in (False, True):
         torch.save(views, tmp_path / 'w.pth', _use_new_zipfile_serialization=not legacy)
         for mapped in (True, False):
-            found = read(tmp_path / 'w.pth', mapped)
+            found = load_checkpoint(tmp_path / 'w.pth', mapped)
             assert all(torch.equal(found[key], views[key]) for key in views)
             assert type(found['parameter']) is torch.nn.Parameter and found['parameter'].requires_grad
 
@@ -215,7 +215,7 @@ def test_all_that_checkpoints_hold_is_read(tmp_path, legacy, protocol):
     file = tmp_path / 'w.pth'
     torch.save(everything(), file, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
     for mapped in (True, False):
-        found = read(file, mapped)
+        found = load_checkpoint(file, mapped)
         assert same(everything(), found)
         assert found['state_dict']._metadata == {'': {'version': 1}}
 
@@ -223,10 +223,10 @@ def test_all_that_checkpoints_hold_is_read(tmp_path, legacy, protocol):
 def test_the_last_protocol_of_pickles_is_read(tmp_path):
     content = {'state_dict': everything()['state_dict'], 'meta': {'epoch': 3, 'large': 2**3000, 'names': {'a', 'b'}}}
     torch.save(content, tmp_path / 'w.pth', pickle_protocol=5)
-    assert same(content, read(tmp_path / 'w.pth'))
+    assert same(content, load_checkpoint(tmp_path / 'w.pth'))
     torch.save({**content, 'array': np.ones(3)}, tmp_path / 'w.pth', pickle_protocol=5)
     with pytest.raises(UsageError, match=r"_frombuffer\): where you trust it: .*\['state_dict'\]"):
-        read(tmp_path / 'w.pth')
+        load_checkpoint(tmp_path / 'w.pth')
 
 
 def repacked(source: Path, target: Path, chosen=lambda entry: True, method=zipfile.ZIP_DEFLATED) -> Path:
@@ -251,7 +251,7 @@ def test_a_repacked_archive_holds_the_same(tmp_path, chosen):
     torch.save(everything(), tmp_path / 'saved.pth')
     file = repacked(tmp_path / 'saved.pth', tmp_path / 'w.pth', chosen)
     for mapped in (True, False):
-        assert same(everything(), read(file, mapped))
+        assert same(everything(), load_checkpoint(file, mapped))
 
 
 def test_an_archive_of_the_other_byte_order(tmp_path):
@@ -263,7 +263,7 @@ def test_an_archive_of_the_other_byte_order(tmp_path):
             content = b'big' if entry.filename.endswith('byteorder') else old.read(entry)
             size = sizes.get(entry.filename.split('/', 1)[1], 1)
             new.writestr(entry.filename, b''.join(content[i : i + size][::-1] for i in range(0, len(content), size)))
-    assert all(torch.equal(tensor, values[key]) for key, tensor in read(tmp_path / 'w.pth').items())
+    assert all(torch.equal(tensor, values[key]) for key, tensor in load_checkpoint(tmp_path / 'w.pth').items())
 
 
 @pytest.mark.parametrize('word', [b'little\n', b'middle', b''])
@@ -273,7 +273,7 @@ def test_an_archive_of_no_known_byte_order(tmp_path, word):
         for entry in old.infolist():
             new.writestr(entry.filename, word if entry.filename.endswith('byteorder') else old.read(entry))
     with pytest.raises(UsageError, match='neither little nor big'):
-        read(tmp_path / 'w.pth')
+        load_checkpoint(tmp_path / 'w.pth')
 
 
 def damaged(file: Path, change) -> Path:
@@ -311,34 +311,34 @@ HEADERS_THAT_LIE = {
 def test_an_archive_whose_headers_contradict_each_other(tmp_path, lie):
     file = damaged(save(tmp_path / 'w.pth', tensor(storage(4), 0, (4,), (1,))), HEADERS_THAT_LIE[lie])
     with pytest.raises(UsageError, match='cannot be read safely'):
-        read(file)
+        load_checkpoint(file)
 
 
 def test_archives_that_hold_something_else(tmp_path):
     with zipfile.ZipFile(tmp_path / 'other.pth', 'w') as archive:
         archive.writestr('weights.pth', b'')
     with pytest.raises(UsageError, match='zip archive of something else'):
-        read(tmp_path / 'other.pth')
+        load_checkpoint(tmp_path / 'other.pth')
     torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(str(tmp_path / 'traced.pth'))
     with pytest.raises(UsageError, match='TorchScript'):
-        read(tmp_path / 'traced.pth')
+        load_checkpoint(tmp_path / 'traced.pth')
     (tmp_path / 'plain.pth').write_bytes(pickle.dumps({'a': 1}, 2))
     with pytest.raises(UsageError, match='a pickle that torch.save did not write'):
-        read(tmp_path / 'plain.pth')
+        load_checkpoint(tmp_path / 'plain.pth')
     os.mkfifo(tmp_path / 'pipe.pth')
     with pytest.raises(UsageError, match='no regular file'):
-        read(tmp_path / 'pipe.pth')
+        load_checkpoint(tmp_path / 'pipe.pth')
 
 
 # Imports in the child alone, as a limit on memory has to come after what imports take.
 LIMITED = """
 import resource, sys
 from convnext_dense.errors import UsageError
-from convnext_dense.checkpoints.io import read
+from convnext_dense.checkpoints.io import load_checkpoint
 used = int(next(line for line in open('/proc/self/status') if line.startswith('VmSize')).split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]),) * 2)
 try:
-    read(sys.argv[1])
+    load_checkpoint(sys.argv[1])
 except UsageError as error:
     assert not isinstance(error.__cause__, MemoryError), error
     sys.exit(str(error))
@@ -464,7 +464,7 @@ def fuzz(folder: Path, first: int, last: int) -> None:
     torch.set_num_threads(1)
     files = small_files(folder)
     for file in files:  # all that is allocated once is there before the limit
-        touch(read(file), set())
+        touch(load_checkpoint(file), set())
     status = Path('/proc/self/status').read_text()
     used = int(next(line for line in status.splitlines() if line.startswith('VmSize')).split()[1]) * 1024
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**28,) * 2)
@@ -475,7 +475,7 @@ def fuzz(folder: Path, first: int, last: int) -> None:
         (folder / 'mutated').write_bytes(mutated_file(files[seed % len(files)], draw))
         signal.alarm(10)
         try:
-            found = read(folder / 'mutated', mapped=draw.random() < 0.5)
+            found = load_checkpoint(folder / 'mutated', mapped=draw.random() < 0.5)
         except UsageError as error:
             assert not isinstance(error.__cause__, MemoryError), (seed, error)
             assert len(str(error).splitlines()) == 1, (seed, error)

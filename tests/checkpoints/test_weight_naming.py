@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convnext_dense import ARCHS, ConvNeXt, UsageError, load_backbone
-from convnext_dense.checkpoints import hub, match, open_checkpoint, read
-from convnext_dense.checkpoints.convert import TARGETS, convert
-from convnext_dense.checkpoints.naming import FORMATS, recognise
+from convnext_dense import load_backbone
+from convnext_dense.checkpoints import hub, load_checkpoint, open_checkpoint, plan_load
+from convnext_dense.checkpoints.convert import EXPORT_FORMATS, convert
+from convnext_dense.checkpoints.naming import NAMING_SCHEMES, detect_scheme
+from convnext_dense.errors import UsageError
+from convnext_dense.models.convnext import ARCHS, ConvNeXt
 from helpers.foreign_weights import DINOV3, HEADLESS, TIMM, TRANSFORMERS, as_library, original_weights, saved
 from helpers.paths import ROOT
 from helpers.tools import one_line_error
@@ -48,7 +50,7 @@ def test_the_references_names_and_shapes(library):
     with torch.device('meta'):
         renamed = as_library({n: torch.empty(shape) for n, shape in tiny.items()}, library)
     assert {n: list(t.shape) for n, t in renamed.items()} == REFERENCE[library]
-    found = recognise(REFERENCE[library])
+    found = detect_scheme(REFERENCE[library])
     assert found.depths == (3, 3, 9, 3) and not found.unknown and not found.others
     assert set(found.names.values()) == {n for n in tiny if library not in HEADLESS or not n.startswith('head.')}
 
@@ -124,7 +126,7 @@ def test_v2_by_every_door(tmp_path):
         for ours, other in zip(expected, features(SMALL, file, grn=True)):
             assert torch.equal(ours, other)
         with pytest.raises(UsageError, match='is ConvNeXt V2'):
-            match(ConvNeXt(SMALL), file)
+            plan_load(ConvNeXt(SMALL), file)
 
 
 def test_dinov3_final_norm(tmp_path):
@@ -179,15 +181,15 @@ def test_containers(tmp_path):
             assert torch.equal(ours, other)
     (tmp_path / 'model-1.safetensors').unlink()
     with pytest.raises(UsageError, match='model-1.safetensors.*not beside it'):
-        read(tmp_path / 'model.safetensors.index.json')
+        load_checkpoint(tmp_path / 'model.safetensors.index.json')
     index['one.more'] = 'model-0.safetensors'
     save_file({n: weights[n] for n in names[1::2]}, tmp_path / 'model-1.safetensors')
     (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=index)))
     with pytest.raises(UsageError, match='one.more'):
-        read(tmp_path / 'model.safetensors.index.json')
+        load_checkpoint(tmp_path / 'model.safetensors.index.json')
     (tmp_path / 'x.index.json').write_text(json.dumps(dict(weight_map={'a': '../original.pth'})))
     with pytest.raises(UsageError, match='original.pth'):
-        read(tmp_path / 'x.index.json')
+        load_checkpoint(tmp_path / 'x.index.json')
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
@@ -272,7 +274,7 @@ STRANGERS = {
 def test_what_is_no_checkpoint_is_named(tmp_path, said):
     STRANGERS[said](tmp_path / 'w.pth')
     with pytest.raises(UsageError, match=said):
-        read(tmp_path / 'w.pth')
+        load_checkpoint(tmp_path / 'w.pth')
 
 
 def test_a_header_that_lies(tmp_path):
@@ -282,7 +284,7 @@ def test_a_header_that_lies(tmp_path):
     (tmp_path / 'v.safetensors').write_bytes((2**62).to_bytes(8, 'little') + lie)
     for name in ('w', 'v'):
         with pytest.raises(UsageError, match='cannot be read safely'):
-            read(tmp_path / f'{name}.safetensors')
+            load_checkpoint(tmp_path / f'{name}.safetensors')
 
 
 def attempt(file, expected, model=None) -> bool:
@@ -389,11 +391,11 @@ def test_conversions_go_round_without_loss(tmp_path, grn):
     (tmp_path / 'in').mkdir()
     first = saved(tmp_path / 'in/original.pth', {'model': weights})
     files = {'original': first}
-    for target in TARGETS:
+    for target in EXPORT_FORMATS:
         files[target] = tmp_path / f'{target}{".safetensors" if target == "safetensors" else ".pth"}'
         assert convert(first, files[target], target) == len(weights)
     for source, file in files.items():
-        for target in TARGETS:
+        for target in EXPORT_FORMATS:
             there, back = tmp_path / f'{source}-{target}.pth', tmp_path / f'{source}-{target}-back.pth'
             convert(file, there, target)
             convert(there, back, 'original')
@@ -430,7 +432,7 @@ def test_shards_hold_what_their_index_says(tmp_path):
     index = tmp_path / 'model.safetensors.index.json'
     index.write_text(json.dumps({'weight_map': dict.fromkeys('ab', 'one.safetensors') | {'c': 'two.safetensors'}}))
     with pytest.raises(UsageError, match=r'its shard two.safetensors do not hold the same tensors \(a\)'):
-        read(index)
+        load_checkpoint(index)
 
 
 def test_conversions_that_would_lose(tmp_path):
@@ -452,9 +454,9 @@ def test_conversions_that_would_lose(tmp_path):
 
 
 def test_keys_and_names_are_one_to_one():
-    assert len({f.key for f in FORMATS}) == len(FORMATS)
+    assert len({f.key for f in NAMING_SCHEMES}) == len(NAMING_SCHEMES)
     weights = original_weights(SMALL) | original_weights(SMALL, grn=True)
-    for source in FORMATS:
+    for source in NAMING_SCHEMES:
         names = [source.name(n) for n in weights]
         assert len(set(names) - {None}) == len([n for n in names if n])
 
@@ -488,14 +490,14 @@ def server(tmp_path, monkeypatch):
 def test_a_download(server):
     url = f'{server.address}/convnext.pth'
     load_backbone(ConvNeXt(SMALL), url)
-    file = hub.fetch(url)
+    file = hub.download(url)
     assert file.read_bytes() == server.content and server.asked == 1
     assert {f.name for f in file.parent.iterdir()} == {file.name, f'.{file.name}.lock'}  # no part is left
 
 
 def test_who_else_wants_it_waits(server):
     files = []
-    threads = [threading.Thread(target=lambda: files.append(hub.fetch(f'{server.address}/w.pth'))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: files.append(hub.download(f'{server.address}/w.pth'))) for _ in range(4)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert server.asked == 1 and len(set(files)) == 1
@@ -505,25 +507,25 @@ def test_who_else_wants_it_waits(server):
 def test_a_broken_download_leaves_nothing(server, tmp_path, name, said, word):
     server.said = said
     with pytest.raises(UsageError, match=rf'cannot download {server.address}/{name} .*{word}.* put it at'):
-        hub.fetch(f'{server.address}/{name}')
+        hub.download(f'{server.address}/{name}')
     assert [f for f in (tmp_path / 'hub').rglob('*') if f.is_file() and not f.name.endswith('.lock')] == []
 
 
 def test_a_date_in_the_name_is_no_hash(server):
-    assert hub.fetch(f'{server.address}/upernet-20240131.pth').exists()
+    assert hub.download(f'{server.address}/upernet-20240131.pth').exists()
 
 
 def test_a_hash_in_the_name_is_checked(server):
     import hashlib
 
     mark = hashlib.sha256(server.content).hexdigest()[:8]
-    assert hub.fetch(f'{server.address}/w-{mark}.pth').exists()
+    assert hub.download(f'{server.address}/w-{mark}.pth').exists()
 
 
 def test_weights_of_others_are_not_fetched():
-    name = next(name for name in hub.KNOWN if name.startswith('dinov3'))
+    name = next(name for name in hub.WEIGHTS if name.startswith('dinov3'))
     with pytest.raises(UsageError, match='ask at https://ai.meta.com'):
-        hub.fetch(name)
+        hub.download(name)
 
 
 def test_the_tool(run_tool, tmp_path):
@@ -545,5 +547,5 @@ def test_the_tool(run_tool, tmp_path):
     one_line_error(run_tool('weights.py', 'convert', 'w.pth', 'w.pth', '--to', 'ours'), 'exists already')
     one_line_error(run_tool('weights.py', 'inspect', 'gone.pth'), 'gone.pth')
     process = run_tool('weights.py', 'list')
-    assert process.returncode == 0 and len(process.stdout.splitlines()) == 1 + len(hub.KNOWN)
-    assert {line.split()[0] for line in process.stdout.splitlines()[1:]} == set(hub.KNOWN)
+    assert process.returncode == 0 and len(process.stdout.splitlines()) == 1 + len(hub.WEIGHTS)
+    assert {line.split()[0] for line in process.stdout.splitlines()[1:]} == set(hub.WEIGHTS)

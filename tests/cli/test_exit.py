@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from convnext_dense import UsageError
-from convnext_dense.cli.exit import MAX_LINE, _ending, printable
-from convnext_dense.config.load import config_path, load_config
-from convnext_dense.config.preflight import _is_first_process, check_launcher, check_levels
+from convnext_dense.cli.exit import MAX_MESSAGE_CHARS, _message_and_code, printable
+from convnext_dense.config.load import load_config, resolve_config_path
+from convnext_dense.config.preflight import check_launcher, check_levels, is_rank0
 from convnext_dense.datasets import toy_shapes
-from convnext_dense.engine.resume import moved
-from convnext_dense.engine.work_dir_lock import hold
+from convnext_dense.engine.resume import convert_progress
+from convnext_dense.engine.work_dir_lock import lock_work_dir
+from convnext_dense.errors import UsageError
 from convnext_dense.ops import dispatch
 from helpers.paths import ROOT
 from helpers.tools import one_line_error
@@ -82,7 +82,7 @@ def test_what_ends_in_a_line(error, code, words):
     try:
         exec(raising, {'error': error, '__name__': 'convnext_dense.errors'})
     except BaseException as raised:
-        ending = _ending(raised.with_traceback(raised.__traceback__.tb_next))
+        ending = _message_and_code(raised.with_traceback(raised.__traceback__.tb_next))
     if code is None:
         assert ending is None
     else:
@@ -92,7 +92,10 @@ def test_what_ends_in_a_line(error, code, words):
 def test_text_for_a_terminal():
     assert printable('a\x1b[31mred\x07 \udce9 b\ttab\u202e') == 'a\\x1b[31mred\\x07 \\udce9 b\\ttab\\u202e'
     assert printable('größe 図.png') == 'größe 図.png'
-    assert len(printable('x' * 10**6)) < MAX_LINE and printable('x' * MAX_LINE) == 'x' * MAX_LINE
+    assert (
+        len(printable('x' * 10**6)) < MAX_MESSAGE_CHARS
+        and printable('x' * MAX_MESSAGE_CHARS) == 'x' * MAX_MESSAGE_CHARS
+    )
 
 
 IMPORTS = """
@@ -241,14 +244,16 @@ def test_a_python_without_the_environment_is_one_line(tmp_path, tool):
 
 
 def test_a_config_of_a_package_by_its_name(run_tool):
-    assert Path(config_path('convnext_dense::cascade/convnext_t.py')).samefile(ROOT / 'configs/cascade/convnext_t.py')
-    assert 'rtmdet' in config_path('mmdet::rtmdet/rtmdet_l_8xb32-300e_coco.py')
+    assert Path(resolve_config_path('convnext_dense::cascade/convnext_t.py')).samefile(
+        ROOT / 'configs/cascade/convnext_t.py'
+    )
+    assert 'rtmdet' in resolve_config_path('mmdet::rtmdet/rtmdet_l_8xb32-300e_coco.py')
     for name, words in {
         'nowhere::a/b.py': "no package 'nowhere'",
         'mmdet::a/b.py': "no config 'mmdet::a/b.py'",
     }.items():
         with pytest.raises(UsageError, match=words):
-            config_path(name)
+            resolve_config_path(name)
     process = run_tool('complexity.py', 'convnext_dense::mask_rcnn/convnext_t.py')
     assert process.returncode == 0 and '48,095,376' in process.stdout
 
@@ -279,7 +284,7 @@ def test_files_that_are_no_configs(name, text, words, tmp_path):
         load_config(str(tmp_path / name), {})
     assert name in str(error.value) and '\n' not in str(error.value)
     with pytest.raises(UsageError, match="no config '../x::y.py'"):
-        config_path('../x::y.py')
+        resolve_config_path('../x::y.py')
 
 
 def test_levels_that_do_not_agree(run_tool, tmp_path):
@@ -303,9 +308,9 @@ def test_launchers(monkeypatch):
     check_launcher(Config(), 'none')
     for variable in ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'):
         monkeypatch.delenv('RANK', raising=False)
-        assert _is_first_process()
+        assert is_rank0()
         monkeypatch.setenv(variable, '1')
-        assert not _is_first_process()
+        assert not is_rank0()
         monkeypatch.delenv(variable)
 
 
@@ -330,14 +335,19 @@ def test_a_second_run_in_a_work_dir_is_refused(start_tool, run_tool, tmp_path, d
     finally:
         os.kill(first.pid, signal.SIGKILL)
         first.wait()
-    hold(tmp_path / 'run')  # free again at once
+    lock_work_dir(tmp_path / 'run')  # free again at once
     assert re.match(rf'process {os.getpid()} on ', (tmp_path / 'run/.lock').read_text())
 
 
 def test_another_order_of_the_data_is_said():
     layout = dict(processes=1, images=2, accumulation=1, batches=8, samples=16)
     here = {**layout, 'order': 'a'}
-    assert moved(1, 8, here, {**layout, 'order': 'b'}, True)[1].startswith('the training data are in another order')
-    assert moved(1, 8, here, here, True) == (8, None) and moved(1, 8, layout, here, True) == (8, None)
-    line = moved(1, 8, here, {**layout, 'order': 'b', 'processes': 2, 'images': 1}, True)[1]
+    assert convert_progress(1, 8, here, {**layout, 'order': 'b'}, True)[1].startswith(
+        'the training data are in another order'
+    )
+    assert convert_progress(1, 8, here, here, True) == (8, None) and convert_progress(1, 8, layout, here, True) == (
+        8,
+        None,
+    )
+    line = convert_progress(1, 8, here, {**layout, 'order': 'b', 'processes': 2, 'images': 1}, True)[1]
     assert 'the same total batch' in line and 'another order' in line

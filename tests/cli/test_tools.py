@@ -17,8 +17,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 
-from convnext_dense.checkpoints import read
-from convnext_dense.cli.prepare import summary
+from convnext_dense.checkpoints import load_checkpoint
+from convnext_dense.cli.prepare import format_metrics
 from convnext_dense.config import preflight
 from convnext_dense.errors import UsageError
 from convnext_dense.paper.work_dirs import read_runs
@@ -284,12 +284,12 @@ def test_a_killed_run_goes_on_from_mmengines_own_checkpoint(run_tool, data, tmp_
     assert process.returncode == -signal.SIGKILL, process.stderr[-3000:]
     with pytest.raises(pickle.UnpicklingError, match='HistoryBuffer'):
         torch.load(tmp_path / 'run/iter_3.pth', weights_only=True)
-    before = read(tmp_path / 'run/iter_3.pth')['message_hub']['log_scalars']['train/loss'].data[0]
+    before = load_checkpoint(tmp_path / 'run/iter_3.pth')['message_hub']['log_scalars']['train/loss'].data[0]
 
     process = run_tool(*train, 'custom_hooks=[]', '--resume', **env)
     assert process.returncode == 0, process.stderr[-3000:]
     assert 'resumed epoch: 0, iter: 3' in process.stdout + process.stderr
-    after = read(tmp_path / 'run/iter_6.pth')
+    after = load_checkpoint(tmp_path / 'run/iter_6.pth')
     assert after['meta']['iter'] == after['optimizer']['state'][0]['step'] == 6
     history = after['message_hub']['log_scalars']['train/loss'].data[0]
     assert len(history) == 6 and len(before) == 3 and (history[:3] == before).all()
@@ -394,9 +394,9 @@ def test_upernet_predicts_what_a_plain_slide_loop_predicts(run_tool, tmp_path):
             assert len(np.unique(expected)) > 3
 
 
-@pytest.mark.parametrize('line', preflight.LINES)
+@pytest.mark.parametrize('line', preflight.OPENMMLAB_DISTS)
 def test_what_is_missing_is_named_with_the_way_out_of_the_line_that_is_there(monkeypatch, line):
-    extra, mmcv = preflight.LINES[line]
+    extra, mmcv = preflight.OPENMMLAB_DISTS[line]
     monkeypatch.setattr(preflight, '_is_installed', lambda name: name == line)
     monkeypatch.setitem(sys.modules, 'mmcv._ext', None)
     with pytest.raises(UsageError, match=f'pip install --no-build-isolation.* {mmcv}$') as error:
@@ -417,9 +417,11 @@ def test_both_lines_of_openmmlab_in_one_environment_are_refused(monkeypatch):
 
 def test_summary():
     metrics = {f'coco/{kind}_mAP{at}': 0.25 for kind in ('bbox', 'segm') for at in ('', '_50', '_75')}
-    assert summary(metrics).startswith('box AP 25.0  box AP50 25.0') and 'mask AP50 25.0' in summary(metrics)
-    assert summary({'mIoU': 46.0, 'mAcc': 57.0, 'aAcc': 82.0}).startswith('mIoU 46.00')
-    assert summary({'other/score': 1.0}) == 'other/score 1.0'
+    assert format_metrics(metrics).startswith('box AP 25.0  box AP50 25.0') and 'mask AP50 25.0' in format_metrics(
+        metrics
+    )
+    assert format_metrics({'mIoU': 46.0, 'mAcc': 57.0, 'aAcc': 82.0}).startswith('mIoU 46.00')
+    assert format_metrics({'other/score': 1.0}) == 'other/score 1.0'
 
 
 @pytest.mark.parametrize('library', ['mmdet', 'mmseg'])

@@ -12,13 +12,14 @@ from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner
 
-from convnext_dense import ConvNeXt, UsageError
-from convnext_dense.config.batch_size import check_same_accumulation, fit_batch, set_total_batch
-from convnext_dense.config.inputs import set_inputs
-from convnext_dense.config.launch import n_processes
-from convnext_dense.config.literal import read_dumped
-from convnext_dense.config.schedule import set_length
+from convnext_dense.config.batch_size import check_accumulation_unchanged, choose_batch, scale_batch
+from convnext_dense.config.inputs import adapt_input_channels
+from convnext_dense.config.launch import world_size_from_env
+from convnext_dense.config.literal import parse_config_literal
+from convnext_dense.config.schedule import scale_schedule
 from convnext_dense.datasets import toy_shapes
+from convnext_dense.errors import UsageError
+from convnext_dense.models.convnext import ConvNeXt
 from helpers.paths import ROOT
 from helpers.processes import WITHOUT_WORKERS
 from helpers.recipes import load, lrs_over_iterations
@@ -37,7 +38,7 @@ from helpers.tools import one_line_error
 )  # fmt: skip
 def test_images_and_accumulation(processes, images, expected):
     n, k = expected
-    assert fit_batch(processes, images, 16) == expected
+    assert choose_batch(processes, images, 16) == expected
     nearest = min(abs(processes * i * j - 16) for i in range(1, images + 1) for j in range(1, 17))
     assert abs(processes * n * k - 16) == nearest
 
@@ -45,14 +46,14 @@ def test_images_and_accumulation(processes, images, expected):
 def test_eight_gpus_leave_the_recipe_as_it_is():
     for name in ('cascade/convnext_t', 'upernet/convnext_t'):
         config, untouched = load(name), load(name)
-        assert set_total_batch(config, 8) == ('total batch 16 = 8 processes x 2 images a batch', False)
+        assert scale_batch(config, 8) == ('total batch 16 = 8 processes x 2 images a batch', False)
         assert config.to_dict() == untouched.to_dict()
 
 
 def test_every_count_of_iterations_moves():
     config = load('upernet/convnext_t')
     config.train_cfg.dynamic_intervals = [(100_000, 8_000)]
-    line, warn = set_total_batch(config, 2)
+    line, warn = scale_batch(config, 2)
     assert config.train_dataloader.batch_size == 2 and config.optim_wrapper.accumulative_counts == 4
     assert config.train_cfg.max_iters == 640_000 and config.train_cfg.val_interval == 64_000
     assert config.train_cfg.dynamic_intervals == [(400_000, 32_000)]
@@ -61,37 +62,37 @@ def test_every_count_of_iterations_moves():
     assert not warn and '640000 iterations are 160000 updates' in line and 'batch norm sees 4 images at a time' in line
 
     config = load('cascade/convnext_t')
-    line, warn = set_total_batch(config, 1)
+    line, warn = scale_batch(config, 1)
     assert config.train_cfg == load('cascade/convnext_t').train_cfg and config.default_hooks.checkpoint.interval == 1
     assert not warn and 'total batch 16 = 1 process x 2 images a batch x 8 batches' in line and 'batch norm' in line
-    assert 'batch norm' not in set_total_batch(load('mask_rcnn/convnext_t'), 1)[0]
+    assert 'batch norm' not in scale_batch(load('mask_rcnn/convnext_t'), 1)[0]
 
 
 def test_what_does_not_divide_is_a_warning_with_both_figures():
-    line, warn = set_total_batch(load('mask_rcnn/convnext_t'), 3)
+    line, warn = scale_batch(load('mask_rcnn/convnext_t'), 3)
     assert warn and 'total batch 15 = 3 processes x 1 images' in line and "recipe's is 16" in line
 
 
 def test_left_alone():
     config = load('cascade/convnext_t')
-    line, warn = set_total_batch(config, 1, as_is=True)
+    line, warn = scale_batch(config, 1, as_is=True)
     assert warn and 'total batch 2 ' in line and "recipe's is 16" in line
     assert config.to_dict() == load('cascade/convnext_t').to_dict()
     config.optim_wrapper.accumulative_counts = 8  # the user's own
-    assert set_total_batch(config, 1) == (
+    assert scale_batch(config, 1) == (
         'total batch 16 = 1 process x 2 images a batch x 8 batches added up for an update'
         '; batch norm sees 2 images at a time, 16 in the recipe',
         False,
     )
-    assert set_total_batch(load('demo/upernet'), 4) is None
+    assert scale_batch(load('demo/upernet'), 4) is None
 
 
 def test_a_schedule_that_cannot_move():
     config = load('cascade/convnext_t')
     config.param_scheduler[1].convert_to_iter_based = True
     with pytest.raises(UsageError, match='MultiStepLR with convert_to_iter_based'):
-        set_total_batch(config, 1)
-    set_total_batch(config, 8)
+        scale_batch(config, 1)
+    scale_batch(config, 8)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_a_schedule_that_cannot_move():
 )
 def test_number_of_processes(launcher, name, monkeypatch):
     monkeypatch.setenv(name, '6')
-    assert (n_processes(launcher), n_processes('none')) == (6, 1)
+    assert (world_size_from_env(launcher), world_size_from_env('none')) == (6, 1)
 
 
 @MODELS.register_module()
@@ -128,7 +129,7 @@ class NumberedImages(torch.utils.data.Dataset):
 def train(folder: str, counted: str, images: int, processes: int) -> dict:
     """The weights at the end and the lr of the first group at every update."""
     config = run_config(counted, images)
-    set_total_batch(config, processes)
+    scale_batch(config, processes)
     config.launcher = 'pytorch' if processes > 1 else 'none'
     config.work_dir = folder
     runner = Runner.from_cfg(config)
@@ -172,12 +173,12 @@ def test_resume_under_another_accumulation_is_refused(tmp_path):
     train(folder, 'iterations', 2, 1)
     meta = torch.load(tmp_path / 'run/iter_14.pth', weights_only=False)['meta']
     same, other = run_config('iterations', 2), run_config('iterations', 1)
-    set_total_batch(same, 1)
-    set_total_batch(other, 1)
-    check_same_accumulation(same, meta, 'iter_14.pth')
+    scale_batch(same, 1)
+    scale_batch(other, 1)
+    check_accumulation_unchanged(same, meta, 'iter_14.pth')
     with pytest.raises(UsageError, match=r'iter_14.pth .* added up 2 .* adds up 4'):
-        check_same_accumulation(other, meta, 'iter_14.pth')
-    check_same_accumulation(run_config('iterations', 4), {}, 'a checkpoint of another origin')
+        check_accumulation_unchanged(other, meta, 'iter_14.pth')
+    check_accumulation_unchanged(run_config('iterations', 4), {}, 'a checkpoint of another origin')
 
 
 def test_by_the_tool(run_tool, tmp_path):
@@ -204,23 +205,23 @@ def test_by_the_tool(run_tool, tmp_path):
 @pytest.mark.parametrize('name', ['mask_rcnn/convnext_t', 'upernet/convnext_t'])
 def test_grey_images(name):
     config = load(name)
-    assert set_inputs(config) is None and config.to_dict() == load(name).to_dict()
+    assert adapt_input_channels(config) is None and config.to_dict() == load(name).to_dict()
     config.model.backbone.in_channels = 1
-    assert '1 input channel: read as grey' in set_inputs(config)
+    assert '1 input channel: read as grey' in adapt_input_channels(config)
     preprocessor = config.model.data_preprocessor
     assert preprocessor.mean == [pytest.approx((123.675 + 116.28 + 103.53) / 3)] and not preprocessor.bgr_to_rgb
     for split in ('train', 'val', 'test'):
         pipeline = config[f'{split}_dataloader'].dataset.pipeline
         assert pipeline[0] == dict(type='LoadImageFromFile', color_type='grayscale')
         assert 'PhotoMetricDistortion' not in str(pipeline)
-    assert set_inputs(config) is None  # once is enough
+    assert adapt_input_channels(config) is None  # once is enough
 
 
 @pytest.mark.parametrize('name', ['mask_rcnn/convnext_t', 'upernet/convnext_t'])
 def test_more_channels_than_rgb(name):
     config = load(name)
     config.model.backbone.in_channels = 4
-    assert '4 input channels: read as they are' in set_inputs(config)
+    assert '4 input channels: read as they are' in adapt_input_channels(config)
     assert config.model.data_preprocessor.std == [pytest.approx((58.395 + 57.12 + 57.375) / 3)]
     assert config.train_dataloader.dataset.pipeline[0].color_type == 'unchanged'
 
@@ -243,8 +244,8 @@ def test_other_inputs_train_and_test(run_tool, tmp_path, task, in_channels):
 
 def test_another_length_of_a_detector():
     config = load('cascade/convnext_t')
-    assert set_length(config) is None and config.to_dict() == load('cascade/convnext_t').to_dict()
-    assert '12 epochs instead of 36' in set_length(config, epochs=12)
+    assert scale_schedule(config) is None and config.to_dict() == load('cascade/convnext_t').to_dict()
+    assert '12 epochs instead of 36' in scale_schedule(config, epochs=12)
     assert config.train_cfg == dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=1)
     warmup, steps = config.param_scheduler
     assert warmup.end == 1 + round(500 / 3) and (steps.milestones, steps.end) == ([9, 11], 12)
@@ -254,7 +255,7 @@ def test_another_length_of_a_detector():
 @pytest.mark.parametrize('iters', [20_000, 80_000, 320_000])
 def test_another_length_of_a_segmentor_has_the_papers_curve(iters):
     config, paper = load('upernet/convnext_t'), load('upernet/convnext_t')
-    set_length(config, iters=iters)
+    scale_schedule(config, iters=iters)
     assert config.train_cfg.max_iters == iters
     assert config.train_cfg.val_interval == config.default_hooks.checkpoint.interval == iters // 10
     shares = [0, 0.005, 0.01, 0.25, 0.5, 0.9]
@@ -265,8 +266,8 @@ def test_another_length_of_a_segmentor_has_the_papers_curve(iters):
 
 def test_a_fitted_length_on_fewer_gpus():
     config = load('upernet/convnext_t')
-    set_length(config, iters=40_000)
-    set_total_batch(config, 2)
+    scale_schedule(config, iters=40_000)
+    scale_batch(config, 2)
     assert config.train_cfg.max_iters == 160_000 and config.optim_wrapper.accumulative_counts == 4
     assert config.param_scheduler[1].end == 40_001  # steps at updates
 
@@ -281,12 +282,12 @@ def test_a_fitted_length_on_fewer_gpus():
 )
 def test_lengths_that_cannot_be(name, length, words):
     with pytest.raises(UsageError, match=words):
-        set_length(load(name), **length)
+        scale_schedule(load(name), **length)
 
 
 def test_very_short_trainings_keep_their_order():
     config = load('mask_rcnn/convnext_t')
-    set_length(config, epochs=1)
+    scale_schedule(config, epochs=1)
     warmup, steps = config.param_scheduler
     assert warmup.end == 1 + round(500 / 36) and steps.milestones == [1] and steps.end == 1
 
@@ -294,9 +295,9 @@ def test_very_short_trainings_keep_their_order():
 @pytest.mark.parametrize('name', ['cascade/convnext_l_in22k', 'upernet/convnext_t', 'demo/mask_rcnn'])
 def test_a_dumped_config_is_read_without_running_it(name):
     config = load(name)
-    assert read_dumped(config.pretty_text).to_dict() == Config.fromstring(config.pretty_text, '.py').to_dict()
+    assert parse_config_literal(config.pretty_text).to_dict() == Config.fromstring(config.pretty_text, '.py').to_dict()
     odd = Config(dict(a={'b.c': 1, 2: (1,)}, d=[-1.5, float('inf'), None, {1}], e='x', f=dict()))
-    assert read_dumped(odd.pretty_text).to_dict() == odd.to_dict()
+    assert parse_config_literal(odd.pretty_text).to_dict() == odd.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -312,21 +313,21 @@ def test_a_dumped_config_is_read_without_running_it(name):
 )
 def test_a_dumped_config_that_is_a_program(text):
     with pytest.raises(UsageError, match='not plain data'):
-        read_dumped(text)
+        parse_config_literal(text)
 
 
 def test_batch_norm_of_one_image_is_refused():
     config = load('upernet/convnext_t')
     config.train_dataloader.batch_size = 1
     with pytest.raises(UsageError, match='two images at a time'):
-        set_total_batch(config, 1)
-    set_total_batch(config, 2)
+        scale_batch(config, 1)
+    scale_batch(config, 2)
 
 
 def test_a_config_without_hooks_and_one_with_an_average():
     config = Config(dict(model={}, total_batch=4, train_dataloader=dict(batch_size=2), train_cfg=dict(max_iters=10)))
     config.optim_wrapper = dict(optimizer=dict(type='SGD', lr=1.0))
     config.custom_hooks = [dict(type='EMAHook', begin_iter=3), dict(type='NumClassCheckHook')]
-    set_total_batch(config, 1)
+    scale_batch(config, 1)
     assert config.default_hooks == dict(param_scheduler=dict(type='UpdateParamSchedulerHook'))
     assert config.custom_hooks == [dict(type='EMAHook', begin_iter=6, interval=2), dict(type='NumClassCheckHook')]

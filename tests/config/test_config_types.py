@@ -19,23 +19,24 @@ from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS, TRANSFORMS, init_default_scope
 
-from convnext_dense import ConvNeXt, UsageError
-from convnext_dense.config.batch_size import set_total_batch
-from convnext_dense.config.hooks import set_keep
-from convnext_dense.config.inputs import set_inputs
-from convnext_dense.config.outputs import set_out
+from convnext_dense.config.batch_size import scale_batch
+from convnext_dense.config.hooks import set_checkpoint_retention
+from convnext_dense.config.inputs import adapt_input_channels
+from convnext_dense.config.outputs import set_prediction_output
 from convnext_dense.config.precision import set_precision
 from convnext_dense.config.preflight import check_backbones
-from convnext_dense.config.recipe import precision_of
-from convnext_dense.config.tree import dicts_in
+from convnext_dense.config.recipe import training_precision
+from convnext_dense.config.tree import iter_dicts
 from convnext_dense.datasets import toy_shapes
-from convnext_dense.datasets.configure import fill, set_classes
-from convnext_dense.datasets.custom import Request, check_classes, set_data
+from convnext_dense.datasets.configure import apply_dataset, set_num_classes
+from convnext_dense.datasets.custom import DatasetRequest, apply_custom_data, check_classes
 from convnext_dense.datasets.diagnostics import Report
 from convnext_dense.datasets.image_sizes import limits_of
-from convnext_dense.datasets.request import Data
-from convnext_dense.engine.runner import _host_name
-from convnext_dense.paper.results import row_of
+from convnext_dense.datasets.request import CheckedDataset
+from convnext_dense.engine.runner import _mmengine_class_name
+from convnext_dense.errors import UsageError
+from convnext_dense.models.convnext import ConvNeXt
+from convnext_dense.paper.results import find_paper_result
 from convnext_dense.type_names import class_of, is_type, short_name
 from helpers.paths import ROOT
 from helpers.tools import one_line_error
@@ -91,9 +92,10 @@ def test_names_of_types():
     assert class_of('NoSuchThing') is None and not is_type('NoSuchThing', METRICS, 'CocoMetric')
     assert is_type('CocoMetric', HOOKS, 'CocoMetric')  # by its name where it is not registered
     for kind in ('CheckpointHook', 'mmengine.CheckpointHook', CheckpointHook):
-        assert _host_name(kind) == 'CheckpointHook'
+        assert _mmengine_class_name(kind) == 'CheckpointHook'
     assert (
-        _host_name('mmengine.IterBasedTrainLoop') == 'IterBasedTrainLoop' and _host_name('YOLOXModeSwitchHook') is None
+        _mmengine_class_name('mmengine.IterBasedTrainLoop') == 'IterBasedTrainLoop'
+        and _mmengine_class_name('YOLOXModeSwitchHook') is None
     )
 
 
@@ -119,7 +121,7 @@ def test_own_data_reach_what_is_written_otherwise(drawn, tmp_path, monkeypatch, 
     config.test_evaluator = [dict(type=metric, metric=['bbox', 'segm'], ann_file='theirs.json')]
     if not masks:
         monkeypatch.setattr('convnext_dense.datasets.check_coco.has_masks', lambda *args: False)
-    set_data(config, Request(str(drawn)))
+    apply_custom_data(config, DatasetRequest(str(drawn)))
     for evaluator, split in ((config.val_evaluator, 'val'), (config.test_evaluator[0], 'val')):
         assert evaluator.ann_file == str(tmp_path / f'run/data/{split}.json')
         assert list(evaluator.metric) == (['bbox', 'segm'] if masks else ['bbox'])
@@ -136,27 +138,28 @@ def test_commands_know_types_however_they_are_written():
         with pytest.raises(UsageError, match='mixed precision .* needs a GPU'):
             set_precision(config, None)
     assert (
-        precision_of(Config(dict(optim_wrapper=dict(type='mmengine.AmpOptimWrapper', dtype='bfloat16')))) == 'bfloat16'
+        training_precision(Config(dict(optim_wrapper=dict(type='mmengine.AmpOptimWrapper', dtype='bfloat16'))))
+        == 'bfloat16'
     )
     for kind in ('mmdet.CocoMetric', CocoMetric, 'BoxMetric'):
         config = load('demo/mask_rcnn')
         config.val_evaluator = dict(type=kind, metric='bbox')
-        set_keep(config, 2)
+        set_checkpoint_retention(config, 2)
         assert config.default_hooks.checkpoint.save_best == 'coco/bbox_mAP'
     config = load('demo/upernet')
     config.test_evaluator = [dict(type='mmengine.DumpResults', out_file_path='x.pkl'), dict(type='mmseg.IoUMetric')]
-    set_out(config, 'maps')
+    set_prediction_output(config, 'maps')
     assert config.test_evaluator[1].output_dir == 'maps' and 'output_dir' not in config.test_evaluator[0]
     config = load('cascade/convnext_t')
     config.model.roi_head.bbox_head[0].norm_cfg.type = 'mmcv.SyncBN'
     config.model.roi_head.bbox_head = config.model.roi_head.bbox_head[:1]
     config.custom_hooks = [dict(type=EMAHook)]
-    assert 'batch norm sees 2 images' in set_total_batch(config, 1)[0] and config.custom_hooks[0].interval == 8
+    assert 'batch norm sees 2 images' in scale_batch(config, 1)[0] and config.custom_hooks[0].interval == 8
     config = load('demo/upernet')
     config.train_dataloader.dataset.pipeline[0].type = LoadImageFromFile
     config.train_dataloader.dataset.pipeline[5].type = 'mmseg.PhotoMetricDistortion'
     config.model.backbone.in_channels = 1
-    set_inputs(config)
+    adapt_input_channels(config)
     assert config.train_dataloader.dataset.pipeline[0].color_type == 'grayscale'
     assert 'PhotoMetric' not in str(config.train_dataloader)
 
@@ -172,12 +175,12 @@ def test_a_backbone_derived_from_ours_is_checked():
 
 def test_a_row_of_the_paper_however_its_types_are_written():
     config = load('cascade/convnext_t')
-    row = row_of(config)
+    row = find_paper_result(config)
     config.model.type, config.train_dataloader.dataset.type = 'mmdet.CascadeRCNN', CocoDataset
     config.val_evaluator.type = PATH
-    assert row is not None and row_of(config) is row
+    assert row is not None and find_paper_result(config) is row
     config.model.type = 'mmpretrain.CascadeRCNN'
-    assert row_of(config) is None
+    assert find_paper_result(config) is None
 
 
 # ---- data sets within others ----------------------------------------------------------------------------------------
@@ -201,7 +204,7 @@ def test_a_wrapper_keeps_its_meaning(drawn, tmp_path, monkeypatch, wrapper):
     monkeypatch.chdir(tmp_path)
     settings, n = WRAPPERS[wrapper]
     config = wrapped(load('demo/mask_rcnn'), **settings)
-    set_data(config, Request(str(drawn)))
+    apply_custom_data(config, DatasetRequest(str(drawn)))
     dataset = DATASETS.build(config.train_dataloader.dataset)
     assert len(dataset) == n and type(dataset).__name__ == short_name(settings['type']).split('.')[-1]
     assert dataset.metainfo['classes'] == ('disc', 'square', 'triangle', 'cross')
@@ -212,10 +215,12 @@ def test_a_wrapper_keeps_its_meaning(drawn, tmp_path, monkeypatch, wrapper):
 def test_wrappers_of_segmentation(drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = wrapped(load('demo/upernet'), type='RepeatDataset', times=4)
-    set_data(config, Request(str(drawn)))
+    apply_custom_data(config, DatasetRequest(str(drawn)))
     assert len(DATASETS.build(config.train_dataloader.dataset)) == 20
     with pytest.raises(UsageError, match='train_dataloader: ClassBalancedDataset needs classes of whole images'):
-        set_data(wrapped(load('demo/upernet'), type='ClassBalancedDataset', oversample_thr=0.1), Request(str(drawn)))
+        apply_custom_data(
+            wrapped(load('demo/upernet'), type='ClassBalancedDataset', oversample_thr=0.1), DatasetRequest(str(drawn))
+        )
 
 
 def test_data_sets_that_are_mixed_keep_both_pipelines(drawn, tmp_path, monkeypatch):
@@ -232,7 +237,7 @@ def test_data_sets_that_are_mixed_keep_both_pipelines(drawn, tmp_path, monkeypat
             dict(type=PackDetInputs),
         ]
         config.train_dataloader.dataset = dict(type=kind, dataset=inner, pipeline=outer)
-        set_data(config, Request(str(drawn)))
+        apply_custom_data(config, DatasetRequest(str(drawn)))
         dataset = DATASETS.build(config.train_dataloader.dataset)
         sample = dataset[0]
         assert sample['inputs'].shape[1:] == (64, 64)
@@ -249,13 +254,13 @@ def test_data_sets_that_are_joined(drawn, tmp_path, monkeypatch):
         type='RepeatDataset', times=2, dataset=dict(type='ConcatDataset', datasets=parts)
     )
     check_classes(config)
-    set_data(config, Request(str(drawn)))
+    apply_custom_data(config, DatasetRequest(str(drawn)))
     assert len(DATASETS.build(config.train_dataloader.dataset)) == 10
     config = load('demo/mask_rcnn')
     other = {**one, 'pipeline': one['pipeline'][:2] + one['pipeline'][-1:]}
     config.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[one, other])
     with pytest.raises(UsageError, match='train_dataloader: ConcatDataset joins data sets with pipelines or filters'):
-        set_data(config, Request(str(drawn)))
+        apply_custom_data(config, DatasetRequest(str(drawn)))
 
 
 REFUSED = {
@@ -278,7 +283,7 @@ def test_what_own_data_cannot_feed_is_refused_by_name(drawn, tmp_path, monkeypat
     config = load('demo/mask_rcnn')
     change(config)
     with pytest.raises(UsageError, match=words):
-        set_data(config, Request(str(drawn)))
+        apply_custom_data(config, DatasetRequest(str(drawn)))
 
 
 # ---- pipelines of later epochs, and models of masks ------------------------------------------------------------------
@@ -288,13 +293,13 @@ def filled(name, masks=True, train=True, **settings):
     """A config of mmdet's on own data of boxes, or of masks too."""
     config = name if isinstance(name, Config) else stock(mmdet, name)
     init_default_scope('mmdet')
-    data = Data('detection', '/data', ['a', 'b'], {}, Report(), masks=masks, **settings)
-    fill(config, data, {'train': 'train.json', 'val': 'val.json'} if train else {'test': 'val.json'}, masks)
+    data = CheckedDataset('detection', '/data', ['a', 'b'], {}, Report(), masks=masks, **settings)
+    apply_dataset(config, data, {'train': 'train.json', 'val': 'val.json'} if train else {'test': 'val.json'}, masks)
     return config
 
 
 def steps(config, name, *parts):
-    return [s for part in parts for s in dicts_in(config[part]) if is_type(s.get('type'), TRANSFORMS, name)]
+    return [s for part in parts for s in iter_dicts(config[part]) if is_type(s.get('type'), TRANSFORMS, name)]
 
 
 @pytest.mark.parametrize('name', ['rtmdet/rtmdet_tiny_8xb32-300e_coco', 'rtmdet/rtmdet-ins_tiny_8xb32-300e_coco'])
@@ -304,7 +309,7 @@ def test_the_pipeline_of_later_epochs_reads_images_alike(name):
     assert len(loaders) == 3 and {s['color_type'] for s in loaders} == {'color_ignore_orientation'}
     config = stock(mmdet, name)
     config.model.backbone.in_channels = 1
-    assert 'without CachedMixUp, YOLOXHSVRandomAug, which need RGB' in set_inputs(config)
+    assert 'without CachedMixUp, YOLOXHSVRandomAug, which need RGB' in adapt_input_channels(config)
     filled(config, turn=False)
     loaders = steps(config, 'LoadImageFromFile', 'train_dataloader', 'val_dataloader', 'custom_hooks')
     assert {s['color_type'] for s in loaders} == {'grayscale_ignore_orientation'}
@@ -340,7 +345,7 @@ def test_grey_steps_within_others_are_left_out():
     choice = dict(type='RandomChoice', transforms=[[dict(type='PhotoMetricDistortion')], [dict(type='RandomFlip')]])
     config.train_dataloader.dataset.pipeline.append(choice)
     config.model.backbone.in_channels = 4
-    assert set_inputs(config) == (  # it normalises nothing
+    assert adapt_input_channels(config) == (  # it normalises nothing
         '4 input channels: read as they are, without Mosaic, PhotoMetricDistortion, YOLOXHSVRandomAug, which need RGB'
     )
     assert config.train_dataloader.dataset.pipeline[-1]['transforms'] == [[], [dict(type='RandomFlip')]]
@@ -408,7 +413,7 @@ def test_a_checkpoint_without_a_mask_branch_of_that_name(drawn, tmp_path, monkey
     torch.save(dict(meta={}, state_dict={'panoptic_head.cls_embed.weight': torch.zeros(2, 2)}), file)
     config = stock(mmdet, 'mask2former/mask2former_r50_8xb2-lsj-50e_coco')
     config.launcher, config.work_dir = 'none', 'run'
-    set_data(config, Request(str(drawn)), checkpoint=str(file))
+    apply_custom_data(config, DatasetRequest(str(drawn)), checkpoint=str(file))
     assert [s['with_mask'] for s in steps(config, 'LoadAnnotations', 'train_dataloader')] == [True]
     assert list(config.val_evaluator.metric) == ['bbox', 'segm']
 
@@ -452,7 +457,7 @@ HEADS = {
 def test_heads_of_mmdet_and_mmseg_follow_the_data(case):
     package, name, layers, expected = HEADS[case]
     config = stock(package, name)
-    set_classes(config.model, 3)
+    set_num_classes(config.model, 3)
     init_default_scope(package.__name__)
     for part in ('backbone', 'pretrained'):
         if part == 'pretrained' or 'init_cfg' in (config.model.get(part) or {}):
@@ -462,19 +467,19 @@ def test_heads_of_mmdet_and_mmseg_follow_the_data(case):
 
 def test_class_weights_and_queries_follow_the_data():
     model = stock(mmdet, 'mask2former/mask2former_r50_8xb2-lsj-50e_coco').model
-    set_classes(model, 3)
+    set_num_classes(model, 3)
     assert model.panoptic_head.loss_cls.class_weight == [1.0] * 3 + [0.1]
     assert (model.panoptic_head.num_things_classes, model.panoptic_head.num_stuff_classes) == (3, 0)
     assert (model.panoptic_fusion_head.num_things_classes, model.panoptic_fusion_head.num_stuff_classes) == (3, 0)
     assert model.panoptic_head.out_channels == 256 and model.test_cfg.max_per_image == 100
     model.panoptic_head.num_queries = 20
-    set_classes(model, 3)
+    set_num_classes(model, 3)
     assert model.test_cfg.max_per_image == 60  # topk of 20 queries and 3 classes
     head = dict(num_queries=100, num_classes=256, out_channels=256)
-    set_classes(dict(decode_head=head), 3)
+    set_num_classes(dict(decode_head=head), 3)
     assert head == dict(num_queries=100, num_classes=3, out_channels=256)
     with pytest.raises(UsageError, match='class_weight of PIDHead has 19 values, the data 3 classes'):
-        set_classes(stock(mmseg, 'pidnet/pidnet-s_2xb6-120k_1024x1024-cityscapes').model, 3)
+        set_num_classes(stock(mmseg, 'pidnet/pidnet-s_2xb6-120k_1024x1024-cityscapes').model, 3)
 
 
 # ---- config files that are data -------------------------------------------------------------------------------------

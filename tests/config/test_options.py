@@ -5,14 +5,14 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from convnext_dense import UsageError
-from convnext_dense.config.batch_size import fit_batch, set_total_batch
+from convnext_dense.config.batch_size import choose_batch, scale_batch
 from convnext_dense.config.load import load_config
 from convnext_dense.config.multiscale import set_multiscale
-from convnext_dense.config.options import arguments_of, merge, overruled
-from convnext_dense.config.schedule import set_length
+from convnext_dense.config.options import argument_names, merge_options, overridden_options
+from convnext_dense.config.schedule import scale_schedule
 from convnext_dense.datasets import toy_shapes
-from convnext_dense.datasets.custom import Request, set_data
+from convnext_dense.datasets.custom import DatasetRequest, apply_custom_data
+from convnext_dense.errors import UsageError
 from helpers.paths import ROOT
 from helpers.tools import one_line_error
 
@@ -60,16 +60,16 @@ def test_a_key_that_nothing_reads_is_refused_with_the_nearest_one(key):
     config = load('demo/mask_rcnn')
     before = config.to_dict()
     with pytest.raises(UsageError, match=r'has no .*write \+') as error:
-        merge(config, {'train_cfg.val_interval': 2, key: 1})
+        merge_options(config, {'train_cfg.val_interval': 2, key: 1})
     assert f'--cfg-options {key}: ' in str(error.value)
     if UNKNOWN[key]:
         assert f'perhaps {UNKNOWN[key]};' in str(error.value)
     assert config.to_dict() == before  # all or nothing
     if UNKNOWN[key] or key == 'totally.different':
-        assert merge(config, {f'+{key}': 1}) == {key: 1}
+        assert merge_options(config, {f'+{key}': 1}) == {key: 1}
     else:
         with pytest.raises(UsageError, match='--cfg-options: '):
-            merge(config, {f'+{key}': 1})
+            merge_options(config, {f'+{key}': 1})
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def test_a_wrong_key_below_a_part_that_the_config_leaves_out_is_refused(key, nea
     config = load('demo/upernet')
     config.pop('auto_scale_lr', None), config.pop('randomness', None), config.env_cfg.pop('mp_cfg', None)
     with pytest.raises(UsageError, match=f'perhaps {near};'):
-        merge(config, {key: 1})
-    merge(config, {near: 1})
+        merge_options(config, {key: 1})
+    merge_options(config, {near: 1})
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_wrong_key_below_a_part_that_the_config_leaves_out_is_refused(key, nea
 )
 def test_values_that_take_the_place_of_a_part(key, value, words):
     with pytest.raises(UsageError, match=words):
-        merge(load('demo/mask_rcnn'), {key: value})
+        merge_options(load('demo/mask_rcnn'), {key: value})
 
 
 def test_parts_that_are_needed_may_not_be_none(tmp_path):
@@ -120,7 +120,7 @@ VARIABLES = {
 @pytest.mark.parametrize('key', VARIABLES)
 def test_a_variable_of_the_file_that_was_read_before_is_refused(key):
     with pytest.raises(UsageError, match=f'is a variable of the config file.*set {VARIABLES[key]} instead'):
-        merge(load('demo/mask_rcnn'), {key: 1})
+        merge_options(load('demo/mask_rcnn'), {key: 1})
 
 
 def test_what_the_config_leaves_at_its_default_is_known():
@@ -154,7 +154,7 @@ def test_what_the_config_leaves_at_its_default_is_known():
         ],
     }.items():
         for key in keys:
-            merge(load(recipe), {key: None})
+            merge_options(load(recipe), {key: None})
 
 
 def test_arguments_are_those_of_the_whole_family():
@@ -173,35 +173,37 @@ def test_arguments_are_those_of_the_whole_family():
         def __init__(self, d):
             pass
 
-    assert arguments_of(Leaf) == {'a', 'b', 'c'} and arguments_of(Closed) == {'d'}
+    assert argument_names(Leaf) == {'a', 'b', 'c'} and argument_names(Closed) == {'d'}
 
 
 def test_what_the_user_says_holds_against_another_length():
     options = {'train_cfg.val_interval': 7, 'param_scheduler.0.end': 301, 'default_hooks.checkpoint.interval': 9}
     config, scaled = load('upernet/convnext_t'), load('upernet/convnext_t')
-    merge(config, options)
-    set_length(config, iters=1600, options=options)
-    set_length(scaled, iters=1600)
+    merge_options(config, options)
+    scale_schedule(config, iters=1600, options=options)
+    scale_schedule(scaled, iters=1600)
     assert (config.train_cfg.max_iters, config.train_cfg.val_interval) == (1600, 7)
     assert config.param_scheduler[0].end == 301 and config.default_hooks.checkpoint.interval == 9
     assert scaled.train_cfg.val_interval == 160 and config.param_scheduler[1] == scaled.param_scheduler[1]
-    assert overruled(config, options) == []
+    assert overridden_options(config, options) == []
     with pytest.raises(UsageError, match='--iters 5 and --cfg-options train_cfg.max_iters: give one of them'):
-        set_length(config, iters=5, options={'train_cfg.max_iters': 10})
+        scale_schedule(config, iters=5, options={'train_cfg.max_iters': 10})
 
 
 def test_what_the_user_says_of_the_batch_holds():
-    assert fit_batch(1, 3, 16) == (2, 8) and fit_batch(1, 3, 16, 3) == (3, 5)
+    assert choose_batch(1, 3, 16) == (2, 8) and choose_batch(1, 3, 16, 3) == (3, 5)
     options = {'train_dataloader.batch_size': 3}
     config = load('mask_rcnn/convnext_t')
-    merge(config, options)
-    line, warn = set_total_batch(config, 1, options=options)
+    merge_options(config, options)
+    line, warn = scale_batch(config, 1, options=options)
     assert config.train_dataloader.batch_size == 3 and config.optim_wrapper.accumulative_counts == 5
-    assert warn and line.startswith('total batch 15 = 1 process x 3 images') and overruled(config, options) == []
+    assert (
+        warn and line.startswith('total batch 15 = 1 process x 3 images') and overridden_options(config, options) == []
+    )
     config = load('mask_rcnn/convnext_t')
-    merge(config, options)
-    set_total_batch(config, 1)
-    assert overruled(config, options) == [
+    merge_options(config, options)
+    scale_batch(config, 1)
+    assert overridden_options(config, options) == [
         '--cfg-options train_dataloader.batch_size=3 became 2: other arguments, the data or the number of GPUs '
         'decide it'
     ]
@@ -210,10 +212,10 @@ def test_what_the_user_says_of_the_batch_holds():
 def test_what_cannot_hold_is_said():
     config = load('demo/upernet')
     options = {'train_cfg.max_iters': 10, 'model.decode_head.in_channels': [1, 2], 'val_evaluator.prefix': 'a'}
-    merge(config, options)
+    merge_options(config, options)
     config.train_cfg.max_iters, config.model.decode_head.in_channels = 80, (1, 2)
     config.val_evaluator.pop('prefix')
-    first, second = overruled(config, options)
+    first, second = overridden_options(config, options)
     assert 'train_cfg.max_iters=10 became 80' in first and "val_evaluator.prefix='a' is not there any more" in second
     for key, value in (('model.test_cfg.mode', 'slide'), ('test_dataloader.batch_size', 4)):
         with pytest.raises(UsageError, match=f'{key}={value}: --multiscale tests with'):
@@ -233,9 +235,9 @@ def test_what_the_user_says_of_a_data_set_holds_with_own_data(drawn, tmp_path, m
     config = load(recipe)
     config.work_dir = 'run'
     options = {'train_dataloader.dataset.indices': 2, 'train_dataloader.dataset.lazy_init': True}
-    merge(config, options)
-    set_data(config, Request(str(drawn)), options=options)
-    assert config.train_dataloader.dataset.indices == 2 and overruled(config, options) == []
+    merge_options(config, options)
+    apply_custom_data(config, DatasetRequest(str(drawn)), options=options)
+    assert config.train_dataloader.dataset.indices == 2 and overridden_options(config, options) == []
     for key in (
         'train_dataloader.dataset.ann_file',
         'val_dataloader.dataset.data_prefix.img',
@@ -244,7 +246,7 @@ def test_what_the_user_says_of_a_data_set_holds_with_own_data(drawn, tmp_path, m
         config = load(recipe)
         config.work_dir = 'run'
         with pytest.raises(UsageError, match=f'{key}=x: it follows from --data'):
-            set_data(config, Request(str(drawn)), options={key: 'x'})
+            apply_custom_data(config, DatasetRequest(str(drawn)), options={key: 'x'})
 
 
 def test_the_tools_refuse_it(run_tool):

@@ -8,14 +8,14 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader
 
-from convnext_dense import UsageError
-from convnext_dense.config.batch_size import set_total_batch
-from convnext_dense.config.literal import read_dumped
-from convnext_dense.config.resume import check_resume, compare, set_resume
+from convnext_dense.config.batch_size import scale_batch
+from convnext_dense.config.literal import parse_config_literal
+from convnext_dense.config.resume import check_resume, compare_settings, set_resume
 from convnext_dense.datasets import toy_shapes
-from convnext_dense.engine.build import PLACES, _safe_loader
-from convnext_dense.engine.resume import OVERRIDE
+from convnext_dense.engine.build import LOADER_PREFIXES, _make_checkpoint_loader
+from convnext_dense.engine.resume import OVERRIDE_KEY
 from convnext_dense.engine.runner import ResumableRunner
+from convnext_dense.errors import UsageError
 from helpers.paths import ROOT
 from helpers.runs import run_config
 from helpers.tools import one_line_error
@@ -26,7 +26,7 @@ CONFIGS = ROOT / 'configs'
 @pytest.fixture(autouse=True)
 def loader():
     """The tools': the classic mmengine's own refuses its checkpoints since torch 2.6."""
-    CheckpointLoader.register_scheme(prefixes=PLACES, loader=_safe_loader({}), force=True)
+    CheckpointLoader.register_scheme(prefixes=LOADER_PREFIXES, loader=_make_checkpoint_loader({}), force=True)
 
 
 def load(name):
@@ -62,10 +62,10 @@ def test_a_setting_that_the_state_would_override_is_refused_or_taken(key):
     value, words = HELD[key]
     now = changed('mask_rcnn/convnext_t', key, value)
     with pytest.raises(UsageError, match='would override yours .*--override.*load_from=x.pth') as error:
-        compare(load('mask_rcnn/convnext_t'), now, 'x.pth', False)
+        compare_settings(load('mask_rcnn/convnext_t'), now, 'x.pth', False)
     assert key in str(error.value) and words in str(error.value)
-    assert words in compare(load('mask_rcnn/convnext_t'), now, 'x.pth', True)
-    assert compare(now, copy.deepcopy(now), 'x.pth', False) is None
+    assert words in compare_settings(load('mask_rcnn/convnext_t'), now, 'x.pth', True)
+    assert compare_settings(now, copy.deepcopy(now), 'x.pth', False) is None
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,9 @@ def test_a_setting_that_the_state_would_override_is_refused_or_taken(key):
 def test_another_optimizer_is_refused_in_any_case(key, value):
     for override in (False, True):
         with pytest.raises(UsageError, match=f'state of another optimizer .*{key} was .*load_from=x.pth'):
-            compare(load('mask_rcnn/convnext_t'), changed('mask_rcnn/convnext_t', key, value), 'x.pth', override)
+            compare_settings(
+                load('mask_rcnn/convnext_t'), changed('mask_rcnn/convnext_t', key, value), 'x.pth', override
+            )
 
 
 SAID = {
@@ -108,7 +110,7 @@ UNSAID = {
 @pytest.mark.parametrize('key', [*SAID, *UNSAID])
 def test_a_setting_that_is_taken_is_said(key):
     value = SAID.get(key, UNSAID.get(key))
-    line = compare(load('mask_rcnn/convnext_t'), changed('mask_rcnn/convnext_t', key, value), 'x.pth', False)
+    line = compare_settings(load('mask_rcnn/convnext_t'), changed('mask_rcnn/convnext_t', key, value), 'x.pth', False)
     if key in UNSAID:
         assert line is None
     else:
@@ -119,18 +121,18 @@ def test_what_a_checkpoint_holds_is_compared_as_it_was_written():
     """As text, tuples and all, and fitted to another number of GPUs."""
     now, before = load('upernet/convnext_t'), load('upernet/convnext_t')
     before.model.decode_head.in_channels = tuple(before.model.decode_head.in_channels)
-    set_total_batch(before, 2)
-    set_total_batch(now, 8)
-    assert compare(read_dumped(before.pretty_text), now, 'x.pth', False) is None
+    scale_batch(before, 2)
+    scale_batch(now, 8)
+    assert compare_settings(parse_config_literal(before.pretty_text), now, 'x.pth', False) is None
     for config, folder in ((before, '/old/run'), (now, '/new/run')):
         config.train_dataloader.dataset.ann_file = f'{folder}/data/train.json'
-    assert compare(read_dumped(before.pretty_text), now, 'x.pth', False) is None
+    assert compare_settings(parse_config_literal(before.pretty_text), now, 'x.pth', False) is None
 
 
 def test_long_lists_are_cut():
     now = load('mask_rcnn/convnext_t')
     now.model.roi_head.bbox_head = {f'a{i}': i for i in range(30)}
-    line = compare(load('mask_rcnn/convnext_t'), now, 'x.pth', False)
+    line = compare_settings(load('mask_rcnn/convnext_t'), now, 'x.pth', False)
     assert line.count('was') == 8 and ' more' in line
 
 
@@ -141,7 +143,7 @@ def record(config, folder, start=None):
     """The settings of the first group of parameters at every optimizer step of a run."""
     config.work_dir = str(folder)
     if start:
-        config.load_from, config.resume, config[OVERRIDE] = str(start), True, True
+        config.load_from, config.resume, config[OVERRIDE_KEY] = str(start), True, True
     runner = ResumableRunner.from_cfg(config)
     found = []
     runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
@@ -163,7 +165,7 @@ def test_settings_are_those_of_a_run_that_had_them_from_the_beginning(tmp_path, 
     other.param_scheduler[0].end = 4
     other.param_scheduler[1].update(dict(milestones=[2]) if counted == 'epochs' else dict(power=2.0))
     for config in (first, other):
-        set_total_batch(config, 1)
+        scale_batch(config, 1)
     record(first, tmp_path / 'first')
     expected, _ = record(copy.deepcopy(other), tmp_path / 'fresh')
     at = dict(epochs='epoch_1.pth', iterations=f'iter_{3 * (4 // images)}.pth')[counted]
@@ -192,7 +194,7 @@ def test_auto_scale_lr_counts_the_whole_batch(tmp_path, images, lr):
     for base in (4, 8):
         config = run_config('epochs', images)
         config.auto_scale_lr = dict(enable=True, base_batch_size=base)
-        set_total_batch(config, 1)
+        scale_batch(config, 1)
         config.work_dir = str(tmp_path / f'{base}')
         runner = ResumableRunner.from_cfg(config)
         wrapper = runner.build_optim_wrapper(runner.optim_wrapper)

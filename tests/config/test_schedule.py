@@ -10,10 +10,10 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
 
-from convnext_dense import UsageError
-from convnext_dense.config.batch_size import set_total_batch
-from convnext_dense.config.launch import n_processes
-from convnext_dense.config.schedule import set_length
+from convnext_dense.config.batch_size import scale_batch
+from convnext_dense.config.launch import world_size_from_env
+from convnext_dense.config.schedule import scale_schedule
+from convnext_dense.errors import UsageError
 from helpers.paths import ROOT
 from helpers.tools import one_line_error
 
@@ -47,7 +47,7 @@ def lrs(config, epochs):
 @pytest.mark.parametrize('epochs', [1, 2, 3, 4, 5, 10, 20, 30, 299])
 def test_phases_follow_one_another_to_the_end(epochs):
     config = stock(YOLOX)
-    set_length(config, epochs=epochs)
+    scale_schedule(config, epochs=epochs)
     phases = [(s.begin, s.end) for s in config.param_scheduler]
     assert [begin for begin, _ in phases] == [0, *(end for _, end in phases[:-1])] and phases[-1][1] == epochs
     assert all(begin < end for begin, end in phases)
@@ -61,7 +61,7 @@ def test_phases_follow_one_another_to_the_end(epochs):
 def test_a_cosine_over_the_second_half_ends_at_its_foot(epochs):
     config = stock(RTMDET)
     config.param_scheduler[0].end = EPOCH  # of a data set of fifty batches
-    set_length(config, epochs=epochs)
+    scale_schedule(config, epochs=epochs)
     found = lrs(config, epochs)
     assert max(found) == pytest.approx(1, abs=2e-3) and found[-1] < 2e-3  # its foot is an lr, not a share
     falling = found[int(0.75 * len(found)) :]
@@ -71,10 +71,10 @@ def test_a_cosine_over_the_second_half_ends_at_its_foot(epochs):
 
 
 def test_what_is_left_out_is_said():
-    assert 'QuadraticWarmupLR, ConstantLR less than an epoch is left, so it is left out' in set_length(
+    assert 'QuadraticWarmupLR, ConstantLR less than an epoch is left, so it is left out' in scale_schedule(
         stock(YOLOX), epochs=1
     )
-    assert set_length(stock(YOLOX), epochs=150).endswith('keep their shares')
+    assert scale_schedule(stock(YOLOX), epochs=150).endswith('keep their shares')
 
 
 def schedule(*schedulers, epochs=100):
@@ -85,7 +85,7 @@ def schedule(*schedulers, epochs=100):
 def test_a_warmup_that_steps_by_epochs_comes_to_its_end(epochs, warm):
     init_default_scope('mmengine')
     config = schedule(dict(type='LinearLR', start_factor=0.1, by_epoch=True, begin=0, end=6))
-    set_length(config, epochs=epochs)
+    scale_schedule(config, epochs=epochs)
     found = lrs(config, epochs)
     assert found[-1] == pytest.approx(1) and sum(lr < 0.99 for lr in found) == warm * EPOCH
 
@@ -95,27 +95,27 @@ def test_restarts_keep_their_shares():
     config = schedule(
         dict(type='CosineRestartLR', periods=[33, 2, 65], restart_weights=[1, 0.5, 0.25], eta_min=0, begin=0, end=100)
     )
-    set_length(config, epochs=7)
+    scale_schedule(config, epochs=7)
     assert (config.param_scheduler[0].periods, config.param_scheduler[0].restart_weights) == ([2, 5], [1, 0.25])
     assert lrs(config, 7)[2 * EPOCH] == pytest.approx(0.25)
 
 
 def test_what_models_and_hooks_count_moves_along():
     config = stock('tood/tood_r50_fpn_1x_coco')
-    set_length(config, epochs=3)
+    scale_schedule(config, epochs=3)
     assert config.model.train_cfg.initial_epoch == 1
     config = stock('boxinst/boxinst_r50_fpn_ms-90k_coco')
-    set_length(config, iters=9_000)
+    scale_schedule(config, iters=9_000)
     assert config.model.mask_head.warmup_iters == 1_000
     config.total_batch, config.train_dataloader.batch_size = 16, 2
-    set_total_batch(config, 1)
+    scale_batch(config, 1)
     assert config.model.mask_head.warmup_iters == 8_000
     config = stock(YOLOX)
     config.custom_hooks[0].pop('num_last_epochs')  # which is then its own default
-    set_length(config, epochs=100, options={'custom_hooks.1.interval': 2})
+    scale_schedule(config, epochs=100, options={'custom_hooks.1.interval': 2})
     assert config.custom_hooks[0].num_last_epochs == 5
     config = stock(YOLOX)
-    set_length(config, epochs=100, options={'custom_hooks.0.num_last_epochs': 15})
+    scale_schedule(config, epochs=100, options={'custom_hooks.0.num_last_epochs': 15})
     assert config.custom_hooks[0].num_last_epochs == 15
 
 
@@ -145,7 +145,7 @@ WRONG = {
 @pytest.mark.parametrize('key', WRONG)
 def test_settings_of_the_wrong_kind(key):
     for value in WRONG[key]:
-        for fit in (lambda config: set_length(config, iters=50), lambda config: set_total_batch(config, 1)):
+        for fit in (lambda config: scale_schedule(config, iters=50), lambda config: scale_batch(config, 1)):
             config = Config.fromfile(ROOT / 'configs/upernet/convnext_t.py')
             config.custom_hooks = [dict(type='EMAHook')]
             holder, _, last = key.rpartition('.')
@@ -163,20 +163,20 @@ def test_settings_that_are_right():
     config.train_cfg.val_interval = 1e9
     config.train_cfg.dynamic_intervals = [[10, 2], (20, 3)]
     config.custom_hooks = config.param_scheduler = config.default_hooks.checkpoint = None
-    set_length(config, iters=80_000)
-    set_total_batch(config, 1)
+    scale_schedule(config, iters=80_000)
+    scale_batch(config, 1)
     assert config.train_cfg.dynamic_intervals == [(40, 8), (80, 16)]
     config.param_scheduler = dict(type='CosineAnnealingLR', T_max=None, by_epoch=False, begin=0, end=80_001)
-    set_length(config, iters=320_000)
+    scale_schedule(config, iters=320_000)
     config.total_batch = None
-    assert set_total_batch(config, 1) is None
+    assert scale_batch(config, 1) is None
 
 
 @pytest.mark.parametrize('value', ['abc', '', '0', '-1', '1.5', '²'])
 def test_processes_that_are_no_number(value, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', value)
     with pytest.raises(UsageError, match=f"--launcher pytorch: WORLD_SIZE='{value}' is no number of processes"):
-        n_processes('pytorch')
+        world_size_from_env('pytorch')
 
 
 def test_by_the_tool(run_tool):

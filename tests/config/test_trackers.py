@@ -9,7 +9,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import VISBACKENDS
 
-from convnext_dense.config.trackers import set_trackers
+from convnext_dense.config.trackers import add_trackers
 from convnext_dense.errors import UsageError
 from helpers.recipes import load
 from helpers.tools import DEMO, TRAIN, WITH, one_line_error
@@ -110,25 +110,25 @@ def no_wandb(monkeypatch):
 def test_what_a_config_names_stays(no_wandb, monkeypatch, tmp_path):
     config = load('cascade/convnext_t')
     config.work_dir = 'work_dirs/a'
-    set_trackers(config, [])
+    add_trackers(config, [])
     assert types(config) == ['LocalVisBackend']
-    set_trackers(config, ['wandb', 'tensorboard', 'wandb'])
+    add_trackers(config, ['wandb', 'tensorboard', 'wandb'])
     assert config.visualizer.type == 'DetLocalVisualizer'
     assert types(config) == ['LocalVisBackend', 'RunWandbVisBackend', 'TensorboardVisBackend']
     init = config.visualizer.vis_backends[1].init_kwargs
     assert (init.project, init.name, init.resume) == ('cascade-convnext_t', 'a', 'allow')
     before = config.pretty_text
-    set_trackers(config, ['tensorboard', 'wandb'])
+    add_trackers(config, ['tensorboard', 'wandb'])
     assert config.pretty_text == before
 
     monkeypatch.setenv('WANDB_PROJECT', 'mine')
     (tmp_path / 'my.py').write_text("work_dir = 'x'")
     bare = Config.fromfile(tmp_path / 'my.py')
-    set_trackers(bare, ['wandb'])
+    add_trackers(bare, ['wandb'])
     assert bare.visualizer.type == 'Visualizer' and types(bare) == ['LocalVisBackend', 'RunWandbVisBackend']
     assert 'project' not in bare.visualizer.vis_backends[1].init_kwargs
     own = Config(dict(visualizer=dict(type='Visualizer', vis_backends=[dict(type='WandbVisBackend', commit=False)])))
-    set_trackers(own, ['wandb'])
+    add_trackers(own, ['wandb'])
     assert own.visualizer.vis_backends == [dict(type='WandbVisBackend', commit=False)]
 
 
@@ -136,7 +136,7 @@ def test_a_resumed_run_goes_on_in_wandb(no_wandb, tmp_path):
     def started(resumed: bool) -> str:
         config = load('upernet/convnext_t')
         config.work_dir = str(tmp_path)
-        set_trackers(config, ['wandb'], resumed)
+        add_trackers(config, ['wandb'], resumed)
         folder = tmp_path / f'2026010{len(list(tmp_path.iterdir())) + 1}_120000/vis_data'
         folder.mkdir(parents=True)
         config.dump(folder / 'config.py')
@@ -168,7 +168,7 @@ def test_bad_input(run_tool, monkeypatch):
     for name, module in {'tensorboard': 'torch.utils.tensorboard', 'wandb': 'wandb'}.items():
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(UsageError, match=f'--log-to {name}: .*pip install {name}'):
-            set_trackers(load('upernet/convnext_t'), [name])
+            add_trackers(load('upernet/convnext_t'), [name])
     if WANDB:
         command = [TRAIN, DEMO, '--log-to', 'wandb', WITH, 'train_dataloader.dataset.data_root=gone']
         process = run_tool(*command, HOME='/nonexistent', NETRC='/nonexistent', WANDB_API_KEY='')

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from convnext_dense.datasets import toy_shapes
-from convnext_dense.datasets.custom import Request, read_data
+from convnext_dense.datasets.custom import DatasetRequest, read_data
 from helpers.datasets import run
 from helpers.files import said
 from helpers.paths import ROOT
@@ -85,7 +85,7 @@ def test_what_data_were_lost_to_is_said(kind, mine):
     change(mine)
 
     def refused():
-        read_data(Request(str(mine)), 'detection', ('train', 'val')).report.refuse()
+        read_data(DatasetRequest(str(mine)), 'detection', ('train', 'val')).report.refuse()
 
     line = said(refused)
     assert line and all(word in line for word in words)
@@ -113,7 +113,7 @@ def test_label_maps_that_are_not_there_are_the_cause(mine, monkeypatch, capsys):
 
 def test_masks_that_are_none_are_said_where_boxes_are_taken(mine):
     each(segmentation='abc')(mine)
-    data = read_data(Request(str(mine)), 'detection', ('train', 'val'))
+    data = read_data(DatasetRequest(str(mine)), 'detection', ('train', 'val'))
     found = {f.kind: f.examples for f in data.report.findings.values()}
     assert not data.masks and found['mask left aside'][0] == 'id 1: abc'
 
@@ -123,12 +123,12 @@ def test_images_of_another_split_are_not_taken_for_those_that_are_missing(folder
     """They have the same names, and the same size."""
     without('train/00000[2-5].png')(mine)
     if folder == 'train':
-        data = read_data(Request(str(mine)), 'detection', ('train', 'val'))
+        data = read_data(DatasetRequest(str(mine)), 'detection', ('train', 'val'))
         assert [i['file_name'] for i in data.splits['train']['images']] == ['train/000001.png']
         assert data.report.findings['train', 'missing image'].count == 4
     else:
         without('train/*')(mine)
-        assert 'none of its images' in said(read_data, Request(str(mine)), 'detection', ('train', 'val'))
+        assert 'none of its images' in said(read_data, DatasetRequest(str(mine)), 'detection', ('train', 'val'))
 
 
 def test_one_folder_named_as_a_split_may_hold_all_images(mine):
@@ -137,5 +137,5 @@ def test_one_folder_named_as_a_split_may_hold_all_images(mine):
     (mine / 'train').rename(mine / 'train2017')
     content = json.loads((mine / FILES[0]).read_text())
     (mine / FILES[1]).write_text(json.dumps(content))
-    data = read_data(Request(str(mine)), 'detection', ('train', 'val'))
+    data = read_data(DatasetRequest(str(mine)), 'detection', ('train', 'val'))
     assert data.splits['val']['images'][0]['file_name'] == 'train2017/000001.png'

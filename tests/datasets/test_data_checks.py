@@ -14,11 +14,11 @@ from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from convnext_dense.datasets.check_coco import _runs
-from convnext_dense.datasets.check_images import look
+from convnext_dense.datasets.check_coco import _decode_rle_runs
+from convnext_dense.datasets.check_images import inspect_image
 from convnext_dense.datasets.check_masks import read_classes
-from convnext_dense.datasets.custom import Request, read_data, set_data
-from convnext_dense.datasets.diagnostics import ERRORS, KINDS, REFUSED
+from convnext_dense.datasets.custom import DatasetRequest, apply_custom_data, read_data
+from convnext_dense.datasets.diagnostics import ERROR, ERROR_RULES, RULES
 from convnext_dense.errors import UsageError
 from helpers.datasets import (
     DETECTOR,
@@ -366,28 +366,30 @@ def load_all(config):
 def test_damage_is_found_and_dealt_with(sound, monkeypatch, task, kind):
     monkeypatch.chdir(sound.parent)
     damage, named = dict(detection=DETECTION, segmentation=SEGMENTATION)[task][kind]
-    clean = {(f.split, f.kind) for f in read_data(Request('mine'), task, ('train', 'val')).report.findings.values()}
+    clean = {
+        (f.split, f.kind) for f in read_data(DatasetRequest('mine'), task, ('train', 'val')).report.findings.values()
+    }
     assert not clean
     damage(sound)
-    data = read_data(Request('mine'), task, ('train', 'val'))
+    data = read_data(DatasetRequest('mine'), task, ('train', 'val'))
     found = {f.kind: f for f in data.report.findings.values()}
     assert kind in found, data.report.lines()
     assert any(named in example for example in found[kind].examples), found[kind]
     assert found[kind].count == 1 or kind in ('no area given', 'boxes written as corners')
     line = next(line for line in data.report.lines() if kind in line)
-    assert line.startswith(KINDS[kind].done) and f' {found[kind].split}: ' in line
+    assert line.startswith(RULES[kind].done) and f' {found[kind].split}: ' in line
     config = load('demo/mask_rcnn' if task == 'detection' else 'demo/upernet')
-    if KINDS[kind].done == REFUSED:
+    if RULES[kind].done == ERROR:
         with pytest.raises(UsageError, match=f'^the data: .*{re.escape(kind)}'):
-            set_data(config, Request('mine'))
+            apply_custom_data(config, DatasetRequest('mine'))
         return
-    assert any(kind in line for line in set_data(config, Request('mine')))
+    assert any(kind in line for line in apply_custom_data(config, DatasetRequest('mine')))
     load_all(config)
-    if KINDS[kind].done in ERRORS:
+    if RULES[kind].done in ERROR_RULES:
         with pytest.raises(UsageError, match='left out'):
-            set_data(config, Request('mine', strict=True))
+            apply_custom_data(config, DatasetRequest('mine', strict=True))
     elif not data.report.errors:
-        set_data(config, Request('mine', strict=True))
+        apply_custom_data(config, DatasetRequest('mine', strict=True))
 
 
 def test_all_kinds_are_tried_or_said_why_not():
@@ -398,7 +400,7 @@ def test_all_kinds_are_tried_or_said_why_not():
         'masks of few', 'masks of 0 and 255', 'no box', 'a single class', 'pointer of Git LFS', 'mask left aside',
         'image resized to nothing', 'image under the stride', 'label map of one row',
     }  # fmt: skip
-    assert len(tried) >= 25 and set(KINDS) == tried | elsewhere
+    assert len(tried) >= 25 and set(RULES) == tried | elsewhere
 
 
 def test_masks_of_0_and_255_are_refused(tmp_path):
@@ -408,8 +410,8 @@ def test_masks_of_0_and_255_are_refused(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             cv2.imwrite(str(path), image.astype(np.uint8))
     (tmp_path / 'classes.txt').write_text('background\ncrack\n')
-    kinds = kinds_of(read_data(Request(str(tmp_path)), 'segmentation', ('train',)).report)
-    assert 'masks of 0 and 255' in kinds and KINDS['masks of 0 and 255'].done == REFUSED
+    kinds = kinds_of(read_data(DatasetRequest(str(tmp_path)), 'segmentation', ('train',)).report)
+    assert 'masks of 0 and 255' in kinds and RULES['masks of 0 and 255'].done == ERROR
 
 
 def test_annotations_of_neither_box_nor_mask_are_left_out(drawn, tmp_path):
@@ -417,7 +419,7 @@ def test_annotations_of_neither_box_nor_mask_are_left_out(drawn, tmp_path):
     edit(lambda c: ([a.pop('segmentation') for a in c['annotations']], c['annotations'][0].pop('bbox')))(
         tmp_path / 'mine'
     )
-    data = read_data(Request(str(tmp_path / 'mine')), 'detection', ('train',))
+    data = read_data(DatasetRequest(str(tmp_path / 'mine')), 'detection', ('train',))
     assert 'no box' in kinds_of(data.report) and not data.masks
     n = len(json.loads((drawn / TRAIN).read_text())['annotations'])
     assert len(data.splits['train']['annotations']) == n - 1
@@ -439,7 +441,9 @@ def kinds_of(report):
 def test_annotations_of_which_none_is_learnt_are_refused(damage, drawn, tmp_path):
     shutil.copytree(drawn, tmp_path / 'mine')
     edit(damage)(tmp_path / 'mine')
-    assert 'nothing to train on' in kinds_of(read_data(Request(str(tmp_path / 'mine')), 'detection', ('train',)).report)
+    assert 'nothing to train on' in kinds_of(
+        read_data(DatasetRequest(str(tmp_path / 'mine')), 'detection', ('train',)).report
+    )
 
 
 @pytest.mark.parametrize(
@@ -469,7 +473,7 @@ def test_cut_jpegs(sound, monkeypatch):
     """Found whatever OpenCV makes of them."""
     cut_jpeg(sound)
     monkeypatch.setattr(cv2, 'imdecode', lambda *_: np.zeros((64, 64, 3), np.uint8))
-    assert look(str(sound / 'train/000001.jpg')).problem == 'image cut short'
+    assert inspect_image(str(sound / 'train/000001.jpg')).problem == 'image cut short'
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
@@ -480,7 +484,7 @@ def test_sizes_are_those_of_mmcv(tmp_path, ending, orientation):
     exif[274] = orientation
     path = str(tmp_path / f'x.{ending}')
     Image.fromarray(np.zeros((37, 50, 3), np.uint8)).save(path, exif=exif)
-    seen, read = look(path), mmcv.imread(path)
+    seen, read = inspect_image(path), mmcv.imread(path)
     assert (seen.height, seen.width) == read.shape[:2]
     assert seen.turned == (mmcv.imread(path, 'color_ignore_orientation').shape != read.shape)
 
@@ -516,7 +520,7 @@ def test_numbers_of_names_and_examples(sound):
     for path in images_of(sound):
         path.write_bytes(b'')
     with pytest.raises(UsageError, match='nothing to train on'):
-        set_data(load('demo/upernet'), Request(str(sound)))
+        apply_custom_data(load('demo/upernet'), DatasetRequest(str(sound)))
     lines = report_of(sound)[0].report.lines()
     names = ', '.join(f'00000{i}.png' for i in (1, 2, 3))
     assert f'left out  train: empty file, 5 ({names}, ...)' in lines
@@ -529,7 +533,7 @@ def test_sizes_that_exif_turns(sound):
     assert not data.turn and 'image turned by EXIF' in found
     config = load('demo/mask_rcnn')
     config.work_dir = str(sound.parent / 'run')
-    set_data(config, Request(str(sound)))
+    apply_custom_data(config, DatasetRequest(str(sound)))
     for split in ('train', 'val', 'test'):
         assert config[f'{split}_dataloader'].dataset.pipeline[0].color_type == 'color_ignore_orientation'
     load_all(config)
@@ -545,7 +549,7 @@ def test_runs_of_rle_are_pycocotools():
         flat = mask.ravel('F')
         ends = np.flatnonzero(np.diff(np.r_[0, flat, 2]))
         runs = np.diff(np.r_[0, ends])
-        assert _runs(coco_mask.encode(mask)['counts'].decode()) == runs.tolist()
+        assert _decode_rle_runs(coco_mask.encode(mask)['counts'].decode()) == runs.tolist()
 
 
 @pytest.mark.parametrize(
@@ -740,7 +744,7 @@ def test_any_value_may_be_odd(sound, monkeypatch, seed):
     (sound / file).write_text(json.dumps(content))
     config = load('demo/mask_rcnn')
     try:
-        set_data(config, Request('mine'))
+        apply_custom_data(config, DatasetRequest('mine'))
     except UsageError as error:
         assert '\n' not in str(error)
         return

@@ -18,11 +18,11 @@ from mmengine.registry import DATASETS, METRICS, MODELS, init_default_scope
 from mmengine.runner import find_latest_checkpoint
 
 from convnext_dense.datasets import cache, toy_shapes
-from convnext_dense.datasets.configure import heads, set_classes
-from convnext_dense.datasets.custom import Request, check_classes, read_data, set_data
-from convnext_dense.datasets.request import held_out
+from convnext_dense.datasets.configure import iter_class_heads, set_num_classes
+from convnext_dense.datasets.custom import DatasetRequest, apply_custom_data, check_classes, read_data
+from convnext_dense.datasets.request import split_by_hash
 from convnext_dense.errors import UsageError
-from convnext_dense.paper.results import row_of
+from convnext_dense.paper.results import find_paper_result
 from convnext_dense.paper.work_dirs import read_runs
 from helpers.datasets import (
     CONFIGS,
@@ -254,7 +254,7 @@ def as_bytes(item):
 
 
 def counts(config):
-    return {head['num_classes'] for head in heads(config.model)}
+    return {head['num_classes'] for head in iter_class_heads(config.model)}
 
 
 @pytest.mark.parametrize(
@@ -282,8 +282,8 @@ def test_other_numbers_of_classes(tmp_path, monkeypatch, recipe, n):
 def test_the_papers_recipes_on_own_data(drawn, tmp_path, monkeypatch, recipe):
     monkeypatch.chdir(tmp_path)
     config, before = load(recipe), load(recipe)
-    assert row_of(config)
-    lines = set_data(config, Request(str(drawn)))
+    assert find_paper_result(config)
+    lines = apply_custom_data(config, DatasetRequest(str(drawn)))
     n = 5 if 'upernet' in recipe else 4
     assert counts(config) == {n} and len(counts(before) & {80, 150}) == 1
     assert any(f'{n} classes: ' in line for line in lines) and lines[-1] == 'data: nothing is wrong'
@@ -296,7 +296,7 @@ def test_the_papers_recipes_on_own_data(drawn, tmp_path, monkeypatch, recipe):
     with torch.device('meta'):
         model = MODELS.build(config.model)
     assert model is not None
-    assert row_of(config) is None
+    assert find_paper_result(config) is None
     assert not any(key in str(config.train_dataloader) + str(config.val_evaluator) for key in ('data/coco', 'data/ade'))
 
 
@@ -304,8 +304,8 @@ def test_own_data_of_eighty_classes_are_no_row_of_the_paper(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     own(tmp_path / 'mine', 80)
     config = load('cascade/convnext_t')
-    set_data(config, Request('mine'))
-    assert counts(config) == {80} and row_of(config) is None
+    apply_custom_data(config, DatasetRequest('mine'))
+    assert counts(config) == {80} and find_paper_result(config) is None
     start = tmp_path / 'run/20260101_000000'
     (start / 'vis_data').mkdir(parents=True)
     (start / 'vis_data/config.py').write_text(config.pretty_text)
@@ -342,7 +342,7 @@ def test_a_wrong_number_of_classes_in_a_config(drawn, tmp_path, monkeypatch, cap
     config = load('demo/mask_rcnn')
     config.train_dataloader.dataset = dict(type='RepeatDataset', times=3, dataset=config.train_dataloader.dataset)
     check_classes(config)
-    set_data(config, Request(str(drawn)))
+    apply_custom_data(config, DatasetRequest(str(drawn)))
     assert (config.train_dataloader.dataset.type, config.train_dataloader.dataset.dataset.type) == (
         'RepeatDataset',
         'CocoDataset',
@@ -356,7 +356,7 @@ def test_heads_of_every_kind():
         decode_head=dict(num_classes=150, out_channels=150),
         auxiliary_head=[dict(num_classes=2, out_channels=1)],
     )
-    set_classes(model, 7)
+    set_num_classes(model, 7)
     assert model == dict(
         rpn_head=dict(num_classes=1),
         bbox_head=[dict(num_classes=7, loss_cls=dict(type='SeesawLoss', num_classes=7))],
@@ -364,9 +364,9 @@ def test_heads_of_every_kind():
         auxiliary_head=[dict(num_classes=7, out_channels=7)],
     )
     model = dict(decode_head=dict(num_classes=2, loss_decode=dict(class_weight=[1.0, 2.0])))
-    set_classes(model, 2)
+    set_num_classes(model, 2)
     with pytest.raises(UsageError, match='class_weight .* has 2 values, the data 7 classes'):
-        set_classes(model, 7)
+        set_num_classes(model, 7)
 
 
 def truth_as_prediction(config):
@@ -387,7 +387,7 @@ def test_labels_and_evaluation_agree_whatever_the_order_of_categories(drawn, tmp
     monkeypatch.chdir(tmp_path)
     as_files(drawn, tmp_path / 'mine')
     config = load('demo/mask_rcnn')
-    set_data(config, Request('mine'))
+    apply_custom_data(config, DatasetRequest('mine'))
     config.val_evaluator.metric = ['bbox']
     assert truth_as_prediction(config)['coco/bbox_mAP'] == 1
     dataset, original = DATASETS.build(config.val_dataloader.dataset), coco(drawn, 'val')
@@ -410,7 +410,7 @@ def test_boxes_without_masks_train_the_boxes(drawn, tmp_path, monkeypatch):
     own(tmp_path / 'mine', 3, masks=False)
     for recipe in ('demo/mask_rcnn', 'demo/cascade'):
         config = load(recipe)
-        lines = set_data(config, Request('mine'))
+        lines = apply_custom_data(config, DatasetRequest('mine'))
         assert 'mask branch is taken out' in lines[-1]
         assert not [key for key in config.model.roi_head if 'mask' in key]
         loaders = str(config.train_dataloader) + str(config.val_dataloader) + str(config.test_dataloader)
@@ -432,8 +432,8 @@ def checkpoint_of(classes, file='trained.pth', part='mask_head'):
 def test_a_test_takes_the_classes_of_the_checkpoint(drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     as_files(drawn, tmp_path / 'mine')
-    config, request = load('demo/mask_rcnn'), Request(files={'val': 'mine/val.json'})
-    set_data(config, request, ('test',), checkpoint=checkpoint_of(toy_shapes.CLASSES))
+    config, request = load('demo/mask_rcnn'), DatasetRequest(files={'val': 'mine/val.json'})
+    apply_custom_data(config, request, ('test',), checkpoint=checkpoint_of(toy_shapes.CLASSES))
     config.val_dataloader.dataset = config.test_dataloader.dataset
     assert list(config.test_dataloader.dataset.metainfo.classes) == list(toy_shapes.CLASSES)
     assert config.test_evaluator.metric == ['bbox', 'segm'] and 'mask_head' in config.model.roi_head
@@ -441,30 +441,32 @@ def test_a_test_takes_the_classes_of_the_checkpoint(drawn, tmp_path, monkeypatch
     assert truth_as_prediction(config)['coco/bbox_mAP'] == 1
     # Of classes that the model does not know nothing is tested; a model of more classes is tested on these.
     config = load('demo/mask_rcnn')
-    lines = set_data(config, request, ('test',), checkpoint=checkpoint_of(['disc', 'square', 'star']))
+    lines = apply_custom_data(config, request, ('test',), checkpoint=checkpoint_of(['disc', 'square', 'star']))
     assert counts(config) == {3} and any(
         "without a class, 2 (cross, triangle): none of train's" in line for line in lines
     )
     # A model of boxes stays one, whatever the data have.
     config = load('demo/mask_rcnn')
-    set_data(config, request, ('test',), checkpoint=checkpoint_of(toy_shapes.CLASSES, part='bbox_head'))
+    apply_custom_data(config, request, ('test',), checkpoint=checkpoint_of(toy_shapes.CLASSES, part='bbox_head'))
     assert config.test_evaluator.metric == ['bbox'] and 'mask_head' not in config.model.roi_head
     with pytest.raises(UsageError, match="has 5 classes: ground, .*; the checkpoint's are 2 classes: a, b"):
-        set_data(load('demo/upernet'), Request(str(drawn)), ('test',), checkpoint=checkpoint_of('ab'))
+        apply_custom_data(load('demo/upernet'), DatasetRequest(str(drawn)), ('test',), checkpoint=checkpoint_of('ab'))
 
 
 def test_a_training_is_not_resumed_on_other_classes(drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for recipe, classes in (('demo/mask_rcnn', toy_shapes.CLASSES), ('demo/upernet', toy_shapes.LABELS)):
-        set_data(load(recipe), Request(str(drawn)), checkpoint=checkpoint_of(classes))
+        apply_custom_data(load(recipe), DatasetRequest(str(drawn)), checkpoint=checkpoint_of(classes))
         with pytest.raises(UsageError, match='trained.pth was trained on .*; the data have'):
-            set_data(load(recipe), Request(str(drawn)), checkpoint=checkpoint_of(classes[::-1]))
+            apply_custom_data(load(recipe), DatasetRequest(str(drawn)), checkpoint=checkpoint_of(classes[::-1]))
 
 
 def test_nothing_to_train_on(drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match='no data to train on: give --train-ann'):
-        set_data(load('demo/mask_rcnn'), Request(files={'val': str(drawn / 'annotations/instances_val.json')}))
+        apply_custom_data(
+            load('demo/mask_rcnn'), DatasetRequest(files={'val': str(drawn / 'annotations/instances_val.json')})
+        )
 
 
 def test_test_splits(drawn, tmp_path, monkeypatch):
@@ -474,55 +476,58 @@ def test_test_splits(drawn, tmp_path, monkeypatch):
     shutil.copytree('mine/valid', 'mine/test')
     content = json.loads(Path('mine/test/_annotations.coco.json').read_text())
     dump({**content, 'images': content['images'][:1]}, Path('mine/test/_annotations.coco.json'))
-    tested = read_data(Request('mine'), 'detection', ('test',)).splits['test']
+    tested = read_data(DatasetRequest('mine'), 'detection', ('test',)).splits['test']
     assert len(tested['images']) == 1
     dump({**content, 'annotations': []}, Path('mine/test/_annotations.coco.json'))
-    tested = read_data(Request('mine'), 'detection', ('test',)).splits['test']
+    tested = read_data(DatasetRequest('mine'), 'detection', ('test',)).splits['test']
     assert len(tested['images']) == N_VAL
 
 
 def test_what_was_checked_is_not_checked_again(drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(drawn, 'mine')
-    first = set_data(load('demo/upernet'), Request('mine'))
+    first = apply_custom_data(load('demo/upernet'), DatasetRequest('mine'))
     calls = []
     monkeypatch.setattr('convnext_dense.datasets.custom.read_data', lambda *a: calls.append(a) or read_data(*a))
     config = load('demo/upernet')
-    assert set_data(config, Request('mine')) == first and not calls
+    assert apply_custom_data(config, DatasetRequest('mine')) == first and not calls
     assert config.train_dataloader.dataset.reduce_zero_label
     path = next(Path('mine/train').iterdir())
     path.write_bytes(path.read_bytes()[:1000])
-    assert any('left out  train: ' in line for line in set_data(load('demo/upernet'), Request('mine'))) and calls
+    assert (
+        any('left out  train: ' in line for line in apply_custom_data(load('demo/upernet'), DatasetRequest('mine')))
+        and calls
+    )
     with pytest.raises(UsageError, match='left out'):
-        set_data(load('demo/upernet'), Request('mine', strict=True))
+        apply_custom_data(load('demo/upernet'), DatasetRequest('mine', strict=True))
     assert len(calls) == 1
 
 
 def test_other_processes_wait_for_the_first(drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('convnext_dense.datasets.cache.POLL', 0.01)
+    monkeypatch.setattr('convnext_dense.datasets.cache.POLL_SECONDS', 0.01)
     first, second = load('demo/mask_rcnn'), load('demo/mask_rcnn')
     first.launcher, second.launcher = 'pytorch', 'slurm'
     monkeypatch.setenv('LOCAL_RANK', '0')
     monkeypatch.setenv('SLURM_LOCALID', '3')
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(set_data, second, Request(str(drawn)))
+        waiting = pool.submit(apply_custom_data, second, DatasetRequest(str(drawn)))
         assert not waiting.done()
-        assert set_data(first, Request(str(drawn))) == waiting.result(timeout=60)
+        assert apply_custom_data(first, DatasetRequest(str(drawn))) == waiting.result(timeout=60)
     assert first.val_dataloader == second.val_dataloader
 
 
 def test_they_wait_as_long_as_the_first_works_and_no_longer(tmp_path, monkeypatch):
-    for name, seconds in dict(POLL=0.01, BEAT=0.1, SILENT=1).items():
+    for name, seconds in dict(POLL_SECONDS=0.01, HEARTBEAT_SECONDS=0.1, STALE_SECONDS=1).items():
         monkeypatch.setattr(cache, name, seconds)
-    looks, prepared = [], cache.prepared
-    monkeypatch.setattr(cache, 'prepared', lambda *args: looks.append(time.monotonic()) or prepared(*args))
+    looks, prepared = [], cache.load_cached
+    monkeypatch.setattr(cache, 'load_cached', lambda *args: looks.append(time.monotonic()) or prepared(*args))
     with ThreadPoolExecutor() as pool:
-        with cache.busy(str(tmp_path)):
-            waiting = pool.submit(cache.wait_for, str(tmp_path), ('key',))
+        with cache.hold_busy_file(str(tmp_path)):
+            waiting = pool.submit(cache.wait_for_cache, str(tmp_path), ('key',))
             time.sleep(2)
             assert not waiting.done()
-        assert not (tmp_path / cache.BUSY).exists()
+        assert not (tmp_path / cache.BUSY_FILE).exists()
         with pytest.raises(UsageError, match='the first process of this machine has not been heard of for'):
             waiting.result(timeout=60)
     assert len(looks) < 50  # once a beat, and not a hundred times a second
@@ -532,21 +537,21 @@ def test_held_out_images_are_the_same_every_time(drawn, tmp_path, monkeypatch):
     as_label_studio(drawn, tmp_path / 'mine')
     names = []
     for share in (0.25, 0.25, 0.5):
-        data = read_data(Request(str(tmp_path / 'mine'), held_out=share), 'detection', ('train', 'val'))
+        data = read_data(DatasetRequest(str(tmp_path / 'mine'), held_out=share), 'detection', ('train', 'val'))
         train, val = ({i['file_name'] for i in data.splits[split]['images']} for split in ('train', 'val'))
         assert not train & val and len(train | val) == N_TRAIN + N_VAL
         names.append(val)
     assert names[0] == names[1] <= names[2] and names[0]
     assert (
         f'{len(names[0])} of {N_TRAIN + N_VAL} images are held out'
-        in read_data(Request(str(tmp_path / 'mine'), held_out=0.25), 'detection', ('val',)).report.facts[0]
+        in read_data(DatasetRequest(str(tmp_path / 'mine'), held_out=0.25), 'detection', ('val',)).report.facts[0]
     )
 
 
 def test_data_that_grow_move_no_image_from_train_to_val(tmp_path):
-    request = Request(str(tmp_path), held_out=0.2)
+    request = DatasetRequest(str(tmp_path), held_out=0.2)
     names = [f'{n:05d}.jpg' for n in range(600)]
-    before, after = held_out(names[:400], request)[0], held_out(names, request)[0]
+    before, after = split_by_hash(names[:400], request)[0], split_by_hash(names, request)[0]
     assert before == after & set(names[:400]) and 60 < len(after) < 180
 
 
@@ -554,17 +559,17 @@ def test_a_val_split_alone_is_evaluated_whole(drawn, tmp_path):
     as_coco_2017(drawn, tmp_path / 'mine')
     for path in (tmp_path / 'mine/annotations').glob('*train*'):
         path.unlink()
-    data = read_data(Request(str(tmp_path / 'mine')), 'detection', ('test',))
+    data = read_data(DatasetRequest(str(tmp_path / 'mine')), 'detection', ('test',))
     assert len(data.splits['test']['images']) == N_VAL
     with pytest.raises(UsageError, match='no train'):
-        read_data(Request(str(tmp_path / 'mine')), 'detection', ('train',))
+        read_data(DatasetRequest(str(tmp_path / 'mine')), 'detection', ('train',))
 
 
 def test_annotations_that_are_asked_for_go_before_a_test_split(drawn, tmp_path):
     as_roboflow(drawn, tmp_path / 'mine')
     shutil.copytree(tmp_path / 'mine/train', tmp_path / 'mine/test')
     given = {'val': str(tmp_path / 'mine/valid/_annotations.coco.json')}
-    data = read_data(Request(str(tmp_path / 'mine'), files=given), 'detection', ('test',))
+    data = read_data(DatasetRequest(str(tmp_path / 'mine'), files=given), 'detection', ('test',))
     assert len(data.splits['test']['images']) == N_VAL
 
 
@@ -572,5 +577,5 @@ def test_images_are_not_looked_for_among_label_maps(drawn, tmp_path):
     for folder, source in (('images', 'train'), ('annotations', 'labels/train')):
         shutil.copytree(drawn / source, tmp_path / f'mine/{folder}/train')
     shutil.copy(drawn / 'annotations/instances_train.json', tmp_path / 'mine/annotations')
-    data = read_data(Request(str(tmp_path / 'mine'), held_out=0.3), 'detection', ('train',))
+    data = read_data(DatasetRequest(str(tmp_path / 'mine'), held_out=0.3), 'detection', ('train',))
     assert all(i['file_name'].startswith('images/train/') for i in data.splits['train']['images'])

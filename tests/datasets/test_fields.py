@@ -8,8 +8,15 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from convnext_dense.datasets import toy_shapes
-from convnext_dense.datasets.check_coco import _id, _runs, check_annotations, check_images, classes_of, match_categories
-from convnext_dense.datasets.check_images import Seen
+from convnext_dense.datasets.check_coco import (
+    _decode_rle_runs,
+    _id,
+    class_names,
+    match_categories,
+    validate_annotations,
+    validate_images,
+)
+from convnext_dense.datasets.check_images import ImageInfo
 from convnext_dense.datasets.diagnostics import Report
 from convnext_dense.datasets.read_coco import Place
 from convnext_dense.errors import UsageError
@@ -57,11 +64,11 @@ def check(annotations, images=None, categories=None, masks=True):
     images = images or [image()]
     content = dict(images=images, annotations=annotations, categories=categories or [dict(id=1, name='cat')])
     content = json.loads(json.dumps(content))
-    report, seen = Report(), {i['file_name']: Seen(SIZE, SIZE) for i in images}
-    classes = classes_of(content, 'train', report)
+    report, seen = Report(), {i['file_name']: ImageInfo(SIZE, SIZE) for i in images}
+    classes = class_names(content, 'train', report)
     known = match_categories(content, content, classes, 'train', report)
-    usable = check_images(content, Found(), seen, True, 'train', report)
-    left = check_annotations(content, usable, known, masks, 'train', report)
+    usable = validate_images(content, Found(), seen, True, 'train', report)
+    left = validate_annotations(content, usable, known, masks, 'train', report)
     return left, {f.kind: f.examples for f in report.findings.values()}
 
 
@@ -401,8 +408,8 @@ def test_checks_take_time_by_the_size_of_their_input():
 
     def end():
         with pytest.raises(ValueError):
-            _runs('o' * 4_000_000)
-        assert _runs('0' * 4_000_000) == [0] * 4_000_000
+            _decode_rle_runs('o' * 4_000_000)
+        assert _decode_rle_runs('0' * 4_000_000) == [0] * 4_000_000
         several = [annotation(i, segmentation=dict(size=[SIZE, SIZE], counts='o' * 10**6)) for i in range(5)]
         zigzag = [annotation(i, (0, 0, SIZE, i), segmentation=to_and_fro(i, 2500), area=9) for i in range(50, 55)]
         return len(check(several)[0]), len(check([annotation()], categories=categories)[0]), len(check(zigzag)[0])

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from convnext_dense.datasets import check_images
-from convnext_dense.datasets.cache import fingerprint, prepared
-from convnext_dense.datasets.check_images import MAX_PIXELS, look, look_at_labels
+from convnext_dense.datasets.cache import dataset_fingerprint, load_cached
+from convnext_dense.datasets.check_images import MAX_PIXELS, inspect_image, inspect_mask
 from convnext_dense.datasets.check_masks import read_classes
-from convnext_dense.datasets.custom import Request, read_data, tasks_of
+from convnext_dense.datasets.custom import DatasetRequest, detect_tasks, read_data
 from convnext_dense.datasets.files import files_below, folders_in, open_regular, read_text, shown, walk
-from convnext_dense.datasets.layouts import find_annotations, find_folders, read_json, what_it_is
+from convnext_dense.datasets.layouts import describe_unsupported, find_annotations, find_folders, read_json
 from convnext_dense.datasets.read_coco import _folders
 from helpers.datasets import as_voc, coco, dump
 from helpers.files import limited, png, said
@@ -45,7 +45,7 @@ def test_what_is_no_regular_file_is_not_read(what, tmp_path):
     def problems():
         with pytest.raises(OSError) as caught:
             open_regular(path, 2**40)
-        return caught.value.strerror, look(str(path)).problem, look_at_labels(str(path)).problem
+        return caught.value.strerror, inspect_image(str(path)).problem, inspect_mask(str(path)).problem
 
     assert limited(problems) == (f'is {what}, not a regular file', 'not a regular file', 'not a regular file')
 
@@ -54,7 +54,7 @@ def test_what_is_no_regular_file_is_not_read(what, tmp_path):
 def test_names_that_no_file_can_have(name, tmp_path):
     with pytest.raises(OSError):
         open_regular(tmp_path / name, 9)
-    assert look(f'{tmp_path}/{name}').problem == 'missing image'
+    assert inspect_image(f'{tmp_path}/{name}').problem == 'missing image'
 
 
 def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monkeypatch):
@@ -72,11 +72,11 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monke
 
 
 def detection_of(root):
-    return read_data(Request(str(root)), 'detection', ('train', 'val'))
+    return read_data(DatasetRequest(str(root)), 'detection', ('train', 'val'))
 
 
 def segmentation_of(root):
-    return read_data(Request(str(root)), 'segmentation', ('train', 'val'))
+    return read_data(DatasetRequest(str(root)), 'segmentation', ('train', 'val'))
 
 
 # What is read: where a file is put, and by what it is read then. All but images, which kinds of the report are.
@@ -84,11 +84,13 @@ READERS = {
     'annotations/instances_train.json': detection_of,
     'annotations/instances_val.json': detection_of,
     'classes.txt': segmentation_of,
-    'given.json': lambda root: read_data(Request(files={'train': f'{root}/given.json'}), 'detection', ('train',)),
+    'given.json': lambda root: read_data(
+        DatasetRequest(files={'train': f'{root}/given.json'}), 'detection', ('train',)
+    ),
     'names.txt': lambda root: read_classes(root / 'names.txt'),
     'names.json': lambda root: read_classes(root / 'names.json'),
     'list.txt': lambda root: read_text(root / 'list.txt'),
-    'data.json': lambda root: prepared(str(root), ('key',)),
+    'data.json': lambda root: load_cached(str(root), ('key',)),
 }
 
 
@@ -118,7 +120,7 @@ def test_files_are_not_waited_for_to_find_out_what_a_folder_is(name, what, tmp_p
     ODD_FILES[what](tmp_path / name)
 
     def end():
-        return what_it_is(tmp_path), said(tasks_of, Request(str(tmp_path)))
+        return describe_unsupported(tmp_path), said(detect_tasks, DatasetRequest(str(tmp_path)))
 
     kind, line = limited(end)
     assert kind.startswith(('holds', 'looks like')) and (name == 'train.json' or str(tmp_path) in line)
@@ -130,13 +132,13 @@ def test_a_list_of_images_that_is_no_regular_file(what, drawn, tmp_path):
     path = tmp_path / 'VOC2012/ImageSets/Segmentation/train.txt'
     path.unlink()
     ODD_FILES[what](path)
-    assert f'train.txt: is {what}' in limited(said, tasks_of, Request(str(tmp_path / 'VOC2012')))
+    assert f'train.txt: is {what}' in limited(said, detect_tasks, DatasetRequest(str(tmp_path / 'VOC2012')))
 
 
 @pytest.mark.parametrize('what', ['a pipe', 'a device', 'a socket'])
 def test_a_path_of_data_that_is_no_folder(what, tmp_path):
     ODD_FILES[what](tmp_path / 'odd')
-    assert 'neither a folder nor a file' in limited(said, tasks_of, Request(str(tmp_path / 'odd')))
+    assert 'neither a folder nor a file' in limited(said, detect_tasks, DatasetRequest(str(tmp_path / 'odd')))
 
 
 @pytest.mark.parametrize('name', ['/dev/zero', '../..', '/proc/self/environ', '../../../../../../dev/zero', '/'])
@@ -229,8 +231,8 @@ def test_folders_that_hold_themselves_end(kind, task, drawn, tmp_path):
     LOOPS[kind](root)
 
     def end():
-        print(fingerprint(('key',), [str(root)]))
-        return said(what_it_is, root) if task == 'neither' else len(said(read_of[task], root).splits['train'])
+        print(dataset_fingerprint(('key',), [str(root)]))
+        return said(describe_unsupported, root) if task == 'neither' else len(said(read_of[task], root).splits['train'])
 
     read_of = dict(detection=detection_of, segmentation=segmentation_of)
     expected = {'neither': 'holds no data set that is known (its files end with .doc)', 'detection': 3}
@@ -270,11 +272,11 @@ def test_names_that_are_not_utf8(drawn, tmp_path):
     root = os.fsencode(tmp_path) + b'/caf\xe9'
     shutil.copytree(os.fsencode(drawn), root)
     shutil.copy(root + b'/train/000001.png', root + b'/train/caf\xe9.png')
-    data = read_data(Request(os.fsdecode(root), held_out=None), 'detection', ('train', 'val'))
+    data = read_data(DatasetRequest(os.fsdecode(root), held_out=None), 'detection', ('train', 'val'))
     assert all(line.isprintable() for line in data.report.lines())
-    before = fingerprint(('key',), [os.fsdecode(root)])
+    before = dataset_fingerprint(('key',), [os.fsdecode(root)])
     os.remove(root + b'/train/caf\xe9.png')
-    assert before != fingerprint(('key',), [os.fsdecode(root)])
+    assert before != dataset_fingerprint(('key',), [os.fsdecode(root)])
 
 
 def test_what_others_wrote_in_the_place_of_a_check_is_checked_again(tmp_path):
@@ -289,7 +291,7 @@ def test_what_others_wrote_in_the_place_of_a_check_is_checked_again(tmp_path):
         '{"of": {}, "places": [1]}',
     ):
         (tmp_path / 'data.json').write_text(text)
-        assert prepared(str(tmp_path), ('key',)) is None
+        assert load_cached(str(tmp_path), ('key',)) is None
 
 
 def grey_png(path, width, height):
@@ -302,7 +304,7 @@ def grey_png(path, width, height):
 def test_images_of_a_billion_pixels_are_judged_by_their_header(tmp_path, monkeypatch):
     """And those of Pillow's limit are still read."""
     width = 32767
-    for function in (look, look_at_labels):
+    for function in (inspect_image, inspect_mask):
         grey_png(tmp_path / 'huge.png', width, width)
         assert limited(function, str(tmp_path / 'huge.png'), gigabytes=0.5).problem.endswith(' too large')
         with monkeypatch.context() as patch:
@@ -340,7 +342,7 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
     def at_most():
         nonlocal most
         most = 0
-        assert not any(seen.problem for seen in check_images.look_at_all(look, paths, 'images').values())
+        assert not any(seen.problem for seen in check_images.inspect_all(inspect_image, paths, 'images').values())
         return most
 
     assert at_most() > 1
@@ -355,7 +357,7 @@ def test_what_pillow_does_not_know_is_judged_by_what_opencv_makes_of_it(tmp_path
     monkeypatch.setattr(check_images, 'FORMATS', ('PCX',))
     for limit, problem in ((2500, None), (2499, 'image too large')):
         monkeypatch.setattr(check_images, 'MAX_PIXELS', limit)
-        assert look(str(tmp_path / 'x.png')).problem == problem
+        assert inspect_image(str(tmp_path / 'x.png')).problem == problem
 
 
 def text_bomb(path):
@@ -399,15 +401,15 @@ BOMBS = {
 def test_what_unpacks_to_much_more_does_not_hurt(name, tmp_path):
     path = tmp_path / name
     BOMBS[name](path)
-    for function in (look, look_at_labels):
+    for function in (inspect_image, inspect_mask):
         limited(function, str(path), gigabytes=0.5, seconds=30)
 
 
 def test_formats_that_have_other_programs_read_them_are_no_images(tmp_path):
     """Pillow has Ghostscript read EPS."""
     Image.new('L', (40, 40)).save(tmp_path / 'x.png', format='EPS')
-    assert look(str(tmp_path / 'x.png')).problem == 'not an image'
-    assert look_at_labels(str(tmp_path / 'x.png')).problem == 'unreadable label map'
+    assert inspect_image(str(tmp_path / 'x.png')).problem == 'not an image'
+    assert inspect_mask(str(tmp_path / 'x.png')).problem == 'unreadable label map'
 
 
 @pytest.mark.parametrize('name, options', [
@@ -415,7 +417,7 @@ def test_formats_that_have_other_programs_read_them_are_no_images(tmp_path):
 ])  # fmt: skip
 def test_label_maps_in_lossy_files_are_refused(name, options, tmp_path):
     Image.fromarray(np.eye(64, dtype=np.uint8)).save(tmp_path / 'x.png', format=name, **options)
-    assert look_at_labels(str(tmp_path / 'x.png')).problem == 'label map in a lossy file'
+    assert inspect_mask(str(tmp_path / 'x.png')).problem == 'label map in a lossy file'
 
 
 @pytest.mark.parametrize('name, options', [
@@ -423,10 +425,10 @@ def test_label_maps_in_lossy_files_are_refused(name, options, tmp_path):
 ])  # fmt: skip
 def test_label_maps_in_exact_files_are_read(name, options, tmp_path):
     Image.fromarray(np.eye(64, dtype=np.uint8)).save(tmp_path / 'x.png', format=name, **options)
-    found = look_at_labels(str(tmp_path / 'x.png'))
+    found = inspect_mask(str(tmp_path / 'x.png'))
     assert found.problem is None and found.counts[:3].tolist() == [64 * 63, 64, 0]
     Image.fromarray(np.eye(64, dtype=np.uint8)).save(tmp_path / 'x.webp', lossless=True)
-    assert look_at_labels(str(tmp_path / 'x.webp')).problem == 'label map in colours'  # WebP has no others
+    assert inspect_mask(str(tmp_path / 'x.webp')).problem == 'label map in colours'  # WebP has no others
 
 
 def test_examples_are_one_short_line(drawn, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from convnext_dense.datasets import toy_shapes
-from convnext_dense.datasets.custom import Request, read_data, tasks_of
+from convnext_dense.datasets.custom import DatasetRequest, detect_tasks, read_data
 from convnext_dense.datasets.layouts import A_FEW
 from helpers.files import said
 from helpers.labels import found as report_of
@@ -67,16 +67,16 @@ FOLDERS = {  # what lies in a folder -> what it is called
 def test_folders_are_called_by_what_is_in_them(kind, tmp_path):
     files, words = FOLDERS[kind]
     lay(tmp_path, *files)
-    assert words in said(tasks_of, Request(str(tmp_path)))
+    assert words in said(detect_tasks, DatasetRequest(str(tmp_path)))
 
 
 @pytest.mark.parametrize('name', ['annotations/panoptic_train.json', 'annotations/instances_train.json', 'x.json'])
 def test_panoptic_json_is_called_so(name, tmp_path):
     lay(tmp_path, 'train/a.jpg', (name, PANOPTIC))
-    line = said(read_data, Request(str(tmp_path)), 'detection', ('train', 'val'))
+    line = said(read_data, DatasetRequest(str(tmp_path)), 'detection', ('train', 'val'))
     assert f'{name} is panoptic JSON' in line and 'take instances_*.json' in line
     assert f'{name} is panoptic JSON' in said(
-        read_data, Request(files={'train': str(tmp_path / name)}), 'detection', ()
+        read_data, DatasetRequest(files={'train': str(tmp_path / name)}), 'detection', ()
     )
 
 
@@ -89,14 +89,14 @@ def mine(tmp_path):
 def test_pointers_in_the_place_of_files_are_findings(mine):
     (mine / 'train/000001.png').write_text(POINTER)
     (mine / 'labels/train/000002.png').write_text(POINTER)
-    findings = read_data(Request(str(mine)), 'detection', ('train', 'val')).report.findings
+    findings = read_data(DatasetRequest(str(mine)), 'detection', ('train', 'val')).report.findings
     assert [(f.kind, f.examples) for f in findings.values()] == [('pointer of Git LFS', ['000001.png'])]
     assert report_of(mine)[1]['pointer of Git LFS'].examples == ['000001.png', '000002.png']
 
 
 def test_pointers_in_the_place_of_json_and_lists_are_said(mine):
     (mine / 'annotations/instances_val.json').write_text(POINTER)
-    line = said(read_data, Request(str(mine)), 'detection', ('train', 'val'))
+    line = said(read_data, DatasetRequest(str(mine)), 'detection', ('train', 'val'))
     assert 'instances_val.json: is a pointer of Git LFS' in line and 'git lfs pull' in line
     shutil.rmtree(mine / 'annotations')
     (mine / 'shapes.json').unlink()  # which would name the classes

@@ -20,10 +20,10 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from convnext_dense.datasets.check_images import MAX_PIXELS, look, look_at_labels
+from convnext_dense.datasets.check_images import MAX_PIXELS, inspect_image, inspect_mask
 from convnext_dense.datasets.check_masks import read_classes
-from convnext_dense.datasets.custom import Request, read_data
-from convnext_dense.datasets.diagnostics import KINDS
+from convnext_dense.datasets.custom import DatasetRequest, read_data
+from convnext_dense.datasets.diagnostics import RULES
 from convnext_dense.errors import UsageError
 from helpers.files import limited
 
@@ -145,7 +145,7 @@ def damaged_bytes(data, rng, head=0):
 def assert_sound(data, root):
     """What is left of COCO data, by itself: numbers are finite, ids are there, boxes and masks are in their images."""
     known = {f.kind for f in data.report.findings.values()}
-    assert known <= set(KINDS) and all(line.isprintable() for line in data.report.lines())
+    assert known <= set(RULES) and all(line.isprintable() for line in data.report.lines())
     for content in data.splits.values():
         assert json.loads(json.dumps(content, allow_nan=False)) == content
         images = {image['id']: image for image in content['images']}
@@ -203,7 +203,7 @@ def coco_files(root, seed, n):
         for name, content in contents.items():
             odd = damaged_content(content, rng) if name == 'train.json' or rng.randint(4) == 0 else content
             (root / name).write_bytes(text_of(odd, rng) if odd is not content else json.dumps(content).encode())
-        data = end_of(read_data, Request(str(root)), 'detection', ('train', 'val'))
+        data = end_of(read_data, DatasetRequest(str(root)), 'detection', ('train', 'val'))
         if isinstance(data, str):
             ends[data] += 1
         else:
@@ -261,9 +261,9 @@ def image_files(root, seed, n):
         if data.startswith(b'\x89PNG') and rng.randint(20) == 0:
             data = other_size(data, rng)
         path.write_bytes(damaged_bytes(data, rng, head=100))
-        seen, labels = look(str(path)), look_at_labels(str(path))
+        seen, labels = inspect_image(str(path)), inspect_mask(str(path))
         for found in (seen, labels):
-            assert found.problem in KINDS if found.problem else 0 < found.width * found.height <= MAX_PIXELS
+            assert found.problem in RULES if found.problem else 0 < found.width * found.height <= MAX_PIXELS
             ends[found.problem or 'read'] += 1
         if not seen.problem:
             assert mmcv.imread(str(path)).shape[:2] == (seen.height, seen.width)
@@ -306,7 +306,7 @@ def segmentation_folders(root, seed, n):
         (root / name).write_bytes(damaged_bytes(LISTS[name].encode(), rng) if odd[3] == 0 else LISTS[name].encode())
         classes = end_of(read_classes, root / name)
         assert isinstance(classes, str) or (classes[0] and all(type(text) is str and text for text in classes[0]))
-        request = Request(str(root), classes=str(root / name), ignore=[0] * rng.randint(2) or None)
+        request = DatasetRequest(str(root), classes=str(root / name), ignore=[0] * rng.randint(2) or None)
         data = end_of(read_data, request, 'segmentation', ('train', 'val'))
         if isinstance(data, str):
             ends[data] += 1

@@ -11,11 +11,11 @@ import torch
 from mmcv.transforms import Compose
 from mmengine.registry import init_default_scope
 
-from convnext_dense import ConvNeXt
-from convnext_dense.config.multiscale import RATIOS, set_multiscale
+from convnext_dense.config.multiscale import SCALE_FACTORS, set_multiscale
 from convnext_dense.datasets import toy_shapes
-from convnext_dense.datasets.custom import Request, read_data
+from convnext_dense.datasets.custom import DatasetRequest, read_data
 from convnext_dense.datasets.image_sizes import LIMITS, STRIDE, Limit, limits_of, resized, too_thin
+from convnext_dense.models.convnext import ConvNeXt
 from helpers.datasets import CONFIGS, DETECTOR, SEGMENTOR, load, quick, run
 
 
@@ -111,7 +111,7 @@ def test_limits_follow_from_the_config():
 
 def test_limits_of_the_multi_scale_test_are_those_of_its_smallest_scale():
     config = config_of('upernet/convnext_t')
-    limit = limits_of(config, min(RATIOS))['test']
+    limit = limits_of(config, min(SCALE_FACTORS))['test']
     set_multiscale(config)
     assert limit.scales == limits_of(config)['test'].scales == ((1024, 256),)
 
@@ -145,7 +145,7 @@ def mine(tmp_path):
 
 
 def found(root, task):
-    report = read_data(Request(str(root)), task, ('train', 'val')).report
+    report = read_data(DatasetRequest(str(root)), task, ('train', 'val')).report
     return {(f.split, f.kind): f.examples for f in report.findings.values()}
 
 

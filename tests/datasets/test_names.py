@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convnext_dense.datasets.custom import Request, read_data
+from convnext_dense.datasets.custom import DatasetRequest, read_data
 from convnext_dense.datasets.files import Files, match, path_in, spelled
-from convnext_dense.datasets.layouts import Folders, find_folders, pair
-from convnext_dense.datasets.read_coco import Images
-from convnext_dense.datasets.request import held_out
+from convnext_dense.datasets.layouts import SplitDirs, find_folders, pair_files
+from convnext_dense.datasets.read_coco import ImageResolver
+from convnext_dense.datasets.request import split_by_hash
 from convnext_dense.errors import UsageError
 from helpers.datasets import DETECTOR, coco, dump, put_labels, quick, report_of
 from helpers.files import limited
@@ -31,7 +31,7 @@ def touch(root, *names):
 
 def places(root, names, file='annotations/instances_train.json', **more):
     """Where names of a JSON file are, and what is said of them."""
-    images = Images(root / file, root, names, **more)
+    images = ImageResolver(root / file, root, names, **more)
     return {name: images.find(name)[:2] for name in names}
 
 
@@ -192,7 +192,7 @@ def test_images_elsewhere_than_in_the_data(tmp_path):
     """Beside the folder of a JSON file that is given alone."""
     touch(tmp_path, 'images/a/1.png')
     name = '/me/a/1.png'
-    images = Images(tmp_path / 'annotations/x.json', tmp_path / 'annotations', [name])
+    images = ImageResolver(tmp_path / 'annotations/x.json', tmp_path / 'annotations', [name])
     assert images.find(name).path == str(tmp_path / 'images/a/1.png') and images.searched[-1] == tmp_path
 
 
@@ -231,10 +231,12 @@ def test_an_image_that_moves_is_noticed(tmp_path):
     pictures(tmp_path, *SEQUENCES)
     write_coco(tmp_path, dict(train=['/x/images/seq1/1.png'], val=['/y/seq2/2.png']))
     assert str(tmp_path) in report_of(tmp_path)[0].places
-    images = Images(tmp_path / 'x.json', tmp_path, ['1.png', '/x/images/seq2/2.png'], given=str(tmp_path / 'images'))
+    images = ImageResolver(
+        tmp_path / 'x.json', tmp_path, ['1.png', '/x/images/seq2/2.png'], given=str(tmp_path / 'images')
+    )
     assert images.searched == [tmp_path / 'images'] * 2
     touch(tmp_path, 'train/9.png')
-    images = Images(tmp_path / 'train.json', tmp_path, ['9.png', '/x/images/seq2/2.png'])
+    images = ImageResolver(tmp_path / 'train.json', tmp_path, ['9.png', '/x/images/seq2/2.png'])
     assert images.find('9.png').kind is None and images.searched == [tmp_path / 'train', tmp_path]
 
 
@@ -277,7 +279,7 @@ def test_names_are_matched_one_to_one():
 def test_label_maps_are_found_by_names_written_otherwise(tmp_path):
     touch(tmp_path, 'i/caf\u00e9.jpg', 'i/A.jpg', 'i/a.jpg', 'i/b c.jpg', 'i/x.y.z.jpg', 'i/none.jpg')
     touch(tmp_path, 'l/cafe\u0301_mask.png', 'l/A_mask.png', 'l/a_mask.png', 'l/b%20c_MASK.png', 'l/x.y.z_mask.png')
-    found = pair(Folders(tmp_path / 'i', tmp_path / 'l'))
+    found = pair_files(SplitDirs(tmp_path / 'i', tmp_path / 'l'))
     pairs = {image.name: labels.name for image, labels in found.pairs}
     assert found.more == '_mask' and pairs == {
         'caf\u00e9.jpg': 'cafe\u0301_mask.png', 'A.jpg': 'A_mask.png', 'a.jpg': 'a_mask.png',
@@ -303,7 +305,7 @@ def test_lists_of_images(end, encoding, tmp_path):
     touch(tmp_path, 'ImageSets/Segmentation/train.txt')
     (tmp_path / 'ImageSets/Segmentation/train.txt').write_bytes(text.encode(encoding))
     layout, folders = find_folders(tmp_path)
-    found = pair(folders['train'])
+    found = pair_files(folders['train'])
     stems = {image.relative_to(tmp_path / 'JPEGImages').with_suffix('').as_posix() for image, _ in found.pairs}
     assert layout == 'VOC' and stems == set(LINES.values()) and not found.twice
     assert sorted(path.name for path in found.bare) == ['gone.jpg', 'secret.jpg', 'zero.jpg']
@@ -314,7 +316,7 @@ def test_a_list_in_latin1_names_files_in_latin1(tmp_path):
     for folder, ending in (('JPEGImages', 'jpg'), ('SegmentationClass', 'png')):
         Path(f'{tmp_path}/{folder}/caf\udce9.{ending}').write_bytes(b'')
     (tmp_path / 'ImageSets/Segmentation/train.txt').write_bytes(b'caf\xe9\r\n')
-    found = pair(find_folders(tmp_path)[1]['train'])
+    found = pair_files(find_folders(tmp_path)[1]['train'])
     assert [image.name for image, _ in found.pairs] == ['caf\udce9.jpg']
 
 
@@ -364,8 +366,10 @@ def test_a_run_where_names_are_ascii_ends(foreign, run_tool):
 def test_the_same_images_are_held_out_in_any_locale():
     names = [f'\u00e9{i}.png' for i in range(300)]
     as_ascii = {name.encode().decode('ascii', 'surrogateescape'): name for name in names}
-    out, _ = held_out(names, Request('x'))
-    assert {as_ascii[name] for name in held_out(list(as_ascii), Request('x'))[0]} == out and 10 < len(out) < 60
+    out, _ = split_by_hash(names, DatasetRequest('x'))
+    assert {as_ascii[name] for name in split_by_hash(list(as_ascii), DatasetRequest('x'))[0]} == out and 10 < len(
+        out
+    ) < 60
 
 
 @pytest.mark.parametrize('written, other', [
@@ -380,7 +384,7 @@ def test_segmentation_says_what_was_found_otherwise(drawn, tmp_path):
     put_labels(drawn, 'train', tmp_path / 'images/train', name='{} \u00e9')
     put_labels(drawn, 'train', tmp_path / 'labels/train', name='{}%20e\u0301')
     (tmp_path / 'classes.txt').write_text('a\nb\nc\nd\ne')
-    data = read_data(Request(str(tmp_path)), 'segmentation', ('train', 'val'))
+    data = read_data(DatasetRequest(str(tmp_path)), 'segmentation', ('train', 'val'))
     found = {f.kind: f for f in data.report.findings.values()}
     assert sum(len(of) for of in data.splits.values()) == 5 and found[WRITTEN].done == 'mended'
     assert found[WRITTEN].examples[0] == '000001 \u00e9 is 000001%20e\u0301'

@@ -4,7 +4,7 @@ from mmengine.optim import build_optim_wrapper
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from convnext_dense import ConvNeXt
+from convnext_dense.models.convnext import ConvNeXt
 
 STEPS, BATCH = 3, 4
 

@@ -23,15 +23,16 @@ from mmengine.structures import BaseDataElement
 from torch import nn
 from torch.utils.data import DataLoader
 
-from convnext_dense import ConvNeXt, errors
-from convnext_dense.config.hooks import set_keep, set_max_bad_images
+from convnext_dense import errors
+from convnext_dense.config.hooks import set_checkpoint_retention, set_max_unreadable
 from convnext_dense.datasets import toy_shapes
-from convnext_dense.engine.build import PLACES, _safe_loader
-from convnext_dense.engine.datasets import IMAGE_SUFFIXES, unreadable
-from convnext_dense.engine.failures import cause_of, kept_bytes
-from convnext_dense.engine.loops import EpochLoop
+from convnext_dense.engine.build import LOADER_PREFIXES, _make_checkpoint_loader
+from convnext_dense.engine.datasets import IMAGE_SUFFIXES, read_error
+from convnext_dense.engine.failures import diagnose, saved_activation_bytes
+from convnext_dense.engine.loops import ResumableEpochLoop
 from convnext_dense.engine.runner import ResumableRunner
-from convnext_dense.errors import RunError, UsageError
+from convnext_dense.errors import TrainingError, UsageError
+from convnext_dense.models.convnext import ConvNeXt
 from helpers.paths import ROOT
 
 SMALL = ('train_dataloader.batch_size=2', 'total_batch=4', 'default_hooks.logger.interval=1')
@@ -105,9 +106,9 @@ def test_images_that_cannot_be_read_are_named_counted_and_replaced(more, n_bad, 
 def test_every_image_that_a_data_set_may_hold_is_seen_to_be_broken(ending, tmp_path):
     for name in (f'a{ending}', f'b{ending.upper()}'):
         (tmp_path / name).write_bytes(b'no image')
-        assert unreadable(str(tmp_path / name)) == 'not an image, or a broken one'
+        assert read_error(str(tmp_path / name)) == 'not an image, or a broken one'
     (tmp_path / 'c.npy').write_bytes(b'no image')
-    assert unreadable(str(tmp_path / 'c.npy')) is None  # read by a pipeline of its own
+    assert read_error(str(tmp_path / 'c.npy')) is None  # read by a pipeline of its own
 
 
 def test_an_image_of_the_evaluation_is_not_replaced(train, data):
@@ -149,10 +150,10 @@ def test_workers_are_watched_however_they_are_started(tmp_path):
             'import time\n'
             'from functools import partial\n'
             'from torch.utils.data import DataLoader\n'
-            'from convnext_dense.engine.samplers import apart\n\n'
+            'from convnext_dense.engine.workers import worker_init\n\n'
             "if __name__ == '__main__':\n"
             f'    options = dict(num_workers=2, multiprocessing_context={method!r}, persistent_workers=True)\n'
-            '    loader = DataLoader([*range(8)], worker_init_fn=partial(apart, None), **options)\n'
+            '    loader = DataLoader([*range(8)], worker_init_fn=partial(worker_init, None), **options)\n'
             '    print(sum(len(batch) for batch in loader), flush=True)\n'
             '    time.sleep(60)\n'
         )
@@ -172,16 +173,16 @@ def test_a_data_worker_that_is_not_yet_seen_as_dead_is_named_as_well(lost):
     batches._data_queue = Mock(get=Mock(side_effect=lost))
     with pytest.raises(type(lost)) as caught:
         next(batches)
-    assert cause_of(caught.value).startswith('a process that reads data was ended from outside')
+    assert diagnose(caught.value).startswith('a process that reads data was ended from outside')
 
 
 @pytest.mark.parametrize('world', [1, 2])
 def test_a_connection_that_is_lost_is_another_process_only_where_there_are_some(world, monkeypatch):
-    monkeypatch.setattr('convnext_dense.engine.health_hook.get_world_size', lambda: world)
+    monkeypatch.setattr('convnext_dense.engine.failures.get_world_size', lambda: world)
     gone = 'another process of the run is gone'
     of_gloo = RuntimeError('[gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:31445')
-    assert cause_of(of_gloo) == gone if world > 1 else cause_of(of_gloo).startswith('a connection was lost (Runtime')
-    assert (cause_of(torch.distributed.DistStoreError('timed out')) == gone) == (world > 1)
+    assert diagnose(of_gloo) == gone if world > 1 else diagnose(of_gloo).startswith('a connection was lost (Runtime')
+    assert (diagnose(torch.distributed.DistStoreError('timed out')) == gone) == (world > 1)
 
     try:  # as storage and trackers word it: of their own class, around the one that says what happened
         try:
@@ -189,11 +190,11 @@ def test_a_connection_that_is_lost_is_another_process_only_where_there_are_some(
         except ConnectionResetError as error:
             raise Exception('failed to upload') from error
     except Exception as error:
-        assert cause_of(error) == (
+        assert diagnose(error) == (
             'a connection of test_guarding was lost (ConnectionResetError: [Errno 104] Connection reset by peer): see '
             'whether what it leads to is there; --resume goes on from the last checkpoint, --debug shows the traceback'
         )
-    assert cause_of(FileNotFoundError(2, 'No such file')) is None
+    assert diagnose(FileNotFoundError(2, 'No such file')) is None
 
 
 DDP = ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.device_ids=None']
@@ -400,7 +401,9 @@ def test_updates_by_no_numbers_are_left_out_and_stop_the_run_in_the_end(wrong, t
     fine.train()
     runner = planned_run([1.0] * 4 + [1.0, wrong] * 5 + [1.0] * 2, tmp_path / 'run')
     images = 'image_9.png' if wrong else ''
-    with pytest.raises(RunError, match=f'3 updates in a row.*{images}.*learning rate.*interrupted.pth holds the run'):
+    with pytest.raises(
+        TrainingError, match=f'3 updates in a row.*{images}.*learning rate.*interrupted.pth holds the run'
+    ):
         runner.train()
     saved = torch.load(tmp_path / 'run/interrupted.pth', weights_only=False)
     assert saved['meta']['iter'] == 5
@@ -485,7 +488,7 @@ def test_parts_given_as_classes_are_ours_too(tmp_path):
     runner = planned_run([1.0] * 4, tmp_path, train_cfg=dict(type=EpochBasedTrainLoop, max_epochs=1))
     runner.register_hook(dict(type=CheckpointHook, interval=1))
     runner.train()
-    assert type(runner.train_loop) is EpochLoop
+    assert type(runner.train_loop) is ResumableEpochLoop
     assert not any(type(hook) is CheckpointHook for hook in runner.hooks)
 
 
@@ -498,7 +501,7 @@ def test_data_without_a_whole_batch_are_refused(tmp_path):
 def test_a_run_without_a_seed_of_its_own_goes_on_with_the_one_it_drew(tmp_path):
     first = planned_run([1.0] * 8, tmp_path / 'first', seed=None)
     first.train()
-    CheckpointLoader.register_scheme(prefixes=PLACES, loader=_safe_loader({}), force=True)
+    CheckpointLoader.register_scheme(prefixes=LOADER_PREFIXES, loader=_make_checkpoint_loader({}), force=True)
     twice = dict(by_epoch=True, max_epochs=2)
     path = str(tmp_path / 'first/epoch_1.pth')
     again = planned_run([1.0] * 8, tmp_path / 'again', train_cfg=twice, seed=None, load_from=path)
@@ -511,7 +514,7 @@ def test_out_of_memory_names_the_knobs_and_what_they_save():
     backbone = ConvNeXt(dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32)))
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
-    line = cause_of(caught.value, nn.ModuleDict(dict(backbone=backbone)), (4, 3, 64, 96))
+    line = diagnose(caught.value, nn.ModuleDict(dict(backbone=backbone)), (4, 3, 64, 96))
     assert line.startswith('out of memory with a batch of 4 x 3 x 64 x 96')
     for knob in (
         'model.backbone.with_cp=True',
@@ -520,8 +523,8 @@ def test_out_of_memory_names_the_knobs_and_what_they_save():
         'train_dataloader.batch_size=2',
     ):
         assert knob in line
-    assert cause_of(torch.OutOfMemoryError('CUDA out of memory')) == 'out of memory'
-    assert cause_of(ValueError('no')) is None
+    assert diagnose(torch.OutOfMemoryError('CUDA out of memory')) == 'out of memory'
+    assert diagnose(ValueError('no')) is None
 
 
 @pytest.mark.parametrize('with_cp', [False, 'mlp', True])
@@ -538,8 +541,8 @@ def test_bytes_kept_for_the_backward_pass_are_those_of_a_real_one(with_cp, monke
         outputs = backbone(torch.rand(2, 3, 64, 96))
     own = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
     kept = sum(t.untyped_storage().nbytes() for key, t in storages.items() if key not in own)
-    assert outputs and kept_bytes(backbone, (2, 3, 64, 96)) == pytest.approx(kept, rel=0.02)
-    sizes = [kept_bytes(backbone, (2, 3, 64, 96), way) for way in (False, 'mlp', True)]
+    assert outputs and saved_activation_bytes(backbone, (2, 3, 64, 96)) == pytest.approx(kept, rel=0.02)
+    sizes = [saved_activation_bytes(backbone, (2, 3, 64, 96), way) for way in (False, 'mlp', True)]
     assert sizes[0] > 2 * sizes[1] and sizes[1] > 1.1 * sizes[2]
 
 
@@ -548,22 +551,22 @@ def test_keep_and_max_bad_images_say_what_they_cannot_use():
 
     for given in ('-1', '1.5', '200%', 'few'):
         with pytest.raises(UsageError, match='--max-bad-images'):
-            set_max_bad_images(Config(), given)
+            set_max_unreadable(Config(), given)
     for evaluator, best in (
         (dict(type='CocoMetric', metric=['bbox', 'segm']), 'coco/bbox_mAP'),
         (dict(type='CocoMetric', metric='segm'), 'auto'),
         (dict(type='VOCMetric'), 'auto'),
     ):
         config = Config(dict(val_evaluator=evaluator, default_hooks=None))
-        set_keep(config, 1)
+        set_checkpoint_retention(config, 1)
         assert config.default_hooks.checkpoint.save_best == best
     config = Config(dict(default_scope='mmseg', val_evaluator=dict(type='IoUMetric')))
     for given, limit in (('0', 0), ('3', 3), ('0.5%', 0.005), ('0.002', 0.002)):
-        set_max_bad_images(config, given)
+        set_max_unreadable(config, given)
         assert config.max_bad_images == limit
     with pytest.raises(UsageError, match='--keep 0'):
-        set_keep(config, 0)
-    set_keep(config, 2)
+        set_checkpoint_retention(config, 0)
+    set_checkpoint_retention(config, 2)
     hook = config.default_hooks.checkpoint
     assert (hook.max_keep_ckpts, hook.save_best, hook.rule) == (2, 'mIoU', 'greater')
 
@@ -576,8 +579,8 @@ def test_keep_keeps_the_last_and_the_best(train, tmp_path):
 
 
 def test_one_line_of_an_error_out_of_a_worker():
-    error = RunError(
+    error = TrainingError(
         'Caught UnreadableImage in DataLoader worker process 0.\nOriginal Traceback\n'
-        'convnext_dense.errors.UnreadableImage: /data/1.png: an empty file\n'
+        'convnext_dense.errors.UnreadableImageError: /data/1.png: an empty file\n'
     )
-    assert errors.last_line(error) == '/data/1.png: an empty file'
+    assert errors.one_line(error) == '/data/1.png: an empty file'

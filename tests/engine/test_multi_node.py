@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from convnext_dense.config.batch_size import set_total_batch
+from convnext_dense.config.batch_size import scale_batch
 from convnext_dense.config.resume import set_resume
 from convnext_dense.datasets import toy_shapes
 from helpers.paths import ROOT
@@ -212,7 +212,7 @@ def test_the_pages_table_is_what_train_does():
         gpus, images, added, total, seen = map(int, row)
         for recipe in ('cascade/convnext_t', 'upernet/convnext_t'):
             config = load(recipe)
-            line, warns = set_total_batch(config, gpus)
+            line, warns = scale_batch(config, gpus)
             assert config.train_dataloader.batch_size == images
             assert config.optim_wrapper.get('accumulative_counts', 1) == added
             assert total == gpus * images * added and seen == gpus * images

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from convnext_dense.datasets import toy_shapes
-from convnext_dense.engine.atomic_files import NoRoom, write_whole
-from convnext_dense.engine.resume import moved
-from convnext_dense.engine.samplers import DrawSampler, SkippingBatchSampler
-from convnext_dense.engine.seeding import SeededIndex, seed_all
+from convnext_dense.engine.atomic_files import DiskFullError, write_atomic
+from convnext_dense.engine.resume import convert_progress
+from convnext_dense.engine.samplers import ResumableBatchSampler, SeededSampler
+from convnext_dense.engine.seeding import SeededIndex, seed_everything
 from convnext_dense.errors import UsageError
 from helpers.paths import ROOT
 
@@ -207,7 +207,7 @@ def test_a_kill_while_a_file_is_written_leaves_a_whole_one(place, tmp_path):
             os.replace = die
         else:
             os.open = die
-        write_whole(path, b'new' * 1000)
+        write_atomic(path, b'new' * 1000)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert path.read_bytes() == (b'new' if place == 'moved' else b'old') * 1000
@@ -222,8 +222,8 @@ def test_no_room_keeps_what_was_there_and_says_what_is_missing(tmp_path, monkeyp
 
     monkeypatch.setattr(os, 'fsync', full)
     monkeypatch.setattr('shutil.disk_usage', lambda path: type('Usage', (), {'free': 2**20}))
-    with pytest.raises(NoRoom, match='no room for .*epoch_1.pth: 2.0 MB are missing'):
-        write_whole(path, bytes(3 * 2**20))
+    with pytest.raises(DiskFullError, match='no room for .*epoch_1.pth: 2.0 MB are missing'):
+        write_atomic(path, bytes(3 * 2**20))
     assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['epoch_1.pth']
 
 
@@ -235,9 +235,9 @@ def test_draws_follow_from_seed_and_place_alone():
             return 5
 
     def keys(epoch, skipped=0, sampler='DefaultSampler'):
-        draws = DrawSampler(Data(), dict(type=sampler, shuffle=True), seed=3)
+        draws = SeededSampler(Data(), dict(type=sampler, shuffle=True), seed=3)
         draws.set_epoch(epoch)
-        batches = SkippingBatchSampler(draws, 2)
+        batches = ResumableBatchSampler(draws, 2)
         passes = batches.skip(skipped)
         order = [[(int(draw), draw.key) for draw in batch] for batch, _ in zip(batches, range(6))]
         return passes, order
@@ -257,7 +257,7 @@ def test_draws_follow_from_seed_and_place_alone():
 
 def test_seeds_of_neighbours_are_unlike():
     def drawn(*key):
-        seed_all(*key)
+        seed_everything(*key)
         return [random.random(), float(np.random.rand()), float(torch.rand(1))]
 
     assert drawn(0, 1, 2) == drawn(0, 1, 2)
@@ -269,8 +269,8 @@ def test_seeds_of_neighbours_are_unlike():
 
 @pytest.mark.parametrize('opened', [True, False])
 def test_a_loader_that_is_opened_before_its_run_is_resumed_takes_nothing(opened):
-    draws = DrawSampler(range(10), dict(type='InfiniteSampler', shuffle=False), seed=0)
-    batches = SkippingBatchSampler(draws, 2, opened=opened)
+    draws = SeededSampler(range(10), dict(type='InfiniteSampler', shuffle=False), seed=0)
+    batches = ResumableBatchSampler(draws, 2, opened=opened)
     assert next(iter(batches), None) == ([0, 1] if opened else None)
     if not opened:
         batches.skip(1)
@@ -295,7 +295,7 @@ def layout(processes, images, accumulation, samples=96):
     ],
 )
 def test_counts_of_another_layout(before, now, epoch, iteration, by_epoch, wanted):
-    assert moved(epoch, iteration, before, now, by_epoch)[0] == wanted
+    assert convert_progress(epoch, iteration, before, now, by_epoch)[0] == wanted
 
 
 @pytest.mark.parametrize(
@@ -309,12 +309,12 @@ def test_counts_of_another_layout(before, now, epoch, iteration, by_epoch, wante
 )
 def test_counts_that_cannot_be_carried_over(before, now, epoch, iteration, by_epoch, word):
     with pytest.raises(UsageError, match=word):
-        moved(epoch, iteration, before, now, by_epoch)
+        convert_progress(epoch, iteration, before, now, by_epoch)
 
 
 @pytest.mark.parametrize('samples, by_epoch, same', [(96, True, True), (100, True, False), (100, False, True)])
 def test_what_is_said_of_another_layout_is_true(samples, by_epoch, same):
-    _, note = moved(1, 10, layout(8, 2, 1, samples), layout(4, 2, 2, samples), by_epoch)
+    _, note = convert_progress(1, 10, layout(8, 2, 1, samples), layout(4, 2, 2, samples), by_epoch)
     assert ('the same images in each update' in note) == same
 
 

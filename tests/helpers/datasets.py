@@ -12,7 +12,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from convnext_dense.datasets import toy_shapes
-from convnext_dense.datasets.custom import Request, read_data
+from convnext_dense.datasets.custom import DatasetRequest, read_data
 from helpers.paths import ROOT
 
 TRAIN, VAL = 'annotations/instances_train.json', 'annotations/instances_val.json'
@@ -30,7 +30,7 @@ def edit(change, file=TRAIN):
 
 
 def report_of(root, task='detection', **request):
-    data = read_data(Request(str(root), **request), task, ('train', 'val'))
+    data = read_data(DatasetRequest(str(root), **request), task, ('train', 'val'))
     return data, {finding.kind: finding for finding in data.report.findings.values()}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from convnext_dense import ConvNeXt
+from convnext_dense.models.convnext import ConvNeXt
 from helpers.weights import made_weights
 
 

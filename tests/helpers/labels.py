@@ -1,8 +1,8 @@
 """Segmentation masks with a given set of labels."""
 
-from convnext_dense.datasets.custom import Request, read_data
+from convnext_dense.datasets.custom import DatasetRequest, read_data
 
 
 def found(root, **request):
-    data = read_data(Request(str(root), **request), 'segmentation', ('train', 'val'))
+    data = read_data(DatasetRequest(str(root), **request), 'segmentation', ('train', 'val'))
     return data, {f.kind: f for f in data.report.findings.values()}

@@ -4,7 +4,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
 
-from convnext_dense.paper.results import ROWS
+from convnext_dense.paper.results import PAPER_RESULTS
 from helpers.paths import ROOT
 
 # Parameters and entries of the state dict, of the original's fine-tuned checkpoints.
@@ -23,7 +23,7 @@ SIZES = {
     'upernet/convnext_l_in22k': (234_994_796, 430),
     'upernet/convnext_xl_in22k': (391_140_396, 430),
 }
-SEGMENTATION = [row.recipe for row in ROWS if not row.detector]
+SEGMENTATION = [row.recipe for row in PAPER_RESULTS if not row.detector]
 
 
 def load(name: str) -> Config:

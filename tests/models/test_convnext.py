@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS, Registry
 
-from convnext_dense import ARCHS, ConvNeXt, UsageError
-from convnext_dense.models.convnext import Block
+from convnext_dense.errors import UsageError
+from convnext_dense.models.convnext import ARCHS, ConvNeXt, ConvNeXtBlock
 from helpers.paths import ROOT
 from helpers.weights import made_weights
 
@@ -154,7 +154,7 @@ def test_v2_equals_its_papers_equations():
 
 
 def test_v2_starts_as_the_identity_of_its_norm_and_keeps_half_precision():
-    block = Block(8, 3, 0.0, 0, grn=True)
+    block = ConvNeXtBlock(8, 3, 0.0, 0, grn=True)
     assert not block.grn.gamma.any() and not block.grn.beta.any()
     x = torch.full((1, 40, 40, 32), 100.0, dtype=torch.float16)  # squares add up to far beyond fp16
     with torch.no_grad():
@@ -230,7 +230,7 @@ def test_drop_path_per_sample_and_linear_in_depth():
 
 def test_a_block_in_training_drops_its_branch_and_keeps_its_shortcut():
     torch.manual_seed(0)
-    block, x = filled(Block(8, 3, 0.6, 1.0)), torch.randn(64, 8, 6, 6)
+    block, x = filled(ConvNeXtBlock(8, 3, 0.6, 1.0)), torch.randn(64, 8, 6, 6)
     branch = block.eval()(x) - x
     y = block.train()(x)
     dropped = torch.tensor([torch.equal(*maps) for maps in zip(y, x)])

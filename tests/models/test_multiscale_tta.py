@@ -14,10 +14,10 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
 from torch.nn.functional import interpolate
 
-from convnext_dense.config.multiscale import RATIOS, set_multiscale
+from convnext_dense.config.multiscale import SCALE_FACTORS, set_multiscale
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.errors import UsageError
-from convnext_dense.models.multiscale_tta import _resized_rows
+from convnext_dense.models.multiscale_tta import _resize_rows
 from helpers.paths import ROOT
 from helpers.recipes import SEGMENTATION, load
 from helpers.tools import MEAN, STD, one_line_error
@@ -133,7 +133,7 @@ def test_rows_are_resized_as_torch_resizes_the_whole(align_corners, size):
     whole = interpolate(logits[None], size, mode='bilinear', align_corners=align_corners)[0]
     for n_rows in (1, 5, size[0]):
         for top in range(0, size[0] - n_rows + 1, n_rows):
-            rows = _resized_rows(logits, top, n_rows, size, align_corners)
+            rows = _resize_rows(logits, top, n_rows, size, align_corners)
             torch.testing.assert_close(rows, whole[:, top : top + n_rows], rtol=0, atol=1e-5)
 
 
@@ -146,7 +146,7 @@ import test_multiscale_tta as t
 from convnext_dense.config import multiscale
 config = t.small_segmentor()
 config.model.decode_head.num_classes = 150
-multiscale.RATIOS = {ratios}
+multiscale.SCALE_FACTORS = {ratios}
 multiscale.set_multiscale(config)
 model = t.built(config)
 image = np.random.RandomState(0).randint(0, 256, (700, 1000, 3)).astype(np.uint8)
@@ -174,7 +174,7 @@ def test_memory_does_not_grow_with_the_views(tmp_path):
         assert process.returncode == 0, process.stderr
         return int(process.stdout.split()[-1])
 
-    twelve, one = peak(RATIOS, False), peak(RATIOS[-1:], True)
+    twelve, one = peak(SCALE_FACTORS, False), peak(SCALE_FACTORS[-1:], True)
     assert twelve < 1.3 * one, (twelve, one)
 
 

@@ -15,8 +15,7 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from convnext_dense import ConvNeXt
-from convnext_dense.models.convnext import Block, DropPath, OutputNorm, Stem
+from convnext_dense.models.convnext import ConvNeXt, ConvNeXtBlock, DropPath, OutputNorm, Stem
 from convnext_dense.ops import avx512 as fused
 from convnext_dense.ops import dispatch
 from convnext_dense.ops import onednn as tiled
@@ -176,7 +175,7 @@ def test_gradients_and_their_gradients_by_finite_differences(with_cp, monkeypatc
         tiled, '_linear', lambda x, w, b=None, gelu=False: (F.gelu if gelu else nn.Identity())(F.linear(x, w, b))
     )
     torch.manual_seed(0)
-    block = Block(8, 3, 0.0, 0.5).double()
+    block = ConvNeXtBlock(8, 3, 0.0, 0.5).double()
     block.with_cp = with_cp
     for p in block.parameters():
         nn.init.normal_(p)
@@ -326,7 +325,7 @@ def test_models_of_several_threads_do_not_meet():
 @pytest.mark.parametrize('with_cp', [False, True])
 def test_gradients_of_gradients_equal_the_plain_form(with_cp, form, monkeypatch):
     torch.manual_seed(0)
-    block = Block(32, 7, 0.0, 0.5)
+    block = ConvNeXtBlock(32, 7, 0.0, 0.5)
     block.with_cp = with_cp
     for p in block.parameters():
         nn.init.normal_(p, std=0.3)
@@ -348,7 +347,7 @@ def test_any_number_of_threads_computes_the_same(shape, precision, runs):
     if (torch.bfloat16 if precision == AUTOCAST else torch.float32) not in fused.dtypes():
         pytest.skip('the kernels are not for this machine, or not compiled')
     torch.manual_seed(0)
-    block, x = Block(64, 7, 0.0, 1.0), torch.randn(shape[0], 64, *shape[1:])
+    block, x = ConvNeXtBlock(64, 7, 0.0, 1.0), torch.randn(shape[0], 64, *shape[1:])
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 8):
@@ -378,7 +377,7 @@ def test_the_gelu_of_the_kernels(precision):
     dtype = torch.bfloat16 if precision == AUTOCAST else torch.float32
     if dtype not in fused.dtypes():
         pytest.skip('the kernels are not for this machine, or not compiled')
-    block = Block(32, 7, 0.0, 1.0).requires_grad_(False)
+    block = ConvNeXtBlock(32, 7, 0.0, 1.0).requires_grad_(False)
     for p in block.parameters():
         nn.init.zeros_(p)
     block.norm.bias.fill_(1.0)
@@ -451,7 +450,7 @@ def other_mlp(block, width):
 )
 def test_parameters_that_the_kernels_do_not_fit_go_another_way(change):
     torch.manual_seed(0)
-    block, x = Block(64, 7, 0.0, 1.0), torch.randn(2, 64, 9, 11)
+    block, x = ConvNeXtBlock(64, 7, 0.0, 1.0), torch.randn(2, 64, 9, 11)
     change(block)
     assert distance(block(x), reference(block, x)) < 1e-5
 
@@ -481,7 +480,7 @@ def test_parameters_laid_otherwise_at_the_ends(change, monkeypatch):
 @pytest.mark.parametrize('shape', [(32, 8, 8), (96, 8, 8)])
 def test_maps_of_other_widths_fail_as_they_did(shape):
     with pytest.raises(RuntimeError):
-        Block(64, 7, 0.0, 1.0)(torch.randn(1, *shape))
+        ConvNeXtBlock(64, 7, 0.0, 1.0)(torch.randn(1, *shape))
 
 
 def test_gradients_are_the_same_bit_for_bit(form):
@@ -511,7 +510,7 @@ def test_saved_tensors_may_come_back_in_another_layout(form):
 
 
 def test_the_default_device_does_not_matter(form):
-    block, x = Block(32, 7, 0.0, 1.0), torch.randn(1, 32, 9, 9)
+    block, x = ConvNeXtBlock(32, 7, 0.0, 1.0), torch.randn(1, 32, 9, 9)
     fused._own.work = fused._NOTHING
     with torch.device('meta'):
         out = dispatch.block(block, x)
@@ -640,7 +639,7 @@ def changed(model, how):
     elif how == 'subclass':
         block.pwconv1.__class__ = type('Other', (nn.Linear,), {})
     elif how == 'block subclass':
-        block.__class__ = type('Other', (Block,), {})
+        block.__class__ = type('Other', (ConvNeXtBlock,), {})
     elif how == 'forward replaced':
         block.dwconv.forward = block.dwconv.forward
     elif how == 'convolution replaced':
@@ -710,7 +709,7 @@ def test_a_changed_block_goes_the_plain_way_alone(how, runs, monkeypatch):
         (nn.Conv2d, '_conv_forward'),
         (nn.LayerNorm, 'forward'),
         (nn.Sequential, 'forward'),
-        *((Block, name) for name in ('forward', 'residual', 'mlp')),
+        *((ConvNeXtBlock, name) for name in ('forward', 'residual', 'mlp')),
         (Stem, 'forward'),
         (OutputNorm, 'forward'),
     ],
@@ -794,7 +793,7 @@ def test_what_is_said_to_run_is_what_runs(onednn, compiled, monkeypatch):
     if not set(compiled) <= set(fused.dtypes()) or torch.bfloat16 not in tiled.dtypes():
         pytest.skip('not on this machine')
     monkeypatch.setattr(fused, 'dtypes', lambda: compiled)
-    ran, block, x = [], Block(32, 7, 0.0, 1.0), torch.randn(1, 32, 8, 8)
+    ran, block, x = [], ConvNeXtBlock(32, 7, 0.0, 1.0), torch.randn(1, 32, 8, 8)
     for module in (fused, tiled):
         monkeypatch.setattr(module, 'forward', partial(lambda f, *a, **k: (ran.append(f), (a[1], []))[1], module))
     found = {}
@@ -831,7 +830,7 @@ def test_mismatched_dtypes_fail_as_they_did():
 @pytest.mark.parametrize('memory', ['contiguous', 'channels_last', 'strided', 'expanded'])
 def test_any_size_and_layout(size, memory, form):
     torch.manual_seed(0)
-    block, (h, w) = Block(32, 7, 0.0, 1.0), size
+    block, (h, w) = ConvNeXtBlock(32, 7, 0.0, 1.0), size
     x = torch.randn(2, 32, h, w)
     if memory == 'channels_last':
         x = x.contiguous(memory_format=torch.channels_last)
@@ -845,7 +844,7 @@ def test_any_size_and_layout(size, memory, form):
 
 
 def test_every_parameter_has_a_gradient_where_no_sample_keeps_its_branch(form):
-    block = Block(32, 7, 1 - 1e-9, 1.0).train()
+    block = ConvNeXtBlock(32, 7, 1 - 1e-9, 1.0).train()
     out = dispatch.block(block, torch.randn(2, 32, 8, 8))
     out.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in block.parameters())

@@ -21,8 +21,7 @@ import pytest
 import torch
 from torch import nn
 
-from convnext_dense import ConvNeXt
-from convnext_dense.models.convnext import Block, Downsample, OutputNorm, Patchify, Stem
+from convnext_dense.models.convnext import ConvNeXt, ConvNeXtBlock, Downsample, OutputNorm, Patchify, Stem
 from convnext_dense.ops import avx512, dispatch, onednn
 from helpers.paths import ROOT
 
@@ -144,7 +143,7 @@ def test_gradients_and_images_may_be_views(widths, with_cp, view):
 @pytest.mark.parametrize('channels', [1, 3, 32])
 def test_maps_of_one_pixel_or_one_channel_may_be_views(channels):
     torch.manual_seed(0)
-    block = Block(channels, 7, 0.0, 1.0)
+    block = ConvNeXtBlock(channels, 7, 0.0, 1.0)
     for shape in ((1, channels, 1, 1), (2, channels, 1, 1), (2, channels, 1, 9), (3, channels, 6, 1)):
         for view in VIEWS.values():
             x = view(torch.randn(shape))
@@ -162,7 +161,7 @@ def test_maps_of_one_pixel_or_one_channel_may_be_views(channels):
 )
 def test_saved_tensors_may_come_back_as_views(channels, with_cp, view):
     torch.manual_seed(0)
-    block, x = Block(channels, 7, 0.0, 1.0), torch.randn(2, channels, 5, 7)
+    block, x = ConvNeXtBlock(channels, 7, 0.0, 1.0), torch.randn(2, channels, 5, 7)
     block.with_cp = with_cp
 
     def gradients(pack):
@@ -203,7 +202,7 @@ def test_gradients_of_several_at_once_are_those_of_each(widths):
 @pytest.mark.parametrize('channels', [32, 40])
 def test_other_layouts_and_dtypes_go_as_in_the_reference(channels):
     torch.manual_seed(0)
-    block, x = Block(channels, 7, 0.0, 1.0).requires_grad_(False), torch.randn(2, channels, 9, 7)
+    block, x = ConvNeXtBlock(channels, 7, 0.0, 1.0).requires_grad_(False), torch.randn(2, channels, 9, 7)
     dense = block.pwconv1.weight
     for layout in ('to_sparse', 'to_sparse_csr'):
         block.pwconv1.weight = nn.Parameter(getattr(dense, layout)(), requires_grad=False)
@@ -347,7 +346,7 @@ def run_case(r: random.Random) -> None:
     in_channels = r.choice([*range(1, 14), 100, 257])
     low, module = r.choice(
         [
-            (1, lambda: Block(c, 7, r.choice([0.0, 0.5]), 1.0)),
+            (1, lambda: ConvNeXtBlock(c, 7, r.choice([0.0, 0.5]), 1.0)),
             (1, lambda: OutputNorm(c)),
             (2, lambda: Downsample(c, others)),
             (4, lambda: Stem(in_channels, c)),
@@ -363,7 +362,7 @@ def run_case(r: random.Random) -> None:
     if n * sides[0] * sides[1] * c * c > 3e8:  # seconds
         sides[1] = max(low, sides[1] // 10)
     for part in module.modules():
-        if isinstance(part, Block):
+        if isinstance(part, ConvNeXtBlock):
             part.with_cp = r.choice([False, 'mlp', True])
     trained = r.choice([0.0, 0.5, 1.0])
     for name, _ in [*module.named_parameters()]:

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from convnext_dense import ConvNeXt
-from convnext_dense.models.convnext import Block, OutputNorm
+from convnext_dense.models.convnext import ConvNeXt, ConvNeXtBlock, OutputNorm
 from convnext_dense.ops import dispatch
 
 # Widths of which the compiled kernels, and of which torch's own operations make the fast form.
@@ -244,15 +243,15 @@ def test_modules_of_ours_in_other_places_run_as_what_they_are():
     torch.manual_seed(0)
     model.stages[0].append(OutputNorm(32))
     model.stages[1] = nn.Sequential(model.stages[1][0], OutputNorm(64), copy.deepcopy(model.stages[1][0]))
-    model.downsample_layers[1] = nn.Sequential(Block(32, 7, 0.0, 1.0), model.downsample_layers[1])
-    model.norm0, image = Block(32, 7, 0.0, 1.0), torch.randn(IMAGE)
+    model.downsample_layers[1] = nn.Sequential(ConvNeXtBlock(32, 7, 0.0, 1.0), model.downsample_layers[1])
+    model.norm0, image = ConvNeXtBlock(32, 7, 0.0, 1.0), torch.randn(IMAGE)
     assert_equals_the_reference(model, image)
     model, _ = pair(WIDTHS[0])
     model.downsample_layers[0] = nn.Conv2d(3, 32, 4, 4)
     model.norm1 = copy.deepcopy(model.stages[1][0])
     model.stages[0] = OutputNorm(32)
     assert_equals_the_reference(model, image)
-    model.downsample_layers[0], image = Block(32, 7, 0.0, 1.0), torch.randn(2, 32, 16, 16)
+    model.downsample_layers[0], image = ConvNeXtBlock(32, 7, 0.0, 1.0), torch.randn(2, 32, 16, 16)
     assert_equals_the_reference(model, image)
 
 

@@ -8,7 +8,9 @@ from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
 
-from convnext_dense import ConvNeXt, LayerDecayOptimWrapperConstructor, UsageError, layer_ids
+from convnext_dense.errors import UsageError
+from convnext_dense.models.convnext import ConvNeXt
+from convnext_dense.optim.layer_decay import LayerDecayOptimWrapperConstructor, layer_ids
 
 # From the original code's table: (stem, stage 0, stage 1, stage 2 first block, stage 2 last block, stage 3).
 SCALES = {

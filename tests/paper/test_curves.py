@@ -13,11 +13,11 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
-from convnext_dense import ConvNeXt
-from convnext_dense.config.batch_size import set_total_batch
+from convnext_dense.config.batch_size import scale_batch
 from convnext_dense.engine.param_scheduler_hook import UpdateParamSchedulerHook
 from convnext_dense.errors import UsageError
-from convnext_dense.paper.curves import draw, layer_lrs, layer_scales, read_curves, smoothed
+from convnext_dense.models.convnext import ConvNeXt
+from convnext_dense.paper.curves import ema, layer_lrs, layer_scales, plot, read_curves
 from helpers.recipes import load
 from helpers.tools import one_line_error
 from helpers.work_dirs import coco, start
@@ -181,7 +181,7 @@ def test_units(tmp_path):
     assert [x for x, _ in unsaid.losses] == [20 / 45, 40 / 45, 70 / 45, 2]
 
     config = load('upernet/convnext_t')
-    set_total_batch(config, 1)
+    scale_batch(config, 1)
     start(tmp_path / 'updates', config, [train(800), dict(mIoU=5.0, step=800)], 1)
     # Loops that count iterations under a logger that does not know it: the step of an evaluation is none.
     config.default_hooks.logger.pop('log_metric_by_epoch')
@@ -199,7 +199,7 @@ def test_parts_of_the_loss_and_other_evaluators(tmp_path):
     (curves,) = read_curves([tmp_path])
     assert curves.losses == [(1, {'loss': 1.0, 'loss_rpn_cls': 0.1, 'loss_cls': 0.5, 'decode.loss_ce': 0.4})]
     assert curves.figures == [(1, {'pascal_voc/mAP': 0.5, 'pascal_voc/AP50': 0.6})]
-    assert draw([curves], tmp_path / 'run') == tmp_path / 'run.png' and (tmp_path / 'run.png').exists()
+    assert plot([curves], tmp_path / 'run') == tmp_path / 'run.png' and (tmp_path / 'run.png').exists()
     assert texts(curves)[:4] == ['loss', 'lr', 'pascal_voc/mAP', 'pascal_voc/AP50']
 
 
@@ -216,7 +216,7 @@ def texts(*curves, smooth=0.0) -> list[str]:
 
     save, matplotlib.figure.Figure.savefig = matplotlib.figure.Figure.savefig, look
     try:
-        draw(curves, 'x.png', smooth)
+        plot(curves, 'x.png', smooth)
     finally:
         matplotlib.figure.Figure.savefig = save
     return [text for some in seen for text in some]
@@ -228,8 +228,8 @@ def legend_of(holder):
 
 
 def test_smoothed():
-    assert smoothed([1.0, 5.0, 2.0], 0.0) == [1.0, 5.0, 2.0]
-    found = smoothed([1.0, 5.0, math.nan, 2.0], 0.5)
+    assert ema([1.0, 5.0, 2.0], 0.0) == [1.0, 5.0, 2.0]
+    found = ema([1.0, 5.0, math.nan, 2.0], 0.5)
     assert found[:2] == pytest.approx([1.0, (0.25 * 1 + 0.5 * 5) / 0.75]) and math.isnan(found[2])
     assert found[3] == pytest.approx((0.125 * 1 + 0.25 * 5 + 0.5 * 2) / 0.875)
 
@@ -326,5 +326,5 @@ def test_numbers_that_no_scale_has(tmp_path, case, alone):
     if not alone:
         start(tmp_path / 'b', config, [train(1, epoch=1)])
     curves = read_curves([tmp_path])
-    assert draw(curves, tmp_path / 'x.png', 0.5).read_bytes().startswith(b'\x89PNG')
+    assert plot(curves, tmp_path / 'x.png', 0.5).read_bytes().startswith(b'\x89PNG')
     assert words in '; '.join(curves[0].run.problems) and bool(words) == bool(curves[0].run.problems)

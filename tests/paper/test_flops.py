@@ -8,9 +8,9 @@ import pytest
 from mmengine.config import Config
 
 from convnext_dense.errors import UsageError
-from convnext_dense.paper.flops import complexity
-from convnext_dense.paper.results import ROWS
-from convnext_dense.paper.tables import table
+from convnext_dense.paper.flops import count_flops
+from convnext_dense.paper.results import PAPER_RESULTS
+from convnext_dense.paper.tables import format_table
 from helpers.paths import ROOT
 from helpers.recipes import SIZES, load
 from helpers.tools import one_line_error
@@ -19,9 +19,9 @@ from helpers.tools import one_line_error
 GFLOPS = (262.11, 740.99, 827.31, 964.46, 964.46, 1354.36, 1898.40, 938.92, 1027.31, 1169.84, 1827.86, 2458.22, 3335.21)
 
 
-@pytest.mark.parametrize('row, expected', list(zip(ROWS, GFLOPS)), ids=[row.recipe for row in ROWS])
+@pytest.mark.parametrize('row, expected', list(zip(PAPER_RESULTS, GFLOPS)), ids=[row.recipe for row in PAPER_RESULTS])
 def test_the_papers_counts(row, expected):
-    counted = complexity(load(row.recipe), row.size)
+    counted = count_flops(load(row.recipe), row.size)
     assert counted.flops / 1e9 == pytest.approx(expected, abs=0.01)
     assert round(counted.flops / 1e9) == row.gflops
     assert counted.parameters == SIZES[row.recipe][0]
@@ -48,15 +48,15 @@ def test_a_backbone_by_hand():
     norm, relu = 2 * 4, 4
     linear_biases = 2 * (32 + 8)  # counted once a layer by mmcv, not once a pixel
     expected = pixels * (weights + biases - linear_biases + norm + relu) + linear_biases
-    assert complexity(config, (96, 64)).flops == pytest.approx(expected, rel=1e-3)
+    assert count_flops(config, (96, 64)).flops == pytest.approx(expected, rel=1e-3)
 
 
 def test_nothing_is_allocated():
     """The weights of the largest recipe alone are 1.6 GB."""
     code = (
-        'import resource; from mmengine.config import Config; from convnext_dense.paper.flops import complexity;'
+        'import resource; from mmengine.config import Config; from convnext_dense.paper.flops import count_flops;'
         f'config = Config.fromfile("{ROOT}/configs/cascade/convnext_xl_in22k.py"); used = resource.getrusage;'
-        'before = used(resource.RUSAGE_SELF).ru_maxrss; complexity(config, (1280, 800));'
+        'before = used(resource.RUSAGE_SELF).ru_maxrss; count_flops(config, (1280, 800));'
         'print(used(resource.RUSAGE_SELF).ru_maxrss - before)'
     )
     process = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
@@ -85,13 +85,13 @@ def test_bad_input(run_tool, tmp_path):
     assert run_tool('complexity.py').returncode == run_tool('complexity.py', 'a.py', '--all').returncode == 2
     assert run_tool('complexity.py', '--all', '--size', '0', '5').returncode == 2
     with pytest.raises(UsageError, match='at 8x8.*larger'):
-        complexity(load('demo/upernet'), (8, 8))
+        count_flops(load('demo/upernet'), (8, 8))
     config = Config(dict(model=dict(type='ConvNeXt')))
     with pytest.raises(UsageError, match='ConvNeXt cannot be counted'):
-        complexity(config, (64, 64))
+        count_flops(config, (64, 64))
 
 
 def test_tables_align():
     rows = [['x', '10'], ['long', '2']]
-    assert table(['recipe', 'b'], rows) == 'recipe   b\nx       10\nlong     2'
-    assert table(['recipe', 'b'], rows[:1], markdown=True) == '| recipe |  b |\n| ------ | -: |\n| x      | 10 |'
+    assert format_table(['recipe', 'b'], rows) == 'recipe   b\nx       10\nlong     2'
+    assert format_table(['recipe', 'b'], rows[:1], markdown=True) == '| recipe |  b |\n| ------ | -: |\n| x      | 10 |'

@@ -8,10 +8,11 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 
-from convnext_dense import ARCHS, layer_ids
-from convnext_dense.config.recipe import precision_of
-from convnext_dense.paper.departures import changed_settings
-from convnext_dense.paper.results import ROWS, row_of
+from convnext_dense.config.recipe import training_precision
+from convnext_dense.models.convnext import ARCHS
+from convnext_dense.optim.layer_decay import layer_ids
+from convnext_dense.paper.departures import diff_from_recipe
+from convnext_dense.paper.results import PAPER_RESULTS, find_paper_result
 from helpers.paths import ROOT
 from helpers.recipes import SEGMENTATION, SIZES, load, lrs_over_iterations
 
@@ -33,7 +34,7 @@ SCALES = {
     ('stage_wise', 0.9, 6): (0.478297, 0.531441, 0.478297, 0.6561, 0.6561, 0.729, 1),
     ('stage_wise', 0.9, 12): (0.254187, 0.282430, 0.254187, 0.348678, 0.348678, 0.387420, 1),
 }
-DETECTION = [row.recipe for row in ROWS if row.detector]
+DETECTION = [row.recipe for row in PAPER_RESULTS if row.detector]
 EVERY_CONFIG = sorted(str(p.relative_to(ROOT / 'configs'))[:-3] for p in (ROOT / 'configs').glob('[!_]*/*.py'))
 row_ids = {'ids': lambda row: row.recipe}
 
@@ -44,15 +45,15 @@ def build(config: Config) -> torch.nn.Module:
 
 
 def test_every_row_is_a_recipe_and_every_recipe_a_row():
-    assert [row.recipe for row in ROWS] == list(SIZES)
+    assert [row.recipe for row in PAPER_RESULTS] == list(SIZES)
     assert {name for name in EVERY_CONFIG if not name.startswith('demo/')} == set(SIZES)
 
 
-@pytest.mark.parametrize('row', ROWS, **row_ids)
+@pytest.mark.parametrize('row', PAPER_RESULTS, **row_ids)
 def test_a_recipe_says_what_its_row_says(row):
     config = load(row.recipe)
-    assert row_of(config) is row and changed_settings(config, row) == []
-    assert precision_of(config) == row.precision
+    assert find_paper_result(config) is row and diff_from_recipe(config, row) == []
+    assert training_precision(config) == row.precision
     assert config.model.backbone.init_cfg == dict(type='Pretrained', checkpoint=row.weights)
     assert config.train_dataloader.batch_size == 2  # on 8 GPUs
     channels = list(ARCHS[row.arch]['channels'])
@@ -67,8 +68,13 @@ def test_a_recipe_says_what_its_row_says(row):
 def test_other_configs_are_no_row():
     config = load('cascade/convnext_s')
     config.model.backbone.drop_path_rate = 0.5
-    assert row_of(config) is None
-    assert row_of(load('demo/upernet')) is row_of(Config()) is row_of(Config(dict(model=dict(type='MaskRCNN')))) is None
+    assert find_paper_result(config) is None
+    assert (
+        find_paper_result(load('demo/upernet'))
+        is find_paper_result(Config())
+        is find_paper_result(Config(dict(model=dict(type='MaskRCNN'))))
+        is None
+    )
 
 
 def test_changed_settings_are_named():
@@ -76,13 +82,13 @@ def test_changed_settings_are_named():
     config.optim_wrapper.optimizer.lr = 2e-4
     config.train_cfg.max_iters = 320_000
     config.model.backbone.init_cfg.checkpoint = '/data/other.pth'
-    assert changed_settings(config, row_of(config)) == ['lr', 'length', 'weights']
+    assert diff_from_recipe(config, find_paper_result(config)) == ['lr', 'length', 'weights']
     config.optim_wrapper.update(accumulative_counts=2, optimizer=dict(config.optim_wrapper.optimizer, lr=1e-4))
     config.model.backbone.init_cfg.checkpoint = '/data/convnext_small_1k_224.pth'
-    assert changed_settings(config, row_of(config)) == []
+    assert diff_from_recipe(config, find_paper_result(config)) == []
 
 
-@pytest.mark.parametrize('row', ROWS, **row_ids)
+@pytest.mark.parametrize('row', PAPER_RESULTS, **row_ids)
 def test_parameters_are_the_originals(row):
     model = build(load(row.recipe))
     n_parameters = sum(p.numel() for p in model.parameters())
@@ -90,7 +96,7 @@ def test_parameters_are_the_originals(row):
     assert round(n_parameters / 1e6) == row.params
 
 
-@pytest.mark.parametrize('row', ROWS, **row_ids)
+@pytest.mark.parametrize('row', PAPER_RESULTS, **row_ids)
 def test_lr_and_weight_decay_of_every_parameter(row):
     config = load(row.recipe)
     model = build(config)

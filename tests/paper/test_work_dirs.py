@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from convnext_dense.config.batch_size import set_total_batch
+from convnext_dense.config.batch_size import scale_batch
 from convnext_dense.config.multiscale import set_multiscale
-from convnext_dense.paper.departures import changed_settings
-from convnext_dense.paper.results import MAIN, ROWS, row_of
+from convnext_dense.paper.departures import diff_from_recipe
+from convnext_dense.paper.results import MAIN_METRICS, PAPER_RESULTS, find_paper_result
 from convnext_dense.paper.work_dirs import find_runs, read_runs
 from helpers.recipes import load
 from helpers.tools import one_line_error
@@ -42,7 +42,7 @@ def runs(tmp_path):
     (folder / 'finished/last_checkpoint').write_text('/elsewhere/epoch_36.pth')
 
     half = load('upernet/convnext_s')
-    set_total_batch(half, 4)
+    scale_batch(half, 4)
     half.optim_wrapper.optimizer.lr = 2e-4
     start(folder / 'half', half, [train(step=50), dict(mIoU=30.0, step=32_000)], 4)
     start(folder / 'half', half, [dict(mIoU=44.0, step=128_000), train(step=160_000)], 4, '20260102_120000')
@@ -122,11 +122,11 @@ def test_a_changed_run_gets_no_verdict(runs):
 )
 def test_every_departure_from_the_recipe_is_seen(tmp_path, change, name):
     config = load('upernet/convnext_t')
-    set_total_batch(config, 1)
+    scale_batch(config, 1)
     config.train_dataloader.num_workers = 9
-    assert changed_settings(config, row_of(config)) == []
+    assert diff_from_recipe(config, find_paper_result(config)) == []
     change(config)
-    assert name in changed_settings(config, row_of(config)) or name == '1'
+    assert name in diff_from_recipe(config, find_paper_result(config)) or name == '1'
     start(tmp_path / 'run', config, [dict(mIoU=46.0, step=1_280_000)], 1)
     (run,) = read_runs(tmp_path / 'run')
     assert run.finished and run.verdict('mIoU') == (0.0, '')
@@ -182,7 +182,7 @@ def test_the_table(run_tool, runs, tmp_path):
     by_name = {}
     for line in lines:
         by_name.setdefault(line.split()[0], []).append(line)
-    assert set(by_name) == {row.recipe for row in ROWS} | {'work_dirs/other'}
+    assert set(by_name) == {row.recipe for row in PAPER_RESULTS} | {'work_dirs/other'}
     assert (
         '50.4  50.6  51.5' in by_name['cascade/convnext_t'][0] and '+0.2    inside' in by_name['cascade/convnext_t'][0]
     )
@@ -193,9 +193,9 @@ def test_the_table(run_tool, runs, tmp_path):
     assert 'not finished, last written 20' in by_name['mask_rcnn/convnext_t'][0]
     assert 'epoch_1.pth cannot be read' in by_name['mask_rcnn/convnext_t'][0]
     assert by_name['work_dirs/other'][0].split()[1:5] == ['mIoU', '90.2', '90.2', '400/400']
-    for row in ROWS:  # those without a run hold the paper's figure and nothing of ours
+    for row in PAPER_RESULTS:  # those without a run hold the paper's figure and nothing of ours
         if row.recipe.endswith('in22k'):
-            names = [name for name in MAIN if name in row.figures]
+            names = [name for name in MAIN_METRICS if name in row.figures]
             assert [line.split() for line in by_name[row.recipe]] == [
                 [row.recipe, *name.split(), str(row.figures[name])] for name in names
             ]
