@@ -5,6 +5,9 @@ import os
 import sys
 from functools import partial
 
+# How mmengine's messages for the file alone begin: the environment, the full config, the order of the hooks.
+FILE_ONLY = ('\n' + '-' * 60 + '\nSystem environment:', 'Config:\n', 'Hooks will be executed in the following order:')
+
 
 class UnbrokenStream:
     """Standard output that drops what nobody reads any more, or has no room for, instead of ending a run."""
@@ -40,6 +43,20 @@ def silence_disk_full(logger: logging.Logger) -> None:
     for each line."""
     for handler in logger.handlers:
         handler.handleError = partial(warn_once, handler)
+
+
+def log_details_to_file_only(logger: logging.Logger) -> None:
+    """Keep hundreds of lines that are for looking up (environment, config, hooks) off the console.
+
+    Args:
+        logger (logging.Logger): mmengine's logger of a run. Without a log file it is left as it is.
+    """
+    files = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
+    for handler in logger.handlers if files else []:
+        if handler not in files:
+            handler.addFilter(lambda record: not str(record.msg).startswith(FILE_ONLY))
+    if files:
+        logger.info(f'Environment and full config: {files[0].baseFilename}')
 
 
 def warn_once(handler: logging.Handler, record: logging.LogRecord) -> None:

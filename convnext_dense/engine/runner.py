@@ -14,7 +14,7 @@ from ..checkpoints.io import load_checkpoint
 from ..errors import TrainingError
 from ..type_names import class_of
 from .checkpoint_hook import AtomicCheckpointHook
-from .console import silence_disk_full
+from .console import log_details_to_file_only, silence_disk_full
 from .datasets import wrap_pipelines
 from .failures import diagnose
 from .health_hook import HealthActionHook, HealthCheckHook
@@ -62,6 +62,7 @@ class ResumableRunner(Runner):
     def build_logger(self, *args, **kwargs):
         logger = super().build_logger(*args, **kwargs)
         silence_disk_full(logger)
+        log_details_to_file_only(logger)
         return logger
 
     def build_train_loop(self, loop):
