@@ -45,6 +45,6 @@ setup(
         'onedl': ONEDL,  # the maintained one
         'openmmlab': OPENMMLAB,  # the classic one
         'test': ['pytest', 'pytest-xdist', 'ruff==0.17.6', 'tensorboard'],
-        'trackers': ['tensorboard', 'wandb'],  # what train.py --log-to sends runs to
+        'trackers': ['tensorboard', 'wandb'],  # what train.py --loggers sends runs to
     },
 )

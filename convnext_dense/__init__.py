@@ -2,7 +2,7 @@
 
 Importing it registers everything with OpenMMLab that needs neither mmdet nor mmseg: the backbone `ConvNeXt`, its
 initializer `PretrainedConvNeXt`, the optimizer-wrapper constructor `LayerDecayOptimWrapperConstructor`, the hook
-`UpdateParamSchedulerHook` and the backend `RunWandbVisBackend`.
+`UpdateParamSchedulerHook` and the backend `NoCodeWandbVisBackend`.
 """
 
 try:
@@ -14,7 +14,7 @@ except ImportError as error:
 
 from . import _moved
 from .checkpoints import PretrainedConvNeXt, load_backbone
-from .config.trackers import RunWandbVisBackend
+from .config.trackers import NoCodeWandbVisBackend, RunWandbVisBackend
 from .engine.param_scheduler_hook import UpdateParamSchedulerHook
 from .errors import UsageError
 from .models.convnext import ARCHS, ConvNeXt
@@ -25,6 +25,7 @@ __all__ = [
     'ARCHS',
     'ConvNeXt',
     'LayerDecayOptimWrapperConstructor',
+    'NoCodeWandbVisBackend',
     'PretrainedConvNeXt',
     'RunWandbVisBackend',
     'UpdateParamSchedulerHook',

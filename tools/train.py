@@ -47,17 +47,23 @@ def parse_args():
         '--epochs', type=int, help='another length, with the shares of warmup, steps and evaluation kept'
     )
     length.add_argument('--iters', type=int, help='the same for recipes that count iterations')
-    parser.add_argument('--keep', type=int, metavar='N', help='keep the last N checkpoints, and the best one')
+    parser.add_argument('--max-keep-ckpts', type=int, metavar='N', help='keep the last N checkpoints, and the best one')
     parser.add_argument(
-        '--max-bad-images',
+        '--max-unreadable',
         metavar='N',
         help='training images that may turn out unreadable and be replaced: a number or a share (default: 0.1%%)',
     )
     parser.add_argument(
-        '--log-to', nargs='+', choices=tuple(TRACKERS), default=[], help='where else numbers go; runs are kept here too'
+        '--loggers',
+        nargs='+',
+        choices=tuple(TRACKERS),
+        default=[],
+        help='additional loggers; local logs are always written',
     )
     parser.add_argument(
-        '--as-is', action='store_true', help='do not fit images a GPU, accumulation and iterations to the total batch'
+        '--no-auto-batch',
+        action='store_true',
+        help='do not adapt images per GPU, gradient accumulation and iterations to the total batch size of the recipe',
     )
     add_data_arguments(parser)
     return parser.parse_args()
@@ -69,7 +75,7 @@ def main():
         config = load_run_config(args, ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'))
         request = parse_request(args)
         set_precision(config, args.amp_dtype)
-        add_trackers(config, args.log_to, args.resume is not None)
+        add_trackers(config, args.loggers, args.resume is not None)
         if not request:
             check_data(config, ('train', 'val'))
         check_pretrained(config.model)
@@ -78,10 +84,10 @@ def main():
         data = apply_custom_data(config, request, ('train', 'val'), args.cfg_options, checkpoint)
         check_classes(config)
         length = scale_schedule(config, args.epochs, args.iters, args.cfg_options)
-        fitted = scale_batch(config, world_size_from_env(args.launcher), args.as_is, args.cfg_options)
+        fitted = scale_batch(config, world_size_from_env(args.launcher), args.no_auto_batch, args.cfg_options)
         resumed = check_resume(config, checkpoint, length is not None, args.override)
-        set_checkpoint_retention(config, args.keep)
-        set_max_unreadable(config, args.max_bad_images)
+        set_checkpoint_retention(config, args.max_keep_ckpts)
+        set_max_unreadable(config, args.max_unreadable)
         runner = make_runner(config, checkpoint)
         for line in data:
             print_log(line, logger='current')

@@ -3,18 +3,50 @@
 import argparse
 import difflib
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 
 from ..config.options import KeyValueAction
-from .exit import printable
+from ..config.preflight import is_rank0
+from .exit import DEBUG_VARIABLE, printable
+
+# Old spelling of an option -> its name. The old one is accepted with a warning by each parser that has the new one.
+RENAMED_OPTIONS = {
+    '--as-is': '--no-auto-batch',
+    '--keep': '--max-keep-ckpts',
+    '--log-to': '--loggers',
+    '--max-bad-images': '--max-unreadable',
+    '--peers': '--baselines',
+    '--picture': '--plot',
+    '--val-share': '--val-fraction',
+}
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, which takes no abbreviations, names the nearest option to one that is not known, and has --debug."""
+    """Argument parser of the tools.
+
+    Unlike argparse's own it accepts no abbreviations, suggests the nearest option for an unknown one, accepts old
+    spellings (`RENAMED_OPTIONS`) with a warning, and adds `--debug`.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{'allow_abbrev': False, **kwargs})
-        self.add_argument('--debug', action='store_true', help='show the traceback behind an error of one line')
+        help_text = f'show the traceback behind a one-line error (also with {DEBUG_VARIABLE}=1 in the environment)'
+        self.add_argument('--debug', action='store_true', help=help_text)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        args = list(sys.argv[1:] if args is None else args)
+        end = args.index('--') if '--' in args else len(args)
+        return super().parse_known_args([*map(self._current_spelling, args[:end]), *args[end:]], namespace)
+
+    def _current_spelling(self, arg: str) -> str:
+        old, equals, value = arg.partition('=')
+        new = RENAMED_OPTIONS.get(old)
+        if new not in self._option_string_actions or old in self._option_string_actions:
+            return arg
+        if is_rank0():
+            print(f'warning: {old} was renamed to {new}; please use the new name', file=sys.stderr)
+        return new + equals + value
 
     def error(self, message: str):
         unknown = re.match('unrecognized arguments: (--[^ =]+)', message)

@@ -15,6 +15,7 @@ from ..engine.console import detach_stdout, warn_once
 from ..errors import RunInterrupted, TrainingError, UsageError, is_user_code_error, one_line
 
 MAX_MESSAGE_CHARS = 2000  # characters of a message: names in a file have no end of their own
+DEBUG_VARIABLE = 'CONVNEXT_DENSE_DEBUG'  # set to 1, it does what --debug does
 TOOLS_WITH_WORK_DIR = ('train.py', 'test.py')
 
 
@@ -33,10 +34,15 @@ def exit_on_error() -> Iterator[None]:
         if ending is None:
             raise
         line, code = ending
-        if '--debug' in sys.argv:
+        if is_debug():
             traceback.print_exc()
         print(printable(line), file=sys.stderr)
         sys.exit(code)
+
+
+def is_debug() -> bool:
+    """Whether the user asked for tracebacks, by `--debug` or in the environment."""
+    return '--debug' in sys.argv or os.environ.get(DEBUG_VARIABLE, '0') not in ('', '0')
 
 
 def _message_and_code(error: BaseException) -> tuple[str, int] | None:

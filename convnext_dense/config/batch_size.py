@@ -82,7 +82,7 @@ def _apply_accumulation(config: Config, n: int) -> None:
         if scheduler.get('convert_to_iter_based'):
             raise UsageError(
                 f'{short_name(scheduler.type)} with convert_to_iter_based cannot be fitted to this number of GPUs: '
-                'give begin and end in iterations, or --as-is'
+                'give begin and end in iterations, or --no-auto-batch'
             )
     config.optim_wrapper.accumulative_counts = n
     if 'default_hooks' not in config:

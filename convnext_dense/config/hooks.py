@@ -17,7 +17,7 @@ def set_checkpoint_retention(config: Config, n: int | None) -> None:
     if n is None:
         return
     if n < 1:
-        raise UsageError(f'--keep {n}: give a positive number of checkpoints')
+        raise UsageError(f'--max-keep-ckpts {n}: give a positive number of checkpoints')
     if not config.get('default_hooks'):
         config.default_hooks = {}
     best = {} if not config.get('val_evaluator') else dict(save_best=_best_metric(config.val_evaluator), rule='greater')
@@ -48,5 +48,5 @@ def set_max_unreadable(config: Config, given: str | None) -> None:
     except ValueError:
         limit = -1.0
     if limit < 0 or (limit >= 1 and (given.endswith('%') or limit != int(limit))):
-        raise UsageError(f"--max-bad-images '{given}': give a number of images, or a share below all such as 0.5%")
-    config.max_bad_images = limit
+        raise UsageError(f"--max-unreadable '{given}': give a number of images, or a share below all such as 0.5%")
+    config.max_unreadable = limit

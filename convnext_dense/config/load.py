@@ -9,7 +9,7 @@ from mmengine.registry import init_default_scope
 
 from ..errors import UsageError, is_user_code_error, root_message
 from .data_files import DATA_SUFFIXES, check_type_names, register_safe_yaml
-from .options import merge_options
+from .options import merge_options, rename_old_keys
 from .preflight import check_backbones, check_installed, check_levels
 
 
@@ -50,6 +50,7 @@ def load_config(path: str, options: dict, needed: tuple[str, ...] = ('model',)) 
             f'{path} is a config of mmdet 2 or mmseg 0 (data, optimizer, runner): start from a recipe, such as '
             'configs/cascade/convnext_t.py, or move it as mmdet 3 says (docs/en/migration/config_migration.md)'
         )
+    rename_old_keys(config, path)
     _require_keys(config, path, needed)
     check_type_names(config, path)
     scope = config.get('default_scope') or 'mmengine'

@@ -3,11 +3,14 @@ from another argument or from the number of GPUs gives way to what the user says
 
 import difflib
 import inspect
+import logging
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 
 from mmengine.config import Config, DictAction
+from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, set_random_seed
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
@@ -24,7 +27,8 @@ TOP_LEVEL_KEYS = {
     'compile',
     'total_batch',
 }
-TOP_LEVEL_KEYS |= {'activation_checkpointing', 'sync_bn', 'max_bad_images', 'env_cfg', 'randomness', 'experiment_name'}
+TOP_LEVEL_KEYS |= {'activation_checkpointing', 'sync_bn', 'max_unreadable', 'env_cfg', 'randomness', 'experiment_name'}
+RENAMED_KEYS = {'max_bad_images': 'max_unreadable'}  # of the top level: old name -> name
 # Classes and functions whose arguments a part of a config is that names no type.
 BUILT_WITHOUT_TYPE = {
     'train_dataloader': (DataLoader,),
@@ -77,6 +81,22 @@ class KeyValueAction(DictAction):
             super().__call__(parser, namespace, values, option_string)
         except AssertionError as error:  # brackets that do not match
             parser.error(f'{option_string}: {error}')
+        options = getattr(namespace, self.dest)
+        for old, new in RENAMED_KEYS.items():
+            for plus in ('', '+'):
+                if plus + old in options:
+                    options[plus + new] = options.pop(plus + old)
+                    print(
+                        f'warning: {option_string} {old} was renamed to {new}; please use the new name', file=sys.stderr
+                    )
+
+
+def rename_old_keys(config: Config, path: str) -> None:
+    """Give the keys of a config file that have another name now (`RENAMED_KEYS`) that name, with a warning."""
+    for old, new in RENAMED_KEYS.items():
+        if old in config:
+            config.setdefault(new, config.pop(old))
+            print_log(f'{path}: {old} was renamed to {new}; please use the new name', 'current', logging.WARNING)
 
 
 def merge_options(config: Config, options: Mapping[str, object]) -> dict[str, object]:

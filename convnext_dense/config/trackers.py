@@ -23,10 +23,13 @@ TRACKERS = {'tensorboard': 'torch.utils.tensorboard', 'wandb': 'wandb'}
 BACKENDS = {'tensorboard': 'TensorboardVisBackend', 'wandb': 'WandbVisBackend'}  # of mmengine
 
 
-@VISBACKENDS.register_module()
-class RunWandbVisBackend(WandbVisBackend):
-    """A backend for W&B that uploads no code. mmengine's `WandbVisBackend` also logs every .py file in and below the
-    working directory, virtual environments included; this one logs the config alone."""
+@VISBACKENDS.register_module(name=['NoCodeWandbVisBackend', 'RunWandbVisBackend'])  # old configs name the second one
+class NoCodeWandbVisBackend(WandbVisBackend):
+    """W&B backend that does not upload source code.
+
+    mmengine's `WandbVisBackend` logs every .py file below the working directory, including virtual environments; this
+    one logs only the config.
+    """
 
     def _init_env(self) -> None:
         wandb = importlib.import_module('wandb')
@@ -34,7 +37,11 @@ class RunWandbVisBackend(WandbVisBackend):
             super()._init_env()
 
     def add_config(self, config: Config, **kwargs) -> None:
+        """Log the config, and no code."""
         self.experiment.config.update(config.to_dict(), allow_val_change=True)
+
+
+RunWandbVisBackend = NoCodeWandbVisBackend  # its name before
 
 
 def add_trackers(config: Config, names: Iterable[str], resumed: bool = False) -> None:
@@ -49,7 +56,7 @@ def add_trackers(config: Config, names: Iterable[str], resumed: bool = False) ->
         try:
             module = importlib.import_module(TRACKERS[name])
         except ImportError as error:
-            raise UsageError(f'--log-to {name}: {error}: run pip install {name}') from error
+            raise UsageError(f'--loggers {name}: {error}: run pip install {name}') from error
         if name == 'wandb' and os.environ.get('WANDB_MODE', 'online') == 'online':
             with _wandb_errors(module):
                 module.login()
@@ -70,7 +77,7 @@ def _wandb_errors(wandb) -> Iterator[None]:
         yield
     except wandb.Error as error:
         line = str(error).strip().splitlines()[0].rstrip('.')
-        raise UsageError(f'--log-to wandb: {line}; WANDB_MODE=offline keeps the run here, for wandb sync') from error
+        raise UsageError(f'--loggers wandb: {line}; WANDB_MODE=offline keeps the run here, for wandb sync') from error
 
 
 def _wandb_cfg(config: Config, resumed: bool) -> dict:
@@ -81,7 +88,7 @@ def _wandb_cfg(config: Config, resumed: bool) -> dict:
         init['project'] = '-'.join(recipe_id(config.filename))
     # W&B counts calls; mmengine gives it each call's iteration.
     axis = [dict(name='iter'), dict(name='*', step_metric='iter')]
-    return dict(type='RunWandbVisBackend', init_kwargs=init, define_metric_cfg=axis)
+    return dict(type='NoCodeWandbVisBackend', init_kwargs=init, define_metric_cfg=axis)
 
 
 def _previous_run_id(work_dir: Path) -> str | None:

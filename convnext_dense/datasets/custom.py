@@ -38,7 +38,10 @@ def add_data_arguments(parser: argparse.ArgumentParser, strict: bool = True) -> 
     group.add_argument('--train-images', metavar='FOLDER', help='images of --train-ann, where they are not found')
     group.add_argument('--val-images', metavar='FOLDER', help='images of --val-ann')
     group.add_argument(
-        '--val-share', type=float, metavar='SHARE', help='of data without a split, what is held out (default: 0.1)'
+        '--val-fraction',
+        type=float,
+        metavar='FRACTION',
+        help='fraction of images used for validation when the data set has no split (default: 0.1)',
     )
     group.add_argument(
         '--classes',
@@ -72,11 +75,11 @@ def parse_request(args: argparse.Namespace) -> DatasetRequest | None:
         if not os.path.isdir(images[split]):
             raise UsageError(f"--{split}-images '{images[split]}' is no folder")
     if not args.data and not files:
-        for option in ('classes', 'ignore', 'val_share', 'strict'):
+        for option in ('classes', 'ignore', 'val_fraction', 'strict'):
             if getattr(args, option) not in (None, False):
                 raise UsageError(f'--{option.replace("_", "-")} goes with --data PATH')
         return None
-    return DatasetRequest(args.data, files, images, args.classes, args.ignore, args.val_share, args.strict)
+    return DatasetRequest(args.data, files, images, args.classes, args.ignore, args.val_fraction, args.strict)
 
 
 def apply_custom_data(

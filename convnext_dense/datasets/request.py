@@ -57,7 +57,7 @@ def split_by_hash(names: Sequence[str], request: DatasetRequest, root: Path | No
     that grow move no image from one side to the other."""
     share = HELD_OUT if request.held_out is None else request.held_out
     if not 0 < share < 1:
-        raise UsageError(f'--val-share {share}: give a share between 0 and 1, such as 0.1')
+        raise UsageError(f'--val-fraction {share}: give a share between 0 and 1, such as 0.1')
 
     def drawn(name: str) -> float:
         text = relative_to_root(name, root) if root else name
@@ -73,7 +73,7 @@ def split_by_hash(names: Sequence[str], request: DatasetRequest, root: Path | No
 def check_val_fraction(request: DatasetRequest, said: str) -> None:
     """Raise UsageError where a share was asked for of data that nothing is held out of."""
     if request.held_out is not None and not said:
-        raise UsageError('--val-share is for data without a split: these have one')
+        raise UsageError('--val-fraction is for data without a split: these have one')
 
 
 def select_splits(found: Mapping, splits: Sequence[str], root: Path) -> dict:

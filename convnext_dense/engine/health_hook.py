@@ -162,7 +162,7 @@ class HealthCheckHook(Hook):
             saved = self._save(runner, runner.iter + 1)
             raise TrainingError(
                 f'{len(self.bad_images)} images cannot be read, the last is {path}: {why}; at most {self.allowed} may '
-                f'be replaced by others (--max-bad-images); {saved}'
+                f'be replaced by others (--max-unreadable); {saved}'
             )
 
     def _judge(self, runner) -> None:

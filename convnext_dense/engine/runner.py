@@ -44,7 +44,7 @@ class ResumableRunner(Runner):
                 self.set_randomness(**self._randomness_cfg)
         # Beside the GPUs' own group: it does not wait for them, and notices at once who is gone.
         self.cpu_group = torch.distributed.new_group(backend='gloo') if get_world_size() > 1 else None
-        guard = HealthCheckHook(self.cfg.get('max_bad_images', 0.001))
+        guard = HealthCheckHook(self.cfg.get('max_unreadable', 0.001))
         self.register_hook(guard)
         self.register_hook(HealthActionHook(guard))
         self.register_hook(ResumeHook())

@@ -198,7 +198,7 @@ def test_by_the_tool(run_tool, tmp_path):
     assert process.returncode == 0, process.stderr[-3000:]
     assert 'resumed on 1 x 2 images, before 1 x 4: the same total batch' in process.stdout + process.stderr
     assert 'iter: 4' in process.stdout + process.stderr
-    process = run_tool(*command, 'train_cfg.max_iters=3', '--resume', '--as-is', SHAPES_ROOT=str(data))
+    process = run_tool(*command, 'train_cfg.max_iters=3', '--resume', '--no-auto-batch', SHAPES_ROOT=str(data))
     one_line_error(process, 'the total batch was 8, now 4')
 
 

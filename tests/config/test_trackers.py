@@ -9,7 +9,8 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import VISBACKENDS
 
-from convnext_dense.config.trackers import add_trackers
+import convnext_dense
+from convnext_dense.config.trackers import NoCodeWandbVisBackend, add_trackers
 from convnext_dense.errors import UsageError
 from helpers.recipes import load
 from helpers.tools import DEMO, TRAIN, WITH, one_line_error
@@ -30,7 +31,7 @@ def logged(folder) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_and_wandb_hold_what_the_log_holds(run_tool, data, short, tmp_path):
-    arguments = [TRAIN, DEMO, '--work-dir', 'run', '--log-to', 'tensorboard', *(['wandb'] if WANDB else [])]
+    arguments = [TRAIN, DEMO, '--work-dir', 'run', '--loggers', 'tensorboard', *(['wandb'] if WANDB else [])]
     options = [*short, 'train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'default_hooks.logger.interval=1']
     (tmp_path / 'private.py').write_text('')
     env = dict(SHAPES_ROOT=data, WANDB_MODE='offline', WANDB_SILENT='true', WANDB_DIR='')
@@ -114,7 +115,7 @@ def test_what_a_config_names_stays(no_wandb, monkeypatch, tmp_path):
     assert types(config) == ['LocalVisBackend']
     add_trackers(config, ['wandb', 'tensorboard', 'wandb'])
     assert config.visualizer.type == 'DetLocalVisualizer'
-    assert types(config) == ['LocalVisBackend', 'RunWandbVisBackend', 'TensorboardVisBackend']
+    assert types(config) == ['LocalVisBackend', 'NoCodeWandbVisBackend', 'TensorboardVisBackend']
     init = config.visualizer.vis_backends[1].init_kwargs
     assert (init.project, init.name, init.resume) == ('cascade-convnext_t', 'a', 'allow')
     before = config.pretty_text
@@ -125,7 +126,7 @@ def test_what_a_config_names_stays(no_wandb, monkeypatch, tmp_path):
     (tmp_path / 'my.py').write_text("work_dir = 'x'")
     bare = Config.fromfile(tmp_path / 'my.py')
     add_trackers(bare, ['wandb'])
-    assert bare.visualizer.type == 'Visualizer' and types(bare) == ['LocalVisBackend', 'RunWandbVisBackend']
+    assert bare.visualizer.type == 'Visualizer' and types(bare) == ['LocalVisBackend', 'NoCodeWandbVisBackend']
     assert 'project' not in bare.visualizer.vis_backends[1].init_kwargs
     own = Config(dict(visualizer=dict(type='Visualizer', vis_backends=[dict(type='WandbVisBackend', commit=False)])))
     add_trackers(own, ['wandb'])
@@ -160,16 +161,21 @@ def test_wandb_without_a_network(no_wandb, tmp_path):
 
     stand_in.init = init
     with pytest.raises(UsageError, match='timed out after 90.0 sec; WANDB_MODE=offline'):
-        VISBACKENDS.build(dict(type='RunWandbVisBackend', save_dir=str(tmp_path))).add_config(Config())
+        VISBACKENDS.build(dict(type='NoCodeWandbVisBackend', save_dir=str(tmp_path))).add_config(Config())
 
 
 def test_bad_input(run_tool, monkeypatch):
     """Before data are looked for: there are none."""
     for name, module in {'tensorboard': 'torch.utils.tensorboard', 'wandb': 'wandb'}.items():
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(UsageError, match=f'--log-to {name}: .*pip install {name}'):
+        with pytest.raises(UsageError, match=f'--loggers {name}: .*pip install {name}'):
             add_trackers(load('upernet/convnext_t'), [name])
     if WANDB:
-        command = [TRAIN, DEMO, '--log-to', 'wandb', WITH, 'train_dataloader.dataset.data_root=gone']
+        command = [TRAIN, DEMO, '--loggers', 'wandb', WITH, 'train_dataloader.dataset.data_root=gone']
         process = run_tool(*command, HOME='/nonexistent', NETRC='/nonexistent', WANDB_API_KEY='')
-        one_line_error(process, '--log-to wandb', 'wandb login', 'WANDB_MODE=offline')
+        one_line_error(process, '--loggers wandb', 'wandb login', 'WANDB_MODE=offline')
+
+
+def test_old_configs_find_the_backend_by_the_name_it_had():
+    assert VISBACKENDS.get('RunWandbVisBackend') is VISBACKENDS.get('NoCodeWandbVisBackend') is NoCodeWandbVisBackend
+    assert convnext_dense.RunWandbVisBackend is NoCodeWandbVisBackend

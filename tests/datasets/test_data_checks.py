@@ -691,17 +691,17 @@ def test_the_tool(sound, capsys, monkeypatch):
     [
         (['--strict'], '--strict goes with --data PATH'),
         (['--classes', 'voc'], '--classes goes with --data PATH'),
-        (['--val-share', '0.3'], '--val-share goes with --data PATH'),
+        (['--val-fraction', '0.3'], '--val-fraction goes with --data PATH'),
         (['--train-images', 'mine'], '--train-images goes with --train-ann'),
         (['--train-ann', f'mine/{TRAIN}', '--train-images', 'gone'], "--train-images 'gone' is no folder"),
         (['--train-ann', 'gone.json'], 'gone.json: No such file'),
-        (['--train-ann', f'mine/{TRAIN}', '--val-share', '1.5'], '--val-share 1.5: give a share between 0 and 1'),
+        (['--train-ann', f'mine/{TRAIN}', '--val-fraction', '1.5'], '--val-fraction 1.5: give a share between 0 and 1'),
         (
             ['--train-ann', f'mine/{TRAIN}', '--train-images', 'mine/annotations'],
             'none of its images (such as 000001.png)',
         ),
         (['--data', 'mine', '--classes', 'voc'], '--classes and --ignore are for label maps'),
-        (['--data', 'mine', '--val-share', '0.2'], '--val-share is for data without a split: these have one'),
+        (['--data', 'mine', '--val-fraction', '0.2'], '--val-fraction is for data without a split: these have one'),
         (['--data', 'mine/labels'], 'mine/labels holds images without annotations'),
     ],
 )

@@ -85,7 +85,7 @@ def break_images(data: Path, names, split='train') -> None:
         path.write_bytes([b'', b'no image', path.read_bytes()[:200]][n % 3])
 
 
-@pytest.mark.parametrize('more, n_bad, ends', [((), 1, 0), (('--max-bad-images', '3'), 3, 0), ((), 2, 1)])
+@pytest.mark.parametrize('more, n_bad, ends', [((), 1, 0), (('--max-unreadable', '3'), 3, 0), ((), 2, 1)])
 def test_images_that_cannot_be_read_are_named_counted_and_replaced(more, n_bad, ends, train, data, tmp_path):
     break_images(data, range(2, 2 + n_bad))
     process = train(more=more, length='--iters=8')
@@ -94,7 +94,7 @@ def test_images_that_cannot_be_read_are_named_counted_and_replaced(more, n_bad, 
         assert process.output.count(f'{n:06d}.png: ') >= 1
     if ends:
         line = last_line(process)
-        assert line.startswith('error: 2 images cannot be read') and '--max-bad-images' in line, line
+        assert line.startswith('error: 2 images cannot be read') and '--max-unreadable' in line, line
         assert 'interrupted.pth holds the run' in line
     else:
         assert (
@@ -550,7 +550,7 @@ def test_keep_and_max_bad_images_say_what_they_cannot_use():
     from mmengine.config import Config
 
     for given in ('-1', '1.5', '200%', 'few'):
-        with pytest.raises(UsageError, match='--max-bad-images'):
+        with pytest.raises(UsageError, match='--max-unreadable'):
             set_max_unreadable(Config(), given)
     for evaluator, best in (
         (dict(type='CocoMetric', metric=['bbox', 'segm']), 'coco/bbox_mAP'),
@@ -563,8 +563,8 @@ def test_keep_and_max_bad_images_say_what_they_cannot_use():
     config = Config(dict(default_scope='mmseg', val_evaluator=dict(type='IoUMetric')))
     for given, limit in (('0', 0), ('3', 3), ('0.5%', 0.005), ('0.002', 0.002)):
         set_max_unreadable(config, given)
-        assert config.max_bad_images == limit
-    with pytest.raises(UsageError, match='--keep 0'):
+        assert config.max_unreadable == limit
+    with pytest.raises(UsageError, match='--max-keep-ckpts 0'):
         set_checkpoint_retention(config, 0)
     set_checkpoint_retention(config, 2)
     hook = config.default_hooks.checkpoint
@@ -572,7 +572,7 @@ def test_keep_and_max_bad_images_say_what_they_cannot_use():
 
 
 def test_keep_keeps_the_last_and_the_best(train, tmp_path):
-    process = train('default_hooks.checkpoint.interval=1', 'train_cfg.val_interval=2', more=('--keep', '2'))
+    process = train('default_hooks.checkpoint.interval=1', 'train_cfg.val_interval=2', more=('--max-keep-ckpts', '2'))
     assert process.wait() == 0, process.output
     found = sorted(path.name for path in (tmp_path / 'run').glob('*.pth'))
     assert found[1:] == ['iter_6.pth', 'iter_8.pth'] and found[0].startswith('best_mIoU_iter_'), found
