@@ -22,6 +22,7 @@ from .logger_hook import DiskFullTolerantLoggerHook
 from .loops import LOOP_OVERRIDES, ResumableIterLoop
 from .rank_errors import collect_rank_errors
 from .resume import OVERRIDE_KEY, ResumeHook
+from .run_info import RunInfoHook
 from .samplers import make_resumable_dataloader_cfg
 from .workers import worker_init
 
@@ -48,6 +49,7 @@ class ResumableRunner(Runner):
         self.register_hook(guard)
         self.register_hook(HealthActionHook(guard))
         self.register_hook(ResumeHook())
+        self.register_hook(RunInfoHook())
         try:
             with guard:
                 return super().train()

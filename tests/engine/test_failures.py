@@ -11,15 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
-from mmengine.dataset import BaseDataset
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop
-from mmengine.structures import BaseDataElement
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -30,10 +25,10 @@ from convnext_dense.engine.build import LOADER_PREFIXES, _make_checkpoint_loader
 from convnext_dense.engine.datasets import IMAGE_SUFFIXES, read_error
 from convnext_dense.engine.failures import diagnose, saved_activation_bytes
 from convnext_dense.engine.loops import ResumableEpochLoop
-from convnext_dense.engine.runner import ResumableRunner
 from convnext_dense.errors import TrainingError, UsageError
 from convnext_dense.models.convnext import ConvNeXt
 from helpers.paths import ROOT
+from helpers.planned_runs import Planned, planned_run
 
 SMALL = ('train_dataloader.batch_size=2', 'total_batch=4', 'default_hooks.logger.interval=1')
 
@@ -191,7 +186,7 @@ def test_a_connection_that_is_lost_is_another_process_only_where_there_are_some(
             raise Exception('failed to upload') from error
     except Exception as error:
         assert diagnose(error) == (
-            'a connection of test_guarding was lost (ConnectionResetError: [Errno 104] Connection reset by peer): see '
+            'a connection of test_failures was lost (ConnectionResetError: [Errno 104] Connection reset by peer): see '
             'whether what it leads to is there; --resume goes on from the last checkpoint, --debug shows the traceback'
         )
     assert diagnose(FileNotFoundError(2, 'No such file')) is None
@@ -324,72 +319,6 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(train, tmp_path):
     again = train('default_hooks.checkpoint.interval=2', length='--iters=8', more=('--resume',))
     assert again.wait() == 0, again.output
     assert (tmp_path / 'run/last_checkpoint').read_text().endswith('iter_16.pth')
-
-
-@MODELS.register_module()
-class LossByPlan(BaseModel):
-    """A batch norm and a weight; the loss is multiplied by what the sample says."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(2)
-        self.weight = nn.Parameter(torch.ones(2))
-
-    def forward(self, inputs, data_samples=None, mode='loss'):
-        factor = torch.stack([sample.factor for sample in data_samples])[:, None]
-        loss = (self.norm(torch.stack(inputs) * factor) * self.weight).square().sum()
-        return dict(loss=loss + (self.weight.square().sum() * factor.min()).sqrt())  # by 0: a loss, and no gradient
-
-
-@MODELS.register_module()
-class Scaled(LossByPlan):
-    """The loss is a multiple of what the sample says: of 0 it is 0, and its gradients are."""
-
-    def forward(self, inputs, data_samples=None, mode='loss'):
-        factor = torch.stack([sample.factor for sample in data_samples])
-        return dict(loss=(factor.sum() * self.weight).square().sum())
-
-
-@DATASETS.register_module()
-class Planned(BaseDataset):
-    """Samples in order, each with the factor that the plan has for it."""
-
-    def __init__(self, plan):
-        self.plan = plan
-        super().__init__(pipeline=[self.sample])
-
-    def load_data_list(self):
-        return [dict(img_path=f'image_{n}.png', factor=f) for n, f in enumerate(self.plan)]
-
-    @staticmethod
-    def sample(info):
-        sample = BaseDataElement(metainfo=dict(img_path=info['img_path']))
-        sample.factor = torch.tensor(info['factor'])
-        return dict(inputs=torch.tensor(np.random.rand(2), dtype=torch.float32), data_samples=sample)
-
-
-def planned_run(
-    plan, folder, hooks=(), train_cfg=None, loader=None, seed=0, load_from=None, model='LossByPlan', **more
-):
-    return ResumableRunner(
-        resume=load_from is not None,
-        load_from=load_from,
-        custom_hooks=list(hooks),
-        model=dict(type=model),
-        work_dir=str(folder),
-        train_dataloader=dict(
-            batch_size=2,
-            num_workers=0,
-            dataset=dict(type='Planned', plan=plan),
-            sampler=dict(type='DefaultSampler', shuffle=False),
-            **(loader or {}),
-        ),
-        train_cfg=train_cfg or dict(by_epoch=True, max_epochs=1),
-        optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=0.01), **more),
-        randomness=dict(seed=seed),
-        experiment_name=Path(folder).name,
-        cfg=dict(model_wrapper_cfg=None),
-    )
 
 
 NAN, INF = float('nan'), float('inf')

@@ -1,0 +1,79 @@
+"""Short runs of a tiny model whose losses follow a plan."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.dataset import BaseDataset
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, MODELS
+from mmengine.structures import BaseDataElement
+from torch import nn
+
+from convnext_dense.engine.runner import ResumableRunner
+
+
+@MODELS.register_module()
+class LossByPlan(BaseModel):
+    """A batch norm and a weight; the loss is multiplied by what the sample says."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, inputs, data_samples=None, mode='loss'):
+        factor = torch.stack([sample.factor for sample in data_samples])[:, None]
+        loss = (self.norm(torch.stack(inputs) * factor) * self.weight).square().sum()
+        return dict(loss=loss + (self.weight.square().sum() * factor.min()).sqrt())  # by 0: a loss, and no gradient
+
+
+@MODELS.register_module()
+class Scaled(LossByPlan):
+    """The loss is a multiple of what the sample says: of 0 it is 0, and its gradients are."""
+
+    def forward(self, inputs, data_samples=None, mode='loss'):
+        factor = torch.stack([sample.factor for sample in data_samples])
+        return dict(loss=(factor.sum() * self.weight).square().sum())
+
+
+@DATASETS.register_module()
+class Planned(BaseDataset):
+    """Samples in order, each with the factor that the plan has for it."""
+
+    def __init__(self, plan):
+        self.plan = plan
+        super().__init__(pipeline=[self.sample])
+
+    def load_data_list(self):
+        return [dict(img_path=f'image_{n}.png', factor=f) for n, f in enumerate(self.plan)]
+
+    @staticmethod
+    def sample(info):
+        sample = BaseDataElement(metainfo=dict(img_path=info['img_path']))
+        sample.factor = torch.tensor(info['factor'])
+        return dict(inputs=torch.tensor(np.random.rand(2), dtype=torch.float32), data_samples=sample)
+
+
+def planned_run(
+    plan, folder, hooks=(), train_cfg=None, loader=None, seed=0, load_from=None, model='LossByPlan', **more
+):
+    return ResumableRunner(
+        resume=load_from is not None,
+        load_from=load_from,
+        custom_hooks=list(hooks),
+        model=dict(type=model),
+        work_dir=str(folder),
+        train_dataloader=dict(
+            batch_size=2,
+            num_workers=0,
+            dataset=dict(type='Planned', plan=plan),
+            sampler=dict(type='DefaultSampler', shuffle=False),
+            **(loader or {}),
+        ),
+        train_cfg=train_cfg or dict(by_epoch=True, max_epochs=1),
+        optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=0.01), **more),
+        randomness=dict(seed=seed),
+        experiment_name=Path(folder).name,
+        cfg=dict(model_wrapper_cfg=None),
+    )
