@@ -59,7 +59,7 @@ def main():
             start = time.perf_counter()
             report = read_data(DatasetRequest(folder), task, ('train', 'val')).report
             seconds = time.perf_counter() - start
-            assert not report.errors
+            assert not report.problems
             print(
                 f'{task}: {n:,} images in {seconds:.1f} s, {60 * n / seconds:,.0f} a minute with {n_threads()} threads'
             )

@@ -40,7 +40,7 @@ def main():
         print(json.dumps({task: report.as_data() for task, report in reports.items()}, indent=2))
     else:
         print('\n\n'.join('\n'.join([task, *report.lines()]) for task, report in reports.items()))
-    sys.exit(int(any(report.errors for report in reports.values())))
+    sys.exit(int(any(report.problems for report in reports.values())))
 
 
 if __name__ == '__main__':

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from ..engine.datasets import IMAGE_SUFFIXES
 from ..errors import UsageError
-from .diagnostics import Diagnostic, Report
+from .diagnostics import Report
 from .files import read_bytes, walk
 from .request import CheckedDataset
 
-CACHE_VERSION = 2  # of what is checked and written; a change counts it up
+CACHE_VERSION = 3  # of what is checked and written; a change counts it up
 MAX_MANIFEST_BYTES = 2**28  # of what tells what was checked
 MANIFEST = 'data.json'
 BUSY_FILE = 'checking'  # a file that changes while data are checked
@@ -39,8 +39,7 @@ def load_cached(folder: str, key: tuple) -> tuple[CheckedDataset, dict[str, str]
         files = {split: os.path.join(folder, f'{split}.json') for split in content['splits']}
         if not all(map(os.path.isfile, files.values())):
             return None
-        findings = [Diagnostic(f['split'], f['kind'], f['count'], f['examples']) for f in content['report']['findings']]
-        report = Report(content['report']['facts'], {(f.split, f.kind): f for f in findings})
+        report = Report.from_data(content['report'])
         return CheckedDataset(**{key: content[key] for key in CACHED_FIELDS}, splits={}, report=report), files
     except (OSError, ValueError, TypeError, LookupError, RecursionError):  # not whole, or of others
         return None

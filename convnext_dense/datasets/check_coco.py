@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .check_images import ImageInfo
-from .diagnostics import EXAMPLES, Report
+from .diagnostics import MAX_EXAMPLES, Report
 from .files import is_text, shown
 from .image_sizes import Limit, too_thin
 from .layouts import FROM_PANOPTIC, read_json
@@ -96,21 +96,21 @@ def class_names(coco: dict, split: str, report: Report) -> list[str]:
     for category in categories:
         name, number = (_name(category), _id(category.get('id'))) if isinstance(category, dict) else (None, None)
         if name is None or number is None:
-            report.add(split, 'category without id or name', category)
+            report.add(split, 'category-without-id-or-name', category)
         elif number in ids:
-            report.add(split, 'category id twice', f'{number} ({name})')
+            report.add(split, 'duplicate-category-id', f'{number} ({name})')
         elif not used[number] and name in groups and category.get('supercategory') in (None, '', 'none'):
-            report.add(split, 'group of classes', name)
+            report.add(split, 'supercategory-as-class', name)
         elif name in names:
-            report.add(split, 'category name twice', name)
+            report.add(split, 'duplicate-category-name', name)
         else:
             names[name] = number
         ids.add(number)
         if isinstance(category, dict) and not isinstance(category.get('supercategory'), (str, type(None))):
-            report.add(split, 'supercategory that is no text', name)
+            report.add(split, 'supercategory-not-text', name)
     numbers = sorted(number for number in ids if isinstance(number, int))
     if names and numbers and numbers[-1] - numbers[0] >= len(numbers):
-        report.add(split, 'gaps in category ids', f'{len(numbers)} ids up to {numbers[-1]}')
+        report.add(split, 'category-id-gaps', f'{len(numbers)} ids up to {numbers[-1]}')
     return list(names)
 
 
@@ -130,13 +130,13 @@ def match_categories(coco: dict, train: dict, classes: Sequence[str], split: str
         if name in index:
             found[number] = index[name]
             if train is not coco and there != name and name in names_of_train:
-                report.add(split, 'category with other id', name)
+                report.add(split, 'category-id-mismatch', name)
         elif train is not coco and there in index and there not in names:
-            report.add(split, 'category named otherwise', f'{number} is {name}, in train {there}')
+            report.add(split, 'category-name-mismatch', f'{number} is {name}, in train {there}')
         elif number in used:
             alike = spellings.get(str(name).strip().lower())
             example = f'{name}: a class is called {alike}' if alike else name
-            report.add(split, 'category without a class', example)
+            report.add(split, 'category-without-class', example)
             found[number] = None
     return found
 
@@ -146,7 +146,7 @@ def has_masks(coco: dict, split: str, report: Report) -> bool:
     annotations = _dicts(coco['annotations'])
     n = sum(isinstance(a.get('segmentation'), (list, dict)) and bool(a['segmentation']) for a in annotations)
     if 0 < n < len(annotations) / 2:
-        report.add(split, 'masks of few', f'{n:,} of {len(annotations):,}', n)
+        report.add(split, 'few-masks', f'{n:,} of {len(annotations):,}', n)
     return n > 0 and n >= len(annotations) / 2
 
 
@@ -159,7 +159,7 @@ def validate_images(
     for image in coco['images']:
         number, name = _id(image.get('id')), image.get('file_name')
         if number is None or not isinstance(name, str) or not name:
-            report.add(split, 'image without id or name', name or f'id {image.get("id")}')
+            report.add(split, 'image-without-id-or-name', name or f'id {image.get("id")}')
             continue
         place = images.find(name)
         facts = seen.get(place.path, ImageInfo())
@@ -169,13 +169,13 @@ def validate_images(
         given = tuple(image.get(key) for key in ('width', 'height'))
         problem, example = facts.problem, name
         if number in found:
-            problem = 'image id twice'
+            problem = 'duplicate-image-id'
         elif place.path is None:
             problem, example = place.kind, place.example
         elif place.path in names:
-            problem = 'file name twice'
+            problem = 'duplicate-file-name'
         elif not problem and all(map(_positive, given)) and given != sizes:
-            problem, example = 'size contradicts the image', f'{name}: {_size(given)}, its image {_size(sizes)}'
+            problem, example = 'image-size-mismatch', f'{name}: {_size(given)}, its image {_size(sizes)}'
         elif not problem and (thin := too_thin(sizes, limit)):
             problem, example = thin[0], f'{name}: {thin[1]}'
         if problem:
@@ -183,9 +183,9 @@ def validate_images(
             continue
         for is_so, kind, example in (
             (place.kind, place.kind, place.example),
-            (not all(map(_positive, given)), 'no size given', name),
-            (facts.turned and not turn, 'image turned by EXIF', name),
-            (min(sizes) < MIN_IMAGE_SIDE, 'image under 32 pixels', f'{name} ({_size(sizes)})'),
+            (not all(map(_positive, given)), 'image-without-size', name),
+            (facts.turned and not turn, 'exif-rotated-image', name),
+            (min(sizes) < MIN_IMAGE_SIDE, 'image-below-32-pixels', f'{name} ({_size(sizes)})'),
         ):
             if is_so:
                 report.add(split, kind, example)
@@ -199,7 +199,7 @@ def _numbered(images: dict, split: str, report: Report) -> dict:
     """Images with numbers of their own where some have ids that pycocotools and mmdet cannot take."""
     odd = [number for number in images if not isinstance(number, int) or abs(number) > EXACT]
     for number in odd:
-        report.add(split, 'image id numbered anew', number)
+        report.add(split, 'image-id-renumbered', number)
     if not odd:
         return images
     return {number: {**image, 'id': i} for i, (number, image) in enumerate(images.items(), 1)}
@@ -214,7 +214,7 @@ def validate_annotations(
     ids, same, found, corners = set(), set(), [], Corners()
     for i, annotation in enumerate(coco['annotations']):
         if not isinstance(annotation, dict):
-            report.add(split, 'not an annotation', f'number {i}')
+            report.add(split, 'not-an-annotation', f'number {i}')
             continue
         number, image, category = (_id(annotation.get(key)) for key in ('id', 'image_id', 'category_id'))
 
@@ -224,19 +224,19 @@ def validate_annotations(
         if image in left_out and image is not None:
             continue
         if image not in images:
-            say('annotation of no image', f': image {shown(annotation.get("image_id"))}')
+            say('orphan-annotation', f': image {shown(annotation.get("image_id"))}')
         elif category not in known:
-            say('unknown category', f': category {shown(annotation.get("category_id"))}')
+            say('unknown-category', f': category {shown(annotation.get("category_id"))}')
         elif categories.get(category) is not None:
             made = _annotation(annotation, images[image], masks, corners, say)
             if made is None:
                 continue
             key = (image, category, *made['bbox'], str(made.get('segmentation')))
             if key in same:
-                say('annotation there twice')
+                say('duplicate-annotation')
                 continue
             if number in ids and number is not None:
-                say('annotation id twice')
+                say('duplicate-annotation-id')
             for name in ('id', 'image_id', 'category_id'):
                 _say_id(annotation.get(name), f'{_named(annotation, i)}: {name}', split, report)
             same.add(key)
@@ -254,14 +254,14 @@ def _annotation(annotation: dict, image: dict, masks: bool, corners: 'Corners', 
     crowd = _crowd(annotation, say)
     mask = annotation.get('segmentation')
     if not masks and mask and not isinstance(mask, (list, dict)):
-        say('mask left aside', f': {shown(mask, 20)}')
+        say('mask-ignored', f': {shown(mask, 20)}')
     mask = validate_mask(mask, width, height, say) if masks else None
     if crowd is None or (masks and mask is None):
         return None
     around = _around(mask) if mask else None
     box = annotation.get('bbox') or around
     if not annotation.get('bbox'):
-        say('box from the mask' if around else 'no box')
+        say('box-from-mask' if around else 'missing-box')
     problem = box and _problem_of_box(box, width, height)
     if problem:
         say(problem)
@@ -270,20 +270,20 @@ def _annotation(annotation: dict, image: dict, masks: bool, corners: 'Corners', 
     x, y, w, h = box
     if not crowd and box is not around:
         if corners.see(annotation, around, width, height):
-            say('box written as corners')
+            say('box-as-corners')
             return None
         problem = around and _difference(_clipped(box, width, height), _clipped(around, width, height))
         if problem:
             say(problem)
-        if problem == 'box apart from its mask':
+        if problem == 'box-mask-unrelated':
             return None
     if min(w, h) < 1:
-        say('box under a pixel')
+        say('box-below-one-pixel')
     if min(x, y, width - x - w, height - y - h) < -BORDER_TOLERANCE:
-        say('box partly outside')
+        say('box-partly-outside-image')
     made = dict(bbox=box, area=_area(annotation.get('area'), mask, box, image, crowd, say), iscrowd=crowd)
     if crowd:
-        say('crowd with polygons' if isinstance(mask, list) else 'crowd')
+        say('crowd-with-polygons' if isinstance(mask, list) else 'crowd')
     if masks:
         made['segmentation'] = mask
     return made
@@ -295,10 +295,10 @@ def _crowd(annotation: dict, say: Callable) -> int | None:
     for key in ('iscrowd', 'ignore'):
         value = annotation.get(key)
         if isinstance(value, str) and value.strip().lower() in FLAGS:
-            say('iscrowd as text', f": {key} '{value}'")
+            say('iscrowd-as-text', f": {key} '{value}'")
             value = FLAGS[value.strip().lower()]
         if value is not None and not (isinstance(value, (int, float)) and value in (0, 1)):
-            say('iscrowd is neither 0 nor 1', f': {key} {shown(value, 20)}')
+            say('iscrowd-invalid', f': {key} {shown(value, 20)}')
             return None
         flags.append(bool(value))
     return int(any(flags))
@@ -306,15 +306,15 @@ def _crowd(annotation: dict, say: Callable) -> int | None:
 
 def _problem_of_box(box: object, width: int, height: int) -> str | None:
     if not isinstance(box, list) or len(box) != 4 or not all(map(_number, box)):
-        return 'box is not four numbers'
+        return 'box-not-four-numbers'
     if not all(map(_finite, box)):
-        return 'box of NaN or Inf'
+        return 'box-not-finite'
     x, y, w, h = box
     if max(map(abs, box)) > MAX_COORD_FACTOR * max(width, height):
-        return 'box far outside'
+        return 'box-far-outside-image'
     if w <= 0 or h <= 0 or w * h <= 0:  # of very small numbers the product is 0
-        return 'box without area'
-    return 'box outside the image' if x >= width or y >= height or x + w <= 0 or y + h <= 0 else None
+        return 'box-without-area'
+    return 'box-outside-image' if x >= width or y >= height or x + w <= 0 or y + h <= 0 else None
 
 
 class Corners:
@@ -340,7 +340,7 @@ class Corners:
         elif _number(area) and _finite(area) and area > 0:
             fits = (_near(area, right * bottom), could_be and _near(area, other[2] * other[3]))
             self.by_area[fits] += 1
-        if (fits == CORNERS or reaches_out) and len(self.examples) < EXAMPLES:
+        if (fits == CORNERS or reaches_out) and len(self.examples) < MAX_EXAMPLES:
             self.examples.append(f'id {shown(annotation.get("id"))}')
         return around is not None and fits == CORNERS
 
@@ -357,10 +357,10 @@ class Corners:
     def judge(self, split: str, report: Report) -> None:
         """Report the boxes of a file of which most are written so, in the place of single ones."""
         if self.most:
-            single = report.findings.pop((split, 'box written as corners'), None)
+            single = report.diagnostics.pop((split, 'box-as-corners'), None)
             for example in single.examples if single else self.examples:
-                report.add(split, 'boxes written as corners', example, count=0)
-            report.findings[split, 'boxes written as corners'].count = self.seen
+                report.add(split, 'most-boxes-as-corners', example, count=0)
+            report.diagnostics[split, 'most-boxes-as-corners'].count = self.seen
 
 
 def _difference(box: list[float], around: list[float]) -> str | None:
@@ -369,9 +369,7 @@ def _difference(box: list[float], around: list[float]) -> str | None:
         return None
     common = _in_common(box, around)
     holds = _overlap(box, around) >= SAME * around[2] * around[3]
-    return (
-        'box apart from its mask' if common < APART and not holds else 'box unlike its mask' if common < OTHER else None
-    )
+    return 'box-mask-unrelated' if common < APART and not holds else 'box-mask-mismatch' if common < OTHER else None
 
 
 def _area(area: object, mask: list | dict | None, box: list[float], image: dict, crowd: int, say: Callable) -> float:
@@ -379,11 +377,11 @@ def _area(area: object, mask: list | dict | None, box: list[float], image: dict,
     w, h = box[2:]
     size = image['height'], image['width']
     if not _number(area) or not _finite(area) or area <= 0:
-        say('no area given')
+        say('missing-area')
     elif not _cannot_be(area, mask, box, size, crowd):
         return area
     else:
-        say('area that cannot be', f': {shown(area, 20)}')
+        say('implausible-area', f': {shown(area, 20)}')
     return (_mask_area(mask, size) if mask else 0) or w * h
 
 
@@ -402,18 +400,18 @@ def _cannot_be(area: float, mask: list | dict | None, box: list[float], size: tu
 def validate_mask(mask: object, width: int, height: int, say: Callable) -> list | dict | None:
     """The usable polygons of a mask, or its RLE; None where nothing of it can be used, which is said."""
     if not mask:
-        say('no mask')
+        say('missing-mask')
         return None
     if isinstance(mask, dict):
         problem = _problem_of_rle(mask, width, height)
         if problem:
-            say(problem, f': {shown(mask.get("size"), 40)}' if problem == 'RLE of another size' else '')
+            say(problem, f': {shown(mask.get("size"), 40)}' if problem == 'rle-size-mismatch' else '')
         return None if problem else dict(size=[height, width], counts=mask['counts'])
     if not isinstance(mask, list):
-        say('mask of no known form', f': {shown(mask, 20)}')
+        say('mask-format-unknown', f': {shown(mask, 20)}')
         return None
     if all(map(_number, mask)):
-        say('polygon not in a list')
+        say('polygon-not-nested')
         mask = [mask]
     kept = []
     for polygon in mask:
@@ -427,35 +425,35 @@ def validate_mask(mask: object, width: int, height: int, say: Callable) -> list 
 
 def _problem_of_polygon(polygon: object, width: int, height: int) -> str | None:
     if not isinstance(polygon, list) or not {*map(type, polygon)} <= {int, float}:
-        return 'polygon of no numbers'
+        return 'polygon-not-numeric'
     most = MAX_COORD_FACTOR * max(width, height)
     near = all(-most <= v <= most for v in polygon)
     if not near and not all(map(_finite, polygon)):
-        return 'polygon of no numbers'
+        return 'polygon-not-numeric'
     if len(polygon) < 6:
-        return 'polygon under three points'
+        return 'polygon-under-3-points'
     if len(polygon) % 2:
-        return 'polygon of an odd count'
+        return 'polygon-odd-length'
     if not near:  # pycocotools would walk along each pixel of it, for ever
-        return 'polygon far outside'
+        return 'polygon-far-outside-image'
     if len(polygon) * most > ENDLESS and _outline(polygon) > ENDLESS:  # most cannot be, and are not measured
-        return 'polygon without an end'
+        return 'polygon-outline-too-long'
     x, y = polygon[::2], polygon[1::2]
     outside = max(x) <= 0 or max(y) <= 0 or min(x) >= width or min(y) >= height
-    return 'polygon outside the image' if outside else None
+    return 'polygon-outside-image' if outside else None
 
 
 def _problem_of_rle(rle: dict, width: int, height: int) -> str | None:
     size, counts = rle.get('size'), rle.get('counts')
     if not isinstance(size, list) or not all(map(_number, size)) or size != [height, width]:
-        return 'RLE of another size'
+        return 'rle-size-mismatch'
     try:
         runs = _decode_rle_runs(counts) if isinstance(counts, str) else counts
         whole = isinstance(runs, list) and {*map(type, runs)} <= {int}
         whole = whole and sum(runs) == width * height and min(runs, default=0) >= 0
     except (IndexError, ValueError):
         whole = False
-    return None if whole else 'RLE that does not add up'
+    return None if whole else 'rle-length-mismatch'
 
 
 def _decode_rle_runs(counts: str) -> list[int]:
@@ -481,7 +479,7 @@ def build_coco(images: dict, annotations: list[dict], classes: Sequence[str], sp
     annotated = {annotation['image_id'] for annotation in annotations}
     for image in images.values():
         if image['id'] not in annotated:
-            report.add(split, 'image without annotations', image['file_name'])
+            report.add(split, 'image-without-annotations', image['file_name'])
     categories = [dict(id=i, name=name) for i, name in enumerate(classes, 1)]
     return dict(images=list(images.values()), annotations=annotations, categories=categories)
 
@@ -491,9 +489,9 @@ def report_class_usage(made: dict[str, dict], classes: Sequence[str], report: Re
     used = {split: {a['category_id'] for a in coco['annotations']} for split, coco in made.items()}
     for i, name in enumerate(classes, 1):
         if not any(i in of for of in used.values()):
-            report.add('all', 'class never annotated', name)
+            report.add('all', 'class-never-annotated', name)
         elif 'train' in used and i not in used['train']:
-            report.add(next(split for split in used if i in used[split]), 'class never trained', name)
+            report.add(next(split for split in used if i in used[split]), 'class-not-in-train', name)
 
 
 def _around(mask: list | dict) -> list[float]:
@@ -595,7 +593,7 @@ def _id(value: object) -> int | str | None:
 def _say_id(value: object, name: str, split: str, report: Report) -> None:
     """Report a number that is written as another type."""
     if not isinstance(value, int) and isinstance(_id(value), int):
-        report.add(split, 'id as text or float', f'{name} {value!r}')
+        report.add(split, 'id-not-integer', f'{name} {value!r}')
 
 
 def _number(value: object) -> bool:

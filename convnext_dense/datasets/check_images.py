@@ -59,18 +59,18 @@ def inspect_image(path: str) -> ImageInfo:
         with open_regular(path, MAX_BYTES) as file, _one_at_a_time(size_of(file) > LARGE_BYTES):
             return _seen(file.read(size_of(file)))
     except NotRegularError:
-        return ImageInfo(problem='not a regular file')
+        return ImageInfo(problem='not-a-regular-file')
     except TooLargeError:
-        return ImageInfo(problem='file too large')
+        return ImageInfo(problem='file-too-large')
     except PointerError:
-        return ImageInfo(problem='pointer of Git LFS')
+        return ImageInfo(problem='git-lfs-pointer')
     except OSError:
-        return ImageInfo(problem='missing image')
+        return ImageInfo(problem='missing-image')
 
 
 def _seen(data: bytes) -> ImageInfo:
     if not data:
-        return ImageInfo(problem='empty file')
+        return ImageInfo(problem='empty-file')
     image, size = None, (MAX_PIXELS, 1)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -78,11 +78,11 @@ def _seen(data: bytes) -> ImageInfo:
     except UnidentifiedImageError:
         pass  # OpenCV may know what it is
     except Image.DecompressionBombError:
-        return ImageInfo(problem='image too large')
+        return ImageInfo(problem='image-too-large')
     except Exception:  # a broken file can fail in any way
-        return ImageInfo(problem='image cut short')
+        return ImageInfo(problem='truncated-image')
     if size[0] * size[1] > MAX_PIXELS:  # whatever Pillow's limit is set to
-        return ImageInfo(problem='image too large')
+        return ImageInfo(problem='image-too-large')
     with _one_at_a_time(size[0] * size[1] > LARGE_PIXELS):
         return _decoded_by_both(data, image)
 
@@ -99,7 +99,7 @@ def _decoded_by_both(data: bytes, image: Image.Image | None) -> ImageInfo:
         if image:
             image.close()
     except Exception:  # a broken file can fail in any way
-        return ImageInfo(problem='image cut short')
+        return ImageInfo(problem='truncated-image')
     size = _decoded_size(data, cv2.IMREAD_REDUCED_COLOR_8 if is_jpeg else cv2.IMREAD_COLOR)
     if size is None:
         return ImageInfo(problem=_decode_failure(data))
@@ -108,7 +108,7 @@ def _decoded_by_both(data: bytes, image: Image.Image | None) -> ImageInfo:
     elif image is None:
         stored = _decoded_size(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     if size[0] * size[1] > MAX_PIXELS:
-        return ImageInfo(problem='image too large')
+        return ImageInfo(problem='image-too-large')
     turned = stored is not None and size == stored[::-1] != stored  # TIFFs are always turned, in training too
     return ImageInfo(*size, turned, hashlib.blake2b(data, digest_size=16).hexdigest())
 
@@ -127,30 +127,30 @@ def inspect_mask(path: str) -> MaskInfo:
         with open_regular(path, MAX_BYTES) as file, _one_at_a_time(size_of(file) > LARGE_BYTES):
             return _labels(file)
     except NotRegularError:
-        return MaskInfo(problem='not a regular file')
+        return MaskInfo(problem='not-a-regular-file')
     except TooLargeError:
-        return MaskInfo(problem='file too large')
+        return MaskInfo(problem='file-too-large')
     except PointerError:
-        return MaskInfo(problem='pointer of Git LFS')
+        return MaskInfo(problem='git-lfs-pointer')
     except Image.DecompressionBombError:
-        return MaskInfo(problem='label map too large')
+        return MaskInfo(problem='mask-too-large')
     except Exception:  # a broken file can fail in any way
-        return MaskInfo(problem='unreadable label map')
+        return MaskInfo(problem='unreadable-mask')
 
 
 def _labels(file: BinaryIO) -> MaskInfo:
     with Image.open(file, formats=FORMATS) as image, _one_at_a_time(image.width * image.height > LARGE_PIXELS):
         if image.width * image.height > MAX_PIXELS:  # whatever Pillow's limit is set to
-            return MaskInfo(problem='label map too large')
+            return MaskInfo(problem='mask-too-large')
         if _is_lossy(image, file):
-            return MaskInfo(problem='label map in a lossy file')
+            return MaskInfo(problem='mask-lossy-format')
         labels, palette = np.asarray(image).squeeze(), image.mode == 'P'
         if 1 in image.size:  # which mmseg reads as a list of pixels
-            return MaskInfo(problem='label map of one row')
+            return MaskInfo(problem='mask-single-row')
         if labels.ndim != 2:
-            return MaskInfo(problem='label map in colours' if labels.ndim > 2 else 'unreadable label map')
+            return MaskInfo(problem='mask-in-color' if labels.ndim > 2 else 'unreadable-mask')
         if labels.dtype.itemsize > 1 and labels.size and not 0 <= labels.min() <= labels.max() <= 255:
-            return MaskInfo(problem='labels beyond 255')
+            return MaskInfo(problem='mask-not-8-bit')
         counts = cv2.calcHist([labels.astype(np.uint8)], [0], None, [256], [0, 256]).ravel().astype(int)
         return MaskInfo(labels.shape[1], labels.shape[0], counts, palette)
 
@@ -214,8 +214,8 @@ def _decode_failure(data: bytes) -> str:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.load()
-        return 'unreadable image'
+        return 'unreadable-image'
     except UnidentifiedImageError:
-        return 'not an image'
+        return 'not-an-image'
     except Exception:  # a broken file can fail in any way
-        return 'image cut short'
+        return 'truncated-image'

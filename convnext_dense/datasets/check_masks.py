@@ -148,13 +148,13 @@ def validate_labels(maps: dict[str, MaskInfo], classes: LabelSpec, report: Repor
     used, label_of = np.flatnonzero(counts).tolist(), classes.label_of
     nameless = [label for label in used if label not in label_of]
     if used and len(classes.names) == 1:
-        report.add('all', 'a single class', _of_one_class(classes, counts))
+        report.add('all', 'single-class', _of_one_class(classes, counts))
     elif IGNORE_INDEX in used and set(used) <= {0, IGNORE_INDEX}:
-        report.add('all', 'masks of 0 and 255', f'the pixels are {_shares(counts, used)}')
+        report.add('all', 'mask-values-0-and-255', f'the pixels are {_shares(counts, used)}')
     elif nameless:
         those = [Path(path).name for path, labels in readable.items() if labels.counts[nameless].any()]
         where = f'in {those[0]}' if len(those) == 1 else f'in {len(those):,} label maps, such as {those[0]}'
-        report.add('all', 'label out of range', _of_nameless(nameless, classes, counts, where))
+        report.add('all', 'label-out-of-range', _of_nameless(nameless, classes, counts, where))
 
 
 def _of_one_class(classes: LabelSpec, counts: np.ndarray) -> str:
@@ -235,7 +235,7 @@ def validate_pairs(
         if not problem and found.problem:
             problem, name = found.problem, labels.name
         if not problem and size != (found.width, found.height):
-            problem = 'label map of another size'
+            problem = 'mask-size-mismatch'
             name = f'{labels.name}: {found.width} x {found.height}, its image {size[0]} x {size[1]}'
         thin = None if problem else too_thin(size, limit)
         if thin:
@@ -244,13 +244,13 @@ def validate_pairs(
             report.add(split, problem, name)
             continue
         if facts.turned and not turn:
-            report.add(split, 'image turned by EXIF', name)
+            report.add(split, 'exif-rotated-image', name)
         pixels = np.zeros(len(classes.names), int)
         for value, label in label_of.items():
             if label != IGNORE_INDEX:
                 pixels[label] += found.counts[value]
         if not pixels.any() and all(value in label_of for value in np.flatnonzero(found.counts).tolist()):
-            report.add(split, 'label map of ignored pixels', labels.name)
+            report.add(split, 'mask-all-ignored', labels.name)
             continue
         total += pixels
         kept.append((image, labels))

@@ -117,7 +117,7 @@ def apply_custom_data(
     data, files = _load_or_check(folder, config.launcher, request, task, splits, wanted, limits)
     if 'train' in splits and 'train' not in files:
         raise UsageError(f'{request.root} has no data to train on: give --train-ann, or a folder with train')
-    data.report.refuse(request.strict)
+    data.report.raise_if_errors(request.strict)
     if classes and classes != data.classes:
         raise UsageError(
             f'{checkpoint} was trained on {summarize_classes(classes)}; the data have {summarize_classes(data.classes)}'
@@ -154,7 +154,7 @@ def _load_or_check(
         return found
     with hold_busy_file(folder):
         data = read_data(request, task, splits, classes, limits)
-    data.report.refuse(request.strict)
+    data.report.raise_if_errors(request.strict)
     return data, save_cache(folder, key, data)
 
 

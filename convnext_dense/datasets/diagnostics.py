@@ -1,4 +1,4 @@
-"""What a check of data finds: kinds of problems, what is done about each, and the text that says so."""
+"""Problems that the checks of a data set find: their codes, what is done about each, and the report of them."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -8,196 +8,242 @@ from .check_images import MAX_BYTES, MAX_PIXELS
 from .files import in_bytes, shown
 from .image_sizes import STRIDE
 
-# What is done about a kind of problem. The first two are errors, which --strict refuses.
-ERROR, DROPPED, FIXED, INFO = 'refused', 'left out', 'mended', 'noted'
-EXAMPLES = 3
+# What is done about a problem. The first two are problems of the data, which --strict does not accept.
+ERROR, DROPPED, FIXED, INFO = ACTIONS = ('error', 'dropped', 'fixed', 'info')
+PROBLEM_ACTIONS = (ERROR, DROPPED)
+MAX_EXAMPLES = 3  # per problem and split
 
 
 class Rule(NamedTuple):
-    done: str
-    then: str = ''  # what is done, or the way out, where the word is not enough
+    """What is done about a kind of problem.
+
+    Attributes:
+        action (str): one of `ACTIONS`.
+        note (str): what exactly is done, or how to fix it; empty where code and action say it.
+    """
+
+    action: str
+    note: str = ''
 
 
-TOO_LARGE = f'left out: over {MAX_PIXELS:,} pixels, which Pillow refuses: cut it into tiles'
+TOO_LARGE = f'over {MAX_PIXELS:,} pixels, which Pillow does not open; cut it into tiles'
+# By code. Codes are stable: they stand in reports, in the JSON of tools/check_data.py and in stored caches.
 RULES = {
     # images, of both tasks
-    'missing image': Rule(DROPPED),
-    'not a regular file': Rule(DROPPED, 'left out: a folder, a device or a pipe has its name'),
-    'file too large': Rule(DROPPED, f'left out: over {in_bytes(MAX_BYTES)}'),
-    'pointer of Git LFS': Rule(DROPPED, 'left out: its content was not fetched: run git lfs pull where it is from'),
-    'image too large': Rule(DROPPED, TOO_LARGE),
-    'empty file': Rule(DROPPED),
-    'not an image': Rule(DROPPED),
-    'image cut short': Rule(DROPPED),
-    'unreadable image': Rule(DROPPED, 'left out: OpenCV, which reads in training, cannot'),
-    'image resized to nothing': Rule(
-        DROPPED, 'left out: in the size that the recipe gives it a side is less than a pixel: cut it into tiles'
+    'missing-image': Rule(DROPPED),
+    'not-a-regular-file': Rule(DROPPED, 'a folder, a device or a pipe has its name'),
+    'file-too-large': Rule(DROPPED, f'over {in_bytes(MAX_BYTES)}'),
+    'git-lfs-pointer': Rule(DROPPED, 'its content was not fetched; run git lfs pull in the repository it is from'),
+    'image-too-large': Rule(DROPPED, TOO_LARGE),
+    'empty-file': Rule(DROPPED),
+    'not-an-image': Rule(DROPPED),
+    'truncated-image': Rule(DROPPED),
+    'unreadable-image': Rule(DROPPED, 'OpenCV, which reads images in training, cannot decode it'),
+    'image-resized-to-zero': Rule(
+        DROPPED, "the recipe's resize leaves less than one pixel of a side; cut it into tiles"
     ),
-    'image under the stride': Rule(
+    'image-below-stride': Rule(
         DROPPED,
-        f'left out: in the size that the recipe gives it a side is under {STRIDE} pixels, of which the backbone leaves '
-        'nothing: cut it into tiles',
+        f"the recipe's resize leaves a side under {STRIDE} pixels, the stride of the backbone; cut it into tiles",
     ),
-    'name in other case': Rule(FIXED, 'the name on the disk is taken'),
-    'image turned by EXIF': Rule(FIXED, 'its annotation is of the image as stored: read without turning'),
-    'the same image twice': Rule(INFO, 'kept: the same bytes under two names'),
-    'image of train in val': Rule(INFO, 'kept: the same bytes in both, so figures on val are too good'),
-    'nothing to train on': Rule(ERROR, 'no usable annotation is left'),
-    'nothing to evaluate': Rule(ERROR, 'no usable annotation is left'),
-    # COCO's images
-    'image without id or name': Rule(DROPPED),
-    'image id twice': Rule(DROPPED, 'the later one is left out, the annotations stay with the first'),
-    'file name twice': Rule(DROPPED, 'the later one is left out, with its annotations'),
-    'name leads out of the folder': Rule(DROPPED),
-    'name written otherwise': Rule(FIXED, 'the name on the disk is taken, which differs in Unicode form or escapes'),
-    'name found by its ending': Rule(FIXED, 'no such folder is here: the one file is taken that ends like the name'),
-    'ambiguous name': Rule(
+    'name-case-mismatch': Rule(FIXED, 'the name on the disk is used'),
+    'exif-rotated-image': Rule(FIXED, 'its annotations are of the image as stored; it is read without EXIF rotation'),
+    'duplicate-image': Rule(INFO, 'kept: the same bytes under two names'),
+    'train-image-in-val': Rule(INFO, 'kept: the same bytes in both, so metrics on val are too good'),
+    'nothing-to-train-on': Rule(ERROR, 'no usable annotation is left'),
+    'nothing-to-evaluate': Rule(ERROR, 'no usable annotation is left'),
+    # images of COCO json
+    'image-without-id-or-name': Rule(DROPPED),
+    'duplicate-image-id': Rule(DROPPED, 'the later one is dropped, annotations stay with the first'),
+    'duplicate-file-name': Rule(DROPPED, 'the later one is dropped, with its annotations'),
+    'name-outside-root': Rule(DROPPED),
+    'name-spelling-mismatch': Rule(
+        FIXED, 'the name on the disk is used, which differs in Unicode normalization or escapes'
+    ),
+    'name-matched-by-suffix': Rule(FIXED, 'no such folder exists here; the one file whose path ends alike is used'),
+    'ambiguous-name': Rule(
         ERROR, 'write names with their folders as they are here, or give --train-images, --val-images'
     ),
-    'size contradicts the image': Rule(DROPPED),
-    'no size given': Rule(FIXED, "the image's own is taken"),
-    'image without annotations': Rule(INFO, 'kept: the recipes train without them, and evaluate with them'),
-    'image under 32 pixels': Rule(INFO, 'kept: the recipes train without them (filter_cfg.min_size)'),
-    # COCO's categories
-    'category id twice': Rule(ERROR, 'give each category an id of its own'),
-    'category without id or name': Rule(ERROR, 'give each a name and an id: true and false are none'),
-    'category name twice': Rule(FIXED, 'taken as one class'),
-    'category named otherwise': Rule(
-        ERROR, 'the same id has two names in train and here: name it alike, or number it anew'
+    'image-size-mismatch': Rule(DROPPED),
+    'image-without-size': Rule(FIXED, 'taken from the image file'),
+    'image-without-annotations': Rule(INFO, 'kept: the recipes train without them, and evaluate with them'),
+    'image-below-32-pixels': Rule(INFO, 'kept: the recipes train without them (filter_cfg.min_size)'),
+    # categories of COCO json
+    'duplicate-category-id': Rule(ERROR, 'give each category an id of its own'),
+    'category-without-id-or-name': Rule(ERROR, 'give each category a name and an id that is not true or false'),
+    'duplicate-category-name': Rule(FIXED, 'merged into one class'),
+    'category-name-mismatch': Rule(
+        ERROR, 'the same id has another name in train; give it the same name, or another id'
     ),
-    'category without a class': Rule(DROPPED, "none of train's, or of the checkpoint's: its annotations are left out"),
-    'category with other id': Rule(FIXED, 'matched with train by its name'),
-    'class never annotated': Rule(INFO, 'kept as a class'),
-    'class never trained': Rule(INFO, 'kept: annotated here, never in train'),
-    'id as text or float': Rule(FIXED, 'taken as the number that it is'),
-    'image id numbered anew': Rule(FIXED, 'all images are: pycocotools and mmdet want whole numbers up to 2**53'),
-    'supercategory that is no text': Rule(INFO, 'left aside: nothing is learnt of it'),
-    'gaps in category ids': Rule(INFO, 'classes are counted without them'),
-    'group of classes': Rule(FIXED, 'no class: nothing is annotated with it, the others name it as their group'),
-    # COCO's annotations
-    'annotation of no image': Rule(DROPPED),
-    'unknown category': Rule(DROPPED),
-    'not an annotation': Rule(DROPPED),
-    'annotation there twice': Rule(DROPPED, 'the later one is left out'),
-    'annotation id twice': Rule(FIXED, 'numbered anew'),
-    'no box': Rule(DROPPED),
-    'box from the mask': Rule(FIXED, 'there is no box: taken from the mask'),
-    'box is not four numbers': Rule(DROPPED),
-    'box of NaN or Inf': Rule(DROPPED),
-    'box without area': Rule(DROPPED),
-    'box under a pixel': Rule(INFO, 'kept: mmdet trains without them'),
-    'box outside the image': Rule(DROPPED),
-    'box far outside': Rule(DROPPED),
-    'box partly outside': Rule(INFO, 'kept: training cuts it at the border, the evaluation takes it as it is'),
-    'box written as corners': Rule(DROPPED, 'left out: its mask says x1, y1, x2, y2: write x, y, width, height'),
-    'boxes written as corners': Rule(ERROR, 'most are x1, y1, x2, y2: write x, y, width, height'),
-    'box apart from its mask': Rule(DROPPED, 'left out: it has nothing to do with its mask'),
-    'box unlike its mask': Rule(INFO, 'kept: the mask is of another size or elsewhere'),
-    'area that cannot be': Rule(FIXED, 'taken from the mask or the box'),
-    'no area given': Rule(FIXED, 'taken from the mask or the box'),
-    'no mask': Rule(DROPPED, 'left out: most others have one'),
-    'masks of few': Rule(INFO, 'most annotations have no mask: all are taken as boxes'),
-    'mask left aside': Rule(INFO, 'it is none: a mask is a list of polygons, or an RLE; boxes alone are taken'),
-    'mask of no known form': Rule(DROPPED, 'left out: a mask is a list of polygons, or an RLE'),
-    'polygon under three points': Rule(DROPPED),
-    'polygon of an odd count': Rule(DROPPED, 'left out: x and y do not pair up'),
-    'polygon of no numbers': Rule(DROPPED),
-    'polygon outside the image': Rule(DROPPED),
-    'polygon far outside': Rule(DROPPED),
-    'polygon without an end': Rule(DROPPED, 'left out: its outline is over ten million pixels long'),
-    'polygon not in a list': Rule(FIXED, 'put into one'),
-    'RLE of another size': Rule(DROPPED),
-    'RLE that does not add up': Rule(DROPPED),
-    'iscrowd as text': Rule(FIXED, "'0' and 'false' are no crowd, '1' and 'true' are one"),
-    'iscrowd is neither 0 nor 1': Rule(DROPPED),
-    'crowd': Rule(INFO, 'kept: not trained on, ignored in the evaluation (CVAT marks what was painted so)'),
-    'crowd with polygons': Rule(INFO, 'kept: not trained on, ignored in the evaluation'),
-    # label maps
-    'image without label map': Rule(DROPPED),
-    'two images of one name': Rule(DROPPED, 'the later one is left out: a label map belongs to one image'),
-    'masks of 0 and 255': Rule(ERROR, '255 is ignored, so that nothing is learnt: where it is a class, write it as 1'),
-    'a single class': Rule(ERROR, 'of one class nothing is learnt: the loss is always 0'),
-    'one class in all of train': Rule(INFO, 'kept: nothing is learnt but that all is of this class'),
-    'label map without image': Rule(DROPPED),
-    'unreadable label map': Rule(DROPPED),
-    'label map too large': Rule(DROPPED, TOO_LARGE),
-    'label map of one row': Rule(DROPPED, 'left out: mmseg cannot read one of a single row or column'),
-    'label map in a lossy file': Rule(ERROR, 'JPEG and the like smear labels: write PNGs, from the original ones'),
-    'label map of another size': Rule(DROPPED),
-    'label map of ignored pixels': Rule(DROPPED),
-    'label map in colours': Rule(ERROR, 'write index PNGs: one channel, in which a pixel is the number of its class'),
-    'labels beyond 255': Rule(ERROR, 'write 8-bit PNGs: in 16 bits mmseg would cut labels off'),
-    'label out of range': Rule(ERROR),
+    'category-without-class': Rule(
+        DROPPED, 'no class of train or of the checkpoint has this name; its annotations are dropped'
+    ),
+    'category-id-mismatch': Rule(FIXED, 'matched with train by its name'),
+    'class-never-annotated': Rule(INFO, 'kept as a class'),
+    'class-not-in-train': Rule(INFO, 'kept: annotated here, never in train'),
+    'id-not-integer': Rule(FIXED, 'converted to the integer that it stands for'),
+    'image-id-renumbered': Rule(FIXED, 'all images are; pycocotools and mmdet need integers up to 2**53'),
+    'supercategory-not-text': Rule(INFO, 'ignored; supercategories are not used in training'),
+    'category-id-gaps': Rule(INFO, 'class indices are assigned without gaps'),
+    'supercategory-as-class': Rule(FIXED, 'not a class: it has no annotation, and others name it as supercategory'),
+    # annotations of COCO json
+    'orphan-annotation': Rule(DROPPED),
+    'unknown-category': Rule(DROPPED),
+    'not-an-annotation': Rule(DROPPED),
+    'duplicate-annotation': Rule(DROPPED, 'the later one is dropped'),
+    'duplicate-annotation-id': Rule(FIXED, 'renumbered'),
+    'missing-box': Rule(DROPPED),
+    'box-from-mask': Rule(FIXED, 'no box is given; computed from the mask'),
+    'box-not-four-numbers': Rule(DROPPED),
+    'box-not-finite': Rule(DROPPED),
+    'box-without-area': Rule(DROPPED),
+    'box-below-one-pixel': Rule(INFO, 'kept: mmdet trains without them'),
+    'box-outside-image': Rule(DROPPED),
+    'box-far-outside-image': Rule(DROPPED),
+    'box-partly-outside-image': Rule(INFO, 'kept: clipped in training, used as it is in the evaluation'),
+    'box-as-corners': Rule(DROPPED, 'its mask shows that it is x1, y1, x2, y2; write x, y, width, height'),
+    'most-boxes-as-corners': Rule(ERROR, 'most are x1, y1, x2, y2; write x, y, width, height'),
+    'box-mask-unrelated': Rule(DROPPED, 'box and mask (almost) do not overlap'),
+    'box-mask-mismatch': Rule(INFO, 'kept: the mask has another size or position'),
+    'implausible-area': Rule(FIXED, 'computed from the mask or the box'),
+    'missing-area': Rule(FIXED, 'computed from the mask or the box'),
+    'missing-mask': Rule(DROPPED, 'most other annotations have a mask'),
+    'few-masks': Rule(INFO, 'most annotations have no mask; all are used as boxes'),
+    'mask-ignored': Rule(INFO, 'neither a list of polygons nor an RLE; only boxes are used'),
+    'mask-format-unknown': Rule(DROPPED, 'neither a list of polygons nor an RLE'),
+    'polygon-under-3-points': Rule(DROPPED),
+    'polygon-odd-length': Rule(DROPPED, 'x and y do not pair up'),
+    'polygon-not-numeric': Rule(DROPPED),
+    'polygon-outside-image': Rule(DROPPED),
+    'polygon-far-outside-image': Rule(DROPPED),
+    'polygon-outline-too-long': Rule(DROPPED, 'its outline is over ten million pixels long'),
+    'polygon-not-nested': Rule(FIXED, 'wrapped in a list'),
+    'rle-size-mismatch': Rule(DROPPED),
+    'rle-length-mismatch': Rule(DROPPED),
+    'iscrowd-as-text': Rule(FIXED, "'0' and 'false' are read as 0, '1' and 'true' as 1"),
+    'iscrowd-invalid': Rule(DROPPED, 'neither 0 nor 1'),
+    'crowd': Rule(INFO, 'kept: not trained on, ignored in the evaluation (CVAT exports brush masks as crowds)'),
+    'crowd-with-polygons': Rule(INFO, 'kept: not trained on, ignored in the evaluation'),
+    # segmentation masks
+    'unmatched-image': Rule(DROPPED, 'no segmentation mask has its name'),
+    'duplicate-stem': Rule(DROPPED, 'a segmentation mask belongs to one image; the later one is dropped'),
+    'mask-values-0-and-255': Rule(
+        ERROR, '255 is ignored, so there is nothing to learn; write 255 as 1 if it is a class'
+    ),
+    'single-class': Rule(ERROR, 'the loss of a single class is always 0'),
+    'single-class-in-train': Rule(INFO, 'kept: the model can only learn to predict this class everywhere'),
+    'unmatched-mask': Rule(DROPPED, 'no image has its name'),
+    'unreadable-mask': Rule(DROPPED),
+    'mask-too-large': Rule(DROPPED, TOO_LARGE),
+    'mask-single-row': Rule(DROPPED, 'mmseg cannot read a segmentation mask of a single row or column'),
+    'mask-lossy-format': Rule(ERROR, 'JPEG and the like change label values; write PNGs from the original masks'),
+    'mask-size-mismatch': Rule(DROPPED),
+    'mask-all-ignored': Rule(DROPPED),
+    'mask-in-color': Rule(ERROR, 'write index PNGs: one channel, in which a pixel is the index of its class'),
+    'mask-not-8-bit': Rule(ERROR, 'values are beyond 0 to 255, which mmseg would truncate; write 8-bit PNGs'),
+    'label-out-of-range': Rule(ERROR),
 }
-ERROR_RULES = (ERROR, DROPPED)
-UNTRAINABLE_RULES = (
-    'crowd',
-    'crowd with polygons',
-    'box under a pixel',
-    'image under 32 pixels',
-)  # kept, and not trained on
+# Annotations and images that are kept, but not trained on.
+UNTRAINABLE_CODES = ('crowd', 'crowd-with-polygons', 'box-below-one-pixel', 'image-below-32-pixels')
 
 
 @dataclass
 class Diagnostic:
-    """A kind of problem in a split: how often, and the first few by name."""
+    """A problem in a split.
+
+    Attributes:
+        split (str): 'train', 'val', 'test' or 'all'.
+        code (str): a key of `RULES`.
+        count (int): how many files, images or annotations have it.
+        examples (list[str]): the first `MAX_EXAMPLES` of them.
+    """
 
     split: str
-    kind: str
+    code: str
     count: int = 0
     examples: list[str] = field(default_factory=list)
 
     @property
-    def done(self) -> str:
-        return RULES[self.kind].done
+    def action(self) -> str:
+        """What is done about it, one of `ACTIONS`."""
+        return RULES[self.code].action
+
+    @property
+    def is_problem(self) -> bool:
+        """Whether something is dropped or cannot be used."""
+        return self.action in PROBLEM_ACTIONS
 
     def in_short(self) -> str:
-        """As a part of one line."""
-        return f'{self.kind}, {self.count:,} ({", ".join(shown(example, 60) for example in self.examples[:2])})'
+        """Return code, count and two examples, as a part of a sentence."""
+        return f'{self.code}, {self.count:,} ({", ".join(shown(example, 60) for example in self.examples[:2])})'
+
+    def describe(self) -> str:
+        """Return split, code, count, examples and note in one line."""
+        note = RULES[self.code].note
+        ellipsis = ', ...' if self.count > len(self.examples) else ''
+        text = f'{self.split}: {self.code}, {self.count:,} ({", ".join(self.examples)}{ellipsis})'
+        return f'{text}: {note}' if note else text
 
     def __str__(self) -> str:
-        then = RULES[self.kind].then
-        more = ', ...' if self.count > len(self.examples) else ''
-        text = f'{self.done:<8}  {self.split}: {self.kind}, {self.count:,} ({", ".join(self.examples)}{more})'
-        return f'{text}: {then}' if then else text
+        return f'{self.action:<7}  {self.describe()}'
 
 
 @dataclass
 class Report:
-    """What is there (`facts`, a line each) and what is wrong with it."""
+    """The result of the checks of a data set.
+
+    Attributes:
+        facts (list[str]): what the data set holds, one line each.
+        diagnostics (dict): `Diagnostic` by (split, code).
+    """
 
     facts: list[str] = field(default_factory=list)
-    findings: dict[tuple[str, str], Diagnostic] = field(default_factory=dict)
+    diagnostics: dict[tuple[str, str], Diagnostic] = field(default_factory=dict)
 
-    def add(self, split: str, kind: str, example: object, count: int = 1) -> None:
-        finding = self.findings.setdefault((split, kind), Diagnostic(split, kind))
-        finding.count += count
-        if len(finding.examples) < EXAMPLES:
-            finding.examples.append(shown(example))
+    def add(self, split: str, code: str, example: object, count: int = 1) -> None:
+        """Count a problem of a split, and keep the example while there are fewer than `MAX_EXAMPLES`."""
+        diagnostic = self.diagnostics.setdefault((split, code), Diagnostic(split, code))
+        diagnostic.count += count
+        if len(diagnostic.examples) < MAX_EXAMPLES:
+            diagnostic.examples.append(shown(example))
 
-    def of(self, *done: str) -> list[Diagnostic]:
-        """The findings about which this is done, the most serious first, and as they were found."""
-        return [f for word in (ERROR, DROPPED, FIXED, INFO) if word in done for f in self.findings.values()
-                if f.done == word]  # fmt: skip
+    def by_action(self, *actions: str) -> list[Diagnostic]:
+        """Return the diagnostics with these actions (default: all), the most serious first."""
+        in_order = [action for action in ACTIONS if action in (actions or ACTIONS)]
+        return [d for action in in_order for d in self.diagnostics.values() if d.action == action]
 
     @property
-    def errors(self) -> list[Diagnostic]:
-        return self.of(*ERROR_RULES)
+    def problems(self) -> list[Diagnostic]:
+        """Return what cannot be used and what is dropped."""
+        return self.by_action(*PROBLEM_ACTIONS)
 
     def lines(self) -> list[str]:
-        found = self.of(ERROR, DROPPED, FIXED, INFO)
-        return [*map(shown, self.facts), *map(str, found or ['nothing is wrong'])]
+        """Return the report as lines of text."""
+        return [*map(shown, self.facts), *map(str, self.by_action() or ['no problems found'])]
 
     def as_data(self) -> dict:
-        """For machines: facts and findings as plain data."""
-        found = self.of(ERROR, DROPPED, FIXED, INFO)
-        keys = ('split', 'kind', 'done', 'count', 'examples')
-        return dict(facts=self.facts, findings=[{key: getattr(f, key) for key in keys} for f in found])
+        """Return the report as plain data, for JSON."""
+        keys = ('split', 'code', 'action', 'count', 'examples')
+        return dict(facts=self.facts, diagnostics=[{key: getattr(d, key) for key in keys} for d in self.by_action()])
 
-    def refuse(self, strict: bool = False) -> None:
-        """Raise UsageError where something cannot be left out or mended, or `strict` and something is left out."""
-        found = self.of(ERROR) or (self.errors if strict else [])
-        if found:
-            others = len(self.findings) - 1
-            more = f' ({others} more finding{"s" * (others > 1)}: tools/check_data.py lists them)' if others else ''
-            raise UsageError(f'the data: {str(found[0]).split(maxsplit=1)[1] if not strict else found[0]}{more}')
+    @classmethod
+    def from_data(cls, data: dict) -> 'Report':
+        """Make a report from the result of `as_data`."""
+        diagnostics = [Diagnostic(d['split'], d['code'], d['count'], d['examples']) for d in data['diagnostics']]
+        return cls(data['facts'], {(d.split, d.code): d for d in diagnostics})
+
+    def raise_if_errors(self, strict: bool = False) -> None:
+        """Raise if the data cannot be used.
+
+        Args:
+            strict: also raise if something is dropped.
+
+        Raises:
+            UsageError: with the first such diagnostic, and how many others there are.
+        """
+        errors = self.by_action(ERROR) or (self.problems if strict else [])
+        if not errors:
+            return
+        others = len(self.diagnostics) - 1
+        more = f' (tools/check_data.py lists {others} more finding{"s" * (others > 1)})' if others else ''
+        raise UsageError(f'data set: {errors[0] if strict else errors[0].describe()}{more}')

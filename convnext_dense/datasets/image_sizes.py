@@ -55,7 +55,7 @@ def too_thin(size: tuple[int, int], limit: Limit) -> tuple[str, str] | None:
     least = min(sizes, key=min)
     if min(least) >= limit.least:
         return None
-    kind = 'image resized to nothing' if min(least) < 1 else 'image under the stride'
+    kind = 'image-resized-to-zero' if min(least) < 1 else 'image-below-stride'
     return kind, f'{size[0]} x {size[1]} becomes {least[0]} x {least[1]}'
 
 

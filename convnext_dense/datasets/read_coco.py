@@ -32,7 +32,7 @@ from .request import (
 NAMES_TRIED = 50
 MAX_NAME = 4096  # characters of a name, of which no system has more
 MOST_FOLDERS = 200  # that are tried in a folder
-LEAVES = 'name leads out of the folder'
+LEAVES = 'name-outside-root'
 DIGITS, WORDS = re.compile('[0-9]+'), re.compile('[a-z]+')
 
 
@@ -59,7 +59,7 @@ def read_detection(
     train = cocos[main]
     classes = [*(classes or checks.class_names(train, main, report))]
     if not classes:
-        report.refuse()
+        report.raise_if_errors()
         raise UsageError(f'{files[main]} has no categories: nothing to learn')
     said = ''
     if main in ('train', 'all') and 'val' not in cocos:
@@ -149,7 +149,7 @@ class ImageResolver:
         self.inside = tuple(os.path.join(os.path.abspath(top), '') for top in (*self.tops, root))
         found = {name: self._in_full(name) for name in names}
         self.places = {**found, **self._by_endings(found)}
-        if names and not any(place.path or place.kind == 'ambiguous name' for place in self.places.values()):
+        if names and not any(place.path or place.kind == 'ambiguous-name' for place in self.places.values()):
             raise UsageError(
                 f'{file}: none of its images (such as {shown(names[0])}) is in {given or root}: '
                 'give --train-images and --val-images'
@@ -188,7 +188,7 @@ class ImageResolver:
         """Where an image is by all of its name, or that it cannot be anywhere; None where it is not there."""
         path, machine = path_in(name)
         if len(name) > MAX_NAME:
-            return Place(None, 'missing image', name)
+            return Place(None, 'missing-image', name)
         if machine or path.startswith('../'):
             begins = (os.sep,) if machine else self.begins
             paths = [os.path.normpath(os.path.join(begin, path)) for begin in begins]
@@ -204,7 +204,7 @@ class ImageResolver:
                 return Place(exact)
         files = self.near.alike(self.prefix + path)
         same = files and files[0].lower() == f'{self.prefix}{path}'.lower()
-        return _place(name, files, 'name in other case' if same else 'name written otherwise') if files else None
+        return _place(name, files, 'name-case-mismatch' if same else 'name-spelling-mismatch') if files else None
 
     def _by_endings(self, found: dict[str, Place | None]) -> dict[str, Place]:
         """Where the images are that are not where their names say: by the longest ending of a name that a file has, and
@@ -224,9 +224,9 @@ class ImageResolver:
                 users[files[0]].append(name)
         of_a_machine = any(path_in(name)[1] for name in chain(*users.values()))
         return {
-            name: _place(name, fit.files, 'name found by its ending', users)
+            name: _place(name, fit.files, 'name-matched-by-suffix', users)
             if fit.files
-            else Place(None, 'missing image' if of_a_machine or not path_in(name)[1] else LEAVES, name)
+            else Place(None, 'missing-image' if of_a_machine or not path_in(name)[1] else LEAVES, name)
             for name, fit in fits.items()
         }
 
@@ -273,10 +273,10 @@ def _inspect_images(cocos: Mapping[str, dict], images: Mapping[str, ImageResolve
 def _place(name: str, files: list[str], kind: str, users: Mapping[str, list[str]] | None = None) -> Place:
     """The place of an image that some files may be: the one, if there is but one, and no other name that is it, too."""
     if len(files) > 1:
-        return Place(None, 'ambiguous name', f'{name} may be {" or ".join(files[:2])}')
+        return Place(None, 'ambiguous-name', f'{name} may be {" or ".join(files[:2])}')
     other = next((user for user in (users or {}).get(files[0], ()) if user != name), None)
     if other is not None:
-        return Place(None, 'ambiguous name', f'{name} and {other} may both be {files[0]}')
+        return Place(None, 'ambiguous-name', f'{name} and {other} may both be {files[0]}')
     return Place(files[0], kind, f'{name} is {files[0]}')
 
 

@@ -61,13 +61,13 @@ def read_segmentation(
     made, pixels = {}, {}
     for split, of in found.items():
         for kind, paths in (
-            ('image without label map', of.bare),
-            ('label map without image', of.lone),
-            ('two images of one name', of.twice),
+            ('unmatched-image', of.bare),
+            ('unmatched-mask', of.lone),
+            ('duplicate-stem', of.twice),
         ):
             for path in paths:
                 report.add(split, kind, path.name)
-        for kind, names in (('name written otherwise', of.other), ('ambiguous name', of.ambiguous)):
+        for kind, names in (('name-spelling-mismatch', of.other), ('ambiguous-name', of.ambiguous)):
             for name in names:
                 report.add(split, kind, name)
         limit = limits.get(split, Limit())
@@ -99,9 +99,9 @@ def report_class_usage(totals: dict[str, np.ndarray], classes: LabelSpec, report
     """Report classes that no label map has, or none of train."""
     for i, name in enumerate(classes.names):
         if not any(total[i] for total in totals.values()):
-            report.add('all', 'class never annotated', name)
+            report.add('all', 'class-never-annotated', name)
         elif 'train' in totals and not totals['train'][i]:
-            report.add(next(s for s in totals if totals[s][i]), 'class never trained', name)
+            report.add(next(s for s in totals if totals[s][i]), 'class-not-in-train', name)
     trained = np.flatnonzero(totals.get('train', ())).tolist()
     if len(trained) == 1 < len(classes.names):
-        report.add('train', 'one class in all of train', classes.names[trained[0]])
+        report.add('train', 'single-class-in-train', classes.names[trained[0]])

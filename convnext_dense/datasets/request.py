@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .check_images import ImageInfo
-from .diagnostics import ERROR_RULES, INFO, UNTRAINABLE_RULES, Report
+from .diagnostics import UNTRAINABLE_CODES, Report
 from .files import as_bytes
 
 CAUSES = 3  # that are named where nothing is left
@@ -90,12 +90,12 @@ def report_empty(report: Report, split: str, usable: int, folder: Path) -> None:
     """Report a split of which nothing is left, and what most of it was lost to."""
     if usable:
         return
-    found = [finding for finding in report.of(*ERROR_RULES, INFO) if finding.split in (split, 'all')]
-    causes = [finding for finding in found if finding.done in ERROR_RULES or finding.kind in UNTRAINABLE_RULES]
-    causes = causes or [finding for finding in found if finding.kind == 'image without annotations']
-    causes.sort(key=lambda finding: finding.count, reverse=True)
+    diagnostics = [d for d in report.by_action() if d.split in (split, 'all')]
+    causes = [d for d in diagnostics if d.is_problem or d.code in UNTRAINABLE_CODES]
+    causes = causes or [d for d in diagnostics if d.code == 'image-without-annotations']
+    causes.sort(key=lambda diagnostic: diagnostic.count, reverse=True)
     said = '; '.join(cause.in_short() for cause in causes[:CAUSES]) or 'no images'
-    report.add(split, 'nothing to train on' if split == 'train' else 'nothing to evaluate', f'{folder}: {said}')
+    report.add(split, 'nothing-to-train-on' if split == 'train' else 'nothing-to-evaluate', f'{folder}: {said}')
 
 
 def report_duplicates(names: Mapping[str, Sequence[str]], seen: Mapping[str, ImageInfo], report: Report) -> None:
@@ -105,7 +105,7 @@ def report_duplicates(names: Mapping[str, Sequence[str]], seen: Mapping[str, Ima
         for name in of:
             there = first.setdefault(seen[name].digest, (split, name))
             if there != (split, name):
-                kind = 'the same image twice' if there[0] == split else 'image of train in val'
+                kind = 'duplicate-image' if there[0] == split else 'train-image-in-val'
                 report.add(split, kind, f'{name} is {there[1]}')
 
 

@@ -62,20 +62,21 @@ def without(pattern):
 
 CAUSES = {  # what is done to the data -> what must be in the line that refuses them
     'names in capitals': (other_names(str.upper), ['val', 'DISC: a class is called disc', 'SQUARE: a class is']),
-    'other names': (other_names('x{}'.format), ['val', 'category without a class, 4 (xdisc, xsquare)']),
-    'crowds': (each(iscrowd=1), ['crowd with polygons']),
+    'other names': (other_names('x{}'.format), ['val', 'category-without-class, 4 (xdisc, xsquare)']),
+    'crowds': (each(iscrowd=1), ['crowd-with-polygons']),
     'crowds without masks': (edit(boxes_of_crowds), ['crowd, ']),
-    'crowds, and one other thing': (edit(mostly_crowds), ['crowd with polygons, ', 'box is not four numbers, 1']),
-    'no annotations': (edit(lambda c: c.update(annotations=[])), ['image without annotations, 5']),
+    'crowds, and one other thing': (edit(mostly_crowds), ['crowd-with-polygons, ', 'box-not-four-numbers, 1']),
+    'no annotations': (edit(lambda c: c.update(annotations=[])), ['image-without-annotations, 5']),
     'no images': (edit(lambda c: c.update(annotations=[], images=[])), ['no images']),
-    'images of text': (edit(lambda c: c.update(images=['a'])), ['image without id or name', 'annotation of no image']),
-    'other images': (each(image_id=99), ['annotation of no image', 'id 1: image 99']),
-    'other categories': (each(category_id=-1), ['unknown category', 'id 1: category -1']),
+    'images of text': (edit(lambda c: c.update(images=['a'])), ['image-without-id-or-name', 'orphan-annotation']),
+    'other images': (each(image_id=99), ['orphan-annotation', 'id 1: image 99']),
+    'other categories': (each(category_id=-1), ['unknown-category', 'id 1: category -1']),
     'categories true': (
-        edit(lambda c: [k.update(id=True) for k in c['categories']]), ['without id or name', 'true and false are none']
+        edit(lambda c: [k.update(id=True) for k in c['categories']]),
+        ['without-id-or-name', 'an id that is not true or false'],
     ),
-    'categories of numbers': (edit(lambda c: c.update(categories=[1, 2])), ['without id or name', '(1, 2)']),
-    'empty files': (lambda root: [p.write_bytes(b'') for p in (root / 'train').iterdir()], ['empty file, 5']),
+    'categories of numbers': (edit(lambda c: c.update(categories=[1, 2])), ['without-id-or-name', '(1, 2)']),
+    'empty files': (lambda root: [p.write_bytes(b'') for p in (root / 'train').iterdir()], ['empty-file, 5']),
 }  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def test_what_data_were_lost_to_is_said(kind, mine):
     change(mine)
 
     def refused():
-        read_data(DatasetRequest(str(mine)), 'detection', ('train', 'val')).report.refuse()
+        read_data(DatasetRequest(str(mine)), 'detection', ('train', 'val')).report.raise_if_errors()
 
     line = said(refused)
     assert line and all(word in line for word in words)
@@ -96,10 +97,10 @@ def test_training_says_what_the_check_says(mine, monkeypatch, capsys):
     monkeypatch.chdir(mine.parent)
     other_names(str.upper)(mine)
     assert run('check_data.py', '--data', 'mine', '--task', 'detection') == 1
-    finding = next(line for line in capsys.readouterr().out.splitlines() if 'nothing to evaluate' in line)
+    finding = next(line for line in capsys.readouterr().out.splitlines() if 'nothing-to-evaluate' in line)
     assert run('train.py', DETECTOR, '--data', 'mine', '--work-dir', 'run') == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith(f'error: the data: {finding.split(maxsplit=1)[1]}') and 'tools/check_data.py' in line
+    assert line.startswith(f'error: data set: {finding.split(maxsplit=1)[1]}') and 'tools/check_data.py' in line
 
 
 def test_label_maps_that_are_not_there_are_the_cause(mine, monkeypatch, capsys):
@@ -108,14 +109,14 @@ def test_label_maps_that_are_not_there_are_the_cause(mine, monkeypatch, capsys):
     (mine / 'labels/val/x.png').touch()
     assert run('train.py', SEGMENTOR, '--data', 'mine', '--work-dir', 'run') == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert 'val: nothing to evaluate' in line and 'image without label map, 3 (000001.png, 000002.png)' in line
+    assert 'val: nothing-to-evaluate' in line and 'unmatched-image, 3 (000001.png, 000002.png)' in line
 
 
 def test_masks_that_are_none_are_said_where_boxes_are_taken(mine):
     each(segmentation='abc')(mine)
     data = read_data(DatasetRequest(str(mine)), 'detection', ('train', 'val'))
-    found = {f.kind: f.examples for f in data.report.findings.values()}
-    assert not data.masks and found['mask left aside'][0] == 'id 1: abc'
+    found = {f.code: f.examples for f in data.report.diagnostics.values()}
+    assert not data.masks and found['mask-ignored'][0] == 'id 1: abc'
 
 
 @pytest.mark.parametrize('folder', ['train', 'gone'])
@@ -125,7 +126,7 @@ def test_images_of_another_split_are_not_taken_for_those_that_are_missing(folder
     if folder == 'train':
         data = read_data(DatasetRequest(str(mine)), 'detection', ('train', 'val'))
         assert [i['file_name'] for i in data.splits['train']['images']] == ['train/000001.png']
-        assert data.report.findings['train', 'missing image'].count == 4
+        assert data.report.diagnostics['train', 'missing-image'].count == 4
     else:
         without('train/*')(mine)
         assert 'none of its images' in said(read_data, DatasetRequest(str(mine)), 'detection', ('train', 'val'))

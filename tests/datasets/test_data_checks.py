@@ -18,7 +18,7 @@ from convnext_dense.datasets.check_coco import _decode_rle_runs
 from convnext_dense.datasets.check_images import inspect_image
 from convnext_dense.datasets.check_masks import read_classes
 from convnext_dense.datasets.custom import DatasetRequest, apply_custom_data, read_data
-from convnext_dense.datasets.diagnostics import ERROR, ERROR_RULES, RULES
+from convnext_dense.datasets.diagnostics import ERROR, PROBLEM_ACTIONS, RULES
 from convnext_dense.errors import UsageError
 from helpers.datasets import (
     DETECTOR,
@@ -174,80 +174,83 @@ def square(x, y, side=10):
 
 
 DETECTION = {  # kind: what is done to the data, and what the report names
-    'missing image': (lambda root: (root / 'train/000001.png').unlink(), '000001.png'),
-    'empty file': (lambda root: (root / 'train/000001.png').write_bytes(b''), '000001.png'),
-    'not an image': (lambda root: (root / 'train/000001.png').write_text('<html>' * 99), '000001.png'),
-    'image cut short': (cut('train/000001.png'), '000001.png'),
-    'name in other case': (lambda root: (root / 'train/000001.png').rename(root / 'train/000001.PNG'), '000001.PNG'),
-    'image turned by EXIF': (turned_jpeg, '000001.jpg'),
-    'the same image twice': (copied('train/000002.png'), 'train/000002.png is train/000001.png'),
-    'image of train in val': (copied('val/000001.png'), 'val/000001.png is train/000001.png'),
-    'image without id or name': (without('file_name', 'images'), 'id 1'),
-    'image id twice': (again('images', file_name='000099.png'), '000099.png'),
-    'file name twice': (again('images', id=99), '000001.png'),
-    'not a regular file': (in_place_of('train/000001.png', os.mkfifo), '000001.png'),
-    'file too large': (in_place_of('train/000001.png', sparse), '000001.png'),
-    'image too large': (in_place_of('train/000001.png', huge_png), '000001.png'),
-    'name leads out of the folder': (moved, '../../secret/000001.png'),
-    'name written otherwise': (
+    'missing-image': (lambda root: (root / 'train/000001.png').unlink(), '000001.png'),
+    'empty-file': (lambda root: (root / 'train/000001.png').write_bytes(b''), '000001.png'),
+    'not-an-image': (lambda root: (root / 'train/000001.png').write_text('<html>' * 99), '000001.png'),
+    'truncated-image': (cut('train/000001.png'), '000001.png'),
+    'name-case-mismatch': (lambda root: (root / 'train/000001.png').rename(root / 'train/000001.PNG'), '000001.PNG'),
+    'exif-rotated-image': (turned_jpeg, '000001.jpg'),
+    'duplicate-image': (copied('train/000002.png'), 'train/000002.png is train/000001.png'),
+    'train-image-in-val': (copied('val/000001.png'), 'val/000001.png is train/000001.png'),
+    'image-without-id-or-name': (without('file_name', 'images'), 'id 1'),
+    'duplicate-image-id': (again('images', file_name='000099.png'), '000099.png'),
+    'duplicate-file-name': (again('images', id=99), '000001.png'),
+    'not-a-regular-file': (in_place_of('train/000001.png', os.mkfifo), '000001.png'),
+    'file-too-large': (in_place_of('train/000001.png', sparse), '000001.png'),
+    'image-too-large': (in_place_of('train/000001.png', huge_png), '000001.png'),
+    'name-outside-root': (moved, '../../secret/000001.png'),
+    'name-spelling-mismatch': (
         lambda root: (root / 'train/000001.png').rename(root / 'train/%30%30%30%30%30%31.png'), '1.png is train/%30',
     ),
-    'name found by its ending': (
+    'name-matched-by-suffix': (
         edit(lambda c: c['images'][0].update(file_name='/home/me/train/000001.png')),
         '/home/me/train/000001.png is train/000001.png',
     ),
-    'ambiguous name': (two_cases, '000001.png may be train/000001.PNG or train/000001.Png'),
-    'size contradicts the image': (edit(lambda c: c['images'][0].update(width=65)), '65 x 64, its image 64 x 64'),
-    'no size given': (without('width', 'images'), '000001.png'),
-    'image without annotations': (
+    'ambiguous-name': (two_cases, '000001.png may be train/000001.PNG or train/000001.Png'),
+    'image-size-mismatch': (edit(lambda c: c['images'][0].update(width=65)), '65 x 64, its image 64 x 64'),
+    'image-without-size': (without('width', 'images'), '000001.png'),
+    'image-without-annotations': (
         edit(lambda c: c.update(annotations=[a for a in c['annotations'] if a['image_id'] != 1])), 'train/000001.png',
     ),
-    'category id twice': (edit(lambda c: c['categories'].append(dict(id=1, name='star'))), '1 (star)'),
-    'category without id or name': (edit(lambda c: c['categories'].append(dict(id=9))), "{'id': 9}"),
-    'category name twice': (edit(category_twice), 'disc'),
-    'category named otherwise': (swapped_names, '1 is Disc, in train disc'),
-    'category without a class': (edit(category_of_val_only, VAL), 'star'),
-    'class never annotated': (edit(lambda c: c['categories'].append(dict(id=9, name='star'))), 'star'),
-    'gaps in category ids': (edit(lambda c: c['categories'].append(dict(id=90, name='star'))), '5 ids up to 90'),
-    'supercategory that is no text': (edit(lambda c: c['categories'][0].update(supercategory=['a'])), 'disc'),
-    'id as text or float': (first(image_id='1'), "id 1: image_id '1'"),
-    'image id numbered anew': (edit(text_id), 'first'),
-    'annotation of no image': (first(image_id=77), 'id 1: image 77'),
-    'unknown category': (first(category_id=77), 'id 1: category 77'),
-    'not an annotation': (edit(lambda c: c['annotations'].append('text')), 'number'),
-    'annotation there twice': (again('annotations', id=99), 'id 99'),
-    'annotation id twice': (edit(lambda c: c['annotations'][1].update(id=1)), 'id 1'),
-    'box from the mask': (without('bbox'), 'id 1'),
+    'duplicate-category-id': (edit(lambda c: c['categories'].append(dict(id=1, name='star'))), '1 (star)'),
+    'category-without-id-or-name': (edit(lambda c: c['categories'].append(dict(id=9))), "{'id': 9}"),
+    'duplicate-category-name': (edit(category_twice), 'disc'),
+    'category-name-mismatch': (swapped_names, '1 is Disc, in train disc'),
+    'category-without-class': (edit(category_of_val_only, VAL), 'star'),
+    'class-never-annotated': (edit(lambda c: c['categories'].append(dict(id=9, name='star'))), 'star'),
+    'category-id-gaps': (edit(lambda c: c['categories'].append(dict(id=90, name='star'))), '5 ids up to 90'),
+    'supercategory-not-text': (edit(lambda c: c['categories'][0].update(supercategory=['a'])), 'disc'),
+    'id-not-integer': (first(image_id='1'), "id 1: image_id '1'"),
+    'image-id-renumbered': (edit(text_id), 'first'),
+    'orphan-annotation': (first(image_id=77), 'id 1: image 77'),
+    'unknown-category': (first(category_id=77), 'id 1: category 77'),
+    'not-an-annotation': (edit(lambda c: c['annotations'].append('text')), 'number'),
+    'duplicate-annotation': (again('annotations', id=99), 'id 99'),
+    'duplicate-annotation-id': (edit(lambda c: c['annotations'][1].update(id=1)), 'id 1'),
+    'box-from-mask': (without('bbox'), 'id 1'),
     'crowd': (rle(iscrowd=1), 'id 1'),
-    'box is not four numbers': (first(bbox=[1, 2, 3]), 'id 1'),
-    'box of NaN or Inf': (first(bbox=[1, 2, float('nan'), 4]), 'id 1'),
-    'box without area': (first(bbox=[1, 2, 0, 4]), 'id 1'),
-    'box under a pixel': (first(bbox=[1, 2, 0.5, 4], segmentation=[[1, 2, 1.5, 2, 1.5, 6, 1, 6]], area=2), 'id 1'),
-    'box outside the image': (first(bbox=[64, 2, 10, 4]), 'id 1'),
-    'box far outside': (first(bbox=[50, 2, 10**30, 4]), 'id 1'),
-    'box partly outside': (first(bbox=[50, 2, 30, 4], segmentation=[[50, 2, 80, 2, 80, 6, 50, 6]], area=120), 'id 1'),
-    'box written as corners': (edit(first_as_corners), 'id 1'),
-    'boxes written as corners': (edit(all_as_corners), 'id 1'),
-    'box apart from its mask': (first(bbox=[50, 50, 9, 9], segmentation=[square(5, 5)]), 'id 1'),
-    'box unlike its mask': (first(bbox=[5, 5, 30, 30], segmentation=[square(5, 5)]), 'id 1'),
-    'area that cannot be': (first(area=10**400), 'id 1: 1000000'),
-    'no area given': (without('area'), 'id 1'),
-    'no mask': (first(segmentation=[]), 'id 1'),
-    'mask of no known form': (first(segmentation='abc'), 'id 1'),
-    'polygon under three points': (first(segmentation=[[1, 1, 20, 20]]), 'id 1'),
-    'polygon of an odd count': (first(segmentation=[[1, 1, 20, 20, 5, 5, 5]]), 'id 1'),
-    'polygon of no numbers': (first(segmentation=[[1, 1, None, 20, 5, 5]]), 'id 1'),
-    'polygon outside the image': (first(segmentation=[square(70, 70)]), 'id 1'),
-    'polygon far outside': (first(segmentation=[[*square(5, 5), 5, 1e12]]), 'id 1'),
-    'polygon without an end': (first(segmentation=[[0, 0, 600, 5] * 9000]), 'id 1'),
-    'polygon not in a list': (first(segmentation=square(5, 5)), 'id 1'),
-    'RLE of another size': (rle(lambda rle: {**rle, 'size': [64, 65]}), 'id 1'),
-    'RLE that does not add up': (rle(lambda rle: {**rle, 'counts': rle['counts'][:-2]}), 'id 1'),
-    'crowd with polygons': (first(iscrowd=1), 'id 1'),
-    'iscrowd as text': (first(iscrowd='False'), "id 1: iscrowd 'False'"),
-    'iscrowd is neither 0 nor 1': (first(iscrowd=2), 'id 1: iscrowd 2'),
-    'nothing to evaluate': (edit(lambda c: c.update(annotations=[]), VAL), 'val'),
-    'nothing to train on': (edit(lambda c: c.update(annotations=c['annotations'][:1]) or first_gone(c)), 'train'),
+    'box-not-four-numbers': (first(bbox=[1, 2, 3]), 'id 1'),
+    'box-not-finite': (first(bbox=[1, 2, float('nan'), 4]), 'id 1'),
+    'box-without-area': (first(bbox=[1, 2, 0, 4]), 'id 1'),
+    'box-below-one-pixel': (first(bbox=[1, 2, 0.5, 4], segmentation=[[1, 2, 1.5, 2, 1.5, 6, 1, 6]], area=2), 'id 1'),
+    'box-outside-image': (first(bbox=[64, 2, 10, 4]), 'id 1'),
+    'box-far-outside-image': (first(bbox=[50, 2, 10**30, 4]), 'id 1'),
+    'box-partly-outside-image': (
+        first(bbox=[50, 2, 30, 4], segmentation=[[50, 2, 80, 2, 80, 6, 50, 6]], area=120),
+        'id 1',
+    ),
+    'box-as-corners': (edit(first_as_corners), 'id 1'),
+    'most-boxes-as-corners': (edit(all_as_corners), 'id 1'),
+    'box-mask-unrelated': (first(bbox=[50, 50, 9, 9], segmentation=[square(5, 5)]), 'id 1'),
+    'box-mask-mismatch': (first(bbox=[5, 5, 30, 30], segmentation=[square(5, 5)]), 'id 1'),
+    'implausible-area': (first(area=10**400), 'id 1: 1000000'),
+    'missing-area': (without('area'), 'id 1'),
+    'missing-mask': (first(segmentation=[]), 'id 1'),
+    'mask-format-unknown': (first(segmentation='abc'), 'id 1'),
+    'polygon-under-3-points': (first(segmentation=[[1, 1, 20, 20]]), 'id 1'),
+    'polygon-odd-length': (first(segmentation=[[1, 1, 20, 20, 5, 5, 5]]), 'id 1'),
+    'polygon-not-numeric': (first(segmentation=[[1, 1, None, 20, 5, 5]]), 'id 1'),
+    'polygon-outside-image': (first(segmentation=[square(70, 70)]), 'id 1'),
+    'polygon-far-outside-image': (first(segmentation=[[*square(5, 5), 5, 1e12]]), 'id 1'),
+    'polygon-outline-too-long': (first(segmentation=[[0, 0, 600, 5] * 9000]), 'id 1'),
+    'polygon-not-nested': (first(segmentation=square(5, 5)), 'id 1'),
+    'rle-size-mismatch': (rle(lambda rle: {**rle, 'size': [64, 65]}), 'id 1'),
+    'rle-length-mismatch': (rle(lambda rle: {**rle, 'counts': rle['counts'][:-2]}), 'id 1'),
+    'crowd-with-polygons': (first(iscrowd=1), 'id 1'),
+    'iscrowd-as-text': (first(iscrowd='False'), "id 1: iscrowd 'False'"),
+    'iscrowd-invalid': (first(iscrowd=2), 'id 1: iscrowd 2'),
+    'nothing-to-evaluate': (edit(lambda c: c.update(annotations=[]), VAL), 'val'),
+    'nothing-to-train-on': (edit(lambda c: c.update(annotations=c['annotations'][:1]) or first_gone(c)), 'train'),
 }  # fmt: skip
 
 
@@ -313,30 +316,30 @@ def without_crosses_at_all(root):
 
 
 SEGMENTATION = {
-    'empty file': (lambda root: (root / 'train/000001.png').write_bytes(b''), '000001.png'),
-    'image cut short': (cut('train/000001.png'), '000001.png'),
-    'two images of one name': (
+    'empty-file': (lambda root: (root / 'train/000001.png').write_bytes(b''), '000001.png'),
+    'truncated-image': (cut('train/000001.png'), '000001.png'),
+    'duplicate-stem': (
         lambda root: Image.open(root / 'train/000002.png').save(root / 'train/000001.jpg'),
         '000001.png',
     ),
-    'image without label map': (lambda root: (root / 'labels/train/000001.png').unlink(), '000001.png'),
-    'label map without image': (lambda root: (root / 'train/000001.png').unlink(), '000001.png'),
-    'unreadable label map': (cut('labels/train/000001.png'), '000001.png'),
-    'not a regular file': (in_place_of('labels/train/000001.png', os.mkfifo), '000001.png'),
-    'file too large': (in_place_of('labels/train/000001.png', sparse), '000001.png'),
-    'label map too large': (in_place_of('labels/train/000001.png', huge_png), '000001.png'),
-    'label map in a lossy file': (smeared, '000001.png'),
-    'name written otherwise': (decomposed, 'caf\u00e9 is cafe\u0301'),
-    'ambiguous name': (two_forms, 'caf\u00e9 may be Caf\u00e9 or cafe\u0301'),
-    'one class in all of train': (of_one_class, 'ground'),
-    'label map of another size': (change_labels(lambda labels: labels[:60]), '64 x 60, its image 64 x 64'),
-    'label map of ignored pixels': (change_labels(lambda labels: labels * 0), '000001.png'),
-    'label map in colours': (change_labels(lambda labels: np.dstack([labels, labels + 1, labels])), '000001.png'),
-    'labels beyond 255': (change_labels(lambda labels: labels.astype(np.uint16) * 1000), '000001.png'),
-    'label out of range': (change_labels(strange), 'label 77 is used and has no name (under 0.1 % of the'),
-    'class never annotated': (without_crosses_at_all, 'cross'),
-    'class never trained': (without_crosses, 'cross'),
-    'image of train in val': (copied('val/000001.png'), 'val/000001.png is train/000001.png'),
+    'unmatched-image': (lambda root: (root / 'labels/train/000001.png').unlink(), '000001.png'),
+    'unmatched-mask': (lambda root: (root / 'train/000001.png').unlink(), '000001.png'),
+    'unreadable-mask': (cut('labels/train/000001.png'), '000001.png'),
+    'not-a-regular-file': (in_place_of('labels/train/000001.png', os.mkfifo), '000001.png'),
+    'file-too-large': (in_place_of('labels/train/000001.png', sparse), '000001.png'),
+    'mask-too-large': (in_place_of('labels/train/000001.png', huge_png), '000001.png'),
+    'mask-lossy-format': (smeared, '000001.png'),
+    'name-spelling-mismatch': (decomposed, 'caf\u00e9 is cafe\u0301'),
+    'ambiguous-name': (two_forms, 'caf\u00e9 may be Caf\u00e9 or cafe\u0301'),
+    'single-class-in-train': (of_one_class, 'ground'),
+    'mask-size-mismatch': (change_labels(lambda labels: labels[:60]), '64 x 60, its image 64 x 64'),
+    'mask-all-ignored': (change_labels(lambda labels: labels * 0), '000001.png'),
+    'mask-in-color': (change_labels(lambda labels: np.dstack([labels, labels + 1, labels])), '000001.png'),
+    'mask-not-8-bit': (change_labels(lambda labels: labels.astype(np.uint16) * 1000), '000001.png'),
+    'label-out-of-range': (change_labels(strange), 'label 77 is used and has no name (under 0.1 % of the'),
+    'class-never-annotated': (without_crosses_at_all, 'cross'),
+    'class-not-in-train': (without_crosses, 'cross'),
+    'train-image-in-val': (copied('val/000001.png'), 'val/000001.png is train/000001.png'),
 }  # fmt: skip
 CASES = [('detection', kind) for kind in DETECTION] + [('segmentation', kind) for kind in SEGMENTATION]
 
@@ -367,28 +370,28 @@ def test_damage_is_found_and_dealt_with(sound, monkeypatch, task, kind):
     monkeypatch.chdir(sound.parent)
     damage, named = dict(detection=DETECTION, segmentation=SEGMENTATION)[task][kind]
     clean = {
-        (f.split, f.kind) for f in read_data(DatasetRequest('mine'), task, ('train', 'val')).report.findings.values()
+        (f.split, f.code) for f in read_data(DatasetRequest('mine'), task, ('train', 'val')).report.diagnostics.values()
     }
     assert not clean
     damage(sound)
     data = read_data(DatasetRequest('mine'), task, ('train', 'val'))
-    found = {f.kind: f for f in data.report.findings.values()}
+    found = {f.code: f for f in data.report.diagnostics.values()}
     assert kind in found, data.report.lines()
     assert any(named in example for example in found[kind].examples), found[kind]
-    assert found[kind].count == 1 or kind in ('no area given', 'boxes written as corners')
+    assert found[kind].count == 1 or kind in ('missing-area', 'most-boxes-as-corners')
     line = next(line for line in data.report.lines() if kind in line)
-    assert line.startswith(RULES[kind].done) and f' {found[kind].split}: ' in line
+    assert line.startswith(RULES[kind].action) and f' {found[kind].split}: ' in line
     config = load('demo/mask_rcnn' if task == 'detection' else 'demo/upernet')
-    if RULES[kind].done == ERROR:
-        with pytest.raises(UsageError, match=f'^the data: .*{re.escape(kind)}'):
+    if RULES[kind].action == ERROR:
+        with pytest.raises(UsageError, match=f'^data set: .*{re.escape(kind)}'):
             apply_custom_data(config, DatasetRequest('mine'))
         return
     assert any(kind in line for line in apply_custom_data(config, DatasetRequest('mine')))
     load_all(config)
-    if RULES[kind].done in ERROR_RULES:
-        with pytest.raises(UsageError, match='left out'):
+    if RULES[kind].action in PROBLEM_ACTIONS:
+        with pytest.raises(UsageError, match='dropped'):
             apply_custom_data(config, DatasetRequest('mine', strict=True))
-    elif not data.report.errors:
+    elif not data.report.problems:
         apply_custom_data(config, DatasetRequest('mine', strict=True))
 
 
@@ -396,11 +399,12 @@ def test_all_kinds_are_tried_or_said_why_not():
     """At least twenty-five kinds, and none in the table that nothing shows."""
     tried = {*DETECTION, *SEGMENTATION}
     elsewhere = {
-        'unreadable image', 'image under 32 pixels', 'category with other id', 'group of classes',
-        'masks of few', 'masks of 0 and 255', 'no box', 'a single class', 'pointer of Git LFS', 'mask left aside',
-        'image resized to nothing', 'image under the stride', 'label map of one row',
+        'unreadable-image', 'image-below-32-pixels', 'category-id-mismatch', 'supercategory-as-class',
+        'few-masks', 'mask-values-0-and-255', 'missing-box', 'single-class', 'git-lfs-pointer', 'mask-ignored',
+        'image-resized-to-zero', 'image-below-stride', 'mask-single-row',
     }  # fmt: skip
     assert len(tried) >= 25 and set(RULES) == tried | elsewhere
+    assert all(re.fullmatch(r'[a-z0-9]+(-[a-z0-9]+)*', code) for code in RULES)
 
 
 def test_masks_of_0_and_255_are_refused(tmp_path):
@@ -411,7 +415,7 @@ def test_masks_of_0_and_255_are_refused(tmp_path):
             cv2.imwrite(str(path), image.astype(np.uint8))
     (tmp_path / 'classes.txt').write_text('background\ncrack\n')
     kinds = kinds_of(read_data(DatasetRequest(str(tmp_path)), 'segmentation', ('train',)).report)
-    assert 'masks of 0 and 255' in kinds and RULES['masks of 0 and 255'].done == ERROR
+    assert 'mask-values-0-and-255' in kinds and RULES['mask-values-0-and-255'].action == ERROR
 
 
 def test_annotations_of_neither_box_nor_mask_are_left_out(drawn, tmp_path):
@@ -420,13 +424,13 @@ def test_annotations_of_neither_box_nor_mask_are_left_out(drawn, tmp_path):
         tmp_path / 'mine'
     )
     data = read_data(DatasetRequest(str(tmp_path / 'mine')), 'detection', ('train',))
-    assert 'no box' in kinds_of(data.report) and not data.masks
+    assert 'missing-box' in kinds_of(data.report) and not data.masks
     n = len(json.loads((drawn / TRAIN).read_text())['annotations'])
     assert len(data.splits['train']['annotations']) == n - 1
 
 
 def kinds_of(report):
-    return {finding.kind for finding in report.findings.values()}
+    return {finding.code for finding in report.diagnostics.values()}
 
 
 @pytest.mark.parametrize(
@@ -441,7 +445,7 @@ def kinds_of(report):
 def test_annotations_of_which_none_is_learnt_are_refused(damage, drawn, tmp_path):
     shutil.copytree(drawn, tmp_path / 'mine')
     edit(damage)(tmp_path / 'mine')
-    assert 'nothing to train on' in kinds_of(
+    assert 'nothing-to-train-on' in kinds_of(
         read_data(DatasetRequest(str(tmp_path / 'mine')), 'detection', ('train',)).report
     )
 
@@ -466,14 +470,14 @@ def test_classes_are_in_the_order_of_their_labels(name, text, names, tmp_path):
 def test_an_image_that_pillow_reads_and_opencv_does_not(sound):
     path = sound / 'train/000001.png'
     Image.open(path).save(path, format='PCX')
-    assert report_of(sound)[1]['unreadable image'].examples == ['000001.png']
+    assert report_of(sound)[1]['unreadable-image'].examples == ['000001.png']
 
 
 def test_cut_jpegs(sound, monkeypatch):
     """Found whatever OpenCV makes of them."""
     cut_jpeg(sound)
     monkeypatch.setattr(cv2, 'imdecode', lambda *_: np.zeros((64, 64, 3), np.uint8))
-    assert inspect_image(str(sound / 'train/000001.jpg')).problem == 'image cut short'
+    assert inspect_image(str(sound / 'train/000001.jpg')).problem == 'truncated-image'
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
@@ -491,16 +495,16 @@ def test_sizes_are_those_of_mmcv(tmp_path, ending, orientation):
 
 def test_small_images_and_other_categories(tmp_path):
     own(tmp_path / 'mine', 3, sizes=((31, 64), (64, 64), (30, 30)))
-    found = report_of(tmp_path / 'mine')[1]['image under 32 pixels']
+    found = report_of(tmp_path / 'mine')[1]['image-below-32-pixels']
     assert found.count == 2 and found.examples == ['0.png (31 x 64)', '2.png (30 x 30)']
     edit(lambda coco: coco.update(other_categories(coco)), 'annotations/val.json')(tmp_path / 'mine')
-    assert report_of(tmp_path / 'mine')[1]['category with other id'].count == 3
+    assert report_of(tmp_path / 'mine')[1]['category-id-mismatch'].count == 3
 
 
 def test_a_group_that_is_no_class(drawn, tmp_path):
     as_roboflow(drawn, tmp_path / 'mine')
     data, found = report_of(tmp_path / 'mine')
-    assert found['group of classes'].examples == ['shapes'] and 'shapes' not in data.classes
+    assert found['supercategory-as-class'].examples == ['shapes'] and 'shapes' not in data.classes
     edit(lambda coco: coco['annotations'][0].update(category_id=0), 'train/_annotations.coco.json')(tmp_path / 'mine')
     assert report_of(tmp_path / 'mine')[0].classes[0] == 'shapes'  # what is annotated is a class
 
@@ -512,25 +516,25 @@ def test_masks_of_few(sound):
 
     edit(bare)(sound)
     data, found = report_of(sound)
-    assert found['masks of few'].count == 2 and not data.masks
+    assert found['few-masks'].count == 2 and not data.masks
     assert not any('segmentation' in annotation for annotation in data.splits['train']['annotations'])
 
 
 def test_numbers_of_names_and_examples(sound):
     for path in images_of(sound):
         path.write_bytes(b'')
-    with pytest.raises(UsageError, match='nothing to train on'):
+    with pytest.raises(UsageError, match='nothing-to-train-on'):
         apply_custom_data(load('demo/upernet'), DatasetRequest(str(sound)))
     lines = report_of(sound)[0].report.lines()
     names = ', '.join(f'00000{i}.png' for i in (1, 2, 3))
-    assert f'left out  train: empty file, 5 ({names}, ...)' in lines
+    assert f'dropped  train: empty-file, 5 ({names}, ...)' in lines
 
 
 def test_sizes_that_exif_turns(sound):
     """Annotated as turned: nothing to do. As stored: all are read so, in training too."""
     turned_jpeg(sound)
     data, found = report_of(sound)
-    assert not data.turn and 'image turned by EXIF' in found
+    assert not data.turn and 'exif-rotated-image' in found
     config = load('demo/mask_rcnn')
     config.work_dir = str(sound.parent / 'run')
     apply_custom_data(config, DatasetRequest(str(sound)))
@@ -539,7 +543,7 @@ def test_sizes_that_exif_turns(sound):
     load_all(config)
     edit(lambda coco: coco['images'][0].update(width=48, height=64))(sound)
     data, found = report_of(sound)
-    assert data.turn and 'image turned by EXIF' not in found and data.splits['train']['images'][0]['width'] == 48
+    assert data.turn and 'exif-rotated-image' not in found and data.splits['train']['images'][0]['width'] == 48
 
 
 def test_runs_of_rle_are_pycocotools():
@@ -561,7 +565,7 @@ def test_runs_of_rle_are_pycocotools():
         ('{"a": 1}', 'no list of images and annotations and categories (it has a)'),
         ('{"images": [], "annotations": []}', 'no list of categories'),
         ('{"images": [], "annotations": [], "categories": []}', 'has no categories'),
-        ('{"images": [1, {}], "annotations": [2], "categories": [3]}', 'category without id or name, 1 (3)'),
+        ('{"images": [1, {}], "annotations": [2], "categories": [3]}', 'category-without-id-or-name, 1 (3)'),
     ],
 )
 def test_files_that_are_not_coco(sound, text, words):
@@ -627,7 +631,7 @@ def test_label_maps_that_need_a_word(drawn, tmp_path):
         report_of(tmp_path / 'mine', 'segmentation')
     (tmp_path / 'few.txt').write_text('ground\ndisc\nsquare\ntriangle\n')
     found = report_of(tmp_path / 'mine', 'segmentation', classes=str(tmp_path / 'few.txt'))[1]
-    assert '--ignore 4, or, if 0 is no class, --ignore 0' in found['label out of range'].examples[0]
+    assert '--ignore 4, or, if 0 is no class, --ignore 0' in found['label-out-of-range'].examples[0]
     data, found = report_of(tmp_path / 'mine', 'segmentation', classes=str(tmp_path / 'few.txt'), ignore=[0])
     assert data.settings['reduce_zero_label'] and not found
     data, found = report_of(tmp_path / 'mine', 'segmentation', classes=str(tmp_path / 'few.txt'), ignore=[4])
@@ -672,13 +676,13 @@ def test_the_tool(sound, capsys, monkeypatch):
     monkeypatch.chdir(sound.parent)
     assert run('check_data.py', '--data', 'mine') == 0
     out = capsys.readouterr().out
-    assert out.startswith('detection\n') and '\n\nsegmentation\n' in out and out.count('nothing is wrong') == 2
+    assert out.startswith('detection\n') and '\n\nsegmentation\n' in out and out.count('no problems found') == 2
     (sound / 'train/000001.png').write_bytes(b'')
     before = {path: path.stat().st_mtime_ns for path in Path('.').rglob('*')}
     assert run('check_data.py', '--data', 'mine', '--task', 'detection', '--json') == 1
     found = json.loads(capsys.readouterr().out)
-    assert found['detection']['findings'] == [
-        dict(split='train', kind='empty file', done='left out', count=1, examples=['000001.png'])
+    assert found['detection']['diagnostics'] == [
+        dict(split='train', code='empty-file', action='dropped', count=1, examples=['000001.png'])
     ]
     assert {path: path.stat().st_mtime_ns for path in Path('.').rglob('*')} == before
     assert run('check_data.py', '--data', 'gone') == 2

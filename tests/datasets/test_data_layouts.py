@@ -286,7 +286,7 @@ def test_the_papers_recipes_on_own_data(drawn, tmp_path, monkeypatch, recipe):
     lines = apply_custom_data(config, DatasetRequest(str(drawn)))
     n = 5 if 'upernet' in recipe else 4
     assert counts(config) == {n} and len(counts(before) & {80, 150}) == 1
-    assert any(f'{n} classes: ' in line for line in lines) and lines[-1] == 'data: nothing is wrong'
+    assert any(f'{n} classes: ' in line for line in lines) and lines[-1] == 'data: no problems found'
     for split in ('train', 'val', 'test'):
         dataset, theirs = (c[f'{split}_dataloader'].dataset for c in (config, before))
         assert (dataset.pipeline, dataset.get('filter_cfg')) == (theirs.pipeline, theirs.get('filter_cfg'))
@@ -495,10 +495,10 @@ def test_what_was_checked_is_not_checked_again(drawn, tmp_path, monkeypatch):
     path = next(Path('mine/train').iterdir())
     path.write_bytes(path.read_bytes()[:1000])
     assert (
-        any('left out  train: ' in line for line in apply_custom_data(load('demo/upernet'), DatasetRequest('mine')))
+        any('dropped  train: ' in line for line in apply_custom_data(load('demo/upernet'), DatasetRequest('mine')))
         and calls
     )
-    with pytest.raises(UsageError, match='left out'):
+    with pytest.raises(UsageError, match='dropped'):
         apply_custom_data(load('demo/upernet'), DatasetRequest('mine', strict=True))
     assert len(calls) == 1
 

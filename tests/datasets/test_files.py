@@ -47,14 +47,14 @@ def test_what_is_no_regular_file_is_not_read(what, tmp_path):
             open_regular(path, 2**40)
         return caught.value.strerror, inspect_image(str(path)).problem, inspect_mask(str(path)).problem
 
-    assert limited(problems) == (f'is {what}, not a regular file', 'not a regular file', 'not a regular file')
+    assert limited(problems) == (f'is {what}, not a regular file', 'not-a-regular-file', 'not-a-regular-file')
 
 
 @pytest.mark.parametrize('name', ['gone', 'a\0b', '\ud800', 'a' * 5000])
 def test_names_that_no_file_can_have(name, tmp_path):
     with pytest.raises(OSError):
         open_regular(tmp_path / name, 9)
-    assert inspect_image(f'{tmp_path}/{name}').problem == 'missing image'
+    assert inspect_image(f'{tmp_path}/{name}').problem == 'missing-image'
 
 
 def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monkeypatch):
@@ -148,8 +148,8 @@ def test_names_that_leave_the_data_are_never_opened(name, drawn, tmp_path):
     content = coco(root, 'train')
     content['images'][0]['file_name'] = name
     dump(content, root / 'annotations/instances_train.json')
-    found = limited(lambda: {f.kind: f.examples for f in detection_of(root).report.findings.values()})
-    assert found == {'name leads out of the folder': [name]}
+    found = limited(lambda: {f.code: f.examples for f in detection_of(root).report.diagnostics.values()})
+    assert found == {'name-outside-root': [name]}
 
 
 def test_links_to_files_and_folders_elsewhere_are_followed(drawn, tmp_path):
@@ -160,7 +160,7 @@ def test_links_to_files_and_folders_elsewhere_are_followed(drawn, tmp_path):
     for path in (drawn / 'train').iterdir():
         (tmp_path / 'mine/train' / path.name).symlink_to(path)
     data = detection_of(tmp_path / 'mine')
-    assert not data.report.findings and len(data.splits['train']['images']) == 5
+    assert not data.report.diagnostics and len(data.splits['train']['images']) == 5
 
 
 def test_sizes_have_bounds_that_are_said(tmp_path, monkeypatch):
@@ -306,15 +306,15 @@ def test_images_of_a_billion_pixels_are_judged_by_their_header(tmp_path, monkeyp
     width = 32767
     for function in (inspect_image, inspect_mask):
         grey_png(tmp_path / 'huge.png', width, width)
-        assert limited(function, str(tmp_path / 'huge.png'), gigabytes=0.5).problem.endswith(' too large')
+        assert limited(function, str(tmp_path / 'huge.png'), gigabytes=0.5).problem.endswith('-too-large')
         with monkeypatch.context() as patch:
             patch.setattr(Image, 'MAX_IMAGE_PIXELS', None)  # as some libraries do
-            assert limited(function, str(tmp_path / 'huge.png'), gigabytes=0.5).problem.endswith(' too large')
+            assert limited(function, str(tmp_path / 'huge.png'), gigabytes=0.5).problem.endswith('-too-large')
         grey_png(tmp_path / 'large.png', 16384, MAX_PIXELS // 16384)
         found = limited(function, str(tmp_path / 'large.png'), gigabytes=2.5)
         assert (found.width, found.height, found.problem) == (16384, MAX_PIXELS // 16384, None)
         grey_png(tmp_path / 'large.png', 16384, MAX_PIXELS // 16384 + 1)
-        assert limited(function, str(tmp_path / 'large.png'), gigabytes=0.5).problem.endswith(' too large')
+        assert limited(function, str(tmp_path / 'large.png'), gigabytes=0.5).problem.endswith('-too-large')
 
 
 def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
@@ -355,7 +355,7 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
 def test_what_pillow_does_not_know_is_judged_by_what_opencv_makes_of_it(tmp_path, monkeypatch):
     Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(tmp_path / 'x.png')
     monkeypatch.setattr(check_images, 'FORMATS', ('PCX',))
-    for limit, problem in ((2500, None), (2499, 'image too large')):
+    for limit, problem in ((2500, None), (2499, 'image-too-large')):
         monkeypatch.setattr(check_images, 'MAX_PIXELS', limit)
         assert inspect_image(str(tmp_path / 'x.png')).problem == problem
 
@@ -408,8 +408,8 @@ def test_what_unpacks_to_much_more_does_not_hurt(name, tmp_path):
 def test_formats_that_have_other_programs_read_them_are_no_images(tmp_path):
     """Pillow has Ghostscript read EPS."""
     Image.new('L', (40, 40)).save(tmp_path / 'x.png', format='EPS')
-    assert inspect_image(str(tmp_path / 'x.png')).problem == 'not an image'
-    assert inspect_mask(str(tmp_path / 'x.png')).problem == 'unreadable label map'
+    assert inspect_image(str(tmp_path / 'x.png')).problem == 'not-an-image'
+    assert inspect_mask(str(tmp_path / 'x.png')).problem == 'unreadable-mask'
 
 
 @pytest.mark.parametrize('name, options', [
@@ -417,7 +417,7 @@ def test_formats_that_have_other_programs_read_them_are_no_images(tmp_path):
 ])  # fmt: skip
 def test_label_maps_in_lossy_files_are_refused(name, options, tmp_path):
     Image.fromarray(np.eye(64, dtype=np.uint8)).save(tmp_path / 'x.png', format=name, **options)
-    assert inspect_mask(str(tmp_path / 'x.png')).problem == 'label map in a lossy file'
+    assert inspect_mask(str(tmp_path / 'x.png')).problem == 'mask-lossy-format'
 
 
 @pytest.mark.parametrize('name, options', [
@@ -428,7 +428,7 @@ def test_label_maps_in_exact_files_are_read(name, options, tmp_path):
     found = inspect_mask(str(tmp_path / 'x.png'))
     assert found.problem is None and found.counts[:3].tolist() == [64 * 63, 64, 0]
     Image.fromarray(np.eye(64, dtype=np.uint8)).save(tmp_path / 'x.webp', lossless=True)
-    assert inspect_mask(str(tmp_path / 'x.webp')).problem == 'label map in colours'  # WebP has no others
+    assert inspect_mask(str(tmp_path / 'x.webp')).problem == 'mask-in-color'  # WebP has no others
 
 
 def test_examples_are_one_short_line(drawn, tmp_path):
@@ -437,7 +437,7 @@ def test_examples_are_one_short_line(drawn, tmp_path):
     content = coco(root, 'train')
     content['images'][0]['file_name'] = 'a\nb\x1b[31m' + 'x' * 100000
     dump(content, root / 'annotations/instances_train.json')
-    line = next(line for line in detection_of(root).report.lines() if 'missing image' in line)
+    line = next(line for line in detection_of(root).report.lines() if 'missing-image' in line)
     deep = []
     for _ in range(10**5):
         deep = [deep]

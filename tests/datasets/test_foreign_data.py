@@ -89,9 +89,9 @@ def mine(tmp_path):
 def test_pointers_in_the_place_of_files_are_findings(mine):
     (mine / 'train/000001.png').write_text(POINTER)
     (mine / 'labels/train/000002.png').write_text(POINTER)
-    findings = read_data(DatasetRequest(str(mine)), 'detection', ('train', 'val')).report.findings
-    assert [(f.kind, f.examples) for f in findings.values()] == [('pointer of Git LFS', ['000001.png'])]
-    assert report_of(mine)[1]['pointer of Git LFS'].examples == ['000001.png', '000002.png']
+    findings = read_data(DatasetRequest(str(mine)), 'detection', ('train', 'val')).report.diagnostics
+    assert [(f.code, f.examples) for f in findings.values()] == [('git-lfs-pointer', ['000001.png'])]
+    assert report_of(mine)[1]['git-lfs-pointer'].examples == ['000001.png', '000002.png']
 
 
 def test_pointers_in_the_place_of_json_and_lists_are_said(mine):

@@ -144,7 +144,7 @@ def damaged_bytes(data, rng, head=0):
 
 def assert_sound(data, root):
     """What is left of COCO data, by itself: numbers are finite, ids are there, boxes and masks are in their images."""
-    known = {f.kind for f in data.report.findings.values()}
+    known = {f.code for f in data.report.diagnostics.values()}
     assert known <= set(RULES) and all(line.isprintable() for line in data.report.lines())
     for content in data.splits.values():
         assert json.loads(json.dumps(content, allow_nan=False)) == content
@@ -208,7 +208,7 @@ def coco_files(root, seed, n):
             ends[data] += 1
         else:
             assert_sound(data, root)
-            ends['refused' if data.report.of('refused') else 'left out' if data.report.errors else 'read'] += 1
+            ends['refused' if data.report.by_action('error') else 'left out' if data.report.problems else 'read'] += 1
     return ends, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -311,7 +311,7 @@ def segmentation_folders(root, seed, n):
         if isinstance(data, str):
             ends[data] += 1
             continue
-        ends['refused' if data.report.of('refused') else 'left out' if data.report.errors else 'read'] += 1
+        ends['refused' if data.report.by_action('error') else 'left out' if data.report.problems else 'read'] += 1
         assert all(line.isprintable() for line in data.report.lines())
         for image, labels in (pair for of in data.splits.values() for pair in of):
             with Image.open(root / labels) as opened:

@@ -73,7 +73,7 @@ def test_pipelines_take_what_is_kept_and_fail_on_what_is_left_out(recipe, split)
             assert min(pipeline(sample(config, *size))['img'].shape[:2]) >= 1
     for size in out:
         kind, text = too_thin(size, limit)
-        assert kind == 'image resized to nothing' and text.startswith(f'{size[0]} x {size[1]} becomes')
+        assert kind == 'image-resized-to-zero' and text.startswith(f'{size[0]} x {size[1]} becomes')
         with pytest.raises(cv2.error):
             for seed in range(300):
                 np.random.seed(seed)
@@ -146,23 +146,23 @@ def mine(tmp_path):
 
 def found(root, task):
     report = read_data(DatasetRequest(str(root)), task, ('train', 'val')).report
-    return {(f.split, f.kind): f.examples for f in report.findings.values()}
+    return {(f.split, f.code): f.examples for f in report.diagnostics.values()}
 
 
 def test_thin_images_are_found_by_the_check(mine):
     """By the recipes of the paper: of both tasks, and of each split."""
     in_detection, in_segmentation = found(mine, 'detection'), found(mine, 'segmentation')
-    nothing, stride = 'image resized to nothing', 'image under the stride'
+    nothing, stride = 'image-resized-to-zero', 'image-below-stride'
     lines = ['line.png: 6000 x 1 becomes 1333 x 0', 'column.png: 3 x 9000 becomes 0 x 1333']
     assert in_detection['train', nothing] == in_detection['val', nothing] == lines
-    assert in_detection['train', 'image under 32 pixels'] == ['strip.png (1600 x 12)']
+    assert in_detection['train', 'image-below-32-pixels'] == ['strip.png (1600 x 12)']
     assert ('val', stride) not in in_detection  # it is padded
     assert in_segmentation['train', nothing] == ['column.png: 3 x 9000 becomes 0 x 1024']
     assert ('train', stride) not in in_segmentation  # it is padded to the crop
     assert in_segmentation['val', stride] == [
         'column.png: 3 x 9000 becomes 1 x 2048', 'strip.png: 1600 x 12 becomes 2048 x 15'
     ]  # fmt: skip
-    assert in_segmentation['train', 'label map of one row'] == ['line.png']
+    assert in_segmentation['train', 'mask-single-row'] == ['line.png']
 
 
 @pytest.mark.parametrize('config', [DETECTOR, SEGMENTOR], ids=['detection', 'segmentation'])

@@ -39,9 +39,9 @@ def write(root, *maps, classes=None, palette=False, splits=('train', 'val')):
 def advice(root, kind, **request):
     """What is said of a kind, once for all label maps, by which the data are refused."""
     data, kinds = found(root, **request)
-    assert kinds[kind].done == 'refused' and (kinds[kind].split, kinds[kind].count) == ('all', 1)
+    assert kinds[kind].action == 'error' and (kinds[kind].split, kinds[kind].count) == ('all', 1)
     with pytest.raises(UsageError, match=kind):
-        data.report.refuse()
+        data.report.raise_if_errors()
     return kinds[kind].examples[0]
 
 
@@ -65,12 +65,12 @@ SINGLE = {  # the labels of the maps, what is asked for, and what is said
 def test_a_single_class_is_refused(kind, tmp_path):
     rows, request, words = SINGLE[kind]
     write(tmp_path, rows, rows, classes=['crack'])
-    text = advice(tmp_path, 'a single class', **request)
+    text = advice(tmp_path, 'single-class', **request)
     assert text.startswith('crack alone, where the pixels are ') and text.endswith(words)
-    assert 'label out of range' not in found(tmp_path, **request)[1]
+    assert 'label-out-of-range' not in found(tmp_path, **request)[1]
     if '2 names' in words:  # as it says
         (tmp_path / 'classes.txt').write_text('background\ncrack')
-        assert not found(tmp_path)[0].report.errors
+        assert not found(tmp_path)[0].report.problems
 
 
 def test_of_a_single_class_nothing_is_learned():
@@ -84,12 +84,12 @@ def test_of_a_single_class_nothing_is_learned():
 @pytest.mark.parametrize('rows', [[0, 255], [0], [0, 0, 0, 255]])
 def test_a_palette_with_one_label_is_a_single_class(rows, tmp_path):
     write(tmp_path, rows, palette=True)
-    assert advice(tmp_path, 'a single class').startswith('class 0 alone')
+    assert advice(tmp_path, 'single-class').startswith('class 0 alone')
 
 
 def test_a_background_alone_lacks_the_classes(tmp_path):
     write(tmp_path, [0, 0, 0, 1], classes=['Background'])
-    assert 'name the classes, too: 2 names' in advice(tmp_path, 'a single class')
+    assert 'name the classes, too: 2 names' in advice(tmp_path, 'single-class')
 
 
 CAMVID = ['Sky', 'Building', 'Pole', 'Road', 'Pavement', 'Tree', 'Sign', 'Fence', 'Car', 'Pedestrian', 'Bicyclist']
@@ -121,7 +121,7 @@ OUT_OF_RANGE = {  # the labels of the maps, the number of classes, what is asked
 def test_labels_without_a_name(kind, tmp_path):
     rows, n, request, begin, end = OUT_OF_RANGE[kind]
     write(tmp_path, rows, rows, rows[:1], classes=CAMVID[:n])
-    text = advice(tmp_path, 'label out of range', **request)
+    text = advice(tmp_path, 'label-out-of-range', **request)
     assert text.startswith(begin) and text.endswith(end), text
     assert len(text) < 300
 
@@ -133,39 +133,39 @@ def test_what_is_said_of_labels_without_a_name_mends_them(kind, tmp_path):
     write(tmp_path, rows, rows, rows[:1], classes=CAMVID[:n])
     for labels in re.findall('--ignore ([0-9 ]+[0-9]|[0-9])', end):
         data, kinds = found(tmp_path, ignore=[int(label) for label in labels.split()])
-        assert not {'label out of range', 'a single class'} & set(kinds) and data.classes == CAMVID[:n]
+        assert not {'label-out-of-range', 'single-class'} & set(kinds) and data.classes == CAMVID[:n]
 
 
 def test_shares_are_those_of_all_label_maps(tmp_path):
     write(tmp_path, [0, 0, 0, 0], [0, 1, 2, 2], classes=CAMVID[:2], splits=('train',))
     write(tmp_path, [1, 1, 1, 1], classes=CAMVID[:2], splits=('val',))
-    text = advice(tmp_path, 'label out of range')
+    text = advice(tmp_path, 'label-out-of-range')
     assert '(16.7 % of the pixels, in 1.png; label 0 has 41.7 %)' in text
     write(tmp_path, [2, 2, 2, 2], classes=CAMVID[:2], splits=('val',))
-    assert 'in 2 label maps, such as 1.png' in advice(tmp_path, 'label out of range')
+    assert 'in 2 label maps, such as 1.png' in advice(tmp_path, 'label-out-of-range')
 
 
 @pytest.mark.parametrize('n, ignore', [(2, None), (21, None), (2, [0])])
 def test_masks_of_0_and_255(n, ignore, tmp_path):
     names = [f'class {i}' for i in range(n)]
     write(tmp_path, [0, 0, 0, 255], classes=names)
-    assert advice(tmp_path, 'masks of 0 and 255', ignore=ignore) == 'the pixels are 0: 75.0 %, 255: 25.0 %'
+    assert advice(tmp_path, 'mask-values-0-and-255', ignore=ignore) == 'the pixels are 0: 75.0 %, 255: 25.0 %'
 
 
 def test_what_is_learned_of_train_alone_is_said(tmp_path):
     write(tmp_path, [0, 255], [0], classes=CAMVID[:2], splits=('train',))
     write(tmp_path, [0, 1], classes=CAMVID[:2], splits=('val',))
     data, kinds = found(tmp_path)
-    assert kinds['one class in all of train'].examples == ['Sky'] and not data.report.errors
+    assert kinds['single-class-in-train'].examples == ['Sky'] and not data.report.problems
     write(tmp_path, [0, 1], classes=CAMVID[:2], splits=('train',))
-    assert 'one class in all of train' not in found(tmp_path)[1]
+    assert 'single-class-in-train' not in found(tmp_path)[1]
 
 
 def test_ignored_pixels_alone_are_the_cause_that_is_named(tmp_path):
     write(tmp_path, [0], [0], classes=CAMVID, splits=('train',))
     write(tmp_path, [1, 2], classes=CAMVID, splits=('val',))
     kinds = found(tmp_path, ignore=[0])[1]
-    assert 'label map of ignored pixels, 2 (0.png, 1.png)' in kinds['nothing to train on'].examples[0]
+    assert 'mask-all-ignored, 2 (0.png, 1.png)' in kinds['nothing-to-train-on'].examples[0]
 
 
 @pytest.mark.parametrize('ignore, words', [(None, 'label 0 is Sky, label 2 is Pole'), ([0], 'label 1 is Sky, label 3')])

@@ -19,8 +19,8 @@ from convnext_dense.errors import UsageError
 from helpers.datasets import DETECTOR, coco, dump, put_labels, quick, report_of
 from helpers.files import limited
 
-ENDING, WRITTEN, CASE = 'name found by its ending', 'name written otherwise', 'name in other case'
-MISSING, LEAVES, AMBIGUOUS = 'missing image', 'name leads out of the folder', 'ambiguous name'
+ENDING, WRITTEN, CASE = 'name-matched-by-suffix', 'name-spelling-mismatch', 'name-case-mismatch'
+MISSING, LEAVES, AMBIGUOUS = 'missing-image', 'name-outside-root', 'ambiguous-name'
 
 
 def touch(root, *names):
@@ -217,13 +217,13 @@ def test_what_is_found_otherwise_is_said_and_what_is_ambiguous_refused(tmp_path)
     data, found = report_of(tmp_path)
     paths = [image['file_name'] for split in ('train', 'val') for image in data.splits[split]['images']]
     assert paths == ['images/seq1/1.png', 'images/\u00e9.png', 'images/seq2/2.png']
-    assert not data.report.errors and found[ENDING].done == 'mended'
+    assert not data.report.problems and found[ENDING].action == 'fixed'
     assert found[ENDING].examples == ['C:\\y\\seq2\\2.png is images/seq2/2.png']
     write_coco(tmp_path, dict(train=['/x/1.png'], val=['/y/seq2/2.png']))
     data, found = report_of(tmp_path)
     assert found[AMBIGUOUS].examples == ['/x/1.png may be images/seq1/1.png or images/seq2/1.png']
-    with pytest.raises(UsageError, match='ambiguous name, 1 .*write names with their folders'):
-        data.report.refuse()
+    with pytest.raises(UsageError, match='ambiguous-name, 1 .*write names with their folders'):
+        data.report.raise_if_errors()
 
 
 def test_an_image_that_moves_is_noticed(tmp_path):
@@ -352,7 +352,7 @@ def test_names_in_latin1_are_those_of_a_file_in_utf8(foreign):
 def test_all_names_are_found_where_names_are_ascii(task, foreign, run_tool):
     done = run_tool('check_data.py', '--task', task, '--data', 'mine', **ASCII)
     assert done.returncode == 0 and '\x1b' not in done.stdout + done.stderr
-    assert 'train: 5 images' in done.stdout and ('name written otherwise, 2' in done.stdout) is (task == 'detection')
+    assert 'train: 5 images' in done.stdout and ('name-spelling-mismatch, 2' in done.stdout) is (task == 'detection')
 
 
 def test_a_run_where_names_are_ascii_ends(foreign, run_tool):
@@ -385,7 +385,7 @@ def test_segmentation_says_what_was_found_otherwise(drawn, tmp_path):
     put_labels(drawn, 'train', tmp_path / 'labels/train', name='{}%20e\u0301')
     (tmp_path / 'classes.txt').write_text('a\nb\nc\nd\ne')
     data = read_data(DatasetRequest(str(tmp_path)), 'segmentation', ('train', 'val'))
-    found = {f.kind: f for f in data.report.findings.values()}
-    assert sum(len(of) for of in data.splits.values()) == 5 and found[WRITTEN].done == 'mended'
+    found = {f.code: f for f in data.report.diagnostics.values()}
+    assert sum(len(of) for of in data.splits.values()) == 5 and found[WRITTEN].action == 'fixed'
     assert found[WRITTEN].examples[0] == '000001 \u00e9 is 000001%20e\u0301'
     assert json.dumps(data.splits)

@@ -31,7 +31,7 @@ def edit(change, file=TRAIN):
 
 def report_of(root, task='detection', **request):
     data = read_data(DatasetRequest(str(root), **request), task, ('train', 'val'))
-    return data, {finding.kind: finding for finding in data.report.findings.values()}
+    return data, {finding.code: finding for finding in data.report.diagnostics.values()}
 
 
 CONFIGS = ROOT / 'configs'
