@@ -1,4 +1,4 @@
-"""What all tests share: the tools as a user starts them, the toy data set, and the markers by which tests are chosen."""
+"""What all tests share: tools as a user starts them, the toy data set, and the markers by which tests are chosen."""
 
 import multiprocessing
 import os
@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from convnext_dense.datasets import toy_shapes
+from helpers.gpu import hide_gpus
 from helpers.paths import ROOT
 from helpers.processes import PRELOADED, WITHOUT_WORKERS, ToolProcess
 
-# The same tests on every machine: all but those in tests/gpu, which undo this, run on the CPU.
-os.environ['CUDA_VISIBLE_DEVICES'] = ''
+hide_gpus()  # the same tests on every machine: only those in tests/gpu see its GPUs, in processes of their own
 # Tests run in parallel, one process per core: threads of each would only get in each other's way.
 os.environ['OMP_NUM_THREADS'] = '1'
 torch.set_num_threads(1)
