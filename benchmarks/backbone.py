@@ -159,8 +159,8 @@ def _with_torchvision():
 # How to build each candidate for an arch. The three of `ours` differ in training only.
 CANDIDATES: dict[str, Callable[[str], nn.Module]] = {
     'ours': ConvNeXt,
-    "ours, with_cp='mlp'": lambda arch: ConvNeXt(arch, with_cp='mlp'),
-    'ours, with_cp=True': lambda arch: ConvNeXt(arch, with_cp=True),
+    "ours, cp_scope='mlp'": lambda arch: ConvNeXt(arch, with_cp=True, cp_scope='mlp'),
+    "ours, cp_scope='block'": lambda arch: ConvNeXt(arch, with_cp=True),
     'plain form': _Plain,  # the original's code, but for its class
     'mmpretrain': _mmpretrain,
     'timm': _timm,

@@ -68,7 +68,7 @@ def _would_load(checkpoint: Checkpoint) -> str:
         return 'nothing: its convolutions have lost their shape'
     try:
         with torch.device('meta'):
-            settings = dict(layer_scale_init_value=float(scaled), grn=checkpoint.grn, out_indices=outputs)
+            settings = dict(layer_scale_init_value=float(scaled), use_grn=checkpoint.grn, out_indices=outputs)
             backbone = ConvNeXt(arch, stem.shape[1], block.shape[-1], **settings)
         return str(plan_load(backbone, checkpoint))
     except UsageError as error:
@@ -93,7 +93,7 @@ def _size(name: str) -> str:
     """Of the backbone in fp32, to the MB."""
     arch = next(arch for arch in sorted(ARCHS, key=len, reverse=True) if f'_{arch}_' in name)
     with torch.device('meta'):
-        backbone = ConvNeXt(arch, grn='v2' in name)
+        backbone = ConvNeXt(arch, use_grn='v2' in name)
     return f'{sum(p.numel() for p in backbone.parameters()) * 4 / 1e6:.0f}'
 
 

@@ -189,7 +189,7 @@ def plan_load(backbone: ConvNeXt, source: str | Path | Checkpoint, final_norm: s
         {n: tuple(t.shape) for n, t in theirs.items()} | dict.fromkeys(checkpoint.source.unknown, ()),
     )
     if problems:
-        wanted = arch_name(backbone.depths, backbone.channels, backbone.grn)
+        wanted = arch_name(backbone.depths, backbone.channels, backbone.use_grn)
         raise UsageError(
             f'{checkpoint.file} is {checkpoint.arch} ({checkpoint.title}) and does not fit the config, {wanted}: '
             f'{problems}'

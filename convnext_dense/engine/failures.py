@@ -88,17 +88,20 @@ def _memory_advice(model: torch.nn.Module | None, shape: tuple | None) -> str:
         knobs[f'train_dataloader.batch_size={shape[0] // 2} (batches are added up to the same total)'] = 0.5
     ways = [f'{name} {_format_gb(share * now)}' for name, share in knobs.items()]
     if not backbone.with_cp:
-        saved = {way: now - saved_activation_bytes(backbone, shape, way) for way in ('mlp', True)}
-        ways = [f'model.backbone.with_cp={way} {_format_gb(size)}' for way, size in saved.items()] + ways
+        saved = {scope: now - saved_activation_bytes(backbone, shape, scope) for scope in ('mlp', 'block')}
+        ways = [
+            f'model.backbone.with_cp=True model.backbone.cp_scope={scope} {_format_gb(size)}'
+            for scope, size in saved.items()
+        ] + ways
     images = ' x '.join(str(n) for n in shape)
     return (
         f' with a batch of {images}: of the {_format_gb(now)} that the backbone keeps, {", ".join(ways)} would be saved'
     )
 
 
-def saved_activation_bytes(backbone: ConvNeXt, shape: tuple, with_cp: bool | str | None = None) -> int:
-    """Bytes that a backbone, in its plain form, keeps for its backward pass of fp32 images N x C x H x W. Nothing is
-    computed."""
+def saved_activation_bytes(backbone: ConvNeXt, shape: tuple, cp_scope: str | None = None) -> int:
+    """Bytes that a backbone, in its plain form, keeps for its backward pass of fp32 images N x C x H x W, with
+    activation checkpointing of `cp_scope` where given. Nothing is computed."""
     kept = {}
 
     def keep(tensor):
@@ -111,8 +114,8 @@ def saved_activation_bytes(backbone: ConvNeXt, shape: tuple, with_cp: bool | str
     }
     memo |= {id(b): torch.empty_like(b, device='meta') for b in backbone.buffers()}
     twin = copy.deepcopy(backbone, memo).train()
-    if with_cp is not None:
-        twin.with_cp = with_cp
+    if cp_scope is not None:
+        twin.with_cp, twin.cp_scope = True, cp_scope
     own = {p.untyped_storage()._cdata for p in twin.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = twin(torch.empty(shape, device='meta'))

@@ -3,11 +3,13 @@
 With `grn` it is ConvNeXt V2 ("ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders", section 3).
 """
 
+import logging
 import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from mmengine.logging import print_log
 from mmengine.model import BaseModule, PretrainedInit, initialize
 from mmengine.registry import MODELS
 from torch import nn
@@ -30,6 +32,7 @@ ARCHS = {
     'huge': dict(depths=(3, 3, 27, 3), channels=(352, 704, 1408, 2816)),
 }
 DECAY_TYPES = ('layer_wise', 'stage_wise')
+CP_SCOPES = ('block', 'mlp')
 NORM_EPS = 1e-6
 
 
@@ -92,7 +95,7 @@ class ConvNeXtBlock(nn.Module):
     (figure 4)."""
 
     FAST = 'block', (nn.Conv2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Linear, DropPath)
-    with_cp: bool | str = False  # as in `ConvNeXt`, which sets it
+    with_cp: bool | str = False  # True: recompute the whole block; 'mlp': all but the depthwise convolution
 
     def __init__(self, channels: int, kernel_size: int, drop_path: float, layer_scale: float, grn: bool = False):
         super().__init__()
@@ -158,29 +161,45 @@ dispatch.know(LayerNorm2d, OutputNorm, DropPath, ConvNeXtBlock, Stem, Downsample
 
 @MODELS.register_module()
 class ConvNeXt(BaseModule):
-    """The ConvNeXt trunk for dense prediction. Parameter names are those of the original code.
+    """ConvNeXt backbone for dense prediction, with one LayerNorm per output ("A ConvNet for the 2020s", section 2).
 
-    Stage i works at stride 4 * 2**i and emits `norm{i}(x)`; the trunk goes on from the un-normalised x. Stages after
-    the last chosen one are not built, nor are norms of stages that are not chosen: every parameter gets a gradient.
+    Parameter names are those of the original code. Stage i has stride 4 * 2**i and returns `norm{i}(x)`; the next stage
+    continues from the un-normalized x. Neither stages after the last one in `out_indices` nor norms of stages that are
+    not in it are built, so that every parameter receives a gradient.
 
     Args:
-        arch: a name in `ARCHS`, or `dict(depths=..., channels=...)` with any number of stages.
-        in_channels: channels of the image.
-        kernel_size: side of the depthwise kernels, odd.
-        drop_path_rate: stochastic depth of the deepest block; it grows linearly from 0 at the first.
-        layer_scale_init_value: initial layer scale (1.0 in every dense recipe of the paper); 0 leaves it out.
-        grn: ConvNeXt V2: global response normalisation, and no layer scale.
-        out_indices: the stages to emit, an int or a sequence of ints, in the order wanted; negative ones count from
-            the last stage.
-        frozen_stages: as in mmdet's backbones: -1 freezes nothing, 0 the stem, k the stem and the first k stages.
-            Frozen parts stay in eval mode. Output norms are never frozen: no checkpoint fills them.
-        with_cp: what the backward pass computes again instead of keeping it: True each block, 'mlp' each block but its
-            depthwise convolution, which saves most of the memory and less time.
-        init_cfg: `dict(type='Pretrained', checkpoint=...)` with a known name, a path or a URL, loaded by
-            `convnext_dense.checkpoints`; None keeps the paper's random initialisation.
+        arch (str | dict): A name in `ARCHS`, or `dict(depths=..., channels=...)` with any number of stages.
+            Defaults to 'tiny'.
+        in_channels (int): Number of channels of the input image. Defaults to 3.
+        kernel_size (int): Side of the depthwise kernels, odd. Defaults to 7.
+        drop_path_rate (float): Stochastic depth rate of the deepest block; it grows linearly from 0 at the first one.
+            Defaults to 0.
+        layer_scale_init_value (float): Initial layer scale; 0 builds the blocks without one. Defaults to 1.0, as in
+            every dense recipe of the paper.
+        use_grn (bool, optional): Build ConvNeXt V2: global response normalization and no layer scale. Defaults to
+            False.
+        out_indices (int | Sequence[int]): Stages whose feature maps are returned, in this order; negative indices count
+            from the last stage. Defaults to (0, 1, 2, 3).
+        frozen_stages (int): As in mmdet's backbones: -1 freezes nothing, 0 the stem, k the stem and the first k stages.
+            Frozen modules stay in eval mode. Output norms are never frozen, because no ImageNet checkpoint fills them.
+            Defaults to -1.
+        with_cp (bool): Use activation checkpointing: the backward pass recomputes what `cp_scope` names instead of
+            keeping it in memory. Defaults to False.
+        cp_scope (str): What is recomputed: 'block', the whole block, or 'mlp', the block without its depthwise
+            convolution, which saves most of the memory in less time. Defaults to 'block'.
+        init_cfg (dict | list, optional): `dict(type='Pretrained', checkpoint=...)` with a pretrained weight name, a
+            path or a URL, loaded by `convnext_dense.checkpoints`. Defaults to None: the paper's random initialization.
+        grn (bool, optional): Deprecated spelling of `use_grn`.
+
+    Attributes:
+        depths (tuple[int, ...]): Number of blocks of every stage of the arch, built or not.
+        channels (tuple[int, ...]): Number of channels of every stage of the arch, built or not.
+        out_channels (tuple[int, ...]): Number of channels of each output, in the order of `out_indices`.
+        out_strides (tuple[int, ...]): Stride in pixels of each output, in the order of `out_indices`.
+        num_layers (int): N of layer-wise lr decay.
 
     Raises:
-        UsageError: an argument that cannot be used, in one line.
+        UsageError: If an argument is invalid.
     """
 
     def __init__(
@@ -190,18 +209,22 @@ class ConvNeXt(BaseModule):
         kernel_size: int = 7,
         drop_path_rate: float = 0.0,
         layer_scale_init_value: float = 1.0,
-        grn: bool = False,
+        use_grn: bool | None = None,
         out_indices: int | Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = -1,
-        with_cp: bool | str = False,
+        with_cp: bool = False,
+        cp_scope: str = 'block',
         init_cfg: dict | list | None = None,
+        grn: bool | None = None,
     ):
-        others, self.pretrained = _split_init_cfg(init_cfg)
-        super().__init__(others)
+        other_init_cfg, self.pretrained = _split_init_cfg(init_cfg)
+        super().__init__(other_init_cfg)
         self.depths, self.channels = _resolve_arch(arch)
         self.out_indices = _resolve_indices(out_indices, len(self.depths))
+        use_grn = _resolve_use_grn(use_grn, grn)
+        with_cp, cp_scope = _resolve_cp(with_cp, cp_scope)
         n_stages = max(self.out_indices) + 1
-        for name, value, good, wanted in (
+        for name, value, valid, expected in (
             ('in_channels', in_channels, _is_int(in_channels, 1), 'a positive int'),
             ('kernel_size', kernel_size, _is_int(kernel_size, 1) and kernel_size % 2, 'an odd int, such as 7'),
             ('drop_path_rate', drop_path_rate, _is_rate(drop_path_rate), 'a number in [0, 1)'),
@@ -211,34 +234,33 @@ class ConvNeXt(BaseModule):
                 _is_number(layer_scale_init_value),
                 'a number, such as 1.0',
             ),
-            ('grn', grn, isinstance(grn, bool), 'True or False'),
-            ('with_cp', with_cp, isinstance(with_cp, bool) or with_cp == 'mlp', "True, False or 'mlp'"),
+            ('use_grn', use_grn, isinstance(use_grn, bool), 'True or False'),
+            ('with_cp', with_cp, isinstance(with_cp, bool), 'True or False'),
+            ('cp_scope', cp_scope, cp_scope in CP_SCOPES, ' or '.join(map(repr, CP_SCOPES))),
             ('frozen_stages', frozen_stages, _is_int(frozen_stages, -1, n_stages), f'an int from -1 to {n_stages}'),
         ):
-            if not good:
-                raise UsageError(f'{name}={value!r}: give {wanted}')
+            if not valid:
+                raise UsageError(f'{name}={value!r} is invalid: give {expected}')
         self.frozen_stages = frozen_stages
 
         self.downsample_layers, self.stages = nn.ModuleList(), nn.ModuleList()
-        self.grn, layer_scale = grn, 0 if grn else layer_scale_init_value
+        self.use_grn, layer_scale = use_grn, 0 if use_grn else layer_scale_init_value
         n_blocks = sum(self.depths)
         rates = [drop_path_rate * i / max(n_blocks - 1, 1) for i in range(n_blocks)]
         for i, (depth, c) in enumerate(zip(self.depths[:n_stages], self.channels)):
             self.downsample_layers.append(Downsample(self.channels[i - 1], c) if i else Stem(in_channels, c))
             self.downsample_layers[i].before_layer_scale = bool(layer_scale)
             first = sum(self.depths[:i])
-            self.stages.append(
-                nn.Sequential(
-                    *(ConvNeXtBlock(c, kernel_size, rate, layer_scale, grn) for rate in rates[first : first + depth])
-                )
-            )
+            stage_rates = rates[first : first + depth]
+            blocks = (ConvNeXtBlock(c, kernel_size, rate, layer_scale, use_grn) for rate in stage_rates)
+            self.stages.append(nn.Sequential(*blocks))
         for i in sorted(self.out_indices):
             self.add_module(f'norm{i}', OutputNorm(self.channels[i], eps=NORM_EPS))
-        self.with_cp = with_cp
+        self._set_cp(with_cp, cp_scope)
 
         self.apply(_init_weights)
-        for part in self._frozen_parts():
-            part.requires_grad_(False)
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """N x in_channels x H x W, H and W at least 32 for four stages -> N x C_i x H_i x W_i for each chosen stage,
@@ -261,36 +283,72 @@ class ConvNeXt(BaseModule):
         return tuple(maps[i] for i in self.out_indices)
 
     @property
-    def with_cp(self) -> bool | str:
+    def out_channels(self) -> tuple[int, ...]:
+        """Number of channels of each output, in the order of `out_indices`."""
+        return tuple(self.channels[i] for i in self.out_indices)
+
+    @property
+    def out_strides(self) -> tuple[int, ...]:
+        """Stride in pixels of each output, in the order of `out_indices`."""
+        return tuple(4 * 2**i for i in self.out_indices)
+
+    @property
+    def with_cp(self) -> bool:
+        """Whether the backward pass recomputes activations; can be set at any time."""
         return self._with_cp
 
     @with_cp.setter
-    def with_cp(self, with_cp: bool | str) -> None:
-        self._with_cp = with_cp
-        for block in self._blocks():
-            block.with_cp = with_cp
+    def with_cp(self, with_cp: bool) -> None:
+        self._set_cp(*_resolve_cp(with_cp, self.cp_scope))
 
-    def compile_blocks(self, **settings) -> None:
-        """Have `torch.compile` (`settings` are its own) make a unit of each block when it first runs; blocks of one
-        width share it, and other sizes of the input need no other."""
+    @property
+    def cp_scope(self) -> str:
+        """What is recomputed with `with_cp`, 'block' or 'mlp'; can be set at any time."""
+        return self._cp_scope
+
+    @cp_scope.setter
+    def cp_scope(self, cp_scope: str) -> None:
+        self._set_cp(self.with_cp, cp_scope)
+
+    def _set_cp(self, with_cp: bool, cp_scope: str) -> None:
+        self._with_cp, self._cp_scope = with_cp, cp_scope
+        for block in self._blocks():
+            block.with_cp = with_cp and (True if cp_scope == 'block' else cp_scope)
+
+    def compile_blocks(self, **compile_kwargs) -> None:
+        """Compile each block with `torch.compile` when it first runs.
+
+        Blocks of one width share the compiled code, and other input sizes need no other.
+
+        Args:
+            **compile_kwargs: Arguments of `torch.compile`, such as `backend`.
+        """
         import torch._dynamo.config as config  # takes a second
 
         limit = 'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit'  # before torch 2.6
         setattr(config, limit, max(getattr(config, limit), 64))  # widths, with and without gradients, training or not
         for block in self._blocks():
-            block.compile(dynamic=True, **settings)
+            block.compile(dynamic=True, **compile_kwargs)
 
     def init_weights(self) -> None:
-        """Run the initializers of `init_cfg`, pretrained weights last, once."""
-        first_time = not self.is_init
+        """Run the initializers of `init_cfg` once, pretrained weights last."""
+        already_initialized = self.is_init
         super().init_weights()
-        if first_time and self.pretrained:
+        if self.pretrained and not already_initialized:
             initialize(self, self.pretrained)
 
     def train(self, mode: bool = True) -> 'ConvNeXt':
+        """Set training mode; frozen modules stay in eval mode.
+
+        Args:
+            mode: Whether to set training mode (True) or evaluation mode (False).
+
+        Returns:
+            The backbone itself.
+        """
         super().train(mode)
-        for part in self._frozen_parts():
-            part.eval()
+        for module in self._frozen_modules():
+            module.eval()
         return self
 
     @property
@@ -299,33 +357,61 @@ class ConvNeXt(BaseModule):
         return sum(_layers_per_stage(self.depths))
 
     def layer_id(self, name: str, decay_type: str = 'layer_wise') -> int:
-        """How deep the parameter `name` of this backbone lies: 0 for the stem, N + 1 for what is no part of the trunk.
+        """Return the layer id of a parameter for layer-wise lr decay (appendix A.3).
 
-        Names may hold what wrappers add (`_orig_mod`, `module`, `_checkpoint_wrapped_module`).
-        layer_wise is the paper's rule for COCO, stage_wise the one for ADE20K (appendix A.3).
+        Args:
+            name: Name of a parameter of this backbone. It may hold what wrappers add (`_orig_mod`, `module`,
+                `_checkpoint_wrapped_module`).
+            decay_type: 'layer_wise', the paper's rule for COCO, or 'stage_wise', the one for ADE20K.
+
+        Returns:
+            0 for the stem, rising with depth, N + 1 for what is not part of the trunk, such as the output norms.
+
+        Raises:
+            UsageError: If `decay_type` is unknown.
         """
         if decay_type not in DECAY_TYPES:
-            raise UsageError(f"decay_type='{decay_type}': give one of {', '.join(DECAY_TYPES)}")
-        kind, *where = (part for part in name.split('.') if part != 'module' and not part.startswith('_'))
-        if kind not in ('downsample_layers', 'stages'):
+            raise UsageError(f"decay_type='{decay_type}' is unknown: give one of {', '.join(DECAY_TYPES)}")
+        root, *indices = (part for part in name.split('.') if part != 'module' and not part.startswith('_'))
+        if root not in ('downsample_layers', 'stages'):
             return self.num_layers + 1
-        stage = int(where[0])
+        stage = int(indices[0])
         if decay_type == 'stage_wise':
-            return 0 if kind == 'downsample_layers' else stage + 1
+            return 0 if root == 'downsample_layers' else stage + 1
         first = 1 + sum(_layers_per_stage(self.depths)[:stage])
-        if kind == 'downsample_layers':
+        if root == 'downsample_layers':
             return 0 if stage == 0 else first
         if stage != 2:
             return first
-        last = self.depths[2] - 1  # with which goes what a user has put beside or behind the blocks, such as an adapter
-        block = next((int(part) for part in where[1:] if part.isdigit()), last)
+        # What a user adds next to or after the blocks, such as an adapter, counts as the last block.
+        last = self.depths[2] - 1
+        block = next((int(part) for part in indices[1:] if part.isdigit()), last)
         return first + min(block, last) // 3
 
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Return the depth of a parameter, as mmpretrain's `LearningRateDecayOptimWrapperConstructor` asks for it.
+
+        The depths are those of `layer_id(..., 'layer_wise')`. They equal mmpretrain's own for a third stage of 7 to 9
+        blocks and of 25 to 27 (nano to huge); mmpretrain always counts 6 or 12 layers, also where the third stage has
+        fewer (atto, femto, pico: 5).
+
+        Args:
+            param_name: Name of the parameter in the whole model.
+            prefix: What names of this backbone's parameters start with, such as 'backbone.'. Defaults to ''.
+
+        Returns:
+            The layer id (0 for the stem, `num_layers - 1` for output norms and for parameters outside the backbone),
+            and the number of layers: N + 2, with stem and head.
+        """
+        in_backbone = param_name.startswith(prefix)
+        layer_id = self.layer_id(param_name.removeprefix(prefix)) if in_backbone else self.num_layers + 1
+        return layer_id, self.num_layers + 2
+
     def _blocks(self) -> list[ConvNeXtBlock]:
-        """All blocks, also those within what wraps a stage or a block."""
+        """Return all blocks, also those inside wrappers of a stage or a block."""
         return [module for module in self.modules() if isinstance(module, ConvNeXtBlock)]
 
-    def _frozen_parts(self) -> list[nn.Module]:
+    def _frozen_modules(self) -> list[nn.Module]:
         if self.frozen_stages < 0:
             return []
         return [*self.downsample_layers[: max(self.frozen_stages, 1)], *self.stages[: self.frozen_stages]]
@@ -341,33 +427,54 @@ def _layers_per_stage(depths: Sequence[int]) -> list[int]:
     return [math.ceil(depth / 3) if i == 2 else 1 for i, depth in enumerate(depths)]
 
 
+def _resolve_use_grn(use_grn: bool | None, grn: bool | None) -> bool:
+    """Merge `use_grn` with its deprecated spelling."""
+    if grn is None:
+        return False if use_grn is None else use_grn
+    if use_grn is not None and use_grn != grn:
+        raise UsageError(f'use_grn={use_grn} and grn={grn} contradict each other: give use_grn only')
+    print_log('ConvNeXt: the argument grn is deprecated; use use_grn', logger='current', level=logging.WARNING)
+    return grn
+
+
+def _resolve_cp(with_cp: bool | str, cp_scope: str) -> tuple[bool, str]:
+    """Translate the deprecated `with_cp='mlp'`."""
+    if with_cp != 'mlp':
+        return with_cp, cp_scope
+    message = "ConvNeXt: with_cp='mlp' is deprecated; use with_cp=True, cp_scope='mlp'"
+    print_log(message, logger='current', level=logging.WARNING)
+    return True, 'mlp'
+
+
 def _split_init_cfg(init_cfg: dict | list | None) -> tuple[list, list]:
-    """The other initializers and the pretrained weights, for which mmengine's 'Pretrained', which loads nothing from
-    an original file and only warns, gives way to our loader."""
-    others, pretrained = [], []
+    """Separate pretrained weights from the other initializers.
+
+    mmengine's 'Pretrained' loads nothing from an original file and only warns; this package's loader replaces it.
+    """
+    other_init_cfg, pretrained = [], []
     for cfg in [init_cfg] if isinstance(init_cfg, dict) else init_cfg or []:
         if not isinstance(cfg, dict):
-            raise UsageError(f"init_cfg={init_cfg!r}: give dict(type='Pretrained', checkpoint=...)")
-        kind = cfg.get('type', 'Pretrained')
-        if kind is PretrainedInit or str(kind).split('.')[-1] == 'Pretrained':
+            raise UsageError(f"init_cfg={init_cfg!r} is invalid: give dict(type='Pretrained', checkpoint=...)")
+        init_type = cfg.get('type', 'Pretrained')
+        if init_type is PretrainedInit or str(init_type).split('.')[-1] == 'Pretrained':
             pretrained.append({**cfg, 'type': 'PretrainedConvNeXt'})
         else:
-            others.append(cfg)
-    return others, pretrained
+            other_init_cfg.append(cfg)
+    return other_init_cfg, pretrained
 
 
 def _resolve_arch(arch: str | dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if isinstance(arch, str):
         if arch not in ARCHS:
             raise UsageError(
-                f"arch='{arch}' is not known: give one of {', '.join(ARCHS)}, or dict(depths=..., channels=...)"
+                f"arch='{arch}' is unknown: give one of {', '.join(ARCHS)}, or dict(depths=..., channels=...)"
             )
         arch = ARCHS[arch]
     if not isinstance(arch, dict) or set(arch) != {'depths', 'channels'}:
         raise UsageError(f'arch={arch!r}: give a name ({", ".join(ARCHS)}) or dict(depths=..., channels=...)')
     depths, channels = (_as_tuple(arch[key]) for key in ('depths', 'channels'))
     if not depths or len(depths) != len(channels) or not all(_is_int(n, 1) for n in depths + channels):
-        raise UsageError(f'arch: depths={depths} and channels={channels} must be positive ints, one each a stage')
+        raise UsageError(f'arch: depths={depths} and channels={channels} must be positive ints, one per stage')
     return depths, channels
 
 
@@ -375,7 +482,8 @@ def _resolve_indices(out_indices: int | Sequence[int], n_stages: int) -> tuple[i
     indices = _as_tuple(out_indices)
     if not indices or not all(_is_int(i, -n_stages, n_stages - 1) for i in indices):
         raise UsageError(
-            f'out_indices={out_indices!r}: give ints from {-n_stages} to {n_stages - 1}, for {n_stages} stages'
+            f'out_indices={out_indices!r} is invalid: give ints from {-n_stages} to {n_stages - 1} (the arch has '
+            f'{n_stages} stages)'
         )
     indices = tuple(i % n_stages for i in indices)
     if len(set(indices)) < len(indices):

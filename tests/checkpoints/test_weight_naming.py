@@ -119,11 +119,11 @@ def test_v2_by_every_door(tmp_path):
             n.replace('convnext.', 'convnextv2.'): t for n, t in as_library(weights, TRANSFORMERS).items()
         },
     }
-    expected = features(SMALL, saved(tmp_path / 'original.pth', {'model': weights}), grn=True)
+    expected = features(SMALL, saved(tmp_path / 'original.pth', {'model': weights}), use_grn=True)
     for name, content in variants.items():
         file = saved(tmp_path / f'{name}.pth', content)
         assert 'V2' in open_checkpoint(file).arch
-        for ours, other in zip(expected, features(SMALL, file, grn=True)):
+        for ours, other in zip(expected, features(SMALL, file, use_grn=True)):
             assert torch.equal(ours, other)
         with pytest.raises(UsageError, match='is ConvNeXt V2'):
             plan_load(ConvNeXt(SMALL), file)

@@ -446,8 +446,8 @@ def test_out_of_memory_names_the_knobs_and_what_they_save():
     line = diagnose(caught.value, nn.ModuleDict(dict(backbone=backbone)), (4, 3, 64, 96))
     assert line.startswith('out of memory with a batch of 4 x 3 x 64 x 96')
     for knob in (
-        'model.backbone.with_cp=True',
-        'model.backbone.with_cp=mlp',
+        'model.backbone.with_cp=True model.backbone.cp_scope=block',
+        'model.backbone.with_cp=True model.backbone.cp_scope=mlp',
         '--amp-dtype bfloat16',
         'train_dataloader.batch_size=2',
     ):
@@ -456,10 +456,10 @@ def test_out_of_memory_names_the_knobs_and_what_they_save():
     assert diagnose(ValueError('no')) is None
 
 
-@pytest.mark.parametrize('with_cp', [False, 'mlp', True])
-def test_bytes_kept_for_the_backward_pass_are_those_of_a_real_one(with_cp, monkeypatch):
+@pytest.mark.parametrize('settings', [{}, dict(with_cp=True, cp_scope='mlp'), dict(with_cp=True)], ids=str)
+def test_bytes_kept_for_the_backward_pass_are_those_of_a_real_one(settings, monkeypatch):
     monkeypatch.setattr('convnext_dense.ops.dispatch._off', 1)  # the plain form, as on a GPU
-    backbone = ConvNeXt(dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32)), with_cp=with_cp).train()
+    backbone = ConvNeXt(dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32)), **settings).train()
     storages = {}
 
     def keep(tensor):
@@ -471,7 +471,8 @@ def test_bytes_kept_for_the_backward_pass_are_those_of_a_real_one(with_cp, monke
     own = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
     kept = sum(t.untyped_storage().nbytes() for key, t in storages.items() if key not in own)
     assert outputs and saved_activation_bytes(backbone, (2, 3, 64, 96)) == pytest.approx(kept, rel=0.02)
-    sizes = [saved_activation_bytes(backbone, (2, 3, 64, 96), way) for way in (False, 'mlp', True)]
+    backbone.with_cp = False
+    sizes = [saved_activation_bytes(backbone, (2, 3, 64, 96), scope) for scope in (None, 'mlp', 'block')]
     assert sizes[0] > 2 * sizes[1] and sizes[1] > 1.1 * sizes[2]
 
 

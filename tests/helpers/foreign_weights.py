@@ -75,7 +75,7 @@ SHAPES = {  # of a tensor whose shape is not the original's
 
 
 def original_weights(arch, grn=False, head=5) -> dict[str, torch.Tensor]:
-    model = ConvNeXt(arch, out_indices=-1, grn=grn)
+    model = ConvNeXt(arch, out_indices=-1, use_grn=grn)
     last = model.channels[-1]
     shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith('norm')}
     shapes |= {'norm.weight': (last,), 'norm.bias': (last,), 'head.weight': (head, last), 'head.bias': (head,)}

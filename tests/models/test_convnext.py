@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, Registry
 
 from convnext_dense.errors import UsageError
@@ -97,7 +98,7 @@ V2_SIZES = dict(atto=3.7, femto=5.2, pico=9.1, nano=15.6, tiny=28.6, base=89, la
 def test_known_archs_have_the_papers_sizes(arch, published, grn):
     """Millions of parameters of the ImageNet models, as published."""
     with torch.device('meta'):
-        model = ConvNeXt(arch, grn=grn)
+        model = ConvNeXt(arch, use_grn=grn)
     count = sum(p.numel() for p in model.parameters())
     last = model.channels[-1]
     head_and_norm = last * 1000 + 1000 + 2 * last - 2 * sum(model.channels)  # one norm instead of four
@@ -143,7 +144,7 @@ def plain_v2(weights, image):
 
 
 def test_v2_equals_its_papers_equations():
-    model = small(grn=True).double().eval()
+    model = small(use_grn=True).double().eval()
     torch.manual_seed(0)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -163,10 +164,10 @@ def test_v2_starts_as_the_identity_of_its_norm_and_keeps_half_precision():
 
 
 @pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (0,), (3,), [2], (1, 3), 2, -1, (-4, -1), (3, 0), [0, 1]])
-@pytest.mark.parametrize('with_cp', [False, True, 'mlp'])
-def test_chosen_stages_come_out_and_every_parameter_gets_a_gradient(out_indices, with_cp):
+@pytest.mark.parametrize('settings', [{}, dict(with_cp=True), dict(with_cp=True, cp_scope='mlp')], ids=str)
+def test_chosen_stages_come_out_and_every_parameter_gets_a_gradient(out_indices, settings):
     given = copy.deepcopy(out_indices)
-    model = small(out_indices=out_indices, drop_path_rate=0.0, with_cp=with_cp)
+    model = small(out_indices=out_indices, drop_path_rate=0.0, **settings)
     assert out_indices == given and type(out_indices) is type(given)
     image = torch.randn(2, 3, 64, 48)
     wanted = [i % 4 for i in ([out_indices] if isinstance(out_indices, int) else out_indices)]
@@ -327,6 +328,10 @@ def test_eval_and_train_switch_every_part_that_is_not_frozen(frozen):
         (dict(in_channels=0), 'in_channels'),
         (dict(out_indices=None), 'out_indices'),
         (dict(with_cp='all'), 'with_cp'),
+        (dict(with_cp=True, cp_scope='all'), 'cp_scope'),
+        (dict(use_grn='yes'), 'use_grn'),
+        (dict(use_grn=True, grn=False), 'contradict'),
+        (dict(use_grn=False, grn=True), 'contradict'),
         (dict(arch=dict(depths=3, channels=(8, 16))), 'depths'),
         (dict(layer_scale_init_value='abc'), 'layer_scale_init_value'),
         (dict(init_cfg='some.pth'), 'checkpoint='),
@@ -336,6 +341,35 @@ def test_bad_settings_are_named_in_one_line(settings, word):
     with pytest.raises(UsageError, match=word) as error:
         ConvNeXt(**settings)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'deprecated, settings',
+    [
+        (dict(grn=True), dict(use_grn=True)),
+        (dict(grn=False), dict(use_grn=False)),
+        (dict(grn=True, use_grn=True), dict(use_grn=True)),
+        (dict(with_cp='mlp'), dict(with_cp=True, cp_scope='mlp')),
+    ],
+)
+def test_deprecated_arguments_work_with_one_line_of_warning(deprecated, settings, caplog):
+    MMLogger.get_instance('deprecated').addHandler(caplog.handler)
+    model, expected = ConvNeXt('atto', **deprecated), ConvNeXt('atto', **settings)
+    (record,) = caplog.records
+    assert record.levelname == 'WARNING' and 'deprecated' in record.getMessage() and '\n' not in record.getMessage()
+    assert list(model.state_dict()) == list(expected.state_dict())
+    assert [(m.use_grn, m.with_cp, m.cp_scope) for m in (model, expected)] == [
+        (settings.get('use_grn', False), settings.get('with_cp', False), settings.get('cp_scope', 'block'))
+    ] * 2
+    assert [b.with_cp for b in model._blocks()] == [b.with_cp for b in expected._blocks()]
+
+
+@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (3, 0), -1, [1]])
+def test_out_channels_and_strides_are_those_of_the_outputs(out_indices):
+    model = small(out_indices=out_indices)
+    maps = model(torch.randn(1, 3, 96, 64))
+    assert model.out_channels == tuple(m.shape[1] for m in maps)
+    assert [(96 // stride, 64 // stride) for stride in model.out_strides] == [tuple(m.shape[2:]) for m in maps]
 
 
 def test_found_from_other_scopes_and_beside_a_namesake():

@@ -289,14 +289,15 @@ def test_with_cp_reaches_every_block_whenever_it_is_set():
     other.stages[0] = Rectified(other.stages[0])
     other.stages[1][0] = Rectified(other.stages[1][0])
     places = ['stages.0.module.1.pwconv1', 'stages.1.0.module.pwconv1']
-    for with_cp in (True, False, 'mlp', False, True):
-        other.with_cp = with_cp
-        assert other.with_cp == with_cp and [recomputed(other, place) for place in places] == [bool(with_cp)] * 2
+    for with_cp, scope in ((True, 'block'), (False, 'block'), (True, 'mlp'), (False, 'mlp'), (True, 'block')):
+        other.with_cp, other.cp_scope = with_cp, scope
+        assert other.with_cp == with_cp and other.cp_scope == scope
+        assert [recomputed(other, place) for place in places] == [bool(with_cp)] * 2
         assert model.with_cp is False and recomputed(model) == 0
         assert copy.deepcopy(other).with_cp == with_cp and recomputed(copy.deepcopy(other), places[0]) == bool(with_cp)
         assert recomputed(other, places[0], train=False) == 0
     assert recomputed(other, 'stages.0.module.1.dwconv') == 1
-    other.with_cp = 'mlp'
+    other.cp_scope = 'mlp'
     assert recomputed(other, 'stages.0.module.1.dwconv') == 0
     assert list(other.state_dict())[-4:] == ['norm0.weight', 'norm0.bias', 'norm1.weight', 'norm1.bias']
 

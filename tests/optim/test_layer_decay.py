@@ -9,7 +9,7 @@ from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
 
 from convnext_dense.errors import UsageError
-from convnext_dense.models.convnext import ConvNeXt
+from convnext_dense.models.convnext import ARCHS, ConvNeXt
 from convnext_dense.optim.layer_decay import LayerDecayOptimWrapperConstructor, layer_ids
 
 # From the original code's table: (stem, stage 0, stage 1, stage 2 first block, stage 2 last block, stage 3).
@@ -324,7 +324,45 @@ def test_lrs_and_counts_by_hand(caplog):
 
 
 def test_grn_of_v2_does_not_decay():
-    model = Segmentor(ConvNeXt('atto', grn=True))
+    model = Segmentor(ConvNeXt('atto', use_grn=True))
     groups = built(model)
     grn = [p for name, p in model.named_parameters() if '.grn.' in name]
     assert len(grn) == 2 * 12 and all(groups[id(p)]['weight_decay'] == 0 for p in grn)
+
+
+def mmpretrain_depth(name: str, depths: tuple[int, ...]) -> int:
+    """Layer id by mmpretrain's rule for ConvNeXt, which knows two numbers of layers: 12 and 6."""
+    deepest = 12 if depths[2] > 9 else 6
+    root, *indices = name.split('.')
+    if root == 'downsample_layers':
+        return {0: 0, 1: 2, 2: 3, 3: deepest}[int(indices[0])]
+    if root == 'stages':
+        return {0: 1, 1: 2, 2: 3 + int(indices[1]) // 3, 3: deepest}[int(indices[0])]
+    return deepest + 1
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+def test_layer_depths_are_mmpretrains(arch):
+    with torch.device('meta'):
+        backbone = ConvNeXt(arch)
+    n = backbone.num_layers
+    for name, _ in backbone.named_parameters():
+        expected = mmpretrain_depth(name, backbone.depths)
+        if arch in ('atto', 'femto', 'pico'):  # six blocks in the third stage: mmpretrain has no parameter of id 5
+            expected -= expected > 5
+        for prefix in ('', 'backbone.', 'model.backbone.'):
+            assert backbone.get_layer_depth(prefix + name, prefix) == (expected, n + 2), name
+    assert backbone.get_layer_depth('head.fc.weight', 'backbone.') == (n + 1, n + 2)
+    assert backbone.get_layer_depth('neck.stages.0.0.gamma', 'backbone.') == (n + 1, n + 2)
+
+
+@pytest.mark.parametrize('arch', ['tiny', 'small', 'nano'])
+def test_the_lrs_of_mmpretrains_protocol_are_those_of_our_constructor(arch):
+    """mmpretrain: lr * rate ** (number of layers - depth - 1), the names asked for with the prefix 'backbone.'."""
+    with torch.device('meta'):
+        model = Segmentor(ConvNeXt(arch))
+    groups = built(model)
+    for name, p in model.named_parameters():
+        depth, num_layers = model.backbone.get_layer_depth(name, 'backbone.')
+        assert groups[id(p)]['layer_id'] == depth
+        assert groups[id(p)]['lr'] == pytest.approx(2e-4 * 0.7 ** (num_layers - depth - 1), rel=1e-12), name
