@@ -1,20 +1,24 @@
-# Two commands, each doing all its own set-up in .venv (the classic line's in .venv-classic):
+# Each target does all its own set-up in .venv (the classic distribution's in .venv-classic):
 #   make demo                   draw the data, train a small detector, evaluate it (TASK=mask_rcnn, cascade or upernet)
 #   make test                   run the tests
-#   make benchmark              the backbone beside other libraries', which get an environment of their own (.venv-peers)
-# Settings: LINE=classic the classic line of OpenMMLab, TORCH=2.13.0 another torch, PYTHON=python3.12 another Python,
-# TASK=upernet another demo, TESTS=... of pytest (tests/optim, -k NAME).
-LINE ?= onedl
+#   make benchmark              the backbone next to other libraries', which get an environment of their own (.venv-peers)
+#   make docs                   the documentation as a site, in site/ (a minute, then seconds; .venv-docs, without torch)
+#   make picture                the picture of README.md, from the last `make demo`
+# Variables: OPENMMLAB=classic the classic distribution of OpenMMLab, TORCH=2.13.0 another torch, PYTHON=python3.12
+# another Python, TASK=upernet another demo, TESTS=... of pytest (tests/optim, -k NAME).
+OPENMMLAB ?= $(or $(LINE),onedl)
+$(if $(LINE),$(warning LINE=$(LINE) is now OPENMMLAB=$(LINE)))
 TORCH ?= 2.13.0
 PYTHON ?= python3
 TASK ?= mask_rcnn
 
-# A line's environment and its extra in setup.py: the two have the same import names, so each has a place of its own.
-LINE_onedl := .venv onedl
-LINE_classic := .venv-classic openmmlab
-VENV := $(word 1,$(LINE_$(LINE)))
-EXTRA := $(word 2,$(LINE_$(LINE)))
-$(if $(VENV),,$(error no LINE '$(LINE)': onedl or classic))
+# A distribution's environment and its extra in setup.py: the two have the same import names, so each has a place of
+# its own.
+DISTRIBUTION_onedl := .venv onedl
+DISTRIBUTION_classic := .venv-classic openmmlab
+VENV := $(word 1,$(DISTRIBUTION_$(OPENMMLAB)))
+EXTRA := $(word 2,$(DISTRIBUTION_$(OPENMMLAB)))
+$(if $(VENV),,$(error no OPENMMLAB '$(OPENMMLAB)': onedl or classic))
 
 BIN := $(VENV)/bin
 READY := $(VENV)/ready-torch-$(TORCH)
@@ -26,7 +30,7 @@ RUN := work_dirs/demo/$(TASK)-$(shell date +%Y%m%d-%H%M%S)
 INSTALL := CFLAGS=-g0 CXXFLAGS=-g0 $(BIN)/pip install --constraint $(VENV)/constraints.txt --no-build-isolation
 OPERATORS_WORK := $(BIN)/python -c 'import torch; from mmcv.ops import nms; nms(torch.rand(3, 4), torch.rand(3), 0.5)'
 
-.PHONY: setup demo test lint benchmark
+.PHONY: setup demo test lint benchmark docs picture
 setup: $(READY)
 
 # Of the tools, all go on where they were interrupted; the stamp comes last. Another torch needs another mmcv: start anew.
@@ -45,6 +49,9 @@ $(READY): setup.py convnext_dense/ops/avx512_kernels.c
 	  echo 'the cached mmcv was built for another torch or without its operators: building it again'; \
 	  $(INSTALL) --no-cache-dir --no-deps --force-reinstall "$$($(BIN)/pip freeze | grep mmcv==)"; }
 	@$(OPERATORS_WORK)
+	@# pip hides why an optional extension was not built.
+	@[ "$$(uname -sm)" != 'Linux x86_64' ] || ls convnext_dense/ops/avx512_kernels.*.so > /dev/null 2>&1 || \
+	  echo 'warning: the AVX-512 kernels were not compiled, so the backbone is slower on a CPU (docs/install.md)' >&2
 	touch $@
 
 $(SHAPES): convnext_dense/datasets/toy_shapes.py | $(READY)
@@ -54,8 +61,8 @@ $(SHAPES): convnext_dense/datasets/toy_shapes.py | $(READY)
 demo: configs/demo/$(TASK).py $(READY) $(SHAPES)
 	$(BIN)/python tools/train.py configs/demo/$(TASK).py --work-dir $(RUN)
 	$(BIN)/python tools/test.py configs/demo/$(TASK).py "$$(cat $(RUN)/last_checkpoint)" --work-dir $(RUN) \
-	  --show-dir $(RUN)/pictures
-	@echo 'predictions beside the truth: $(RUN)/pictures'
+	  --show-dir $(RUN)/visualizations
+	@echo 'predictions next to the ground truth: $(RUN)/visualizations'
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(TESTS)
@@ -79,3 +86,17 @@ benchmark: $(PEERS)/ready-torch-$(TORCH)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The site needs no torch: mkdocstrings reads the sources. Its packages stay out of the environment that runs the code.
+DOCS := .venv-docs
+$(DOCS)/ready: docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --requirement docs/requirements.txt
+	@touch $@
+
+docs: $(DOCS)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@echo 'the site: site/index.html'
+
+picture: $(READY)
+	$(BIN)/python docs/draw_demo.py "$$(ls -td work_dirs/demo/mask_rcnn-*/ | head -n 1)" docs/images/demo.png

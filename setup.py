@@ -10,7 +10,8 @@ OPENMMLAB = ['mmengine==0.10.7', 'mmcv==2.1.0', 'mmdet==3.3.0', 'mmsegmentation=
 OPENMMLAB += ['ftfy', 'regex', 'setuptools<81']  # imported, not declared: by mmseg, and pkg_resources by mmengine
 
 # The kernels for processors with AVX-512. They know nothing of Python or torch, whose OpenMP they share: it
-# is not linked. Without a compiler the backbone runs in a slower form.
+# is not linked. Without a compiler the installation goes on, and pip shows nothing of it: `make setup` warns, and so
+# does the first forward pass (docs/install.md).
 KERNELS = Path('convnext_dense', 'ops', 'avx512_kernels.c')
 KERNEL_FLAGS = ['-O3', '-fopenmp', *(f'-mavx512{part}' for part in ('f', 'bw', 'dq', 'vl', 'bf16')), '-mfma']
 SOURCE = hashlib.sha256(Path(__file__).parent.joinpath(KERNELS).read_bytes()).hexdigest()[:16]
@@ -19,6 +20,7 @@ setup(
     name='convnext_dense',
     version='0.1.0',
     description='The ConvNeXt backbone for detection (mmdet) and segmentation (mmseg), with the recipes of the paper',
+    keywords='convnext mmdet mmseg openmmlab detection segmentation backbone',
     long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
@@ -41,10 +43,15 @@ setup(
     else [],
     install_requires=['torch>=2.4', 'numpy', 'safetensors'],
     extras_require={
-        # The two lines of OpenMMLab have the same import names, so they are a choice.
+        # The two distributions of OpenMMLab have the same import names, so they are a choice.
         'onedl': ONEDL,  # the maintained one
         'openmmlab': OPENMMLAB,  # the classic one
         'test': ['pytest', 'pytest-xdist', 'ruff==0.17.6', 'tensorboard'],
         'trackers': ['tensorboard', 'wandb'],  # what train.py --loggers sends runs to
+        'docs': Path(__file__)
+        .with_name('docs')
+        .joinpath('requirements.txt')
+        .read_text()
+        .split('\n')[:-1],  # `make docs`
     },
 )

@@ -1,13 +1,18 @@
-"""What the README says of recipes and tools is what there is."""
+"""What the two READMEs say is what there is, and the Chinese one says the same."""
 
 import re
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, init_default_scope
 
 from convnext_dense.checkpoints import WEIGHT_URLS
 from convnext_dense.paper.results import PAPER_RESULTS
 from convnext_dense.paper.tables import format_table
+from helpers.pages import README, README_ZH, code_blocks, commands, linked, tables
 from helpers.paths import ROOT
 
-README = (ROOT / 'README.md').read_text()
 HEADER = ('recipe', 'weights', 'precision', 'box AP', 'mask AP', 'mIoU', 'mIoU multi-scale', 'parameters', 'FLOPs')
 
 
@@ -26,44 +31,85 @@ def recipes() -> str:
     return format_table(HEADER, rows, markdown=True)
 
 
-def test_the_table_of_recipes_is_the_papers_data():
-    assert recipes() in README
+def test_the_first_page_is_short_and_in_a_newcomers_order():
+    assert len(README.splitlines()) <= 160
+    assert re.findall(r'^## (.*)', README, re.MULTILINE) == [
+        'Install',
+        'Use the backbone in your config',
+        'Pretrained weights',
+        'Train on your data',
+        'Results reported in the paper',
+        'Demo',
+        'Limits',
+        'Links',
+    ]
+    assert README.index('![') < README.index('## Install')
 
 
-def test_links_and_named_files_exist():
-    for target in re.findall(r'\]\((?!https?:)([^)#]+)\)', README):
-        assert (ROOT / target).exists(), target
-    for tool in set(re.findall(r'tools/(\w+\.py)', README)):
-        assert (ROOT / 'tools' / tool).exists(), tool
-    for config in set(re.findall(r'configs/(\w+/\w+\.py)', README)):
-        assert (ROOT / 'configs' / config).exists(), config
+@pytest.mark.parametrize('page', [README, README_ZH], ids=['en', 'zh'])
+def test_the_table_of_results_is_the_papers(page):
+    assert recipes() in page
 
 
-def test_options_it_names_are_options_of_a_tool():
-    sources = ''.join(
-        path.read_text()
-        for path in [
-            *(ROOT / 'tools').glob('*.py'),
-            *(ROOT / 'convnext_dense/cli').glob('*.py'),
-            ROOT / 'convnext_dense/datasets/custom.py',
-        ]
+def test_the_picture_is_there_at_a_readable_size():
+    import cv2
+
+    path = ROOT / 'docs/images/demo.png'
+    height, width = cv2.imread(str(path)).shape[:2]
+    assert width >= 800 and height >= 400 and path.stat().st_size < 300_000
+
+
+def test_the_example_config_trains_a_step(tmp_path):
+    (block,) = [code for language, code in code_blocks(README) if language == 'python']
+    (tmp_path / 'my_config.py').write_text(block)
+    config = Config.fromfile(tmp_path / 'my_config.py')
+    assert config.model.backbone.init_cfg.checkpoint in WEIGHT_URLS
+    config.model.backbone.init_cfg = None  # no download in a test
+
+    init_default_scope('mmdet')
+    from mmdet.registry import MODELS
+    from mmdet.testing import demo_mm_inputs
+
+    model = MODELS.build(config.model)
+    optim_wrapper_cfg = config.optim_wrapper.to_dict()
+    constructor = OPTIM_WRAPPER_CONSTRUCTORS.build(
+        dict(
+            type=optim_wrapper_cfg.pop('constructor'),
+            paramwise_cfg=optim_wrapper_cfg.pop('paramwise_cfg'),
+            optim_wrapper_cfg=optim_wrapper_cfg,
+        )
     )
-    others = {'--no-build-isolation', '--nproc_per_node', '--gres', '--ntasks', '--ntasks-per-node', '--cpus-per-task'}
-    others |= {'--kill-on-bad-exit', '--launcher', '--nodes', '--logdir'}
-    for option in set(re.findall(r'(?<![\w-])--[a-z][\w-]+', README)) - others:
-        assert f"'{option}'" in sources, option
+    inputs = demo_mm_inputs(2, [[3, 96, 128], [3, 128, 96]])
+    before = model.backbone.downsample_layers[0][0].weight.clone()
+    losses = model.train_step(inputs, constructor(model))
+    assert all(torch.isfinite(value).all() for value in losses.values())
+    assert not torch.equal(before, model.backbone.downsample_layers[0][0].weight)
+
+
+def test_versions_are_those_that_are_installed_and_tested():
+    setup, makefile = (ROOT / 'setup.py').read_text(), (ROOT / 'Makefile').read_text()
+    lowest = re.search(r"python_requires='>=([\d.]+)'", setup)[1], re.search(r"'torch>=([\d.]+)'", setup)[1]
+    highest_torch = re.search(r'^TORCH \?= ([\d.]+)', makefile, re.MULTILINE)[1]
+    rows = dict(re.findall(r'^\| (Python|torch) +\| +([\d.]+) +\| [\d.]+ +\|$', README, re.MULTILINE))
+    assert (rows['Python'], rows['torch']) == lowest
+    assert re.search(rf'^\| torch .*\| {re.escape(highest_torch)} +\|$', README, re.MULTILINE)
 
 
 def test_names_of_weights_it_gives_are_known():
-    names = re.findall(r'`((?:mask_rcnn_|cascade_mask_rcnn_|upernet_)?convnext_\w+_(?:224|3x|\d+x\d+))`', README)
-    assert len(names) > 6 and set(names) <= set(WEIGHT_URLS)
+    names = re.findall(r'`(convnext_\w+_224)`', README)
+    assert len(set(names)) == 6 and set(names) <= set(WEIGHT_URLS)
+    assert set(names) == {row.weights for row in PAPER_RESULTS}
 
 
-def test_the_lines_of_openmmlab_are_those_that_setup_pins():
-    for extra, names in {
-        'onedl': ['onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation'],
-        'openmmlab': ['mmengine', 'mmcv', 'mmdet', 'mmsegmentation'],
-    }.items():
-        pins = [re.search(rf"'{name}==([\d.]+)'", (ROOT / 'setup.py').read_text())[1] for name in names]
-        cells = [cell.strip() for cell in re.search(rf'\| `\[{extra}\]` .*', README)[0].split('|')]
-        assert cells[2:6] == pins
+def test_the_chinese_page_has_the_same_commands_tables_and_links():
+    assert commands(README_ZH) == commands(README)
+    assert sorted(linked(README_ZH)) == sorted({*linked(README)} - {'README_zh-CN.md'} | {'README.md'})
+    assert [[numbers(cell) for cell in row] for row in tables(README_ZH)] == [
+        [numbers(cell) for cell in row] for row in tables(README)
+    ]
+    assert re.findall(r'`([^`\n]+)`', README_ZH) == re.findall(r'`([^`\n]+)`', README)
+
+
+def numbers(cell: str) -> str:
+    """What of a cell no translation changes."""
+    return ' '.join(re.findall(r'[\w./-]*\d[\w./-]*', re.sub(r'[^\x00-\x7f]', '', cell)))

@@ -180,7 +180,8 @@ def write(root: str | Path, seed: int = 0, train: int = 400, val: int = 100, siz
     """Draw the data set into the new folder `root`, whole or not at all; False if that very data set is there already.
 
     Args:
-        train, val: numbers of images. More of them leave the earlier ones as they are.
+        train: number of training images. More of them leave the earlier ones as they are.
+        val: number of validation images, likewise.
         size: side of the images in pixels.
 
     Raises:

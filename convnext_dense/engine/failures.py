@@ -25,7 +25,8 @@ def diagnose(error: Exception, model: torch.nn.Module | None = None, shape: tupl
     """What ended a run, in one line with the way out, for errors that torch words for its developers; else None.
 
     Args:
-        model, shape: what was trained, and N x C x H x W of its last batch.
+        model: the model that was trained.
+        shape: (N, C, H, W) of its last batch.
     """
     text = str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:

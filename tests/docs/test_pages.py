@@ -1,0 +1,93 @@
+"""What the pages in docs/ say is what there is."""
+
+import inspect
+import re
+
+import pytest
+
+from convnext_dense import ARCHS, ConvNeXt
+from convnext_dense.checkpoints import WEIGHT_URLS
+from convnext_dense.paper.results import PAPER_RESULTS
+from helpers.pages import PAGES, code_blocks, tables
+from helpers.paths import ROOT
+
+ALL = pytest.mark.parametrize('name', PAGES)
+
+
+@ALL
+def test_links_lead_to_files(name):
+    for target in re.findall(r'\]\((?!https?:)([^)#\s]+)', PAGES[name]):
+        assert ((ROOT / name).parent / target).exists(), target
+
+
+@ALL
+def test_files_that_are_named_exist(name):
+    page = PAGES[name] if name != 'CHANGELOG.md' else ''  # which names what is gone
+    for path in set(re.findall(r'(?<![\w/.-])((?:tools|configs|tests|benchmarks)/[\w/.-]*\w\.(?:py|sh))\b', page)):
+        assert (ROOT / path).exists(), path
+    for path in set(re.findall(r'(?<![\w/.-])((?:tests|benchmarks|configs)/\w+)(?![\w/.-])', page)):
+        assert (ROOT / path).exists(), path
+    for recipe in set(re.findall(r'`((?:mask_rcnn|cascade|upernet)/\w+\.py)`', page)):
+        assert (ROOT / 'configs' / recipe).exists(), recipe
+
+
+@ALL
+def test_options_that_are_named_are_options_of_a_tool(name):
+    folders = ['tools', 'convnext_dense', 'benchmarks']
+    sources = ''.join(path.read_text() for folder in folders for path in (ROOT / folder).rglob('*.py'))
+    others = {'--no-build-isolation', '--nproc_per_node', '--nnodes', '--rdzv_backend', '--rdzv_endpoint', '--rdzv_id'}
+    others |= {'--gres', '--ntasks', '--ntasks-per-node', '--cpus-per-task', '--kill-on-bad-exit', '--launcher'}
+    others |= {'--nodes', '--logdir', '--partition', '--time', '--gpus-per-task', '--gpu-bind', '--signal', '--strict'}
+    others |= {'--tta'}
+    for option in set(re.findall(r'(?<![\w-])--[a-z][\w-]+', PAGES[name])) - others:
+        assert f"'{option}'" in sources, option
+
+
+@ALL
+def test_blocks_of_python_are_python(name):
+    for language, code in code_blocks(PAGES[name]):
+        if language == 'python':
+            compile(inspect.cleandoc(code), name, 'exec')
+
+
+def test_every_argument_of_the_backbone_is_in_the_table_with_its_default():
+    section = PAGES['docs/config.md'].split('## Arguments of the backbone')[1].split('| arch |')[0]
+    rows = {row[0].strip('`'): row[1].strip('`') for row in tables(section)}
+    defaults = {name: repr(p.default) for name, p in inspect.signature(ConvNeXt).parameters.items() if name != 'grn'}
+    assert rows == {'argument': 'default', '---': '---', **defaults, 'use_grn': 'False'}  # None there: as grn says
+
+
+def test_the_table_of_architectures_is_the_codes():
+    rows = {row[0].strip('`'): row[1:] for row in tables(PAGES['docs/config.md']) if row[0].strip('`') in ARCHS}
+    assert rows == {
+        name: [', '.join(map(str, arch[key])) for key in ('depths', 'channels')] for name, arch in ARCHS.items()
+    }
+
+
+def test_the_example_of_the_page_is_the_one_of_the_readme():
+    first = [code_blocks(PAGES[name]) for name in ('docs/config.md', 'README.md')]
+    assert next(b for b in first[0] if b[0] == 'python') == next(b for b in first[1] if b[0] == 'python')
+
+
+def test_every_released_model_is_named_with_its_recipe():
+    rows = dict(re.findall(r'^\| `(\w+/\w+)\.py` \| `(\w+)` \|$', PAGES['docs/weights.md'], re.MULTILINE))
+    assert set(rows) == {row.recipe for row in PAPER_RESULTS}
+    assert set(rows.values()) <= set(WEIGHT_URLS) and len(set(rows.values())) == len(rows)
+    for recipe, name in rows.items():
+        assert name.startswith(recipe.split('/')[0].replace('cascade', 'cascade_mask_rcnn'))
+
+
+def test_the_distributions_of_openmmlab_are_those_that_setup_pins():
+    setup = (ROOT / 'setup.py').read_text()
+    for extra, names in {
+        'onedl': ['onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation'],
+        'openmmlab': ['mmengine', 'mmcv', 'mmdet', 'mmsegmentation'],
+    }.items():
+        pins = [re.search(rf"'{name}==([\d.]+)'", setup)[1] for name in names]
+        (cells,) = [row for row in tables(PAGES['docs/install.md']) if row[0] == f'`[{extra}]`']
+        assert cells[1:5] == pins
+
+
+def test_every_page_is_in_the_sites_navigation():
+    named = set(re.findall(r': ([\w/]+\.md)$', (ROOT / 'mkdocs.yml').read_text(), re.MULTILINE))
+    assert named == {str(path.relative_to(ROOT / 'docs')) for path in (ROOT / 'docs').rglob('*.md')}
