@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
 from ..errors import UsageError
+from ..optim.layer_decay import DEFAULT_CONSTRUCTOR_KEYS
 from ..type_names import class_of
 
 # What mmengine's runner and this package's tools read of a config beside the runner's own arguments.
@@ -48,10 +49,7 @@ EXTRA_KEYS = {
     'env_cfg.mp_cfg': {'mp_start_method', 'opencv_num_threads'},
     'env_cfg.dist_cfg': {'backend', 'timeout', 'init_backend'},
     'optim_wrapper': {'constructor', 'optimizer', 'paramwise_cfg'},
-    'optim_wrapper.paramwise_cfg': {
-        *('custom_keys', 'bias_lr_mult', 'bias_decay_mult', 'norm_decay_mult', 'flat_decay_mult'),
-        *('dwconv_decay_mult', 'dcn_offset_lr_mult', 'bypass_duplicate'),
-    },
+    'optim_wrapper.paramwise_cfg': set(DEFAULT_CONSTRUCTOR_KEYS),
     'auto_scale_lr': {'enable', 'base_batch_size'},
     'default_hooks': {
         'timer',

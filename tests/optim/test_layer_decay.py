@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import MMLogger
-from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper, build_optim_wrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
 
@@ -43,14 +43,14 @@ class Segmentor(nn.Module):
         self.norm = nn.BatchNorm2d(3)
 
 
-def built(model: nn.Module, decay_type='layer_wise', decay_rate=0.7, **optimizer):
+def built(model: nn.Module, decay_type='layer_wise', decay_rate=0.7, paramwise=None, **optimizer):
     wrapper = build_optim_wrapper(
         model,
         dict(
             type='OptimWrapper',
             constructor='LayerDecayOptimWrapperConstructor',
             optimizer=dict(type='AdamW', lr=2e-4, weight_decay=0.05, **optimizer),
-            paramwise_cfg=dict(decay_type=decay_type, decay_rate=decay_rate),
+            paramwise_cfg=dict(decay_type=decay_type, decay_rate=decay_rate, **(paramwise or {})),
         ),
     )
     return {id(p): group for group in wrapper.optimizer.param_groups for p in group['params']}
@@ -207,7 +207,7 @@ def test_the_stages_left_unbuilt_still_count():
 
 
 def test_raises_where_no_backbone_is():
-    with pytest.raises(UsageError, match='no module.*ConvNeXt'):
+    with pytest.raises(UsageError, match='no backbone.*ConvNeXt'):
         built(nn.Sequential(nn.Conv2d(3, 8, 3)))
     with pytest.raises(UsageError, match='different depth'):
         built(nn.ModuleList([ConvNeXt('atto'), ConvNeXt('tiny')]))
@@ -223,15 +223,26 @@ def test_raises_where_no_backbone_is():
         (dict(decay_rate=1.1, decay_type='layer_wise'), '1.1'),
         (dict(decay_rate='0.9', decay_type='layer_wise'), 'decay_rate'),
         (dict(decay_rate=0.9, decay_type='blockwise'), 'blockwise'),
-        (dict(decay_rate=0.9, decay_type='layer_wise', num_layers=12), 'num_layers'),
+        (dict(decay_rate=True, decay_type='layer_wise'), 'decay_rate'),
+        (dict(decay_rate=0.9, decay_type='layer_wise', num_layers=12), 'num_layers=12.*5 layers'),
+        (dict(decay_rate=0.9, decay_type='layer_wise', custom_key={}), 'custom_key is unknown.*custom_keys'),
+        (dict(decay_rate=0.9, decay_type='layer_wise', custom_keys=['head']), 'custom_keys'),
+        (dict(decay_rate=0.9, decay_type='layer_wise', custom_keys=dict(head=10)), 'custom_keys'),
+        (
+            dict(decay_rate=0.9, decay_type='layer_wise', custom_keys=dict(head=dict(lr_mult='10'))),
+            r"custom_keys\.head\.lr_mult='10'",
+        ),
+        (dict(decay_rate=0.9, decay_type='layer_wise', norm_decay_mult=0.0), 'norm_decay_mult.*give.*weight_decay'),
+        (dict(decay_rate=0.9, decay_type='layer_wise', bias_lr_mult='2'), 'bias_lr_mult'),
     ],
 )
 def test_bad_settings(paramwise, word):
     cfg = dict(
         constructor='LayerDecayOptimWrapperConstructor', optimizer=dict(type='AdamW', lr=1e-4), paramwise_cfg=paramwise
     )
-    with pytest.raises(UsageError, match=word):
+    with pytest.raises(UsageError, match=word) as error:
         build_optim_wrapper(ConvNeXt('atto'), cfg)
+    assert '\n' not in str(error.value)
 
 
 def test_an_lr_is_needed():
@@ -366,3 +377,97 @@ def test_the_lrs_of_mmpretrains_protocol_are_those_of_our_constructor(arch):
         depth, num_layers = model.backbone.get_layer_depth(name, 'backbone.')
         assert groups[id(p)]['layer_id'] == depth
         assert groups[id(p)]['lr'] == pytest.approx(2e-4 * 0.7 ** (num_layers - depth - 1), rel=1e-12), name
+
+
+MMENGINE_KEYS = {
+    'none': {},
+    'custom_keys': dict(custom_keys={'head': dict(lr_mult=10.0, decay_mult=0.5), 'head.bias': dict(lr_mult=2.0)}),
+    'a part of the backbone': dict(custom_keys={'backbone.stages.0': dict(lr_mult=0.1), 'norm': dict(decay_mult=0.0)}),
+    'other settings': dict(custom_keys={'dwconv': dict(lr_mult=0.1, betas=(0.8, 0.9))}),
+    'norm_decay_mult': dict(norm_decay_mult=1.0),
+    'bias': dict(bias_lr_mult=2.0, bias_decay_mult=0.5),
+    'flat_decay_mult': dict(flat_decay_mult=1.0),
+    'dwconv_decay_mult': dict(dwconv_decay_mult=0.1),
+    'all': dict(
+        custom_keys={'head': dict(lr_mult=3.0)},
+        **dict(bias_lr_mult=2.0, bias_decay_mult=0.1, norm_decay_mult=0.2, flat_decay_mult=0.3, dwconv_decay_mult=0.4),
+        **dict(dcn_offset_lr_mult=0.5, bypass_duplicate=True),
+    ),
+}
+
+
+@pytest.mark.parametrize('keys', MMENGINE_KEYS)
+def test_mmengines_keys_mean_what_they_mean_in_mmengine(keys):
+    """What mmengine's own constructor sets, times the layer decay; the paper's rule where it sets no weight decay."""
+    paramwise = MMENGINE_KEYS[keys]
+    model = Segmentor(ConvNeXt('atto'))
+    optimizer = dict(type='AdamW', lr=2e-4, weight_decay=0.05)
+    by_mmengine = []
+    DefaultOptimWrapperConstructor(dict(optimizer=optimizer), paramwise).add_params(by_mmengine, model)
+    by_mmengine = {id(p): group for group in by_mmengine for p in group['params']}
+    groups = built(model, paramwise=paramwise)
+    for name, p in model.named_parameters():
+        expected, group = by_mmengine[id(p)], groups[id(p)]
+        inner = name.removeprefix('backbone.') if name.startswith('backbone.') else 'head'
+        depth = original_id(inner, 'layer_wise', 5, 5)
+        decay = 0 if p.ndim < 2 or name.endswith('.bias') else 0.05
+        assert group['lr'] == pytest.approx(expected.get('lr', 2e-4) * 0.7 ** (6 - depth), rel=1e-12), name
+        assert group['weight_decay'] == pytest.approx(expected.get('weight_decay', decay), rel=1e-12), name
+        assert group['layer_id'] == depth and group['lr_scale'] == pytest.approx(0.7 ** (6 - depth), rel=1e-12)
+        assert group['betas'] == expected.get('betas', (0.9, 0.999)), name
+
+
+def test_a_custom_key_by_hand():
+    """The longest key that matches decides, and decides the weight decay too."""
+    model = Segmentor(ConvNeXt('atto'))
+    groups = built(model, paramwise=MMENGINE_KEYS['custom_keys'])
+    weight, bias = groups[id(model.head.weight)], groups[id(model.head.bias)]
+    assert (weight['lr'], weight['weight_decay']) == (2e-3, 0.025)
+    assert (bias['lr'], bias['weight_decay']) == (4e-4, 0.05)
+    norm = groups[id(model.norm.weight)]
+    assert (norm['lr'], norm['weight_decay'], norm['lr_scale']) == (2e-4, 0, 1)
+
+
+@pytest.mark.parametrize('paramwise', [{}, dict(bypass_duplicate=True), dict(bypass_duplicate=False)])
+def test_a_parameter_under_two_names_is_optimized_once(paramwise):
+    model = Aliased(Segmentor(ConvNeXt('atto')))
+    groups = {id(group): group for group in built(model, paramwise=paramwise).values()}.values()
+    assert sorted(id(p) for g in groups for p in g['params']) == sorted(id(p) for p in model.parameters())
+
+
+def test_a_custom_key_that_matches_nothing_is_said(caplog):
+    MMLogger.get_instance('custom_keys').addHandler(caplog.handler)
+    built(
+        Segmentor(ConvNeXt('atto')), paramwise=dict(custom_keys={'haed': dict(lr_mult=10.0), 'head': dict(lr_mult=2)})
+    )
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == 'WARNING')
+    assert "'haed'" in warning and '\n' not in warning
+
+
+def test_num_layers_may_be_the_backbones():
+    model = Segmentor(ConvNeXt('atto'))
+    expected = {key: group['lr'] for key, group in built(model).items()}
+    groups = built(model, paramwise=dict(num_layers=5))
+    assert {key: group['lr'] for key, group in groups.items()} == expected
+
+
+def test_parameters_with_equal_settings_share_a_group_in_order_of_depth():
+    """Checkpoints of optimizers hold their groups by position."""
+    model = Segmentor(ConvNeXt('tiny'))
+    groups = list({id(group): group for group in built(model).values()}.values())
+    wrapper = build_optim_wrapper(model, config() | dict(optimizer=dict(type='AdamW', lr=1.0, weight_decay=0.05)))
+    assert [(g['layer_id'], g['weight_decay']) for g in wrapper.optimizer.param_groups] == [
+        (i, decay) for i in range(8) for decay in (0.0, 0.05)
+    ]
+    assert len(groups) == 16
+    position = {id(p): n for n, p in enumerate(model.parameters())}
+    for group in groups:
+        order = [position[id(p)] for p in group['params']]
+        assert order == sorted(order)
+
+
+def test_a_scale_without_dimensions_does_not_decay():
+    """As detection heads have one for every level of a feature pyramid."""
+    model = Segmentor(ConvNeXt('atto'))
+    model.scale = nn.Parameter(torch.tensor(1.0))
+    assert built(model)[id(model.scale)]['weight_decay'] == 0
