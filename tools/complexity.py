@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Parameters and FLOPs as the paper counts them, of one config or of every recipe beside the paper's figure.
 
-Needs no data, no weights and no GPU. A multiply-add counts as one; README.md says what is counted.
+Needs no data, no weights and no GPU. A multiply-add counts as one; docs/recipes.md says what is counted.
 """
 
 import json

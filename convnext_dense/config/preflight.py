@@ -137,7 +137,7 @@ def _require_path(path: str, split: str) -> None:
     if not os.path.exists(path):
         raise UsageError(
             f"no {split} data at '{os.path.abspath(path)}': put or link them there, or set COCO_ROOT, "
-            "ADE20K_ROOT or SHAPES_ROOT to their folder (README, 'Data')"
+            'ADE20K_ROOT or SHAPES_ROOT to their folder (docs/datasets.md)'
         )
     if path.endswith('.json') and not _looks_like_complete_json(path):
         raise UsageError(f'{path} is not a whole JSON file: download or write it again')

@@ -32,7 +32,7 @@ __all__ = [
 def add_data_arguments(parser: argparse.ArgumentParser, strict: bool = True) -> None:
     """The arguments by which a tool is told of the user's own data; `strict` is whether it may refuse them."""
     group = parser.add_argument_group('own data')
-    group.add_argument('--data', metavar='PATH', help='folder of a data set, in any layout that README names')
+    group.add_argument('--data', metavar='PATH', help='folder of a data set, in any layout of docs/datasets.md')
     group.add_argument('--train-ann', metavar='JSON', help='COCO json to train on, where --data does not find it')
     group.add_argument('--val-ann', metavar='JSON', help='COCO json to evaluate on')
     group.add_argument('--train-images', metavar='FOLDER', help='images of --train-ann, where they are not found')

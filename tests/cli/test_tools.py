@@ -293,7 +293,7 @@ def test_a_killed_run_goes_on_from_mmengines_own_checkpoint(run_tool, data, tmp_
     assert after['meta']['iter'] == after['optimizer']['state'][0]['step'] == 6
     history = after['message_hub']['log_scalars']['train/loss'].data[0]
     assert len(history) == 6 and len(before) == 3 and (history[:3] == before).all()
-    torch.save({key: after[key] for key in ('meta', 'state_dict')}, tmp_path / 'weights.pth')  # as the README says
+    torch.save({key: after[key] for key in ('meta', 'state_dict')}, tmp_path / 'weights.pth')  # as docs/install.md says
     assert torch.load(tmp_path / 'weights.pth', weights_only=True)['meta']['dataset_meta']['classes']
 
 
