@@ -1,7 +1,7 @@
 # Each target does all its own set-up in .venv (the classic distribution's in .venv-classic):
 #   make demo                   draw the data, train a small detector, evaluate it (TASK=mask_rcnn, cascade or upernet)
 #   make test                   run the tests
-#   make benchmark              the backbone next to other libraries', which get an environment of their own (.venv-peers)
+#   make benchmark              the backbone next to other libraries', which get an environment of their own (.venv-baselines)
 #   make docs                   the documentation as a site, in site/ (a minute, then seconds; .venv-docs, without torch)
 #   make picture                the picture of README.md, from the last `make demo`
 # Variables: OPENMMLAB=classic the classic distribution of OpenMMLab, TORCH=2.13.0 another torch, PYTHON=python3.12
@@ -67,21 +67,21 @@ demo: configs/demo/$(TASK).py $(READY) $(SHAPES)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(TESTS)
 
-# Of the peers' own dependencies timm's and torchvision's name another torch: without dependencies they keep to this one.
-PEERS := .venv-peers
+# Of what the baselines depend on, timm and torchvision name another torch: without dependencies they keep to this one.
+BASELINES := .venv-baselines
 ARGS ?= --sizes T B
-$(PEERS)/ready-torch-$(TORCH): setup.py Makefile convnext_dense/ops/avx512_kernels.c
-	$(PYTHON) -m venv $(PEERS)
-	echo 'torch==$(TORCH)' > $(PEERS)/constraints.txt
-	$(PEERS)/bin/pip install --constraint $(PEERS)/constraints.txt torch 'setuptools<81' wheel ninja psutil packaging
-	CFLAGS=-g0 CXXFLAGS=-g0 $(PEERS)/bin/pip install --constraint $(PEERS)/constraints.txt --no-build-isolation \
+$(BASELINES)/ready-torch-$(TORCH): setup.py Makefile convnext_dense/ops/avx512_kernels.c
+	$(PYTHON) -m venv $(BASELINES)
+	echo 'torch==$(TORCH)' > $(BASELINES)/constraints.txt
+	$(BASELINES)/bin/pip install --constraint $(BASELINES)/constraints.txt torch 'setuptools<81' wheel ninja psutil packaging
+	CFLAGS=-g0 CXXFLAGS=-g0 $(BASELINES)/bin/pip install --constraint $(BASELINES)/constraints.txt --no-build-isolation \
 	  --editable '.[onedl]' onedl-mmpretrain 'transformers<5'
-	$(PEERS)/bin/pip install --no-deps timm
-	-$(PEERS)/bin/pip install --no-deps torchvision==0.$$(( $$(echo $(TORCH) | cut -d. -f2) + 15 ))
+	$(BASELINES)/bin/pip install --no-deps timm
+	-$(BASELINES)/bin/pip install --no-deps torchvision==0.$$(( $$(echo $(TORCH) | cut -d. -f2) + 15 ))
 	touch $@
 
-benchmark: $(PEERS)/ready-torch-$(TORCH)
-	$(PEERS)/bin/python tools/benchmark.py $(ARGS)
+benchmark: $(BASELINES)/ready-torch-$(TORCH)
+	$(BASELINES)/bin/python tools/benchmark.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
