@@ -41,7 +41,7 @@ setup(
     ]
     if (sys.platform, platform.machine()) == ('linux', 'x86_64')
     else [],
-    install_requires=['torch>=2.4', 'numpy', 'safetensors'],
+    install_requires=['torch>=2.4', 'numpy', 'safetensors', 'filelock'],
     extras_require={
         # The two distributions of OpenMMLab have the same import names, so they are a choice.
         'onedl': ONEDL,  # the maintained one

@@ -84,9 +84,9 @@ def _rows(checkpoint: Checkpoint):
 
 def listed(args) -> None:
     rows = []
-    for name, known in WEIGHTS.items():
-        rows.append((name, known.training, known.licence, _size(name), known.url or known.where))
-    print(format_table(('name', 'weights', 'licence', 'backbone, MB', 'address'), rows, args.markdown))
+    for name, entry in WEIGHTS.items():
+        rows.append((name, entry.training, entry.license, _size(name), entry.url or entry.request_url))
+    print(format_table(('name', 'weights', 'license', 'backbone, MB', 'address'), rows, args.markdown))
 
 
 def _size(name: str) -> str:

@@ -1,67 +1,72 @@
-"""Known weights by name, and where a name, a path or a URL leads to."""
+"""Published weights by name, and downloads of checkpoints."""
 
 import hashlib
 import os
 import re
-import sys
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlparse
-from urllib.request import Request, urlopen
 
 import torch
-from mmengine.utils import ProgressBar
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: two downloads at once then take twice as long
-    fcntl = None
+from filelock import FileLock
 
 from ..errors import UsageError
+from .io import clear_cache, load_checkpoint
 
 ORIGINAL = 'https://dl.fbaipublicfiles.com/convnext'
 V2_FILES = f'{ORIGINAL}/convnextv2'
 V2_SIZES = ('atto', 'femto', 'pico', 'nano', 'tiny', 'base', 'large', 'huge')
 
 
+# What a file name may end in, as torch's own do: the start of its SHA-256 (...-21b726bb.pth). Digits alone are a date.
+HASH_SUFFIX_RE = re.compile(r'-(?!\d+\.)([0-9a-f]{8,})\.\w+$')
+
+
 @dataclass(frozen=True)
 class WeightEntry:
-    """A published file: its address, or None where its owner gives it out only on request; what it was made from."""
+    """A published checkpoint.
+
+    Attributes:
+        url (str, optional): Its address; None where its owner gives it out only on request.
+        training (str): What it was trained on.
+        license (str): Its license.
+        request_url (str): Where to request it if it has no `url`.
+    """
 
     url: str | None
     training: str
-    licence: str
-    where: str = ''
+    license: str
+    request_url: str = ''
 
 
-def _files(folder: str, names: str, training: str, licence: str, ending: str = '.pth') -> dict[str, WeightEntry]:
-    return {name: WeightEntry(f'{folder}/{name}{ending}', training, licence) for name in names.split()}
+def _entries(folder: str, names: str, training: str, license: str, suffix: str = '.pth') -> dict[str, WeightEntry]:
+    return {name: WeightEntry(f'{folder}/{name}{suffix}', training, license) for name in names.split()}
 
 
 MIT = 'MIT'
 NON_COMMERCIAL = 'CC BY-NC 4.0'
 DINOV3_LICENSE = 'DINOv3 License (on request)'
 DINOV3_SITE = 'https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/'
-# The addresses and licences as the authors' own READMEs give them.
+# The addresses and licenses as the authors' own READMEs give them.
 WEIGHTS = {
     # The ImageNet weights from which the paper's dense results start: the final ones, not the EMA's.
-    **_files(ORIGINAL, 'convnext_tiny_1k_224 convnext_small_1k_224 convnext_base_1k_224', 'ImageNet-1K', MIT),
-    **_files(
+    **_entries(ORIGINAL, 'convnext_tiny_1k_224 convnext_small_1k_224 convnext_base_1k_224', 'ImageNet-1K', MIT),
+    **_entries(
         ORIGINAL,
         'convnext_tiny_22k_224 convnext_small_22k_224 convnext_base_22k_224 convnext_large_22k_224 '
         'convnext_xlarge_22k_224',
         'ImageNet-22K',
         MIT,
     ),
-    **_files(
+    **_entries(
         ORIGINAL,
         'convnext_tiny_1k_224_ema convnext_small_1k_224_ema convnext_base_1k_224_ema convnext_large_1k_224_ema '
         'convnext_base_1k_384 convnext_large_1k_384',
         'ImageNet-1K',
         MIT,
     ),
-    **_files(
+    **_entries(
         ORIGINAL,
         'convnext_tiny_22k_1k_224 convnext_small_22k_1k_224 convnext_base_22k_1k_224 convnext_large_22k_1k_224 '
         'convnext_xlarge_22k_1k_224_ema convnext_tiny_22k_1k_384 convnext_small_22k_1k_384 convnext_base_22k_1k_384 '
@@ -69,7 +74,7 @@ WEIGHTS = {
         'ImageNet-22K, then 1K',
         MIT,
     ),
-    **_files(
+    **_entries(
         f'{ORIGINAL}/coco',
         'mask_rcnn_convnext_tiny_1k_3x cascade_mask_rcnn_convnext_tiny_1k_3x cascade_mask_rcnn_convnext_small_1k_3x '
         'cascade_mask_rcnn_convnext_base_1k_3x cascade_mask_rcnn_convnext_base_22k_3x '
@@ -77,28 +82,28 @@ WEIGHTS = {
         'COCO detector',
         MIT,
     ),
-    **_files(
+    **_entries(
         f'{ORIGINAL}/ade20k',
         'upernet_convnext_tiny_1k_512x512 upernet_convnext_small_1k_512x512 upernet_convnext_base_1k_512x512 '
         'upernet_convnext_base_22k_640x640 upernet_convnext_large_22k_640x640 upernet_convnext_xlarge_22k_640x640',
         'ADE20K segmentor',
         MIT,
     ),
-    **_files(
+    **_entries(
         f'{V2_FILES}/pt_only',
         ' '.join(f'convnextv2_{size}_1k_224_fcmae' for size in V2_SIZES),
         'ImageNet-1K without labels (FCMAE)',
         NON_COMMERCIAL,
         '.pt',
     ),
-    **_files(
+    **_entries(
         f'{V2_FILES}/im1k',
         ' '.join(f'convnextv2_{size}_1k_224_ema' for size in V2_SIZES),
         'FCMAE, then ImageNet-1K',
         NON_COMMERCIAL,
         '.pt',
     ),
-    **_files(
+    **_entries(
         f'{V2_FILES}/im22k',
         'convnextv2_nano_22k_224_ema convnextv2_nano_22k_384_ema convnextv2_tiny_22k_224_ema '
         'convnextv2_tiny_22k_384_ema convnextv2_base_22k_224_ema convnextv2_base_22k_384_ema '
@@ -109,87 +114,88 @@ WEIGHTS = {
         '.pt',
     ),
     **{
-        f'dinov3_convnext_{size}_pretrain_lvd1689m-{mark}': WeightEntry(
+        f'dinov3_convnext_{size}_pretrain_lvd1689m-{sha256}': WeightEntry(
             None, 'DINOv3, 1.7 G images', DINOV3_LICENSE, DINOV3_SITE
         )
-        for size, mark in dict(tiny='21b726bb', small='296db49d', base='801f2ba9', large='61fa432d').items()
+        for size, sha256 in dict(tiny='21b726bb', small='296db49d', base='801f2ba9', large='61fa432d').items()
     },
 }
-WEIGHT_URLS = {name: known.url for name, known in WEIGHTS.items() if known.url}
-EXAMPLE_NAMES = tuple(WEIGHTS)[:8]  # to be named in errors
+WEIGHT_URLS = {name: entry.url for name, entry in WEIGHTS.items() if entry.url}
+EXAMPLE_NAMES = tuple(WEIGHTS)[:8]  # named in errors
 
 
 def resolve(source: str) -> str:
-    """The path or URL that `source`, a known name, a path or a URL, stands for; nothing is downloaded.
+    """Return the path or URL of a checkpoint; nothing is downloaded.
+
+    Args:
+        source: A pretrained weight name, a path or a URL.
+
+    Returns:
+        The path of an existing file, or a URL.
 
     Raises:
-        UsageError: it is no known name and no file is there.
+        UsageError: If it is neither a known name, a URL nor an existing file, or if its weights are not public.
     """
-    known = WEIGHTS.get(source)
-    if known and not known.url:
-        raise UsageError(f"'{source}' is given out by its owner alone: ask at {known.where} and give the file's path")
-    place = known.url if known else source
-    if not is_url(place) and not os.path.isfile(place):
+    entry = WEIGHTS.get(source)
+    if entry and not entry.url:
+        raise UsageError(f"'{source}' is not public: request it at {entry.request_url} and give the path of the file")
+    location = entry.url if entry else source
+    if not is_url(location) and not os.path.isfile(location):
         raise UsageError(
-            f"no checkpoint '{source}': give a file that exists, a URL or a known name, such as "
+            f"no checkpoint '{source}': give an existing file, a URL or a pretrained weight name, such as "
             f'{", ".join(EXAMPLE_NAMES)}'
         )
-    return place
+    return location
 
 
 def download(source: str) -> Path:
-    """The local file of `source`. A URL is downloaded once into torch's hub folder; who else wants it meanwhile waits.
+    """Return the local file of a checkpoint, downloaded into torch's hub folder unless it is there.
+
+    Of several processes that need the same file one downloads it, and the others wait.
+
+    Args:
+        source: A pretrained weight name, a path or a URL.
+
+    Returns:
+        The path of the file.
 
     Raises:
-        UsageError: as `locate`; it cannot be downloaded, or not whole.
+        UsageError: As `resolve`, or if the download fails or is no complete checkpoint.
     """
-    place = resolve(source)
-    if not is_url(place):
-        return Path(place)
-    name = PurePosixPath(urlparse(place).path)
-    # Other people's files are often called epoch_12.pth: their address goes into the name.
-    mark = '' if source in WEIGHT_URLS else f'-{hashlib.sha256(place.encode()).hexdigest()[:8]}'
-    file = Path(torch.hub.get_dir(), 'checkpoints', f'{name.stem}{mark}{name.suffix}')
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # The lock stays: who removes it lets a third one in beside the second.
-        with open(file.with_name(f'.{file.name}.lock'), 'w') as lock:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if not file.exists():
-                _download(place, file)
-    return file
+    location = resolve(source)
+    if not is_url(location):
+        return Path(location)
+    name = PurePosixPath(urlparse(location).path)
+    # Other people's files are often called epoch_12.pth: a hash of their address goes into the name.
+    url_hash = '' if source in WEIGHT_URLS else f'-{hashlib.sha256(location.encode()).hexdigest()[:8]}'
+    path = Path(torch.hub.get_dir(), 'checkpoints', f'{name.stem}{url_hash}{name.suffix}')
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f'.{path.name}.lock')):
+            if not path.exists():
+                _download(location, path)
+    return path
 
 
-def is_url(place: str) -> bool:
-    return urlparse(str(place)).scheme in ('http', 'https')
+def is_url(location: str) -> bool:
+    """Return whether a location is an http(s) URL."""
+    return urlparse(str(location)).scheme in ('http', 'https')
 
 
-def _download(url: str, file: Path) -> None:
-    """Into a file beside it, moved into place when it is as long as announced and has the hash that a name may end in,
-    as torch's own do (...-21b726bb.pth)."""
-    announced = re.search(r'-(?!\d+\.)([0-9a-f]{8,})\.\w+$', urlparse(url).path)  # all digits are a date
-    partial = Path(f'{file}.{os.getpid()}.part')
+def _download(url: str, path: Path) -> None:
+    hash_suffix = HASH_SUFFIX_RE.search(urlparse(url).path)
+    partial = path.with_name(f'{path.stem}.part{path.suffix}')
     try:
-        with (
-            urlopen(Request(url, headers={'User-Agent': 'convnext_dense'}), timeout=60) as answer,
-            open(partial, 'wb') as f,
-        ):
-            length, digest = int(answer.headers.get('Content-Length') or 0), hashlib.sha256()
-            bar = ProgressBar(length // 2**20, file=sys.stderr)
-            while chunk := answer.read(2**20):
-                f.write(chunk)
-                digest.update(chunk)
-                bar.update()
-            print(file=sys.stderr)
-        if length and partial.stat().st_size != length:
-            raise OSError(f'{partial.stat().st_size} of {length} bytes came')
-        if announced and not digest.hexdigest().startswith(announced[1]):
-            raise OSError(f'its hash does not begin with {announced[1]}')
-        partial.replace(file)
-    except (OSError, HTTPException, ValueError) as error:
-        partial.unlink(missing_ok=True)
+        torch.hub.download_url_to_file(url, str(partial), hash_suffix and hash_suffix[1])
+    except (OSError, HTTPException, RuntimeError, ValueError) as error:
         raise UsageError(
-            f'cannot download {url} ({error}): fetch it elsewhere and put it at {file}, or give its path '
+            f'cannot download {url} ({error}): download it elsewhere and save it as {path}, or give its path '
             'as init_cfg.checkpoint'
         ) from error
+    try:  # torch.hub does not notice a connection that ends early
+        load_checkpoint(partial)
+    except UsageError as error:
+        partial.unlink()
+        raise UsageError(str(error).replace(str(partial), url)) from error
+    clear_cache()  # Windows does not rename a file that is mapped into memory
+    partial.replace(path)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 # Columns that begin at the left; those of numbers end at the right.
-TEXT_COLUMNS = ('recipe', 'config', 'figure', 'weights', 'notes', 'name', 'licence', 'address', 'in the file', 'ours')
+TEXT_COLUMNS = ('recipe', 'config', 'figure', 'weights', 'notes', 'name', 'license', 'address', 'in the file', 'ours')
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool = False) -> str:

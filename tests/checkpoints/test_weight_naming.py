@@ -4,8 +4,11 @@ import bz2
 import gzip
 import json
 import re
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -503,12 +506,46 @@ def test_who_else_wants_it_waits(server):
     assert server.asked == 1 and len(set(files)) == 1
 
 
-@pytest.mark.parametrize('name, said, word', [('w.pth', 10**6, 'bytes came'), ('w-0badc0de.pth', None, 'hash')])
-def test_a_broken_download_leaves_nothing(server, tmp_path, name, said, word):
-    server.said = said
-    with pytest.raises(UsageError, match=rf'cannot download {server.address}/{name} .*{word}.* put it at'):
-        hub.download(f'{server.address}/{name}')
-    assert [f for f in (tmp_path / 'hub').rglob('*') if f.is_file() and not f.name.endswith('.lock')] == []
+def downloaded_files(tmp_path) -> list[Path]:
+    return [path for path in (tmp_path / 'hub').rglob('*') if path.is_file() and path.suffix != '.lock']
+
+
+@pytest.mark.parametrize('cut', [1, 100, 10_000])
+@pytest.mark.parametrize('kind', ['zip', 'legacy', 'safetensors'])
+def test_a_download_that_is_cut_short_is_refused_and_leaves_nothing(server, tmp_path, kind, cut):
+    weights = original_weights(SMALL)
+    if kind == 'safetensors':
+        save_file(weights, tmp_path / 'served.pth')
+    else:
+        torch.save(weights, tmp_path / 'served.pth', _use_new_zipfile_serialization=kind == 'zip')
+    content = (tmp_path / 'served.pth').read_bytes()
+    server.content, server.said = content[:-cut], len(content)
+    with pytest.raises(UsageError, match=rf'^{server.address}/w.pth cannot be read .* download .*again') as error:
+        hub.download(f'{server.address}/w.pth')
+    assert '\n' not in str(error.value) and downloaded_files(tmp_path) == []
+    server.content = content
+    assert hub.download(f'{server.address}/w.pth').read_bytes() == content
+
+
+def test_a_web_page_is_refused_and_leaves_nothing(server, tmp_path):
+    server.content = b'<!DOCTYPE html><html>Log in</html>'
+    with pytest.raises(UsageError, match=f'^{server.address}/w.pth is a web page'):
+        hub.download(f'{server.address}/w.pth')
+    assert downloaded_files(tmp_path) == []
+
+
+def test_a_download_with_another_hash_is_refused_and_leaves_nothing(server, tmp_path):
+    with pytest.raises(UsageError, match=rf'cannot download {server.address}/w-0badc0de.pth .*hash.* save it as'):
+        hub.download(f'{server.address}/w-0badc0de.pth')
+    assert downloaded_files(tmp_path) == []
+
+
+def test_processes_download_once(server, tmp_path):
+    code = f'import torch; torch.hub.set_dir({str(tmp_path / "hub")!r}); from convnext_dense.checkpoints import hub; '
+    code += f'print(hub.download("{server.address}/w.pth"))'
+    processes = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, cwd=ROOT) for _ in range(3)]
+    paths = {process.communicate()[0] for process in processes}
+    assert server.asked == 1 and len(paths) == 1 and [process.returncode for process in processes] == [0, 0, 0]
 
 
 def test_a_date_in_the_name_is_no_hash(server):
@@ -524,7 +561,7 @@ def test_a_hash_in_the_name_is_checked(server):
 
 def test_weights_of_others_are_not_fetched():
     name = next(name for name in hub.WEIGHTS if name.startswith('dinov3'))
-    with pytest.raises(UsageError, match='ask at https://ai.meta.com'):
+    with pytest.raises(UsageError, match='request it at https://ai.meta.com'):
         hub.download(name)
 
 
