@@ -5,7 +5,9 @@ the scope `convnext_dense`, and then looks for mmdet's and mmseg's parts in it a
 shows our parts, whatever else has their names, and otherwise what the scope around it finds.
 """
 
-from mmengine.registry import DefaultScope, Registry, root
+from mmengine.registry import Registry, root
+
+from .mmengine_internals import default_scopes
 
 SCOPE = 'convnext_dense'
 
@@ -15,7 +17,7 @@ class ScopedView(Registry):
         ours = self.root.module_dict.get(key)
         if ours is not None and ours.__module__.split('.')[0] == SCOPE:
             return ours
-        scopes = [scope.scope_name for scope in DefaultScope._instance_dict.values() if scope.scope_name != SCOPE]
+        scopes = [name for name in default_scopes() if name != SCOPE]
         if not scopes:
             return self.root.get(key)
         with self.root.switch_scope_and_registry(scopes[-1]) as registry:

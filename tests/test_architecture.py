@@ -10,6 +10,7 @@ PACKAGE = Path(convnext_dense.__file__).parent
 # From the foundation up. Sub-packages in one entry do not import from each other.
 LAYERS = (
     {'errors'},
+    {'mmengine_internals'},
     {'registry', 'type_names', '_moved'},
     {'ops'},
     {'models'},

@@ -29,6 +29,7 @@ TOP_LEVEL_KEYS = {
     'total_batch',
 }
 TOP_LEVEL_KEYS |= {'activation_checkpointing', 'sync_bn', 'max_unreadable', 'env_cfg', 'randomness', 'experiment_name'}
+TOP_LEVEL_KEYS.add('health_check')
 RENAMED_KEYS = {'max_bad_images': 'max_unreadable'}  # of the top level: old name -> name
 # Classes and functions whose arguments a part of a config is that names no type.
 BUILT_WITHOUT_TYPE = {

@@ -11,6 +11,7 @@ from ..checkpoints.io import load_checkpoint
 from ..checkpoints.pretrained import naming_scheme_of
 from ..engine.build import resolve_checkpoint
 from ..engine.checkpoint_hook import LAST_CKPT_FILE
+from ..engine.progress import load_partition
 from ..engine.resume import OVERRIDE_KEY
 from ..errors import UsageError
 from ..type_names import short_name
@@ -104,7 +105,7 @@ def check_resume(
                 f'resume with its length, take the new schedules with --override, or start from its weights with '
                 f'--cfg-options load_from={checkpoint}'
             )
-    if 'layout' not in content['meta']:
+    if load_partition(content['meta']) is None:
         check_accumulation_unchanged(config, content['meta'], checkpoint)
     config[OVERRIDE_KEY] = override
     if settings is None:

@@ -6,6 +6,7 @@ from mmengine.config import Config
 
 from ..checkpoints.io import load_checkpoint
 from ..engine.checkpoint_hook import LAST_CKPT_FILE
+from ..engine.progress import load_partition
 from ..engine.work_dir_lock import lock_work_dir
 from .preflight import is_rank0
 from .recipe import recipe_id
@@ -25,7 +26,7 @@ def find_resume_checkpoint(work_dir: Path) -> str | None:
         here = work_dir / Path(named).name
         return str(here) if here.exists() else named
     found = {str(path): load_checkpoint(path) for path in work_dir.glob('*.pth')}
-    reached = {p: c['meta']['iter'] for p, c in found.items() if 'optimizer' in c and 'layout' in c.get('meta', {})}
+    reached = {p: c['meta']['iter'] for p, c in found.items() if 'optimizer' in c and load_partition(c.get('meta', {}))}
     return max(reached, key=reached.get, default=None)
 
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written atomically: completely or not at all."""
 
 import errno
 import os
@@ -14,70 +14,84 @@ DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DiskFullError(OSError):
-    """A file did not fit on its disk; the message says what is missing."""
+    """A file did not fit on its disk. The message says how much space is missing."""
 
 
 def write_atomic(path: str | Path, content: bytes) -> None:
-    """Write a file so that at any instant the old one or the new one is there, on the disk itself.
+    """Write a file so that at any instant either the old content or the new one is complete on disk.
+
+    Args:
+        path: The file. Its folder has to exist.
+        content: The new content.
 
     Raises:
-        NoRoom: the disk, or the quota on it, is full; what was there is untouched.
+        DiskFullError: The disk or the quota is full; the old file is unchanged.
     """
     path = Path(path)
-    part = path.with_name(path.name + TMP_SUFFIX)
+    tmp_path = path.with_name(path.name + TMP_SUFFIX)
     try:
-        with open(part, 'wb') as file:
+        with open(tmp_path, 'wb') as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name is safe when the folder is
+        os.replace(tmp_path, path)
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name is on disk when its folder is
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        tmp_path.unlink(missing_ok=True)
         if error.errno not in DISK_FULL_ERRNOS:
             raise
         free = shutil.disk_usage(path.parent).free
         missing = len(content) - free
-        said = f'{_mb(missing)} MB are missing' if missing > 0 else f'{error.strerror}, of {_mb(len(content))} MB'
-        raise DiskFullError(f'no room for {path}: {said}') from error
+        need = f'needs {_format_mb(missing)} more' if missing > 0 else f'needs {_format_mb(len(content))}'
+        reason = '' if missing > 0 else f' ({error.strerror})'  # a quota, of which the free space says nothing
+        raise DiskFullError(f'Disk full: {path} {need}{reason}') from error
 
 
-def _mb(size: int) -> str:
-    return f'{max(size / 2**20, 0.1):.1f}'
+def _format_mb(size: int) -> str:
+    return f'{max(size / 2**20, 0.1):.1f} MB'
 
 
 class AtomicLocalBackend(LocalBackend):
-    """mmengine's files on disks, written whole or not at all; what is to be removed waits for `clear`."""
+    """mmengine's file backend for local disks with atomic writes, whose deletions wait for `flush_deletes`.
+
+    Attributes:
+        pending_deletes (list[str]): Files to delete once what replaces them is written.
+    """
 
     def __init__(self):
-        self.outdated = []
+        self.pending_deletes: list[str] = []
 
     def put(self, obj: bytes, filepath) -> None:
+        """Write a file atomically, and the folders above it."""
         os.makedirs(os.path.dirname(filepath) or '.', exist_ok=True)
         write_atomic(filepath, obj)
 
     def remove(self, filepath) -> None:
-        self.outdated.append(str(filepath))
+        """Have a file deleted by the next `flush_deletes`."""
+        self.pending_deletes.append(str(filepath))
 
-    def clear(self) -> None:
-        while self.outdated:
-            Path(self.outdated.pop()).unlink(missing_ok=True)
+    def flush_deletes(self) -> None:
+        """Delete the files whose deletion was asked for."""
+        while self.pending_deletes:
+            Path(self.pending_deletes.pop()).unlink(missing_ok=True)
 
 
-register_backend('whole', AtomicLocalBackend, force=True)
+ATOMIC_BACKEND = 'convnext_dense.atomic'  # its name in `backend_args`
+register_backend(ATOMIC_BACKEND, AtomicLocalBackend, force=True)
 
 
 @contextmanager
 def warn_on_disk_full(runner) -> Iterator[None]:
+    """Context manager that turns the error of a full disk into a warning: losing a log is better than losing a run."""
     try:
         yield
     except OSError as error:
         if error.errno not in DISK_FULL_ERRNOS and not isinstance(error, DiskFullError):
             raise
         runner.logger.warning(
-            f'no room in {runner.work_dir} ({error.strerror or error}): figures are not logged; training goes on'
+            f'Disk full: {runner.work_dir} ({error.strerror or error}); metrics for this step were not logged'
         )

@@ -1,4 +1,4 @@
-"""Building the runner of a config, and loading the checkpoint that it starts from."""
+"""Build the runner of a config and load the checkpoint it starts from."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ from ..models.convnext import ConvNeXt
 from ..ops import dispatch
 from .runner import ResumableRunner
 
-# All from which mmengine loads checkpoints: what our loader does not find there is an error.
+# All prefixes for which mmengine has a loader; ours takes their place.
 LOADER_PREFIXES = (
     '',
     'http://',
@@ -34,31 +34,49 @@ LOADER_PREFIXES += ('pavi://', 's3://', r'(\S+\:)?s3://')
 
 
 def compile_backbones(model: nn.Module) -> None:
-    """Have the blocks of every ConvNeXt in a model compiled when they first run."""
+    """Compile the blocks of every ConvNeXt in a model with `torch.compile`, when they first run."""
     for module in model.modules():
         if isinstance(module, ConvNeXt):
             module.compile_blocks()
 
 
 def resolve_checkpoint(source: str) -> str:
-    """The file of a checkpoint, downloaded where `source` is a URL or a known name; UsageError where there is none."""
+    """The path of a checkpoint, which is downloaded if need be.
+
+    Args:
+        source: Path, URL, or name of a pretrained weight or released checkpoint.
+
+    Raises:
+        UsageError: `source` is none of these.
+    """
     if not os.path.isfile(source) and not is_url(source) and source not in WEIGHT_URLS:
-        raise UsageError(f"no checkpoint '{source}': give the path of a .pth file, a URL or a recipe's released name")
+        raise UsageError(
+            f"checkpoint '{source}' not found: give the path of a .pth file, a URL or the name of a released checkpoint"
+        )
     return str(download(source))
 
 
 def make_runner(config: Config, checkpoint: str | None = None) -> Runner:
-    """The runner of a config. `checkpoint` is a training or a model that it is going to load; without it that is the
-    config's `load_from`, whose heads may be another model's (other classes) while its backbone may not.
+    """Build the runner of a config and check that its checkpoint fits the model.
+
+    Args:
+        config: The config.
+        checkpoint: A checkpoint of the whole model, to resume or to test. Without it, the config's `load_from` is
+            checked, whose heads may differ (other classes) while its backbone may not.
+
+    Returns:
+        The runner; the checkpoint is loaded when it trains or tests.
 
     Raises:
-        UsageError: the file is not of the runner's model.
+        UsageError: The config cannot be built, or the checkpoint is of another model.
     """
     if not checkpoint and config.get('load_from'):
         config.load_from = resolve_checkpoint(config.load_from)
     file = checkpoint or config.get('load_from')
-    whole = {}  # the file of the whole model, with the model, once that is there
-    CheckpointLoader.register_scheme(prefixes=LOADER_PREFIXES, loader=_make_checkpoint_loader(whole), force=True)
+    models_by_file = {}  # filled below, once the model is built
+    CheckpointLoader.register_scheme(
+        prefixes=LOADER_PREFIXES, loader=_make_checkpoint_loader(models_by_file), force=True
+    )
     try:
         runner = RUNNERS.build(config) if 'runner_type' in config else ResumableRunner.from_cfg(config)
     except (KeyError, TypeError, AssertionError, ValueError, AttributeError) as error:
@@ -69,7 +87,7 @@ def make_runner(config: Config, checkpoint: str | None = None) -> Runner:
     if get_device() == 'cpu' and any(isinstance(module, ConvNeXt) for module in model.modules()):
         runner.logger.info(f'ConvNeXt on this CPU: {dispatch.described()}')
     if file:
-        whole[file] = model
+        models_by_file[file] = model
         backbones = tuple(f'{name}.' for name, module in model.named_modules() if isinstance(module, ConvNeXt))
         check_state_dict_matches(
             model, load_model_weights(load_checkpoint(file), file, model), file, ('',) if checkpoint else backbones
@@ -77,18 +95,22 @@ def make_runner(config: Config, checkpoint: str | None = None) -> Runner:
     return runner
 
 
-def _make_checkpoint_loader(whole: Mapping[str, nn.Module]) -> Callable[..., dict]:
-    """mmengine's loader of files for what our tools run: its own unpickles in full where the safe way fails, and a
-    resumed runner runs the config in the file. Of the files in `whole` come the weights of the models there, by the
-    names of these."""
+def _make_checkpoint_loader(models_by_file: Mapping[str, nn.Module]) -> Callable[..., dict]:
+    """A checkpoint loader for mmengine that never unpickles arbitrary objects.
+
+    It leaves out the config in the file, which mmengine would execute on resuming.
+
+    Args:
+        models_by_file: Models by the files whose weights are to be renamed to their parameter names.
+    """
 
     def load(filename: str, map_location=None) -> dict:
         if filename.startswith('torchvision://'):
             filename = get_torchvision_models()[filename.removeprefix('torchvision://')]
         content = load_checkpoint(resolve_checkpoint(filename), mapped=False)
-        clear_cache()  # from here on the run has its own
-        if filename in whole:
-            content['state_dict'] = load_model_weights(content, filename, whole[filename])
+        clear_cache()  # the run holds its own copy from here on
+        if filename in models_by_file:
+            content['state_dict'] = load_model_weights(content, filename, models_by_file[filename])
         if isinstance(content.get('meta'), dict):
             content['meta'] = {k: v for k, v in content['meta'].items() if k not in ('cfg', 'config')}
         return content

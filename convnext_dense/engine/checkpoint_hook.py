@@ -1,4 +1,4 @@
-"""Checkpoints that are written atomically and hold all that a run needs to continue."""
+"""Checkpoints that are written atomically, where an optimizer step ends, with all that a run needs to continue."""
 
 import copy
 import os
@@ -8,57 +8,110 @@ from pathlib import Path
 
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend
-from mmengine.hooks import CheckpointHook
+from mmengine.runner import EpochBasedTrainLoop
 
-from .atomic_files import TMP_SUFFIX, AtomicLocalBackend, DiskFullError, write_atomic
-from .progress import batch_partition, broadcast_from_rank0, gather_partial_grads
+from ..mmengine_internals import OverridableCheckpointHook
+from .atomic_files import ATOMIC_BACKEND, TMP_SUFFIX, AtomicLocalBackend, DiskFullError, write_atomic
+from .progress import batch_partition, broadcast_from_rank0, is_step_end, next_step_end, store_partition
 
-INTERRUPTED_CKPT = 'interrupted.pth'  # between the regular checkpoints; goes when the next of these is there
-LAST_CKPT_FILE = 'last_checkpoint'  # holds the path of the checkpoint to go on from
-CKPT_STATE_KEYS = (
-    'keep_ckpt_ids',
-    'last_ckpt',
-    'best_ckpt_path',
-    'best_ckpt_path_dict',
-)  # mmengine's books of checkpoints
+INTERRUPTED_CKPT = 'interrupted.pth'  # between regular checkpoints; deleted once the next of these is written
+LAST_CKPT_FILE = 'last_checkpoint'  # in the work dir: the path of the checkpoint to resume
+PENDING_DELETES_KEY = 'outdated_ckpts'  # in the message hub, and by that in checkpoints
+CKPT_STATE_KEYS = ('keep_ckpt_ids', 'last_ckpt', 'best_ckpt_path', 'best_ckpt_path_dict')  # attributes of the hook
 
 
-class AtomicCheckpointHook(CheckpointHook):
-    """mmengine's hook with checkpoints that are whole, and from which a run goes on as if it had not stopped: they hold
-    what gradients are added up so far, and how the batches were laid out."""
+class AtomicCheckpointHook(OverridableCheckpointHook):
+    """mmengine's hook with checkpoints from which a run continues as if it had not stopped.
 
-    _gradients, _depth = None, 0
+    Every file is complete or not there. Nothing is lost when the disk is full: what was there stays, and training
+    continues. Under gradient accumulation a checkpoint is written where an optimizer step ends, so that it never holds
+    partial gradients: one that is due between two steps is written at the end of the first of them. Until then only
+    gradients are accumulated, so its weights are those that the evaluation after it sees.
+    """
+
+    _is_writing = False
+    saved_iter = -1  # iterations that the latest regular or interrupted checkpoint holds
 
     def before_train(self, runner) -> None:
+        """Clean up what a killed run left, and find the best checkpoint in a work dir that has moved."""
         super().before_train(runner)
         if type(self.file_backend) is LocalBackend:
-            self.backend_args, self.file_backend = dict(backend='whole'), AtomicLocalBackend()
+            self.backend_args, self.file_backend = dict(backend=ATOMIC_BACKEND), AtomicLocalBackend()
         if is_main_process() and isinstance(self.file_backend, AtomicLocalBackend):
-            for part in Path(self.out_dir).glob(f'*.pth{TMP_SUFFIX}'):  # a kill in the middle of writing leaves these
-                part.unlink()
-            for path in runner.message_hub.runtime_info.get('outdated_ckpts', ()):  # and before removing, these
+            for path in Path(self.out_dir).glob(f'*.pth{TMP_SUFFIX}'):  # from a kill while writing
+                path.unlink()
+            for path in runner.message_hub.runtime_info.get(PENDING_DELETES_KEY, ()):  # from a kill before deleting
                 Path(path).unlink(missing_ok=True)
-            # The list itself: saved with a checkpoint, it says what that one replaces.
-            runner.message_hub.update_info('outdated_ckpts', self.file_backend.outdated)
-        if getattr(self, 'best_ckpt_path', None):  # beside the others, wherever the work dir was moved or copied
+            # The list itself: a checkpoint then holds which files it makes obsolete.
+            runner.message_hub.update_info(PENDING_DELETES_KEY, self.file_backend.pending_deletes)
+        if getattr(self, 'best_ckpt_path', None):
             self.best_ckpt_path = self.file_backend.join_path(self.out_dir, os.path.basename(self.best_ckpt_path))
 
-    def save_interrupted(self, runner, meta: dict) -> str | None:
-        """Save the state between regular checkpoints, counted by `meta`; None where the disk is full."""
-        with self._or_as_before(runner) as done:
-            self._write(runner, INTERRUPTED_CKPT, meta)
-            done.append(self.file_backend.join_path(self.out_dir, INTERRUPTED_CKPT))
-            self._point_at(runner, done[0])
-        return done[0] if done else None
+    def after_train_epoch(self, runner) -> None:
+        """Write the checkpoint of an epoch, unless `after_train_iter` did because no optimizer step ends here."""
+        if is_step_end(runner):
+            super().after_train_epoch(runner)
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Where an optimizer step ends, write what is due here or before the next one ends."""
+        if not is_step_end(runner):
+            return
+        super().after_train_iter(runner, batch_idx, data_batch, outputs)
+        iters = runner.iter + 1
+        step = self._step_due_early(runner, iters)
+        if step is not None and self.saved_iter != iters:
+            runner.logger.info(
+                f'Saving checkpoint {self.filename_tmpl.format(step)} at iteration {iters}, where its last complete '
+                'optimizer step ends'
+            )
+            self.write_regular(runner, step, dict(epoch=runner.epoch, iter=iters))
+
+    def _step_due_early(self, runner, iters: int) -> int | None:
+        """The number in the name of a checkpoint that is due before the next optimizer step ends; None if none is.
+
+        Args:
+            runner: The runner.
+            iters: Finished iterations.
+        """
+        upcoming = range(iters + 1, next_step_end(runner, iters))
+        if not self.by_epoch:
+            return iters if any(map(self._is_due, upcoming)) else None
+        if not isinstance(runner.train_loop, EpochBasedTrainLoop):
+            return None
+        length = len(runner.train_dataloader)
+        return max((i // length for i in upcoming if i % length == 0 and self._is_due(i // length)), default=None)
+
+    def _is_due(self, count: int) -> bool:
+        passed = count - self.save_begin
+        return self.interval > 0 and passed >= 0 and passed % self.interval == 0
+
+    def write_interrupted(self, runner, iters: int) -> str | None:
+        """Write a checkpoint between regular ones.
+
+        Args:
+            runner: The runner, at the end of an optimizer step.
+            iters: Finished iterations.
+
+        Returns:
+            Its path; None if the disk is full.
+        """
+        path = self.file_backend.join_path(self.out_dir, INTERRUPTED_CKPT)
+        with self._transaction(runner) as transaction:
+            self._write(runner, INTERRUPTED_CKPT, dict(epoch=runner.epoch, iter=iters))
+            self._write_last_checkpoint(runner, path)
+        if transaction['ok']:
+            self.saved_iter = iters
+        return path if transaction['ok'] else None
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        checkpoint['meta']['layout'] = batch_partition(runner)
-        if self._gradients is not None and 'optimizer' in checkpoint:
-            checkpoint['gradients'] = self._gradients
+        """Add the batch partition."""
+        store_partition(checkpoint['meta'], batch_partition(runner))
 
-    def _save_checkpoint_with_step(self, runner, step: int, meta: dict) -> None:
-        """As mmengine's, but what is outdated goes when the new one is there."""
-        with self._or_as_before(runner):
+    def write_regular(self, runner, step: int, meta: dict) -> None:
+        """As in mmengine, but files are deleted only once the new one is written."""
+        if not is_step_end(runner):
+            return  # after an evaluation between two steps: resuming repeats it, with the best checkpoint
+        with self._transaction(runner) as transaction:
             if self.max_keep_ckpts > 0 and not (self.keep_ckpt_ids and self.keep_ckpt_ids[-1] == step):
                 if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
                     self._remove(self.filename_tmpl.format(self.keep_ckpt_ids.popleft()))
@@ -70,12 +123,15 @@ class AtomicCheckpointHook(CheckpointHook):
             self._write(runner, name, meta)
             self.last_ckpt = path
             self._remove(INTERRUPTED_CKPT)
-            self._point_at(runner, path)
+            self._write_last_checkpoint(runner, path)
+        if transaction['ok']:
+            self.saved_iter = meta['iter']
 
-    def _save_best_checkpoint(self, runner, metrics: dict) -> None:
+    def write_best(self, runner, metrics: dict) -> None:
+        """As in mmengine, and all or nothing."""
         if self.save_best:
-            with self._or_as_before(runner):
-                super()._save_best_checkpoint(runner, metrics)
+            with self._transaction(runner):
+                super().write_best(runner, metrics)
 
     def _write(self, runner, name: str, meta: dict) -> None:
         runner.save_checkpoint(
@@ -90,7 +146,7 @@ class AtomicCheckpointHook(CheckpointHook):
             **self.args,
         )
 
-    def _point_at(self, runner, path: str) -> None:
+    def _write_last_checkpoint(self, runner, path: str) -> None:
         if is_main_process():
             write_atomic(os.path.join(runner.work_dir, LAST_CKPT_FILE), str(path).encode())
 
@@ -100,37 +156,41 @@ class AtomicCheckpointHook(CheckpointHook):
             self.file_backend.remove(path)
 
     @contextmanager
-    def _or_as_before(self, runner) -> Iterator[list]:
-        """Save on the first process; where there is no room, say so and leave all as it was, on every process."""
-        done = []
-        if self._depth:  # the best checkpoint has the last one saved again
-            yield done
+    def _transaction(self, runner) -> Iterator[dict]:
+        """Write files on rank 0; if the disk is full, warn and restore the state of before on all ranks.
+
+        Yields:
+            A dict whose 'ok' says afterwards whether all was written.
+        """
+        transaction = dict(ok=True)
+        if self._is_writing:  # the best checkpoint has the last one written again
+            yield transaction
             return
         hub = runner.message_hub.runtime_info
-        mine = copy.deepcopy({key: vars(self)[key] for key in CKPT_STATE_KEYS if key in vars(self)})
-        info = {key: hub[key] for key in hub if _is_managed(key)}
-        self._gradients, self._depth, full = gather_partial_grads(runner), 1, None
+        hook_state = copy.deepcopy({key: vars(self)[key] for key in CKPT_STATE_KEYS if key in vars(self)})
+        hub_state = {key: hub[key] for key in hub if _is_managed(key)}
+        self._is_writing, failure = True, None
         try:
-            yield done
+            yield transaction
         except DiskFullError as error:
-            full = str(error)
+            failure = str(error)
         finally:
-            self._gradients, self._depth = None, 0
-        full = broadcast_from_rank0(full, runner)
-        if full is None:
+            self._is_writing = False
+        failure = broadcast_from_rank0(failure, runner)
+        if failure is None:
             if is_main_process() and isinstance(self.file_backend, AtomicLocalBackend):
-                self.file_backend.clear()
+                self.file_backend.flush_deletes()
             return
-        done.clear()
-        for key in [key for key in hub if _is_managed(key) and key not in info]:
+        transaction['ok'] = False
+        for key in [key for key in hub if _is_managed(key) and key not in hub_state]:
             hub.pop(key)
-        hub.update(info)
-        vars(self).update(mine)
+        hub.update(hub_state)
+        vars(self).update(hook_state)
         if isinstance(self.file_backend, AtomicLocalBackend):
-            self.file_backend.outdated.clear()
-        last = self.last_ckpt or 'none yet'
-        runner.logger.warning(f'{full}; the last checkpoint stays: {last}; training goes on')
+            self.file_backend.pending_deletes.clear()
+        runner.logger.warning(f'{failure}. Keeping {self.last_ckpt or "no checkpoint yet"} and continuing')
 
 
 def _is_managed(key: str) -> bool:
+    """Whether a key of the message hub describes checkpoints."""
     return key in ('keep_ckpt_ids', 'last_ckpt') or key.startswith('best_')

@@ -1,4 +1,4 @@
-"""Console output that may end, or have no room, without ending a training."""
+"""Console and log output whose loss does not end a training."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ FILE_ONLY = ('\n' + '-' * 60 + '\nSystem environment:', 'Config:\n', 'Hooks will
 
 
 class UnbrokenStream:
-    """Standard output that drops what nobody reads any more, or has no room for, instead of ending a run."""
+    """Standard output that drops what cannot be written (closed pipe, full disk) instead of ending a run."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -19,28 +19,33 @@ class UnbrokenStream:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        return self._patiently('write', text) or len(text)
+        """Write text, or drop it; returns its length as streams do."""
+        return self._call_or_detach('write', text) or len(text)
 
     def flush(self) -> None:
-        self._patiently('flush')
+        """Flush what can be written."""
+        self._call_or_detach('flush')
 
-    def _patiently(self, method: str, *args):
+    def _call_or_detach(self, method: str, *args):
         try:
             return getattr(self.stream, method)(*args)
         except OSError as error:
             detach_stdout()
-            print(f'standard output is gone ({error.strerror}): the log goes on in its file', file=sys.stderr)
+            print(f'Cannot write to standard output ({error.strerror}); logging to the log file only', file=sys.stderr)
 
 
 def survive_closed_stdout() -> None:
-    """Have a long run go on when its standard output ends."""
+    """Let a training continue when its standard output is closed."""
     if not isinstance(sys.stdout, UnbrokenStream):
         sys.stdout = UnbrokenStream(sys.stdout)
 
 
 def silence_disk_full(logger: logging.Logger) -> None:
-    """Have a log file on a full disk, and output that nobody reads any more, say so once instead of with a traceback
-    for each line."""
+    """Have handlers that cannot write (full disk, closed pipe) warn once, instead of with a traceback per line.
+
+    Args:
+        logger: The logger of a run.
+    """
     for handler in logger.handlers:
         handler.handleError = partial(warn_once, handler)
 
@@ -60,20 +65,20 @@ def log_details_to_file_only(logger: logging.Logger) -> None:
 
 
 def warn_once(handler: logging.Handler, record: logging.LogRecord) -> None:
-    """Say that a handler cannot write, the first time."""
+    """Print that a handler cannot write, the first time it fails; called while its error is handled."""
     error, file = sys.exc_info()[1], getattr(handler, 'baseFilename', None)
     if file is None and isinstance(error, OSError):  # `| head`: what else is printed must not end the run
         detach_stdout()
-    if not getattr(handler, 'said', False):
-        handler.said = True
-        there = (
-            f'{file} cannot be written ({error}): the log is on the screen' if file else 'the log goes on in its file'
+    if not getattr(handler, 'has_warned', False):
+        handler.has_warned = True
+        message = (
+            f'Cannot write {file} ({error}); logging to the console only' if file else 'logging to the log file only'
         )
-        print(there, file=sys.stderr)
+        print(message, file=sys.stderr)
 
 
 def detach_stdout() -> None:
-    """Let standard output go nowhere once nobody reads it: it is written to again when Python ends."""
+    """Redirect standard output to the null device: Python flushes it once more when it exits."""
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)
     os.close(sink)

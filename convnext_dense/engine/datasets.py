@@ -1,4 +1,4 @@
-"""Training data sets that replace unreadable images, up to a limit, and name the file that failed."""
+"""Training data sets that replace unreadable images and name the file that failed."""
 
 import numpy as np
 from mmengine.dataset import BaseDataset
@@ -8,13 +8,19 @@ from mmengine.registry import DATASETS
 from ..errors import UnreadableImageError
 from .seeding import SeededIndex, seed_everything
 
-FILE_KEYS = ('img_path', 'seg_map_path')  # the files of a sample
-MAX_RESAMPLES = 20  # unreadable images in a row that a sample gets over
+FILE_KEYS = ('img_path', 'seg_map_path')  # of a sample's info: the files that its pipeline reads
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.jpe', '.jp2', '.ppm', '.pgm', '.pbm')
+MAX_RESAMPLES = 20  # attempts to replace an unreadable image, each with another random one
 
 
 class SeededDataset:
-    """Another data set, whose samples are seeded by the `Draw` that asks for them. An image that cannot be read is
-    replaced by another, and the sample's metainfo `replaced` says so."""
+    """Wraps a data set: a `SeededIndex` seeds the augmentations of its sample, and unreadable images are replaced.
+
+    A replaced sample lists the errors of the images that could not be read in its metainfo `replaced`.
+
+    Args:
+        dataset: Config of the data set.
+    """
 
     def __init__(self, dataset: dict):
         self.dataset = DATASETS.build(dataset)
@@ -33,24 +39,28 @@ class SeededDataset:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, draw: SeededIndex) -> dict:
-        seed_everything(*draw.key)
-        index, replaced = int(draw), []
+    def __getitem__(self, index: SeededIndex) -> dict:
+        seed_everything(*index.seed_key)
+        idx, errors = int(index), []
         for _ in range(MAX_RESAMPLES):
             try:
-                sample = self.dataset[index]
+                sample = self.dataset[idx]
             except UnreadableImageError as error:
-                replaced.append(str(error))
-                index = np.random.randint(len(self))
+                errors.append(str(error))
+                idx = np.random.randint(len(self))
                 continue
-            if replaced:
-                sample['data_samples'].set_metainfo(dict(replaced=replaced))
+            if errors:
+                sample['data_samples'].set_metainfo(dict(replaced=errors))
             return sample
-        raise UnreadableImageError(f'{MAX_RESAMPLES} images in a row cannot be read, the last is {replaced[-1]}')
+        raise UnreadableImageError(f'{MAX_RESAMPLES} images in a row cannot be read; the last one is {errors[-1]}')
 
 
 class PathReportingPipeline:
-    """The pipeline of a data set; where it fails on a file that cannot be read, the error names the file."""
+    """Wraps a transform pipeline so that an error caused by an unreadable file names the file.
+
+    Args:
+        pipeline: A callable from a sample's info to the sample.
+    """
 
     def __init__(self, pipeline):
         self.pipeline = pipeline
@@ -61,6 +71,7 @@ class PathReportingPipeline:
         return getattr(self.pipeline, name)
 
     def __call__(self, info: dict):
+        """Transform the info of a sample; raises UnreadableImageError where one of its files cannot be read."""
         paths = [info[key] for key in FILE_KEYS if isinstance(info.get(key), str)]
         try:
             return self.pipeline(info)
@@ -73,16 +84,23 @@ class PathReportingPipeline:
 
 
 def read_error(path: str) -> str | None:
-    """Why an image cannot be read; None where it can."""
+    """The reason why an image cannot be read.
+
+    Args:
+        path: Path or URL of the file.
+
+    Returns:
+        The reason, None if it can be read or is no image by its suffix.
+    """
     import mmcv  # beside the backbone nothing needs mmcv at import
 
     try:
         content = read_bytes(path)
         if not content:
-            return 'an empty file'
+            return 'the file is empty'
         if not path.lower().endswith(IMAGE_SUFFIXES):
             return None  # read by a pipeline of its own
-        return None if mmcv.imfrombytes(content, flag='unchanged') is not None else 'not an image, or a broken one'
+        return None if mmcv.imfrombytes(content, flag='unchanged') is not None else 'not a valid image'
     except OSError as error:
         return error.strerror or str(error)
     except Exception as error:  # decoders raise what they like
@@ -90,18 +108,20 @@ def read_error(path: str) -> str | None:
 
 
 def count_images(dataset) -> int:
-    """How many images a data set holds, however often it repeats them."""
-    parts = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
-    return sum(map(count_images, parts)) if parts[0] is not None else len(dataset)
+    """The number of different samples in a data set, without the repetitions of `RepeatDataset`."""
+    inner = inner_datasets(dataset)
+    return sum(map(count_images, inner)) if inner else len(dataset)
+
+
+def inner_datasets(dataset) -> list:
+    """The data sets that a wrapper such as `RepeatDataset` or `ConcatDataset` wraps, [] for a data set itself."""
+    single = getattr(dataset, 'dataset', None)
+    return list(getattr(dataset, 'datasets', None) or ([] if single is None else [single]))
 
 
 def wrap_pipelines(dataset) -> None:
-    """Have the pipelines of a data set, and of those it is made of, name the files that they cannot read."""
-    for inner in [getattr(dataset, 'dataset', None), *getattr(dataset, 'datasets', [])]:
-        if inner is not None:
-            wrap_pipelines(inner)
+    """Wrap the pipelines of a data set and of all it consists of in `PathReportingPipeline`."""
+    for inner in inner_datasets(dataset):
+        wrap_pipelines(inner)
     if isinstance(dataset, BaseDataset) and not isinstance(dataset.pipeline, PathReportingPipeline):
         dataset.pipeline = PathReportingPipeline(dataset.pipeline)
-
-
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.jpe', '.jp2', '.ppm', '.pgm', '.pbm')

@@ -1,112 +1,136 @@
-"""What ended a run, in one line with the fix."""
+"""Diagnose what ended a run, on which rank, in one line with a hint."""
 
 import copy
 import re
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import torch
-from mmengine.dist import get_world_size
+from mmengine.dist import get_rank, get_world_size
 
 from ..errors import LIBRARY_PACKAGES, one_line, package_of_frame
 from ..models.convnext import ConvNeXt
+from .atomic_files import write_atomic
 
-PEER_LOST_MESSAGE = 'another process of the run is gone'
+PEER_LOST_MESSAGE = 'lost connection to another rank'
 WORKER_DIED_RE = r'(?:DataLoader worker \(pid.*?\)|Pin memory thread) (exited unexpectedly|is killed by signal: \w+)'
 CONNECTION_LOST_RE = (
     'Connection closed by peer|Connection reset by peer|Broken pipe|Socket Timeout|Timed out waiting|Socket closed'
 )
 CONNECTION_ERRORS = (ConnectionError, TimeoutError)
+RANK_ERROR_FILE = 'ended_rank_{}.txt'  # in the log folder: why a rank ended
+RANK_ERROR_GRACE_S = 5  # seconds in which other ranks may write theirs
 
 
-def diagnose(error: Exception, model: torch.nn.Module | None = None, shape: tuple | None = None) -> str | None:
-    """What ended a run, in one line with the way out, for errors that torch words for its developers; else None.
+def diagnose(error: Exception, model: torch.nn.Module | None = None, input_shape: tuple | None = None) -> str | None:
+    """Explain an error that ended a run.
 
     Args:
-        model: the model that was trained.
-        shape: (N, C, H, W) of its last batch.
+        error: The error, with its traceback.
+        model: The model that was trained, for advice on memory.
+        input_shape: Shape (N, C, H, W) of its last batch, for the same.
+
+    Returns:
+        One line with the cause and a hint; None if the error is not one that torch words for its own developers (out of
+        memory, a dead DataLoader worker, a lost connection).
     """
     text = str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-        with suppress(Exception):  # advice, which may itself want memory, must not hide the cause
-            return f'out of memory{_memory_advice(model, shape)}'
+        with suppress(Exception):  # advice, which may itself run out of memory, must not hide the cause
+            return f'out of memory{_memory_advice(model, input_shape)}'
         return 'out of memory'
     worker = re.search(WORKER_DIED_RE, text)
     if worker or _is_worker_disconnect(error):
         sign = worker[1] if worker else text or 'end of file'
         return (
-            f'a process that reads data was ended from outside ({sign}), most often for want of memory: '
-            'fewer train_dataloader.num_workers, more shared memory (/dev/shm), or more memory for the job'
+            f'a DataLoader worker was killed ({sign}), usually because the machine ran out of memory: use fewer '
+            'train_dataloader.num_workers, more shared memory (/dev/shm) or more memory for the job'
         )
-    # No OSError comes from another process of the run: torch has errors of its own.
-    of_run = isinstance(error, torch.distributed.DistError) or re.search(CONNECTION_LOST_RE, text)
-    if get_world_size() > 1 and of_run and not isinstance(error, OSError):
+    # No OSError comes from another rank: torch has errors of its own.
+    from_peer = isinstance(error, torch.distributed.DistError) or re.search(CONNECTION_LOST_RE, text)
+    if get_world_size() > 1 and from_peer and not isinstance(error, OSError):
         return PEER_LOST_MESSAGE
-    lost = next(
+    return _diagnose_connection(error)
+
+
+def _diagnose_connection(error: Exception) -> str | None:
+    """Explain an error that comes from a lost connection, such as to a storage or a tracker; None for any other."""
+    cause = next(
         (e for e in _iter_causes(error) if isinstance(e, CONNECTION_ERRORS) or re.search(CONNECTION_LOST_RE, str(e))),
         None,
     )
-    if lost is None:
+    if cause is None:
         return None
-    whose = next((f' of {package}' for package in _iter_packages(error) if package not in LIBRARY_PACKAGES), '')
+    owner = next((f' of {package}' for package in _iter_packages(error) if package not in LIBRARY_PACKAGES), '')
     return (
-        f'a connection{whose} was lost ({type(lost).__name__}: {one_line(lost)}): see whether what it leads to is '
-        'there; --resume goes on from the last checkpoint, --debug shows the traceback'
+        f'a connection{owner} was lost ({type(cause).__name__}: {one_line(cause)}): check that the other end is up; '
+        '--resume continues from the last checkpoint, --debug shows the traceback'
     )
 
 
 def _iter_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, the one that it came of, and so on."""
+    """The error, its cause, the cause of that, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _iter_packages(error: BaseException) -> Iterator[str]:
-    """Whose code an error passed through, from the outermost call on, without Python's own."""
+    """The packages whose code an error passed through, from the outermost call on, without the standard library."""
     packages = (package_of_frame(frame) for frame, _ in traceback.walk_tb(error.__traceback__))
     return (package for package in packages if package not in sys.stdlib_module_names)
 
 
 def _is_worker_disconnect(error: Exception) -> bool:
-    """Whether a connection to a process that reads data was lost: torch's loader passes that on as it is where the
-    process is gone, but not yet seen as dead."""
+    """Whether the connection to a DataLoader worker was lost.
+
+    torch raises that as it is where the worker has ended but does not count as dead yet.
+    """
     frames = traceback.extract_tb(error.__traceback__)
-    lost = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))  # the last: its socket
-    return lost and any(frame.name == '_try_get_data' for frame in frames)
+    is_disconnect = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))  # the last: its socket
+    return is_disconnect and any(frame.name == '_try_get_data' for frame in frames)
 
 
-def _memory_advice(model: torch.nn.Module | None, shape: tuple | None) -> str:
-    """What would save memory, and how much of what the backbone keeps for its backward pass."""
+def _memory_advice(model: torch.nn.Module | None, input_shape: tuple | None) -> str:
+    """Settings that save memory, and how much of the activations that the backbone saves for its backward pass."""
     backbone = next((m for m in model.modules() if isinstance(m, ConvNeXt)), None) if model is not None else None
-    if backbone is None or shape is None:
+    if backbone is None or input_shape is None:
         return ''
-    now = saved_activation_bytes(backbone, shape)
-    knobs = {'--amp-dtype bfloat16 (on a GPU)': 0.5}
-    if shape[0] > 1:
-        knobs[f'train_dataloader.batch_size={shape[0] // 2} (batches are added up to the same total)'] = 0.5
-    ways = [f'{name} {_format_gb(share * now)}' for name, share in knobs.items()]
+    size = saved_activation_bytes(backbone, input_shape)
+    fractions = {'--amp-dtype bfloat16 (on a GPU)': 0.5}
+    if input_shape[0] > 1:
+        fractions[f'train_dataloader.batch_size={input_shape[0] // 2} (with gradient accumulation)'] = 0.5
+    hints = [f'{name} {_format_gb(fraction * size)}' for name, fraction in fractions.items()]
     if not backbone.with_cp:
-        saved = {scope: now - saved_activation_bytes(backbone, shape, scope) for scope in ('mlp', 'block')}
-        ways = [
-            f'model.backbone.with_cp=True model.backbone.cp_scope={scope} {_format_gb(size)}'
-            for scope, size in saved.items()
-        ] + ways
-    images = ' x '.join(str(n) for n in shape)
+        saved = {scope: size - saved_activation_bytes(backbone, input_shape, scope) for scope in ('mlp', 'block')}
+        with_cp = 'model.backbone.with_cp=True model.backbone.cp_scope'
+        hints = [f'{with_cp}={scope} {_format_gb(n)}' for scope, n in saved.items()] + hints
+    shape = ' x '.join(str(n) for n in input_shape)
     return (
-        f' with a batch of {images}: of the {_format_gb(now)} that the backbone keeps, {", ".join(ways)} would be saved'
+        f' with a batch of {shape}: of the {_format_gb(size)} that the backbone keeps, {", ".join(hints)} can be saved'
     )
 
 
-def saved_activation_bytes(backbone: ConvNeXt, shape: tuple, cp_scope: str | None = None) -> int:
-    """Bytes that a backbone, in its plain form, keeps for its backward pass of fp32 images N x C x H x W, with
-    activation checkpointing of `cp_scope` where given. Nothing is computed."""
-    kept = {}
+def saved_activation_bytes(backbone: ConvNeXt, input_shape: tuple, cp_scope: str | None = None) -> int:
+    """The memory of the activations that a backbone saves for its backward pass. Nothing is computed.
 
-    def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor
+    Args:
+        backbone: The backbone. Its reference implementation in float32 is assumed.
+        input_shape: Shape (N, C, H, W) of the images.
+        cp_scope: Scope of activation checkpointing, 'block' or 'mlp'; None for the backbone's own setting.
+
+    Returns:
+        Bytes.
+    """
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[id(storage)] = storage  # which is held here, so that no other one gets its id
         return tensor
 
     # Copied onto the meta device, tensor by tensor: this is asked for when memory has run out.
@@ -117,12 +141,39 @@ def saved_activation_bytes(backbone: ConvNeXt, shape: tuple, cp_scope: str | Non
     twin = copy.deepcopy(backbone, memo).train()
     if cp_scope is not None:
         twin.with_cp, twin.cp_scope = True, cp_scope
-    own = {p.untyped_storage()._cdata for p in twin.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = twin(torch.empty(shape, device='meta'))
+    parameters = [p.untyped_storage() for p in twin.parameters()]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = twin(torch.empty(input_shape, device='meta'))
     del outputs
-    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
+    own = set(map(id, parameters))
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in own)
 
 
 def _format_gb(size: float) -> str:
     return f'{size / 2**30:.2f} GB'
+
+
+def collect_rank_errors(folder: Path, message: str | None, error: Exception) -> str | None:
+    """Explain what ended a distributed run: which rank failed first, and why.
+
+    Each rank writes its error to the log folder; those that only lost the connection to another one read that one's.
+
+    Args:
+        folder: The log folder, which all ranks share.
+        message: The diagnosis of this rank's error, None if there is none.
+        error: This rank's error.
+
+    Returns:
+        One line; None if this rank failed first and its error has no diagnosis.
+    """
+    with suppress(OSError):
+        write_atomic(folder / RANK_ERROR_FILE.format(get_rank()), (message or one_line(error)).encode())
+    if message != PEER_LOST_MESSAGE:
+        return message and f'rank {get_rank()}: {message}'
+    time.sleep(RANK_ERROR_GRACE_S)
+    messages = {int(path.stem.split('_')[-1]): path.read_text() for path in folder.glob(RANK_ERROR_FILE.format('*'))}
+    causes = [f'rank {rank}: {text}' for rank, text in sorted(messages.items()) if text != PEER_LOST_MESSAGE]
+    missing_ranks = [str(rank) for rank in range(get_world_size()) if rank not in messages]
+    if not causes and missing_ranks:
+        causes = [f'rank {" and ".join(missing_ranks)} exited without an error message (killed or out of memory)']
+    return f'{PEER_LOST_MESSAGE}: {causes[0]}' if causes else PEER_LOST_MESSAGE

@@ -1,4 +1,8 @@
-"""Training health checks: signals, unreadable images, losses and gradients that are not finite."""
+"""Training health checks.
+
+Save a checkpoint on SIGTERM and SIGINT, replace unreadable images up to a limit, and skip optimizer steps whose loss or
+gradients are not finite.
+"""
 
 import math
 import os
@@ -10,17 +14,19 @@ from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import EMAHook, Hook
 
 from ..errors import RunInterrupted, TrainingError
+from ..mmengine_internals import accumulation_steps, gradient_norms
 from .checkpoint_hook import AtomicCheckpointHook
 from .datasets import count_images
-from .progress import is_update_step
+from .progress import is_step_end
 from .seeding import seed_everything
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-MAX_CONSECUTIVE_NONFINITE = 3  # updates in a row that losses or gradients that are no numbers may cost
-MAX_ZERO_LOSS_STEPS = 50  # optimizer steps in a row of a loss of 0 that are no chance
+MAX_CONSECUTIVE_NONFINITE = 3  # optimizer steps in a row that may be skipped
+MAX_ZERO_LOSS_STEPS = 50  # optimizer steps in a row with a loss of 0 that are no coincidence
+MAX_LISTED_IMAGES = 4  # images that a message names
 ZERO_LOSS_CAUSES = (
-    'all labels are ignored (255, or 0 with reduce_zero_label), there is a single class, or boxes are all filtered out '
-    '(filter_cfg, crowds): tools/check_data.py --data PATH says what is there'
+    'all labels are ignored (255, or 0 with reduce_zero_label), there is a single class, or all boxes are filtered out '
+    '(filter_cfg, crowds); check the data with tools/check_data.py --data PATH'
 )
 NONFINITE_CAUSES = (
     'a learning rate that is too high (now {lr:.3g}), half precision (--amp-dtype bfloat16 or float32), '
@@ -29,205 +35,259 @@ NONFINITE_CAUSES = (
 
 
 class HealthCheckHook(Hook):
-    """Watches every iteration, in all processes at once. It looks before other hooks do, so that none keeps what is
-    wrong; `ActHook` has it act when all of them are done.
+    """Checks every training iteration, on all ranks together.
+
+    It checks before other hooks run, so that none of them keeps a bad value; `HealthActionHook` lets it act when all of
+    them are done. Used as a context manager around the training, which restores signal handlers.
 
     Args:
-        max_bad_images: images that may turn out unreadable, as a share of the training data (below 1) or their number.
+        max_unreadable: Images that may be unreadable, as a fraction of the training set (below 1) or as a number.
+        check_values: Whether losses, gradients and buffers are checked. Without, signals and unreadable images are
+            still handled, and values that are not finite reach the weights.
     """
 
     priority = 'VERY_HIGH'
 
-    def __init__(self, max_bad_images: float | int = 0.001):
-        self.max_bad_images = max_bad_images
-        self.signal, self.shape, self.launcher = None, None, None
-        self.bad_images = {}  # path: why, of all processes
-        self.wrong_updates, self.wrong, self.wrong_images = 0, False, []
-        self._skipped, self._stop = False, 0
-        self.zero_steps, self._nonzero, self._zero_said = 0, False, False
-        self._before, self._group, self._handle = {}, None, None
+    def __init__(self, max_unreadable: float | int = 0.001, check_values: bool = True):
+        self.max_unreadable, self.check_values = max_unreadable, check_values
+        self.signum: int | None = None  # of the signal that this rank received
+        self.input_shape: tuple | None = None  # (N, C, H, W) of the latest batch
+        self.unreadable: dict[str, str] = {}  # reason by path, of all ranks
+        self.nonfinite_steps = 0  # skipped in a row
+        self.zero_steps = 0  # with a loss of 0, in a row
+        self._nonfinite, self._nonfinite_images, self._skipped_step = False, [], False  # since the last step
+        self._nonzero_loss, self._zero_warned, self._wait_announced = False, False, False
+        self._stop_requested, self._new_unreadable, self._any_new_unreadable = False, {}, False
+        self._buffers, self._buffer_copies = [], []
+        self._handlers, self._step_hook_handle, self._group, self._launcher_pid = {}, None, None, None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        if self._handle:
-            self._handle.remove()
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+        if self._step_hook_handle:
+            self._step_hook_handle.remove()
 
     def before_train(self, runner) -> None:
-        self.launcher = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
+        """Install signal handlers and the check of gradients."""
+        self._launcher_pid = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
         self._group = runner.cpu_group
-        self.allowed = self.max_bad_images
-        if self.max_bad_images < 1:
-            self.allowed = math.ceil(self.max_bad_images * count_images(runner.train_dataloader.dataset))
-        self._saver = next((hook for hook in runner.hooks if isinstance(hook, AtomicCheckpointHook)), None)
-        self._buffers = [b for b in runner.model.buffers() if b.is_floating_point()]
+        self._max_unreadable_count = self.max_unreadable
+        if self.max_unreadable < 1:
+            self._max_unreadable_count = math.ceil(self.max_unreadable * count_images(runner.train_dataloader.dataset))
+        self._checkpoint_hook = next((hook for hook in runner.hooks if isinstance(hook, AtomicCheckpointHook)), None)
         optimizer = getattr(runner.optim_wrapper, 'optimizer', None)
-        if optimizer is not None:
-            self._handle = optimizer.register_step_pre_hook(self._before_step)
+        if self.check_values:
+            self._buffers = [b for b in runner.model.buffers() if b.is_floating_point()]
+            if optimizer is not None:
+                self._step_hook_handle = optimizer.register_step_pre_hook(self._check_gradients)
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self._before[number] = signal.signal(number, self._receive)
+            for signum in SIGNALS:
+                self._handlers[signum] = signal.signal(signum, self._on_signal)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        seed_everything(runner.seed, runner.iter, get_rank(), 1)  # drop path, dropout, samplers: not what went before
-        self._kept = [b.clone() for b in self._buffers]
-        self.shape = _batch_shape(data_batch)
+        """Seed the iteration and remember what a bad batch would change."""
+        seed_everything(runner.seed, runner.iter, get_rank(), 1)  # drop path, dropout: whatever ran before
+        self._buffer_copies = [b.clone() for b in self._buffers]
+        self.input_shape = _input_shape(data_batch)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        loss = float(torch.as_tensor((outputs or {}).get('loss', 1.0)).detach().float().abs().sum())
-        wrong = not math.isfinite(loss)
-        replaced = [line for s in _data_samples(data_batch) for line in s.metainfo.get('replaced', ())]
-        self._new = dict(line.rsplit(': ', 1) for line in replaced)
-        self._new = {path: why for path, why in self._new.items() if path not in self.bad_images}
-        self._stop, any_wrong, self._any_new, nonzero = self._of_all(
-            self._asked(), wrong or self._skipped, len(self._new), loss != 0
+        """Check the iteration on all ranks, and undo what a bad batch changed in the buffers."""
+        loss = _loss_magnitude(outputs) if self.check_values else 1.0
+        replaced = [line for sample in _data_samples(data_batch) for line in sample.metainfo.get('replaced', ())]
+        reasons = dict(line.rsplit(': ', 1) for line in replaced)
+        self._new_unreadable = {path: reason for path, reason in reasons.items() if path not in self.unreadable}
+        self._stop_requested, any_nonfinite, self._any_new_unreadable, any_nonzero = self._all_reduce_sum(
+            self._requested_signal(),
+            not math.isfinite(loss) or self._skipped_step,
+            len(self._new_unreadable),
+            loss != 0,
         )
-        self._nonzero = self._nonzero or bool(nonzero)
-        if wrong:
-            self.wrong_images += [
-                s.metainfo.get('img_path', 'an image without a path') for s in _data_samples(data_batch)
+        self._nonzero_loss = self._nonzero_loss or bool(any_nonzero)
+        if not math.isfinite(loss):
+            self._nonfinite_images += [
+                sample.metainfo.get('img_path', 'an image without a path') for sample in _data_samples(data_batch)
             ]
-        if any_wrong:
-            for buffer, kept in zip(self._buffers, self._kept):
-                buffer.copy_(kept)
-        self.wrong = self.wrong or bool(any_wrong)
+        if any_nonfinite:
+            self._nonfinite = True
+            for buffer, saved in zip(self._buffers, self._buffer_copies):
+                buffer.copy_(saved)
 
-    def act(self, runner) -> None:
-        """Count images and updates, and stop the run where it must."""
-        if self._any_new:
-            self._count(runner, self._new)
-        if is_update_step(runner):
-            self._judge(runner)
-            self._count_zeros(runner)
-        if self._stop:
-            self._leave(runner, runner.iter + 1)
+    def apply(self, runner) -> None:
+        """Count what was found, and stop the run if it must; it is stopped where an optimizer step ends."""
+        if self._any_new_unreadable:
+            self._record_unreadable(runner)
+        if not is_step_end(runner):
+            self._announce_wait(runner)
+            return
+        self._check_nonfinite(runner)
+        self._check_zero_loss(runner)
+        self._check_unreadable(runner)
+        if self._stop_requested:
+            self._stop(runner, runner.iter + 1)
 
     def before_val_epoch(self, runner) -> None:
-        self._shared = min(self._together(len(runner.val_dataloader)))  # processes may have one batch more or less
+        """Find the number of batches that all ranks have; some may have one more."""
+        self._common_batches = min(self._all_gather(len(runner.val_dataloader)))
 
     def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        if batch_idx < self._shared and self._of_all(self._asked())[0]:
-            for hook in runner.hooks:
-                if isinstance(hook, EMAHook):  # it lends the model its averages while that is evaluated
-                    hook.after_val_epoch(runner)
-            self._leave(runner, runner.iter)
+        """Stop during an evaluation, if the state of the run can be saved there or is saved already."""
+        if batch_idx >= self._common_batches or not self._all_reduce_sum(self._requested_signal())[0]:
+            return
+        if not is_step_end(runner) and not self._is_last_step_saved(runner):
+            self._stop_requested = True
+            self._announce_wait(runner)
+            return
+        for hook in runner.hooks:
+            if isinstance(hook, EMAHook):  # it swaps the averaged weights in for the evaluation
+                hook.after_val_epoch(runner)
+        self._stop(runner, runner.iter)
 
-    def _receive(self, number, frame) -> None:
-        if self.signal == signal.SIGINT == number:
-            raise KeyboardInterrupt  # asked twice: at once
-        self.signal = number
+    def _on_signal(self, signum, frame) -> None:
+        if self.signum == signal.SIGINT == signum:
+            raise KeyboardInterrupt  # pressed twice: exit at once
+        self.signum = signum
 
-    def _asked(self) -> int:
-        """The signal that asks this process to stop, 0 without one; as of its terminal where torchrun itself is gone,
-        which would have ended its processes with it."""
-        gone = self.launcher is not None and os.getppid() != self.launcher
-        return self.signal or (signal.SIGHUP if gone else 0)
+    def _requested_signal(self) -> int:
+        """The signal that asks this rank to stop, 0 if there is none.
 
-    def _before_step(self, optimizer, args, kwargs) -> None:
-        """Leave out an update by gradients that are no numbers: they are the same in all processes."""
+        It is SIGHUP if torchrun died, which would have stopped its ranks.
+        """
+        orphaned = self._launcher_pid is not None and os.getppid() != self._launcher_pid
+        return self.signum or (signal.SIGHUP if orphaned else 0)
+
+    def _announce_wait(self, runner) -> None:
+        """Say, once, that a requested stop waits for the end of an optimizer step."""
+        if self._stop_requested and not self._wait_announced:
+            self._wait_announced = True
+            runner.logger.info(
+                'Stop requested: the run is saved where the current optimizer step ends; press Ctrl-C twice to exit '
+                'at once'
+            )
+
+    def _is_last_step_saved(self, runner) -> bool:
+        """Whether a checkpoint holds the run as it was where the last optimizer step ended."""
+        last_step_end = runner.iter - runner.iter % accumulation_steps(runner.optim_wrapper)
+        return self._checkpoint_hook is not None and self._checkpoint_hook.saved_iter == last_step_end
+
+    def _check_gradients(self, optimizer, args, kwargs) -> None:
+        """Skip an optimizer step with gradients that are not finite, which are the same on all ranks."""
         if getattr(optimizer, 'found_inf', None) is not None:
-            return  # a fused optimizer does so itself, and gradients still have the scale of mixed precision
-        gradients = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
-        self._skipped = bool(gradients) and not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
-        if self._skipped:
+            return  # a fused optimizer does so itself, and the gradients still have the scale of mixed precision
+        grads = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
+        self._skipped_step = bool(grads) and not bool(gradient_norms(grads).isfinite().all())
+        if self._skipped_step:
             optimizer.zero_grad(set_to_none=True)
 
-    def _of_all(self, *numbers: int) -> list[int]:
-        """The sums of whole numbers over all processes."""
+    def _all_reduce_sum(self, *numbers: int) -> list[int]:
+        """The sum of each of some integers over all ranks."""
         if self._group is None:
             return [int(number) for number in numbers]
         sums = torch.tensor([int(number) for number in numbers])
         torch.distributed.all_reduce(sums, group=self._group)
         return sums.tolist()
 
-    def _together(self, own) -> list:
+    def _all_gather(self, value) -> list:
+        """The values that all ranks have, in their order."""
         if self._group is None:
-            return [own]
-        every = [None] * get_world_size()
-        torch.distributed.all_gather_object(every, own, group=self._group)
-        return every
+            return [value]
+        values = [None] * get_world_size()
+        torch.distributed.all_gather_object(values, value, group=self._group)
+        return values
 
-    def _count(self, runner, new: dict) -> None:
-        for found in self._together(new):
-            for path, why in found.items():
-                if path not in self.bad_images:
-                    self.bad_images[path] = why
-                    count = f'{len(self.bad_images)} of at most {self.allowed}'
-                    runner.logger.warning(f'{path}: {why}: another image takes its place ({count})')
-        if len(self.bad_images) > self.allowed:
-            path, why = list(self.bad_images.items())[-1]
+    def _record_unreadable(self, runner) -> None:
+        for reasons in self._all_gather(self._new_unreadable):
+            for path, reason in reasons.items():
+                if path not in self.unreadable:
+                    self.unreadable[path] = reason
+                    count = f'{len(self.unreadable)}/{self._max_unreadable_count} allowed'
+                    runner.logger.warning(f'{path}: {reason}; replaced by another sample ({count})')
+
+    def _check_unreadable(self, runner) -> None:
+        if len(self.unreadable) > self._max_unreadable_count:
+            path, reason = list(self.unreadable.items())[-1]
             saved = self._save(runner, runner.iter + 1)
             raise TrainingError(
-                f'{len(self.bad_images)} images cannot be read, the last is {path}: {why}; at most {self.allowed} may '
-                f'be replaced by others (--max-unreadable); {saved}'
+                f'{len(self.unreadable)} images cannot be read, the last one is {path}: {reason}; at most '
+                f'{self._max_unreadable_count} may be replaced (--max-unreadable). {saved}'
             )
 
-    def _judge(self, runner) -> None:
-        """Count updates left out in a row; the weights stayed as they were."""
-        images = [name for names in self._together(self.wrong_images) for name in names] if self.wrong else []
-        self.wrong_updates = self.wrong_updates + 1 if self.wrong else 0
-        if self.wrong:
-            of = f' of {", ".join(images[:4])}' if images else ''
-            then = ': this update is left out' if self._skipped else ''
-            runner.logger.warning(f'the loss or a gradient{of} is NaN or Inf{then}')
-        if self.wrong_updates >= MAX_CONSECUTIVE_NONFINITE:
+    def _check_nonfinite(self, runner) -> None:
+        """Count skipped optimizer steps; the weights stayed as they were."""
+        images = []
+        if self._nonfinite:
+            images = [name for names in self._all_gather(self._nonfinite_images) for name in names]
+            of_images = f' ({", ".join(images[:MAX_LISTED_IMAGES])})' if images else ''
+            skipped = ': optimizer step skipped' if self._skipped_step else ''
+            runner.logger.warning(f'Non-finite loss or gradient{of_images}{skipped}')
+        self.nonfinite_steps = self.nonfinite_steps + 1 if self._nonfinite else 0
+        if self.nonfinite_steps >= MAX_CONSECUTIVE_NONFINITE:
             lr = max(lr for lrs in runner.optim_wrapper.get_lr().values() for lr in lrs)
             saved = self._save(runner, runner.iter + 1)
-            of = f', the last of {", ".join(images[:4])}' if images else ''
+            last_images = f', the last one of {", ".join(images[:MAX_LISTED_IMAGES])}' if images else ''
             raise TrainingError(
-                f'the loss or a gradient was NaN or Inf in {MAX_CONSECUTIVE_NONFINITE} updates in a row{of}; likely '
-                f'causes: {NONFINITE_CAUSES.format(lr=lr)}; {saved}'
+                f'non-finite loss or gradient in {MAX_CONSECUTIVE_NONFINITE} optimizer steps in a row{last_images}; '
+                f'likely causes: {NONFINITE_CAUSES.format(lr=lr)}. {saved}'
             )
-        self.wrong, self.wrong_images, self._skipped = False, [], False
+        self._nonfinite, self._nonfinite_images, self._skipped_step = False, [], False
 
-    def _count_zeros(self, runner) -> None:
-        """Warn, once, of a loss that is exactly 0 for long, in all processes: nothing is learned."""
-        self.zero_steps = 0 if self._nonzero else self.zero_steps + 1
-        self._nonzero = False
-        if self.zero_steps == MAX_ZERO_LOSS_STEPS and not self._zero_said:
-            self._zero_said = True
+    def _check_zero_loss(self, runner) -> None:
+        """Warn, once, if the loss stays exactly 0 on all ranks: nothing is learned."""
+        self.zero_steps = 0 if self._nonzero_loss else self.zero_steps + 1
+        self._nonzero_loss = False
+        if self.zero_steps == MAX_ZERO_LOSS_STEPS and not self._zero_warned:
+            self._zero_warned = True
             runner.logger.warning(
-                f'the loss was exactly 0 in {MAX_ZERO_LOSS_STEPS} optimizer steps in a row: nothing is learned; likely '
+                f'The loss was exactly 0 in {MAX_ZERO_LOSS_STEPS} optimizer steps in a row: nothing is learned. Likely '
                 f'causes: {ZERO_LOSS_CAUSES}'
             )
 
-    def _leave(self, runner, iteration: int) -> None:
-        number = self._asked() or signal.SIGTERM  # the first of another process
-        name = signal.Signals(number).name
-        raise RunInterrupted(f'stopped by {name}: {self._save(runner, iteration)}', number)
+    def _stop(self, runner, iters: int) -> None:
+        signum = self._requested_signal() or signal.SIGTERM  # another rank received it
+        raise RunInterrupted(f'stopped by {signal.Signals(signum).name}. {self._save(runner, iters)}', signum)
 
-    def _save(self, runner, iteration: int) -> str:
-        if self._saver is None:
-            return 'nothing was saved, as the config has no CheckpointHook of mmengine'
-        path = self._saver.save_interrupted(runner, dict(epoch=runner.epoch, iter=iteration))
-        self._of_all(0)  # none leaves before the first process has written: launchers end all when one does
-        last = path or self._saver.last_ckpt
-        return f'{last} holds the run, --resume goes on with it' if last else 'there was no room to save'
+    def _save(self, runner, iters: int) -> str:
+        """Save the run after `iters` iterations, unless it is saved; returns what to tell the user."""
+        hook = self._checkpoint_hook
+        if hook is None:
+            return "Nothing was saved, as the config has no CheckpointHook of mmengine's"
+        path = hook.write_interrupted(runner, iters) if is_step_end(runner) else None
+        self._all_reduce_sum(0)  # no rank exits before rank 0 has written: launchers stop all when one does
+        path = path or hook.last_ckpt
+        return f'Saved {path}; resume with --resume' if path else 'Could not save a checkpoint: disk full'
 
 
 class HealthActionHook(Hook):
-    """Has the guard act after all other hooks: what it saves is then as they left it."""
+    """Lets the health check act after all other hooks, so that it saves the state as they left it.
+
+    Args:
+        health_check: The hook that checked the iteration.
+    """
 
     priority = 'LOWEST'
 
-    def __init__(self, guard: HealthCheckHook):
-        self.guard = guard
+    def __init__(self, health_check: HealthCheckHook):
+        self.health_check = health_check
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        self.guard.act(runner)
+        """Act on the result of the checks."""
+        self.health_check.apply(runner)
+
+
+def _loss_magnitude(outputs: dict | None) -> float:
+    return float(torch.as_tensor((outputs or {}).get('loss', 1.0)).detach().float().abs().sum())
 
 
 def _data_samples(data_batch) -> list:
-    """The data samples of a batch, whose metainfo says where they come from."""
+    """The data samples of a batch, whose metainfo holds the path of their image."""
     samples = data_batch.get('data_samples', ()) if isinstance(data_batch, dict) else ()
     return [sample for sample in samples if hasattr(sample, 'metainfo')]
 
 
-def _batch_shape(data_batch) -> tuple | None:
-    """N x C x H x W of the images of a batch, padded to the largest."""
+def _input_shape(data_batch) -> tuple | None:
+    """The shape (N, C, H, W) of the images of a batch, padded to the largest; None if it is not known."""
     images = data_batch.get('inputs') if isinstance(data_batch, dict) else None
     if images is None or not len(images) or not all(hasattr(image, 'shape') for image in images):
         return None

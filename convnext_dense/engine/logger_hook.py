@@ -6,12 +6,14 @@ from .atomic_files import warn_on_disk_full
 
 
 class DiskFullTolerantLoggerHook(LoggerHook):
-    """mmengine's hook; where the disk is full, what it would log is lost, not the run."""
+    """mmengine's hook; a full disk costs the metrics of a step, not the run."""
 
     def after_train_iter(self, runner, *args, **kwargs) -> None:
+        """Log training metrics."""
         with warn_on_disk_full(runner):
             super().after_train_iter(runner, *args, **kwargs)
 
     def after_val_epoch(self, runner, *args, **kwargs) -> None:
+        """Log evaluation metrics."""
         with warn_on_disk_full(runner):
             super().after_val_epoch(runner, *args, **kwargs)

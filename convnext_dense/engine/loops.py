@@ -4,29 +4,34 @@ import torch
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
 from ..errors import UsageError
+from ..mmengine_internals import advance_epoch
 from .samplers import EMPTY_LOADER_MESSAGE
 
 
 class ResumableEpochLoop(EpochBasedTrainLoop):
-    """mmengine's loop; a run that stopped in the middle of an epoch goes on there."""
+    """mmengine's epoch-based loop, which resumes in the middle of an epoch."""
+
+    _iters_done = 0  # of the epoch that comes next
 
     def run(self) -> torch.nn.Module:
-        self._done = self._iter - self._epoch * len(self.dataloader)
+        """Train from where the run is to its end."""
+        self._iters_done = self.iter - self.epoch * len(self.dataloader)
         return super().run()
 
     def run_epoch(self) -> None:
-        done, self._done = self._done, 0  # of the first epoch alone
+        """Train one epoch, or the rest of the one that the run stopped in."""
+        iters_done, self._iters_done = self._iters_done, 0
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
-        self.dataloader.batch_sampler.skip(done)
-        for idx, data_batch in enumerate(self.dataloader, done):
+        self.dataloader.batch_sampler.skip(iters_done)
+        for idx, data_batch in enumerate(self.dataloader, iters_done):
             self.run_iter(idx, data_batch)
         self.runner.call_hook('after_train_epoch')
-        self._epoch += 1
+        advance_epoch(self)
 
 
 class ResumableIterLoop(IterBasedTrainLoop):
-    """mmengine's loop; a run that is resumed skips what it has seen without reading it."""
+    """mmengine's iteration-based loop, which on resuming skips batches without reading them."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -38,14 +43,18 @@ LOOP_OVERRIDES = {'EpochBasedTrainLoop': ResumableEpochLoop, 'IterBasedTrainLoop
 
 
 class ResumableBatchIterator:
-    """Batches without end, from the one on at which a loop that counts iterations begins."""
+    """An endless iterator over batches that starts at the iteration of its loop.
+
+    Args:
+        loop: The loop.
+    """
 
     def __init__(self, loop: ResumableIterLoop):
         self.loop, self.loader = loop, loop.dataloader
         self.skipped, self.epoch, self.batches = 0, 0, None
 
     def skip_iter(self, n: int) -> None:
-        """mmengine from 0.10.12 on asks for batches to be skipped; before, it takes as many and drops them."""
+        """Skip `n` batches. mmengine calls this from 0.10.12 on; earlier versions take as many and drop them."""
         self.skipped = n
 
     def __iter__(self):

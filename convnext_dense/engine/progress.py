@@ -1,64 +1,114 @@
-"""How far a run is, in epochs, iterations and optimizer steps, and how its batches are partitioned."""
+"""How far a run is in epochs, iterations and optimizer steps, and how its data are divided into batches."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
 import torch
-from mmengine.dist import get_rank, get_world_size
+from mmengine.dist import get_world_size
 from mmengine.runner import EpochBasedTrainLoop
 
+from ..mmengine_internals import accumulation_steps
 from .datasets import count_images
 from .samplers import order_digest
 
+PARTITION_KEY = 'batch_partition'  # in the meta of a checkpoint
+OLD_PARTITION_KEY = 'layout'  # its name until version 0.1, with these names
+OLD_NAMES = {
+    'processes': 'world_size',
+    'images': 'batch_size',
+    'accumulation': 'accumulation_steps',
+    'batches': 'iters_per_epoch',
+    'samples': 'num_images',
+    'order': 'order_digest',
+}
 
-def batch_partition(runner) -> dict:
-    """How a run's batches are laid out: what its count of iterations means."""
+
+@dataclass(frozen=True)
+class BatchPartition:
+    """How a run divides its data into batches, which gives its iteration counter a meaning.
+
+    Attributes:
+        world_size: Number of ranks.
+        batch_size: Images per rank and iteration.
+        accumulation_steps: Iterations per optimizer step.
+        iters_per_epoch: Iterations per epoch.
+        num_images: Images in the data set.
+        order_digest: See `samplers.order_digest`; '' where it is not known.
+    """
+
+    world_size: int
+    batch_size: int
+    accumulation_steps: int
+    iters_per_epoch: int
+    num_images: int
+    order_digest: str = ''
+
+    @property
+    def global_batch(self) -> int:
+        """Images per iteration over all ranks."""
+        return self.world_size * self.batch_size
+
+    @property
+    def total_batch(self) -> int:
+        """Images per optimizer step."""
+        return self.global_batch * self.accumulation_steps
+
+
+def batch_partition(runner) -> BatchPartition:
+    """The batch partition of a runner that trains."""
     loader = runner.train_loop.dataloader
-    if not hasattr(runner, 'order'):  # of all images: asked for once
-        runner.order = order_digest(loader.dataset)
-    return dict(
-        processes=get_world_size(),
-        images=getattr(loader.batch_sampler, 'batch_size', None) or loader.batch_size,
-        accumulation=accumulation_steps(runner),
-        batches=len(loader),
-        samples=count_images(loader.dataset),
-        order=runner.order,
+    if not hasattr(runner, 'order_digest'):  # it reads the names of all images: once per run
+        runner.order_digest = order_digest(loader.dataset)
+    return BatchPartition(
+        world_size=get_world_size(),
+        batch_size=getattr(loader.batch_sampler, 'batch_size', None) or loader.batch_size,
+        accumulation_steps=accumulation_steps(runner.optim_wrapper),
+        iters_per_epoch=len(loader),
+        num_images=count_images(loader.dataset),
+        order_digest=runner.order_digest,
     )
 
 
-def accumulation_steps(runner) -> int:
-    """Batches that are added up for an update."""
-    return getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+def store_partition(meta: dict, partition: BatchPartition) -> None:
+    """Write a batch partition into the meta of a checkpoint."""
+    meta[PARTITION_KEY] = asdict(partition)
 
 
-def is_update_step(runner) -> bool:
-    """Whether the last iteration ended with an update."""
+def load_partition(meta: Mapping) -> BatchPartition | None:
+    """The batch partition in the meta of a checkpoint, None if another tool wrote it."""
+    if PARTITION_KEY in meta:
+        return BatchPartition(**meta[PARTITION_KEY])
+    old = meta.get(OLD_PARTITION_KEY)
+    return BatchPartition(**{OLD_NAMES[key]: value for key, value in old.items()}) if old is not None else None
+
+
+def is_step_end(runner) -> bool:
+    """Whether the last iteration ended with an optimizer step."""
     wrapper = runner.optim_wrapper
-    return not hasattr(wrapper, '_inner_count') or wrapper.should_update()
+    return not hasattr(wrapper, 'inner_count') or wrapper.should_update()
 
 
-def gather_partial_grads(runner) -> list[dict[str, torch.Tensor]] | None:
-    """The gradients that each process has added up since the last update, by parameter; None right after an update, and
-    on processes other than the first."""
-    if is_update_step(runner):
-        return None
-    own = {
-        name.removeprefix('module.'): p.grad.cpu() for name, p in runner.model.named_parameters() if p.grad is not None
-    }
-    if get_world_size() == 1:
-        return [own]
-    every = [None] * get_world_size() if get_rank() == 0 else None
-    torch.distributed.gather_object(own, every, group=runner.cpu_group)
-    return every
+def next_step_end(runner, iters: int) -> int:
+    """The number of iterations after which the next optimizer step ends.
+
+    Args:
+        runner: The runner.
+        iters: Finished iterations.
+    """
+    steps = accumulation_steps(runner.optim_wrapper)
+    return min((iters // steps + 1) * steps, runner.max_iters)
+
+
+def progress_of(runner) -> int:
+    """The progress of a run, in epochs or, in an iteration-based loop, in optimizer steps; on any number of ranks."""
+    by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
+    return runner.epoch if by_epoch else runner.iter // accumulation_steps(runner.optim_wrapper)
 
 
 def broadcast_from_rank0(value, runner):
-    """What the first process has for a value."""
+    """The value that rank 0 has, which may be any object."""
     if get_world_size() == 1:
         return value
     box = [value]
     torch.distributed.broadcast_object_list(box, 0, group=runner.cpu_group)
     return box[0]
-
-
-def progress_of(runner) -> int:
-    """How far a run has come, in epochs, or in updates where it counts iterations: on any number of processes."""
-    by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
-    return runner.epoch if by_epoch else runner.iter // accumulation_steps(runner)

@@ -1,4 +1,4 @@
-"""A progress bar for evaluations of which an image takes long."""
+"""A progress bar for tests in which one image takes long."""
 
 import sys
 
@@ -10,17 +10,20 @@ from mmengine.utils import ProgressBar
 
 @HOOKS.register_module()
 class ProgressBarHook(Hook):
-    """A bar of the images tested, of all processes together."""
+    """Shows how many images were tested, over all ranks."""
 
     def before_test(self, runner) -> None:
+        """Show an empty bar."""
         if is_main_process():
             self.bar = ProgressBar(len(runner.test_dataloader.dataset), file=sys.stderr)
 
     def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Advance by the images of the batch, on each rank."""
         if is_main_process():
-            left = self.bar.task_num - self.bar.completed  # the last round may be padded with repeated images
-            self.bar.update(max(min(len(outputs) * get_world_size(), left), 1))
+            remaining = self.bar.task_num - self.bar.completed  # the last round may be padded with repeated images
+            self.bar.update(max(min(len(outputs) * get_world_size(), remaining), 1))
 
     def after_test(self, runner) -> None:
+        """End the line of the bar."""
         if is_main_process():
             print(file=sys.stderr)

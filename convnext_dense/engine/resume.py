@@ -1,158 +1,186 @@
-"""What mmengine's resuming leaves out: another batch partition, partial gradients, an interrupted evaluation."""
+"""What mmengine's resuming leaves out: another batch partition, an interrupted evaluation, settings that override."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from mmengine.dist import get_rank, get_world_size, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop
 
 from ..errors import UsageError
+from ..mmengine_internals import accumulation_steps, checkpoint_to_load, is_resuming, update_val_interval
 from .atomic_files import warn_on_disk_full, write_atomic
 from .param_scheduler_hook import UpdateParamSchedulerHook
-from .progress import batch_partition, progress_of
+from .progress import BatchPartition, batch_partition, load_partition, progress_of
 
 OVERRIDE_KEY = 'override_resumed'  # key of a config whose own settings take the place of the checkpoint's
-
-
-# ---- taking the config's settings ---------------------------------------------------------------------------------
+LAST_EVAL_FILE = 'last_evaluation'  # in the work dir: the progress of the run at the last finished evaluation
 
 
 def use_config_settings(optim_wrapper: OptimWrapper, checkpoint: dict) -> None:
-    """Put the settings of a freshly built optimizer into the state that it is about to load, and leave out the state of
-    the schedules, which `replay` brings to where the run is.
+    """Replace the optimizer settings in a checkpoint by those of a freshly built optimizer.
+
+    Its schedules are dropped; `replay_schedules` restores them.
+
+    Args:
+        optim_wrapper: The optimizer wrapper with the config's settings.
+        checkpoint: The checkpoint, which is changed in place.
 
     Raises:
-        UsageError: the state has other groups of parameters.
+        UsageError: The parameter groups are not the same.
     """
-    fresh, saved = optim_wrapper.state_dict(), checkpoint['optimizer']
-    groups = [[len(group['params']) for group in state.get('param_groups', ())] for state in (fresh, saved)]
-    if groups[0] != groups[1] or not groups[0]:
-        raise UsageError('--override: the checkpoint groups its parameters otherwise: start a run from its weights')
-    own = [{**f, 'params': s['params']} for f, s in zip(fresh['param_groups'], saved['param_groups'])]
-    checkpoint['optimizer'] = {**saved, 'param_groups': own}
-    if 'base_param_settings' in fresh:
-        checkpoint['optimizer']['base_param_settings'] = fresh['base_param_settings']
+    current, saved = optim_wrapper.state_dict(), checkpoint['optimizer']
+    sizes = [[len(group['params']) for group in state.get('param_groups', ())] for state in (current, saved)]
+    if sizes[0] != sizes[1] or not sizes[0]:
+        raise UsageError('--override: the checkpoint has other parameter groups; start a run from its weights instead')
+    groups = [{**c, 'params': s['params']} for c, s in zip(current['param_groups'], saved['param_groups'])]
+    checkpoint['optimizer'] = {**saved, 'param_groups': groups}
+    if 'base_param_settings' in current:
+        checkpoint['optimizer']['base_param_settings'] = current['base_param_settings']
     checkpoint.pop('param_schedulers', None)
 
 
 def replay_schedules(runner) -> None:
-    """Step the schedules of a run as often as it has stepped."""
-    by_update = any(isinstance(hook, UpdateParamSchedulerHook) for hook in runner.hooks)
-    interval = runner.optim_wrapper._accumulative_counts if by_update else 1
+    """Step the parameter schedulers of a runner as often as its progress asks for."""
+    by_step = any(isinstance(hook, UpdateParamSchedulerHook) for hook in runner.hooks)
+    interval = accumulation_steps(runner.optim_wrapper) if by_step else 1
     by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
-    epoch_length = len(runner.train_dataloader) if by_epoch else runner.iter + 1
+    iters_per_epoch = len(runner.train_dataloader) if by_epoch else runner.iter + 1
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # schedules expect a step of the optimizer before each of theirs
+        warnings.simplefilter('ignore')  # schedulers expect an optimizer step before each of theirs
         for iteration in range(1, runner.iter + 1):
             for scheduler in runner.param_schedulers or ():
-                if iteration % (epoch_length if scheduler.by_epoch else interval) == 0:
+                if iteration % (iters_per_epoch if scheduler.by_epoch else interval) == 0:
                     scheduler.step()
 
 
-LAST_EVAL_FILE = 'last_evaluation'  # holds how far the run was at the last evaluation that was finished
-
-
 class ResumeHook(Hook):
-    """Fills in what mmengine's resuming leaves out: counts for another layout of the batches, gradients that were being
-    added up, and an evaluation that was cut off."""
+    """Completes mmengine's resuming.
+
+    It converts the iteration counter to another batch partition, applies the config's settings where they are to
+    override the checkpoint's, and repeats an evaluation that was interrupted.
+    """
 
     priority = 'LOWEST'
-    _replays = False
+    _replays_schedules = False
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        meta, now = checkpoint.get('meta', {}), batch_partition(runner) if runner._resume else None
-        self._replays = bool(runner._resume and runner.cfg.get(OVERRIDE_KEY))
-        if self._replays:
+        """Adapt a checkpoint before mmengine takes the state of the run from it."""
+        if not is_resuming(runner):
+            return
+        _check_no_partial_gradients(checkpoint, checkpoint_to_load(runner))
+        self._replays_schedules = bool(runner.cfg.get(OVERRIDE_KEY))
+        if self._replays_schedules:
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
             use_config_settings(runner.optim_wrapper, checkpoint)
-        by_epoch = isinstance(runner._train_loop, EpochBasedTrainLoop)
-        if now is None or 'layout' not in meta:
-            if now and by_epoch:  # of another tool, which saves where epochs end
-                meta['iter'] = meta['epoch'] * now['batches']
-            return
-        meta['iter'], note = convert_progress(meta['epoch'], meta['iter'], meta['layout'], now, by_epoch)
-        if note:
-            runner.logger.warning(note)
-        if checkpoint.get('gradients'):
-            _set_partial_grads(runner.model, checkpoint['gradients'])
-            # mmengine warns that they are lost.
-            runner.logger.addFilter(lambda record: 'Resumed iteration number is not div' not in record.getMessage())
+        by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
+        meta, new = checkpoint.get('meta', {}), batch_partition(runner)
+        old = load_partition(meta)
+        if old is not None:
+            meta['iter'], note = convert_progress(meta['epoch'], meta['iter'], old, new, by_epoch)
+            if note:
+                runner.logger.warning(note)
+        elif by_epoch:  # written by another tool, which saves at the end of an epoch
+            meta['iter'] = meta['epoch'] * new.iters_per_epoch
 
     def before_train(self, runner) -> None:
-        self.evaluated = Path(runner.work_dir, LAST_EVAL_FILE)
-        if self._replays:
+        """Replay schedules and repeat an interrupted evaluation."""
+        self.last_eval_file = Path(runner.work_dir, LAST_EVAL_FILE)
+        if self._replays_schedules:
             replay_schedules(runner)
-        if runner._resume and runner.val_loop is not None and is_eval_due(runner.train_loop):
-            done = int(self.evaluated.read_text()) if self.evaluated.exists() else 0
-            if done < progress_of(runner):
-                runner.logger.info('the evaluation that belongs to this checkpoint was not finished: evaluating')
+        if is_resuming(runner) and runner.val_loop is not None and is_eval_due(runner.train_loop):
+            evaluated = int(self.last_eval_file.read_text()) if self.last_eval_file.exists() else 0
+            if evaluated < progress_of(runner):
+                runner.logger.info('The evaluation after this checkpoint was interrupted; running it now')
                 runner.val_loop.run()
 
     def after_val_epoch(self, runner, metrics=None) -> None:
+        """Remember that the evaluation at this progress is finished."""
         if is_main_process():
             with warn_on_disk_full(runner):
-                write_atomic(self.evaluated, str(progress_of(runner)).encode())
+                write_atomic(self.last_eval_file, str(progress_of(runner)).encode())
 
 
-def convert_progress(epoch: int, iteration: int, before: dict, now: dict, by_epoch: bool) -> tuple[int, str | None]:
-    """The count of iterations of a run that goes on with another layout of its batches (`saving.layout_of`), and what
-    is to be said of it. With the same total batch an update sees the same images as before, and the order goes on.
+def _check_no_partial_gradients(checkpoint: dict, path: str | None) -> None:
+    """Refuse checkpoints that an earlier version saved between two optimizer steps, with partial gradients."""
+    if checkpoint.get('gradients'):
+        raise UsageError(
+            f'{path} was saved by an earlier version between two optimizer steps and cannot be resumed: '
+            'resume a regular checkpoint (epoch_*.pth, iter_*.pth), or start a run from its weights with --cfg-options '
+            f'load_from={path}'
+        )
+
+
+def convert_progress(
+    epoch: int, iteration: int, old: BatchPartition, new: BatchPartition, by_epoch: bool
+) -> tuple[int, str | None]:
+    """Convert the iteration counter of a checkpoint to the batch partition with which its run resumes.
+
+    With an unchanged total batch, an optimizer step sees the same images as it would have before.
+
+    Args:
+        epoch: Finished epochs.
+        iteration: Finished iterations.
+        old: The batch partition of the checkpoint.
+        new: The batch partition of the resumed run.
+        by_epoch: Whether the loop is epoch-based.
+
+    Returns:
+        The iteration in the new partition, and a warning or None.
 
     Raises:
-        UsageError: the data are others, or the place is within a batch of the new layout.
+        UsageError: The data set has another size, or the new partition has no batch that begins there.
     """
-    orders = before.get('order'), now.get('order')
     note = None
-    if all(orders) and orders[0] != orders[1]:
-        note = 'the training data are in another order than when the run stopped, or have other names: other batches'
-    before, now = ({key: value for key, value in layout.items() if key != 'order'} for layout in (before, now))
-    if before == now:
+    if old.order_digest and new.order_digest and old.order_digest != new.order_digest:
+        note = 'The training images have another order or other names than before: batches will differ'
+    if replace(old, order_digest='') == replace(new, order_digest=''):
         return iteration, note
-    if before['samples'] != now['samples']:
+    if old.num_images != new.num_images:
         raise UsageError(
-            f'the training data hold {now["samples"]} images, {before["samples"]} when the run stopped: give it the '
-            'same data, or start a run from its weights with --cfg-options load_from=CHECKPOINT'
+            f'the training set has {new.num_images} images, but {old.num_images} when the run stopped: use the same '
+            'data, or start a run from its weights with --cfg-options load_from=CHECKPOINT'
         )
-    at_once = [layout['processes'] * layout['images'] for layout in (before, now)]
-    line = f'resumed on {now["processes"]} x {now["images"]} images, before {before["processes"]} x {before["images"]}'
-    passed = epoch * before['batches'] if by_epoch else 0
-    if at_once[0] * before['accumulation'] != at_once[1] * now['accumulation']:
-        if before['accumulation'] != now['accumulation'] or (by_epoch and iteration != passed):
-            raise UsageError(
-                f'{line}, and the total batch was {at_once[0] * before["accumulation"]}, now '
-                f'{at_once[1] * now["accumulation"]}: resume with the total batch of before'
-            )
-        done = 0 if by_epoch else iteration
-        line += ': the total batch is another one, and so is the order of the data'
+    sizes = f'{new.world_size} x {new.batch_size} (was {old.world_size} x {old.batch_size}) images per iteration'
+    iters_in_past_epochs = epoch * old.iters_per_epoch if by_epoch else 0
+    if old.total_batch == new.total_batch:
+        iters_done, message = _convert_iters(iteration - iters_in_past_epochs, old, new, by_epoch, sizes)
+    elif old.accumulation_steps != new.accumulation_steps or (by_epoch and iteration != iters_in_past_epochs):
+        raise UsageError(
+            f'cannot resume with {sizes}: the total batch was {old.total_batch}, now it is {new.total_batch}; resume '
+            'with the previous total batch'
+        )
     else:
-        images = (iteration - passed) * at_once[0]
-        if images % at_once[1]:
-            raise UsageError(f'{line}: the run stopped within a batch of now; resume with the images of before')
-        done = images // at_once[1]
-        line += ': the same total batch'
-        if not by_epoch or before['samples'] % (at_once[0] * before['accumulation']) == 0:
-            line += ', the same images in each update unless they are grouped by shape'
-        else:
-            line += '; the last update of an epoch and the first of the next take other images together'
-    return (epoch * now['batches'] if by_epoch else 0) + done, f'{line}; {note}' if note else line
+        iters_done = 0 if by_epoch else iteration
+        message = f'Resumed with {sizes}; the total batch changed from {old.total_batch} to {new.total_batch}'
+    converted = (epoch * new.iters_per_epoch if by_epoch else 0) + iters_done
+    return converted, f'{message}. {note}' if note else message
 
 
-def _set_partial_grads(model: torch.nn.Module, gradients: list[dict]) -> None:
-    """Give the parameters the gradients added up by this process; by all, where their number is another now."""
-    chosen = [gradients[get_rank()]] if len(gradients) == get_world_size() else gradients
-    for name, parameter in model.named_parameters():
-        name = name.removeprefix('module.')
-        found = [each[name] for each in chosen if name in each]
-        if found:
-            parameter.grad = (sum(found) / len(chosen)).to(parameter)
+def _convert_iters(
+    iters_done: int, old: BatchPartition, new: BatchPartition, by_epoch: bool, sizes: str
+) -> tuple[int, str]:
+    """Convert the iterations of the current epoch (of the run, in an iteration-based loop) at the same total batch."""
+    message = f'Resumed with {sizes}; total batch unchanged'
+    images = iters_done * old.global_batch
+    steps_fill_epochs = old.num_images % old.total_batch == 0
+    if images % new.global_batch and (not by_epoch or steps_fill_epochs):
+        raise UsageError(
+            f'cannot resume with {sizes}: the checkpoint is not at a batch boundary of the new batch size; resume with '
+            'the previous batch size'
+        )
+    if not by_epoch or steps_fill_epochs:
+        message += ', each optimizer step sees the same images unless they are grouped by aspect ratio'
+    else:  # a step that spans two epochs has other images on another number of ranks
+        message += '; optimizer steps at the end of an epoch see other images than before'
+    return images // new.global_batch, message
 
 
 def is_eval_due(loop) -> bool:
-    """Whether an evaluation belongs to where a training loop stands."""
-    loop._decide_current_val_interval()
+    """Whether a training loop evaluates at its current progress."""
+    update_val_interval(loop)
     by_epoch = isinstance(loop, EpochBasedTrainLoop)
     if by_epoch and loop.iter != loop.epoch * len(loop.dataloader):
         return False

@@ -19,8 +19,8 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper, OptimWrapperDict
 from mmengine.runner import EpochBasedTrainLoop
 
 from ..errors import UsageError
+from ..mmengine_internals import accumulation_steps
 from .atomic_files import warn_on_disk_full, write_atomic
-from .progress import accumulation_steps
 
 RUN_INFO_FILE = 'run.json'  # in the log folder of a session
 VERSIONED_PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'convnext_dense')
@@ -135,6 +135,7 @@ class RunInfoHook(Hook):
     priority = 'LOWEST'  # after a resumed run has found its place
 
     def before_train(self, runner) -> None:
+        """Write the file on rank 0."""
         if is_main_process():
             with warn_on_disk_full(runner):
                 content = json.dumps(dataclasses.asdict(collect_run_info(runner)), indent=2)
@@ -150,7 +151,7 @@ def collect_run_info(runner) -> RunInfo:
         config_file=runner.cfg.filename,
         world_size=get_world_size(),
         batch_size=getattr(loader.batch_sampler, 'batch_size', None) or loader.batch_size,
-        accumulation_steps=accumulation_steps(runner),
+        accumulation_steps=accumulation_steps(runner.optim_wrapper),
         precision=_precision(runner.optim_wrapper),
         by_epoch=by_epoch,
         max_epochs=loop.max_epochs if by_epoch else None,
@@ -170,8 +171,7 @@ def _precision(optim_wrapper: OptimWrapper) -> str:
 
 
 def _param_groups(optim_wrapper: OptimWrapper | OptimWrapperDict) -> list[ParamGroup]:
-    """The parameter groups of an optimizer; constructors that make a group of each parameter have theirs put together
-    again."""
+    """The parameter groups of an optimizer; equal ones, as of constructors with a group per parameter, are merged."""
     wrappers = optim_wrapper.values() if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]
     counts = {}
     for wrapper in wrappers:

@@ -1,4 +1,4 @@
-"""mmengine's runner with runs that can be killed at any instant and resumed as the same run."""
+"""mmengine's runner for runs that can be killed at any time and resumed as the same run."""
 
 import copy
 from functools import partial
@@ -6,21 +6,32 @@ from pathlib import Path
 
 import torch
 from mmengine.dist import get_world_size
+from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
+from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, LOOPS
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from torch.utils.data import DataLoader
 
 from ..checkpoints.io import load_checkpoint
 from ..errors import TrainingError
+from ..mmengine_internals import (
+    accumulation_steps,
+    checkpoint_to_load,
+    configured_seed,
+    is_resuming,
+    set_seed,
+    set_train_dataloader_cfg,
+    train_dataloader_cfg,
+)
 from ..type_names import class_of
 from .checkpoint_hook import AtomicCheckpointHook
 from .console import log_details_to_file_only, silence_disk_full
 from .datasets import wrap_pipelines
-from .failures import diagnose
+from .failures import collect_rank_errors, diagnose
 from .health_hook import HealthActionHook, HealthCheckHook
 from .logger_hook import DiskFullTolerantLoggerHook
 from .loops import LOOP_OVERRIDES, ResumableIterLoop
-from .rank_errors import collect_rank_errors
 from .resume import OVERRIDE_KEY, ResumeHook
 from .run_info import RunInfoHook
 from .samplers import make_resumable_dataloader_cfg
@@ -30,85 +41,117 @@ HOOK_OVERRIDES = {'CheckpointHook': AtomicCheckpointHook, 'LoggerHook': DiskFull
 
 
 class ResumableRunner(Runner):
-    """mmengine's runner with training batches that follow from the seed, whole checkpoints, and a guard over the run.
+    """mmengine's runner with seeded training batches, atomic checkpoints and health checks.
 
-    The config stays as it is; parts of the user's own (loops, data loaders, hooks) are kept, and then owe these
-    promises themselves.
+    It takes the configs that mmengine's runner takes, and reads three keys more: `max_unreadable` (see
+    `HealthCheckHook`), `health_check` (False: losses, gradients and buffers are not checked) and `override_resumed`.
+    mmengine's loops and hooks are replaced by those of this package; the user's own are kept, and have to give these
+    guarantees themselves.
     """
 
-    def train(self):
-        if self._resume and self._load_from:
-            seed = load_checkpoint(self._load_from).get('meta', {}).get('seed')
-            own = self.cfg.get(OVERRIDE_KEY) and self._randomness_cfg.get('seed') is not None
-            if seed is not None and not own:  # before the data are put in order
-                self._randomness_cfg.update(seed=seed)
-                self.set_randomness(**self._randomness_cfg)
-        # Beside the GPUs' own group: it does not wait for them, and notices at once who is gone.
+    def train(self) -> torch.nn.Module:
+        """Train the model, from the checkpoint that is to be resumed if there is one.
+
+        Returns:
+            The model.
+
+        Raises:
+            TrainingError: The run cannot continue; the message says why, and what was saved.
+        """
+        self._restore_seed()
+        # Beside the group of the GPUs: it does not wait for them, and notices at once when a rank is gone.
         self.cpu_group = torch.distributed.new_group(backend='gloo') if get_world_size() > 1 else None
-        guard = HealthCheckHook(self.cfg.get('max_unreadable', 0.001))
-        self.register_hook(guard)
-        self.register_hook(HealthActionHook(guard))
+        health_check = HealthCheckHook(self.cfg.get('max_unreadable', 0.001), self.cfg.get('health_check', True))
+        self.register_hook(health_check)
+        self.register_hook(HealthActionHook(health_check))
         self.register_hook(ResumeHook())
         self.register_hook(RunInfoHook())
         try:
-            with guard:
+            with health_check:
                 return super().train()
         except Exception as error:
-            line = diagnose(error, self.model, guard.shape)
+            message = diagnose(error, self.model, health_check.input_shape)
             if get_world_size() > 1:
-                line = collect_rank_errors(Path(self.log_dir), line, error)
-            if line:
-                raise TrainingError(line) from error
+                message = collect_rank_errors(Path(self.log_dir), message, error)
+            if message:
+                raise TrainingError(message) from error
             raise
 
-    def build_logger(self, *args, **kwargs):
+    def _restore_seed(self) -> None:
+        """Use the seed of the checkpoint to resume, before the order of the data is drawn from it."""
+        if not is_resuming(self) or not checkpoint_to_load(self):
+            return
+        seed = load_checkpoint(checkpoint_to_load(self)).get('meta', {}).get('seed')
+        overrides = self.cfg.get(OVERRIDE_KEY) and configured_seed(self) is not None
+        if seed is not None and not overrides:
+            set_seed(self, seed)
+
+    def build_logger(self, *args, **kwargs) -> MMLogger:
+        """Build mmengine's logger, with handlers that survive a full disk and a closed pipe."""
         logger = super().build_logger(*args, **kwargs)
         silence_disk_full(logger)
         log_details_to_file_only(logger)
         return logger
 
-    def build_train_loop(self, loop):
-        if isinstance(self._train_dataloader, dict):
+    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """Build a loop that resumes in the middle of an epoch, if it is one of mmengine's types."""
+        dataloader = train_dataloader_cfg(self)
+        if isinstance(dataloader, dict):
             if isinstance(loop, dict):
                 loop = copy.deepcopy(loop)
                 by_epoch = loop.pop('by_epoch', None)
                 kind = loop.get('type') or ('EpochBasedTrainLoop' if by_epoch else 'IterBasedTrainLoop')
                 loop['type'] = LOOP_OVERRIDES.get(_mmengine_class_name(kind), kind)
-            ours = isinstance(loop, dict) and loop['type'] is ResumableIterLoop
-            self._train_dataloader = make_resumable_dataloader_cfg(self._train_dataloader, opened=not ours)
+            starts_late = isinstance(loop, dict) and loop['type'] is ResumableIterLoop
+            set_train_dataloader_cfg(self, make_resumable_dataloader_cfg(dataloader, started=not starts_late))
         return super().build_train_loop(loop)
 
-    def scale_lr(self, optim_wrapper, auto_scale_lr=None):
-        """mmengine's, which takes one batch for all images of an update; here it is one of those that are added up."""
-        n = getattr(optim_wrapper, '_accumulative_counts', 1)
-        if auto_scale_lr and auto_scale_lr.get('enable') and n > 1:
+    def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
+        """Scale learning rates to the total batch.
+
+        mmengine compares `base_batch_size` with the images per iteration; under gradient accumulation an optimizer step
+        sees more.
+
+        Args:
+            optim_wrapper: The optimizer wrapper, which is changed.
+            auto_scale_lr: `dict(enable=..., base_batch_size=...)` or None.
+        """
+        steps = accumulation_steps(optim_wrapper)
+        if auto_scale_lr and auto_scale_lr.get('enable') and steps > 1:
             base = auto_scale_lr['base_batch_size']
             self.logger.info(
-                f'auto_scale_lr: {n} batches are added up, so base_batch_size {base} is {base / n:g} a batch'
+                f'auto_scale_lr: {steps} gradient accumulation steps, so base_batch_size {base} is {base / steps:g} '
+                'images per iteration'
             )
-            auto_scale_lr = {**auto_scale_lr, 'base_batch_size': base / n}
-        return super().scale_lr(optim_wrapper, auto_scale_lr)
+            auto_scale_lr = {**auto_scale_lr, 'base_batch_size': base / steps}
+        super().scale_lr(optim_wrapper, auto_scale_lr)
 
     @staticmethod
     def build_dataloader(dataloader, *args, **kwargs) -> DataLoader:
+        """Build a DataLoader whose errors name the file and whose workers exit with the run."""
         loader = Runner.build_dataloader(dataloader, *args, **kwargs)
         wrap_pipelines(loader.dataset)
         loader.worker_init_fn = partial(worker_init, loader.worker_init_fn)
         return loader
 
     def call_hook(self, fn_name: str, **kwargs) -> None:
-        """mmengine's, without the try that leaves out of a TypeError where in the hook it was raised."""
-        for hook in self._hooks:
+        """Call a method of all hooks; unlike in mmengine, a TypeError in one keeps its traceback."""
+        for hook in self.hooks:
             if hasattr(hook, fn_name):
                 getattr(hook, fn_name)(self, **kwargs)
 
-    def register_hook(self, hook, priority=None) -> None:
+    def register_hook(self, hook: Hook | dict, priority: str | int | None = None) -> None:
+        """Register a hook; configs of mmengine's checkpoint and logger hooks build those of this package."""
         if isinstance(hook, dict):
             hook = {**hook, 'type': HOOK_OVERRIDES.get(_mmengine_class_name(hook.get('type')), hook.get('type'))}
         super().register_hook(hook, priority)
 
 
 def _mmengine_class_name(kind) -> str | None:
-    """The name of one of mmengine's own classes, which a config may give with a scope, by its path or as itself."""
-    found = class_of(kind, LOOPS, HOOKS)
-    return found.__name__ if found is not None and found.__module__.startswith('mmengine.') else None
+    """The name of a loop or hook class of mmengine, None for other packages' classes.
+
+    Args:
+        kind: What a config's `type` may be: the name with or without a scope, the path of the class, or itself.
+    """
+    cls = class_of(kind, LOOPS, HOOKS)
+    return cls.__name__ if cls is not None and cls.__module__.startswith('mmengine.') else None

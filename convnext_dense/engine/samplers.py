@@ -1,6 +1,8 @@
-"""Training samples that follow from the seed alone: their order, and the seeds of their augmentations.
+"""Samplers whose order and augmentation seeds depend on the seed, the epoch and the position in it alone.
 
-A run that is resumed, in the middle of an epoch too, then sees what it would have seen; workers play no part in it."""
+A resumed run, also one that stopped in the middle of an epoch, therefore sees the samples that it would have seen,
+whatever the number of DataLoader workers.
+"""
 
 import hashlib
 import os
@@ -14,16 +16,22 @@ from mmengine.registry import DATA_SAMPLERS
 from torch.utils.data import BatchSampler, Sampler
 
 from ..errors import UsageError
-from .datasets import SeededDataset
+from .datasets import SeededDataset, inner_datasets
 from .seeding import SeededIndex
 
 EMPTY_LOADER_MESSAGE = (
-    'the training data hold no whole batch: give a smaller train_dataloader.batch_size, or drop_last=False'
+    'the training set is smaller than one batch: use a smaller train_dataloader.batch_size, or drop_last=False'
 )
 
 
 class SeededSampler(Sampler):
-    """The order of another sampler; its places in it, counted over all processes, seed the samples."""
+    """Wraps a sampler: yields its indices in its order, each with a seed key of seed, epoch and global position.
+
+    Args:
+        dataset: The data set.
+        sampler: Config of the sampler.
+        seed: Seed of the run; the sampler's own takes its place.
+    """
 
     def __init__(self, dataset, sampler: dict, seed: int | None = None):
         self.dataset = dataset
@@ -32,42 +40,58 @@ class SeededSampler(Sampler):
         self.epoch = 0
 
     def __iter__(self) -> Iterator[SeededIndex]:
-        rank, processes = get_rank(), get_world_size()
-        for n, index in enumerate(self.sampler):
-            yield SeededIndex(index, (self.seed, self.epoch, rank + n * processes))
+        rank, world_size = get_rank(), get_world_size()
+        for i, index in enumerate(self.sampler):
+            yield SeededIndex(index, (self.seed, self.epoch, rank + i * world_size))
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def set_epoch(self, epoch: int) -> None:
+        """Use the order of this epoch from the next iteration on."""
         self.epoch = epoch
         if hasattr(self.sampler, 'set_epoch'):
             self.sampler.set_epoch(epoch)
 
 
 class ResumableBatchSampler(Sampler):
-    """The batches of another batch sampler (None: of torch's), of which the first can be skipped unread.
+    """Wraps a batch sampler so that a resumed run can skip the batches it has seen without reading them.
 
     Args:
-        opened: False for none at all until `skip` is called: mmengine 0.10.7 opens a loader before it resumes.
+        sampler: Sampler of the indices.
+        batch_size: Images per batch.
+        batch_sampler: Config of the batch sampler; torch's `BatchSampler` by default.
+        drop_last: Whether a last, smaller batch is dropped; read by torch's `BatchSampler` alone.
+        started: If False, there are no batches until `skip` is called: mmengine 0.10.7 starts the workers of a loader
+            before it resumes.
     """
 
     def __init__(
-        self, sampler, batch_size: int, batch_sampler: dict | None = None, drop_last: bool = False, opened: bool = True
+        self, sampler, batch_size: int, batch_sampler: dict | None = None, drop_last: bool = False, started: bool = True
     ):
         self.sampler, self.batch_size = sampler, batch_size
-        given = dict(sampler=sampler, batch_size=batch_size)
+        args = dict(sampler=sampler, batch_size=batch_size)
         self.batches = (
-            DATA_SAMPLERS.build(batch_sampler, default_args=given)
+            DATA_SAMPLERS.build(batch_sampler, default_args=args)
             if batch_sampler
-            else BatchSampler(drop_last=drop_last, **given)
+            else BatchSampler(drop_last=drop_last, **args)
         )
-        self.drop_last, self.opened = self.batches.drop_last, opened
+        self.drop_last, self.started = self.batches.drop_last, started
         self._next = None
 
     def skip(self, n: int) -> int:
-        """Have the next pass begin after `n` batches, over as many passes as they take. Returns their number."""
-        passes, self._next, self.opened = 0, iter(self.batches), True
+        """Let the next iteration begin after `n` batches.
+
+        Args:
+            n: Batches to skip; may be more than a pass over the data set has.
+
+        Returns:
+            The number of complete passes that were skipped.
+
+        Raises:
+            UsageError: A pass has no batch.
+        """
+        passes, self._next, self.started = 0, iter(self.batches), True
         while n:
             skipped = sum(1 for _ in islice(self._next, n))
             n -= skipped
@@ -80,18 +104,25 @@ class ResumableBatchSampler(Sampler):
         return passes
 
     def __iter__(self) -> Iterator[list[SeededIndex]]:
-        if not self.opened:
+        if not self.started:
             return
         # A generator: torch's loader asks for two iterators and uses the second.
-        begun, self._next = self._next, None
-        yield from iter(self.batches) if begun is None else begun
+        batches, self._next = self._next, None
+        yield from iter(self.batches) if batches is None else batches
 
     def __len__(self) -> int:
         return len(self.batches)
 
 
 def order_digest(dataset) -> str:
-    """A digest of the names of a data set's images in their order; empty where it does not say them."""
+    """A digest of a data set's image names in their order, which tells whether a resumed run sees the same data.
+
+    Args:
+        dataset: A data set, or a wrapper of others.
+
+    Returns:
+        The digest in hexadecimal digits; '' if a data set does not tell its image paths.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for part in _iter_leaf_datasets(dataset):
         if not isinstance(part, BaseDataset):
@@ -105,16 +136,24 @@ def order_digest(dataset) -> str:
 
 
 def _iter_leaf_datasets(dataset) -> Iterator:
-    """The data sets that read images, within those that repeat, join or draw them."""
-    parts = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
-    if parts[0] is None:
+    """The data sets that read images, inside those that wrap, repeat or concatenate them."""
+    inner = inner_datasets(dataset)
+    if not inner:
         yield dataset
-    for part in parts if parts[0] is not None else ():
-        yield from _iter_leaf_datasets(part)
+    for each in inner:
+        yield from _iter_leaf_datasets(each)
 
 
-def make_resumable_dataloader_cfg(dataloader: dict, opened: bool) -> dict:
-    """The config of a data loader for training whose batches follow from the seed, and can be skipped unread."""
+def make_resumable_dataloader_cfg(dataloader: dict, started: bool) -> dict:
+    """Wrap data set, sampler and batch sampler in the config of a training DataLoader.
+
+    Args:
+        dataloader: The config, as mmengine takes it.
+        started: See `ResumableBatchSampler`.
+
+    Returns:
+        A new config.
+    """
     loader = ConfigDict(dataloader)
     loader.dataset = dict(type=SeededDataset, dataset=loader.dataset)
     loader.sampler = dict(type=SeededSampler, sampler=loader.sampler)
@@ -122,6 +161,6 @@ def make_resumable_dataloader_cfg(dataloader: dict, opened: bool) -> dict:
         type=ResumableBatchSampler,
         batch_sampler=loader.get('batch_sampler'),
         drop_last=loader.pop('drop_last', False),
-        opened=opened,
+        started=started,
     )
     return loader

@@ -1,4 +1,4 @@
-"""Seeds of all random number generators."""
+"""Seeding of all random number generators."""
 
 import random
 
@@ -7,8 +7,12 @@ import torch
 
 
 def seed_everything(*key: int) -> None:
-    """Seed Python's, numpy's and torch's random numbers by some whole numbers, as independent for neighbours as for
-    others."""
+    """Seed Python's, NumPy's and torch's random number generators.
+
+    Args:
+        *key: Non-negative integers. Keys that differ in any way, such as those of neighboring samples, give independent
+            random numbers.
+    """
     state = np.random.SeedSequence(key).generate_state(8)
     random.seed(int(state[0]) << 32 | int(state[1]))
     np.random.seed(state[2:6])
@@ -16,12 +20,18 @@ def seed_everything(*key: int) -> None:
 
 
 class SeededIndex(int):
-    """An index into a data set, with the numbers that seed its augmentations."""
+    """An index into a data set with the key that seeds the augmentations of its sample.
 
-    def __new__(cls, index: int, key: tuple[int, ...]):
-        draw = super().__new__(cls, index)
-        draw.key = key
-        return draw
+    Args:
+        index: The index.
+        seed_key: What `seed_everything` takes.
+    """
+
+    def __new__(cls, index: int, seed_key: tuple[int, ...]):
+        """Create an int with a key."""
+        self = super().__new__(cls, index)
+        self.seed_key = seed_key
+        return self
 
     def __getnewargs__(self):
-        return int(self), self.key
+        return int(self), self.seed_key

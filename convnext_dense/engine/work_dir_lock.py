@@ -1,4 +1,4 @@
-"""A lock that keeps two trainings out of one work dir."""
+"""A lock that keeps two trainings from using the same work dir."""
 
 import errno
 import os
@@ -11,31 +11,33 @@ try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None
-LOCK_FILE = '.lock'  # in a work dir, of the process that trains there
+LOCK_FILE = '.lock'  # in a work dir; says which process trains there
 
-
-_held_locks = []  # locks of this process, which it gives up when it ends
+_held_locks = []  # open files, which the process closes when it ends
 
 
 def lock_work_dir(work_dir: str | Path) -> None:
-    """Keep a work dir for this process until that ends.
+    """Lock a work dir until this process ends. Does nothing on file systems without locks and on Windows.
+
+    Args:
+        work_dir: The folder, which is created if needed.
 
     Raises:
-        UsageError: another one has it.
+        UsageError: Another process holds the lock.
     """
     if fcntl is None:
         return
     os.makedirs(work_dir, exist_ok=True)
-    file = open(os.path.join(work_dir, LOCK_FILE), 'a+')  # noqa: SIM115 - open as long as the process is there
+    file = open(os.path.join(work_dir, LOCK_FILE), 'a+')  # noqa: SIM115 - stays open as long as the process runs
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return  # a file system without locks
+            return  # the file system has no locks
         file.seek(0)
         raise UsageError(
-            f'{work_dir} is in use by a run ({file.read().strip() or "of another process"}): wait until it ends, or '
-            'give another --work-dir'
+            f'{work_dir} is in use by another run ({file.read().strip() or "of an unknown process"}); wait until it '
+            'ends or choose another --work-dir'
         ) from error
     file.truncate(0)
     file.write(f'process {os.getpid()} on {socket.gethostname()}\n')

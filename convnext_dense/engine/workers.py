@@ -1,4 +1,4 @@
-"""Processes that read data: which signals end them."""
+"""DataLoader workers: which signals end them."""
 
 import multiprocessing
 import os
@@ -6,34 +6,44 @@ import signal
 import threading
 import time
 
-PARENT_POLL_S = 1  # seconds between two looks whether the run is still there
+PARENT_POLL_S = 1  # seconds between two checks that the main process is alive
 
 
 def worker_init(init_fn, worker_id: int) -> None:
-    """Begin a process that reads data: it leaves when the run itself ends it or is gone, and signals to all the
-    processes of the run (of launchers, terminals, schedulers) are the run's to answer."""
-    run = multiprocessing.parent_process()
+    """`worker_init_fn` for DataLoader workers.
+
+    Ignores SIGINT and reacts to SIGTERM only if it was sent by the parent, so that a signal to the whole process group
+    (from launchers, terminals, schedulers) is handled by the main process. A worker also exits when its parent dies.
+
+    Args:
+        init_fn: The `worker_init_fn` of the config, which is called last; may be None.
+        worker_id: Index of the worker.
+    """
+    parent = multiprocessing.parent_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, 'sigwaitinfo'):  # not on macOS: there a signal to all ends a run without a save
+    if hasattr(signal, 'sigwaitinfo'):  # not on macOS, where a signal to the process group ends a run without saving
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_exit_on_parent_sigterm, args=(run.pid,), daemon=True).start()
-    # After the mask: a thread without it would end the process at a signal to all.
-    threading.Thread(target=_exit_without_parent, args=(run,), daemon=True).start()
+        threading.Thread(target=_exit_on_parent_sigterm, args=(parent.pid,), daemon=True).start()
+    # After the mask: a thread without it would end the process on a signal to the group.
+    threading.Thread(target=_exit_without_parent, args=(parent,), daemon=True).start()
     if init_fn:
         init_fn(worker_id)
 
 
-def _exit_without_parent(run) -> None:
-    """End with the run, of which a kill tells its workers nothing: they would wait in a queue of which they hold both
-    ends, and keep the connections of the run open, so that its other processes would wait for it too. Their pipe to it
-    is not enough: workers that were forked later hold its other end as well."""
-    direct = os.getppid() == run.pid  # not where a fork server stands between them
-    while run.is_alive() and (os.getppid() == run.pid or not direct):
+def _exit_without_parent(parent) -> None:
+    """Exit when the parent is gone.
+
+    Workers do not notice when it is killed: they would wait for a queue of which they hold both ends, and keep its
+    sockets open, so that the other ranks would wait, too. Watching their pipe is not enough, as workers that were
+    forked later hold its other end as well.
+    """
+    is_child = os.getppid() == parent.pid  # not where a fork server stands between them
+    while parent.is_alive() and (os.getppid() == parent.pid or not is_child):
         time.sleep(PARENT_POLL_S)
     os._exit(1)
 
 
-def _exit_on_parent_sigterm(run: int) -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != run:
+def _exit_on_parent_sigterm(parent_pid: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent_pid:
         pass
     os._exit(0)

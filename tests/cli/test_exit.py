@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from convnext_dense.cli.exit import MAX_MESSAGE_CHARS, _message_and_code, printa
 from convnext_dense.config.load import load_config, resolve_config_path
 from convnext_dense.config.preflight import check_launcher, check_levels, is_rank0
 from convnext_dense.datasets import toy_shapes
+from convnext_dense.engine.progress import BatchPartition
 from convnext_dense.engine.resume import convert_progress
 from convnext_dense.engine.work_dir_lock import lock_work_dir
 from convnext_dense.errors import UsageError
@@ -330,8 +332,10 @@ def test_a_second_run_in_a_work_dir_is_refused(start_tool, run_tool, tmp_path, d
         while 'Epoch(train)' not in first.output and time.monotonic() < deadline:
             time.sleep(0.2)
         process = run_tool('train.py', *config[:3], SHAPES_ROOT=data)
-        one_line_error(process, 'run is in use by a run (process', 'another --work-dir')
-        one_line_error(run_tool('train.py', *config[:3], '--resume', 'auto', SHAPES_ROOT=data), 'is in use by a run')
+        one_line_error(process, 'run is in use by another run (process', 'another --work-dir')
+        one_line_error(
+            run_tool('train.py', *config[:3], '--resume', 'auto', SHAPES_ROOT=data), 'is in use by another run'
+        )
     finally:
         os.kill(first.pid, signal.SIGKILL)
         first.wait()
@@ -340,14 +344,10 @@ def test_a_second_run_in_a_work_dir_is_refused(start_tool, run_tool, tmp_path, d
 
 
 def test_another_order_of_the_data_is_said():
-    layout = dict(processes=1, images=2, accumulation=1, batches=8, samples=16)
-    here = {**layout, 'order': 'a'}
-    assert convert_progress(1, 8, here, {**layout, 'order': 'b'}, True)[1].startswith(
-        'the training data are in another order'
-    )
-    assert convert_progress(1, 8, here, here, True) == (8, None) and convert_progress(1, 8, layout, here, True) == (
-        8,
-        None,
-    )
-    line = convert_progress(1, 8, here, {**layout, 'order': 'b', 'processes': 2, 'images': 1}, True)[1]
-    assert 'the same total batch' in line and 'another order' in line
+    unknown = BatchPartition(world_size=1, batch_size=2, accumulation_steps=1, iters_per_epoch=8, num_images=16)
+    old, new = replace(unknown, order_digest='a'), replace(unknown, order_digest='b')
+    assert convert_progress(1, 8, old, new, True)[1].startswith('The training images have another order')
+    for known in (old, unknown):
+        assert convert_progress(1, 8, known, old, True) == (8, None)
+    warning = convert_progress(1, 8, old, replace(new, world_size=2, batch_size=1), True)[1]
+    assert 'total batch unchanged' in warning and 'another order' in warning

@@ -196,7 +196,9 @@ def test_by_the_tool(run_tool, tmp_path):
     assert (tmp_path / 'run/iter_2.pth').exists()
     process = run_tool(*command, 'train_dataloader.batch_size=2', '--resume', SHAPES_ROOT=str(data))
     assert process.returncode == 0, process.stderr[-3000:]
-    assert 'resumed on 1 x 2 images, before 1 x 4: the same total batch' in process.stdout + process.stderr
+    assert (
+        'Resumed with 1 x 2 (was 1 x 4) images per iteration; total batch unchanged' in process.stdout + process.stderr
+    )
     assert 'iter: 4' in process.stdout + process.stderr
     process = run_tool(*command, 'train_cfg.max_iters=3', '--resume', '--no-auto-batch', SHAPES_ROOT=str(data))
     one_line_error(process, 'the total batch was 8, now 4')

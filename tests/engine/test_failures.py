@@ -90,18 +90,16 @@ def test_images_that_cannot_be_read_are_named_counted_and_replaced(more, n_bad, 
     if ends:
         line = last_line(process)
         assert line.startswith('error: 2 images cannot be read') and '--max-unreadable' in line, line
-        assert 'interrupted.pth holds the run' in line
+        assert 'interrupted.pth; resume with --resume' in line
     else:
-        assert (
-            f'({n_bad} of at most' in process.output and process.output.count('another image takes its place') == n_bad
-        )
+        assert f'({n_bad}/' in process.output and process.output.count('; replaced by another sample (') == n_bad
 
 
 @pytest.mark.parametrize('ending', IMAGE_SUFFIXES)
 def test_every_image_that_a_data_set_may_hold_is_seen_to_be_broken(ending, tmp_path):
     for name in (f'a{ending}', f'b{ending.upper()}'):
         (tmp_path / name).write_bytes(b'no image')
-        assert read_error(str(tmp_path / name)) == 'not an image, or a broken one'
+        assert read_error(str(tmp_path / name)) == 'not a valid image'
     (tmp_path / 'c.npy').write_bytes(b'no image')
     assert read_error(str(tmp_path / 'c.npy')) is None  # read by a pipeline of its own
 
@@ -110,7 +108,7 @@ def test_an_image_of_the_evaluation_is_not_replaced(train, data):
     break_images(data, [1], 'val')
     process = train()
     assert process.wait() == 1
-    assert last_line(process).startswith('error: ') and last_line(process).endswith('000001.png: an empty file')
+    assert last_line(process).startswith('error: ') and last_line(process).endswith('000001.png: the file is empty')
 
 
 def test_a_data_worker_that_is_killed_ends_the_run_with_its_cause(train, tmp_path):
@@ -121,7 +119,7 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_its_cause(train, tmp_pat
     os.kill(int(children[-1]), signal.SIGKILL)
     assert process.wait(60) == 1 and time.monotonic() - begin < 60
     line = last_line(process)
-    assert line.startswith('error: ') and 'process that reads data' in line and 'num_workers' in line, line
+    assert line.startswith('error: ') and 'DataLoader worker was killed' in line and 'num_workers' in line, line
     assert not left_of(process.pid)
 
 
@@ -168,13 +166,13 @@ def test_a_data_worker_that_is_not_yet_seen_as_dead_is_named_as_well(lost):
     batches._data_queue = Mock(get=Mock(side_effect=lost))
     with pytest.raises(type(lost)) as caught:
         next(batches)
-    assert diagnose(caught.value).startswith('a process that reads data was ended from outside')
+    assert diagnose(caught.value).startswith('a DataLoader worker was killed')
 
 
 @pytest.mark.parametrize('world', [1, 2])
 def test_a_connection_that_is_lost_is_another_process_only_where_there_are_some(world, monkeypatch):
     monkeypatch.setattr('convnext_dense.engine.failures.get_world_size', lambda: world)
-    gone = 'another process of the run is gone'
+    gone = 'lost connection to another rank'
     of_gloo = RuntimeError('[gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:31445')
     assert diagnose(of_gloo) == gone if world > 1 else diagnose(of_gloo).startswith('a connection was lost (Runtime')
     assert (diagnose(torch.distributed.DistStoreError('timed out')) == gone) == (world > 1)
@@ -186,8 +184,8 @@ def test_a_connection_that_is_lost_is_another_process_only_where_there_are_some(
             raise Exception('failed to upload') from error
     except Exception as error:
         assert diagnose(error) == (
-            'a connection of test_failures was lost (ConnectionResetError: [Errno 104] Connection reset by peer): see '
-            'whether what it leads to is there; --resume goes on from the last checkpoint, --debug shows the traceback'
+            'a connection of test_failures was lost (ConnectionResetError: [Errno 104] Connection reset by peer): '
+            'check that the other end is up; --resume continues from the last checkpoint, --debug shows the traceback'
         )
     assert diagnose(FileNotFoundError(2, 'No such file')) is None
 
@@ -221,7 +219,7 @@ def test_a_rank_that_is_killed_ends_the_other(killed, train):
     begin = time.monotonic()
     other = ranks[1 - killed]
     assert other.wait(60) == 1 and time.monotonic() - begin < 60
-    assert f'rank {killed} ended without a word' in last_line(other), other.output
+    assert f'rank {killed} exited without an error message' in last_line(other), other.output
     assert not left_of(*(rank.pid for rank in ranks))
 
 
@@ -259,7 +257,7 @@ def test_nothing_is_left_where_torchrun_or_one_of_its_ranks_is_killed(killed, da
     finally:
         with suppress(ProcessLookupError):
             os.killpg(agent.pid, signal.SIGKILL)
-    words = 'stopped by SIGHUP: ' if killed == 'torchrun' else 'error: another process of the run is gone: rank '
+    words = 'stopped by SIGHUP. ' if killed == 'torchrun' else 'error: lost connection to another rank: rank '
     assert words in log.read_text(), log.read_text()[-3000:]
 
 
@@ -270,7 +268,7 @@ def test_the_cause_of_another_rank_is_named(train, tmp_path):
     os.kill(int(children[-1]), signal.SIGKILL)
     assert [rank.wait(60) for rank in ranks] == [1, 1]
     for rank in ranks:
-        assert 'rank 1: a process that reads data' in last_line(rank), rank.output
+        assert 'rank 1: a DataLoader worker was killed' in last_line(rank), rank.output
     assert not left_of(*(rank.pid for rank in ranks))
 
 
@@ -280,13 +278,13 @@ def test_a_signal_to_one_rank_stops_both_with_one_checkpoint(train, tmp_path):
     os.killpg(ranks[1].pid, signal.SIGTERM)
     assert [rank.wait(60) for rank in ranks] == [143, 143], ranks[0].output
     saved = torch.load(tmp_path / 'run/interrupted.pth', weights_only=False)
-    assert saved['meta']['layout']['processes'] == 2
+    assert saved['meta']['batch_partition']['world_size'] == 2
     assert not left_of(*(rank.pid for rank in ranks))
     alone = train(length='--iters=4000', more=('--resume',), log='alone.log')
     wait_until_it_trains(alone)
     os.kill(alone.pid, signal.SIGKILL)
     alone.wait()
-    assert 'resumed on 1 x 2 images, before 2 x 2: the same total batch' in alone.output
+    assert 'Resumed with 1 x 2 (was 2 x 2) images per iteration; total batch unchanged' in alone.output
     assert f'iter: {2 * saved["meta"]["iter"]}' in alone.output  # two batches for an update, and not one
 
 
@@ -307,7 +305,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(train, tmp_path):
             while True:
                 file.write(bytes(2**16))
         assert process.wait() == 0, process.output
-        assert 'MB are missing' in process.output and 'training goes on' in process.output
+        assert 'MB more' in process.output and 'Keeping ' in process.output
         assert 'Traceback' not in process.output
         assert (disk / 'run/last_checkpoint').read_text() == str(first)
         torch.load(first, weights_only=False)
@@ -331,7 +329,8 @@ def test_updates_by_no_numbers_are_left_out_and_stop_the_run_in_the_end(wrong, t
     runner = planned_run([1.0] * 4 + [1.0, wrong] * 5 + [1.0] * 2, tmp_path / 'run')
     images = 'image_9.png' if wrong else ''
     with pytest.raises(
-        TrainingError, match=f'3 updates in a row.*{images}.*learning rate.*interrupted.pth holds the run'
+        TrainingError,
+        match=f'3 optimizer steps in a row.*{images}.*learning rate.*interrupted.pth; resume with',
     ):
         runner.train()
     saved = torch.load(tmp_path / 'run/interrupted.pth', weights_only=False)
@@ -348,7 +347,7 @@ def test_single_wrong_updates_are_said_and_the_run_goes_on(tmp_path):
     runner.train()
     assert all(t.isfinite().all() for t in runner.model.state_dict().values())
     log = next(tmp_path.glob('*/*.log')).read_text()
-    assert log.count('of image_2.png, image_3.png is NaN or Inf: this update is left out') == 1
+    assert log.count('Non-finite loss or gradient (image_2.png, image_3.png): optimizer step skipped') == 1
 
 
 def test_with_batches_added_up_a_wrong_one_costs_its_update(tmp_path):
@@ -383,7 +382,7 @@ def test_a_loss_of_0_for_long_is_said_once(losses, accumulated, warnings, tmp_pa
     runner, lines = planned_run(plan, tmp_path, model='Scaled', accumulative_counts=accumulated), []
     monkeypatch.setattr(runner.logger, 'warning', lambda line, *_: lines.append(line))
     runner.train()
-    lines = [line for line in lines if 'the loss was exactly 0 in 50 optimizer steps in a row' in line]
+    lines = [line for line in lines if 'The loss was exactly 0 in 50 optimizer steps in a row' in line]
     assert len(lines) == warnings
     assert all('a single class' in line and 'tools/check_data.py' in line for line in lines)
 
@@ -423,7 +422,7 @@ def test_parts_given_as_classes_are_ours_too(tmp_path):
 
 def test_data_without_a_whole_batch_are_refused(tmp_path):
     runner = planned_run([1.0], tmp_path, train_cfg=dict(by_epoch=False, max_iters=2), loader=dict(drop_last=True))
-    with pytest.raises(UsageError, match='no whole batch'):
+    with pytest.raises(UsageError, match='smaller than one batch'):
         runner.train()
 
 
@@ -511,6 +510,6 @@ def test_keep_keeps_the_last_and_the_best(train, tmp_path):
 def test_one_line_of_an_error_out_of_a_worker():
     error = TrainingError(
         'Caught UnreadableImage in DataLoader worker process 0.\nOriginal Traceback\n'
-        'convnext_dense.errors.UnreadableImageError: /data/1.png: an empty file\n'
+        'convnext_dense.errors.UnreadableImageError: /data/1.png: the file is empty\n'
     )
-    assert errors.one_line(error) == '/data/1.png: an empty file'
+    assert errors.one_line(error) == '/data/1.png: the file is empty'

@@ -15,6 +15,7 @@ import torch
 
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.engine.atomic_files import DiskFullError, write_atomic
+from convnext_dense.engine.progress import BatchPartition
 from convnext_dense.engine.resume import convert_progress
 from convnext_dense.engine.samplers import ResumableBatchSampler, SeededSampler
 from convnext_dense.engine.seeding import SeededIndex, seed_everything
@@ -94,7 +95,7 @@ def killed_before_it_is_pointed_at(train, tmp_path):
 
 def test_killed_before_the_first_checkpoint_is_pointed_at(killed_before_it_is_pointed_at, train, whole):
     again = train('mask_rcnn', killed_before_it_is_pointed_at, '--resume')
-    assert again.wait() == 0 and 'resumed epoch: 1' in again.output, again.output
+    assert again.wait() == 0 and 'resumed epoch: 0, iter: 4' in again.output, again.output
     assert_same(weights(killed_before_it_is_pointed_at / LAST['mask_rcnn']), whole('mask_rcnn')[0])
 
 
@@ -140,11 +141,13 @@ def test_killed_between_a_checkpoint_and_its_evaluation(task, train, whole, tmp_
     evaluated = int((work_dir / 'last_evaluation').read_text())
     assert evaluated < {'mask_rcnn': 18, 'upernet': 24}[task], 'the kill came too late'
     again = train(task, work_dir, '--resume')
-    assert again.wait() == 0 and 'evaluation that belongs' in again.output
+    assert again.wait() == 0 and 'evaluation after this checkpoint was interrupted' in again.output
     assert int((work_dir / 'last_evaluation').read_text()) > evaluated
     assert_same(weights(work_dir / LAST[task]), whole(task)[0])
     third = train(task, work_dir, '--resume')
-    assert third.wait() == 0 and third.output.count('evaluation that belongs') == 1  # the log of all three
+    assert (
+        third.wait() == 0 and third.output.count('evaluation after this checkpoint was interrupted') == 1
+    )  # the log of all three
 
 
 def kill_while_writing(work_dir: Path, count: int, process, last: str) -> int:
@@ -222,7 +225,7 @@ def test_no_room_keeps_what_was_there_and_says_what_is_missing(tmp_path, monkeyp
 
     monkeypatch.setattr(os, 'fsync', full)
     monkeypatch.setattr('shutil.disk_usage', lambda path: type('Usage', (), {'free': 2**20}))
-    with pytest.raises(DiskFullError, match='no room for .*epoch_1.pth: 2.0 MB are missing'):
+    with pytest.raises(DiskFullError, match='Disk full: .*epoch_1.pth needs 2.0 MB more'):
         write_atomic(path, bytes(3 * 2**20))
     assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['epoch_1.pth']
 
@@ -239,7 +242,7 @@ def test_draws_follow_from_seed_and_place_alone():
         draws.set_epoch(epoch)
         batches = ResumableBatchSampler(draws, 2)
         passes = batches.skip(skipped)
-        order = [[(int(draw), draw.key) for draw in batch] for batch, _ in zip(batches, range(6))]
+        order = [[(int(draw), draw.seed_key) for draw in batch] for batch, _ in zip(batches, range(6))]
         return passes, order
 
     _, first = keys(0)
@@ -252,7 +255,7 @@ def test_draws_follow_from_seed_and_place_alone():
     assert len({key for batch in endless for _, key in batch}) == 12
 
     draw = pickle.loads(pickle.dumps(SeededIndex(4, (1, 2))))
-    assert draw == 4 and draw.key == (1, 2)
+    assert draw == 4 and draw.seed_key == (1, 2)
 
 
 def test_seeds_of_neighbours_are_unlike():
@@ -267,55 +270,55 @@ def test_seeds_of_neighbours_are_unlike():
     assert np.abs([np.corrcoef(v[1:], v[:-1])[0, 1] for v in values.T]).max() < 0.1
 
 
-@pytest.mark.parametrize('opened', [True, False])
-def test_a_loader_that_is_opened_before_its_run_is_resumed_takes_nothing(opened):
+@pytest.mark.parametrize('started', [True, False])
+def test_a_loader_that_is_opened_before_its_run_is_resumed_takes_nothing(started):
     draws = SeededSampler(range(10), dict(type='InfiniteSampler', shuffle=False), seed=0)
-    batches = ResumableBatchSampler(draws, 2, opened=opened)
-    assert next(iter(batches), None) == ([0, 1] if opened else None)
-    if not opened:
+    batches = ResumableBatchSampler(draws, 2, started=started)
+    assert next(iter(batches), None) == ([0, 1] if started else None)
+    if not started:
         batches.skip(1)
         assert next(iter(batches)) == [2, 3]
 
 
-def layout(processes, images, accumulation, samples=96):
-    batches = math.ceil(math.ceil(samples / processes) / images)
-    return dict(processes=processes, images=images, accumulation=accumulation, batches=batches, samples=samples)
+def partition(world_size, batch_size, accumulation_steps, num_images=96):
+    iters_per_epoch = math.ceil(math.ceil(num_images / world_size) / batch_size)
+    return BatchPartition(world_size, batch_size, accumulation_steps, iters_per_epoch, num_images)
 
 
 @pytest.mark.parametrize(
-    'before, now, epoch, iteration, by_epoch, wanted',
+    'old, new, epoch, iteration, by_epoch, expected',
     [
-        (layout(8, 2, 1), layout(8, 2, 1), 2, 14, True, 14),
-        (layout(8, 2, 1), layout(4, 2, 2), 0, 100, False, 200),
-        (layout(4, 2, 2), layout(8, 2, 1), 0, 200, False, 100),
-        (layout(8, 2, 1), layout(1, 2, 8), 2, 12, True, 96),
-        (layout(8, 2, 1), layout(1, 2, 8), 2, 14, True, 112),  # two of six batches into the third epoch
-        (layout(8, 2, 1), layout(4, 2, 1), 2, 12, True, 24),  # another total batch: epochs still mean epochs
-        (layout(8, 2, 1), layout(4, 2, 1), 0, 100, False, 100),
+        (partition(8, 2, 1), partition(8, 2, 1), 2, 14, True, 14),
+        (partition(8, 2, 1), partition(4, 2, 2), 0, 100, False, 200),
+        (partition(4, 2, 2), partition(8, 2, 1), 0, 200, False, 100),
+        (partition(8, 2, 1), partition(1, 2, 8), 2, 12, True, 96),
+        (partition(8, 2, 1), partition(1, 2, 8), 2, 14, True, 112),  # two of six batches into the third epoch
+        (partition(8, 2, 1), partition(4, 2, 1), 2, 12, True, 24),  # another total batch: epochs still mean epochs
+        (partition(8, 2, 1), partition(4, 2, 1), 0, 100, False, 100),
     ],
 )
-def test_counts_of_another_layout(before, now, epoch, iteration, by_epoch, wanted):
-    assert convert_progress(epoch, iteration, before, now, by_epoch)[0] == wanted
+def test_counts_of_another_partition(old, new, epoch, iteration, by_epoch, expected):
+    assert convert_progress(epoch, iteration, old, new, by_epoch)[0] == expected
 
 
 @pytest.mark.parametrize(
-    'before, now, epoch, iteration, by_epoch, word',
+    'old, new, epoch, iteration, by_epoch, word',
     [
-        (layout(8, 2, 1), layout(8, 2, 1, 95), 2, 12, True, '95 images, 96 when'),
-        (layout(1, 2, 8), layout(8, 2, 1), 0, 201, False, 'within a batch'),
-        (layout(8, 2, 1), layout(4, 2, 4), 0, 100, False, 'total batch was 16, now 32'),
-        (layout(8, 2, 1), layout(4, 2, 1), 2, 14, True, 'total batch was 16, now 8'),
+        (partition(8, 2, 1), partition(8, 2, 1, 95), 2, 12, True, '95 images, but 96 when'),
+        (partition(1, 2, 8), partition(8, 2, 1), 0, 201, False, 'not at a batch boundary'),
+        (partition(8, 2, 1), partition(4, 2, 4), 0, 100, False, 'total batch was 16, now it is 32'),
+        (partition(8, 2, 1), partition(4, 2, 1), 2, 14, True, 'total batch was 16, now it is 8'),
     ],
 )
-def test_counts_that_cannot_be_carried_over(before, now, epoch, iteration, by_epoch, word):
+def test_counts_that_cannot_be_carried_over(old, new, epoch, iteration, by_epoch, word):
     with pytest.raises(UsageError, match=word):
-        convert_progress(epoch, iteration, before, now, by_epoch)
+        convert_progress(epoch, iteration, old, new, by_epoch)
 
 
 @pytest.mark.parametrize('samples, by_epoch, same', [(96, True, True), (100, True, False), (100, False, True)])
 def test_what_is_said_of_another_layout_is_true(samples, by_epoch, same):
-    _, note = convert_progress(1, 10, layout(8, 2, 1, samples), layout(4, 2, 2, samples), by_epoch)
-    assert ('the same images in each update' in note) == same
+    _, note = convert_progress(1, 10, partition(8, 2, 1, samples), partition(4, 2, 2, samples), by_epoch)
+    assert ('each optimizer step sees the same images' in note) == same
 
 
 def test_updates_of_another_layout_see_the_same_images():
