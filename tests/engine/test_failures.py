@@ -25,7 +25,7 @@ from convnext_dense.engine.build import LOADER_PREFIXES, _make_checkpoint_loader
 from convnext_dense.engine.datasets import IMAGE_SUFFIXES, read_error
 from convnext_dense.engine.failures import diagnose, saved_activation_bytes
 from convnext_dense.engine.loops import ResumableEpochLoop
-from convnext_dense.errors import TrainingError, UsageError
+from convnext_dense.errors import RunInterrupted, TrainingError, UsageError
 from convnext_dense.models.convnext import ConvNeXt
 from helpers.paths import ROOT
 from helpers.planned_runs import Planned, planned_run
@@ -356,6 +356,23 @@ def test_with_batches_added_up_a_wrong_one_costs_its_update(tmp_path):
     runner.train()
     steps = {int(state['step']) for state in runner.optim_wrapper.optimizer.state.values()}
     assert steps == {1} and all(t.isfinite().all() for t in runner.model.state_dict().values())
+
+
+def test_health_checks_can_be_switched_off(tmp_path):
+    runner = planned_run([1.0, 1.0, NAN, 1.0, 1.0, 1.0], tmp_path, cfg=dict(health_check=False))
+    runner.train()
+    assert any(not t.isfinite().all() for t in runner.model.state_dict().values())
+    assert 'Non-finite' not in next(tmp_path.glob('*/*.log')).read_text()
+
+
+def test_without_health_checks_a_signal_still_saves(tmp_path):
+    def terminate(runner):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    runner = planned_run([1.0] * 8, tmp_path, hooks=[Caller(1, terminate)], cfg=dict(health_check=False))
+    with pytest.raises(RunInterrupted, match='stopped by SIGTERM. Saved .*interrupted.pth'):
+        runner.train()
+    assert torch.load(tmp_path / 'interrupted.pth', weights_only=False)['meta']['iter'] == 2
 
 
 def test_averages_of_the_weights_see_nothing_of_a_wrong_batch(tmp_path):

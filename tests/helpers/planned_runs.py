@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmengine.dataset import BaseDataset
+from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, MODELS
+from mmengine.registry import DATASETS, METRICS, MODELS
 from mmengine.structures import BaseDataElement
 from torch import nn
 
@@ -23,6 +24,8 @@ class LossByPlan(BaseModel):
         self.weight = nn.Parameter(torch.ones(2))
 
     def forward(self, inputs, data_samples=None, mode='loss'):
+        if mode == 'predict':
+            return data_samples
         factor = torch.stack([sample.factor for sample in data_samples])[:, None]
         loss = (self.norm(torch.stack(inputs) * factor) * self.weight).square().sum()
         return dict(loss=loss + (self.weight.square().sum() * factor.min()).sqrt())  # by 0: a loss, and no gradient
@@ -55,10 +58,44 @@ class Planned(BaseDataset):
         return dict(inputs=torch.tensor(np.random.rand(2), dtype=torch.float32), data_samples=sample)
 
 
+@METRICS.register_module()
+class SampleCount(BaseMetric):
+    """The number of samples."""
+
+    def process(self, data_batch, data_samples):
+        self.results += data_samples
+
+    def compute_metrics(self, results):
+        return dict(count=len(results))
+
+
 def planned_run(
-    plan, folder, hooks=(), train_cfg=None, loader=None, seed=0, load_from=None, model='LossByPlan', **more
+    plan,
+    folder,
+    hooks=(),
+    train_cfg=None,
+    loader=None,
+    seed=0,
+    load_from=None,
+    model='LossByPlan',
+    checkpoint=None,
+    evaluates=False,
+    cfg=None,
+    **more,
 ):
+    """A runner of the plan.
+
+    Args:
+        checkpoint: Arguments of the CheckpointHook.
+        evaluates: Whether it evaluates, on two batches.
+        cfg: Keys of the config that are no arguments of the runner.
+        **more: Arguments of the optimizer wrapper.
+    """
+    val = dict(batch_size=1, num_workers=0, dataset=dict(type='Planned', plan=[1.0] * 2))
+    val |= dict(sampler=dict(type='DefaultSampler', shuffle=False))
     return ResumableRunner(
+        **(dict(val_dataloader=val, val_cfg={}, val_evaluator=dict(type='SampleCount')) if evaluates else {}),
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', **(checkpoint or {}))),
         resume=load_from is not None,
         load_from=load_from,
         custom_hooks=list(hooks),
@@ -75,5 +112,5 @@ def planned_run(
         optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=0.01), **more),
         randomness=dict(seed=seed),
         experiment_name=Path(folder).name,
-        cfg=dict(model_wrapper_cfg=None),
+        cfg=dict(model_wrapper_cfg=None, **(cfg or {})),
     )

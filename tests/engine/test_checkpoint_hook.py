@@ -1,0 +1,148 @@
+"""Under gradient accumulation, checkpoints are written where an optimizer step ends."""
+
+import os
+import signal
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.runner import CheckpointLoader
+
+from convnext_dense.engine.build import LOADER_PREFIXES, _make_checkpoint_loader
+from convnext_dense.errors import RunInterrupted, UsageError
+from helpers.planned_runs import planned_run
+
+PLAN = [1.0] * 12  # six batches an epoch, four accumulated for a step: epochs end in the middle of one
+THREE_EPOCHS = dict(by_epoch=True, max_epochs=3)
+
+
+@pytest.fixture(autouse=True)
+def loads_as_the_tools_do():
+    CheckpointLoader.register_scheme(prefixes=LOADER_PREFIXES, loader=_make_checkpoint_loader({}), force=True)
+
+
+def run(folder, train_cfg=THREE_EPOCHS, **more):
+    return planned_run(PLAN, folder, train_cfg=train_cfg, accumulative_counts=4, **more)
+
+
+def load(path):
+    return torch.load(path, weights_only=False)
+
+
+def assert_same_state(runner, other):
+    for name, value in other.model.state_dict().items():
+        assert torch.equal(runner.model.state_dict()[name], value), name
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+    runner = run(tmp_path_factory.mktemp('checkpoints') / 'whole', checkpoint=dict(interval=1))
+    runner.train()
+    return runner
+
+
+def test_an_epoch_that_ends_within_a_step_is_saved_where_its_last_step_ends(uninterrupted):
+    metas = {n: load(f'{uninterrupted.work_dir}/epoch_{n}.pth')['meta'] for n in (1, 2, 3)}
+    assert {n: (meta['epoch'], meta['iter']) for n, meta in metas.items()} == {1: (0, 4), 2: (2, 12), 3: (3, 18)}
+
+
+@pytest.mark.parametrize('epoch', [1, 2])
+def test_resumed_from_there_it_is_the_same_run(epoch, uninterrupted, tmp_path):
+    again = run(tmp_path, load_from=f'{uninterrupted.work_dir}/epoch_{epoch}.pth')
+    again.train()
+    assert again.iter == 18
+    assert_same_state(again, uninterrupted)
+
+
+class ParametersOfEvaluation(Hook):
+    """Keeps the parameters that each evaluation sees."""
+
+    def __init__(self):
+        self.parameters = {}
+
+    def before_val_epoch(self, runner):
+        self.parameters[runner.epoch] = [p.detach().clone() for p in runner.model.parameters()]
+
+
+def test_the_parameters_saved_are_those_evaluated(tmp_path):
+    runner, hook = run(tmp_path, evaluates=True, checkpoint=dict(interval=1)), ParametersOfEvaluation()
+    runner.register_hook(hook)
+    runner.train()
+    names = [name for name, _ in runner.model.named_parameters()]
+    for epoch, parameters in hook.parameters.items():
+        saved = load(tmp_path / f'epoch_{epoch}.pth')['state_dict']
+        assert all(torch.equal(saved[name], value) for name, value in zip(names, parameters)), epoch
+
+
+@pytest.mark.parametrize(
+    'interval, iters', [(4, [4, 8, 12, 14]), (3, [4, 8, 12, 14]), (6, [4, 12, 14]), (5, [4, 8, 14]), (-1, [14])]
+)
+def test_iterations_within_a_step(interval, iters, tmp_path):
+    """Due at 3, before the first step ends, is nothing that could be saved; 14 is the end of the run."""
+    train_cfg = dict(by_epoch=False, max_iters=14)
+    run(tmp_path, train_cfg, checkpoint=dict(interval=interval, by_epoch=False)).train()
+    assert sorted(int(path.stem[5:]) for path in tmp_path.glob('iter_*.pth')) == iters
+    for n in iters:
+        assert load(tmp_path / f'iter_{n}.pth')['meta']['iter'] == n
+
+
+class SignalAt(Hook):
+    """Sends this process a signal in an iteration of training or of evaluation."""
+
+    def __init__(self, mode, iters):
+        self.mode, self.iters = mode, iters
+
+    def after_iter(self, runner, batch_idx, mode='train', **kwargs):
+        if (mode, runner.iter) == (self.mode, self.iters):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.after_iter(runner, batch_idx)
+
+    def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.after_iter(runner, batch_idx, 'val')
+
+
+@pytest.mark.parametrize(
+    'mode, iters, interval, name, saved',
+    [
+        ('train', 1, 9, 'interrupted.pth', 4),
+        ('train', 4, 9, 'interrupted.pth', 8),  # over the end of an epoch
+        ('val', 6, 9, 'interrupted.pth', 8),  # nothing is saved: the evaluation is finished, then the step
+        ('val', 6, 1, 'epoch_1.pth', 4),  # saved already: at once
+        ('val', 12, 9, 'interrupted.pth', 12),  # a step ends with the epoch
+    ],
+)
+def test_a_signal_within_a_step_stops_the_run_where_the_step_ends(
+    mode, iters, interval, name, saved, uninterrupted, tmp_path
+):
+    runner = run(tmp_path / 'run', evaluates=True, checkpoint=dict(interval=interval))
+    runner.register_hook(SignalAt(mode, iters), priority='VERY_HIGH')
+    with pytest.raises(RunInterrupted, match=f'stopped by SIGTERM. Saved .*{name}; resume with --resume'):
+        runner.train()
+    path = tmp_path / 'run' / name
+    checkpoint = load(path)
+    assert checkpoint['meta']['iter'] == saved and 'gradients' not in checkpoint
+    assert (tmp_path / 'run/last_checkpoint').read_text() == str(path)
+    again = run(tmp_path / 'again', load_from=str(path))
+    again.train()
+    assert_same_state(again, uninterrupted)
+
+
+def test_partial_gradients_of_an_earlier_version_are_refused(uninterrupted, tmp_path):
+    checkpoint = load(f'{uninterrupted.work_dir}/epoch_1.pth')
+    checkpoint['gradients'] = [{'weight': torch.ones(2)}]
+    torch.save(checkpoint, tmp_path / 'interrupted.pth')
+    with pytest.raises(UsageError, match='interrupted.pth was saved by an earlier version.*a regular checkpoint'):
+        run(tmp_path / 'run', load_from=str(tmp_path / 'interrupted.pth')).train()
+
+
+def test_the_batch_partition_of_an_earlier_version_is_read(uninterrupted, tmp_path):
+    checkpoint = load(f'{uninterrupted.work_dir}/epoch_1.pth')
+    partition = checkpoint['meta'].pop('batch_partition')
+    old_names = ('processes', 'images', 'accumulation', 'batches', 'samples', 'order')
+    checkpoint['meta']['layout'] = dict(zip(old_names, partition.values()))
+    torch.save(checkpoint, tmp_path / 'old.pth')
+    again = run(tmp_path / 'run', load_from=str(tmp_path / 'old.pth'))
+    again.train()
+    assert_same_state(again, uninterrupted)
