@@ -25,7 +25,7 @@ from convnext_dense.checkpoints import load_backbone
 from convnext_dense.errors import UsageError
 from convnext_dense.models.convnext import ARCHS, ConvNeXt
 from convnext_dense.ops import dispatch
-from convnext_dense.paper.departures import CONFIGS
+from convnext_dense.paper.recipe_diff import CONFIGS
 
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}

@@ -22,13 +22,13 @@ def recipes() -> str:
             f'[`{row.recipe}.py`](configs/{row.recipe}.py)',
             'ImageNet-22K' if '22k' in row.weights else 'ImageNet-1K',
             row.precision,
-            *(str(row.figures.get(name, '')) for name in HEADER[3:7]),
-            f'{row.params}M',
+            *(str(row.metrics.get(name, '')) for name in HEADER[3:7]),
+            f'{row.params_m}M',
             f'{row.gflops}G',
         ]
         for row in PAPER_RESULTS
     ]
-    return format_table(HEADER, rows, markdown=True)
+    return format_table(HEADER, rows, 'll', markdown=True)
 
 
 def test_the_first_page_is_short_and_in_a_newcomers_order():

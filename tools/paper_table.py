@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""The paper's tables with what your own work dirs hold beside them.
+"""The paper's results next to those of your own work dirs.
 
 `last` and `best` are evaluations during training, `tested` is by tools/test.py; `difference` is ours minus the paper's.
-Rows without a run stay empty.
+Recipes without a run stay empty.
 """
 
 import argparse
@@ -17,93 +17,92 @@ from convnext_dense.paper.results import MAIN_METRICS, PAPER_RESULTS
 from convnext_dense.paper.tables import format_table
 from convnext_dense.paper.work_dirs import TrainingRun, find_runs
 
-HEADER = ('recipe', 'figure', 'paper', 'last', 'best', 'tested', 'difference', 'expected')
+HEADER = ('recipe', 'metric', 'paper', 'last', 'best', 'tested', 'difference', 'vs. paper')
 HEADER += ('done', 'precision', 'batch', 'notes')
+ALIGN = 'll' + 'r' * (len(HEADER) - 3) + 'l'
 
 
 def parse_args():
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('folders', nargs='*', help='work dirs, or folders that hold them (default: work_dirs)')
-    parser.add_argument('--markdown', action='store_true', help='a table for a README')
-    parser.add_argument('--picture', metavar='FILE', help='bars, the paper against ours, as .png, .pdf or .svg')
+    parser.add_argument('folders', nargs='*', help='work dirs, or folders that contain them (default: work_dirs)')
+    parser.add_argument('--markdown', action='store_true', help='print a Markdown table')
+    parser.add_argument('--plot', metavar='FILE', help='draw the paper and ours as bars: a .png, .pdf or .svg')
     return parser.parse_args()
 
 
-def lines(runs: list[TrainingRun]) -> list[list[str]]:
-    """A line for each figure of each row and run; runs that are no row of the paper's come last."""
-    found = []
-    for row in PAPER_RESULTS:
-        for run in [run for run in runs if run.row is row] or [None]:
-            found += [_line(row.recipe, name, row.figures[name], run) for name in MAIN_METRICS if name in row.figures]
+def table_rows(runs: list[TrainingRun]) -> list[list[str]]:
+    """A row for each metric of each result of the paper and each run; runs of other configs come last."""
+    rows = []
+    for result in PAPER_RESULTS:
+        metrics = [name for name in MAIN_METRICS if name in result.metrics]
+        for run in [run for run in runs if run.paper_result is result] or [None]:
+            rows += [_row(result.recipe, name, result.metrics[name], run) for name in metrics]
     for run in runs:
-        if run.row is None:
-            names = [name for name in MAIN_METRICS if run.best(name) is not None or run.test(name)]
-            found += [_line(str(run.folder), name, None, run) for name in names or ['-']]
-    return found
+        if run.paper_result is None:
+            metrics = [name for name in MAIN_METRICS if run.best(name) is not None or run.last_test(name)]
+            rows += [_row(str(run.work_dir), name, None, run) for name in metrics or ['-']]
+    return rows
 
 
-def _line(title: str, figure: str, paper: float | None, run: TrainingRun | None) -> list[str]:
-    first = [title, figure, _number(paper)]
+def _row(title: str, metric: str, paper: float | None, run: TrainingRun | None) -> list[str]:
+    cells = [title, metric, _fmt(paper)]
     if run is None:
-        return [*first, *[''] * (len(HEADER) - len(first))]
-    test = run.test(figure)
-    difference, verdict = run.verdict(figure) if paper is not None else (None, '')
+        return [*cells, *[''] * (len(HEADER) - len(cells))]
+    test = run.last_test(metric)
+    difference, comparison = run.compare_to_paper(metric) if paper is not None else (None, '')
     return [
-        *first,
-        _number(run.last(figure)),
-        _number(run.best(figure)),
-        _number(test and test.figures[figure]),
+        *cells,
+        _fmt(run.last(metric)),
+        _fmt(run.best(metric)),
+        _fmt(test and test.metrics[metric]),
         '' if difference is None else f'{difference:+.1f}',
-        verdict,
-        f'{run.done:,.0f}/{run.length:,.0f}' if run.trained else '',
-        run.precision if run.trained else '',
-        str(run.total_batch or '') if run.trained else '',
+        comparison,
+        f'{run.done:,.0f}/{run.length:,.0f}' if run.has_training else '',
+        run.precision if run.has_training else '',
+        str(run.total_batch or '') if run.has_training else '',
         '; '.join(_notes(run)),
     ]
 
 
 def _notes(run: TrainingRun) -> list[str]:
-    notes = [] if run.row is None else [str(run.folder)]
-    notes += [f'tested: {name}' for name in dict.fromkeys(test.checkpoint for test in run.tests)]
-    if run.trained and run.row and run.departures():
-        notes.append(f'not as the recipe: {", ".join(run.departures())}')
-    if run.trained and not run.finished:
-        notes.append(f'not finished, last written {run.written:%Y-%m-%d %H:%M}')
-    return notes + run.problems
+    notes = [] if run.paper_result is None else [str(run.work_dir)]
+    notes += [f'tested: {name}' for name in dict.fromkeys(record.checkpoint for record in run.eval_records)]
+    if run.has_training and run.paper_result and run.deviations():
+        notes.append(f'differs from the recipe: {", ".join(run.deviations())}')
+    if run.has_training and not run.is_finished:
+        notes.append(f'not finished, last logged {run.last_logged:%Y-%m-%d %H:%M}')
+    return notes + run.issues
 
 
-def _number(value: float | None) -> str:
+def _fmt(value: float | None) -> str:
     return '' if value is None else f'{value:.1f}'
 
 
 def draw(runs: list[TrainingRun], file: str) -> None:
-    """Two panels of bars: box AP and mIoU of each row, the paper's and ours, of finished trainings and other tests."""
+    """Draw box AP and mIoU of each recipe as bars: the paper's, and ours of finished trainings and of other tests."""
     import matplotlib
 
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(13, 5), layout='constrained')
-    for panel, name in zip(panels, ('box AP', 'mIoU')):
-        rows = [row for row in PAPER_RESULTS if name in row.figures]
-        ours = {}
-        for run in runs:
-            if run.row in rows and run.result(name) is not None:
-                ours[run.row.recipe] = run.result(name)
-        places = range(len(rows))
-        panel.bar([i - 0.2 for i in places], [row.figures[name] for row in rows], 0.4, label='paper', color='0.75')
-        bars = panel.bar(
-            [i + 0.2 for i in places], [ours.get(row.recipe, 0) for row in rows], 0.4, label='ours', color='tab:blue'
-        )
-        panel.bar_label(bars, [_number(ours.get(row.recipe)) for row in rows])
-        panel.set_xticks(list(places), [row.recipe for row in rows], rotation=30, ha='right')
-        panel.set_ylabel(f'{name}, %')
+    for panel, metric in zip(panels, ('box AP', 'mIoU')):
+        results = [result for result in PAPER_RESULTS if metric in result.metrics]
+        final = [(run, run.final(metric)) for run in runs if run.paper_result in results]
+        ours = {run.paper_result.recipe: value for run, value in final if value is not None}
+        heights = [ours.get(result.recipe) for result in results]
+        xs = range(len(results))
+        panel.bar([x - 0.2 for x in xs], [r.metrics[metric] for r in results], 0.4, label='paper', color='0.75')
+        bars = panel.bar([x + 0.2 for x in xs], [h or 0 for h in heights], 0.4, label='ours', color='tab:blue')
+        panel.bar_label(bars, [_fmt(h) for h in heights])
+        panel.set_xticks(list(xs), [result.recipe for result in results], rotation=30, ha='right')
+        panel.set_ylabel(f'{metric}, %')
         panel.margins(y=0.15)
         panel.legend(loc='upper left', ncols=2)
     try:
         figure.savefig(file)
     except ValueError as error:
-        raise UsageError(f"--picture '{file}': {error}") from error
+        raise UsageError(f"--plot '{file}': {error}") from error
 
 
 def main():
@@ -111,9 +110,9 @@ def main():
     with exit_on_error():
         folders = args.folders or ['work_dirs'] * Path('work_dirs').is_dir()
         runs = find_runs(folders)
-        print(format_table(HEADER, lines(runs), args.markdown))
-        if args.picture:
-            draw(runs, args.picture)
+        print(format_table(HEADER, table_rows(runs), ALIGN, args.markdown))
+        if args.plot:
+            draw(runs, args.plot)
 
 
 if __name__ == '__main__':

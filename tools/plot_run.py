@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw trainings: loss, lr by layer and AP or mIoU, of one run or several in one picture.
+"""Draw trainings: loss, lr by layer and AP or mIoU, of one run or several in one image.
 
 Runs that are unfinished, resumed or broken are drawn as far as their logs go; so are runs of mmdet's and mmseg's tools.
 """
@@ -24,7 +24,11 @@ def parse_args():
         help='a .png, .pdf or .svg, or a folder (default: run.png in the work dir, runs.png here for several)',
     )
     parser.add_argument(
-        '--smooth', type=float, default=0.0, metavar='SHARE', help='of the mean before in a smoothed loss, such as 0.9'
+        '--smooth',
+        type=float,
+        default=0.0,
+        metavar='FACTOR',
+        help='factor of an exponential moving average of the losses, such as 0.9 (default: 0, no smoothing)',
     )
     return parser.parse_args()
 
@@ -36,12 +40,12 @@ def main():
             raise UsageError(f'--smooth {args.smooth}: give a number from 0 to below 1, such as 0.9')
         curves = read_curves(args.folders)
         name = 'run.png' if len(curves) == 1 else 'runs.png'
-        file = args.out or (curves[0].run.folder / name if len(curves) == 1 else name)
+        file = args.out or (curves[0].run.work_dir / name if len(curves) == 1 else name)
         if Path(file).is_dir():
             file = Path(file, name)
         file = plot(curves, file, args.smooth)
         for each in curves:
-            print('; '.join([f'{each.run.folder}: {format_progress(each.run)}', *each.run.problems]))
+            print('; '.join([f'{each.run.work_dir}: {format_progress(each.run)}', *each.run.issues]))
         print(file)
 
 

@@ -56,7 +56,7 @@ def inspect(args) -> None:
         print(f'{title:<11} {fact}')
     if args.table:
         print()
-        print(format_table(('in the file', 'ours', 'shape'), list(_rows(checkpoint))))
+        print(format_table(('in the file', 'ours', 'shape'), list(_rows(checkpoint)), 'll'))
 
 
 def _would_load(checkpoint: Checkpoint) -> str:
@@ -86,7 +86,7 @@ def listed(args) -> None:
     rows = []
     for name, entry in WEIGHTS.items():
         rows.append((name, entry.training, entry.license, _size(name), entry.url or entry.request_url))
-    print(format_table(('name', 'weights', 'license', 'backbone, MB', 'address'), rows, args.markdown))
+    print(format_table(('name', 'weights', 'license', 'backbone, MB', 'address'), rows, 'lllrl', args.markdown))
 
 
 def _size(name: str) -> str:

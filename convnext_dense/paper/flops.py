@@ -1,4 +1,4 @@
-"""Parameters and FLOPs as the paper counts them (tables 3 and 4): of the layers, on paper, without any weights."""
+"""Parameters and FLOPs as the paper counts them (tables 3 and 4), computed from layers without any weights."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,13 @@ NUM_BOX_ROIS, NUM_MASK_ROIS = 1000, 100  # RoIs on which the paper's counts run 
 
 @dataclass(frozen=True)
 class Complexity:
-    """`parameters` of the whole model; `flops`, multiply-adds, of one image of `size`, width x height."""
+    """Size and cost of a model.
+
+    Attributes:
+        parameters: Parameters of the whole model.
+        flops: Multiply-accumulates (MACs) of one image.
+        size: (width, height) of the image.
+    """
 
     parameters: int
     flops: int
@@ -23,14 +29,21 @@ class Complexity:
 
 
 def count_flops(config: Config, size: tuple[int, int]) -> Complexity:
-    """Count a detector or segmentor of a config on the meta device: nothing is allocated.
+    """Count a detector or segmentor on the meta device, so that nothing is allocated.
 
     FLOPs are those of convolutions, Linears, batch norms, ReLUs and poolings; LayerNorm, GELU, RoIAlign and
     interpolation count 0. A two-stage detector is counted with every box head on 1000 and every mask head on 100 RoIs,
     a segmentor without its auxiliary heads (which its parameters include).
 
+    Args:
+        config: Config of the model.
+        size: (width, height) of the image.
+
+    Returns:
+        Parameters and FLOPs.
+
     Raises:
-        UsageError: the model is of another kind, or the size is too small for it.
+        UsageError: The model is of another kind, or the size is too small for it.
     """
     init_default_scope(config.get('default_scope', 'mmengine'))
     model_cfg = {key: value for key, value in config.model.items() if key != 'pretrained'}
@@ -40,13 +53,13 @@ def count_flops(config: Config, size: tuple[int, int]) -> Complexity:
         except (KeyError, TypeError, AssertionError) as error:
             raise UsageError(f'the model cannot be built: {str(error).splitlines()[0]}') from error
         parameters = sum(p.numel() for p in model.parameters())
-        counted = _FlopsForward(model)
-        for module in counted.modules():
+        flops_model = _FlopsForward(model)
+        for module in flops_model.modules():
             _adapt_for_mmcv_counter(module)
         width, height = size
         try:
             flops, _ = get_model_complexity_info(
-                counted, (3, height, width), print_per_layer_stat=False, as_strings=False
+                flops_model, (3, height, width), print_per_layer_stat=False, as_strings=False
             )
         except (RuntimeError, ValueError) as error:
             raise UsageError(
@@ -63,7 +76,7 @@ class _UncountedLayerNorm(nn.LayerNorm):
 
 
 def _adapt_for_mmcv_counter(module: nn.Module) -> None:
-    """mmcv's counter goes by exact types: it knows no SyncBatchNorm, and counts LayerNorm, which the paper did not."""
+    """mmcv's counter goes by exact types: it does not know SyncBatchNorm, and counts LayerNorm, unlike the paper."""
     if isinstance(module, nn.SyncBatchNorm):
         module.__class__ = nn.BatchNorm2d
     elif type(module) is nn.LayerNorm:
@@ -71,43 +84,43 @@ def _adapt_for_mmcv_counter(module: nn.Module) -> None:
 
 
 class _FlopsForward(nn.Module):
-    """A model as one forward pass from an image, RoIAlign left out: its output is fed to the heads as it would be."""
+    """A model as one forward pass from an image; instead of running RoIAlign, heads get a tensor of its shape."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
         if hasattr(model, 'roi_head'):
-            self.count = self._two_stage
+            self.forward_heads = self._two_stage
         elif hasattr(model, 'bbox_head'):
-            self.count = self._one_stage
+            self.forward_heads = self._one_stage
         elif hasattr(model, 'decode_head'):
-            self.count = self._segmentor
+            self.forward_heads = self._segmentor
         else:
             raise UsageError(
                 f'{type(model).__name__} cannot be counted: it has no roi_head, bbox_head or decode_head (mmdet, mmseg)'
             )
 
     def forward(self, image):
-        self.count(self.model.extract_feat(image))
+        self.forward_heads(self.model.extract_feat(image))
         return image
 
-    def _one_stage(self, maps):
-        self.model.bbox_head(maps)
+    def _one_stage(self, features):
+        self.model.bbox_head(features)
 
-    def _segmentor(self, maps):
+    def _segmentor(self, features):
         first, *others = _as_list(self.model.decode_head)
-        output = first(maps)
-        for head in others:  # each refines what the one before it found
-            output = head(maps, output)
+        output = first(features)
+        for head in others:  # each refines the output of the one before
+            output = head(features, output)
 
-    def _two_stage(self, maps):
-        self.model.rpn_head(maps)
+    def _two_stage(self, features):
+        self.model.rpn_head(features)
         roi_head = self.model.roi_head
-        for kind, n in (('bbox', NUM_BOX_ROIS), ('mask', NUM_MASK_ROIS)):
+        for kind, num_rois in (('bbox', NUM_BOX_ROIS), ('mask', NUM_MASK_ROIS)):
             extractors = _as_list(getattr(roi_head, f'{kind}_roi_extractor', None))
             for extractor, head in zip(extractors, _as_list(getattr(roi_head, f'{kind}_head', None))):
                 side = extractor.roi_layers[0].output_size
-                head(maps[0].new_empty(n, extractor.out_channels, *side))
+                head(features[0].new_empty(num_rois, extractor.out_channels, *side))
 
 
 def _as_list(module) -> list:

@@ -8,13 +8,13 @@ from mmengine.config import Config
 
 from ..config.tree import mismatched_keys
 
-TOTAL_BATCH = 16
-# The figures of a detection row in the order in which the paper prints them, and of a segmentation row.
-DETECTION = ('box AP', 'box AP50', 'box AP75', 'mask AP', 'mask AP50', 'mask AP75')
-SEGMENTATION = ('mIoU', 'mIoU multi-scale')
-MAIN_METRICS = ('box AP', 'mask AP', *SEGMENTATION)
-# The names under which mmdet's and mmseg's evaluators give them, and what makes them percent.
-METRICS = {
+TOTAL_BATCH = 16  # images per optimizer step, of every recipe (appendix A.3)
+# Metrics of a detection result in the order in which the paper prints them, and of a segmentation result.
+DETECTION_METRICS = ('box AP', 'box AP50', 'box AP75', 'mask AP', 'mask AP50', 'mask AP75')
+SEGMENTATION_METRICS = ('mIoU', 'mIoU multi-scale')
+MAIN_METRICS = ('box AP', 'mask AP', *SEGMENTATION_METRICS)
+# Metric -> its key in the results of mmdet's and mmseg's evaluators, and the factor that makes it percent.
+EVALUATOR_KEYS = {
     'box AP': ('coco/bbox_mAP', 100),
     'box AP50': ('coco/bbox_mAP_50', 100),
     'box AP75': ('coco/bbox_mAP_75', 100),
@@ -23,53 +23,65 @@ METRICS = {
     'mask AP75': ('coco/segm_mAP_75', 100),
     'mIoU': ('mIoU', 1),
 }
-# How far a faithful run may lie from the paper's figure: a retraining, and the released weights.
+# How far from the paper's metric, in percentage points, a faithful retraining and the released weights may lie.
 RETRAIN_TOLERANCE = {'box AP': 0.3, 'mask AP': 0.3, 'mIoU': 0.5, 'mIoU multi-scale': 0.5}
 RELEASED_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
 class PaperResult:
-    """One result: a recipe's settings that tell it from the others, and the paper's figures of it.
+    """One result of the paper, with the settings by which its recipe differs from the others.
 
-    `figures` are AP or mIoU in percent by the names in DETECTION or SEGMENTATION; `params` in millions and `gflops` (a
-    multiply-add counts as 1, at `size`, width x height) as the paper prints them; `released` is the name of the
-    checkpoint that the authors trained.
+    Attributes:
+        recipe: Name of the config without its ending, such as 'cascade/convnext_t'.
+        arch: Size of the backbone, a key of `ARCHS`.
+        weights: Name of the pretrained weights of the backbone.
+        released: Name of the checkpoint that the authors released.
+        drop_path_rate: Stochastic depth rate of the last block.
+        lr: Base learning rate.
+        decay_rate: Rate of the layer-wise or stage-wise learning rate decay.
+        metrics: AP or mIoU in percent, by `DETECTION_METRICS` or `SEGMENTATION_METRICS`.
+        params_m: Parameters of the whole model in millions, as printed in the paper.
+        gflops: Multiply-accumulates of an image of `size` in billions, as printed in the paper.
+        size: (width, height) at which `gflops` are counted.
+        precision: 'float16' (mixed precision) or 'float32'.
     """
 
     recipe: str
     arch: str
     weights: str
     released: str
-    drop_path: float
+    drop_path_rate: float
     lr: float
     decay_rate: float
-    figures: Mapping[str, float]
-    params: int
+    metrics: Mapping[str, float]
+    params_m: int
     gflops: int
     size: tuple[int, int]
     precision: str = 'float16'
 
     @property
-    def detector(self) -> bool:
-        return 'mIoU' not in self.figures
+    def is_detection(self) -> bool:
+        """Whether it is a result on COCO, not on ADE20K."""
+        return 'mIoU' not in self.metrics
 
     @property
     def decay_type(self) -> str:
-        return 'layer_wise' if self.detector else 'stage_wise'
+        """How layers are grouped for the learning rate decay."""
+        return 'layer_wise' if self.is_detection else 'stage_wise'
 
     @property
-    def crop(self) -> int | None:
-        """Side of the training crop on ADE20K, pixels."""
-        return None if self.detector else self.size[1]
+    def crop_size(self) -> int | None:
+        """Side of the training crop on ADE20K in pixels; None on COCO."""
+        return None if self.is_detection else self.size[1]
 
     @cached_property
     def identity(self) -> dict[str, object]:
-        """The settings of a config, by dotted key, by which it is this row and no other."""
-        common = {'model.backbone.arch': self.arch, 'model.backbone.drop_path_rate': self.drop_path}
+        """The settings of a config, by dotted key, that only the recipe of this result has."""
+        common = {'model.backbone.arch': self.arch, 'model.backbone.drop_path_rate': self.drop_path_rate}
         # Classes that are named are not COCO's or ADE20K's own: other data, even if of as many classes.
         common |= {f'{split}_dataloader.dataset.metainfo': None for split in ('train', 'test')}
-        if self.detector:
+        if self.is_detection:
             model = {'mask_rcnn': 'MaskRCNN', 'cascade': 'CascadeRCNN'}[self.recipe.split('/')[0]]
             return {
                 **common,
@@ -81,13 +93,13 @@ class PaperResult:
             **common,
             'model.decode_head.type': 'UPerHead',
             'model.decode_head.num_classes': 150,
-            'model.test_cfg.crop_size': (self.crop, self.crop),
+            'model.test_cfg.crop_size': (self.crop_size, self.crop_size),
             'train_dataloader.dataset.type': 'ADE20KDataset',
         }
 
 
 def _coco(
-    recipe, arch, weights, drop_path, lr, decay_rate, box, mask, params, gflops, precision='float16'
+    recipe, arch, weights, drop_path_rate, lr, decay_rate, box, mask, params_m, gflops, precision='float16'
 ) -> PaperResult:
     model = {'mask_rcnn': 'mask_rcnn', 'cascade': 'cascade_mask_rcnn'}[recipe.split('/')[0]]
     return PaperResult(
@@ -95,11 +107,11 @@ def _coco(
         arch=arch,
         weights=f'convnext_{arch}_{weights}_224',
         released=f'{model}_convnext_{arch}_{weights}_3x',
-        drop_path=drop_path,
+        drop_path_rate=drop_path_rate,
         lr=lr,
         decay_rate=decay_rate,
-        figures=dict(zip(DETECTION, box + mask)),
-        params=params,
+        metrics=dict(zip(DETECTION_METRICS, box + mask)),
+        params_m=params_m,
         gflops=gflops,
         size=(1280, 800),
         precision=precision,
@@ -107,18 +119,18 @@ def _coco(
 
 
 def _ade20k(
-    recipe, arch, weights, crop, drop_path, lr, single, multi, params, gflops, precision='float16'
+    recipe, arch, weights, crop, drop_path_rate, lr, single, multi, params_m, gflops, precision='float16'
 ) -> PaperResult:
     return PaperResult(
         recipe=recipe,
         arch=arch,
         weights=f'convnext_{arch}_{weights}_224',
         released=f'upernet_convnext_{arch}_{weights}_{crop}x{crop}',
-        drop_path=drop_path,
+        drop_path_rate=drop_path_rate,
         lr=lr,
         decay_rate=0.9,
-        figures={'mIoU': single, 'mIoU multi-scale': multi},
-        params=params,
+        metrics={'mIoU': single, 'mIoU multi-scale': multi},
+        params_m=params_m,
         gflops=gflops,
         size=(4 * crop, crop),
         precision=precision,
@@ -150,10 +162,25 @@ PAPER_RESULTS = (
 
 
 def to_paper_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What an evaluator found, in percent and by the paper's names."""
-    return {name: factor * metrics[key] for name, (key, factor) in METRICS.items() if metrics.get(key) is not None}
+    """Convert the results of an evaluator to the paper's metrics.
+
+    Args:
+        metrics: Results by the keys of mmdet's `CocoMetric` or mmseg's `IoUMetric`.
+
+    Returns:
+        Metrics in percent by the paper's names; others are left out.
+    """
+    values = {name: (metrics.get(key), factor) for name, (key, factor) in EVALUATOR_KEYS.items()}
+    return {name: factor * value for name, (value, factor) in values.items() if value is not None}
 
 
 def find_paper_result(config: Config) -> PaperResult | None:
-    """The row whose recipe a config is, whatever file it came from; None where it is none."""
-    return next((row for row in PAPER_RESULTS if not mismatched_keys(config, row.identity)), None)
+    """Find the paper's result whose recipe a config is, whatever file it came from.
+
+    Args:
+        config: Config of a model, such as mmengine keeps in a work dir.
+
+    Returns:
+        The result; None where the config is no recipe of the paper.
+    """
+    return next((result for result in PAPER_RESULTS if not mismatched_keys(config, result.identity)), None)

@@ -1,20 +1,28 @@
-"""Rows of text as a table, for the terminal or as Markdown."""
+"""Text tables for the terminal or as Markdown."""
 
 from collections.abc import Sequence
 
-# Columns that begin at the left; those of numbers end at the right.
-TEXT_COLUMNS = ('recipe', 'config', 'figure', 'weights', 'notes', 'name', 'license', 'address', 'in the file', 'ours')
 
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str = 'l', markdown: bool = False) -> str:
+    """Format rows as a table with aligned columns.
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
-    """One line a row, in aligned columns."""
+    Args:
+        header: Names of the columns.
+        rows: Cells of each row, as many as there are columns.
+        align: 'l' or 'r' for each column from the first on; columns without a letter are aligned right, as numbers.
+        markdown: Whether to write a Markdown table.
+
+    Returns:
+        The table, one line per row.
+    """
+    align = align.ljust(len(header), 'r')
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     aligned = [
-        [cell.ljust(n) if name in TEXT_COLUMNS else cell.rjust(n) for name, cell, n in zip(header, line, widths)]
+        [cell.ljust(n) if side == 'l' else cell.rjust(n) for cell, n, side in zip(line, widths, align)]
         for line in lines
     ]
     if not markdown:
         return '\n'.join('  '.join(line).rstrip() for line in aligned)
-    rule = ['-' * n if name in TEXT_COLUMNS else '-' * (n - 1) + ':' for name, n in zip(header, widths)]
+    rule = ['-' * n if side == 'l' else '-' * (n - 1) + ':' for n, side in zip(widths, align)]
     return '\n'.join(f'| {" | ".join(line)} |' for line in [aligned[0], rule, *aligned[1:]])

@@ -1,9 +1,9 @@
-"""What work dirs hold: how far each run is, what it reached, and where it departs from its recipe."""
+"""What work dirs hold: the progress of each run, its metrics, and in what it deviates from its recipe."""
 
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -12,11 +12,12 @@ from mmengine.config import Config
 
 from ..checkpoints.io import load_checkpoint
 from ..config.literal import parse_config_literal
-from ..config.recipe import accumulative_counts, training_length, training_precision
+from ..config.recipe import training_length, training_precision
 from ..config.value_types import COUNT, DICT, TEXT, find_wrong_types
 from ..config.work_dir import TIMESTAMP_GLOB, read_log_text
+from ..engine.checkpoint_hook import LAST_CKPT_FILE
 from ..errors import UsageError
-from .departures import diff_from_recipe
+from .recipe_diff import diff_from_recipe
 from .results import (
     RELEASED_TOLERANCE,
     RETRAIN_TOLERANCE,
@@ -25,260 +26,288 @@ from .results import (
     find_paper_result,
     to_paper_metrics,
 )
+from .session import SCALARS_FILE, Session, is_number
 
-SCALARS = 'vis_data/scalars.json'
-COUNTS = ('step', 'epoch', 'iter')  # of a record, whole numbers
-MAX_COUNT = 2**53
-# What the parts of a config that are looked into here have to be, where they are there.
-WRITTEN = dict.fromkeys(
+# Types of the parts of a config that are read here, where they are set.
+CONFIG_TYPES = dict.fromkeys(
     ('train_cfg', 'model', 'optim_wrapper', 'optim_wrapper.optimizer', 'train_dataloader', 'default_hooks',
      'default_hooks.logger', 'auto_scale_lr', 'model.backbone', 'visualizer'), DICT._replace(optional=True),
 ) | dict.fromkeys(
     ('train_cfg.max_epochs', 'train_cfg.max_iters', 'optim_wrapper.accumulative_counts', 'train_dataloader.batch_size'),
     COUNT._replace(optional=True),
 ) | {'default_scope': TEXT._replace(optional=True)}  # fmt: skip
-TESTS = 'test'  # the folder in a run's own where tools/test.py works
+EVAL_DIR = 'test'  # the folder of tools/test.py in a work dir
 
 
 @dataclass
 class EvalRecord:
-    """A test by tools/test.py: its figures, its config, and the checkpoint's file name without its ending."""
+    """A test by tools/test.py.
 
-    figures: dict[str, float]
+    Attributes:
+        metrics: Metrics in percent, by the paper's names.
+        config: Config of the test.
+        checkpoint: File name of the tested checkpoint without its ending.
+    """
+
+    metrics: dict[str, float]
     config: Config
     checkpoint: str
 
     @property
-    def row(self) -> PaperResult | None:
+    def paper_result(self) -> PaperResult | None:
+        """The paper's result of this recipe."""
         return find_paper_result(self.config)
 
     @property
-    def released(self) -> bool:
-        """Whether it is the paper's authors' model that was tested."""
-        return self.row is not None and self.checkpoint == self.row.released
+    def is_released(self) -> bool:
+        """Whether the checkpoint is the one that the paper's authors released."""
+        return self.paper_result is not None and self.checkpoint == self.paper_result.released
 
 
 @dataclass
 class TrainingRun:
-    """A training, or tests of one model of other origin. `done` and `length` are epochs, or updates where the config
-    counts iterations; `evaluations` are the figures found in training by step; `processes` is None where no log says
-    it; `written` is when a training's log last grew; `problems` say what could not be read; `starts` are the folders of
-    its logs in order, each with its config."""
+    """A training, or tests of a model that was not trained in this work dir.
 
-    folder: Path
+    Attributes:
+        work_dir: Its work dir.
+        config: Config of its last session.
+        done: Finished epochs, or optimizer steps where the length is counted in iterations.
+        progress: As `done`, with the fraction of an epoch.
+        evaluations: Metrics of the evaluations during training, by step.
+        eval_records: Tests by tools/test.py.
+        last_logged: When the logs of the training last grew; None without a training.
+        issues: What could not be read, one sentence each.
+        sessions: Sessions of the training that logged anything, in order.
+        world_size: Number of processes; None where it is not known.
+        total_batch: Images per optimizer step; None where it is not known.
+    """
+
+    work_dir: Path
     config: Config = field(default_factory=Config)
     done: float = 0
+    progress: float = 0
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
-    tests: list[EvalRecord] = field(default_factory=list)
-    processes: int | None = None
-    written: datetime | None = None
-    problems: list[str] = field(default_factory=list)
-    starts: list[tuple[Path, Config]] = field(default_factory=list)
+    eval_records: list[EvalRecord] = field(default_factory=list)
+    last_logged: datetime | None = None
+    issues: list[str] = field(default_factory=list)
+    sessions: list[Session] = field(default_factory=list)
+    world_size: int | None = None
+    total_batch: int | None = None
 
     @property
-    def row(self) -> PaperResult | None:
+    def paper_result(self) -> PaperResult | None:
+        """The paper's result of this recipe."""
         return find_paper_result(self.config)
 
     @property
     def length(self) -> float:
+        """Epochs, or optimizer steps where the length is counted in iterations."""
         return training_length(self.config)
 
     @property
-    def trained(self) -> bool:
-        """Whether a training was started here, not tests alone."""
-        return self.written is not None
+    def has_training(self) -> bool:
+        """Whether a training was started here, not only tests."""
+        return self.last_logged is not None
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
+        """Whether the training reached its length."""
         return self.done >= self.length > 0
 
     @property
     def precision(self) -> str:
+        """'float32', 'float16' or 'bfloat16'."""
         return training_precision(self.config)
 
     @property
-    def total_batch(self) -> int | None:
-        images = (self.config.get('train_dataloader') or {}).get('batch_size', 0)
-        return self.processes and self.processes * images * accumulative_counts(self.config)
-
-    @property
     def final_checkpoint(self) -> str:
+        """File name, without its ending, of the checkpoint at the end of the training."""
         train_cfg = self.config.get('train_cfg') or {}
         return f'epoch_{train_cfg["max_epochs"]}' if 'max_epochs' in train_cfg else f'iter_{train_cfg.get("max_iters")}'
 
-    def last(self, figure: str) -> float | None:
-        return next((e[figure] for _, e in sorted(self.evaluations.items(), reverse=True) if figure in e), None)
+    def last(self, metric: str) -> float | None:
+        """The metric at the last evaluation during training, in percent."""
+        return next((e[metric] for _, e in sorted(self.evaluations.items(), reverse=True) if metric in e), None)
 
-    def best(self, figure: str) -> float | None:
-        return max((e[figure] for e in self.evaluations.values() if figure in e), default=None)
+    def best(self, metric: str) -> float | None:
+        """The best value of the metric during training, in percent."""
+        return max((e[metric] for e in self.evaluations.values() if metric in e), default=None)
 
-    def test(self, figure: str) -> EvalRecord | None:
-        """The latest test that gave this figure."""
-        return next((test for test in reversed(self.tests) if figure in test.figures), None)
+    def last_test(self, metric: str) -> EvalRecord | None:
+        """The last test that has this metric."""
+        return next((record for record in reversed(self.eval_records) if metric in record.metrics), None)
 
-    def departures(self) -> list[str]:
-        """In what this run is not its row's recipe."""
-        row = self.row
-        changed = diff_from_recipe(self.config, row)
-        changed += ['precision'] if self.precision != row.precision else []
-        return changed + (['batch'] if self.total_batch not in (None, TOTAL_BATCH) else [])
+    def final(self, metric: str) -> float | None:
+        """The metric of the finished training, or of the tested model that was not trained here, in percent."""
+        record = self._final_test(metric)
+        return record.metrics[metric] if record else self.last(metric) if self.is_finished else None
 
-    def result(self, figure: str) -> float | None:
-        """What this run reached: tested or evaluated at its end, or the test of a model of other origin."""
-        test = self._test_of_the_end(figure)
-        return test.figures[figure] if test else self.last(figure) if self.finished else None
+    def deviations(self) -> list[str]:
+        """The settings in which the training differs from the recipe of its paper result."""
+        deviations = diff_from_recipe(self.config, self.paper_result)
+        deviations += ['precision'] if self.precision != self.paper_result.precision else []
+        return deviations + (['batch'] if self.total_batch not in (None, TOTAL_BATCH) else [])
 
-    def verdict(self, figure: str) -> tuple[float | None, str]:
-        """The difference of our result to the paper's figure, and whether a faithful run may differ so: 'inside',
-        'below' or 'above'; '' where that cannot be said."""
-        row, ours, test = self.row, self.result(figure), self._test_of_the_end(figure)
-        if ours is None or row is None:
+    def compare_to_paper(self, metric: str) -> tuple[float | None, str]:
+        """Compare the final metric with the paper's.
+
+        Args:
+            metric: Name of the metric, such as 'box AP'.
+
+        Returns:
+            Ours minus the paper's in percentage points, None where one is missing; and 'within tolerance', 'below' or
+            'above', or '' where the training differs from the recipe or is not finished.
+        """
+        paper, ours, record = self.paper_result, self.final(metric), self._final_test(metric)
+        if ours is None or paper is None:
             return None, ''
-        difference = round(round(ours, 1) - row.figures[figure], 1)
-        released = test is not None and test.released
-        if not released and (not self.finished or self.departures()):
+        difference = round(round(ours, 1) - paper.metrics[metric], 1)
+        is_released = record is not None and record.is_released
+        if not is_released and (not self.is_finished or self.deviations()):
             return difference, ''
-        margin = RELEASED_TOLERANCE if released else RETRAIN_TOLERANCE[figure]
-        return difference, 'inside' if abs(difference) <= margin else 'below' if difference < 0 else 'above'
+        tolerance = RELEASED_TOLERANCE if is_released else RETRAIN_TOLERANCE[metric]
+        if abs(difference) <= tolerance:
+            return difference, 'within tolerance'
+        return difference, 'below' if difference < 0 else 'above'
 
-    def _test_of_the_end(self, figure: str) -> EvalRecord | None:
-        test = self.test(figure)
-        return test if test and (not self.trained or test.checkpoint == self.final_checkpoint) else None
+    def _final_test(self, metric: str) -> EvalRecord | None:
+        record = self.last_test(metric)
+        is_final = record and (not self.has_training or record.checkpoint == self.final_checkpoint)
+        return record if is_final else None
 
 
 def find_runs(folders: Iterable[str | Path]) -> list[TrainingRun]:
-    """The runs in and below these folders, by path.
+    """Read all runs in and below folders.
+
+    Args:
+        folders: Work dirs, or folders that contain them.
+
+    Returns:
+        The runs, sorted by path.
 
     Raises:
-        UsageError: a folder is not there.
+        UsageError: A folder does not exist.
     """
-    found = set()
+    work_dirs = set()
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise UsageError(f"no folder '{folder}': give work dirs, such as work_dirs")
-        for start in folder.rglob(TIMESTAMP_GLOB):
-            if start.is_dir():
-                tests = start.parent.name == TESTS and not (start / SCALARS).exists()
-                found.add(start.parent.parent if tests else start.parent)
-    return [run for folder in sorted(found) for run in read_runs(folder)]
+        for log_dir in folder.rglob(TIMESTAMP_GLOB):
+            if log_dir.is_dir():
+                is_test = log_dir.parent.name == EVAL_DIR and not (log_dir / SCALARS_FILE).exists()
+                work_dirs.add(log_dir.parent.parent if is_test else log_dir.parent)
+    return [run for work_dir in sorted(work_dirs) for run in read_runs(work_dir)]
 
 
-def read_runs(folder: Path) -> list[TrainingRun]:
-    """What one work dir holds, whatever state it is in: its training, and each model of other origin that was tested
-    there. What cannot be read is said in `problems`."""
-    run, tests = TrainingRun(folder), []
-    for start in [*sorted((folder / TESTS).glob(TIMESTAMP_GLOB)), *sorted(folder.glob(TIMESTAMP_GLOB))]:
-        if (start / f'{start.name}.json').exists():
-            tests += _read_test(run, start)
-        elif start.parent == folder:
-            _read_training(run, start)
+def read_runs(work_dir: Path) -> list[TrainingRun]:
+    """Read a work dir in whatever state it is.
+
+    Args:
+        work_dir: The work dir; what cannot be read in it is listed in the `issues` of its run.
+
+    Returns:
+        The training, if there is one, and a run for each model of other origin that was tested there.
+    """
+    run, eval_records = TrainingRun(work_dir), []
+    for log_dir in [*sorted((work_dir / EVAL_DIR).glob(TIMESTAMP_GLOB)), *sorted(work_dir.glob(TIMESTAMP_GLOB))]:
+        if (log_dir / f'{log_dir.name}.json').exists():
+            eval_records += _read_test(run, log_dir)
+        elif log_dir.parent == work_dir:
+            _read_training(run, log_dir)
     _check_last_checkpoint(run)
     others: dict[tuple, TrainingRun] = {}
-    for test in tests:
-        if run.trained and test.row is run.row and not test.released:
-            run.tests.append(test)
+    for record in eval_records:
+        if run.has_training and record.paper_result is run.paper_result and not record.is_released:
+            run.eval_records.append(record)
         else:
-            origin = (test.row and test.row.recipe, test.checkpoint)
-            others.setdefault(origin, TrainingRun(folder / TESTS, test.config)).tests.append(test)
-    return [*([run] if run.trained or run.problems else []), *others.values()]
+            origin = (record.paper_result and record.paper_result.recipe, record.checkpoint)
+            other = others.setdefault(origin, TrainingRun(work_dir / EVAL_DIR, record.config))
+            other.eval_records.append(record)
+    return [*([run] if run.has_training or run.issues else []), *others.values()]
 
 
-def _read_training(run: TrainingRun, start: Path) -> None:
-    run.config = _read_config(run, start) or run.config
-    run.written = datetime.fromtimestamp(max(file.stat().st_mtime for file in [start, *start.rglob('*')]))
-    processes = re.search(r'GPU number: (\d+)', read_log_text(start / f'{start.name}.log'))
-    run.processes = int(processes[1]) if processes else run.processes
-    if not (start / SCALARS).exists():
-        run.problems.append(f'{start.name}: no log of any iteration')
+def _read_training(run: TrainingRun, log_dir: Path) -> None:
+    run.config = _read_config(run, log_dir) or run.config
+    session = Session(log_dir, run.config, run.issues)
+    run.last_logged = session.last_logged
+    run.world_size = session.world_size or run.world_size
+    run.total_batch = run.world_size and run.world_size * session.batch_size * session.accumulation_steps
+    if not session.has_records:
+        run.issues.append(f'{log_dir.name}: no iteration was logged')
         return
-    run.starts.append((start, run.config))
-    counts_epochs, lost = 'max_epochs' in (run.config.get('train_cfg') or {}), []
-    for record in read_records(start / SCALARS, run.problems):
-        figures, step = to_paper_metrics(record), record.get('step', 0)
-        lost += [f'{name} {value} at step {step}' for name, value in figures.items() if not math.isfinite(value)]
-        if figures:  # what a resumed run does again replaces what it went back behind
-            run.evaluations = {s: e for s, e in run.evaluations.items() if s < step} | {step: _finite(figures)}
-        if counts_epochs:
-            run.done = step if figures else max(run.done, record.get('epoch', 1) - 1)
-        else:
-            run.done = step / accumulative_counts(run.config)
+    run.sessions.append(session)
+    non_finite = []
+    for record in session.records:
+        metrics, step = to_paper_metrics(record), record.get('step', 0)
+        non_finite += [f'{name} {value} at step {step}' for name, value in metrics.items() if not math.isfinite(value)]
         if not math.isfinite(record.get('loss') or 0):
-            lost.append(f'loss {record["loss"]} at step {step}')
-    if lost:
-        run.problems.append(lost[0] + (f' and in {len(lost) - 1} records more' if len(lost) > 1 else ''))
+            non_finite.append(f'loss {record["loss"]} at step {step}')
+        if metrics:  # what a resumed run repeats replaces what it repeats
+            run.evaluations = {s: e for s, e in run.evaluations.items() if s < step} | {step: _finite(metrics)}
+        _update_progress(run, session, record, is_evaluation=bool(metrics))
+    if non_finite:
+        more = f' and in {len(non_finite) - 1} more records' if len(non_finite) > 1 else ''
+        run.issues.append(non_finite[0] + more)
 
 
-def read_records(scalars: Path, problems: list[str]) -> Iterator[dict[str, float]]:
-    """What was logged, line by line: numbers by their names. Lines that are cut short, and what is no number, are said
-    in `problems`."""
-    for i, line in enumerate(read_log_text(scalars).splitlines(), 1):
-        try:
-            record = dict(json.loads(line))
-        except (ValueError, TypeError, RecursionError):
-            problems.append(f'log cut short at line {i}')
-            continue
-        numbers = {key: value for key, value in record.items() if _is_number(value, key in COUNTS)}
-        strange = [key for key, value in record.items() if key not in numbers and value is not None]
-        if strange:
-            problems.append(f'{strange[0]!r:.40} is no number at line {i} of the log')
-        yield numbers
+def _update_progress(run: TrainingRun, session: Session, record: dict[str, float], is_evaluation: bool) -> None:
+    if not session.by_epoch:
+        run.done = run.progress = session.progress_at(record)
+    elif is_evaluation:
+        run.done = run.progress = record.get('step', 0)
+    else:  # the epoch of a training record is not finished
+        run.done = max(run.done, record.get('epoch', 1) - 1)
+        run.progress = max(run.done, session.progress_at(record) if session.iters_per_epoch else 0)
 
 
-def _finite(figures: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in figures.items() if math.isfinite(value)}
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-def _is_number(value: object, counts: bool) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    if isinstance(value, float):
-        return not counts
-    return 0 <= value < MAX_COUNT if counts else abs(value) < MAX_COUNT
-
-
-def _read_test(run: TrainingRun, start: Path) -> list[EvalRecord]:
+def _read_test(run: TrainingRun, log_dir: Path) -> list[EvalRecord]:
     try:
-        found = json.loads(read_log_text(start / f'{start.name}.json'))
-        figures = to_paper_metrics({key: value for key, value in found.items() if _is_number(value, False)})
-        run.problems += [f'{start.name}: {name} {value}' for name, value in figures.items() if not math.isfinite(value)]
-        figures = _finite(figures)
+        content = json.loads(read_log_text(log_dir / f'{log_dir.name}.json'))
+        metrics = to_paper_metrics({key: value for key, value in content.items() if is_number(value)})
+        run.issues += [f'{log_dir.name}: {name} {value}' for name, value in metrics.items() if not math.isfinite(value)]
+        metrics = _finite(metrics)
     except (ValueError, TypeError, AttributeError, RecursionError):
-        run.problems.append(f'{start.name}.json cut short')
+        run.issues.append(f'{log_dir.name}.json is truncated')
         return []
-    config = _read_config(run, start) or Config()
+    config = _read_config(run, log_dir) or Config()
     if 'module' in config.get('model', {}):  # a multi-scale test
         config.model = config.model.module
-        figures = {f'{name} multi-scale': value for name, value in figures.items()}
-    return [EvalRecord(figures, config, Path(str(config.get('load_from'))).stem)]
+        metrics = {f'{name} multi-scale': value for name, value in metrics.items()}
+    return [EvalRecord(metrics, config, Path(str(config.get('load_from'))).stem)]
 
 
-def _read_config(run: TrainingRun, start: Path) -> Config | None:
-    """The config of a start of a tool: our test's own, or the one that mmengine keeps beside its pictures."""
-    file = next((f for f in (start / 'config.py', start / 'vis_data/config.py') if f.exists()), None)
+def _read_config(run: TrainingRun, log_dir: Path) -> Config | None:
+    """The config of a session: that of our tests, or the one that mmengine writes next to its visualizations."""
+    file = next((f for f in (log_dir / 'config.py', log_dir / 'vis_data/config.py') if f.exists()), None)
     try:
         config = file and parse_config_literal(read_log_text(file))
     except UsageError:
-        run.problems.append(f'{start.name}: config.py cannot be read')
+        run.issues.append(f'{log_dir.name}: config.py cannot be read')
         return None
-    strange = next((place for place, *_ in find_wrong_types(config, WRITTEN)), None) if config else None
-    if strange:
-        run.problems.append(f'{start.name}: config.py has no {strange} as mmengine writes it')
+    wrong_key = next((key for key, *_ in find_wrong_types(config, CONFIG_TYPES)), None) if config else None
+    if wrong_key:
+        run.issues.append(f'{log_dir.name}: config.py has no valid {wrong_key}')
         return None
     return config
 
 
 def _check_last_checkpoint(run: TrainingRun) -> None:
-    pointer = run.folder / 'last_checkpoint'
+    pointer = run.work_dir / LAST_CKPT_FILE
     if not pointer.exists():
         return
-    name = Path(read_log_text(pointer).strip()).name  # the folder may have moved since
+    name = Path(read_log_text(pointer).strip()).name  # the work dir may have been moved since
     epoch = re.fullmatch(r'epoch_(\d+)\.pth', name)
     if epoch:
         run.done = max(run.done, int(epoch[1]))
-    if not name or not (run.folder / name).is_file():
-        run.problems.append(f'{name or "last_checkpoint"} is missing')
+        run.progress = max(run.progress, run.done)
+    if not name or not (run.work_dir / name).is_file():
+        run.issues.append(f'{name or LAST_CKPT_FILE} is missing')
         return
     try:
-        load_checkpoint(run.folder / name)
+        load_checkpoint(run.work_dir / name)
     except UsageError:
-        run.problems.append(f'{name} cannot be read: half written or damaged')
+        run.issues.append(f'{name} cannot be read: it is truncated or damaged')

@@ -252,9 +252,9 @@ def test_train_test_resume_and_nothing_overwritten(run_tool, data, tmp_path, sho
 
     (run,) = read_runs(work_dir)
     assert run.done == run.length == 2 and len(run.evaluations) == 2 and run.total_batch == 4
-    assert run.problems == [] and run.row is None and run.precision == 'float32'
-    ((tested,),) = (run.tests for run in read_runs(tmp_path / 'test'))
-    assert tested.checkpoint == first.stem and tested.figures and tested.config.model.type
+    assert run.issues == [] and run.paper_result is None and run.precision == 'float32'
+    ((tested,),) = (run.eval_records for run in read_runs(tmp_path / 'test'))
+    assert tested.checkpoint == first.stem and tested.metrics and tested.config.model.type
 
     other = run_tool(*test, 'model.backbone.arch=pico', **env)
     one_line_error(other, str(first), 'does not fit', 'backbone')

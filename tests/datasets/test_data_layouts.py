@@ -310,7 +310,7 @@ def test_own_data_of_eighty_classes_are_no_row_of_the_paper(tmp_path, monkeypatc
     (start / 'vis_data').mkdir(parents=True)
     (start / 'vis_data/config.py').write_text(config.pretty_text)
     (start / 'vis_data/scalars.json').write_text('{"coco/bbox_mAP": 0.5, "step": 36}\n')
-    assert [run.row for run in read_runs(tmp_path / 'run')] == [None]
+    assert [run.paper_result for run in read_runs(tmp_path / 'run')] == [None]
 
 
 @pytest.mark.parametrize(

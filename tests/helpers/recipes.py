@@ -23,7 +23,7 @@ SIZES = {
     'upernet/convnext_l_in22k': (234_994_796, 430),
     'upernet/convnext_xl_in22k': (391_140_396, 430),
 }
-SEGMENTATION = [row.recipe for row in PAPER_RESULTS if not row.detector]
+SEGMENTATION = [row.recipe for row in PAPER_RESULTS if not row.is_detection]
 
 
 def load(name: str) -> Config:

@@ -16,5 +16,14 @@ def start(folder, config: Config, records=(), processes=8, timestamp='20260101_1
     (place / f'{timestamp}.log').write_text(f'System environment:\n    GPU number: {processes}\n')
 
 
+def write_run_info(log_dir, **facts) -> None:
+    """The run.json of a session, with other facts than those of 8 processes of 2 images."""
+    info = dict(
+        config_file=None, world_size=8, batch_size=2, accumulation_steps=1, precision='float32', by_epoch=True,
+        max_epochs=36, max_iters=360, iters_per_epoch=10, start_epoch=0, start_iter=0, param_groups=[], versions={},
+    )  # fmt: skip
+    (log_dir / 'run.json').write_text(json.dumps(info | facts))
+
+
 def coco(box, mask, epoch):
     return {'coco/bbox_mAP': box, 'coco/bbox_mAP_50': 0.7, 'coco/segm_mAP': mask, 'step': epoch}

@@ -17,10 +17,11 @@ from convnext_dense.config.batch_size import scale_batch
 from convnext_dense.engine.param_scheduler_hook import UpdateParamSchedulerHook
 from convnext_dense.errors import UsageError
 from convnext_dense.models.convnext import ConvNeXt
-from convnext_dense.paper.curves import ema, layer_lrs, layer_scales, plot, read_curves
+from convnext_dense.paper.curves import ema, format_progress, layer_lrs, plot, read_curves
+from convnext_dense.paper.session import parse_lr_scales
 from helpers.recipes import load
 from helpers.tools import one_line_error
-from helpers.work_dirs import coco, start
+from helpers.work_dirs import coco, start, write_run_info
 
 ARCH = dict(depths=(1, 1, 2, 1), channels=(4, 8, 12, 16))
 
@@ -118,7 +119,7 @@ def test_scales_of_mmdets_own_constructor():
         LearningRateDecayOptimizerConstructor(optimizer, paramwise).add_params(groups, Net(-1))
     finally:
         MMLogger.get_current_instance().removeHandler(handler)
-    found = layer_scales(text.getvalue(), Config())
+    found = parse_lr_scales(text.getvalue(), None)
     assert found == {int(group['group_name'].split('_')[1]): group['lr_scale'] for group in groups} and len(found) > 3
     assert next(iter(found.values())) == groups[0]['lr_scale']
 
@@ -131,7 +132,7 @@ def test_scales_of_other_logs():
     scaled = Config(dict(auto_scale_lr=dict(enable=True, base_batch_size=16)))
     assert layer_lrs(record, {0: 0.25, 2: 1.0}, scaled) == pytest.approx({0: 5e-5, 2: 2e-4})
     table = 'layer_wise lr decay, rate 1.0:\n  id  lr            parameters\n   0  0.0001             2,040\n'
-    assert layer_scales(table, Config()) == {0: 1.0}
+    assert parse_lr_scales(table, None) == {0: 1.0}
 
 
 def train(step, **more):
@@ -148,10 +149,10 @@ def test_a_resumed_run_is_joined(tmp_path):
     start(tmp_path, config, timestamp='20260103_120000')
     start(tmp_path, config, [train(550), train(600), dict(mIoU=3.0, step=600)], timestamp='20260104_120000')
     (curves,) = read_curves([tmp_path])
-    assert [x for x, _ in curves.losses] == list(range(50, 601, 50)) and curves.unit == 'updates'
-    assert curves.figures == [(500, {'mIoU': 1.0}), (600, {'mIoU': 3.0})]
-    assert curves.resumed == [550]
-    assert curves.run.problems == ['log cut short at line 5', '20260103_120000: no log of any iteration']
+    assert [x for x, _ in curves.losses] == list(range(50, 601, 50)) and curves.unit == 'optimizer steps'
+    assert curves.metrics == [(500, {'mIoU': 1.0}), (600, {'mIoU': 3.0})]
+    assert curves.resume_points == [550]
+    assert curves.run.issues == ['the log is truncated at line 5', '20260103_120000: no iteration was logged']
 
 
 def test_a_run_that_goes_on_with_an_evaluation(tmp_path):
@@ -164,7 +165,7 @@ def test_a_run_that_goes_on_with_an_evaluation(tmp_path):
     start(tmp_path / 'iters', config, [dict(mIoU=1.0, step=0), train(30)], timestamp='20260102_120000')
     for name, xs in {'epochs': [1, 2, 3], 'iters': [10, 20, 30]}.items():
         (curves,) = read_curves([tmp_path / name])
-        assert [x for x, _ in curves.losses] == xs and [x for x, _ in curves.figures] == xs[1:2]
+        assert [x for x, _ in curves.losses] == xs and [x for x, _ in curves.metrics] == xs[1:2]
 
 
 def test_units(tmp_path):
@@ -176,19 +177,61 @@ def test_units(tmp_path):
     log.write_text(log.read_text() + '- mmengine - INFO - Epoch(train)  [ 1][ 20/50]  base_lr: 1e-4\n')
     start(tmp_path / 'unsaid', config, records)
     said, unsaid = read_curves([tmp_path])
-    assert [x for x, _ in said.losses] == [0.4, 0.8, 1.4, 1.8] and [x for x, _ in said.figures] == [1]
-    assert said.figures[0][1]['box AP'] == pytest.approx(10) and said.unit == 'epochs'
+    assert [x for x, _ in said.losses] == [0.4, 0.8, 1.4, 1.8] and [x for x, _ in said.metrics] == [1]
+    assert said.metrics[0][1]['box AP'] == pytest.approx(10) and said.unit == 'epochs'
     assert [x for x, _ in unsaid.losses] == [20 / 45, 40 / 45, 70 / 45, 2]
 
     config = load('upernet/convnext_t')
     scale_batch(config, 1)
-    start(tmp_path / 'updates', config, [train(800), dict(mIoU=5.0, step=800)], 1)
+    start(tmp_path / 'optimizer steps', config, [train(800), dict(mIoU=5.0, step=800)], 1)
     # Loops that count iterations under a logger that does not know it: the step of an evaluation is none.
     config.default_hooks.logger.pop('log_metric_by_epoch')
     start(tmp_path / 'unknowing', config, [train(800), dict(mIoU=5.0, step=0)], 1)
-    for name in ('updates', 'unknowing'):
+    for name in ('optimizer steps', 'unknowing'):
         (curves,) = read_curves([tmp_path / name])
-        assert [x for x, _ in curves.losses] == [x for x, _ in curves.figures] == [100]
+        assert [x for x, _ in curves.losses] == [x for x, _ in curves.metrics] == [100]
+
+
+def test_units_and_layers_by_run_json(tmp_path):
+    """Epochs, progress and the lr of each layer by the file, where text log and config say nothing or otherwise."""
+    start(tmp_path / 'epochs', load('cascade/convnext_t'), [train(5, epoch=1), train(25, epoch=3)])
+    groups = [dict(name=f'layer_{i}_decay', layer_id=i, lr=1e-4 * scale, lr_scale=scale, weight_decay=0.0, num_params=1)
+              for i, scale in enumerate((0.25, 1.0))]  # fmt: skip
+    write_run_info(tmp_path / 'epochs/20260101_120000', param_groups=groups)
+    (curves,) = read_curves([tmp_path / 'epochs'])
+    assert [x for x, _ in curves.losses] == [0.5, 2.5]
+    assert curves.lrs[0][1] == pytest.approx({0: 1e-4, 1: 4e-4})
+    assert format_progress(curves.run) == '2.5 of 36 epochs' and curves.run.issues == []
+    start(tmp_path / 'steps', load('upernet/convnext_t'), [train(800)])
+    write_run_info(tmp_path / 'steps/20260101_120000', accumulation_steps=8, by_epoch=False, max_epochs=None)
+    (curves,) = read_curves([tmp_path / 'steps'])
+    assert [x for x, _ in curves.losses] == [100] and format_progress(curves.run).startswith('100 of ')
+
+
+def test_a_single_point_has_a_marker(tmp_path):
+    """Of a curve that is one point long, or of a value between two that are not drawn, no line would be seen."""
+    import matplotlib.figure
+
+    config = load('upernet/convnext_t')
+    start(tmp_path / 'one', config, [train(50), dict(mIoU=20.0, step=50)])
+    start(tmp_path / 'more', config, [*map(train, (50, 100)), train(150) | dict(loss=math.nan), train(200)])
+    markers = {}
+
+    def record(figure, file):
+        lines = [
+            line for axis in figure.axes for line in axis.lines if len(line.get_xdata()) and line.get_marker() == 'o'
+        ]
+        markers[file.stem] = {str(line.get_label()): line.get_markevery() for line in lines}
+
+    save, matplotlib.figure.Figure.savefig = matplotlib.figure.Figure.savefig, record
+    try:
+        for name in ('one', 'more'):
+            plot(read_curves([tmp_path / name]), tmp_path / f'{name}.png')
+    finally:
+        matplotlib.figure.Figure.savefig = save
+    assert markers['one']['total'] == [0] and markers['more']['total'] == [3]
+    for name in ('one', 'more'):
+        assert plot(read_curves([tmp_path / name]), tmp_path / f'{name}.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_parts_of_the_loss_and_other_evaluators(tmp_path):
@@ -198,7 +241,7 @@ def test_parts_of_the_loss_and_other_evaluators(tmp_path):
     start(tmp_path, Config(dict(train_cfg=dict(max_epochs=2))), records)
     (curves,) = read_curves([tmp_path])
     assert curves.losses == [(1, {'loss': 1.0, 'loss_rpn_cls': 0.1, 'loss_cls': 0.5, 'decode.loss_ce': 0.4})]
-    assert curves.figures == [(1, {'pascal_voc/mAP': 0.5, 'pascal_voc/AP50': 0.6})]
+    assert curves.metrics == [(1, {'pascal_voc/mAP': 0.5, 'pascal_voc/AP50': 0.6})]
     assert plot([curves], tmp_path / 'run') == tmp_path / 'run.png' and (tmp_path / 'run.png').exists()
     assert texts(curves)[:4] == ['loss', 'lr', 'pascal_voc/mAP', 'pascal_voc/AP50']
 
@@ -278,7 +321,7 @@ def test_bad_input(run_tool, tmp_path):
         'gone': "'gone'",
         'empty': 'empty holds no run',
         'begun': 'begun has logged no iteration',
-        'run/20260101_120000': 'is one start of a run: give',
+        'run/20260101_120000': 'is one session of a run: give',
     }.items():
         with pytest.raises(UsageError, match=words):
             read_curves([tmp_path / 'run', tmp_path / folder if folder != 'gone' else folder])
@@ -290,7 +333,7 @@ STRANGE = {  # scalars, a text log, what is said
     'numbers beyond scales': (
         '{"loss":1e308,"loss_a":1e308,"loss_b":1,"s0.loss_c":1e308,"s1.loss_c":1e308,"lr":1e308,"step":1,"epoch":1}',
         '',
-        'loss 1e+308 at 1 epochs is not drawn, nor are 3 values more',
+        'loss 1e+308 at 1 epochs is not drawn, nor are 3 more values',
     ),
     'a figure without end': (
         '{"loss":1,"lr":1,"step":1,"epoch":1}\n{"coco/bbox_mAP":Infinity,"step":1}',
@@ -327,4 +370,4 @@ def test_numbers_that_no_scale_has(tmp_path, case, alone):
         start(tmp_path / 'b', config, [train(1, epoch=1)])
     curves = read_curves([tmp_path])
     assert plot(curves, tmp_path / 'x.png', 0.5).read_bytes().startswith(b'\x89PNG')
-    assert words in '; '.join(curves[0].run.problems) and bool(words) == bool(curves[0].run.problems)
+    assert words in '; '.join(curves[0].run.issues) and bool(words) == bool(curves[0].run.issues)

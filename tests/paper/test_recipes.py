@@ -11,7 +11,7 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from convnext_dense.config.recipe import training_precision
 from convnext_dense.models.convnext import ARCHS
 from convnext_dense.optim.layer_decay import layer_ids
-from convnext_dense.paper.departures import diff_from_recipe
+from convnext_dense.paper.recipe_diff import diff_from_recipe
 from convnext_dense.paper.results import PAPER_RESULTS, find_paper_result
 from helpers.paths import ROOT
 from helpers.recipes import SEGMENTATION, SIZES, load, lrs_over_iterations
@@ -34,7 +34,7 @@ SCALES = {
     ('stage_wise', 0.9, 6): (0.478297, 0.531441, 0.478297, 0.6561, 0.6561, 0.729, 1),
     ('stage_wise', 0.9, 12): (0.254187, 0.282430, 0.254187, 0.348678, 0.348678, 0.387420, 1),
 }
-DETECTION = [row.recipe for row in PAPER_RESULTS if row.detector]
+DETECTION = [row.recipe for row in PAPER_RESULTS if row.is_detection]
 EVERY_CONFIG = sorted(str(p.relative_to(ROOT / 'configs'))[:-3] for p in (ROOT / 'configs').glob('[!_]*/*.py'))
 row_ids = {'ids': lambda row: row.recipe}
 
@@ -58,11 +58,11 @@ def test_a_recipe_says_what_its_row_says(row):
     assert config.train_dataloader.batch_size == 2  # on 8 GPUs
     channels = list(ARCHS[row.arch]['channels'])
     model = config.model
-    assert (model.neck.in_channels if row.detector else model.decode_head.in_channels) == channels
+    assert (model.neck.in_channels if row.is_detection else model.decode_head.in_channels) == channels
     title = (ROOT / 'configs' / f'{row.recipe}.py').read_text().splitlines()[0]
     for name in ('box AP', 'mask AP', 'mIoU'):
-        assert name not in row.figures or f'{row.figures[name]} {name}' in title
-    assert str(row.figures.get('mIoU multi-scale', '')) in title and 'in the paper' in title
+        assert name not in row.metrics or f'{row.metrics[name]} {name}' in title
+    assert str(row.metrics.get('mIoU multi-scale', '')) in title and 'in the paper' in title
 
 
 def test_other_configs_are_no_row():
@@ -82,7 +82,7 @@ def test_changed_settings_are_named():
     config.optim_wrapper.optimizer.lr = 2e-4
     config.train_cfg.max_iters = 320_000
     config.model.backbone.init_cfg.checkpoint = '/data/other.pth'
-    assert diff_from_recipe(config, find_paper_result(config)) == ['lr', 'length', 'weights']
+    assert diff_from_recipe(config, find_paper_result(config)) == ['optimizer.lr', 'length', 'weights']
     config.optim_wrapper.update(accumulative_counts=2, optimizer=dict(config.optim_wrapper.optimizer, lr=1e-4))
     config.model.backbone.init_cfg.checkpoint = '/data/convnext_small_1k_224.pth'
     assert diff_from_recipe(config, find_paper_result(config)) == []
@@ -93,7 +93,7 @@ def test_parameters_are_the_originals(row):
     model = build(load(row.recipe))
     n_parameters = sum(p.numel() for p in model.parameters())
     assert (n_parameters, len(model.state_dict())) == SIZES[row.recipe]
-    assert round(n_parameters / 1e6) == row.params
+    assert round(n_parameters / 1e6) == row.params_m
 
 
 @pytest.mark.parametrize('row', PAPER_RESULTS, **row_ids)

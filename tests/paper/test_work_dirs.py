@@ -1,4 +1,4 @@
-"""The paper's table beside work dirs: a finished run, one half-way, one that crashed, and tests of released weights."""
+"""The paper's table next to work dirs: a finished run, one half-way, one that crashed, and tests of released weights."""
 
 import json
 
@@ -6,12 +6,12 @@ import pytest
 
 from convnext_dense.config.batch_size import scale_batch
 from convnext_dense.config.multiscale import set_multiscale
-from convnext_dense.paper.departures import diff_from_recipe
+from convnext_dense.paper.recipe_diff import diff_from_recipe
 from convnext_dense.paper.results import MAIN_METRICS, PAPER_RESULTS, find_paper_result
 from convnext_dense.paper.work_dirs import find_runs, read_runs
 from helpers.recipes import load
 from helpers.tools import one_line_error
-from helpers.work_dirs import coco, start
+from helpers.work_dirs import coco, start, write_run_info
 
 
 def test_result(folder, config, metrics, load_from, multiscale=False, timestamp='20260102_120000') -> None:
@@ -65,71 +65,75 @@ def runs(tmp_path):
 def test_each_run_is_read_right(runs):
     names = ('finished', 'half', 'crashed', 'released', 'other', 'at_once')
     (finished,), (half,), (crashed,), (released,), (other,), (at_once,) = (read_runs(runs / name) for name in names)
-    assert {run.folder for run in find_runs([runs])} == {runs / n for n in names if n != 'released'} | {
+    assert {run.work_dir for run in find_runs([runs])} == {runs / n for n in names if n != 'released'} | {
         runs / 'released/test'
     }
 
     assert (
-        finished.row.recipe == 'cascade/convnext_t'
-        and finished.finished
+        finished.paper_result.recipe == 'cascade/convnext_t'
+        and finished.is_finished
         and (finished.done, finished.length) == (36, 36)
     )
     assert finished.last('box AP') == pytest.approx(50.62) and finished.best('box AP') == pytest.approx(51.5)
-    assert finished.verdict('box AP') == (0.2, 'inside') and finished.verdict('mask AP') == (-0.5, 'below')
-    assert (finished.precision, finished.total_batch, finished.departures()) == ('float16', 16, [])
-    assert finished.problems == ['epoch_36.pth is missing']
+    assert finished.compare_to_paper('box AP') == (0.2, 'within tolerance') and finished.compare_to_paper(
+        'mask AP'
+    ) == (-0.5, 'below')
+    assert (finished.precision, finished.total_batch, finished.deviations()) == ('float16', 16, [])
+    assert finished.issues == ['epoch_36.pth is missing']
 
-    assert half.row.recipe == 'upernet/convnext_s' and not half.finished
+    assert half.paper_result.recipe == 'upernet/convnext_s' and not half.is_finished
     assert (half.done, half.length, half.total_batch) == (80_000, 160_000, 16)
-    assert half.last('mIoU') == 44.0 and half.verdict('mIoU') == (None, '')
-    assert half.departures() == ['lr'] and half.problems == []
+    assert half.last('mIoU') == 44.0 and half.compare_to_paper('mIoU') == (None, '')
+    assert half.deviations() == ['optimizer.lr'] and half.issues == []
 
-    assert crashed.row.recipe == 'mask_rcnn/convnext_t' and crashed.done == 1 and crashed.total_batch == 6
-    assert crashed.problems[:2] == ['log cut short at line 4', 'loss nan at step 60']
-    assert crashed.problems[2:] == ['epoch_1.pth cannot be read: half written or damaged']
-    assert crashed.departures() == ['batch']
+    assert crashed.paper_result.recipe == 'mask_rcnn/convnext_t' and crashed.done == 1 and crashed.total_batch == 6
+    assert crashed.issues[:2] == ['the log is truncated at line 4', 'loss nan at step 60']
+    assert crashed.issues[2:] == ['epoch_1.pth cannot be read: it is truncated or damaged']
+    assert crashed.deviations() == ['batch']
 
-    assert released.row.recipe == 'upernet/convnext_t' and not released.trained
-    assert released.verdict('mIoU') == (0.0, 'inside') and released.verdict('mIoU multi-scale') == (0.2, 'above')
+    assert released.paper_result.recipe == 'upernet/convnext_t' and not released.has_training
+    assert released.compare_to_paper('mIoU') == (0.0, 'within tolerance') and released.compare_to_paper(
+        'mIoU multi-scale'
+    ) == (0.2, 'above')
     assert released.last('mIoU') is None
 
-    assert other.row is None and other.finished and other.verdict('mIoU') == (None, '')
-    assert at_once.done == 0 and at_once.problems == ['20260101_120000: no log of any iteration']
+    assert other.paper_result is None and other.is_finished and other.compare_to_paper('mIoU') == (None, '')
+    assert at_once.done == 0 and at_once.issues == ['20260101_120000: no iteration was logged']
 
 
-def test_a_changed_run_gets_no_verdict(runs):
+def test_a_run_that_differs_from_its_recipe_is_not_judged(runs):
     config = load('cascade/convnext_t')
     config.optim_wrapper.type = 'OptimWrapper'
     start(runs / 'changed', config, [coco(0.504, 0.437, 36)], 1)
     (run,) = read_runs(runs / 'changed')
-    assert run.verdict('box AP') == (0.0, '') and run.departures() == ['precision', 'batch']
+    assert run.compare_to_paper('box AP') == (0.0, '') and run.deviations() == ['precision', 'batch']
 
 
 @pytest.mark.parametrize(
     'change, name',
     [
-        (lambda c: c.update(custom_hooks=[dict(type='EMAHook')]), 'type'),
-        (lambda c: c.model.test_cfg.update(mode='whole'), 'mode'),
-        (lambda c: c.param_scheduler.pop(0), 'type'),
-        (lambda c: c.optim_wrapper.update(clip_grad=dict(max_norm=1)), 'max_norm'),
-        (lambda c: c.model.decode_head.norm_cfg.update(type='BN'), 'type'),
-        (lambda c: c.train_dataloader.dataset.pipeline.pop(5), 'type'),
-        (lambda c: c.optim_wrapper.optimizer.update(betas=(0.9, 0.99)), '1'),
+        (lambda c: c.update(custom_hooks=[dict(type='EMAHook')]), 'custom_hooks.type'),
+        (lambda c: c.model.test_cfg.update(mode='whole'), 'test_cfg.mode'),
+        (lambda c: c.param_scheduler.pop(0), 'param_scheduler.type'),
+        (lambda c: c.optim_wrapper.update(clip_grad=dict(max_norm=1)), 'clip_grad.max_norm'),
+        (lambda c: c.model.decode_head.norm_cfg.update(type='BN'), 'norm_cfg.type'),
+        (lambda c: c.train_dataloader.dataset.pipeline.pop(5), 'pipeline.type'),
+        (lambda c: c.optim_wrapper.optimizer.update(betas=(0.9, 0.99)), 'optimizer.betas'),
         (lambda c: c.update(load_from='coarse.pth'), 'load_from'),
-        (lambda c: c.val_dataloader.dataset.pipeline[1].update(keep_ratio=False), 'keep_ratio'),
-        (lambda c: c.model.decode_head.update(dropout_ratio=0.0), 'dropout_ratio'),
+        (lambda c: c.val_dataloader.dataset.pipeline[1].update(keep_ratio=False), 'pipeline.keep_ratio'),
+        (lambda c: c.model.decode_head.update(dropout_ratio=0.0), 'decode_head.dropout_ratio'),
     ],
 )
-def test_every_departure_from_the_recipe_is_seen(tmp_path, change, name):
+def test_every_deviation_from_the_recipe_is_reported(tmp_path, change, name):
     config = load('upernet/convnext_t')
     scale_batch(config, 1)
     config.train_dataloader.num_workers = 9
     assert diff_from_recipe(config, find_paper_result(config)) == []
     change(config)
-    assert name in diff_from_recipe(config, find_paper_result(config)) or name == '1'
+    assert name in diff_from_recipe(config, find_paper_result(config))
     start(tmp_path / 'run', config, [dict(mIoU=46.0, step=1_280_000)], 1)
     (run,) = read_runs(tmp_path / 'run')
-    assert run.finished and run.verdict('mIoU') == (0.0, '')
+    assert run.is_finished and run.compare_to_paper('mIoU') == (0.0, '')
 
 
 def test_each_test_stands_where_it_belongs(tmp_path):
@@ -142,9 +146,13 @@ def test_each_test_stands_where_it_belongs(tmp_path):
     )
     test_result(folder, load('upernet/convnext_t'), dict(mIoU=31.0), 'run/iter_16000.pth', timestamp='20260102_000003')
     run, base, released = read_runs(folder)
-    assert run.trained and run.verdict('mIoU') == (0.1, 'inside') and run.test('mIoU').checkpoint == 'iter_16000'
-    assert base.row.recipe == 'upernet/convnext_b' and base.verdict('mIoU') == (-0.1, '')
-    assert released.verdict('mIoU') == (0.0, 'inside') and not released.trained
+    assert (
+        run.has_training
+        and run.compare_to_paper('mIoU') == (0.1, 'within tolerance')
+        and run.last_test('mIoU').checkpoint == 'iter_16000'
+    )
+    assert base.paper_result.recipe == 'upernet/convnext_b' and base.compare_to_paper('mIoU') == (-0.1, '')
+    assert released.compare_to_paper('mIoU') == (0.0, 'within tolerance') and not released.has_training
 
 
 def test_a_resumed_run_and_one_without_evaluation(tmp_path):
@@ -155,8 +163,27 @@ def test_a_resumed_run_and_one_without_evaluation(tmp_path):
     assert run.best('box AP') == run.last('box AP') == 31.0 and run.done == 2
     start(tmp_path / 'test', config, [train(epoch=36, step=9)])  # a work dir of that name is a run all the same
     (tmp_path / 'test/last_checkpoint').write_text('epoch_36.pth')
-    (run,) = [run for run in find_runs([tmp_path]) if run.folder.name == 'test']
-    assert run.finished and run.problems == ['epoch_36.pth is missing']
+    (run,) = [run for run in find_runs([tmp_path]) if run.work_dir.name == 'test']
+    assert run.is_finished and run.issues == ['epoch_36.pth is missing']
+
+
+def test_facts_come_from_run_json_before_the_log(tmp_path):
+    """The log says 8 GPUs, the config no accumulation; a damaged file is reported and the log counts."""
+    start(tmp_path / 'a', load('cascade/convnext_t'), [train(epoch=3, step=25)])
+    log_dir = tmp_path / 'a/20260101_120000'
+    write_run_info(log_dir, world_size=2, batch_size=3, accumulation_steps=4)
+    (run,) = read_runs(tmp_path / 'a')
+    assert (run.world_size, run.total_batch, run.done, run.progress) == (2, 24, 2, 2.5) and run.issues == []
+    assert run.deviations() == ['batch']
+    for damage in ('{"world_size": 2', '{}'):
+        (log_dir / 'run.json').write_text(damage)
+        (run,) = read_runs(tmp_path / 'a')
+        assert (run.world_size, run.total_batch, run.done, run.progress) == (8, 16, 2, 2)
+        assert len(run.issues) == 1 and 'run.json is damaged' in run.issues[0]
+    for fact in ('world_size', 'batch_size', 'accumulation_steps', 'iters_per_epoch'):
+        write_run_info(log_dir, **{fact: 0})
+        (run,) = read_runs(tmp_path / 'a')
+        assert run.total_batch == 16 and 'has a count below 1' in run.issues[0]
 
 
 def test_half_written_files(tmp_path):
@@ -169,35 +196,34 @@ def test_half_written_files(tmp_path):
     test_result(tmp_path / 'a', load('upernet/convnext_t'), {}, 'x.pth')
     (tmp_path / 'a/test/20260102_120000/20260102_120000.json').write_text('{"mIoU": 4')
     (run,) = read_runs(tmp_path / 'a')
-    assert run.row is None and run.tests == [] and run.evaluations == {}
-    assert run.problems[0] == '20260102_120000.json cut short' and 'config.py cannot be read' in run.problems[1]
-    assert run.problems[2] == 'loss inf at step 2 and in 1 records more'
+    assert run.paper_result is None and run.eval_records == [] and run.evaluations == {}
+    assert run.issues[0] == '20260102_120000.json is truncated' and 'config.py cannot be read' in run.issues[1]
+    assert run.issues[2] == 'loss inf at step 2 and in 1 more records'
 
 
 def test_the_table(run_tool, runs, tmp_path):
-    process = run_tool('paper_table.py', 'work_dirs', '--picture', 'bars.png')
+    process = run_tool('paper_table.py', 'work_dirs', '--plot', 'bars.png')
     assert process.returncode == 0, process.stderr
     header, *lines = process.stdout.splitlines()
-    assert header.split()[:4] == ['recipe', 'figure', 'paper', 'last']
+    assert header.split()[:4] == ['recipe', 'metric', 'paper', 'last']
     by_name = {}
     for line in lines:
         by_name.setdefault(line.split()[0], []).append(line)
     assert set(by_name) == {row.recipe for row in PAPER_RESULTS} | {'work_dirs/other'}
-    assert (
-        '50.4  50.6  51.5' in by_name['cascade/convnext_t'][0] and '+0.2    inside' in by_name['cascade/convnext_t'][0]
-    )
+    finished = by_name['cascade/convnext_t'][0]
+    assert '50.4  50.6  51.5' in finished and '+0.2  within tolerance' in finished
     assert (
         '80,000/160,000' in by_name['upernet/convnext_s'][0]
-        and 'not as the recipe: lr' in by_name['upernet/convnext_s'][0]
+        and 'differs from the recipe: optimizer.lr' in by_name['upernet/convnext_s'][0]
     )
-    assert 'not finished, last written 20' in by_name['mask_rcnn/convnext_t'][0]
+    assert 'not finished, last logged 20' in by_name['mask_rcnn/convnext_t'][0]
     assert 'epoch_1.pth cannot be read' in by_name['mask_rcnn/convnext_t'][0]
     assert by_name['work_dirs/other'][0].split()[1:5] == ['mIoU', '90.2', '90.2', '400/400']
     for row in PAPER_RESULTS:  # those without a run hold the paper's figure and nothing of ours
         if row.recipe.endswith('in22k'):
-            names = [name for name in MAIN_METRICS if name in row.figures]
+            names = [name for name in MAIN_METRICS if name in row.metrics]
             assert [line.split() for line in by_name[row.recipe]] == [
-                [row.recipe, *name.split(), str(row.figures[name])] for name in names
+                [row.recipe, *name.split(), str(row.metrics[name])] for name in names
             ]
     assert (tmp_path / 'bars.png').read_bytes().startswith(b'\x89PNG')
 
@@ -209,33 +235,37 @@ def test_without_any_run_and_bad_input(run_tool):
     process = run_tool('paper_table.py')
     assert process.returncode == 0 and len(process.stdout.splitlines()) == 1 + 26
     one_line_error(run_tool('paper_table.py', 'nowhere'), "'nowhere'")
-    one_line_error(run_tool('paper_table.py', '--picture', 'bars.xyz'), 'bars.xyz')
+    one_line_error(run_tool('paper_table.py', '--plot', 'bars.xyz'), 'bars.xyz')
 
 
 STRANGE = {  # config.py and scalars.json of a work dir, what is said of them
     'a reserved key': ('filename = "x"', '', 'config.py cannot be read'),
-    'a number in the place of a dict': ('train_cfg = 5', '', 'config.py has no train_cfg as mmengine writes it'),
-    'text in the place of a number': ("train_cfg = dict(max_epochs='3')", '', 'has no train_cfg.max_epochs'),
+    'a number in the place of a dict': ('train_cfg = 5', '', 'config.py has no valid train_cfg'),
+    'text in the place of a number': ("train_cfg = dict(max_epochs='3')", '', 'has no valid train_cfg.max_epochs'),
     'batches of no number': (
         'train_cfg = dict(max_iters=3)\noptim_wrapper = dict(accumulative_counts=0)',
         '',
-        'has no optim_wrapper.accumulative_counts',
+        'has no valid optim_wrapper.accumulative_counts',
     ),
     'fewer batches than none': (
         'optim_wrapper = dict(accumulative_counts=-2)',
         '',
-        'has no optim_wrapper.accumulative_counts',
+        'has no valid optim_wrapper.accumulative_counts',
     ),
-    'a length below 0': ('train_cfg = dict(max_iters=-3)', '', 'has no train_cfg.max_iters'),
+    'a length below 0': ('train_cfg = dict(max_iters=-3)', '', 'has no valid train_cfg.max_iters'),
     'a figure that is no number': ('train_cfg = dict(max_epochs=3)', '{"mIoU":NaN,"step":1}', 'mIoU nan at step 1'),
     'a sign without end': (f'x = {"-" * 200_000}1', '', 'config.py cannot be read'),
     'lists without end': (f'x = {"[" * 100_000}', '', 'config.py cannot be read'),
-    'text as a loss': ('train_cfg = dict(max_epochs=3)', '{"loss":"x","step":1}', "'loss' is no number at line 1"),
-    'a list as a step': ('train_cfg = dict(max_epochs=3)', '{"loss":1.0,"step":[1]}', "'step' is no number at line 1"),
-    'a step below 0': ('train_cfg = dict(max_epochs=3)', '{"mIoU":1.0,"step":-1}', "'step' is no number at line 1"),
-    'half a step': ('train_cfg = dict(max_epochs=3)', '{"loss":1.0,"step":0.5}', "'step' is no number at line 1"),
-    'a number of 400 digits': ('train_cfg = dict(max_epochs=3)', f'{{"loss":{"9" * 400}}}', "'loss' is no number"),
-    'nested without end': ('train_cfg = dict(max_epochs=3)', '[' * 100_000, 'log cut short at line 1'),
+    'text as a loss': ('train_cfg = dict(max_epochs=3)', '{"loss":"x","step":1}', "'loss' is not a number at line 1"),
+    'a list as a step': (
+        'train_cfg = dict(max_epochs=3)',
+        '{"loss":1.0,"step":[1]}',
+        "'step' is not a number at line 1",
+    ),
+    'a step below 0': ('train_cfg = dict(max_epochs=3)', '{"mIoU":1.0,"step":-1}', "'step' is not a number at line 1"),
+    'half a step': ('train_cfg = dict(max_epochs=3)', '{"loss":1.0,"step":0.5}', "'step' is not a number at line 1"),
+    'a number of 400 digits': ('train_cfg = dict(max_epochs=3)', f'{{"loss":{"9" * 400}}}', "'loss' is not a number"),
+    'nested without end': ('train_cfg = dict(max_epochs=3)', '[' * 100_000, 'the log is truncated at line 1'),
 }
 
 
@@ -247,7 +277,7 @@ def test_what_no_run_writes_is_said(tmp_path, run_tool, case):
     (start / 'config.py').write_text(config)
     (start / 'scalars.json').write_text(f'{scalars}\n{{"loss":1.0,"lr":0.1,"epoch":1,"step":1,"iter":1}}\n')
     (run,) = read_runs(tmp_path / 'r')
-    assert any(words in problem for problem in run.problems), run.problems
+    assert any(words in problem for problem in run.issues), run.issues
     assert run.done in (0, 1)
     for tool in ('paper_table.py', 'plot_run.py'):
         process = run_tool(tool, 'r')

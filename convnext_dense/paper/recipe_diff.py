@@ -1,4 +1,4 @@
-"""Where a config departs from the recipe of the paper."""
+"""In which settings a config differs from the recipe of the paper."""
 
 from collections.abc import Iterator
 from pathlib import Path, PurePath
@@ -11,26 +11,41 @@ from ..type_names import short_name
 from .results import PaperResult
 
 CONFIGS = Path(__file__).parents[1] / '.mim/configs'
-# What makes a recipe, and in it what is not the recipe's but the user's machine's.
+# The parts of a config that make a recipe.
 COMPARED_KEYS = ('model', 'optim_wrapper', 'param_scheduler', 'train_dataloader', 'val_dataloader', 'val_evaluator')
 COMPARED_KEYS += ('custom_hooks', 'load_from')
 
 
-def load_recipe(row: PaperResult) -> Config:
-    """The config of a row as this package holds it."""
-    return Config.fromfile(CONFIGS / f'{row.recipe}.py', import_custom_modules=False)
+def load_recipe(result: PaperResult) -> Config:
+    """Load the config of a result of the paper, as this package holds it."""
+    return Config.fromfile(CONFIGS / f'{result.recipe}.py', import_custom_modules=False)
 
 
-def diff_from_recipe(config: Config, row: PaperResult) -> list[str]:
-    """The settings, by their last names, in which a config departs from the recipe of its row; places of data, workers
-    and what `tools/train.py` fits to a number of GPUs are none, precision and batch have their own names elsewhere."""
-    ours, theirs = (dict(_flatten_settings(c)) for c in (config, load_recipe(row)))
+def diff_from_recipe(config: Config, result: PaperResult) -> list[str]:
+    """List the settings in which a config differs from a recipe.
+
+    Paths of data, workers, and what `tools/train.py` adapts to the number of GPUs are not compared; nor are precision
+    and batch size, which `TrainingRun.deviations` compares.
+
+    Args:
+        config: Config of a training.
+        result: Result of the paper whose recipe it is compared with.
+
+    Returns:
+        Short keys such as 'optimizer.lr', 'length' or 'weights', without duplicates.
+    """
+    ours, theirs = (dict(_flatten_settings(c)) for c in (config, load_recipe(result)))
     changed = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
-    return list(dict.fromkeys(next(part for part in reversed(key.split('.')) if not part.isdigit()) for key in changed))
+    return list(dict.fromkeys(map(_shorten, changed)))
+
+
+def _shorten(key: str) -> str:
+    """The last two names of a dotted key, without indices of lists."""
+    return '.'.join([part for part in key.split('.') if not part.isdigit()][-2:])
 
 
 def _flatten_settings(config: Config) -> Iterator[tuple[str, object]]:
-    """What a training and its evaluation are made of, by dotted keys."""
+    """The settings of a training and its evaluation, by dotted keys."""
     for part in COMPARED_KEYS:
         yield from _flatten(part, config.get(part) or None)
     yield 'length', training_length(config)
@@ -49,7 +64,7 @@ def _flatten(key: str, value) -> Iterator[tuple[str, object]]:
 
 
 def _pretrained_name(config: Config) -> str:
-    """The name of the file that a config's backbone starts from, wherever it lies."""
+    """Name of the file from which the backbone is initialized, in whatever folder it is."""
     init_cfg = _get_dotted(config, 'model.backbone.init_cfg')
     checkpoint = init_cfg.get('checkpoint') if hasattr(init_cfg, 'get') else None
     return PurePath(str(checkpoint)).name.removesuffix('.pth')
