@@ -127,8 +127,10 @@ def _strip_prefix(record: dict) -> dict:
 
 
 def _drop_overlap(curves: TrainingCurves, x: float, is_training: bool) -> None:
-    """Remove what lies at or after the first record of a later session, at `x`; where that is an evaluation, the
-    training up to `x` stays."""
+    """Remove what lies at or after the first record of a later session, at `x`.
+
+    Where that record is an evaluation, the training up to `x` stays.
+    """
     if curves.losses:
         curves.resume_points = [r for r in curves.resume_points if r < x] + [x]
     for name in ('losses', 'lrs', 'metrics'):
@@ -138,8 +140,11 @@ def _drop_overlap(curves: TrainingCurves, x: float, is_training: bool) -> None:
 
 
 def _x_value(record: dict, is_training: bool, session: Session, last: float) -> float:
-    """Progress at a record. Of evaluations mmengine logs the epoch as their step, unless its logger hook is set
-    otherwise; where the length is counted in iterations that step means nothing, and they lie at the last record."""
+    """Progress at a record.
+
+    Of evaluations mmengine logs the epoch as their step, unless its logger hook is set otherwise; where the length is
+    counted in iterations that step means nothing, and they lie at the last training record.
+    """
     if is_training:
         return session.progress_at(record)
     step = record.get('step', 0)

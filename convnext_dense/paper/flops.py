@@ -76,7 +76,7 @@ class _UncountedLayerNorm(nn.LayerNorm):
 
 
 def _adapt_for_mmcv_counter(module: nn.Module) -> None:
-    """mmcv's counter goes by exact types: it does not know SyncBatchNorm, and counts LayerNorm, unlike the paper."""
+    """The counter of mmcv goes by exact types: it misses SyncBatchNorm and counts LayerNorm; the paper did not."""
     if isinstance(module, nn.SyncBatchNorm):
         module.__class__ = nn.BatchNorm2d
     elif type(module) is nn.LayerNorm:

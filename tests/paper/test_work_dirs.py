@@ -1,4 +1,4 @@
-"""The paper's table next to work dirs: a finished run, one half-way, one that crashed, and tests of released weights."""
+"""The table of the paper next to work dirs: a finished run, one half-way, one that crashed, released weights."""
 
 import json
 
