@@ -167,7 +167,7 @@ def as_text(report: dict, markdown: bool) -> list[str]:
             )
             for r in report['results']
         ]
-        lines += ['', format_table(header, rows, markdown), *payoff(report['results'])]
+        lines += ['', format_table(header, rows, 'lrl', markdown), *payoff(report['results'])]
     lines += [
         f'{b["arch"]} {b["height"]}x{b["width"]} x {b["batch"]} {b["dtype"]}: matrix products alone {b["ms"]:.1f} ms'
         for b in report['bounds']
