@@ -1,50 +1,51 @@
-"""Where modules have moved: an import by an old path says the new one."""
+"""Where modules have moved: importing one by its old path raises an ImportError that names the new one."""
 
 import sys
 from importlib.abc import MetaPathFinder
 
 PACKAGE = __name__.partition('.')[0]
-# Old module -> new one, relative to the package.
+# Old module -> where its parts are now, the main one first; relative to the package.
 MOVED = {
-    'backbone': 'models.convnext',
-    'command_line': 'cli',
-    'commands': 'config',
-    'complexity': 'paper.flops',
-    'config_types': 'type_names',
-    'data': 'datasets',
-    'detection': 'models.fp32_heads',
-    'dumped': 'config.literal',
-    'fast': 'ops',
-    'fitting': 'config',
-    'guarding': 'engine.health_hook',
-    'kinds': 'config.value_types',
-    'layer_decay': 'optim.layer_decay',
-    'options': 'config.options',
-    'plots': 'paper.curves',
-    'resuming': 'config.resume',
-    'running': 'engine.runner',
-    'runs': 'paper.work_dirs',
-    'sampling': 'engine',
-    'saving': 'engine',
-    'segmentation': 'models.multiscale_tta',
-    'shapes': 'datasets.toy_shapes',
-    'tables': 'paper.tables',
-    'tracking': 'config.trackers',
-    'weights': 'checkpoints',
+    'backbone': ('models.convnext',),
+    'command_line': ('cli.exit', 'cli.arguments'),
+    'commands': ('cli.prepare', 'config.load', 'config.preflight', 'config.work_dir', 'engine.build'),
+    'complexity': ('paper.flops',),
+    'config_types': ('type_names',),
+    'data': ('datasets.custom', 'datasets.request', 'datasets.readers', 'datasets.configure'),
+    'detection': ('models.fp32_heads',),
+    'dumped': ('config.literal',),
+    'fast': ('ops.dispatch', 'ops.avx512', 'ops.onednn'),
+    'fitting': ('config.batch_size', 'config.schedule', 'config.inputs', 'config.launch'),
+    'guarding': ('engine.health_hook', 'engine.failures'),
+    'kinds': ('config.value_types',),
+    'layer_decay': ('optim.layer_decay',),
+    'options': ('config.options',),
+    'plots': ('paper.curves',),
+    'resuming': ('config.resume',),
+    'running': ('engine.runner', 'engine.loops', 'engine.resume'),
+    'runs': ('paper.work_dirs',),
+    'sampling': ('engine.samplers', 'engine.seeding', 'engine.datasets'),
+    'saving': ('engine.checkpoint_hook', 'engine.atomic_files', 'engine.progress'),
+    'segmentation': ('models.multiscale_tta', 'config.multiscale'),
+    'shapes': ('datasets.toy_shapes',),
+    'tables': ('paper.tables',),
+    'tracking': ('config.trackers',),
+    'weights': ('checkpoints', 'checkpoints.hub', 'checkpoints.convert'),
 }
 
 
 class MovedModuleFinder(MetaPathFinder):
-    """Raises an ImportError that names the new path of a module that has moved; finds nothing itself."""
+    """Finder that raises an ImportError with the new path of a module that has moved; it finds nothing itself."""
 
-    @classmethod
-    def find_spec(cls, fullname: str, path=None, target=None) -> None:
+    def find_spec(self, fullname: str, path=None, target=None) -> None:
+        """Raise ImportError for a module in `MOVED`."""
         package, _, name = fullname.partition('.')
         if package == PACKAGE and name in MOVED:
-            raise ImportError(f'{fullname} has moved: import {PACKAGE}.{MOVED[name]} instead', name=fullname)
+            new = ' or '.join(f'{PACKAGE}.{module}' for module in MOVED[name])
+            raise ImportError(f'{fullname} has moved: import {new} instead', name=fullname)
 
 
 def install() -> None:
     """Have imports by old paths raise an ImportError that names the new path."""
-    if MovedModuleFinder not in sys.meta_path:
-        sys.meta_path.insert(0, MovedModuleFinder)
+    if not any(isinstance(finder, MovedModuleFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, MovedModuleFinder())

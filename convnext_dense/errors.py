@@ -1,10 +1,24 @@
-"""Errors that end a tool with a one-line message: bad input, and a run that cannot continue."""
+"""What a tool tells its user in one line: notices, and the errors that end it (bad input, a run that cannot continue)."""
 
+import logging
 import os
 import re
 import sysconfig
 import traceback
 from types import FrameType
+from typing import NamedTuple
+
+
+class Notice(NamedTuple):
+    """One line for the user.
+
+    Attributes:
+        message: The line.
+        level: Its level as in `logging`.
+    """
+
+    message: str
+    level: int = logging.INFO
 
 
 class UsageError(ValueError):

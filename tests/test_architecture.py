@@ -1,10 +1,16 @@
 """The direction of imports between the sub-packages: each may import from those before it, and none in a circle."""
 
 import ast
+import importlib
+import importlib.util
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 import convnext_dense
+from convnext_dense._moved import MOVED, MovedModuleFinder, install
 
 PACKAGE = Path(convnext_dense.__file__).parent
 # From the foundation up. Sub-packages in one entry do not import from each other.
@@ -66,3 +72,19 @@ def test_nothing_in_the_package_imports_what_measures_or_tests_it():
             top = {a.name.split('.')[0] for a in node.names} if isinstance(node, ast.Import) else set()
             top |= {(node.module or '').split('.')[0]} if isinstance(node, ast.ImportFrom) and not node.level else set()
             assert not top & {'benchmarks', 'tools', 'tests'}, name
+
+
+@pytest.mark.parametrize('old', MOVED)
+def test_an_old_import_path_names_modules_that_exist(old):
+    assert old not in modules(), 'this module exists again: take it out of MOVED'
+    assert MOVED[old] and set(MOVED[old]) <= modules().keys()
+    with pytest.raises(ImportError, match=f'convnext_dense.{old} has moved: import convnext_dense.{MOVED[old][0]}'):
+        importlib.import_module(f'convnext_dense.{old}')
+    for name in MOVED[old]:
+        assert importlib.util.find_spec(f'convnext_dense.{name}') is not None
+
+
+def test_the_finder_of_old_paths_is_one_like_others():
+    importlib.invalidate_caches()  # calls all of them
+    install()
+    assert sum(isinstance(finder, MovedModuleFinder) for finder in sys.meta_path) == 1

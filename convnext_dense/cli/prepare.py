@@ -1,52 +1,257 @@
-"""From parsed arguments to the config of a run."""
+"""From parsed arguments to a runner: the steps by which the command line changes a config, in order."""
 
 import argparse
+import logging
 import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from mmengine.config import Config
 from mmengine.logging import print_log
+from mmengine.runner import Runner
 
+from ..config.batch_size import scale_batch
+from ..config.hooks import set_checkpoint_retention, set_max_unreadable
 from ..config.inputs import adapt_input_channels
+from ..config.launch import world_size_from_env
 from ..config.load import load_config
-from ..config.preflight import check_launcher
-from ..config.work_dir import default_work_dir
+from ..config.multiscale import SCALE_FACTORS, set_multiscale
+from ..config.options import overridden_options
+from ..config.outputs import set_prediction_output, set_visualization
+from ..config.precision import set_precision
+from ..config.preflight import check_data, check_launcher, check_pretrained
+from ..config.resume import check_resume, set_resume
+from ..config.schedule import scale_schedule
+from ..config.trackers import add_trackers
+from ..config.work_dir import default_work_dir, hold_work_dir
+from ..datasets.custom import DatasetRequest, apply_custom_data, check_classes, parse_request
+from ..engine.build import compile_backbones, make_runner, resolve_checkpoint
 from ..engine.console import survive_closed_stdout
-from ..errors import UsageError
+from ..errors import Notice, UsageError
 from ..paper.results import to_paper_metrics
 
 
-def load_run_config(args: argparse.Namespace, needed: tuple[str, ...], subfolder: str = '') -> Config:
-    """The config of a command line that runs it, with its launcher and its work dir, or a folder in it.
+@dataclass
+class PreparedRun:
+    """A run that is ready to be built.
+
+    Attributes:
+        config: with all that the command line changes in it.
+        checkpoint: the file of the checkpoint to resume, or of the model to test; None for a new training.
+        notices: what the user is told once the runner, and with it the log, exists.
+        options: the settings of `--cfg-options`, without the plus of new ones.
+        request: the custom data set that the arguments ask for, if any.
+    """
+
+    config: Config = field(default_factory=Config)
+    checkpoint: str | None = None
+    notices: list[Notice] = field(default_factory=list)
+    options: dict[str, object] = field(default_factory=dict)
+    request: DatasetRequest | None = None
+
+
+# What a step returns: nothing, a line, or several; a line without a level is an information.
+Lines = None | str | Notice | Iterable[str | Notice]
+
+
+class Step(NamedTuple):
+    """One of the steps that make a config what a run needs.
+
+    Attributes:
+        name: of the step, as `after` of others names it.
+        apply: changes or checks the run by the arguments, and returns what is to be said of it.
+        after: names of steps whose result this one reads or must not be changed by.
+    """
+
+    name: str
+    apply: Callable[[PreparedRun, argparse.Namespace], Lines]
+    after: tuple[str, ...] = ()
+
+
+def prepare(args: argparse.Namespace, steps: Iterable[Step]) -> PreparedRun:
+    """Apply the steps of a tool (`TRAIN_STEPS` or `TEST_STEPS`) to the config that its arguments name.
+
+    Args:
+        args: as `make_run_parser` and the tool define them.
+        steps: in the order in which they are applied.
+
+    Returns:
+        The run, which `build_runner` builds.
 
     Raises:
-        UsageError: as `load_config`; the launcher's variables are not set; the work dir's copy of the config would
-            overwrite the config itself.
+        UsageError: the config, an argument or something that they name cannot be used.
     """
+    run = PreparedRun()
+    for step in steps:
+        lines = step.apply(run, args) or ()
+        for line in [lines] if isinstance(lines, str | Notice) else lines:
+            run.notices.append(line if isinstance(line, Notice) else Notice(line))
+    return run
+
+
+def build_runner(run: PreparedRun, compile_blocks: bool = False) -> Runner:
+    """Build the runner of a prepared run and log the notices.
+
+    Args:
+        run: as `prepare` returns it.
+        compile_blocks: whether the backbone's blocks are compiled when they first run.
+
+    Raises:
+        UsageError: the config cannot be built, or the checkpoint does not fit its model.
+    """
+    runner = make_runner(run.config, run.checkpoint)
+    for message, level in run.notices:
+        print_log(message, logger='current', level=level)
+    if compile_blocks:
+        compile_backbones(runner.model)
+    return runner
+
+
+def _load(run: PreparedRun, args: argparse.Namespace, required: tuple[str, ...], subfolder: str = '') -> None:
+    """Load the config, with its launcher and its work dir, or a folder in it."""
     survive_closed_stdout()
     if args.launcher == 'mpi':
         os.environ.setdefault('LOCAL_RANK', os.environ.get('OMPI_COMM_WORLD_LOCAL_RANK', '0'))
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    config = load_config(args.config, args.cfg_options, needed)
-    args.cfg_options = {key.removeprefix('+'): value for key, value in args.cfg_options.items()}
+    run.config = config = load_config(args.config, args.cfg_options, required)
+    run.options = {key.removeprefix('+'): value for key, value in args.cfg_options.items()}
     check_launcher(config, args.launcher)
     config.launcher = args.launcher
     work_dir = args.work_dir or config.get('work_dir') or default_work_dir(args.config)
     config.work_dir = os.path.join(work_dir, subfolder).rstrip('/')
     if os.path.realpath(args.config) == os.path.realpath(os.path.join(config.work_dir, os.path.basename(args.config))):
         raise UsageError(
-            f'{config.work_dir} holds the config itself, which its copy would overwrite: give a --work-dir'
+            f'{config.work_dir} contains the config itself, which its copy would overwrite: choose another --work-dir'
         )
-    fitted = adapt_input_channels(config)
-    if fitted:
-        print_log(fitted, logger='current')
-    return config
+
+
+def _load_for_training(run: PreparedRun, args: argparse.Namespace) -> None:
+    _load(run, args, ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'))
+
+
+def _load_for_test(run: PreparedRun, args: argparse.Namespace) -> None:
+    _load(run, args, ('model', 'test_dataloader', 'test_cfg', 'test_evaluator'), 'test')
+
+
+def _request_data(run: PreparedRun, args: argparse.Namespace) -> None:
+    run.request = parse_request(args)
+
+
+def _check_data_files(run: PreparedRun, splits: tuple[str, ...]) -> None:
+    if not run.request:
+        check_data(run.config, splits)
+
+
+def _find_checkpoint_to_resume(run: PreparedRun, args: argparse.Namespace) -> Lines:
+    resumes = args.resume is not None or run.config.get('resume')
+    run.checkpoint = set_resume(run.config, args.resume)
+    if resumes and not run.checkpoint:
+        return _warnings(f'{run.config.work_dir} contains no checkpoint; training starts from the beginning')
+
+
+def _find_checkpoint_to_test(run: PreparedRun, args: argparse.Namespace) -> None:
+    run.checkpoint = resolve_checkpoint(args.checkpoint)
+
+
+def _load_from_checkpoint(run: PreparedRun, args: argparse.Namespace) -> None:
+    run.config.load_from = run.checkpoint
+
+
+def _use_test_data(run: PreparedRun, args: argparse.Namespace) -> Lines:
+    smallest_scale = min(SCALE_FACTORS) if args.multiscale else 1
+    return apply_custom_data(run.config, run.request, ('test',), run.options, run.checkpoint, smallest_scale)
+
+
+def _visualize(run: PreparedRun, args: argparse.Namespace) -> None:
+    folder = args.show_dir and os.path.abspath(args.show_dir)
+    set_visualization(run.config, folder, args.show, args.wait_time, run.options)
+
+
+def _scale_schedule(run: PreparedRun, args: argparse.Namespace) -> Lines:
+    return scale_schedule(run.config, args.epochs, args.iters, run.options)
+
+
+def _scale_batch(run: PreparedRun, args: argparse.Namespace) -> Lines:
+    return scale_batch(run.config, world_size_from_env(args.launcher), args.no_auto_batch, run.options)
+
+
+def _compare_with_checkpoint(run: PreparedRun, args: argparse.Namespace) -> Lines:
+    has_length = args.epochs is not None or args.iters is not None
+    return _warnings(check_resume(run.config, run.checkpoint, has_length, args.override))
+
+
+def _report_overridden(run: PreparedRun, args: argparse.Namespace) -> Lines:
+    return _warnings(*overridden_options(run.config, run.options))
+
+
+def _warnings(*lines: str | None) -> list[Notice]:
+    return [Notice(line, logging.WARNING) for line in lines if line]
+
+
+# Why a step comes after others:
+# - data: grayscale input and EXIF orientation are both in `color_type`; the prepared annotations are written into the
+#   locked work dir; their classes must be those of the checkpoint.
+# - schedule: parts of the model that the data remove have nothing to scale.
+# - batch: accumulation multiplies the length that was asked for, and all that counts iterations with it.
+# - compare: with the checkpoint, of what the run will really be.
+# - overridden: what does not hold in the end.
+TRAIN_STEPS = (
+    Step('config', _load_for_training),
+    Step('inputs', lambda run, args: adapt_input_channels(run.config), after=('config',)),
+    Step('request', _request_data),
+    Step('precision', lambda run, args: set_precision(run.config, args.amp_dtype), after=('config',)),
+    Step('loggers', lambda run, args: add_trackers(run.config, args.loggers, args.resume is not None), ('config',)),
+    Step('data_files', lambda run, args: _check_data_files(run, ('train', 'val')), after=('config', 'request')),
+    Step('pretrained', lambda run, args: check_pretrained(run.config.model), after=('config',)),
+    Step('resume', _find_checkpoint_to_resume, after=('config',)),
+    Step('lock', lambda run, args: hold_work_dir(run.config), after=('config', 'resume')),
+    Step(
+        'data',
+        lambda run, args: apply_custom_data(run.config, run.request, ('train', 'val'), run.options, run.checkpoint),
+        after=('inputs', 'request', 'resume', 'lock'),
+    ),
+    Step('classes', lambda run, args: check_classes(run.config), after=('data',)),
+    Step('schedule', _scale_schedule, after=('data',)),
+    Step('batch', _scale_batch, after=('schedule',)),
+    Step('compare', _compare_with_checkpoint, after=('precision', 'resume', 'data', 'schedule', 'batch')),
+    Step('retention', lambda run, args: set_checkpoint_retention(run.config, args.max_keep_ckpts), after=('config',)),
+    Step('unreadable', lambda run, args: set_max_unreadable(run.config, args.max_unreadable), after=('config',)),
+    Step('overridden', _report_overridden, after=('precision', 'data', 'schedule', 'batch', 'retention', 'unreadable')),
+)
+# - predictions: the data decide which evaluators there are.
+# - overridden: multi-scale testing moves the model into another one, and with it all keys of the options.
+TEST_STEPS = (
+    Step('config', _load_for_test),
+    Step('checkpoint', _find_checkpoint_to_test),
+    Step('inputs', lambda run, args: adapt_input_channels(run.config), after=('config',)),
+    Step('request', _request_data),
+    Step('data_files', lambda run, args: _check_data_files(run, ('test',)), after=('config', 'request')),
+    Step('data', _use_test_data, after=('inputs', 'request', 'checkpoint')),
+    Step('visualization', _visualize, after=('config',)),
+    Step('predictions', lambda run, args: set_prediction_output(run.config, args.out), after=('data',)),
+    Step('overridden', _report_overridden, after=('data', 'visualization', 'predictions')),
+    Step(
+        'multiscale',
+        lambda run, args: set_multiscale(run.config, run.options) if args.multiscale else None,
+        after=('data', 'overridden'),
+    ),
+    Step('load_from', _load_from_checkpoint, after=('checkpoint', 'overridden')),
+)
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
-    """An evaluation in a line: box and mask AP (percent, as the paper gives them) or mIoU, else all there is."""
-    found = [
+    """Format an evaluation in one line.
+
+    Args:
+        metrics: as an evaluator returns them.
+
+    Returns:
+        Box and mask AP (percent, as the paper gives them) or mIoU, or all metrics where none of these is there.
+    """
+    parts = [
         f'{name} {value:.2f}' if name == 'mIoU' else f'{name} {value:.1f}'
         for name, value in to_paper_metrics(metrics).items()
     ]
-    found += [f'{name} {metrics[name]:.2f}' for name in ('mAcc', 'aAcc') if name in metrics]
-    return '  '.join(found or (f'{key} {value}' for key, value in metrics.items()))
+    parts += [f'{name} {metrics[name]:.2f}' for name in ('mAcc', 'aAcc') if name in metrics]
+    return '  '.join(parts or (f'{key} {value}' for key, value in metrics.items()))

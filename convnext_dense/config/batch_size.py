@@ -1,12 +1,13 @@
-"""The recipe's total batch on any number of GPUs: images per GPU and gradient accumulation."""
+"""The recipe's total batch size on any number of GPUs: images per GPU and gradient accumulation."""
 
+import logging
 from collections.abc import Mapping
 
 from mmengine.config import Config
 from mmengine.registry import HOOKS
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import Notice, UsageError
 from ..type_names import is_type, short_name
 from .literal import parse_config_literal
 from .options import is_explicit
@@ -15,74 +16,109 @@ from .schedule import _fill_implicit_defaults
 from .tree import as_list, iter_dicts
 from .value_types import check_value_types
 
-SYNC_BN = ('SyncBN', 'MMSyncBN', 'NaiveSyncBN', 'SyncBatchNorm')  # in configs
+SYNC_BN = ('SyncBN', 'MMSyncBN', 'NaiveSyncBN', 'SyncBatchNorm')  # names in configs
 
 
-def choose_batch(processes: int, images: int, wanted: int, fewest: int = 1) -> tuple[int, int]:
-    """Images a process, from `fewest` to `images`, and how many batches to add up, for a total nearest to `wanted`; of
-    equally near ones the one with the fewest batches."""
-    options = [(n, k) for n in range(fewest, images + 1) for k in range(1, wanted + 1)]
-    return min(options, key=lambda option: (abs(processes * option[0] * option[1] - wanted), option[1], -option[0]))
+def choose_batch(world_size: int, max_per_gpu: int, target: int, min_per_gpu: int = 1) -> tuple[int, int]:
+    """Choose the batch on each GPU for a total batch size nearest to `target`.
+
+    Args:
+        world_size: number of processes, one per GPU.
+        max_per_gpu: most images per GPU.
+        target: total batch size, in images per optimizer step.
+        min_per_gpu: fewest images per GPU.
+
+    Returns:
+        Images per GPU and gradient accumulation steps; of equally near choices the one with the fewest steps.
+    """
+    choices = [(n, k) for n in range(min_per_gpu, max_per_gpu + 1) for k in range(1, target + 1)]
+    return min(choices, key=lambda choice: (abs(world_size * choice[0] * choice[1] - target), choice[1], -choice[0]))
 
 
 def scale_batch(
-    config: Config, processes: int, as_is: bool = False, options: Mapping[str, object] | None = None
-) -> tuple[str, bool] | None:
-    """Fit a config that names its `total_batch` to a number of processes: gradients of several batches are added up
-    where the processes are few, each takes fewer images where they are many, unless the command line's `options` say
-    how many, and what counts iterations moves along.
+    config: Config, world_size: int, keep_config: bool = False, options: Mapping[str, object] | None = None
+) -> Notice | None:
+    """Adapt a config that names its `total_batch` to a number of GPUs.
 
-    Returns one line that says what was done and whether it is a warning; None for configs that name no total batch.
+    With few GPUs gradients are accumulated, with many each takes fewer images; all settings that count iterations are
+    scaled with the accumulation steps.
+
+    Args:
+        config: changed in place.
+        world_size: number of processes, one per GPU.
+        keep_config: whether batch and accumulation stay as the config has them.
+        options: settings of the command line; a batch size among them stays.
+
+    Returns:
+        The total batch size, as a warning where it is not the recipe's; None for configs that name no total batch.
 
     Raises:
-        UsageError: a schedule of the config cannot move along, or a setting is not of its kind.
+        UsageError: a schedule of the config cannot be scaled, or a setting has the wrong type.
     """
     if not config.get('total_batch'):
         return None
     check_value_types(config)
-    wanted, loader, wrapper = config.get('total_batch'), config.train_dataloader, config.optim_wrapper
-    if not as_is and 'accumulative_counts' not in wrapper:
-        fewest = loader.batch_size if is_explicit(options or (), 'train_dataloader.batch_size') else 1
-        loader.batch_size, accumulation = choose_batch(processes, loader.batch_size, wanted, fewest)
+    target, loader, wrapper = config.get('total_batch'), config.train_dataloader, config.optim_wrapper
+    if not keep_config and 'accumulative_counts' not in wrapper:
+        min_per_gpu = loader.batch_size if is_explicit(options or (), 'train_dataloader.batch_size') else 1
+        loader.batch_size, accumulation = choose_batch(world_size, loader.batch_size, target, min_per_gpu)
         if accumulation > 1:
             _apply_accumulation(config, accumulation)
-    accumulation, at_once = accumulative_counts(config), processes * loader.batch_size
-    if at_once == 1 and _has_sync_bn(config.model) and 'decode_head' in config.model:
-        raise UsageError('batch norm needs two images at a time: give train_dataloader.batch_size=2 or more GPUs')
-    total = at_once * accumulation
-    parts = [f'{processes} process{"es" if processes > 1 else ""}', f'{loader.batch_size} images a batch']
+    accumulation, per_iter = accumulative_counts(config), world_size * loader.batch_size
+    if per_iter == 1 and _has_sync_bn(config.model) and 'decode_head' in config.model:
+        raise UsageError(
+            'batch norm needs at least two images per iteration: set train_dataloader.batch_size=2 or use more GPUs'
+        )
+    total = per_iter * accumulation
+    factors = [_count(world_size, 'process', 'es'), _count(loader.batch_size, 'image')]
     if accumulation > 1:
-        parts.append(f'{accumulation} batches added up for an update')
-    line = f'total batch {total} = {" x ".join(parts)}'
-    if total != wanted:
-        line += f"; the recipe's is {wanted}: expect other figures"
+        factors.append(_count(accumulation, 'gradient accumulation step'))
+    line = f'total batch {total} = {" x ".join(factors)}'
+    if total != target:
+        line += f"; the recipe's is {target}: results may differ from the paper"
     elif accumulation > 1 and 'max_iters' in config.train_cfg:
-        line += f', so {config.train_cfg.max_iters} iterations are {config.train_cfg.max_iters // accumulation} updates'
-    if at_once < wanted and _has_sync_bn(config.model):
-        line += f'; batch norm sees {at_once} images at a time, {wanted} in the recipe'
-    return line, total != wanted
+        max_iters = config.train_cfg.max_iters
+        line += f', so {max_iters} iterations are {max_iters // accumulation} optimizer steps'
+    if per_iter < target and _has_sync_bn(config.model):
+        line += f'; batch norm sees {_count(per_iter, "image")} per iteration, {target} in the recipe'
+    return Notice(line, logging.INFO if total == target else logging.WARNING)
+
+
+def _count(n: int, noun: str, plural: str = 's') -> str:
+    return f'{n} {noun}' if n == 1 else f'{n} {noun}{plural}'
 
 
 def check_accumulation_unchanged(config: Config, meta: dict, checkpoint: str) -> None:
-    """Raise UsageError where a run to be resumed, by the `meta` of its checkpoint, added up other numbers of batches:
-    its count of iterations would mean something else here."""
-    before = accumulative_counts(parse_config_literal(meta['cfg'])) if meta.get('cfg') else 1
-    now = accumulative_counts(config)
-    if before != now:
+    """Raise UsageError where the run of a checkpoint accumulated gradients over another number of iterations.
+
+    Its iteration counter would mean something else here. Only for checkpoints that do not say how their batches were
+    partitioned.
+
+    Args:
+        config: of the run that resumes.
+        meta: of the checkpoint.
+        checkpoint: its file, for the message.
+    """
+    old = accumulative_counts(parse_config_literal(meta['cfg'])) if meta.get('cfg') else 1
+    new = accumulative_counts(config)
+    if old != new:
         raise UsageError(
-            f'{checkpoint} comes from a run that added up {before} batches for an update, this one adds up {now}: '
-            f'resume on as many GPUs as before, or with a train_dataloader.batch_size that makes it {before}'
+            f'{checkpoint} comes from a run with {_count(old, "gradient accumulation step")}, this run has {new}: '
+            f'resume on as many GPUs as before, or choose train_dataloader.batch_size so that it has {old}'
         )
 
 
 def _apply_accumulation(config: Config, n: int) -> None:
-    """Add up `n` batches for an update: a loop that counts iterations runs n times as many, schedules stay as they are
-    and step at every update."""
+    """Accumulate gradients over `n` iterations.
+
+    An iteration-based loop runs n times as many iterations; schedules stay as they are and step at every optimizer
+    step.
+    """
     for scheduler in as_list(config.get('param_scheduler')):
         if scheduler.get('convert_to_iter_based'):
             raise UsageError(
-                f'{short_name(scheduler.type)} with convert_to_iter_based cannot be fitted to this number of GPUs: '
-                'give begin and end in iterations, or --no-auto-batch'
+                f'{short_name(scheduler.type)} with convert_to_iter_based cannot be adapted to this number of GPUs: '
+                'give begin and end in iterations, or use --no-auto-batch'
             )
     config.optim_wrapper.accumulative_counts = n
     if 'default_hooks' not in config:
@@ -97,7 +133,7 @@ def _apply_accumulation(config: Config, n: int) -> None:
         if train_cfg.get('dynamic_intervals'):
             train_cfg.dynamic_intervals = [(start * n, length * n) for start, length in train_cfg.dynamic_intervals]
     for hook in config.get('custom_hooks') or []:
-        if is_type(hook.get('type'), HOOKS, 'EMAHook'):  # it averages every `interval` iterations, from `begin_iter` on
+        if is_type(hook.get('type'), HOOKS, 'EMAHook'):  # averages every `interval` iterations, from `begin_iter` on
             hook['begin_iter'], hook['interval'] = n * hook.get('begin_iter', 0), n * hook.get('interval', 1)
     _fill_implicit_defaults(config)
     for part in iter_dicts(config.model):
@@ -108,5 +144,5 @@ def _apply_accumulation(config: Config, n: int) -> None:
 
 
 def _has_sync_bn(model: dict) -> bool:
-    kinds = (settings.get('type') for settings in iter_dicts(model))
-    return any(short_name(kind) in SYNC_BN or kind is nn.SyncBatchNorm for kind in kinds)
+    types = (part.get('type') for part in iter_dicts(model))
+    return any(short_name(type_) in SYNC_BN or type_ is nn.SyncBatchNorm for type_ in types)

@@ -1,11 +1,9 @@
 """Resuming: which checkpoint a run continues from, and which of its settings may have changed."""
 
-import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.logging import print_log
 
 from ..checkpoints.io import load_checkpoint
 from ..checkpoints.pretrained import naming_scheme_of
@@ -57,8 +55,6 @@ def set_resume(config: Config, resume: str | None) -> str | None:
             f'{work_dir} holds no run to resume: leave out --resume to start one there; --resume auto starts one where '
             'there is none'
         )
-    else:
-        print_log(f'{work_dir} holds no checkpoint: the run starts from the beginning', 'current', logging.WARNING)
     config.resume = bool(checkpoint)
     if checkpoint:  # else the run starts anew, from its own load_from if it has one
         config.load_from = checkpoint

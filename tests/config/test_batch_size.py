@@ -1,5 +1,6 @@
 """The total batch stays the recipe's on any number of GPUs, and so do weights and lr at every update."""
 
+import logging
 import os
 
 import cv2
@@ -18,7 +19,7 @@ from convnext_dense.config.launch import world_size_from_env
 from convnext_dense.config.literal import parse_config_literal
 from convnext_dense.config.schedule import scale_schedule
 from convnext_dense.datasets import toy_shapes
-from convnext_dense.errors import UsageError
+from convnext_dense.errors import Notice, UsageError
 from convnext_dense.models.convnext import ConvNeXt
 from helpers.paths import ROOT
 from helpers.processes import WITHOUT_WORKERS
@@ -46,43 +47,46 @@ def test_images_and_accumulation(processes, images, expected):
 def test_eight_gpus_leave_the_recipe_as_it_is():
     for name in ('cascade/convnext_t', 'upernet/convnext_t'):
         config, untouched = load(name), load(name)
-        assert scale_batch(config, 8) == ('total batch 16 = 8 processes x 2 images a batch', False)
+        assert scale_batch(config, 8) == Notice('total batch 16 = 8 processes x 2 images')
         assert config.to_dict() == untouched.to_dict()
 
 
 def test_every_count_of_iterations_moves():
     config = load('upernet/convnext_t')
     config.train_cfg.dynamic_intervals = [(100_000, 8_000)]
-    line, warn = scale_batch(config, 2)
+    line, level = scale_batch(config, 2)
     assert config.train_dataloader.batch_size == 2 and config.optim_wrapper.accumulative_counts == 4
     assert config.train_cfg.max_iters == 640_000 and config.train_cfg.val_interval == 64_000
     assert config.train_cfg.dynamic_intervals == [(400_000, 32_000)]
     assert config.default_hooks.checkpoint.interval == 64_000
     assert config.param_scheduler == load('upernet/convnext_t').param_scheduler  # steps at updates
-    assert not warn and '640000 iterations are 160000 updates' in line and 'batch norm sees 4 images at a time' in line
+    assert level == logging.INFO and '640000 iterations are 160000 optimizer steps' in line
+    assert 'batch norm sees 4 images per iteration' in line
 
     config = load('cascade/convnext_t')
-    line, warn = scale_batch(config, 1)
+    line, level = scale_batch(config, 1)
     assert config.train_cfg == load('cascade/convnext_t').train_cfg and config.default_hooks.checkpoint.interval == 1
-    assert not warn and 'total batch 16 = 1 process x 2 images a batch x 8 batches' in line and 'batch norm' in line
+    assert level == logging.INFO and 'batch norm' in line
+    assert 'total batch 16 = 1 process x 2 images x 8 gradient accumulation steps' in line
     assert 'batch norm' not in scale_batch(load('mask_rcnn/convnext_t'), 1)[0]
 
 
 def test_what_does_not_divide_is_a_warning_with_both_figures():
-    line, warn = scale_batch(load('mask_rcnn/convnext_t'), 3)
-    assert warn and 'total batch 15 = 3 processes x 1 images' in line and "recipe's is 16" in line
+    line, level = scale_batch(load('mask_rcnn/convnext_t'), 3)
+    assert (
+        level == logging.WARNING and 'total batch 15 = 3 processes x 1 image x 5' in line and "recipe's is 16" in line
+    )
 
 
 def test_left_alone():
     config = load('cascade/convnext_t')
-    line, warn = scale_batch(config, 1, as_is=True)
-    assert warn and 'total batch 2 ' in line and "recipe's is 16" in line
+    line, level = scale_batch(config, 1, keep_config=True)
+    assert level == logging.WARNING and 'total batch 2 ' in line and "recipe's is 16" in line
     assert config.to_dict() == load('cascade/convnext_t').to_dict()
     config.optim_wrapper.accumulative_counts = 8  # the user's own
-    assert scale_batch(config, 1) == (
-        'total batch 16 = 1 process x 2 images a batch x 8 batches added up for an update'
-        '; batch norm sees 2 images at a time, 16 in the recipe',
-        False,
+    assert scale_batch(config, 1) == Notice(
+        'total batch 16 = 1 process x 2 images x 8 gradient accumulation steps'
+        '; batch norm sees 2 images per iteration, 16 in the recipe'
     )
     assert scale_batch(load('demo/upernet'), 4) is None
 
@@ -152,7 +156,7 @@ def work(rank: int, folder: str, counted: str) -> None:
 
 @pytest.mark.parametrize('counted', ['epochs', 'iterations'])
 def test_fitted_runs_end_alike(tmp_path, counted):
-    """Four images on one process, two on each of two, and two on one with gradients added up: the same run."""
+    """Four images on one process, two on each of two, and two on one with gradient accumulation: the same run."""
     whole = train(str(tmp_path / 'one'), counted, 4, 1)
     added = train(str(tmp_path / 'added'), counted, 2, 1)
     torch.multiprocessing.spawn(work, (str(tmp_path), counted), nprocs=2)
@@ -176,7 +180,7 @@ def test_resume_under_another_accumulation_is_refused(tmp_path):
     scale_batch(same, 1)
     scale_batch(other, 1)
     check_accumulation_unchanged(same, meta, 'iter_14.pth')
-    with pytest.raises(UsageError, match=r'iter_14.pth .* added up 2 .* adds up 4'):
+    with pytest.raises(UsageError, match=r'iter_14.pth .* 2 gradient accumulation steps, this run has 4'):
         check_accumulation_unchanged(other, meta, 'iter_14.pth')
     check_accumulation_unchanged(run_config('iterations', 4), {}, 'a checkpoint of another origin')
 
@@ -192,7 +196,7 @@ def test_by_the_tool(run_tool, tmp_path):
     command = ['train.py', ROOT / 'configs/demo/upernet.py', '--work-dir', tmp_path / 'run', '--cfg-options', *quick]
     process = run_tool(*command, SHAPES_ROOT=str(data))
     assert process.returncode == 0, process.stderr[-3000:]
-    assert 'total batch 8 = 1 process x 4 images a batch x 2 batches added up' in process.stdout + process.stderr
+    assert 'total batch 8 = 1 process x 4 images x 2 gradient accumulation steps' in process.stdout + process.stderr
     assert (tmp_path / 'run/iter_2.pth').exists()
     process = run_tool(*command, 'train_dataloader.batch_size=2', '--resume', SHAPES_ROOT=str(data))
     assert process.returncode == 0, process.stderr[-3000:]
@@ -321,7 +325,7 @@ def test_a_dumped_config_that_is_a_program(text):
 def test_batch_norm_of_one_image_is_refused():
     config = load('upernet/convnext_t')
     config.train_dataloader.batch_size = 1
-    with pytest.raises(UsageError, match='two images at a time'):
+    with pytest.raises(UsageError, match='at least two images per iteration'):
         scale_batch(config, 1)
     scale_batch(config, 2)
 

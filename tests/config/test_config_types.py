@@ -154,7 +154,9 @@ def test_commands_know_types_however_they_are_written():
     config.model.roi_head.bbox_head[0].norm_cfg.type = 'mmcv.SyncBN'
     config.model.roi_head.bbox_head = config.model.roi_head.bbox_head[:1]
     config.custom_hooks = [dict(type=EMAHook)]
-    assert 'batch norm sees 2 images' in scale_batch(config, 1)[0] and config.custom_hooks[0].interval == 8
+    assert (
+        'batch norm sees 2 images per iteration' in scale_batch(config, 1)[0] and config.custom_hooks[0].interval == 8
+    )
     config = load('demo/upernet')
     config.train_dataloader.dataset.pipeline[0].type = LoadImageFromFile
     config.train_dataloader.dataset.pipeline[5].type = 'mmseg.PhotoMetricDistortion'

@@ -1,6 +1,8 @@
 """Settings from the command line: what nothing reads is refused with the nearest key that is read, and what the user
 says holds against what follows from other arguments."""
 
+import logging
+
 import pytest
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
@@ -195,10 +197,12 @@ def test_what_the_user_says_of_the_batch_holds():
     options = {'train_dataloader.batch_size': 3}
     config = load('mask_rcnn/convnext_t')
     merge_options(config, options)
-    line, warn = scale_batch(config, 1, options=options)
+    line, level = scale_batch(config, 1, options=options)
     assert config.train_dataloader.batch_size == 3 and config.optim_wrapper.accumulative_counts == 5
     assert (
-        warn and line.startswith('total batch 15 = 1 process x 3 images') and overridden_options(config, options) == []
+        level == logging.WARNING
+        and line.startswith('total batch 15 = 1 process x 3 images')
+        and overridden_options(config, options) == []
     )
     config = load('mask_rcnn/convnext_t')
     merge_options(config, options)
