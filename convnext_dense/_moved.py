@@ -26,7 +26,7 @@ MOVED = {
     'runs': ('paper.work_dirs',),
     'sampling': ('engine.samplers', 'engine.seeding', 'engine.datasets'),
     'saving': ('engine.checkpoint_hook', 'engine.atomic_files', 'engine.progress'),
-    'segmentation': ('models.multiscale_tta', 'config.multiscale'),
+    'segmentation': ('models.multiscale_tta', 'config.evaluation'),
     'shapes': ('datasets.toy_shapes',),
     'tables': ('paper.tables',),
     'tracking': ('config.trackers',),

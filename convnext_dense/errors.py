@@ -1,4 +1,4 @@
-"""What a tool tells its user in one line: notices, and the errors that end it (bad input, a run that cannot continue)."""
+"""What a tool tells its user in one line: notices, and the errors that end it."""
 
 import logging
 import os

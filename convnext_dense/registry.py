@@ -1,8 +1,9 @@
 """The scope `convnext_dense`, which mmengine looks for in this module.
 
-All our parts are in mmengine's root registries. But to what comes from `_base_ = 'convnext_dense::...'` mmengine gives
-the scope `convnext_dense`, and then looks for mmdet's and mmseg's parts in it as well. So this scope is a window: it
-shows our parts, whatever else has their names, and otherwise what the scope around it finds.
+All classes of this package are in mmengine's root registries. But configs inherited through `convnext_dense::` get
+`_scope_='convnext_dense'`, and mmengine then looks up *every* type in that scope, including those of mmdet and mmseg.
+These registries therefore return this package's classes first and delegate everything else to the most recent other
+default scope.
 """
 
 from mmengine.registry import Registry, root
@@ -13,10 +14,13 @@ SCOPE = 'convnext_dense'
 
 
 class ScopedView(Registry):
-    def get(self, key: str):
-        ours = self.root.module_dict.get(key)
-        if ours is not None and ours.__module__.split('.')[0] == SCOPE:
-            return ours
+    """Registry of the scope `convnext_dense`: this package's classes, then those of the surrounding scope."""
+
+    def get(self, key: str) -> object:
+        """Return the class or function that is registered under a name; None where there is none."""
+        own_class = self.root.module_dict.get(key)
+        if own_class is not None and own_class.__module__.split('.')[0] == SCOPE:
+            return own_class
         scopes = [name for name in default_scopes() if name != SCOPE]
         if not scopes:
             return self.root.get(key)

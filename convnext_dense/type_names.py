@@ -1,4 +1,4 @@
-"""The types that configs name: with or without a scope, as classes, or derived from another."""
+"""Types as configs name them: with or without a scope, as classes, or derived from another."""
 
 from mmengine.registry import (
     DATA_SAMPLERS,
@@ -25,38 +25,56 @@ REGISTRIES = (TRANSFORMS, DATASETS, METRICS, HOOKS, OPTIM_WRAPPERS, OPTIM_WRAPPE
 REGISTRIES += (PARAM_SCHEDULERS, LOOPS, MODELS, TASK_UTILS, DATA_SAMPLERS, EVALUATOR, VISUALIZERS, VISBACKENDS)
 
 
-def short_name(kind: object) -> object:
-    """The name of a type without its scope or module: 'CocoMetric' of 'mmdet.CocoMetric', of the class, and of the
-    path of the class that a dumped config holds. Of what is no type, and of other packages' types, the value itself."""
-    if isinstance(kind, type):
-        kind = f'{kind.__module__}.{kind.__name__}'
-    if not isinstance(kind, str) or kind.split('.')[0] not in SCOPES:
-        return kind
-    return kind.rsplit('.', 1)[-1]
+def short_name(type_: object) -> object:
+    """Return the name of a type without its scope or module.
 
+    Args:
+        type_: a config's `type`: 'mmdet.CocoMetric', the class, or its full path, as a dumped config has it.
 
-def is_type(kind: object, registry: Registry, *names: str) -> bool:
-    """Whether a config's `type`, text or class, is one of these classes of a registry or derived from one.
-
-    What is not registered, such as a class of the user's own that nothing has imported, is judged by its name alone.
+    Returns:
+        'CocoMetric'; the value itself where it is no type or belongs to another package.
     """
-    if short_name(kind) in names:
+    if isinstance(type_, type):
+        type_ = f'{type_.__module__}.{type_.__name__}'
+    if not isinstance(type_, str) or type_.split('.')[0] not in SCOPES:
+        return type_
+    return type_.rsplit('.', 1)[-1]
+
+
+def is_type(type_: object, registry: Registry, *names: str) -> bool:
+    """Whether a config's `type` is one of some classes or derived from one.
+
+    A class that is not registered, such as one of the user's that nothing has imported, is compared by name only.
+
+    Args:
+        type_: a name, with or without scope, or a class.
+        registry: in which a name is looked up.
+        names: of the classes, without scope.
+    """
+    if short_name(type_) in names:
         return True
-    found = class_of(kind, registry)
-    return found is not None and any(base.__name__ in names for base in found.__mro__)
+    cls = class_of(type_, registry)
+    return cls is not None and any(base.__name__ in names for base in cls.__mro__)
 
 
-def class_of(kind: object, *registries: Registry) -> type | None:
-    """The class that a config's `type` stands for in the default scope, of these registries or of any; None where none
-    is registered under it."""
-    if isinstance(kind, type):
-        return kind
-    if not isinstance(kind, str):
+def class_of(type_: object, *registries: Registry) -> type | None:
+    """Return the class that a config's `type` stands for in the default scope.
+
+    Args:
+        type_: a name, with or without scope, or a class.
+        registries: in which a name is looked up; all of `REGISTRIES` if none is given.
+
+    Returns:
+        The class; None where none is registered under the name.
+    """
+    if isinstance(type_, type):
+        return type_
+    if not isinstance(type_, str):
         return None
     scope = DefaultScope.get_current_instance()
     for registry in registries or REGISTRIES:
         with registry.switch_scope_and_registry(scope and scope.scope_name) as scoped:
-            found = scoped.get(kind)
-        if isinstance(found, type):
-            return found
+            cls = scoped.get(type_)
+        if isinstance(cls, type):
+            return cls
     return None

@@ -1,4 +1,4 @@
-"""The arguments that the command-line tools share."""
+"""Arguments that the command-line tools share."""
 
 import argparse
 import difflib
@@ -6,8 +6,8 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
+from ..config.launch import is_rank0
 from ..config.options import KeyValueAction
-from ..config.preflight import is_rank0
 from .exit import DEBUG_VARIABLE, printable
 
 # Old spelling of an option -> its name. The old one is accepted with a warning by each parser that has the new one.
@@ -35,6 +35,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.add_argument('--debug', action='store_true', help=help_text)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """Parse arguments as argparse does, old spellings of options included."""
         args = list(sys.argv[1:] if args is None else args)
         end = args.index('--') if '--' in args else len(args)
         return super().parse_known_args([*map(self._current_spelling, args[:end]), *args[end:]], namespace)
@@ -49,10 +50,11 @@ class ArgumentParser(argparse.ArgumentParser):
         return new + equals + value
 
     def error(self, message: str):
+        """Exit with code 2, suggesting the nearest option for an unknown one."""
         unknown = re.match('unrecognized arguments: (--[^ =]+)', message)
         options = [option for action in self._all_actions() for option in action.option_strings]
         near = unknown and difflib.get_close_matches(unknown[1], options, 1, 0.6)
-        super().error(f'{printable(message)}: perhaps {near[0]}' if near else printable(message))
+        super().error(f'{printable(message)} (did you mean {near[0]}?)' if near else printable(message))
 
     def _all_actions(self) -> Iterator[argparse.Action]:
         for action in self._actions:
@@ -63,25 +65,30 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def make_config_parser(description: str, **config) -> ArgumentParser:
-    """The arguments of every tool that reads a config; `config` is for argparse."""
+    """Return a parser with the arguments of every tool that reads a config.
+
+    Args:
+        description: of the tool.
+        config: settings for the positional argument `config`, such as nargs='?'.
+    """
     parser = ArgumentParser(description=description)
-    parser.add_argument('config', help='a recipe, such as configs/cascade/convnext_t.py', **config)
+    parser.add_argument('config', help='config file, such as configs/cascade/convnext_t.py', **config)
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=KeyValueAction,
         default={},
         metavar='KEY=VALUE',
-        help='settings that replace those of the config, such as train_cfg.max_epochs=12; +KEY=VALUE for a new one',
+        help='settings that override the config, such as train_cfg.max_epochs=12; +KEY=VALUE adds a new one',
     )
     return parser
 
 
 def make_run_parser(description: str) -> ArgumentParser:
-    """The arguments of every tool that runs a config, as users of mmdet and mmseg know them."""
+    """Return a parser with the arguments of the tools that run a config, named as those of mmdet and mmseg."""
     parser = make_config_parser(description)
-    parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/ and the recipe)')
+    parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/RECIPE)')
     parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none')
-    parser.add_argument('--compile', action='store_true', help="torch.compile the backbone's blocks: for long runs")
+    parser.add_argument('--compile', action='store_true', help="torch.compile the backbone's blocks, for long runs")
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return parser

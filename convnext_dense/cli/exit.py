@@ -1,4 +1,4 @@
-"""How a tool ends: bad input in one line with exit code 2, a failed run with its own code, a bug with its traceback."""
+"""How a tool exits: bad input with one line and code 2, a failed run with its own code, a bug with its traceback."""
 
 import logging
 import os
@@ -14,29 +14,32 @@ from ..engine.atomic_files import DISK_FULL_ERRNOS
 from ..engine.console import detach_stdout, warn_once
 from ..errors import RunInterrupted, TrainingError, UsageError, is_user_code_error, one_line
 
-MAX_MESSAGE_CHARS = 2000  # characters of a message: names in a file have no end of their own
+MAX_MESSAGE_CHARS = 2000  # names in a file can be of any length
 DEBUG_VARIABLE = 'CONVNEXT_DENSE_DEBUG'  # set to 1, it does what --debug does
 TOOLS_WITH_WORK_DIR = ('train.py', 'test.py')
 
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Bad input ends the process with one line and exit code 2, a run that cannot go on with one line and its own code;
-    a bug, of this project or of a module of the user's, keeps its traceback. With --debug all do."""
+    """Context manager that turns errors into one line and an exit code.
+
+    Bad input exits with code 2, a training that cannot continue with a code of its own. A bug, in this project or in a
+    module of the user's, keeps its traceback; with `--debug` or CONVNEXT_DENSE_DEBUG=1 all errors do.
+    """
     _open_streams()
     try:
         yield
-    except BrokenPipeError:  # `| head`: who reads the output has enough of it
+    except BrokenPipeError:  # `| head`: the reader has seen enough
         detach_stdout()
         sys.exit(141)
     except (Exception, KeyboardInterrupt) as error:
-        ending = _message_and_code(error)
-        if ending is None:
+        message_and_code = _message_and_code(error)
+        if message_and_code is None:
             raise
-        line, code = ending
+        message, code = message_and_code
         if is_debug():
             traceback.print_exc()
-        print(printable(line), file=sys.stderr)
+        print(printable(message), file=sys.stderr)
         sys.exit(code)
 
 
@@ -46,7 +49,7 @@ def is_debug() -> bool:
 
 
 def _message_and_code(error: BaseException) -> tuple[str, int] | None:
-    """The line and the exit code of an error; None of a bug."""
+    """Return the message and the exit code of an error; None for a bug."""
     if isinstance(error, UsageError):
         return f'error: {error}', 2
     if isinstance(error, RunInterrupted):
@@ -54,37 +57,36 @@ def _message_and_code(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, TrainingError):
         return f'error: {one_line(error)}', error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return 'interrupted: what was saved is kept', 130
+        return 'interrupted; saved checkpoints are kept', 130
     if _is_config_argument_error(error):
         return f'error: the config cannot be built: {one_line(error)}', 2
     if isinstance(error, OSError) and not is_user_code_error(error):
         if error.errno in DISK_FULL_ERRNOS:
-            where = f'{error.filename}: ' if error.filename else ''
-            elsewhere = ', or give another --work-dir' if Path(sys.argv[0]).name in TOOLS_WITH_WORK_DIR else ''
-            return f'error: {where}{error.strerror}: free some space{elsewhere}', 1
+            path = f'{error.filename}: ' if error.filename else ''
+            other_dir = ', or choose another --work-dir' if Path(sys.argv[0]).name in TOOLS_WITH_WORK_DIR else ''
+            return f'error: {path}{error.strerror}: free some space{other_dir}', 1
         if error.filename:
             return f'error: {error.filename}: {error.strerror}', 2
     return None
 
 
 def _is_config_argument_error(error: BaseException) -> bool:
-    """Whether a config gives a class what it does not take, or not what it needs; data sets and optimizers are built
-    late."""
+    """Whether a config passes a wrong argument to a class, or lacks a required one; some are built late."""
     if not re.search(r'__init__\(\) (got an unexpected|missing \d+ required)', str(error)) or is_user_code_error(error):
         return False
     calls = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
     calls = list(takewhile('build_from_cfg'.__ne__, reversed(calls))) if 'build_from_cfg' in calls else ['another']
-    return set(calls) <= {'__init__'}  # of the class and those that it is derived from
+    return set(calls) <= {'__init__'}  # of the class and its base classes
 
 
 def printable(text: str) -> str:
-    """Text as a terminal may have it: control characters and half characters escaped, and cut where it has no end."""
+    """Return text that is safe for a terminal: control characters and lone surrogates escaped, long text truncated."""
     text = ''.join(c if c.isprintable() or c == '\n' else c.encode('unicode_escape').decode() for c in text)
     return text if len(text) <= MAX_MESSAGE_CHARS else f'{text[: MAX_MESSAGE_CHARS - 200]} ... {text[-190:]}'
 
 
 def _open_streams() -> None:
-    """Output streams that take everything: closed ones drop it, and no character is too strange."""
+    """Make the output streams accept everything: closed ones drop it, unknown characters are escaped."""
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115

@@ -12,18 +12,16 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from ..config.batch_size import scale_batch
-from ..config.hooks import set_checkpoint_retention, set_max_unreadable
+from ..config.evaluation import SCALE_FACTORS, set_multiscale, set_prediction_output, set_visualization
 from ..config.inputs import adapt_input_channels
-from ..config.launch import world_size_from_env
+from ..config.launch import check_launcher, world_size_from_env
 from ..config.load import load_config
-from ..config.multiscale import SCALE_FACTORS, set_multiscale
 from ..config.options import overridden_options
-from ..config.outputs import set_prediction_output, set_visualization
-from ..config.precision import set_precision
-from ..config.preflight import check_data, check_launcher, check_pretrained
+from ..config.preflight import check_data, check_pretrained
 from ..config.resume import check_resume, set_resume
 from ..config.schedule import scale_schedule
 from ..config.trackers import add_trackers
+from ..config.training import set_checkpoint_retention, set_max_unreadable, set_precision
 from ..config.work_dir import default_work_dir, hold_work_dir
 from ..datasets.custom import DatasetRequest, apply_custom_data, check_classes, parse_request
 from ..engine.build import compile_backbones, make_runner, resolve_checkpoint

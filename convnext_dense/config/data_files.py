@@ -1,4 +1,4 @@
-"""Config files in YAML and JSON, read as data: nothing in them runs."""
+"""Config files in YAML and JSON, read as data: nothing in them is executed."""
 
 from collections.abc import Iterator
 
@@ -11,13 +11,13 @@ from mmengine.fileio.handlers import YamlHandler
 from ..errors import UsageError
 from ..type_names import SCOPES
 
-DATA_SUFFIXES = ('.yaml', '.yml', '.json')  # of config files that are data
+DATA_SUFFIXES = ('.yaml', '.yml', '.json')
 TYPE_KEYS = ('type', 'constructor', 'runner_type')  # keys whose values mmengine looks up to build something
-MAX_CONFIG_VALUES = 1_000_000  # that a YAML file may have, counted as often as its aliases repeat them
+MAX_CONFIG_VALUES = 1_000_000  # in a YAML file, counted as often as its aliases repeat them
 
 
 class _YamlLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
-    """PyYAML's safe loader, and tuples, which mmengine writes."""
+    """PyYAML's safe loader with tuples, which mmengine writes."""
 
 
 _YamlLoader.add_constructor(
@@ -26,39 +26,46 @@ _YamlLoader.add_constructor(
 
 
 class SafeYamlHandler(YamlHandler):
-    """mmengine's handler of YAML files with a loader that makes plain values alone: its own runs what a file names."""
+    """YAML handler whose loader builds plain values only; that of mmengine can call what a file names."""
 
-    def load_from_fileobj(self, file, **kwargs):
+    def load_from_fileobj(self, file, **kwargs) -> object:
+        """Load an open YAML file; UsageError where its aliases repeat one another without an end."""
         content = yaml.load(file, Loader=_YamlLoader)
         if sum(1 for _, _ in zip(range(MAX_CONFIG_VALUES + 1), _iter_values(content))) > MAX_CONFIG_VALUES:
-            raise UsageError(f'it has more than {MAX_CONFIG_VALUES:,} values: its aliases repeat one another')
+            raise UsageError(f'it has more than {MAX_CONFIG_VALUES:,} values: remove aliases that repeat one another')
         return content
 
 
 def register_safe_yaml() -> None:
-    """Have mmengine read YAML files, as configs and as their bases, by `SafeYamlHandler`, in this process."""
+    """Have mmengine read YAML configs and their bases with `SafeYamlHandler` in this process."""
     register_handler(['yaml', 'yml'])(SafeYamlHandler)
 
 
 def check_type_names(config: Config, path: str) -> None:
-    """Raise UsageError where a config file that is data names something else than a registered type: mmengine imports
-    what is written as a path, `subprocess.Popen` for instance, and calls it."""
+    """Raise UsageError where a YAML or JSON config names anything but registered types.
+
+    mmengine imports a type that is written as a path, such as `subprocess.Popen`, and calls it.
+
+    Args:
+        config: as it was read.
+        path: of its file; a Python config may name anything.
+    """
     if not path.lower().endswith(DATA_SUFFIXES):
         return
     for value in _iter_values(config.to_dict()):
         for key in TYPE_KEYS if isinstance(value, dict) else ():
-            kind = value.get(key)
-            scope = kind.rpartition('.')[0] if isinstance(kind, str) else ''
+            name = value.get(key)
+            scope = name.rpartition('.')[0] if isinstance(name, str) else ''
             if scope and scope not in (*SCOPES, *MODULE2PACKAGE):
-                raise UsageError(f"{path}: {key}='{kind}' is no registered type: give its name alone, or mmdet.NAME")
+                raise UsageError(f"{path}: {key}='{name}' is not a registered type: give NAME or mmdet.NAME")
 
 
 def _iter_values(value: object) -> Iterator[object]:
-    """A value and all that are in it."""
-    left = [value]
-    while left:
-        value = left.pop()
+    """Iterate over a value and all values in it."""
+    pending = [value]
+    while pending:
+        value = pending.pop()
         yield value
         if isinstance(value, dict):
             value = [*value, *value.values()]
-        left += value if isinstance(value, (list, tuple)) else []
+        pending += value if isinstance(value, (list, tuple)) else []

@@ -8,18 +8,24 @@ from mmengine.registry import TRANSFORMS
 from ..type_names import is_type, short_name
 from .tree import iter_dicts
 
-# Where pipelines stand beside those of the data sets; a hook may put its own in their place.
+# Keys of a config that hold pipelines besides those of its data sets; a hook may switch to another pipeline.
 EXTRA_PIPELINE_KEYS = ('custom_hooks', 'default_hooks', 'tta_pipeline')
-# Steps of a pipeline that take colours, and those that make images of three channels, of which grey ones are not all.
+# Transforms that need colors, and those that need three channels: grayscale images may have them repeated.
 COLOR_TRANSFORMS = ('PhotoMetricDistortion', 'YOLOXHSVRandomAug', 'MixUp', 'CachedMixUp')
 RGB_TRANSFORMS = (*COLOR_TRANSFORMS, 'Mosaic', 'CachedMosaic')
 
 
 def adapt_input_channels(config: Config) -> str | None:
-    """Fit a config whose backbone takes other inputs than RGB: images are read as grey or as they are, and normalised
-    by the mean of RGB's values (mmengine's preprocessors take one value or three), if they are at all.
+    """Adapt a config to a backbone with another number of input channels than three.
 
-    Returns one line that says so; None where there is nothing to do.
+    Images are read as grayscale or unchanged, and normalized by the average of the RGB values, if at all: mmengine's
+    preprocessors take one value or three.
+
+    Args:
+        config: changed in place.
+
+    Returns:
+        One line that says what changed; None for RGB, or where the config was adapted before.
     """
     n = config.model.get('backbone', {}).get('in_channels', 3)
     preprocessor = config.model.get('data_preprocessor') or {}
@@ -30,26 +36,26 @@ def adapt_input_channels(config: Config) -> str | None:
         preprocessor[key] = [sum(preprocessor[key]) / 3]
     if 'bgr_to_rgb' in preprocessor:
         preprocessor.bgr_to_rgb = False
-    unfit = COLOR_TRANSFORMS if n == 1 else RGB_TRANSFORMS
-    parts = [
-        config.get(part) for part in ('train_dataloader', 'val_dataloader', 'test_dataloader', *EXTRA_PIPELINE_KEYS)
-    ]
-    left_out = {}
-    for part in parts:
-        for settings in iter_dicts(part):
-            if is_type(settings.get('type'), TRANSFORMS, 'LoadImageFromFile'):
-                settings['color_type'] = 'grayscale' if n == 1 else 'unchanged'
-        left_out |= dict.fromkeys(_remove_transforms(part, unfit))
-    line = f'{n} input channel{"s" if n > 1 else ""}: read as {"grey" if n == 1 else "they are"}'
+    unsuitable = COLOR_TRANSFORMS if n == 1 else RGB_TRANSFORMS
+    removed = {}
+    for key in ('train_dataloader', 'val_dataloader', 'test_dataloader', *EXTRA_PIPELINE_KEYS):
+        part = config.get(key)
+        for transform in iter_dicts(part):
+            if is_type(transform.get('type'), TRANSFORMS, 'LoadImageFromFile'):
+                transform['color_type'] = 'grayscale' if n == 1 else 'unchanged'
+        removed |= dict.fromkeys(_remove_transforms(part, unsuitable))
+    line = (
+        '1 input channel: images are read as grayscale' if n == 1 else f'{n} input channels: images are read unchanged'
+    )
     if means:
-        line += f', normalised by {preprocessor.mean[0]:.2f} and {preprocessor.std[0]:.2f}'
-    if left_out:
-        line += f', without {", ".join(sorted(left_out))}, which need{"s" * (len(left_out) == 1)} RGB'
+        line += f', normalized with mean {preprocessor.mean[0]:.2f} and std {preprocessor.std[0]:.2f}'
+    if removed:
+        line += f', without {", ".join(sorted(removed))}, which need{"s" * (len(removed) == 1)} RGB'
     return line
 
 
-def _remove_transforms(value, names: tuple[str, ...]) -> Iterator[str]:
-    """Take the steps of these types out of all lists in a config's value, and give their names."""
+def _remove_transforms(value: object, names: tuple[str, ...]) -> Iterator[str]:
+    """Remove the transforms of these types from all lists in a config's value, and return their names."""
     items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     for item in [*items]:
         if isinstance(value, list) and isinstance(item, dict) and is_type(item.get('type'), TRANSFORMS, *names):

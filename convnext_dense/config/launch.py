@@ -1,29 +1,64 @@
-"""How many processes a launcher started."""
+"""The processes that a launcher started: how many they are, and which this one is."""
 
 import os
 
+from mmengine.config import Config
+from mmengine.device import get_device
+
 from ..errors import UsageError
 
-# The variable in which each launcher gives the number of processes, and the command that is one.
+# Launcher -> the environment variable in which it gives the number of processes, and its command.
 WORLD_SIZE_VARIABLES = {
     'pytorch': ('WORLD_SIZE', 'torchrun'),
     'slurm': ('SLURM_NTASKS', 'srun'),
     'mpi': ('OMPI_COMM_WORLD_SIZE', 'mpirun'),
 }
+RANK_VARIABLES = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
 
 
 def world_size_from_env(launcher: str) -> int:
-    """How many processes a launcher ('none', 'pytorch', 'slurm' or 'mpi') started, one a GPU.
+    """Return the number of processes that a launcher started, one per GPU.
+
+    Args:
+        launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
 
     Raises:
-        UsageError: it did not start this process.
+        UsageError: the launcher did not start this process.
     """
     if launcher == 'none':
         return 1
     variable, command = WORLD_SIZE_VARIABLES[launcher]
     if variable not in os.environ:
-        raise UsageError(f'--launcher {launcher}: {variable} is not set; start the tool with {command}')
+        raise UsageError(f'--launcher {launcher}: {variable} is not set: start the tool with {command}')
     value = os.environ[variable].strip()
     if not (value.isascii() and value.isdigit() and int(value) > 0):
-        raise UsageError(f"--launcher {launcher}: {variable}='{value}' is no number of processes; start with {command}")
+        raise UsageError(
+            f"--launcher {launcher}: {variable}='{value}' is not a number of processes: start the tool with {command}"
+        )
     return int(value)
+
+
+def is_rank0() -> bool:
+    """Whether this is the first process, by the environment: no process group is needed."""
+    ranks = (os.environ[name] for name in RANK_VARIABLES if name in os.environ)
+    return next(ranks, '0') == '0'
+
+
+def check_launcher(config: Config, launcher: str) -> None:
+    """Raise UsageError where a launcher did not start this process, or its processes cannot connect.
+
+    Args:
+        config: whose `env_cfg` names the backend.
+        launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
+    """
+    world_size_from_env(launcher)
+    backend = ((config.get('env_cfg') or {}).get('dist_cfg') or {}).get('backend', 'nccl')
+    if launcher != 'none' and backend == 'nccl' and get_device() == 'cpu':
+        raise UsageError(
+            f'--launcher {launcher} needs a GPU for each process and none was found: run without --launcher'
+        )
+    if launcher == 'mpi' and 'MASTER_ADDR' not in os.environ:
+        raise UsageError(
+            '--launcher mpi: MASTER_ADDR is not set: give the address of the first node with '
+            'mpirun -x MASTER_ADDR=ADDRESS'
+        )

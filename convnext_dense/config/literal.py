@@ -1,4 +1,4 @@
-"""Configs that mmengine wrote out, read as data: nothing in them runs."""
+"""Configs that mmengine wrote into checkpoints and logs, parsed as data: nothing in them is executed."""
 
 import ast
 
@@ -11,10 +11,13 @@ ALLOWED_NAMES = {'inf': float('inf'), 'nan': float('nan')}
 
 
 def parse_config_literal(text: str) -> Config:
-    """The config of a text of assignments `key = value`, where values are plain Python: numbers, texts, dict(...).
+    """Parse the text of a config as data.
+
+    Args:
+        text: assignments `key = value`, where values are literals or calls such as dict(...).
 
     Raises:
-        UsageError: the text holds anything else.
+        UsageError: the text contains anything else.
     """
     try:
         statements = ast.parse(text).body
@@ -25,20 +28,20 @@ def parse_config_literal(text: str) -> Config:
 
 def _parse_key(statement: ast.stmt) -> str:
     if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
-        raise ValueError(f'line {statement.lineno} is no assignment')
+        raise ValueError(f'line {statement.lineno} is not an assignment')
     return statement.targets[0].id
 
 
-def _parse_value(node: ast.expr):
+def _parse_value(node: ast.expr) -> object:
     if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
         return {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)](map(_parse_value, node.elts))
     if isinstance(node, ast.Dict):
         return {_parse_value(key): _parse_value(value) for key, value in zip(node.keys, node.values)}
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ALLOWED_CALLS:
-        named = {}
+        kwargs = {}
         for keyword in node.keywords:
-            named |= {keyword.arg: _parse_value(keyword.value)} if keyword.arg else _parse_value(keyword.value)
-        return ALLOWED_CALLS[node.func.id](*map(_parse_value, node.args), **named)
+            kwargs |= {keyword.arg: _parse_value(keyword.value)} if keyword.arg else _parse_value(keyword.value)
+        return ALLOWED_CALLS[node.func.id](*map(_parse_value, node.args), **kwargs)
     if isinstance(node, ast.Name) and node.id in ALLOWED_NAMES:
         return ALLOWED_NAMES[node.id]
     return ast.literal_eval(node)

@@ -1,4 +1,4 @@
-"""Reading a config file, with the settings of the command line filled in."""
+"""Loading a config file and merging the settings of the command line into it."""
 
 import importlib
 import importlib.util
@@ -14,28 +14,36 @@ from .preflight import check_backbones, check_installed, check_levels
 
 
 def resolve_config_path(name: str) -> str:
-    """The file of a config: a path, or PACKAGE::NAME as configs write it in `_base_`.
+    """Return the path of a config file.
+
+    Args:
+        name: a path, or PACKAGE::NAME as configs write it in `_base_`.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the file or the package does not exist.
     """
-    package, found, rest = name.partition('::')
+    package, separator, rest = name.partition('::')
     path = Path(name)
-    if found and package.isidentifier():
+    if separator and package.isidentifier():
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            raise UsageError(f"no package '{package}', which the config '{name}' is of: install it")
+            raise UsageError(f"no package '{package}' for the config '{name}': install it")
         path = Path(spec.submodule_search_locations[0], '.mim/configs', rest)
     if not path.is_file():
         raise UsageError(f"no config '{name}': give the path of a .py file, such as configs/cascade/convnext_t.py")
     return str(path)
 
 
-def load_config(path: str, options: dict, needed: tuple[str, ...] = ('model',)) -> Config:
-    """A config file with the command line's options filled in.
+def load_config(path: str, options: dict, required: tuple[str, ...] = ('model',)) -> Config:
+    """Load a config file and merge the settings of the command line into it.
+
+    Args:
+        path: of the file, or PACKAGE::NAME.
+        options: values by dotted key, as `KeyValueAction` parses them.
+        required: top-level keys that the config must have.
 
     Raises:
-        UsageError: the config cannot be read, lacks one of the `needed` keys, or what it needs is not installed.
+        UsageError: the config cannot be read or lacks a key, an option is wrong, or a package is not installed.
     """
     path = resolve_config_path(str(path))
     register_safe_yaml()
@@ -48,16 +56,16 @@ def load_config(path: str, options: dict, needed: tuple[str, ...] = ('model',)) 
     if {'data', 'optimizer'} <= set(config) and 'train_dataloader' not in config:
         raise UsageError(
             f'{path} is a config of mmdet 2 or mmseg 0 (data, optimizer, runner): start from a recipe, such as '
-            'configs/cascade/convnext_t.py, or move it as mmdet 3 says (docs/en/migration/config_migration.md)'
+            'configs/cascade/convnext_t.py, or convert it by the migration guide of mmdet 3'
         )
     rename_old_keys(config, path)
-    _require_keys(config, path, needed)
+    _require_keys(config, path, required)
     check_type_names(config, path)
     scope = config.get('default_scope') or 'mmengine'
     check_installed(scope)
     init_default_scope(scope)
     merge_options(config, options)
-    _require_keys(config, path, needed)
+    _require_keys(config, path, required)
     check_backbones(config.get('model', {}))
     check_levels(config.get('model', {}))
     return config
@@ -65,15 +73,15 @@ def load_config(path: str, options: dict, needed: tuple[str, ...] = ('model',)) 
 
 def _read_failure(error: Exception, path: str) -> str:
     if isinstance(error, RecursionError):
-        return 'it is nested without an end, or its _base_ leads back to it'
+        return 'it is nested too deeply, or its _base_ refers back to it'
     if isinstance(error, AttributeError) and path.lower().endswith(DATA_SUFFIXES):
-        return 'a config has names and their settings: model: {type: ...}'
+        return 'a config consists of keys and values, such as model: {type: ...}'
     return f'{type(error).__name__}: {root_message(error)}'
 
 
-def _require_keys(config: Config, path: str, needed: tuple[str, ...]) -> None:
-    for key in needed:
+def _require_keys(config: Config, path: str, required: tuple[str, ...]) -> None:
+    for key in required:
         if not config.get(key):
-            raise UsageError(f'{path} has no {key}: give a whole recipe, such as configs/cascade/convnext_t.py')
+            raise UsageError(f'{path} has no {key}: use a complete recipe, such as configs/cascade/convnext_t.py')
         if not isinstance(config[key], (dict, list)):
-            raise UsageError(f'{path}: {key} is {config[key]!r}, where a dict is due')
+            raise UsageError(f'{path}: {key} is {config[key]!r}: give a dict')

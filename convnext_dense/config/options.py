@@ -1,12 +1,15 @@
-"""Settings from the command line (`--cfg-options KEY=VALUE`): those that nothing reads are refused, and what follows
-from another argument or from the number of GPUs gives way to what the user says."""
+"""Settings of the command line (`--cfg-options KEY=VALUE`).
+
+Keys that nothing reads are refused. What follows from another argument or from the number of GPUs gives way to the
+settings that the user gives.
+"""
 
 import difflib
 import inspect
 import logging
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
 
 from mmengine.config import Config, DictAction
@@ -18,8 +21,9 @@ from torch.utils.data import DataLoader
 from ..errors import UsageError
 from ..optim.layer_decay import DEFAULT_CONSTRUCTOR_KEYS
 from ..type_names import class_of
+from .tree import get_dotted, is_equal
 
-# What mmengine's runner and this package's tools read of a config beside the runner's own arguments.
+# What mmengine's runner and this package's tools read from a config besides the runner's own arguments.
 TOP_LEVEL_KEYS = {
     'custom_imports',
     'runner_type',
@@ -31,7 +35,7 @@ TOP_LEVEL_KEYS = {
 TOP_LEVEL_KEYS |= {'activation_checkpointing', 'sync_bn', 'max_unreadable', 'env_cfg', 'randomness', 'experiment_name'}
 TOP_LEVEL_KEYS.add('health_check')
 RENAMED_KEYS = {'max_bad_images': 'max_unreadable'}  # of the top level: old name -> name
-# Classes and functions whose arguments a part of a config is that names no type.
+# Parts of a config that name no type, and the classes and functions whose arguments they are.
 BUILT_WITHOUT_TYPE = {
     'train_dataloader': (DataLoader,),
     'val_dataloader': (DataLoader,),
@@ -40,7 +44,7 @@ BUILT_WITHOUT_TYPE = {
     'randomness': (set_random_seed,),
     'optim_wrapper.clip_grad': (clip_grad_norm_,),
 }
-# Keys of parts that name no type and build nothing: what mmengine looks up in them.
+# Keys that mmengine looks up in parts of a config besides the arguments of what they build.
 EXTRA_KEYS = {
     'train_dataloader': {'dataset', 'num_batch_per_epoch'},
     'val_dataloader': {'dataset', 'num_batch_per_epoch'},
@@ -63,19 +67,23 @@ EXTRA_KEYS = {
     },
 }
 DEFAULT_TYPES = {'optim_wrapper': 'OptimWrapper'}  # of parts that need not name theirs
+_MISSING = object()  # stands for a key that the config does not have
 MMENGINE_KEYS = {'type', '_delete_', '_scope_'}  # of mmengine, in any part
 
 
 class KeyValueAction(DictAction):
-    """mmengine's KEY=VALUE options, +KEY=VALUE for keys that are meant to be new; anything else is a usage error."""
+    """Action for KEY=VALUE arguments: mmengine's, with +KEY=VALUE for new keys and an error for anything else."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        wrong = next((value for value in values if not re.match(r'\+?[^+=][^=]*=', value)), None)
-        if wrong is not None:
-            parser.error(f"{option_string} '{wrong}': give KEY=VALUE, such as train_cfg.max_epochs=12")
-        wrong = next((value for value in values if value.partition('=')[2].lstrip('[( ')[:1] == '{'), None)
-        if wrong is not None:  # to mmengine they are text
-            parser.error(f'{option_string} {wrong}: dicts have no form here: give KEY.SUBKEY=VALUE, or a config file')
+        """Parse the values into a dict by key; exit with code 2 where one is malformed."""
+        malformed = next((value for value in values if not re.match(r'\+?[^+=][^=]*=', value)), None)
+        if malformed is not None:
+            parser.error(f"{option_string} '{malformed}': give KEY=VALUE, such as train_cfg.max_epochs=12")
+        with_dict = next((value for value in values if value.partition('=')[2].lstrip('[( ')[:1] == '{'), None)
+        if with_dict is not None:  # mmengine would take it for a string
+            parser.error(
+                f'{option_string} {with_dict}: a dict cannot be given here: give KEY.SUBKEY=VALUE, or use a config file'
+            )
         try:
             super().__call__(parser, namespace, values, option_string)
         except AssertionError as error:  # brackets that do not match
@@ -91,7 +99,7 @@ class KeyValueAction(DictAction):
 
 
 def rename_old_keys(config: Config, path: str) -> None:
-    """Give the keys of a config file that have another name now (`RENAMED_KEYS`) that name, with a warning."""
+    """Give the keys of a config file that were renamed (`RENAMED_KEYS`) their new name, with a warning."""
     for old, new in RENAMED_KEYS.items():
         if old in config:
             config.setdefault(new, config.pop(old))
@@ -99,15 +107,22 @@ def rename_old_keys(config: Config, path: str) -> None:
 
 
 def merge_options(config: Config, options: Mapping[str, object]) -> dict[str, object]:
-    """Put options into a config and return them by their keys without the plus of new ones.
+    """Merge settings of the command line into a config.
+
+    Args:
+        config: changed in place.
+        options: values by dotted key; a key that begins with + may be a new one.
+
+    Returns:
+        The settings by their keys without the plus.
 
     Raises:
-        UsageError: nothing reads a key, or it does not fit what is there.
+        UsageError: nothing reads a key, or its value does not fit.
     """
     for key in options:
         if not key.startswith('+'):
             check_key(config, key)
-            _check_replaced(config, key, options[key])
+            _check_replaceable(config, key, options[key])
     options = {key.removeprefix('+'): value for key, value in options.items()}
     try:
         config.merge_from_dict(options)
@@ -117,48 +132,51 @@ def merge_options(config: Config, options: Mapping[str, object]) -> dict[str, ob
 
 
 def check_key(config: Config, key: str) -> None:
-    """Raise UsageError where a dotted key is none of the config's and no argument of what the config builds."""
-    parts, node, place = key.split('.'), config, []
+    """Raise UsageError for a dotted key that is neither in the config nor an argument of what the config builds.
+
+    Args:
+        config: that the key is to be set in.
+        key: such as 'optim_wrapper.optimizer.lr'.
+    """
+    parts, node = key.split('.'), config
     for i, part in enumerate(parts):
+        parent, path = '.'.join(parts[:i]), '.'.join(parts[: i + 1])
         if not hasattr(node, 'keys') or part not in node:
-            known = _valid_keys(node, '.'.join(place))
-            if part not in known:
-                raise UsageError(f'--cfg-options {key}: {_unknown_key_message(config, parts, i, known)}')
+            valid = _valid_keys(node, parent)
+            if part not in valid:
+                raise UsageError(f'--cfg-options {key}: {_unknown_key_message(config, parts, i, valid)}')
         if i == 0 and part not in _top_level_keys():
             raise UsageError(f'--cfg-options {key}: {_config_variable_message(config, part, parts[1:])}')
-        place.append(part)
         if isinstance(node, tuple):
-            raise UsageError(f'--cfg-options {key}: it is a part of a tuple: give all of {".".join(place[:-1])}')
+            raise UsageError(f'--cfg-options {key}: items of a tuple cannot be set: give all of {parent}')
         if isinstance(node, list):
             node = node[int(part)]
-        elif hasattr(node, 'get') and part in node:
-            node = node[part]
         else:
-            node = None
-        if node is None and not {'.'.join(place)} & {*EXTRA_KEYS, *BUILT_WITHOUT_TYPE}:
-            return  # an argument that the config leaves at its default: what is below it is its own
+            node = node[part] if hasattr(node, 'get') and part in node else None
+        if node is None and path not in EXTRA_KEYS and path not in BUILT_WITHOUT_TYPE:
+            return  # an argument that the config leaves at its default: its keys are not known
         node = {} if node is None else node
 
 
-def _check_replaced(config: Config, key: str, value: object) -> None:
-    """Raise UsageError where a number or a text takes the place of a part of the config."""
-    old = _get_dotted(config, key.split('.'))
+def _check_replaceable(config: Config, key: str, value: object) -> None:
+    """Raise UsageError where a number or a string would replace a whole part of the config."""
+    old = get_dotted(config, key)
     if hasattr(old, 'keys') and isinstance(value, (int, float, str)) and ('.' not in key or 'type' in old):
-        raise UsageError(f'--cfg-options {key}={value!r}: {key} is a part of the config: give {key}.KEY=VALUE')
+        raise UsageError(f'--cfg-options {key}={value!r}: {key} is a dict: give {key}.KEY=VALUE')
 
 
-def _valid_keys(node: object, place: str) -> Collection[str]:
-    """What may stand below a part of a config: its own keys, and the arguments of what it builds."""
+def _valid_keys(node: object, path: str) -> Collection[str]:
+    """Return the keys that may stand below a part of a config: its own, and the arguments of what it builds."""
     if isinstance(node, (list, tuple)):
         return [str(i) for i in range(len(node))]
     if not hasattr(node, 'keys'):
         return []
-    own = {*node.keys(), *EXTRA_KEYS.get(place, ())}
-    if not place:
+    own = {*node.keys(), *EXTRA_KEYS.get(path, ())}
+    if not path:
         return own | _top_level_keys()
-    kind = class_of(node.get('type', DEFAULT_TYPES.get(place)))
-    built = ([kind] if kind else []) + list(BUILT_WITHOUT_TYPE.get(place, ()))
-    return own.union(MMENGINE_KEYS, *map(argument_names, built))
+    built = class_of(node.get('type', DEFAULT_TYPES.get(path)))
+    callables = ([built] if built else []) + list(BUILT_WITHOUT_TYPE.get(path, ()))
+    return own.union(MMENGINE_KEYS, *map(argument_names, callables))
 
 
 @cache
@@ -167,99 +185,90 @@ def _top_level_keys() -> set[str]:
 
 
 @cache
-def argument_names(function) -> frozenset[str]:
-    """The names of a function's or class's arguments, those included that it passes on to the classes it is derived
-    from."""
-    found, classes = set(), function.__mro__ if isinstance(function, type) else (function,)
+def argument_names(function: Callable) -> frozenset[str]:
+    """Return the names of the arguments of a function or class.
+
+    Args:
+        function: of a class, the arguments that `**kwargs` pass on to its base classes count as well.
+    """
+    names, classes = set(), function.__mro__ if isinstance(function, type) else (function,)
     for each in classes:
         init = each.__dict__.get('__init__') if isinstance(each, type) else each
         if init is None:
             continue
         parameters = inspect.signature(init).parameters.values()
-        found |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return frozenset(found - {'self'})
+    return frozenset(names - {'self'})
 
 
-def _unknown_key_message(config: Config, parts: list[str], i: int, known: Collection[str]) -> str:
-    """What is wrong with a key whose part `i` is not known, and the nearest one that is."""
-    every = dict.fromkeys(_iter_dotted_keys(config))
-    key, before = '.'.join(parts), '.'.join(parts[:i])
-    tail = next((other for other in every if other.endswith(f'.{key}')), None)
-    sibling = difflib.get_close_matches(parts[i], known, 1, 0.6)
-    near = difflib.get_close_matches(key, every, 1, 0.7)
-    meant = '.'.join([*parts[:i], sibling[0], *parts[i + 1 :]]) if sibling else None
-    suggestion = tail or meant or (near[0] if near else None)
-    there = f'{before} has no {parts[i]}' if before else f'the config has no {parts[i]}'
-    hint = f'perhaps {suggestion}; ' if suggestion else ''
-    return f'{there}: {hint}for what is meant to be new write +{key}=...'
+def _unknown_key_message(config: Config, parts: list[str], i: int, valid: Collection[str]) -> str:
+    """Say that part `i` of a key is unknown, and suggest the nearest key that is not."""
+    known = dict.fromkeys(_iter_dotted_keys(config))
+    key, parent = '.'.join(parts), '.'.join(parts[:i])
+    longer = next((other for other in known if other.endswith(f'.{key}')), None)
+    siblings = difflib.get_close_matches(parts[i], valid, 1, 0.6)
+    sibling = '.'.join([*parts[:i], siblings[0], *parts[i + 1 :]]) if siblings else None
+    similar = difflib.get_close_matches(key, known, 1, 0.7)
+    suggestion = longer or sibling or (similar[0] if similar else None)
+    hint = f' (did you mean {suggestion}?)' if suggestion else ''
+    return f'{parent or "the config"} has no {parts[i]}{hint}; to add a new key, write +{key}=...'
 
 
 def _config_variable_message(config: Config, name: str, rest: list[str]) -> str:
-    """What is read in the place of a variable of a config file."""
+    """Say which key is read in the place of a variable of a config file."""
     value = config[name]
-    users = [key for key, other in _iter_items(config) if key != name and _is_equal(other, value) and '.' in key]
-    read = '.'.join([users[0], *rest]) if users else 'what it was put into'
-    return f'{name} is a variable of the config file, which nothing reads once the file is loaded: set {read} instead'
+    users = [key for key, other in _iter_items(config) if key != name and '.' in key and _is_same(other, value)]
+    target = '.'.join([users[0], *rest]) if users else 'the key that uses it'
+    return f'{name} is a variable of the config file, which nothing reads once the file is loaded: set {target} instead'
 
 
-def _is_equal(a: object, b: object) -> bool:
+def _is_same(a: object, b: object) -> bool:
     return type(a) is type(b) and a == b
 
 
 def _iter_dotted_keys(config: Config) -> Iterator[str]:
-    """All keys of a config that are read, from the outside in."""
+    """Iterate over all keys of a config that are read, from the outside in."""
     return (key for key, _ in _iter_items(config) if key.split('.')[0] in _top_level_keys())
 
 
-def _iter_items(node: object, place: str = '') -> Iterator[tuple[str, object]]:
+def _iter_items(node: object, prefix: str = '') -> Iterator[tuple[str, object]]:
+    """Iterate over all dotted keys below a part of a config with their values, dicts and lists included."""
     items = enumerate(node) if isinstance(node, (list, tuple)) else node.items() if hasattr(node, 'items') else ()
     for key, value in items:
-        yield f'{place}{key}', value
-        yield from _iter_items(value, f'{place}{key}.')
+        yield f'{prefix}{key}', value
+        yield from _iter_items(value, f'{prefix}{key}.')
 
 
 def is_explicit(options: Collection[str], *keys: str) -> bool:
-    """Whether the user gave one of these settings on the command line."""
+    """Whether one of these keys, or a part of the config that it is in, is set on the command line."""
     return any(key == option or key.startswith(f'{option}.') for key in keys for option in options)
 
 
-def reapply_options(config: Config, options: Mapping[str, object], *parts: str) -> None:
-    """Put the user's settings of some parts of a config back in, after others in them were derived."""
-    config.merge_from_dict({key: value for key, value in options.items() if key.startswith(parts)})
+def reapply_options(config: Config, options: Mapping[str, object], *prefixes: str) -> None:
+    """Set the user's settings that begin with one of `prefixes` again, after other settings were derived."""
+    config.merge_from_dict({key: value for key, value in options.items() if key.startswith(prefixes)})
 
 
 def overridden_options(config: Config, options: Mapping[str, object]) -> list[str]:
-    """Options that do not hold in the end, a line each: other arguments or the number of GPUs changed them."""
+    """Find settings of the command line that do not hold in the final config.
+
+    Args:
+        config: as it is run.
+        options: values by dotted key.
+
+    Returns:
+        One line for each setting that another argument, the data or the number of GPUs changed.
+    """
     lines = []
     for key, value in options.items():
         if key.split('.')[-1] == '_delete_':
             continue
-        found = _get_dotted(config, key.split('.'))
-        if found is _MISSING or not _equal(found, value):
-            now = 'is not there any more' if found is _MISSING else f'became {found!r}'
+        final = get_dotted(config, key, _MISSING)
+        if final is _MISSING or not is_equal(final, value):
+            outcome = 'was removed' if final is _MISSING else f'became {final!r}'
             lines.append(
-                f'--cfg-options {key}={value!r} {now}: other arguments, the data or the number of GPUs decide it'
+                f'--cfg-options {key}={value!r} {outcome}: other arguments, the data or the number of GPUs determine it'
             )
     return lines
-
-
-_MISSING = object()
-
-
-def _get_dotted(node: object, parts: list[str]) -> object:
-    for part in parts:
-        if isinstance(node, (list, tuple)) and part.isdigit() and int(part) < len(node):
-            node = node[int(part)]
-        elif hasattr(node, 'get') and part in node:
-            node = node[part]
-        else:
-            return _MISSING
-    return node
-
-
-def _equal(found: object, value: object) -> bool:
-    if isinstance(found, (list, tuple)) and isinstance(value, (list, tuple)):
-        return len(found) == len(value) and all(map(_equal, found, value))
-    return found == value

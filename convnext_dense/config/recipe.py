@@ -6,37 +6,28 @@ from mmengine.config import Config
 
 from ..type_names import short_name
 
-MACHINE_KEYS = (
-    'batch_size',
-    'num_workers',
-    'persistent_workers',
-    'prefetch_factor',
-    'pin_memory',
-    'accumulative_counts',
-)
-MACHINE_KEYS += (
-    'data_root',
-    'ann_file',
-    'img',
-    'img_path',
-    'seg_map_path',
-    'backend_args',
-    'dtype',
-    'loss_scale',
-    'checkpoint',
-)
+# Settings, by their last names, that belong to the machine and the place of the data, not to the recipe.
+MACHINE_KEYS = ('batch_size', 'num_workers', 'persistent_workers', 'prefetch_factor', 'pin_memory')
+MACHINE_KEYS += ('accumulative_counts', 'data_root', 'ann_file', 'img', 'img_path', 'seg_map_path', 'backend_args')
+MACHINE_KEYS += ('dtype', 'loss_scale', 'checkpoint')
 
 
 def recipe_id(path: str) -> tuple[str, ...]:
-    """What names a config among others: ('cascade', 'convnext_t') of .../configs/cascade/convnext_t.py, the file's name
-    where it lies in no `configs`."""
+    """Return the parts of a config's path that identify it.
+
+    Args:
+        path: of the config, such as .../configs/cascade/convnext_t.py.
+
+    Returns:
+        ('cascade', 'convnext_t'); the name of the file alone where it is not in a folder `configs`.
+    """
     parts = Path(path).absolute().with_suffix('').parts
     folders = parts[:-1][::-1]
     return parts[len(parts) - 1 - folders.index('configs') :] if 'configs' in folders else parts[-1:]
 
 
 def training_length(config: Config) -> float:
-    """How long a config trains: epochs, or updates where it counts iterations."""
+    """Return the length of a training in epochs, or in optimizer steps where the config counts iterations."""
     train_cfg = config.get('train_cfg') or {}
     if 'max_epochs' in train_cfg:
         return train_cfg['max_epochs']
@@ -44,12 +35,12 @@ def training_length(config: Config) -> float:
 
 
 def accumulative_counts(config: Config) -> int:
-    """Batches whose gradients a config adds up for one update."""
+    """Return the number of iterations per optimizer step (gradient accumulation)."""
     return config.get('optim_wrapper', {}).get('accumulative_counts', 1)
 
 
 def training_precision(config: Config) -> str:
-    """'float16', 'bfloat16' or 'float32': what a config trains in."""
+    """Return the precision of a training: 'float16', 'bfloat16' or 'float32'."""
     wrapper = config.get('optim_wrapper', {})
-    amp = short_name(wrapper.get('type')) == 'AmpOptimWrapper'
-    return str(wrapper.get('dtype', 'float16')) if amp else 'float32'
+    is_amp = short_name(wrapper.get('type')) == 'AmpOptimWrapper'
+    return str(wrapper.get('dtype', 'float16')) if is_amp else 'float32'

@@ -1,4 +1,4 @@
-"""Runs sent to TensorBoard or Weights & Biases, by mmengine's visualization backends."""
+"""Experiment trackers: TensorBoard and Weights & Biases, by mmengine's visualization backends."""
 
 import importlib
 import os
@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 from mmengine.config import Config
 from mmengine.registry import VISBACKENDS
@@ -18,7 +19,7 @@ from .recipe import recipe_id
 from .tree import as_list
 from .work_dir import TIMESTAMP_GLOB, read_log_text
 
-# What each needs to be imported.
+# Name on the command line -> the module that must be installed.
 TRACKERS = {'tensorboard': 'torch.utils.tensorboard', 'wandb': 'wandb'}
 BACKENDS = {'tensorboard': 'TensorboardVisBackend', 'wandb': 'WandbVisBackend'}  # of mmengine
 
@@ -45,11 +46,17 @@ RunWandbVisBackend = NoCodeWandbVisBackend  # its name before
 
 
 def add_trackers(config: Config, names: Iterable[str], resumed: bool = False) -> None:
-    """Add 'tensorboard' or 'wandb' to where a config's numbers go; what it names itself stays as it is. A run of W&B
-    is named after the work dir, in a project named after the recipe, and a resumed one goes on.
+    """Add experiment trackers to the visualization backends of a config.
+
+    A W&B run is named after the work dir, in a project named after the recipe; a resumed run continues it.
+
+    Args:
+        config: changed in place; backends that it has stay as they are.
+        names: of `TRACKERS`.
+        resumed: whether the run is resumed.
 
     Raises:
-        UsageError: the package is not installed, or W&B is online and nobody is logged in.
+        UsageError: the package of a tracker is not installed, or W&B is online and nobody is logged in.
     """
     names = list(dict.fromkeys(names))
     for name in names:
@@ -71,32 +78,34 @@ def add_trackers(config: Config, names: Iterable[str], resumed: bool = False) ->
 
 
 @contextmanager
-def _wandb_errors(wandb) -> Iterator[None]:
-    """What W&B cannot do as a UsageError: nobody is logged in, no network."""
+def _wandb_errors(wandb: ModuleType) -> Iterator[None]:
+    """Turn errors of W&B, such as a missing login or network, into a UsageError."""
     try:
         yield
     except wandb.Error as error:
         line = str(error).strip().splitlines()[0].rstrip('.')
-        raise UsageError(f'--loggers wandb: {line}; WANDB_MODE=offline keeps the run here, for wandb sync') from error
+        raise UsageError(
+            f'--loggers wandb: {line}; set WANDB_MODE=offline to keep the run here and upload it later with wandb sync'
+        ) from error
 
 
 def _wandb_cfg(config: Config, resumed: bool) -> dict:
-    init = dict(name=Path(config.work_dir).name, id=secrets.token_hex(4), resume='allow')
+    init_kwargs = dict(name=Path(config.work_dir).name, id=secrets.token_hex(4), resume='allow')
     if resumed:
-        init['id'] = _previous_run_id(Path(config.work_dir)) or init['id']
+        init_kwargs['id'] = _previous_run_id(Path(config.work_dir)) or init_kwargs['id']
     if 'WANDB_PROJECT' not in os.environ:
-        init['project'] = '-'.join(recipe_id(config.filename))
-    # W&B counts calls; mmengine gives it each call's iteration.
+        init_kwargs['project'] = '-'.join(recipe_id(config.filename))
+    # W&B's own axis counts calls; mmengine logs the iteration of each call.
     axis = [dict(name='iter'), dict(name='*', step_metric='iter')]
-    return dict(type='NoCodeWandbVisBackend', init_kwargs=init, define_metric_cfg=axis)
+    return dict(type='NoCodeWandbVisBackend', init_kwargs=init_kwargs, define_metric_cfg=axis)
 
 
 def _previous_run_id(work_dir: Path) -> str | None:
-    """The id in W&B of the run that a work dir holds, by the configs that mmengine keeps of each start."""
-    for start in sorted(work_dir.glob(TIMESTAMP_GLOB), reverse=True):
+    """Return the W&B id of the run in a work dir, from the configs that mmengine writes for each session."""
+    for session in sorted(work_dir.glob(TIMESTAMP_GLOB), reverse=True):
         try:
-            config = parse_config_literal(read_log_text(start / 'vis_data/config.py'))
-        except UsageError:  # cut short when the run was
+            config = parse_config_literal(read_log_text(session / 'vis_data/config.py'))
+        except UsageError:  # cut off where the session was killed
             continue
         for backend in (config.get('visualizer') or {}).get('vis_backends') or []:
             if 'id' in (backend.get('init_kwargs') or {}):

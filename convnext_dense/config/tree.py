@@ -1,14 +1,15 @@
 """Walking through the nested dicts and lists of a config."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from mmengine.config import Config
 
 from ..type_names import short_name
 
 
-def iter_dicts(value) -> Iterator[dict]:
-    """All dicts in a config's value, itself included, from the outside in."""
+def iter_dicts(value: object) -> Iterator[dict]:
+    """Iterate over all dicts in a config's value, itself included, from the outside in."""
     if isinstance(value, dict):
         yield value
         value = list(value.values())
@@ -17,23 +18,58 @@ def iter_dicts(value) -> Iterator[dict]:
             yield from iter_dicts(item)
 
 
-def as_list(value) -> list:
-    """A setting that may be one or a list of them, as a list."""
+def as_list(value: object) -> list:
+    """Return a setting that may be one or a list of them as a list, an empty one for None."""
     return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
 
 
-def mismatched_keys(config: Config, wanted: Mapping[str, object]) -> list[str]:
-    return [key for key, value in wanted.items() if not _equal(_get_dotted(config, key), value, key)]
+def get_dotted(config: object, key: str, default: Any = None) -> Any:
+    """Return the value of a dotted key, in which items of lists are numbers.
 
-
-def _equal(found, wanted, key: str) -> bool:
-    found = short_name(found) if key.endswith('.type') else found
-    return (tuple(found) if isinstance(found, list) else found) == wanted
-
-
-def _get_dotted(config: Config, dotted: str):
-    for key in dotted.split('.'):
-        if not hasattr(config, 'get'):
-            return None
-        config = config.get(key)
+    Args:
+        config: a config, or a dict or list in it.
+        key: such as 'param_scheduler.0.type'.
+        default: returned where there is no such key.
+    """
+    for part in key.split('.'):
+        if isinstance(config, (list, tuple)) and part.isdigit() and int(part) < len(config):
+            config = config[int(part)]
+        elif hasattr(config, 'get') and part in config:
+            config = config[part]
+        else:
+            return default
     return config
+
+
+def flatten(key: str, value: object) -> Iterator[tuple[str, object]]:
+    """Iterate over the values in a part of a config by dotted keys; a list of plain values is one value.
+
+    Args:
+        key: of the part, which begins all keys.
+        value: of the part.
+    """
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from flatten(f'{key}.{name}', item)
+    elif isinstance(value, (list, tuple)) and any(isinstance(item, (Mapping, list, tuple)) for item in value):
+        for i, item in enumerate(value):
+            yield from flatten(f'{key}.{i}', item)
+    else:
+        yield key, value
+
+
+def is_equal(a: object, b: object) -> bool:
+    """Whether two settings are the same; a list and a tuple of the same items are, and so are two NaNs."""
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(is_equal, a, b))
+    return a == b or (a != a and b != b)
+
+
+def mismatched_keys(config: Config, expected: Mapping[str, object]) -> list[str]:
+    """Return the dotted keys of `expected` whose values a config does not have; types are compared by name."""
+    return [key for key, value in expected.items() if not is_equal(_comparable(config, key), value)]
+
+
+def _comparable(config: Config, key: str) -> object:
+    value = get_dotted(config, key)
+    return short_name(value) if key.endswith('.type') else value

@@ -8,35 +8,43 @@ from ..checkpoints.io import load_checkpoint
 from ..engine.checkpoint_hook import LAST_CKPT_FILE
 from ..engine.progress import load_partition
 from ..engine.work_dir_lock import lock_work_dir
-from .preflight import is_rank0
+from .launch import is_rank0
 from .recipe import recipe_id
+
+TIMESTAMP_GLOB = '[0-9]' * 8 + '_' + '[0-9]' * 6  # the folder of one session
 
 
 def hold_work_dir(config: Config) -> None:
-    """Keep the work dir for this run; UsageError where another one has it."""
+    """Lock the work dir for this run; UsageError where another run uses it."""
     if is_rank0():
         lock_work_dir(config.work_dir)
 
 
 def find_resume_checkpoint(work_dir: Path) -> str | None:
-    """The checkpoint that a work dir's run goes on from: the one that `last_checkpoint` names, also where the work dir
-    was moved since; without it, as a kill after the first checkpoint leaves it, the farthest of those written whole."""
+    """Find the checkpoint from which the run in a work dir continues.
+
+    Args:
+        work_dir: may have been moved since the run.
+
+    Returns:
+        The checkpoint that `last_checkpoint` names. Without that file, as a kill after the first checkpoint leaves it,
+        the complete checkpoint with the most iterations; None where there is none.
+    """
     if (work_dir / LAST_CKPT_FILE).exists():
-        named = (work_dir / LAST_CKPT_FILE).read_text().strip()
-        here = work_dir / Path(named).name
-        return str(here) if here.exists() else named
-    found = {str(path): load_checkpoint(path) for path in work_dir.glob('*.pth')}
-    reached = {p: c['meta']['iter'] for p, c in found.items() if 'optimizer' in c and load_partition(c.get('meta', {}))}
-    return max(reached, key=reached.get, default=None)
+        path = (work_dir / LAST_CKPT_FILE).read_text().strip()
+        moved = work_dir / Path(path).name
+        return str(moved) if moved.exists() else path
+    contents = {str(path): load_checkpoint(path) for path in work_dir.glob('*.pth')}
+    states = {p: c for p, c in contents.items() if 'optimizer' in c and load_partition(c.get('meta', {}))}
+    iters = {p: c['meta']['iter'] for p, c in states.items()}
+    return max(iters, key=iters.get, default=None)
 
 
 def default_work_dir(config: str) -> Path:
-    """work_dirs/cascade/convnext_t for .../configs/cascade/convnext_t.py: recipes share their file names."""
+    """Return work_dirs/cascade/convnext_t for .../configs/cascade/convnext_t.py: file names alone are not unique."""
     return Path('work_dirs', *recipe_id(config))
 
 
-TIMESTAMP_GLOB = '[0-9]' * 8 + '_' + '[0-9]' * 6  # the folder of one start of a tool
-
-
 def read_log_text(file: Path) -> str:
+    """Return the text of a log that may be missing or cut off, '' where it is missing."""
     return file.read_text(encoding='utf-8', errors='replace') if file.is_file() else ''

@@ -6,7 +6,7 @@ from pathlib import Path, PurePath
 from mmengine.config import Config
 
 from ..config.recipe import MACHINE_KEYS, training_length
-from ..config.tree import _get_dotted
+from ..config.tree import flatten, get_dotted, is_equal
 from ..type_names import short_name
 from .results import PaperResult
 
@@ -35,7 +35,7 @@ def diff_from_recipe(config: Config, result: PaperResult) -> list[str]:
         Short keys such as 'optimizer.lr', 'length' or 'weights', without duplicates.
     """
     ours, theirs = (dict(_flatten_settings(c)) for c in (config, load_recipe(result)))
-    changed = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
+    changed = [key for key in {**theirs, **ours} if not is_equal(ours.get(key), theirs.get(key))]
     return list(dict.fromkeys(map(_shorten, changed)))
 
 
@@ -47,24 +47,16 @@ def _shorten(key: str) -> str:
 def _flatten_settings(config: Config) -> Iterator[tuple[str, object]]:
     """The settings of a training and its evaluation, by dotted keys."""
     for part in COMPARED_KEYS:
-        yield from _flatten(part, config.get(part) or None)
+        for key, value in flatten(part, config.get(part) or None):
+            is_recipe = set(MACHINE_KEYS).isdisjoint(key.split('.')) and key != 'optim_wrapper.type'
+            if is_recipe and value not in ([], ()):  # an empty list is as none
+                yield key, short_name(value) if key.endswith('.type') else value
     yield 'length', training_length(config)
     yield 'weights', _pretrained_name(config)
 
 
-def _flatten(key: str, value) -> Iterator[tuple[str, object]]:
-    if key.split('.')[-1] in MACHINE_KEYS or key == 'optim_wrapper.type':
-        return
-    items = enumerate(value) if isinstance(value, (list, tuple)) else value.items() if hasattr(value, 'items') else None
-    if items is None:
-        yield key, short_name(value) if key.endswith('.type') else value
-        return
-    for name, item in items:
-        yield from _flatten(f'{key}.{name}', item)
-
-
 def _pretrained_name(config: Config) -> str:
     """Name of the file from which the backbone is initialized, in whatever folder it is."""
-    init_cfg = _get_dotted(config, 'model.backbone.init_cfg')
+    init_cfg = get_dotted(config, 'model.backbone.init_cfg')
     checkpoint = init_cfg.get('checkpoint') if hasattr(init_cfg, 'get') else None
     return PurePath(str(checkpoint)).name.removesuffix('.pth')

@@ -62,7 +62,7 @@ BAD = {  # tool and arguments -> words in the one line; files are those that `mi
     'nothing to resume': ([TRAIN, DEMO, '--resume', 'gone.pth'], ['gone.pth']),
     'weights to resume': ([TRAIN, DEMO, '--resume', 'good.pth'], ['good.pth', 'load_from']),
     'no last checkpoint': ([TRAIN, DEMO, '--work-dir', '.', '--resume'], ['last_checkpoint', '--resume CHECKPOINT']),
-    'a run is there': ([TRAIN, DEMO, '--work-dir', '.'], ['holds a run', '--resume']),
+    'a run is there': ([TRAIN, DEMO, '--work-dir', '.'], ['already contains a run', '--resume']),
     'another run is there': (
         [TRAIN, DEMO, '--work-dir', 'taken', '--resume', 'state.pth'],
         ['taken', 'another run than', 'state.pth'],

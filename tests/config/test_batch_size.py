@@ -213,7 +213,7 @@ def test_grey_images(name):
     config = load(name)
     assert adapt_input_channels(config) is None and config.to_dict() == load(name).to_dict()
     config.model.backbone.in_channels = 1
-    assert '1 input channel: read as grey' in adapt_input_channels(config)
+    assert '1 input channel: images are read as grayscale' in adapt_input_channels(config)
     preprocessor = config.model.data_preprocessor
     assert preprocessor.mean == [pytest.approx((123.675 + 116.28 + 103.53) / 3)] and not preprocessor.bgr_to_rgb
     for split in ('train', 'val', 'test'):
@@ -227,7 +227,7 @@ def test_grey_images(name):
 def test_more_channels_than_rgb(name):
     config = load(name)
     config.model.backbone.in_channels = 4
-    assert '4 input channels: read as they are' in adapt_input_channels(config)
+    assert '4 input channels: images are read unchanged' in adapt_input_channels(config)
     assert config.model.data_preprocessor.std == [pytest.approx((58.395 + 57.12 + 57.375) / 3)]
     assert config.train_dataloader.dataset.pipeline[0].color_type == 'unchanged'
 
@@ -281,8 +281,8 @@ def test_a_fitted_length_on_fewer_gpus():
 @pytest.mark.parametrize(
     'name, length, words',
     [
-        ('cascade/convnext_t', dict(iters=10), '--iters: this config counts epochs, give --epochs'),
-        ('upernet/convnext_t', dict(epochs=10), '--epochs: this config counts iterations, give --iters'),
+        ('cascade/convnext_t', dict(iters=10), '--iters: this config counts epochs: use --epochs'),
+        ('upernet/convnext_t', dict(epochs=10), '--epochs: this config counts iterations: use --iters'),
         ('upernet/convnext_t', dict(iters=0), '--iters 0: give a positive number'),
     ],
 )

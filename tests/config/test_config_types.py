@@ -20,12 +20,11 @@ from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS, TRANSFORMS, init_default_scope
 
 from convnext_dense.config.batch_size import scale_batch
-from convnext_dense.config.hooks import set_checkpoint_retention
+from convnext_dense.config.evaluation import set_prediction_output
 from convnext_dense.config.inputs import adapt_input_channels
-from convnext_dense.config.outputs import set_prediction_output
-from convnext_dense.config.precision import set_precision
 from convnext_dense.config.preflight import check_backbones
 from convnext_dense.config.recipe import training_precision
+from convnext_dense.config.training import set_checkpoint_retention, set_precision
 from convnext_dense.config.tree import iter_dicts
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.datasets.configure import apply_dataset, set_num_classes
@@ -348,7 +347,8 @@ def test_grey_steps_within_others_are_left_out():
     config.train_dataloader.dataset.pipeline.append(choice)
     config.model.backbone.in_channels = 4
     assert adapt_input_channels(config) == (  # it normalises nothing
-        '4 input channels: read as they are, without Mosaic, PhotoMetricDistortion, YOLOXHSVRandomAug, which need RGB'
+        '4 input channels: images are read unchanged, without Mosaic, PhotoMetricDistortion, YOLOXHSVRandomAug, '
+        'which need RGB'
     )
     assert config.train_dataloader.dataset.pipeline[-1]['transforms'] == [[], [dict(type='RandomFlip')]]
     assert {s['color_type'] for s in steps(config, 'LoadImageFromFile', 'train_dataloader', 'val_dataloader')} == {
@@ -509,7 +509,7 @@ def test_a_yaml_config_runs_nothing(run_tool, tmp_path, case, ending):
 
 def test_a_json_config_runs_nothing(run_tool, tmp_path):
     (tmp_path / 'c.json').write_text('{"default_scope": "mmdet", "model": {"type": "subprocess.Popen", "args": "ls"}}')
-    one_line_error(run_tool('complexity.py', 'c.json'), "type='subprocess.Popen' is no registered type")
+    one_line_error(run_tool('complexity.py', 'c.json'), "type='subprocess.Popen' is not a registered type")
 
 
 def test_a_yaml_file_of_aliases_is_bounded(run_tool, tmp_path):

@@ -8,8 +8,8 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from convnext_dense.config.batch_size import choose_batch, scale_batch
+from convnext_dense.config.evaluation import set_multiscale
 from convnext_dense.config.load import load_config
-from convnext_dense.config.multiscale import set_multiscale
 from convnext_dense.config.options import argument_names, merge_options, overridden_options
 from convnext_dense.config.schedule import scale_schedule
 from convnext_dense.datasets import toy_shapes
@@ -65,7 +65,7 @@ def test_a_key_that_nothing_reads_is_refused_with_the_nearest_one(key):
         merge_options(config, {'train_cfg.val_interval': 2, key: 1})
     assert f'--cfg-options {key}: ' in str(error.value)
     if UNKNOWN[key]:
-        assert f'perhaps {UNKNOWN[key]};' in str(error.value)
+        assert f'(did you mean {UNKNOWN[key]}?)' in str(error.value)
     assert config.to_dict() == before  # all or nothing
     if UNKNOWN[key] or key == 'totally.different':
         assert merge_options(config, {f'+{key}': 1}) == {key: 1}
@@ -86,7 +86,7 @@ def test_a_key_that_nothing_reads_is_refused_with_the_nearest_one(key):
 def test_a_wrong_key_below_a_part_that_the_config_leaves_out_is_refused(key, near):
     config = load('demo/upernet')
     config.pop('auto_scale_lr', None), config.pop('randomness', None), config.env_cfg.pop('mp_cfg', None)
-    with pytest.raises(UsageError, match=f'perhaps {near};'):
+    with pytest.raises(UsageError, match=rf'\(did you mean {near}\?\)'):
         merge_options(config, {key: 1})
     merge_options(config, {near: 1})
 
@@ -94,10 +94,14 @@ def test_a_wrong_key_below_a_part_that_the_config_leaves_out_is_refused(key, nea
 @pytest.mark.parametrize(
     'key, value, words',
     [
-        ('model', 5, 'model is a part of the config: give model.KEY=VALUE'),
-        ('model.backbone', 'ConvNeXt', 'model.backbone is a part of the config'),
-        ('optim_wrapper.optimizer', 'AdamW', 'optim_wrapper.optimizer is a part of the config'),
-        ('optim_wrapper.optimizer.betas.0', 0.8, 'a part of a tuple: give all of optim_wrapper.optimizer.betas'),
+        ('model', 5, 'model is a dict: give model.KEY=VALUE'),
+        ('model.backbone', 'ConvNeXt', 'model.backbone is a dict'),
+        ('optim_wrapper.optimizer', 'AdamW', 'optim_wrapper.optimizer is a dict'),
+        (
+            'optim_wrapper.optimizer.betas.0',
+            0.8,
+            'cannot be set: give all of optim_wrapper.optimizer.betas',
+        ),
     ],
 )
 def test_values_that_take_the_place_of_a_part(key, value, words):
@@ -209,7 +213,7 @@ def test_what_the_user_says_of_the_batch_holds():
     scale_batch(config, 1)
     assert overridden_options(config, options) == [
         '--cfg-options train_dataloader.batch_size=3 became 2: other arguments, the data or the number of GPUs '
-        'decide it'
+        'determine it'
     ]
 
 
@@ -220,7 +224,7 @@ def test_what_cannot_hold_is_said():
     config.train_cfg.max_iters, config.model.decode_head.in_channels = 80, (1, 2)
     config.val_evaluator.pop('prefix')
     first, second = overridden_options(config, options)
-    assert 'train_cfg.max_iters=10 became 80' in first and "val_evaluator.prefix='a' is not there any more" in second
+    assert 'train_cfg.max_iters=10 became 80' in first and "val_evaluator.prefix='a' was removed" in second
     for key, value in (('model.test_cfg.mode', 'slide'), ('test_dataloader.batch_size', 4)):
         with pytest.raises(UsageError, match=f'{key}={value}: --multiscale tests with'):
             set_multiscale(load('upernet/convnext_t'), {key: value})
@@ -258,11 +262,11 @@ def test_the_tools_refuse_it(run_tool):
     for tool, more in (('train.py', []), ('test.py', ['x.pth']), ('complexity.py', [])):
         if tool != 'test.py':
             process = run_tool(tool, config, *more, '--cfg-options', 'modle.backbone.arch=atto')
-            one_line_error(process, 'modle.backbone.arch', 'perhaps model.backbone.arch')
+            one_line_error(process, 'modle.backbone.arch', '(did you mean model.backbone.arch?)')
         process = run_tool(tool, config, *more, '--cfg-options', 'train_cfg.max_epochs=[(1,2]')
         assert process.returncode == 2 and 'Imbalanced brackets' in process.stderr.splitlines()[-1]
         for option in ('++x=1', '+=1', '=1', 'a'):
             process = run_tool(tool, config, *more, '--cfg-options', option)
             assert process.returncode == 2 and f"'{option}': give KEY=VALUE" in process.stderr.splitlines()[-1]
         process = run_tool(tool, config, *more, '--cfg-options', "custom_hooks=[{'type': 'EmptyCacheHook'}]")
-        assert process.returncode == 2 and 'dicts have no form here' in process.stderr.splitlines()[-1]
+        assert process.returncode == 2 and 'a dict cannot be given here' in process.stderr.splitlines()[-1]

@@ -71,10 +71,10 @@ def test_a_cosine_over_the_second_half_ends_at_its_foot(epochs):
 
 
 def test_what_is_left_out_is_said():
-    assert 'QuadraticWarmupLR, ConstantLR less than an epoch is left, so it is left out' in scale_schedule(
+    assert 'QuadraticWarmupLR, ConstantLR would last less than one epoch and are removed' in scale_schedule(
         stock(YOLOX), epochs=1
     )
-    assert scale_schedule(stock(YOLOX), epochs=150).endswith('keep their shares')
+    assert scale_schedule(stock(YOLOX), epochs=150).endswith('are scaled proportionally')
 
 
 def schedule(*schedulers, epochs=100):
@@ -175,7 +175,7 @@ def test_settings_that_are_right():
 @pytest.mark.parametrize('value', ['abc', '', '0', '-1', '1.5', '²'])
 def test_processes_that_are_no_number(value, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', value)
-    with pytest.raises(UsageError, match=f"--launcher pytorch: WORLD_SIZE='{value}' is no number of processes"):
+    with pytest.raises(UsageError, match=f"--launcher pytorch: WORLD_SIZE='{value}' is not a number of processes"):
         world_size_from_env('pytorch')
 
 

@@ -160,7 +160,7 @@ def test_wandb_without_a_network(no_wandb, tmp_path):
         raise stand_in.Error('Run initialization has timed out after 90.0 sec.\nPlease try increasing the timeout')
 
     stand_in.init = init
-    with pytest.raises(UsageError, match='timed out after 90.0 sec; WANDB_MODE=offline'):
+    with pytest.raises(UsageError, match='timed out after 90.0 sec; set WANDB_MODE=offline'):
         VISBACKENDS.build(dict(type='NoCodeWandbVisBackend', save_dir=str(tmp_path))).add_config(Config())
 
 

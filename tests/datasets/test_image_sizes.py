@@ -11,7 +11,7 @@ import torch
 from mmcv.transforms import Compose
 from mmengine.registry import init_default_scope
 
-from convnext_dense.config.multiscale import SCALE_FACTORS, set_multiscale
+from convnext_dense.config.evaluation import SCALE_FACTORS, set_multiscale
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.datasets.custom import DatasetRequest, read_data
 from convnext_dense.datasets.image_sizes import LIMITS, STRIDE, Limit, limits_of, resized, too_thin

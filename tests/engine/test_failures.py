@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from convnext_dense import errors
-from convnext_dense.config.hooks import set_checkpoint_retention, set_max_unreadable
+from convnext_dense.config.training import set_checkpoint_retention, set_max_unreadable
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.engine.build import LOADER_PREFIXES, _make_checkpoint_loader
 from convnext_dense.engine.datasets import IMAGE_SUFFIXES, read_error

@@ -14,7 +14,7 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
 from torch.nn.functional import interpolate
 
-from convnext_dense.config.multiscale import SCALE_FACTORS, set_multiscale
+from convnext_dense.config.evaluation import SCALE_FACTORS, set_multiscale
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.errors import UsageError
 from convnext_dense.models.multiscale_tta import _resize_rows
@@ -143,11 +143,11 @@ sys.path[:0] = [{tests!r}, {tests!r} + '/models']
 from pathlib import Path
 import numpy as np
 import test_multiscale_tta as t
-from convnext_dense.config import multiscale
+from convnext_dense.config import evaluation
 config = t.small_segmentor()
 config.model.decode_head.num_classes = 150
-multiscale.SCALE_FACTORS = {ratios}
-multiscale.set_multiscale(config)
+evaluation.SCALE_FACTORS = {ratios}
+evaluation.set_multiscale(config)
 model = t.built(config)
 image = np.random.RandomState(0).randint(0, 256, (700, 1000, 3)).astype(np.uint8)
 data = t.views_of(config, image, Path({folder!r}))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from convnext_dense.config.batch_size import scale_batch
-from convnext_dense.config.multiscale import set_multiscale
+from convnext_dense.config.evaluation import set_multiscale
 from convnext_dense.paper.recipe_diff import diff_from_recipe
 from convnext_dense.paper.results import MAIN_METRICS, PAPER_RESULTS, find_paper_result
 from convnext_dense.paper.work_dirs import find_runs, read_runs
