@@ -184,7 +184,7 @@ def test_other_groups_of_parameters_are_refused(tmp_path):
     config = run_config('epochs', 4)
     record(copy.deepcopy(config), tmp_path / 'first')
     config.optim_wrapper.paramwise_cfg.decay_type = 'stage_wise'
-    with pytest.raises(UsageError, match='--override: the checkpoint groups its parameters otherwise'):
+    with pytest.raises(UsageError, match='--override: the checkpoint has other parameter groups'):
         record(config, tmp_path / 'other', tmp_path / 'first/epoch_1.pth')
 
 
