@@ -22,8 +22,7 @@ def seed_everything(*key: int) -> None:
 class SeededIndex(int):
     """An index into a data set with the key that seeds the augmentations of its sample.
 
-    Args:
-        index: The index.
+    Attributes:
         seed_key: What `seed_everything` takes.
     """
 
