@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import DefaultScope
+from mmengine.visualization import WandbVisBackend
 
 
 def is_resuming(runner) -> bool:
@@ -85,3 +86,17 @@ class OverridableCheckpointHook(CheckpointHook):
 
     def _save_best_checkpoint(self, runner, metrics: dict) -> None:
         self.write_best(runner, metrics)
+
+
+class OverridableWandbVisBackend(WandbVisBackend):
+    """mmengine's W&B backend, whose start is a method with a name of its own.
+
+    mmengine starts W&B behind every public method, and only the private one can be wrapped.
+    """
+
+    def start(self) -> None:
+        """Import wandb and start its run."""
+        super()._init_env()
+
+    def _init_env(self) -> None:
+        self.start()

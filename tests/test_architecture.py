@@ -88,3 +88,18 @@ def test_the_finder_of_old_paths_is_one_like_others():
     importlib.invalidate_caches()  # calls all of them
     install()
     assert sum(isinstance(finder, MovedModuleFinder) for finder in sys.meta_path) == 1
+
+
+# Rooms that run configs with mmengine, and private names that are not mmengine's or torch's.
+RUNNING = {'registry', 'type_names', 'engine', 'config', 'datasets', 'paper'}
+NOT_THEIRS = {'_replace', '_fields', '_asdict', '_exit'}
+
+
+def test_what_reaches_into_mmengine_stands_in_one_file():
+    for name, path in modules().items():
+        if name.split('.')[0] not in RUNNING:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            private = isinstance(node, ast.Attribute) and node.attr.startswith('_') and not node.attr.startswith('__')
+            if private and node.attr not in NOT_THEIRS:
+                assert isinstance(node.value, ast.Name) and node.value.id in ('self', 'cls'), f'{name}: {node.attr}'

@@ -10,9 +10,9 @@ from types import ModuleType
 
 from mmengine.config import Config
 from mmengine.registry import VISBACKENDS
-from mmengine.visualization import WandbVisBackend
 
 from ..errors import UsageError
+from ..mmengine_internals import OverridableWandbVisBackend
 from ..type_names import is_type
 from .literal import parse_config_literal
 from .recipe import recipe_id
@@ -25,17 +25,18 @@ BACKENDS = {'tensorboard': 'TensorboardVisBackend', 'wandb': 'WandbVisBackend'} 
 
 
 @VISBACKENDS.register_module(name=['NoCodeWandbVisBackend', 'RunWandbVisBackend'])  # old configs name the second one
-class NoCodeWandbVisBackend(WandbVisBackend):
+class NoCodeWandbVisBackend(OverridableWandbVisBackend):
     """W&B backend that does not upload source code.
 
     mmengine's `WandbVisBackend` logs every .py file below the working directory, including virtual environments; this
     one logs only the config.
     """
 
-    def _init_env(self) -> None:
+    def start(self) -> None:
+        """Import wandb and start its run; UsageError where it cannot."""
         wandb = importlib.import_module('wandb')
         with _wandb_errors(wandb):
-            super()._init_env()
+            super().start()
 
     def add_config(self, config: Config, **kwargs) -> None:
         """Log the config, and no code."""
