@@ -6,7 +6,9 @@ import re
 import pytest
 
 from convnext_dense import ARCHS, ConvNeXt
+from convnext_dense._moved import MOVED
 from convnext_dense.checkpoints import WEIGHT_URLS
+from convnext_dense.cli.arguments import RENAMED_OPTIONS
 from convnext_dense.paper.results import PAPER_RESULTS
 from helpers.pages import PAGES, code_blocks, tables
 from helpers.paths import ROOT
@@ -91,3 +93,13 @@ def test_the_distributions_of_openmmlab_are_those_that_setup_pins():
 def test_every_page_is_in_the_sites_navigation():
     named = set(re.findall(r': ([\w/]+\.md)$', (ROOT / 'mkdocs.yml').read_text(), re.MULTILINE))
     assert named == {str(path.relative_to(ROOT / 'docs')) for path in (ROOT / 'docs').rglob('*.md')}
+
+
+def test_the_changelog_names_every_module_and_option_that_has_moved():
+    rows = [
+        [re.findall(r'`([^`]+)`', cell) for cell in row]
+        for row in tables(PAGES['CHANGELOG.md'].replace('\n  |', '\n|'))
+    ]
+    modules = {old[0]: tuple(new) for old, new in (row for row in rows if len(row) == 2) if old}
+    assert {old: new for old, new in modules.items() if old in MOVED} == MOVED
+    assert {old[0]: new[0] for _, old, new in (row for row in rows if len(row) == 3) if old} == RENAMED_OPTIONS
