@@ -1,4 +1,4 @@
-"""This backbone beside the other ConvNeXts that are installed and Swin: time, memory, and whether features agree."""
+"""This backbone against the other ConvNeXts that are installed and Swin: time, memory, and distance of features."""
 
 import importlib
 import importlib.util
@@ -28,8 +28,8 @@ from convnext_dense.ops import dispatch
 from convnext_dense.paper.recipe_diff import CONFIGS
 
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
-LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
-SWIN = {  # of mmdet; the paper's partners of equal size
+MEMORY_FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
+SWIN_ARCHS = {  # arguments of mmdet's; the paper compares models of equal size
     'tiny': dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
     'small': dict(embed_dims=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
     'base': dict(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
@@ -59,12 +59,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """Milliseconds (median, quartiles) or MB, of one candidate in a case; `ratio` is its figure over ours, `first`
-    milliseconds of the first two runs where they compile."""
+    """Milliseconds (median, quartiles) or MB of one backbone in a case.
+
+    `ratio` is its median over ours, `first` the milliseconds of the first two runs where they compile.
+    """
 
     case: Case
-    candidate: str
-    layout: str
+    backbone: str
+    memory_format: str
     median: float
     low: float
     high: float
@@ -75,8 +77,8 @@ class Result:
         return {**asdict(self.case), **{k: v for k, v in asdict(self).items() if k != 'case'}}
 
 
-class _Plain(ConvNeXt):
-    """The original's form: no other way than `Block`."""
+class _Reference(ConvNeXt):
+    """The reference implementation: every block runs its own `forward`, without the fast operators."""
 
     def forward(self, x):
         with dispatch.plainly():
@@ -115,7 +117,7 @@ def _torchvision():
         if 'torchvision::nms' not in str(error):
             raise
     library = torch.library.Library('torchvision', 'DEF')
-    _torchvision.library = library  # its definitions end with it
+    _torchvision.library = library  # its definitions live as long as it does
     for name in ('nms', 'qnms'):
         library.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
     return importlib.import_module('torchvision')
@@ -141,11 +143,11 @@ def _mmpretrain(arch: str) -> nn.Module:
 
 
 def _swin(arch: str) -> nn.Module:
-    if arch not in SWIN:
+    if arch not in SWIN_ARCHS:
         raise UsageError(f'there is no Swin of the size of {arch}')
     with _with_torchvision():
         models = importlib.import_module('mmdet.models')
-    return models.SwinTransformer(**SWIN[arch], drop_path_rate=0.0)
+    return models.SwinTransformer(**SWIN_ARCHS[arch], drop_path_rate=0.0)
 
 
 @contextmanager
@@ -156,12 +158,12 @@ def _with_torchvision():
     yield
 
 
-# How to build each candidate for an arch. The three of `ours` differ in training only.
-CANDIDATES: dict[str, Callable[[str], nn.Module]] = {
+# How to build each backbone for an arch. The three of `ours` differ in training only.
+BACKBONES: dict[str, Callable[[str], nn.Module]] = {
     'ours': ConvNeXt,
     "ours, cp_scope='mlp'": lambda arch: ConvNeXt(arch, with_cp=True, cp_scope='mlp'),
     "ours, cp_scope='block'": lambda arch: ConvNeXt(arch, with_cp=True),
-    'plain form': _Plain,  # the original's code, but for its class
+    'reference': _Reference,  # the authors' code, but for its class
     'mmpretrain': _mmpretrain,
     'timm': _timm,
     'timm, conv_mlp': lambda arch: _timm(arch, conv_mlp=True),
@@ -172,43 +174,43 @@ CANDIDATES: dict[str, Callable[[str], nn.Module]] = {
 OURS = 'ours'
 
 
-def build(candidate: str, arch: str) -> nn.Module:
-    """Raises UsageError, which names the candidate, where it is not there or does not build."""
+def build(name: str, arch: str) -> nn.Module:
+    """Raises UsageError, which names the name, where it is not there or does not build."""
     try:
         torch.manual_seed(0)
-        return CANDIDATES[candidate](arch)
+        return BACKBONES[name](arch)
     except Exception as error:  # of other libraries, in any way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f'{candidate}: {reason}') from error
+        raise UsageError(f'{name}: {reason}') from error
 
 
 def available(names: list[str], arch: str) -> tuple[list[str], list[str]]:
-    """The candidates of these that can be built, and a line for each that cannot."""
-    found, missing = [], []
+    """Names of the backbones that can be built here, and a message for each that cannot."""
+    buildable, missing = [], []
     for name in names:
         try:
             with torch.device('meta'):
                 build(name, arch)
-            found.append(name)
+            buildable.append(name)
         except UsageError as error:
             try:
                 build(name, arch)  # some cannot be built on the meta device
-                found.append(name)
+                buildable.append(name)
             except UsageError:
                 missing.append(str(error))
-    return found, missing
+    return buildable, missing
 
 
-def agreement(candidate: str, arch: str, size: int = 64) -> float | None:
-    """Largest relative distance of a map of ours from the candidate's with its weights; None where they are of another
-    architecture. Maps of candidates without output norms are normalised.
+def feature_distance(name: str, arch: str, size: int = 64) -> float | None:
+    """Largest relative distance of a map of ours from the name's with its weights; None where they are of another
+    architecture. Maps of names without output norms are normalized.
 
     Raises:
         UsageError: the weights cannot be shared.
     """
-    if candidate.startswith('Swin') or candidate.startswith(OURS):
+    if name.startswith('Swin') or name.startswith(OURS):
         return None
-    theirs, ours = build(candidate, arch), ConvNeXt(arch).eval()
+    theirs, ours = build(name, arch), ConvNeXt(arch).eval()
     theirs.eval()  # mmpretrain's returns None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, 'weights.pth')
@@ -216,19 +218,20 @@ def agreement(candidate: str, arch: str, size: int = 64) -> float | None:
         load_backbone(ours, file)
     image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        pairs = zip(_maps(theirs(image)), ours(image))
-        return max(_distance(_normalised(t), _normalised(o)) for t, o in pairs)
+        pairs = zip(_feature_maps(theirs(image)), ours(image))
+        return max(_relative_distance(_normalize(t), _normalize(o)) for t, o in pairs)
 
 
-def times(case: Case, candidates: list[str], rounds: int) -> Iterator[Result]:
-    """Each candidate in each memory format, one run after the other in each round; the first two rounds warm up."""
+def measure_time(case: Case, names: list[str], rounds: int) -> Iterator[Result]:
+    """Each backbone in each memory format, one run after the other in each round; the first two rounds warm up."""
     keys = [
-        (name, layout)
-        for name in candidates
-        for layout in (LAYOUTS if name in CANDIDATES and not name.startswith((OURS, 'Swin')) else ['contiguous'])
+        (name, memory_format)
+        for name in names
+        for memory_format in (['contiguous'] if name.startswith((OURS, 'Swin')) else MEMORY_FORMATS)
     ]
-    first = {key: _alone(_first, case, *key) if case.compiled else None for key in keys}  # while the device is free
-    runs = {(name, layout): _step(case, build(name, case.arch), layout) for name, layout in keys}
+    # While the device is free:
+    first = {key: _run_in_subprocess(_time_first_runs, case, *key) if case.compiled else None for key in keys}
+    runs = {key: _make_step(case, build(key[0], case.arch), key[1]) for key in keys}
     milliseconds = {key: [] for key in runs}
     for i in range(rounds + 2):
         for key, run in runs.items():
@@ -237,27 +240,26 @@ def times(case: Case, candidates: list[str], rounds: int) -> Iterator[Result]:
             if i >= 2:
                 milliseconds[key].append(1000 * (time.perf_counter() - start))
     ours = statistics.median(milliseconds.get((OURS, 'contiguous'), [float('nan')]))
-    for (name, layout), values in milliseconds.items():
-        yield _result(case, name, layout, values, ours, first[name, layout])
+    for (name, memory_format), values in milliseconds.items():
+        yield _result(case, name, memory_format, values, ours, first[name, memory_format])
 
 
-def pays_from(compiled: dict, plain: dict) -> int | None:
-    """From how many runs on a compiled candidate has won back its first two; None where it is not faster. Results as
-    dictionaries."""
+def break_even_runs(compiled: dict, plain: dict) -> int | None:
+    """From how many runs on a compiled backbone is faster in total; None where it never is. Results as dictionaries."""
     won = plain['median'] - compiled['median']
     lost = compiled['first'] - 2 * compiled['median']
     return None if won <= 0 else max(1, math.ceil(lost / won))
 
 
-def memory(case: Case, candidates: list[str]) -> Iterator[Result]:
-    """Peak memory of a step in MB, beyond what the process held before it, which is mostly weights; each candidate in a
+def measure_memory(case: Case, names: list[str]) -> Iterator[Result]:
+    """Peak memory of a step in MB, beyond what the process held before it, which is mostly weights; each backbone in a
     process of its own. On a CPU it is resident memory (Linux)."""
-    found = {name: _alone(_peak, case, name) for name in candidates}
-    for name, value in found.items():
-        yield _result(case, name, 'contiguous', [value], found.get(OURS, float('nan')))
+    peaks = {name: _run_in_subprocess(_peak_memory, case, name) for name in names}
+    for name, value in peaks.items():
+        yield _result(case, name, 'contiguous', [value], peaks.get(OURS, float('nan')))
 
 
-def bound(case: Case) -> float:
+def gemm_lower_bound(case: Case) -> float:
     """Milliseconds of the matrix products of a forward pass alone, at the rate that this device reaches on their shapes
     in the fastest of their forms, a cache-sized tile at a time."""
     dtype, device = DTYPES[case.dtype], case.device
@@ -269,19 +271,19 @@ def bound(case: Case) -> float:
         products = [(before, channels, 1), (channels, 4 * channels, depth), (4 * channels, channels, depth)]
         for inner, outer, times_run in products:
             tile = min(rows, dispatch.onednn.TILE)
-            total += times_run * rows / tile * _product_time(tile, inner, outer, dtype, device)
+            total += times_run * rows / tile * _matmul_time(tile, inner, outer, dtype, device)
         before = 4 * channels
     return 1000 * total
 
 
-def models(device: str, dtype: str, rounds: int, size: tuple[int, int] | None = None) -> Iterator[dict]:
+def measure_models(device: str, dtype: str, rounds: int, size: tuple[int, int] | None = None) -> Iterator[dict]:
     """Images a second of whole models of the paper, random weights, with our backbone and with Swin in its place, and
     the paper's ratio of the two."""
     for recipe, (paper_size, ratio) in MODELS_OF_PAPER.items():
         width, height = size or paper_size
         runs = {
-            name: _model_step(recipe, name, device, dtype, height, width)
-            for name in ('ConvNeXt', 'ConvNeXt, plain', 'Swin')
+            name: _make_model_step(recipe, name, device, dtype, height, width)
+            for name in ('ConvNeXt', 'ConvNeXt, reference', 'Swin')
         }
         seconds = {name: [] for name in runs}
         for i in range(rounds + 1):
@@ -300,7 +302,7 @@ def models(device: str, dtype: str, rounds: int, size: tuple[int, int] | None = 
         }
 
 
-def _model_step(recipe, backbone, device, dtype, height, width):
+def _make_model_step(recipe, backbone, device, dtype, height, width):
     config = Config.fromfile(CONFIGS / f'{recipe}.py', import_custom_modules=False)
     init_default_scope(config.default_scope)
     with _with_torchvision():
@@ -309,7 +311,7 @@ def _model_step(recipe, backbone, device, dtype, height, width):
     cfg = config.model
     cfg.backbone.init_cfg = None
     if backbone == 'Swin':
-        cfg.backbone = dict(type='mmdet.SwinTransformer', **SWIN['tiny'])
+        cfg.backbone = dict(type='mmdet.SwinTransformer', **SWIN_ARCHS['tiny'])
     model = MODELS.build(cfg).to(device).eval()
     image = torch.randn(1, 3, height, width, device=device)
     if config.default_scope == 'mmdet':
@@ -319,23 +321,23 @@ def _model_step(recipe, backbone, device, dtype, height, width):
         settings = dict(data_samples=samples)
     else:
         settings = {}
-    plain = backbone.endswith('plain')
+    is_reference = backbone.endswith('reference')
 
     @torch.no_grad()
     def run():
-        with dispatch.plainly() if plain else nullcontext(), _autocast(device, dtype):
+        with dispatch.plainly() if is_reference else nullcontext(), _autocast(device, dtype):
             model(image, mode='tensor', **settings)
-        _synchronise(device)
+        _synchronize(device)
 
     return run
 
 
-def _step(case: Case, model: nn.Module, layout: str) -> Callable[[], None]:
+def _make_step(case: Case, model: nn.Module, memory_format: str) -> Callable[[], None]:
     """One run of a case."""
-    model = model.to(case.device, memory_format=LAYOUTS[layout])
+    model = model.to(case.device, memory_format=MEMORY_FORMATS[memory_format])
     model.train(case.mode == 'training')
     image = torch.randn(case.batch, 3, case.height, case.width, device=case.device)
-    image = image.contiguous(memory_format=LAYOUTS[layout])
+    image = image.contiguous(memory_format=MEMORY_FORMATS[memory_format])
     called = model
     if case.compiled and isinstance(model, ConvNeXt):
         model.compile_blocks()  # as the tools' flag does
@@ -345,40 +347,40 @@ def _step(case: Case, model: nn.Module, layout: str) -> Callable[[], None]:
     def run():
         model.zero_grad(set_to_none=True)
         with torch.set_grad_enabled(case.mode == 'training'), _autocast(case.device, case.dtype):
-            maps = _maps(called(image))
+            maps = _feature_maps(called(image))
             loss = sum(m.float().mean() for m in maps) if case.mode == 'training' else None
         del maps
         if loss is not None:
             loss.backward()
-        _synchronise(case.device)
+        _synchronize(case.device)
 
     return run
 
 
-def _alone(function: Callable, *args):
+def _run_in_subprocess(function: Callable, *args):
     """Its result in a process of its own."""
     with get_context('spawn').Pool(1) as pool:
         return pool.apply(function, args, dict(threads=torch.get_num_threads()))
 
 
-def _first(case: Case, candidate: str, layout: str, threads: int) -> float:
+def _time_first_runs(case: Case, name: str, memory_format: str, threads: int) -> float:
     """Milliseconds of the first two runs, of which nothing was compiled before."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         os.environ['TORCHINDUCTOR_CACHE_DIR'] = folder
-        run = _step(case, build(candidate, case.arch), layout)
+        run = _make_step(case, build(name, case.arch), memory_format)
         start = time.perf_counter()
         run(), run()
         return 1000 * (time.perf_counter() - start)
 
 
-def _peak(case: Case, candidate: str, threads: int) -> float:
+def _peak_memory(case: Case, name: str, threads: int) -> float:
     torch.set_num_threads(threads)
     with redirect_stdout(sys.stderr):  # libraries print as they are imported
-        model = build(candidate, case.arch)
+        model = build(name, case.arch)
     small = Case(case.arch, case.mode, 64, 64, 1, case.dtype, case.device, case.compiled)
-    _step(small, model, 'contiguous')()  # what libraries allocate once
-    run = _step(case, model, 'contiguous')
+    _make_step(small, model, 'contiguous')()  # what libraries allocate once
+    run = _make_step(case, model, 'contiguous')
     model.zero_grad(set_to_none=True)
     if case.device != 'cpu':
         torch.cuda.reset_peak_memory_stats()
@@ -397,7 +399,7 @@ def _resident(key: str) -> float:
     )
 
 
-def _product_time(rows: int, inner: int, outer: int, dtype: torch.dtype, device: str) -> float:
+def _matmul_time(rows: int, inner: int, outer: int, dtype: torch.dtype, device: str) -> float:
     x, weight = (
         torch.randn(rows, inner, device=device, dtype=dtype),
         torch.randn(outer, inner, device=device, dtype=dtype),
@@ -412,40 +414,40 @@ def _product_time(rows: int, inner: int, outer: int, dtype: torch.dtype, device:
             for _ in range(5):
                 start = time.perf_counter()
                 form()
-                _synchronise(device)
+                _synchronize(device)
                 best = min(best, time.perf_counter() - start)
     return best
 
 
-def _result(case, name, layout, values, ours, first=None) -> Result:
+def _result(case, name, memory_format, values, ours, first=None) -> Result:
     quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
     median = statistics.median(values)
     ratio = None if ours != ours else median / ours
-    return Result(case, name, layout, median, quartiles[0], quartiles[2], ratio, first)
+    return Result(case, name, memory_format, median, quartiles[0], quartiles[2], ratio, first)
 
 
-def _maps(output) -> list[torch.Tensor]:
+def _feature_maps(output) -> list[torch.Tensor]:
     return list(getattr(output, 'feature_maps', output))
 
 
-def _normalised(x: torch.Tensor) -> torch.Tensor:
+def _normalize(x: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-6)
 
 
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
+def _relative_distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def _autocast(device: str, dtype: str):
     return torch.autocast(device.split(':')[0], DTYPES[dtype], enabled=dtype != 'fp32')
 
 
-def _synchronise(device: str) -> None:
+def _synchronize(device: str) -> None:
     if device != 'cpu':
         torch.cuda.synchronize()
 
 
-def cases(archs, modes, resolutions, batches, dtypes, device, compiled) -> Iterator[Case]:
+def make_cases(archs, modes, resolutions, batches, dtypes, device, compiled) -> Iterator[Case]:
     """All combinations; `compiled` False, True or 'both'."""
     forms = {'both': (False, True)}.get(compiled, (compiled,))
     for arch, mode, (height, width), batch, dtype, form in product(archs, modes, resolutions, batches, dtypes, forms):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""This backbone beside every ConvNeXt that is installed (timm, torchvision, transformers, mmpretrain) and mmdet's Swin
+"""This backbone against every ConvNeXt that is installed (timm, torchvision, transformers, mmpretrain) and mmdet's Swin
 of the same size: runs interleaved in one process, peak memory each in a process of its own. A ratio is theirs to ours.
 
 Needs no data and no weights. `make benchmark` sets up the others in an environment of their own.
@@ -20,18 +20,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, of which `benchmarks` is a part
 from benchmarks.backbone import (
-    CANDIDATES,
+    BACKBONES,
     DTYPES,
     OURS,
     PAPER_RATIOS,
-    agreement,
     available,
-    bound,
-    cases,
-    memory,
-    models,
-    pays_from,
-    times,
+    break_even_runs,
+    feature_distance,
+    gemm_lower_bound,
+    make_cases,
+    measure_memory,
+    measure_models,
+    measure_time,
 )
 from convnext_dense.cli.arguments import ArgumentParser
 from convnext_dense.cli.exit import exit_on_error
@@ -40,7 +40,7 @@ from convnext_dense.models.convnext import ARCHS
 from convnext_dense.ops import dispatch
 from convnext_dense.paper.tables import format_table
 
-LETTERS = dict(T='tiny', S='small', B='base', L='large', XL='xlarge')
+SIZE_ALIASES = dict(T='tiny', S='small', B='base', L='large', XL='xlarge')
 
 
 def parse_args():
@@ -54,24 +54,26 @@ def parse_args():
         nargs='+',
         default=['inference', 'training'],
         choices=('inference', 'training', 'inference-memory', 'training-memory', 'models'),
-        help='time or peak memory of a forward pass, of forward and backward; images a second of whole models',
+        help='time or peak memory of a forward pass, of forward and backward; images per second of whole models',
     )
-    parser.add_argument('--peers', nargs='*', metavar='NAME', help=f'of {", ".join(CANDIDATES)} (default: all)')
+    parser.add_argument(
+        '--baselines', nargs='*', metavar='NAME', help=f'compare with these of {", ".join(BACKBONES)} (default: all)'
+    )
     parser.add_argument('--compiled', nargs='?', const='yes', default='no', choices=('no', 'yes', 'both'))
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--threads', type=int, help="of the CPU (default: torch's)")
     parser.add_argument('--rounds', type=int, default=7, help='runs of each, after two that warm up')
-    parser.add_argument('--json', action='store_true', help='for machines: milliseconds, MB, ratios to ours')
-    parser.add_argument('--markdown', action='store_true', help='the table for a text')
-    parser.add_argument('--picture', metavar='FILE', help='bars: each case, each candidate in its faster memory format')
+    parser.add_argument('--json', action='store_true', help='print JSON: milliseconds, MB, ratios to ours')
+    parser.add_argument('--markdown', action='store_true', help='print a Markdown table')
+    parser.add_argument('--plot', metavar='FILE', help='draw bars: each backbone of a case in its faster memory format')
     args = parser.parse_args()
-    args.archs = [LETTERS.get(size, size) for size in args.sizes]
+    args.archs = [SIZE_ALIASES.get(size, size) for size in args.sizes]
     for arch in args.archs:
         if arch not in ARCHS:
-            parser.error(f"--sizes '{arch}': give some of {', '.join(LETTERS)} or {', '.join(ARCHS)}")
-    for name in args.peers or ():
-        if name not in CANDIDATES:
-            parser.error(f"--peers '{name}': give some of {', '.join(CANDIDATES)}")
+            parser.error(f"--sizes '{arch}': give some of {', '.join(SIZE_ALIASES)} or {', '.join(ARCHS)}")
+    for name in args.baselines or ():
+        if name not in BACKBONES:
+            parser.error(f"--baselines '{name}': give some of {', '.join(BACKBONES)}")
     if min(*args.batches, args.rounds, args.threads or 1) < 1:
         parser.error('--batches, --rounds and --threads are at least 1')
     return args
@@ -91,46 +93,55 @@ def main():
         if args.device != 'cpu' and not torch.cuda.is_available():
             raise UsageError(f'--device {args.device}: no GPU was found; --device cpu')
         torch.set_num_threads(args.threads or torch.get_num_threads())
-        with redirect_stdout(sys.stderr):  # libraries print as they are imported
-            report = measured(args)
-        if args.picture:
-            draw(report['results'], args.picture)
+        with redirect_stdout(sys.stderr):  # libraries print while they are imported
+            report = run_benchmarks(args)
+        if args.plot:
+            draw(report['results'], args.plot)
     if args.json:
         print(json.dumps(report, indent=2))
         return
-    print('\n'.join(as_text(report, args.markdown)))
+    print('\n'.join(format_report(report, args.markdown)))
 
 
-def measured(args) -> dict:
-    names = [OURS, *(n for n in (CANDIDATES if args.peers is None else args.peers) if n != OURS)]
-    report = {'machine': machine(args), 'missing': [], 'agreement': {}, 'bounds': [], 'results': [], 'models': []}
+def run_benchmarks(args) -> dict:
+    names = [OURS, *(n for n in (BACKBONES if args.baselines is None else args.baselines) if n != OURS)]
+    report = {
+        'machine': machine(args),
+        'missing': [],
+        'feature_distances': {},
+        'gemm_lower_bounds': [],
+        'results': [],
+        'models': [],
+    }
     modes = [m for m in args.measure if m != 'models']
     for arch in args.archs if modes else []:
-        found, missing = available(names, arch)
+        buildable, missing = available(names, arch)
         report['missing'] += [f'{arch}: {line}' for line in missing]
-        for name in found:
+        for name in buildable:
             try:
-                distance = agreement(name, arch)
+                distance = feature_distance(name, arch)
             except UsageError as error:
                 report['missing'].append(f'{arch}: the features of {name} were not compared: {error}')
                 continue
             if distance is not None:
-                report['agreement'][f'{arch}, {name}'] = distance
+                report['feature_distances'][f'{arch}, {name}'] = distance
                 if distance > 1e-4:
-                    raise UsageError(f'{name} has other features than ours with the same weights: {distance:.1e} apart')
+                    raise UsageError(
+                        f'the features of {name} differ from ours with the same weights: relative distance {distance:.1e}'
+                    )
         compiled = {'no': False, 'yes': True, 'both': 'both'}[args.compiled]
         kinds = dict.fromkeys(m.removesuffix('-memory') for m in modes)
-        for case in cases([arch], kinds, args.resolutions, args.batches, args.dtypes, args.device, compiled):
-            chosen = [n for n in found if case.mode == 'training' or not n.startswith('ours,')]
+        for case in make_cases([arch], kinds, args.resolutions, args.batches, args.dtypes, args.device, compiled):
+            chosen = [n for n in buildable if case.mode == 'training' or not n.startswith('ours,')]
             if case.mode in modes:
-                report['results'] += [{**r.as_dict(), 'unit': 'ms'} for r in times(case, chosen, args.rounds)]
+                report['results'] += [{**r.as_dict(), 'unit': 'ms'} for r in measure_time(case, chosen, args.rounds)]
                 if case.mode == 'inference':
-                    report['bounds'].append({**vars(case), 'ms': bound(case)})
+                    report['gemm_lower_bounds'].append({**vars(case), 'ms': gemm_lower_bound(case)})
             if f'{case.mode}-memory' in modes:
-                report['results'] += [{**r.as_dict(), 'unit': 'MB'} for r in memory(case, chosen)]
+                report['results'] += [{**r.as_dict(), 'unit': 'MB'} for r in measure_memory(case, chosen)]
     if 'models' in args.measure:
         for dtype in args.dtypes:
-            report['models'] += [{'dtype': dtype, **m} for m in models(args.device, dtype, args.rounds)]
+            report['models'] += [{'dtype': dtype, **m} for m in measure_models(args.device, dtype, args.rounds)]
     return report
 
 
@@ -148,15 +159,15 @@ def _processor() -> str:
         return 'CPU'
 
 
-def as_text(report: dict, markdown: bool) -> list[str]:
+def format_report(report: dict, markdown: bool) -> list[str]:
     lines = [report['machine'], *(f'left out: {line}' for line in report['missing'])]
-    lines += [f'{key}: features equal ours to {value:.0e}' for key, value in report['agreement'].items()]
+    lines += [f'{key}: features equal ours to {value:.0e}' for key, value in report['feature_distances'].items()]
     if report['results']:
-        header = ('name', 'memory format', 'figure', 'size', 'dtype', 'median', 'quartiles', '', 'ratio')
+        header = ('name', 'memory format', 'measurement', 'size', 'dtype', 'median', 'quartiles', '', 'ratio')
         rows = [
             (
-                r['candidate'],
-                r['layout'],
+                r['backbone'],
+                r['memory_format'],
                 f'{r["arch"]} {r["mode"]}{" compiled" if r["compiled"] else ""}',
                 f'{r["height"]}x{r["width"]} x {r["batch"]}',
                 r['dtype'],
@@ -167,39 +178,39 @@ def as_text(report: dict, markdown: bool) -> list[str]:
             )
             for r in report['results']
         ]
-        lines += ['', format_table(header, rows, 'lrl', markdown), *payoff(report['results'])]
+        lines += ['', format_table(header, rows, 'lrl', markdown), *compile_break_even(report['results'])]
     lines += [
-        f'{b["arch"]} {b["height"]}x{b["width"]} x {b["batch"]} {b["dtype"]}: matrix products alone {b["ms"]:.1f} ms'
-        for b in report['bounds']
+        f'{b["arch"]} {b["height"]}x{b["width"]} x {b["batch"]} {b["dtype"]}: matmuls alone take {b["ms"]:.1f} ms'
+        for b in report['gemm_lower_bounds']
     ]
     lines += [
-        f'{r["arch"]} 224x224 x {r["batch"]} {r["dtype"]}: ConvNeXt : Swin {r["ratio"]:.2f} in images a second, '
+        f'{r["arch"]} 224x224 x {r["batch"]} {r["dtype"]}: ConvNeXt : Swin {r["ratio"]:.2f} in images per second, '
         f'in the paper {PAPER_RATIOS[r["arch"]]} (classifiers on an A100)'
         for r in report['results']
-        if r['candidate'].startswith('Swin') and r['arch'] in PAPER_RATIOS and r['unit'] == 'ms'
+        if r['backbone'].startswith('Swin') and r['arch'] in PAPER_RATIOS and r['unit'] == 'ms'
         if (r['mode'], r['height'], r['width']) == ('inference', 224, 224)
     ]
     for m in report['models']:
         rates = ', '.join(f'{name} {rate:.2f}' for name, rate in m['images_per_second'].items())
         paper = f', in the paper {m["paper_ratio"]}' if m['paper_ratio'] else ''
         lines.append(
-            f'{m["model"]} {m["size"][0]}x{m["size"][1]} {m["dtype"]}, images a second: {rates}; '
+            f'{m["model"]} {m["size"][0]}x{m["size"][1]} {m["dtype"]}, images per second: {rates}; '
             f'ConvNeXt : Swin {m["ratio"]:.2f}{paper}'
         )
     return lines
 
 
-def payoff(results: list[dict]) -> list[str]:
-    """From how many runs on compilation pays, where both forms were measured."""
-    lines, plain = [], {}
+def compile_break_even(results: list[dict]) -> list[str]:
+    """From how many runs on compiling pays, for what was measured both eager and compiled."""
+    lines, eager = [], {}
     for r in results:
-        key = tuple(r[k] for k in ('arch', 'mode', 'height', 'width', 'batch', 'dtype', 'candidate', 'layout'))
+        key = tuple(r[k] for k in ('arch', 'mode', 'height', 'width', 'batch', 'dtype', 'backbone', 'memory_format'))
         if r['unit'] != 'ms':
             continue
         if not r['compiled']:
-            plain[key] = r
-        elif key in plain:
-            runs = pays_from(r, plain[key])
+            eager[key] = r
+        elif key in eager:
+            runs = break_even_runs(r, eager[key])
             pays = 'does not pay: it is no faster' if runs is None else f'pays from {runs} runs on'
             lines.append(f'{", ".join(map(str, key))}: compiling, {r["first"] / 1000:.1f} s with two runs, {pays}')
     return lines
@@ -216,7 +227,7 @@ def draw(results: list[dict], file: str) -> None:
         form = ' compiled' if r['compiled'] else ''
         group = f'{r["arch"]} {r["mode"]}{form}\n{r["height"]}x{r["width"]} x {r["batch"]}\n{r["dtype"]}, {r["unit"]}'
         entry = best.setdefault(group, {})
-        entry[r['candidate']] = min(r['median'], entry.get(r['candidate'], float('inf')))
+        entry[r['backbone']] = min(r['median'], entry.get(r['backbone'], float('inf')))
     names = list(dict.fromkeys(name for entry in best.values() for name in entry))
     figure, axes = plt.subplots(1, max(len(best), 1), figsize=(2.2 * max(len(best), 2), 4.5), squeeze=False)
     for axis, (group, entry) in zip(axes[0], best.items()):
@@ -228,7 +239,7 @@ def draw(results: list[dict], file: str) -> None:
     try:
         figure.savefig(file, dpi=150)
     except ValueError as error:
-        raise UsageError(f"--picture '{file}': {str(error).splitlines()[0]}") from error
+        raise UsageError(f"--plot '{file}': {str(error).splitlines()[0]}") from error
 
 
 if __name__ == '__main__':

@@ -6,79 +6,79 @@ import pytest
 import torch
 
 from benchmarks import backbone
-from benchmarks.backbone import Case, agreement, available, bound, build, times
+from benchmarks.backbone import Case, available, build, feature_distance, gemm_lower_bound, measure_time
 from convnext_dense.errors import UsageError
 
 TINY = ('--sizes', 'atto', '--resolutions', '32x48', '--rounds', '2', '--dtypes', 'fp32', '--device', 'cpu')
 
 
 def test_one_run(run_tool, tmp_path):
-    run = run_tool('benchmark.py', *TINY, '--peers', 'plain form', 'timm', '--json', '--picture', tmp_path / 'bars.png')
+    run = run_tool('benchmark.py', *TINY, '--baselines', 'reference', 'timm', '--json', '--plot', tmp_path / 'bars.png')
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)
-    assert {(r['candidate'], r['layout'], r['mode']) for r in report['results']} >= {
+    assert {(r['backbone'], r['memory_format'], r['mode']) for r in report['results']} >= {
         ('ours', 'contiguous', 'inference'),
-        ('plain form', 'channels_last', 'inference'),
-        ('plain form', 'contiguous', 'training'),
+        ('reference', 'channels_last', 'inference'),
+        ('reference', 'contiguous', 'training'),
     }
     assert all(0 < r['low'] <= r['median'] <= r['high'] and r['unit'] == 'ms' for r in report['results'])
-    ours = next(r for r in report['results'] if r['candidate'] == 'ours')
-    assert ours['ratio'] == 1 and report['bounds'][0]['ms'] > 0
-    assert report['agreement']['atto, plain form'] < 1e-5
+    ours = next(r for r in report['results'] if r['backbone'] == 'ours')
+    assert ours['ratio'] == 1 and report['gemm_lower_bounds'][0]['ms'] > 0
+    assert report['feature_distances']['atto, reference'] < 1e-5
     assert (tmp_path / 'bars.png').stat().st_size > 1000
 
 
 def test_sizes_of_the_image_that_need_not_be_said(run_tool):
     chosen = ('--sizes', 'atto', '--rounds', '1', '--dtypes', 'fp32', '--device', 'cpu')
-    run = run_tool('benchmark.py', *chosen, '--measure', 'inference', '--json', '--peers')
+    run = run_tool('benchmark.py', *chosen, '--measure', 'inference', '--json', '--baselines')
     assert run.returncode == 0, run.stderr
     assert {(r['height'], r['width']) for r in json.loads(run.stdout)['results']} == {(512, 512), (800, 1280)}
 
 
-def test_a_peer_that_is_not_there_is_named_and_the_others_run(run_tool):
-    run = run_tool('benchmark.py', *TINY, '--measure', 'inference', '--peers', 'mmpretrain', 'plain form')
+def test_a_baseline_that_is_not_installed_is_named_and_the_others_run(run_tool):
+    run = run_tool('benchmark.py', *TINY, '--measure', 'inference', '--baselines', 'mmpretrain', 'reference')
     assert run.returncode == 0, run.stderr
     if "No module named 'mmpretrain'" in run.stdout:
         assert 'left out: atto: mmpretrain' in run.stdout
-    assert 'plain form' in run.stdout and 'features equal' in run.stdout
+    assert 'reference' in run.stdout and 'features equal' in run.stdout
 
 
 def test_missing_and_unknown_sizes_are_named(monkeypatch):
-    monkeypatch.setitem(backbone.CANDIDATES, 'gone', lambda arch: __import__('no_such_library'))
-    found, missing = available(['plain form', 'gone', 'Swin, mmdet'], 'atto')
-    assert found == ['plain form'] and [line.split(':')[0] for line in missing] == ['gone', 'Swin, mmdet']
+    monkeypatch.setitem(backbone.BACKBONES, 'gone', lambda arch: __import__('no_such_library'))
+    buildable, missing = available(['reference', 'gone', 'Swin, mmdet'], 'atto')
+    assert buildable == ['reference'] and [line.split(':')[0] for line in missing] == ['gone', 'Swin, mmdet']
     with pytest.raises(UsageError, match='gone'):
         build('gone', 'atto')
 
 
 def test_other_features_are_noticed(monkeypatch):
-    class Wrong(backbone._Plain):
+    class Wrong(backbone._Reference):
         def forward(self, x):
             return [m + 0.1 * m.roll(1, 1) for m in super().forward(x)]
 
-    monkeypatch.setitem(backbone.CANDIDATES, 'wrong', Wrong)
-    assert agreement('wrong', 'atto') > 1e-2 and agreement('plain form', 'atto') < 1e-5
-    assert agreement('ours', 'atto') is None
+    monkeypatch.setitem(backbone.BACKBONES, 'wrong', Wrong)
+    assert feature_distance('wrong', 'atto') > 1e-2 and feature_distance('reference', 'atto') < 1e-5
+    assert feature_distance('ours', 'atto') is None
 
 
-def test_every_candidate_runs_in_every_memory_format_once_a_round():
+def test_every_backbone_runs_in_every_memory_format_once_a_round():
     calls = []
 
-    class Counted(backbone._Plain):
+    class Counted(backbone._Reference):
         def forward(self, x):
             calls.append(x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
             return super().forward(x)
 
-    before = dict(backbone.CANDIDATES)
+    before = dict(backbone.BACKBONES)
     try:
-        backbone.CANDIDATES['counted'] = Counted
+        backbone.BACKBONES['counted'] = Counted
         case = Case('atto', 'training', 32, 32, 1, 'fp32', 'cpu', False)
-        results = list(times(case, ['ours', 'counted'], rounds=3))
+        results = list(measure_time(case, ['ours', 'counted'], rounds=3))
     finally:
-        backbone.CANDIDATES.clear()
-        backbone.CANDIDATES.update(before)
+        backbone.BACKBONES.clear()
+        backbone.BACKBONES.update(before)
     assert calls == [False, True] * 5
-    assert [(r.candidate, r.layout) for r in results] == [
+    assert [(r.backbone, r.memory_format) for r in results] == [
         ('ours', 'contiguous'),
         ('counted', 'contiguous'),
         ('counted', 'channels_last'),
@@ -86,7 +86,7 @@ def test_every_candidate_runs_in_every_memory_format_once_a_round():
 
 
 def test_the_bound_grows_with_pixels():
-    small, large = (bound(Case('atto', 'inference', n, n, 1, 'fp32', 'cpu', False)) for n in (64, 1024))
+    small, large = (gemm_lower_bound(Case('atto', 'inference', n, n, 1, 'fp32', 'cpu', False)) for n in (64, 1024))
     assert large > 4 * small
 
 
@@ -95,7 +95,7 @@ def test_the_bound_grows_with_pixels():
     [
         (('--sizes', 'Q'), 'Q'),
         (('--resolutions', '10x10'), '10x10'),
-        (('--peers', 'nobody'), 'nobody'),
+        (('--baselines', 'nobody'), 'nobody'),
         (('--batches', '0'), 'at least 1'),
         (('--device', 'cuda'), 'cuda'),
     ],
@@ -106,17 +106,17 @@ def test_bad_input_is_one_line(args, word, run_tool):
 
 
 def test_from_how_many_runs_on_compilation_pays():
-    compiled, plain = dict(median=8.0, first=1001.0), dict(median=10.0)
-    runs = backbone.pays_from(compiled, plain)
-    took = [(compiled['first'] + (n - 2) * compiled['median'], n * plain['median']) for n in (runs - 1, runs)]
+    compiled, eager = dict(median=8.0, first=1001.0), dict(median=10.0)
+    runs = backbone.break_even_runs(compiled, eager)
+    took = [(compiled['first'] + (n - 2) * compiled['median'], n * eager['median']) for n in (runs - 1, runs)]
     assert took[0][0] > took[0][1] and took[1][0] <= took[1][1]
-    assert backbone.pays_from(dict(median=8.0, first=16.0), plain) == 1
-    assert backbone.pays_from(dict(median=10.0, first=1000.0), plain) is None
+    assert backbone.break_even_runs(dict(median=8.0, first=16.0), eager) == 1
+    assert backbone.break_even_runs(dict(median=10.0, first=1000.0), eager) is None
 
 
 @pytest.mark.slow
 def test_compiled_beside_eager(run_tool):
-    run = run_tool('benchmark.py', *TINY, '--measure', 'inference', '--peers', 'plain form', '--compiled', 'both')
+    run = run_tool('benchmark.py', *TINY, '--measure', 'inference', '--baselines', 'reference', '--compiled', 'both')
     assert run.returncode == 0, run.stderr
     lines = [line for line in run.stdout.splitlines() if ': compiling, ' in line]
     assert len(lines) == 3 and all(' s with two runs, ' in line and ' pay' in line for line in lines), run.stdout
