@@ -127,7 +127,7 @@ def run_benchmarks(args) -> dict:
                 report['feature_distances'][f'{arch}, {name}'] = distance
                 if distance > 1e-4:
                     raise UsageError(
-                        f'the features of {name} differ from ours with the same weights: relative distance {distance:.1e}'
+                        f'the features of {name} differ from ours with the same weights by {distance:.1e}'
                     )
         compiled = {'no': False, 'yes': True, 'both': 'both'}[args.compiled]
         kinds = dict.fromkeys(m.removesuffix('-memory') for m in modes)
