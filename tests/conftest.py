@@ -11,6 +11,7 @@ import torch
 
 from convnext_dense.datasets import toy_shapes
 from helpers.gpu import hide_gpus
+from helpers.markers import is_integration
 from helpers.paths import ROOT
 from helpers.processes import PRELOADED, WITHOUT_WORKERS, ToolProcess
 
@@ -19,39 +20,13 @@ hide_gpus()  # the same tests on every machine: only those in tests/gpu see its 
 os.environ['OMP_NUM_THREADS'] = '1'
 torch.set_num_threads(1)
 
-TESTS = Path(__file__).parent
-# Fixtures that start processes, and the modules whose tests do so themselves or take long: all these are `integration`.
-INTEGRATION_FIXTURES = {'run_tool', 'start_tool', 'run_on_gpu'}
-INTEGRATION_MODULES = {
-    'checkpoints/test_foreign_models.py',
-    'datasets/test_fuzz.py',
-    'engine/test_distributed.py',
-    'engine/test_failures.py',
-    'engine/test_multi_node.py',
-    'engine/test_resume.py',
-    'ops/test_kernel_memory.py',
-    'paper/test_pipelines.py',
-    'test_package.py',
-    'test_platforms.py',
-}
-
 
 @pytest.hookimpl(tryfirst=True)  # before pytest itself deselects by `-m`
 def pytest_collection_modifyitems(items):
     """Give every test exactly one of the markers `unit` and `integration`; one that it has already stays."""
     for item in items:
         if not any(item.iter_markers('unit')) and not any(item.iter_markers('integration')):
-            item.add_marker('integration' if _is_integration(item) else 'unit')
-
-
-def _is_integration(item: pytest.Item) -> bool:
-    module = item.path.relative_to(TESTS).as_posix()
-    return (
-        module in INTEGRATION_MODULES
-        or not INTEGRATION_FIXTURES.isdisjoint(getattr(item, 'fixturenames', ()))
-        or any(item.iter_markers('slow'))
-        or any(item.iter_markers('gpu'))
-    )
+            item.add_marker('integration' if is_integration(item) else 'unit')
 
 
 @pytest.fixture

@@ -126,9 +126,7 @@ def run_benchmarks(args) -> dict:
             if distance is not None:
                 report['feature_distances'][f'{arch}, {name}'] = distance
                 if distance > 1e-4:
-                    raise UsageError(
-                        f'the features of {name} differ from ours with the same weights by {distance:.1e}'
-                    )
+                    raise UsageError(f'the features of {name} differ from ours with the same weights by {distance:.1e}')
         compiled = {'no': False, 'yes': True, 'both': 'both'}[args.compiled]
         kinds = dict.fromkeys(m.removesuffix('-memory') for m in modes)
         for case in make_cases([arch], kinds, args.resolutions, args.batches, args.dtypes, args.device, compiled):

@@ -1,0 +1,41 @@
+"""Which tests are integration tests; all others are unit tests. An explicit marker at a test wins."""
+
+import pytest
+
+from helpers.paths import ROOT
+
+TESTS = ROOT / 'tests'
+# Fixtures that start processes.
+INTEGRATION_FIXTURES = {'run_tool', 'start_tool', 'run_on_gpu'}
+# Modules, and tests in them, that start processes themselves, train, or take seconds.
+INTEGRATION_TESTS = {
+    'checkpoints/test_foreign_models.py',
+    'checkpoints/test_unsafe_checkpoints.py::test_a_small_archive_does_not_unpack_to_gigabytes',
+    'checkpoints/test_weight_naming.py::test_damaged_files_are_refused_or_load_right',
+    'checkpoints/test_weight_naming.py::test_every_damage_to_a_tensor_is_refused',
+    'config/test_batch_size.py::test_another_length_of_a_segmentor_has_the_papers_curve',
+    'config/test_batch_size.py::test_fitted_runs_end_alike',
+    'config/test_resume_settings.py::test_settings_are_those_of_a_run_that_had_them_from_the_beginning',
+    'datasets/test_data_checks.py',
+    'datasets/test_files.py',
+    'datasets/test_fuzz.py',
+    'engine/test_distributed.py',
+    'engine/test_failures.py',
+    'engine/test_multi_node.py',
+    'engine/test_resume.py',
+    'ops/test_kernel_memory.py',
+    'paper/test_pipelines.py',
+    'test_package.py',
+    'test_platforms.py',
+}
+
+
+def is_integration(item: pytest.Item) -> bool:
+    """Whether a test starts processes, trains or takes long, by its fixtures, its markers and the list above."""
+    module = item.path.relative_to(TESTS).as_posix()
+    return (
+        not INTEGRATION_TESTS.isdisjoint({module, f'{module}::{item.originalname}'})
+        or not INTEGRATION_FIXTURES.isdisjoint(item.fixturenames)
+        or any(item.iter_markers('slow'))
+        or any(item.iter_markers('gpu'))
+    )
