@@ -23,7 +23,7 @@ SIZES = {
     'upernet/convnext_l_in22k': (234_994_796, 430),
     'upernet/convnext_xl_in22k': (391_140_396, 430),
 }
-SEGMENTATION = [row.recipe for row in PAPER_RESULTS if not row.is_detection]
+SEGMENTATION = [result.recipe for result in PAPER_RESULTS if not result.is_detection]
 
 
 def load(name: str) -> Config:
@@ -32,16 +32,16 @@ def load(name: str) -> Config:
     return config
 
 
-def lrs_over_iterations(config: Config, wanted: list[int], epoch_length: int | None = None) -> dict[int, float]:
-    """The lr relative to its base before each wanted iteration, by stepping mmengine's own schedulers."""
+def lrs_over_iterations(config: Config, iterations: list[int], epoch_length: int | None = None) -> dict[int, float]:
+    """The lr relative to its base before each of these iterations, by stepping mmengine's own schedulers."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedulers = [PARAM_SCHEDULERS.build({**cfg, 'optimizer': optimizer}) for cfg in config.param_scheduler]
-    found = {}
-    for iteration in range(max(wanted) + 1):
-        if iteration in wanted:
-            found[iteration] = optimizer.param_groups[0]['lr']
+    lrs = {}
+    for iteration in range(max(iterations) + 1):
+        if iteration in iterations:
+            lrs[iteration] = optimizer.param_groups[0]['lr']
         optimizer.step()
         for scheduler in schedulers:
             if not scheduler.by_epoch or (epoch_length and (iteration + 1) % epoch_length == 0):
                 scheduler.step()
-    return found
+    return lrs

@@ -19,12 +19,14 @@ from helpers.tools import one_line_error
 GFLOPS = (262.11, 740.99, 827.31, 964.46, 964.46, 1354.36, 1898.40, 938.92, 1027.31, 1169.84, 1827.86, 2458.22, 3335.21)
 
 
-@pytest.mark.parametrize('row, expected', list(zip(PAPER_RESULTS, GFLOPS)), ids=[row.recipe for row in PAPER_RESULTS])
-def test_the_papers_counts(row, expected):
-    counted = count_flops(load(row.recipe), row.size)
-    assert counted.flops / 1e9 == pytest.approx(expected, abs=0.01)
-    assert round(counted.flops / 1e9) == row.gflops
-    assert counted.parameters == SIZES[row.recipe][0]
+@pytest.mark.parametrize(
+    'result, expected', list(zip(PAPER_RESULTS, GFLOPS)), ids=[result.recipe for result in PAPER_RESULTS]
+)
+def test_the_papers_counts(result, expected):
+    complexity = count_flops(load(result.recipe), result.size)
+    assert complexity.flops / 1e9 == pytest.approx(expected, abs=0.01)
+    assert round(complexity.flops / 1e9) == result.gflops
+    assert complexity.parameters == SIZES[result.recipe][0]
 
 
 def test_a_backbone_by_hand():

@@ -1,4 +1,4 @@
-"""The recipes are the original's: sizes, learning rates, pipelines, in closed form or against the written table."""
+"""The recipes are the original's: sizes, learning rates, pipelines, in closed form or against the table of results."""
 
 import copy
 
@@ -12,7 +12,7 @@ from convnext_dense.config.recipe import training_precision
 from convnext_dense.models.convnext import ARCHS
 from convnext_dense.optim.layer_decay import layer_ids
 from convnext_dense.paper.recipe_diff import diff_from_recipe
-from convnext_dense.paper.results import PAPER_RESULTS, find_paper_result
+from convnext_dense.paper.results import PAPER_RESULTS, TOTAL_BATCH, find_paper_result
 from helpers.paths import ROOT
 from helpers.recipes import SEGMENTATION, SIZES, load, lrs_over_iterations
 
@@ -34,9 +34,9 @@ SCALES = {
     ('stage_wise', 0.9, 6): (0.478297, 0.531441, 0.478297, 0.6561, 0.6561, 0.729, 1),
     ('stage_wise', 0.9, 12): (0.254187, 0.282430, 0.254187, 0.348678, 0.348678, 0.387420, 1),
 }
-DETECTION = [row.recipe for row in PAPER_RESULTS if row.is_detection]
+DETECTION = [result.recipe for result in PAPER_RESULTS if result.is_detection]
 EVERY_CONFIG = sorted(str(p.relative_to(ROOT / 'configs'))[:-3] for p in (ROOT / 'configs').glob('[!_]*/*.py'))
-row_ids = {'ids': lambda row: row.recipe}
+result_ids = {'ids': lambda result: result.recipe}
 
 
 def build(config: Config) -> torch.nn.Module:
@@ -44,28 +44,28 @@ def build(config: Config) -> torch.nn.Module:
         return MODELS.build(config.model)
 
 
-def test_every_row_is_a_recipe_and_every_recipe_a_row():
-    assert [row.recipe for row in PAPER_RESULTS] == list(SIZES)
+def test_every_result_has_a_recipe_and_every_recipe_a_result():
+    assert [result.recipe for result in PAPER_RESULTS] == list(SIZES)
     assert {name for name in EVERY_CONFIG if not name.startswith('demo/')} == set(SIZES)
 
 
-@pytest.mark.parametrize('row', PAPER_RESULTS, **row_ids)
-def test_a_recipe_says_what_its_row_says(row):
-    config = load(row.recipe)
-    assert find_paper_result(config) is row and diff_from_recipe(config, row) == []
-    assert training_precision(config) == row.precision
-    assert config.model.backbone.init_cfg == dict(type='Pretrained', checkpoint=row.weights)
-    assert config.train_dataloader.batch_size == 2  # on 8 GPUs
-    channels = list(ARCHS[row.arch]['channels'])
+@pytest.mark.parametrize('result', PAPER_RESULTS, **result_ids)
+def test_a_recipe_has_the_settings_of_its_result(result):
+    config = load(result.recipe)
+    assert find_paper_result(config) is result and diff_from_recipe(config, result) == []
+    assert training_precision(config) == result.precision
+    assert config.model.backbone.init_cfg == dict(type='Pretrained', checkpoint=result.weights)
+    assert config.train_dataloader.batch_size * 8 == config.total_batch == TOTAL_BATCH  # on 8 GPUs
+    channels = list(ARCHS[result.arch]['channels'])
     model = config.model
-    assert (model.neck.in_channels if row.is_detection else model.decode_head.in_channels) == channels
-    title = (ROOT / 'configs' / f'{row.recipe}.py').read_text().splitlines()[0]
+    assert (model.neck.in_channels if result.is_detection else model.decode_head.in_channels) == channels
+    title = (ROOT / 'configs' / f'{result.recipe}.py').read_text().splitlines()[0]
     for name in ('box AP', 'mask AP', 'mIoU'):
-        assert name not in row.metrics or f'{row.metrics[name]} {name}' in title
-    assert str(row.metrics.get('mIoU multi-scale', '')) in title and 'in the paper' in title
+        assert name not in result.metrics or f'{result.metrics[name]} {name}' in title
+    assert str(result.metrics.get('mIoU multi-scale', '')) in title and 'in the paper' in title
 
 
-def test_other_configs_are_no_row():
+def test_other_configs_have_no_paper_result():
     config = load('cascade/convnext_s')
     config.model.backbone.drop_path_rate = 0.5
     assert find_paper_result(config) is None
@@ -88,17 +88,17 @@ def test_changed_settings_are_named():
     assert diff_from_recipe(config, find_paper_result(config)) == []
 
 
-@pytest.mark.parametrize('row', PAPER_RESULTS, **row_ids)
-def test_parameters_are_the_originals(row):
-    model = build(load(row.recipe))
+@pytest.mark.parametrize('result', PAPER_RESULTS, **result_ids)
+def test_parameters_are_the_originals(result):
+    model = build(load(result.recipe))
     n_parameters = sum(p.numel() for p in model.parameters())
-    assert (n_parameters, len(model.state_dict())) == SIZES[row.recipe]
-    assert round(n_parameters / 1e6) == row.params_m
+    assert (n_parameters, len(model.state_dict())) == SIZES[result.recipe]
+    assert round(n_parameters / 1e6) == result.params_m
 
 
-@pytest.mark.parametrize('row', PAPER_RESULTS, **row_ids)
-def test_lr_and_weight_decay_of_every_parameter(row):
-    config = load(row.recipe)
+@pytest.mark.parametrize('result', PAPER_RESULTS, **result_ids)
+def test_lr_and_weight_decay_of_every_parameter(result):
+    config = load(result.recipe)
     model = build(config)
     wrapper_cfg = copy.deepcopy(config.optim_wrapper)
     wrapper_cfg.pop('type')
@@ -106,20 +106,20 @@ def test_lr_and_weight_decay_of_every_parameter(row):
     optimizer = build_optim_wrapper(model, wrapper_cfg).optimizer
     assert type(optimizer) is torch.optim.AdamW
     groups = {id(p): group for group in optimizer.param_groups for p in group['params']}
-    n = 6 if row.arch == 'tiny' else 12
-    ids, _ = layer_ids(model, row.decay_type)  # itself tested against the original's description
+    n = 6 if result.arch == 'tiny' else 12
+    ids, _ = layer_ids(model, result.decay_type)  # itself tested against the original's description
     assert len(groups) == len(ids) == len(list(model.parameters()))
     for parameter_name, p in model.named_parameters():
         group = groups[id(p)]
-        assert group['lr'] == pytest.approx(row.lr * row.decay_rate ** (n + 1 - ids[parameter_name]), rel=1e-12)
+        assert group['lr'] == pytest.approx(result.lr * result.decay_rate ** (n + 1 - ids[parameter_name]), rel=1e-12)
         assert group['weight_decay'] == (0 if p.ndim == 1 or parameter_name.endswith('.bias') else 0.05)
         assert group['betas'] == (0.9, 0.999) and group['eps'] == 1e-8
     parameters = dict(model.named_parameters())
-    for place, scale in zip(PLACES, SCALES[row.decay_type, row.decay_rate, n]):
+    for place, scale in zip(PLACES, SCALES[result.decay_type, result.decay_rate, n]):
         name = 'backbone.' + place.format(last=model.backbone.depths[2] - 1)
-        assert groups[id(parameters[name])]['lr'] == pytest.approx(row.lr * scale, rel=2e-6), name
+        assert groups[id(parameters[name])]['lr'] == pytest.approx(result.lr * scale, rel=2e-6), name
     head_lrs = {groups[id(p)]['lr'] for n, p in model.named_parameters() if not n.startswith('backbone.')}
-    assert head_lrs == {row.lr}
+    assert head_lrs == {result.lr}
 
 
 def same_in_all(names: list[str], *keys: str) -> Config:
@@ -136,8 +136,8 @@ def test_coco_schedule():
     config = same_in_all(DETECTION, 'param_scheduler', 'train_cfg', 'default_hooks')
     assert config.train_cfg == dict(type='EpochBasedTrainLoop', max_epochs=36, val_interval=1)
     length = 40  # iterations an epoch; 7330 on COCO
-    wanted = [0, 1, 250, 499, 500, 501, 27 * length - 1, 27 * length, 33 * length - 1, 33 * length, 36 * length - 1]
-    for iteration, lr in lrs_over_iterations(config, wanted, length).items():
+    iterations = [0, 1, 250, 499, 500, 501, 27 * length - 1, 27 * length, 33 * length - 1, 33 * length, 36 * length - 1]
+    for iteration, lr in lrs_over_iterations(config, iterations, length).items():
         warmup = 1 - (1 - min(iteration / 500, 1)) * (1 - 1e-3)
         epoch = iteration // length
         assert lr == pytest.approx(warmup * 0.1 ** ((epoch >= 27) + (epoch >= 33)), rel=1e-9), iteration
@@ -147,8 +147,8 @@ def test_ade20k_schedule():
     """Poly of power 1 to 0 over 160,000 iterations, times linear warmup over 1500 from 1e-6."""
     config = same_in_all(SEGMENTATION, 'param_scheduler', 'train_cfg', 'default_hooks')
     assert config.train_cfg == dict(type='IterBasedTrainLoop', max_iters=160_000, val_interval=16_000)
-    wanted = [0, 1, 250, 1499, 1500, 1501, 80_000, 159_999]
-    for iteration, lr in lrs_over_iterations(config, wanted).items():
+    iterations = [0, 1, 250, 1499, 1500, 1501, 80_000, 159_999]
+    for iteration, lr in lrs_over_iterations(config, iterations).items():
         warmup = 1 - (1 - min(iteration / 1500, 1)) * (1 - 1e-6)
         assert lr == pytest.approx(warmup * (1 - iteration / 160_000), rel=1e-9), iteration
 
@@ -209,14 +209,16 @@ def test_coco_data():
         *plain,
     ]
     assert dict(type='Resize', scale=(1333, 800), keep_ratio=True) in config.test_pipeline
-    assert config.train_dataloader.batch_size == 2 and config.test_dataloader.batch_size == 1
-    assert config.val_evaluator.metric == ['bbox', 'segm'] and config.default_hooks.checkpoint.interval == 1
+    assert config.test_dataloader.batch_size == 1
+    assert config.val_evaluator.metric == ['bbox', 'segm']
+    assert config.default_hooks.checkpoint.interval == config.train_cfg.val_interval
 
 
 @pytest.mark.parametrize('name', SEGMENTATION)
 def test_upernet_model_and_data(name):
     config = load(name)
-    long, crop, stride = (2560, 640, 426) if name.endswith('in22k') else (2048, 512, 341)
+    long, crop = find_paper_result(config).size
+    stride = crop * 2 // 3
     head, auxiliary = config.model.decode_head, config.model.auxiliary_head
     assert (head.channels, head.pool_scales, head.dropout_ratio, head.num_classes) == (512, (1, 2, 3, 6), 0.1, 150)
     assert (auxiliary.in_index, auxiliary.num_convs, auxiliary.channels) == (2, 1, 256)
@@ -235,7 +237,7 @@ def test_upernet_model_and_data(name):
     assert config.train_dataloader.dataset.pipeline == config.train_pipeline
     for dataloader in (config.val_dataloader, config.test_dataloader):
         assert dict(type='Resize', scale=(long, crop), keep_ratio=True) in dataloader.dataset.pipeline
-    assert config.train_dataloader.batch_size == 2 and config.default_hooks.checkpoint.interval == 16_000
+    assert config.default_hooks.checkpoint.interval == config.train_cfg.val_interval
 
 
 @pytest.mark.parametrize('name', EVERY_CONFIG)

@@ -21,6 +21,8 @@ from mmseg.datasets import ADE20KDataset
 from mmseg.models import EncoderDecoder
 
 from convnext_dense.datasets import toy_shapes
+from convnext_dense.models.convnext import ARCHS
+from convnext_dense.paper.results import PAPER_RESULTS, TOTAL_BATCH, PaperResult
 from helpers.paths import ROOT
 
 # What a run is made of: all that mmengine's Runner reads, what is imported first, and the batch that we keep.
@@ -51,13 +53,13 @@ COMMON = {
     'model.backbone.init_cfg.prefix': ('backbone.', ABSENT),  # of mmpretrain's files; ours are the authors'
     # Ours finds the number of layers by the depths.
     'optim_wrapper.constructor': ('LearningRateDecayOptimizerConstructor', 'LayerDecayOptimWrapperConstructor'),
-    'total_batch': (ABSENT, 16),  # tools/train.py keeps the batch, instead of scaling the lr with it
+    'total_batch': (ABSENT, TOTAL_BATCH),  # tools/train.py keeps the batch, instead of scaling the lr with it
 }
 COCO = {
     **COMMON,
     'custom_imports.imports': (['mmpretrain.models'], ['convnext_dense', 'convnext_dense.models.fp32_heads']),
     'auto_scale_lr.enable': (False, ABSENT),
-    'auto_scale_lr.base_batch_size': (16, ABSENT),
+    'auto_scale_lr.base_batch_size': (TOTAL_BATCH, ABSENT),
     # The original warmed up for 500 iterations, and mmengine counts `end - begin - 1`.
     'param_scheduler.0.end': (1000, 501),
     # Under mixed precision proposals, RoIs, their features and losses stay in fp32, as in the original.
@@ -91,89 +93,53 @@ ADE20K = {
     'log_processor.type': (ABSENT, 'LogProcessor'),
     'log_processor.window_size': (ABSENT, 50),
 }
-# The original trained the two largest in fp32.
-FP32 = {'optim_wrapper.type': ('AmpOptimWrapper', 'OptimWrapper')}
+CASCADE_OF = 'cascade-mask-rcnn_convnext-{}-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco'
+UPERNET_OF = 'convnext-{0}_upernet_8xb2-amp-160k_ade20k-{1}x{1}'
 TINY = 'convnext-tiny_3rdparty_32xb128-noema_in1k_20220301-795e9634.pth'
 SMALL = 'convnext-small_3rdparty_32xb128-noema_in1k_20220301-303e75e3.pth'
 BASE = 'convnext-base_3rdparty_32xb128-noema_in1k_20220301-2a0ee547.pth'
-
-
-def weights(stock: str, ours: str, n_layers: int) -> dict:
-    return {
-        'model.backbone.init_cfg.checkpoint': (stock, ours),
-        'optim_wrapper.paramwise_cfg.num_layers': (n_layers, ABSENT),
-    }
-
-
-def larger_cascade(arch: str, channels: list[int], drop_path: float) -> dict:
-    """What makes another size of the stock Cascade S."""
-    return {
-        'model.backbone.arch': ('small', arch),
-        'model.neck.in_channels': ([96, 192, 384, 768], channels),
-        'model.backbone.drop_path_rate': (0.6, drop_path),
-    }
-
-
-HALF_LR = {'optim_wrapper.optimizer.lr': (2e-4, 1e-4)}
-DECAY = {'optim_wrapper.paramwise_cfg.decay_rate': (0.7, 0.8)}
-CASCADE_OF = 'cascade-mask-rcnn_convnext-{}-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco'
-UPERNET_OF = 'convnext-{0}_upernet_8xb2-amp-160k_ade20k-{1}x{1}'
-# recipe -> stock config, differences.
-RECIPES = {
-    'mask_rcnn/convnext_t': (
-        'mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco',
-        MASK_RCNN | weights(TINY, 'convnext_tiny_1k_224', 6),
-    ),
-    'cascade/convnext_t': (CASCADE_OF.format('t'), CASCADE | weights(TINY, 'convnext_tiny_1k_224', 6)),
-    'cascade/convnext_s': (CASCADE_OF.format('s'), CASCADE | weights(SMALL, 'convnext_small_1k_224', 12)),
+# recipe -> stock config, its weights, differences that all recipes of the model have.
+STOCK = {
+    'mask_rcnn/convnext_t': ('mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco', TINY, MASK_RCNN),
+    'cascade/convnext_t': (CASCADE_OF.format('t'), TINY, CASCADE),
     # mmdet has no larger ones.
-    'cascade/convnext_b': (
-        CASCADE_OF.format('s'),
-        CASCADE
-        | weights(SMALL, 'convnext_base_1k_224', 12)
-        | larger_cascade('base', [128, 256, 512, 1024], 0.7)
-        | DECAY,
-    ),
-    'cascade/convnext_b_in22k': (
-        CASCADE_OF.format('s'),
-        CASCADE
-        | weights(SMALL, 'convnext_base_22k_224', 12)
-        | larger_cascade('base', [128, 256, 512, 1024], 0.6)
-        | DECAY
-        | HALF_LR,
-    ),
-    'cascade/convnext_l_in22k': (
-        CASCADE_OF.format('s'),
-        CASCADE
-        | weights(SMALL, 'convnext_large_22k_224', 12)
-        | larger_cascade('large', [192, 384, 768, 1536], 0.7)
-        | HALF_LR
-        | FP32,
-    ),
-    'cascade/convnext_xl_in22k': (
-        CASCADE_OF.format('s'),
-        CASCADE
-        | weights(SMALL, 'convnext_xlarge_22k_224', 12)
-        | larger_cascade('xlarge', [256, 512, 1024, 2048], 0.8)
-        | HALF_LR
-        | FP32,
-    ),
-    'upernet/convnext_t': (UPERNET_OF.format('tiny', 512), ADE20K | weights(TINY, 'convnext_tiny_1k_224', 6)),
-    'upernet/convnext_s': (UPERNET_OF.format('small', 512), ADE20K | weights(SMALL, 'convnext_small_1k_224', 12)),
-    'upernet/convnext_b': (UPERNET_OF.format('base', 512), ADE20K | weights(BASE, 'convnext_base_1k_224', 12)),
-    'upernet/convnext_b_in22k': (
-        UPERNET_OF.format('base', 640),
-        ADE20K | weights('convnext-base_3rdparty_in21k_20220301-262fd037.pth', 'convnext_base_22k_224', 12),
-    ),
-    'upernet/convnext_l_in22k': (
-        UPERNET_OF.format('large', 640),
-        ADE20K | weights('convnext-large_3rdparty_in21k_20220301-e6e0ea0a.pth', 'convnext_large_22k_224', 12) | FP32,
-    ),
-    'upernet/convnext_xl_in22k': (
-        UPERNET_OF.format('xlarge', 640),
-        ADE20K | weights('convnext-xlarge_3rdparty_in21k_20220301-08aa5ddc.pth', 'convnext_xlarge_22k_224', 12) | FP32,
-    ),
+    **{
+        f'cascade/convnext_{size}': (CASCADE_OF.format('s'), SMALL, CASCADE)
+        for size in ('s', 'b', 'b_in22k', 'l_in22k', 'xl_in22k')
+    },
+    'upernet/convnext_t': (UPERNET_OF.format('tiny', 512), TINY, ADE20K),
+    'upernet/convnext_s': (UPERNET_OF.format('small', 512), SMALL, ADE20K),
+    'upernet/convnext_b': (UPERNET_OF.format('base', 512), BASE, ADE20K),
+    **{
+        f'upernet/convnext_{size}_in22k': (
+            UPERNET_OF.format(arch, 640),
+            f'convnext-{arch}_3rdparty_in21k_20220301-{sha}.pth',
+            ADE20K,
+        )
+        for size, arch, sha in (('b', 'base', '262fd037'), ('l', 'large', 'e6e0ea0a'), ('xl', 'xlarge', '08aa5ddc'))
+    },
 }
+
+
+def expected_differences(result: PaperResult) -> dict[str, tuple]:
+    """The differences of a recipe from its stock config: key -> (stock, ours)."""
+    stock, weights, common = STOCK[result.recipe]
+    expected = {
+        **common,
+        'model.backbone.init_cfg.checkpoint': (weights, result.weights),
+        'optim_wrapper.paramwise_cfg.num_layers': (6 if result.arch == 'tiny' else 12, ABSENT),
+    }
+    if result.precision == 'float32':  # as the original trained the two largest
+        expected['optim_wrapper.type'] = ('AmpOptimWrapper', 'OptimWrapper')
+    if stock == CASCADE_OF.format('s'):  # from the stock Cascade S to another size
+        expected |= {
+            'model.backbone.arch': ('small', result.arch),
+            'model.neck.in_channels': ([96, 192, 384, 768], list(ARCHS[result.arch]['channels'])),
+            'model.backbone.drop_path_rate': (0.6, result.drop_path_rate),
+            'optim_wrapper.optimizer.lr': (2e-4, result.lr),
+            'optim_wrapper.paramwise_cfg.decay_rate': (0.7, result.decay_rate),
+        }
+    return {key: (theirs, own) for key, (theirs, own) in expected.items() if theirs != own}
 
 
 @pytest.fixture(autouse=True)
@@ -209,20 +175,19 @@ def differences(stock: dict, ours: dict) -> dict[str, tuple]:
     return {key: (theirs, own) for key, (theirs, own) in pairs.items() if theirs != own}
 
 
-@pytest.mark.parametrize('recipe', RECIPES)
-def test_recipe_is_the_stock_config_but_for(recipe):
-    name, expected = RECIPES[recipe]
-    package, defaults = (mmseg, ADE20K_DEFAULTS) if recipe.startswith('upernet') else (mmdet, COCO_DEFAULTS)
+@pytest.mark.parametrize('result', PAPER_RESULTS, ids=lambda result: result.recipe)
+def test_recipe_is_the_stock_config_but_for(result):
+    package, defaults = (mmdet, COCO_DEFAULTS) if result.is_detection else (mmseg, ADE20K_DEFAULTS)
+    name = STOCK[result.recipe][0]
     stock = settings(Path(package.__path__[0], '.mim/configs/convnext', f'{name}.py'), defaults)
-    ours = settings(ROOT / 'configs' / f'{recipe}.py', defaults)
+    ours = settings(ROOT / 'configs' / f'{result.recipe}.py', defaults)
     # The mirror that a release of mmdet or mmseg downloads from is its own business.
     place = 'model.backbone.init_cfg.checkpoint'
     stock[place] = PurePosixPath(stock[place]).name
     # mmseg writes the preprocessor a second time, for models that have none.
     for key in [key for key in stock if key.startswith('data_preprocessor.')]:
         assert stock.pop(key) == stock[f'model.{key}']
-    expected = {key: (theirs, own) for key, (theirs, own) in expected.items() if theirs != own}
-    assert differences(stock, ours) == expected
+    assert differences(stock, ours) == expected_differences(result)
 
 
 def test_shapes_detection_is_coco_but_for():

@@ -209,7 +209,7 @@ def test_the_table(run_tool, runs, tmp_path):
     by_name = {}
     for line in lines:
         by_name.setdefault(line.split()[0], []).append(line)
-    assert set(by_name) == {row.recipe for row in PAPER_RESULTS} | {'work_dirs/other'}
+    assert set(by_name) == {result.recipe for result in PAPER_RESULTS} | {'work_dirs/other'}
     finished = by_name['cascade/convnext_t'][0]
     assert '50.4  50.6  51.5' in finished and '+0.2  within tolerance' in finished
     assert (
@@ -219,11 +219,11 @@ def test_the_table(run_tool, runs, tmp_path):
     assert 'not finished, last logged 20' in by_name['mask_rcnn/convnext_t'][0]
     assert 'epoch_1.pth cannot be read' in by_name['mask_rcnn/convnext_t'][0]
     assert by_name['work_dirs/other'][0].split()[1:5] == ['mIoU', '90.2', '90.2', '400/400']
-    for row in PAPER_RESULTS:  # those without a run hold the paper's figure and nothing of ours
-        if row.recipe.endswith('in22k'):
-            names = [name for name in MAIN_METRICS if name in row.metrics]
-            assert [line.split() for line in by_name[row.recipe]] == [
-                [row.recipe, *name.split(), str(row.metrics[name])] for name in names
+    for result in PAPER_RESULTS:  # those without a run hold the paper's metrics and none of ours
+        if result.recipe.endswith('in22k'):
+            names = [name for name in MAIN_METRICS if name in result.metrics]
+            assert [line.split() for line in by_name[result.recipe]] == [
+                [result.recipe, *name.split(), str(result.metrics[name])] for name in names
             ]
     assert (tmp_path / 'bars.png').read_bytes().startswith(b'\x89PNG')
 
