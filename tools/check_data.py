@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Check a data set: what is there, what is wrong, and what training would do about it. Changes nothing.
+"""Check a data set: report what it holds, what is wrong, and what training would do about it. Changes nothing.
 
-Leaves with 0 where nothing is wrong that matters, with 1 where something would be left out or refused, with 2 where the
-data cannot be read at all.
+Exits with 0 if everything can be used, with 1 if something would be dropped or is an error, with 2 if there is no data
+set to check.
 """
 
 import json
@@ -20,9 +20,9 @@ def parse_args():
     parser = ArgumentParser(description=__doc__)
     add_data_arguments(parser, strict=False)
     parser.add_argument(
-        '--task', choices=('detection', 'segmentation'), help='of data for both, one alone (default: all that is there)'
+        '--task', choices=('detection', 'segmentation'), help='check only one task of a data set for both'
     )
-    parser.add_argument('--json', action='store_true', help='for machines')
+    parser.add_argument('--json', action='store_true', help='print JSON')
     args = parser.parse_args()
     if not args.data and not args.train_ann and not args.val_ann:
         parser.error('give --data PATH')
@@ -33,8 +33,8 @@ def main():
     args = parse_args()
     with exit_on_error(), redirect_stdout(sys.stderr):  # libraries print as they are imported
         request = parse_request(args)
-        told = 'segmentation' if args.classes or args.ignore is not None else None
-        tasks = [args.task or told] if args.task or told else detect_tasks(request)
+        task = args.task or ('segmentation' if args.classes or args.ignore is not None else None)
+        tasks = [task] if task else detect_tasks(request)
         reports = {task: read_data(request, task, ('train', 'val', 'test')).report for task in tasks}
     if args.json:
         print(json.dumps({task: report.as_data() for task, report in reports.items()}, indent=2))

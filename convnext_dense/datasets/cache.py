@@ -1,4 +1,4 @@
-"""Checked data in a work dir: what training reads, and what tells that nothing has changed since."""
+"""Cache of a checked data set in the work dir: the files that training reads, and a fingerprint of their sources."""
 
 import hashlib
 import json
@@ -16,85 +16,93 @@ from .diagnostics import Report
 from .files import read_bytes, walk
 from .request import CheckedDataset
 
-CACHE_VERSION = 3  # of what is checked and written; a change counts it up
-MAX_MANIFEST_BYTES = 2**28  # of what tells what was checked
+CACHE_VERSION = 3  # increase it with any change of the checks or of what is written
+MAX_MANIFEST_BYTES = 2**28
 MANIFEST = 'data.json'
-BUSY_FILE = 'checking'  # a file that changes while data are checked
-POLL_SECONDS, HEARTBEAT_SECONDS, STALE_SECONDS = (
-    1,
-    10,
-    600,
-)  # seconds: of looks for it, of its changes, and without one until it is given up
-CACHED_FIELDS = ('task', 'root', 'classes', 'palette', 'turn', 'masks', 'settings', 'places')
+BUSY_FILE = 'checking'  # rewritten while a process checks the data set
+POLL_SECONDS = 1  # between looks at the busy file
+HEARTBEAT_SECONDS = 10  # between writes of the busy file
+STALE_SECONDS = 600  # without a write, after which the checking process is taken for dead
+CACHED_FIELDS = (
+    'task', 'root', 'classes', 'palette', 'apply_exif', 'has_masks', 'dataset_kwargs', 'watched_paths',
+)  # fmt: skip
 LOCAL_RANK_VARIABLES = {'pytorch': 'LOCAL_RANK', 'slurm': 'SLURM_LOCALID', 'mpi': 'OMPI_COMM_WORLD_LOCAL_RANK'}
 
 
 def load_cached(folder: str, key: tuple) -> tuple[CheckedDataset, dict[str, str]] | None:
-    """The data that an earlier check left in `folder`, without their splits, and the file of each split; None where
-    there are none, something else was asked for (`key`), or files have come, gone or changed since."""
+    """Load the result of an earlier check.
+
+    Args:
+        folder: of the cache.
+        key: what was requested.
+
+    Returns:
+        The data set without its splits, and the file of each split; None if there is no cache, `key` differs, or
+        files were added, removed or changed since.
+    """
     try:
         content = json.loads(read_bytes(Path(folder, MANIFEST), MAX_MANIFEST_BYTES))
-        if content['of'] != dataset_fingerprint(key, content['places']):
+        if content['fingerprint'] != dataset_fingerprint(key, content['watched_paths']):
             return None
         files = {split: os.path.join(folder, f'{split}.json') for split in content['splits']}
         if not all(map(os.path.isfile, files.values())):
             return None
         report = Report.from_data(content['report'])
         return CheckedDataset(**{key: content[key] for key in CACHED_FIELDS}, splits={}, report=report), files
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):  # not whole, or of others
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):  # truncated, or written by something else
         return None
 
 
 def save_cache(folder: str, key: tuple, data: CheckedDataset) -> dict[str, str]:
-    """Write the splits of checked data, and last what they are of. Returns the file of each split."""
+    """Write the splits of a checked data set, and last the manifest; return the file of each split."""
     os.makedirs(folder, exist_ok=True)
-    Path(folder, MANIFEST).unlink(missing_ok=True)  # while splits are written, it is of none
+    Path(folder, MANIFEST).unlink(missing_ok=True)  # no manifest while splits are written
     files = {split: os.path.join(folder, f'{split}.json') for split in data.splits}
     for split, file in files.items():
         _write(file, data.splits[split])
-    about = {key: getattr(data, key) for key in CACHED_FIELDS}
-    about |= dict(of=dataset_fingerprint(key, data.places), splits=list(files), report=data.report.as_data())
-    _write(os.path.join(folder, MANIFEST), about)
+    manifest = {name: getattr(data, name) for name in CACHED_FIELDS}
+    fingerprint = dataset_fingerprint(key, data.watched_paths)
+    manifest |= dict(fingerprint=fingerprint, splits=list(files), report=data.report.as_data())
+    _write(os.path.join(folder, MANIFEST), manifest)
     return files
 
 
 def wait_for_cache(folder: str, key: tuple) -> tuple[CheckedDataset, dict[str, str]]:
-    """What the first process of this machine prepares; where that ends in an error, the launcher ends this one.
+    """Wait until the local rank 0 has checked the data set. If that fails, the launcher ends this process.
 
     Raises:
-        UsageError: for some minutes nothing was heard of that process.
+        UsageError: rank 0 has shown no progress for `STALE_SECONDS`.
     """
-    state, heard = None, time.monotonic()
+    last_state, last_change = None, time.monotonic()
     while True:
-        now = _state(os.path.join(folder, MANIFEST)), _state(os.path.join(folder, BUSY_FILE))
-        if now != state:  # else another look at all the data would find the same
-            state, heard = now, time.monotonic()
-            found = load_cached(folder, key)
-            if found:
-                return found
-        if time.monotonic() - heard > STALE_SECONDS:
+        state = _file_state(os.path.join(folder, MANIFEST)), _file_state(os.path.join(folder, BUSY_FILE))
+        if state != last_state:  # the fingerprint of the data set is expensive
+            last_state, last_change = state, time.monotonic()
+            cached = load_cached(folder, key)
+            if cached:
+                return cached
+        if time.monotonic() - last_change > STALE_SECONDS:
             raise UsageError(
-                f'the first process of this machine has not been heard of for {STALE_SECONDS // 60} minutes while '
-                f'it checked '
-                'the data: see how it ended, or check them before with tools/check_data.py'
+                f'the first process of this machine has shown no progress for {STALE_SECONDS // 60} minutes while '
+                'checking the data set: see how it ended, or run tools/check_data.py before'
             )
         time.sleep(POLL_SECONDS)
 
 
 @contextmanager
 def hold_busy_file(folder: str) -> Iterator[None]:
-    """Say every few seconds that this process checks the data that others wait for."""
+    """Rewrite the busy file every few seconds, so that waiting processes know that this one is at work."""
     os.makedirs(folder, exist_ok=True)
     file, done = Path(folder, BUSY_FILE), threading.Event()
 
-    def say():
+    def heartbeat():
         while True:
-            with suppress(OSError):  # no room: the others wait a little less patiently
+            with suppress(OSError):  # disk full: others may give up earlier
                 file.write_text(str(time.time()))
             if done.wait(HEARTBEAT_SECONDS):
                 return
 
-    thread = threading.Thread(target=say, daemon=True)
+    thread = threading.Thread(target=heartbeat, daemon=True)
     thread.start()
     try:
         yield
@@ -105,34 +113,39 @@ def hold_busy_file(folder: str) -> Iterator[None]:
 
 
 def is_local_rank0(launcher: str) -> bool:
-    """Whether this is the process that does what is done once on each machine."""
+    """Return whether this process does the work that is done once per machine."""
     return os.environ.get(LOCAL_RANK_VARIABLES.get(launcher, ''), '0') == '0'
 
 
-def dataset_fingerprint(key: tuple, places: Sequence[str]) -> str:
-    """Of what was asked and of names, sizes and times of the files at these places: files, and images in folders."""
+def dataset_fingerprint(key: tuple, paths: Sequence[str]) -> str:
+    """Hash what was requested, and names, sizes and times of the files at some paths.
+
+    Args:
+        key: what was requested.
+        paths: files, and folders of which the images count.
+    """
     digest = hashlib.sha256(repr((CACHE_VERSION, key)).encode())
-    for place in sorted(places):
-        if not os.path.isdir(place):
-            digest.update(_state(place))
-        for at, names in walk(place):
+    for path in sorted(paths):
+        if not os.path.isdir(path):
+            digest.update(_file_state(path))
+        for folder, names in walk(path):
             for name in names:
                 if name.lower().endswith(IMAGE_SUFFIXES):
-                    digest.update(_state(os.path.join(at, name)))
+                    digest.update(_file_state(os.path.join(folder, name)))
     return digest.hexdigest()
 
 
-def _state(path: str) -> bytes:
+def _file_state(path: str) -> bytes:
     try:
         stat = os.stat(path)
         state = f'{path} {stat.st_size} {stat.st_mtime_ns}\n'
     except (OSError, ValueError):
-        state = f'{path} is not there\n'
+        state = f'{path} is missing\n'
     return state.encode('utf-8', 'surrogatepass')  # names need not be UTF-8
 
 
 def _write(file: str, content: object) -> None:
-    handle, aside = tempfile.mkstemp(dir=os.path.dirname(file), prefix=f'{os.path.basename(file)}.')
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(file), prefix=f'{os.path.basename(file)}.')
     with open(handle, 'w') as out:
         json.dump(content, out, separators=(',', ':'))
-    os.replace(aside, file)
+    os.replace(temporary, file)

@@ -1,4 +1,4 @@
-"""All images and label maps of a data set read once, side by side: what is wrong with the files themselves."""
+"""Checks of image and mask files: each is read once, in several threads, as training reads it."""
 
 import hashlib
 import io
@@ -15,33 +15,53 @@ import numpy as np
 from mmengine.utils import ProgressBar
 from PIL import Image, UnidentifiedImageError
 
-from .files import NotRegularError, PointerError, TooLargeError, open_regular, size_of
+from .files import LfsPointerError, NotRegularError, TooLargeError, open_regular, size_of
 
-MAX_BYTES = 2**30  # of a file
-MAX_PIXELS = 178_956_970  # Pillow's own limit, by which mmseg reads label maps
-# Beyond these a file is decoded while no other such one is, so that memory does not grow with the number of cores.
+MAX_BYTES = 2**30  # of an image or a mask
+MAX_PIXELS = 178_956_970  # Pillow's own limit, which mmseg's reading of masks has
+# Larger files are decoded one at a time, so that memory does not grow with the number of cores.
 LARGE_BYTES, LARGE_PIXELS = 2**26, 2**25
-# What Pillow may try to read, where it can: the rest holds no photographs, or has another program read it.
+# Formats that Pillow may try; its others hold no photographs or run another program.
 FORMATS = ('JPEG', 'PNG', 'BMP', 'DIB', 'TIFF', 'WEBP', 'JPEG2000', 'PPM', 'GIF', 'AVIF', 'PCX', 'TGA')
 Image.init()
 FORMATS = tuple(name for name in FORMATS if name in Image.OPEN)
 LOSSY_FORMATS = ('JPEG', 'MPO', 'JPEG2000', 'AVIF')
-LOSSY_TIFF = ('jpeg', 'tiff_jpeg', 'webp')  # Pillow's words for its compression
+LOSSY_TIFF = ('jpeg', 'tiff_jpeg', 'webp')  # compressions of TIFF as Pillow names them
 
 
 class ImageInfo(NamedTuple):
-    """An image file: its size as training reads it, whether EXIF swapped its width and height, a hash of its bytes;
-    `problem` is a kind of report.KINDS where it cannot be read."""
+    """What an image file is.
+
+    Attributes:
+        width (int): in pixels, as training reads it: rotated as EXIF says.
+        height (int): likewise.
+        exif_swapped (bool): whether that rotation swapped width and height.
+        digest (str): hash of the file's bytes.
+        problem (str | None): a code of `diagnostics.RULES` if the file cannot be read.
+    """
 
     width: int = 0
     height: int = 0
-    turned: bool = False
+    exif_swapped: bool = False
     digest: str = ''
     problem: str | None = None
 
+    def oriented_size(self, apply_exif: bool) -> tuple[int, int]:
+        """Return width and height as they are read with or without EXIF rotation."""
+        size = (self.width, self.height)
+        return size[::-1] if self.exif_swapped and not apply_exif else size
+
 
 class MaskInfo(NamedTuple):
-    """A label map: its size, how many pixels have each value, as mmseg reads it; `problem` as in Seen."""
+    """What the file of a segmentation mask is.
+
+    Attributes:
+        width (int): in pixels, as mmseg reads it: not rotated.
+        height (int): likewise.
+        counts (np.ndarray | None): number of pixels of each label value, (256,).
+        palette (bool): whether the file has a palette.
+        problem (str | None): a code of `diagnostics.RULES` if the file cannot be read.
+    """
 
     width: int = 0
     height: int = 0
@@ -53,22 +73,24 @@ class MaskInfo(NamedTuple):
 _large = threading.RLock()
 
 
+# What an error of `open_regular` means.
+OPEN_FAILURES = {
+    NotRegularError: 'not-a-regular-file',
+    TooLargeError: 'file-too-large',
+    LfsPointerError: 'git-lfs-pointer',
+}
+
+
 def inspect_image(path: str) -> ImageInfo:
-    """Read an image as training does, and find out what is wrong where that fails."""
+    """Read an image as training does, and find out what is wrong if that fails."""
     try:
         with open_regular(path, MAX_BYTES) as file, _one_at_a_time(size_of(file) > LARGE_BYTES):
-            return _seen(file.read(size_of(file)))
-    except NotRegularError:
-        return ImageInfo(problem='not-a-regular-file')
-    except TooLargeError:
-        return ImageInfo(problem='file-too-large')
-    except PointerError:
-        return ImageInfo(problem='git-lfs-pointer')
-    except OSError:
-        return ImageInfo(problem='missing-image')
+            return _inspect_bytes(file.read(size_of(file)))
+    except OSError as error:
+        return ImageInfo(problem=OPEN_FAILURES.get(type(error), 'missing-image'))
 
 
-def _seen(data: bytes) -> ImageInfo:
+def _inspect_bytes(data: bytes) -> ImageInfo:
     if not data:
         return ImageInfo(problem='empty-file')
     image, size = None, (MAX_PIXELS, 1)
@@ -84,17 +106,17 @@ def _seen(data: bytes) -> ImageInfo:
     if size[0] * size[1] > MAX_PIXELS:  # whatever Pillow's limit is set to
         return ImageInfo(problem='image-too-large')
     with _one_at_a_time(size[0] * size[1] > LARGE_PIXELS):
-        return _decoded_by_both(data, image)
+        return _decode_with_both(data, image)
 
 
-def _decoded_by_both(data: bytes, image: Image.Image | None) -> ImageInfo:
-    """What OpenCV makes of the bytes of an image, that Pillow opened where it knows what it is."""
+def _decode_with_both(data: bytes, image: Image.Image | None) -> ImageInfo:
+    """Decode an image with OpenCV, as training does, and with Pillow, which detects truncated files."""
     stored = image.size if image and image.format != 'TIFF' else None
     is_jpeg = image is not None and image.format == 'JPEG'
     try:
-        if is_jpeg:  # an eighth of the size is decoded in a third of the time, from all of the file
+        if is_jpeg:  # decoded at an eighth of the size in a third of the time, but to the end of the file
             image.draft('L', (image.width // 8, image.height // 8))
-        if is_jpeg or (image and image.format == 'PNG'):  # some versions of OpenCV fill up what is cut off, unsaid
+        if is_jpeg or (image and image.format == 'PNG'):  # some versions of OpenCV silently fill up what is cut off
             image.load()
         if image:
             image.close()
@@ -109,12 +131,12 @@ def _decoded_by_both(data: bytes, image: Image.Image | None) -> ImageInfo:
         stored = _decoded_size(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     if size[0] * size[1] > MAX_PIXELS:
         return ImageInfo(problem='image-too-large')
-    turned = stored is not None and size == stored[::-1] != stored  # TIFFs are always turned, in training too
-    return ImageInfo(*size, turned, hashlib.blake2b(data, digest_size=16).hexdigest())
+    exif_swapped = stored is not None and size == stored[::-1] != stored  # of TIFFs unknown: always rotated
+    return ImageInfo(*size, exif_swapped, hashlib.blake2b(data, digest_size=16).hexdigest())
 
 
 def _full_size(reduced: tuple[int, int], stored: tuple[int, int], has_exif: bool) -> tuple[int, int] | None:
-    """The size of an image of which an eighth was decoded, and which may be turned; None where that does not tell."""
+    """Return the size of an image that was decoded at an eighth and may be rotated; None if that is ambiguous."""
     upright = tuple(-(-side // 8) for side in stored)
     if reduced == upright and (upright != upright[::-1] or stored == stored[::-1] or not has_exif):
         return stored
@@ -122,23 +144,17 @@ def _full_size(reduced: tuple[int, int], stored: tuple[int, int], has_exif: bool
 
 
 def inspect_mask(path: str) -> MaskInfo:
-    """Read a label map as mmseg does, by Pillow, without turning it."""
+    """Read a segmentation mask as mmseg does: with Pillow, without EXIF rotation."""
     try:
         with open_regular(path, MAX_BYTES) as file, _one_at_a_time(size_of(file) > LARGE_BYTES):
-            return _labels(file)
-    except NotRegularError:
-        return MaskInfo(problem='not-a-regular-file')
-    except TooLargeError:
-        return MaskInfo(problem='file-too-large')
-    except PointerError:
-        return MaskInfo(problem='git-lfs-pointer')
+            return _count_labels(file)
     except Image.DecompressionBombError:
         return MaskInfo(problem='mask-too-large')
-    except Exception:  # a broken file can fail in any way
-        return MaskInfo(problem='unreadable-mask')
+    except Exception as error:  # a broken file can fail in any way
+        return MaskInfo(problem=OPEN_FAILURES.get(type(error), 'unreadable-mask'))
 
 
-def _labels(file: BinaryIO) -> MaskInfo:
+def _count_labels(file: BinaryIO) -> MaskInfo:
     with Image.open(file, formats=FORMATS) as image, _one_at_a_time(image.width * image.height > LARGE_PIXELS):
         if image.width * image.height > MAX_PIXELS:  # whatever Pillow's limit is set to
             return MaskInfo(problem='mask-too-large')
@@ -156,7 +172,7 @@ def _labels(file: BinaryIO) -> MaskInfo:
 
 
 def _is_lossy(image: Image.Image, file: BinaryIO) -> bool:
-    """Whether the pixels of an image that Pillow opened are no longer those that were written."""
+    """Return whether an image that Pillow has opened is compressed with loss."""
     if image.format == 'WEBP':
         file.seek(0)
         return b'VP8L' not in file.read(size_of(file))
@@ -164,13 +180,21 @@ def _is_lossy(image: Image.Image, file: BinaryIO) -> bool:
 
 
 def inspect_pair(pair: tuple[str, str]) -> tuple[ImageInfo, MaskInfo]:
-    """An image and its label map."""
+    """Inspect an image and its segmentation mask."""
     return inspect_image(pair[0]), inspect_mask(pair[1])
 
 
 def inspect_all(function: Callable, items: Iterable[Hashable], what: str) -> dict:
-    """`function` of each item, in as many threads as there are cores: decoding leaves Python alone. A bar on a
-    terminal, a line elsewhere."""
+    """Apply a function to each item, in one thread per core (decoding releases the GIL).
+
+    Args:
+        function: such as `inspect_image`.
+        items: its arguments; duplicates are inspected once.
+        what: the items are, for the progress bar (on a terminal) or line.
+
+    Returns:
+        The results by item.
+    """
     items = list(dict.fromkeys(items))
     print(f'reading {len(items):,} {what}', file=sys.stderr)
     bar = ProgressBar(len(items), file=sys.stderr) if sys.stderr.isatty() and items else None
@@ -178,9 +202,9 @@ def inspect_all(function: Callable, items: Iterable[Hashable], what: str) -> dic
     cv2.setNumThreads(1)
     pool = ThreadPoolExecutor(n_threads())
     try:
-        found = {}
-        for item, seen in zip(items, pool.map(function, items)):
-            found[item] = seen
+        results = {}
+        for item, result in zip(items, pool.map(function, items)):
+            results[item] = result
             if bar:
                 bar.update()
     finally:
@@ -188,11 +212,11 @@ def inspect_all(function: Callable, items: Iterable[Hashable], what: str) -> dic
         cv2.setNumThreads(before)
     if bar:
         print(file=sys.stderr)
-    return found
+    return results
 
 
 def n_threads() -> int:
-    """As many as this process has cores, at most 16."""
+    """Return the number of cores that this process may use, at most 16."""
     return min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1, 16)
 
 
@@ -201,7 +225,7 @@ def _one_at_a_time(large: bool) -> AbstractContextManager:
 
 
 def _decoded_size(data: bytes, flag: int) -> tuple[int, int] | None:
-    """Width and height of what OpenCV decodes, None where it cannot."""
+    """Return width and height of what OpenCV decodes, None if it cannot."""
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
     except cv2.error:
@@ -210,7 +234,7 @@ def _decoded_size(data: bytes, flag: int) -> tuple[int, int] | None:
 
 
 def _decode_failure(data: bytes) -> str:
-    """The kind of problem of bytes that OpenCV cannot decode."""
+    """Return the code of the problem of an image that OpenCV cannot decode."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.load()

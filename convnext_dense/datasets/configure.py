@@ -1,4 +1,4 @@
-"""A config filled in from checked data: data sets, evaluators, classes and their number in every head."""
+"""Adapting a config to a checked data set: datasets, evaluators, classes and their number in every head."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,42 +10,46 @@ from ..config.inputs import EXTRA_PIPELINE_KEYS
 from ..config.tree import as_list, iter_dicts
 from ..errors import UsageError
 from ..type_names import class_of, is_type, short_name
+from . import SPLITS
 from .request import CheckedDataset
 
-SPLITS = ('train', 'val', 'test')
-CLASS_AGNOSTIC_HEADS = ('rpn_head', 'semantic_head')  # what they count is not the data's classes
-COUNTS = ('num_classes', 'num_things_classes', 'num_stuff_classes')  # of instance data all classes are things
-COLOR_TYPES = (None, 'color', 'grayscale')  # as which mmcv turns images
-MASKS = ('mask_head', 'mask_roi_extractor', 'mask_iou_head')
-# Models that learn from masks and have no branch for them that could be taken out, but for those that draw them from
-# boxes; so are the steps of a pipeline that take masks.
-OF_MASKS = ('SingleStageInstanceSegmentor', 'MaskFormer', 'RTMDetInsHead')
-OF_MASKS += ('MaskScoringRoIHead', 'PointRendRoIHead', 'SCNetRoIHead')
-DRAWS_MASKS = 'BoxInstDataPreprocessor'
-TAKE_MASKS = ('CopyPaste', 'InstaBoost')
-# Settings of a data set that do not depend on where its data come from, and those that follow from the data.
-KEPT = ('pipeline', 'test_mode', 'filter_cfg', 'indices', 'serialize_data', 'lazy_init', 'max_refetch')
-KEPT += ('return_classes', '_scope_')
-FROM_DATA = ('type', 'data_root', 'ann_file', 'data_prefix', 'metainfo')
-# What other steps of a pipeline read, which boxes, masks and label maps are not.
-UNFED = {
+CLASS_AGNOSTIC_HEADS = ('rpn_head', 'semantic_head')  # their num_classes is not the number of classes of the data set
+COUNT_KEYS = ('num_classes', 'num_things_classes', 'num_stuff_classes')  # all classes are things
+COLOR_TYPES = (None, 'color', 'grayscale')  # with which mmcv applies EXIF rotation
+MASK_BRANCH_KEYS = ('mask_head', 'mask_roi_extractor', 'mask_iou_head')
+# Models that cannot be trained without masks, unless they make them from boxes; and such transforms.
+MASK_MODELS = ('SingleStageInstanceSegmentor', 'MaskFormer', 'RTMDetInsHead')
+MASK_MODELS += ('MaskScoringRoIHead', 'PointRendRoIHead', 'SCNetRoIHead')
+MASKS_FROM_BOXES = 'BoxInstDataPreprocessor'
+MASK_TRANSFORMS = ('CopyPaste', 'InstaBoost')
+# Arguments of a dataset that the recipe decides, and those that follow from the data set.
+RECIPE_KEYS = ('pipeline', 'test_mode', 'filter_cfg', 'indices', 'serialize_data', 'lazy_init', 'max_refetch')
+RECIPE_KEYS += ('return_classes', '_scope_')
+DATA_KEYS = ('type', 'data_root', 'ann_file', 'data_prefix', 'metainfo')
+# Transforms that load annotations which a custom data set does not have, and what they load.
+UNSUPPORTED_LOADERS = {
     'LoadPanopticAnnotations': 'panoptic segmentation',
     'LoadProposals': 'proposals of another model',
     'LoadTrackAnnotations': 'videos',
     'LoadTextAnnotations': 'texts',
     'LoadDepthAnnotation': 'depth',
 }
-OTHER_METRICS = ('LVISMetric', 'CocoVideoMetric')  # derived from CocoMetric, and of other annotations
+OTHER_COCO_METRICS = ('LVISMetric', 'CocoVideoMetric')  # derived from CocoMetric, for other annotations
 
 
-def apply_dataset(config: Config, data: CheckedDataset, files: Mapping[str, str], masks: bool) -> None:
-    """Make a config one of `data`, whose splits are written in `files`; a split without one takes val's. `masks` is
-    whether the model keeps its mask branch.
+def apply_dataset(config: Config, data: CheckedDataset, files: Mapping[str, str], keep_mask_branch: bool) -> None:
+    """Adapt a config to a checked data set, in place.
+
+    Args:
+        config: of a recipe.
+        data: the data set.
+        files: with the annotations of each split; a split without one uses val's.
+        keep_mask_branch: whether the model keeps its mask branch.
 
     Raises:
-        UsageError: the config has something that does not follow from the data.
+        UsageError: the config has a part that cannot be used with the data set.
     """
-    if not data.masks and 'train' in files:
+    if not data.has_masks and 'train' in files:
         _check_needs_no_masks(config)
     for split in SPLITS:
         loader = config.get(f'{split}_dataloader')
@@ -59,71 +63,76 @@ def apply_dataset(config: Config, data: CheckedDataset, files: Mapping[str, str]
     if data.task == 'segmentation':
         imports = config.setdefault('custom_imports', dict(imports=[], allow_failed_imports=False))
         imports['imports'] = [*dict.fromkeys([*as_list(imports['imports']), 'convnext_dense.datasets.paired_dataset'])]
-    if not masks:
-        for part in MASKS:
+    if not keep_mask_branch:
+        for part in MASK_BRANCH_KEYS:
             (config.model.get('roi_head') or {}).pop(part, None)
 
 
 def _check_needs_no_masks(config: Config) -> None:
-    """Raise UsageError where a training takes masks that neither can be left out nor follow from boxes."""
-    kinds = [part['type'] for part in iter_dicts(config.model) if part.get('type') is not None]
-    of_masks = next((kind for kind in kinds if is_type(kind, MODELS, *OF_MASKS)), None)
-    if of_masks is not None and not any(is_type(kind, MODELS, DRAWS_MASKS) for kind in kinds):
+    """Raise UsageError if a model or a transform cannot be trained without masks."""
+    types = [part['type'] for part in iter_dicts(config.model) if part.get('type') is not None]
+    mask_model = next((type_ for type_ in types if is_type(type_, MODELS, *MASK_MODELS)), None)
+    if mask_model is not None and not any(is_type(type_, MODELS, MASKS_FROM_BOXES) for type_ in types):
         raise UsageError(
-            f'{short_name(of_masks)} learns from masks, the data have boxes alone: take a recipe whose mask branch can '
-            'be taken out, such as configs/mask_rcnn/convnext_t.py, or a detector of boxes'
+            f'{short_name(mask_model)} is trained on masks, but the data set has only boxes: use a recipe whose mask '
+            'branch can be removed, such as configs/mask_rcnn/convnext_t.py, or a box detector'
         )
     for part in ('train_dataloader', *EXTRA_PIPELINE_KEYS):
         for step in iter_dicts(config.get(part)):
-            if is_type(step.get('type'), TRANSFORMS, *TAKE_MASKS):
+            if is_type(step.get('type'), TRANSFORMS, *MASK_TRANSFORMS):
                 raise UsageError(
-                    f'{part}: {short_name(step["type"])} takes masks, the data have boxes alone: take it out of the '
-                    'config'
+                    f'{part}: {short_name(step["type"])} needs masks, but the data set has only boxes: remove it from '
+                    'the config'
                 )
 
 
-def set_num_classes(model: dict, n: int) -> None:
-    """Set the number of classes in every head of a model's config, and of class weights in it."""
+def set_num_classes(model: dict, num_classes: int) -> None:
+    """Set the number of classes and of class weights in every head of a model's config, in place.
+
+    Raises:
+        UsageError: a head has class weights that differ, and not one per class.
+    """
+    n = num_classes
     for head in iter_class_heads(model):
-        before = count_of(head)
-        for key in COUNTS:
+        old_num_classes = count_of(head)
+        for key in COUNT_KEYS:
             if key in head:
                 head[key] = 0 if key == 'num_stuff_classes' else n
-        counts_classes = head.get('out_channels') == before or (head.get('out_channels') == 1 and n > 2)
-        if counts_classes and 'num_queries' not in head:  # there it is the width of the queries
+        counts_classes = head.get('out_channels') == old_num_classes or (head.get('out_channels') == 1 and n > 2)
+        if counts_classes and 'num_queries' not in head:  # with queries it is their width
             head['out_channels'] = n
         for holder in iter_dicts(head):
             if isinstance(holder.get('class_weight'), (list, tuple)):
-                holder['class_weight'] = _class_weights(holder['class_weight'], before, n, head)
-    _bound_detections(model, n)
+                holder['class_weight'] = _adapt_class_weights(holder['class_weight'], old_num_classes, n, head)
+    _limit_detections(model, n)
 
 
-def _bound_detections(model: dict, n: int) -> None:
-    """Ask for no more detections than queries give with `n` classes: topk takes no more than there are."""
+def _limit_detections(model: dict, n: int) -> None:
+    """Lower max_per_img to the number of scores of a query-based head, of which topk takes that many."""
     queries = [
         settings['num_queries'] for settings in iter_dicts(model) if isinstance(settings.get('num_queries'), int)
     ]
     for key in ('max_per_img', 'max_per_image'):
-        asked = (model.get('test_cfg') or {}).get(key)
-        if queries and asked and asked > min(queries) * n:
+        max_detections = (model.get('test_cfg') or {}).get(key)
+        if queries and max_detections and max_detections > min(queries) * n:
             model['test_cfg'][key] = min(queries) * n
 
 
-def _class_weights(weights: Sequence[float], before: int, n: int, head: dict) -> list[float]:
-    """As many weights as there are classes, where all classes have the same one; the last may be that of no object."""
-    if len(weights) in (before, before + 1) and len({*weights[:before]}) == 1:
-        return [weights[0]] * n + list(weights[before:])
+def _adapt_class_weights(weights: Sequence[float], old_n: int, n: int, head: dict) -> list[float]:
+    """Return one weight per class if all are equal; the last may be that of the background class."""
+    if len(weights) in (old_n, old_n + 1) and len({*weights[:old_n]}) == 1:
+        return [weights[0]] * n + list(weights[old_n:])
     if len(weights) not in (n, n + 1):
         raise UsageError(
-            f'class_weight of {short_name(head.get("type"))} has {len(weights)} values, the data {n} classes'
+            f'class_weight of {short_name(head.get("type"))} has {len(weights)} values, but the data set {n} classes'
         )
     return list(weights)
 
 
 def iter_class_heads(value) -> Iterator[dict]:
-    """The parts of a model's config that count the data's classes."""
+    """Iterate over the parts of a model's config that have a number of classes of the data set."""
     if isinstance(value, dict):
-        if any(key in value for key in COUNTS):
+        if any(key in value for key in COUNT_KEYS):
             yield value
         value = [v for k, v in value.items() if k not in CLASS_AGNOSTIC_HEADS]
     if isinstance(value, (list, tuple)):
@@ -132,71 +141,77 @@ def iter_class_heads(value) -> Iterator[dict]:
 
 
 def count_of(head: dict) -> int:
-    """How many classes a part of a model counts."""
+    """Return the number of classes of a head's config."""
     if 'num_classes' in head:
         return head['num_classes']
     return (head.get('num_things_classes') or 0) + (head.get('num_stuff_classes') or 0)
 
 
-def check_cfg_options(options: Mapping, n: int) -> None:
-    """Raise UsageError where the command line's settings say another number of classes than the data have, or where the
-    data are."""
-    for key, value in _flat(options):
+def check_cfg_options(options: Mapping, num_classes: int) -> None:
+    """Check `--cfg-options` against a custom data set.
+
+    Raises:
+        UsageError: an option sets another number of classes, or paths of a dataset.
+    """
+    for key, value in _flatten(options):
         parts = key.split('.')
-        if parts[-1] in COUNTS[:2] and value != n and not set(parts) & set(CLASS_AGNOSTIC_HEADS):
-            raise UsageError(
-                f'--cfg-options {key}={value}: it follows from the data, which have {n} classes: leave it out'
-            )
-        place = [part for part in parts[1:] if part not in ('dataset', 'datasets') and not part.isdigit()]
-        of_data = parts[0].endswith('_dataloader') and 'dataset' in parts[1:2] and place and place[0] in FROM_DATA
-        if of_data or (parts[0].endswith('_evaluator') and parts[-1] == 'ann_file'):
-            raise UsageError(f'--cfg-options {key}={value}: it follows from --data: leave one of them out')
+        if parts[-1] in COUNT_KEYS[:2] and value != num_classes and not set(parts) & set(CLASS_AGNOSTIC_HEADS):
+            raise UsageError(f'--cfg-options {key}={value}: leave it out; the data set has {num_classes} classes')
+        inner = [part for part in parts[1:] if part not in ('dataset', 'datasets') and not part.isdigit()]
+        sets_data = parts[0].endswith('_dataloader') and 'dataset' in parts[1:2] and inner and inner[0] in DATA_KEYS
+        if sets_data or (parts[0].endswith('_evaluator') and parts[-1] == 'ann_file'):
+            raise UsageError(f'--cfg-options {key}={value}: leave it out or --data, which sets it')
 
 
 def check_classes(config: Config) -> None:
-    """Raise UsageError where a part of the model counts other classes than the config names for training."""
+    """Check the number of classes of each head against the classes that the config names for training.
+
+    Raises:
+        UsageError: they differ.
+    """
     classes = (_unwrap_dataset(config.train_dataloader.dataset).get('metainfo') or {}).get('classes')
     if not isinstance(classes, (list, tuple)):
         return
     for head in iter_class_heads(config.model):
         if count_of(head) != len(classes):
-            key = next(key for key in COUNTS if key in head)
+            key = next(key for key in COUNT_KEYS if key in head)
             raise UsageError(
-                f'{short_name(head.get("type"))} has {key}={head[key]}, the data set names {len(classes)} classes: '
-                'make them agree, or let them follow from the data by --data PATH'
+                f'{short_name(head.get("type"))} has {key}={head[key]}, but the data set names {len(classes)} classes: '
+                'make them agree, or use --data PATH, which sets both'
             )
 
 
 def _unwrap_dataset(settings: Mapping) -> Mapping:
-    """The settings of the data set within those that wrap it; of several the first."""
+    """Return the config of the dataset within its wrappers; of several the first."""
     while isinstance(settings.get('dataset'), Mapping) or settings.get('datasets'):
         settings = settings['dataset'] if isinstance(settings.get('dataset'), Mapping) else settings['datasets'][0]
     return settings
 
 
 def _dataset(settings: dict, data: CheckedDataset, file: str, where: str) -> dict:
-    """A data set of the recipe's pipeline and filter on the data, within the wrappers (RepeatDataset, ...) that the
-    recipe has around it. Data sets that are joined become one where they differ in their data alone.
+    """Return a dataset config with the recipe's pipeline, filter and wrappers (RepeatDataset, ...) on the data set.
+
+    Concatenated datasets become one if they differ only in their data.
 
     Raises:
-        UsageError: a wrapper or a step of the pipeline has no meaning on the data.
+        UsageError: a wrapper or a transform cannot be used with the data set.
     """
     _fill_pipeline(settings.get('pipeline'), data, where)
     if settings.get('datasets'):
         parts = [_dataset(part, data, file, where) for part in settings['datasets']]
         if any(part != parts[0] for part in parts):
             raise UsageError(
-                f'{where}: {short_name(settings.get("type"))} joins data sets with pipelines or filters of their own, '
-                '--data gives one data set: leave one of them in the config'
+                f'{where}: {short_name(settings.get("type"))} concatenates datasets with different pipelines or '
+                'filters, but --data gives one data set: keep one of them in the config'
             )
         return parts[0]
     if isinstance(settings.get('dataset'), dict):
         if data.task == 'segmentation' and is_type(settings.get('type'), DATASETS, 'ClassBalancedDataset'):
             raise UsageError(
-                f'{where}: ClassBalancedDataset needs classes of whole images, label maps have them by pixel'
+                f'{where}: ClassBalancedDataset needs classes per image, but segmentation masks have them per pixel'
             )
         return {**settings, 'dataset': _dataset(settings['dataset'], data, file, where)}
-    kept = {k: settings[k] for k in KEPT if k in settings}
+    kept = {k: settings[k] for k in RECIPE_KEYS if k in settings}
     meta = dict(classes=tuple(data.classes))
     if data.palette:
         meta['palette'] = data.palette
@@ -204,55 +219,56 @@ def _dataset(settings: dict, data: CheckedDataset, file: str, where: str) -> dic
     if data.task == 'detection':
         return dict(type='CocoDataset', **common, data_prefix=dict(img=''), **kept)
     prefix = dict(img_path='', seg_map_path='')
-    return dict(type='PairedSegDataset', **common, data_prefix=prefix, **data.settings, **kept)
+    return dict(type='PairedSegDataset', **common, data_prefix=prefix, **data.dataset_kwargs, **kept)
 
 
 def _fill_pipeline(steps, data: CheckedDataset, where: str) -> None:
     for step in iter_dicts(steps):
-        kind = step.get('type')
-        if kind is None:
+        type_ = step.get('type')
+        if type_ is None:
             continue
-        unfed = next((what for name, what in UNFED.items() if is_type(kind, TRANSFORMS, name)), None)
-        if is_type(kind, TRANSFORMS, 'LoadAnnotations'):
+        loads = next((what for name, what in UNSUPPORTED_LOADERS.items() if is_type(type_, TRANSFORMS, name)), None)
+        if is_type(type_, TRANSFORMS, 'LoadAnnotations'):
             if data.task == 'detection' and step.get('with_seg'):
-                unfed = 'segmentation of stuff (with_seg=True)'
+                loads = 'segmentation of stuff (with_seg=True)'
             if step.get('with_mask'):
-                step['with_mask'] = data.masks
-        if not data.masks and step.get('by_mask') and is_type(kind, TRANSFORMS, 'FilterAnnotations'):
+                step['with_mask'] = data.has_masks
+        if not data.has_masks and step.get('by_mask') and is_type(type_, TRANSFORMS, 'FilterAnnotations'):
             step['by_mask'] = False
-        if unfed:
+        if loads:
             raise UsageError(
-                f'{where}: {short_name(kind)} reads {unfed}, --data gives {data.task}: take another recipe'
+                f'{where}: {short_name(type_)} loads {loads}, but --data gives {data.task}: use another recipe'
             )
-        if not data.turn and is_type(kind, TRANSFORMS, 'LoadImageFromFile') and step.get('color_type') in COLOR_TYPES:
+        loads_image = is_type(type_, TRANSFORMS, 'LoadImageFromFile')
+        if not data.apply_exif and loads_image and step.get('color_type') in COLOR_TYPES:
             step['color_type'] = f'{step.get("color_type", "color")}_ignore_orientation'
 
 
 def _fill_evaluators(evaluators, data: CheckedDataset, file: str, split: str) -> None:
     for evaluator in as_list(evaluators):
-        kind = evaluator.get('type')
-        if is_type(kind, METRICS, 'CocoMetric') and not is_type(kind, METRICS, *OTHER_METRICS):
+        type_ = evaluator.get('type')
+        if is_type(type_, METRICS, 'CocoMetric') and not is_type(type_, METRICS, *OTHER_COCO_METRICS):
             evaluator['ann_file'] = os.path.abspath(file)
-            if not data.masks:
+            if not data.has_masks:
                 evaluator['metric'] = [m for m in as_list(evaluator.get('metric', 'bbox')) if m != 'segm'] or ['bbox']
-        elif data.task == 'detection' and (evaluator.get('ann_file') or _is_mmdets(kind)):
+        elif data.task == 'detection' and (evaluator.get('ann_file') or _is_mmdet_metric(type_)):
             raise UsageError(
-                f'{split}_evaluator: {short_name(kind)} reads annotations of another kind than --data gives: '
-                "give dict(type='CocoMetric', metric=['bbox', 'segm'])"
+                f'{split}_evaluator: {short_name(type_)} needs other annotations than --data gives: '
+                "use dict(type='CocoMetric', metric=['bbox', 'segm'])"
             )
 
 
-def _is_mmdets(kind) -> bool:
-    """Whether a metric is one of mmdet's own, which all but those that dump predictions want their own data set."""
-    found = class_of(kind, METRICS)
-    return found is not None and found.__module__.startswith('mmdet.') and not found.__name__.startswith('Dump')
+def _is_mmdet_metric(type_) -> bool:
+    """Return whether a metric is mmdet's; all but those that dump predictions need a data set of their own."""
+    cls = class_of(type_, METRICS)
+    return cls is not None and cls.__module__.startswith('mmdet.') and not cls.__name__.startswith('Dump')
 
 
-def _flat(options: Mapping, key: str = '') -> Iterator[tuple[str, object]]:
+def _flatten(options: Mapping, key: str = '') -> Iterator[tuple[str, object]]:
     for name, value in options.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f'{key}{name}.')
+            yield from _flatten(value, f'{key}{name}.')
         elif isinstance(value, Sequence) and not isinstance(value, str):
-            yield from _flat(dict(enumerate(value)), f'{key}{name}.')
+            yield from _flatten(dict(enumerate(value)), f'{key}{name}.')
         else:
             yield f'{key}{name}', value

@@ -1,4 +1,4 @@
-"""The user's own data: `--data PATH` fills in a recipe from what is there, after a check of every image and label."""
+"""Custom data sets: `--data PATH` checks every image and annotation and adapts a recipe to them."""
 
 import argparse
 import importlib
@@ -12,7 +12,7 @@ from ..checkpoints.io import find_state_dicts, load_checkpoint
 from ..errors import UsageError
 from .cache import hold_busy_file, is_local_rank0, load_cached, save_cache, wait_for_cache
 from .configure import apply_dataset, check_cfg_options, check_classes
-from .image_sizes import Limit, limits_of
+from .image_sizes import ResizeLimit, resize_limits
 from .readers import TASKS, detect_tasks, find_sources, read_data
 from .request import CheckedDataset, DatasetRequest, summarize_classes
 
@@ -30,12 +30,17 @@ __all__ = [
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, strict: bool = True) -> None:
-    """The arguments by which a tool is told of the user's own data; `strict` is whether it may refuse them."""
-    group = parser.add_argument_group('own data')
+    """Add the arguments that name a custom data set.
+
+    Args:
+        parser: to add to.
+        strict: whether to add `--strict`.
+    """
+    group = parser.add_argument_group('custom dataset')
     group.add_argument('--data', metavar='PATH', help='folder of a data set, in any layout of docs/datasets.md')
-    group.add_argument('--train-ann', metavar='JSON', help='COCO json to train on, where --data does not find it')
+    group.add_argument('--train-ann', metavar='JSON', help='COCO json to train on, if --data does not find it')
     group.add_argument('--val-ann', metavar='JSON', help='COCO json to evaluate on')
-    group.add_argument('--train-images', metavar='FOLDER', help='images of --train-ann, where they are not found')
+    group.add_argument('--train-images', metavar='FOLDER', help='images of --train-ann, if they are not found')
     group.add_argument('--val-images', metavar='FOLDER', help='images of --val-ann')
     group.add_argument(
         '--val-fraction',
@@ -46,40 +51,40 @@ def add_data_arguments(parser: argparse.ArgumentParser, strict: bool = True) -> 
     group.add_argument(
         '--classes',
         metavar='FILE',
-        help='segmentation: names of the labels, one a line (or JSON, with colours), or ade20k, cityscapes, voc',
+        help='segmentation: file of class names, one per line (or JSON, with colors), or ade20k, cityscapes, voc',
     )
     group.add_argument(
         '--ignore',
         type=int,
         nargs='+',
         metavar='LABEL',
-        help='segmentation: labels that are no class, besides 255; with 0 among them classes begin at 1',
+        help='segmentation: label values to ignore in addition to 255; with 0, class ids start at 1',
     )
     if not strict:
         parser.set_defaults(strict=False)
         return
-    group.add_argument('--strict', action='store_true', help='refuse data of which something must be left out')
+    group.add_argument('--strict', action='store_true', help='stop if anything in the data set has to be dropped')
 
 
 def parse_request(args: argparse.Namespace) -> DatasetRequest | None:
-    """What the arguments ask for; None where they name no data.
+    """Return the data set that the arguments name, None if they name none.
 
     Raises:
-        UsageError: arguments that need others.
+        UsageError: an argument needs another one, or names a folder that does not exist.
     """
-    files = {split: file for split in ('train', 'val') if (file := getattr(args, f'{split}_ann'))}
-    images = {split: folder for split in ('train', 'val') if (folder := getattr(args, f'{split}_images'))}
-    for split in images:
-        if split not in files:
-            raise UsageError(f'--{split}-images goes with --{split}-ann')
-        if not os.path.isdir(images[split]):
-            raise UsageError(f"--{split}-images '{images[split]}' is no folder")
-    if not args.data and not files:
+    ann_files = {split: file for split in ('train', 'val') if (file := getattr(args, f'{split}_ann'))}
+    image_dirs = {split: folder for split in ('train', 'val') if (folder := getattr(args, f'{split}_images'))}
+    for split, folder in image_dirs.items():
+        if split not in ann_files:
+            raise UsageError(f'--{split}-images needs --{split}-ann')
+        if not os.path.isdir(folder):
+            raise UsageError(f"--{split}-images '{folder}' is not a folder")
+    if not args.data and not ann_files:
         for option in ('classes', 'ignore', 'val_fraction', 'strict'):
             if getattr(args, option) not in (None, False):
-                raise UsageError(f'--{option.replace("_", "-")} goes with --data PATH')
+                raise UsageError(f'--{option.replace("_", "-")} needs --data PATH')
         return None
-    return DatasetRequest(args.data, files, images, args.classes, args.ignore, args.val_fraction, args.strict)
+    return DatasetRequest(args.data, ann_files, image_dirs, args.classes, args.ignore, args.val_fraction, args.strict)
 
 
 def apply_custom_data(
@@ -90,48 +95,54 @@ def apply_custom_data(
     checkpoint: str | None = None,
     ratio: float = 1.0,
 ) -> list[str]:
-    """Fill in a config from the data that `request` names, once these are checked; what training reads of them is
-    written into the work dir's folder `data`. One process a machine checks, and not again while nothing changes.
+    """Check a custom data set and adapt a config to it, in place.
+
+    One process per machine checks, and writes what training reads into the folder `data` of the work dir; while
+    nothing changes, later runs read that.
 
     Args:
-        splits: those that are needed; 'test' is val's where there is none.
-        options: the command line's settings, which may not contradict the data.
-        checkpoint: of a model that is tested, whose classes and mask branch are taken, or of a training to resume,
-            whose classes must be these.
-        ratio: the smallest of those by which a multi-scale test changes the config's scale.
+        config: of the recipe, with `work_dir` and `launcher`.
+        request: the data set; None to do nothing.
+        splits: those that are needed; 'test' is val's if the data set has none.
+        options: `--cfg-options`, which must not contradict the data set.
+        checkpoint: of the model to test, from which classes and mask branch are taken, or of the training to resume,
+            whose classes must match.
+        ratio: the smallest scale factor of a multi-scale test.
 
     Returns:
-        What is there and what is wrong with it, in lines.
+        The report, one line each.
 
     Raises:
-        UsageError: the data cannot be used, or with `strict` not all of them.
+        UsageError: the data set cannot be used, or with `strict` something has to be dropped.
     """
     if request is None:
         return []
     task = TASKS.get(config.get('default_scope'))
     if task is None:
         raise UsageError(f"--data: the config's default_scope is {config.get('default_scope')}, not mmdet or mmseg")
-    classes, with_masks = checkpoint_classes(checkpoint) if checkpoint else (None, None)
-    wanted = classes if 'train' not in splits else None
-    folder, limits = os.path.join(config.work_dir, 'data'), limits_of(config, ratio)
-    data, files = _load_or_check(folder, config.launcher, request, task, splits, wanted, limits)
+    classes, keep_mask_branch = checkpoint_classes(checkpoint) if checkpoint else (None, None)
+    fixed_classes = classes if 'train' not in splits else None
+    folder, limits = os.path.join(config.work_dir, 'data'), resize_limits(config, ratio)
+    data, files = _load_or_check(folder, config.launcher, request, task, splits, fixed_classes, limits)
     if 'train' in splits and 'train' not in files:
-        raise UsageError(f'{request.root} has no data to train on: give --train-ann, or a folder with train')
+        raise UsageError(f'{request.root} has no training data: give --train-ann, or a folder with a train split')
     data.report.raise_if_errors(request.strict)
     if classes and classes != data.classes:
         raise UsageError(
-            f'{checkpoint} was trained on {summarize_classes(classes)}; the data have {summarize_classes(data.classes)}'
+            f'{checkpoint} was trained on {summarize_classes(classes)}; '
+            f'the data set has {summarize_classes(data.classes)}'
         )
     check_cfg_options(options or {}, len(data.classes))
-    has_branch = 'mask_head' in (config.model.get('roi_head') or {})  # which a training on boxes takes out
-    with_masks = data.masks if with_masks is None or not has_branch else with_masks
-    data = replace(data, masks=data.masks and with_masks)
+    has_mask_branch = 'mask_head' in (config.model.get('roi_head') or {})  # a training on boxes removed it
+    if keep_mask_branch is None or not has_mask_branch:
+        keep_mask_branch = data.has_masks
+    data = replace(data, has_masks=data.has_masks and keep_mask_branch)
     lines = [f'data: {line}' for line in data.report.lines()]
-    if task == 'detection' and not with_masks and has_branch:
-        lines.append("data: boxes alone, so that the recipe's mask branch is taken out")
+    if task == 'detection' and not keep_mask_branch and has_mask_branch:
+        lines.append("data: boxes without masks; the recipe's mask branch is removed")
     if task == 'segmentation':
         importlib.import_module('convnext_dense.datasets.paired_dataset')
-    apply_dataset(config, data, files, with_masks)
+    apply_dataset(config, data, files, keep_mask_branch)
     return lines
 
 
@@ -142,16 +153,16 @@ def _load_or_check(
     task: str,
     splits: Sequence[str],
     classes: list[str] | None,
-    limits: dict[str, Limit],
+    limits: dict[str, ResizeLimit],
 ) -> tuple[CheckedDataset, dict[str, str]]:
-    """Data, checked now or before, and the files of their splits."""
+    """Return the data set, checked now or before, and the file of each split."""
     key = (task, tuple(splits), classes, os.path.abspath(request.root), replace(request, strict=False))
     key += (str(find_sources(request, task)), str(limits))
     if not is_local_rank0(launcher):
         return wait_for_cache(folder, key)
-    found = load_cached(folder, key)
-    if found:
-        return found
+    cached = load_cached(folder, key)
+    if cached:
+        return cached
     with hold_busy_file(folder):
         data = read_data(request, task, splits, classes, limits)
     data.report.raise_if_errors(request.strict)
@@ -159,7 +170,7 @@ def _load_or_check(
 
 
 def checkpoint_classes(file: str) -> tuple[list[str] | None, bool]:
-    """The classes that a checkpoint was trained on, None where it does not say, and whether it has a mask branch."""
+    """Return the classes of a checkpoint (None if it does not name them), and whether it has a mask branch."""
     content = load_checkpoint(file)
     meta = content.get('meta') or {}
     classes = (meta.get('dataset_meta') or {}).get('classes') or meta.get('CLASSES')

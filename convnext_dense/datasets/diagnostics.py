@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from ..errors import UsageError
 from .check_images import MAX_BYTES, MAX_PIXELS
-from .files import in_bytes, shown
+from .files import format_bytes, to_one_line
 from .image_sizes import STRIDE
 
 # What is done about a problem. The first two are problems of the data, which --strict does not accept.
@@ -32,7 +32,7 @@ RULES = {
     # images, of both tasks
     'missing-image': Rule(DROPPED),
     'not-a-regular-file': Rule(DROPPED, 'a folder, a device or a pipe has its name'),
-    'file-too-large': Rule(DROPPED, f'over {in_bytes(MAX_BYTES)}'),
+    'file-too-large': Rule(DROPPED, f'over {format_bytes(MAX_BYTES)}'),
     'git-lfs-pointer': Rule(DROPPED, 'its content was not fetched; run git lfs pull in the repository it is from'),
     'image-too-large': Rule(DROPPED, TOO_LARGE),
     'empty-file': Rule(DROPPED),
@@ -175,7 +175,7 @@ class Diagnostic:
 
     def in_short(self) -> str:
         """Return code, count and two examples, as a part of a sentence."""
-        return f'{self.code}, {self.count:,} ({", ".join(shown(example, 60) for example in self.examples[:2])})'
+        return f'{self.code}, {self.count:,} ({", ".join(to_one_line(example, 60) for example in self.examples[:2])})'
 
     def describe(self) -> str:
         """Return split, code, count, examples and note in one line."""
@@ -205,7 +205,7 @@ class Report:
         diagnostic = self.diagnostics.setdefault((split, code), Diagnostic(split, code))
         diagnostic.count += count
         if len(diagnostic.examples) < MAX_EXAMPLES:
-            diagnostic.examples.append(shown(example))
+            diagnostic.examples.append(to_one_line(example))
 
     def by_action(self, *actions: str) -> list[Diagnostic]:
         """Return the diagnostics with these actions (default: all), the most serious first."""
@@ -219,7 +219,7 @@ class Report:
 
     def lines(self) -> list[str]:
         """Return the report as lines of text."""
-        return [*map(shown, self.facts), *map(str, self.by_action() or ['no problems found'])]
+        return [*map(to_one_line, self.facts), *map(str, self.by_action() or ['no problems found'])]
 
     def as_data(self) -> dict:
         """Return the report as plain data, for JSON."""

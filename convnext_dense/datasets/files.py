@@ -1,35 +1,28 @@
-"""Files and folders that others wrote: only regular files of at most a stated size are read, folders that hold links to
-themselves are walked once, and names that differ only in how they are written are recognized."""
+"""Safe access to files and folders of any origin.
+
+Only regular files of limited size are read, and folders that link to themselves are walked once.
+"""
 
 import errno
 import os
-import posixpath
-import re
 import stat
 import sys
-from bisect import bisect_left, bisect_right
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from functools import cached_property
-from itertools import takewhile
-from typing import BinaryIO, NamedTuple
-from unicodedata import category, normalize
-from urllib.parse import unquote
+from collections import Counter
+from collections.abc import Iterator
+from typing import BinaryIO
+from unicodedata import category
 
-POINTER = b'version https://git-lfs.github.com/spec/'  # what a file of Git LFS begins with that was not fetched
-MAX_POINTER_BYTES = 1024  # which is what Git LFS itself takes for a pointer
+LFS_POINTER_PREFIX = (
+    b'version https://git-lfs.github.com/spec/'  # what a file of Git LFS begins with that was not fetched
+)
+MAX_POINTER_BYTES = 1024  # as in Git LFS itself
 MAX_LIST_BYTES = 16 * 2**20  # of a list of classes or of names
-MAX_VISITS = 8  # of one folder, which links may show under several names
-HIDDEN = ('.', '__MACOSX')  # how names of folders begin that programs make for themselves
-FEW = 50  # files that are looked at for one name
-ADDRESS = re.compile(
-    r'[a-z][a-z0-9+.-]+://[^/]*/?|[a-z]:/|/', re.IGNORECASE
-)  # what a name of a whole machine begins with
-UNDECODED = re.compile('[\udc80-\udcff]+')  # Python's bytes in names of files
-MAX_SHOWN = 500  # characters of a value in a report
-FLAGS = os.O_RDONLY
+MAX_VISITS = 8  # of one folder, to which several links may lead
+HIDDEN_PREFIXES = ('.', '__MACOSX')  # of folders that programs make for themselves
+MAX_VALUE_LENGTH = 500  # characters of a value in a report
+OPEN_FLAGS = os.O_RDONLY
 for _name in ('O_NONBLOCK', 'O_NOCTTY', 'O_BINARY'):  # not all systems have them
-    FLAGS |= getattr(os, _name, 0)
+    OPEN_FLAGS |= getattr(os, _name, 0)
 UNITS = ((2**30, 'GiB'), (2**20, 'MiB'))
 BOMS = {b'\xef\xbb\xbf': 'utf-8', b'\xff\xfe': 'utf-16-le', b'\xfe\xff': 'utf-16-be'}
 FILE_TYPES = {
@@ -42,36 +35,42 @@ FILE_TYPES = {
 
 
 class NotRegularError(OSError):
-    """A folder, a device, a pipe or a socket in the place of a file."""
+    """A path leads to a folder, a device, a pipe or a socket instead of a file."""
 
 
 class TooLargeError(OSError):
-    """A file beyond the size that is read."""
+    """A file is larger than the caller reads."""
 
 
-class PointerError(OSError):
-    """A pointer of Git LFS in the place of a file, which was not fetched."""
+class LfsPointerError(OSError):
+    """A file is a Git LFS pointer whose content was not fetched."""
 
 
 def open_regular(path: str | os.PathLike, max_bytes: int) -> BinaryIO:
-    """Open a regular file, or a link to one. Nothing else is opened, and what takes its place in the meantime neither
-    blocks nor is read.
+    """Open a regular file, or a link to one, for reading.
+
+    Nothing else is opened; a pipe or device that takes its place in the meantime neither blocks nor is read.
+
+    Args:
+        path: of the file.
+        max_bytes: largest size.
 
     Raises:
-        NotRegularError, TooLargeError: it is none, or larger than `max_bytes`.
-        PointerError: it is a pointer of Git LFS to the file.
+        NotRegularError: it is not a regular file.
+        TooLargeError: it is larger than `max_bytes`.
+        LfsPointerError: it is a Git LFS pointer to the file.
         OSError: it cannot be opened.
     """
     try:
-        _check(os.stat(path), path, max_bytes)
-        file = os.fdopen(os.open(path, FLAGS), 'rb')
+        _check_regular(os.stat(path), path, max_bytes)
+        file = os.fdopen(os.open(path, OPEN_FLAGS), 'rb')
     except ValueError as error:  # a NUL, or a character that no name can hold
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
     try:
-        _check(os.fstat(file.fileno()), path, max_bytes)
-        if size_of(file) < MAX_POINTER_BYTES and file.peek(len(POINTER)).startswith(POINTER):
-            text = 'is a pointer of Git LFS, its content was not fetched: run git lfs pull where it is from'
-            raise PointerError(errno.EINVAL, text, os.fspath(path))
+        _check_regular(os.fstat(file.fileno()), path, max_bytes)
+        if size_of(file) < MAX_POINTER_BYTES and file.peek(len(LFS_POINTER_PREFIX)).startswith(LFS_POINTER_PREFIX):
+            text = 'is a Git LFS pointer, whose content was not fetched: run git lfs pull in the repository it is from'
+            raise LfsPointerError(errno.EINVAL, text, os.fspath(path))
     except OSError:
         file.close()
         raise
@@ -79,14 +78,18 @@ def open_regular(path: str | os.PathLike, max_bytes: int) -> BinaryIO:
 
 
 def read_bytes(path: str | os.PathLike, max_bytes: int) -> bytes:
-    """The content of a regular file; errors as of `open_regular`."""
+    """Read a regular file; errors as of `open_regular`."""
     with open_regular(path, max_bytes) as file:
         return file.read(size_of(file))
 
 
 def read_text(path: str | os.PathLike, errors: str = 'surrogateescape') -> str:
-    """The text of a list in a regular file: UTF-8, or as its byte order mark says; other bytes become what Python makes
-    of them in names of files, or as `errors` says. Errors as of `open_regular`."""
+    """Read the text of a regular file; errors as of `open_regular`.
+
+    Args:
+        path: of the file, in UTF-8 or the encoding of its byte order mark.
+        errors: how invalid UTF-8 is decoded (default: as Python decodes file names).
+    """
     data = read_bytes(path, MAX_LIST_BYTES)
     mark = next((mark for mark in BOMS if data.startswith(mark)), b'')
     encoding = BOMS.get(mark, 'utf-8')
@@ -94,7 +97,7 @@ def read_text(path: str | os.PathLike, errors: str = 'surrogateescape') -> str:
 
 
 def read_start(path: str | os.PathLike, size: int) -> str:
-    """The first bytes of a regular file as text; nothing of what is none."""
+    """Read the first bytes of a regular file as text; empty if it cannot be read."""
     try:
         with open_regular(path, 2**63) as file:
             return file.read(size).decode('utf-8', 'replace')
@@ -103,27 +106,32 @@ def read_start(path: str | os.PathLike, size: int) -> str:
 
 
 def size_of(file: BinaryIO) -> int:
-    """The bytes of an open file now; of one that grows no more are read."""
+    """Return the size of an open file in bytes; callers read no more of one that grows."""
     return os.fstat(file.fileno()).st_size
 
 
-def in_bytes(size: int) -> str:
-    """A number of bytes in words."""
+def format_bytes(size: int) -> str:
+    """Return a number of bytes with a unit."""
     unit, name = next(((unit, name) for unit, name in UNITS if size >= unit), (1, 'bytes'))
     return f'{size / unit:,.4g} {name}'
 
 
 def walk(root: str | os.PathLike, depth: int | None = None, hidden: bool = True) -> Iterator[tuple[str, list[str]]]:
-    """A folder and those in and below it, each with the names of its files, in the order of names, those further up
-    first. Links are followed, but never to a folder that holds the link; a folder that many links lead to is visited a
-    few times.
+    """Walk a folder and those below it in the order of names, parents first.
+
+    Links are followed, except to a folder that contains the link; a folder to which many links lead is visited at most
+    `MAX_VISITS` times.
 
     Args:
-        depth: levels of folders, the first included.
-        hidden: whether folders whose names begin with a dot, and macOS's of archives, are entered.
+        root: folder to begin with.
+        depth: levels of folders, the first included; None for all.
+        hidden: whether to enter folders whose names begin as `HIDDEN_PREFIXES`.
+
+    Yields:
+        Each folder and the names of its files.
     """
     root = os.fspath(root)
-    visits, waiting = Counter(), [(root, 1, _parents(root))]
+    visits, waiting = Counter(), [(root, 1, _ancestors(root))]
     while waiting:
         folder, level, above = waiting.pop()
         try:
@@ -142,13 +150,13 @@ def walk(root: str | os.PathLike, depth: int | None = None, hidden: bool = True)
             continue
         above = above | {own}
         for entry in reversed(folders):
-            if hidden or not entry.name.startswith(HIDDEN):
-                linked = above | _parents(entry.path) if entry.is_symlink() else above
+            if hidden or not entry.name.startswith(HIDDEN_PREFIXES):
+                linked = above | _ancestors(entry.path) if entry.is_symlink() else above
                 waiting.append((entry.path, level + 1, linked))
 
 
 def files_below(root: str | os.PathLike, hidden: bool = True) -> set[str]:
-    """The files in and below a folder, relative to it, with forward slashes."""
+    """Return the paths of the files in and below a folder, relative to it and with forward slashes."""
     root, found = os.fspath(root), set()
     for folder, names in walk(root, hidden=hidden):
         at = os.path.relpath(folder, root).replace(os.sep, '/')
@@ -156,155 +164,49 @@ def files_below(root: str | os.PathLike, hidden: bool = True) -> set[str]:
     return found
 
 
-def folders_in(folder: str | os.PathLike, most: int) -> list[str]:
-    """The first `most` folders in a folder, without hidden ones and links to folders that hold them."""
+def folders_in(folder: str | os.PathLike, limit: int) -> list[str]:
+    """Return the first `limit` folders in a folder, without hidden ones and links to folders that contain them."""
     try:
         with os.scandir(folder) as entries:
-            found = sorted(e.path for e in entries if _is_folder(e) and not e.name.startswith(HIDDEN))[:most]
-        above = _parents(folder) | {_identity(folder)}
+            found = sorted(e.path for e in entries if _is_folder(e) and not e.name.startswith(HIDDEN_PREFIXES))[:limit]
+        above = _ancestors(folder) | {_identity(folder)}
         return [path for path in found if not (os.path.islink(path) and _identity(path) in above)]
     except OSError:
         return []
 
 
-class Files:
-    """Paths of files (`exact`), found by other spellings and by the endings of names."""
-
-    def __init__(self, paths: Iterable[str]):
-        self.exact = set(paths)
-
-    @cached_property
-    def _backwards(self) -> tuple[list[str], list[str]]:
-        """Paths from their last part to the first, in order, and as they are."""
-        pairs = sorted((_backwards(path), path) for path in self.exact)
-        return [key for key, _ in pairs], [path for _, path in pairs]
-
-    def alike(self, path: str) -> list[str]:
-        """The first few that are a path but for how they are written."""
-        return self._between(_backwards(path), '')
-
-    def ending(self, path: str) -> tuple[int, list[str]]:
-        """The first few that have the longest ending in common with a path, and how many parts of it that is."""
-        keys, key = self._backwards[0], _backwards(path)
-        at = bisect_left(keys, key)
-        n = max((_common(key, near) for near in keys[max(at - 1, 0) : at + 1]), default=0)
-        common = '\0'.join([*key.split('\0')[:n], ''])
-        return n, self._between(common, chr(sys.maxunicode)) if n else []
-
-    def _between(self, key: str, beyond: str) -> list[str]:
-        keys, paths = self._backwards
-        first = bisect_left(keys, key)
-        return paths[first : min(bisect_right(keys, key + beyond), first + FEW)]
-
-
-class Match(NamedTuple):
-    """For names the one that is there of each, and for others the several that it may be."""
-
-    found: Mapping[str, str] = {}
-    ambiguous: Mapping[str, list[str]] = {}
-
-
-def match(names: Iterable[str], there: Collection[str]) -> Match:
-    """Find names among those that are there: themselves, or else the one that differs only in how it is written."""
-    names, found, ambiguous = dict.fromkeys(names), {}, {}
-    found.update((name, name) for name in names if name in there)
-    rest, free = defaultdict(list), defaultdict(list)
-    for name in names:
-        if name not in found:
-            rest[spelled(name)].append(name)
-    for name in there if rest else ():
-        if name not in found:
-            free[spelled(name)].append(name)
-    for key, alike in rest.items():
-        if len(alike) == len(free[key]) == 1:
-            found[alike[0]] = free[key][0]
-        elif free[key]:
-            ambiguous.update((name, free[key]) for name in alike)
-    return Match(found, ambiguous)
-
-
-def path_in(name: str) -> tuple[str, str]:
-    """The path in a name of a file, with forward slashes alone, and what is before its first folder: the root of a
-    machine, or the beginning of an address."""
-    path = name.replace('\\', '/')
-    if '?d=' in path:  # Label Studio's local files
-        return posixpath.normpath(path.split('?d=')[-1].lstrip('/')), ''
-    begin = ADDRESS.match(path)
-    if not begin:
-        return posixpath.normpath(path), ''
-    path = path[begin.end() :].split('?')[0].split('#')[0]
-    return posixpath.normpath(f'/{path}').lstrip('/'), begin[0].lower()
-
-
-def spelled(path: str) -> str:
-    """A path without what may be written in another way: percent escapes, slashes, case, how letters with marks are
-    made, and bytes that Python could not decode as it was told the encoding of names."""
-    if '%' in path:
-        path = unquote(path, errors='surrogateescape')
-    path = path.replace('\\', '/')
-    return path.lower() if path.isascii() else normalize('NFC', UNDECODED.sub(_decoded, path).lower())
-
-
-def as_bytes(name: str) -> bytes:
-    """A name of a file as it is on the disk, whatever the locale; of what can be none, something that is its own."""
-    try:
-        return name.encode('utf-8', 'surrogateescape')
-    except UnicodeEncodeError:
-        return name.encode('utf-8', 'surrogatepass')
-
-
 def is_text(text: str) -> bool:
-    """Whether a text has no control characters and can be written to a file."""
+    """Return whether a text has no control characters and can be written to a file."""
     return not any(category(c) in ('Cc', 'Cs') for c in text)
 
 
-def shown(value: object, most: int = MAX_SHOWN) -> str:
-    """A value of the user's as a part of one line."""
+def to_one_line(value: object, max_length: int = MAX_VALUE_LENGTH) -> str:
+    """Return a value of any origin as printable text of limited length, for a message."""
     try:
         text = str(value)
     except (RecursionError, ValueError):  # nested too deeply, or a number of too many digits
         return f'a {type(value).__name__}'
-    text = text if len(text) <= most else f'{text[:most]}...'
+    text = text if len(text) <= max_length else f'{text[:max_length]}...'
     return text if text.isprintable() else repr(text)[1:-1]
 
 
-def why(error: Exception) -> str:
-    """What an error of JSON or another text says, as a part of one line."""
+def parse_error(error: Exception) -> str:
+    """Return what an error of a parser of JSON or another text says, for a message."""
     if isinstance(error, RecursionError):
         return 'it is nested too deeply'
     if isinstance(error, UnicodeDecodeError):
         return 'it is not UTF-8'
     if 'integer string conversion' in str(error):
         return f'a number of more than {sys.get_int_max_str_digits():,} digits'
-    return shown(error)
+    return to_one_line(error)
 
 
-def _decoded(undecoded: re.Match) -> str:
-    """Bytes in a name: UTF-8 where the locale is of ASCII alone, or Latin-1 of an older machine."""
-    data = undecoded[0].encode('utf-8', 'surrogateescape')
-    try:
-        return data.decode('utf-8')
-    except UnicodeDecodeError:
-        return data.decode('latin-1')
-
-
-def _backwards(path: str) -> str:
-    """A path's spelling from its last part to the first, each with an end that comes before all characters."""
-    return ''.join(f'{part}\0' for part in reversed(spelled(path).split('/')))
-
-
-def _common(first: str, second: str) -> int:
-    """In how many parts two paths from their last to their first are the same."""
-    parts = zip(first.split('\0')[:-1], second.split('\0')[:-1])
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], parts))
-
-
-def _check(state: os.stat_result, path: str | os.PathLike, max_bytes: int) -> None:
+def _check_regular(state: os.stat_result, path: str | os.PathLike, max_bytes: int) -> None:
     if not stat.S_ISREG(state.st_mode):
         what = next((what for is_one, what in FILE_TYPES.items() if is_one(state.st_mode)), 'something else')
         raise NotRegularError(errno.EINVAL, f'is {what}, not a regular file', os.fspath(path))
     if state.st_size > max_bytes:
-        text = f'has {in_bytes(state.st_size)}, of such a file at most {in_bytes(max_bytes)} are read'
+        text = f'has {format_bytes(state.st_size)}, but at most {format_bytes(max_bytes)} of such a file are read'
         raise TooLargeError(errno.EFBIG, text, os.fspath(path))
 
 
@@ -320,8 +222,8 @@ def _identity(folder: str | os.PathLike) -> tuple[int, int]:
     return state.st_dev, state.st_ino
 
 
-def _parents(folder: str | os.PathLike) -> frozenset[tuple[int, int]]:
-    """The folders that hold the folder that a path leads to."""
+def _ancestors(folder: str | os.PathLike) -> frozenset[tuple[int, int]]:
+    """Return the identities of the folders that contain the folder to which a path leads."""
     found, at = set(), os.path.realpath(folder)
     while (parent := os.path.dirname(at)) != at:
         at = parent

@@ -1,4 +1,4 @@
-"""What a recipe's pipeline makes of the sizes of images: of long, thin ones a side becomes too short for it."""
+"""Image sizes after the resize of a recipe's pipeline, in which a side of a long, thin image may become too short."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,65 +8,85 @@ from mmengine.registry import MODELS, TRANSFORMS
 
 from ..config.tree import as_list, iter_dicts
 from ..type_names import is_type
+from . import SPLITS
 
-SPLITS = ('train', 'val', 'test')
-STRIDE = 32  # of the backbone's last stage: of fewer pixels, and without padding, nothing is left there
+STRIDE = 32  # of the backbone's last stage, in which nothing is left of fewer pixels without padding
 
 
-class Limit(NamedTuple):
-    """The smallest scales to which a split's images are resized with their ratio kept, as mmcv has them (two sides, in
-    any order), and the pixels that have to be left of each side."""
+class ResizeLimit(NamedTuple):
+    """What the resize of a split's pipeline must leave of an image.
+
+    Attributes:
+        scales (tuple[tuple[int, int], ...]): smallest scales of resizes that keep the ratio, as mmcv has them: two
+            sides in pixels, in any order.
+        min_side (int): pixels that must be left of each side.
+    """
 
     scales: tuple[tuple[int, int], ...] = ()
-    least: int = 1
+    min_side: int = 1
 
 
-# Of the recipes of 512 x 512, and of COCO, where no config says it.
-LIMITS = {
-    'detection': {'train': Limit(((400, 1333),)), 'val': Limit(((1333, 800),)), 'test': Limit(((1333, 800),))},
+# Of the ADE20K recipes of 512 x 512 and of the COCO recipes, for checks without a config.
+DEFAULT_LIMITS = {
+    'detection': {
+        'train': ResizeLimit(((400, 1333),)),
+        'val': ResizeLimit(((1333, 800),)),
+        'test': ResizeLimit(((1333, 800),)),
+    },
     'segmentation': {
-        'train': Limit(((1024, 256),)),
-        'val': Limit(((2048, 512),), STRIDE),
-        'test': Limit(((2048, 512),), STRIDE),
+        'train': ResizeLimit(((1024, 256),)),
+        'val': ResizeLimit(((2048, 512),), STRIDE),
+        'test': ResizeLimit(((2048, 512),), STRIDE),
     },
 }
 
 
-def limits_of(config: Config, ratio: float = 1.0) -> dict[str, Limit]:
-    """The limits of each split by the pipelines and the model of a config; `ratio` is the smallest of those by which
-    a multi-scale test changes the test's scales."""
+def resize_limits(config: Config, ratio: float = 1.0) -> dict[str, ResizeLimit]:
+    """Return the limit of each split of a config.
+
+    Args:
+        config: with pipelines and model.
+        ratio: smallest scale factor of a multi-scale test.
+    """
     limits = {}
     for split in SPLITS:
         steps = list(iter_dicts((config.get(f'{split}_dataloader') or {}).get('dataset')))
-        hooks = config.get('custom_hooks') if split == 'train' else None  # which may have pipelines for later epochs
-        scales = [scale for step in [*steps, *iter_dicts(hooks)] for scale in _scales(step)]
+        hooks = config.get('custom_hooks') if split == 'train' else None  # they may have pipelines for later epochs
+        scales = [scale for step in [*steps, *iter_dicts(hooks)] for scale in _min_scales(step)]
         if split == 'test':
             scales = [tuple(int(side * ratio) for side in scale) for scale in scales]
-        pads = _pads(config.model.get('data_preprocessor') or {}, split, steps)
-        is_ours = is_type((config.model.get('backbone') or {}).get('type'), MODELS, 'ConvNeXt')
-        limits[split] = Limit(_smallest(scales), STRIDE if is_ours and not pads else 1)
+        pads = _pads_to_stride(config.model.get('data_preprocessor') or {}, split, steps)
+        is_convnext = is_type((config.model.get('backbone') or {}).get('type'), MODELS, 'ConvNeXt')
+        limits[split] = ResizeLimit(_drop_larger_scales(scales), STRIDE if is_convnext and not pads else 1)
     return limits
 
 
-def too_thin(size: tuple[int, int], limit: Limit) -> tuple[str, str] | None:
-    """The kind of problem of an image of a size, width and height, that is resized, and what comes of it; None where
-    it has none."""
+def too_thin(size: tuple[int, int], limit: ResizeLimit) -> tuple[str, str] | None:
+    """Check whether a resize leaves enough of an image.
+
+    Args:
+        size: width and height of the image.
+        limit: of its split.
+
+    Returns:
+        The code of the problem and the sizes before and after; None if there is none.
+    """
     sizes = [resized(size, scale) for scale in limit.scales] or [size]
-    least = min(sizes, key=min)
-    if min(least) >= limit.least:
+    smallest = min(sizes, key=min)
+    if min(smallest) >= limit.min_side:
         return None
-    kind = 'image-resized-to-zero' if min(least) < 1 else 'image-below-stride'
-    return kind, f'{size[0]} x {size[1]} becomes {least[0]} x {least[1]}'
+    code = 'image-resized-to-zero' if min(smallest) < 1 else 'image-below-stride'
+    return code, f'{size[0]} x {size[1]} becomes {smallest[0]} x {smallest[1]}'
 
 
 def resized(size: tuple[int, int], scale: tuple[int, int]) -> tuple[int, int]:
-    """What mmcv makes of a size within a scale, with the ratio kept."""
+    """Return the size after mmcv's resize to a scale with the ratio kept."""
     factor = min(max(scale) / max(size), min(scale) / min(size))
     return int(size[0] * factor + 0.5), int(size[1] * factor + 0.5)
 
 
-def _scales(step: dict) -> Iterator[tuple[int, int]]:
-    """The scales to which a step of a pipeline resizes images with their ratio kept, of a range the smallest."""
+def _min_scales(step: dict) -> Iterator[tuple[int, int]]:
+    """Iterate over the scales of a transform that resizes with the ratio kept; of a range the smallest."""
     kind = step.get('type')
     if kind is None or not step.get('keep_ratio'):
         return
@@ -81,19 +101,19 @@ def _scales(step: dict) -> Iterator[tuple[int, int]]:
                 yield (scale, scale) if isinstance(scale, int) else tuple(scale)
 
 
-def _smallest(scales: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Scales without those that hold another one."""
+def _drop_larger_scales(scales: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Return the scales that contain no other one."""
     scales = list(dict.fromkeys(scales))
-    return tuple(scale for scale in scales if not any(_holds(scale, other) for other in scales))
+    return tuple(scale for scale in scales if not any(_contains(scale, other) for other in scales))
 
 
-def _holds(scale: tuple[int, int], other: tuple[int, int]) -> bool:
+def _contains(scale: tuple[int, int], other: tuple[int, int]) -> bool:
     mine, theirs = sorted(scale), sorted(other)
     return mine != theirs and mine[0] >= theirs[0] and mine[1] >= theirs[1]
 
 
-def _pads(preprocessor: dict, split: str, steps: list[dict]) -> bool:
-    """Whether images are padded to the stride before they come to the backbone."""
+def _pads_to_stride(preprocessor: dict, split: str, steps: list[dict]) -> bool:
+    """Return whether images are padded to the stride before they reach the backbone."""
     own = preprocessor if split == 'train' else preprocessor.get('test_cfg') or {}
     sides = [*as_list(own.get('size')), own.get('size_divisor'), preprocessor.get('pad_size_divisor')]
     return any(side and side >= STRIDE for side in sides) or any(

@@ -1,4 +1,4 @@
-"""Segmentation data as a list of pairs, for mmseg: images of mixed endings, in any folders."""
+"""mmseg dataset of a list of image and mask files, in any folders and with any suffixes."""
 
 from os.path import join
 
@@ -9,21 +9,23 @@ from mmseg.datasets import BaseSegDataset
 
 @DATASETS.register_module()
 class PairedSegDataset(BaseSegDataset):
-    """Pairs of an image and a label map. `ann_file` is JSON, a list of [image, label map], relative to `data_root`.
+    """Pairs of an image and its segmentation mask.
 
     Args:
-        label_map: pairs of a label and its class, for labels that are not the number of their class; 255 is ignored.
-            Labels are looked up after `reduce_zero_label`.
+        label_map: pairs of a label value and its class index, for values that are not the index of their class; 255 is
+            ignored. It is applied after `reduce_zero_label`.
+        **kwargs: of `BaseSegDataset`. `ann_file` is JSON, a list of [image, mask] relative to `data_root`.
     """
 
     def __init__(self, label_map: list[list[int]] | None = None, **kwargs) -> None:
-        self.changed_labels = dict(label_map) if label_map else None
+        self.custom_label_map = dict(label_map) if label_map else None
         super().__init__(**kwargs)
 
     def load_data_list(self) -> list[dict]:
-        images, labels = self.data_prefix['img_path'], self.data_prefix['seg_map_path']
-        common = dict(label_map=self.changed_labels, reduce_zero_label=self.reduce_zero_label)
+        """Return one dict per pair, as mmseg's pipelines take them."""
+        image_prefix, mask_prefix = self.data_prefix['img_path'], self.data_prefix['seg_map_path']
+        common = dict(label_map=self.custom_label_map, reduce_zero_label=self.reduce_zero_label)
         return [
-            dict(img_path=join(images, image), seg_map_path=join(labels, label), seg_fields=[], **common)
-            for image, label in load(self.ann_file)
+            dict(img_path=join(image_prefix, image), seg_map_path=join(mask_prefix, mask), seg_fields=[], **common)
+            for image, mask in load(self.ann_file)
         ]

@@ -1,4 +1,4 @@
-"""Segmentation data: images and label maps, wherever they lie, read and checked."""
+"""Reading and checking a segmentation data set: images and segmentation masks."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,10 +8,11 @@ import numpy as np
 
 from ..errors import UsageError
 from .check_images import ImageInfo, MaskInfo, inspect_all, inspect_pair
-from .check_masks import LabelSpec, class_files, infer_class_count, infer_label_spec, validate_labels, validate_pairs
+from .check_masks import LabelSpec, infer_class_count, infer_label_spec, validate_labels, validate_pairs
+from .class_names import class_files
 from .diagnostics import Report
-from .image_sizes import Limit
-from .layouts import find_folders, pair_files
+from .image_sizes import ResizeLimit
+from .layouts import Pairing, find_folders, pair_files
 from .request import (
     CheckedDataset,
     DatasetRequest,
@@ -26,82 +27,125 @@ from .request import (
 
 
 def read_segmentation(
-    request: DatasetRequest, splits: Sequence[str], classes: Sequence[str] | None, limits: Mapping[str, Limit]
+    request: DatasetRequest, splits: Sequence[str], classes: Sequence[str] | None, limits: Mapping[str, ResizeLimit]
 ) -> CheckedDataset:
-    """As asking.read_data, of label maps."""
+    """Read and check a segmentation data set; arguments as of `readers.read_data`."""
     root, report = request.root, Report()
-    layout, folders = find_folders(root)
-    main, said = next(split for split in ('train', 'all', *folders) if split in folders), ''
-    more = pair_files(folders[main]).more
-    found = {split: pair_files(of, more) for split, of in folders.items()}
-    if more.startswith('_gtFine') and 'val' in found:
-        found.pop('test', None)  # Cityscapes' labels of it are not given out
-    kinds = infer_label_spec(root, layout, more, request.classes, request.ignore)
-    if main in ('train', 'all') and 'val' not in found:
-        names, said = split_by_hash([str(image) for image, _ in found[main].pairs], request, root)
-        train, val = ([p for p in found[main].pairs if (str(p[0]) in names) == second] for second in (False, True))
-        found |= {
-            'train': found[main]._replace(pairs=train),
-            'val': found[main]._replace(pairs=val, bare=[], lone=[], twice=[], other=[], ambiguous=[]),
-        }
-    check_val_fraction(request, said)
-    found = select_splits(found, splits, root)
-    report.facts.append(f'{root}: label maps, laid out as {layout}{said}')
-    pairs = [pair for of in found.values() for pair in of.pairs]
-    both = inspect_all(inspect_pair, [(str(image), str(labels)) for image, labels in pairs], 'images and label maps')
-    seen, maps = ({pair[i]: facts[i] for pair, facts in both.items()} for i in (0, 1))
-    if kinds.names is None:
-        kinds = kinds._replace(names=list(classes)) if classes else infer_class_count(maps, kinds, root)
-    if classes and list(classes) != kinds.names:
+    layout, split_dirs = find_folders(root)
+    main_split = next(split for split in ('train', 'all', *split_dirs) if split in split_dirs)
+    mask_suffix = pair_files(split_dirs[main_split]).mask_suffix
+    pairings = {split: pair_files(dirs, mask_suffix) for split, dirs in split_dirs.items()}
+    if mask_suffix.startswith('_gtFine') and 'val' in pairings:
+        pairings.pop('test', None)  # Cityscapes does not publish the masks of its test split
+    spec = infer_label_spec(root, layout, mask_suffix, request.classes, request.ignore_labels)
+    split_note = ''
+    if main_split in ('train', 'all') and 'val' not in pairings:
+        split_note = _split_pairings(pairings, main_split, request)
+    check_val_fraction(request, split_note)
+    pairings = select_splits(pairings, splits, root)
+    report.facts.append(f'{root}: segmentation masks, layout {layout}{split_note}')
+
+    pairs = [pair for pairing in pairings.values() for pair in pairing.pairs]
+    items = [(str(image), str(mask)) for image, mask in pairs]
+    infos = inspect_all(inspect_pair, items, 'images and segmentation masks')
+    image_infos = {image: info for (image, _), (info, _) in infos.items()}
+    mask_infos = {mask: info for (_, mask), (_, info) in infos.items()}
+    if spec.names is None:
+        spec = spec._replace(names=list(classes)) if classes else infer_class_count(mask_infos, spec, root)
+    if classes and list(classes) != spec.names:
         raise UsageError(
-            f"{root} has {summarize_classes(kinds.names)}; the checkpoint's are {summarize_classes(classes)}"
+            f"{root} has {summarize_classes(spec.names)}; the checkpoint's are {summarize_classes(classes)}"
         )
-    validate_labels(maps, kinds, report)
-    turn = decide_exif_handling(pairs, seen, maps)
-    made, pixels = {}, {}
-    for split, of in found.items():
-        for kind, paths in (
-            ('unmatched-image', of.bare),
-            ('unmatched-mask', of.lone),
-            ('duplicate-stem', of.twice),
-        ):
-            for path in paths:
-                report.add(split, kind, path.name)
-        for kind, names in (('name-spelling-mismatch', of.other), ('ambiguous-name', of.ambiguous)):
-            for name in names:
-                report.add(split, kind, name)
-        limit = limits.get(split, Limit())
-        kept, pixels[split] = validate_pairs(of.pairs, seen, maps, kinds, turn, split, report, limit)
-        made[split] = [[relative_to_root(path, root) for path in pair] for pair in kept]
-        report.facts.append(f'{split}: {len(kept):,} images with label maps')
-        report_empty(report, split, len(kept), root)
-    report_class_usage(pixels, kinds, report)
-    by_name = {relative_to_root(path, root): facts for path, facts in seen.items()}
-    report_duplicates({split: [image for image, _ in kept] for split, kept in made.items()}, by_name, report)
-    ends = {kinds.labels[0]: kinds.names[0], kinds.labels[-1]: kinds.names[-1]}
+    validate_labels(mask_infos, spec, report)
+    apply_exif = decide_exif_handling(pairs, image_infos, mask_infos)
+    contents, pixels = {}, {}
+    for split, pairing in pairings.items():
+        _report_pairing(pairing, split, report)
+        usable, pixels[split] = validate_pairs(
+            pairing.pairs, image_infos, mask_infos, spec, apply_exif, split, report, limits.get(split, ResizeLimit())
+        )
+        contents[split] = [[relative_to_root(path, root) for path in pair] for pair in usable]
+        report.facts.append(f'{split}: {len(usable):,} images with segmentation masks')
+        report_empty(report, split, len(usable), root)
+    report_class_usage(pixels, spec, report)
+    image_names = {split: [image for image, _ in content] for split, content in contents.items()}
+    report_duplicates(image_names, {relative_to_root(path, root): i for path, i in image_infos.items()}, report)
+    report.facts.append(_describe_labels(spec))
+    watched = [*class_files(root, request.classes), *{path for dirs in split_dirs.values() for path in dirs[:2]}]
+    return CheckedDataset(
+        'segmentation',
+        os.path.abspath(root),
+        spec.names,
+        contents,
+        report,
+        palette=spec.palette,
+        apply_exif=apply_exif,
+        dataset_kwargs=spec.dataset_kwargs,
+        watched_paths=[os.path.abspath(path) for path in watched],
+    )
+
+
+def _split_pairings(pairings: dict[str, Pairing], main_split: str, request: DatasetRequest) -> str:
+    """Split the pairs of `main_split` into train and val, in place; return a note for the report."""
+    pairing = pairings[main_split]
+    val_names, split_note = split_by_hash([str(image) for image, _ in pairing.pairs], request, request.root)
+    train, val = ([p for p in pairing.pairs if (str(p[0]) in val_names) == is_val] for is_val in (False, True))
+    pairings['train'] = pairing._replace(pairs=train)
+    pairings['val'] = Pairing(val, [], [], pairing.mask_suffix)  # what has no pair is reported once, for train
+    return split_note
+
+
+def _report_pairing(pairing: Pairing, split: str, report: Report) -> None:
+    """Report files without a pair, and names that do not match as they are written."""
+    for code, paths in (
+        ('unmatched-image', pairing.unmatched_images),
+        ('unmatched-mask', pairing.unmatched_masks),
+        ('duplicate-stem', pairing.duplicate_stems),
+    ):
+        for path in paths:
+            report.add(split, code, path.name)
+    for code, examples in (
+        ('name-spelling-mismatch', pairing.respelled),
+        ('ambiguous-name', pairing.ambiguous),
+    ):
+        for example in examples:
+            report.add(split, code, example)
+
+
+def _describe_labels(spec: LabelSpec) -> str:
+    """Return the classes, the labels of the first and the last one, and the ignored labels."""
+    ends = {spec.labels[0]: spec.names[0], spec.labels[-1]: spec.names[-1]}
     labels = ', '.join(f'label {label} is {name}' for label, name in ends.items())
-    ignored = ', '.join(map(str, sorted(kinds.ignored)))
-    report.facts.append(f'{summarize_classes(kinds.names)}; {labels}; labels that are ignored: {ignored}')
-    places = [*class_files(root, request.classes), *{place for of in folders.values() for place in of[:2]}]
-    common = dict(palette=kinds.palette, turn=turn, settings=kinds.settings, places=[*map(os.path.abspath, places)])
-    return CheckedDataset('segmentation', os.path.abspath(root), kinds.names, made, report, **common)
+    ignored = ', '.join(map(str, sorted(spec.ignored)))
+    return f'{summarize_classes(spec.names)}; {labels}; ignored labels: {ignored}'
 
 
-def decide_exif_handling(pairs: list[tuple[Path, Path]], seen: dict[str, ImageInfo], maps: dict[str, MaskInfo]) -> bool:
-    """As detection.turn_by_exif, by the sizes of the label maps."""
-    turned = [(seen[str(i)], maps[str(m)]) for i, m in pairs if seen[str(i)].turned]
-    odd = [(image, found) for image, found in turned if image.width != image.height]
-    fits = any((i.width, i.height) == (m.width, m.height) for i, m in odd)
-    return fits or not any((i.height, i.width) == (m.width, m.height) for i, m in odd)
+def decide_exif_handling(
+    pairs: list[tuple[Path, Path]], images: Mapping[str, ImageInfo], masks: Mapping[str, MaskInfo]
+) -> bool:
+    """Return whether images are to be rotated as EXIF says, which is what training does by default.
+
+    They are not if sizes of masks fit images as they are stored, and none fits a rotated one.
+    """
+    infos = [(images[str(image)], masks[str(mask)]) for image, mask in pairs if images[str(image)].exif_swapped]
+    infos = [(image, mask) for image, mask in infos if image.width != image.height]
+    fits_rotated = any((i.width, i.height) == (m.width, m.height) for i, m in infos)
+    return fits_rotated or not any((i.height, i.width) == (m.width, m.height) for i, m in infos)
 
 
-def report_class_usage(totals: dict[str, np.ndarray], classes: LabelSpec, report: Report) -> None:
-    """Report classes that no label map has, or none of train."""
-    for i, name in enumerate(classes.names):
-        if not any(total[i] for total in totals.values()):
+def report_class_usage(pixels: dict[str, np.ndarray], spec: LabelSpec, report: Report) -> None:
+    """Report classes without pixels, in all splits or in train.
+
+    Args:
+        pixels: number of pixels of each class, by split.
+        spec: the classes.
+        report: to add to.
+    """
+    for i, name in enumerate(spec.names):
+        if not any(counts[i] for counts in pixels.values()):
             report.add('all', 'class-never-annotated', name)
-        elif 'train' in totals and not totals['train'][i]:
-            report.add(next(s for s in totals if totals[s][i]), 'class-not-in-train', name)
-    trained = np.flatnonzero(totals.get('train', ())).tolist()
-    if len(trained) == 1 < len(classes.names):
-        report.add('train', 'single-class-in-train', classes.names[trained[0]])
+        elif 'train' in pixels and not pixels['train'][i]:
+            report.add(next(split for split in pixels if pixels[split][i]), 'class-not-in-train', name)
+    trained = np.flatnonzero(pixels.get('train', ())).tolist()
+    if len(trained) == 1 < len(spec.names):
+        report.add('train', 'single-class-in-train', spec.names[trained[0]])

@@ -1,12 +1,13 @@
-"""From a folder to checked data of the task that a recipe is for."""
+"""From a folder to a checked data set of the task that a recipe is for."""
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from ..errors import UsageError
-from .image_sizes import LIMITS, Limit
-from .layouts import describe_unsupported, find_annotations, find_folders
+from .foreign_layouts import describe_unsupported
+from .image_sizes import DEFAULT_LIMITS, ResizeLimit
+from .layouts import find_annotations, find_folders
 from .read_coco import find_files, read_detection
 from .read_masks import read_segmentation
 from .request import CheckedDataset, DatasetRequest
@@ -14,36 +15,36 @@ from .request import CheckedDataset, DatasetRequest
 TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation'}  # by the default_scope of a config
 FINDERS = {'detection': find_annotations, 'segmentation': find_folders}
 READERS = {'detection': read_detection, 'segmentation': read_segmentation}
-DESCRIPTIONS = {'detection': 'COCO json', 'segmentation': 'label maps'}
+DESCRIPTIONS = {'detection': 'COCO json', 'segmentation': 'segmentation masks'}
 RECIPES = {'detection': 'configs/cascade/convnext_t.py', 'segmentation': 'configs/upernet/convnext_t.py'}
 
 
 def detect_tasks(request: DatasetRequest) -> list[str]:
-    """For which tasks ('detection', 'segmentation') there are data.
+    """Return the tasks ('detection', 'segmentation') for which a data set has annotations.
 
     Raises:
-        UsageError: for none, with what is there instead.
+        UsageError: there are none; the message says what the folder holds instead.
     """
-    if request.files:
+    if request.ann_files:
         return ['detection']
     root = request.root
-    found = [task for task, find in FINDERS.items() if root.is_dir() and find(root)]
-    if not found:
+    tasks = [task for task, find in FINDERS.items() if root.is_dir() and find(root)]
+    if not tasks:
         raise UsageError(f'{root} {describe_unsupported(root)}')
-    return found
+    return tasks
 
 
 def find_sources(request: DatasetRequest, task: str) -> tuple[str, dict]:
-    """The layout of the data of a task, and the file or folders of each split.
+    """Return the layout of a data set, and the file or folders of each split.
 
     Raises:
-        UsageError: there are none, or they are of the other task.
+        UsageError: there are no annotations, or they are for the other task.
     """
-    there = detect_tasks(request)
-    if task not in there:
+    tasks = detect_tasks(request)
+    if task not in tasks:
         raise UsageError(
-            f'{request.root} holds {DESCRIPTIONS[there[0]]}, {task} takes {DESCRIPTIONS[task]}: '
-            f'take a recipe of {there[0]}, such as {RECIPES[there[0]]}'
+            f'{request.root} holds {DESCRIPTIONS[tasks[0]]}, but {task} needs {DESCRIPTIONS[task]}: '
+            f'use a {tasks[0]} recipe, such as {RECIPES[tasks[0]]}'
         )
     return find_files(request) if task == 'detection' else find_folders(request.root)
 
@@ -53,30 +54,38 @@ def read_data(
     task: str,
     splits: Sequence[str],
     classes: Sequence[str] | None = None,
-    limits: Mapping[str, Limit] | None = None,
+    limits: Mapping[str, ResizeLimit] | None = None,
 ) -> CheckedDataset:
-    """Find, read and check the data of a task in some splits ('train', 'val', 'test'; those that are there).
+    """Find, read and check a data set.
 
     Args:
-        classes: the classes of a trained model, which then are the data's, in this order.
-        limits: of the sizes of images in each split; the recipes' where none are given.
+        request: names the data set.
+        task: 'detection' or 'segmentation'.
+        splits: of 'train', 'val', 'test'; those that do not exist are left out.
+        classes: of a trained model, which then are the data set's, in this order.
+        limits: of image sizes by split (default: those of the recipes).
+
+    Returns:
+        The usable part of the data set; problems are in its report.
 
     Raises:
-        UsageError: there are none, or they are of another kind; what is wrong with them is in the report.
+        UsageError: there are no annotations, or they are for the other task.
     """
     find_sources(request, task)
-    with _without_collector():
-        return READERS[task](request, splits, classes, limits or LIMITS[task])
+    with _gc_disabled():
+        return READERS[task](request, splits, classes, limits or DEFAULT_LIMITS[task])
 
 
 @contextmanager
-def _without_collector() -> Iterator[None]:
-    """The values of a file are millions and hold no cycles: Python's collector would walk all of them ever again, in
-    more time than the checks take."""
-    was_on = gc.isenabled()
+def _gc_disabled() -> Iterator[None]:
+    """Disable Python's cyclic garbage collector.
+
+    The millions of values of a large JSON file have no cycles, and walking them takes longer than the checks.
+    """
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was_on:
+        if was_enabled:
             gc.enable()

@@ -1,4 +1,4 @@
-"""What the user asks for, what comes of it, and what reading both kinds of data shares."""
+"""What the user asks for, the checked data set that results, and what detection and segmentation share on the way."""
 
 import hashlib
 import os
@@ -9,36 +9,56 @@ from pathlib import Path
 from ..errors import UsageError
 from .check_images import ImageInfo
 from .diagnostics import UNTRAINABLE_CODES, Report
-from .files import as_bytes
+from .file_names import encode_name
 
-CAUSES = 3  # that are named where nothing is left
-HELD_OUT = 0.1  # of the images, where nothing says which are for evaluation
+MAX_CAUSES = 3  # named where nothing is left of a split
+DEFAULT_VAL_FRACTION = 0.1  # of the images, where the data set has no validation split
 
 
 @dataclass
 class DatasetRequest:
-    """What the user asks for. `path` is the folder; `files` and `images` are explicit COCO json and folders of images
-    by split; `classes` a file or a known name; `ignore` labels that are no class; `held_out` the share of images for
-    evaluation where the data are not split."""
+    """A data set as the command line names it.
+
+    Attributes:
+        path (str | None): folder of the data set.
+        ann_files (dict[str, str]): COCO json by split; these take precedence over what `path` holds.
+        image_dirs (dict[str, str]): folder of the images by split of `ann_files`.
+        classes (str | None): segmentation: a file of class names, or 'ade20k', 'cityscapes', 'voc'.
+        ignore_labels (Sequence[int] | None): segmentation: label values to ignore in addition to 255.
+        val_fraction (float | None): fraction of the images used for validation when the data set has no split.
+        strict (bool): whether to raise if anything has to be dropped.
+    """
 
     path: str | None = None
-    files: dict[str, str] = field(default_factory=dict)
-    images: dict[str, str] = field(default_factory=dict)
+    ann_files: dict[str, str] = field(default_factory=dict)
+    image_dirs: dict[str, str] = field(default_factory=dict)
     classes: str | None = None
-    ignore: Sequence[int] | None = None
-    held_out: float | None = None
+    ignore_labels: Sequence[int] | None = None
+    val_fraction: float | None = None
     strict: bool = False
 
     @property
     def root(self) -> Path:
-        return Path(self.path or os.path.dirname(next(iter(self.files.values()))) or '.')
+        """The folder to which paths of the data set are relative."""
+        return Path(self.path or os.path.dirname(next(iter(self.ann_files.values()))) or '.')
 
 
 @dataclass
 class CheckedDataset:
-    """Checked data: `splits` holds what is written for each, COCO's dict or a list of pairs; `turn` is whether images
-    are turned as EXIF says; `masks` whether annotations have masks (detection); `settings` what PairedSegDataset is
-    told of labels (segmentation); `places` are the files and folders that were read."""
+    """A data set of which only usable images and annotations are left.
+
+    Attributes:
+        task (str): 'detection' or 'segmentation'.
+        root (str): absolute path to which file names are relative.
+        classes (list[str]): class names, in the order of their indices.
+        splits (dict[str, object]): by split a COCO dict (detection) or a list of [image, segmentation mask].
+        report (Report): what the data set holds, and what is wrong with it.
+        palette (list | None): RGB colors of the classes.
+        apply_exif (bool): whether images are rotated as EXIF says.
+        has_masks (bool): detection: whether annotations have masks.
+        dataset_kwargs (dict): segmentation: arguments of `PairedSegDataset` that map labels to classes.
+        watched_paths (list[str]): files and folders whose changes invalidate the cache.
+    """
 
     task: str
     root: str
@@ -46,82 +66,105 @@ class CheckedDataset:
     splits: dict[str, object]
     report: Report
     palette: list | None = None
-    turn: bool = True
-    masks: bool = True
-    settings: dict = field(default_factory=dict)
-    places: list[str] = field(default_factory=list)
+    apply_exif: bool = True
+    has_masks: bool = True
+    dataset_kwargs: dict = field(default_factory=dict)
+    watched_paths: list[str] = field(default_factory=list)
 
 
 def split_by_hash(names: Sequence[str], request: DatasetRequest, root: Path | None = None) -> tuple[set[str], str]:
-    """The names (relative to `root`) that are held out for evaluation, and what says so. A hash of each decides: data
-    that grow move no image from one side to the other."""
-    share = HELD_OUT if request.held_out is None else request.held_out
-    if not 0 < share < 1:
-        raise UsageError(f'--val-fraction {share}: give a share between 0 and 1, such as 0.1')
+    """Choose a random validation split.
 
-    def drawn(name: str) -> float:
+    An image is used for validation if the hash of its name falls below the fraction, so that no image changes its
+    split when others are added.
+
+    Args:
+        names: of the images.
+        request: gives the fraction.
+        root: if given, names are hashed relative to it.
+
+    Returns:
+        The names of the validation split (at least one), and a note for the report.
+
+    Raises:
+        UsageError: the fraction is not between 0 and 1.
+    """
+    fraction = DEFAULT_VAL_FRACTION if request.val_fraction is None else request.val_fraction
+    if not 0 < fraction < 1:
+        raise UsageError(f'--val-fraction {fraction}: give a fraction between 0 and 1, such as 0.1')
+
+    def hash_of(name: str) -> float:
         text = relative_to_root(name, root) if root else name
-        digest = hashlib.sha256(as_bytes(text)).digest()
+        digest = hashlib.sha256(encode_name(text)).digest()
         return int.from_bytes(digest[:6], 'big') / 2**48
 
-    out = {name for name in names if drawn(name) < share} or set(sorted(names, key=drawn)[:1])
-    count = f'{len(out):,} of {len(names):,}'
-    said = f'; nothing says what is for evaluation: {count} images are held out, by their names'
-    return out, said
+    val_names = {name for name in names if hash_of(name) < fraction} or set(sorted(names, key=hash_of)[:1])
+    count = f'{len(val_names):,} of {len(names):,}'
+    return val_names, f'; random validation split: {count} images, chosen by the hash of the file name'
 
 
-def check_val_fraction(request: DatasetRequest, said: str) -> None:
-    """Raise UsageError where a share was asked for of data that nothing is held out of."""
-    if request.held_out is not None and not said:
-        raise UsageError('--val-fraction is for data without a split: these have one')
+def check_val_fraction(request: DatasetRequest, split_note: str) -> None:
+    """Raise UsageError if a fraction is given for a data set that has a validation split."""
+    if request.val_fraction is not None and not split_note:
+        raise UsageError('--val-fraction is for a data set without a validation split; this one has one: leave it out')
 
 
-def select_splits(found: Mapping, splits: Sequence[str], root: Path) -> dict:
-    """What was found of the splits, val's as 'test' where that alone is asked for; UsageError where none is."""
-    if 'test' in splits and 'val' not in splits and 'val' in found:
-        found = {'test': found['val'], **found}
-    kept = {split: found[split] for split in splits if split in found}
-    if not kept:
-        raise UsageError(f'{root} has no {" or ".join(splits)} data: it has {", ".join(found)}')
-    return kept
+def select_splits(by_split: Mapping, splits: Sequence[str], root: Path) -> dict:
+    """Select the requested splits that exist; 'test' is val's where val itself is not requested.
+
+    Raises:
+        UsageError: none exists.
+    """
+    if 'test' in splits and 'val' not in splits and 'val' in by_split:
+        by_split = {'test': by_split['val'], **by_split}
+    selected = {split: by_split[split] for split in splits if split in by_split}
+    if not selected:
+        raise UsageError(f'{root} has no {" or ".join(splits)} data; it has {", ".join(by_split)}')
+    return selected
 
 
-def report_empty(report: Report, split: str, usable: int, folder: Path) -> None:
-    """Report a split of which nothing is left, and what most of it was lost to."""
-    if usable:
+def report_empty(report: Report, split: str, num_usable: int, folder: Path) -> None:
+    """Report a split of which nothing is left, with the most frequent causes."""
+    if num_usable:
         return
     diagnostics = [d for d in report.by_action() if d.split in (split, 'all')]
     causes = [d for d in diagnostics if d.is_problem or d.code in UNTRAINABLE_CODES]
     causes = causes or [d for d in diagnostics if d.code == 'image-without-annotations']
     causes.sort(key=lambda diagnostic: diagnostic.count, reverse=True)
-    said = '; '.join(cause.in_short() for cause in causes[:CAUSES]) or 'no images'
-    report.add(split, 'nothing-to-train-on' if split == 'train' else 'nothing-to-evaluate', f'{folder}: {said}')
+    summary = '; '.join(cause.in_short() for cause in causes[:MAX_CAUSES]) or 'no images'
+    report.add(split, 'nothing-to-train-on' if split == 'train' else 'nothing-to-evaluate', f'{folder}: {summary}')
 
 
-def report_duplicates(names: Mapping[str, Sequence[str]], seen: Mapping[str, ImageInfo], report: Report) -> None:
-    """Report images that are there twice, in a split or in train and another."""
-    first: dict[str, tuple[str, str]] = {}
-    for split, of in names.items():
-        for name in of:
-            there = first.setdefault(seen[name].digest, (split, name))
-            if there != (split, name):
-                kind = 'duplicate-image' if there[0] == split else 'train-image-in-val'
-                report.add(split, kind, f'{name} is {there[1]}')
+def report_duplicates(names: Mapping[str, Sequence[str]], infos: Mapping[str, ImageInfo], report: Report) -> None:
+    """Report images with the same bytes, within a split or in train and another one.
+
+    Args:
+        names: of the images by split.
+        infos: of the images by name.
+        report: to add to.
+    """
+    first_by_digest: dict[str, tuple[str, str]] = {}
+    for split, names_of_split in names.items():
+        for name in names_of_split:
+            first = first_by_digest.setdefault(infos[name].digest, (split, name))
+            if first != (split, name):
+                code = 'duplicate-image' if first[0] == split else 'train-image-in-val'
+                report.add(split, code, f'{name} is {first[1]}')
 
 
 def summarize_classes(classes: Sequence[str]) -> str:
-    """How many classes there are, and the first few."""
+    """Return how many classes there are, and the first six names."""
     names = ', '.join(classes[:6]) + (', ...' if len(classes) > 6 else '')
     return f'{len(classes)} class{"" if len(classes) == 1 else "es"}: {names}'
 
 
 def is_below(path: str | Path, folder: str | Path) -> bool:
-    """Whether a path is a folder or lies in it, by names alone."""
+    """Return whether a path is a folder or lies in it, by names alone."""
     full, top = os.path.abspath(path), os.path.abspath(folder)
     return full == top or full.startswith(top.rstrip(os.sep) + os.sep)
 
 
 def relative_to_root(path: str | Path, root: Path) -> str:
-    """A path relative to the data's root, or absolute where it lies elsewhere."""
+    """Return a path relative to the data set's root, or absolute where it lies elsewhere."""
     full, top = os.path.abspath(path), os.path.abspath(root)
     return os.path.relpath(full, top) if is_below(full, top) and full != top else full

@@ -1,14 +1,16 @@
-"""A data set that needs no download: textured shapes that hide one another, drawn with the same bytes everywhere.
+"""Toy data set of textured, overlapping shapes; it needs no download and has the same bytes on every machine.
 
     python -m convnext_dense.datasets.toy_shapes ROOT
 
-writes train/ and val/ (RGB images), annotations/instances_{train,val}.json (COCO: boxes and polygons of what is
-visible), labels/{train,val}/ (ADE20K: label maps) and shapes.json (what was asked for). Outline, texture and hue tell
-the classes, so that minutes suffice to learn them; size and angle do not, and grounds are dull, with the same textures.
+writes train/ and val/ (RGB images), annotations/instances_{train,val}.json (COCO: boxes and polygons of the visible
+parts), labels/{train,val}/ (segmentation masks as in ADE20K) and shapes.json (the arguments). Outline, texture and
+color identify the classes, so that minutes suffice to learn them; size and angle do not, and backgrounds are dull, with
+the same textures.
 
-The bytes depend on the seed alone: RandomState's stream is frozen, and only `randint` and `random_sample` are asked
-for; floats meet only + - * / floor and comparisons, which IEEE 754 settles to the last bit (no sin, no sums); the PNG
-are not compressed, so that no version of zlib matters.
+The bytes depend only on the seed: the stream of `RandomState` is frozen, and only `randint` and `random_sample` are
+used; floats are only added, subtracted, multiplied, divided, floored and compared, which IEEE 754 defines to the last
+bit (no sin, no sums). The PNGs are written here, without compression: what OpenCV and Pillow write depends on their
+versions and on that of zlib.
 """
 
 import argparse
@@ -25,8 +27,8 @@ import numpy as np
 
 from ..errors import UsageError
 
-# Corners in the unit circle; the disc has none and is all that lies within a radius of 0.8.
-CORNERS = {
+# Corners in the unit circle; the disc has none: it is what lies within a radius of 0.8.
+SHAPE_CORNERS = {
     'disc': (),
     'square': ((-0.68, -0.68), (0.68, -0.68), (0.68, 0.68), (-0.68, 0.68)),
     'triangle': ((0, -1), (0.866, 0.5), (-0.866, 0.5)),
@@ -45,49 +47,62 @@ CORNERS = {
         (-0.3, -0.3),
     ),
 }
-CLASSES = tuple(CORNERS)
-TEXTURES = ('plain', 'stripes', 'checks', 'blotches')  # of the classes in order; a ground has any of them
-LABELS = ('ground', *CLASSES)  # label maps hold 1 + the index of these, and 0 on the borders of shapes
-PALETTE = [[90, 90, 90], [220, 60, 50], [140, 220, 60], [60, 200, 200], [150, 60, 220]]  # RGB of LABELS
-SPLITS = ('train', 'val')
+CLASSES = tuple(SHAPE_CORNERS)
+TEXTURES = ('plain', 'stripes', 'checks', 'blotches')  # of the classes in order; a background has any of them
+LABEL_NAMES = ('ground', *CLASSES)  # masks hold 1 + the index of these, and 0 on the borders of shapes
+PALETTE = [[90, 90, 90], [220, 60, 50], [140, 220, 60], [60, 200, 200], [150, 60, 220]]  # RGB of LABEL_NAMES
+TOY_SPLITS = ('train', 'val')
 
-FORMAT = 1  # of the bytes: a change of what is drawn or written counts it up
+FORMAT_VERSION = 1  # increase it with any change of the bytes
 ARG_RANGES = {'seed': (0, 2**32 - 1), 'train': (0, 999999), 'val': (0, 999999), 'size': (64, 1024)}
-RADIUS = (15, 34)  # least and greatest circumradius in pixels of an image of 128 x 128
-MAX_TILT = 0.13  # tangent of half the greatest angle by which a shape is turned: 15 degrees; textures turn freely
-CONTRAST = 80  # least sum over R, G, B of the differences between the mean colours of a shape and the ground
-HUES = ((190, 70, 70), (130, 190, 70), (70, 190, 190), (130, 70, 190))  # RGB of the classes, a quarter turn apart
-SWING_OF_GROUND, SWING_OF_SHAPE = (0, 9), (24, 41)  # least and greatest contrast of textures in each of R, G, B
-TRIES = 200  # places tried per image before it makes do with fewer shapes
+RADIUS_RANGE = (15, 34)  # of the circumradius, in pixels of an image of 128 x 128
+MAX_TILT = 0.13  # tangent of half the largest rotation of a shape: 15 degrees; textures are rotated freely
+MIN_COLOR_DISTANCE = 80  # L1, between the mean RGB colors of a shape and the background
+# RGB of the classes: hues a quarter turn apart.
+CLASS_COLORS = ((190, 70, 70), (130, 190, 70), (70, 190, 190), (130, 70, 190))
+BACKGROUND_CONTRAST, SHAPE_CONTRAST = (0, 9), (24, 41)  # of textures, in each of R, G, B; from, and below
+MAX_PLACEMENTS = 200  # tried per image, which may then have fewer shapes
 
-# The sides of a pixel, clockwise: step to the pixel beyond, from the pixel to the side's first corner, along the side.
-SIDES = (((0, -1), (0, 0), (1, 0)), ((1, 0), (1, 0), (0, 1)), ((0, 1), (1, 1), (-1, 0)), ((-1, 0), (0, 1), (0, -1)))
+# The sides of a pixel, clockwise: step to the neighbor, from the pixel to the side's first corner, along the side.
+PIXEL_SIDES = (
+    ((0, -1), (0, 0), (1, 0)),
+    ((1, 0), (1, 0), (0, 1)),
+    ((0, 1), (1, 1), (-1, 0)),
+    ((-1, 0), (0, 1), (0, -1)),
+)
 
 
 class Scene(NamedTuple):
-    """An image and what is on it."""
+    """An image and its shapes.
 
-    image: np.ndarray  # H x W x 3, RGB, uint8
-    instances: np.ndarray  # H x W, uint8: 0 is ground, k the visible pixels of the k-th shape
-    categories: list[int]  # index into CLASSES of each shape, from the lowest to the topmost
-    areas: list[int]  # pixels of each shape when nothing hides any
+    Attributes:
+        image (np.ndarray): (H, W, 3), RGB, uint8.
+        instances (np.ndarray): (H, W), uint8: 0 is background, k the visible pixels of the k-th shape.
+        categories (list[int]): index into `CLASSES` of each shape, from the lowest to the topmost.
+        areas (list[int]): pixels of each shape, hidden ones included.
+    """
+
+    image: np.ndarray
+    instances: np.ndarray
+    categories: list[int]
+    areas: list[int]
 
 
 def draw(rng: np.random.RandomState, size: int) -> Scene:
-    """Draw 2 to 5 shapes on a ground of `size` x `size` pixels; each of them shows at least half of itself."""
+    """Draw 2 to 5 shapes on a background of `size` x `size` pixels; at least half of each is visible."""
     y, x = np.mgrid[:size, :size] + 0.5
-    ground = _background_color(rng)
-    image = _texture(rng, rng.randint(len(TEXTURES)), SWING_OF_GROUND, ground, x, y)
+    background = _background_color(rng)
+    image = _texture(rng, rng.randint(len(TEXTURES)), BACKGROUND_CONTRAST, background, x, y)
     instances = np.zeros((size, size), np.uint8)
     scene = Scene(image, instances, [], [])
     count = rng.randint(2, 6)
-    for _ in range(TRIES):
+    for _ in range(MAX_PLACEMENTS):
         if len(scene.areas) == count:
             break
         category = rng.randint(len(CLASSES))
-        mean = _foreground_color(rng, category)
+        color = _foreground_color(rng, category)
         shape = _shape(rng, CLASSES[category], x, y)
-        if np.abs(mean - ground).sum() < CONTRAST:
+        if np.abs(color - background).sum() < MIN_COLOR_DISTANCE:
             continue
         if any(
             not _is_visible_enough((instances == k) & ~shape, scene.areas[k - 1])
@@ -97,47 +112,53 @@ def draw(rng: np.random.RandomState, size: int) -> Scene:
             continue
         scene.categories.append(int(category))
         scene.areas.append(int(shape.sum()))
-        image[shape] = _texture(rng, category, SWING_OF_SHAPE, mean, x, y)[shape]
+        image[shape] = _texture(rng, category, SHAPE_CONTRAST, color, x, y)[shape]
         instances[shape] = len(scene.areas)
     return scene
 
 
 def outline(mask: np.ndarray) -> list[list[tuple[int, int]]]:
-    """The boundary of an H x W mask as closed loops of corners (x, y) of pixels, without corners on straight lines.
+    """Trace the boundary of a mask.
 
-    Pixels that share a side are in one loop, pixels that share only a corner need not be. Seen on the screen, loops
-    go clockwise, and those around holes the other way.
+    Pixels that share a side are in one loop, pixels that share only a corner need not be. On the screen, loops go
+    clockwise, and those around holes counterclockwise.
+
+    Args:
+        mask: (H, W).
+
+    Returns:
+        Closed loops of corners (x, y) of pixels, without corners on straight lines.
     """
     inside = np.pad(np.asarray(mask, bool), 1)
     sides = set()
-    for turn, ((over, down), (right, below), _) in enumerate(SIDES):
+    for turn, ((over, down), (right, below), _) in enumerate(PIXEL_SIDES):
         y, x = np.nonzero(inside & ~np.roll(inside, (-down, -over), (0, 1)))
         sides.update(zip((x - 1 + right).tolist(), (y - 1 + below).tolist(), [turn] * len(x)))
     loops = []
     while sides:
         side = min(sides)  # the top left corner of its loop
-        loop, followed = [], set()
-        while side not in followed:
-            followed.add(side)
+        loop, visited = [], set()
+        while side not in visited:
+            visited.add(side)
             x, y, turn = side
-            x, y = x + SIDES[turn][2][0], y + SIDES[turn][2][1]
-            # Where two pixels touch at a corner there are two ways on: the right turn stays with this pixel.
+            x, y = x + PIXEL_SIDES[turn][2][0], y + PIXEL_SIDES[turn][2][1]
+            # If two pixels touch at a corner there are two ways to go: the right turn stays with this pixel.
             side = next(s for t in (1, 0, 3) if (s := (x, y, (turn + t) % 4)) in sides)
             if side[2] != turn:
                 loop.append((x, y))
-        sides -= followed
+        sides -= visited
         loops.append(loop)
     return loops
 
 
-def annotations(scene: Scene) -> list[dict]:
-    """What COCO says of each shape's visible pixels: category_id from 1, segmentation, area, bbox (x, y, w, h)."""
-    found = []
+def coco_annotations(scene: Scene) -> list[dict]:
+    """Return category_id (from 1), segmentation, area and bbox of the visible part of each shape, as in COCO."""
+    annotations = []
     for k, category in enumerate(scene.categories, 1):
         visible = scene.instances == k
         loops = outline(visible)
         x, y = zip(*(corner for loop in loops for corner in loop))
-        found.append(
+        annotations.append(
             dict(
                 category_id=category + 1,
                 iscrowd=0,
@@ -146,19 +167,19 @@ def annotations(scene: Scene) -> list[dict]:
                 segmentation=[[value for corner in loop for value in corner] for loop in loops],
             )
         )
-    return found
+    return annotations
 
 
-def label_map(scene: Scene) -> np.ndarray:
-    """H x W, uint8: 1 + index into LABELS; 0 where a shape's pixel is beside one of another label."""
+def segmentation_mask(scene: Scene) -> np.ndarray:
+    """Return 1 + the index into `LABEL_NAMES`, or 0 on borders of shapes, of each pixel: (H, W), uint8."""
     labels = np.array([1] + [2 + category for category in scene.categories], np.uint8)[scene.instances]
     padded = np.pad(labels, 1, mode='edge')
-    beside = [np.roll(padded, step, (0, 1))[1:-1, 1:-1] for step, _, _ in SIDES]
-    return labels * ((labels == 1) | np.all(labels == beside, 0))
+    neighbors = [np.roll(padded, step, (0, 1))[1:-1, 1:-1] for step, _, _ in PIXEL_SIDES]
+    return labels * ((labels == 1) | np.all(labels == neighbors, 0))
 
 
-def png(pixels: np.ndarray) -> bytes:
-    """The PNG file of H x W (grey) or H x W x 3 (RGB) uint8 pixels, not compressed."""
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Return the uncompressed PNG file of an image: (H, W) gray or (H, W, 3) RGB, uint8."""
     height, width = pixels.shape[:2]
     rows = b''.join(b'\0' + row.tobytes() for row in pixels)
     blocks = [rows[i : i + 65535] for i in range(0, len(rows), 65535)]
@@ -177,15 +198,20 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def write(root: str | Path, seed: int = 0, train: int = 400, val: int = 100, size: int = 128) -> bool:
-    """Draw the data set into the new folder `root`, whole or not at all; False if that very data set is there already.
+    """Draw the data set into a new folder, completely or not at all.
 
     Args:
-        train: number of training images. More of them leave the earlier ones as they are.
-        val: number of validation images, likewise.
+        root: the folder.
+        seed: of the images.
+        train: number of images to train on. With more of them, the first ones stay the same.
+        val: number of images to evaluate on; likewise.
         size: side of the images in pixels.
 
+    Returns:
+        Whether it was drawn; False if it exists already with these arguments.
+
     Raises:
-        UsageError: a number out of range, something else at `root`, or a place that cannot be written.
+        UsageError: a number is out of range, `root` holds something else, or it cannot be written.
     """
     root, request = Path(root), dict(seed=seed, train=train, val=val, size=size)
     for name, (low, high) in ARG_RANGES.items():
@@ -193,21 +219,21 @@ def write(root: str | Path, seed: int = 0, train: int = 400, val: int = 100, siz
             raise UsageError(f'{name}={request[name]!r}: give a whole number from {low} to {high}')
     try:
         if root.exists():
-            if _request_at(root) == dict(format=FORMAT, **request):
+            if _request_at(root) == dict(format=FORMAT_VERSION, **request):
                 return False
             raise UsageError(
-                f'{root} holds something else than these shapes ({_format_request(request)}): '
-                f'remove it or give another folder'
+                f'{root} exists already and is not this data set ({_format_request(request)}): '
+                f'remove it or choose another folder'
             )
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f'.{root.name}-', dir=root.parent) as temporary:
-            whole = Path(temporary, 'shapes')
-            for split in SPLITS:
-                _write_split(whole, split, seed, request[split], size)
-            _write_json(whole / 'shapes.json', dict(format=FORMAT, **request))
-            whole.rename(root)
+            complete = Path(temporary, 'shapes')
+            for split in TOY_SPLITS:
+                _write_split(complete, split, seed, request[split], size)
+            _write_json(complete / 'shapes.json', dict(format=FORMAT_VERSION, **request))
+            complete.rename(root)
     except OSError as error:
-        raise UsageError(f'{root} cannot be written ({error.strerror}): give another folder') from error
+        raise UsageError(f'{root} cannot be written ({error.strerror}): choose another folder') from error
     return True
 
 
@@ -217,14 +243,14 @@ def _write_split(root: Path, split: str, seed: int, count: int, size: int) -> No
         folder.mkdir(parents=True, exist_ok=True)
     coco = dict(images=[], annotations=[], categories=[dict(id=i, name=name) for i, name in enumerate(CLASSES, 1)])
     for index in range(1, count + 1):
-        scene = draw(np.random.RandomState([seed, SPLITS.index(split), index]), size)
+        scene = draw(np.random.RandomState([seed, TOY_SPLITS.index(split), index]), size)
         name = f'{index:06d}.png'
-        (images / name).write_bytes(png(scene.image))
-        (labels / name).write_bytes(png(label_map(scene)))
+        (images / name).write_bytes(encode_png(scene.image))
+        (labels / name).write_bytes(encode_png(segmentation_mask(scene)))
         coco['images'].append(dict(id=index, file_name=name, width=size, height=size))
         coco['annotations'] += [
             dict(id=i, image_id=index, **annotation)
-            for i, annotation in enumerate(annotations(scene), len(coco['annotations']) + 1)
+            for i, annotation in enumerate(coco_annotations(scene), len(coco['annotations']) + 1)
         ]
     _write_json(instances, coco)
 
@@ -245,54 +271,59 @@ def _format_request(request: dict) -> str:
 
 
 def _background_color(rng: np.random.RandomState) -> np.ndarray:
-    """A mean colour of a ground; like _vivid's it leaves room for what _texture adds and takes."""
+    """Return a mean RGB color of a background; `_texture` varies it without over- or underflow."""
     return rng.randint(80, 176) + rng.randint(-12, 13, 3)
 
 
 def _foreground_color(rng: np.random.RandomState, category: int) -> np.ndarray:
-    """A mean colour of a shape, near the hue of its class."""
-    return np.array(HUES[category]) + rng.randint(-16, 17, 3)
+    """Return a mean RGB color of a shape, near that of its class."""
+    return np.array(CLASS_COLORS[category]) + rng.randint(-16, 17, 3)
 
 
 def _texture(
-    rng: np.random.RandomState, kind: int, swing: tuple[int, int], mean: np.ndarray, x: np.ndarray, y: np.ndarray
+    rng: np.random.RandomState,
+    texture: int,
+    contrast_range: tuple[int, int],
+    mean: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
 ) -> np.ndarray:
-    """One of TEXTURES in two colours at most `swing` from the mean, and grey noise: H x W x 3, uint8."""
-    period, swing, grain = 3 + rng.randint(6), rng.randint(*swing, 3), rng.randint(2, 9)
-    across, along = (1 - 2 * (np.floor(turned / period).astype(int) & 1) for turned in _rotate(rng, x, y, 1))
+    """Return one of `TEXTURES` in two colors around the mean, with gray noise: (H, W, 3), uint8."""
+    period, contrast, amplitude = 3 + rng.randint(6), rng.randint(*contrast_range, 3), rng.randint(2, 9)
+    across, along = (1 - 2 * (np.floor(rotated / period).astype(int) & 1) for rotated in _rotate(rng, x, y, 1))
     blotches = 1 - 2 * rng.randint(0, 2, x.shape).repeat(3, 0).repeat(3, 1)[: len(x), : len(x)]
-    pattern = dict(plain=0 * across, stripes=across, checks=across * along, blotches=blotches)[TEXTURES[kind]]
-    noise = rng.randint(-grain, grain + 1, x.shape)
-    return (mean + pattern[..., None] * swing + noise[..., None]).astype(np.uint8)
+    pattern = dict(plain=0 * across, stripes=across, checks=across * along, blotches=blotches)[TEXTURES[texture]]
+    noise = rng.randint(-amplitude, amplitude + 1, x.shape)
+    return (mean + pattern[..., None] * contrast + noise[..., None]).astype(np.uint8)
 
 
-def _rotate(rng: np.random.RandomState, x: np.ndarray, y: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray]:
-    """x and y turned around the origin by a random angle, the tangent of whose half is at most `most`."""
-    t = most * (2 * rng.random_sample() - 1)
+def _rotate(rng: np.random.RandomState, x: np.ndarray, y: np.ndarray, max_tan: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rotate x and y by a random angle; the tangent of its half is at most `max_tan`."""
+    t = max_tan * (2 * rng.random_sample() - 1)
     cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
     return cos * x + sin * y, cos * y - sin * x
 
 
 def _shape(rng: np.random.RandomState, name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The pixels of a shape at a random place, angle, size and aspect, whole inside the image: H x W, bool."""
+    """Return the pixels of a shape of random position, angle, size and aspect within the image: (H, W), bool."""
     size = len(x)
-    radius = size * (RADIUS[0] + (RADIUS[1] - RADIUS[0]) * rng.random_sample()) / 128
+    radius = size * (RADIUS_RANGE[0] + (RADIUS_RANGE[1] - RADIUS_RANGE[0]) * rng.random_sample()) / 128
     aspect = 0.75 + 0.25 * rng.random_sample()
     left, top = (radius + (size - 2 * radius) * rng.random_sample() for _ in 'xy')
     u, v = _rotate(rng, (x - left) / radius, (y - top) / radius, MAX_TILT)
     v = v / aspect
     if name == 'disc':
         return u * u + v * v < 0.64
-    corners, inside = CORNERS[name], np.zeros(x.shape, bool)
+    corners, inside = SHAPE_CORNERS[name], np.zeros(x.shape, bool)
     for (u1, v1), (u2, v2) in zip(corners, corners[1:] + corners[:1]):
-        # Even-odd: a ray to the right of a pixel's centre crosses the edge.
+        # Even-odd rule: does a ray to the right of the pixel's center cross the edge?
         crosses = (v1 > v) != (v2 > v)
         inside ^= crosses & (((u - u1) * (v2 - v1) < (v - v1) * (u2 - u1)) == (v1 < v2))
     return inside
 
 
 def _is_visible_enough(visible: np.ndarray, area: int) -> bool:
-    """Whether half of a shape of `area` pixels is visible or more, and without holes, which polygons cannot say."""
+    """Return whether at least half of a shape of `area` pixels is visible, without holes: polygons have none."""
     return 2 * visible.sum() >= area and all(_turns_clockwise(loop) for loop in outline(visible))
 
 
@@ -301,10 +332,11 @@ def _turns_clockwise(loop: list[tuple[int, int]]) -> bool:
 
 
 def main() -> int:
+    """Run as a command; return the exit status."""
     parser = argparse.ArgumentParser(
         prog='python -m convnext_dense.datasets.toy_shapes',
         allow_abbrev=False,
-        description='Draw the data set of shapes into a new folder.',
+        description='Draw the toy data set into a new folder.',
     )
     parser.add_argument('root', help='the folder')
     parser.add_argument('--seed', type=int, default=0)
@@ -314,7 +346,7 @@ def main() -> int:
     request = vars(parser.parse_args())
     root = request.pop('root')
     try:
-        done = 'drew the shapes into' if write(root, **request) else 'the shapes are already in'
+        done = 'drew the toy data set into' if write(root, **request) else 'the toy data set is already in'
     except UsageError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
@@ -324,5 +356,5 @@ def main() -> int:
 
 if __name__ == '__main__':
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))  # by way of removing what is half drawn
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))  # removes what is half drawn
     sys.exit(main())

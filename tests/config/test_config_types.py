@@ -1,4 +1,4 @@
-"""Configs as other people write them, on own data: types with a scope, as classes, derived; wrapped data sets; heads of
+"""Configs as other people write them, on custom datasets: types with a scope, as classes, derived; wrapped data sets; heads of
 every kind. And config files that are data, which are read as such."""
 
 import re
@@ -30,7 +30,7 @@ from convnext_dense.datasets import toy_shapes
 from convnext_dense.datasets.configure import apply_dataset, set_num_classes
 from convnext_dense.datasets.custom import DatasetRequest, apply_custom_data, check_classes
 from convnext_dense.datasets.diagnostics import Report
-from convnext_dense.datasets.image_sizes import limits_of
+from convnext_dense.datasets.image_sizes import resize_limits
 from convnext_dense.datasets.request import CheckedDataset
 from convnext_dense.engine.runner import _mmengine_class_name
 from convnext_dense.errors import UsageError
@@ -119,7 +119,7 @@ def test_own_data_reach_what_is_written_otherwise(drawn, tmp_path, monkeypatch, 
     config.val_evaluator = dict(type=metric, metric=('bbox', 'segm'))
     config.test_evaluator = [dict(type=metric, metric=['bbox', 'segm'], ann_file='theirs.json')]
     if not masks:
-        monkeypatch.setattr('convnext_dense.datasets.check_coco.has_masks', lambda *args: False)
+        monkeypatch.setattr('convnext_dense.datasets.check_coco.most_have_masks', lambda *args: False)
     apply_custom_data(config, DatasetRequest(str(drawn)))
     for evaluator, split in ((config.val_evaluator, 'val'), (config.test_evaluator[0], 'val')):
         assert evaluator.ann_file == str(tmp_path / f'run/data/{split}.json')
@@ -218,7 +218,7 @@ def test_wrappers_of_segmentation(drawn, tmp_path, monkeypatch):
     config = wrapped(load('demo/upernet'), type='RepeatDataset', times=4)
     apply_custom_data(config, DatasetRequest(str(drawn)))
     assert len(DATASETS.build(config.train_dataloader.dataset)) == 20
-    with pytest.raises(UsageError, match='train_dataloader: ClassBalancedDataset needs classes of whole images'):
+    with pytest.raises(UsageError, match='train_dataloader: ClassBalancedDataset needs classes per image'):
         apply_custom_data(
             wrapped(load('demo/upernet'), type='ClassBalancedDataset', oversample_thr=0.1), DatasetRequest(str(drawn))
         )
@@ -246,7 +246,7 @@ def test_data_sets_that_are_mixed_keep_both_pipelines(drawn, tmp_path, monkeypat
 
 
 def test_data_sets_that_are_joined(drawn, tmp_path, monkeypatch):
-    """Of the same pipeline they are one on own data; of others it is refused."""
+    """Of the same pipeline they are one on a custom dataset; of others it is refused."""
     monkeypatch.chdir(tmp_path)
     config = load('demo/mask_rcnn')
     one = config.train_dataloader.dataset.to_dict()
@@ -260,7 +260,7 @@ def test_data_sets_that_are_joined(drawn, tmp_path, monkeypatch):
     config = load('demo/mask_rcnn')
     other = {**one, 'pipeline': one['pipeline'][:2] + one['pipeline'][-1:]}
     config.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[one, other])
-    with pytest.raises(UsageError, match='train_dataloader: ConcatDataset joins data sets with pipelines or filters'):
+    with pytest.raises(UsageError, match='train_dataloader: ConcatDataset concatenates datasets with different'):
         apply_custom_data(config, DatasetRequest(str(drawn)))
 
 
@@ -271,14 +271,14 @@ REFUSED = {
         lambda c: c.train_dataloader.dataset.pipeline.insert(1, dict(type='mmdet.LoadProposals')),
         'proposals',
     ),
-    'VOC': (lambda c: c.update(val_evaluator=dict(type='VOCMetric')), 'val_evaluator: VOCMetric reads annotations'),
-    'LVIS': (lambda c: c.update(val_evaluator=dict(type='LVISMetric')), 'val_evaluator: LVISMetric reads'),
-    'another file': (lambda c: c.update(test_evaluator=dict(type='Mine', ann_file='x')), 'test_evaluator: Mine reads'),
+    'VOC': (lambda c: c.update(val_evaluator=dict(type='VOCMetric')), 'val_evaluator: VOCMetric needs other annotations'),
+    'LVIS': (lambda c: c.update(val_evaluator=dict(type='LVISMetric')), 'val_evaluator: LVISMetric needs'),
+    'another file': (lambda c: c.update(test_evaluator=dict(type='Mine', ann_file='x')), 'test_evaluator: Mine needs'),
 }
 
 
 @pytest.mark.parametrize('case', REFUSED)
-def test_what_own_data_cannot_feed_is_refused_by_name(drawn, tmp_path, monkeypatch, case):
+def test_what_a_custom_dataset_does_not_have_is_an_error(drawn, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     change, words = REFUSED[case]
     config = load('demo/mask_rcnn')
@@ -291,10 +291,10 @@ def test_what_own_data_cannot_feed_is_refused_by_name(drawn, tmp_path, monkeypat
 
 
 def filled(name, masks=True, train=True, **settings):
-    """A config of mmdet's on own data of boxes, or of masks too."""
+    """A config of mmdet's on a custom dataset of boxes, or of masks too."""
     config = name if isinstance(name, Config) else stock(mmdet, name)
     init_default_scope('mmdet')
-    data = CheckedDataset('detection', '/data', ['a', 'b'], {}, Report(), masks=masks, **settings)
+    data = CheckedDataset('detection', '/data', ['a', 'b'], {}, Report(), has_masks=masks, **settings)
     apply_dataset(config, data, {'train': 'train.json', 'val': 'val.json'} if train else {'test': 'val.json'}, masks)
     return config
 
@@ -305,13 +305,13 @@ def steps(config, name, *parts):
 
 @pytest.mark.parametrize('name', ['rtmdet/rtmdet_tiny_8xb32-300e_coco', 'rtmdet/rtmdet-ins_tiny_8xb32-300e_coco'])
 def test_the_pipeline_of_later_epochs_reads_images_alike(name):
-    config = filled(name, turn=False)
+    config = filled(name, apply_exif=False)
     loaders = steps(config, 'LoadImageFromFile', 'train_dataloader', 'val_dataloader', 'custom_hooks')
     assert len(loaders) == 3 and {s['color_type'] for s in loaders} == {'color_ignore_orientation'}
     config = stock(mmdet, name)
     config.model.backbone.in_channels = 1
     assert 'without CachedMixUp, YOLOXHSVRandomAug, which need RGB' in adapt_input_channels(config)
-    filled(config, turn=False)
+    filled(config, apply_exif=False)
     loaders = steps(config, 'LoadImageFromFile', 'train_dataloader', 'val_dataloader', 'custom_hooks')
     assert {s['color_type'] for s in loaders} == {'grayscale_ignore_orientation'}
     assert not steps(config, 'YOLOXHSVRandomAug', 'train_dataloader', 'custom_hooks')
@@ -328,7 +328,7 @@ def test_the_pipeline_of_later_epochs_reads_no_masks_of_boxes():
     assert config.custom_hooks[0].switch_pipeline[-1].by_mask is False and 'mask_head' not in config.model.roi_head
     later[1].update(type='LoadPanopticAnnotations')
     config.custom_hooks = [dict(type='PipelineSwitchHook', switch_epoch=1, switch_pipeline=later)]
-    with pytest.raises(UsageError, match='custom_hooks: LoadPanopticAnnotations reads panoptic segmentation'):
+    with pytest.raises(UsageError, match='custom_hooks: LoadPanopticAnnotations loads panoptic segmentation'):
         filled(config)
 
 
@@ -337,7 +337,8 @@ def test_scales_of_later_epochs_count():
     small = [dict(type='Resize', scale=(100, 60), keep_ratio=True)]
     config.custom_hooks = [dict(type='PipelineSwitchHook', switch_epoch=1, switch_pipeline=small)]
     init_default_scope('mmdet')
-    assert limits_of(config)['train'].scales == ((100, 60),) and limits_of(config)['val'].scales == ((1333, 800),)
+    limits = resize_limits(config)
+    assert limits['train'].scales == ((100, 60),) and limits['val'].scales == ((1333, 800),)
 
 
 def test_grey_steps_within_others_are_left_out():
@@ -371,14 +372,14 @@ OF_MASKS = {
 
 @pytest.mark.parametrize('name', OF_MASKS)
 def test_models_of_masks_are_refused_boxes(name):
-    with pytest.raises(UsageError, match=f'^{OF_MASKS[name]} learns from masks, the data have boxes alone: take'):
+    with pytest.raises(UsageError, match=f'^{OF_MASKS[name]} is trained on masks, but the data set has only boxes: use'):
         filled(name, masks=False)
     if name != 'scnet/scnet_r50_fpn_1x_coco':  # which reads stuff, too
         filled(name, masks=False, train=False)  # what it finds can be compared with boxes
     if name.startswith('solo/'):
         config = stock(mmdet, name)
         config.model.type = SOLO
-        with pytest.raises(UsageError, match='^SOLO learns from masks'):
+        with pytest.raises(UsageError, match='^SOLO is trained on masks'):
             filled(config, masks=False)
 
 
@@ -404,7 +405,7 @@ def test_steps_that_take_masks_are_refused_boxes():
     config = stock(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco')
     config.train_dataloader.dataset.pipeline.insert(2, dict(type='mmdet.CopyPaste'))
     filled(config.copy(), masks=False, train=False)
-    with pytest.raises(UsageError, match='train_dataloader: CopyPaste takes masks, the data have boxes alone'):
+    with pytest.raises(UsageError, match='train_dataloader: CopyPaste needs masks, but the data set has only boxes'):
         filled(config, masks=False)
 
 
@@ -480,7 +481,7 @@ def test_class_weights_and_queries_follow_the_data():
     head = dict(num_queries=100, num_classes=256, out_channels=256)
     set_num_classes(dict(decode_head=head), 3)
     assert head == dict(num_queries=100, num_classes=3, out_channels=256)
-    with pytest.raises(UsageError, match='class_weight of PIDHead has 19 values, the data 3 classes'):
+    with pytest.raises(UsageError, match='class_weight of PIDHead has 19 values, but the data set 3 classes'):
         set_num_classes(stock(mmseg, 'pidnet/pidnet-s_2xb6-120k_1024x1024-cityscapes').model, 3)
 
 

@@ -253,7 +253,7 @@ def test_what_the_user_says_of_a_data_set_holds_with_own_data(drawn, tmp_path, m
     ):
         config = load(recipe)
         config.work_dir = 'run'
-        with pytest.raises(UsageError, match=f'{key}=x: it follows from --data'):
+        with pytest.raises(UsageError, match=f'{key}=x: leave it out or --data'):
             apply_custom_data(config, DatasetRequest(str(drawn)), options={key: 'x'})
 
 

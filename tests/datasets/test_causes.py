@@ -116,7 +116,7 @@ def test_masks_that_are_none_are_said_where_boxes_are_taken(mine):
     each(segmentation='abc')(mine)
     data = read_data(DatasetRequest(str(mine)), 'detection', ('train', 'val'))
     found = {f.code: f.examples for f in data.report.diagnostics.values()}
-    assert not data.masks and found['mask-ignored'][0] == 'id 1: abc'
+    assert not data.has_masks and found['mask-ignored'][0] == 'id 1: abc'
 
 
 @pytest.mark.parametrize('folder', ['train', 'gone'])

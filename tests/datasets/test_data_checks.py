@@ -14,9 +14,9 @@ from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from convnext_dense.datasets.check_coco import _decode_rle_runs
 from convnext_dense.datasets.check_images import inspect_image
-from convnext_dense.datasets.check_masks import read_classes
+from convnext_dense.datasets.class_names import read_classes
+from convnext_dense.datasets.coco_masks import decode_rle_runs
 from convnext_dense.datasets.custom import DatasetRequest, apply_custom_data, read_data
 from convnext_dense.datasets.diagnostics import ERROR, PROBLEM_ACTIONS, RULES
 from convnext_dense.errors import UsageError
@@ -424,7 +424,7 @@ def test_annotations_of_neither_box_nor_mask_are_left_out(drawn, tmp_path):
         tmp_path / 'mine'
     )
     data = read_data(DatasetRequest(str(tmp_path / 'mine')), 'detection', ('train',))
-    assert 'missing-box' in kinds_of(data.report) and not data.masks
+    assert 'missing-box' in kinds_of(data.report) and not data.has_masks
     n = len(json.loads((drawn / TRAIN).read_text())['annotations'])
     assert len(data.splits['train']['annotations']) == n - 1
 
@@ -490,7 +490,7 @@ def test_sizes_are_those_of_mmcv(tmp_path, ending, orientation):
     Image.fromarray(np.zeros((37, 50, 3), np.uint8)).save(path, exif=exif)
     seen, read = inspect_image(path), mmcv.imread(path)
     assert (seen.height, seen.width) == read.shape[:2]
-    assert seen.turned == (mmcv.imread(path, 'color_ignore_orientation').shape != read.shape)
+    assert seen.exif_swapped == (mmcv.imread(path, 'color_ignore_orientation').shape != read.shape)
 
 
 def test_small_images_and_other_categories(tmp_path):
@@ -516,7 +516,7 @@ def test_masks_of_few(sound):
 
     edit(bare)(sound)
     data, found = report_of(sound)
-    assert found['few-masks'].count == 2 and not data.masks
+    assert found['few-masks'].count == 2 and not data.has_masks
     assert not any('segmentation' in annotation for annotation in data.splits['train']['annotations'])
 
 
@@ -534,7 +534,7 @@ def test_sizes_that_exif_turns(sound):
     """Annotated as turned: nothing to do. As stored: all are read so, in training too."""
     turned_jpeg(sound)
     data, found = report_of(sound)
-    assert not data.turn and 'exif-rotated-image' in found
+    assert not data.apply_exif and 'exif-rotated-image' in found
     config = load('demo/mask_rcnn')
     config.work_dir = str(sound.parent / 'run')
     apply_custom_data(config, DatasetRequest(str(sound)))
@@ -543,7 +543,7 @@ def test_sizes_that_exif_turns(sound):
     load_all(config)
     edit(lambda coco: coco['images'][0].update(width=48, height=64))(sound)
     data, found = report_of(sound)
-    assert data.turn and 'exif-rotated-image' not in found and data.splits['train']['images'][0]['width'] == 48
+    assert data.apply_exif and 'exif-rotated-image' not in found and data.splits['train']['images'][0]['width'] == 48
 
 
 def test_runs_of_rle_are_pycocotools():
@@ -553,7 +553,7 @@ def test_runs_of_rle_are_pycocotools():
         flat = mask.ravel('F')
         ends = np.flatnonzero(np.diff(np.r_[0, flat, 2]))
         runs = np.diff(np.r_[0, ends])
-        assert _decode_rle_runs(coco_mask.encode(mask)['counts'].decode()) == runs.tolist()
+        assert decode_rle_runs(coco_mask.encode(mask)['counts'].decode()) == runs.tolist()
 
 
 @pytest.mark.parametrize(
@@ -618,9 +618,9 @@ def test_paths_that_are_no_folder(tmp_path, sound):
 def test_data_of_the_other_task(drawn, tmp_path):
     as_roboflow(drawn, tmp_path / 'boxes')
     as_folders(drawn, tmp_path / 'maps')
-    with pytest.raises(UsageError, match=r'holds COCO json, segmentation takes label maps: .*configs/cascade'):
+    with pytest.raises(UsageError, match='holds COCO json, but segmentation needs segmentation masks: .*cascade'):
         report_of(tmp_path / 'boxes', 'segmentation')
-    with pytest.raises(UsageError, match=r'holds label maps, detection takes COCO json: .*configs/upernet'):
+    with pytest.raises(UsageError, match=r'holds segmentation masks, but detection needs COCO json: .*configs/upernet'):
         report_of(tmp_path / 'maps')
 
 
@@ -632,10 +632,10 @@ def test_label_maps_that_need_a_word(drawn, tmp_path):
     (tmp_path / 'few.txt').write_text('ground\ndisc\nsquare\ntriangle\n')
     found = report_of(tmp_path / 'mine', 'segmentation', classes=str(tmp_path / 'few.txt'))[1]
     assert '--ignore 4, or, if 0 is no class, --ignore 0' in found['label-out-of-range'].examples[0]
-    data, found = report_of(tmp_path / 'mine', 'segmentation', classes=str(tmp_path / 'few.txt'), ignore=[0])
-    assert data.settings['reduce_zero_label'] and not found
-    data, found = report_of(tmp_path / 'mine', 'segmentation', classes=str(tmp_path / 'few.txt'), ignore=[4])
-    assert data.settings == dict(reduce_zero_label=False, label_map=[[4, 255]]) and not found
+    data, found = report_of(tmp_path / 'mine', 'segmentation', classes=str(tmp_path / 'few.txt'), ignore_labels=[0])
+    assert data.dataset_kwargs['reduce_zero_label'] and not found
+    data, found = report_of(tmp_path / 'mine', 'segmentation', classes=str(tmp_path / 'few.txt'), ignore_labels=[4])
+    assert data.dataset_kwargs == dict(reduce_zero_label=False, label_map=[[4, 255]]) and not found
     (tmp_path / 'twice.txt').write_text('ground\nground\n')
     with pytest.raises(UsageError, match="names 'ground' twice"):
         report_of(tmp_path / 'mine', 'segmentation', classes=str(tmp_path / 'twice.txt'))
@@ -693,19 +693,22 @@ def test_the_tool(sound, capsys, monkeypatch):
 @pytest.mark.parametrize(
     'options, words',
     [
-        (['--strict'], '--strict goes with --data PATH'),
-        (['--classes', 'voc'], '--classes goes with --data PATH'),
-        (['--val-fraction', '0.3'], '--val-fraction goes with --data PATH'),
-        (['--train-images', 'mine'], '--train-images goes with --train-ann'),
-        (['--train-ann', f'mine/{TRAIN}', '--train-images', 'gone'], "--train-images 'gone' is no folder"),
+        (['--strict'], '--strict needs --data PATH'),
+        (['--classes', 'voc'], '--classes needs --data PATH'),
+        (['--val-fraction', '0.3'], '--val-fraction needs --data PATH'),
+        (['--train-images', 'mine'], '--train-images needs --train-ann'),
+        (['--train-ann', f'mine/{TRAIN}', '--train-images', 'gone'], "--train-images 'gone' is not a folder"),
         (['--train-ann', 'gone.json'], 'gone.json: No such file'),
-        (['--train-ann', f'mine/{TRAIN}', '--val-fraction', '1.5'], '--val-fraction 1.5: give a share between 0 and 1'),
+        (
+            ['--train-ann', f'mine/{TRAIN}', '--val-fraction', '1.5'],
+            '--val-fraction 1.5: give a fraction between 0 and 1',
+        ),
         (
             ['--train-ann', f'mine/{TRAIN}', '--train-images', 'mine/annotations'],
             'none of its images (such as 000001.png)',
         ),
-        (['--data', 'mine', '--classes', 'voc'], '--classes and --ignore are for label maps'),
-        (['--data', 'mine', '--val-fraction', '0.2'], '--val-fraction is for data without a split: these have one'),
+        (['--data', 'mine', '--classes', 'voc'], '--classes and --ignore are for segmentation masks'),
+        (['--data', 'mine', '--val-fraction', '0.2'], '--val-fraction is for a data set without a validation split'),
         (['--data', 'mine/labels'], 'mine/labels holds images without annotations'),
     ],
 )

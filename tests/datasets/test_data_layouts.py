@@ -154,7 +154,7 @@ def as_roboflow_masks(drawn, folder):
     for split, name in (('train', 'train'), ('val', 'valid')):
         put(drawn, split, folder / name, ending='.jpg')
         put_labels(drawn, split, folder / name, name='{}_mask')
-        rows = ''.join(f'{i}, {name}\n' for i, name in enumerate(toy_shapes.LABELS))
+        rows = ''.join(f'{i}, {name}\n' for i, name in enumerate(toy_shapes.LABEL_NAMES))
         (folder / name / '_classes.csv').write_text('Pixel Value, Class\n' + rows)
 
 
@@ -162,7 +162,7 @@ def as_flat_folders(drawn, folder):
     for split in ('train', 'val'):
         put(drawn, split, folder / 'img', split + '_{}')
         put_labels(drawn, split, folder / 'label', lambda classes: classes + 1, name=split + '_{}')
-    dump(dict(zip(toy_shapes.LABELS, toy_shapes.PALETTE)), folder / 'names.json')
+    dump(dict(zip(toy_shapes.LABEL_NAMES, toy_shapes.PALETTE)), folder / 'names.json')
     return ['--data', folder, '--classes', folder / 'names.json', '--ignore', 0]
 
 
@@ -432,7 +432,7 @@ def checkpoint_of(classes, file='trained.pth', part='mask_head'):
 def test_a_test_takes_the_classes_of_the_checkpoint(drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     as_files(drawn, tmp_path / 'mine')
-    config, request = load('demo/mask_rcnn'), DatasetRequest(files={'val': 'mine/val.json'})
+    config, request = load('demo/mask_rcnn'), DatasetRequest(ann_files={'val': 'mine/val.json'})
     apply_custom_data(config, request, ('test',), checkpoint=checkpoint_of(toy_shapes.CLASSES))
     config.val_dataloader.dataset = config.test_dataloader.dataset
     assert list(config.test_dataloader.dataset.metainfo.classes) == list(toy_shapes.CLASSES)
@@ -455,7 +455,7 @@ def test_a_test_takes_the_classes_of_the_checkpoint(drawn, tmp_path, monkeypatch
 
 def test_a_training_is_not_resumed_on_other_classes(drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for recipe, classes in (('demo/mask_rcnn', toy_shapes.CLASSES), ('demo/upernet', toy_shapes.LABELS)):
+    for recipe, classes in (('demo/mask_rcnn', toy_shapes.CLASSES), ('demo/upernet', toy_shapes.LABEL_NAMES)):
         apply_custom_data(load(recipe), DatasetRequest(str(drawn)), checkpoint=checkpoint_of(classes))
         with pytest.raises(UsageError, match='trained.pth was trained on .*; the data have'):
             apply_custom_data(load(recipe), DatasetRequest(str(drawn)), checkpoint=checkpoint_of(classes[::-1]))
@@ -465,7 +465,7 @@ def test_nothing_to_train_on(drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match='no data to train on: give --train-ann'):
         apply_custom_data(
-            load('demo/mask_rcnn'), DatasetRequest(files={'val': str(drawn / 'annotations/instances_val.json')})
+            load('demo/mask_rcnn'), DatasetRequest(ann_files={'val': str(drawn / 'annotations/instances_val.json')})
         )
 
 
@@ -537,19 +537,19 @@ def test_held_out_images_are_the_same_every_time(drawn, tmp_path, monkeypatch):
     as_label_studio(drawn, tmp_path / 'mine')
     names = []
     for share in (0.25, 0.25, 0.5):
-        data = read_data(DatasetRequest(str(tmp_path / 'mine'), held_out=share), 'detection', ('train', 'val'))
+        data = read_data(DatasetRequest(str(tmp_path / 'mine'), val_fraction=share), 'detection', ('train', 'val'))
         train, val = ({i['file_name'] for i in data.splits[split]['images']} for split in ('train', 'val'))
         assert not train & val and len(train | val) == N_TRAIN + N_VAL
         names.append(val)
     assert names[0] == names[1] <= names[2] and names[0]
     assert (
-        f'{len(names[0])} of {N_TRAIN + N_VAL} images are held out'
-        in read_data(DatasetRequest(str(tmp_path / 'mine'), held_out=0.25), 'detection', ('val',)).report.facts[0]
+        f'{len(names[0])} of {N_TRAIN + N_VAL} images, chosen by the hash of the file name'
+        in read_data(DatasetRequest(str(tmp_path / 'mine'), val_fraction=0.25), 'detection', ('val',)).report.facts[0]
     )
 
 
 def test_data_that_grow_move_no_image_from_train_to_val(tmp_path):
-    request = DatasetRequest(str(tmp_path), held_out=0.2)
+    request = DatasetRequest(str(tmp_path), val_fraction=0.2)
     names = [f'{n:05d}.jpg' for n in range(600)]
     before, after = split_by_hash(names[:400], request)[0], split_by_hash(names, request)[0]
     assert before == after & set(names[:400]) and 60 < len(after) < 180
@@ -569,7 +569,7 @@ def test_annotations_that_are_asked_for_go_before_a_test_split(drawn, tmp_path):
     as_roboflow(drawn, tmp_path / 'mine')
     shutil.copytree(tmp_path / 'mine/train', tmp_path / 'mine/test')
     given = {'val': str(tmp_path / 'mine/valid/_annotations.coco.json')}
-    data = read_data(DatasetRequest(str(tmp_path / 'mine'), files=given), 'detection', ('test',))
+    data = read_data(DatasetRequest(str(tmp_path / 'mine'), ann_files=given), 'detection', ('test',))
     assert len(data.splits['test']['images']) == N_VAL
 
 
@@ -577,5 +577,5 @@ def test_images_are_not_looked_for_among_label_maps(drawn, tmp_path):
     for folder, source in (('images', 'train'), ('annotations', 'labels/train')):
         shutil.copytree(drawn / source, tmp_path / f'mine/{folder}/train')
     shutil.copy(drawn / 'annotations/instances_train.json', tmp_path / 'mine/annotations')
-    data = read_data(DatasetRequest(str(tmp_path / 'mine'), held_out=0.3), 'detection', ('train',))
+    data = read_data(DatasetRequest(str(tmp_path / 'mine'), val_fraction=0.3), 'detection', ('train',))
     assert all(i['file_name'].startswith('images/train/') for i in data.splits['train']['images'])

@@ -9,16 +9,16 @@ from pycocotools import mask as coco_mask
 
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.datasets.check_coco import (
-    _decode_rle_runs,
-    _id,
     class_names,
     match_categories,
     validate_annotations,
     validate_images,
 )
 from convnext_dense.datasets.check_images import ImageInfo
+from convnext_dense.datasets.coco_masks import decode_rle_runs
+from convnext_dense.datasets.coco_values import parse_id
 from convnext_dense.datasets.diagnostics import Report
-from convnext_dense.datasets.read_coco import Place
+from convnext_dense.datasets.image_resolver import ImageLocation
 from convnext_dense.errors import UsageError
 from helpers.datasets import DETECTOR, edit, quick, report_of, run
 from helpers.files import limited
@@ -30,7 +30,7 @@ class Found:
     """Images that are where their names say."""
 
     def find(self, name):
-        return Place(name)
+        return ImageLocation(name)
 
 
 def image(i=1, **more):
@@ -113,7 +113,7 @@ IDS = [  # what is written, and as what it is compared
 
 @pytest.mark.parametrize('value, expected', IDS)
 def test_ids(value, expected):
-    assert _id(value) == expected and type(_id(value)) is type(expected)
+    assert parse_id(value) == expected and type(parse_id(value)) is type(expected)
 
 
 FORMS = {'as they are': lambda i: i, 'float': float, 'text': str, 'float as text': lambda i: f'{i}.0'}
@@ -408,8 +408,8 @@ def test_checks_take_time_by_the_size_of_their_input():
 
     def end():
         with pytest.raises(ValueError):
-            _decode_rle_runs('o' * 4_000_000)
-        assert _decode_rle_runs('0' * 4_000_000) == [0] * 4_000_000
+            decode_rle_runs('o' * 4_000_000)
+        assert decode_rle_runs('0' * 4_000_000) == [0] * 4_000_000
         several = [annotation(i, segmentation=dict(size=[SIZE, SIZE], counts='o' * 10**6)) for i in range(5)]
         zigzag = [annotation(i, (0, 0, SIZE, i), segmentation=to_and_fro(i, 2500), area=9) for i in range(50, 55)]
         return len(check(several)[0]), len(check([annotation()], categories=categories)[0]), len(check(zigzag)[0])

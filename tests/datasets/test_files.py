@@ -16,11 +16,13 @@ from PIL import Image, PngImagePlugin
 from convnext_dense.datasets import check_images
 from convnext_dense.datasets.cache import dataset_fingerprint, load_cached
 from convnext_dense.datasets.check_images import MAX_PIXELS, inspect_image, inspect_mask
-from convnext_dense.datasets.check_masks import read_classes
+from convnext_dense.datasets.class_names import read_classes
 from convnext_dense.datasets.custom import DatasetRequest, detect_tasks, read_data
-from convnext_dense.datasets.files import files_below, folders_in, open_regular, read_text, shown, walk
-from convnext_dense.datasets.layouts import describe_unsupported, find_annotations, find_folders, read_json
-from convnext_dense.datasets.read_coco import _folders
+from convnext_dense.datasets.files import files_below, folders_in, open_regular, read_text, to_one_line, walk
+from convnext_dense.datasets.foreign_layouts import describe_unsupported
+from convnext_dense.datasets.image_resolver import _candidate_folders
+from convnext_dense.datasets.json_files import read_json
+from convnext_dense.datasets.layouts import find_annotations, find_folders
 from helpers.datasets import as_voc, coco, dump
 from helpers.files import limited, png, said
 
@@ -85,7 +87,7 @@ READERS = {
     'annotations/instances_val.json': detection_of,
     'classes.txt': segmentation_of,
     'given.json': lambda root: read_data(
-        DatasetRequest(files={'train': f'{root}/given.json'}), 'detection', ('train',)
+        DatasetRequest(ann_files={'train': f'{root}/given.json'}), 'detection', ('train',)
     ),
     'names.txt': lambda root: read_classes(root / 'names.txt'),
     'names.json': lambda root: read_classes(root / 'names.json'),
@@ -166,7 +168,7 @@ def test_links_to_files_and_folders_elsewhere_are_followed(drawn, tmp_path):
 def test_sizes_have_bounds_that_are_said(tmp_path, monkeypatch):
     path = tmp_path / 'train.json'
     path.write_text('{"images": []}')
-    monkeypatch.setattr('convnext_dense.datasets.layouts.MAX_JSON_BYTES', 13)
+    monkeypatch.setattr('convnext_dense.datasets.json_files.MAX_JSON_BYTES', 13)
     assert said(read_json, path) == f'{path}: has 14 bytes, of such a file at most 13 bytes are read'
     (tmp_path / 'names.txt').touch()
     os.truncate(tmp_path / 'names.txt', 2**24 + 1)
@@ -264,7 +266,7 @@ def test_folders_are_tried_once(tmp_path):
         (tmp_path / f'loop{n}').symlink_to('.')
         (tmp_path / f'a/up{n}').symlink_to('..')
     assert folders_in(tmp_path, 400) == [f'{tmp_path}/a', f'{tmp_path}/b']
-    assert len(_folders(tmp_path / 'train.json', tmp_path)[1]) <= 4
+    assert len(_candidate_folders(tmp_path / 'train.json', tmp_path)[1]) <= 4
 
 
 def test_names_that_are_not_utf8(drawn, tmp_path):
@@ -272,7 +274,7 @@ def test_names_that_are_not_utf8(drawn, tmp_path):
     root = os.fsencode(tmp_path) + b'/caf\xe9'
     shutil.copytree(os.fsencode(drawn), root)
     shutil.copy(root + b'/train/000001.png', root + b'/train/caf\xe9.png')
-    data = read_data(DatasetRequest(os.fsdecode(root), held_out=None), 'detection', ('train', 'val'))
+    data = read_data(DatasetRequest(os.fsdecode(root), val_fraction=None), 'detection', ('train', 'val'))
     assert all(line.isprintable() for line in data.report.lines())
     before = dataset_fingerprint(('key',), [os.fsdecode(root)])
     os.remove(root + b'/train/caf\xe9.png')
@@ -441,6 +443,6 @@ def test_examples_are_one_short_line(drawn, tmp_path):
     deep = []
     for _ in range(10**5):
         deep = [deep]
-    assert shown(deep) == 'a list' and shown('\udce9') == '\\udce9' and shown(5) == '5'
+    assert to_one_line(deep) == 'a list' and to_one_line('\udce9') == '\\udce9' and to_one_line(5) == '5'
     assert line.isprintable() and len(line) < 1000 and 'a\\nb\\x1b' in line
     assert find_annotations(root) and find_folders(root) and json.dumps(detection_of(root).report.as_data())

@@ -9,9 +9,9 @@ import pytest
 
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.datasets.custom import DatasetRequest, detect_tasks, read_data
-from convnext_dense.datasets.layouts import A_FEW
+from convnext_dense.datasets.foreign_layouts import MAX_FILES_PER_SUFFIX
+from helpers.datasets import report_of
 from helpers.files import said
-from helpers.labels import found as report_of
 
 POINTER = f'version https://git-lfs.github.com/spec/v1\noid sha256:{"a" * 64}\nsize 12345\n'
 YOLO = '0 0.5 0.5 0.2 0.2\n1 0.1 0.1 0.05 0.05\n'
@@ -43,15 +43,15 @@ FOLDERS = {  # what lies in a folder -> what it is called
     'YOLO with empty files': (['a.jpg', 'b.jpg', ('a.txt', ''), ('b.txt', YOLO)], 'YOLO labels (b.txt)'),
     'YOLO polygons': (['images/a.jpg', ('labels/a.txt', '0 0.1 0.1 0.2 0.2 0.3 0.1')], 'YOLO labels (labels/a.txt)'),
     'YOLO behind many images': (
-        [*(f'images/{i}.jpg' for i in range(A_FEW + 1)), ('labels/0.txt', YOLO)],
+        [*(f'images/{i}.jpg' for i in range(MAX_FILES_PER_SUFFIX + 1)), ('labels/0.txt', YOLO)],
         'YOLO labels (labels/0.txt)',
     ),
-    'SegNet': (SEGNET, 'label maps in trainannot, as SegNet lays out CamVid: put images into images/train'),
-    'SegNet, further down': ([f'CamVid/{name}' for name in SEGNET], 'label maps in CamVid/trainannot'),
-    'labels beside a split': (['train/a.jpg', 'train_masks/a.png'], 'label maps in train_masks'),
-    'masks beside images': (['a.jpg', 'a_mask.png'], 'label maps beside the images (a_mask.png)'),
-    'a pointer to JSON': (['a.jpg', ('coco.json', POINTER)], 'pointers of Git LFS, such as coco.json: run git lfs'),
-    'a pointer to an archive': ([('data.zip', POINTER)], 'pointers of Git LFS, such as data.zip'),
+    'SegNet': (SEGNET, "masks in trainannot, as in SegNet's CamVid: put images into images/train"),
+    'SegNet, further down': ([f'CamVid/{name}' for name in SEGNET], 'masks in CamVid/trainannot'),
+    'labels beside a split': (['train/a.jpg', 'train_masks/a.png'], 'masks in train_masks'),
+    'masks beside images': (['a.jpg', 'a_mask.png'], 'masks next to the images (a_mask.png)'),
+    'a pointer to JSON': (['a.jpg', ('coco.json', POINTER)], 'Git LFS pointers, such as coco.json: run git lfs'),
+    'a pointer to an archive': ([('data.zip', POINTER)], 'Git LFS pointers, such as data.zip'),
     'captions': (['a.jpg', ('annotations/captions_train.json', '{"annotations": [{"caption": "x"}]}')], 'captions ('),
     'keypoints': (['a.jpg', ('annotations/person_train.json', '{"annotations": [{"keypoints": []}]}')], 'keypoints ('),
     'KITTI': (['image_2/a.png', ('label_2/a.txt', KITTI)], 'KITTI boxes (label_2/a.txt)'),
@@ -74,9 +74,9 @@ def test_folders_are_called_by_what_is_in_them(kind, tmp_path):
 def test_panoptic_json_is_called_so(name, tmp_path):
     lay(tmp_path, 'train/a.jpg', (name, PANOPTIC))
     line = said(read_data, DatasetRequest(str(tmp_path)), 'detection', ('train', 'val'))
-    assert f'{name} is panoptic JSON' in line and 'take instances_*.json' in line
+    assert f'{name} is panoptic JSON' in line and 'use instances_*.json' in line
     assert f'{name} is panoptic JSON' in said(
-        read_data, DatasetRequest(files={'train': str(tmp_path / name)}), 'detection', ()
+        read_data, DatasetRequest(ann_files={'train': str(tmp_path / name)}), 'detection', ()
     )
 
 
@@ -91,14 +91,14 @@ def test_pointers_in_the_place_of_files_are_findings(mine):
     (mine / 'labels/train/000002.png').write_text(POINTER)
     findings = read_data(DatasetRequest(str(mine)), 'detection', ('train', 'val')).report.diagnostics
     assert [(f.code, f.examples) for f in findings.values()] == [('git-lfs-pointer', ['000001.png'])]
-    assert report_of(mine)[1]['git-lfs-pointer'].examples == ['000001.png', '000002.png']
+    assert report_of(mine, 'segmentation')[1]['git-lfs-pointer'].examples == ['000001.png', '000002.png']
 
 
 def test_pointers_in_the_place_of_json_and_lists_are_said(mine):
     (mine / 'annotations/instances_val.json').write_text(POINTER)
     line = said(read_data, DatasetRequest(str(mine)), 'detection', ('train', 'val'))
-    assert 'instances_val.json: is a pointer of Git LFS' in line and 'git lfs pull' in line
+    assert 'instances_val.json: is a Git LFS pointer' in line and 'git lfs pull' in line
     shutil.rmtree(mine / 'annotations')
     (mine / 'shapes.json').unlink()  # which would name the classes
     (mine / 'classes.txt').write_text(POINTER)
-    assert 'classes.txt: is a pointer of Git LFS' in said(report_of, mine)
+    assert 'classes.txt: is a Git LFS pointer' in said(report_of, mine, 'segmentation')

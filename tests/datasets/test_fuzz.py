@@ -21,7 +21,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from convnext_dense.datasets.check_images import MAX_PIXELS, inspect_image, inspect_mask
-from convnext_dense.datasets.check_masks import read_classes
+from convnext_dense.datasets.class_names import read_classes
 from convnext_dense.datasets.custom import DatasetRequest, read_data
 from convnext_dense.datasets.diagnostics import RULES
 from convnext_dense.errors import UsageError
@@ -161,7 +161,7 @@ def assert_sound(data, root):
         assert len(set(names)) == len(names) and all(name.strip() for name in names) and names == data.classes
         assert [a['id'] for a in content['annotations']] == list(range(1, 1 + len(content['annotations'])))
         for annotation in content['annotations']:
-            assert_sound_annotation(annotation, images[annotation['image_id']], len(names), data.masks)
+            assert_sound_annotation(annotation, images[annotation['image_id']], len(names), data.has_masks)
 
 
 def assert_sound_annotation(annotation, image, n_classes, with_mask):
@@ -306,7 +306,7 @@ def segmentation_folders(root, seed, n):
         (root / name).write_bytes(damaged_bytes(LISTS[name].encode(), rng) if odd[3] == 0 else LISTS[name].encode())
         classes = end_of(read_classes, root / name)
         assert isinstance(classes, str) or (classes[0] and all(type(text) is str and text for text in classes[0]))
-        request = DatasetRequest(str(root), classes=str(root / name), ignore=[0] * rng.randint(2) or None)
+        request = DatasetRequest(str(root), classes=str(root / name), ignore_labels=[0] * rng.randint(2) or None)
         data = end_of(read_data, request, 'segmentation', ('train', 'val'))
         if isinstance(data, str):
             ends[data] += 1

@@ -14,7 +14,7 @@ from mmengine.registry import init_default_scope
 from convnext_dense.config.evaluation import SCALE_FACTORS, set_multiscale
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.datasets.custom import DatasetRequest, read_data
-from convnext_dense.datasets.image_sizes import LIMITS, STRIDE, Limit, limits_of, resized, too_thin
+from convnext_dense.datasets.image_sizes import DEFAULT_LIMITS, STRIDE, ResizeLimit, resize_limits, resized, too_thin
 from convnext_dense.models.convnext import ConvNeXt
 from helpers.datasets import CONFIGS, DETECTOR, SEGMENTOR, load, quick, run
 
@@ -37,13 +37,13 @@ RECIPES = sorted(path.relative_to(CONFIGS).with_suffix('').as_posix() for path i
 
 @pytest.mark.parametrize('recipe', [name for name in RECIPES if not name.startswith('demo')])
 def test_limits_without_a_recipe_are_those_of_the_recipes(recipe):
-    limits = limits_of(config_of(recipe))
+    limits = resize_limits(config_of(recipe))
     if '22k' in recipe and recipe.startswith('upernet'):  # at 640
         larger = {split: limit._replace(scales=tuple(tuple(side * 5 // 4 for side in s) for s in limit.scales))
-                  for split, limit in LIMITS['segmentation'].items()}  # fmt: skip
+                  for split, limit in DEFAULT_LIMITS['segmentation'].items()}  # fmt: skip
         assert limits == larger
     else:
-        assert limits == LIMITS['segmentation' if recipe.startswith('upernet') else 'detection']
+        assert limits == DEFAULT_LIMITS['segmentation' if recipe.startswith('upernet') else 'detection']
 
 
 def sample(config, width, height):
@@ -60,7 +60,7 @@ def sample(config, width, height):
 def test_pipelines_take_what_is_kept_and_fail_on_what_is_left_out(recipe, split):
     """On both sides of the limit; of a random step what is left out fails in some draws."""
     config = config_of(recipe)
-    limit = limits_of(config)[split]._replace(least=1)
+    limit = resize_limits(config)[split]._replace(least=1)
     steps = config[f'{split}_dataloader'].dataset.pipeline
     pipeline = Compose([step for step in steps if not step.type.startswith(('Load', 'Pack'))])
     longest = 2 * max(limit.scales[0])  # the longest side of which one pixel is left: half of one is rounded up
@@ -89,31 +89,31 @@ def test_the_backbone_reads_the_stride_and_not_less(height):
             backbone(images)
     else:
         assert backbone(images)[-1].shape[2:] == (1, 2)
-    assert bool(too_thin((64, height), Limit(least=STRIDE))) is (height < STRIDE)
+    assert bool(too_thin((64, height), ResizeLimit(least=STRIDE))) is (height < STRIDE)
 
 
 def test_limits_follow_from_the_config():
     config = config_of('upernet/convnext_t')
     config.model.data_preprocessor.test_cfg = dict(size_divisor=32)
-    assert limits_of(config)['val'].least == 1
+    assert resize_limits(config)['val'].least == 1
     config = config_of('upernet/convnext_t')
     config.val_dataloader.dataset.pipeline.insert(2, dict(type='Pad', size_divisor=32))
-    assert limits_of(config)['val'].least == 1
+    assert resize_limits(config)['val'].least == 1
     config.model.backbone.type = 'ResNetV1c'  # whose convolutions pad
-    assert limits_of(config)['test'].least == 1
+    assert resize_limits(config)['test'].least == 1
     config.train_dataloader.dataset = dict(type='RepeatDataset', dataset=config.train_dataloader.dataset)
     resize = config.train_dataloader.dataset.dataset.pipeline[2]
     resize.update(scale=[(2048, 300), (900, 512)], ratio_range=None)
-    assert limits_of(config)['train'].scales == ((900, 300),)
+    assert resize_limits(config)['train'].scales == ((900, 300),)
     resize.keep_ratio = False
-    assert limits_of(config)['train'].scales == () and not too_thin((9999, 1), limits_of(config)['train'])
+    assert resize_limits(config)['train'].scales == () and not too_thin((9999, 1), resize_limits(config)['train'])
 
 
 def test_limits_of_the_multi_scale_test_are_those_of_its_smallest_scale():
     config = config_of('upernet/convnext_t')
-    limit = limits_of(config, min(SCALE_FACTORS))['test']
+    limit = resize_limits(config, min(SCALE_FACTORS))['test']
     set_multiscale(config)
-    assert limit.scales == limits_of(config)['test'].scales == ((1024, 256),)
+    assert limit.scales == resize_limits(config)['test'].scales == ((1024, 256),)
 
 
 def put(root, split, name, width, height):

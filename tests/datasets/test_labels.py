@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
-from convnext_dense.datasets.check_masks import read_classes
+from convnext_dense.datasets.class_names import read_classes
 from convnext_dense.errors import UsageError
+from helpers.datasets import report_of
 from helpers.files import limited, said
-from helpers.labels import found
 
 SIZE = 40
 
@@ -38,7 +38,7 @@ def write(root, *maps, classes=None, palette=False, splits=('train', 'val')):
 
 def advice(root, kind, **request):
     """What is said of a kind, once for all label maps, by which the data are refused."""
-    data, kinds = found(root, **request)
+    data, kinds = report_of(root, 'segmentation', **request)
     assert kinds[kind].action == 'error' and (kinds[kind].split, kinds[kind].count) == ('all', 1)
     with pytest.raises(UsageError, match=kind):
         data.report.raise_if_errors()
@@ -48,16 +48,16 @@ def advice(root, kind, **request):
 SINGLE = {  # the labels of the maps, what is asked for, and what is said
     '0 and 255': ([0, 0, 0, 255], {}, '255, which is ignored, as 1'),
     '0 and 1': ([0, 0, 0, 1], {}, '2 names, for labels 0 and 1'),
-    '0 and 1, 0 ignored': ([0, 0, 0, 1], dict(ignore=[0]), '2 names, for labels 0 and 1, without --ignore 0'),
-    '0 and 255, 0 ignored': ([0, 255], dict(ignore=[0]), '255, which is ignored, as 1, without --ignore 0'),
+    '0 and 1, 0 ignored': ([0, 0, 0, 1], dict(ignore_labels=[0]), '2 names, for labels 0 and 1, without --ignore 0'),
+    '0 and 255, 0 ignored': ([0, 255], dict(ignore_labels=[0]), '255, which is ignored, as 1, without --ignore 0'),
     '1 and 255': ([1, 255], {}, '255, which is ignored, as 0'),
     '0 and 128': ([0, 128], {}, 'write the labels 0 and 128 as 0 to 1'),
     '0, 1 and 255': ([0, 1, 1, 255], {}, '2 names, for labels 0 and 1'),
     '0, 1 and 2': ([0, 1, 1, 2], {}, '3 names, for labels 0, 1 and 2'),
-    '0': ([0], {}, 'all pixels are 0: label maps are needed that show at least two classes'),
-    '1': ([1], dict(ignore=[0]), 'all pixels are 1: label maps are needed that show at least two classes'),
-    '255': ([255], {}, 'all pixels are 255: label maps are needed that show at least two classes'),
-    'many': (list(range(20)), {}, 'name a class for each label, if these are label maps'),
+    '0': ([0], {}, 'all pixels are 0: give masks that show at least two classes'),
+    '1': ([1], dict(ignore_labels=[0]), 'all pixels are 1: give masks that show at least two classes'),
+    '255': ([255], {}, 'all pixels are 255: give masks that show at least two classes'),
+    'many': (list(range(20)), {}, 'name a class for each label, if these are segmentation masks'),
 }
 
 
@@ -67,10 +67,10 @@ def test_a_single_class_is_refused(kind, tmp_path):
     write(tmp_path, rows, rows, classes=['crack'])
     text = advice(tmp_path, 'single-class', **request)
     assert text.startswith('crack alone, where the pixels are ') and text.endswith(words)
-    assert 'label-out-of-range' not in found(tmp_path, **request)[1]
+    assert 'label-out-of-range' not in report_of(tmp_path, 'segmentation', **request)[1]
     if '2 names' in words:  # as it says
         (tmp_path / 'classes.txt').write_text('background\ncrack')
-        assert not found(tmp_path)[0].report.problems
+        assert not report_of(tmp_path, 'segmentation')[0].report.problems
 
 
 def test_of_a_single_class_nothing_is_learned():
@@ -101,9 +101,12 @@ OUT_OF_RANGE = {  # the labels of the maps, the number of classes, what is asked
     'from 1 on': ([1, 2, 3], 3, {}, 'label 3 is used and has no name', '0 is not used: --ignore 0'),
     'from 1 on, with 255': ([1, 2, 3, 255], 3, {}, 'label 3', '0 is not used: --ignore 0'),
     'from 1 on, one unused': ([1, 3], 3, {}, 'label 3', '0 is not used: --ignore 0'),
-    'from 1 on, and 0 ignored': ([0, 1, 2, 3], 2, dict(ignore=[0]), 'label 3', 'in --classes FILE, or --ignore 0 3'),
+    'from 1 on, and 0 ignored': (
+        [0, 1, 2, 3], 2, dict(ignore_labels=[0]), 'label 3', 'in --classes FILE, or --ignore 0 3',
+    ),
     'next, and another ignored': (
-        [0, 1, 2, 200], 2, dict(ignore=[200]), 'label 2', 'or --ignore 2 200, or, if 0 is no class, --ignore 0 200',
+        [0, 1, 2, 200], 2, dict(ignore_labels=[200]), 'label 2',
+        'or --ignore 2 200, or, if 0 is no class, --ignore 0 200',
     ),
     'far above': ([0, 1, 2, 200], 3, {}, 'label 200', 'name its class in --classes FILE, or --ignore 200'),
     'several': (
@@ -111,9 +114,11 @@ OUT_OF_RANGE = {  # the labels of the maps, the number of classes, what is asked
         'name their classes in --classes FILE, or --ignore 12 13',
     ),
     'several from 1 on': ([1, 2, 3, 4], 3, {}, '2 labels', 'or --ignore 3 4'),
-    'one class is left': ([0, 0, 0, 200], 2, {}, 'label 200', 'write labels as the numbers of their classes, 0 to 1'),
-    'one class is left, next': ([0, 0, 0, 2], 2, {}, 'label 2', 'write labels as the numbers of their classes, 0 to 1'),
-    'many': (list(range(0, 40)), 3, {}, '37 labels', 'name their classes in --classes FILE, if these are label maps'),
+    'one class is left': ([0, 0, 0, 200], 2, {}, 'label 200', 'write labels as the indices of their classes, 0 to 1'),
+    'one class is left, next': ([0, 0, 0, 2], 2, {}, 'label 2', 'write labels as the indices of their classes, 0 to 1'),
+    'many': (
+        list(range(0, 40)), 3, {}, '37 labels', 'name their classes in --classes FILE, if these are segmentation masks',
+    ),
 }  # fmt: skip
 
 
@@ -132,7 +137,7 @@ def test_what_is_said_of_labels_without_a_name_mends_them(kind, tmp_path):
     rows, n, _, _, end = OUT_OF_RANGE[kind]
     write(tmp_path, rows, rows, rows[:1], classes=CAMVID[:n])
     for labels in re.findall('--ignore ([0-9 ]+[0-9]|[0-9])', end):
-        data, kinds = found(tmp_path, ignore=[int(label) for label in labels.split()])
+        data, kinds = report_of(tmp_path, 'segmentation', ignore_labels=[int(label) for label in labels.split()])
         assert not {'label-out-of-range', 'single-class'} & set(kinds) and data.classes == CAMVID[:n]
 
 
@@ -142,29 +147,29 @@ def test_shares_are_those_of_all_label_maps(tmp_path):
     text = advice(tmp_path, 'label-out-of-range')
     assert '(16.7 % of the pixels, in 1.png; label 0 has 41.7 %)' in text
     write(tmp_path, [2, 2, 2, 2], classes=CAMVID[:2], splits=('val',))
-    assert 'in 2 label maps, such as 1.png' in advice(tmp_path, 'label-out-of-range')
+    assert 'in 2 masks, such as 1.png' in advice(tmp_path, 'label-out-of-range')
 
 
 @pytest.mark.parametrize('n, ignore', [(2, None), (21, None), (2, [0])])
 def test_masks_of_0_and_255(n, ignore, tmp_path):
     names = [f'class {i}' for i in range(n)]
     write(tmp_path, [0, 0, 0, 255], classes=names)
-    assert advice(tmp_path, 'mask-values-0-and-255', ignore=ignore) == 'the pixels are 0: 75.0 %, 255: 25.0 %'
+    assert advice(tmp_path, 'mask-values-0-and-255', ignore_labels=ignore) == 'the pixels are 0: 75.0 %, 255: 25.0 %'
 
 
 def test_what_is_learned_of_train_alone_is_said(tmp_path):
     write(tmp_path, [0, 255], [0], classes=CAMVID[:2], splits=('train',))
     write(tmp_path, [0, 1], classes=CAMVID[:2], splits=('val',))
-    data, kinds = found(tmp_path)
+    data, kinds = report_of(tmp_path, 'segmentation')
     assert kinds['single-class-in-train'].examples == ['Sky'] and not data.report.problems
     write(tmp_path, [0, 1], classes=CAMVID[:2], splits=('train',))
-    assert 'single-class-in-train' not in found(tmp_path)[1]
+    assert 'single-class-in-train' not in report_of(tmp_path, 'segmentation')[1]
 
 
 def test_ignored_pixels_alone_are_the_cause_that_is_named(tmp_path):
     write(tmp_path, [0], [0], classes=CAMVID, splits=('train',))
     write(tmp_path, [1, 2], classes=CAMVID, splits=('val',))
-    kinds = found(tmp_path, ignore=[0])[1]
+    kinds = report_of(tmp_path, 'segmentation', ignore_labels=[0])[1]
     assert 'mask-all-ignored, 2 (0.png, 1.png)' in kinds['nothing-to-train-on'].examples[0]
 
 
@@ -172,7 +177,7 @@ def test_ignored_pixels_alone_are_the_cause_that_is_named(tmp_path):
 def test_which_labels_classes_are_is_said(ignore, words, tmp_path):
     """By which one sees that they are shifted."""
     write(tmp_path, [1, 2], classes=CAMVID[:3])
-    assert words in found(tmp_path, ignore=ignore)[0].report.facts[-1]
+    assert words in report_of(tmp_path, 'segmentation', ignore_labels=ignore)[0].report.facts[-1]
 
 
 def test_lists_of_classes_may_be_large_or_broken(tmp_path):
@@ -196,11 +201,11 @@ CLASSES = {  # of labels that are none: what the line says
     'ids.json': ('[{"id": true, "name": "a"}, {"id": false, "name": "b"}]', 'label True of 2'),
     'keys.json': ('{"-1": "a", "0": "b"}', 'label -1 of 2'),
     'half.json': ('{"a": 0.5, "b": 1}', 'label 0.5 of 2'),
-    'twice.json': ('{"a": 1, "b": 1}', 'label 1 is there twice'),
-    'keys twice.json': ('{"0": "a", "0": "b"}', "'0' is there twice"),
-    'numbers.json': ('[7, 8]', '7 is no name'),
+    'twice.json': ('{"a": 1, "b": 1}', 'label 1 occurs twice'),
+    'keys twice.json': ('{"0": "a", "0": "b"}', "the key '0' occurs twice"),
+    'numbers.json': ('[7, 8]', '7 is not a name'),
     'text.json': ('"abc"', 'neither a list of names nor a dict'),
-    'truth in a color.json': ('{"a": [true, 0, 0], "b": [1, 1, 1]}', 'no color'),
+    'truth in a color.json': ('{"a": [true, 0, 0], "b": [1, 1, 1]}', 'not a color'),
     'deep.json': ('[' * 10**5, 'nested too deeply'),
     'digits.json': ('[' + '9' * 5000, 'a number of more than 4,300 digits'),
     'lines.txt': ('-1 a\n0 b\n1 c', 'label -1 of 3'),
@@ -235,7 +240,7 @@ def test_names_are_in_the_order_of_their_labels(name, text, tmp_path):
 def test_labels_to_ignore_are_those_of_eight_bits(label, tmp_path):
     write(tmp_path, [0, 1], classes=CAMVID)
     with pytest.raises(UsageError, match=r'--ignore .*: labels are 0 to 255'):
-        found(tmp_path, ignore=[label])
+        report_of(tmp_path, 'segmentation', ignore_labels=[label])
 
 
 def test_lines_of_many_spaces_end_at_once(tmp_path):

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from convnext_dense.datasets.custom import DatasetRequest, read_data
-from convnext_dense.datasets.files import Files, match, path_in, spelled
+from convnext_dense.datasets.file_names import FileIndex, match_names, normalize_spelling, split_machine_prefix
+from convnext_dense.datasets.image_resolver import ImageResolver
 from convnext_dense.datasets.layouts import SplitDirs, find_folders, pair_files
-from convnext_dense.datasets.read_coco import ImageResolver
 from convnext_dense.datasets.request import split_by_hash
 from convnext_dense.errors import UsageError
 from helpers.datasets import DETECTOR, coco, dump, put_labels, quick, report_of
@@ -178,7 +178,7 @@ def test_the_splits_own_folder_goes_before_others(tmp_path):
 def test_a_folder_that_is_given_is_the_only_one(tmp_path):
     touch(tmp_path, 'train/1.png', 'val/1.png', 'val/2.png', 'train/3.png')
     names = ['/me/images/1.png', '/me/2.png', '/me/3.png']
-    found = places(tmp_path, names, given=str(tmp_path / 'val'), split='train')
+    found = places(tmp_path, names, image_dir=str(tmp_path / 'val'), split='train')
     assert [path for path, _ in found.values()] == ['val/1.png', 'val/2.png', None]
 
 
@@ -193,7 +193,7 @@ def test_images_elsewhere_than_in_the_data(tmp_path):
     touch(tmp_path, 'images/a/1.png')
     name = '/me/a/1.png'
     images = ImageResolver(tmp_path / 'annotations/x.json', tmp_path / 'annotations', [name])
-    assert images.find(name).path == str(tmp_path / 'images/a/1.png') and images.searched[-1] == tmp_path
+    assert images.find(name).path == str(tmp_path / 'images/a/1.png') and images.searched_folders[-1] == tmp_path
 
 
 def write_coco(root, names):
@@ -230,30 +230,31 @@ def test_an_image_that_moves_is_noticed(tmp_path):
     """Where images are found by their endings, all files of the data say where they are."""
     pictures(tmp_path, *SEQUENCES)
     write_coco(tmp_path, dict(train=['/x/images/seq1/1.png'], val=['/y/seq2/2.png']))
-    assert str(tmp_path) in report_of(tmp_path)[0].places
+    assert str(tmp_path) in report_of(tmp_path)[0].watched_paths
     images = ImageResolver(
-        tmp_path / 'x.json', tmp_path, ['1.png', '/x/images/seq2/2.png'], given=str(tmp_path / 'images')
+        tmp_path / 'x.json', tmp_path, ['1.png', '/x/images/seq2/2.png'], image_dir=str(tmp_path / 'images')
     )
-    assert images.searched == [tmp_path / 'images'] * 2
+    assert images.searched_folders == [tmp_path / 'images'] * 2
     touch(tmp_path, 'train/9.png')
     images = ImageResolver(tmp_path / 'train.json', tmp_path, ['9.png', '/x/images/seq2/2.png'])
-    assert images.find('9.png').kind is None and images.searched == [tmp_path / 'train', tmp_path]
+    assert images.find('9.png').code is None and images.searched_folders == [tmp_path / 'train', tmp_path]
 
 
 def test_many_names_are_looked_up_not_searched(tmp_path):
     """A hundred thousand names of another machine, most of them alike in their last part."""
     names = [f'images/{n % 50}/{n // 50 % 200}/image{n // 10000}.png' for n in range(100000)]
-    index = Files(names)
-    assert index.ending('nowhere/image3.png')[0] == 1 and len(index.ending('image3.png')[1]) <= 50
+    index = FileIndex(names)
+    assert index.find_by_suffix('nowhere/image3.png')[0] == 1 and len(index.find_by_suffix('image3.png')[1]) <= 50
     # A search among all of them would take hours.
-    assert limited(lambda: all(index.ending(f'home/me/{name}') == (4, [name]) for name in names[::10]))
+    assert limited(lambda: all(index.find_by_suffix(f'home/me/{name}') == (4, [name]) for name in names[::10]))
 
 
 def test_a_walk_for_each_name_is_not_needed(tmp_path, monkeypatch):
     touch(tmp_path, *SEQUENCES)
     calls = []
     monkeypatch.setattr(
-        'convnext_dense.datasets.read_coco.files_below', lambda *a, **k: calls.append(a) or {str(n) for n in range(9)}
+        'convnext_dense.datasets.image_resolver.files_below',
+        lambda *a, **k: calls.append(a) or {str(n) for n in range(9)},
     )
     places(tmp_path, [f'/me/{n}' for n in range(5)])
     assert len(calls) == 1
@@ -266,14 +267,16 @@ def test_a_walk_for_each_name_is_not_needed(tmp_path, monkeypatch):
     ('/data/local-files/?d=a/b.png', ('a/b.png', '')), ('', ('.', '')), ('/', ('', '/')),
 ])  # fmt: skip
 def test_paths_in_names(name, path):
-    assert path_in(name) == path
+    assert split_machine_prefix(name) == path
 
 
 def test_names_are_matched_one_to_one():
-    found, ambiguous = match(['a', 'B', 'c', 'C', 'd', 'e%20f', 'g'], ['a', 'A', 'b', 'c', 'D', 'd', 'e f', 'G', 'g '])
+    found, ambiguous = match_names(
+        ['a', 'B', 'c', 'C', 'd', 'e%20f', 'g'], ['a', 'A', 'b', 'c', 'D', 'd', 'e f', 'G', 'g ']
+    )
     assert found == {'a': 'a', 'B': 'b', 'c': 'c', 'd': 'd', 'e%20f': 'e f', 'g': 'G'} and not ambiguous
-    assert match(['e\u0301'], ['\u00c9', '\u00e9']).ambiguous == {'e\u0301': ['\u00c9', '\u00e9']}
-    assert set(match(['Ab', 'aB'], ['ab']).ambiguous) == {'Ab', 'aB'}
+    assert match_names(['e\u0301'], ['\u00c9', '\u00e9']).ambiguous == {'e\u0301': ['\u00c9', '\u00e9']}
+    assert set(match_names(['Ab', 'aB'], ['ab']).ambiguous) == {'Ab', 'aB'}
 
 
 def test_label_maps_are_found_by_names_written_otherwise(tmp_path):
@@ -281,12 +284,16 @@ def test_label_maps_are_found_by_names_written_otherwise(tmp_path):
     touch(tmp_path, 'l/cafe\u0301_mask.png', 'l/A_mask.png', 'l/a_mask.png', 'l/b%20c_MASK.png', 'l/x.y.z_mask.png')
     found = pair_files(SplitDirs(tmp_path / 'i', tmp_path / 'l'))
     pairs = {image.name: labels.name for image, labels in found.pairs}
-    assert found.more == '_mask' and pairs == {
+    assert found.mask_suffix == '_mask' and pairs == {
         'caf\u00e9.jpg': 'cafe\u0301_mask.png', 'A.jpg': 'A_mask.png', 'a.jpg': 'a_mask.png',
         'b c.jpg': 'b%20c_MASK.png', 'x.y.z.jpg': 'x.y.z_mask.png',
     }  # fmt: skip
-    assert [path.name for path in found.bare] == ['none.jpg'] and not found.lone and not found.ambiguous
-    assert found.other == ['b c_mask is b%20c_MASK', 'caf\u00e9_mask is cafe\u0301_mask']
+    assert (
+        [path.name for path in found.unmatched_images] == ['none.jpg']
+        and not found.unmatched_masks
+        and not found.ambiguous
+    )
+    assert found.respelled == ['b c_mask is b%20c_MASK', 'caf\u00e9_mask is cafe\u0301_mask']
 
 
 LINES = {  # of a list of images -> the image that is meant
@@ -307,8 +314,8 @@ def test_lists_of_images(end, encoding, tmp_path):
     layout, folders = find_folders(tmp_path)
     found = pair_files(folders['train'])
     stems = {image.relative_to(tmp_path / 'JPEGImages').with_suffix('').as_posix() for image, _ in found.pairs}
-    assert layout == 'VOC' and stems == set(LINES.values()) and not found.twice
-    assert sorted(path.name for path in found.bare) == ['gone.jpg', 'secret.jpg', 'zero.jpg']
+    assert layout == 'VOC' and stems == set(LINES.values()) and not found.duplicate_stems
+    assert sorted(path.name for path in found.unmatched_images) == ['gone.jpg', 'secret.jpg', 'zero.jpg']
 
 
 def test_a_list_in_latin1_names_files_in_latin1(tmp_path):
@@ -377,7 +384,7 @@ def test_the_same_images_are_held_out_in_any_locale():
     ('\u65e5/\udce9', '\u65e5/\u00e9'), ('%E9', '\u00e9'), ('\ud800', '\ud800'), ('\udce9\ud800', '\u00e9\ud800'),
 ])  # fmt: skip
 def test_spellings_of_bytes_that_are_not_decoded(written, other):
-    assert spelled(written) == spelled(other)
+    assert normalize_spelling(written) == normalize_spelling(other)
 
 
 def test_segmentation_says_what_was_found_otherwise(drawn, tmp_path):

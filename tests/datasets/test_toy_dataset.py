@@ -106,13 +106,14 @@ def test_layout(small):
 
 
 @pytest.mark.parametrize(
-    ('size', 'radius'), ((64, toy_shapes.RADIUS), (128, toy_shapes.RADIUS), (201, toy_shapes.RADIUS), (128, (4, 50)))
+    ('size', 'radius'),
+    ((64, toy_shapes.RADIUS_RANGE), (128, toy_shapes.RADIUS_RANGE), (201, toy_shapes.RADIUS_RANGE), (128, (4, 50))),
 )  # the last: small shapes would leave holes in large ones
 def test_polygons_are_exactly_the_visible_pixels(size, radius, monkeypatch):
-    monkeypatch.setattr(toy_shapes, 'RADIUS', radius)
+    monkeypatch.setattr(toy_shapes, 'RADIUS_RANGE', radius)
     seen = set()
     for scene in scenes(40, size=size):
-        found = toy_shapes.annotations(scene)
+        found = toy_shapes.coco_annotations(scene)
         assert len(found) == len(scene.categories) == len(scene.areas) == scene.instances.max()
         for k, annotation in enumerate(found, 1):
             visible = scene.instances == k
@@ -171,7 +172,7 @@ def test_each_class_has_its_hue():
     ]
     assert np.bincount([category for category, _ in found]).min() > len(found) / 8
     for category, mean in found:
-        assert np.abs(mean - toy_shapes.HUES).sum(1).argmin() == category
+        assert np.abs(mean - toy_shapes.CLASS_COLORS).sum(1).argmin() == category
 
 
 def test_coco_and_opencv_read_what_was_drawn(small, capsys):
@@ -207,12 +208,14 @@ def check_labels(labels, instances):
 def test_label_maps_have_borders_between_labels_only():
     instances = np.array([[1, 1, 1, 0, 2, 3], [1, 1, 1, 0, 2, 3]], np.uint8)
     scene = toy_shapes.Scene(None, instances, [0, 4, 4], [6, 2, 2])
-    np.testing.assert_array_equal(toy_shapes.label_map(scene), [[2, 2, 0, 1, 0, 6]] * 2)
+    np.testing.assert_array_equal(toy_shapes.segmentation_mask(scene), [[2, 2, 0, 1, 0, 6]] * 2)
 
 
 def test_labels_palette_and_classes_agree():
-    assert ('ground', *toy_shapes.CLASSES) == toy_shapes.LABELS
-    assert len({tuple(colour) for colour in toy_shapes.PALETTE}) == len(toy_shapes.PALETTE) == len(toy_shapes.LABELS)
+    assert ('ground', *toy_shapes.CLASSES) == toy_shapes.LABEL_NAMES
+    assert (
+        len({tuple(colour) for colour in toy_shapes.PALETTE}) == len(toy_shapes.PALETTE) == len(toy_shapes.LABEL_NAMES)
+    )
 
 
 def test_png_of_many_blocks_and_of_a_single_pixel():
@@ -220,7 +223,7 @@ def test_png_of_many_blocks_and_of_a_single_pixel():
         np.random.RandomState(0).randint(0, 256, (201, 333, 3)).astype(np.uint8),
         np.full((1, 1), 7, np.uint8),
     ):
-        read = cv2.imdecode(np.frombuffer(toy_shapes.png(pixels), np.uint8), cv2.IMREAD_UNCHANGED)
+        read = cv2.imdecode(np.frombuffer(toy_shapes.encode_png(pixels), np.uint8), cv2.IMREAD_UNCHANGED)
         np.testing.assert_array_equal(read if pixels.ndim == 2 else read[..., ::-1], pixels)
 
 
@@ -249,7 +252,7 @@ def test_the_same_request_again_leaves_everything_as_it_is(small, monkeypatch, c
 @pytest.mark.parametrize('change', (dict(seed=1), dict(train=4), dict(val=0), dict(size=96)))
 def test_another_request_is_refused_and_the_folder_left(small, change):
     before = sha256(small)
-    with pytest.raises(UsageError, match='remove it or give another folder'):
+    with pytest.raises(UsageError, match='remove it or choose another folder'):
         toy_shapes.write(small, **{**SMALL, **change})
     assert sha256(small) == before
 
@@ -288,7 +291,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, pl
 
 def test_whole_or_not_at_all(tmp_path, monkeypatch):
     for error, raised in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, 'No space left'), UsageError)):
-        monkeypatch.setattr(toy_shapes, 'annotations', Mock(side_effect=error))
+        monkeypatch.setattr(toy_shapes, 'coco_annotations', Mock(side_effect=error))
         with pytest.raises(raised):
             toy_shapes.write(tmp_path / 'new', **SMALL)
         assert os.listdir(tmp_path) == []

@@ -118,7 +118,7 @@ def as_folders(drawn, folder):
             else:
                 path.rename(path.with_suffix(ending))
         put_labels(drawn, split, folder / 'masks' / split)
-    (folder / 'classes.txt').write_text('\n'.join(toy_shapes.LABELS))
+    (folder / 'classes.txt').write_text('\n'.join(toy_shapes.LABEL_NAMES))
 
 
 def run(tool, *args):

@@ -231,7 +231,7 @@ def test_shapes_segmentation_is_ade20k_but_for():
             f'{split}_dataloader.dataset.type': 'BaseSegDataset',
             f'{split}_dataloader.dataset.data_root': 'data/shapes/',
             f'{split}_dataloader.dataset.img_suffix': '.png',
-            f'{split}_dataloader.dataset.metainfo.classes': toy_shapes.LABELS,
+            f'{split}_dataloader.dataset.metainfo.classes': toy_shapes.LABEL_NAMES,
             f'{split}_dataloader.dataset.metainfo.palette': toy_shapes.PALETTE,
             f'{split}_dataloader.dataset.data_prefix.img_path': of,
             f'{split}_dataloader.dataset.data_prefix.seg_map_path': f'labels/{of}',

@@ -1,0 +1,139 @@
+"""File names in annotations: matching them with files whose paths are written differently."""
+
+import posixpath
+import re
+import sys
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
+from itertools import takewhile
+from typing import NamedTuple
+from unicodedata import normalize
+from urllib.parse import unquote
+
+MAX_CANDIDATES = 50  # files that are returned for one name
+ADDRESS_RE = re.compile(r'[a-z][a-z0-9+.-]+://[^/]*/?|[a-z]:/|/', re.IGNORECASE)  # a URL, a drive, or a root
+UNDECODED_RE = re.compile('[\udc80-\udcff]+')  # bytes that Python's surrogateescape has kept
+
+
+class FileIndex:
+    """An index of file paths by spelling and by suffix; lookups take logarithmic time.
+
+    Attributes:
+        exact (set[str]): the paths as they are on the disk.
+    """
+
+    def __init__(self, paths: Iterable[str]):
+        self.exact = set(paths)
+
+    @cached_property
+    def _sorted(self) -> tuple[list[str], list[str]]:
+        """Sorted keys of the reversed paths, and the paths in this order."""
+        pairs = sorted((_reversed_parts(path), path) for path in self.exact)
+        return [key for key, _ in pairs], [path for _, path in pairs]
+
+    def find_respelled(self, path: str) -> list[str]:
+        """Return the first few paths that differ from a path only in spelling."""
+        return self._between(_reversed_parts(path), '')
+
+    def find_by_suffix(self, path: str) -> tuple[int, list[str]]:
+        """Return the number of parts of the longest common suffix with a path, and the first few paths that have it."""
+        keys, key = self._sorted[0], _reversed_parts(path)
+        position = bisect_left(keys, key)
+        neighbors = keys[max(position - 1, 0) : position + 1]
+        n = max((_num_common_parts(key, neighbor) for neighbor in neighbors), default=0)
+        common = '\0'.join([*key.split('\0')[:n], ''])
+        return n, self._between(common, chr(sys.maxunicode)) if n else []
+
+    def _between(self, key: str, end: str) -> list[str]:
+        keys, paths = self._sorted
+        first = bisect_left(keys, key)
+        return paths[first : min(bisect_right(keys, key + end), first + MAX_CANDIDATES)]
+
+
+class NameMatches(NamedTuple):
+    """The result of matching names with existing ones.
+
+    Attributes:
+        matches (Mapping[str, str]): the existing name of each name.
+        ambiguous (Mapping[str, list[str]]): the existing names that a name may mean.
+    """
+
+    matches: Mapping[str, str] = {}
+    ambiguous: Mapping[str, list[str]] = {}
+
+
+def match_names(names: Iterable[str], existing: Collection[str]) -> NameMatches:
+    """Match names with existing ones: exactly, or else with the only one that differs just in spelling."""
+    names, matches, ambiguous = dict.fromkeys(names), {}, {}
+    matches.update((name, name) for name in names if name in existing)
+    unmatched, free = defaultdict(list), defaultdict(list)
+    for name in names:
+        if name not in matches:
+            unmatched[normalize_spelling(name)].append(name)
+    for name in existing if unmatched else ():
+        if name not in matches:
+            free[normalize_spelling(name)].append(name)
+    for key, alike in unmatched.items():
+        if len(alike) == len(free[key]) == 1:
+            matches[alike[0]] = free[key][0]
+        elif free[key]:
+            ambiguous.update((name, free[key]) for name in alike)
+    return NameMatches(matches, ambiguous)
+
+
+def split_machine_prefix(name: str) -> tuple[str, str]:
+    """Split a file name into a path and what precedes it on another machine.
+
+    Returns:
+        The path, normalized and with forward slashes; and the root, drive or start of a URL, empty for a relative path.
+    """
+    path = name.replace('\\', '/')
+    if '?d=' in path:  # Label Studio's local files
+        return posixpath.normpath(path.split('?d=')[-1].lstrip('/')), ''
+    prefix = ADDRESS_RE.match(path)
+    if not prefix:
+        return posixpath.normpath(path), ''
+    path = path[prefix.end() :].split('?')[0].split('#')[0]
+    return posixpath.normpath(f'/{path}').lstrip('/'), prefix[0].lower()
+
+
+def normalize_spelling(path: str) -> str:
+    """Return a path that compares equal to others of the same meaning.
+
+    Percent escapes are decoded, slashes and case unified, Unicode is NFC, and bytes that Python could not decode are
+    read as UTF-8 or Latin-1.
+    """
+    if '%' in path:
+        path = unquote(path, errors='surrogateescape')
+    path = path.replace('\\', '/')
+    return path.lower() if path.isascii() else normalize('NFC', UNDECODED_RE.sub(_decode, path).lower())
+
+
+def encode_name(name: str) -> bytes:
+    """Return the bytes of a file name on the disk, in any locale; unique bytes for what cannot be one."""
+    try:
+        return name.encode('utf-8', 'surrogateescape')
+    except UnicodeEncodeError:
+        return name.encode('utf-8', 'surrogatepass')
+
+
+def _decode(undecoded: re.Match) -> str:
+    """Decode bytes in a name: UTF-8 if the locale is ASCII, or Latin-1 of an older machine."""
+    data = undecoded[0].encode('utf-8', 'surrogateescape')
+    try:
+        return data.decode('utf-8')
+    except UnicodeDecodeError:
+        return data.decode('latin-1')
+
+
+def _reversed_parts(path: str) -> str:
+    """Return the normalized parts of a path from the last to the first, each followed by NUL, for sorting."""
+    return ''.join(f'{part}\0' for part in reversed(normalize_spelling(path).split('/')))
+
+
+def _num_common_parts(first: str, second: str) -> int:
+    """Return how many leading parts two reversed paths have in common."""
+    parts = zip(first.split('\0')[:-1], second.split('\0')[:-1])
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], parts))

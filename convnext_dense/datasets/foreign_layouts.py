@@ -1,0 +1,174 @@
+"""Folders that are no supported data set: what they hold instead, and how to convert it."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+from ..engine.datasets import IMAGE_SUFFIXES
+from .files import LfsPointerError, open_regular, read_start, to_one_line, walk
+from .json_files import HEADER_BYTES, MAX_JSON_BYTES
+from .layouts import (
+    IMAGE_DIR_NAMES,
+    MASK_DIR_NAMES,
+    MASK_SUFFIXES,
+    MAX_DEPTH,
+    SPLIT_DIR_NAMES,
+    find_annotations,
+    find_dir,
+    find_folders,
+    is_image,
+)
+
+PANOPTIC_KEY = '"segments_info"'  # of its annotations
+PANOPTIC_HINT = 'use instances_*.json, or convert it with panopticapi (panoptic2detection_coco_format.py)'
+CONVERT_HINT = 'convert them to COCO json (with CVAT, FiftyOne or Roboflow)'
+CLASSIFICATION_HINT = (
+    'has one folder per class, as for classification: boxes or segmentation masks are needed; '
+    'if one of them holds segmentation masks, rename it to labels and the other one to images'
+)
+MASK_LAYOUT_HINT = 'put images into images/train and images/val, masks into labels/train and labels/val (or link them)'
+ARCHIVE_SUFFIXES = ('.zip', '.tar', '.gz', '.tgz', '.rar', '.7z')
+MAX_FILES_SCANNED = 20000
+MAX_FILES_PER_SUFFIX = 100  # in one folder; the others are taken to be alike
+# Names of folders with the masks of one split, such as trainannot in SegNet's CamVid.
+_SPLIT = '|'.join(chain(*SPLIT_DIR_NAMES.values()))
+_MASKS = 'annots?|annotations?|labels?|masks?|gt|seg|segmentations?'
+SPLIT_MASKS_RE = re.compile(f'({_SPLIT})[ _-]?({_MASKS})|({_MASKS})[ _-]?({_SPLIT})')
+KITTI_RE = re.compile(r'[A-Za-z_]+( -?[0-9.]+){14,15} *')
+CSV_MARKS = ('filename', 'file_name', 'image', 'xmin', 'bbox', '.jpg', '.png')  # in a CSV of labels
+
+
+def describe_unsupported(root: Path) -> str:
+    """Return what a folder without a supported layout holds and how to fix it, as the rest of a sentence."""
+    if not root.exists():
+        return 'does not exist'
+    if not root.is_dir():
+        return _describe_file(root)
+    files = list(islice(_sample_files(root), MAX_FILES_SCANNED))
+    suffixes = {path.suffix.lower() for path in files}
+    if not files:
+        return 'is an empty folder'
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        if find_annotations(folder) or find_folders(folder):
+            return f'holds a data set in its folder {to_one_line(folder.name)}: give {folder}'
+
+    def has_text(suffix: str, *texts: str):
+        return lambda: next(filter(None, (_find_by_content(files, suffix, text) for text in texts)), None)
+
+    def has_name(text: str):
+        return lambda: next((path for path in files if text in path.as_posix().lower()), None)
+
+    for find, description in (
+        (lambda: _find_lfs_pointer(files), 'holds Git LFS pointers, such as {}: run git lfs pull where they are from'),
+        (lambda: _find_yolo(files), f'looks like YOLO labels ({{}}): {CONVERT_HINT}'),
+        (lambda: _find_split_masks(root, files), f'holds masks in {{}}, as in SegNet\'s CamVid: {MASK_LAYOUT_HINT}'),
+        (has_text('.xml', '<annotation'), f'looks like Pascal VOC boxes in XML: {CONVERT_HINT}'),
+        (has_text('.json', '"shapes"'), 'looks like LabelMe, one file per image: run its labelme2coco.py'),
+        (has_text('.json', '"result":'), "looks like Label Studio's own JSON: export it as COCO instead"),
+        (has_text('.json', '"regions"'), f"looks like the VGG annotator's JSON: {CONVERT_HINT}"),
+        (has_text('.json', '"caption"'), 'holds captions ({}): boxes are in instances_*.json'),
+        (has_text('.json', '"keypoints"'), 'holds keypoints ({}): boxes are in instances_*.json'),
+        (has_text('.json', PANOPTIC_KEY), f'holds panoptic JSON ({{}}): {PANOPTIC_HINT}'),
+        (has_name('createml'), f'looks like CreateML labels: {CONVERT_HINT}'),
+        (has_name('tfrecord'), f'looks like TFRecords: {CONVERT_HINT}'),
+        (lambda: _find_kitti(files), f'looks like KITTI boxes ({{}}): {CONVERT_HINT}'),
+        (has_name('labeltxt/'), f'looks like the rotated boxes of DOTA ({{}}): {CONVERT_HINT}'),
+        (has_name('gt/gt.txt'), f'looks like the tracks of MOT ({{}}): {CONVERT_HINT}'),
+        (has_text('.csv', *CSV_MARKS), f'looks like labels in CSV: {CONVERT_HINT}'),
+        (lambda: _find_masks_next_to_images(files), f'holds masks next to the images ({{}}): {MASK_LAYOUT_HINT}'),
+        (lambda: _is_classification_folder(root), CLASSIFICATION_HINT),
+        (lambda: suffixes <= set(ARCHIVE_SUFFIXES), 'holds archives: unpack them there'),
+        (lambda: suffixes & {'.npy', '.npz', '.mat'}, 'holds labels of NumPy or MATLAB: write them as index PNGs'),
+        (lambda: suffixes & set(IMAGE_SUFFIXES), 'holds images without annotations'),
+    ):  # fmt: skip
+        result = find()
+        if result:
+            return description.format(to_one_line(result.relative_to(root)) if isinstance(result, Path) else '')
+    return f'holds no known data set (its files end with {to_one_line(", ".join(sorted(suffixes)[:4]))})'
+
+
+def _describe_file(path: Path) -> str:
+    if not path.is_file():
+        return 'is neither a folder nor a file: give the folder of a data set'
+    if path.suffix.lower() in ARCHIVE_SUFFIXES:
+        return 'is an archive: unpack it and give its folder'
+    if path.suffix.lower() == '.json':
+        return 'is a file: give its folder, or --train-ann and --val-ann'
+    if path.suffix.lower() in ('.yaml', '.yml'):
+        return f'is a data set file of YOLO, whose labels are not COCO json: {CONVERT_HINT}'
+    return 'is a file: give the folder of a data set'
+
+
+def _sample_files(root: Path) -> Iterator[Path]:
+    """Iterate over the files in and below a folder, in each at most `MAX_FILES_PER_SUFFIX` of a suffix."""
+    for folder, names in walk(root, MAX_DEPTH, hidden=False):
+        counts = Counter()
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            counts[suffix] += 1
+            if counts[suffix] <= MAX_FILES_PER_SUFFIX:
+                yield Path(folder, name)
+
+
+def _find_lfs_pointer(files: list[Path]) -> Path | None:
+    def is_pointer(path: Path) -> bool:
+        try:
+            open_regular(path, MAX_JSON_BYTES).close()
+        except LfsPointerError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    return next(filter(is_pointer, files), None)
+
+
+def _find_yolo(files: list[Path]) -> Path | None:
+    def is_yolo(path: Path) -> bool:
+        fields = read_start(path, HEADER_BYTES).lstrip().split('\n')[0].split()
+        try:
+            return len(fields) >= 5 and fields[0].isdigit() and all(0 <= float(v) <= 1 for v in fields[1:])
+        except ValueError:
+            return False
+
+    config_names = ('data.yaml', 'data.yml', 'obj.names')
+    labels = (path for path in files if path.suffix.lower() == '.txt' and is_yolo(path))
+    return next(labels, None) or next((path for path in files if path.name.lower() in config_names), None)
+
+
+def _find_kitti(files: list[Path]) -> Path | None:
+    def first_line(path: Path) -> str:
+        return read_start(path, HEADER_BYTES).split('\n')[0].strip()
+
+    texts = (path for path in files if path.suffix.lower() == '.txt')
+    return next((path for path in texts if KITTI_RE.fullmatch(first_line(path))), None)
+
+
+def _find_split_masks(root: Path, files: list[Path]) -> Path | None:
+    """Find a folder of images whose name says that they are the masks of a split."""
+    folders = dict.fromkeys(path.parent for path in files if is_image(path) and path.parent != root)
+    folders = [folder for folder in folders if SPLIT_MASKS_RE.fullmatch(folder.name.lower())]
+    return min(folders, key=lambda folder: 'train' not in folder.name.lower(), default=None)
+
+
+def _find_masks_next_to_images(files: list[Path]) -> Path | None:
+    """Find an image that has the name of another one in its folder followed by _mask or the like."""
+    images = list(filter(is_image, files))
+    stems = {(path.parent, path.stem.lower() + suffix) for path in images for suffix in MASK_SUFFIXES if suffix}
+    return next((path for path in images if (path.parent, path.stem.lower()) in stems), None)
+
+
+def _find_by_content(files: list[Path], suffix: str, text: str) -> Path | None:
+    candidates = [path for path in files if path.suffix.lower() == suffix][:5]
+    return next((path for path in candidates if text in read_start(path, 2**16)), None)
+
+
+def _is_classification_folder(root: Path) -> bool:
+    train = find_dir(root, SPLIT_DIR_NAMES['train']) or root
+    classes = [folder for folder in train.iterdir() if folder.is_dir()]
+    known_names = {*IMAGE_DIR_NAMES, *MASK_DIR_NAMES, *chain(*SPLIT_DIR_NAMES.values())}
+    if len(classes) < 2 or known_names & {folder.name.lower() for folder in classes}:
+        return False
+    return all(any(map(is_image, folder.iterdir())) for folder in classes)

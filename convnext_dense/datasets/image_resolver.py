@@ -1,0 +1,326 @@
+"""Finding the image file that a name in COCO json means, on a disk that may be laid out differently."""
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from functools import cache, cached_property
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import UsageError
+from .file_names import FileIndex, normalize_spelling, split_machine_prefix
+from .files import files_below, folders_in, to_one_line
+from .layouts import IMAGE_DIR_NAMES, MASK_DIR_NAMES, SPLIT_DIR_NAMES
+from .request import is_below, relative_to_root
+
+MAX_NAMES_TRIED = 50  # to find the folder in which names begin
+MAX_NAME_LENGTH = 4096  # characters; no system has longer ones
+MAX_FOLDERS_TRIED = 200  # in one folder
+DIGITS_RE, WORDS_RE = re.compile('[0-9]+'), re.compile('[a-z]+')
+
+
+class ImageLocation(NamedTuple):
+    """Where the image of a name is.
+
+    Attributes:
+        path (str | None): relative to the data set's root, absolute elsewhere; None if it was not found.
+        code (str | None): of `diagnostics.RULES`: why it was not found, or how it was.
+        example (str): the name, for the report.
+    """
+
+    path: str | None
+    code: str | None = None
+    example: str = ''
+
+
+class SuffixMatch(NamedTuple):
+    """Files whose paths have the longest ending in common with a name.
+
+    Attributes:
+        files (list[str]): the first few.
+        num_parts (int): parts of the path in the common ending.
+        prefix (tuple[str, ...]): the parts of the name before it.
+    """
+
+    files: list[str]
+    num_parts: int = 0
+    prefix: tuple[str, ...] = ()
+
+
+class ImageResolver:
+    """Finds the image files of a COCO json file.
+
+    Names do not say in which folder they begin, so folders are tried with some of them. Names with paths of another
+    machine are matched by the longest ending that they share with a file.
+
+    Args:
+        ann_file: the COCO json file.
+        root: folder of the data set.
+        names: file names of the images.
+        image_dir: folder of the images, if it is known.
+        split: of the images; None for all.
+
+    Attributes:
+        folder (Path): in which names begin.
+
+    Raises:
+        UsageError: no image is found.
+    """
+
+    def __init__(
+        self,
+        ann_file: Path,
+        root: Path,
+        names: Sequence[str],
+        image_dir: str | None = None,
+        split: str | None = None,
+    ):
+        names = list(dict.fromkeys(names))
+        self._root, self._split = root, None if image_dir else split
+        split_dirs, folders = ([], [Path(image_dir)]) if image_dir else _candidate_folders(ann_file, root)
+        self._tops = [Path(image_dir)] if image_dir else _top_folders(ann_file, root)
+        tried = names[:: max(1, len(names) // MAX_NAMES_TRIED)]
+        # Masks have the names of their images. The folder of the annotations is one of masks by its name alone.
+        candidates = [f for f in folders if f == ann_file.parent or not _is_mask_folder(f, root)]
+        best = _best_folder(candidates, tried)
+        self.folder, self._is_folder_known = best or self._tops[0], best is not None
+        self._prefix = self._path_prefix(self.folder)
+        self._split_prefixes = tuple(map(self._path_prefix, split_dirs))
+        self._starts = [os.path.abspath(folder) for folder in (ann_file.parent, self.folder)]  # of names with ../
+        self._inside = tuple(os.path.join(os.path.abspath(top), '') for top in (*self._tops, root))
+        exact = {name: self._locate_exactly(name) for name in names}
+        self._locations = {**exact, **self._locate_by_suffix(exact)}
+        if names and not any(at.path or at.code == 'ambiguous-name' for at in self._locations.values()):
+            raise UsageError(
+                f'{ann_file}: none of its images (such as {to_one_line(names[0])}) is in {image_dir or root}: '
+                'give --train-images and --val-images'
+            )
+
+    def find(self, name: str) -> ImageLocation:
+        """Return where the image of one of the names is."""
+        return self._locations[name]
+
+    @property
+    def searched_folders(self) -> list[Path]:
+        """The folders whose files decide where images are."""
+        return [self.folder, *(self._tops if '_all_files' in self.__dict__ else [])]
+
+    @cached_property
+    def _folder_files(self) -> FileIndex:
+        """The files in and below the folder in which names begin."""
+        return FileIndex(self._prefix + path for path in files_below(self.folder))
+
+    @cached_property
+    def _all_files(self) -> FileIndex:
+        """All files of the data set."""
+        return FileIndex(self._path_prefix(top) + path for top in self._tops for path in files_below(top, hidden=False))
+
+    @cached_property
+    def _split_files(self) -> FileIndex:
+        """The files of the folders that are named after the split."""
+        prefixes = self._split_prefixes
+        return FileIndex(path for path in self._all_files.exact if prefixes and path.startswith(prefixes))
+
+    def _path_prefix(self, folder: str | Path) -> str:
+        """Return what precedes the paths of files below a folder."""
+        is_root = os.path.abspath(folder) == os.path.abspath(self._root)
+        return '' if is_root else f'{relative_to_root(folder, self._root)}/'
+
+    def _locate_exactly(self, name: str) -> ImageLocation | None:
+        """Return where an image is by its whole name, or that it cannot exist; None if it is not there."""
+        path, machine = split_machine_prefix(name)
+        if len(name) > MAX_NAME_LENGTH:
+            return ImageLocation(None, 'missing-image', name)
+        if machine or path.startswith('../'):
+            starts = (os.sep,) if machine else self._starts
+            paths = [os.path.normpath(os.path.join(start, path)) for start in starts]
+            inside = [path for path in paths if path.startswith(self._inside)]
+            existing = next(filter(os.path.isfile, inside), None)
+            if existing:
+                return ImageLocation(relative_to_root(existing, self._root))
+            return None if inside or machine else ImageLocation(None, 'name-outside-root', name)
+        if not self._is_folder_known:
+            return None
+        for exact in (self._prefix + name, self._prefix + path):
+            if exact in self._folder_files.exact:
+                return ImageLocation(exact)
+        files = self._folder_files.find_respelled(self._prefix + path)
+        if not files:
+            return None
+        differs_in_case = files[0].lower() == f'{self._prefix}{path}'.lower()
+        return _to_location(name, files, 'name-case-mismatch' if differs_in_case else 'name-spelling-mismatch')
+
+    def _locate_by_suffix(self, exact: Mapping[str, ImageLocation | None]) -> dict[str, ImageLocation]:
+        """Locate the other images by the longest ending that their names share with a file.
+
+        A name never matches by less of it than names with the same prefix do.
+        """
+        names_by_file, prefixes = defaultdict(list), Counter()
+        for name, location in exact.items():
+            if location and location.path:
+                names_by_file[location.path].append(name)
+                prefixes['',] += 1
+        matches = {name: self._match_suffix(name, bool(prefixes)) for name, at in exact.items() if at is None}
+        prefixes.update(match.prefix for match in matches.values() if match.num_parts > 1)
+        lengths = {len(prefix) for prefix in prefixes}
+        for name, match in matches.items():
+            files = [] if _is_other_file(match, prefixes, lengths) else match.files
+            matches[name] = match._replace(files=files)
+            if len(files) == 1:
+                names_by_file[files[0]].append(name)
+        has_machine_names = any(split_machine_prefix(name)[1] for name in chain(*names_by_file.values()))
+
+        def missing_code(name: str) -> str:
+            is_of_machine = split_machine_prefix(name)[1]
+            return 'missing-image' if has_machine_names or not is_of_machine else 'name-outside-root'
+
+        return {
+            name: _to_location(name, match.files, 'name-matched-by-suffix', names_by_file)
+            if match.files
+            else ImageLocation(None, missing_code(name), name)
+            for name, match in matches.items()
+        }
+
+    def _match_suffix(self, name: str, has_exact_names: bool) -> SuffixMatch:
+        path, machine = split_machine_prefix(name)
+        path = re.sub(r'^(\.\./)+', '', path)
+        if has_exact_names and '/' not in path:
+            return SuffixMatch([])
+        num_parts, files = self._split_files.find_by_suffix(path)
+        num_parts_of_all, other_files = self._all_files.find_by_suffix(path)
+        if num_parts_of_all > num_parts:
+            num_parts, files = num_parts_of_all, other_files
+        parts = [machine, *normalize_spelling(path).split('/')]
+        prefix = tuple(parts[: len(parts) - num_parts])
+        files = [file for file in files if not _is_among_masks(file)] or (files if num_parts > 1 else [])
+        if num_parts == 1:
+            files = [file for file in files if not _contradicts(prefix[1:], file, self._split)]
+        return SuffixMatch(files, num_parts, prefix)
+
+
+def _to_location(
+    name: str, files: list[str], code: str, names_by_file: Mapping[str, list[str]] | None = None
+) -> ImageLocation:
+    """Return the location of an image that may be one of some files: unique if no other name matches it, too."""
+    if len(files) > 1:
+        return ImageLocation(None, 'ambiguous-name', f'{name} may be {" or ".join(files[:2])}')
+    other = next((n for n in (names_by_file or {}).get(files[0], ()) if n != name), None)
+    if other is not None:
+        return ImageLocation(None, 'ambiguous-name', f'{name} and {other} may both be {files[0]}')
+    return ImageLocation(files[0], code, f'{name} is {files[0]}')
+
+
+def _is_other_file(match: SuffixMatch, prefixes: Counter, lengths: set[int]) -> bool:
+    """Return whether a name means a file that is missing, and not those that it matches.
+
+    Args:
+        match: of the name.
+        prefixes: number of names that match more than the last part of a path, by what precedes the match. If most
+            names with the beginning of this one match more of themselves, so would its own file.
+        lengths: of the prefixes.
+    """
+    if match.num_parts < 2:
+        return bool(prefixes)
+    shorter = (match.prefix[:n] for n in lengths if 0 < n < len(match.prefix))
+    return any(prefixes[prefix] >= prefixes[match.prefix] for prefix in shorter)
+
+
+def _contradicts(folders: Sequence[str], file: str, split: str | None) -> bool:
+    """Return whether the folders of a name and of a file are of different splits, or differ by a number."""
+    file_folders = normalize_spelling(file).split('/')[:-1]
+    name_splits, file_splits = _splits_in(folders) or {split} - {None}, _splits_in(file_folders)
+
+    def patterns(own: Sequence[str], other: Sequence[str]) -> set[str]:
+        return {DIGITS_RE.sub('#', folder) for folder in own if folder not in other}
+
+    differ_by_number = patterns(folders, file_folders) & patterns(file_folders, folders)
+    return bool(name_splits and file_splits and not name_splits & file_splits) or bool(differ_by_number)
+
+
+def _splits_in(folders: Sequence[str]) -> set[str]:
+    words = {word for folder in folders for word in WORDS_RE.findall(folder)}
+    return {split for split, names in SPLIT_DIR_NAMES.items() if words & set(names)}
+
+
+def _is_among_masks(file: str) -> bool:
+    """Return whether a file lies in a folder that has the name of one of masks."""
+    folders = set(normalize_spelling(file).split('/')[:-1])
+    return bool(folders & set(MASK_DIR_NAMES)) and not folders & set(IMAGE_DIR_NAMES)
+
+
+def _is_mask_folder(folder: Path, root: Path) -> bool:
+    return _is_among_masks(f'{os.path.relpath(folder, root)}/')
+
+
+def _top_folders(ann_file: Path, root: Path) -> list[Path]:
+    """Return the folders in and below which the images of a COCO json file are."""
+    base = _base_folder(ann_file)
+    if is_below(base, root):
+        return [root]
+    return [base] if is_below(root, base) else [root, base]
+
+
+def _base_folder(ann_file: Path) -> Path:
+    return ann_file.parent.parent if ann_file.parent.name.lower() == 'annotations' else ann_file.parent
+
+
+def _best_folder(folders: Sequence[Path], names: Sequence[str]) -> Path | None:
+    """Return the first folder that has half as many of the names as the best one, None if none has any."""
+    split_names = map(split_machine_prefix, names)
+    paths = [path for path, machine in split_names if not machine and not path.startswith('../')]
+    spellings = cache(_spellings_in)
+
+    def exists(folder: Path, path: str) -> bool:
+        parent, _, name = f'{folder}/{path}'.rpartition('/')
+        # Links may show one folder under many names, and a missing one need not be listed for each name.
+        return os.path.isdir(parent) and normalize_spelling(name) in spellings(os.path.realpath(parent))
+
+    hits = [sum(exists(folder, path) for path in paths) for folder in folders]
+    most = max(hits, default=0)
+    return next(folder for folder, n in zip(folders, hits) if 2 * n >= most) if most else None
+
+
+def _candidate_folders(ann_file: Path, root: Path) -> tuple[list[Path], list[Path]]:
+    """Return folders that may hold the images of a COCO json file: next to it, and up to two levels below the root.
+
+    Returns:
+        Those named after the split of the file, and all, the likeliest first.
+    """
+
+    def is_of_split(name: str) -> bool:
+        return split is not None and any(n in name.lower() for n in SPLIT_DIR_NAMES[split])
+
+    near = [ann_file.parent, ann_file.parent / 'images', root / 'images', root]
+    split = next((s for s, names in SPLIT_DIR_NAMES.items() if any(n in ann_file.stem.lower() for n in names)), None)
+    below = [*_subfolders(root), *_subfolders(_base_folder(ann_file))]
+    below += [inner for folder in below for inner in _subfolders(folder)]
+    # Folders of the split come first: file names are often the same in all splits.
+    split_dirs = [f for f in below if is_of_split(f.name) and not _is_mask_folder(f, root)]
+    split_dirs.sort(key=lambda folder: _folder_score(folder, ann_file), reverse=True)
+    # If there are any, images of the same names in the folder of another split are different ones.
+    other_dirs = [
+        f for f in below if f not in split_dirs and not (split_dirs and _splits_in([f.name.lower()]) - {split})
+    ]
+    own_dir = [ann_file.parent] if is_of_split(ann_file.parent.name) else []
+    return [*own_dir, *split_dirs], list(dict.fromkeys([*own_dir, *split_dirs, *near, *other_dirs]))
+
+
+def _folder_score(folder: Path, ann_file: Path) -> tuple[bool, int]:
+    """Return how likely a folder holds the images of a COCO json file, by names of folders."""
+    names = {path.name.lower() for path in (folder, folder.parent)}
+    kind = bool(names & {*IMAGE_DIR_NAMES}) - bool(names & {*MASK_DIR_NAMES})
+    return folder.name.lower() == ann_file.stem.lower(), kind
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return [Path(path) for path in folders_in(folder, MAX_FOLDERS_TRIED)]
+
+
+def _spellings_in(folder: str) -> set[str]:
+    """Return the normalized names in a folder."""
+    try:
+        return set(map(normalize_spelling, os.listdir(folder)))
+    except (OSError, ValueError):
+        return set()
