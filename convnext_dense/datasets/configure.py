@@ -239,8 +239,8 @@ def _fill_pipeline(steps, data: CheckedDataset, where: str) -> None:
             raise UsageError(
                 f'{where}: {short_name(type_)} loads {loads}, but --data gives {data.task}: use another recipe'
             )
-        loads_image = is_type(type_, TRANSFORMS, 'LoadImageFromFile')
-        if not data.apply_exif and loads_image and step.get('color_type') in COLOR_TYPES:
+        loads_stored_image = not data.apply_exif and is_type(type_, TRANSFORMS, 'LoadImageFromFile')
+        if loads_stored_image and step.get('color_type') in COLOR_TYPES:
             step['color_type'] = f'{step.get("color_type", "color")}_ignore_orientation'
 
 

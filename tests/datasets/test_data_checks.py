@@ -559,8 +559,8 @@ def test_runs_of_rle_are_pycocotools():
 @pytest.mark.parametrize(
     'text, words',
     [
-        ('{"images": [', 'instances_train.json is not a whole JSON file'),
-        ('', 'instances_train.json is not a whole JSON file'),
+        ('{"images": [', 'instances_train.json is truncated or not valid JSON'),
+        ('', 'instances_train.json is truncated or not valid JSON'),
         ('[1, 2]', 'it holds a list'),
         ('{"a": 1}', 'no list of images and annotations and categories (it has a)'),
         ('{"images": [], "annotations": []}', 'no list of categories'),
@@ -584,11 +584,11 @@ WRONG = {  # what is there -> what it is recognised as
     'CreateML': {'train/_annotations.createml.json': '[]', 'train/1.jpg': ''},
     'TFRecords': {'train/a.tfrecord': 'x', 'train/b.tfrecord': 'x'},
     'labels in CSV': {'train/_annotations.csv': 'filename,width', 'train/1.jpg': ''},
-    'a folder a class': {'train/cat/1.jpg': '', 'train/dog/1.jpg': ''},
-    'a folder a class ': {'cat/1.jpg': '', 'dog/1.jpg': ''},
+    'one folder per class': {'train/cat/1.jpg': '', 'train/dog/1.jpg': ''},
+    'one folder per class ': {'cat/1.jpg': '', 'dog/1.jpg': ''},
     'archives: unpack': {'data.zip': 'PK'},
     'images without annotations': {'1.jpg': '', '2.jpg': ''},
-    'no data set that is known (its files end with .doc': {'a.doc': ''},
+    'no known data set (its files end with .doc': {'a.doc': ''},
     'is an empty folder': {},
 }
 
@@ -607,7 +607,7 @@ def test_wrong_kinds_are_recognised(tmp_path, kind):
 def test_paths_that_are_no_folder(tmp_path, sound):
     (tmp_path / 'data.zip').write_text('PK')
     for path, words in (
-        (tmp_path / 'gone', 'is not there'),
+        (tmp_path / 'gone', 'does not exist'),
         (tmp_path / 'data.zip', 'is an archive: unpack it'),
         (sound / TRAIN, 'give its folder, or --train-ann'),
     ):
@@ -686,7 +686,7 @@ def test_the_tool(sound, capsys, monkeypatch):
     ]
     assert {path: path.stat().st_mtime_ns for path in Path('.').rglob('*')} == before
     assert run('check_data.py', '--data', 'gone') == 2
-    assert capsys.readouterr().err == 'error: gone is not there\n'
+    assert capsys.readouterr().err == 'error: gone does not exist\n'
     assert run('check_data.py') == 2 and run('check_data.py', '--data', 'mine', '--train-images', 'mine') == 2
 
 

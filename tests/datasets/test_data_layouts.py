@@ -327,7 +327,7 @@ def test_a_wrong_number_of_classes_is_refused(drawn, tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     args = [CONFIGS / f'{recipe}.py', '--data', drawn, '--cfg-options', *quick(recipe)]
     assert run('train.py', *args, f'{key}=80') == 2
-    assert f'{key}=80: it follows from the data' in capsys.readouterr().err.splitlines()[-1]
+    assert f'{key}=80: leave it out; the data set has' in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.glob('**/*.pth'))
 
 
@@ -338,7 +338,7 @@ def test_a_wrong_number_of_classes_in_a_config(drawn, tmp_path, monkeypatch, cap
     key = 'model.roi_head.mask_head.num_classes'
     assert run('train.py', DETECTOR, '--cfg-options', *quick('config'), f'{key}=80') == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert 'FP32FCNMaskHead has num_classes=80, the data set names 4 classes' in line
+    assert 'FP32FCNMaskHead has num_classes=80, but the data set names 4 classes' in line
     config = load('demo/mask_rcnn')
     config.train_dataloader.dataset = dict(type='RepeatDataset', times=3, dataset=config.train_dataloader.dataset)
     check_classes(config)
@@ -365,7 +365,7 @@ def test_heads_of_every_kind():
     )
     model = dict(decode_head=dict(num_classes=2, loss_decode=dict(class_weight=[1.0, 2.0])))
     set_num_classes(model, 2)
-    with pytest.raises(UsageError, match='class_weight .* has 2 values, the data 7 classes'):
+    with pytest.raises(UsageError, match='class_weight .* has 2 values, but the data set 7 classes'):
         set_num_classes(model, 7)
 
 
@@ -411,7 +411,7 @@ def test_boxes_without_masks_train_the_boxes(drawn, tmp_path, monkeypatch):
     for recipe in ('demo/mask_rcnn', 'demo/cascade'):
         config = load(recipe)
         lines = apply_custom_data(config, DatasetRequest('mine'))
-        assert 'mask branch is taken out' in lines[-1]
+        assert 'mask branch is removed' in lines[-1]
         assert not [key for key in config.model.roi_head if 'mask' in key]
         loaders = str(config.train_dataloader) + str(config.val_dataloader) + str(config.test_dataloader)
         assert config.val_evaluator.metric == ['bbox'] and "'with_mask': True" not in loaders and 'with_mask' in loaders
@@ -457,13 +457,13 @@ def test_a_training_is_not_resumed_on_other_classes(drawn, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     for recipe, classes in (('demo/mask_rcnn', toy_shapes.CLASSES), ('demo/upernet', toy_shapes.LABEL_NAMES)):
         apply_custom_data(load(recipe), DatasetRequest(str(drawn)), checkpoint=checkpoint_of(classes))
-        with pytest.raises(UsageError, match='trained.pth was trained on .*; the data have'):
+        with pytest.raises(UsageError, match='trained.pth was trained on .*; the data set has'):
             apply_custom_data(load(recipe), DatasetRequest(str(drawn)), checkpoint=checkpoint_of(classes[::-1]))
 
 
 def test_nothing_to_train_on(drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match='no data to train on: give --train-ann'):
+    with pytest.raises(UsageError, match='no training data: give --train-ann'):
         apply_custom_data(
             load('demo/mask_rcnn'), DatasetRequest(ann_files={'val': str(drawn / 'annotations/instances_val.json')})
         )
@@ -528,7 +528,7 @@ def test_they_wait_as_long_as_the_first_works_and_no_longer(tmp_path, monkeypatc
             time.sleep(2)
             assert not waiting.done()
         assert not (tmp_path / cache.BUSY_FILE).exists()
-        with pytest.raises(UsageError, match='the first process of this machine has not been heard of for'):
+        with pytest.raises(UsageError, match='the first process of this machine has shown no progress for'):
             waiting.result(timeout=60)
     assert len(looks) < 50  # once a beat, and not a hundred times a second
 
