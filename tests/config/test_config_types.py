@@ -1,5 +1,5 @@
-"""Configs as other people write them, on custom datasets: types with a scope, as classes, derived; wrapped data sets; heads of
-every kind. And config files that are data, which are read as such."""
+"""Configs as other people write them, on custom data: types with a scope, as classes, derived; wrapped data sets; heads
+of every kind. And config files that are data, which are read as such."""
 
 import re
 from pathlib import Path
@@ -271,7 +271,10 @@ REFUSED = {
         lambda c: c.train_dataloader.dataset.pipeline.insert(1, dict(type='mmdet.LoadProposals')),
         'proposals',
     ),
-    'VOC': (lambda c: c.update(val_evaluator=dict(type='VOCMetric')), 'val_evaluator: VOCMetric needs other annotations'),
+    'VOC': (
+        lambda c: c.update(val_evaluator=dict(type='VOCMetric')),
+        'val_evaluator: VOCMetric needs other annotations',
+    ),
     'LVIS': (lambda c: c.update(val_evaluator=dict(type='LVISMetric')), 'val_evaluator: LVISMetric needs'),
     'another file': (lambda c: c.update(test_evaluator=dict(type='Mine', ann_file='x')), 'test_evaluator: Mine needs'),
 }
@@ -372,7 +375,7 @@ OF_MASKS = {
 
 @pytest.mark.parametrize('name', OF_MASKS)
 def test_models_of_masks_are_refused_boxes(name):
-    with pytest.raises(UsageError, match=f'^{OF_MASKS[name]} is trained on masks, but the data set has only boxes: use'):
+    with pytest.raises(UsageError, match=f'^{OF_MASKS[name]} is trained on masks, but the data set has only boxes:'):
         filled(name, masks=False)
     if name != 'scnet/scnet_r50_fpn_1x_coco':  # which reads stuff, too
         filled(name, masks=False, train=False)  # what it finds can be compared with boxes
