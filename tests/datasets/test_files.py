@@ -237,7 +237,7 @@ def test_folders_that_hold_themselves_end(kind, task, drawn, tmp_path):
         return said(describe_unsupported, root) if task == 'neither' else len(said(read_of[task], root).splits['train'])
 
     read_of = dict(detection=detection_of, segmentation=segmentation_of)
-    expected = {'neither': 'holds no data set that is known (its files end with .doc)', 'detection': 3}
+    expected = {'neither': 'holds no known data set (its files end with .doc)', 'detection': 3}
     assert limited(end, seconds=30) == expected.get(task, 5)
 
 
