@@ -169,11 +169,11 @@ def test_sizes_have_bounds_that_are_said(tmp_path, monkeypatch):
     path = tmp_path / 'train.json'
     path.write_text('{"images": []}')
     monkeypatch.setattr('convnext_dense.datasets.json_files.MAX_JSON_BYTES', 13)
-    assert said(read_json, path) == f'{path}: has 14 bytes, of such a file at most 13 bytes are read'
+    assert said(read_json, path) == f'{path}: has 14 bytes, but at most 13 bytes of such a file are read'
     (tmp_path / 'names.txt').touch()
     os.truncate(tmp_path / 'names.txt', 2**24 + 1)
     assert said(read_classes, tmp_path / 'names.txt').startswith(
-        f'{tmp_path}/names.txt: has 16 MiB, of such a file at most 16 MiB are read'
+        f'{tmp_path}/names.txt: has 16 MiB, but at most 16 MiB of such a file are read'
     )
 
 

@@ -60,7 +60,7 @@ def sample(config, width, height):
 def test_pipelines_take_what_is_kept_and_fail_on_what_is_left_out(recipe, split):
     """On both sides of the limit; of a random step what is left out fails in some draws."""
     config = config_of(recipe)
-    limit = resize_limits(config)[split]._replace(least=1)
+    limit = resize_limits(config)[split]._replace(min_side=1)
     steps = config[f'{split}_dataloader'].dataset.pipeline
     pipeline = Compose([step for step in steps if not step.type.startswith(('Load', 'Pack'))])
     longest = 2 * max(limit.scales[0])  # the longest side of which one pixel is left: half of one is rounded up
@@ -89,18 +89,18 @@ def test_the_backbone_reads_the_stride_and_not_less(height):
             backbone(images)
     else:
         assert backbone(images)[-1].shape[2:] == (1, 2)
-    assert bool(too_thin((64, height), ResizeLimit(least=STRIDE))) is (height < STRIDE)
+    assert bool(too_thin((64, height), ResizeLimit(min_side=STRIDE))) is (height < STRIDE)
 
 
 def test_limits_follow_from_the_config():
     config = config_of('upernet/convnext_t')
     config.model.data_preprocessor.test_cfg = dict(size_divisor=32)
-    assert resize_limits(config)['val'].least == 1
+    assert resize_limits(config)['val'].min_side == 1
     config = config_of('upernet/convnext_t')
     config.val_dataloader.dataset.pipeline.insert(2, dict(type='Pad', size_divisor=32))
-    assert resize_limits(config)['val'].least == 1
+    assert resize_limits(config)['val'].min_side == 1
     config.model.backbone.type = 'ResNetV1c'  # whose convolutions pad
-    assert resize_limits(config)['test'].least == 1
+    assert resize_limits(config)['test'].min_side == 1
     config.train_dataloader.dataset = dict(type='RepeatDataset', dataset=config.train_dataloader.dataset)
     resize = config.train_dataloader.dataset.dataset.pipeline[2]
     resize.update(scale=[(2048, 300), (900, 512)], ratio_range=None)

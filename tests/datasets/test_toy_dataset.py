@@ -261,7 +261,7 @@ def test_another_request_is_refused_and_the_folder_left(small, change):
 def test_a_folder_of_something_else_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / 'shapes.json').write_text(content)
-    with pytest.raises(UsageError, match='something else'):
+    with pytest.raises(UsageError, match='is not this data set'):
         toy_shapes.write(tmp_path, **SMALL)
     assert len(files(tmp_path)) == (content is not None)
 
@@ -275,8 +275,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path, content):
         ('new', ('--val', -1), 'val'),
         ('new', ('--seed', -1), 'seed'),
         ('new', ('--seed', 2**32), 'seed'),
-        ('.', (), 'something else'),
-        ('file', (), 'something else'),
+        ('.', (), 'is not this data set'),
+        ('file', (), 'is not this data set'),
         ('file/below', (), 'cannot be written'),
         ('x' * 300, (), 'cannot be written'),
     ),
