@@ -119,9 +119,9 @@ def test_scales_of_mmdets_own_constructor():
         LearningRateDecayOptimizerConstructor(optimizer, paramwise).add_params(groups, Net(-1))
     finally:
         MMLogger.get_current_instance().removeHandler(handler)
-    found = parse_lr_scales(text.getvalue(), None)
-    assert found == {int(group['group_name'].split('_')[1]): group['lr_scale'] for group in groups} and len(found) > 3
-    assert next(iter(found.values())) == groups[0]['lr_scale']
+    scales = parse_lr_scales(text.getvalue(), None)
+    assert scales == {int(group['group_name'].split('_')[1]): group['lr_scale'] for group in groups} and len(scales) > 3
+    assert next(iter(scales.values())) == groups[0]['lr_scale']
 
 
 def test_scales_of_other_logs():
@@ -169,17 +169,17 @@ def test_a_run_that_goes_on_with_an_evaluation(tmp_path):
 
 
 def test_units(tmp_path):
-    """Epochs by the log's length of one, also where it is not said; updates where gradients are added up."""
+    """Epochs by the log's iterations of one, also where it has none; optimizer steps under accumulation."""
     config = load('cascade/convnext_t')
     records = [train(20, epoch=1), train(40, epoch=1), coco(0.1, 0.2, 1), train(70, epoch=2), train(90, epoch=2)]
-    start(tmp_path / 'said', config, records)
-    log = tmp_path / 'said/20260101_120000/20260101_120000.log'
+    start(tmp_path / 'logged', config, records)
+    log = tmp_path / 'logged/20260101_120000/20260101_120000.log'
     log.write_text(log.read_text() + '- mmengine - INFO - Epoch(train)  [ 1][ 20/50]  base_lr: 1e-4\n')
-    start(tmp_path / 'unsaid', config, records)
-    said, unsaid = read_curves([tmp_path])
-    assert [x for x, _ in said.losses] == [0.4, 0.8, 1.4, 1.8] and [x for x, _ in said.metrics] == [1]
-    assert said.metrics[0][1]['box AP'] == pytest.approx(10) and said.unit == 'epochs'
-    assert [x for x, _ in unsaid.losses] == [20 / 45, 40 / 45, 70 / 45, 2]
+    start(tmp_path / 'not_logged', config, records)
+    logged, not_logged = read_curves([tmp_path])
+    assert [x for x, _ in logged.losses] == [0.4, 0.8, 1.4, 1.8] and [x for x, _ in logged.metrics] == [1]
+    assert logged.metrics[0][1]['box AP'] == pytest.approx(10) and logged.unit == 'epochs'
+    assert [x for x, _ in not_logged.losses] == [20 / 45, 40 / 45, 70 / 45, 2]
 
     config = load('upernet/convnext_t')
     scale_batch(config, 1)
@@ -272,9 +272,9 @@ def legend_of(holder):
 
 def test_smoothed():
     assert ema([1.0, 5.0, 2.0], 0.0) == [1.0, 5.0, 2.0]
-    found = ema([1.0, 5.0, math.nan, 2.0], 0.5)
-    assert found[:2] == pytest.approx([1.0, (0.25 * 1 + 0.5 * 5) / 0.75]) and math.isnan(found[2])
-    assert found[3] == pytest.approx((0.125 * 1 + 0.25 * 5 + 0.5 * 2) / 0.875)
+    averages = ema([1.0, 5.0, math.nan, 2.0], 0.5)
+    assert averages[:2] == pytest.approx([1.0, (0.25 * 1 + 0.5 * 5) / 0.75]) and math.isnan(averages[2])
+    assert averages[3] == pytest.approx((0.125 * 1 + 0.25 * 5 + 0.5 * 2) / 0.875)
 
 
 def test_the_tool(run_tool, tmp_path):
@@ -302,10 +302,10 @@ def test_the_tool(run_tool, tmp_path):
     assert svg.startswith('<?xml') and not (tmp_path / 'runs.png').exists()
 
     curves = read_curves([tmp_path / 'work_dirs'])
-    found = texts(*curves)
-    assert found[:4] == ['detection: loss', found[1], 'detection: box AP', 'detection: mask AP']
-    assert [t for t in found if t.startswith('segmentation: ')][::2] == ['segmentation: loss', 'segmentation: mIoU']
-    assert {'paper 50.4', 'paper 43.7', 'paper 46.0', '40.0', 'cascade/a', 'cascade/b', 'upernet/c'} <= set(found)
+    labels = texts(*curves)
+    assert labels[:4] == ['detection: loss', labels[1], 'detection: box AP', 'detection: mask AP']
+    assert [t for t in labels if t.startswith('segmentation: ')][::2] == ['segmentation: loss', 'segmentation: mIoU']
+    assert {'paper 50.4', 'paper 43.7', 'paper 46.0', '40.0', 'cascade/a', 'cascade/b', 'upernet/c'} <= set(labels)
     assert 'paper 46.0' not in texts(*read_curves([tmp_path / 'quiet']))
     assert texts(curves[0])[:4] == ['loss', 'lr', 'box AP', 'mask AP']
 
@@ -327,20 +327,20 @@ def test_bad_input(run_tool, tmp_path):
             read_curves([tmp_path / 'run', tmp_path / folder if folder != 'gone' else folder])
 
 
-STRANGE = {  # scalars, a text log, what is said
-    'an lr that is no number': ('{"loss":1,"lr":NaN,"step":1,"epoch":1}', '', 'lr nan at 1 epochs is not drawn'),
-    'an lr without end': ('{"loss":1,"lr":Infinity,"base_lr":1,"step":1,"epoch":1}', '', 'lr inf at 1 epochs is not'),
+STRANGE = {  # scalars, a text log, the issue that is reported
+    'an lr that is NaN': ('{"loss":1,"lr":NaN,"step":1,"epoch":1}', '', 'lr nan at 1 epochs is not drawn'),
+    'an infinite lr': ('{"loss":1,"lr":Infinity,"base_lr":1,"step":1,"epoch":1}', '', 'lr inf at 1 epochs is not'),
     'numbers beyond scales': (
         '{"loss":1e308,"loss_a":1e308,"loss_b":1,"s0.loss_c":1e308,"s1.loss_c":1e308,"lr":1e308,"step":1,"epoch":1}',
         '',
         'loss 1e+308 at 1 epochs is not drawn, nor are 3 more values',
     ),
-    'a figure without end': (
+    'an infinite metric': (
         '{"loss":1,"lr":1,"step":1,"epoch":1}\n{"coco/bbox_mAP":Infinity,"step":1}',
         '',
         'box AP inf at step 1',
     ),
-    'another figure': ('{"loss":1,"lr":1,"step":1,"epoch":1}\n{"a/mAP":-1e308,"step":1}', '', 'a/mAP -1e+308 at 1'),
+    'another metric': ('{"loss":1,"lr":1,"step":1,"epoch":1}\n{"a/mAP":-1e308,"step":1}', '', 'a/mAP -1e+308 at 1'),
     'scales of 0': ('{"loss":1,"lr":1,"step":1,"epoch":1}', '"layer_0_decay": {"lr_scale": 0.0', ''),
     'scales that are no numbers': ('{"loss":1,"lr":1,"step":1,"epoch":1}', '"layer_0_decay": {"lr_scale": 1.2.3', ''),
     'an lr of 0 in the table': (
@@ -357,16 +357,16 @@ STRANGE = {  # scalars, a text log, what is said
 
 
 @pytest.mark.parametrize('case', STRANGE)
-@pytest.mark.parametrize('alone', [True, False])
-def test_numbers_that_no_scale_has(tmp_path, case, alone):
-    """The rest is drawn, alone and beside another run, and what is not is said."""
+@pytest.mark.parametrize('single_run', [True, False])
+def test_numbers_that_no_scale_has(tmp_path, case, single_run):
+    """The rest is drawn, alone and with another run, and what is not drawn is reported."""
     scalars, log, words = STRANGE[case]
     config = Config(dict(train_cfg=dict(max_epochs=3), optim_wrapper=dict(optimizer=dict(lr=1.0))))
     start(tmp_path / 'a', config, [train(1, epoch=1)])
     place = tmp_path / 'a/20260101_120000'
     (place / 'vis_data/scalars.json').write_text(f'{scalars}\n{{"loss":2.0,"lr":0.5,"epoch":2,"step":2}}\n')
     (place / '20260101_120000.log').write_text(log)
-    if not alone:
+    if not single_run:
         start(tmp_path / 'b', config, [train(1, epoch=1)])
     curves = read_curves([tmp_path])
     assert plot(curves, tmp_path / 'x.png', 0.5).read_bytes().startswith(b'\x89PNG')

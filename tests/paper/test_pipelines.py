@@ -26,7 +26,7 @@ def seed():
     np.random.seed(0)
 
 
-def assert_share(count: float, n: int, p: float) -> None:
+def assert_fraction(count: float, n: int, p: float) -> None:
     """`count` of `n` is within 4.5 standard deviations of the binomial distribution."""
     assert abs(count - n * p) <= 4.5 * np.sqrt(n * p * (1 - p)), (count, n, p)
 
@@ -94,22 +94,22 @@ def test_coco_draws_what_the_paper_says(size, n):
     assert None not in draws  # crops without an object are allowed
 
     flipped = [d for d in draws if d['flipping'][1] == [0, width - 1]]
-    assert_share(len(flipped), n, 1 / 2)
+    assert_fraction(len(flipped), n, 1 / 2)
     assert all(d['flip'] == (d['flipping'][1] != [0, 0]) and d['flipping'][0] == size for d in draws)
 
     whole = [d for d in draws if 'crop' not in d]
-    assert_share(len(whole), n, 1 / 2)
-    for found in {d['img_shape'] for d in whole} | {resized(size, side) for side in SIDES}:
-        share = sum(resized(size, side) == found for side in SIDES) / len(SIDES)
-        assert_share(sum(d['img_shape'] == found for d in whole), len(whole), share)
+    assert_fraction(len(whole), n, 1 / 2)
+    for shape in {d['img_shape'] for d in whole} | {resized(size, side) for side in SIDES}:
+        fraction = sum(resized(size, side) == shape for side in SIDES) / len(SIDES)
+        assert_fraction(sum(d['img_shape'] == shape for d in whole), len(whole), fraction)
     for d in whole:
         box = d['gt_bboxes'].tensor[0] / torch.tensor(d['img_shape'][::-1] * 2)
         assert torch.allclose(box, torch.tensor([1 - part, 0, 1, part] if d['flip'] else [0, 0, part, part]))
 
     crops = [d for d in draws if 'crop' in d]
-    for found in {d['uncropped'] for d in crops} | {resized(size, side) for side in (400, 500, 600)}:
-        share = sum(resized(size, side) == found for side in (400, 500, 600)) / 3
-        assert_share(sum(d['uncropped'] == found for d in crops), len(crops), share)
+    for shape in {d['uncropped'] for d in crops} | {resized(size, side) for side in (400, 500, 600)}:
+        fraction = sum(resized(size, side) == shape for side in (400, 500, 600)) / 3
+        assert_fraction(sum(d['uncropped'] == shape for d in crops), len(crops), fraction)
     for axis in range(2):
         before = np.array([d['uncropped'][axis] for d in crops])
         after = np.array([d['crop'][0][axis] for d in crops])
@@ -117,15 +117,15 @@ def test_coco_draws_what_the_paper_says(size, n):
         assert_uniform(after, np.minimum(before, 384), np.minimum(before, 600))
         assert_uniform(start, 0, before - after)
         assert (last - start == after - 1).all()
-    # The share of a side in what is left: each draw counts for the sides that it may come from.
-    shares = dict.fromkeys(SIDES, 0)
+    # The fraction of a side in what is left: each draw counts for the sides that it may come from.
+    fractions = dict.fromkeys(SIDES, 0)
     for d in crops:
         possible = [side for side in SIDES if resized(d['crop'][0], side) == d['img_shape'] == d['img']]
         for side in possible:
-            shares[side] += 1 / len(possible)
-    assert sum(shares.values()) == pytest.approx(len(crops))
-    for share in shares.values():
-        assert_share(share, len(crops), 1 / len(SIDES))
+            fractions[side] += 1 / len(possible)
+    assert sum(fractions.values()) == pytest.approx(len(crops))
+    for fraction in fractions.values():
+        assert_fraction(fraction, len(crops), 1 / len(SIDES))
     objects = [len(d['gt_bboxes']) for d in crops]
     for d, count in zip(crops, objects):  # the object is there if and only if the crop reaches its corner
         (_, (top, left), (_, right)), (high, wide) = d['crop'], d['uncropped']
@@ -144,9 +144,9 @@ def test_ade20k_draws_what_the_paper_says(name, side):
         zeros = np.zeros(size, np.uint8)
         results = steps(dict(img=zeros, gt_seg_map=zeros, seg_fields=['gt_seg_map']))
         places = results['img']
-        wanted = tuple(min(before, side) for before in results['uncropped'])
+        expected = tuple(min(before, side) for before in results['uncropped'])
         assert results['uncropped'] == resized(size, min(results['uncropped']), 4 * side)
-        assert places.shape[:2] == results['gt_seg_map'].shape == results['img_shape'] == wanted
+        assert places.shape[:2] == results['gt_seg_map'].shape == results['img_shape'] == expected
         flips.append(places[0, 0, 1] > places[0, -1, 1])
         uncropped.append(results['uncropped'])
         starts.append((places[0, 0, 0], places[0, :, 1].min()))
@@ -154,7 +154,7 @@ def test_ade20k_draws_what_the_paper_says(name, side):
         if i < 50:  # each label is still that of its pixel
             rows, columns = places[..., 0], places[..., 1]
             assert (results['gt_seg_map'] == LABELS[rows, columns]).all()
-    assert_share(sum(flips), n, 1 / 2)
+    assert_fraction(sum(flips), n, 1 / 2)
     uncropped, starts = np.array(uncropped), np.array(starts)
     # The ratio is uniform over 0.5 to 2, so the short side, rounded down, is uniform over half to twice the crop.
     assert_uniform(uncropped.min(axis=1), side // 2, 2 * side - 1)
@@ -165,9 +165,9 @@ def test_ade20k_draws_what_the_paper_says(name, side):
 @pytest.mark.parametrize('name, long', [('upernet/convnext_t', 2048), ('upernet/convnext_b_in22k', 2560)])
 def test_ade20k_long_side_of_a_wide_image(name, long):
     resize = TRANSFORMS.build(load(name).train_pipeline[2])
-    found = [resize(dict(img=np.zeros((4, 40), np.uint8)))['img_shape'] for _ in range(600)]
-    assert all(height == int(width / 10 + 0.5) for height, width in found)
-    assert_uniform([width for _, width in found], long // 2, 2 * long - 1)
+    shapes = [resize(dict(img=np.zeros((4, 40), np.uint8)))['img_shape'] for _ in range(600)]
+    assert all(height == int(width / 10 + 0.5) for height, width in shapes)
+    assert_uniform([width for _, width in shapes], long // 2, 2 * long - 1)
 
 
 @pytest.mark.parametrize('name, side', [('upernet/convnext_t', 512), ('upernet/convnext_b_in22k', 640)])
@@ -194,20 +194,20 @@ def test_ade20k_crops_of_one_class_are_drawn_again(name, side, kind):
         starts.append(results['img'][0, 0])
         np.random.seed(i)
         stream = [(np.random.randint(1), np.random.randint(room + 1))[1] for _ in range(11)]
-        passing = [j for j in range(10) if _largest_share(labels[:, stream[j] : stream[j] + side]) < 0.75]
+        passing = [j for j in range(10) if _largest_fraction(labels[:, stream[j] : stream[j] + side]) < 0.75]
         chosen[passing[0] if passing else 10] += 1
         assert starts[-1] == stream[passing[0] if passing else 10]
     p = good / (room + 1)
     for j, count in enumerate(chosen):
-        assert_share(count, n, (1 - p) ** j * (p if j < 10 else 1))
-    bad = sum(_largest_share(labels[:, start : start + side]) >= 0.75 for start in starts)
-    assert_share(bad, n, (1 - p) ** 11)  # of halves a seventh; without drawing again five of six
+        assert_fraction(count, n, (1 - p) ** j * (p if j < 10 else 1))
+    bad = sum(_largest_fraction(labels[:, start : start + side]) >= 0.75 for start in starts)
+    assert_fraction(bad, n, (1 - p) ** 11)  # of halves a seventh; without drawing again five of six
     if kind in ('one class', 'many classes'):
         assert_uniform(starts, 0, room)
 
 
-def _largest_share(labels: np.ndarray) -> float:
-    """The share of the most frequent class among labelled pixels; 1 where there is one class."""
+def _largest_fraction(labels: np.ndarray) -> float:
+    """The fraction of the most frequent class among labelled pixels; 1 where there is one class."""
     counts = np.bincount(labels.ravel(), minlength=256)[:255]
     return counts.max() / counts.sum()
 
@@ -225,17 +225,17 @@ def test_ade20k_batch_is_padded(name, side):
         if data['inputs'].shape[1] < side:
             samples.append(data)
     raw = [data['inputs'].float() for data in samples]
-    truths = [data['data_samples'].gt_sem_seg.data.clone() for data in samples]
+    ground_truths = [data['data_samples'].gt_sem_seg.data.clone() for data in samples]
     batch = preprocessor({key: [data[key] for data in samples] for key in ('inputs', 'data_samples')}, training=True)
     assert batch['inputs'].shape == (4, 3, side, side)
     mean = torch.tensor([123.675, 116.28, 103.53])[:, None, None]
     std = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
-    for image, before, sample, truth in zip(batch['inputs'], raw, batch['data_samples'], truths):
+    for image, before, sample, ground_truth in zip(batch['inputs'], raw, batch['data_samples'], ground_truths):
         height, width = before.shape[1:]
         assert torch.allclose(image[:, :height, :width], (before.flip(0) - mean) / std, atol=1e-5)
         assert (image[:, height:] == 0).all() and (image[:, :, width:] == 0).all()
         padded = sample.gt_sem_seg.data
-        assert padded.shape == (1, side, side) and (padded[:, :height, :width] == truth).all()
+        assert padded.shape == (1, side, side) and (padded[:, :height, :width] == ground_truth).all()
         assert (padded[:, height:] == 255).all() and (padded[:, :, width:] == 255).all()
 
 
@@ -253,8 +253,8 @@ for name in ('mask_rcnn', 'upernet'):
         batch = next(iter(Runner.build_dataloader(config.train_dataloader, seed=seed)))
         digest = hashlib.sha256()
         for image, sample in zip(batch['inputs'], batch['data_samples']):
-            truth = sample.gt_instances.bboxes.tensor if name == 'mask_rcnn' else sample.gt_sem_seg.data
-            for tensor in (image, truth):
+            ground_truth = sample.gt_instances.bboxes.tensor if name == 'mask_rcnn' else sample.gt_sem_seg.data
+            for tensor in (image, ground_truth):
                 digest.update(f'{tensor.dtype} {tuple(tensor.shape)}'.encode() + tensor.numpy().tobytes())
         print('batch', name, seed, len(batch['inputs']), digest.hexdigest())
 """

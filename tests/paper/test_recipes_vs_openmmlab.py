@@ -162,12 +162,12 @@ def flat(value, key: str = '') -> dict[str, object]:
 def settings(file: Path, defaults: Mapping[str, type] = MappingProxyType({})) -> dict[str, object]:
     """A config's settings by dotted key, without those that merely repeat a default."""
     config = Config.fromfile(file, import_custom_modules=False).to_dict()
-    found = flat({part: config[part] for part in PARTS if part in config})
+    flat_config = flat({part: config[part] for part in PARTS if part in config})
     for key, owner in defaults.items():
         default = inspect.signature(owner).parameters[key.split('.')[-1]].default
-        if key in found and found[key] == default:
-            del found[key]
-    return found
+        if key in flat_config and flat_config[key] == default:
+            del flat_config[key]
+    return flat_config
 
 
 def differences(stock: dict, ours: dict) -> dict[str, tuple]:
@@ -212,8 +212,8 @@ def test_shapes_detection_is_coco_but_for():
         expected[f'{split}_dataloader.dataset.pipeline.1.scale'] = (128, 128)
         expected[f'{split}_evaluator.ann_file'] = 'data/shapes/annotations/instances_val.json'
     coco = settings(ROOT / 'configs/_base_/coco.py')
-    kept = {key: value for key, value in coco.items() if '.scales.' not in key and key != 'total_batch'}
-    assert settings(ROOT / 'configs/_base_/shapes_detection.py') == kept | flat(expected)
+    shared = {key: value for key, value in coco.items() if '.scales.' not in key and key != 'total_batch'}
+    assert settings(ROOT / 'configs/_base_/shapes_detection.py') == shared | flat(expected)
 
 
 def test_shapes_segmentation_is_ade20k_but_for():
@@ -236,9 +236,9 @@ def test_shapes_segmentation_is_ade20k_but_for():
             f'{split}_dataloader.dataset.data_prefix.img_path': of,
             f'{split}_dataloader.dataset.data_prefix.seg_map_path': f'labels/{of}',
         }
-    kept = settings(ROOT / 'configs/_base_/ade20k.py')
-    del kept['total_batch']
-    assert settings(ROOT / 'configs/_base_/shapes_segmentation.py') == kept | flat(expected)
+    shared = settings(ROOT / 'configs/_base_/ade20k.py')
+    del shared['total_batch']
+    assert settings(ROOT / 'configs/_base_/shapes_segmentation.py') == shared | flat(expected)
 
 
 @pytest.mark.parametrize(
@@ -246,5 +246,5 @@ def test_shapes_segmentation_is_ade20k_but_for():
 )
 def test_base_is_that_of_convnext_t(base, recipe):
     """What a base says and each recipe says again is, where a config of somebody's own leaves it, Tiny's."""
-    found, tiny = settings(ROOT / f'configs/_base_/{base}.py'), settings(ROOT / f'configs/{recipe}.py')
-    assert {key: tiny.get(key, ABSENT) for key in found} == found
+    base_settings, tiny = settings(ROOT / f'configs/_base_/{base}.py'), settings(ROOT / f'configs/{recipe}.py')
+    assert {key: tiny.get(key, ABSENT) for key in base_settings} == base_settings
