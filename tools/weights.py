@@ -21,11 +21,11 @@ from convnext_dense.paper.tables import format_table
 def parse_args():
     parser = ArgumentParser(description=__doc__)
     actions = parser.add_subparsers(dest='action', required=True)
-    inspect = actions.add_parser('inspect', help='what a file is, and what of it would load')
-    inspect.add_argument('file', help='a file, a URL or a known name')
-    inspect.add_argument('--table', action='store_true', help='every tensor, by its name and by ours')
+    inspect = actions.add_parser('inspect', help='show what a file contains and what the backbone would load from it')
+    inspect.add_argument('file', help='a file, a URL or a pretrained weight name')
+    inspect.add_argument('--table', action='store_true', help='list every tensor, by its names in file and backbone')
     converting = actions.add_parser('convert', help='write a file in the names of another source, without loss')
-    converting.add_argument('file', help='a file, a URL or a known name')
+    converting.add_argument('file', help='a file, a URL or a pretrained weight name')
     converting.add_argument('out', help='the file to write; .safetensors by its ending')
     converting.add_argument('--to', required=True, choices=EXPORT_FORMATS)
     listing = actions.add_parser('list', help='the published files that are known by name')
@@ -38,19 +38,19 @@ def inspect(args) -> None:
     weights = checkpoint.weights.values()
     stem = checkpoint.weights[STEM]
     dtypes = Counter(str(tensor.dtype).removeprefix('torch.') for tensor in weights)
-    others = checkpoint.beyond
+    others = checkpoint.extra_names
     facts = {
         'file': f'{checkpoint.file} ({checkpoint.file.stat().st_size / 2**20:.1f} MiB)',
         'source': checkpoint.title,
-        'arch': f'{checkpoint.arch} (depths {checkpoint.source.depths}, channels {checkpoint.channels})',
+        'arch': f'{checkpoint.arch} (depths {checkpoint.parsed.depths}, channels {checkpoint.channels})',
         'tensors': f'{len(weights)} of {", ".join(f"{dtype} ({n})" for dtype, n in dtypes.items())}',
         'parameters': f'{sum(tensor.numel() for tensor in weights):,}',
         'input': f'{stem.shape[1]} channels' if stem.ndim == 4 else 'unknown',
         'classifier': f'{len(checkpoint.weights["head.weight"])} classes'
         if 'head.weight' in checkpoint.weights
         else 'none',
-        'beyond it': f'{len(others)} tensors, such as {others[0]}' if others else 'nothing',
-        'would load': _would_load(checkpoint),
+        'other': f'{len(others)} tensors, such as {others[0]}' if others else 'nothing',
+        'would load': _dry_run(checkpoint),
     }
     for title, fact in facts.items():
         print(f'{title:<11} {fact}')
@@ -59,16 +59,16 @@ def inspect(args) -> None:
         print(format_table(('in the file', 'ours', 'shape'), list(_rows(checkpoint)), 'll'))
 
 
-def _would_load(checkpoint: Checkpoint) -> str:
-    arch = dict(depths=checkpoint.source.depths, channels=checkpoint.channels)
+def _dry_run(checkpoint: Checkpoint) -> str:
+    arch = dict(depths=checkpoint.parsed.depths, channels=checkpoint.channels)
     stem, block = checkpoint.weights[STEM], checkpoint.weights[FIRST_BLOCK]
     scaled = any(name.endswith('.gamma') and '.grn.' not in name for name in checkpoint.weights)
-    outputs = tuple(range(len(checkpoint.source.depths)))
+    outputs = tuple(range(len(checkpoint.parsed.depths)))
     if stem.ndim != 4 or block.ndim != 4:
         return 'nothing: its convolutions have lost their shape'
     try:
         with torch.device('meta'):
-            settings = dict(layer_scale_init_value=float(scaled), use_grn=checkpoint.grn, out_indices=outputs)
+            settings = dict(layer_scale_init_value=float(scaled), use_grn=checkpoint.use_grn, out_indices=outputs)
             backbone = ConvNeXt(arch, stem.shape[1], block.shape[-1], **settings)
         return str(plan_load(backbone, checkpoint))
     except UsageError as error:
@@ -76,13 +76,13 @@ def _would_load(checkpoint: Checkpoint) -> str:
 
 
 def _rows(checkpoint: Checkpoint):
-    for theirs, ours in checkpoint.source.names.items():
-        yield theirs, ours, 'x'.join(map(str, checkpoint.weights[ours].shape))
-    for name in [*checkpoint.source.unknown, *checkpoint.source.others]:
+    for name, canonical in checkpoint.parsed.names.items():
+        yield name, canonical, 'x'.join(map(str, checkpoint.weights[canonical].shape))
+    for name in [*checkpoint.parsed.unknown, *checkpoint.parsed.others]:
         yield name, '-', ''
 
 
-def listed(args) -> None:
+def list_weights(args) -> None:
     rows = []
     for name, entry in WEIGHTS.items():
         rows.append((name, entry.training, entry.license, _size(name), entry.url or entry.request_url))
@@ -104,7 +104,7 @@ def main():
             n = convert(args.file, args.out, args.to)
             print(f'{args.out}: {n} tensors in the names of {args.to}')
         else:
-            {'inspect': inspect, 'list': listed}[args.action](args)
+            {'inspect': inspect, 'list': list_weights}[args.action](args)
 
 
 if __name__ == '__main__':

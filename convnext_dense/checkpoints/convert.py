@@ -1,4 +1,4 @@
-"""ConvNeXt weights in the names of another source, without loss."""
+"""Convert ConvNeXt weights to the names of another source, without loss."""
 
 import os
 from collections import Counter
@@ -10,8 +10,8 @@ from ..errors import UsageError
 from .naming import NAMING_SCHEMES, NamingScheme
 from .pretrained import check_values, open_checkpoint
 
-SCHEMES_BY_KEY = {source.key: source for source in NAMING_SCHEMES}
-# What a file is converted to: whose names, and the wrapper around them.
+SCHEMES_BY_KEY = {scheme.key: scheme for scheme in NAMING_SCHEMES}
+# The naming scheme of an export format, and the key of the state dict in the file.
 EXPORT_FORMATS: dict[str, tuple[NamingScheme, str | None]] = {
     'ours': (SCHEMES_BY_KEY['original'], 'state_dict'),
     'original': (SCHEMES_BY_KEY['original'], 'model'),
@@ -21,47 +21,53 @@ EXPORT_FORMATS: dict[str, tuple[NamingScheme, str | None]] = {
 }
 
 
-def convert(source: str | Path, out: str | Path, target: str) -> int:
-    """Write the weights of a file in the names of `target`, a key of TARGETS, and return their number. A file whose
-    name ends in .safetensors is one, and so is every file of target 'safetensors'.
+def convert(source: str | Path, out: str | Path, export_format: str) -> int:
+    """Write ConvNeXt weights to a file in the names of another source.
+
+    Args:
+        source: A pretrained weight name, a path or a URL.
+        out: The file to write; in safetensors where it ends in .safetensors or `export_format` is 'safetensors'.
+        export_format: A key of `EXPORT_FORMATS`.
+
+    Returns:
+        The number of tensors.
 
     Raises:
-        UsageError: the source cannot be read, holds more than a ConvNeXt or what the target has no name for; `out`
-            exists or cannot be written.
+        UsageError: If the source cannot be read, contains more than a ConvNeXt or a parameter that the format has no
+            name for, or if `out` exists or cannot be written.
     """
     out = Path(out)
     if out.exists():
-        raise UsageError(f'{out} exists already: give another name')
+        raise UsageError(f'{out} already exists: choose another path')
     checkpoint = open_checkpoint(source)
-    extra = [
-        *(f"those of '{key}'" for key in checkpoint.wrappers),
-        *checkpoint.source.unknown,
-        *checkpoint.beyond,
-    ]
+    extra = [*(f"those of '{key}'" for key in checkpoint.unused_keys), *checkpoint.parsed.unknown]
+    extra += checkpoint.extra_names
     if extra:
         raise UsageError(
-            f'{source} holds more than a ConvNeXt ({len(extra)} tensors, such as {extra[0]}): only that alone converts'
+            f'{source} contains more than a ConvNeXt ({len(extra)} tensors, such as {extra[0]}): only a file with '
+            'nothing else can be converted'
         )
     check_values(checkpoint.file, checkpoint.weights)
-    names, wrapper = EXPORT_FORMATS[target]
+    scheme, key = EXPORT_FORMATS[export_format]
     tensors = {}
-    for ours, tensor in checkpoint.weights.items():
-        name = names.name(ours)
+    for canonical, tensor in checkpoint.weights.items():
+        name = scheme.to_source_name(canonical)
         if name is None:
-            raise UsageError(f'{source} has {ours}, which {target} has no name for')
-        tensors[_name_prefix(names, ours, checkpoint.grn) + name] = names.to_theirs(ours, tensor).contiguous()
-    _write_checkpoint(tensors, wrapper, out, target == 'safetensors' or out.suffix == '.safetensors')
+            raise UsageError(f'{source} has {canonical}, which {export_format} has no name for')
+        prefix = _name_prefix(scheme, canonical, checkpoint.use_grn)
+        tensors[prefix + name] = scheme.to_source_shape(canonical, tensor).contiguous()
+    _write_checkpoint(tensors, key, out, export_format == 'safetensors' or out.suffix == '.safetensors')
     return len(tensors)
 
 
-def _name_prefix(names: NamingScheme, ours: str, grn: bool) -> str:
-    if ours.startswith('head.'):
+def _name_prefix(scheme: NamingScheme, canonical: str, use_grn: bool) -> str:
+    if canonical.startswith('head.'):
         return ''
-    return names.prefix.replace('convnext.', 'convnextv2.') if grn else names.prefix
+    return scheme.prefix.replace('convnext.', 'convnextv2.') if use_grn else scheme.prefix
 
 
-def _write_checkpoint(tensors: dict[str, torch.Tensor], wrapper: str | None, out: Path, safetensors: bool) -> None:
-    """Whole or not at all."""
+def _write_checkpoint(tensors: dict[str, torch.Tensor], key: str | None, out: Path, safetensors: bool) -> None:
+    """Write the whole file or none."""
     partial = out.with_name(f'{out.name}.part')
     try:
         if safetensors:
@@ -73,10 +79,10 @@ def _write_checkpoint(tensors: dict[str, torch.Tensor], wrapper: str | None, out
                     tensors[name] = tensor.clone()
             save_file(tensors, partial, metadata={'format': 'pt'})
         else:
-            torch.save({wrapper: tensors} if wrapper else tensors, partial)
+            torch.save({key: tensors} if key else tensors, partial)
         os.replace(partial, out)
     except Exception as error:  # safetensors has errors of its own
         partial.unlink(missing_ok=True)
         raise UsageError(
-            f'{out} cannot be written ({str(error).strip().splitlines()[0]}): give another place'
+            f'{out} cannot be written ({str(error).strip().splitlines()[0]}): choose another path'
         ) from error

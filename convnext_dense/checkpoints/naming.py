@@ -1,6 +1,7 @@
-"""The sources of ConvNeXt weights: one entry each, how it names what we name as the original code did.
+"""How each source names ConvNeXt weights, one `NamingScheme` per source.
 
-A new source is a new entry. Names are built from it for the depths that a file has, so that renaming works both ways.
+The canonical names are those of the original code, which the backbone has too. A new source is a new entry in
+`NAMING_SCHEMES`; names are built from it for the depths of a file, so that renaming works in both directions.
 """
 
 import re
@@ -14,8 +15,8 @@ from ..errors import UsageError
 OUTPUT_NORM_RE = re.compile(r'norm\d+\.(weight|bias)')
 TRUNK_RE = re.compile(r'(downsample_layers|stages)\.(\d+)\.')
 VECTOR_PARAMS = ('gamma', 'grn.gamma', 'grn.beta')
-DINOV3_DUPLICATE_PREFIX = 'norms.'  # DINOv3 by Meta holds its final norm twice
-PATCH_EMBED_LAYERS = ('dwconv', 'norm', 'pwconv1', 'pwconv2')  # the parts of a block with weight and bias
+DINOV3_DUPLICATE_PREFIX = 'norms.'  # files of DINOv3 by Meta contain the final norm twice
+BLOCK_LAYERS = ('dwconv', 'norm', 'pwconv1', 'pwconv2')  # the layers of a block with weight and bias
 STEM, FIRST_BLOCK = 'downsample_layers.0.0.weight', 'stages.0.0.dwconv.weight'
 
 
@@ -23,11 +24,23 @@ STEM, FIRST_BLOCK = 'downsample_layers.0.0.weight', 'stages.0.0.dwconv.weight'
 class NamingScheme:
     """How a source names parameters.
 
-    Templates hold {i} for the stage, {b} for the block, {j} for the first or second layer of stem and downsampling,
-    {even}, {odd} and {next} for 2i, 2i + 1 and i + 1, {embedding} for what transformers calls the stem's layers.
-    `parts` maps our names inside a block to theirs; what is not in it does not exist there. `shapes` are theirs where
-    they differ from ours, by our names of parts. `prefix` stands before the names of trunk and final norm when a file
-    is written; when one is read any prefix will do.
+    Templates may contain {i}, the stage, {b}, the block, {j}, the first or second layer of stem and downsampling,
+    {even}, {odd} and {next}, 2i, 2i + 1 and i + 1, and {embedding}, transformers' name of a layer of the stem.
+
+    Attributes:
+        key (str): Short name of the source.
+        title (str): Name of the source in messages.
+        stem (str): Template of the stem's layers.
+        downsample (str): Template of the downsampling layers.
+        block (str): Template of a block.
+        block_params (dict[str, str]): The source's name of a layer or parameter of a block by the canonical name; what
+            is not in it does not exist in the source.
+        norm (str): Name of the final norm.
+        head (str): Name of the classifier.
+        output_norms (str, optional): Template of the output norms, where the source has such.
+        shapes (dict[str, tuple[int, ...]]): Shapes that differ from the canonical ones, by `block_params`.
+        prefix (str): What precedes the names of trunk and final norm in exported files; any prefix is read.
+        final_norm_as_output (bool): Whether the final norm may have the name of the last output norm.
     """
 
     key: str
@@ -35,65 +48,82 @@ class NamingScheme:
     stem: str
     downsample: str
     block: str
-    parts: dict[str, str]
+    block_params: dict[str, str]
     norm: str
     head: str
-    outputs: str | None = None
+    output_norms: str | None = None
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     prefix: str = ''
-    # Its final norm may bear the name of the last output norm.
     final_norm_as_output: bool = False
 
-    def name(self, ours: str) -> str | None:
-        """Their name, without prefix, of one of ours; None where they have none."""
-        kind, *rest = ours.split('.')
-        if kind in ('norm', 'head'):
-            return '.'.join([getattr(self, kind), *rest])
-        if kind.startswith('norm'):
-            return self.outputs and '.'.join([_fill_template(self.outputs, kind[4:]), *rest])
+    def to_source_name(self, name: str) -> str | None:
+        """Return the source's name, without prefix, for a canonical name; None where the source has none."""
+        root, *rest = name.split('.')
+        if root in ('norm', 'head'):
+            return '.'.join([getattr(self, root), *rest])
+        if root.startswith('norm'):
+            return self.output_norms and '.'.join([_fill_template(self.output_norms, root[4:]), *rest])
         i, j, *leaf = rest
-        if kind == 'downsample_layers':
+        if root == 'downsample_layers':
             return '.'.join([_fill_template(self.stem if i == '0' else self.downsample, i, j=j), *leaf])
-        part = self.parts.get('.'.join(leaf)) or (leaf[0] in self.parts and f'{self.parts[leaf[0]]}.{leaf[-1]}')
-        return f'{_fill_template(self.block, i, b=j)}.{part}' if part else None
+        param = self.block_params.get('.'.join(leaf))
+        if param is None and leaf[0] in self.block_params:
+            param = f'{self.block_params[leaf[0]]}.{leaf[-1]}'
+        return f'{_fill_template(self.block, i, b=j)}.{param}' if param else None
 
-    def is_ours(self, theirs: str) -> bool:
-        """Whether a name, without prefix, begins as those of stem, downsampling, blocks and output norms do."""
-        templates = (self.stem, self.downsample, self.block, self.outputs or self.stem)
-        return theirs.startswith(tuple(re.match(r'\w+', t)[0] for t in templates)) and not theirs.startswith(
-            DINOV3_DUPLICATE_PREFIX
-        )
+    def is_trunk_name(self, source_name: str) -> bool:
+        """Return whether a name, without prefix, starts like those of stem, downsampling, blocks and output norms."""
+        templates = (self.stem, self.downsample, self.block, self.output_norms or self.stem)
+        roots = tuple(re.match(r'\w+', template)[0] for template in templates)
+        return source_name.startswith(roots) and not source_name.startswith(DINOV3_DUPLICATE_PREFIX)
 
-    def to_theirs(self, ours: str, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.reshape(self.shapes.get(_param_kind(ours), tensor.shape))
+    def to_source_shape(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of canonical shape and name in the source's shape."""
+        return tensor.reshape(self.shapes.get(_param_kind(name), tensor.shape))
 
 
-def to_canonical(ours: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of any source in our shape: vectors and Linears without the ones that some put at their shape."""
-    part = _param_kind(ours)
-    if part in VECTOR_PARAMS:
+def to_canonical_shape(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Remove the dimensions of size 1 that some sources add to vectors and to the weights of Linears.
+
+    Args:
+        name: Canonical name of the parameter.
+        tensor: Its value in the shape of any source.
+
+    Returns:
+        The tensor in the backbone's shape; unchanged where it cannot be had by removing such dimensions.
+    """
+    kind = _param_kind(name)
+    if kind in VECTOR_PARAMS:
         return tensor.reshape(-1) if tensor.ndim > 1 and tensor.numel() == max(tensor.shape) else tensor
-    if part in ('pwconv1.weight', 'pwconv2.weight') and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
+    if kind in ('pwconv1.weight', 'pwconv2.weight') and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
         return tensor.flatten(1)
     return tensor
 
 
 def canonical_names(depths: Sequence[int]) -> Iterator[str]:
-    """All names that a ConvNeXt, V1 or V2, with these depths may have in a file, classifier and output norms too."""
-    places = [f'downsample_layers.{i}.{j}' for i in range(len(depths)) for j in range(2)]
+    """Yield all names that a file of a ConvNeXt, V1 or V2, of these depths may have, with classifier and norms."""
+    modules = [f'downsample_layers.{i}.{j}' for i in range(len(depths)) for j in range(2)]
     blocks = [f'stages.{i}.{b}' for i, depth in enumerate(depths) for b in range(depth)]
-    places += [f'{block}.{layer}' for block in blocks for layer in PATCH_EMBED_LAYERS]
-    places += ['norm', 'head', *(f'norm{i}' for i in range(len(depths)))]
-    yield from (f'{place}.{leaf}' for place in places for leaf in ('weight', 'bias'))
+    modules += [f'{block}.{layer}' for block in blocks for layer in BLOCK_LAYERS]
+    modules += ['norm', 'head', *(f'norm{i}' for i in range(len(depths)))]
+    yield from (f'{module}.{leaf}' for module in modules for leaf in ('weight', 'bias'))
     yield from (f'{block}.{vector}' for block in blocks for vector in VECTOR_PARAMS)
 
 
 @dataclass(frozen=True)
 class ParsedNames:
-    """What a file's names are: `names` maps those that we know to ours, `unknown` look like the trunk's but are not,
-    `others` belong to no ConvNeXt."""
+    """The parameter names of a file, sorted.
 
-    format: NamingScheme
+    Attributes:
+        scheme (NamingScheme): Whose names they are.
+        prefix (str): What precedes the names of the trunk.
+        depths (tuple[int, ...]): Number of blocks per stage.
+        names (dict[str, str]): Canonical names by the names in the file.
+        unknown (list[str]): Names that look like the trunk's, but are not.
+        others (list[str]): Names that belong to no ConvNeXt.
+    """
+
+    scheme: NamingScheme
     prefix: str
     depths: tuple[int, ...]
     names: dict[str, str]
@@ -102,68 +132,74 @@ class ParsedNames:
 
 
 def detect_scheme(names: Iterable[str]) -> ParsedNames | None:
-    """Of which source these names are, by the names alone; None where they are of none.
+    """Find out whose names the names of a file are.
+
+    Args:
+        names: The parameter names in the file.
+
+    Returns:
+        The parsed names; None where they are of no known source.
 
     Raises:
-        UsageError: there are several ConvNeXts in it.
+        UsageError: If the file contains several ConvNeXts.
     """
     names = list(names)
-    found = []
-    for source in NAMING_SCHEMES:
-        ends = [source.name(marker) for marker in (STEM, FIRST_BLOCK)]
-        prefixes = [{n.removesuffix(e) for n in names if n == e or n.endswith(f'.{e}')} for e in ends]
-        found += [(source, prefix) for prefix in set.intersection(*prefixes)]
-    if not found:
+    matches = []
+    for scheme in NAMING_SCHEMES:
+        suffixes = [scheme.to_source_name(marker) for marker in (STEM, FIRST_BLOCK)]
+        prefixes = [{n.removesuffix(s) for n in names if n == s or n.endswith(f'.{s}')} for s in suffixes]
+        matches += [(scheme, prefix) for prefix in set.intersection(*prefixes)]
+    if not matches:
         return None
-    if len(found) > 1:
+    if len(matches) > 1:
         raise UsageError(
-            f'it holds several ConvNeXts ({", ".join(sorted(p or "without prefix" for _, p in found))}): '
+            f'it contains several ConvNeXts ({", ".join(sorted(p or "without prefix" for _, p in matches))}): '
             'keep one of them in the file'
         )
-    return _parse_names(*found[0], names)
+    return _parse_names(*matches[0], names)
 
 
-def _parse_names(source: NamingScheme, prefix: str, names: list[str]) -> ParsedNames:
+def _parse_names(scheme: NamingScheme, prefix: str, names: list[str]) -> ParsedNames:
     bare = {n: n.removeprefix(prefix) for n in names if n.startswith(prefix)}
-    depths = _depths(source, bare.values())
-    ours = {source.name(name): name for name in canonical_names(depths)}
-    known = {n: ours[b] for n, b in bare.items() if b in ours}
+    depths = _count_blocks(scheme, bare.values())
+    canonical = {scheme.to_source_name(name): name for name in canonical_names(depths)}
+    parsed = {n: canonical[b] for n, b in bare.items() if b in canonical}
     for name in ('head.weight', 'head.bias', 'norm.weight', 'norm.bias'):  # may stand outside the prefix
-        if name not in known.values() and source.name(name) in names:
-            known[source.name(name)] = name
-    if source.final_norm_as_output and {o for o in known.values() if OUTPUT_NORM_RE.fullmatch(o)} == set(
-        _final_norm_stage(depths)
-    ):
-        known = {n: re.sub(r'^norm\d+', 'norm', o) for n, o in known.items()}
-    left = [n for n in names if n not in known]
-    unknown = [n for n in left if source.is_ours(bare.get(n, ''))]
-    return ParsedNames(source, prefix, depths, known, unknown, [n for n in left if n not in unknown])
+        if name not in parsed.values() and scheme.to_source_name(name) in names:
+            parsed[scheme.to_source_name(name)] = name
+    output_norms = {name for name in parsed.values() if OUTPUT_NORM_RE.fullmatch(name)}
+    if scheme.final_norm_as_output and output_norms == set(_last_output_norm(depths)):
+        parsed = {n: re.sub(r'^norm\d+', 'norm', name) for n, name in parsed.items()}
+    rest = [n for n in names if n not in parsed]
+    unknown = [n for n in rest if scheme.is_trunk_name(bare.get(n, ''))]
+    return ParsedNames(scheme, prefix, depths, parsed, unknown, [n for n in rest if n not in unknown])
 
 
-def _depths(source: NamingScheme, names: Iterable[str]) -> tuple[int, ...]:
-    starts = {'.'.join(parts[:n]) for parts in (name.split('.') for name in names) for n in range(1, len(parts))}
+def _count_blocks(scheme: NamingScheme, names: Iterable[str]) -> tuple[int, ...]:
+    modules = {'.'.join(parts[:n]) for parts in (name.split('.') for name in names) for n in range(1, len(parts))}
     depths = []
     while True:
         b = 0
-        while _fill_template(source.block, len(depths), b=b) in starts:
+        while _fill_template(scheme.block, len(depths), b=b) in modules:
             b += 1
         if not b:
             return tuple(depths)
         depths.append(b)
 
 
-def _final_norm_stage(depths: Sequence[int]) -> tuple[str, str]:
+def _last_output_norm(depths: Sequence[int]) -> tuple[str, str]:
     return f'norm{len(depths) - 1}.weight', f'norm{len(depths) - 1}.bias'
 
 
-def _fill_template(template: str, i: int | str, **place) -> str:
+def _fill_template(template: str, i: int | str, **indices) -> str:
     i = int(i)
-    embedding = {'0': 'patch_embeddings', '1': 'layernorm'}.get(place.get('j'))
-    return template.format(i=i, even=2 * i, odd=2 * i + 1, next=i + 1, embedding=embedding, **place)
+    embedding = {'0': 'patch_embeddings', '1': 'layernorm'}.get(indices.get('j'))
+    return template.format(i=i, even=2 * i, odd=2 * i + 1, next=i + 1, embedding=embedding, **indices)
 
 
-def _param_kind(ours: str) -> str:
-    return '.'.join(ours.split('.')[3:]) if ours.startswith('stages.') else ours
+def _param_kind(name: str) -> str:
+    """Return the name of a parameter within its block; the name itself outside of blocks."""
+    return '.'.join(name.split('.')[3:]) if name.startswith('stages.') else name
 
 
 _GAMMA = {'gamma': 'gamma'}
@@ -172,8 +208,8 @@ _GRN_HF = {'grn.gamma': 'grn.weight', 'grn.beta': 'grn.bias'}
 _GRN_4D = {'grn.gamma': (1, 1, 1, -1), 'grn.beta': (1, 1, 1, -1)}
 
 
-def _layers(*theirs: str) -> dict[str, str]:
-    return dict(zip(PATCH_EMBED_LAYERS, theirs))
+def _layers(*source_names: str) -> dict[str, str]:
+    return dict(zip(BLOCK_LAYERS, source_names))
 
 
 ORIGINAL = NamingScheme(
@@ -182,17 +218,17 @@ ORIGINAL = NamingScheme(
     stem='downsample_layers.0.{j}',
     downsample='downsample_layers.{i}.{j}',
     block='stages.{i}.{b}',
-    parts={**_layers(*PATCH_EMBED_LAYERS), **_GAMMA, **_GRN},
+    block_params={**_layers(*BLOCK_LAYERS), **_GAMMA, **_GRN},
     norm='norm',
     head='head',
-    outputs='norm{i}',
+    output_norms='norm{i}',
     shapes=_GRN_4D,
 )
 MMPRETRAIN = replace(
     ORIGINAL,
     key='mmpretrain',
     title='mmpretrain',
-    parts={**_layers('depthwise_conv', 'norm', 'pointwise_conv1', 'pointwise_conv2'), **_GAMMA, **_GRN},
+    block_params={**_layers('depthwise_conv', 'norm', 'pointwise_conv1', 'pointwise_conv2'), **_GAMMA, **_GRN},
     head='head.fc',
     shapes={},
     prefix='backbone.',
@@ -204,7 +240,7 @@ TIMM = NamingScheme(
     stem='stem.{j}',
     downsample='stages.{i}.downsample.{j}',
     block='stages.{i}.blocks.{b}',
-    parts={
+    block_params={
         **_layers('conv_dw', 'norm', 'mlp.fc1', 'mlp.fc2'),
         **_GAMMA,
         'grn.gamma': 'mlp.grn.weight',
@@ -227,7 +263,7 @@ TORCHVISION = NamingScheme(
     stem='features.0.{j}',
     downsample='features.{even}.{j}',
     block='features.{odd}.{b}',
-    parts={**_layers('block.0', 'block.2', 'block.3', 'block.5'), 'gamma': 'layer_scale'},
+    block_params={**_layers('block.0', 'block.2', 'block.3', 'block.5'), 'gamma': 'layer_scale'},
     norm='classifier.0',
     head='classifier.2',
     shapes={'gamma': (-1, 1, 1)},
@@ -238,10 +274,10 @@ TRANSFORMERS = NamingScheme(
     stem='embeddings.{embedding}',
     downsample='encoder.stages.{i}.downsampling_layer.{j}',
     block='encoder.stages.{i}.layers.{b}',
-    parts={**_layers('dwconv', 'layernorm', 'pwconv1', 'pwconv2'), 'gamma': 'layer_scale_parameter', **_GRN_HF},
+    block_params={**_layers('dwconv', 'layernorm', 'pwconv1', 'pwconv2'), 'gamma': 'layer_scale_parameter', **_GRN_HF},
     norm='layernorm',
     head='classifier',
-    outputs='hidden_states_norms.stage{next}',
+    output_norms='hidden_states_norms.stage{next}',
     shapes=_GRN_4D,
     prefix='convnext.',
 )
@@ -251,7 +287,7 @@ DINOV3 = NamingScheme(
     stem='stages.0.downsample_layers.{j}',
     downsample='stages.{i}.downsample_layers.{j}',
     block='stages.{i}.layers.{b}',
-    parts={**_layers('depthwise_conv', 'layer_norm', 'pointwise_conv1', 'pointwise_conv2'), **_GAMMA},
+    block_params={**_layers('depthwise_conv', 'layer_norm', 'pointwise_conv1', 'pointwise_conv2'), **_GAMMA},
     norm='layer_norm',
     head='head',
     prefix='model.',

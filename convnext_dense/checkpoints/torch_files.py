@@ -1,5 +1,7 @@
-"""Files of `torch.save`: zip archives since torch 1.6, and the format before that. Where a tensor lies, and how long it
-is, is checked against the file before any of it is read."""
+"""Read files of `torch.save`: zip archives since torch 1.6, and the format before that.
+
+Where a tensor lies, and how long it is, is checked against the file before any of it is read.
+"""
 
 import io
 import mmap
@@ -16,7 +18,7 @@ from .unpickler import Storage, StorageType, Unpickler, UnsafeCheckpointError
 
 ZIP_MAGIC = b'PK\x03\x04'  # what an archive begins with
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first of the pickles in an older file
-PICKLE_MAGIC = (
+PICKLE_FIX = (
     "where you trust it: weights = pickle.load(open('{file}', 'rb'))['model']; "
     "torch.save({{name: torch.as_tensor(array) for name, array in weights.items()}}, 'weights.pth')"
 )
@@ -24,12 +26,17 @@ MAX_RATIO, MAX_UNPACKED = 20, 2**28  # compressed entries may unpack to so many 
 
 
 def load(file: Path) -> object:
-    """The content of a file of `torch.save`, tensors on the CPU. They stay on the disk until they are used where they
-    lie uncompressed and aligned.
+    """Read a file of `torch.save`.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Its content, with tensors on the CPU; those that lie uncompressed and aligned stay on disk until they are used.
 
     Raises:
-        UnsafeCheckpoint: it asks for what no weights need, or contradicts itself.
-        Exception: it is damaged, which can show in any way.
+        UnsafeCheckpointError: If it asks for what no weights need, or contradicts itself.
+        Exception: If it is damaged, which can show in any way.
     """
     with open(file, 'rb') as f:
         memory = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -67,8 +74,11 @@ def _load_zip(file: Path, memory: mmap.mmap) -> object:
 
 
 def _check_entries(archive: zipfile.ZipFile, memory: mmap.mmap) -> dict[str, zipfile.ZipInfo]:
-    """The entries of an archive by name: each of them once, none beyond the file or over another one, none that unpacks
-    without bound, and all as their sums say, at which torch does not look (`ZipFile.read` does where it unpacks)."""
+    """Return the entries of an archive by name, after checking them.
+
+    Each is there once, none lies beyond the file or over another one, none unpacks without bound, and all agree with
+    their checksums, which torch does not look at (`ZipFile.read` does where it unpacks).
+    """
     listed = archive.infolist()
     entries = {entry.filename: entry for entry in listed}
     packed = [entry for entry in listed if entry.compress_type != zipfile.ZIP_STORED]
@@ -89,8 +99,10 @@ def _check_entries(archive: zipfile.ZipFile, memory: mmap.mmap) -> dict[str, zip
 
 
 def _data_offset(memory: mmap.mmap, entry: zipfile.ZipInfo) -> int:
-    """Where the content of an uncompressed entry begins, by the header before it, which has to say what the list of
-    entries says."""
+    """Return where the content of an uncompressed entry begins.
+
+    The header before it tells, and has to agree with the archive's list of entries.
+    """
     at = entry.header_offset
     method = int.from_bytes(memory[at + 8 : at + 10], 'little')
     name, extra = (int.from_bytes(memory[at + i : at + i + 2], 'little') for i in (26, 28))
@@ -103,7 +115,7 @@ def _data_offset(memory: mmap.mmap, entry: zipfile.ZipInfo) -> int:
 
 
 def _archive_root(entries: dict[str, zipfile.ZipInfo]) -> str:
-    """The folder in an archive that holds the checkpoint."""
+    """Return the folder in an archive that contains the checkpoint."""
     roots = [name.removesuffix('data.pkl') for name in entries if name.split('/')[-1] == 'data.pkl']
     if len(roots) != 1:
         raise UnsafeCheckpointError(
@@ -136,9 +148,7 @@ def _load_legacy(file: Path, memory: mmap.mmap) -> object:
 
     magic = LEGACY_MAGIC.to_bytes(10, 'little') in memory[:32]
     if memory[:1] == b'\x80' and not (magic and pickled() == LEGACY_MAGIC):
-        raise UnsafeCheckpointError(
-            'it is a pickle that torch.save did not write, as detectron2 has them', PICKLE_MAGIC
-        )
+        raise UnsafeCheckpointError('it is a pickle that torch.save did not write, as detectron2 has them', PICKLE_FIX)
     if memory[:1] != b'\x80':
         raise UnsafeCheckpointError('torch.save did not write it')
     pickled()  # the version of the format
@@ -176,7 +186,7 @@ def _load_legacy(file: Path, memory: mmap.mmap) -> object:
 def _storage_locations(
     memory: mmap.mmap, keys: list[str], asked: dict[str, StorageLocation]
 ) -> dict[str, StorageLocation]:
-    """Where the storages lie that follow the pickles, each after its number of values."""
+    """Return where the storages lie that follow the pickles, each after its number of values."""
     if sorted(keys) != sorted(asked):
         raise UnsafeCheckpointError('its list of storages is not that of its tensors')
     places = {}
@@ -196,7 +206,7 @@ def _refuse_storage(*_) -> Storage:
 
 
 def _load_storage(memory: mmap.mmap | bytearray, start: int, size: int, dtype: torch.dtype) -> torch.UntypedStorage:
-    """`size` bytes from `start` on: themselves where values are aligned there, else a copy."""
+    """Return `size` bytes from `start` on: mapped where values are aligned there, otherwise a copy."""
     if not size:
         return torch.UntypedStorage(0)
     there = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=start)
@@ -204,6 +214,6 @@ def _load_storage(memory: mmap.mmap | bytearray, start: int, size: int, dtype: t
 
 
 def _swap_bytes(storage: torch.UntypedStorage, dtype: torch.dtype) -> None:
-    """Turn the bytes of each value around: a machine of the other byte order wrote them."""
+    """Reverse the bytes of each value, which a machine of the other byte order wrote."""
     if dtype.itemsize > 1 and storage.nbytes():
         storage.byteswap(dtype)

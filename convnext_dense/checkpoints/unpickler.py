@@ -29,7 +29,7 @@ OPCODES = """
     BINBYTES SHORT_BINBYTES FRAME MEMOIZE STACK_GLOBAL SHORT_BINUNICODE BINUNICODE8 BINBYTES8 EMPTY_SET ADDITEMS LONG4
 """
 # What makes files with objects of other people's classes readable; it runs their code.
-OBJECT = "where you trust it: torch.save(torch.load('{{file}}', weights_only=False){part}, 'weights.pth')"
+OBJECT_FIX = "where you trust it: torch.save(torch.load('{{file}}', weights_only=False){part}, 'weights.pth')"
 KEYS_OF_WEIGHTS = ('state_dict', 'model', 'model_state_dict', 'net', 'weights')
 KEYS = (str, int, float, bool, bytes, type(None))  # types of keys: the hash of nested tuples overflows the stack
 MAX_EXPANSION = 2**20  # elements that a tensor may have whatever its storage holds, as views of `Tensor.expand` do
@@ -38,8 +38,11 @@ NUMBERS_AND_TEXT = re.compile(r'[biufc](1|2|4|8|16)|[SU][1-9]\d{0,5}')  # typeco
 
 
 class UnsafeCheckpointError(pickle.UnpicklingError):
-    """A checkpoint asks for what no weights need, or contradicts itself; `fix` is what makes it readable, where that is
-    known, with {file} for its path."""
+    """A checkpoint asks for what no weights need, or contradicts itself.
+
+    Attributes:
+        fix (str, optional): What makes the file readable, where that is known, with {file} for its path.
+    """
 
     def __init__(self, message: str, fix: str | None = None):
         super().__init__(message)
@@ -50,9 +53,12 @@ class UnsafeCheckpointError(pickle.UnpicklingError):
 class GlobalName:
     """What a global of the file stands for.
 
-    `call` builds a value from arguments that it checks, `new` an empty object whose state follows; None where the file
-    may not do so. `allowed` is the class or function itself where the user allows it by
-    `torch.serialization.add_safe_globals`.
+    Attributes:
+        path (str): Module and name in the file.
+        call (Callable, optional): Builds a value from arguments that it checks; None where the file may not call it.
+        new (Callable, optional): Builds an empty object whose state follows; None where the file may not do so.
+        allowed (Callable, optional): The class or function itself where the user allows it by
+            `torch.serialization.add_safe_globals`.
     """
 
     path: str
@@ -91,8 +97,8 @@ class Unpickler(pickle._Unpickler):
     """Python's unpickler for a few opcodes and names. The one in C would allocate memory for any index of its memo.
 
     Args:
-        file: a BytesIO or an mmap.
-        find_storage: takes the arguments of a persistent id of torch and returns a `Storage`.
+        file: A BytesIO or an mmap.
+        find_storage: A function from the arguments of a persistent id of torch to a `Storage`.
     """
 
     def __init__(self, file, find_storage: Callable[..., Storage]):
@@ -101,25 +107,28 @@ class Unpickler(pickle._Unpickler):
         self.user_names = _user_allowed_globals()
 
     def load(self):
+        """Return the object in the file."""
         try:
             return super().load()
         except KeyError as error:  # of the dispatch table or the memo
             raise UnsafeCheckpointError(f'its pickle holds what torch.save does not write: {error}') from error
 
     def find_class(self, module: str, name: str):
+        """Return what a global of the file stands for."""
         path = f'{module}.{name}'
-        found = NAMES.get(path, self.user_names.get(path))
-        if found is None and path in UNSUPPORTED:
+        known = NAMES.get(path, self.user_names.get(path))
+        if known is None and path in UNSUPPORTED:
             raise UnsafeCheckpointError(f'it holds {UNSUPPORTED[path]}')
-        if found is None:
-            whole = not self.stack and not self.metastack  # it is no part of anything
+        if known is None:
+            whole = not self.stack and not self.metastack  # it is not part of anything
             raise UnsafeCheckpointError(
-                f'it {"is" if whole else "needs"} {path}', OBJECT.format(part='.state_dict()' if whole else self._key())
+                f'it {"is" if whole else "needs"} {path}',
+                OBJECT_FIX.format(part='.state_dict()' if whole else self._key()),
             )
-        return found
+        return known
 
     def _key(self) -> str:
-        """How to get at the weights of the dict that the file holds, by the texts in it."""
+        """Return an index into the dict in the file that leads to its weights, by the texts in the file."""
         content = self.file.getvalue() if isinstance(self.file, io.BytesIO) else self.file
         for key in KEYS_OF_WEIGHTS:
             sizes = b'X' + len(key).to_bytes(4, 'little'), b'\x8c' + len(key).to_bytes(1, 'little')
@@ -128,23 +137,27 @@ class Unpickler(pickle._Unpickler):
         return '[KEY_OF_ITS_WEIGHTS]'
 
     def persistent_load(self, pid):
+        """Return the storage of a persistent id."""
         if type(pid) is not tuple or len(pid) < 5 or pid[0] != 'storage' or type(pid[1]) is not StorageType:
             raise UnsafeCheckpointError('it refers to something that is no storage')
         return self.find_storage(*pid[1:])
 
     def load_reduce(self):
+        """Call a known function."""
         args, name = self.stack.pop(), self.stack.pop()
         if type(name) is not GlobalName or name.call is None or type(args) is not tuple:
             raise UnsafeCheckpointError(f'it calls {getattr(name, "path", type(name).__name__)}')
         self.append(name.call(*args))
 
     def load_newobj(self):
+        """Build an empty object of a known class."""
         args, name = self.stack.pop(), self.stack.pop()
         if type(name) is not GlobalName or name.new is None or type(args) is not tuple:
             raise UnsafeCheckpointError(f'it builds {getattr(name, "path", type(name).__name__)}')
         self.append(name.new(*args))
 
     def load_build(self):
+        """Set the state of an object of a known class."""
         state, built = self.stack.pop(), self.stack[-1]
         if type(built) in FILL:
             FILL[type(built)](built, state)
@@ -154,45 +167,51 @@ class Unpickler(pickle._Unpickler):
             raise UnsafeCheckpointError(f'it sets the state of a {type(built).__name__}')
 
     def load_additems(self):
+        """Add items to a set."""
         items = self.pop_mark()
         _expect(self.stack[-1], set).update(_hashable(items))
 
     def load_append(self):
+        """Append an item to a list."""
         value = self.stack.pop()
         _expect(self.stack[-1], list).append(value)
 
     def load_appends(self):
+        """Append items to a list."""
         values = self.pop_mark()
         _expect(self.stack[-1], list).extend(values)
 
     def load_setitem(self):
+        """Set an item of a dict."""
         value, key = self.stack.pop(), self.stack.pop()
         _set_items(self.stack[-1], [(key, value)])
 
     def load_setitems(self):
+        """Set items of a dict."""
         items = self.pop_mark()
         _set_items(self.stack[-1], zip(items[::2], items[1::2], strict=True))
 
 
-ALLOWED_MODULES = (
+OVERRIDDEN_OPCODES = (
     'reduce newobj build additems append appends setitem setitems'  # opcodes that Unpickler handles in its own way
 )
 Unpickler.dispatch = {
     getattr(pickle, code)[0]: pickle._Unpickler.dispatch[getattr(pickle, code)[0]] for code in OPCODES.split()
 }
 Unpickler.dispatch |= {
-    getattr(pickle, code.upper())[0]: getattr(Unpickler, f'load_{code}') for code in ALLOWED_MODULES.split()
+    getattr(pickle, code.upper())[0]: getattr(Unpickler, f'load_{code}') for code in OVERRIDDEN_OPCODES.split()
 }
 
 
 def _user_allowed_globals() -> dict[str, GlobalName]:
-    found = {}
+    allowed_globals = {}
     for entry in getattr(torch.serialization, 'get_safe_globals', list)():  # torch 2.5 and later
         allowed, path = entry if isinstance(entry, tuple) else (entry, f'{entry.__module__}.{entry.__qualname__}')
         if path.startswith('torch.'):  # torch registers rebuild functions of nested tensors by itself
             continue
-        found[path] = GlobalName(path, allowed, _new(allowed) if isinstance(allowed, type) else None, allowed)
-    return found
+        new = _new(allowed) if isinstance(allowed, type) else None
+        allowed_globals[path] = GlobalName(path, allowed, new, allowed)
+    return allowed_globals
 
 
 def _fill_object(built: object, state: object) -> None:
@@ -229,9 +248,9 @@ def _hashable(values: object) -> list:
 
 
 def _ordered_dict(items: list = ()) -> OrderedDict:
-    made = OrderedDict()
-    _set_items(made, ((key, value) for key, value in items))
-    return made
+    ordered = OrderedDict()
+    _set_items(ordered, ((key, value) for key, value in items))
+    return ordered
 
 
 def _counter(counts: dict) -> Counter:

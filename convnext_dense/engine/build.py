@@ -107,7 +107,7 @@ def _make_checkpoint_loader(models_by_file: Mapping[str, nn.Module]) -> Callable
     def load(filename: str, map_location=None) -> dict:
         if filename.startswith('torchvision://'):
             filename = get_torchvision_models()[filename.removeprefix('torchvision://')]
-        content = load_checkpoint(resolve_checkpoint(filename), mapped=False)
+        content = load_checkpoint(resolve_checkpoint(filename), mmap=False)
         clear_cache()  # the run holds its own copy from here on
         if filename in models_by_file:
             content['state_dict'] = load_model_weights(content, filename, models_by_file[filename])

@@ -49,7 +49,7 @@ def test_original_file_fills_all_but_the_output_norms(tmp_path):
     report = load_backbone(model, file)
     n = len(before)
     assert '\n' not in report
-    assert f'{n - 8} of {n} backbone tensors loaded, 8 left at initial value (output norms), 4 ignored' in report
+    assert f'{n - 8} of {n} backbone tensors loaded, 8 kept at initialization (output norms), 4 unused' in report
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_file_is_read_once_until_it_is_written_again(tmp_path, monkeypatch):
     monkeypatch.setattr(io, '_load_uncached', lambda file: reads.append(file.name) or read_anew(file))
     file = tmp_path / 'w.pth'
     torch.save(dict(state_dict=dict(w=torch.zeros(5))), file)
-    first, own = load_checkpoint(file), load_checkpoint(str(file), mapped=False)
+    first, own = load_checkpoint(file), load_checkpoint(str(file), mmap=False)
     own['state_dict']['w'] += 1
     assert not first['state_dict']['w'].any() and not load_checkpoint(file)['state_dict']['w'].any() and len(reads) == 1
     torch.save(dict(state_dict=dict(w=torch.full((5,), 2.0))), file)
@@ -144,7 +144,7 @@ def test_output_norms_of_our_own_files_are_loaded(tmp_path):
     model.load_state_dict(made_weights({n: tuple(t.shape) for n, t in model.state_dict().items()}))
     torch.save(model.state_dict(), tmp_path / 'own.pth')
     fresh = ConvNeXt(ARCH, out_indices=(1, 2))
-    assert '0 left' in load_backbone(fresh, tmp_path / 'own.pth')
+    assert '0 kept' in load_backbone(fresh, tmp_path / 'own.pth')
     torch.testing.assert_close(fresh.norm2.weight, model.norm2.weight)
     assert len(fresh.stages) == 3
 
@@ -186,7 +186,7 @@ def test_another_size_is_refused(tmp_path, of_file, of_model):
 
 def test_unbuilt_stages_are_ignored(tmp_path):
     model = ConvNeXt(ARCH, out_indices=(0, 1))
-    assert '4 left' in load_backbone(model, original_file(tmp_path / 'w.pth'))
+    assert '4 kept' in load_backbone(model, original_file(tmp_path / 'w.pth'))
 
 
 def test_the_report_counts_all_that_is_ignored(tmp_path):
@@ -194,7 +194,7 @@ def test_the_report_counts_all_that_is_ignored(tmp_path):
     file = original_file(tmp_path / 'w.pth')
     report = load_backbone(ConvNeXt(ARCH, out_indices=(0, 1)), file)
     built, unbuilt = 2 * 9 + 2 * 4, 5 * 9 + 2 * 4
-    expected = '{} of {} backbone tensors loaded, 4 left at initial value (output norms), {} ignored'
+    expected = '{} of {} backbone tensors loaded, 4 kept at initialization (output norms), {} unused'
     assert expected.format(built, built + 4, unbuilt + 4) in report  # the classifier and its norm
 
     weights = torch.load(file)['model']
@@ -204,8 +204,8 @@ def test_the_report_counts_all_that_is_ignored(tmp_path):
     detector = {f'backbone.{name}': t for name, t in weights.items() if not name.startswith(('norm', 'head'))}
     torch.save({'state_dict': detector | heads | norms}, tmp_path / 'd.pth')
     report = load_backbone(ConvNeXt(ARCH, out_indices=(0, 1)), tmp_path / 'd.pth')
-    assert f'{built + 4} of {built + 4} backbone tensors loaded, 0 left at initial value' in report
-    assert f'{unbuilt + 5 + 2} ignored' in report
+    assert f'{built + 4} of {built + 4} backbone tensors loaded, 0 kept at initialization' in report
+    assert f'{unbuilt + 5 + 2} unused' in report
 
 
 def test_known_names():
@@ -262,7 +262,7 @@ def test_no_checkpoint_at_all(tmp_path, content):
 def test_a_file_without_a_dict_is_refused(tmp_path, content, kind):
     torch.save(content, tmp_path / 'w.pth')
     for use in (load_checkpoint, lambda file: load_backbone(ConvNeXt(ARCH), file)):
-        with pytest.raises(UsageError, match=f'w.pth holds a {kind}'):
+        with pytest.raises(UsageError, match=f'w.pth contains a {kind}'):
             use(tmp_path / 'w.pth')
 
 

@@ -475,7 +475,7 @@ def fuzz(folder: Path, first: int, last: int) -> None:
         (folder / 'mutated').write_bytes(mutated_file(files[seed % len(files)], draw))
         signal.alarm(10)
         try:
-            found = load_checkpoint(folder / 'mutated', mapped=draw.random() < 0.5)
+            found = load_checkpoint(folder / 'mutated', mmap=draw.random() < 0.5)
         except UsageError as error:
             assert not isinstance(error.__cause__, MemoryError), (seed, error)
             assert len(str(error).splitlines()) == 1, (seed, error)

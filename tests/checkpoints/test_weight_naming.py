@@ -107,7 +107,9 @@ def test_a_finished_segmentor_of_transformers(tmp_path):
     theirs['decode_head.classifier.weight'] = torch.ones(1)
     model = ConvNeXt(SMALL)
     report = load_backbone(model, saved(tmp_path / 'w.pth', theirs))
-    assert '0 left at initial value' in report and 'a finished model in the names of transformers' in report
+    assert (
+        '0 kept at initialization' in report and 'trained detector or segmentor in the names of transformers' in report
+    )
     assert all(torch.equal(model.state_dict()[n], t) for n, t in norms.items())
 
 
@@ -141,9 +143,9 @@ def test_dinov3_final_norm(tmp_path):
     ):
         model = ConvNeXt(SMALL)
         report = load_backbone(model, file)
-        assert title in report and '8 left at initial value' in report and (model.norm3.weight == 1).all()
+        assert title in report and '8 kept at initialization' in report and (model.norm3.weight == 1).all()
         report = load_backbone(model, file, final_norm='reuse')
-        assert '6 left at initial value' in report and 'the final norm became output norm 3' in report
+        assert '6 kept at initialization' in report and 'the final norm is used as output norm 3' in report
         assert torch.equal(model.norm3.weight, weights['norm.weight'])
         model = ConvNeXt(SMALL, init_cfg=dict(type='Pretrained', checkpoint=str(file), final_norm='reuse'))
         model.init_weights()
@@ -159,7 +161,7 @@ def test_dinov3_final_norm(tmp_path):
 def test_a_stem_for_other_inputs(tmp_path, in_channels):
     file = saved(tmp_path / 'w.pth', {'model': original_weights(SMALL)})
     model = ConvNeXt(SMALL, in_channels=in_channels)
-    assert f'stem fitted from 3 to {in_channels} channels' in load_backbone(model, file)
+    assert f'stem is adapted from 3 to {in_channels} input channels' in load_backbone(model, file)
     rgb = torch.load(file)['model']['downsample_layers.0.0.weight']
     found = model.downsample_layers[0][0].weight
     if in_channels == 1:
@@ -183,7 +185,7 @@ def test_containers(tmp_path):
         for ours, other in zip(expected, features(SMALL, tmp_path / name)):
             assert torch.equal(ours, other)
     (tmp_path / 'model-1.safetensors').unlink()
-    with pytest.raises(UsageError, match='model-1.safetensors.*not beside it'):
+    with pytest.raises(UsageError, match='model-1.safetensors.*not next to it'):
         load_checkpoint(tmp_path / 'model.safetensors.index.json')
     index['one.more'] = 'model-0.safetensors'
     save_file({n: weights[n] for n in names[1::2]}, tmp_path / 'model-1.safetensors')
@@ -207,7 +209,7 @@ def test_other_precisions_are_cast(tmp_path, dtype):
 def test_values_that_are_not_finite(tmp_path, value):
     weights = original_weights(SMALL)
     weights['stages.2.1.pwconv1.weight'][3, 4] = value
-    with pytest.raises(UsageError, match='stages.2.1.pwconv1.weight holds NaN or Inf'):
+    with pytest.raises(UsageError, match='stages.2.1.pwconv1.weight contains NaN or Inf'):
         load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
 
 
@@ -219,7 +221,7 @@ def test_large_values_are_finite(tmp_path):
 
 def test_complex_weights(tmp_path):
     weights = {n: t.to(torch.complex64) for n, t in original_weights(SMALL).items()}
-    with pytest.raises(UsageError, match='is of torch.complex64: complex weights do not load'):
+    with pytest.raises(UsageError, match='is torch.complex64: complex weights cannot be loaded'):
         load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
     weights = original_weights(SMALL)
     weights['norm.bias'] = torch.ones(32, dtype=torch.complex64).conj()
@@ -245,12 +247,12 @@ def test_likely_causes_are_named(tmp_path):
     weights = original_weights(SMALL)
     weights['stages.2.1.pwconv_1.weight'] = weights.pop('stages.2.1.pwconv1.weight')
     with pytest.raises(
-        UsageError, match=r'1 missing \(stages.2.1.pwconv1.weight, perhaps called stages.2.1.pwconv_1.weight'
+        UsageError, match=r'1 missing \(stages.2.1.pwconv1.weight \(did you mean stages.2.1.pwconv_1.weight\?\)'
     ):
         load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
     finished = {f'backbone.{n}': t for n, t in original_weights(SMALL).items() if n[:4] not in ('norm', 'head')}
     report = load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'd.pth', {**finished, 'neck.weight': torch.ones(1)}))
-    assert 'a finished model' in report and 'its backbone taken' in report
+    assert 'the backbone of a trained detector' in report
     two = {f'{who}.{n}': t for who in ('student', 'teacher') for n, t in original_weights(SMALL).items()}
     with pytest.raises(UsageError, match=r'several ConvNeXts \(student., teacher.\)'):
         load_backbone(ConvNeXt(SMALL), saved(tmp_path / 't.pth', two))
@@ -268,7 +270,7 @@ STRANGERS = {
     'JSON': lambda p: p.write_text('{"a": 1}'),
     'an HDF5 file': lambda p: p.write_bytes(b'\x89HDF\r\n\x1a\n' + bytes(64)),
     'an ONNX or TensorFlow model': lambda p: p.write_bytes(b'\x08\x07\x12\x07pytorch\x1a\x05'),
-    'holds a list': lambda p: torch.save([1], p),
+    'contains a list': lambda p: torch.save([1], p),
     'cannot be read safely': lambda p: p.write_bytes(b'\xff' * 100),
 }
 
@@ -341,7 +343,7 @@ def test_every_damage_to_a_tensor_is_refused(tmp_path, library):
 )
 def test_output_norms_are_all_there_or_none(tmp_path, change):
     weights = {f'backbone.{n}': t for n, t in ConvNeXt(SMALL).state_dict().items()} | {'neck.weight': torch.ones(1)}
-    assert '0 left at initial value' in load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+    assert '0 kept at initialization' in load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
     change(weights)
     with pytest.raises(UsageError, match=r'norm\d.w'):
         load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
@@ -424,7 +426,7 @@ def test_tensors_that_share_memory_convert(tmp_path):
 def test_damaged_weights_do_not_convert(tmp_path):
     weights = original_weights(SMALL)
     weights['stages.2.1.gamma'][3] = float('nan')
-    with pytest.raises(UsageError, match='stages.2.1.gamma holds NaN or Inf'):
+    with pytest.raises(UsageError, match='stages.2.1.gamma contains NaN or Inf'):
         convert(saved(tmp_path / 'w.pth', {'model': weights}), tmp_path / 'out.pth', 'timm')
     assert not (tmp_path / 'out.pth').exists()
 
@@ -434,13 +436,13 @@ def test_shards_hold_what_their_index_says(tmp_path):
     save_file({'a': torch.zeros(2), 'c': torch.ones(2)}, tmp_path / 'two.safetensors')
     index = tmp_path / 'model.safetensors.index.json'
     index.write_text(json.dumps({'weight_map': dict.fromkeys('ab', 'one.safetensors') | {'c': 'two.safetensors'}}))
-    with pytest.raises(UsageError, match=r'its shard two.safetensors do not hold the same tensors \(a\)'):
+    with pytest.raises(UsageError, match=r'its shard two.safetensors do not contain the same tensors \(a\)'):
         load_checkpoint(index)
 
 
 def test_conversions_that_would_lose(tmp_path):
     file = saved(tmp_path / 'w.pth', {'model': original_weights(SMALL)})
-    with pytest.raises(UsageError, match='exists already'):
+    with pytest.raises(UsageError, match='already exists'):
         convert(file, file, 'timm')
     with pytest.raises(UsageError, match='cannot be written'):
         convert(file, tmp_path / 'no/where.pth', 'timm')
@@ -460,7 +462,7 @@ def test_keys_and_names_are_one_to_one():
     assert len({f.key for f in NAMING_SCHEMES}) == len(NAMING_SCHEMES)
     weights = original_weights(SMALL) | original_weights(SMALL, grn=True)
     for source in NAMING_SCHEMES:
-        names = [source.name(n) for n in weights]
+        names = [source.to_source_name(n) for n in weights]
         assert len(set(names) - {None}) == len([n for n in names if n])
 
 
@@ -581,7 +583,7 @@ def test_the_tool(run_tool, tmp_path):
     process = run_tool('weights.py', 'convert', 'w.pth', 'timm.safetensors', '--to', 'timm')
     assert process.stdout == f'timm.safetensors: {len(weights)} tensors in the names of timm\n'
     assert 'source      timm' in run_tool('weights.py', 'inspect', 'timm.safetensors').stdout
-    one_line_error(run_tool('weights.py', 'convert', 'w.pth', 'w.pth', '--to', 'ours'), 'exists already')
+    one_line_error(run_tool('weights.py', 'convert', 'w.pth', 'w.pth', '--to', 'ours'), 'already exists')
     one_line_error(run_tool('weights.py', 'inspect', 'gone.pth'), 'gone.pth')
     process = run_tool('weights.py', 'list')
     assert process.returncode == 0 and len(process.stdout.splitlines()) == 1 + len(hub.WEIGHTS)
