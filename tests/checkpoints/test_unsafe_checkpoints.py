@@ -326,7 +326,7 @@ def test_archives_that_hold_something_else(tmp_path):
     with pytest.raises(UsageError, match='a pickle that torch.save did not write'):
         load_checkpoint(tmp_path / 'plain.pth')
     os.mkfifo(tmp_path / 'pipe.pth')
-    with pytest.raises(UsageError, match='no regular file'):
+    with pytest.raises(UsageError, match='not a regular file'):
         load_checkpoint(tmp_path / 'pipe.pth')
 
 
