@@ -90,9 +90,9 @@ def _is_worker_disconnect(error: Exception) -> bool:
 
     torch raises that as it is where the worker has ended but does not count as dead yet.
     """
-    frames = traceback.extract_tb(error.__traceback__)
     is_disconnect = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))  # the last: its socket
-    return is_disconnect and any(frame.name == '_try_get_data' for frame in frames)
+    calls = (frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__))
+    return is_disconnect and '_try_get_data' in calls
 
 
 def _memory_advice(model: torch.nn.Module | None, input_shape: tuple | None) -> str:

@@ -70,7 +70,10 @@ class ResumableRunner(Runner):
             with health_check:
                 return super().train()
         except Exception as error:
-            message = diagnose(error, self.model, health_check.input_shape)
+            try:
+                message = diagnose(error, self.model, health_check.input_shape)
+            except RuntimeError as late_error:  # torch reports a dead DataLoader worker as soon as its signal comes
+                message = diagnose(late_error, self.model, health_check.input_shape)
             if get_world_size() > 1:
                 message = collect_rank_errors(Path(self.log_dir), message, error)
             if message:

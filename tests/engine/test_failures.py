@@ -119,8 +119,25 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_its_cause(train, tmp_pat
     os.kill(int(children[-1]), signal.SIGKILL)
     assert process.wait(60) == 1 and time.monotonic() - begin < 60
     line = last_line(process)
-    assert line.startswith('error: ') and 'DataLoader worker was killed' in line and 'num_workers' in line, line
+    assert line.startswith('error: ') and 'DataLoader worker was killed' in line, process.output
+    assert 'num_workers' in line
     assert not left_of(process.pid)
+
+
+def test_a_signal_of_a_dead_worker_during_the_diagnosis_is_diagnosed_itself(tmp_path, monkeypatch):
+    errors_of_worker = [RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. ')]
+
+    def interrupted(error, *args):
+        if errors_of_worker:
+            raise errors_of_worker.pop()
+        return diagnose(error, *args)
+
+    def disconnect(runner):
+        raise ConnectionResetError(104, 'Connection reset by peer')
+
+    monkeypatch.setattr('convnext_dense.engine.runner.diagnose', interrupted)
+    with pytest.raises(TrainingError, match='a DataLoader worker was killed'):
+        planned_run([1.0] * 4, tmp_path, hooks=[Caller(1, disconnect)]).train()
 
 
 def test_nothing_is_left_of_a_run_that_is_killed(train, data):
