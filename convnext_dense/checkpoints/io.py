@@ -40,13 +40,14 @@ MAGIC_BYTES = {
 }
 
 
-_cached: dict[str, object] = {}  # the last checkpoint; a run opens the same one several times
+MAX_CACHED = 2  # a run opens the pretrained weights and the checkpoint that it resumes, each several times
+_cached: dict[tuple, dict] = {}  # by state of the file, the last one read at the end
 
 
 def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
     """Read a checkpoint without running code from it.
 
-    The last checkpoint is cached until its file changes or `clear_cache` is called.
+    The last `MAX_CACHED` checkpoints are cached until their file changes or `clear_cache` is called.
 
     Args:
         path: A file of `torch.save` or of safetensors, or the .index.json of sharded safetensors.
@@ -60,13 +61,18 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
         UsageError: If it is not a checkpoint, is damaged, or would have to run code.
     """
     state = _file_state(path)
-    if state is None or _cached.get('state') != state:
-        _cached.update(content=_load_uncached(Path(path)), state=state)
-    return _cached['content'] if mmap else copy.deepcopy(_cached['content'])
+    content = _cached.pop(state, None) if state else None
+    if content is None:
+        content = _load_uncached(Path(path))
+    if state:
+        _cached[state] = content
+    while len(_cached) > MAX_CACHED:
+        del _cached[next(iter(_cached))]
+    return content if mmap else copy.deepcopy(content)
 
 
 def clear_cache() -> None:
-    """Release the last checkpoint."""
+    """Release the cached checkpoints."""
     _cached.clear()
 
 

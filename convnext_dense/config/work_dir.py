@@ -34,7 +34,8 @@ def find_resume_checkpoint(work_dir: Path) -> str | None:
         path = (work_dir / LAST_CKPT_FILE).read_text().strip()
         moved = work_dir / Path(path).name
         return str(moved) if moved.exists() else path
-    contents = {str(path): load_checkpoint(path) for path in work_dir.glob('*.pth')}
+    paths = sorted(work_dir.glob('*.pth'), key=lambda path: path.stat().st_mtime)  # the newest stays cached
+    contents = {str(path): load_checkpoint(path) for path in paths}
     states = {p: c for p, c in contents.items() if 'optimizer' in c and load_partition(c.get('meta', {}))}
     iters = {p: c['meta']['iter'] for p, c in states.items()}
     return max(iters, key=iters.get, default=None)

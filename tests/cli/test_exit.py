@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
 
 from convnext_dense.cli.exit import MAX_MESSAGE_CHARS, _message_and_code, printable
@@ -23,6 +24,7 @@ from convnext_dense.engine.progress import BatchPartition
 from convnext_dense.engine.resume import convert_progress
 from convnext_dense.engine.work_dir_lock import lock_work_dir
 from convnext_dense.errors import UsageError
+from convnext_dense.models.convnext import ConvNeXt
 from convnext_dense.ops import dispatch
 from helpers.paths import ROOT
 from helpers.tools import one_line_error
@@ -158,31 +160,37 @@ def test_a_lost_connection_is_said_with_the_traceback_under_debug(run_tool, tmp_
 
 
 COUNTS = """
-import sys
+import os, sys
 
 def count(event, args):
-    if event == 'open' and str(args[0]).endswith('epoch_1.pth') and 'r' in (args[1] or ''):
-        print('opened epoch_1.pth', file=sys.stderr)
+    if event == 'open' and str(args[0]).endswith('.pth') and 'r' in (args[1] or ''):
+        print(f'opened {os.path.basename(args[0])}', file=sys.stderr)
 
 sys.addaudithook(count)
 """
 
 
 def test_a_checkpoint_is_read_once_by_each_run(run_tool, tmp_path, data):
-    """It is opened as often as by the tool that does nothing else."""
+    """It is opened as often as by the tool that does nothing else, pretrained weights and custom data or not."""
     (tmp_path / 'sitecustomize.py').write_text(COUNTS)
+    torch.save(ConvNeXt('atto').state_dict(), tmp_path / 'pretrained.pth')
+    init_cfg = "dict(type='PretrainedConvNeXt', checkpoint='pretrained.pth')"
+    (tmp_path / 'mine.py').write_text(f"_base_ = '{DEMO}'\nmodel = dict(backbone=dict(init_cfg={init_cfg}))")
     env = dict(SHAPES_ROOT=data, PYTHONPATH=tmp_path)
-    assert run_tool('train.py', DEMO, '--work-dir', 'run', '--cfg-options', *QUICK, **env).returncode == 0
+    first = run_tool('train.py', 'mine.py', '--data', data, '--work-dir', 'run', '--cfg-options', *QUICK, **env)
+    assert first.returncode == 0, first.stderr[-3000:]
     checkpoint, longer = 'run/epoch_1.pth', ['train_cfg.max_epochs=2', *QUICK[1:]]
     once = run_tool('weights.py', 'inspect', checkpoint, **env).stderr.count('opened epoch_1.pth')
-    for command in (
-        ('train.py', DEMO, '--work-dir', 'run', '--resume', '--cfg-options', *longer),
-        ('train.py', DEMO, '--work-dir', 'new', '--cfg-options', *QUICK, f'load_from={checkpoint}'),
-        ('test.py', DEMO, checkpoint),
+    assert first.stderr.count('opened pretrained.pth') == once > 0
+    for command, n_pretrained in (
+        (('train.py', 'mine.py', '--data', data, '--work-dir', 'run', '--resume', '--cfg-options', *longer), once),
+        (('train.py', DEMO, '--work-dir', 'new', '--cfg-options', *QUICK, f'load_from={checkpoint}'), 0),
+        (('test.py', 'mine.py', checkpoint), 0),
     ):
         process = run_tool(*command, **env)
         assert process.returncode == 0, process.stderr[-3000:]
-        assert process.stderr.count('opened epoch_1.pth') == once > 0, command
+        assert process.stderr.count('opened epoch_1.pth') == once, command
+        assert process.stderr.count('opened pretrained.pth') == n_pretrained, command
         assert (process.stdout + process.stderr).count(f'ConvNeXt on this CPU: {dispatch.described()}') == 1
 
 
