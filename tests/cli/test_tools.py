@@ -79,7 +79,7 @@ BAD = {  # tool and arguments -> words in the one line; files are those that `mi
     'no launcher': ([TRAIN, DEMO, '--launcher', 'slurm'], ['SLURM_NTASKS', 'srun']),
     'no torchrun': ([TEST, DEMO, 'good.pth', '--launcher', 'pytorch'], ['WORLD_SIZE', 'torchrun']),
     'no checkpoint': ([TEST, DEMO, 'gone.pth'], ['gone.pth']),
-    'an unreachable checkpoint': ([TEST, DEMO, 'http://127.0.0.1:9/w.pth'], ['http://127.0.0.1:9/w.pth', 'put it at']),
+    'an unreachable checkpoint': ([TEST, DEMO, 'http://127.0.0.1:9/w.pth'], ['http://127.0.0.1:9/w.pth', 'save it as']),
     'no checkpoint at all': ([TEST, DEMO, 'half.json'], ['half.json', 'JSON']),
     'a name too few': ([TEST, DEMO, 'fewer.pth'], ['fewer.pth', '1 missing (decode_head.conv_seg.bias)']),
     'a name too many': ([TEST, DEMO, 'more.pth'], ['more.pth', '1 unknown (backbone.norm9.weight)']),
