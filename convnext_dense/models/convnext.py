@@ -1,6 +1,9 @@
-"""ConvNeXt: an image in, one normalised feature map a stage out ("A ConvNet for the 2020s", section 2).
+"""ConvNeXt: an image in, one normalized feature map per stage out ("A ConvNet for the 2020s", section 2).
 
-With `grn` it is ConvNeXt V2 ("ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders", section 3).
+In reading order: norms and stochastic depth, stem, block, downsampling, and the backbone with its loop over stages. Each
+`forward` first asks `ops.dispatch` for a faster implementation on the CPU, which computes the same.
+
+With `use_grn` it is ConvNeXt V2 ("ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders", section 3).
 """
 
 import logging
@@ -37,46 +40,54 @@ NORM_EPS = 1e-6
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of an N x C x H x W map."""
+    """LayerNorm over the channels of a map (N, C, H, W)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize each pixel; the result is channels_last."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+@dispatch.register('output_norm')
 class OutputNorm(LayerNorm2d):
-    """The norm of a map that is emitted."""
-
-    FAST = 'output', ()  # the function of `fast` that may run the module, and the classes of the children that it wants
+    """The norm of a map that the backbone returns."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = dispatch.output(self, x)
+        """Normalize each pixel of a map (N, C, H, W)."""
+        out = dispatch.norm_forward(self, x)
         return super().forward(x) if out is None else out
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training each sample loses the branch with probability `rate`, the others are scaled up."""
+    """Stochastic depth per sample: in training a sample loses the branch with probability `drop_prob`.
 
-    def __init__(self, rate: float):
+    Args:
+        drop_prob: Probability in [0, 1). The branches of the other samples are scaled by 1 / (1 - drop_prob).
+    """
+
+    def __init__(self, drop_prob: float):
         super().__init__()
-        self.rate = rate
+        self.drop_prob = drop_prob
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.rate == 0:
+        """Scale each sample of a branch (N, ...)."""
+        if not self.training or self.drop_prob == 0:
             return x
-        return x * self.draw(x).view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+        return x * self.sample_scale(x).view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
-    def draw(self, x: torch.Tensor) -> torch.Tensor:
-        """The factor of each sample's branch: 0, or what makes the mean 1."""
-        keep = 1 - self.rate
-        # Of a tensor of probabilities, not of a number: torch.compile would compile anew for each rate.
-        return torch.full((len(x),), keep, device=x.device).bernoulli() / keep
+    def sample_scale(self, x: torch.Tensor) -> torch.Tensor:
+        """Draw the factor of each sample's branch, (N,): 0, or what makes the mean 1."""
+        keep_prob = 1 - self.drop_prob
+        # Of a tensor of probabilities, not of a number: torch.compile would recompile for each drop_prob.
+        return torch.full((len(x),), keep_prob, device=x.device).bernoulli() / keep_prob
 
     def extra_repr(self) -> str:
-        return f'rate={self.rate:.3f}'
+        """Show the drop probability."""
+        return f'drop_prob={self.drop_prob:.3f}'
 
 
 class GRN(nn.Module):
-    """Global response normalisation of V2: each channel of an N x H x W x C map by its share of the response."""
+    """Global response normalization of ConvNeXt V2 (section 3.1): scales each channel of a map (N, H, W, C) by its norm
+    relative to the mean of all channels' norms."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -84,31 +95,62 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        precise = torch.promote_types(x.dtype, torch.float32)  # squares of a whole map add up beyond fp16
-        response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=precise)
-        share = response / (response.mean(-1, keepdim=True) + NORM_EPS)
-        return self.gamma * (x * share.to(x.dtype)) + self.beta + x
+        """Normalize a map (N, H, W, C)."""
+        acc_dtype = torch.promote_types(x.dtype, torch.float32)  # squares of a whole map add up beyond fp16
+        gx = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=acc_dtype)
+        nx = gx / (gx.mean(-1, keepdim=True) + NORM_EPS)
+        return self.gamma * (x * nx.to(x.dtype)) + self.beta + x
 
 
+class PatchEmbed(nn.Sequential):
+    """A convolution of patches that do not overlap, and a LayerNorm before or after it."""
+
+    # Whether the blocks after it have a layer scale; set by `ConvNeXt`. The first of them, a float32 parameter, makes
+    # the map float32 under autocast, so that the fast implementation need not round it to bfloat16 before.
+    before_layer_scale = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Embed patches of p x p pixels: (N, C, H, W) -> (N, C', H // p, W // p)."""
+        out = dispatch.patch_embed_forward(self, x)
+        return super().forward(dispatch.to_channels_last(x)) if out is None else out
+
+
+@dispatch.register('patch_embed', nn.Conv2d, LayerNorm2d)
+class Stem(PatchEmbed):
+    """Convolution of patches of 4 x 4 pixels, LayerNorm (section 2.3)."""
+
+    def __init__(self, in_channels: int, channels: int):
+        super().__init__(nn.Conv2d(in_channels, channels, 4, stride=4), LayerNorm2d(channels, eps=NORM_EPS))
+
+
+@dispatch.register('block', nn.Conv2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Linear, DropPath)
 class ConvNeXtBlock(nn.Module):
-    """Depthwise convolution, LayerNorm, two Linears with GELU (V2: and GRN) between, layer scale, stochastic depth
-    (figure 4)."""
+    """Block of a stage (figure 4): depthwise convolution, LayerNorm, two Linears with GELU (V2: and GRN) between them,
+    layer scale, stochastic depth, shortcut.
 
-    FAST = 'block', (nn.Conv2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Linear, DropPath)
+    Args:
+        channels: Channels of the map.
+        kernel_size: Side of the depthwise kernel, odd.
+        drop_path: Drop probability of stochastic depth.
+        layer_scale: Initial layer scale; 0 for none.
+        use_grn: Whether to add global response normalization.
+    """
+
     with_cp: bool | str = False  # True: recompute the whole block; 'mlp': all but the depthwise convolution
 
-    def __init__(self, channels: int, kernel_size: int, drop_path: float, layer_scale: float, grn: bool = False):
+    def __init__(self, channels: int, kernel_size: int, drop_path: float, layer_scale: float, use_grn: bool = False):
         super().__init__()
         self.dwconv = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
         self.norm = nn.LayerNorm(channels, eps=NORM_EPS)
         self.pwconv1 = nn.Linear(channels, 4 * channels)
-        self.grn = GRN(4 * channels) if grn else nn.Identity()
+        self.grn = GRN(4 * channels) if use_grn else nn.Identity()
         self.pwconv2 = nn.Linear(4 * channels, channels)
         self.gamma = nn.Parameter(torch.full((channels,), float(layer_scale))) if layer_scale else None
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = dispatch.block(self, x)
+        """Run the block on a map (N, C, H, W)."""
+        out = dispatch.block_forward(self, x)
         if out is not None:
             return out
         with_cp = self.with_cp if torch.is_grad_enabled() else False
@@ -116,47 +158,23 @@ class ConvNeXtBlock(nn.Module):
         return checkpoint(self.residual, x, use_reentrant=False) if with_cp is True else self.residual(x, with_cp)
 
     def residual(self, x: torch.Tensor, with_cp: bool | str = False) -> torch.Tensor:
+        """Reference implementation of the block."""
         y = self.dwconv(x).permute(0, 2, 3, 1)
         y = checkpoint(self.mlp, y, use_reentrant=False) if with_cp == 'mlp' else self.mlp(y)
         return x + self.drop_path(y.permute(0, 3, 1, 2))
 
     def mlp(self, y: torch.Tensor) -> torch.Tensor:
+        """What follows the depthwise convolution, on a map (N, H, W, C)."""
         y = self.pwconv2(self.grn(F.gelu(self.pwconv1(self.norm(y)))))
         return y if self.gamma is None else self.gamma * y
 
 
-class Patchify(nn.Sequential):
-    """A convolution of patches that do not overlap, and a LayerNorm before or after it."""
-
-    # Whether the blocks after it have a layer scale; set by `ConvNeXt`. The first of them, a float32 parameter, makes
-    # the feature map float32 under autocast, so that the fast form need not round it to bfloat16 before.
-    before_layer_scale = False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = dispatch.patches(self, x)
-        return super().forward(dispatch.layout(x)) if out is None else out
-
-
-class Stem(Patchify):
-    """Convolution of patches of 4 x 4 pixels, LayerNorm (section 2.3)."""
-
-    FAST = 'patches', (nn.Conv2d, LayerNorm2d)
-
-    def __init__(self, in_channels: int, channels: int):
-        super().__init__(nn.Conv2d(in_channels, channels, 4, stride=4), LayerNorm2d(channels, eps=NORM_EPS))
-
-
-class Downsample(Patchify):
+@dispatch.register('patch_embed', LayerNorm2d, nn.Conv2d)
+class Downsample(PatchEmbed):
     """LayerNorm, convolution of patches of 2 x 2 pixels (section 2.6)."""
-
-    FAST = 'patches', (LayerNorm2d, nn.Conv2d)
 
     def __init__(self, in_channels: int, channels: int):
         super().__init__(LayerNorm2d(in_channels, eps=NORM_EPS), nn.Conv2d(in_channels, channels, 2, stride=2))
-
-
-dispatch.know(nn.Conv2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Sequential)
-dispatch.know(LayerNorm2d, OutputNorm, DropPath, ConvNeXtBlock, Stem, Downsample)
 
 
 @MODELS.register_module()
@@ -263,24 +281,28 @@ class ConvNeXt(BaseModule):
             module.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """N x in_channels x H x W, H and W at least 32 for four stages -> N x C_i x H_i x W_i for each chosen stage,
-        contiguous.
+        """Compute the feature maps of the stages in `out_indices`.
 
-        Odd sizes floor: H_0 = H // 4, H_i = H_{i-1} // 2.
+        Args:
+            x: Images, (N, in_channels, H, W), with H and W of at least 32 for four stages.
+
+        Returns:
+            For each stage in `out_indices`, in this order, a contiguous map (N, C_i, H_i, W_i). Sizes are rounded down:
+            H_0 = H // 4, H_i = H_{i-1} // 2.
         """
-        maps = {}
-        for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
+        outputs = {}
+        for i, (downsample, blocks) in enumerate(zip(self.downsample_layers, self.stages)):
             norm = getattr(self, f'norm{i}') if i in self.out_indices else None
-            in_one_call = dispatch.stage(downsample, stage, norm, x)
-            if in_one_call is not None:
-                x, maps[i] = in_one_call
+            stage = dispatch.stage_forward(downsample, blocks, norm, x)
+            if stage is not None:
+                x, outputs[i] = stage
                 continue
             x = downsample(x)
-            x = stage(x)
+            x = blocks(x)
             if norm is not None:
                 # mmcv's RoIAlign reads its input as contiguous without a check: any other layout gives it garbage.
-                maps[i] = norm(x).contiguous()
-        return tuple(maps[i] for i in self.out_indices)
+                outputs[i] = norm(x).contiguous()
+        return tuple(outputs[i] for i in self.out_indices)
 
     @property
     def out_channels(self) -> tuple[int, ...]:

@@ -1,8 +1,11 @@
-"""The form that is compiled: kernels.c, for float32 parameters and processors with AVX-512.
+"""Backend of kernels for AVX-512, compiled from avx512_kernels.c at installation, for float32 parameters.
 
-A thread takes some hundred pixels at a time from the depthwise convolution to the output, so that nothing in between
-leaves its cache. Kept for the backward pass: the input; the depthwise convolution's output, unless `with_cp` is True;
+A thread takes some hundred pixels at a time from the depthwise convolution to the output, so that intermediate values
+stay in its cache. Saved for the backward pass: the input; the depthwise convolution's output, unless `with_cp` is True;
 in wide blocks the hidden layer before GELU, unless `with_cp` is set.
+
+Everything that enters a kernel is checked twice: by the `check_*` functions here, which know the tensors, and by the
+kernels themselves, which return an error code for sizes and pointers that they cannot work with.
 """
 
 import ctypes
@@ -19,300 +22,432 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .block_params import Parameters, Settings
+from .block_params import HIDDEN_RATIO, SAVE_DWCONV, SAVE_HIDDEN, BlockArgs, BlockParams
 
 SOURCE = Path(__file__).with_name('avx512_kernels.c')
-NEEDED = {'avx512f', 'avx512bw', 'avx512dq', 'avx512vl'}  # of a processor
-LANES = 32  # channels come in multiples of it
-SIDE = 7  # of the depthwise kernel
-WITH_WORK = ('forward', 'backward', 'patches', 'patches_backward', 'output_backward')  # kernels that want memory
-SIDES = (4, 2)  # of patches of the stem and of a downsampling
-WIDE = 384  # channels from which on the hidden layer is sooner kept for the backward pass than computed again
+REQUIRED_CPU_FLAGS = {'avx512f', 'avx512bw', 'avx512dq', 'avx512vl'}
+CHANNEL_MULTIPLE = 32
+DW_KERNEL = 7  # side of the depthwise kernel
+PATCH_SIZES = (4, 2)  # of the stem and of a downsampling
+SAVE_HIDDEN_FROM = 384  # channels from which on saving the hidden layer is faster than recomputing it
 
-# A thread keeps the memory that the kernels work in: of 20 MB of fresh pages, tiny's, the system has to clear each one,
-# which can take longer than a block.
-_own, _NOTHING = threading.local(), torch.empty(0, dtype=torch.uint8, device='cpu')
+STRUCT_VERSION = 1
+STRUCTS = ('BlockArgs', 'PatchEmbedArgs', 'NormArgs', 'KernelCall')  # of avx512_kernels.c, which describes them
+# The struct that a kernel takes; those in NEEDS_WORKSPACE also take memory to work in.
+KERNELS = {
+    'block': 'BlockArgs',
+    'block_backward': 'BlockArgs',
+    'patch_embed': 'PatchEmbedArgs',
+    'patch_embed_backward': 'PatchEmbedArgs',
+    'norm_nchw': 'NormArgs',
+    'norm_nchw_backward': 'NormArgs',
+}
+NEEDS_WORKSPACE = [name for name in KERNELS if name != 'norm_nchw']
 
-
-def _structure(integers, floats, pointers):
-    names = ((integers, ctypes.c_int64), (floats, ctypes.c_float), (pointers, ctypes.c_void_p))
-    fields = [(name, kind) for group, kind in names for name in group.split()]
-    return type('Arguments', (ctypes.Structure,), dict(_fields_=fields))
-
-
-# Block, Patches, Output and Call of kernels.c.
-_Block = _structure(
-    'images height width channels threads bf16',
-    'eps factor',
-    ' '.join(Parameters._fields) + ' x y hidden out grad grad_x grad_y grad_linear1 grad_linear2 sums work',
-)
-_Patches = _structure(
-    'images height width channels outputs side threads bf16 of_image of_channel of_row of_pixel',
-    'eps',
-    'x weight bias norm norm_bias out grad grad_x grad_weight sums work',
-)
-_Output = _structure('images area channels threads', 'eps', 'x norm norm_bias out grad grad_x sums work')
-_Step = _structure('', '', 'kernel arguments')
+# A thread keeps its workspace: the system has to clear each of 20 MB of fresh pages (tiny's), which can take longer than
+# a block.
+_tls, _EMPTY = threading.local(), torch.empty(0, dtype=torch.uint8, device='cpu')
 
 
-class Call(NamedTuple):
-    """A kernel of kernels.c that is to run."""
+class KernelCall(NamedTuple):
+    """A kernel to launch.
+
+    Attributes:
+        name: A key of `KERNELS`.
+        args: The kernel's struct.
+        tensors: What the struct points into; they have to live until the kernel has run.
+    """
 
     name: str
-    arguments: ctypes.Structure
-    tensors: tuple[torch.Tensor | None, ...]  # that the arguments point into: they have to last until it ran
+    args: ctypes.Structure
+    tensors: tuple[torch.Tensor | None, ...]
 
 
-def run(*calls: Call) -> None:
-    """One kernel after the other, without a return to Python: what that needs is no longer in the cache then."""
+def launch(*calls: KernelCall) -> None:
+    """Run kernels one after the other without a return to Python, after which their code and data would no longer be
+    in the cache.
+
+    Raises:
+        RuntimeError: A kernel refuses its arguments.
+    """
     library = _library()
-    work = _work(max((_bytes_of_work(call) for call in calls), default=0))
-    for call in calls:
-        call.arguments.work = work
-    kernels = [ctypes.cast(getattr(library, f'convnext_{call.name}'), ctypes.c_void_p) for call in calls]
-    steps = (_Step * len(calls))(*((k.value, ctypes.addressof(c.arguments)) for k, c in zip(kernels, calls)))
-    library.convnext_run(steps, len(calls))
-
-
-def _bytes_of_work(call: Call) -> int:
-    if call.name not in WITH_WORK:
-        return 0
-    return getattr(_library(), f'convnext_{call.name}_work')(ctypes.byref(call.arguments))
-
-
-def _work(size: int) -> int:
-    """Where the thread's working memory is, of that many bytes at least."""
-    if getattr(_own, 'work', _NOTHING).numel() < size:
-        _own.work = _NOTHING  # before the new one comes
-        _own.work = torch.empty(size, dtype=torch.uint8, device='cpu')
-    return getattr(_own, 'work', _NOTHING).data_ptr()
-
-
-def takes(x: torch.Tensor, p: Parameters, padding: tuple[int, int], dtype: torch.dtype) -> bool:
-    """Whether a block with these parameters and products in `dtype` has this form here; its output is float32."""
-    c = x.shape[1]
-    if c % LANES or dtype not in dtypes() or x.dtype not in (torch.float32, torch.bfloat16):
-        return False
-    if p.gamma is None and x.dtype != torch.float32:  # then the plain form's output is not float32
-        return False
-    linears = ((4 * c, c), (4 * c,), (c, 4 * c), (c,))
-    shapes = ((c, 1, SIDE, SIDE), (c,), (c,), (c,), *linears, *([] if p.gamma is None else [(c,)]))
-    if padding != (SIDE // 2, SIDE // 2):
-        return False
-    return _fit([t for t in p if t is not None], shapes)
-
-
-def inputs(settings: Settings, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    z = x.float()
-    return z, z
-
-
-def forward(settings, x, z, parameters, keep=False):
-    """Output, and what is kept."""
-    z = x.float() if z is None else z
-    keep_y = keep and settings.with_cp is not True
-    keep_hidden = keep and not settings.with_cp and z.shape[-1] >= WIDE
-    kept = (
-        torch.empty_like(z, dtype=settings.dtype) if keep_y else None,
-        z.new_empty(*z.shape[:-1], 4 * z.shape[-1], dtype=settings.dtype) if keep_hidden else None,
+    sizes = [_workspace_bytes(call) for call in calls]
+    workspace = _workspace_ptr(max(sizes, default=0))
+    for call, size in zip(calls, sizes):
+        call.args.workspace, call.args.workspace_bytes = workspace, size
+    queue = (library.structs['KernelCall'] * len(calls))(
+        *((library.addresses[call.name], ctypes.addressof(call.args)) for call in calls)
     )
-    out = torch.empty_like(z)
-    if len(z):  # stochastic depth has left some
-        run(_block('forward', settings, z, parameters, y=kept[0], hidden=kept[1], out=out))
-    return out, kept
+    failure = library.run_queue(queue, len(calls))
+    if failure:
+        index, code = divmod(failure, 256)
+        raise RuntimeError(f'convnext_{calls[index].name}: {library.error_message(code).decode()}')
 
 
-def forward_all(
-    blocks: Sequence[tuple[Settings, Parameters]], x: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, list[Call]]:
-    """Output of blocks one after the other, over two maps in turn, one of them `x`, N x H x W x C in float32; the map
-    that is free then; and the calls that do it. Nothing is kept."""
-    maps = [x, torch.empty_like(x)]
+def _workspace_bytes(call: KernelCall) -> int:
+    if call.name not in NEEDS_WORKSPACE:
+        return 0
+    size = _library().workspace_sizes[call.name](ctypes.byref(call.args))
+    if size < 0:
+        raise RuntimeError(f'convnext_{call.name}: {_library().error_message(-size).decode()}')
+    return size
+
+
+def _workspace_ptr(size: int) -> int:
+    """Address of the thread's workspace, of that many bytes at least."""
+    if getattr(_tls, 'workspace', _EMPTY).numel() < size:
+        _tls.workspace = _EMPTY  # free the old one first
+        _tls.workspace = torch.empty(size, dtype=torch.uint8, device='cpu')
+    return getattr(_tls, 'workspace', _EMPTY).data_ptr()
+
+
+def _pack(kernel: str, **fields: int | float | torch.Tensor | None) -> KernelCall:
+    """Fill the struct of a kernel; tensors become pointers."""
+    struct = _library().structs[KERNELS[kernel]]
+    tensors = tuple(value for value in fields.values() if isinstance(value, torch.Tensor))
+    values = {k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in fields.items() if v is not None}
+    if not values.keys() <= struct.field_names:
+        unknown = ', '.join(sorted(values.keys() - struct.field_names))
+        raise RuntimeError(f'{struct.__name__} of avx512_kernels.c has no field {unknown}')
+    args = struct(version=STRUCT_VERSION, threads=torch.get_num_threads(), **values)
+    return KernelCall(kernel, args, tensors)
+
+
+# ---- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def supports_block(
+    channels: int, x_dtype: torch.dtype, params: BlockParams, padding: tuple[int, int], dtype: torch.dtype
+) -> bool:
+    """Whether a block with matmuls in `dtype` runs here, once its input is float32; its output is."""
+    if channels % CHANNEL_MULTIPLE or dtype not in dtypes() or x_dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if params.gamma is None and x_dtype != torch.float32:  # then the reference's output is not float32
+        return False
+    return padding == (DW_KERNEL // 2, DW_KERNEL // 2) and _params_match(*_present(params, channels))
+
+
+def check_block(x: torch.Tensor, params: BlockParams, args: BlockArgs) -> None:
+    """Raise a RuntimeError unless the kernels can run the block."""
+    if x.dtype != torch.float32 or not supports_block(
+        x.shape[-1], x.dtype, params, tuple(args.padding), args.dtype
+    ):
+        raise RuntimeError(
+            f'the AVX-512 kernels take float32 maps of a multiple of {CHANNEL_MULTIPLE} channels, '
+            f'{DW_KERNEL} x {DW_KERNEL} depthwise kernels, and float32 parameters of the shapes that belong to them'
+        )
+
+
+def output_dtype(x: torch.Tensor, params: BlockParams, args: BlockArgs) -> torch.dtype:
+    """Dtype of a block's output."""
+    return torch.float32
+
+
+def hidden_shapes(x: torch.Tensor) -> list[tuple[int, int]]:
+    """Shape of the saved hidden layer."""
+    return [(x.numel() // x.shape[-1], HIDDEN_RATIO * x.shape[-1])]
+
+
+def forward(
+    args: BlockArgs, x: torch.Tensor, z: None, params: BlockParams
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Run a block; `z` is for the other backend.
+
+    Returns:
+        The output, (N, H, W, C) float32, and what is saved: the depthwise convolution's output, the hidden layer.
+    """
+    out = torch.empty_like(x)
+    saved = [torch.empty_like(x, dtype=args.dtype)] if args.save_level >= SAVE_DWCONV else []
+    if args.save_level >= SAVE_HIDDEN:
+        saved += [x.new_empty(shape, dtype=args.dtype) for shape in hidden_shapes(x)]
+    if len(x):  # stochastic depth has left samples
+        launch(_block_call('block', args, x, params, out=out, **dict(zip(('y', 'hidden'), saved))))
+    return out, saved
+
+
+def queue_blocks(
+    blocks: Sequence[tuple[BlockArgs, BlockParams]], x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, list[KernelCall]]:
+    """Queue blocks for inference, alternating between `x`, which is overwritten, and one other buffer.
+
+    Args:
+        blocks: Settings and parameters of each block.
+        x: Map (N, H, W, C), float32.
+
+    Returns:
+        The buffer with the output, the unused buffer, and the calls; nothing runs until `launch(*calls)`.
+    """
+    buffers = [x, torch.empty_like(x)]
     calls = [
-        _block('forward', settings, maps[i % 2], parameters, out=maps[1 - i % 2])
-        for i, (settings, parameters) in enumerate(blocks)
+        _block_call('block', args, buffers[i % 2], params, out=buffers[1 - i % 2])
+        for i, (args, params) in enumerate(blocks)
     ]
-    return maps[len(blocks) % 2], maps[1 - len(blocks) % 2], calls
+    return buffers[len(blocks) % 2], buffers[1 - len(blocks) % 2], calls
 
 
-def backward(settings, z, kept, parameters, grad, needed):
-    """Gradients of x (none: z's is all of it), of z and of the parameters, None where not `needed`."""
-    _, of_z, *of_parameters = needed
-    p, channels = parameters, z.shape[-1]
-    z, y, hidden, grad = map(_contiguous, (z, *kept, grad))  # hooks of saved tensors may have laid them otherwise
-    found = dict(y=y, hidden=hidden, grad=grad, grad_y=torch.empty_like(z))
-    found['grad_x'] = torch.empty_like(z) if of_z else None
-    if any(of_parameters):
-        taps = SIDE * SIDE
+def backward(
+    args: BlockArgs,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    saved: Sequence[torch.Tensor],
+    params: BlockParams,
+    z_is_x: bool,
+    needs_grad: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """Gradients of a block's input, shortcut included, and of its parameters; None where none is needed.
+
+    Args:
+        args: Settings of the block.
+        grad: Gradient of the output, (N, H, W, C) float32, contiguous.
+        x: The input.
+        saved: As returned by `forward`.
+        params: Parameters of the block.
+        z_is_x: True; for the other backend.
+        needs_grad: Whether x and each of the parameters needs a gradient.
+    """
+    needs_x, *needs_params = needs_grad
+    p, channels, taps = params, x.shape[-1], DW_KERNEL**2
+    fields = dict(zip(('y', 'hidden'), map(_contiguous, saved)))
+    fields |= dict(grad=grad, grad_y=torch.empty_like(x), grad_x=torch.empty_like(x) if needs_x else None)
+    if any(needs_params):
         # Not empty_like: the weights may be views.
-        found |= dict(grad_linear1=z.new_empty(p.linear1.shape), grad_linear2=z.new_empty(p.linear2.shape))
-        found['sums'] = z.new_empty((4 + 4 + taps) * channels)
-    run(_block('backward', settings, z, parameters, **found))
-    if not any(of_parameters):
-        return None, found['grad_x'], *[None] * len(parameters)
-    sizes = [4 * channels, *[channels] * 4, taps * channels]
-    bias1, bias2, norm, norm_bias, depthwise_bias, of_taps = found['sums'].split(sizes)
-    depthwise = of_taps.view(taps, channels).t().reshape(p.depthwise.shape)
-    linear2, bias2, gamma = p.branch_gradients(settings.factor, found['grad_linear2'], bias2)
-    all_found = (depthwise, depthwise_bias, norm, norm_bias, found['grad_linear1'], bias1, linear2, bias2, gamma)
-    return None, found['grad_x'], *(t if n else None for t, n in zip(all_found, of_parameters))
+        fields |= {f'grad_{name}': x.new_empty(getattr(p, name).shape) for name in ('pwconv1_weight', 'pwconv2_weight')}
+        fields['sums'] = x.new_empty((2 * HIDDEN_RATIO + taps) * channels)
+    launch(_block_call('block_backward', args, x, params, **fields))
+    if not any(needs_params):
+        return [fields['grad_x'], *[None] * len(params)]
+    sizes = [HIDDEN_RATIO * channels, *[channels] * 4, taps * channels]
+    pwconv1_bias, pwconv2_bias, norm_weight, norm_bias, dwconv_bias, dw_taps = fields['sums'].split(sizes)
+    dwconv_weight = dw_taps.view(taps, channels).t().contiguous().view(p.dwconv_weight.shape)
+    pwconv2 = p.scale_branch_grads(args.keep_prob_scale, fields['grad_pwconv2_weight'], pwconv2_bias)
+    grads = (dwconv_weight, dwconv_bias, norm_weight, norm_bias, fields['grad_pwconv1_weight'], pwconv1_bias, *pwconv2)
+    return [fields['grad_x'], *(t if n else None for t, n in zip(grads, needs_params))]
 
 
-class Patches(NamedTuple):
-    side: int  # 4 of the stem, whose norm comes after the convolution, 2 of a downsampling, whose norm comes before
+def _present(params: BlockParams, channels: int) -> tuple[list[torch.Tensor], list[tuple[int, ...]]]:
+    """The parameters, gamma only where there is one, and the shapes that they have to be of."""
+    c, hidden = channels, HIDDEN_RATIO * channels
+    shapes = [(c, 1, DW_KERNEL, DW_KERNEL), (c,), (c,), (c,), (hidden, c), (hidden,), (c, hidden), (c,), (c,)]
+    n = len(params) - (params.gamma is None)
+    return [*params[:n]], shapes[:n]
+
+
+def _block_call(kernel: str, args: BlockArgs, x: torch.Tensor, params: BlockParams, **fields) -> KernelCall:
+    images, height, width, channels = x.shape
+    fields |= dict(zip(BlockParams._fields, map(_contiguous, params)))
+    fields |= dict(images=images, height=height, width=width, channels=channels, bf16=args.dtype == torch.bfloat16)
+    return _pack(kernel, eps=args.eps, keep_prob_scale=args.keep_prob_scale, x=x, **fields)
+
+
+# ---- stem and downsampling -------------------------------------------------------------------------------------------
+
+
+class PatchEmbedArgs(NamedTuple):
+    """Settings of a stem or a downsampling.
+
+    Attributes:
+        patch_size: 4 for the stem, whose norm follows the convolution; 2 for a downsampling, whose norm precedes it.
+        eps: Epsilon of the LayerNorm.
+        dtype: Dtype of the matmul operands.
+    """
+
+    patch_size: int
     eps: float
-    dtype: torch.dtype  # of the products
+    dtype: torch.dtype
 
 
-def takes_patches(conv: nn.Conv2d, norm: nn.LayerNorm, x: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether a stem or a downsampling has this form here. A stem's image gets no gradient."""
-    side = conv.kernel_size[0]
-    expected = ((side, side), (side, side), (0, 0), (1, 1), 1, 'zeros')
-    found = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-    if side not in SIDES or found != expected or min(x.shape[2:]) < side or x.shape[1] != conv.in_channels:
+class PatchEmbedParams(NamedTuple):
+    """Parameters of a stem or a downsampling."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    norm_weight: torch.Tensor
+    norm_bias: torch.Tensor
+
+
+def supports_patch_embed(x: torch.Tensor, params: PatchEmbedParams, args: PatchEmbedArgs) -> bool:
+    """Whether a stem or a downsampling of x, (N, C, H, W), runs here. The image before a stem has no gradient."""
+    size, before, after = args.patch_size, x.shape[1], len(params.weight)
+    if size not in PATCH_SIZES or min(x.shape[2:]) < size or not before:
         return False
-    if side == 2 and not (x.shape[1] % LANES == 0 and x.is_contiguous(memory_format=torch.channels_last)):
+    if size == 2 and (before % CHANNEL_MULTIPLE or not x.is_contiguous(memory_format=torch.channels_last)):
         return False
-    if side == 4 and x.requires_grad:
+    if after % CHANNEL_MULTIPLE or args.dtype not in dtypes() or x.dtype != torch.float32:
         return False
-    before, after = x.shape[1], conv.out_channels
-    shapes = ((after, before, side, side), (after,), *[(before if side == 2 else after,)] * 2)
-    if after % LANES or dtype not in dtypes() or x.dtype != torch.float32:
-        return False
-    return _fit((conv.weight, conv.bias, norm.weight, norm.bias), shapes)
+    norm = (before if size == 2 else after,)
+    return _params_match(params, ((after, before, size, size), (after,), norm, norm))
 
 
-def patches(settings: Patches, x, weight, bias, norm, norm_bias) -> tuple[torch.Tensor, Call]:
-    """N x C x H x W -> N x H // side x W // side x C', float32, and the call that makes it."""
-    height, width = (n // settings.side for n in x.shape[2:])
-    out = x.new_empty(len(x), height, width, len(weight))
-    return out, _patches('patches', settings, x, weight, (bias, norm, norm_bias), out=out)
+def check_patch_embed(x: torch.Tensor, params: PatchEmbedParams, args: PatchEmbedArgs) -> None:
+    """Raise a RuntimeError unless the kernels can run the stem or the downsampling."""
+    if x.ndim != 4 or x.device.type != 'cpu' or x.is_neg() or not supports_patch_embed(x, params, args):
+        raise RuntimeError(
+            f'the AVX-512 kernels take float32 maps (N, C, H, W), patches of {PATCH_SIZES} pixels, a multiple of '
+            f'{CHANNEL_MULTIPLE} output channels, and before a downsampling channels_last'
+        )
 
 
-def patches_backward(settings, x, weight, bias, norm, norm_bias, grad, needed):
-    """Gradients of all but `settings`, None where not `needed`."""
-    of_parameters, found = needed[1:], dict(grad=_contiguous(grad))
-    if settings.side == 2:  # pixels of odd sizes that no patch covers have none
-        x = x.contiguous(memory_format=torch.channels_last)  # hooks of saved tensors may have laid it otherwise
+def patch_embed(
+    args: PatchEmbedArgs, x: torch.Tensor, params: PatchEmbedParams
+) -> tuple[torch.Tensor, KernelCall]:
+    """Queue a stem or a downsampling: (N, C, H, W) -> (N, H // size, W // size, C'), float32."""
+    height, width = (n // args.patch_size for n in x.shape[2:])
+    out = x.new_empty(len(x), height, width, len(params.weight))
+    return out, _patch_embed_call('patch_embed', args, x, params, out=out)
+
+
+def patch_embed_backward(
+    args: PatchEmbedArgs, grad: torch.Tensor, x: torch.Tensor, params: PatchEmbedParams, needs_grad: Sequence[bool]
+) -> list[torch.Tensor | None]:
+    """Gradients of x and of the parameters, None where none is needed."""
+    needs_params, fields = any(needs_grad[1:]), {}
+    if args.patch_size == 2:  # pixels that no patch covers, of odd sizes, have gradient 0
         covered = not any(n % 2 for n in x.shape[2:])
-        found['grad_x'] = torch.empty_like(x) if covered else torch.zeros_like(x)
-    sizes = (len(bias), len(norm), len(norm))
-    if any(of_parameters):
-        found['grad_weight'] = x.new_empty(len(weight), _patch_size(weight))
-        found['sums'] = x.new_empty(sum(sizes))
-    run(_patches('patches_backward', settings, x, weight, (bias, norm, norm_bias), **found))
-    if not any(of_parameters):
-        return found.get('grad_x'), None, None, None, None
-    of_weight = found['grad_weight'][:, : weight[0].numel()].reshape(weight.shape)
-    all_found = (found.get('grad_x'), of_weight, *found['sums'].split(sizes))
-    return tuple(t if n else None for t, n in zip(all_found, needed))
+        fields['grad_x'] = torch.empty_like(x) if covered else torch.zeros_like(x)
+    sizes = [len(t) for t in params[1:]]
+    if needs_params:
+        fields['grad_weight'] = x.new_empty(len(params.weight), _padded_patch_numel(params.weight))
+        fields['sums'] = x.new_empty(sum(sizes))
+    launch(_patch_embed_call('patch_embed_backward', args, x, params, grad=grad, **fields))
+    grads = [fields.get('grad_x'), *[None] * len(params)]
+    if needs_params:
+        grads[1] = fields['grad_weight'][:, : params.weight[0].numel()].reshape(params.weight.shape)
+        grads[2:] = fields['sums'].split(sizes)
+    return [t if n else None for t, n in zip(grads, needs_grad)]
 
 
-def patches_plainly(settings, x, weight, bias, norm, norm_bias):
-    def normalised(x):
-        return F.layer_norm(x.permute(0, 2, 3, 1), norm.shape, norm, norm_bias, settings.eps).permute(0, 3, 1, 2)
+def patch_embed_reference(x, weight, bias, norm_weight, norm_bias, patch_size, eps, dtype) -> torch.Tensor:
+    """What `patch_embed` computes, in torch's own operators, for gradients of gradients."""
 
-    if settings.side == 2:
-        return F.conv2d(normalised(x), weight, bias, stride=2).permute(0, 2, 3, 1)
-    return normalised(F.conv2d(x, weight, bias, stride=settings.side)).permute(0, 2, 3, 1)
+    def layer_norm(x):
+        x = F.layer_norm(x.permute(0, 2, 3, 1), norm_weight.shape, norm_weight, norm_bias, eps)
+        return x.permute(0, 3, 1, 2)
+
+    if patch_size == 2:
+        return F.conv2d(layer_norm(x), weight, bias, stride=2).permute(0, 2, 3, 1)
+    return layer_norm(F.conv2d(x, weight, bias, stride=patch_size)).permute(0, 2, 3, 1)
 
 
-def _patch_size(weight: torch.Tensor) -> int:
-    return -(-weight[0].numel() // LANES) * LANES
+def _padded_patch_numel(weight: torch.Tensor) -> int:
+    return -(-weight[0].numel() // CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE
 
 
-def _patches(name, settings, x, weight, vectors, **tensors) -> Call:
-    missing, rows = _patch_size(weight) - weight[0].numel(), weight.flatten(1)
+def _patch_embed_call(
+    kernel: str, args: PatchEmbedArgs, x: torch.Tensor, params: PatchEmbedParams, **fields
+) -> KernelCall:
+    weight, *vectors = params
+    missing, rows = _padded_patch_numel(weight) - weight[0].numel(), weight.flatten(1)
     rows = _contiguous(F.pad(rows, (0, missing)) if missing else rows)
-    sizes = (len(x), *(n // settings.side for n in x.shape[2:]), x.shape[1], len(weight), settings.side)
-    tensors |= dict(zip(('bias', 'norm', 'norm_bias'), map(_contiguous, vectors)), x=x, weight=rows)
-    integers = (*sizes, torch.get_num_threads(), settings.dtype == torch.bfloat16, *x.stride())
-    return Call(name, _Patches(*integers, settings.eps, **_pointers(tensors)), tuple(tensors.values()))
+    fields |= dict(zip(PatchEmbedParams._fields, (rows, *map(_contiguous, vectors))))
+    images, channels, *sides = x.shape
+    height, width = (n // args.patch_size for n in sides)
+    fields |= dict(images=images, height=height, width=width, channels=channels, out_channels=len(weight))
+    fields |= dict(zip(('stride_n', 'stride_c', 'stride_h', 'stride_w'), x.stride()))
+    return _pack(kernel, x=x, patch_size=args.patch_size, bf16=args.dtype == torch.bfloat16, eps=args.eps, **fields)
 
 
-def takes_output(norm: nn.LayerNorm, x: torch.Tensor) -> bool:
-    """Whether the norm of a map that is emitted has this form here."""
-    c = x.shape[1]
-    if c % LANES or x.dtype != torch.float32 or not x.is_contiguous(memory_format=torch.channels_last) or not dtypes():
+# ---- output norm -----------------------------------------------------------------------------------------------------
+
+
+def supports_norm(channels: int, norm: nn.LayerNorm) -> bool:
+    """Whether the norm of an output of so many channels runs here, if that is float32."""
+    return norm.normalized_shape == (channels,) and _norm_params_match(channels, norm.weight, norm.bias)
+
+
+def check_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """Raise a RuntimeError unless the kernels can run the norm of x, (N, H, W, C)."""
+    if x.dtype != torch.float32 or not _norm_params_match(x.shape[-1], weight, bias):
+        raise RuntimeError(
+            f'the AVX-512 kernels take float32 maps of a multiple of {CHANNEL_MULTIPLE} channels, and a weight and a '
+            'bias for each channel'
+        )
+
+
+def _norm_params_match(channels: int, weight: torch.Tensor, bias: torch.Tensor) -> bool:
+    if channels % CHANNEL_MULTIPLE or not dtypes():
         return False
-    return norm.normalized_shape == (c,) and _fit((norm.weight, norm.bias), ((c,), (c,)))
+    return _params_match((weight, bias), ((channels,), (channels,)))
 
 
-def output(eps: float, x, norm, norm_bias, free: torch.Tensor | None = None) -> tuple[torch.Tensor, Call]:
-    """LayerNorm of N x C x H x W in channels_last, contiguous, and the call that makes it, in a `free` map where there
-    is one."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if free is None else free.view(x.shape)
-    return out, _output('output', eps, x, norm=norm, norm_bias=norm_bias, out=out)
+def norm_nchw(
+    eps: float, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, spare: torch.Tensor | None = None
+) -> tuple[torch.Tensor, KernelCall]:
+    """Queue the LayerNorm of x, (N, H, W, C) -> (N, C, H, W), into the `spare` buffer where there is one."""
+    n, height, width, channels = x.shape
+    out = x.new_empty(n, channels, height, width) if spare is None else spare.view(n, channels, height, width)
+    return out, _norm_call('norm_nchw', eps, x, weight, bias, out=out)
 
 
-def output_backward(eps, x, norm, norm_bias, grad, needed):
-    x = x.contiguous(memory_format=torch.channels_last)
-    found = dict(grad_x=torch.empty_like(x), sums=x.new_empty(2 * len(norm)))
-    run(_output('output_backward', eps, x, norm=norm, norm_bias=norm_bias, grad=_contiguous(grad), **found))
-    all_found = (found['grad_x'], *found['sums'].chunk(2))
-    return tuple(t if n else None for t, n in zip(all_found, needed))
+def norm_nchw_backward(
+    eps: float,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    needs_grad: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """Gradients of x, (N, H, W, C), weight and bias, None where none is needed; `grad` is (N, C, H, W)."""
+    grad_x, sums = torch.empty_like(x), x.new_empty(2 * len(weight))
+    launch(_norm_call('norm_nchw_backward', eps, x, weight, bias, grad=grad, grad_x=grad_x, sums=sums))
+    return [t if n else None for t, n in zip((grad_x, *sums.chunk(2)), needs_grad)]
 
 
-def output_plainly(eps, x, norm, norm_bias):
-    return F.layer_norm(x.permute(0, 2, 3, 1), norm.shape, norm, norm_bias, eps).permute(0, 3, 1, 2)
+def norm_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """What `norm_nchw` computes, in torch's own operators, for gradients of gradients."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps).permute(0, 3, 1, 2)
 
 
-def _output(name, eps, x, **tensors) -> Call:
-    n, channels, height, width = x.shape
-    integers = (n, height * width, channels, torch.get_num_threads())
-    tensors |= {name: _contiguous(tensors[name]) for name in ('norm', 'norm_bias')} | dict(x=x)
-    return Call(name, _Output(*integers, eps, **_pointers(tensors)), tuple(tensors.values()))
+def _norm_call(kernel: str, eps: float, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, **fields):
+    n, height, width, channels = x.shape
+    fields |= dict(norm_weight=_contiguous(weight), norm_bias=_contiguous(bias))
+    return _pack(kernel, images=n, area=height * width, channels=channels, eps=eps, x=x, **fields)
 
 
-def _fit(parameters: Sequence[torch.Tensor | None], shapes: Sequence[tuple[int, ...]]) -> bool:
-    """Whether they are what the kernels take them for, once they are contiguous."""
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def _params_match(params: Sequence[torch.Tensor | None], shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether parameters, once they are contiguous, are what the kernels expect."""
     return all(
         type(p) in (nn.Parameter, torch.Tensor)
         and (p.dtype, p.device.type, p.layout) == (torch.float32, 'cpu', torch.strided)
-        and tuple(p.shape) == shape
-        for p, shape in zip(parameters, shapes, strict=True)
+        and p.shape == shape
+        for p, shape in zip(params, shapes, strict=True)
     )
 
 
 def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor as the kernels read memory: row after row, no sign kept aside. A parameter or a gradient may be any
-    view: sliced, expanded, transposed."""
+    """The tensor as the kernels read memory: row-major, without a pending negation. A parameter or a gradient may be
+    any view: sliced, expanded, transposed."""
     return None if t is None else t.resolve_neg().contiguous()
 
 
-def _pointers(tensors: dict[str, torch.Tensor | None]) -> dict[str, int]:
-    return {name: t.data_ptr() for name, t in tensors.items() if t is not None}
-
-
-def _block(name, settings, x, parameters, **tensors) -> Call:
-    integers = (*x.shape, torch.get_num_threads(), settings.dtype == torch.bfloat16)
-    tensors |= dict(zip(Parameters._fields, map(_contiguous, parameters)), x=x)
-    return Call(name, _Block(*integers, settings.eps, settings.factor, **_pointers(tensors)), tuple(tensors.values()))
+# ---- the library -----------------------------------------------------------------------------------------------------
 
 
 @cache
 def dtypes() -> tuple[torch.dtype, ...]:
-    """Those that this machine has this form for."""
-    if why_not():
+    """Dtypes of matmuls that this backend is used for on this machine."""
+    if unavailable_reason():
         return ()
-    # Where the processor multiplies tiles of bfloat16, oneDNN does, and is faster.
-    bfloat16 = 'avx512_bf16' in _flags() and 'amx_bf16' not in _flags()
+    # Processors with AMX multiply tiles of bfloat16: oneDNN uses that, and is faster.
+    bfloat16 = 'avx512_bf16' in _cpu_flags() and 'amx_bf16' not in _cpu_flags()
     return (torch.float32, torch.bfloat16) if bfloat16 else (torch.float32,)
 
 
-def why_not() -> str:
-    """What keeps this machine from this form; empty where nothing does."""
-    flags = _flags()
+def unavailable_reason() -> str:
+    """Why the kernels cannot be used on this machine; empty if they can."""
+    flags = _cpu_flags()
     if not flags:
         return 'they are for Linux on x86-64, where /proc/cpuinfo says what the processor has'
-    missing = NEEDED - flags
+    missing = REQUIRED_CPU_FLAGS - flags
     if missing:
         return f'this processor has no {", ".join(sorted(missing))}'
     return '' if _library() else 'they were not compiled when convnext_dense was installed, or do not load'
 
 
-def _flags() -> set[str]:
-    """What the processor can do, as Linux says."""
+def _cpu_flags() -> set[str]:
+    """Features of the processor, as Linux reports them."""
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError:
@@ -320,34 +455,74 @@ def _flags() -> set[str]:
     return set(next((line for line in lines if line.startswith('flags')), '').split())
 
 
+class _Library:
+    """The compiled kernels.
+
+    Attributes:
+        structs: ctypes structures by name, built from the description that the library exports.
+        addresses, workspace_sizes: By kernel, its address and the function that returns the size of its workspace.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        library = ctypes.CDLL(str(path))
+        library.convnext_source.restype = ctypes.c_char_p
+        if library.convnext_source().decode() != kernel_source_hash():
+            raise OSError('it was compiled from another avx512_kernels.c than the one beside it')
+        self.structs = {name: _struct_of(library, i, name) for i, name in enumerate(STRUCTS)}
+        kernels = {name: getattr(library, f'convnext_{name}') for name in KERNELS}
+        self.addresses = {name: ctypes.cast(kernel, ctypes.c_void_p).value for name, kernel in kernels.items()}
+        self.workspace_sizes = {name: getattr(library, f'convnext_{name}_workspace') for name in NEEDS_WORKSPACE}
+        for function in self.workspace_sizes.values():
+            function.restype = ctypes.c_int64
+        self.run_queue, self.error_message = library.convnext_run_queue, library.convnext_error_message
+        self.run_queue.argtypes, self.run_queue.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_int64
+        self.error_message.argtypes, self.error_message.restype = (ctypes.c_int64,), ctypes.c_char_p
+        library.convnext_init_tables()
+
+
+def _struct_of(library: ctypes.CDLL, index: int, name: str) -> type[ctypes.Structure]:
+    """Build the ctypes structure of one of the library's structs, which it describes as 'Name kind:field kind:field ...'.
+
+    Raises:
+        OSError: It is not laid out as ctypes lays out such fields, or its name is another one.
+    """
+    library.convnext_describe_struct.restype = ctypes.c_char_p
+    library.convnext_struct_size.restype = ctypes.c_int64
+    described_name, *fields = library.convnext_describe_struct(index).decode().split()
+    kinds = {'i': ctypes.c_int64, 'f': ctypes.c_float, 'p': ctypes.c_void_p}
+    members = [(field[2:], kinds[field[0]]) for field in fields]
+    struct = type(name, (ctypes.Structure,), dict(_fields_=members))
+    if (described_name, library.convnext_struct_size(index)) != (name, ctypes.sizeof(struct)):
+        raise OSError(f'its struct {described_name} is not laid out as Python expects')
+    struct.field_names = {field for field, _ in members}
+    return struct
+
+
 @cache
-def _library() -> ctypes.CDLL | None:
-    """None where the kernels were not compiled, do not load, or come from another source than the one that is here."""
-    file = next(
-        (f for suffix in EXTENSION_SUFFIXES if (f := SOURCE.with_name('avx512_kernels' + suffix)).exists()), None
-    )
+def _library() -> _Library | None:
+    """The kernels; None, with a warning, where they were not compiled, do not load, come from another source than the
+    one installed, or lay out their structs in another way."""
+    candidates = [SOURCE.with_name('avx512_kernels' + suffix) for suffix in EXTENSION_SUFFIXES]
+    file = next((path for path in candidates if path.exists()), None)
     if file is None:
         _warn('the kernels were not compiled when convnext_dense was installed')
         return None
     try:
-        library = ctypes.CDLL(str(file))
-        library.convnext_source.restype = ctypes.c_char_p
-        if library.convnext_source().decode() != source_hash():
-            raise OSError('it was compiled from another avx512_kernels.c than the one beside it')
-        for name in WITH_WORK:
-            getattr(library, f'convnext_{name}_work').restype = ctypes.c_int64
-        library.convnext_run.argtypes = (ctypes.c_void_p, ctypes.c_int64)
-        library.convnext_prepare()
+        return _Library(file)
     except (OSError, AttributeError) as error:
-        _warn(f'{file.name} is left unused: {error}')
+        _warn(f'{file.name} cannot be used: {error}')
         return None
-    return library
 
 
-def _warn(what: str) -> None:
-    warnings.warn(f'{what}; the backbone is slower on this CPU. Install it again, with gcc as compiler', stacklevel=2)
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f'{reason}; the backbone falls back to a slower implementation on this CPU. Install it again, with gcc as '
+        'compiler',
+        stacklevel=2,
+    )
 
 
-def source_hash() -> str:
-    """What setup.py compiles into the kernels."""
+def kernel_source_hash() -> str:
+    """Hash of the C source; setup.py compiles it into the kernels."""
     return hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]

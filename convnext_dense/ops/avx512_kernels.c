@@ -1,17 +1,21 @@
-/* The parts of a ConvNeXt, forward and backward, for processors with AVX-512: a block, that is
-   x + gamma * MLP(LayerNorm(depthwise(x))), the stem, a downsampling, and the norm of a map that is emitted.
+/* Kernels of ConvNeXt, forward and backward, for processors with AVX-512: a block, that is
+   x + gamma * MLP(LayerNorm(dwconv(x))), the stem, a downsampling, and the norm of an output.
 
-   Maps are channels_last: a pixel is a row of channels. A thread takes some hundred rows at a time from the depthwise
-   convolution to the output, so that all in between stays in its cache. Products run in float32 or bfloat16, the rest in
-   float32. The unit of a product's operands is a word of 32 bits: a float, or two bfloat16 that are neighbours in the
-   dimension summed over; so both dtypes share all loops but for the multiply-add itself.
+   Maps are channels_last: a pixel is a row of channels. A thread takes some hundred rows at a time (a tile) from the
+   depthwise convolution to the output, so that everything in between stays in its cache. Matmuls run in float32 or
+   bfloat16, the rest in float32. The unit of a matmul's operands, operand_t, has 32 bits: a float, or two bfloat16 that
+   are neighbors in the dimension summed over. Both dtypes therefore share all loops except the multiply-add itself.
 
-   Sums over all rows are taken thread by thread, rows dealt out in a fixed order: the same number of threads, the same
-   bits. Called by fused.py, which sees to shapes, dtypes and memory. */
+   Sums over all rows are accumulated per thread, and rows are assigned to threads in a fixed order: the same number of
+   threads gives the same bits.
+
+   avx512.py calls this file through the entry points at its end. Each kernel takes a struct, checks it, and returns an
+   error code for what it cannot work with. */
 
 #include <immintrin.h>
 #include <math.h>
 #include <omp.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -20,64 +24,214 @@
 
 enum {
     LANES = 16,
-    TALL = 14,   /* rows of a product held in registers, */
-    WIDE = 32,   /* and columns: two vectors */
-    SIDE = 7,    /* of a depthwise kernel */
-    HALO = 3,
-    TAPS = 49,
-    CHUNK = 384, /* columns of the hidden layer at a time */
-    PAD = 64,    /* bytes after a row, lest rows a power of two long fall on the same lines of the cache */
+    MR = 14,  /* rows of a matmul's tile that is held in registers */
+    NR = 32,  /* its columns, two vectors; channels are multiples of it */
+    DW_K = 7, /* side of a depthwise kernel */
+    DW_PAD = 3,
+    DW_TAPS = 49,
+    KC_HIDDEN = 384, /* columns of the hidden layer at a time */
+    ROW_PAD = 64,    /* bytes after a row: rows whose length is a power of two would share cache sets */
 };
 
-typedef int32_t word;
-typedef __m512 vec;
+typedef int32_t operand_t;
+typedef __m512 f32x16;
 
+/* ---- arguments --------------------------------------------------------------------------------------------------- */
+
+/* The structs that Python fills. Each is a list of fields, I: int64_t, F: float, P: pointer to a type, from which come
+   the declaration and a description that Python builds its own structure from. All begin with the version and the number
+   of threads. The version changes when the meaning of a field does; it stands in avx512.py, too. */
+enum { STRUCT_VERSION = 1 };
+
+/* A block of maps images x height x width x channels.
+   keep_prob_scale: factor of the branch under stochastic depth. y, hidden: the depthwise convolution's output and the
+   layer before GELU, which the forward pass saves and the backward pass reads; null: it computes them again.
+   Backward: grad is that of the output; grad_x or grad_pwconv1_weight null: not needed; grad_y: scratch of the size of
+   x; sums: gradients of pwconv1_bias, pwconv2_bias, norm_weight, norm_bias, dwconv_bias and the taps, in this order. */
+#define BLOCK_FIELDS(I, F, P) \
+    I(version) I(threads) I(images) I(height) I(width) I(channels) I(bf16) I(workspace_bytes) \
+    F(eps) F(keep_prob_scale) \
+    P(const float, dwconv_weight) P(const float, dwconv_bias) P(const float, norm_weight) P(const float, norm_bias) \
+    P(const float, pwconv1_weight) P(const float, pwconv1_bias) P(const float, pwconv2_weight) \
+    P(const float, pwconv2_bias) P(const float, gamma) \
+    P(const float, x) P(void, y) P(void, hidden) P(float, out) \
+    P(const float, grad) P(float, grad_x) P(float, grad_y) P(float, grad_pwconv1_weight) P(float, grad_pwconv2_weight) \
+    P(float, sums) P(char, workspace)
+
+/* Stem (patch_size 4, LayerNorm after the convolution, over out_channels) or downsampling (patch_size 2, LayerNorm
+   before it, over channels): patches of patch_size x patch_size pixels of x become a pixel each. height and width are
+   the output's, strides are x's, in floats. weight: out_channels x size of a patch, padded with zeros to a multiple
+   of NR. Backward: grad_x, with x's strides, of a downsampling only, or grad_weight null: not needed; sums: gradients
+   of bias, norm_weight and norm_bias. */
+#define PATCH_EMBED_FIELDS(I, F, P) \
+    I(version) I(threads) I(images) I(height) I(width) I(channels) I(out_channels) I(patch_size) I(bf16) \
+    I(workspace_bytes) I(stride_n) I(stride_c) I(stride_h) I(stride_w) \
+    F(eps) \
+    P(const float, x) P(const float, weight) P(const float, bias) P(const float, norm_weight) \
+    P(const float, norm_bias) P(float, out) \
+    P(const float, grad) P(float, grad_x) P(float, grad_weight) P(float, sums) P(char, workspace)
+
+/* LayerNorm of a map (N, H, W, C) to (N, C, H, W), area = H * W. Backward: sums are the gradients of norm_weight and
+   norm_bias. */
+#define NORM_FIELDS(I, F, P) \
+    I(version) I(threads) I(images) I(area) I(channels) I(workspace_bytes) \
+    F(eps) \
+    P(const float, x) P(const float, norm_weight) P(const float, norm_bias) P(float, out) \
+    P(const float, grad) P(float, grad_x) P(float, sums) P(char, workspace)
+
+#define DECLARE_INT(NAME) int64_t NAME;
+#define DECLARE_FLOAT(NAME) float NAME;
+#define DECLARE_POINTER(TYPE, NAME) TYPE *NAME;
+#define DECLARE(FIELDS) FIELDS(DECLARE_INT, DECLARE_FLOAT, DECLARE_POINTER)
+
+typedef struct { DECLARE(BLOCK_FIELDS) } BlockArgs;
+typedef struct { DECLARE(PATCH_EMBED_FIELDS) } PatchEmbedArgs;
+typedef struct { DECLARE(NORM_FIELDS) } NormArgs;
+
+/* A kernel of the queue and its struct. */
+typedef int64_t (*Kernel)(const void *);
 typedef struct {
-    int64_t images, height, width, channels, threads, bf16;
-    float eps, factor; /* the branch's, of stochastic depth */
-    const float *depthwise, *depthwise_bias, *norm, *norm_bias, *linear1, *bias1, *linear2, *bias2, *gamma;
-    const float *x;
-    void *y, *hidden; /* depthwise convolution's output and the layer before GELU, kept for the backward pass, or null */
-    float *out;
-    /* of the backward pass; grad_x or grad_linear1 null: not wanted */
-    const float *grad;
-    float *grad_x, *grad_y, *grad_linear1, *grad_linear2, *sums;
-    char *work;
-} Block;
+    Kernel kernel;
+    const void *args;
+} KernelCall;
 
-/* Where the parts of `work` lie, in bytes; of the scratch of a thread likewise. */
+/* What kernels return, 0 for success; convnext_error_message has the texts. */
+enum { OK, BAD_VERSION, BAD_THREADS, BAD_SIZE, BAD_CHANNELS, BAD_PATCH_SIZE, BAD_DTYPE, NULL_POINTER, MISALIGNED,
+       BAD_WORKSPACE, BAD_STRIDE, N_ERRORS };
+
+/* ---- sizes ------------------------------------------------------------------------------------------------------- */
+
+/* Where the parts of the workspace lie, in bytes from its beginning. */
 typedef struct {
-    int64_t rows, strip; /* of a tile, and of what tiles leave for the gradients of the weights */
-    int64_t line, thin, hidden_line, hidden_thin; /* bytes of a row: floats or elements, of C or CHUNK columns */
-    int64_t taps, scale, linear1, linear2, linear1_back, linear2_back, panels[4], scratch, scratch_size, sums, total;
-    int64_t of_sums; /* floats */
-} Plan;
+    int64_t rows;                          /* of a tile */
+    int64_t wgrad_rows;                    /* of the tiles after which the gradients of the weights are taken */
+    int64_t row_bytes_f32, row_bytes_elem; /* of a row of C columns: floats, elements */
+    int64_t hidden_row_bytes_f32, hidden_row_bytes_elem; /* of a row of KC_HIDDEN columns */
+    int64_t taps, scale, pwconv1, pwconv2, pwconv1_bwd, pwconv2_bwd, panels[4], sums, scratch, total;
+    int64_t scratch_size;    /* of a thread */
+    int64_t sums_per_thread; /* floats */
+} Workspace;
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-INLINE int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+INLINE int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-/* ---- vectors ---------------------------------------------------------------------------------------------------- */
+/* ---- checks ------------------------------------------------------------------------------------------------------ */
 
-INLINE vec all(float x) { return _mm512_set1_ps(x); }
-INLINE vec load(const void *p) { return _mm512_loadu_ps(p); }
-INLINE void store(void *p, vec v) { _mm512_storeu_ps(p, v); }
-INLINE float sum(vec v) { return _mm512_reduce_add_ps(v); }
+static int is_aligned(const void *p, uintptr_t bytes) { return (uintptr_t)p % bytes == 0; }
 
-INLINE void add_to(float *p, vec v) { store(p, _mm512_add_ps(load(p), v)); }
+/* Whether each of n pointers is set; OK or an error code. */
+static int64_t check_pointers(const void *const *pointers, int n) {
+    for (int i = 0; i < n; i++) {
+        if (!pointers[i]) return NULL_POINTER;
+        if (!is_aligned(pointers[i], sizeof(float))) return MISALIGNED;
+    }
+    return OK;
+}
+#define CHECK_POINTERS(...) \
+    check_pointers((const void *[]){__VA_ARGS__}, sizeof((const void *[]){__VA_ARGS__}) / sizeof(void *))
 
-/* The lanes of a mask alone are touched, zeros are loaded for the others. */
+static int64_t check_common(int64_t version, int64_t threads, int64_t bf16) {
+    if (version != STRUCT_VERSION) return BAD_VERSION;
+    if (threads < 1 || threads > 65536) return BAD_THREADS;
+    return bf16 == 0 || bf16 == 1 ? OK : BAD_DTYPE;
+}
+
+/* Whether sizes are positive and their product is far from an overflow in bytes. */
+static int64_t check_sizes(int64_t a, int64_t b, int64_t c, int64_t d) {
+    const int64_t sizes[4] = {a, b, c, d};
+    int64_t product = 1;
+    for (int i = 0; i < 4; i++)
+        if (sizes[i] < 1 || __builtin_mul_overflow(product, sizes[i], &product)) return BAD_SIZE;
+    return product < (int64_t)1 << 50 ? OK : BAD_SIZE;
+}
+
+static int64_t check_workspace(const char *workspace, int64_t bytes, int64_t needed) {
+    if (!workspace) return NULL_POINTER;
+    if (!is_aligned(workspace, 64)) return MISALIGNED;
+    return bytes < needed ? BAD_WORKSPACE : OK;
+}
+
+#define RETURN_ON_ERROR(CHECK) \
+    do { \
+        int64_t error = (CHECK); \
+        if (error) return error; \
+    } while (0)
+
+/* Sizes alone, which a workspace is planned from. */
+static int64_t check_block_sizes(const BlockArgs *args) {
+    if (!args) return NULL_POINTER;
+    RETURN_ON_ERROR(check_common(args->version, args->threads, args->bf16));
+    RETURN_ON_ERROR(check_sizes(args->images, args->height, args->width, args->channels));
+    return args->channels % NR || args->channels > 1 << 20 ? BAD_CHANNELS : OK;
+}
+
+static int64_t check_block(const BlockArgs *args, int backward) {
+    RETURN_ON_ERROR(check_block_sizes(args));
+    RETURN_ON_ERROR(CHECK_POINTERS(args->x, args->dwconv_weight, args->dwconv_bias, args->norm_weight, args->norm_bias,
+                                   args->pwconv1_weight, args->pwconv1_bias, args->pwconv2_weight, args->pwconv2_bias));
+    if (!is_aligned(args->gamma, 4) || !is_aligned(args->y, 2) || !is_aligned(args->hidden, 2)) return MISALIGNED;
+    if (!args->bf16 && (!is_aligned(args->y, 4) || !is_aligned(args->hidden, 4))) return MISALIGNED;
+    if (!backward) return CHECK_POINTERS(args->out);
+    RETURN_ON_ERROR(CHECK_POINTERS(args->grad, args->grad_y));
+    if (!is_aligned(args->grad_x, 4)) return MISALIGNED;
+    if (!args->grad_pwconv1_weight) return args->grad_pwconv2_weight || args->sums ? NULL_POINTER : OK;
+    return CHECK_POINTERS(args->grad_pwconv1_weight, args->grad_pwconv2_weight, args->sums);
+}
+
+static int64_t check_patch_embed_sizes(const PatchEmbedArgs *args) {
+    if (!args) return NULL_POINTER;
+    RETURN_ON_ERROR(check_common(args->version, args->threads, args->bf16));
+    if (args->patch_size != 2 && args->patch_size != 4) return BAD_PATCH_SIZE;
+    RETURN_ON_ERROR(check_sizes(args->images, args->height, args->width, args->out_channels));
+    RETURN_ON_ERROR(check_sizes(args->images, args->height, args->width, args->channels));
+    if (args->out_channels % NR || args->out_channels > 1 << 20 || args->channels > 1 << 20) return BAD_CHANNELS;
+    return args->patch_size == 2 && args->channels % NR ? BAD_CHANNELS : OK;
+}
+
+static int64_t check_patch_embed(const PatchEmbedArgs *args, int backward) {
+    RETURN_ON_ERROR(check_patch_embed_sizes(args));
+    if (args->patch_size == 2 && args->stride_c != 1) return BAD_STRIDE;
+    if (args->stride_n < 0 || args->stride_c < 0 || args->stride_h < 0 || args->stride_w < 0) return BAD_STRIDE;
+    RETURN_ON_ERROR(CHECK_POINTERS(args->x, args->weight, args->bias, args->norm_weight, args->norm_bias));
+    if (!backward) return CHECK_POINTERS(args->out);
+    RETURN_ON_ERROR(CHECK_POINTERS(args->grad));
+    if (args->patch_size == 4 && args->grad_x) return BAD_PATCH_SIZE;
+    if (!is_aligned(args->grad_x, 4)) return MISALIGNED;
+    if (!args->grad_weight) return args->sums ? NULL_POINTER : OK;
+    return CHECK_POINTERS(args->grad_weight, args->sums);
+}
+
+static int64_t check_norm(const NormArgs *args, int backward) {
+    if (!args) return NULL_POINTER;
+    RETURN_ON_ERROR(check_common(args->version, args->threads, 0));
+    RETURN_ON_ERROR(check_sizes(args->images, args->area, args->channels, 1));
+    if (args->channels % NR || args->channels > 1 << 20) return BAD_CHANNELS;
+    RETURN_ON_ERROR(CHECK_POINTERS(args->x, args->norm_weight, args->norm_bias));
+    return backward ? CHECK_POINTERS(args->grad, args->grad_x, args->sums) : CHECK_POINTERS(args->out);
+}
+
+/* ---- vectors ----------------------------------------------------------------------------------------------------- */
+
+INLINE f32x16 splat(float x) { return _mm512_set1_ps(x); }
+INLINE f32x16 load(const void *p) { return _mm512_loadu_ps(p); }
+INLINE void store(void *p, f32x16 v) { _mm512_storeu_ps(p, v); }
+INLINE float sum(f32x16 v) { return _mm512_reduce_add_ps(v); }
+
+INLINE void add_to(float *p, f32x16 v) { store(p, _mm512_add_ps(load(p), v)); }
+
+/* Touch only the lanes of a mask; the others are loaded as zeros. */
 #ifndef __SANITIZE_ADDRESS__
-INLINE vec load_lanes(__mmask16 mask, const void *p) { return _mm512_maskz_loadu_ps(mask, p); }
-INLINE void store_lanes(__mmask16 mask, void *p, vec v) { _mm512_mask_storeu_ps(p, mask, v); }
-#else /* AddressSanitizer does not see masked instructions: there lane by lane. */
-INLINE vec load_lanes(__mmask16 mask, const float *p) {
+INLINE f32x16 load_lanes(__mmask16 mask, const void *p) { return _mm512_maskz_loadu_ps(mask, p); }
+INLINE void store_lanes(__mmask16 mask, void *p, f32x16 v) { _mm512_mask_storeu_ps(p, mask, v); }
+#else /* AddressSanitizer does not see masked instructions: for it, lane by lane. */
+INLINE f32x16 load_lanes(__mmask16 mask, const float *p) {
     float lanes[LANES] = {0};
     for (int i = 0; i < LANES; i++)
         if (mask >> i & 1) lanes[i] = p[i];
     return load(lanes);
 }
-INLINE void store_lanes(__mmask16 mask, float *p, vec v) {
+INLINE void store_lanes(__mmask16 mask, float *p, f32x16 v) {
     float lanes[LANES];
     store(lanes, v);
     for (int i = 0; i < LANES; i++)
@@ -85,74 +239,78 @@ INLINE void store_lanes(__mmask16 mask, float *p, vec v) {
 }
 #endif
 
-/* `n` floats from `p`, perhaps beyond the map that p points into, where nothing is loaded: an address, since to compute
-   such a pointer is undefined. */
+/* The address of p[n]. It may lie outside the map that p points into, where nothing is loaded: to compute such a
+   pointer would be undefined behavior. */
 INLINE uintptr_t address(const float *p, int64_t n) { return (uintptr_t)p + sizeof(float) * (uintptr_t)n; }
 
-/* Elements: float or bfloat16. */
+/* Bytes of an element: float or bfloat16. */
 INLINE int size_of(const int bf16) { return bf16 ? 2 : 4; }
 
-INLINE void put(const int bf16, void *row, int64_t at, vec v) {
+INLINE void store_elems(const int bf16, void *row, int64_t offset, f32x16 v) {
     if (bf16)
-        _mm256_storeu_si256((void *)((char *)row + 2 * at), (__m256i)_mm512_cvtneps_pbh(v));
+        _mm256_storeu_si256((void *)((char *)row + 2 * offset), (__m256i)_mm512_cvtneps_pbh(v));
     else
-        store((float *)row + at, v);
+        store((float *)row + offset, v);
 }
 
-/* The vectors of two times 16 neighbours. */
-INLINE void put_both(const int bf16, void *row, int64_t at, vec first, vec second) {
+/* Two vectors that are neighbors in memory. */
+INLINE void store_elems2(const int bf16, void *row, int64_t offset, f32x16 first, f32x16 second) {
     if (bf16)
-        _mm512_storeu_si512((char *)row + 2 * at, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+        _mm512_storeu_si512((char *)row + 2 * offset, (__m512i)_mm512_cvtne2ps_pbh(second, first));
     else
-        store((float *)row + at, first), store((float *)row + at + LANES, second);
+        store((float *)row + offset, first), store((float *)row + offset + LANES, second);
 }
 
-INLINE vec get(const int bf16, const void *row, int64_t at) {
-    if (!bf16) return load((const float *)row + at);
-    __m256i narrow = _mm256_loadu_si256((const void *)((const char *)row + 2 * at));
-    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+INLINE f32x16 load_elems(const int bf16, const void *row, int64_t offset) {
+    if (!bf16) return load((const float *)row + offset);
+    __m256i narrow = _mm256_loadu_si256((const void *)((const char *)row + 2 * offset));
+    return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
 }
 
-/* Of two rows of 16 bfloat16 one vector of words. */
-INLINE __m512i paired(__m256i even, __m256i odd) {
-    static const int16_t order[32] __attribute__((aligned(64))) = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,
+/* Two rows of 16 bfloat16 as one vector of operands. */
+INLINE __m512i interleave_bf16(__m256i even, __m256i odd) {
+        static const int16_t order[32] __attribute__((aligned(64))) = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,
                                                                    21, 6, 22, 7, 23, 8,  24, 9,  25, 10, 26,
                                                                    11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
     return _mm512_permutexvar_epi16(_mm512_load_si512(order), both);
 }
 
-INLINE __m256i narrow(vec v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+INLINE __m256i to_bf16(f32x16 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
 
-INLINE vec multiply_add(const int bf16, vec a, vec b, vec c) {
+INLINE f32x16 multiply_add(const int bf16, f32x16 a, f32x16 b, f32x16 c) {
     return bf16 ? _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b) : _mm512_fmadd_ps(a, b, c);
 }
 
 /* ---- GELU -------------------------------------------------------------------------------------------------------- */
 
-/* 1 - Phi and the derivative of GELU at -t, t >= 0, Phi the normal distribution function: polynomials around PIECES values
-   of t, in u, how many such steps t is away; a coefficient of all pieces is a vector. Errors are below 1e-6 in float32, 7e-5 in bfloat16. */
-enum { PIECES = 16, MOST_TERMS = 5 };
+/* GELU(x) = x Phi(x), with Phi the normal distribution function, from a table for t = |x|: upper_tail is 1 - Phi(t),
+   grad the derivative of GELU at -t. In each of N_SEGMENTS segments they are polynomials in u, the distance of t from
+   the middle of the segment in widths of one. A vector holds one coefficient for all segments. Absolute errors are
+   below 1e-6 in float32 and 7e-5 in bfloat16. */
+enum { N_SEGMENTS = 16, MAX_TERMS = 5 };
 
 typedef struct {
-    float tail[MOST_TERMS][PIECES], slope[MOST_TERMS][PIECES];
-} Pieces;
+    float upper_tail[MAX_TERMS][N_SEGMENTS], grad[MAX_TERMS][N_SEGMENTS];
+} GeluTable;
 
-static Pieces pieces[2] __attribute__((aligned(64))); /* of float32 and bfloat16 */
+static GeluTable gelu_table[2] __attribute__((aligned(64))); /* for float32 and bfloat16 */
 
-/* From there on both are 0: it lies in the last piece, a hundredth of a piece from where that begins. */
-INLINE float far(const int bf16) { return bf16 ? 4.5f : 5.5f; }
-INLINE float piece_width(const int bf16) { return far(bf16) / (PIECES - 1.49f); }
-INLINE int tail_terms(const int bf16) { return bf16 ? 3 : MOST_TERMS; }
-INLINE int slope_terms(const int bf16) { return bf16 ? 4 : MOST_TERMS; }
+/* Cut-off of the table. For t >= cutoff both polynomials are zero: the last segment of the table stays
+   zero-initialized, and the width of a segment is chosen so that cutoff / width = 14.51 rounds to it. */
+INLINE float gelu_cutoff(const int bf16) { return bf16 ? 4.5f : 5.5f; }
+INLINE float segment_width(const int bf16) { return gelu_cutoff(bf16) / (N_SEGMENTS - 1.49f); }
+INLINE int upper_tail_terms(const int bf16) { return bf16 ? 3 : MAX_TERMS; }
+INLINE int gelu_grad_terms(const int bf16) { return bf16 ? 4 : MAX_TERMS; }
 
-static double tail_at(double t) { return erfc(t / sqrt(2)) / 2; }
-static double slope_at(double t) { return tail_at(t) - t * exp(-t * t / 2) / sqrt(2 * M_PI); }
+static double upper_tail_f64(double t) { return erfc(t / sqrt(2)) / 2; }
+static double gelu_grad_f64(double t) { return upper_tail_f64(t) - t * exp(-t * t / 2) / sqrt(2 * M_PI); }
 
-/* Interpolated at the zeros of a Chebyshev polynomial, in Newton's form and from there by powers of u. */
-static void interpolate(double (*f)(double), int terms, double width, float table[MOST_TERMS][PIECES]) {
-    for (int i = 0; i < PIECES - 1; i++) {
-        double u[MOST_TERMS], d[MOST_TERMS], power[MOST_TERMS] = {0};
+/* Fill all segments but the last: interpolate f at the zeros of a Chebyshev polynomial in Newton's form, and convert to
+   powers of u. */
+static void interpolate(double (*f)(double), int terms, double width, float table[MAX_TERMS][N_SEGMENTS]) {
+    for (int i = 0; i < N_SEGMENTS - 1; i++) {
+        double u[MAX_TERMS], d[MAX_TERMS], power[MAX_TERMS] = {0};
         for (int j = 0; j < terms; j++) u[j] = cos(M_PI * (j + 0.5) / terms) / 2, d[j] = f((i + u[j]) * width);
         for (int n = 1; n < terms; n++)
             for (int j = terms - 1; j >= n; j--) d[j] = (d[j] - d[j - 1]) / (u[j] - u[j - n]);
@@ -164,117 +322,123 @@ static void interpolate(double (*f)(double), int terms, double width, float tabl
     }
 }
 
-/* Called once, before all else: not by the loader, which knows nothing of what the processor can do. */
-void convnext_prepare(void) {
+/* To be called once, before any kernel. No constructor does it, because the loader does not check the processor. */
+void convnext_init_tables(void) {
     for (int bf16 = 0; bf16 < 2; bf16++) {
-        interpolate(tail_at, tail_terms(bf16), piece_width(bf16), pieces[bf16].tail);
-        interpolate(slope_at, slope_terms(bf16), piece_width(bf16), pieces[bf16].slope);
+        interpolate(upper_tail_f64, upper_tail_terms(bf16), segment_width(bf16), gelu_table[bf16].upper_tail);
+        interpolate(gelu_grad_f64, gelu_grad_terms(bf16), segment_width(bf16), gelu_table[bf16].grad);
     }
 }
 
 typedef struct {
-    __m512i piece;
-    vec u, size; /* |x| */
-} Place;
+    __m512i index;
+    f32x16 u, magnitude; /* |x| */
+} Segment;
 
-INLINE Place place_of(const int bf16, vec x) {
-    const vec whole = all(0x1.8p23f); /* what is added to it is rounded to a whole number, which its last bits hold */
-    vec size = _mm512_abs_ps(x), t = _mm512_min_ps(all(far(bf16)), size); /* of a NaN the second operand: it stays */
-    vec per = all(1 / piece_width(bf16)), piece = _mm512_fmadd_ps(t, per, whole);
-    return (Place){(__m512i)piece, _mm512_fmsub_ps(t, per, _mm512_sub_ps(piece, whole)), size};
+INLINE Segment segment_of(const int bf16, f32x16 x) {
+    /* Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low mantissa bits: the permute index. */
+    const f32x16 round_bias = splat(0x1.8p23f), per_width = splat(1 / segment_width(bf16));
+    f32x16 magnitude = _mm512_abs_ps(x);
+    f32x16 t =
+        _mm512_min_ps(splat(gelu_cutoff(bf16)), magnitude); /* min returns its second operand for NaN: it stays */
+    f32x16 index = _mm512_fmadd_ps(t, per_width, round_bias);
+    f32x16 u = _mm512_fmsub_ps(t, per_width, _mm512_sub_ps(index, round_bias));
+    return (Segment){(__m512i)index, u, magnitude};
 }
 
-INLINE vec polynomial(const float table[MOST_TERMS][PIECES], const int terms, Place p) {
-    vec r = _mm512_permutexvar_ps(p.piece, _mm512_load_ps(table[terms - 1]));
+INLINE f32x16 polynomial(const float table[MAX_TERMS][N_SEGMENTS], const int terms, Segment p) {
+    f32x16 r = _mm512_permutexvar_ps(p.index, _mm512_load_ps(table[terms - 1]));
     UNROLL for (int i = terms - 2; i >= 0; i--)
-        r = _mm512_fmadd_ps(r, p.u, _mm512_permutexvar_ps(p.piece, _mm512_load_ps(table[i])));
+        r = _mm512_fmadd_ps(r, p.u, _mm512_permutexvar_ps(p.index, _mm512_load_ps(table[i])));
     return r;
 }
 
 /* x Phi(x) = max(x, 0) - |x| (1 - Phi(|x|)) */
-INLINE vec gelu_at(const int bf16, vec x, Place p) {
-    vec tail = polynomial(pieces[bf16].tail, tail_terms(bf16), p);
-    return _mm512_fnmadd_ps(p.size, tail, _mm512_max_ps(_mm512_setzero_ps(), x));
+INLINE f32x16 gelu_at(const int bf16, f32x16 x, Segment p) {
+    f32x16 upper_tail = polynomial(gelu_table[bf16].upper_tail, upper_tail_terms(bf16), p);
+    return _mm512_fnmadd_ps(p.magnitude, upper_tail, _mm512_max_ps(_mm512_setzero_ps(), x));
 }
 
-INLINE vec gelu(const int bf16, vec x) { return gelu_at(bf16, x, place_of(bf16, x)); }
+INLINE f32x16 gelu(const int bf16, f32x16 x) { return gelu_at(bf16, x, segment_of(bf16, x)); }
 
-/* Its derivative, odd about 1/2. */
-INLINE vec slope_of(const int bf16, vec x, Place p) {
-    vec slope = polynomial(pieces[bf16].slope, slope_terms(bf16), p);
-    return _mm512_mask_sub_ps(slope, (__mmask16)~_mm512_movepi32_mask((__m512i)x), all(1), slope);
+/* The derivative of GELU; grad(x) + grad(-x) = 1. */
+INLINE f32x16 gelu_grad_at(const int bf16, f32x16 x, Segment p) {
+    f32x16 grad = polynomial(gelu_table[bf16].grad, gelu_grad_terms(bf16), p);
+    return _mm512_mask_sub_ps(grad, (__mmask16)~_mm512_movepi32_mask((__m512i)x), splat(1), grad);
 }
 
-/* ---- products --------------------------------------------------------------------------------------------------- */
+/* ---- matmuls ----------------------------------------------------------------------------------------------------- */
 
-/* What becomes of a product. */
-enum { STORE, ADD, BIAS, GELU, SLOPE };
+/* What an epilogue does with the result of a matmul. */
+enum { STORE, ADD, BIAS, GELU, GELU_GRAD };
 
 typedef struct {
     int kind;
-    char *to; /* rows of `line` bytes: floats of STORE, ADD and BIAS, else elements */
-    int64_t line;
+    char *to; /* rows of `row_bytes` bytes: floats for STORE, ADD and BIAS, else elements */
+    int64_t row_bytes;
     const float *bias;
-    /* GELU: the layer before it is kept there, or null. SLOPE: it comes from there, in floats */
+    /* GELU: where to save its input, or null. GELU_GRAD: its input, in floats */
     char *hidden;
-    int64_t hidden_line;
-    char *gelu;  /* SLOPE: GELU, in rows as `to` has */
-    float *sums; /* SLOPE: of each column, added to */
+    int64_t hidden_row_bytes;
+    char *gelu;  /* GELU_GRAD: where to store GELU, with rows as in `to` */
+    float *sums; /* GELU_GRAD: sums of columns, added to */
 } Epilogue;
 
-/* Rows of `a` by a panel of WIDE columns: a[i][k] at i * row + k * step bytes, b[k] the next WIDE words. */
-INLINE void product(const int bf16, const int rows, const char *a, int64_t row, int64_t step, const word *b, int64_t k,
-                    vec acc[TALL][2]) {
-    const char *a7 = rows > 7 ? a + 7 * row : a; /* two bases, so that few registers address all rows */
+/* Rows of `a` times a panel of NR columns: a[i][k] is at i * row + k * step bytes, b[k] at k * NR operands. */
+INLINE void microkernel(const int bf16, const int rows, const char *a, int64_t row, int64_t step, const operand_t *b,
+                        int64_t k, f32x16 acc[MR][2]) {
+    const char *a7 = rows > 7 ? a + 7 * row : a; /* a second base: with two, few registers address all rows */
     UNROLL for (int i = 0; i < rows; i++) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
-    for (; k > 0; k--, b += WIDE, a += step, a7 += step) {
-        vec b0 = load(b), b1 = load(b + LANES);
+    for (; k > 0; k--, b += NR, a += step, a7 += step) {
+        f32x16 b0 = load(b), b1 = load(b + LANES);
         UNROLL for (int i = 0; i < rows; i++) {
-            vec x = all(*(const float *)(i < 7 ? a + i * row : a7 + (i - 7) * row));
+            f32x16 x = splat(*(const float *)(i < 7 ? a + i * row : a7 + (i - 7) * row));
             acc[i][0] = multiply_add(bf16, x, b0, acc[i][0]);
             acc[i][1] = multiply_add(bf16, x, b1, acc[i][1]);
         }
     }
 }
 
-INLINE void finish(const int bf16, const int rows, const Epilogue *e, int64_t first, int64_t column, vec acc[TALL][2]) {
-    char *to = e->to + first * e->line;
+INLINE void epilogue(const int bf16, const int rows, const Epilogue *e, int64_t first, int64_t column,
+                     f32x16 acc[MR][2]) {
+    char *to = e->to + first * e->row_bytes;
     if (e->kind <= BIAS) {
-        UNROLL for (int i = 0; i < rows; i++) for (int half = 0; half < 2; half++) {
-            float *p = (float *)(to + i * e->line) + column + LANES * half;
-            vec v = acc[i][half];
-            if (e->kind == ADD) v = _mm512_add_ps(v, load(p));
-            if (e->kind == BIAS) v = _mm512_add_ps(v, load(e->bias + column + LANES * half));
-            store(p, v);
-        }
+        UNROLL for (int i = 0; i < rows; i++)
+            for (int half = 0; half < 2; half++) {
+                float *p = (float *)(to + i * e->row_bytes) + column + LANES * half;
+                f32x16 v = acc[i][half];
+                if (e->kind == ADD) v = _mm512_add_ps(v, load(p));
+                if (e->kind == BIAS) v = _mm512_add_ps(v, load(e->bias + column + LANES * half));
+                store(p, v);
+            }
     } else if (e->kind == GELU) {
-        vec bias[2] = {load(e->bias + column), load(e->bias + column + LANES)};
-        char *hidden = e->hidden ? e->hidden + first * e->hidden_line : 0;
+        f32x16 bias[2] = {load(e->bias + column), load(e->bias + column + LANES)};
+        char *hidden = e->hidden ? e->hidden + first * e->hidden_row_bytes : 0;
         UNROLL for (int i = 0; i < rows; i++) {
-            vec v[2] = {_mm512_add_ps(acc[i][0], bias[0]), _mm512_add_ps(acc[i][1], bias[1])};
-            if (hidden) put_both(bf16, hidden + i * e->hidden_line, column, v[0], v[1]);
-            put_both(bf16, to + i * e->line, column, gelu(bf16, v[0]), gelu(bf16, v[1]));
+            f32x16 v[2] = {_mm512_add_ps(acc[i][0], bias[0]), _mm512_add_ps(acc[i][1], bias[1])};
+            if (hidden) store_elems2(bf16, hidden + i * e->hidden_row_bytes, column, v[0], v[1]);
+            store_elems2(bf16, to + i * e->row_bytes, column, gelu(bf16, v[0]), gelu(bf16, v[1]));
         }
     } else {
-        vec sums[2] = {load(e->sums + column), load(e->sums + column + LANES)};
+        f32x16 sums[2] = {load(e->sums + column), load(e->sums + column + LANES)};
         UNROLL for (int i = 0; i < rows; i++) {
-            const float *hidden = (const float *)(e->hidden + (first + i) * e->hidden_line) + column;
-            vec v[2] = {load(hidden), load(hidden + LANES)};
-            Place p[2] = {place_of(bf16, v[0]), place_of(bf16, v[1])};
-            vec activation[2] = {gelu_at(bf16, v[0], p[0]), gelu_at(bf16, v[1], p[1])};
-            put_both(bf16, e->gelu + (first + i) * e->line, column, activation[0], activation[1]);
+            const float *hidden = (const float *)(e->hidden + (first + i) * e->hidden_row_bytes) + column;
+            f32x16 v[2] = {load(hidden), load(hidden + LANES)};
+            Segment p[2] = {segment_of(bf16, v[0]), segment_of(bf16, v[1])};
+            f32x16 activation[2] = {gelu_at(bf16, v[0], p[0]), gelu_at(bf16, v[1], p[1])};
+            store_elems2(bf16, e->gelu + (first + i) * e->row_bytes, column, activation[0], activation[1]);
             UNROLL for (int half = 0; half < 2; half++) {
-                v[half] = _mm512_mul_ps(acc[i][half], slope_of(bf16, v[half], p[half]));
+                v[half] = _mm512_mul_ps(acc[i][half], gelu_grad_at(bf16, v[half], p[half]));
                 sums[half] = _mm512_add_ps(sums[half], v[half]);
             }
-            put_both(bf16, to + i * e->line, column, v[0], v[1]);
+            store_elems2(bf16, to + i * e->row_bytes, column, v[0], v[1]);
         }
         store(e->sums + column, sums[0]);
         store(e->sums + column + LANES, sums[1]);
     }
 }
 
-/* A number of rows has registers of its own only where it is known to the compiler. */
+/* The compiler keeps `acc` in registers only if it knows the number of rows. */
 #define FOR_ROWS(DO) \
     switch (rows) { \
         case 1: DO(1); case 2: DO(2); case 3: DO(3); case 4: DO(4); case 5: DO(5); case 6: DO(6); case 7: DO(7); \
@@ -282,48 +446,49 @@ INLINE void finish(const int bf16, const int rows, const Epilogue *e, int64_t fi
         case 14: DO(14); \
     }
 
-#define PRODUCT(NAME, BF16) \
-    __attribute__((noinline)) static void NAME(int64_t rows, const char *a, int64_t line, const word *b, int64_t k, \
-                                               const Epilogue *e, int64_t first, int64_t column) { \
-        vec acc[TALL][2]; \
+#define GEMM_TILE(NAME, BF16) \
+    __attribute__((noinline)) static void NAME(int64_t rows, const char *a, int64_t row_bytes, const operand_t *b, \
+                                               int64_t k, const Epilogue *e, int64_t first, int64_t column) { \
+        f32x16 acc[MR][2]; \
         FOR_ROWS(BF16) \
     }
-#define IN_FLOAT32(N) product(0, N, a, line, 4, b, k, acc); finish(0, N, e, first, column, acc); break
-#define IN_BFLOAT16(N) product(1, N, a, line, 4, b, k, acc); finish(1, N, e, first, column, acc); break
-PRODUCT(product_float32, IN_FLOAT32)
-PRODUCT(product_bfloat16, IN_BFLOAT16)
+#define DO_F32(N) microkernel(0, N, a, row_bytes, 4, b, k, acc); epilogue(0, N, e, first, column, acc); break
+#define DO_BF16(N) microkernel(1, N, a, row_bytes, 4, b, k, acc); epilogue(1, N, e, first, column, acc); break
+GEMM_TILE(gemm_tile_f32, DO_F32)
+GEMM_TILE(gemm_tile_bf16, DO_BF16)
 
-/* `rows` rows of `a` by panels of `k` words, `stride` words apart. */
-static void multiply(int bf16, const char *a, int64_t line, int64_t rows, const word *b, int64_t stride, int64_t k,
-                     int64_t columns, const Epilogue *e) {
-    int64_t parts = (rows + TALL - 1) / TALL;
-    for (int64_t column = 0; column < columns; column += WIDE, b += stride)
+/* `rows` rows of `a` times panels of `k` x NR operands, `stride` operands apart. */
+static void gemm(int bf16, const char *a, int64_t row_bytes, int64_t rows, const operand_t *b, int64_t stride,
+                 int64_t k, int64_t columns, const Epilogue *e) {
+    int64_t parts = (rows + MR - 1) / MR;
+    for (int64_t column = 0; column < columns; column += NR, b += stride)
         for (int64_t i = 0; i < parts; i++) {
             int64_t first = i * rows / parts, n = (i + 1) * rows / parts - first;
-            (bf16 ? product_bfloat16 : product_float32)(n, a + first * line, line, b, k, e, first, column);
+            (bf16 ? gemm_tile_bf16 : gemm_tile_f32)(n, a + first * row_bytes, row_bytes, b, k, e, first, column);
         }
 }
 
-/* The gradient of a weight, WIDE x WIDE of it: the sum over `k` rows of a panel's columns by another's; added where it
-   is not the first. */
-#define OUTER(NAME, BF16) \
-    __attribute__((noinline)) static void NAME(const word *a, const word *b, int64_t k, float *to, int64_t line, int add) { \
-        vec acc[TALL][2]; \
-        Epilogue e = {add ? ADD : STORE, (char *)to, 4 * line, 0, 0, 0, 0, 0}; \
-        product(BF16, 11, (const char *)a, 4, 4 * WIDE, b, k, acc), finish(BF16, 11, &e, 0, 0, acc); \
-        product(BF16, 11, (const char *)(a + 11), 4, 4 * WIDE, b, k, acc), finish(BF16, 11, &e, 11, 0, acc); \
-        product(BF16, 10, (const char *)(a + 22), 4, 4 * WIDE, b, k, acc), finish(BF16, 10, &e, 22, 0, acc); \
+/* NR x NR of the gradient of a weight, a^T b: a sum over `k` rows of two panels, with `add` on top of what is there. */
+#define WGRAD(NAME, BF16) \
+    __attribute__((noinline)) static void NAME(const operand_t *a, const operand_t *b, int64_t k, float *to, \
+                                               int64_t row_bytes, int add) { \
+        f32x16 acc[MR][2]; \
+        Epilogue e = {add ? ADD : STORE, (char *)to, 4 * row_bytes, 0, 0, 0, 0, 0}; \
+        microkernel(BF16, 11, (const char *)a, 4, 4 * NR, b, k, acc), epilogue(BF16, 11, &e, 0, 0, acc); \
+        microkernel(BF16, 11, (const char *)(a + 11), 4, 4 * NR, b, k, acc), epilogue(BF16, 11, &e, 11, 0, acc); \
+        microkernel(BF16, 10, (const char *)(a + 22), 4, 4 * NR, b, k, acc), epilogue(BF16, 10, &e, 22, 0, acc); \
     }
-OUTER(outer_float32, 0)
-OUTER(outer_bfloat16, 1)
+WGRAD(wgrad_tile_f32, 0)
+WGRAD(wgrad_tile_bf16, 1)
 
-static void multiply_transposed(int bf16, const word *a, const word *b, int64_t k, float *to, int64_t line, int add) {
-    (bf16 ? outer_bfloat16 : outer_float32)(a, b, k, to, line, add);
+static void gemm_tn(int bf16, const operand_t *a, const operand_t *b, int64_t k, float *to, int64_t row_bytes,
+                    int add) {
+    (bf16 ? wgrad_tile_bf16 : wgrad_tile_f32)(a, b, k, to, row_bytes, add);
 }
 
-/* ---- operands in panels ------------------------------------------------------------------------------------------ */
+/* ---- packing of operands ----------------------------------------------------------------------------------------- */
 
-/* Of four vectors the first 128 bits of each to r[0], the second to r[step] and so on. */
+/* r[0] becomes the first 128 bits of each of the four vectors, r[step] the second, and so on. */
 INLINE void transpose_lanes(__m512i a, __m512i b, __m512i c, __m512i d, __m512i *r, const int step) {
     __m512i low01 = _mm512_shuffle_i32x4(a, b, 0x88), high01 = _mm512_shuffle_i32x4(a, b, 0xdd);
     __m512i low23 = _mm512_shuffle_i32x4(c, d, 0x88), high23 = _mm512_shuffle_i32x4(c, d, 0xdd);
@@ -333,7 +498,7 @@ INLINE void transpose_lanes(__m512i a, __m512i b, __m512i c, __m512i d, __m512i 
     r[3 * step] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
 }
 
-/* Within 128 bits: r[i] becomes word i of a, b, c, d, for each of the four lanes. */
+/* Within each 128 bits, r[i] becomes operand i of a, b, c, d. */
 INLINE void transpose_words(__m512i a, __m512i b, __m512i c, __m512i d, __m512i r[4]) {
     __m512i low01 = _mm512_unpacklo_epi32(a, b), high01 = _mm512_unpackhi_epi32(a, b);
     __m512i low23 = _mm512_unpacklo_epi32(c, d), high23 = _mm512_unpackhi_epi32(c, d);
@@ -349,123 +514,126 @@ INLINE void transpose(__m512i r[16]) {
     UNROLL for (int i = 0; i < 4; i++) transpose_lanes(t[i], t[i + 4], t[i + 8], t[i + 12], r + i, 4);
 }
 
-/* Panel `at` of a weight, columns x k, summed over its rows' own dimension. */
-static void pack_rows(int bf16, const float *weight, int64_t k, int64_t at, word *to) {
+/* Panel number `panel` of a weight, columns x k, for sums over k. */
+static void pack_b_nt(int bf16, const float *weight, int64_t k, int64_t panel, operand_t *to) {
     int64_t words = bf16 ? k / 2 : k;
-    vec seen = _mm512_setzero_ps(); /* one after the other they come from memory twice as fast as row beside row */
-    weight += at * WIDE * k, to += at * words * WIDE;
-    for (int64_t i = 0; i < WIDE * k; i += LANES) seen = _mm512_or_ps(seen, load(weight + i));
-    __asm__ volatile("" : : "v"(seen));
+    f32x16 any = _mm512_setzero_ps(); /* read in order first: memory is twice as fast then as row beside row */
+    weight += panel * NR * k, to += panel * words * NR;
+    for (int64_t i = 0; i < NR * k; i += LANES) any = _mm512_or_ps(any, load(weight + i));
+    __asm__ volatile("" : : "v"(any));
     for (int64_t w = 0; w < words; w += LANES)
-        for (int half = 0; half < WIDE; half += LANES) {
+        for (int half = 0; half < NR; half += LANES) {
             __m512i r[16];
             const float *from = weight + half * k + (bf16 ? 2 * w : w);
             UNROLL for (int i = 0; i < 16; i++)
                 r[i] = bf16 ? (__m512i)_mm512_cvtne2ps_pbh(load(from + i * k + LANES), load(from + i * k))
                             : (__m512i)load(from + i * k);
             transpose(r);
-            UNROLL for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (w + i) * WIDE + half, r[i]);
+            UNROLL for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (w + i) * NR + half, r[i]);
         }
 }
 
-/* Of all panels of a weight, k x columns, summed over its rows, the words at `w`. */
-static void pack_columns(int bf16, const float *weight, int64_t k, int64_t columns, int64_t w, word *to) {
+/* Operands `w` of all panels of a weight, k x columns, for sums over k. */
+static void pack_b_nn(int bf16, const float *weight, int64_t k, int64_t columns, int64_t w, operand_t *to) {
     int64_t words = bf16 ? k / 2 : k;
     const float *from = weight + (bf16 ? 2 * w : w) * columns;
     for (int64_t c = 0; c < columns; c += LANES, from += LANES) {
-        __m512i v = bf16 ? paired(narrow(load(from)), narrow(load(from + columns))) : (__m512i)load(from);
-        _mm512_storeu_si512(to + (c / WIDE * words + w) * WIDE + c % WIDE, v);
+        __m512i v = bf16 ? interleave_bf16(to_bf16(load(from)), to_bf16(load(from + columns))) : (__m512i)load(from);
+        _mm512_storeu_si512(to + (c / NR * words + w) * NR + c % NR, v);
     }
 }
 
-/* Rows of elements as panels, summed over rows, `stride` words apart; of an odd number of rows the last has a partner of
-   zeros. */
-static void to_panels(int bf16, const char *rows, int64_t line, int64_t n, int64_t columns, word *to, int64_t stride) {
-    for (int64_t column = 0; column < columns; column += WIDE, to += stride)
+/* Rows of elements as panels, `stride` operands apart, for sums over rows. In bfloat16 zeros complete an odd number of
+   rows. */
+static void pack_a(int bf16, const char *rows, int64_t row_bytes, int64_t n, int64_t columns, operand_t *to,
+                   int64_t stride) {
+    for (int64_t column = 0; column < columns; column += NR, to += stride)
         for (int64_t i = 0; i < n; i += 1 + bf16)
-            for (int half = 0; half < WIDE; half += LANES) {
-                const char *from = rows + i * line + size_of(bf16) * (column + half);
+            for (int half = 0; half < NR; half += LANES) {
+                const char *from = rows + i * row_bytes + size_of(bf16) * (column + half);
                 if (!bf16) {
-                    store(to + i * WIDE + half, load(from));
+                    store(to + i * NR + half, load(from));
                     continue;
                 }
-                __m256i odd = i + 1 < n ? _mm256_loadu_si256((const void *)(from + line)) : _mm256_setzero_si256();
-                __m512i pairs = paired(_mm256_loadu_si256((const void *)from), odd);
-                _mm512_storeu_si512(to + i / 2 * WIDE + half, pairs);
+                __m256i odd = i + 1 < n ? _mm256_loadu_si256((const void *)(from + row_bytes)) : _mm256_setzero_si256();
+                __m512i pairs = interleave_bf16(_mm256_loadu_si256((const void *)from), odd);
+                _mm512_storeu_si512(to + i / 2 * NR + half, pairs);
             }
 }
 
 /* ---- depthwise convolution --------------------------------------------------------------------------------------- */
 
-/* Lanes of a pixel's vector: all inside the row of the map, none outside. */
-INLINE __mmask16 inside(int64_t x, int64_t width) { return (uint64_t)x < (uint64_t)width ? 0xffff : 0; }
+/* All lanes for a pixel inside the row of the map, none for one outside. */
+INLINE __mmask16 lane_mask(int64_t x, int64_t width) { return (uint64_t)x < (uint64_t)width ? 0xffff : 0; }
 
-/* Pixels x to x + n - 1 of row h of an image, 16 channels of them; the first `count` are stored, `line` bytes apart. */
-INLINE void convolve(const int n, const Block *b, const float *image, int64_t h, int64_t x, const float *taps, vec start,
-                     const float *add, int64_t count, char *to, int64_t line) {
-    int64_t c = b->channels;
-    __mmask16 there[22];
-    vec acc[16], tap[SIDE];
-    UNROLL for (int i = 0; i < n + 2 * HALO; i++) there[i] = inside(x + i - HALO, b->width);
+/* Pixels x to x + n - 1 of row h of an image, 16 channels; the first `count` are stored, `row_bytes` bytes apart. */
+INLINE void dwconv_run(const int n, const BlockArgs *args, const float *image, int64_t h, int64_t x, const float *taps,
+                       f32x16 start, const float *add, int64_t count, char *to, int64_t row_bytes) {
+    int64_t c = args->channels;
+    __mmask16 mask[22];
+    f32x16 acc[16], tap[DW_K];
+    UNROLL for (int i = 0; i < n + 2 * DW_PAD; i++) mask[i] = lane_mask(x + i - DW_PAD, args->width);
     UNROLL for (int j = 0; j < n; j++) acc[j] = start;
-    for (int64_t v = most(0, HALO - h); v < least(SIDE, b->height + HALO - h); v++) {
-        uintptr_t row = address(image, ((h + v - HALO) * b->width + x - HALO) * c);
-        UNROLL for (int u = 0; u < SIDE; u++) tap[u] = load(taps + (v * SIDE + u) * c);
-        UNROLL for (int i = 0; i < n + 2 * HALO; i++, row += sizeof(float) * c) {
-            vec in = load_lanes(there[i], (const float *)row);
-            UNROLL for (int u = 0; u < SIDE; u++)
+    for (int64_t v = max_i64(0, DW_PAD - h); v < min_i64(DW_K, args->height + DW_PAD - h); v++) {
+        uintptr_t row = address(image, ((h + v - DW_PAD) * args->width + x - DW_PAD) * c);
+        UNROLL for (int u = 0; u < DW_K; u++) tap[u] = load(taps + (v * DW_K + u) * c);
+        UNROLL for (int i = 0; i < n + 2 * DW_PAD; i++, row += sizeof(float) * c) {
+            f32x16 in = load_lanes(mask[i], (const float *)row);
+            UNROLL for (int u = 0; u < DW_K; u++)
                 if (i - u >= 0 && i - u < n) acc[i - u] = _mm512_fmadd_ps(in, tap[u], acc[i - u]);
         }
     }
     UNROLL for (int j = 0; j < n; j++)
-        if (j < count) store(to + j * line, add ? _mm512_add_ps(acc[j], load(add + j * c)) : acc[j]);
+        if (j < count) store(to + j * row_bytes, add ? _mm512_add_ps(acc[j], load(add + j * c)) : acc[j]);
 }
 
-/* `rows` pixels from the `first` on, of `map` by `taps` (TAPS x C), plus `bias` and `add` where they are not null. */
-static void depthwise(const Block *b, const float *map, const float *taps, const float *bias, const float *add,
-                      int64_t first, int64_t rows, char *to, int64_t line) {
-    int64_t c = b->channels, area = b->height * b->width, run;
+/* `rows` pixels from number `first` on: `map` convolved with `taps` (DW_TAPS x C), plus `bias` and `add` unless these
+   are null. */
+static void dwconv(const BlockArgs *args, const float *map, const float *taps, const float *bias, const float *add,
+                   int64_t first, int64_t rows, char *to, int64_t row_bytes) {
+    int64_t c = args->channels, area = args->height * args->width, run;
     for (int64_t p = 0; p < rows; p += run) {
-        int64_t at = first + p, h = at % area / b->width, x = at % b->width;
-        const float *image = map + at / area * area * c;
-        run = least(rows - p, b->width - x);
+        int64_t pixel = first + p, h = pixel % area / args->width, x = pixel % args->width;
+        const float *image = map + pixel / area * area * c;
+        run = min_i64(rows - p, args->width - x);
         for (int64_t k = 0; k < c; k += LANES) {
-            vec start = bias ? load(bias + k) : _mm512_setzero_ps();
-            for (int64_t q = 0, left; (left = run - q) > 0; q += left > 8 ? 16 : 8) {
-                char *here = to + (p + q) * line + 4 * k;
-                const float *more = add ? add + (at + q) * c + k : 0;
-                if (left > 8)
-                    convolve(16, b, image + k, h, x + q, taps + k, start, more, left, here, line);
+            f32x16 start = bias ? load(bias + k) : _mm512_setzero_ps();
+            for (int64_t q = 0, remaining; (remaining = run - q) > 0; q += remaining > 8 ? 16 : 8) {
+                char *dest = to + (p + q) * row_bytes + 4 * k;
+                const float *addend = add ? add + (pixel + q) * c + k : 0;
+                if (remaining > 8)
+                    dwconv_run(16, args, image + k, h, x + q, taps + k, start, addend, remaining, dest, row_bytes);
                 else
-                    convolve(8, b, image + k, h, x + q, taps + k, start, more, left, here, line);
+                    dwconv_run(8, args, image + k, h, x + q, taps + k, start, addend, remaining, dest, row_bytes);
             }
         }
     }
 }
 
-/* Gradients of the taps of 16 channels from row h of an image, added to `sums`, TAPS x C. */
-static void tap_gradients(const Block *b, const float *image, const float *grad, int64_t h, float *sums) {
-    int64_t c = b->channels, line = sizeof(float) * c;
-    for (int64_t v = most(0, HALO - h); v < least(SIDE, b->height + HALO - h); v++) {
-        uintptr_t row = address(image, ((h + v - HALO) * b->width - HALO) * c), g_row = address(grad, h * b->width * c);
-        vec acc[SIDE];
-        UNROLL for (int u = 0; u < SIDE; u++) acc[u] = load(sums + (v * SIDE + u) * c);
-        for (int64_t x = 0; x < b->width; x += 8, row += 8 * line, g_row += 8 * line) {
-            vec g[8];
+/* Add to `sums` (DW_TAPS x C) the gradients of the taps of 16 channels from row h of an image. */
+static void dwconv_wgrad(const BlockArgs *args, const float *image, const float *grad, int64_t h, float *sums) {
+    int64_t c = args->channels, row_bytes = sizeof(float) * c;
+    for (int64_t v = max_i64(0, DW_PAD - h); v < min_i64(DW_K, args->height + DW_PAD - h); v++) {
+        uintptr_t row = address(image, ((h + v - DW_PAD) * args->width - DW_PAD) * c),
+                  g_row = address(grad, h * args->width * c);
+        f32x16 acc[DW_K];
+        UNROLL for (int u = 0; u < DW_K; u++) acc[u] = load(sums + (v * DW_K + u) * c);
+        for (int64_t x = 0; x < args->width; x += 8, row += 8 * row_bytes, g_row += 8 * row_bytes) {
+            f32x16 g[8];
             UNROLL for (int j = 0; j < 8; j++)
-                g[j] = load_lanes(inside(x + j, b->width), (const float *)(g_row + j * line));
-            UNROLL for (int i = 0; i < 8 + 2 * HALO; i++) {
-                vec in = load_lanes(inside(x + i - HALO, b->width), (const float *)(row + i * line));
-                UNROLL for (int u = 0; u < SIDE; u++)
+                g[j] = load_lanes(lane_mask(x + j, args->width), (const float *)(g_row + j * row_bytes));
+            UNROLL for (int i = 0; i < 8 + 2 * DW_PAD; i++) {
+                f32x16 in = load_lanes(lane_mask(x + i - DW_PAD, args->width), (const float *)(row + i * row_bytes));
+                UNROLL for (int u = 0; u < DW_K; u++)
                     if (i - u >= 0 && i - u < 8) acc[u] = _mm512_fmadd_ps(in, g[i - u], acc[u]);
             }
         }
-        UNROLL for (int u = 0; u < SIDE; u++) store(sums + (v * SIDE + u) * c, acc[u]);
+        UNROLL for (int u = 0; u < DW_K; u++) store(sums + (v * DW_K + u) * c, acc[u]);
     }
 }
 
-/* What all threads have summed up. */
-static void add_threads(const float *sums, int64_t n, float *to) {
+/* Add the sums of all threads, `n` floats each. */
+static void reduce_threads(const float *sums, int64_t n, float *to) {
 #pragma omp for
     for (int64_t i = 0; i < n; i++) {
         to[i] = 0;
@@ -473,622 +641,716 @@ static void add_threads(const float *sums, int64_t n, float *to) {
     }
 }
 
-/* ---- rows --------------------------------------------------------------------------------------------------------- */
+/* ---- rows -------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     float mean, scale;
-} Moments;
+} RowStats;
 
-INLINE Moments moments(const float *row, int64_t c, float eps) {
-    vec total = _mm512_setzero_ps(), squares = total;
+INLINE RowStats row_stats(const float *row, int64_t c, float eps) {
+    f32x16 total = _mm512_setzero_ps(), squares = total;
     for (int64_t k = 0; k < c; k += LANES) total = _mm512_add_ps(total, load(row + k));
     float mean = sum(total) / c;
     for (int64_t k = 0; k < c; k += LANES) {
-        vec d = _mm512_sub_ps(load(row + k), all(mean));
+        f32x16 d = _mm512_sub_ps(load(row + k), splat(mean));
         squares = _mm512_fmadd_ps(d, d, squares);
     }
-    return (Moments){mean, 1 / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(sum(squares) / c + eps)))};
+    return (RowStats){mean, 1 / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(sum(squares) / c + eps)))};
 }
 
-/* LayerNorm of a row of floats, to elements. */
-INLINE void normalise(const int bf16, const float *row, int64_t c, Moments m, const float *weight, const float *bias,
-                      void *to) {
+/* LayerNorm of a row of floats, stored as elements. */
+INLINE void layer_norm(const int bf16, const float *row, int64_t c, RowStats m, const float *weight, const float *bias,
+                       void *to) {
     for (int64_t k = 0; k < c; k += LANES) {
-        vec v = _mm512_mul_ps(_mm512_sub_ps(load(row + k), all(m.mean)), all(m.scale));
-        put(bf16, to, k, _mm512_fmadd_ps(v, load(weight + k), load(bias + k)));
+        f32x16 v = _mm512_mul_ps(_mm512_sub_ps(load(row + k), splat(m.mean)), splat(m.scale));
+        store_elems(bf16, to, k, _mm512_fmadd_ps(v, load(weight + k), load(bias + k)));
     }
 }
 
-/* From the gradient of its output that of its input, to `to`; sums of the gradients of weight, bias and input, or null. */
-static void normalise_backward(const float *y, const float *grad, int64_t c, Moments m, const float *weight, float *to,
-                               float *of_weight, float *of_bias, float *of_y) {
-    vec mean = all(m.mean), scale = all(m.scale), total = _mm512_setzero_ps(), product = total;
+/* Store the gradient of LayerNorm's input from that of its output; add to the sums of the gradients of weight, bias and
+   input, unless null. */
+static void layer_norm_bwd(const float *y, const float *grad, int64_t c, RowStats m, const float *weight, float *to,
+                           float *grad_weight_sum, float *grad_bias_sum, float *grad_y_sum) {
+    f32x16 mean = splat(m.mean), scale = splat(m.scale), total = _mm512_setzero_ps(), product = total;
     for (int64_t k = 0; k < c; k += LANES) {
-        vec n = _mm512_mul_ps(_mm512_sub_ps(load(y + k), mean), scale), g = load(grad + k);
-        if (of_weight) add_to(of_weight + k, _mm512_mul_ps(g, n)), add_to(of_bias + k, g);
+        f32x16 n = _mm512_mul_ps(_mm512_sub_ps(load(y + k), mean), scale), g = load(grad + k);
+        if (grad_weight_sum) add_to(grad_weight_sum + k, _mm512_mul_ps(g, n)), add_to(grad_bias_sum + k, g);
         g = _mm512_mul_ps(g, load(weight + k));
         total = _mm512_add_ps(total, g);
         product = _mm512_fmadd_ps(g, n, product);
     }
-    total = all(sum(total) / c), product = all(sum(product) / c);
+    total = splat(sum(total) / c), product = splat(sum(product) / c);
     for (int64_t k = 0; k < c; k += LANES) {
-        vec n = _mm512_mul_ps(_mm512_sub_ps(load(y + k), mean), scale);
-        vec g = _mm512_sub_ps(_mm512_mul_ps(load(grad + k), load(weight + k)), total);
+        f32x16 n = _mm512_mul_ps(_mm512_sub_ps(load(y + k), mean), scale);
+        f32x16 g = _mm512_sub_ps(_mm512_mul_ps(load(grad + k), load(weight + k)), total);
         g = _mm512_mul_ps(_mm512_fnmadd_ps(n, product, g), scale);
-        if (of_y) add_to(of_y + k, g);
+        if (grad_y_sum) add_to(grad_y_sum + k, g);
         store(to + k, g);
     }
 }
 
-/* That of a block, of rows. */
-static void normalise_rows(const Block *b, const Plan *plan, const char *y, int64_t rows, char *to, Moments *of_rows) {
-    for (int64_t i = 0; i < rows; i++, y += plan->line, to += plan->thin) {
-        Moments m = moments((const float *)y, b->channels, b->eps);
-        if (of_rows) of_rows[i] = m;
-        normalise(b->bf16, (const float *)y, b->channels, m, b->norm, b->norm_bias, to);
+/* The LayerNorm of a block for several rows; `stats` may be null. */
+static void layer_norm_rows(const BlockArgs *args, const Workspace *plan, const char *y, int64_t rows, char *to,
+                            RowStats *stats) {
+    for (int64_t i = 0; i < rows; i++, y += plan->row_bytes_f32, to += plan->row_bytes_elem) {
+        RowStats m = row_stats((const float *)y, args->channels, args->eps);
+        if (stats) stats[i] = m;
+        layer_norm(args->bf16, (const float *)y, args->channels, m, args->norm_weight, args->norm_bias, to);
     }
 }
 
-/* ---- plan of the memory ------------------------------------------------------------------------------------------- */
+/* ---- workspace --------------------------------------------------------------------------------------------------- */
 
-static int64_t place(int64_t *end, int64_t bytes) {
-    int64_t at = *end;
-    *end += up(bytes, 64);
-    return at;
+static int64_t reserve(int64_t *end, int64_t bytes) {
+    int64_t offset = *end;
+    *end += round_up(bytes, 64);
+    return offset;
 }
 
-static Plan plan_of(const Block *b, int backward) {
-    Plan p = {0};
-    int64_t c = b->channels, size = size_of(b->bf16), m = b->images * b->height * b->width, end = 0;
-    int64_t target = backward ? (c <= 192 ? 128 : 64) : (c <= 768 ? 112 : 56), round = target * b->threads;
-    int64_t even = (m + round - 1) / round * b->threads; /* as many tiles for each thread */
-    p.rows = most(2, up((m + even - 1) / even, 2));
-    p.strip = up(least(most(8 * round, 1024), m), p.rows);
-    p.line = 4 * c + PAD, p.thin = size * c + PAD, p.hidden_line = 4 * CHUNK + PAD, p.hidden_thin = size * CHUNK + PAD;
-    p.taps = place(&end, 2 * 4 * TAPS * c);
-    p.scale = place(&end, 4 * c);
-    p.linear1 = place(&end, size * 4 * c * c);
-    p.linear2 = place(&end, backward ? 0 : size * 4 * c * c);
-    p.of_sums = (4 + 4 + TAPS) * c;
+static Workspace plan_workspace(const BlockArgs *args, int backward) {
+    Workspace p = {0};
+    int64_t c = args->channels, size = size_of(args->bf16), m = args->images * args->height * args->width, end = 0;
+    int64_t target = backward ? (c <= 192 ? 128 : 64) : (c <= 768 ? 112 : 56), round = target * args->threads;
+    int64_t even = (m + round - 1) / round * args->threads; /* so that each thread gets the same number of tiles */
+    p.rows = max_i64(2, round_up((m + even - 1) / even, 2));
+    p.wgrad_rows = round_up(min_i64(max_i64(8 * round, 1024), m), p.rows);
+    p.row_bytes_f32 = 4 * c + ROW_PAD, p.row_bytes_elem = size * c + ROW_PAD,
+    p.hidden_row_bytes_f32 = 4 * KC_HIDDEN + ROW_PAD, p.hidden_row_bytes_elem = size * KC_HIDDEN + ROW_PAD;
+    p.taps = reserve(&end, 2 * 4 * DW_TAPS * c);
+    p.scale = reserve(&end, 4 * c);
+    p.pwconv1 = reserve(&end, size * 4 * c * c);
+    p.pwconv2 = reserve(&end, backward ? 0 : size * 4 * c * c);
+    p.sums_per_thread = (4 + 4 + DW_TAPS) * c;
     if (backward) {
-        p.linear1_back = place(&end, size * 4 * c * c);
-        p.linear2_back = place(&end, size * 4 * c * c);
-        for (int i = 0; i < 4 && b->grad_linear1; i++) p.panels[i] = place(&end, size * (i < 2 ? c : 4 * c) * p.strip);
-        p.sums = place(&end, 4 * p.of_sums * b->threads);
-        p.scratch_size = p.rows * (2 * p.line + 2 * p.thin + p.hidden_line + 2 * p.hidden_thin + sizeof(Moments)) + 64;
+        p.pwconv1_bwd = reserve(&end, size * 4 * c * c);
+        p.pwconv2_bwd = reserve(&end, size * 4 * c * c);
+        for (int i = 0; i < 4 && args->grad_pwconv1_weight; i++)
+            p.panels[i] = reserve(&end, size * (i < 2 ? c : 4 * c) * p.wgrad_rows);
+        p.sums = reserve(&end, 4 * p.sums_per_thread * args->threads);
+        p.scratch_size = p.rows * (2 * p.row_bytes_f32 + 2 * p.row_bytes_elem + p.hidden_row_bytes_f32 +
+                                   2 * p.hidden_row_bytes_elem + sizeof(RowStats)) +
+                         64;
     } else {
-        p.scratch_size = p.rows * (p.line + p.thin + p.hidden_thin);
+        p.scratch_size = p.rows * (p.row_bytes_f32 + p.row_bytes_elem + p.hidden_row_bytes_elem);
     }
-    p.scratch_size = up(p.scratch_size, 4096) + 64; /* threads' scratch not on the same lines of the cache */
-    p.scratch = place(&end, p.scratch_size * b->threads);
+    p.scratch_size = round_up(p.scratch_size, 4096) + 64; /* the scratch of threads should not share cache sets */
+    p.scratch = reserve(&end, p.scratch_size * args->threads);
     p.total = end;
     return p;
 }
 
-/* Bytes that `work` is to hold. */
-int64_t convnext_forward_work(const Block *b) { return plan_of(b, 0).total; }
-int64_t convnext_backward_work(const Block *b) { return plan_of(b, 1).total; }
-
-/* The taps, TAPS x C, as the forward pass and then as the backward pass wants them, and the branch's scale. */
-static void prepare(const Block *b, const Plan *plan) {
-    int64_t c = b->channels;
-    float *taps = (float *)(b->work + plan->taps), *scale = (float *)(b->work + plan->scale);
+/* The taps as DW_TAPS x C, for the forward pass and then flipped for the backward pass, and the scale of the branch. */
+static void transpose_taps(const BlockArgs *args, const Workspace *plan) {
+    int64_t c = args->channels;
+    float *taps = (float *)(args->workspace + plan->taps), *scale = (float *)(args->workspace + plan->scale);
 #pragma omp for nowait
     for (int64_t k = 0; k < c; k++) {
-        for (int t = 0; t < TAPS; t++)
-            taps[t * c + k] = taps[(TAPS + TAPS - 1 - t) * c + k] = b->depthwise[k * TAPS + t];
-        scale[k] = b->gamma ? b->factor * b->gamma[k] : b->factor;
+        for (int t = 0; t < DW_TAPS; t++)
+            taps[t * c + k] = taps[(DW_TAPS + DW_TAPS - 1 - t) * c + k] = args->dwconv_weight[k * DW_TAPS + t];
+        scale[k] = args->gamma ? args->keep_prob_scale * args->gamma[k] : args->keep_prob_scale;
     }
 }
 
-/* ---- forward ------------------------------------------------------------------------------------------------------ */
+/* ---- forward ----------------------------------------------------------------------------------------------------- */
 
-static void forward_tile(const Block *b, const Plan *plan, char *scratch, int64_t first, int64_t rows) {
-    int bf16 = b->bf16;
-    int64_t c = b->channels, size = size_of(bf16), words = bf16 ? c / 2 : c, all_words = 4 * words;
-    char *y = scratch, *n = y + plan->rows * plan->line, *h = n + plan->rows * plan->thin;
-    const float *scale = (const float *)(b->work + plan->scale);
-    const word *linear1 = (const word *)(b->work + plan->linear1), *linear2 = (const word *)(b->work + plan->linear2);
-    depthwise(b, b->x, (const float *)(b->work + plan->taps), b->depthwise_bias, 0, first, rows, y, plan->line);
-    for (int64_t i = 0; b->y && i < rows; i++)
+static void forward_tile(const BlockArgs *args, const Workspace *plan, char *scratch, int64_t first, int64_t rows) {
+    int bf16 = args->bf16;
+    int64_t c = args->channels, size = size_of(bf16), words = bf16 ? c / 2 : c, hidden_words = 4 * words;
+    char *y = scratch, *n = y + plan->rows * plan->row_bytes_f32, *h = n + plan->rows * plan->row_bytes_elem;
+    const float *scale = (const float *)(args->workspace + plan->scale);
+    const operand_t *pwconv1 = (const operand_t *)(args->workspace + plan->pwconv1),
+                    *pwconv2 = (const operand_t *)(args->workspace + plan->pwconv2);
+    dwconv(args, args->x, (const float *)(args->workspace + plan->taps), args->dwconv_bias, 0, first, rows, y,
+           plan->row_bytes_f32);
+    for (int64_t i = 0; args->y && i < rows; i++)
         for (int64_t k = 0; k < c; k += LANES)
-            put(bf16, (char *)b->y + (first + i) * c * size, k, load(y + i * plan->line + 4 * k));
-    normalise_rows(b, plan, y, rows, n, 0);
-    for (int64_t column = 0; column < 4 * c; column += CHUNK) { /* y is done with: the branch grows in its place */
-        int64_t columns = least(CHUNK, 4 * c - column), k = bf16 ? columns / 2 : columns;
-        char *hidden = b->hidden ? (char *)b->hidden + (first * 4 * c + column) * size : 0;
-        Epilogue gelu = {GELU, h, plan->hidden_thin, b->bias1 + column, hidden, 4 * c * size, 0, 0};
-        Epilogue branch = {column ? ADD : STORE, y, plan->line, 0, 0, 0, 0, 0};
-        multiply(bf16, n, plan->thin, rows, linear1 + column * words, words * WIDE, words, columns, &gelu);
-        const word *part = linear2 + (bf16 ? column / 2 : column) * WIDE;
-        multiply(bf16, h, plan->hidden_thin, rows, part, all_words * WIDE, k, c, &branch);
+            store_elems(bf16, (char *)args->y + (first + i) * c * size, k, load(y + i * plan->row_bytes_f32 + 4 * k));
+    layer_norm_rows(args, plan, y, rows, n, 0);
+    for (int64_t column = 0; column < 4 * c;
+         column += KC_HIDDEN) { /* y is no longer needed: the branch accumulates in its place */
+        int64_t columns = min_i64(KC_HIDDEN, 4 * c - column), k = bf16 ? columns / 2 : columns;
+        char *hidden = args->hidden ? (char *)args->hidden + (first * 4 * c + column) * size : 0;
+        Epilogue gelu = {GELU, h, plan->hidden_row_bytes_elem, args->pwconv1_bias + column, hidden, 4 * c * size, 0, 0};
+        Epilogue branch = {column ? ADD : STORE, y, plan->row_bytes_f32, 0, 0, 0, 0, 0};
+        gemm(bf16, n, plan->row_bytes_elem, rows, pwconv1 + column * words, words * NR, words, columns, &gelu);
+        const operand_t *part = pwconv2 + (bf16 ? column / 2 : column) * NR;
+        gemm(bf16, h, plan->hidden_row_bytes_elem, rows, part, hidden_words * NR, k, c, &branch);
     }
     for (int64_t i = 0; i < rows; i++)
         for (int64_t k = 0; k < c; k += LANES) {
-            vec v = _mm512_add_ps(load(y + i * plan->line + 4 * k), load(b->bias2 + k));
-            int64_t at = (first + i) * c + k;
-            store(b->out + at, _mm512_fmadd_ps(v, load(scale + k), load(b->x + at)));
+            f32x16 v = _mm512_add_ps(load(y + i * plan->row_bytes_f32 + 4 * k), load(args->pwconv2_bias + k));
+            int64_t offset = (first + i) * c + k;
+            store(args->out + offset, _mm512_fmadd_ps(v, load(scale + k), load(args->x + offset)));
         }
 }
 
-void convnext_forward(const void *arguments) {
-    const Block *b = arguments;
-    Plan p = plan_of(b, 0);
-    const Plan *plan = &p;
-    int64_t c = b->channels, m = b->images * b->height * b->width;
-#pragma omp parallel num_threads((int)b->threads)
+int64_t convnext_block(const void *pointer) {
+    const BlockArgs *args = pointer;
+    RETURN_ON_ERROR(check_block(args, 0));
+    Workspace p = plan_workspace(args, 0);
+    const Workspace *plan = &p;
+    RETURN_ON_ERROR(check_workspace(args->workspace, args->workspace_bytes, p.total));
+    int64_t c = args->channels, m = args->images * args->height * args->width;
+#pragma omp parallel num_threads((int)args->threads)
     {
-        char *scratch = b->work + plan->scratch + omp_get_thread_num() * plan->scratch_size;
-        prepare(b, plan);
+        char *scratch = args->workspace + plan->scratch + omp_get_thread_num() * plan->scratch_size;
+        transpose_taps(args, plan);
 #pragma omp for nowait
-        for (int64_t i = 0; i < 4 * c / WIDE; i++)
-            pack_rows(b->bf16, b->linear1, c, i, (word *)(b->work + plan->linear1));
+        for (int64_t i = 0; i < 4 * c / NR; i++)
+            pack_b_nt(args->bf16, args->pwconv1_weight, c, i, (operand_t *)(args->workspace + plan->pwconv1));
 #pragma omp for
-        for (int64_t i = 0; i < c / WIDE; i++)
-            pack_rows(b->bf16, b->linear2, 4 * c, i, (word *)(b->work + plan->linear2));
+        for (int64_t i = 0; i < c / NR; i++)
+            pack_b_nt(args->bf16, args->pwconv2_weight, 4 * c, i, (operand_t *)(args->workspace + plan->pwconv2));
 #pragma omp for schedule(dynamic, 1)
         for (int64_t first = 0; first < m; first += plan->rows)
-            forward_tile(b, plan, scratch, first, least(plan->rows, m - first));
+            forward_tile(args, plan, scratch, first, min_i64(plan->rows, m - first));
     }
+    return OK;
 }
 
-/* ---- backward ----------------------------------------------------------------------------------------------------- */
+/* ---- backward ---------------------------------------------------------------------------------------------------- */
 
-/* Sums over all rows, of a thread: gradients of parameters in this order. */
+/* Sums over the rows of a thread: gradients of parameters, in this order. */
 typedef struct {
-    float *bias1, *bias2, *norm, *norm_bias, *depthwise_bias, *taps;
+    float *pwconv1_bias, *pwconv2_bias, *norm, *norm_bias, *depthwise_bias, *taps;
 } Sums;
 
-INLINE Sums sums_at(float *p, int64_t c) { return (Sums){p, p + 4 * c, p + 5 * c, p + 6 * c, p + 7 * c, p + 8 * c}; }
+INLINE Sums thread_sums(float *p, int64_t c) {
+    return (Sums){p, p + 4 * c, p + 5 * c, p + 6 * c, p + 7 * c, p + 8 * c};
+}
 
-/* Rows of the gradient of the output: times the branch's scale as elements, as they are as panels, and their sum. */
-static void take_gradient(const Block *b, const Plan *plan, int64_t first, int64_t rows, char *scaled, word *panels,
-                          int64_t stride, float *sums) {
-    int bf16 = b->bf16;
-    int64_t c = b->channels;
-    const float *scale = (const float *)(b->work + plan->scale);
+/* Rows of the gradient of the output: scaled as elements, unscaled as panels, and their sum. */
+static void pack_grad_out(const BlockArgs *args, const Workspace *plan, int64_t first, int64_t rows, char *scaled,
+                          operand_t *panels, int64_t stride, float *sums) {
+    int bf16 = args->bf16;
+    int64_t c = args->channels;
+    const float *scale = (const float *)(args->workspace + plan->scale);
     for (int64_t i = 0; i < rows; i += 1 + bf16)
         for (int64_t k = 0; k < c; k += LANES) {
-            const float *from = b->grad + (first + i) * c + k;
-            char *to = scaled + i * plan->thin;
-            vec g = load(from), odd = _mm512_setzero_ps();
-            put(bf16, to, k, _mm512_mul_ps(g, load(scale + k)));
+            const float *from = args->grad + (first + i) * c + k;
+            char *to = scaled + i * plan->row_bytes_elem;
+            f32x16 g = load(from), odd = _mm512_setzero_ps();
+            store_elems(bf16, to, k, _mm512_mul_ps(g, load(scale + k)));
             if (bf16 && i + 1 < rows) {
                 odd = load(from + c);
-                put(bf16, to + plan->thin, k, _mm512_mul_ps(odd, load(scale + k)));
+                store_elems(bf16, to + plan->row_bytes_elem, k, _mm512_mul_ps(odd, load(scale + k)));
             }
             if (!panels) continue;
             add_to(sums + k, _mm512_add_ps(g, odd));
-            word *p = panels + k / WIDE * stride + (bf16 ? i / 2 : i) * WIDE + k % WIDE;
-            _mm512_storeu_si512(p, bf16 ? paired(narrow(g), narrow(odd)) : (__m512i)g);
+            operand_t *p = panels + k / NR * stride + (bf16 ? i / 2 : i) * NR + k % NR;
+            _mm512_storeu_si512(p, bf16 ? interleave_bf16(to_bf16(g), to_bf16(odd)) : (__m512i)g);
         }
 }
 
-/* From the gradient of the output of `rows` rows that of the depthwise convolution's, and the operands of the gradients of
-   both weights; `at`: rows of the strip before them. */
-static void backward_tile(const Block *b, const Plan *plan, char *scratch, int64_t first, int64_t rows, int64_t at,
-                          Sums s) {
-    int bf16 = b->bf16, of_weights = b->grad_linear1 != 0;
-    int64_t c = b->channels, size = size_of(bf16), words = bf16 ? c / 2 : c, all_words = 4 * words;
-    int64_t stride = (bf16 ? plan->strip / 2 : plan->strip) * WIDE, offset = (bf16 ? at / 2 : at) * WIDE;
-    char *y = scratch, *n_grad = y + plan->rows * plan->line, *n = n_grad + plan->rows * plan->line;
-    char *g = n + plan->rows * plan->thin, *a = g + plan->rows * plan->thin, *h = a + plan->rows * plan->hidden_line;
-    char *a_grad = h + plan->rows * plan->hidden_thin;
-    Moments *of_rows = (Moments *)(a_grad + plan->rows * plan->hidden_thin);
-    const word *linear1 = (const word *)(b->work + plan->linear1);
-    const word *linear1_back = (const word *)(b->work + plan->linear1_back);
-    const word *linear2_back = (const word *)(b->work + plan->linear2_back);
-    word *panels[4] = {0};
-    for (int i = 0; i < 4 && of_weights; i++) panels[i] = (word *)(b->work + plan->panels[i]) + offset;
+/* The gradient of the depthwise convolution's output for `rows` rows, and the operands of both weights' gradients;
+   `strip_row`: number of rows before them in these operands. */
+static void backward_tile(const BlockArgs *args, const Workspace *plan, char *scratch, int64_t first, int64_t rows,
+                          int64_t strip_row, Sums s) {
+    int bf16 = args->bf16, needs_wgrad = args->grad_pwconv1_weight != 0;
+    int64_t c = args->channels, size = size_of(bf16), words = bf16 ? c / 2 : c, hidden_words = 4 * words;
+    int64_t stride = (bf16 ? plan->wgrad_rows / 2 : plan->wgrad_rows) * NR,
+            offset = (bf16 ? strip_row / 2 : strip_row) * NR;
+    char *y = scratch, *n_grad = y + plan->rows * plan->row_bytes_f32, *n = n_grad + plan->rows * plan->row_bytes_f32;
+    char *g = n + plan->rows * plan->row_bytes_elem, *a = g + plan->rows * plan->row_bytes_elem,
+         *h = a + plan->rows * plan->hidden_row_bytes_f32;
+    char *a_grad = h + plan->rows * plan->hidden_row_bytes_elem;
+    RowStats *stats = (RowStats *)(a_grad + plan->rows * plan->hidden_row_bytes_elem);
+    const operand_t *pwconv1 = (const operand_t *)(args->workspace + plan->pwconv1);
+    const operand_t *pwconv1_bwd = (const operand_t *)(args->workspace + plan->pwconv1_bwd);
+    const operand_t *pwconv2_bwd = (const operand_t *)(args->workspace + plan->pwconv2_bwd);
+    operand_t *panels[4] = {0};
+    for (int i = 0; i < 4 && needs_wgrad; i++) panels[i] = (operand_t *)(args->workspace + plan->panels[i]) + offset;
 
-    if (b->y) {
+    if (args->y) {
         for (int64_t i = 0; i < rows; i++)
             for (int64_t k = 0; k < c; k += LANES)
-                store(y + i * plan->line + 4 * k, get(bf16, (const char *)b->y + (first + i) * c * size, k));
+                store(y + i * plan->row_bytes_f32 + 4 * k,
+                      load_elems(bf16, (const char *)args->y + (first + i) * c * size, k));
     } else {
-        depthwise(b, b->x, (const float *)(b->work + plan->taps), b->depthwise_bias, 0, first, rows, y, plan->line);
+        dwconv(args, args->x, (const float *)(args->workspace + plan->taps), args->dwconv_bias, 0, first, rows, y,
+               plan->row_bytes_f32);
     }
-    normalise_rows(b, plan, y, rows, n, of_rows);
-    if (of_weights) to_panels(bf16, n, plan->thin, rows, c, panels[0], stride);
-    take_gradient(b, plan, first, rows, g, panels[1], stride, s.bias2);
-    for (int64_t column = 0; column < 4 * c; column += CHUNK) {
-        int64_t columns = least(CHUNK, 4 * c - column), k = bf16 ? columns / 2 : columns;
-        if (b->hidden) {
-            const char *hidden = (const char *)b->hidden + first * 4 * c * size;
+    layer_norm_rows(args, plan, y, rows, n, stats);
+    if (needs_wgrad) pack_a(bf16, n, plan->row_bytes_elem, rows, c, panels[0], stride);
+    pack_grad_out(args, plan, first, rows, g, panels[1], stride, s.pwconv2_bias);
+    for (int64_t column = 0; column < 4 * c; column += KC_HIDDEN) {
+        int64_t columns = min_i64(KC_HIDDEN, 4 * c - column), k = bf16 ? columns / 2 : columns;
+        if (args->hidden) {
+            const char *hidden = (const char *)args->hidden + first * 4 * c * size;
             for (int64_t i = 0; i < rows; i++, hidden += 4 * c * size)
                 for (int64_t j = 0; j < columns; j += LANES)
-                    store(a + i * plan->hidden_line + 4 * j, get(bf16, hidden, column + j));
+                    store(a + i * plan->hidden_row_bytes_f32 + 4 * j, load_elems(bf16, hidden, column + j));
         } else {
-            Epilogue e = {BIAS, a, plan->hidden_line, b->bias1 + column, 0, 0, 0, 0};
-            multiply(bf16, n, plan->thin, rows, linear1 + column * words, words * WIDE, words, columns, &e);
+            Epilogue e = {BIAS, a, plan->hidden_row_bytes_f32, args->pwconv1_bias + column, 0, 0, 0, 0};
+            gemm(bf16, n, plan->row_bytes_elem, rows, pwconv1 + column * words, words * NR, words, columns, &e);
         }
-        Epilogue slope = {SLOPE, a_grad, plan->hidden_thin, 0, a, plan->hidden_line, h, s.bias1 + column};
-        multiply(bf16, g, plan->thin, rows, linear2_back + column * words, words * WIDE, words, columns, &slope);
-        Epilogue e = {column ? ADD : STORE, n_grad, plan->line, 0, 0, 0, 0, 0};
-        const word *part = linear1_back + (bf16 ? column / 2 : column) * WIDE;
-        multiply(bf16, a_grad, plan->hidden_thin, rows, part, all_words * WIDE, k, c, &e);
-        if (of_weights) {
-            to_panels(bf16, a_grad, plan->hidden_thin, rows, columns, panels[2] + column / WIDE * stride, stride);
-            to_panels(bf16, h, plan->hidden_thin, rows, columns, panels[3] + column / WIDE * stride, stride);
+        Epilogue grad = {GELU_GRAD,
+                         a_grad,
+                         plan->hidden_row_bytes_elem,
+                         0,
+                         a,
+                         plan->hidden_row_bytes_f32,
+                         h,
+                         s.pwconv1_bias + column};
+        gemm(bf16, g, plan->row_bytes_elem, rows, pwconv2_bwd + column * words, words * NR, words, columns, &grad);
+        Epilogue e = {column ? ADD : STORE, n_grad, plan->row_bytes_f32, 0, 0, 0, 0, 0};
+        const operand_t *part = pwconv1_bwd + (bf16 ? column / 2 : column) * NR;
+        gemm(bf16, a_grad, plan->hidden_row_bytes_elem, rows, part, hidden_words * NR, k, c, &e);
+        if (needs_wgrad) {
+            pack_a(bf16, a_grad, plan->hidden_row_bytes_elem, rows, columns, panels[2] + column / NR * stride, stride);
+            pack_a(bf16, h, plan->hidden_row_bytes_elem, rows, columns, panels[3] + column / NR * stride, stride);
         }
     }
     for (int64_t i = 0; i < rows; i++)
-        normalise_backward((float *)(y + i * plan->line), (float *)(n_grad + i * plan->line), c, of_rows[i], b->norm,
-                           b->grad_y + (first + i) * c, s.norm, s.norm_bias, s.depthwise_bias);
+        layer_norm_bwd((float *)(y + i * plan->row_bytes_f32), (float *)(n_grad + i * plan->row_bytes_f32), c, stats[i],
+                       args->norm_weight, args->grad_y + (first + i) * c, s.norm, s.norm_bias, s.depthwise_bias);
 }
 
-/* Of a strip of `rows` rows the gradients of WIDE hidden channels' weights. */
-static void weight_gradients(const Block *b, const Plan *plan, int64_t panel, int64_t rows, int add) {
-    int64_t c = b->channels, words = b->bf16 ? (rows + 1) / 2 : rows;
-    int64_t stride = (b->bf16 ? plan->strip / 2 : plan->strip) * WIDE;
-    const word *panels[4];
-    for (int i = 0; i < 4; i++) panels[i] = (const word *)(b->work + plan->panels[i]) + (i < 2 ? 0 : panel * stride);
-    for (int64_t k = 0; k < c / WIDE; k++) {
-        float *to1 = b->grad_linear1 + panel * WIDE * c + k * WIDE;
-        float *to2 = b->grad_linear2 + k * WIDE * 4 * c + panel * WIDE;
-        multiply_transposed(b->bf16, panels[2], panels[0] + k * stride, words, to1, c, add);
-        multiply_transposed(b->bf16, panels[1] + k * stride, panels[3], words, to2, 4 * c, add);
+/* The gradients of the weights of NR hidden channels from `rows` rows. */
+static void linear_wgrad(const BlockArgs *args, const Workspace *plan, int64_t panel, int64_t rows, int add) {
+    int64_t c = args->channels, words = args->bf16 ? (rows + 1) / 2 : rows;
+    int64_t stride = (args->bf16 ? plan->wgrad_rows / 2 : plan->wgrad_rows) * NR;
+    const operand_t *panels[4];
+    for (int i = 0; i < 4; i++)
+        panels[i] = (const operand_t *)(args->workspace + plan->panels[i]) + (i < 2 ? 0 : panel * stride);
+    for (int64_t k = 0; k < c / NR; k++) {
+        float *to1 = args->grad_pwconv1_weight + panel * NR * c + k * NR;
+        float *to2 = args->grad_pwconv2_weight + k * NR * 4 * c + panel * NR;
+        gemm_tn(args->bf16, panels[2], panels[0] + k * stride, words, to1, c, add);
+        gemm_tn(args->bf16, panels[1] + k * stride, panels[3], words, to2, 4 * c, add);
     }
 }
 
-void convnext_backward(const void *arguments) {
-    const Block *b = arguments;
-    Plan p = plan_of(b, 1);
-    const Plan *plan = &p;
-    int64_t c = b->channels, m = b->images * b->height * b->width, lines = b->images * b->height;
-    float *of_threads = (float *)(b->work + plan->sums);
-#pragma omp parallel num_threads((int)b->threads)
+int64_t convnext_block_backward(const void *pointer) {
+    const BlockArgs *args = pointer;
+    RETURN_ON_ERROR(check_block(args, 1));
+    Workspace p = plan_workspace(args, 1);
+    const Workspace *plan = &p;
+    RETURN_ON_ERROR(check_workspace(args->workspace, args->workspace_bytes, p.total));
+    int64_t c = args->channels, m = args->images * args->height * args->width, n_rows = args->images * args->height;
+    float *all_sums = (float *)(args->workspace + plan->sums);
+#pragma omp parallel num_threads((int)args->threads)
     {
-        char *scratch = b->work + plan->scratch + omp_get_thread_num() * plan->scratch_size;
-        float *of_thread = of_threads + omp_get_thread_num() * plan->of_sums;
-        Sums s = sums_at(of_thread, c);
-        memset(of_thread, 0, 4 * plan->of_sums);
-        if (!b->grad_linear1) s.norm = s.norm_bias = s.depthwise_bias = 0;
-        prepare(b, plan);
-        if (!b->hidden) {
+        char *scratch = args->workspace + plan->scratch + omp_get_thread_num() * plan->scratch_size;
+        float *own_sums = all_sums + omp_get_thread_num() * plan->sums_per_thread;
+        Sums s = thread_sums(own_sums, c);
+        memset(own_sums, 0, 4 * plan->sums_per_thread);
+        if (!args->grad_pwconv1_weight) s.norm = s.norm_bias = s.depthwise_bias = 0;
+        transpose_taps(args, plan);
+        if (!args->hidden) {
 #pragma omp for nowait
-            for (int64_t i = 0; i < 4 * c / WIDE; i++)
-                pack_rows(b->bf16, b->linear1, c, i, (word *)(b->work + plan->linear1));
+            for (int64_t i = 0; i < 4 * c / NR; i++)
+                pack_b_nt(args->bf16, args->pwconv1_weight, c, i, (operand_t *)(args->workspace + plan->pwconv1));
         }
 #pragma omp for nowait
-        for (int64_t i = 0; i < (b->bf16 ? c / 2 : c); i++)
-            pack_columns(b->bf16, b->linear2, c, 4 * c, i, (word *)(b->work + plan->linear2_back));
+        for (int64_t i = 0; i < (args->bf16 ? c / 2 : c); i++)
+            pack_b_nn(args->bf16, args->pwconv2_weight, c, 4 * c, i,
+                      (operand_t *)(args->workspace + plan->pwconv2_bwd));
 #pragma omp for
-        for (int64_t i = 0; i < 4 * (b->bf16 ? c / 2 : c); i++)
-            pack_columns(b->bf16, b->linear1, 4 * c, c, i, (word *)(b->work + plan->linear1_back));
-        for (int64_t start = 0; start < m; start += plan->strip) {
-            int64_t end = least(start + plan->strip, m);
+        for (int64_t i = 0; i < 4 * (args->bf16 ? c / 2 : c); i++)
+            pack_b_nn(args->bf16, args->pwconv1_weight, 4 * c, c, i,
+                      (operand_t *)(args->workspace + plan->pwconv1_bwd));
+        for (int64_t start = 0; start < m; start += plan->wgrad_rows) {
+            int64_t end = min_i64(start + plan->wgrad_rows, m);
 #pragma omp for schedule(static, 1)
             for (int64_t first = start; first < end; first += plan->rows)
-                backward_tile(b, plan, scratch, first, least(plan->rows, end - first), first - start, s);
-            if (!b->grad_linear1) continue;
+                backward_tile(args, plan, scratch, first, min_i64(plan->rows, end - first), first - start, s);
+            if (!args->grad_pwconv1_weight) continue;
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < 4 * c / WIDE; i++) weight_gradients(b, plan, i, end - start, start > 0);
+            for (int64_t i = 0; i < 4 * c / NR; i++) linear_wgrad(args, plan, i, end - start, start > 0);
         }
-        if (b->grad_x) {
-            const float *taps = (const float *)(b->work + plan->taps) + TAPS * c;
+        if (args->grad_x) {
+            const float *taps = (const float *)(args->workspace + plan->taps) + DW_TAPS * c;
 #pragma omp for schedule(dynamic, 1) nowait
             for (int64_t first = 0; first < m; first += plan->rows)
-                depthwise(b, b->grad_y, taps, 0, b->grad, first, least(plan->rows, m - first),
-                          (char *)(b->grad_x + first * c), 4 * c);
+                dwconv(args, args->grad_y, taps, 0, args->grad, first, min_i64(plan->rows, m - first),
+                       (char *)(args->grad_x + first * c), 4 * c);
         }
-        if (b->grad_linear1) {
+        if (args->grad_pwconv1_weight) {
 #pragma omp for schedule(static)
-            for (int64_t line = 0; line < lines; line++) {
-                int64_t image = line / b->height * b->height * b->width * c;
+            for (int64_t row = 0; row < n_rows; row++) {
+                int64_t image = row / args->height * args->height * args->width * c;
                 for (int64_t k = 0; k < c; k += LANES)
-                    tap_gradients(b, b->x + image + k, b->grad_y + image + k, line % b->height, s.taps + k);
+                    dwconv_wgrad(args, args->x + image + k, args->grad_y + image + k, row % args->height, s.taps + k);
             }
-            add_threads(of_threads, plan->of_sums, b->sums);
+            reduce_threads(all_sums, plan->sums_per_thread, args->sums);
         }
     }
+    return OK;
 }
 
-/* ---- between stages ------------------------------------------------------------------------------------------------ */
-
-/* Patches of side x side pixels of a map become a pixel each by a Linear: the stem, whose LayerNorm comes after, and the
-   downsampling, whose LayerNorm comes before and goes over the input's channels. Sizes are the output's. */
-typedef struct {
-    int64_t images, height, width, channels, outputs, side, threads, bf16;
-    int64_t of_image, of_channel, of_row, of_pixel; /* floats from one to the next in x */
-    float eps;
-    const float *x, *weight, *bias, *norm, *norm_bias; /* weight: outputs x size of a patch, zeros at the end */
-    float *out;
-    /* of the backward pass; grad_x (as x, and only of the downsampling) or grad_weight null: not wanted */
-    const float *grad;
-    float *grad_x, *grad_weight, *sums; /* sums: gradients of bias, norm and norm_bias */
-    char *work;
-} Patches;
+/* ---- stem, downsampling, output norm ----------------------------------------------------------------------------- */
 
 enum { PATCH_ROWS = 56 };
 
 typedef struct {
-    int64_t size, words, strip;               /* of a patch, in elements and words; rows */
-    int64_t patch_line, line, float_line, wide_line; /* bytes of a row: patch; outputs; outputs, patch in floats */
-    int64_t weight, weight_back, patches, grads, sums, of_sums, scratch, scratch_size, total;
-} PatchPlan;
+    int64_t size, words; /* of a patch: elements, operands */
+    int64_t wgrad_rows;  /* of the tiles after which the gradient of the weight is taken */
+    int64_t patch_row_bytes_elem, patch_row_bytes_f32; /* of a patch */
+    int64_t out_row_bytes_elem, out_row_bytes_f32;     /* of a row of the output */
+    int64_t weight, weight_bwd, patches, grads, sums, scratch, total;
+    int64_t scratch_size;    /* of a thread */
+    int64_t sums_per_thread; /* floats */
+} PatchWorkspace;
 
-static PatchPlan patch_plan_of(const Patches *b, int backward) {
-    PatchPlan p = {0};
-    int64_t size = size_of(b->bf16), end = 0;
-    p.size = up(b->channels * b->side * b->side, 2 * LANES); /* a multiple of what `pack_rows` takes */
-    p.words = b->bf16 ? p.size / 2 : p.size;
-    p.strip = up(least(most(4 * PATCH_ROWS * b->threads, 512), b->images * b->height * b->width), PATCH_ROWS);
-    p.patch_line = size * p.size + PAD, p.line = size * b->outputs + PAD;
-    p.float_line = 4 * b->outputs + PAD, p.wide_line = 4 * p.size + PAD;
-    p.weight = place(&end, size * p.size * b->outputs);
-    p.scratch_size = PATCH_ROWS * (p.patch_line + p.float_line);
+static PatchWorkspace plan_patch_workspace(const PatchEmbedArgs *args, int backward) {
+    PatchWorkspace p = {0};
+    int64_t size = size_of(args->bf16), end = 0;
+    p.size = round_up(args->channels * args->patch_size * args->patch_size,
+                      2 * LANES); /* a multiple of what pack_b_nt takes */
+    p.words = args->bf16 ? p.size / 2 : p.size;
+    p.wgrad_rows = round_up(
+        min_i64(max_i64(4 * PATCH_ROWS * args->threads, 512), args->images * args->height * args->width), PATCH_ROWS);
+    p.patch_row_bytes_elem = size * p.size + ROW_PAD, p.out_row_bytes_elem = size * args->out_channels + ROW_PAD;
+    p.out_row_bytes_f32 = 4 * args->out_channels + ROW_PAD, p.patch_row_bytes_f32 = 4 * p.size + ROW_PAD;
+    p.weight = reserve(&end, size * p.size * args->out_channels);
+    p.scratch_size = PATCH_ROWS * (p.patch_row_bytes_elem + p.out_row_bytes_f32);
     if (backward) {
-        p.weight_back = place(&end, size * p.size * b->outputs);
-        p.patches = place(&end, size * p.size * p.strip);
-        p.grads = place(&end, size * b->outputs * p.strip);
-        p.of_sums = b->outputs + 2 * (b->side == 2 ? b->channels : b->outputs);
-        p.sums = place(&end, 4 * p.of_sums * b->threads);
-        p.scratch_size += PATCH_ROWS * (p.line + p.wide_line) + 4 * 4 * b->channels;
+        p.weight_bwd = reserve(&end, size * p.size * args->out_channels);
+        p.patches = reserve(&end, size * p.size * p.wgrad_rows);
+        p.grads = reserve(&end, size * args->out_channels * p.wgrad_rows);
+        p.sums_per_thread = args->out_channels + 2 * (args->patch_size == 2 ? args->channels : args->out_channels);
+        p.sums = reserve(&end, 4 * p.sums_per_thread * args->threads);
+        p.scratch_size += PATCH_ROWS * (p.out_row_bytes_elem + p.patch_row_bytes_f32) + 4 * 4 * args->channels;
     }
-    p.scratch_size = up(p.scratch_size, 4096) + 64;
-    p.scratch = place(&end, p.scratch_size * b->threads);
+    p.scratch_size = round_up(p.scratch_size, 4096) + 64;
+    p.scratch = reserve(&end, p.scratch_size * args->threads);
     p.total = end;
     return p;
 }
 
-int64_t convnext_patches_work(const Patches *b) { return patch_plan_of(b, 0).total; }
-int64_t convnext_patches_backward_work(const Patches *b) { return patch_plan_of(b, 1).total; }
-
-/* Floats from the beginning of x to the corner of a patch. */
-INLINE int64_t corner_of(const Patches *b, int64_t at) {
-    int64_t h = at / b->width % b->height, image = at / (b->width * b->height);
-    return image * b->of_image + b->side * (h * b->of_row + at % b->width * b->of_pixel);
+/* Floats from the beginning of x to the corner of patch number `patch`. */
+INLINE int64_t patch_offset(const PatchEmbedArgs *args, int64_t patch) {
+    int64_t h = patch / args->width % args->height, image = patch / (args->width * args->height);
+    return image * args->stride_n + args->patch_size * (h * args->stride_h + patch % args->width * args->stride_w);
 }
 
-/* Of the stem: as they lie in the weight, channel by channel, of which the 4 x 4 pixels are a vector. */
-static void gather(const Patches *b, const PatchPlan *plan, const float *corner, char *to) {
-    for (int64_t c = 0; c < b->channels; c++) {
+/* A patch of the stem as a row, in the order of the weight: channel by channel, whose 4 x 4 pixels are a vector. */
+static void im2col(const PatchEmbedArgs *args, const PatchWorkspace *plan, const float *corner, char *to) {
+    for (int64_t c = 0; c < args->channels; c++) {
         float pixels[LANES];
-        for (int i = 0; i < LANES; i++) pixels[i] = corner[c * b->of_channel + i / 4 * b->of_row + i % 4 * b->of_pixel];
-        put(b->bf16, to, LANES * c, load(pixels));
+        for (int i = 0; i < LANES; i++)
+            pixels[i] = corner[c * args->stride_c + i / 4 * args->stride_h + i % 4 * args->stride_w];
+        store_elems(args->bf16, to, LANES * c, load(pixels));
     }
-    for (int64_t k = LANES * b->channels; k < plan->size; k += LANES) put(b->bf16, to, k, _mm512_setzero_ps());
+    for (int64_t k = LANES * args->channels; k < plan->size; k += LANES)
+        store_elems(args->bf16, to, k, _mm512_setzero_ps());
 }
 
-/* Of 2 x 2 pixels, each normalised: the four of a channel side by side, as they lie in the weight. */
-static void gather_normalised(const Patches *b, const float *corner, char *to) {
-    const float *pixel[4] = {corner, corner + b->of_pixel, corner + b->of_row, corner + b->of_row + b->of_pixel};
-    Moments m[4];
-    for (int i = 0; i < 4; i++) m[i] = moments(pixel[i], b->channels, b->eps);
-    for (int64_t k = 0; k < b->channels; k += LANES) {
+/* A patch of 2 x 2 pixels as a row, each pixel normalized, in the order of the weight: the four pixels of a channel
+   side by side. */
+static void im2col_layer_norm(const PatchEmbedArgs *args, const float *corner, char *to) {
+    const float *pixel[4] = {corner, corner + args->stride_w, corner + args->stride_h,
+                             corner + args->stride_h + args->stride_w};
+    RowStats m[4];
+    for (int i = 0; i < 4; i++) m[i] = row_stats(pixel[i], args->channels, args->eps);
+    for (int64_t k = 0; k < args->channels; k += LANES) {
         __m512i v[4], words[4];
-        vec weight = load(b->norm + k), bias = load(b->norm_bias + k);
+        f32x16 weight = load(args->norm_weight + k), bias = load(args->norm_bias + k);
         UNROLL for (int i = 0; i < 4; i++) {
-            vec n = _mm512_mul_ps(_mm512_sub_ps(load(pixel[i] + k), all(m[i].mean)), all(m[i].scale));
+            f32x16 n = _mm512_mul_ps(_mm512_sub_ps(load(pixel[i] + k), splat(m[i].mean)), splat(m[i].scale));
             v[i] = (__m512i)_mm512_fmadd_ps(n, weight, bias);
         }
         transpose_words(v[0], v[1], v[2], v[3], words);
         transpose_lanes(words[0], words[1], words[2], words[3], v, 1);
-        UNROLL for (int i = 0; i < 4; i++) put(b->bf16, to, 4 * k + LANES * i, (vec)v[i]);
+        UNROLL for (int i = 0; i < 4; i++) store_elems(args->bf16, to, 4 * k + LANES * i, (f32x16)v[i]);
     }
 }
 
-static void gather_rows(const Patches *b, const PatchPlan *plan, int64_t first, int64_t rows, char *to) {
-    for (int64_t i = 0; i < rows; i++, to += plan->patch_line) {
-        const float *corner = b->x + corner_of(b, first + i);
-        b->side == 2 ? gather_normalised(b, corner, to) : gather(b, plan, corner, to);
+static void im2col_rows(const PatchEmbedArgs *args, const PatchWorkspace *plan, int64_t first, int64_t rows, char *to) {
+    for (int64_t i = 0; i < rows; i++, to += plan->patch_row_bytes_elem) {
+        const float *corner = args->x + patch_offset(args, first + i);
+        args->patch_size == 2 ? im2col_layer_norm(args, corner, to) : im2col(args, plan, corner, to);
     }
 }
 
-/* The Linear of gathered rows, to floats. */
-static void project(const Patches *b, const PatchPlan *plan, const char *patches, int64_t rows, char *to) {
-    Epilogue e = {BIAS, to, plan->float_line, b->bias, 0, 0, 0, 0};
-    multiply(b->bf16, patches, plan->patch_line, rows, (const word *)(b->work + plan->weight), plan->words * WIDE,
-             plan->words, b->outputs, &e);
+/* The Linear of patches, stored as floats. */
+static void patch_gemm(const PatchEmbedArgs *args, const PatchWorkspace *plan, const char *patches, int64_t rows,
+                       char *to) {
+    Epilogue e = {BIAS, to, plan->out_row_bytes_f32, args->bias, 0, 0, 0, 0};
+    gemm(args->bf16, patches, plan->patch_row_bytes_elem, rows, (const operand_t *)(args->workspace + plan->weight),
+         plan->words * NR, plan->words, args->out_channels, &e);
 }
 
-static void patches_tile(const Patches *b, const PatchPlan *plan, char *scratch, int64_t first, int64_t rows) {
-    char *out = scratch + PATCH_ROWS * plan->patch_line;
-    gather_rows(b, plan, first, rows, scratch);
-    project(b, plan, scratch, rows, out);
+static void patch_embed_tile(const PatchEmbedArgs *args, const PatchWorkspace *plan, char *scratch, int64_t first,
+                             int64_t rows) {
+    char *out = scratch + PATCH_ROWS * plan->patch_row_bytes_elem;
+    im2col_rows(args, plan, first, rows, scratch);
+    patch_gemm(args, plan, scratch, rows, out);
     for (int64_t i = 0; i < rows; i++) {
-        const float *row = (const float *)(out + i * plan->float_line);
-        float *to = b->out + (first + i) * b->outputs;
-        if (b->side == 2)
-            memcpy(to, row, 4 * b->outputs);
+        const float *row = (const float *)(out + i * plan->out_row_bytes_f32);
+        float *to = args->out + (first + i) * args->out_channels;
+        if (args->patch_size == 2)
+            memcpy(to, row, 4 * args->out_channels);
         else
-            normalise(0, row, b->outputs, moments(row, b->outputs, b->eps), b->norm, b->norm_bias, to);
+            layer_norm(0, row, args->out_channels, row_stats(row, args->out_channels, args->eps), args->norm_weight,
+                       args->norm_bias, to);
     }
 }
 
-void convnext_patches(const void *arguments) {
-    const Patches *b = arguments;
-    PatchPlan p = patch_plan_of(b, 0);
-    const PatchPlan *plan = &p;
-    int64_t m = b->images * b->height * b->width;
-#pragma omp parallel num_threads((int)b->threads)
+int64_t convnext_patch_embed(const void *pointer) {
+    const PatchEmbedArgs *args = pointer;
+    RETURN_ON_ERROR(check_patch_embed(args, 0));
+    PatchWorkspace p = plan_patch_workspace(args, 0);
+    const PatchWorkspace *plan = &p;
+    RETURN_ON_ERROR(check_workspace(args->workspace, args->workspace_bytes, p.total));
+    int64_t m = args->images * args->height * args->width;
+#pragma omp parallel num_threads((int)args->threads)
     {
-        char *scratch = b->work + plan->scratch + omp_get_thread_num() * plan->scratch_size;
+        char *scratch = args->workspace + plan->scratch + omp_get_thread_num() * plan->scratch_size;
 #pragma omp for
-        for (int64_t i = 0; i < b->outputs / WIDE; i++)
-            pack_rows(b->bf16, b->weight, plan->size, i, (word *)(b->work + plan->weight));
+        for (int64_t i = 0; i < args->out_channels / NR; i++)
+            pack_b_nt(args->bf16, args->weight, plan->size, i, (operand_t *)(args->workspace + plan->weight));
 #pragma omp for schedule(dynamic, 1)
         for (int64_t first = 0; first < m; first += PATCH_ROWS)
-            patches_tile(b, plan, scratch, first, least(PATCH_ROWS, m - first));
+            patch_embed_tile(args, plan, scratch, first, min_i64(PATCH_ROWS, m - first));
     }
+    return OK;
 }
 
-/* The gradient of a patch, as it lies in the weight, back to its 2 x 2 pixels. */
-static void scatter_normalised(const Patches *b, const float *grad, int64_t corner, float *pixels, float *of_norm,
-                               float *of_norm_bias) {
-    int64_t c = b->channels, at[4] = {corner, corner + b->of_pixel, corner + b->of_row, corner + b->of_row + b->of_pixel};
+/* The gradient of a patch, in the order of the weight, back to its 2 x 2 pixels. */
+static void col2im_layer_norm_bwd(const PatchEmbedArgs *args, const float *grad, int64_t corner, float *pixels,
+                                  float *grad_norm, float *grad_norm_bias) {
+    int64_t c = args->channels, offset[4] = {corner, corner + args->stride_w, corner + args->stride_h,
+                                             corner + args->stride_h + args->stride_w};
     for (int64_t k = 0; k < c; k += LANES) {
         __m512i v[4], words[4];
         UNROLL for (int i = 0; i < 4; i++) v[i] = (__m512i)load(grad + 4 * k + LANES * i);
         transpose_lanes(v[0], v[1], v[2], v[3], words, 1);
         transpose_words(words[0], words[1], words[2], words[3], v);
-        UNROLL for (int i = 0; i < 4; i++) store(pixels + i * c + k, (vec)v[i]);
+        UNROLL for (int i = 0; i < 4; i++) store(pixels + i * c + k, (f32x16)v[i]);
     }
     for (int i = 0; i < 4; i++)
-        normalise_backward(b->x + at[i], pixels + i * c, c, moments(b->x + at[i], c, b->eps), b->norm,
-                           b->grad_x + at[i], of_norm, of_norm_bias, 0);
+        layer_norm_bwd(args->x + offset[i], pixels + i * c, c, row_stats(args->x + offset[i], c, args->eps),
+                       args->norm_weight, args->grad_x + offset[i], grad_norm, grad_norm_bias, 0);
 }
 
-static void patches_backward_tile(const Patches *b, const PatchPlan *plan, char *scratch, int64_t first, int64_t rows,
-                                  int64_t at, float *sums) {
-    int bf16 = b->bf16, of_weights = b->grad_weight != 0;
-    int64_t n = b->outputs, stride = (bf16 ? plan->strip / 2 : plan->strip) * WIDE;
-    int64_t offset = (bf16 ? at / 2 : at) * WIDE;
-    char *y = scratch + PATCH_ROWS * plan->patch_line, *g = y + PATCH_ROWS * plan->float_line;
-    char *wide = g + PATCH_ROWS * plan->line;
-    float *pixels = (float *)(wide + PATCH_ROWS * plan->wide_line);
-    float *of_norm = of_weights ? sums + n : 0, *of_norm_bias = of_weights ? of_norm + (plan->of_sums - n) / 2 : 0;
+static void patch_embed_backward_tile(const PatchEmbedArgs *args, const PatchWorkspace *plan, char *scratch,
+                                      int64_t first, int64_t rows, int64_t strip_row, float *sums) {
+    int bf16 = args->bf16, needs_wgrad = args->grad_weight != 0;
+    int64_t n = args->out_channels, stride = (bf16 ? plan->wgrad_rows / 2 : plan->wgrad_rows) * NR;
+    int64_t offset = (bf16 ? strip_row / 2 : strip_row) * NR;
+    char *y = scratch + PATCH_ROWS * plan->patch_row_bytes_elem, *g = y + PATCH_ROWS * plan->out_row_bytes_f32;
+    char *grad_patches = g + PATCH_ROWS * plan->out_row_bytes_elem;
+    float *pixels = (float *)(grad_patches + PATCH_ROWS * plan->patch_row_bytes_f32);
+    float *grad_norm = needs_wgrad ? sums + n : 0,
+          *grad_norm_bias = needs_wgrad ? grad_norm + (plan->sums_per_thread - n) / 2 : 0;
 
-    gather_rows(b, plan, first, rows, scratch);
-    if (b->side != 2) project(b, plan, scratch, rows, y);
+    im2col_rows(args, plan, first, rows, scratch);
+    if (args->patch_size != 2) patch_gemm(args, plan, scratch, rows, y);
     for (int64_t i = 0; i < rows; i++) {
-        const float *grad = b->grad + (first + i) * n;
-        float *row = (float *)(y + i * plan->float_line);
-        if (b->side != 2) {
-            normalise_backward(row, grad, n, moments(row, n, b->eps), b->norm, row, of_norm, of_norm_bias, 0);
+        const float *grad = args->grad + (first + i) * n;
+        float *row = (float *)(y + i * plan->out_row_bytes_f32);
+        if (args->patch_size != 2) {
+            layer_norm_bwd(row, grad, n, row_stats(row, n, args->eps), args->norm_weight, row, grad_norm,
+                           grad_norm_bias, 0);
             grad = row;
         }
         for (int64_t k = 0; k < n; k += LANES) {
             add_to(sums + k, load(grad + k));
-            put(bf16, g + i * plan->line, k, load(grad + k));
+            store_elems(bf16, g + i * plan->out_row_bytes_elem, k, load(grad + k));
         }
     }
-    if (of_weights) {
-        to_panels(bf16, scratch, plan->patch_line, rows, plan->size, (word *)(b->work + plan->patches) + offset, stride);
-        to_panels(bf16, g, plan->line, rows, n, (word *)(b->work + plan->grads) + offset, stride);
+    if (needs_wgrad) {
+        pack_a(bf16, scratch, plan->patch_row_bytes_elem, rows, plan->size,
+               (operand_t *)(args->workspace + plan->patches) + offset, stride);
+        pack_a(bf16, g, plan->out_row_bytes_elem, rows, n, (operand_t *)(args->workspace + plan->grads) + offset,
+               stride);
     }
-    if (!b->grad_x) return;
-    Epilogue e = {STORE, wide, plan->wide_line, 0, 0, 0, 0, 0};
+    if (!args->grad_x) return;
+    Epilogue e = {STORE, grad_patches, plan->patch_row_bytes_f32, 0, 0, 0, 0, 0};
     int64_t words = bf16 ? n / 2 : n;
-    multiply(bf16, g, plan->line, rows, (const word *)(b->work + plan->weight_back), words * WIDE, words, plan->size, &e);
+    gemm(bf16, g, plan->out_row_bytes_elem, rows, (const operand_t *)(args->workspace + plan->weight_bwd), words * NR,
+         words, plan->size, &e);
     for (int64_t i = 0; i < rows; i++)
-        scatter_normalised(b, (const float *)(wide + i * plan->wide_line), corner_of(b, first + i), pixels, of_norm,
-                           of_norm_bias);
+        col2im_layer_norm_bwd(args, (const float *)(grad_patches + i * plan->patch_row_bytes_f32),
+                              patch_offset(args, first + i), pixels, grad_norm, grad_norm_bias);
 }
 
-void convnext_patches_backward(const void *arguments) {
-    const Patches *b = arguments;
-    PatchPlan p = patch_plan_of(b, 1);
-    const PatchPlan *plan = &p;
-    int64_t m = b->images * b->height * b->width, stride = (b->bf16 ? plan->strip / 2 : plan->strip) * WIDE;
-    float *of_threads = (float *)(b->work + plan->sums);
-    const word *patches = (const word *)(b->work + plan->patches), *grads = (const word *)(b->work + plan->grads);
-#pragma omp parallel num_threads((int)b->threads)
+int64_t convnext_patch_embed_backward(const void *pointer) {
+    const PatchEmbedArgs *args = pointer;
+    RETURN_ON_ERROR(check_patch_embed(args, 1));
+    PatchWorkspace p = plan_patch_workspace(args, 1);
+    const PatchWorkspace *plan = &p;
+    RETURN_ON_ERROR(check_workspace(args->workspace, args->workspace_bytes, p.total));
+    int64_t m = args->images * args->height * args->width,
+            stride = (args->bf16 ? plan->wgrad_rows / 2 : plan->wgrad_rows) * NR;
+    float *all_sums = (float *)(args->workspace + plan->sums);
+    const operand_t *patches = (const operand_t *)(args->workspace + plan->patches),
+                    *grads = (const operand_t *)(args->workspace + plan->grads);
+#pragma omp parallel num_threads((int)args->threads)
     {
-        char *scratch = b->work + plan->scratch + omp_get_thread_num() * plan->scratch_size;
-        float *of_thread = of_threads + omp_get_thread_num() * plan->of_sums;
-        memset(of_thread, 0, 4 * plan->of_sums);
-        if (b->side != 2) {
+        char *scratch = args->workspace + plan->scratch + omp_get_thread_num() * plan->scratch_size;
+        float *own_sums = all_sums + omp_get_thread_num() * plan->sums_per_thread;
+        memset(own_sums, 0, 4 * plan->sums_per_thread);
+        if (args->patch_size != 2) {
 #pragma omp for nowait
-            for (int64_t i = 0; i < b->outputs / WIDE; i++)
-                pack_rows(b->bf16, b->weight, plan->size, i, (word *)(b->work + plan->weight));
+            for (int64_t i = 0; i < args->out_channels / NR; i++)
+                pack_b_nt(args->bf16, args->weight, plan->size, i, (operand_t *)(args->workspace + plan->weight));
         }
 #pragma omp for
-        for (int64_t i = 0; i < (!b->grad_x ? 0 : b->bf16 ? b->outputs / 2 : b->outputs); i++)
-            pack_columns(b->bf16, b->weight, b->outputs, plan->size, i, (word *)(b->work + plan->weight_back));
-        for (int64_t start = 0; start < m; start += plan->strip) {
-            int64_t end = least(start + plan->strip, m), words = b->bf16 ? (end - start + 1) / 2 : end - start;
+        for (int64_t i = 0; i < (!args->grad_x ? 0 : args->bf16 ? args->out_channels / 2 : args->out_channels); i++)
+            pack_b_nn(args->bf16, args->weight, args->out_channels, plan->size, i,
+                      (operand_t *)(args->workspace + plan->weight_bwd));
+        for (int64_t start = 0; start < m; start += plan->wgrad_rows) {
+            int64_t end = min_i64(start + plan->wgrad_rows, m),
+                    words = args->bf16 ? (end - start + 1) / 2 : end - start;
 #pragma omp for schedule(static, 1)
             for (int64_t first = start; first < end; first += PATCH_ROWS)
-                patches_backward_tile(b, plan, scratch, first, least(PATCH_ROWS, end - first), first - start, of_thread);
-            if (!b->grad_weight) continue;
+                patch_embed_backward_tile(args, plan, scratch, first, min_i64(PATCH_ROWS, end - first), first - start,
+                                          own_sums);
+            if (!args->grad_weight) continue;
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < plan->size / WIDE; i++)
-                for (int64_t k = 0; k < b->outputs / WIDE; k++)
-                    multiply_transposed(b->bf16, grads + k * stride, patches + i * stride, words,
-                                        b->grad_weight + k * WIDE * plan->size + i * WIDE, plan->size, start > 0);
+            for (int64_t i = 0; i < plan->size / NR; i++)
+                for (int64_t k = 0; k < args->out_channels / NR; k++)
+                    gemm_tn(args->bf16, grads + k * stride, patches + i * stride, words,
+                            args->grad_weight + k * NR * plan->size + i * NR, plan->size, start > 0);
         }
-        if (b->grad_weight) add_threads(of_threads, plan->of_sums, b->sums);
+        if (args->grad_weight) reduce_threads(all_sums, plan->sums_per_thread, args->sums);
     }
+    return OK;
 }
 
-/* LayerNorm of a map, N x H x W x C, to N x C x H x W. */
-typedef struct {
-    int64_t images, area, channels, threads;
-    float eps;
-    const float *x, *norm, *norm_bias;
-    float *out;
-    /* of the backward pass; sums: gradients of the norm's weight and bias */
-    const float *grad;
-    float *grad_x, *sums;
-    char *work;
-} Output;
-
-/* 16 pixels, of which `rows` are there. */
-static void output_tile(const Output *b, int64_t image, int64_t first, int rows) {
-    int64_t c = b->channels;
-    const float *x = b->x + (image * b->area + first) * c;
-    Moments m[LANES];
-    for (int i = 0; i < rows; i++) m[i] = moments(x + i * c, c, b->eps);
+/* 16 pixels, of which `rows` exist. */
+static void norm_nchw_tile(const NormArgs *args, int64_t image, int64_t first, int rows) {
+    int64_t c = args->channels;
+    const float *x = args->x + (image * args->area + first) * c;
+    RowStats m[LANES];
+    for (int i = 0; i < rows; i++) m[i] = row_stats(x + i * c, c, args->eps);
     for (int64_t k = 0; k < c; k += LANES) {
         __m512i r[LANES];
-        vec weight = load(b->norm + k), bias = load(b->norm_bias + k);
+        f32x16 weight = load(args->norm_weight + k), bias = load(args->norm_bias + k);
         for (int i = 0; i < LANES; i++) {
             int j = i < rows ? i : 0;
-            vec n = _mm512_mul_ps(_mm512_sub_ps(load(x + j * c + k), all(m[j].mean)), all(m[j].scale));
+            f32x16 n = _mm512_mul_ps(_mm512_sub_ps(load(x + j * c + k), splat(m[j].mean)), splat(m[j].scale));
             r[i] = (__m512i)_mm512_fmadd_ps(n, weight, bias);
         }
         transpose(r);
-        float *to = b->out + (image * c + k) * b->area + first;
-        for (int i = 0; i < LANES; i++) store_lanes((1u << rows) - 1, to + i * b->area, (vec)r[i]);
+        float *to = args->out + (image * c + k) * args->area + first;
+        for (int i = 0; i < LANES; i++) store_lanes((1u << rows) - 1, to + i * args->area, (f32x16)r[i]);
     }
 }
 
-void convnext_output(const void *arguments) {
-    const Output *b = arguments;
-    int64_t tiles = (b->area + LANES - 1) / LANES;
-#pragma omp parallel for num_threads((int)b->threads) schedule(static)
-    for (int64_t t = 0; t < b->images * tiles; t++) {
+int64_t convnext_norm_nchw(const void *pointer) {
+    const NormArgs *args = pointer;
+    RETURN_ON_ERROR(check_norm(args, 0));
+    int64_t tiles = (args->area + LANES - 1) / LANES;
+#pragma omp parallel for num_threads((int)args->threads) schedule(static)
+    for (int64_t t = 0; t < args->images * tiles; t++) {
         int64_t first = t % tiles * LANES;
-        output_tile(b, t / tiles, first, (int)least(LANES, b->area - first));
+        norm_nchw_tile(args, t / tiles, first, (int)min_i64(LANES, args->area - first));
     }
+    return OK;
 }
 
-static void output_backward_tile(const Output *b, int64_t image, int64_t first, int rows, float *scratch, float *sums) {
-    int64_t c = b->channels, at = (image * b->area + first) * c;
+static void norm_nchw_backward_tile(const NormArgs *args, int64_t image, int64_t first, int rows, float *scratch,
+                                    float *sums) {
+    int64_t c = args->channels, offset = (image * args->area + first) * c;
     for (int64_t k = 0; k < c; k += LANES) {
         __m512i r[LANES];
-        const float *from = b->grad + (image * c + k) * b->area + first;
-        for (int i = 0; i < LANES; i++) r[i] = (__m512i)load_lanes((1u << rows) - 1, from + i * b->area);
+        const float *from = args->grad + (image * c + k) * args->area + first;
+        for (int i = 0; i < LANES; i++) r[i] = (__m512i)load_lanes((1u << rows) - 1, from + i * args->area);
         transpose(r);
-        for (int i = 0; i < LANES; i++) store(scratch + i * c + k, (vec)r[i]);
+        for (int i = 0; i < LANES; i++) store(scratch + i * c + k, (f32x16)r[i]);
     }
     for (int i = 0; i < rows; i++)
-        normalise_backward(b->x + at + i * c, scratch + i * c, c, moments(b->x + at + i * c, c, b->eps), b->norm,
-                           b->grad_x + at + i * c, sums, sums + c, 0);
+        layer_norm_bwd(args->x + offset + i * c, scratch + i * c, c, row_stats(args->x + offset + i * c, c, args->eps),
+                       args->norm_weight, args->grad_x + offset + i * c, sums, sums + c, 0);
 }
 
-/* Of a thread: the gradient of 16 pixels, and sums. */
-int64_t convnext_output_backward_work(const Output *b) { return b->threads * 4 * (LANES + 2) * b->channels; }
+/* For each thread the gradient of 16 pixels, and sums. */
+static int64_t norm_workspace_bytes(const NormArgs *args) { return args->threads * 4 * (LANES + 2) * args->channels; }
 
-void convnext_output_backward(const void *arguments) {
-    const Output *b = arguments;
-    int64_t c = b->channels, tiles = (b->area + LANES - 1) / LANES;
-    float *work = (float *)b->work, *of_threads = work + b->threads * LANES * c;
-#pragma omp parallel num_threads((int)b->threads)
+int64_t convnext_norm_nchw_backward(const void *pointer) {
+    const NormArgs *args = pointer;
+    RETURN_ON_ERROR(check_norm(args, 1));
+    int64_t c = args->channels, tiles = (args->area + LANES - 1) / LANES;
+    RETURN_ON_ERROR(check_workspace(args->workspace, args->workspace_bytes, norm_workspace_bytes(args)));
+    float *work = (float *)args->workspace, *all_sums = work + args->threads * LANES * c;
+#pragma omp parallel num_threads((int)args->threads)
     {
-        float *scratch = work + omp_get_thread_num() * LANES * c, *sums = of_threads + omp_get_thread_num() * 2 * c;
+        float *scratch = work + omp_get_thread_num() * LANES * c, *sums = all_sums + omp_get_thread_num() * 2 * c;
         memset(sums, 0, 4 * 2 * c);
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < b->images * tiles; t++) {
+        for (int64_t t = 0; t < args->images * tiles; t++) {
             int64_t first = t % tiles * LANES;
-            output_backward_tile(b, t / tiles, first, (int)least(LANES, b->area - first), scratch, sums);
+            norm_nchw_backward_tile(args, t / tiles, first, (int)min_i64(LANES, args->area - first), scratch, sums);
         }
-        add_threads(of_threads, 2 * c, b->sums);
+        reduce_threads(all_sums, 2 * c, args->sums);
     }
+    return OK;
 }
 
-/* ---- the door ----------------------------------------------------------------------------------------------------- */
+/* ---- entry points ------------------------------------------------------------------------------------------------ */
 
-typedef struct {
-    void (*kernel)(const void *);
-    const void *arguments;
-} Call;
-
-void convnext_run(const Call *calls, int64_t n) {
-    for (int64_t i = 0; i < n; i++) calls[i].kernel(calls[i].arguments);
+/* Bytes that the workspace of a kernel has to hold, or an error code with a minus. */
+int64_t convnext_block_workspace(const BlockArgs *args) {
+    int64_t error = check_block_sizes(args);
+    return error ? -error : plan_workspace(args, 0).total;
+}
+int64_t convnext_block_backward_workspace(const BlockArgs *args) {
+    int64_t error = check_block_sizes(args);
+    return error ? -error : plan_workspace(args, 1).total;
+}
+int64_t convnext_patch_embed_workspace(const PatchEmbedArgs *args) {
+    int64_t error = check_patch_embed_sizes(args);
+    return error ? -error : plan_patch_workspace(args, 0).total;
+}
+int64_t convnext_patch_embed_backward_workspace(const PatchEmbedArgs *args) {
+    int64_t error = check_patch_embed_sizes(args);
+    return error ? -error : plan_patch_workspace(args, 1).total;
+}
+int64_t convnext_norm_nchw_backward_workspace(const NormArgs *args) {
+    int64_t error = check_norm(args, 1);
+    return error ? -error : norm_workspace_bytes(args);
 }
 
-/* Of which source these are the kernels. */
+/* Run kernels one after the other. Returns 0, or 256 times the index of the kernel that failed plus its error code. */
+int64_t convnext_run_queue(const KernelCall *calls, int64_t n) {
+    if (!calls || n < 0) return NULL_POINTER;
+    for (int64_t i = 0; i < n; i++) {
+        int64_t error = calls[i].kernel ? calls[i].kernel(calls[i].args) : NULL_POINTER;
+        if (error) return 256 * i + error;
+    }
+    return OK;
+}
+
+const char *convnext_error_message(int64_t code) {
+    static const char *const messages[N_ERRORS] = {
+        "success",
+        "the struct has another version",
+        "the number of threads is not positive",
+        "a size is not positive, or too large",
+        "the number of channels is not a multiple of 32",
+        "the patch size is not 2 or 4",
+        "bf16 is not 0 or 1",
+        "a pointer is null that must not be, or set without its companion",
+        "a pointer is misaligned",
+        "the workspace is too small",
+        "the strides are not those of channels_last, or negative",
+    };
+    return code >= 0 && code < N_ERRORS ? messages[code] : "unknown error";
+}
+
+/* The structs for Python: name and fields in order, each with its kind (i int64, f float, p pointer). */
+#define DESCRIBE_INT(NAME) " i:" #NAME
+#define DESCRIBE_FLOAT(NAME) " f:" #NAME
+#define DESCRIBE_POINTER(TYPE, NAME) " p:" #NAME
+#define DESCRIBE(FIELDS) FIELDS(DESCRIBE_INT, DESCRIBE_FLOAT, DESCRIBE_POINTER)
+
+static const struct {
+    const char *description;
+    int64_t size;
+} structs[] = {
+    {"BlockArgs" DESCRIBE(BLOCK_FIELDS), sizeof(BlockArgs)},
+    {"PatchEmbedArgs" DESCRIBE(PATCH_EMBED_FIELDS), sizeof(PatchEmbedArgs)},
+    {"NormArgs" DESCRIBE(NORM_FIELDS), sizeof(NormArgs)},
+    {"KernelCall p:kernel p:args", sizeof(KernelCall)},
+};
+enum { N_STRUCTS = sizeof(structs) / sizeof(structs[0]) };
+
+const char *convnext_describe_struct(int64_t i) { return i >= 0 && i < N_STRUCTS ? structs[i].description : ""; }
+int64_t convnext_struct_size(int64_t i) { return i >= 0 && i < N_STRUCTS ? structs[i].size : -1; }
+
+/* Hash of the source that was compiled, see setup.py. */
 const char *convnext_source(void) { return SOURCE; }

@@ -1,41 +1,63 @@
-"""What a form of a block is given."""
+"""What the operators of a ConvNeXt block take: its parameters and its settings."""
 
 from typing import NamedTuple
 
 import torch
 
+# What a block's forward pass saves for the backward pass; each level saves what the one before it saves, too.
+SAVE_INPUT, SAVE_DWCONV, SAVE_HIDDEN = range(3)
+HIDDEN_RATIO = 4  # hidden channels of the MLP for each channel of the block
 
-class Settings(NamedTuple):
-    dtype: torch.dtype  # of the products
+
+class BlockArgs(NamedTuple):
+    """Settings of a block.
+
+    Attributes:
+        backend: 'avx512' or 'onednn'.
+        dtype: Dtype of the matmul operands, float32 or bfloat16.
+        eps: Epsilon of the LayerNorm.
+        padding: Padding of the depthwise convolution, (height, width).
+        keep_prob_scale: Factor of the branch under stochastic depth, 1 / (1 - drop rate).
+        save_level: What to save for the backward pass: the input; also the depthwise convolution's output; also the
+            hidden layer before GELU.
+    """
+
+    backend: str
+    dtype: torch.dtype
     eps: float
     padding: tuple[int, int]
-    factor: float  # of the branch: what stochastic depth scales it by
-    with_cp: bool | str
+    keep_prob_scale: float
+    save_level: int
 
 
-class Parameters(NamedTuple):
-    """Of a block, in the order in which it uses them."""
+class BlockParams(NamedTuple):
+    """Parameters of a block of C channels, in the order in which it uses them; `gamma` is the layer scale."""
 
-    depthwise: torch.Tensor
-    depthwise_bias: torch.Tensor
-    norm: torch.Tensor
+    dwconv_weight: torch.Tensor
+    dwconv_bias: torch.Tensor
+    norm_weight: torch.Tensor
     norm_bias: torch.Tensor
-    linear1: torch.Tensor
-    bias1: torch.Tensor
-    linear2: torch.Tensor
-    bias2: torch.Tensor
+    pwconv1_weight: torch.Tensor
+    pwconv1_bias: torch.Tensor
+    pwconv2_weight: torch.Tensor
+    pwconv2_bias: torch.Tensor
     gamma: torch.Tensor | None
 
-    def cast(self, dtype: torch.dtype) -> 'Parameters':
-        """As autocast has them: of convolutions and Linears in `dtype`, the others as they are. The former become
-        contiguous: oneDNN wants biases so, and takes weights that are other views by a path many times slower."""
-        names = ('depthwise', 'depthwise_bias', 'linear1', 'bias1', 'linear2', 'bias2')
+    def cast(self, dtype: torch.dtype) -> 'BlockParams':
+        """Cast as autocast does: parameters of convolutions and Linears to `dtype`, the others stay as they are.
+
+        The former become contiguous: oneDNN requires it of biases, and takes other weights by a path many times slower.
+        """
+        names = ('dwconv_weight', 'dwconv_bias', 'pwconv1_weight', 'pwconv1_bias', 'pwconv2_weight', 'pwconv2_bias')
         return self._replace(**{name: getattr(self, name).to(dtype).contiguous() for name in names})
 
-    def branch_gradients(self, factor: float, of_linear2: torch.Tensor, of_bias2: torch.Tensor) -> tuple:
-        """Gradients of linear2, bias2 and gamma from those of the first two before the branch's scale, in place."""
+    def scale_branch_grads(
+        self, keep_prob_scale: float, grad_weight: torch.Tensor, grad_bias: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Gradients of pwconv2's weight and bias and of gamma, from those of the first two for a branch without a
+        scale, which are changed in place."""
         if self.gamma is None:
-            return of_linear2.mul_(factor), of_bias2.mul_(factor), None
-        of_gamma = factor * ((of_linear2 * self.linear2).sum(1) + of_bias2 * self.bias2)
-        scale = factor * self.gamma
-        return of_linear2.mul_(scale[:, None]), of_bias2.mul_(scale), of_gamma
+            return grad_weight.mul_(keep_prob_scale), grad_bias.mul_(keep_prob_scale), None
+        grad_gamma = keep_prob_scale * ((grad_weight * self.pwconv2_weight).sum(1) + grad_bias * self.pwconv2_bias)
+        scale = keep_prob_scale * self.gamma
+        return grad_weight.mul_(scale[:, None]), grad_bias.mul_(scale), grad_gamma
