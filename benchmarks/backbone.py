@@ -81,7 +81,7 @@ class _Reference(ConvNeXt):
     """The reference implementation: every block runs its own `forward`, without the fast operators."""
 
     def forward(self, x):
-        with dispatch.plainly():
+        with dispatch.disabled():
             return super().forward(x)
 
 
@@ -325,7 +325,7 @@ def _make_model_step(recipe, backbone, device, dtype, height, width):
 
     @torch.no_grad()
     def run():
-        with dispatch.plainly() if is_reference else nullcontext(), _autocast(device, dtype):
+        with dispatch.disabled() if is_reference else nullcontext(), _autocast(device, dtype):
             model(image, mode='tensor', **settings)
         _synchronize(device)
 
@@ -407,7 +407,7 @@ def _matmul_time(rows: int, inner: int, outer: int, dtype: torch.dtype, device: 
     image = x.view(1, rows, 1, inner).permute(0, 3, 1, 2)
     forms = [lambda: F.linear(x, weight), lambda: F.conv2d(image, weight[:, :, None, None])]
     if device == 'cpu' and dtype in dispatch.onednn.dtypes():
-        forms.append(lambda: dispatch.onednn._linear(x, weight))
+        forms.append(lambda: dispatch.onednn._onednn_linear(x, weight))
     best = float('inf')
     with torch.no_grad():
         for form in forms:

@@ -34,11 +34,11 @@ sum(m.sum() for m in maps).backward()
 with torch.no_grad():
     for m, alone in zip(maps, backbone(image)):
         torch.testing.assert_close(m, alone)
-    with dispatch.plainly():
+    with dispatch.disabled():
         for m, plain in zip(maps, backbone(image)):
             torch.testing.assert_close(m, plain, rtol=1e-4, atol=1e-4)
 assert all(p.grad is not None for p in backbone.parameters())
-print(dispatch.described())
+print(dispatch.backend_summary())
 """
 POSIX = ['fcntl', 'resource', 'termios', 'pwd', 'grp', 'syslog']  # modules that Windows has not
 
@@ -52,9 +52,9 @@ def without(modules=(), files=(), then=FORWARD) -> subprocess.CompletedProcess:
     'modules, files, said',
     [
         (POSIX, (), ''),
-        ((), ('/proc/',), 'no compiled kernels (they are for Linux on x86-64'),
-        ((), ('ops/avx512_kernels.',), 'no compiled kernels'),
-        (POSIX, ('/proc/', 'ops/avx512_kernels.'), 'no compiled kernels'),
+        ((), ('/proc/',), 'no AVX-512 kernels (they are for Linux on x86-64'),
+        ((), ('ops/avx512_kernels.',), 'no AVX-512 kernels'),
+        (POSIX, ('/proc/', 'ops/avx512_kernels.'), 'no AVX-512 kernels'),
     ],
     ids=['fcntl', '/proc', 'kernels', 'all'],
 )

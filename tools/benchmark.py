@@ -145,7 +145,7 @@ def run_benchmarks(args) -> dict:
 
 def machine(args) -> str:
     name = torch.cuda.get_device_name() if args.device != 'cpu' else _processor()
-    form = '' if args.device != 'cpu' else f', ours: {dispatch.described()}'
+    form = '' if args.device != 'cpu' else f', ours: {dispatch.backend_summary()}'
     return f'{name}, {torch.get_num_threads()} threads, torch {torch.__version__}{form}'
 
 

@@ -85,7 +85,7 @@ def make_runner(config: Config, checkpoint: str | None = None) -> Runner:
         raise UsageError(f'the config cannot be built: {root_message(error)}') from error
     model = _unwrap_model(runner.model)
     if get_device() == 'cpu' and any(isinstance(module, ConvNeXt) for module in model.modules()):
-        runner.logger.info(f'ConvNeXt on this CPU: {dispatch.described()}')
+        runner.logger.info(f'ConvNeXt on this CPU: {dispatch.backend_summary()}')
     if file:
         models_by_file[file] = model
         backbones = tuple(f'{name}.' for name, module in model.named_modules() if isinstance(module, ConvNeXt))

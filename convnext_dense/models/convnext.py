@@ -1,7 +1,7 @@
 """ConvNeXt: an image in, one normalized feature map per stage out ("A ConvNet for the 2020s", section 2).
 
-In reading order: norms and stochastic depth, stem, block, downsampling, and the backbone with its loop over stages. Each
-`forward` first asks `ops.dispatch` for a faster implementation on the CPU, which computes the same.
+In reading order: norms and stochastic depth, stem, block, downsampling, and the backbone with its loop over stages.
+Each `forward` first asks `ops.dispatch` for a faster implementation on the CPU, which computes the same.
 
 With `use_grn` it is ConvNeXt V2 ("ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders", section 3).
 """
@@ -86,8 +86,10 @@ class DropPath(nn.Module):
 
 
 class GRN(nn.Module):
-    """Global response normalization of ConvNeXt V2 (section 3.1): scales each channel of a map (N, H, W, C) by its norm
-    relative to the mean of all channels' norms."""
+    """Global response normalization of ConvNeXt V2 (its section 3).
+
+    It scales each channel of a map (N, H, W, C) by its norm relative to the mean of all channels' norms.
+    """
 
     def __init__(self, channels: int):
         super().__init__()

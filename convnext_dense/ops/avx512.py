@@ -44,8 +44,8 @@ KERNELS = {
 }
 NEEDS_WORKSPACE = [name for name in KERNELS if name != 'norm_nchw']
 
-# A thread keeps its workspace: the system has to clear each of 20 MB of fresh pages (tiny's), which can take longer than
-# a block.
+# A thread keeps its workspace: the system has to clear 20 MB of fresh pages (tiny's), which can take longer than a
+# block.
 _tls, _EMPTY = threading.local(), torch.empty(0, dtype=torch.uint8, device='cpu')
 
 
@@ -129,9 +129,7 @@ def supports_block(
 
 def check_block(x: torch.Tensor, params: BlockParams, args: BlockArgs) -> None:
     """Raise a RuntimeError unless the kernels can run the block."""
-    if x.dtype != torch.float32 or not supports_block(
-        x.shape[-1], x.dtype, params, tuple(args.padding), args.dtype
-    ):
+    if x.dtype != torch.float32 or not supports_block(x.shape[-1], x.dtype, params, tuple(args.padding), args.dtype):
         raise RuntimeError(
             f'the AVX-512 kernels take float32 maps of a multiple of {CHANNEL_MULTIPLE} channels, '
             f'{DW_KERNEL} x {DW_KERNEL} depthwise kernels, and float32 parameters of the shapes that belong to them'
@@ -148,9 +146,7 @@ def hidden_shapes(x: torch.Tensor) -> list[tuple[int, int]]:
     return [(x.numel() // x.shape[-1], HIDDEN_RATIO * x.shape[-1])]
 
 
-def forward(
-    args: BlockArgs, x: torch.Tensor, z: None, params: BlockParams
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def forward(args: BlockArgs, x: torch.Tensor, z: None, params: BlockParams) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Run a block; `z` is for the other backend.
 
     Returns:
@@ -287,9 +283,7 @@ def check_patch_embed(x: torch.Tensor, params: PatchEmbedParams, args: PatchEmbe
         )
 
 
-def patch_embed(
-    args: PatchEmbedArgs, x: torch.Tensor, params: PatchEmbedParams
-) -> tuple[torch.Tensor, KernelCall]:
+def patch_embed(args: PatchEmbedArgs, x: torch.Tensor, params: PatchEmbedParams) -> tuple[torch.Tensor, KernelCall]:
     """Queue a stem or a downsampling: (N, C, H, W) -> (N, H // size, W // size, C'), float32."""
     height, width = (n // args.patch_size for n in x.shape[2:])
     out = x.new_empty(len(x), height, width, len(params.weight))
@@ -482,7 +476,7 @@ class _Library:
 
 
 def _struct_of(library: ctypes.CDLL, index: int, name: str) -> type[ctypes.Structure]:
-    """Build the ctypes structure of one of the library's structs, which it describes as 'Name kind:field kind:field ...'.
+    """Build the ctypes structure of one of the library's structs, which it describes as 'Name kind:field ...'.
 
     Raises:
         OSError: It is not laid out as ctypes lays out such fields, or its name is another one.

@@ -150,12 +150,13 @@ def block_forward(block: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     kept, scale = _sample_drop_path(block.drop_path, x)
     rows = x.permute(0, 2, 3, 1).contiguous()
     inputs = rows if kept is None else rows[kept]
-    z = None
+    z, needs_grad = None, operators.needs_grad(x, *params)
     if backend == 'avx512':
         inputs = inputs.float()
-    elif dtype != x.dtype and torch.is_grad_enabled():
+    elif dtype != x.dtype and needs_grad:
         z = inputs.to(dtype)  # which is what the operator saves, not the larger input
-    args = BlockArgs(backend, dtype, block.norm.eps, block.dwconv.padding, scale, _save_level(block, backend))
+    save_level = _save_level(block, backend) if needs_grad else SAVE_INPUT
+    args = BlockArgs(backend, dtype, block.norm.eps, block.dwconv.padding, scale, save_level)
     out = operators.block(inputs, z, *params, *args)[0]
     if kept is not None:
         out = rows.to(out.dtype).index_copy(0, kept, out)
@@ -260,9 +261,9 @@ def _select_backend(
         return None
     dtype = _autocast_dtype() or x_dtype
     # The dtype that the reference implementation wants of parameters: the input's, or what autocast casts.
-    if dtype == torch.float32 or _autocast_dtype():
-        if avx512.supports_block(channels, x_dtype, params, block.dwconv.padding, dtype):
-            return 'avx512', dtype, params
+    float32_params = dtype == torch.float32 or _autocast_dtype()
+    if float32_params and avx512.supports_block(channels, x_dtype, params, block.dwconv.padding, dtype):
+        return 'avx512', dtype, params
     param_dtype = torch.float32 if _autocast_dtype() else x_dtype
     if {x_dtype, dtype} <= set(onednn.dtypes()) and onednn.supports_params(params, param_dtype):
         return 'onednn', dtype, params
@@ -301,7 +302,7 @@ def _sample_drop_path(drop_path: nn.Module, x: torch.Tensor) -> tuple[torch.Tens
 
 def _save_level(block: nn.Module, backend: str) -> int:
     """What a block saves for the backward pass, by its `with_cp` and its width."""
-    if block.with_cp is True or not torch.is_grad_enabled():
+    if block.with_cp is True:
         return SAVE_INPUT
     is_wide = len(block.dwconv.weight) >= operators.BACKENDS[backend].SAVE_HIDDEN_FROM
     return SAVE_HIDDEN if is_wide and not block.with_cp else SAVE_DWCONV

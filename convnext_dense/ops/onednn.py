@@ -36,8 +36,7 @@ def check_block(x: torch.Tensor, params: BlockParams, args: BlockArgs) -> None:
 def supports_params(params: BlockParams, dtype: torch.dtype) -> bool:
     """Whether parameters are plain tensors of such a dtype on the CPU, as torch's own operators take them."""
     return all(
-        type(p) in (nn.Parameter, torch.Tensor)
-        and (p.device.type, p.layout, p.dtype) == ('cpu', torch.strided, dtype)
+        type(p) in (nn.Parameter, torch.Tensor) and (p.device.type, p.layout, p.dtype) == ('cpu', torch.strided, dtype)
         for p in (params[:-1] if params.gamma is None else params)
     )
 

@@ -72,7 +72,9 @@ def _check_map(x: torch.Tensor) -> None:
 
 def _check_grad(grad: torch.Tensor, shape: Sequence[int], needs_grad: Sequence[bool], n_inputs: int) -> None:
     _check(grad.shape == tuple(shape) and grad.is_contiguous(), f'grad must be contiguous, of shape {tuple(shape)}')
-    _check(grad.device.type == 'cpu' and grad.is_floating_point() and not grad.is_neg(), 'grad must be float on the CPU')
+    _check(
+        grad.device.type == 'cpu' and grad.is_floating_point() and not grad.is_neg(), 'grad must be float on the CPU'
+    )
     _check(len(needs_grad) == n_inputs, f'needs_grad must have {n_inputs} values')
 
 
@@ -163,10 +165,10 @@ class _BlockFunction(torch.autograd.Function):
 
 
 def _block_autograd(x, z, *args):
-    if _needs_grad(x, z, *args[:N_BLOCK_PARAMS]):
+    if needs_grad(x, z, *args[:N_BLOCK_PARAMS]):
         return _BlockFunction.apply(x, z, *args), []  # the function saves the rest
     with _C._AutoDispatchBelowAutograd():
-        return block(x, z, *args[:-1], SAVE_INPUT)
+        return block(x, z, *args)
 
 
 def _block_reference_grads(args, z, params, grad, z_is_x, needs_grad):
@@ -281,7 +283,7 @@ def _autograd_kernel(
             return *grads, *[None] * len(ctx.settings)
 
     def kernel(*args):
-        if _needs_grad(*args[:n_tensors]):
+        if needs_grad(*args[:n_tensors]):
             return Function.apply(*args)
         with _C._AutoDispatchBelowAutograd():
             return op(*args)
@@ -328,7 +330,7 @@ def _stage_fake(x, patch_params, block_params, norm_params, patch_size, dtype, e
 
 
 def _stage_autograd(x, *args):
-    _check(not _needs_grad(x, *(t for tensors in args[:3] for t in tensors)), 'a stage in one call has no gradients')
+    _check(not needs_grad(x, *(t for tensors in args[:3] for t in tensors)), 'a stage in one call has no gradients')
     with _C._AutoDispatchBelowAutograd():
         return stage(x, *args)
 
@@ -336,7 +338,8 @@ def _stage_autograd(x, *args):
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
-def _needs_grad(*tensors: torch.Tensor | None) -> bool:
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd records an operator of these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -191,7 +191,7 @@ def test_a_checkpoint_is_read_once_by_each_run(run_tool, tmp_path, data):
         assert process.returncode == 0, process.stderr[-3000:]
         assert process.stderr.count('opened epoch_1.pth') == once, command
         assert process.stderr.count('opened pretrained.pth') == n_pretrained, command
-        assert (process.stdout + process.stderr).count(f'ConvNeXt on this CPU: {dispatch.described()}') == 1
+        assert (process.stdout + process.stderr).count(f'ConvNeXt on this CPU: {dispatch.backend_summary()}') == 1
 
 
 def test_a_wrong_argument_of_a_users_class_is_bad_input(run_tool, tmp_path, data):

@@ -491,7 +491,7 @@ def test_out_of_memory_names_the_knobs_and_what_they_save():
 
 @pytest.mark.parametrize('settings', [{}, dict(with_cp=True, cp_scope='mlp'), dict(with_cp=True)], ids=str)
 def test_bytes_kept_for_the_backward_pass_are_those_of_a_real_one(settings, monkeypatch):
-    monkeypatch.setattr('convnext_dense.ops.dispatch._off', 1)  # the plain form, as on a GPU
+    monkeypatch.setattr('convnext_dense.ops.dispatch._disabled_depth', 1)  # the plain form, as on a GPU
     backbone = ConvNeXt(dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32)), **settings).train()
     storages = {}
 

@@ -219,7 +219,7 @@ def test_export_with_dynamic_size():
 def test_drop_path_per_sample_and_linear_in_depth():
     model = small(drop_path_rate=0.4)
     blocks = [block for stage in model.stages for block in stage]
-    np.testing.assert_allclose([b.drop_path.rate for b in blocks], np.linspace(0, 0.4, 5))
+    np.testing.assert_allclose([b.drop_path.drop_prob for b in blocks], np.linspace(0, 0.4, 5))
     last = blocks[-1].drop_path.train()
     x = torch.ones(20000, 3, 1, 1)
     y = last(x)
@@ -255,7 +255,7 @@ def test_the_blocks_of_a_model_in_training_drop_at_their_rates():
 def test_stages_left_unbuilt_do_not_change_the_drop_rates():
     for out_indices, expected in [((0, 1), [0, 0.1]), ((2,), [0, 0.1, 0.2, 0.3]), ((3,), [0, 0.1, 0.2, 0.3, 0.4])]:
         model = small(drop_path_rate=0.4, out_indices=out_indices)
-        np.testing.assert_allclose([block.drop_path.rate for stage in model.stages for block in stage], expected)
+        np.testing.assert_allclose([block.drop_path.drop_prob for stage in model.stages for block in stage], expected)
 
 
 def test_any_number_of_stages_other_inputs_and_kernels():

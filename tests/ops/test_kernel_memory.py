@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import nn
 
-from convnext_dense.models.convnext import ConvNeXt, ConvNeXtBlock, Downsample, OutputNorm, Patchify, Stem
+from convnext_dense.models.convnext import ConvNeXt, ConvNeXtBlock, Downsample, OutputNorm, PatchEmbed, Stem
 from convnext_dense.ops import avx512, dispatch, onednn
 from helpers.paths import ROOT
 
@@ -108,7 +108,7 @@ def assert_equals_the_reference(model, image, view=None):
     found = passed(model, image, view)
     with torch.no_grad():
         found += model(image)
-    with dispatch.plainly():
+    with dispatch.disabled():
         expected = passed(model, image, view)
         true = passed(copy.deepcopy(model).double(), image.double(), view)
     for f, e, t in zip(found, [*expected, *expected[:2]], [*true, *true[:2]], strict=True):
@@ -147,8 +147,8 @@ def test_maps_of_one_pixel_or_one_channel_may_be_views(channels):
     for shape in ((1, channels, 1, 1), (2, channels, 1, 1), (2, channels, 1, 9), (3, channels, 6, 1)):
         for view in VIEWS.values():
             x = view(torch.randn(shape))
-            found = dispatch.block(block, x)
-            with dispatch.plainly():
+            found = dispatch.block_forward(block, x)
+            with dispatch.disabled():
                 expected = block(x)
             assert (found is None) == x.is_neg()
             torch.testing.assert_close(expected if found is None else found, expected, rtol=1e-4, atol=1e-5)
@@ -167,7 +167,7 @@ def test_saved_tensors_may_come_back_as_views(channels, with_cp, view):
     def gradients(pack):
         block.zero_grad()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: pack(t.detach()), lambda t: t):
-            out = dispatch.block(block, x)
+            out = dispatch.block_forward(block, x)
         out.pow(2).sum().backward()
         return [p.grad for p in block.parameters()]
 
@@ -271,7 +271,7 @@ def test_fewer_threads_than_asked_for_compute_the_same():
 
 
 def build_with_sanitizers(folder: Path) -> None:
-    """Compile the kernels of `fused` into a folder, by setup.py's flags and those of the sanitizers; on x86-64 only."""
+    """Compile the kernels into a folder, with setup.py's flags and those of the sanitizers; on x86-64 only."""
     statements = ast.parse(ROOT.joinpath('setup.py').read_text()).body
     flags = next(s.value for s in statements if isinstance(s, ast.Assign) and s.targets[0].id == 'KERNEL_FLAGS')
     flags = eval(compile(ast.Expression(flags), 'setup.py', 'eval'))
@@ -313,29 +313,29 @@ def test_the_sanitizers_find_nothing(tmp_path):
     result = run('cases', '1500')
     assert result.returncode == 0 and 'runtime error' not in result.stderr, result.stderr[-5000:]
     calls = ast.literal_eval(result.stdout)
-    assert min(calls[name] for name in (*avx512.WITH_WORK, 'output')) > 100
+    assert min(calls[name] for name in avx512.KERNELS) > 100
 
 
 def under_sanitizers(folder: str, what: str, n: str = '0') -> None:
     avx512._library.cache_clear()
     avx512.dtypes.cache_clear()
     avx512.SOURCE = Path(folder, 'avx512_kernels.c')
-    assert Path(avx512._library()._name).parent == Path(folder)
-    avx512._work = exact_work
+    assert avx512._library().path.parent == Path(folder)
+    avx512._workspace_ptr = exact_workspace
     if what == 'overrun':
         avx512._contiguous = lambda t: t
         replaced(made((32, 64)), 'downsample_layers.1.1.weight', 'expanded rows')(torch.ones(1, 4, 16, 16))
-    calls, run = Counter(), avx512.run
-    avx512.run = lambda *some: (calls.update(call.name for call in some), run(*some))[1]
+    calls, run = Counter(), avx512.launch
+    avx512.launch = lambda *some: (calls.update(call.name for call in some), run(*some))[1]
     for seed in range(int(n)):
         run_case(random.Random(seed))
     print(dict(calls))
 
 
-def exact_work(size: int) -> int:
+def exact_workspace(size: int) -> int:
     """Working memory that ends where the kernels say, not where those before them wanted more."""
-    avx512._own.work = torch.empty(size, dtype=torch.uint8)
-    return avx512._own.work.data_ptr()
+    avx512._tls.workspace = torch.empty(size, dtype=torch.uint8)
+    return avx512._tls.workspace.data_ptr()
 
 
 def run_case(r: random.Random) -> None:
@@ -354,7 +354,7 @@ def run_case(r: random.Random) -> None:
         ]
     )
     module = module()
-    if isinstance(module, Patchify):
+    if isinstance(module, PatchEmbed):
         module.before_layer_scale = True
     channels = in_channels if low >= 4 else c
     n, *sides = r.randint(1, 3), *(r.choice([r.randint(1, 9), r.randint(1, 70)]) for _ in range(2))
@@ -385,7 +385,7 @@ def run_case(r: random.Random) -> None:
 
     with torch.no_grad():
         alone = output()
-        with dispatch.plainly():
+        with dispatch.disabled():
             expected, true = output(), output(copy.deepcopy(module).double(), x.double())
     maps = output()
     for out in (alone, maps):

@@ -208,10 +208,10 @@ def test_the_fast_form_steps_aside_at_the_changed_module_alone(train, monkeypatc
             fast_ones.extend([name] if out is not None else [])
             return out
 
-        monkeypatch.setattr(dispatch, name, watched)
+        monkeypatch.setattr(dispatch, f'{name}_forward', watched)
 
-    for name in ('stage', 'patches', 'block', 'output'):
-        watch(name, getattr(dispatch, name))
+    for name in ('stage', 'patch_embed', 'block', 'norm'):
+        watch(name, getattr(dispatch, f'{name}_forward'))
 
     def runs(place=None, how='hook'):
         model, _ = pair(WIDTHS[0])
@@ -222,7 +222,7 @@ def test_the_fast_form_steps_aside_at_the_changed_module_alone(train, monkeypatc
             model(torch.randn(IMAGE))
         return fast_ones.copy()
 
-    first, second = ['patches', 'block', 'block', 'output'], ['patches', 'block', 'output']
+    first, second = ['patch_embed', 'block', 'block', 'norm'], ['patch_embed', 'block', 'norm']
     if runs() == ['block'] * 3:
         pytest.skip('the kernels are not for this machine, or not compiled')
     if not train:  # a stage that is as built is one call
@@ -231,7 +231,7 @@ def test_the_fast_form_steps_aside_at_the_changed_module_alone(train, monkeypatc
     for how in ('wrapped', 'hook'):
         for place in ('downsample_layers.0', 'stages.0', 'stages.0.1', 'norm0'):
             assert runs(place, how) == first + second, (how, place)
-        for place, lost in (('downsample_layers.0.1', 'patches'), ('stages.0.1.grn', 'block')):
+        for place, lost in (('downsample_layers.0.1', 'patch_embed'), ('stages.0.1.grn', 'block')):
             left = first.copy()
             left.remove(lost)
             assert runs(place, how) == left + second, (how, place)
@@ -259,7 +259,7 @@ def assert_equals_the_reference(model, image):
     for train in (True, False):
         with torch.set_grad_enabled(train):
             found = model(image)
-            with dispatch.plainly():
+            with dispatch.disabled():
                 expected = model(image)
         assert all(map(close, found, expected)) and all(f.is_contiguous() for f in found)
 
@@ -277,9 +277,9 @@ def test_without_gradients_nothing_is_checkpointed(monkeypatch):
     for with_cp in (True, 'mlp'):
         model, twin = pair(WIDTHS[0], with_cp)
         image = torch.randn(IMAGE)
-        with torch.no_grad(), dispatch.plainly():
+        with torch.no_grad(), dispatch.disabled():
             assert all(map(close, model(image), twin(image)))
-        with pytest.raises(AssertionError, match='checkpointed'), dispatch.plainly():
+        with pytest.raises(AssertionError, match='checkpointed'), dispatch.disabled():
             model(image)
 
 
