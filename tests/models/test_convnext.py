@@ -155,7 +155,7 @@ def test_v2_equals_its_papers_equations():
 
 
 def test_v2_starts_as_the_identity_of_its_norm_and_keeps_half_precision():
-    block = ConvNeXtBlock(8, 3, 0.0, 0, grn=True)
+    block = ConvNeXtBlock(8, 3, 0.0, 0, use_grn=True)
     assert not block.grn.gamma.any() and not block.grn.beta.any()
     x = torch.full((1, 40, 40, 32), 100.0, dtype=torch.float16)  # squares add up to far beyond fp16
     with torch.no_grad():
