@@ -127,8 +127,10 @@ class Stem(PatchEmbed):
 
 @dispatch.register('block', nn.Conv2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Linear, DropPath)
 class ConvNeXtBlock(nn.Module):
-    """Block of a stage (figure 4): depthwise convolution, LayerNorm, two Linears with GELU (V2: and GRN) between them,
-    layer scale, stochastic depth, shortcut.
+    """Block of a stage (figure 4).
+
+    Depthwise convolution, LayerNorm, two Linears with GELU (V2: and GRN) between them, layer scale, stochastic depth,
+    shortcut.
 
     Args:
         channels: Channels of the map.

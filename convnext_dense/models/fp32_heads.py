@@ -11,9 +11,10 @@ from mmengine.registry import MODELS
 
 
 class FP32OutputMixin:
-    """A head whose scores, box deltas or masks are fp32, whatever autocast computed them in."""
+    """Mixin for heads: scores, box deltas or masks become fp32, whatever autocast computed them in."""
 
     def forward(self, *args, **kwargs):
+        """Run the head and cast its outputs to fp32."""
         return _to_fp32(super().forward(*args, **kwargs))
 
 
@@ -42,6 +43,7 @@ class FP32RoIExtractor(SingleRoIExtractor):
     """mmdet's SingleRoIExtractor on fp32 maps: RoIs keep their coordinates, and the features come out as fp32."""
 
     def forward(self, feats, rois, roi_scale_factor=None):
+        """Extract features of RoIs (n, 5) from fp32 maps (N, C, H, W)."""
         # mmcv's RoIAlign reads its input as contiguous without a check: any other layout gives it garbage.
         feats = [feat.float().contiguous() for feat in feats]
         return super().forward(feats, rois.float(), roi_scale_factor)

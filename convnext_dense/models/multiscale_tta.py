@@ -6,41 +6,56 @@ from mmengine.registry import MODELS
 from mmengine.structures import PixelData
 from torch.nn.functional import interpolate
 
-ROWS_PER_STRIP = 8  # rows of the image that are resized and added up at a time
+ROWS_PER_STRIP = 8  # rows of the image that are resized and accumulated at a time
 
 
 @MODELS.register_module()
 class MultiScaleSegmentor(BaseTTAModel):
-    """A segmentor tested on many views of each image. `data` of `test_step` holds, for each view, a batch."""
+    """Segmentor tested on several views (scales, flips) of each image, whose probabilities are averaged."""
 
     @torch.no_grad()
     def test_step(self, data: dict) -> list:
-        """The data samples of the first view, with `pred_sem_seg` (1 x H x W at the image's own size) of all."""
+        """Predict a batch.
+
+        Args:
+            data: For each key, a list with one batch per view.
+
+        Returns:
+            The data samples of the first view, with `pred_sem_seg` (1, H, W) at the image's own size.
+        """
         samples, probabilities = self.probabilities(data)
         for sample, p in zip(samples, probabilities):
-            found = p.argmax(0, keepdim=True) if len(p) > 1 else (p > self.module.decode_head.threshold).to(p)
-            sample.set_data({'pred_sem_seg': PixelData(data=found)})
+            pred = p.argmax(0, keepdim=True) if len(p) > 1 else (p > self.module.decode_head.threshold).to(p)
+            sample.set_data({'pred_sem_seg': PixelData(data=pred)})
         return samples
 
     def probabilities(self, data: dict) -> tuple[list, list[torch.Tensor]]:
-        """The data samples of the first view, and the views' mean softmax, C x H x W at each image's own size."""
+        """Average the softmax of all views.
+
+        Args:
+            data: For each key, a list with one batch per view.
+
+        Returns:
+            The data samples of the first view, and for each image probabilities (C, H, W) at its own size.
+        """
         views = [dict(zip(data, view)) for view in zip(*data.values())]
-        first, totals = None, []
+        ref_samples, totals = None, []
         for view in views:
             view = self.module.data_preprocessor(view, False)
             samples = view['data_samples']
             logits = self.module.inference(view['inputs'], [sample.metainfo for sample in samples])
-            if first is None:
-                first = samples
+            if ref_samples is None:
+                ref_samples = samples
                 totals = [logits.new_zeros(logits.shape[1], *sample.ori_shape) for sample in samples]
-            for total, one, sample in zip(totals, logits, samples):
-                self._add(total, _undo_pad_and_flip(one, sample.metainfo))
-        return first, [total.div_(len(views)) for total in totals]
+            for total, logit, sample in zip(totals, logits, samples):
+                self._accumulate(total, _undo_pad_and_flip(logit, sample.metainfo))
+        return ref_samples, [total.div_(len(views)) for total in totals]
 
     def merge_preds(self, data_samples_list):
-        raise NotImplementedError('views are added up as they come, in test_step')
+        """Not used: `test_step` accumulates the views one by one."""
+        raise NotImplementedError('test_step accumulates the views one by one')
 
-    def _add(self, total: torch.Tensor, logits: torch.Tensor) -> None:
+    def _accumulate(self, total: torch.Tensor, logits: torch.Tensor) -> None:
         for top in range(0, total.shape[1], ROWS_PER_STRIP):
             strip = total[:, top : top + ROWS_PER_STRIP]
             rows = _resize_rows(logits, top, strip.shape[1], total.shape[1:], self.module.align_corners)
@@ -48,7 +63,7 @@ class MultiScaleSegmentor(BaseTTAModel):
 
 
 def _undo_pad_and_flip(logits: torch.Tensor, meta: dict) -> torch.Tensor:
-    """Logits, C x h x w, of an image as it was before it was padded and flipped."""
+    """Logits (C, h, w) without the padding and the flip of the image."""
     left, right, top, bottom = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
     logits = logits[:, top : logits.shape[1] - bottom, left : logits.shape[2] - right]
     return logits.flip(2) if meta.get('flip') else logits
@@ -57,13 +72,13 @@ def _undo_pad_and_flip(logits: torch.Tensor, meta: dict) -> torch.Tensor:
 def _resize_rows(
     logits: torch.Tensor, top: int, n_rows: int, size: tuple[int, int], align_corners: bool
 ) -> torch.Tensor:
-    """`n_rows` rows from row `top` on of logits, C x h x w, resized bilinearly to `size`, as torch would."""
+    """Rows `top` to `top + n_rows` of logits (C, h, w) resized bilinearly to `size`, as torch computes them."""
     (height, width), h = size, logits.shape[1]
-    # In fp32 and in this order, since torch's own places are rounded so.
+    # In fp32 and in this order, because torch rounds its positions so.
     row = torch.arange(top, top + n_rows, dtype=torch.float32, device=logits.device)
-    place = row * ((h - 1) / max(height - 1, 1)) if align_corners else (row + 0.5) * (h / height) - 0.5
-    place = place.clamp(0, h - 1)
-    upper = place.long()
+    src = row * ((h - 1) / max(height - 1, 1)) if align_corners else (row + 0.5) * (h / height) - 0.5
+    src = src.clamp(0, h - 1)
+    upper = src.long()
     lower = (upper + 1).clamp(max=h - 1)
     first, last = int(upper[0]), int(lower[-1])
     wide = interpolate(
@@ -72,5 +87,5 @@ def _resize_rows(
         mode='bilinear',
         align_corners=align_corners,
     )[0]
-    weight = (place - upper).to(logits.dtype)[:, None]
+    weight = (src - upper).to(logits.dtype)[:, None]
     return torch.lerp(wide[:, upper - first], wide[:, lower - first], weight)

@@ -64,8 +64,9 @@ class KernelCall(NamedTuple):
 
 
 def launch(*calls: KernelCall) -> None:
-    """Run kernels one after the other without a return to Python, after which their code and data would no longer be
-    in the cache.
+    """Run kernels one after the other.
+
+    Between them there is no return to Python, after which their code and data would no longer be in the cache.
 
     Raises:
         RuntimeError: A kernel refuses its arguments.
@@ -411,8 +412,10 @@ def _params_match(params: Sequence[torch.Tensor | None], shapes: Sequence[tuple[
 
 
 def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor as the kernels read memory: row-major, without a pending negation. A parameter or a gradient may be
-    any view: sliced, expanded, transposed."""
+    """The tensor as the kernels read memory: row-major, without a pending negation.
+
+    A parameter or a gradient may be any view: sliced, expanded, transposed.
+    """
     return None if t is None else t.resolve_neg().contiguous()
 
 
@@ -495,8 +498,11 @@ def _struct_of(library: ctypes.CDLL, index: int, name: str) -> type[ctypes.Struc
 
 @cache
 def _library() -> _Library | None:
-    """The kernels; None, with a warning, where they were not compiled, do not load, come from another source than the
-    one installed, or lay out their structs in another way."""
+    """The kernels; None, with a warning, where they cannot be used.
+
+    They were not compiled, do not load, come from another source than the one installed, or lay out their structs in
+    another way.
+    """
     candidates = [SOURCE.with_name('avx512_kernels' + suffix) for suffix in EXTENSION_SUFFIXES]
     file = next((path for path in candidates if path.exists()), None)
     if file is None:

@@ -54,8 +54,10 @@ class BlockParams(NamedTuple):
     def scale_branch_grads(
         self, keep_prob_scale: float, grad_weight: torch.Tensor, grad_bias: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Gradients of pwconv2's weight and bias and of gamma, from those of the first two for a branch without a
-        scale, which are changed in place."""
+        """Gradients of pwconv2's weight and bias and of gamma.
+
+        They follow from those of the first two for a branch without a scale, which are changed in place.
+        """
         if self.gamma is None:
             return grad_weight.mul_(keep_prob_scale), grad_bias.mul_(keep_prob_scale), None
         grad_gamma = keep_prob_scale * ((grad_weight * self.pwconv2_weight).sum(1) + grad_bias * self.pwconv2_bias)

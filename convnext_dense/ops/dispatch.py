@@ -192,8 +192,10 @@ def _is_eligible(x: torch.Tensor) -> bool:
 
 
 def _is_transformed() -> bool:
-    """Whether `torch.func` or forward-mode AD looks into operators, for which ours have no rules: without this check
-    the latter would silently lose tangents."""
+    """Whether `torch.func` or forward-mode AD looks into operators, for which ours have no rules.
+
+    Without this check the latter would silently lose tangents.
+    """
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 

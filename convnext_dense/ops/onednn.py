@@ -184,8 +184,10 @@ def _depthwise_conv_backward(padding, grad, z, weight, needs_input_grad, needs_p
 def _onednn_linear(
     rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, gelu: bool = False
 ) -> torch.Tensor:
-    """The Linear that `torch.compile` calls: F.linear uses MKL in float32, and in bfloat16 adds the bias in a second
-    pass."""
+    """The Linear that `torch.compile` calls.
+
+    F.linear uses MKL in float32, and in bfloat16 adds the bias in a second pass.
+    """
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, *(('gelu', [], 'none') if gelu else ('none', [], '')))
 
 
@@ -204,8 +206,11 @@ def _linear_wgrad(grad: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def _rows_as_image(rows: torch.Tensor) -> torch.Tensor:
-    """View rows as channels_last images of height 1: sixteen images where that divides, because with one thread torch
-    does not use oneDNN for a pointwise convolution of fewer."""
+    """View rows as channels_last images of height 1.
+
+    Sixteen images where that divides, because with one thread torch does not use oneDNN for a pointwise convolution of
+    fewer.
+    """
     n = 16 if len(rows) % 16 == 0 else 1
     return rows.view(n, 1, -1, rows.shape[-1]).permute(0, 3, 1, 2)
 

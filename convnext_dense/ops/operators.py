@@ -1,7 +1,6 @@
-"""The fast CPU implementations as torch operators, `torch.ops.convnext_dense`: blocks, stem and downsampling, output
-norms, and whole stages for inference.
+"""The fast CPU implementations as torch operators, `torch.ops.convnext_dense`.
 
-Each has a schema, an implementation for fake tensors and one for the CPU, which checks its arguments; those with
+They are blocks, stem and downsampling, output norms, and whole stages for inference. Each has a schema, an implementation for fake tensors and one for the CPU, which checks its arguments; those with
 gradients have an operator for these. Profilers, dispatch modes, FLOP counters and tracers therefore see operators that
 torch knows. Feature maps are contiguous (N, H, W, C) inside the backbone, (N, C, H, W) at its ends.
 
@@ -344,8 +343,11 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 
 
 def _needs_reference_grads(grad: torch.Tensor) -> bool:
-    """Whether gradients have to come from torch's own operators: they are to be differentiated themselves, or `grad`
-    is a batch of gradients (`is_grads_batched`, vectorized Jacobians), which has no memory that a kernel could read."""
+    """Whether gradients have to come from torch's own operators.
+
+    Either they are to be differentiated themselves, or `grad` is a batch of gradients (`is_grads_batched`, vectorized
+    Jacobians), which has no memory that a kernel could read.
+    """
     return torch.is_grad_enabled() or not _C._has_storage(grad)
 
 
