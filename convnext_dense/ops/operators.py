@@ -1,8 +1,9 @@
 """The fast CPU implementations as torch operators, `torch.ops.convnext_dense`.
 
-They are blocks, stem and downsampling, output norms, and whole stages for inference. Each has a schema, an implementation for fake tensors and one for the CPU, which checks its arguments; those with
-gradients have an operator for these. Profilers, dispatch modes, FLOP counters and tracers therefore see operators that
-torch knows. Feature maps are contiguous (N, H, W, C) inside the backbone, (N, C, H, W) at its ends.
+They are blocks, stem and downsampling, output norms, and whole stages for inference. Each has a schema, an
+implementation for fake tensors and one for the CPU, which checks its arguments; those with gradients have an operator
+for these. Profilers, dispatch modes, FLOP counters and tracers therefore see operators that torch knows. Feature maps
+are contiguous (N, H, W, C) inside the backbone, (N, C, H, W) at its ends.
 
 Autograd is registered by hand, not with `torch.library.register_autograd`, which takes 0.4 ms per call of an operator
 with as many arguments: as long as a small block.
