@@ -9,8 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from mmengine.config import Config
-from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner
 
 from convnext_dense.config.batch_size import check_accumulation_unchanged, choose_batch, scale_batch
@@ -20,11 +18,10 @@ from convnext_dense.config.literal import parse_config_literal
 from convnext_dense.config.schedule import scale_schedule
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.errors import Notice, UsageError
-from convnext_dense.models.convnext import ConvNeXt
 from helpers.paths import ROOT
 from helpers.processes import WITHOUT_WORKERS
 from helpers.recipes import load, lrs_over_iterations
-from helpers.runs import N_IMAGES, run_config
+from helpers.runs import run_config
 from helpers.tools import one_line_error
 
 
@@ -105,29 +102,6 @@ def test_a_schedule_that_cannot_move():
 def test_number_of_processes(launcher, name, monkeypatch):
     monkeypatch.setenv(name, '6')
     assert (world_size_from_env(launcher), world_size_from_env('none')) == (6, 1)
-
-
-@MODELS.register_module()
-class PixelMeanModel(BaseModel):
-    """The backbone under a plain mean over pixels, in float64, without batch statistics."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = ConvNeXt(dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32))).double()
-
-    def forward(self, inputs, mode='tensor'):
-        x = torch.stack(inputs)
-        return dict(loss=sum((m - 0.5).square().mean() for m in self.backbone(x)))
-
-
-@DATASETS.register_module()
-class NumberedImages(torch.utils.data.Dataset):
-    def __len__(self):
-        return N_IMAGES
-
-    def __getitem__(self, i):
-        generator = torch.Generator().manual_seed(i)
-        return dict(inputs=torch.randn(3, 64, 64, generator=generator, dtype=torch.float64))
 
 
 def train(folder: str, counted: str, images: int, processes: int) -> dict:

@@ -1,8 +1,36 @@
-"""Configs of short runs."""
+"""Configs of short runs, and the model and the data set that they build."""
 
+import torch
 from mmengine.config import Config
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, MODELS
+
+from convnext_dense.models.convnext import ConvNeXt
 
 N_IMAGES, TOTAL = 16, 4
+
+
+@MODELS.register_module()
+class PixelMeanModel(BaseModel):
+    """The backbone under a plain mean over pixels, in float64, without batch statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = ConvNeXt(dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32))).double()
+
+    def forward(self, inputs, mode='tensor'):
+        x = torch.stack(inputs)
+        return dict(loss=sum((m - 0.5).square().mean() for m in self.backbone(x)))
+
+
+@DATASETS.register_module()
+class NumberedImages(torch.utils.data.Dataset):
+    def __len__(self):
+        return N_IMAGES
+
+    def __getitem__(self, i):
+        generator = torch.Generator().manual_seed(i)
+        return dict(inputs=torch.randn(3, 64, 64, generator=generator, dtype=torch.float64))
 
 
 def run_config(counted: str, images: int) -> Config:
