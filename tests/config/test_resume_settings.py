@@ -236,7 +236,7 @@ def test_by_the_tool(run_tool, tmp_path, data):
     train = ['train.py', 'c.py', '--work-dir', 'run']
     one_line_error(run_tool(*train, '--resume', SHAPES_ROOT=data), 'run contains no run to resume')
     process = run_tool(*train, '--resume', 'auto', SHAPES_ROOT=data)
-    assert process.returncode == 0 and 'run holds no checkpoint' in process.stdout + process.stderr, process.stderr
+    assert process.returncode == 0 and 'run contains no checkpoint' in process.stdout + process.stderr, process.stderr
     again = [*train, '--resume', '--cfg-options', 'train_cfg.max_epochs=2', 'optim_wrapper.optimizer.lr=0.01']
     one_line_error(run_tool(*again, SHAPES_ROOT=data), 'optim_wrapper.optimizer.lr was 0.0003, is 0.01', '--override')
     process = run_tool(*again, '--override', SHAPES_ROOT=data)
