@@ -125,7 +125,8 @@ def supports_block(
         return False
     if params.gamma is None and x_dtype != torch.float32:  # then the reference's output is not float32
         return False
-    return padding == (DW_KERNEL // 2, DW_KERNEL // 2) and _params_match(*_present(params, channels))
+    shapes = params.expected_shapes(channels, (DW_KERNEL, DW_KERNEL), HIDDEN_RATIO * channels)
+    return padding == (DW_KERNEL // 2, DW_KERNEL // 2) and _params_match(params.present(), shapes)
 
 
 def check_block(x: torch.Tensor, params: BlockParams, args: BlockArgs) -> None:
@@ -142,7 +143,7 @@ def output_dtype(x: torch.Tensor, params: BlockParams, args: BlockArgs) -> torch
     return torch.float32
 
 
-def hidden_shapes(x: torch.Tensor) -> list[tuple[int, int]]:
+def hidden_shapes(x: torch.Tensor, params: BlockParams) -> list[tuple[int, int]]:
     """Shape of the saved hidden layer."""
     return [(x.numel() // x.shape[-1], HIDDEN_RATIO * x.shape[-1])]
 
@@ -156,7 +157,7 @@ def forward(args: BlockArgs, x: torch.Tensor, z: None, params: BlockParams) -> t
     out = torch.empty_like(x)
     saved = [torch.empty_like(x, dtype=args.dtype)] if args.save_level >= SAVE_DWCONV else []
     if args.save_level >= SAVE_HIDDEN:
-        saved += [x.new_empty(shape, dtype=args.dtype) for shape in hidden_shapes(x)]
+        saved += [x.new_empty(shape, dtype=args.dtype) for shape in hidden_shapes(x, params)]
     if len(x):  # stochastic depth has left samples
         launch(_block_call('block', args, x, params, out=out, **dict(zip(('y', 'hidden'), saved))))
     return out, saved
@@ -219,14 +220,6 @@ def backward(
     pwconv2 = p.scale_branch_grads(args.keep_prob_scale, fields['grad_pwconv2_weight'], pwconv2_bias)
     grads = (dwconv_weight, dwconv_bias, norm_weight, norm_bias, fields['grad_pwconv1_weight'], pwconv1_bias, *pwconv2)
     return [fields['grad_x'], *(t if n else None for t, n in zip(grads, needs_params))]
-
-
-def _present(params: BlockParams, channels: int) -> tuple[list[torch.Tensor], list[tuple[int, ...]]]:
-    """The parameters, gamma only where there is one, and the shapes that they have to be of."""
-    c, hidden = channels, HIDDEN_RATIO * channels
-    shapes = [(c, 1, DW_KERNEL, DW_KERNEL), (c,), (c,), (c,), (hidden, c), (hidden,), (c, hidden), (c,), (c,)]
-    n = len(params) - (params.gamma is None)
-    return [*params[:n]], shapes[:n]
 
 
 def _block_call(kernel: str, args: BlockArgs, x: torch.Tensor, params: BlockParams, **fields) -> KernelCall:

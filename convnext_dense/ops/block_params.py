@@ -6,7 +6,7 @@ import torch
 
 # What a block's forward pass saves for the backward pass; each level saves what the one before it saves, too.
 SAVE_INPUT, SAVE_DWCONV, SAVE_HIDDEN = range(3)
-HIDDEN_RATIO = 4  # hidden channels of the MLP for each channel of the block
+HIDDEN_RATIO = 4  # hidden channels of the MLP for each channel of the block, in the paper
 
 
 class BlockArgs(NamedTuple):
@@ -42,6 +42,22 @@ class BlockParams(NamedTuple):
     pwconv2_weight: torch.Tensor
     pwconv2_bias: torch.Tensor
     gamma: torch.Tensor | None
+
+    def present(self) -> list[torch.Tensor]:
+        """The parameters that there are: gamma only where the block has a layer scale."""
+        return [*(self[:-1] if self.gamma is None else self)]
+
+    def expected_shapes(self, channels: int, kernel_size: tuple[int, ...], hidden: int) -> list[tuple[int, ...]]:
+        """The shapes that those parameters have to be of.
+
+        Args:
+            channels: Channels of the block.
+            kernel_size: Of the depthwise convolution, (height, width).
+            hidden: Channels of the hidden layer of the MLP.
+        """
+        c = channels
+        shapes = [(c, 1, *kernel_size), (c,), (c,), (c,), (hidden, c), (hidden,), (c, hidden), (c,), (c,)]
+        return shapes[: len(self.present())]
 
     def cast(self, dtype: torch.dtype) -> 'BlockParams':
         """Cast as autocast does: parameters of convolutions and Linears to `dtype`, the others stay as they are.

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .block_params import HIDDEN_RATIO, SAVE_DWCONV, SAVE_HIDDEN, BlockArgs, BlockParams
+from .block_params import SAVE_DWCONV, SAVE_HIDDEN, BlockArgs, BlockParams
 
 DTYPES = (torch.float32, torch.bfloat16)
 TILE = 4096  # rows whose hidden layer fits in the cache
@@ -28,16 +28,20 @@ GROUP_SIZES = (16, 8)  # channels per group in the gradient of the depthwise wei
 
 
 def check_block(x: torch.Tensor, params: BlockParams, args: BlockArgs) -> None:
-    """Raise a RuntimeError unless a block can run; torch's operators check the shapes of the parameters."""
+    """Raise a RuntimeError unless a block can run. oneDNN's Linear does not check the shape of its bias."""
     if not {x.dtype, args.dtype} <= set(dtypes()):
         raise RuntimeError(f'oneDNN is not available for {x.dtype} and {args.dtype} on this machine')
+    hidden = params.pwconv1_weight.shape[0] if params.pwconv1_weight.ndim else 0  # of any width
+    shapes = params.expected_shapes(x.shape[-1], params.dwconv_weight.shape[2:], hidden)
+    if [p.shape for p in params.present()] != shapes:
+        raise RuntimeError(f'parameters of a block of {x.shape[-1]} channels must be of shapes {shapes}')
 
 
 def supports_params(params: BlockParams, dtype: torch.dtype) -> bool:
     """Whether parameters are plain tensors of such a dtype on the CPU, as torch's own operators take them."""
     return all(
         type(p) in (nn.Parameter, torch.Tensor) and (p.device.type, p.layout, p.dtype) == ('cpu', torch.strided, dtype)
-        for p in (params[:-1] if params.gamma is None else params)
+        for p in params.present()
     )
 
 
@@ -46,11 +50,10 @@ def output_dtype(x: torch.Tensor, params: BlockParams, args: BlockArgs) -> torch
     return torch.promote_types(x.dtype, args.dtype if params.gamma is None else params.gamma.dtype)
 
 
-def hidden_shapes(x: torch.Tensor) -> list[tuple[int, int]]:
+def hidden_shapes(x: torch.Tensor, params: BlockParams) -> list[tuple[int, int]]:
     """Shapes of the saved hidden layer, tile by tile."""
-    channels = x.shape[-1]
-    n_rows = x.numel() // channels
-    return [(min(TILE, n_rows - start), HIDDEN_RATIO * channels) for start in range(0, n_rows, TILE)]
+    n_rows = x.numel() // x.shape[-1]
+    return [(min(TILE, n_rows - start), len(params.pwconv1_weight)) for start in range(0, n_rows, TILE)]
 
 
 @torch.autocast('cpu', enabled=False)

@@ -70,12 +70,18 @@ def _check_map(x: torch.Tensor) -> None:
     _check(x.device.type == 'cpu' and min(x.shape[1:]) > 0, 'x must be on the CPU and not be empty')
 
 
-def _check_grad(grad: torch.Tensor, shape: Sequence[int], needs_grad: Sequence[bool], n_inputs: int) -> None:
+def _check_grad(
+    grad: torch.Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    needs_grad: Sequence[bool],
+    inputs: Sequence[torch.Tensor | None],
+) -> None:
+    """The gradient of an output of this shape and dtype: the kernels read its memory as such."""
     _check(grad.shape == tuple(shape) and grad.is_contiguous(), f'grad must be contiguous, of shape {tuple(shape)}')
-    _check(
-        grad.device.type == 'cpu' and grad.is_floating_point() and not grad.is_neg(), 'grad must be float on the CPU'
-    )
-    _check(len(needs_grad) == n_inputs, f'needs_grad must have {n_inputs} values')
+    _check(grad.device.type == 'cpu' and grad.dtype == dtype and not grad.is_neg(), f'grad must be {dtype}, on the CPU')
+    _check(len(needs_grad) == len(inputs), f'needs_grad must have {len(inputs)} values')
+    _check(not any(n and t is None for n, t in zip(needs_grad, inputs)), 'an input that is None has no gradient')
 
 
 def _checked_backend(x: torch.Tensor, params: BlockParams, args: BlockArgs, z_is_x: bool):
@@ -109,24 +115,27 @@ def _block_backward_cpu(grad, z, saved, *args):
     *args, z_is_x, needs_grad = args
     params, args = _split_block_args(args)
     backend = _checked_backend(z, params, args, z_is_x)
-    _check_grad(grad, z.shape, needs_grad, 1 + N_BLOCK_PARAMS)
-    _check([(t.shape, t.dtype) for t in saved] == _saved_meta(z, args), 'saved must come from the forward pass')
+    # Of oneDNN's output, the dtype follows from x too, which is not saved where z is.
+    dtype = backend.output_dtype(z, params, args) if z_is_x or args.backend == 'avx512' else grad.dtype
+    _check_grad(grad, z.shape, dtype, needs_grad, (z, *params))
+    _check(grad.is_floating_point(), 'grad must be of a floating dtype')
+    _check([(t.shape, t.dtype) for t in saved] == _saved_meta(z, params, args), 'saved must come from the forward pass')
     if not len(grad):  # stochastic depth has left no sample, and every parameter is to have a gradient
         return [torch.zeros_like(t, memory_format=ROW_MAJOR) for t, n in zip((z, *params), needs_grad) if n]
     return _owned(backend.backward(args, grad, z, saved, params, z_is_x, needs_grad))
 
 
-def _saved_meta(x: torch.Tensor, args: BlockArgs) -> list[tuple[Sequence[int], torch.dtype]]:
+def _saved_meta(x: torch.Tensor, params: BlockParams, args: BlockArgs) -> list[tuple[Sequence[int], torch.dtype]]:
     """Shapes and dtypes of what the forward pass saves beside its inputs."""
     shapes = [x.shape] if args.save_level >= SAVE_DWCONV else []
-    shapes += BACKENDS[args.backend].hidden_shapes(x) if args.save_level >= SAVE_HIDDEN else []
+    shapes += BACKENDS[args.backend].hidden_shapes(x, params) if args.save_level >= SAVE_HIDDEN else []
     return [(shape, args.dtype) for shape in shapes]
 
 
 def _block_fake(x, z, *args):
     params, args = _split_block_args(args)
     out = x.new_empty(x.shape, dtype=BACKENDS[args.backend].output_dtype(x, params, args))
-    return out, [x.new_empty(shape, dtype=dtype) for shape, dtype in _saved_meta(x, args)]
+    return out, [x.new_empty(shape, dtype=dtype) for shape, dtype in _saved_meta(x, params, args)]
 
 
 def _block_backward_fake(grad, z, saved, *args):
@@ -141,8 +150,7 @@ class _BlockFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, z, *args):
-        with _C._AutoDispatchBelowAutograd():
-            out, saved = block(x, z, *args)
+        out, saved = _below_autograd(block, x, z, *args)
         ctx.z_is_x, ctx.block_args = z is None, BlockArgs(*args[N_BLOCK_PARAMS:])
         ctx.save_for_backward(x if z is None else z, *args[:N_BLOCK_PARAMS], *saved)
         return out
@@ -167,8 +175,7 @@ class _BlockFunction(torch.autograd.Function):
 def _block_autograd(x, z, *args):
     if needs_grad(x, z, *args[:N_BLOCK_PARAMS]):
         return _BlockFunction.apply(x, z, *args), []  # the function saves the rest
-    with _C._AutoDispatchBelowAutograd():
-        return block(x, z, *args)
+    return _below_autograd(block, x, z, *args)
 
 
 def _block_reference_grads(args, z, params, grad, z_is_x, needs_grad):
@@ -203,7 +210,7 @@ def _patch_embed_cpu(x, *args):
 def _patch_embed_backward_cpu(grad, x, *args):
     params, args, needs_grad = PatchEmbedParams(*args[:4]), PatchEmbedArgs(*args[4:7]), args[7]
     avx512.check_patch_embed(x, params, args)
-    _check_grad(grad, _patch_embed_shape(x, params.weight, args.patch_size), needs_grad, 1 + len(params))
+    _check_grad(grad, _patch_embed_shape(x, params.weight, args.patch_size), x.dtype, needs_grad, (x, *params))
     _check(args.patch_size == 2 or not needs_grad[0], 'the image before a stem has no gradient')
     return _owned(avx512.patch_embed_backward(args, grad, x, params, needs_grad))
 
@@ -237,7 +244,7 @@ def _output_norm_backward_cpu(grad, x, weight, bias, eps, needs_grad):
     _check_map(x)
     avx512.check_norm(x, weight, bias)
     n, height, width, channels = x.shape
-    _check_grad(grad, (n, channels, height, width), needs_grad, 3)
+    _check_grad(grad, (n, channels, height, width), x.dtype, needs_grad, (x, weight, bias))
     return _owned(avx512.norm_nchw_backward(eps, grad, x, weight, bias, needs_grad))
 
 
@@ -268,8 +275,7 @@ def _autograd_kernel(
         def forward(ctx, *args):
             ctx.save_for_backward(*args[:n_tensors])
             ctx.settings = args[n_tensors:]
-            with _C._AutoDispatchBelowAutograd():
-                return op(*args)
+            return _below_autograd(op, *args)
 
         @staticmethod
         def backward(ctx, grad):
@@ -285,8 +291,7 @@ def _autograd_kernel(
     def kernel(*args):
         if needs_grad(*args[:n_tensors]):
             return Function.apply(*args)
-        with _C._AutoDispatchBelowAutograd():
-            return op(*args)
+        return _below_autograd(op, *args)
 
     return kernel
 
@@ -331,8 +336,7 @@ def _stage_fake(x, patch_params, block_params, norm_params, patch_size, dtype, e
 
 def _stage_autograd(x, *args):
     _check(not needs_grad(x, *(t for tensors in args[:3] for t in tensors)), 'a stage in one call has no gradients')
-    with _C._AutoDispatchBelowAutograd():
-        return stage(x, *args)
+    return _below_autograd(stage, x, *args)
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
@@ -341,6 +345,13 @@ def _stage_autograd(x, *args):
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd records an operator of these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _below_autograd(op: Callable, *args):
+    """Run an operator's implementation. Forward-mode AD is refused: it would silently lose the tangents."""
+    _check(torch.autograd.forward_ad._current_level < 0, 'forward-mode AD has no rule for it')
+    with _C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def _needs_reference_grads(grad: torch.Tensor) -> bool:
@@ -398,8 +409,25 @@ IMPLEMENTATIONS = {
     stage: (_stage_cpu, _stage_fake, _stage_autograd),
 }
 
+
+def _on_one_device(fake: Callable) -> Callable:
+    """A fake implementation that refuses tensors of several devices.
+
+    One tensor on the meta device suffices for torch to call it, and with the others on the CPU it would return memory
+    that nothing has written.
+    """
+
+    def checked(*args):
+        tensors = [t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else [arg])]
+        devices = {t.device for t in tensors if isinstance(t, torch.Tensor)}
+        _check(len(devices) == 1, f'all tensors must be on one device, not on {", ".join(sorted(map(str, devices)))}')
+        return fake(*args)
+
+    return checked
+
+
 for _op, (_cpu, _fake, _autograd) in IMPLEMENTATIONS.items():
     LIBRARY.impl(_op, _cpu, 'CPU')
-    torch.library.register_fake(_op, _fake, lib=LIBRARY)
+    torch.library.register_fake(_op, _on_one_device(_fake), lib=LIBRARY)
     if _autograd:
         LIBRARY.impl(_op, _autograd, 'Autograd')

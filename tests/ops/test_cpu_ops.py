@@ -454,6 +454,18 @@ def test_parameters_that_the_kernels_do_not_fit_go_another_way(change):
     assert distance(block(x), reference(block, x)) < 1e-5
 
 
+@pytest.mark.parametrize('hidden', [768, 2048])
+def test_a_wide_block_with_an_mlp_of_another_width_trains(hidden):
+    """From 384 channels on the hidden layer is saved for the backward pass."""
+    torch.manual_seed(0)
+    block, x = ConvNeXtBlock(384, 7, 0.0, 1.0), torch.randn(1, 384, 6, 5)
+    block.pwconv1, block.pwconv2 = nn.Linear(384, hidden), nn.Linear(hidden, 384)
+    grads = torch.autograd.grad(block(x).square().sum(), [*block.parameters()])
+    with dispatch.disabled():
+        expected = torch.autograd.grad(block(x).square().sum(), [*block.parameters()])
+    assert all(distance(grad, e) < 1e-4 for grad, e in zip(grads, expected, strict=True))
+
+
 @pytest.mark.parametrize(
     'change',
     [

@@ -293,9 +293,28 @@ def test_gradients_of_blocks_refuse_what_they_do_not_understand(backend):
         (grad, x, [], *rest),
         (grad, x, [saved[0].double()], *rest),
         (grad, x, saved, *rest[:-1], [True]),
+        (grad.bfloat16(), x, saved, *rest),
+        (grad.double(), x, saved, *rest),
+        (grad, x, saved, *rest[:8], None, *rest[9:]),
+        (grad.to('meta'), x, saved, *rest),
     ):
         with pytest.raises(RuntimeError):
             operators.block_backward(*wrong)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('i', range(9))
+def test_blocks_refuse_parameters_of_other_shapes_and_devices(i, backend):
+    x, params, args = torch.randn(2, 5, 7, C), block_params(), block_args(backend)
+    for wrong in (torch.tensor(1.5), params[i][:-1], params[i].to('meta')):
+        with pytest.raises(RuntimeError):
+            operators.block(x, None, *[*params[:i], wrong, *params[i + 1 :]], *args)
+
+
+def test_forward_mode_ad_is_refused():
+    x, params, args = torch.randn(2, 5, 7, C), block_params(), block_args('onednn')
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match='forward-mode AD'):
+        operators.block(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), None, *params, *args)
 
 
 @needs_kernels
@@ -314,6 +333,11 @@ def test_other_operators_refuse_what_they_do_not_understand():
         (operators.output_norm, (rows.permute(0, 2, 1, 3), *norm, 1e-6)),
         (operators.output_norm, (torch.randn(2, 4, 4, C + 1), *norm, 1e-6)),
         (operators.output_norm_backward, (torch.randn(2, 4, 4, C), rows, *norm, 1e-6, [True] * 3)),
+        (operators.output_norm_backward, (torch.randn(2, C, 4, 4).bfloat16(), rows, *norm, 1e-6, [True] * 3)),
+        (
+            operators.patch_embed_backward,
+            (torch.randn(2, 4, 4, C).half(), image, *stem, 4, *settings, [False] + [True] * 4),
+        ),
         (operators.stage, (x, patch_params, blocks[:-1], norm_params, *rest)),
         (operators.stage, (x, patch_params, blocks, norm_params, *rest[:-1], [1e-6])),
     ):
