@@ -70,7 +70,7 @@ def parse_request(args: argparse.Namespace) -> DatasetRequest | None:
     """Return the data set that the arguments name, None if they name none.
 
     Raises:
-        UsageError: an argument needs another one, or names a folder that does not exist.
+        UsageError: an argument needs another one, or names something that does not exist.
     """
     ann_files = {split: file for split in ('train', 'val') if (file := getattr(args, f'{split}_ann'))}
     image_dirs = {split: folder for split in ('train', 'val') if (folder := getattr(args, f'{split}_images'))}
@@ -84,6 +84,8 @@ def parse_request(args: argparse.Namespace) -> DatasetRequest | None:
             if getattr(args, option) not in (None, False):
                 raise UsageError(f'--{option.replace("_", "-")} needs --data PATH')
         return None
+    if args.data and not os.path.exists(args.data):  # before weights are downloaded
+        raise UsageError(f'{args.data} does not exist')
     return DatasetRequest(args.data, ann_files, image_dirs, args.classes, args.ignore, args.val_fraction, args.strict)
 
 

@@ -149,8 +149,9 @@ def convert_progress(
         iters_done, message = _convert_iters(iteration - iters_in_past_epochs, old, new, by_epoch, sizes)
     elif old.accumulation_steps != new.accumulation_steps or (by_epoch and iteration != iters_in_past_epochs):
         raise UsageError(
-            f'cannot resume with {sizes}: the total batch was {old.total_batch}, now it is {new.total_batch}; resume '
-            'with the previous total batch'
+            f'cannot resume with {sizes}, {new.accumulation_steps} (was {old.accumulation_steps}) gradient '
+            f'accumulation steps: the total batch was {old.total_batch}, now it is '
+            f'{new.total_batch}; resume with the previous one'
         )
     else:
         iters_done = 0 if by_epoch else iteration

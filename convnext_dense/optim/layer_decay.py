@@ -1,6 +1,7 @@
 """Layer-wise learning rate decay: parameter -> layer id -> lr ("A ConvNet for the 2020s", appendix A.3)."""
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,6 +90,10 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
         paramwise_cfg = dict(paramwise_cfg or {})
+        for key in ('lr', 'weight_decay'):
+            value = optim_wrapper_cfg['optimizer'].get(key)
+            if value is not None:
+                _check_not_negative(f'optim_wrapper.optimizer.{key}', value)
         _check_paramwise_cfg(paramwise_cfg, optim_wrapper_cfg['optimizer'].get('weight_decay'))
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
         if self.base_lr is None:
@@ -181,14 +186,20 @@ def _check_paramwise_cfg(cfg: dict, weight_decay: float | None) -> None:
         raise UsageError(f"custom_keys={custom_keys!r} is invalid: give such as {{'bbox_head': dict(lr_mult=10)}}")
     items = [(key, value) for key, value in cfg.items() if key in MULT_KEYS]
     for name, settings in custom_keys.items():
+        if not isinstance(name, str):
+            raise UsageError(f'paramwise_cfg.custom_keys has the key {name!r}: give a part of a parameter name')
         items += [(f'custom_keys.{name}.{key}', value) for key, value in settings.items() if key.endswith('_mult')]
     for key, value in items:
-        if not _is_number(value):
-            raise UsageError(f'paramwise_cfg.{key}={value!r} is invalid: give a number')
+        _check_not_negative(f'paramwise_cfg.{key}', value)
         if key.endswith('decay_mult') and weight_decay is None:
             raise UsageError(
                 f'paramwise_cfg.{key} multiplies a weight decay: give optim_wrapper.optimizer.weight_decay'
             )
+
+
+def _check_not_negative(key: str, value: object) -> None:
+    if not _is_number(value) or not 0 <= value < math.inf:
+        raise UsageError(f'{key}={value!r} is invalid: give a number that is not negative')
 
 
 def _is_number(value: object) -> bool:

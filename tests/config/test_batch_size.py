@@ -179,7 +179,7 @@ def test_by_the_tool(run_tool, tmp_path):
     )
     assert 'iter: 4' in process.stdout + process.stderr
     process = run_tool(*command, 'train_cfg.max_iters=3', '--resume', '--no-auto-batch', SHAPES_ROOT=str(data))
-    one_line_error(process, 'the total batch was 8, now it is 4')
+    one_line_error(process, 'the total batch was 8, now it is 4', '1 (was 2) gradient accumulation steps')
 
 
 @pytest.mark.parametrize('name', ['mask_rcnn/convnext_t', 'upernet/convnext_t'])

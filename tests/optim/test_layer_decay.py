@@ -245,6 +245,27 @@ def test_bad_settings(paramwise, word):
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize('value', ['abc', -1.0, float('nan'), float('inf'), True], ids=repr)
+@pytest.mark.parametrize('key', ['lr', 'weight_decay', 'bias_lr_mult', 'norm_decay_mult', 'lr_mult', 'decay_mult'])
+def test_numbers_that_no_optimizer_takes(key, value):
+    cfg = config()
+    cfg['optimizer'] = dict(type='AdamW', lr=1e-4, weight_decay=0.05)
+    if key in cfg['optimizer']:
+        cfg['optimizer'][key] = value
+    else:
+        setting = {key: value} if key.startswith(('bias', 'norm')) else dict(custom_keys={'norm': {key: value}})
+        cfg['paramwise_cfg'] |= setting
+    with pytest.raises(UsageError, match=f'{key}=.* is invalid: give a number that is not negative'):
+        build_optim_wrapper(ConvNeXt('atto'), cfg)
+
+
+def test_a_custom_key_is_a_part_of_a_name():
+    cfg = config()
+    cfg['paramwise_cfg'] |= dict(custom_keys={1: dict(lr_mult=2)})
+    with pytest.raises(UsageError, match='custom_keys has the key 1'):
+        build_optim_wrapper(ConvNeXt('atto'), cfg)
+
+
 def test_an_lr_is_needed():
     cfg = config()
     del cfg['optimizer']['lr']
