@@ -32,9 +32,19 @@ __all__ = [
     'UsageError',
     'layer_ids',
     'load_backbone',
+    'load_model',
 ]
 
 # mmengine resolves `_base_ = 'convnext_dense::...'` only for the packages in its table. By a module's name it finds the
 # folder; by that of the distribution the classic one looks where an editable install has no files.
 MODULE2PACKAGE[__name__] = f'{__name__}.errors'
 _moved.install()
+
+
+def __getattr__(name: str) -> object:
+    """Import what only predictions need when it is asked for: reading images takes more than the backbone does."""
+    if name == 'load_model':
+        from .inference.model import load_model
+
+        return load_model
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -21,9 +21,10 @@ LAYERS = (
     {'ops'},
     {'models'},
     {'checkpoints', 'optim'},
-    {'engine', 'inference'},
+    {'engine'},
     {'config'},
     {'datasets', 'paper'},
+    {'inference'},
     {'cli'},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

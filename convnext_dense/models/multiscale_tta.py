@@ -14,11 +14,12 @@ class MultiScaleSegmentor(BaseTTAModel):
     """Segmentor tested on several views (scales, flips) of each image, whose probabilities are averaged."""
 
     @torch.no_grad()
-    def test_step(self, data: dict) -> list:
+    def test_step(self, data: dict, with_logits: bool = False) -> list:
         """Predict a batch.
 
         Args:
             data: For each key, a list with one batch per view.
+            with_logits: Whether the samples also get the probabilities (C, H, W), as `seg_logits`.
 
         Returns:
             The data samples of the first view, with `pred_sem_seg` (1, H, W) at the image's own size.
@@ -27,6 +28,8 @@ class MultiScaleSegmentor(BaseTTAModel):
         for sample, p in zip(samples, probabilities):
             pred = p.argmax(0, keepdim=True) if len(p) > 1 else (p > self.module.decode_head.threshold).to(p)
             sample.set_data({'pred_sem_seg': PixelData(data=pred)})
+            if with_logits:
+                sample.set_data({'seg_logits': PixelData(data=p)})
         return samples
 
     def probabilities(self, data: dict) -> tuple[list, list[torch.Tensor]]:

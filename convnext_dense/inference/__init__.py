@@ -1,0 +1,1 @@
+"""A checkpoint -> predictions on images and videos, as Python objects, files and pictures."""

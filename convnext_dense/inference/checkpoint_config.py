@@ -1,0 +1,196 @@
+"""Which checkpoint a user means, and the config that belongs to it, read as data."""
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS, init_default_scope
+
+from ..checkpoints.hub import WEIGHT_URLS
+from ..checkpoints.io import find_state_dicts, load_checkpoint
+from ..config.inputs import adapt_input_channels
+from ..config.literal import parse_config_literal
+from ..config.load import load_config
+from ..config.preflight import check_backbones, check_installed, check_levels
+from ..config.tree import iter_dicts
+from ..config.work_dir import find_resume_checkpoint
+from ..engine.build import resolve_checkpoint
+from ..errors import UsageError
+from ..paper.results import PAPER_RESULTS
+from ..type_names import REGISTRIES, SCOPES, class_of
+from .pipelines import innermost_dataset
+
+TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation'}  # by default scope
+# In the names of parameters that only models of a task have.
+HEAD_RE = {
+    'detection': re.compile(r'(?<![^.])(roi_head|rpn_head|bbox_head)\.'),
+    'segmentation': re.compile(r'(?<![^.])decode_head\.'),
+}
+RECIPES_BY_RELEASED = {result.released: result.recipe for result in PAPER_RESULTS}
+CONFIG_HINT = 'give the config that it was trained with as --config'
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A checkpoint and what is known of its model before that is built.
+
+    Attributes:
+        file: Path of the checkpoint.
+        config: Config of the model and of its test pipeline.
+        task: 'detection' or 'segmentation'.
+        classes: Names of the classes, in the order of the model's outputs.
+        palette: RGB color of each class; empty where none is known.
+        notices: What the user is told, one line each.
+    """
+
+    file: str
+    config: Config
+    task: str
+    classes: tuple[str, ...] = ()
+    palette: tuple[tuple[int, int, int], ...] = ()
+    notices: tuple[str, ...] = field(default=())
+
+
+def find_model(checkpoint: str | Path, config: str | Path | Config | None = None) -> ModelSource:
+    """Find the checkpoint that a user means and its config; nothing is built.
+
+    Args:
+        checkpoint: A file, a work dir (its best checkpoint, else its last one), a URL or the name of released weights.
+        config: Path of the config, or the config; None for that in the checkpoint or of the recipe whose weights the
+            authors released under this name.
+
+    Returns:
+        The source of the model.
+
+    Raises:
+        UsageError: If there is no checkpoint or no config, or if they belong to different tasks.
+    """
+    file = _find_file(str(checkpoint))
+    content = load_checkpoint(file)
+    config = _load_config(config, file, str(checkpoint), content)
+    scope = config.get('default_scope')
+    if scope not in TASKS:
+        raise UsageError(f"{file}: the config's default_scope is {scope}: prediction needs one of mmdet or mmseg")
+    _check_task(content, file, TASKS[scope])
+    notice = adapt_input_channels(config)
+    classes, palette = _find_classes(content, config)
+    return ModelSource(file, config, TASKS[scope], classes, palette, (notice,) if notice else ())
+
+
+def _find_file(checkpoint: str) -> str:
+    path = Path(checkpoint)
+    if not path.is_dir():
+        return resolve_checkpoint(checkpoint)
+    best = sorted(path.glob('best_*.pth'), key=lambda file: file.stat().st_mtime)
+    file = str(best[-1]) if best else find_resume_checkpoint(path)
+    if file is None or not Path(file).is_file():
+        raise UsageError(f'{checkpoint} contains no checkpoint: give the work dir of a training, or a .pth file')
+    return file
+
+
+def _load_config(config: str | Path | Config | None, file: str, name: str, content: Mapping) -> Config:
+    required = ('model', 'test_dataloader')
+    if isinstance(config, Config):
+        return _prepared(Config(config.to_dict()), 'the config')
+    if config is not None:
+        return load_config(str(config), {}, required)
+    recipe = RECIPES_BY_RELEASED.get(name) or RECIPES_BY_RELEASED.get(Path(file).stem)
+    if recipe:
+        return load_config(f'convnext_dense::{recipe}.py', {}, required)
+    meta = content.get('meta') if isinstance(content.get('meta'), dict) else {}
+    text = meta.get('cfg') or meta.get('config')
+    if not isinstance(text, str) or not text.strip():
+        what = 'is a backbone, not a detector or segmentor' if name in WEIGHT_URLS else 'contains no config'
+        raise UsageError(f'{file} {what}: {CONFIG_HINT}')
+    try:
+        config = parse_config_literal(text)
+    except UsageError as error:
+        raise UsageError(f'{file}: {error}: {CONFIG_HINT}') from error
+    missing = next((key for key in required if not isinstance(config.get(key), dict)), None)
+    if missing:
+        raise UsageError(f'{file}: the config in it has no {missing}: {CONFIG_HINT}')
+    config = _prepared(config, file)
+    _check_types(config, file)
+    return config
+
+
+def _prepared(config: Config, name: str) -> Config:
+    """Return a config that came without a file after the checks of `load_config`, with what it imports imported."""
+    scope = config.get('default_scope') or 'mmengine'
+    if scope in TASKS:
+        check_installed(scope)
+        init_default_scope(scope)
+        importlib.import_module(f'{scope}.utils').register_all_modules(init_default_scope=False)
+    imports = (config.get('custom_imports') or {}).get('imports') or []
+    for module in [imports] if isinstance(imports, str) else imports:
+        if str(module).partition('.')[0] != __name__.partition('.')[0]:
+            raise UsageError(f'{name}: its config imports {module}, which prediction does not run: {CONFIG_HINT}')
+        importlib.import_module(module)
+    check_backbones(config.get('model', {}))
+    check_levels(config.get('model', {}))
+    return config
+
+
+def _check_types(config: Config, file: str) -> None:
+    """Refuse a config out of a file that names anything but registered types: mmengine would import and call it."""
+    ops = importlib.import_module('mmcv.ops')
+    operators = {name for name in ops.__all__ if name.isidentifier()}
+    for part in (config.model, config.test_dataloader):
+        for item in iter_dicts(part):
+            item.pop('init_cfg', None)  # the weights are in the checkpoint
+            type_ = item.get('type')
+            if type_ is not None and not (_is_registered(type_) or type_ in operators):
+                raise UsageError(f"{file}: type='{str(type_)[:100]}' in its config is not registered: {CONFIG_HINT}")
+            if item.get('_scope_') not in (None, *SCOPES):
+                raise UsageError(f"{file}: its config has the unknown scope '{item['_scope_']}': {CONFIG_HINT}")
+
+
+def _is_registered(name: object) -> bool:
+    scope, _, key = str(name).rpartition('.')
+    return any(
+        key in registry.module_dict and scope in ('', registry.scope, *_convnext_scope(registry.module_dict[key]))
+        for root in REGISTRIES
+        for registry in (root, *_descendants(root))
+    )
+
+
+def _convnext_scope(cls: object) -> Iterator[str]:
+    """The scope of this package, whose classes are in mmengine's root registries."""
+    module = inspect.getmodule(cls)
+    if module is not None and module.__name__.partition('.')[0] == 'convnext_dense':
+        yield 'convnext_dense'
+
+
+def _descendants(registry) -> Iterator:
+    for child in registry.children.values():
+        yield child
+        yield from _descendants(child)
+
+
+def _check_task(content: Mapping, file: str, task: str) -> None:
+    """Refuse the checkpoint of a detector with the config of a segmentor, and the reverse."""
+    names = [name for tensors in find_state_dicts(content).values() for name in tensors]
+    has = {t: any(map(pattern.search, names)) for t, pattern in HEAD_RE.items()}
+    other = next(other for other in TASKS.values() if other != task)
+    if has[other] and not has[task]:
+        raise UsageError(f'{file} is a model for {other}, the config is for {task}: {CONFIG_HINT}')
+
+
+def _find_classes(content: Mapping, config: Config) -> tuple[tuple, tuple]:
+    """Return names and colors of the classes: those in the checkpoint, else those of the config's data set."""
+    meta = content.get('meta') if isinstance(content.get('meta'), dict) else {}
+    known = {str(k).lower(): v for k, v in {**meta, **(meta.get('dataset_meta') or {})}.items()}
+    dataset = innermost_dataset(config.test_dataloader.get('dataset') or {})
+    cls = class_of(dataset.get('type'), DATASETS)
+    own = {**getattr(cls, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
+    if not known.get('classes'):
+        known = own
+    classes = known.get('classes') or ()
+    classes = (classes,) if isinstance(classes, str) else tuple(map(str, classes))
+    palette = known.get('palette') or (own.get('palette') if tuple(own.get('classes') or ()) == classes else None) or ()
+    is_colors = isinstance(palette, (list, tuple)) and len(palette) == len(classes)
+    return classes, tuple(tuple(map(int, color)) for color in palette) if is_colors else ()

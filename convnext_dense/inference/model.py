@@ -1,0 +1,263 @@
+"""A trained detector or segmentor as one object: `load_model` builds it, `predict` takes images of any kind."""
+
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose
+from mmengine.device import get_device
+from mmengine.model.utils import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import BaseDataElement
+from PIL import Image
+from torch import nn
+
+from ..checkpoints.io import load_checkpoint
+from ..checkpoints.pretrained import check_state_dict_matches, load_model_weights
+from ..config.tree import iter_dicts
+from ..errors import UnreadableImageError, UsageError, is_user_code_error, root_message
+from .checkpoint_config import ModelSource, find_model
+from .images import from_array, from_pil, read_image
+from .options import PredictOptions, class_indices
+from .pipelines import is_resize, test_steps
+from .results import select_instances
+from .views import DetectionViews, SegmentationViews
+
+AMP_DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16, 'float32': None}
+ImageInput = str | Path | np.ndarray | Image.Image
+
+
+def load_model(
+    checkpoint: str | Path,
+    config: str | Path | Config | None = None,
+    device: str | None = None,
+    amp_dtype: str = 'float32',
+) -> 'Predictor':
+    """Load a trained detector or segmentor.
+
+    Args:
+        checkpoint: A file, a work dir (its best checkpoint, else its last one), a URL or the name of released weights.
+        config: Path of the config; by default that in the checkpoint, or of the recipe to which released weights
+            belong.
+        device: Such as 'cuda', 'cuda:1' or 'cpu'; by default a GPU if there is one.
+        amp_dtype: 'float32', or 'float16' or 'bfloat16' for mixed precision.
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: If there is no such checkpoint, config or device, or if they do not fit together.
+    """
+    check_precision(amp_dtype)
+    device = check_device(device)
+    return build_predictor(find_model(checkpoint, config), device, amp_dtype)
+
+
+def check_device(name: str | None) -> torch.device:
+    """Return a device by its name (None: a GPU if there is one); UsageError where it is not there."""
+    try:
+        device = torch.device(name or get_device())
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        n = torch.cuda.device_count()
+        available = f'cpu and cuda:0 to cuda:{n - 1}' if n > 1 else 'cpu and cuda' if n else 'cpu'
+        raise UsageError(f"no device '{name}' ({root_message(error)}): this machine has {available}") from error
+    return device
+
+
+def check_precision(amp_dtype: str) -> None:
+    """Raise UsageError where a precision is not known."""
+    if amp_dtype not in AMP_DTYPES:
+        raise UsageError(f"amp_dtype '{amp_dtype}': give one of {', '.join(AMP_DTYPES)}")
+
+
+def build_predictor(source: ModelSource, device: torch.device, amp_dtype: str = 'float32') -> 'Predictor':
+    """Build the model of a source and load its weights.
+
+    Raises:
+        UsageError: If the config cannot be built, or the weights do not fit it.
+    """
+    init_default_scope(source.config.default_scope)
+    try:
+        model = MODELS.build(copy.deepcopy(source.config.model))
+        predictor = Predictor(revert_sync_batchnorm(model), source, device, amp_dtype)
+    except (KeyError, TypeError, AssertionError, ValueError, AttributeError, RuntimeError) as error:
+        if isinstance(error, UsageError) or is_user_code_error(error):
+            raise
+        raise UsageError(f'the config cannot be built: {root_message(error)}') from error
+    weights = load_model_weights(load_checkpoint(source.file), source.file, predictor.model)
+    check_state_dict_matches(predictor.model, weights, source.file)
+    predictor.model.load_state_dict(weights)
+    predictor.model.to(device).eval()
+    return predictor
+
+
+class Predictor:
+    """A trained model with its test pipeline.
+
+    Attributes:
+        model (nn.Module): mmdet's or mmseg's model, in evaluation mode, with `cfg` and `dataset_meta` as their own
+            inference functions expect them.
+        config (Config): Its config.
+        task (str): 'detection' or 'segmentation'.
+        classes (tuple[str, ...]): Names of its classes.
+        palette (tuple): RGB color of each class; empty where the data set has none.
+        scale (tuple[int, int] | None): Size to which its test pipeline resizes images; None if it does not.
+        color_type (str): How it reads files: 'color', 'grayscale' or 'unchanged'.
+        device (torch.device): Where it runs.
+    """
+
+    def __init__(self, model: nn.Module, source: ModelSource, device: torch.device, amp_dtype: str = 'float32'):
+        self.model, self.config, self.task = model, source.config, source.task
+        self.classes = source.classes or tuple(f'class {i}' for i in range(_num_classes(model)))
+        self.palette, self.device, self.amp_dtype = source.palette, device, amp_dtype
+        model.cfg = source.config
+        model.dataset_meta = dict(classes=self.classes, palette=[list(color) for color in source.palette] or 'random')
+        self.color_type, self.steps = test_steps(source.config)
+        self.pipeline = Compose(self.steps)
+
+    @cached_property
+    def views(self) -> DetectionViews | SegmentationViews:
+        """What `multiscale` does to an image."""
+        return DetectionViews(self.steps) if self.task == 'detection' else SegmentationViews(self.model, self.steps)
+
+    @property
+    def scale(self) -> tuple[int, int] | None:
+        """Size (long, short) to which the test pipeline resizes images; None if it does not."""
+        return next((tuple(step['scale']) for step in iter_dicts(self.steps) if is_resize(step)), None)
+
+    def predict(
+        self,
+        images: ImageInput | Sequence[ImageInput],
+        channel_order: str | None = None,
+        **options,
+    ) -> BaseDataElement | list[BaseDataElement]:
+        """Predict one image or a list of them.
+
+        Args:
+            images: A path, a numpy array, a PIL image, or a list of these.
+            channel_order: 'rgb' or 'bgr'; needed for arrays of color.
+            **options: As of `PredictOptions`.
+
+        Returns:
+            mmdet's DetDataSample with `pred_instances`, or mmseg's SegDataSample with `pred_sem_seg`, in the pixels of
+            the image as it is displayed; on the CPU. A list for a list.
+
+        Raises:
+            UsageError: If an option or an image cannot be used.
+        """
+        PredictOptions(**options)
+        is_one = not isinstance(images, (list, tuple))
+        pixels = [self.read(image, channel_order) for image in ([images] if is_one else images)]
+        samples = self.predict_arrays(pixels, **options)
+        for image, sample in zip([images] if is_one else images, samples):
+            if isinstance(image, (str, Path)):
+                sample.set_metainfo(dict(img_path=str(image)))
+        return samples[0] if is_one else samples
+
+    def read(self, image: ImageInput, channel_order: str | None = None) -> np.ndarray:
+        """Return the pixels of an image as the model takes them: (H, W, C) BGR, (H, W) of a model of grayscale."""
+        if isinstance(image, (str, Path)):
+            try:
+                return read_image(image, self.color_type).pixels
+            except UnreadableImageError as error:
+                raise UsageError(f'{image}: {error}') from error
+        if isinstance(image, Image.Image):
+            return from_pil(image, self.color_type)
+        if isinstance(image, np.ndarray):
+            return from_array(image, channel_order, self.color_type)
+        raise UsageError(f'a {type(image).__name__} is no image: give a path, a numpy array or a PIL image')
+
+    def predict_arrays(
+        self, images: Sequence[np.ndarray], with_logits: bool = False, **options
+    ) -> list[BaseDataElement]:
+        """Predict images that were read.
+
+        Args:
+            images: (H, W, C) BGR of uint8 each; as `read` returns them.
+            with_logits: Segmentation: also return `seg_logits` (C, H, W).
+            **options: As of `PredictOptions`.
+
+        Returns:
+            DetDataSample or SegDataSample of each image, on the CPU.
+        """
+        options = PredictOptions(**options)
+        selected = class_indices(options.classes, self.classes)
+        if options.tile:
+            samples = (self.predict_in_tiles(image, options, with_logits) for image in images)
+        elif options.multiscale:
+            samples = (self.predict_views(image, with_logits) for image in images)
+        else:
+            samples = self.forward([self.prepare(image) for image in images], options.batch_size)
+        return [self.finish(sample, options, selected, with_logits) for sample in samples]
+
+    def predict_in_tiles(
+        self, image: np.ndarray | str | Path, options: PredictOptions, with_logits: bool = False
+    ) -> BaseDataElement:
+        """Predict an image, or a file that need not fit into memory, in the tiles that the options ask for."""
+        from .tiling import predict_tiled
+
+        return predict_tiled(self, image, options, with_logits)
+
+    @torch.inference_mode()
+    def predict_views(self, image: np.ndarray, with_logits: bool = False) -> BaseDataElement:
+        """Predict an image (H, W, C) at several scales, with and without flip."""
+        if self.task == 'detection':
+            return self.views.predict(self, image)
+        with self.autocast():
+            return self.views.predict(self.prepare(image, self.views.pipeline), with_logits)
+
+    def prepare(self, image: np.ndarray, pipeline: Compose | None = None) -> dict:
+        """Transform an image as the test pipeline of the config does; runs on the CPU, in any thread.
+
+        Raises:
+            UnreadableImageError: If its size cannot be resized.
+        """
+        size = image.shape[:2]
+        try:
+            return (pipeline or self.pipeline)(dict(img=image, img_id=0, img_path=None, img_shape=size, ori_shape=size))
+        except Exception as error:
+            if min(size) * 50 > max(size):
+                raise
+            reason = f'{size[1]} x {size[0]} pixels are too thin to be resized to the scale of the model; use tiles'
+            raise UnreadableImageError(reason) from error
+
+    @torch.inference_mode()
+    def forward(self, prepared: Sequence[dict], batch_size: int = 1) -> list[BaseDataElement]:
+        """Run the model on prepared images, those of equal size together, so that none is padded for another."""
+        samples: list = [None] * len(prepared)
+        by_shape: dict[tuple, list[int]] = {}
+        for i, item in enumerate(prepared):
+            by_shape.setdefault(tuple(item['inputs'].shape), []).append(i)
+        for indices in by_shape.values():
+            for start in range(0, len(indices), batch_size):
+                batch = indices[start : start + batch_size]
+                data = {key: [prepared[i][key] for i in batch] for key in ('inputs', 'data_samples')}
+                with self.autocast():
+                    results = self.model.test_step(data)
+                for i, result in zip(batch, results):
+                    samples[i] = result
+        return samples
+
+    def autocast(self) -> AbstractContextManager:
+        """Context manager for the precision of the model."""
+        dtype = AMP_DTYPES[self.amp_dtype]
+        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+
+    def finish(self, sample, options: PredictOptions, selected: list[int] | None, with_logits: bool = False):
+        """Return a sample on the CPU with what was asked for: classes, scores, number of detections."""
+        if self.task == 'detection':
+            return select_instances(sample, options.score_thr, selected, options.max_per_image).to('cpu')
+        if not with_logits and 'seg_logits' in sample:
+            del sample.seg_logits
+        return sample.to('cpu')
+
+
+def _num_classes(model: nn.Module) -> int:
+    """The number of classes of the first head that has one."""
+    return next((int(m.num_classes) for m in model.modules() if isinstance(getattr(m, 'num_classes', None), int)), 0)

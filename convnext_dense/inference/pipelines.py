@@ -1,0 +1,43 @@
+"""The test pipeline of a config, for images that were read."""
+
+from mmengine.config import Config
+from mmengine.registry import TRANSFORMS
+
+from ..errors import UsageError
+from ..type_names import is_type
+
+
+def is_resize(step: dict) -> bool:
+    """Whether a step of a pipeline resizes to a scale."""
+    return is_type(step.get('type'), TRANSFORMS, 'Resize') and isinstance(step.get('scale'), (tuple, list))
+
+
+def test_steps(config: Config) -> tuple[str, list[dict]]:
+    """Return how the test pipeline of a config reads files, and its steps for an image that was read.
+
+    Args:
+        config: With `test_dataloader`.
+
+    Returns:
+        'color', 'grayscale' or 'unchanged', and the steps without those that read image and labels.
+
+    Raises:
+        UsageError: If the pipeline reads no image.
+    """
+    dataset = innermost_dataset(config.test_dataloader.get('dataset') or {})
+    steps = [dict(step) for step in dataset.get('pipeline') or ()]
+    loader = next((step for step in steps if is_type(step['type'], TRANSFORMS, 'LoadImageFromFile')), None)
+    if loader is None:
+        raise UsageError("the test pipeline of the config has no dict(type='LoadImageFromFile')")
+    color_type = loader.get('color_type', 'color').removesuffix('_ignore_orientation')
+    steps = [step for step in steps if not is_type(step['type'], TRANSFORMS, 'LoadImageFromFile', 'LoadAnnotations')]
+    if loader.get('to_float32'):
+        steps.insert(0, dict(type='LoadImageFromNDArray', to_float32=True))
+    return color_type, steps
+
+
+def innermost_dataset(dataset: dict) -> dict:
+    """Return the config of the data set that wrappers (RepeatDataset, ConcatDataset) wrap; of several the first."""
+    while 'pipeline' not in dataset and (dataset.get('dataset') or dataset.get('datasets')):
+        dataset = dataset.get('dataset') or dataset['datasets'][0]
+    return dataset

@@ -1,0 +1,96 @@
+"""One image at several scales, with and without flip."""
+
+import copy
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.dataset import Compose
+from mmengine.structures import BaseDataElement
+
+from ..config.evaluation import set_multiscale
+from ..config.tree import iter_dicts
+from ..errors import UsageError
+from ..models.multiscale_tta import MultiScaleSegmentor
+from .pipelines import is_resize
+
+DETECTION_SCALE_FACTORS = (0.75, 1.0, 1.25)  # of the model's own test scale
+
+
+class SegmentationViews:
+    """The paper's multi-scale test of a segmentor: probabilities averaged over six scales and flips.
+
+    Args:
+        model: mmseg's segmentor.
+        steps: Of its test pipeline, for an image that was read.
+
+    Raises:
+        UsageError: If the pipeline does not resize to a scale.
+    """
+
+    def __init__(self, model, steps: list[dict]):
+        config = Config(
+            dict(default_scope='mmseg', model=dict(), test_dataloader=dict(dataset=dict(pipeline=copy.deepcopy(steps))))
+        )
+        set_multiscale(config)
+        self.pipeline = Compose(config.test_dataloader.dataset.pipeline)
+        whole = copy.copy(model)  # the same parameters; the model itself goes on to slide a window
+        whole.test_cfg = ConfigDict({**(model.test_cfg or {}), 'mode': 'whole'})
+        self.model = MultiScaleSegmentor(module=whole)
+
+    def predict(self, item: dict, with_logits: bool = False) -> BaseDataElement:
+        """Predict an image.
+
+        Args:
+            item: As the pipeline returns it.
+            with_logits: Whether the sample also gets the probabilities, as `seg_logits`.
+        """
+        return self.model.test_step({key: [[view] for view in views] for key, views in item.items()}, with_logits)[0]
+
+
+class DetectionViews:
+    """Scales and flips of a detector, whose detections are merged.
+
+    Args:
+        steps: Of its test pipeline, for an image that was read.
+
+    Raises:
+        UsageError: If the pipeline does not resize to a scale.
+    """
+
+    def __init__(self, steps: list[dict]):
+        if not any(map(is_resize, iter_dicts(steps))):
+            raise UsageError("multiscale needs dict(type='Resize', scale=(long, short)) in test_dataloader's pipeline")
+        self.pipelines = [Compose(_scaled(steps, factor)) for factor in DETECTION_SCALE_FACTORS]
+
+    def predict(self, predictor, image: np.ndarray) -> BaseDataElement:
+        """Predict an image (H, W, C) by a `Predictor`."""
+        from .merging import merge_detections
+
+        return merge_detections(list(self.iter_samples(predictor, image)))
+
+    def iter_samples(self, predictor, image: np.ndarray) -> Iterator[BaseDataElement]:
+        """Iterate over the predictions of all views, in the coordinates of the image."""
+        for pipeline in self.pipelines:
+            yield from predictor.forward([predictor.prepare(image, pipeline)])
+            flipped = np.ascontiguousarray(image[:, ::-1])
+            for sample in predictor.forward([predictor.prepare(flipped, pipeline)]):
+                yield _unflipped(sample, image.shape[1])
+
+
+def _scaled(steps: list[dict], factor: float) -> list[dict]:
+    steps = copy.deepcopy(steps)
+    for step in filter(is_resize, iter_dicts(steps)):
+        step['scale'] = tuple(round(side * factor) for side in step['scale'])
+    return steps
+
+
+def _unflipped(sample: BaseDataElement, width: int) -> BaseDataElement:
+    """The prediction of an image that was flipped from left to right, in the coordinates of the image itself."""
+    instances = sample.pred_instances
+    x1, y1, x2, y2 = instances.bboxes.unbind(-1)
+    instances.bboxes = torch.stack((width - x2, y1, width - x1, y2), -1)
+    if 'masks' in instances:
+        instances.masks = instances.masks.flip(-1)
+    return sample
