@@ -21,7 +21,7 @@ LAYERS = (
     {'ops'},
     {'models'},
     {'checkpoints', 'optim'},
-    {'engine'},
+    {'engine', 'evaluation'},
     {'config'},
     {'datasets', 'paper'},
     {'inference'},
@@ -92,7 +92,7 @@ def test_the_finder_of_old_paths_is_one_like_others():
 
 
 # Rooms that run configs with mmengine, and private names that are not mmengine's or torch's.
-RUNNING = {'registry', 'type_names', 'engine', 'config', 'datasets', 'paper'}
+RUNNING = {'registry', 'type_names', 'engine', 'evaluation', 'config', 'datasets', 'paper'}
 NOT_THEIRS = {'_replace', '_fields', '_asdict', '_exit'}
 
 

@@ -23,6 +23,14 @@ def parse_args():
         action='store_true',
         help='segmentation: multi-scale test of the paper (table 4): six scales, with and without flip, whole images',
     )
+    parser.add_argument(
+        '--report',
+        nargs='?',
+        const='',
+        metavar='FOLDER',
+        help='write results by class, confusion matrix, precision-recall curves and the worst images (default: a '
+        'folder in the work dir)',
+    )
     parser.add_argument('--show', action='store_true', help='show predictions next to the ground truth in a window')
     parser.add_argument('--show-dir', help='folder for visualizations of predictions next to the ground truth')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds that each visualization is shown')

@@ -12,7 +12,7 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from ..config.batch_size import scale_batch
-from ..config.evaluation import SCALE_FACTORS, set_multiscale, set_prediction_output, set_visualization
+from ..config.evaluation import SCALE_FACTORS, set_multiscale, set_prediction_output, set_report, set_visualization
 from ..config.inputs import adapt_input_channels
 from ..config.launch import check_launcher, world_size_from_env
 from ..config.load import load_config
@@ -218,6 +218,7 @@ TRAIN_STEPS = (
     Step('overridden', _report_overridden, after=('precision', 'data', 'schedule', 'batch', 'retention', 'unreadable')),
 )
 # - predictions: the data decide which evaluators there are.
+# - report: replaces the metric that predictions are set at.
 # - overridden: multi-scale testing moves the model into another one, and with it all keys of the options.
 TEST_STEPS = (
     Step('config', _load_for_test),
@@ -228,7 +229,8 @@ TEST_STEPS = (
     Step('data', _use_test_data, after=('inputs', 'request', 'checkpoint')),
     Step('visualization', _visualize, after=('config',)),
     Step('predictions', lambda run, args: set_prediction_output(run.config, args.out), after=('data',)),
-    Step('overridden', _report_overridden, after=('data', 'visualization', 'predictions')),
+    Step('report', lambda run, args: set_report(run.config, args.report), after=('data', 'predictions')),
+    Step('overridden', _report_overridden, after=('data', 'visualization', 'predictions', 'report')),
     Step(
         'multiscale',
         lambda run, args: set_multiscale(run.config, run.options) if args.multiscale else None,

@@ -1,6 +1,8 @@
-"""Settings of a test from the command line: visualizations, predictions, multi-scale testing."""
+"""Settings of a test from the command line: visualizations, predictions, reports, multi-scale testing."""
 
+import importlib
 import os
+import time
 from collections.abc import Mapping
 
 from mmengine.config import Config
@@ -9,7 +11,7 @@ from mmengine.registry import HOOKS, METRICS, TRANSFORMS
 from ..engine import progress_bar  # noqa: F401  (registers ProgressBarHook)
 from ..errors import UsageError
 from ..models import multiscale_tta  # noqa: F401  (registers MultiScaleSegmentor)
-from ..type_names import is_type
+from ..type_names import is_type, short_name
 from .options import is_explicit
 from .tree import as_list
 
@@ -109,6 +111,37 @@ def set_prediction_output(config: Config, out: str | None) -> None:
         raise UsageError(f"--out '{out}': detections are written into a file whose name ends in .pkl")
     else:
         config.test_evaluator = [*evaluators, dict(type='DumpDetResults', out_file_path=out)]
+
+
+# Metric of the libraries -> the one that also writes a report, and the module that registers it.
+REPORTS = {
+    'CocoMetric': ('DetectionReport', 'convnext_dense.evaluation.detection_report'),
+    'IoUMetric': ('SegmentationReport', 'convnext_dense.evaluation.segmentation_report'),
+}
+
+
+def set_report(config: Config, out: str | None) -> None:
+    """Have the metric of a test write a report.
+
+    Args:
+        config: changed in place.
+        out: folder for the report; '' for one in the work dir, None for no report.
+
+    Raises:
+        UsageError: `out` exists, or the config has no metric that there are reports of.
+    """
+    if out is None:
+        return
+    out = out or os.path.join(config.work_dir, time.strftime('report_%Y%m%d_%H%M%S'))
+    _require_absent(out, '--report')
+    config.test_evaluator = evaluators = as_list(config.test_evaluator)
+    for evaluator in evaluators:
+        for name, (report, module) in REPORTS.items():
+            if short_name(evaluator.get('type')) == name and not evaluator.get('format_only'):
+                importlib.import_module(module)
+                evaluator.update(type=report, report_dir=os.path.abspath(out))
+                return
+    raise UsageError("--report needs dict(type='CocoMetric') or dict(type='IoUMetric') in test_evaluator")
 
 
 def _require_absent(path: str, option: str) -> None:

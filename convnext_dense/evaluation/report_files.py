@@ -1,0 +1,41 @@
+"""Tables of a report: in the log, and as CSV."""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.logging import print_log
+
+NUM_WORST_IMAGES = 20  # that are drawn
+
+
+def log_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Log a table; numbers with one digit, NaN as a dash."""
+    from terminaltables import AsciiTable
+
+    table = AsciiTable([list(header), *([format_cell(cell) for cell in row] for row in rows)])
+    for column in range(1, len(header)):
+        table.justify_columns[column] = 'right'
+    print_log(f'{title}\n{table.table}', logger='current')
+
+
+def format_cell(cell: object) -> str:
+    """Format a cell of a table."""
+    if not isinstance(cell, float):
+        return str(cell)
+    return '-' if math.isnan(cell) else f'{cell:.1f}'
+
+
+def write_csv(file: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write a table; NaN as an empty cell."""
+    with open(file, 'w', newline='', encoding='utf-8') as stream:
+        writer = csv.writer(stream)
+        writer.writerow(header)
+        for row in rows:
+            writer.writerow(['' if isinstance(cell, float) and math.isnan(cell) else cell for cell in row])
+
+
+def percent(value: float) -> float:
+    """A ratio in percent."""
+    return 100 * float(value)
