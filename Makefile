@@ -22,6 +22,7 @@ $(if $(VENV),,$(error no OPENMMLAB '$(OPENMMLAB)': onedl or classic))
 
 BIN := $(VENV)/bin
 READY := $(VENV)/ready-torch-$(TORCH)
+KERNELS := $(wildcard convnext_dense/ops/*.c)
 export SHAPES_ROOT ?= data/shapes
 SHAPES := $(SHAPES_ROOT)/shapes.json
 RUN := work_dirs/demo/$(TASK)-$(shell date +%Y%m%d-%H%M%S)
@@ -34,7 +35,7 @@ OPERATORS_WORK := $(BIN)/python -c 'import torch; from mmcv.ops import nms; nms(
 setup: $(READY)
 
 # Of the tools, all go on where they were interrupted; the stamp comes last. Another torch needs another mmcv: start anew.
-$(READY): setup.py convnext_dense/ops/avx512_kernels.c
+$(READY): setup.py $(KERNELS)
 	@$(PYTHON) -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo 'error: $(PYTHON) is not Python 3.10 or later with venv: install one (Debian: python3-venv), or PYTHON=...' >&2; \
 	  exit 2; }
@@ -70,7 +71,7 @@ test: $(READY)
 # Of what the baselines depend on, timm and torchvision name another torch: without dependencies they keep to this one.
 BASELINES := .venv-baselines
 ARGS ?= --sizes T B
-$(BASELINES)/ready-torch-$(TORCH): setup.py Makefile convnext_dense/ops/avx512_kernels.c
+$(BASELINES)/ready-torch-$(TORCH): setup.py Makefile $(KERNELS)
 	$(PYTHON) -m venv $(BASELINES)
 	echo 'torch==$(TORCH)' > $(BASELINES)/constraints.txt
 	$(BASELINES)/bin/pip install --constraint $(BASELINES)/constraints.txt torch 'setuptools<81' wheel ninja psutil packaging

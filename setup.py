@@ -9,12 +9,32 @@ ONEDL = ['onedl-mmengine==0.10.12', 'onedl-mmcv==2.3.6', 'onedl-mmdetection==3.5
 OPENMMLAB = ['mmengine==0.10.7', 'mmcv==2.1.0', 'mmdet==3.3.0', 'mmsegmentation==1.2.2']
 OPENMMLAB += ['ftfy', 'regex', 'setuptools<81']  # imported, not declared: by mmseg, and pkg_resources by mmengine
 
-# The kernels for processors with AVX-512. They know nothing of Python or torch, whose OpenMP they share: it
-# is not linked. Without a compiler the installation goes on, and pip shows nothing of it: `make setup` warns, and so
-# does the first forward pass (docs/install.md).
-KERNELS = Path('convnext_dense', 'ops', 'avx512_kernels.c')
+# The kernels: the backbone's for processors with AVX-512, those of necks and heads for AVX-512 and for AVX2. They know
+# nothing of Python or torch, whose OpenMP they share: it is not linked. Without a compiler the installation goes on,
+# and pip shows nothing of it: `make setup` warns, and so does the first forward pass (docs/install.md).
+OPS = Path('convnext_dense', 'ops')
 KERNEL_FLAGS = ['-O3', '-fopenmp', *(f'-mavx512{part}' for part in ('f', 'bw', 'dq', 'vl', 'bf16')), '-mfma']
-SOURCE = hashlib.sha256(Path(__file__).parent.joinpath(KERNELS).read_bytes()).hexdigest()[:16]
+# Coordinates of boxes are computed as in mmcv, to the bit: they decide limits and thresholds.
+HEAD_FLAGS = ['-O3', '-fopenmp', '-mfma', '-ffp-contract=off']
+KERNELS = {  # module: source, flags
+    'avx512_kernels': ('avx512_kernels.c', KERNEL_FLAGS),
+    'head_kernels_avx512': ('head_kernels.c', [*HEAD_FLAGS, '-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl']),
+    'head_kernels_avx2': ('head_kernels.c', [*HEAD_FLAGS, '-mavx2']),
+}
+
+
+def kernel_extension(module: str, source: str, flags: list[str]) -> Extension:
+    digest = hashlib.sha256(Path(__file__).parent.joinpath(OPS, source).read_bytes()).hexdigest()[:16]
+    return Extension(
+        f'convnext_dense.ops.{module}',
+        [str(OPS / source)],
+        define_macros=[('SOURCE', f'"{digest}"')],
+        extra_compile_args=flags,
+        libraries=['m'],
+        depends=['setup.py'],
+        optional=True,
+    )
+
 
 setup(
     name='convnext_dense',
@@ -28,17 +48,7 @@ setup(
     packages=find_packages(include=['convnext_dense*']),
     # .mim/configs and .mim/tools are links to the folders at the top; a wheel carries copies.
     package_data={'convnext_dense': ['.mim/**/*.py', '.mim/**/*.sh', '.mim/*.yml', 'ops/*.c']},
-    ext_modules=[
-        Extension(
-            'convnext_dense.ops.avx512_kernels',
-            [str(KERNELS)],
-            define_macros=[('SOURCE', f'"{SOURCE}"')],
-            extra_compile_args=KERNEL_FLAGS,
-            libraries=['m'],
-            depends=['setup.py'],
-            optional=True,
-        )
-    ]
+    ext_modules=[kernel_extension(module, *args) for module, args in KERNELS.items()]
     if (sys.platform, platform.machine()) == ('linux', 'x86_64')
     else [],
     install_requires=['torch>=2.4', 'numpy', 'safetensors', 'filelock'],

@@ -1,0 +1,429 @@
+/* Kernels of necks and heads: RoIAlign, forward and backward, and NMS.
+
+   Compiled twice, for AVX-512 and for AVX2; head_kernels.py takes the one that the processor has. Maps are
+   channels_last, so that a sample point is a contiguous vector of channels. Coordinates and overlaps are computed as in
+   mmcv, operation by operation, whose limits and thresholds they decide: setup.py forbids the compiler to contract them
+   to fused multiply-adds.
+
+   Each kernel checks its struct, and returns an error code for what it cannot work with. */
+
+#include <immintrin.h>
+#include <math.h>
+#include <omp.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* ---- vectors ----------------------------------------------------------------------------------------------------- */
+
+#ifdef __AVX512F__
+typedef __m512 vec;
+enum { LANES = 16, BLOCK = 8 }; /* BLOCK: vectors of a pixel that are added up in registers at a time */
+INLINE vec load(const float *p) { return _mm512_loadu_ps(p); }
+INLINE void store(float *p, vec v) { _mm512_storeu_ps(p, v); }
+INLINE vec splat(float x) { return _mm512_set1_ps(x); }
+INLINE vec multiply_add(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE vec mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+INLINE vec load_bf16(const uint16_t *p) {
+    __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+#else
+typedef __m256 vec;
+enum { LANES = 8, BLOCK = 4 };
+INLINE vec load(const float *p) { return _mm256_loadu_ps(p); }
+INLINE void store(float *p, vec v) { _mm256_storeu_ps(p, v); }
+INLINE vec splat(float x) { return _mm256_set1_ps(x); }
+INLINE vec multiply_add(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE vec mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
+INLINE vec load_bf16(const uint16_t *p) {
+    __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+}
+#endif
+
+/* ---- arguments --------------------------------------------------------------------------------------------------- */
+
+enum { STRUCT_VERSION = 1, CHANNEL_MULTIPLE = 16 }; /* both stand in head_kernels.py, too */
+
+/* A feature map images x height x width x channels; float, or bfloat16 for the forward pass. scale: that of boxes'
+   coordinates to the map's pixels. */
+typedef struct {
+    int64_t height, width;
+    double scale;
+    void *data;
+} Level;
+
+/* RoIAlign, average pooling. boxes: (image, x1, y1, x2, y2) each; box_levels: the level that each is taken from.
+   features: boxes x channels x out_height x out_width, or with channels_last boxes x out_height x out_width x channels.
+   Backward: features are their gradients, channels_last; the levels are written, not read. */
+typedef struct {
+    int64_t version, threads, images, channels, n_levels, n_boxes, out_height, out_width, sampling_ratio, aligned, bf16,
+        channels_last;
+    const Level *levels;
+    const float *boxes;
+    const int64_t *box_levels;
+    float *features;
+} RoIAlignArgs;
+
+/* What kernels return, 0 for success; convnext_head_error_message has the texts. */
+enum { OK, BAD_VERSION, BAD_THREADS, BAD_SIZE, BAD_CHANNELS, BAD_FLAG, NULL_POINTER, BAD_IMAGE, BAD_LEVEL, BAD_BOX,
+       NO_MEMORY, N_ERRORS };
+
+enum { MAX_SIDE = 1 << 24, MAX_BINS = 1 << 12 };
+
+INLINE int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* ---- RoIAlign ---------------------------------------------------------------------------------------------------- */
+
+/* A box in the pixels of its map, with its grid of sample points per bin. */
+typedef struct {
+    int64_t image;
+    const Level *level;
+    float x, y, bin_width, bin_height;
+    int64_t grid_width, grid_height;
+} Box;
+
+static int64_t read_box(const RoIAlignArgs *args, int64_t i, Box *box) {
+    const float *b = args->boxes + 5 * i;
+    int64_t level = args->box_levels[i];
+    if (level < 0 || level >= args->n_levels) return BAD_LEVEL;
+    if (!(b[0] >= 0 && b[0] < (float)args->images)) return BAD_IMAGE;
+    box->image = (int64_t)b[0];
+    box->level = args->levels + level;
+    float scale = (float)box->level->scale, offset = args->aligned ? 0.5f : 0.0f;
+    box->x = b[1] * scale - offset;
+    box->y = b[2] * scale - offset;
+    float right = b[3] * scale - offset, bottom = b[4] * scale - offset;
+    float width = right - box->x, height = bottom - box->y;
+    if (!args->aligned) {
+        width = width < 1.0f ? 1.0f : width;
+        height = height < 1.0f ? 1.0f : height;
+    }
+    if (!(width >= 0 && height >= 0)) return BAD_BOX; /* NaN too */
+    float limit = (float)MAX_SIDE;
+    if (!(fabsf(box->x) < limit && fabsf(box->y) < limit && width < limit && height < limit)) return BAD_BOX;
+    box->bin_width = width / (float)args->out_width;
+    box->bin_height = height / (float)args->out_height;
+    int64_t ratio = args->sampling_ratio;
+    box->grid_width = ratio > 0 ? ratio : (int64_t)ceilf(width / (float)args->out_width);
+    box->grid_height = ratio > 0 ? ratio : (int64_t)ceilf(height / (float)args->out_height);
+    return OK;
+}
+
+/* A row or column of the map and its weight in a bin. The average of bilinear samples on a grid is separable: that of a
+   bin is the sum over its rows and columns of the product of their weights. */
+typedef struct {
+    int32_t index;
+    float weight;
+} Tap;
+
+/* Taps of bin i are taps[begin[i]] to taps[begin[i + 1]]. Each index is there at most once in a bin. */
+typedef struct {
+    int32_t *begin;
+    Tap *taps;
+} Axis;
+
+INLINE int32_t add_tap(Tap *taps, int32_t first, int32_t n, int32_t index, float weight) {
+    for (int32_t i = n - 1; i >= first && i >= n - 2; i--)
+        if (taps[i].index == index) {
+            taps[i].weight += weight;
+            return n;
+        }
+    taps[n] = (Tap){index, weight};
+    return n + 1;
+}
+
+static void fill_axis(const Axis *axis, float start, float bin, int64_t grid, int64_t bins, int64_t size, float scale) {
+    int32_t n = 0;
+    for (int64_t b = 0; b < bins; b++) {
+        int32_t first = axis->begin[b] = n;
+        for (int64_t i = 0; i < grid; i++) {
+            float at = start + (float)b * bin + ((float)i + .5f) * bin / (float)grid;
+            if (at < -1.0f || at > (float)size) continue;
+            if (at <= 0) at = 0;
+            int32_t low = (int32_t)at;
+            if (low >= size - 1) {
+                n = add_tap(axis->taps, first, n, (int32_t)size - 1, scale);
+                continue;
+            }
+            float fraction = at - (float)low;
+            n = add_tap(axis->taps, first, n, low, (1.0f - fraction) * scale);
+            if (fraction > 0) n = add_tap(axis->taps, first, n, low + 1, fraction * scale);
+        }
+    }
+    axis->begin[bins] = n;
+}
+
+/* Memory of a thread: the taps of both axes, and the features of a box, channels_last. */
+typedef struct {
+    int64_t axis_bytes[2], features_bytes, total;
+} Scratch;
+
+INLINE int64_t round_up(int64_t n) { return (n + 63) / 64 * 64; }
+
+static Scratch plan_scratch(const RoIAlignArgs *args) {
+    int64_t sides[2] = {0, 0}, bins[2] = {args->out_height, args->out_width};
+    for (int64_t i = 0; i < args->n_levels; i++) {
+        sides[0] = max_i64(sides[0], args->levels[i].height);
+        sides[1] = max_i64(sides[1], args->levels[i].width);
+    }
+    Scratch s = {{0, 0}, 0, 0};
+    for (int i = 0; i < 2; i++)
+        s.axis_bytes[i] = round_up((bins[i] + 1) * sizeof(int32_t)) + round_up(bins[i] * sides[i] * sizeof(Tap));
+    s.features_bytes = round_up(bins[0] * bins[1] * args->channels * sizeof(float));
+    s.total = s.axis_bytes[0] + s.axis_bytes[1] + s.features_bytes;
+    return s;
+}
+
+static void fill_axes(const RoIAlignArgs *args, const Scratch *plan, char *scratch, const Box *box, Axis *y, Axis *x) {
+    char *parts[2] = {scratch, scratch + plan->axis_bytes[0]};
+    int64_t bins[2] = {args->out_height, args->out_width};
+    Axis *axes[2] = {y, x};
+    for (int i = 0; i < 2; i++) {
+        axes[i]->begin = (int32_t *)parts[i];
+        axes[i]->taps = (Tap *)(parts[i] + round_up((bins[i] + 1) * sizeof(int32_t)));
+    }
+    float share = 1.0f / (float)max_i64(box->grid_height * box->grid_width, 1);
+    fill_axis(y, box->y, box->bin_height, box->grid_height, args->out_height, box->level->height, share);
+    fill_axis(x, box->x, box->bin_width, box->grid_width, args->out_width, box->level->width, 1.0f);
+}
+
+/* `n` vectors of channels of a bin. */
+INLINE void pool(int bf16, int n, const char *map, int64_t width, int64_t channels, const Tap *y, int32_t ny,
+                 const Tap *x, int32_t nx, float *out) {
+    vec sums[BLOCK];
+    int64_t bytes = channels * (bf16 ? 2 : 4);
+    for (int v = 0; v < n; v++) sums[v] = splat(0);
+    for (int32_t i = 0; i < ny; i++) {
+        vec row[BLOCK], weight = splat(y[i].weight);
+        for (int v = 0; v < n; v++) row[v] = splat(0);
+        for (int32_t k = 0; k < nx; k++) {
+            const char *pixel = map + (y[i].index * width + x[k].index) * bytes;
+            vec w = splat(x[k].weight);
+            for (int v = 0; v < n; v++)
+                row[v] = multiply_add(w, bf16 ? load_bf16((const uint16_t *)pixel + v * LANES)
+                                     : load((const float *)pixel + v * LANES), row[v]);
+        }
+        for (int v = 0; v < n; v++) sums[v] = multiply_add(weight, row[v], sums[v]);
+    }
+    for (int v = 0; v < n; v++) store(out + v * LANES, sums[v]);
+}
+
+INLINE void pool_box(int bf16, const RoIAlignArgs *args, const Box *box, const Axis *y, const Axis *x, float *out) {
+    int64_t c = args->channels, size = bf16 ? 2 : 4, width = box->level->width;
+    const char *map = (const char *)box->level->data + box->image * box->level->height * width * c * size;
+    for (int64_t i = 0; i < args->out_height; i++)
+        for (int64_t j = 0; j < args->out_width; j++, out += c) {
+            const Tap *ty = y->taps + y->begin[i], *tx = x->taps + x->begin[j];
+            int32_t ny = y->begin[i + 1] - y->begin[i], nx = x->begin[j + 1] - x->begin[j];
+            int64_t k = 0;
+            for (; k + BLOCK * LANES <= c; k += BLOCK * LANES)
+                pool(bf16, BLOCK, map + k * size, width, c, ty, ny, tx, nx, out + k);
+            for (; k < c; k += LANES) pool(bf16, 1, map + k * size, width, c, ty, ny, tx, nx, out + k);
+        }
+}
+
+/* (area, channels) -> (channels, area), some channels at a time, whose lines stay in the nearest cache. */
+static void transpose(const float *from, int64_t area, int64_t channels, float *to) {
+    for (int64_t c = 0; c < channels; c += CHANNEL_MULTIPLE)
+        for (int64_t k = c; k < c + CHANNEL_MULTIPLE; k++)
+            for (int64_t i = 0; i < area; i++) to[k * area + i] = from[i * channels + k];
+}
+
+static int64_t check_roi_align(const RoIAlignArgs *args) {
+    if (!args) return NULL_POINTER;
+    if (args->version != STRUCT_VERSION) return BAD_VERSION;
+    if (args->threads < 1 || args->threads > 1 << 16) return BAD_THREADS;
+    if (args->channels < 1 || args->channels % CHANNEL_MULTIPLE || args->channels > MAX_SIDE) return BAD_CHANNELS;
+    if (args->images < 1 || args->images > MAX_SIDE || args->n_boxes < 0) return BAD_SIZE;
+    if (args->n_levels < 1 || args->sampling_ratio < 0 || args->sampling_ratio > MAX_BINS) return BAD_SIZE;
+    if (args->out_height < 1 || args->out_height > MAX_BINS) return BAD_SIZE;
+    if (args->out_width < 1 || args->out_width > MAX_BINS) return BAD_SIZE;
+    if (args->aligned >> 1 || args->bf16 >> 1 || args->channels_last >> 1) return BAD_FLAG;
+    if (!args->levels) return NULL_POINTER;
+    for (int64_t i = 0; i < args->n_levels; i++) {
+        const Level *level = args->levels + i;
+        if (level->height < 1 || level->height > MAX_SIDE || level->width < 1 || level->width > MAX_SIDE) return BAD_SIZE;
+        if (level->height * level->width > INT32_MAX || !(level->scale > 0)) return BAD_SIZE;
+        if (level->height * args->out_height > INT32_MAX || level->width * args->out_width > INT32_MAX) return BAD_SIZE;
+        if (!level->data) return NULL_POINTER;
+    }
+    if (args->n_boxes && (!args->boxes || !args->box_levels || !args->features)) return NULL_POINTER;
+    Box box;
+    for (int64_t i = 0; i < args->n_boxes; i++) {
+        int64_t error = read_box(args, i, &box);
+        if (error) return error;
+    }
+    return OK;
+}
+
+int64_t convnext_roi_align(const RoIAlignArgs *args) {
+    int64_t error = check_roi_align(args);
+    if (error) return error;
+    Scratch plan = plan_scratch(args);
+    char *scratch = aligned_alloc(64, args->threads * plan.total);
+    if (!scratch) return NO_MEMORY;
+    int64_t area = args->out_height * args->out_width, numel = area * args->channels;
+#pragma omp parallel num_threads((int)args->threads)
+    {
+        char *own = scratch + omp_get_thread_num() * plan.total;
+        float *rows = (float *)(own + plan.axis_bytes[0] + plan.axis_bytes[1]);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < args->n_boxes; i++) {
+            Box box;
+            Axis y, x;
+            float *out = args->features + i * numel;
+            read_box(args, i, &box);
+            fill_axes(args, &plan, own, &box, &y, &x);
+            if (args->bf16)
+                pool_box(1, args, &box, &y, &x, args->channels_last ? out : rows);
+            else
+                pool_box(0, args, &box, &y, &x, args->channels_last ? out : rows);
+            if (!args->channels_last) transpose(rows, area, args->channels, out);
+        }
+    }
+    free(scratch);
+    return OK;
+}
+
+enum { BAND = 8 }; /* rows of a map that a thread takes at a time: no two threads write to one pixel */
+
+/* Add the gradient of a bin, times the weight of a row, to that row. */
+INLINE void spread(int n, const float *grad, float weight, const Tap *x, int32_t nx, int64_t channels, float *row) {
+    vec g[BLOCK], w = splat(weight);
+    for (int v = 0; v < n; v++) g[v] = mul(w, load(grad + v * LANES));
+    for (int32_t k = 0; k < nx; k++) {
+        float *pixel = row + x[k].index * channels;
+        vec wx = splat(x[k].weight);
+        for (int v = 0; v < n; v++) store(pixel + v * LANES, multiply_add(wx, g[v], load(pixel + v * LANES)));
+    }
+}
+
+static void spread_box(const RoIAlignArgs *args, int64_t i, const Box *box, const Axis *y, const Axis *x, int64_t first,
+                       int64_t last) {
+    int64_t c = args->channels, width = box->level->width;
+    float *map = (float *)box->level->data + box->image * box->level->height * width * c;
+    for (int64_t h = 0; h < args->out_height; h++)
+        for (const Tap *t = y->taps + y->begin[h]; t < y->taps + y->begin[h + 1]; t++) {
+            if (t->index < first || t->index >= last) continue;
+            float *row = map + t->index * width * c;
+            for (int64_t w = 0; w < args->out_width; w++) {
+                const float *grad = args->features + ((i * args->out_height + h) * args->out_width + w) * c;
+                const Tap *tx = x->taps + x->begin[w];
+                int32_t nx = x->begin[w + 1] - x->begin[w];
+                int64_t k = 0;
+                for (; k + BLOCK * LANES <= c; k += BLOCK * LANES)
+                    spread(BLOCK, grad + k, t->weight, tx, nx, c, row + k);
+                for (; k < c; k += LANES) spread(1, grad + k, t->weight, tx, nx, c, row + k);
+            }
+        }
+}
+
+/* Whether the sample points of a box may touch rows from `first` to before `last`. */
+static int touches(const RoIAlignArgs *args, const Box *box, int64_t first, int64_t last) {
+    int64_t height = box->level->height;
+    int64_t top = (int64_t)floorf(box->y) - 1, bottom = (int64_t)ceilf(box->y + box->bin_height * args->out_height) + 1;
+    top = min_i64(max_i64(top, 0), height - 1);
+    bottom = min_i64(max_i64(bottom, 0), height - 1);
+    return bottom >= first && top < last;
+}
+
+int64_t convnext_roi_align_backward(const RoIAlignArgs *args) {
+    int64_t error = check_roi_align(args);
+    if (error) return error;
+    if (args->bf16 || !args->channels_last) return BAD_FLAG;
+    Scratch plan = plan_scratch(args);
+    int64_t tasks = 0;
+    for (int64_t l = 0; l < args->n_levels; l++) tasks += args->images * ((args->levels[l].height + BAND - 1) / BAND);
+    char *scratch = aligned_alloc(64, args->threads * plan.total);
+    if (!scratch) return NO_MEMORY;
+#pragma omp parallel num_threads((int)args->threads)
+    {
+        char *own = scratch + omp_get_thread_num() * plan.total;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t t = 0; t < tasks; t++) {
+            int64_t rest = t, l = 0, bands;
+            for (;; l++) {
+                bands = (args->levels[l].height + BAND - 1) / BAND;
+                if (rest < args->images * bands) break;
+                rest -= args->images * bands;
+            }
+            const Level *level = args->levels + l;
+            int64_t image = rest / bands, first = rest % bands * BAND, last = min_i64(first + BAND, level->height);
+            int64_t row = level->width * args->channels;
+            memset((float *)level->data + (image * level->height + first) * row, 0, (last - first) * row * sizeof(float));
+            for (int64_t i = 0; i < args->n_boxes; i++) {
+                Box box;
+                Axis y, x;
+                if (args->box_levels[i] != l) continue;
+                read_box(args, i, &box);
+                if (box.image != image || !touches(args, &box, first, last)) continue;
+                fill_axes(args, &plan, own, &box, &y, &x);
+                spread_box(args, i, &box, &y, &x, first, last);
+            }
+        }
+    }
+    free(scratch);
+    return OK;
+}
+
+/* ---- NMS --------------------------------------------------------------------------------------------------------- */
+
+/* Greedy NMS of n boxes in the order of their scores. coords: x1, y1, x2 and y2, n of each; keep: 1 for each box that
+   stays. offset: what the width of a box has beyond x2 - x1. */
+int64_t convnext_nms(int64_t n, const float *coords, float threshold, float offset, int32_t *keep) {
+    if (n < 0) return BAD_SIZE;
+    if (n && (!coords || !keep)) return NULL_POINTER;
+    const float *restrict x1 = coords, *restrict y1 = x1 + n, *restrict x2 = y1 + n, *restrict y2 = x2 + n;
+    float *restrict areas = malloc((n + 1) * sizeof(float));
+    int32_t *restrict stays = keep;
+    if (!areas) return NO_MEMORY;
+    for (int64_t i = 0; i < n; i++) {
+        areas[i] = (x2[i] - x1[i] + offset) * (y2[i] - y1[i] + offset);
+        stays[i] = 1;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        if (!stays[i]) continue;
+        float left = x1[i], top = y1[i], right = x2[i], bottom = y2[i], area = areas[i];
+        for (int64_t j = i + 1; j < n; j++) {
+            float xx1 = left < x1[j] ? x1[j] : left, yy1 = top < y1[j] ? y1[j] : top;
+            float xx2 = x2[j] < right ? x2[j] : right, yy2 = y2[j] < bottom ? y2[j] : bottom;
+            float w = xx2 - xx1 + offset, h = yy2 - yy1 + offset;
+            w = 0.0f < w ? w : 0.0f;
+            h = 0.0f < h ? h : 0.0f;
+            float overlap = w * h;
+            stays[j] &= !(overlap / (area + areas[j] - overlap) > threshold);
+        }
+    }
+    free(areas);
+    return OK;
+}
+
+/* ---- entry points ------------------------------------------------------------------------------------------------ */
+
+const char *convnext_head_error_message(int64_t code) {
+    static const char *const messages[N_ERRORS] = {
+        "success",
+        "the struct has another version",
+        "the number of threads is not positive, or too large",
+        "a size is not positive, or too large",
+        "the number of channels is not a multiple of 16",
+        "a flag is not 0 or 1, or not for the backward pass",
+        "a pointer is null",
+        "a box is of an image that is not there",
+        "a box is of a level that is not there",
+        "a box has a negative size, or coordinates that are not finite or too large",
+        "there is no memory",
+    };
+    return code >= 0 && code < N_ERRORS ? messages[code] : "unknown error";
+}
+
+int64_t convnext_head_struct_size(int64_t i) { return i == 0 ? (int64_t)sizeof(Level) : i == 1 ? (int64_t)sizeof(RoIAlignArgs) : -1; }
+
+/* Hash of the source that was compiled, see setup.py. */
+const char *convnext_head_source(void) { return SOURCE; }

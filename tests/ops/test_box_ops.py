@@ -1,0 +1,338 @@
+"""RoIAlign and NMS of `ops`, next to mmcv's, and what they refuse."""
+
+import ctypes
+import hashlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmcv.ops import nms as mmcv_nms
+from mmcv.ops.roi_align import roi_align as mmcv_roi_align
+from torch.library import opcheck
+
+from convnext_dense.ops import box_ops, head_kernels
+from helpers.paths import ROOT
+
+pytestmark = pytest.mark.skipif(not head_kernels.available(), reason='the kernels are not for this machine')
+SCALES = [1 / 4, 1 / 8]
+C = 48
+
+
+@pytest.fixture(params=[*head_kernels.VARIANTS])
+def variant(request, monkeypatch):
+    """Each of the compiled forms that run on this processor."""
+    others = {k: v for k, v in head_kernels.VARIANTS.items() if k != request.param}
+    monkeypatch.setattr(head_kernels, 'VARIANTS', {request.param: head_kernels.VARIANTS[request.param]})
+    head_kernels._library.cache_clear()
+    if not head_kernels.available():
+        pytest.skip(f'no {request.param} here')
+    assert head_kernels.variant() == request.param and others
+    yield request.param
+    monkeypatch.undo()
+    head_kernels._library.cache_clear()
+
+
+def maps(channels=C, images=2, dtype=torch.float32, channels_last=True):
+    torch.manual_seed(0)
+    feats = [torch.randn(images, channels, 30 // 2**i, 41 // 2**i).to(dtype) for i in range(2)]
+    return [f.contiguous(memory_format=torch.channels_last) if channels_last else f for f in feats]
+
+
+def boxes(images=2, n=40):
+    """RoIs of all sizes, some beyond the image, and their levels."""
+    generator = torch.Generator().manual_seed(1)
+    corners = torch.rand(n, 2, generator=generator) * torch.tensor([164.0, 120.0]) * 1.3 - 20
+    sizes = torch.rand(n, 2, generator=generator).pow(3) * 190
+    index = torch.randint(images, (n, 1), generator=generator).float()
+    rois = torch.cat([index, corners, corners + sizes], 1)
+    special = [
+        [0, 0, 0, 164, 120],
+        [1, 5, 6, 5, 6],
+        [0, 10, 10, 60, 10],
+        [1, -500, 3, -400, 9],
+        [0, 163, 119, 400, 300],
+    ]
+    return torch.cat([rois, torch.tensor(special)]), torch.randint(2, (n + len(special),), generator=generator)
+
+
+def reference(feats, rois, levels, output_size, sampling_ratio, aligned):
+    """mmcv's, level by level."""
+    out = feats[0].new_zeros(len(rois), feats[0].shape[1], *output_size)
+    for i, feat in enumerate(feats):
+        rows = (levels == i).nonzero().flatten()
+        settings = (output_size, SCALES[i], sampling_ratio, 'avg', aligned)
+        out = out.index_copy(0, rows, mmcv_roi_align(feat.contiguous(), rois[rows], *settings))
+    return out
+
+
+@pytest.mark.parametrize('aligned', [True, False])
+@pytest.mark.parametrize('sampling_ratio', [0, 1, 2])
+@pytest.mark.parametrize('output_size', [(7, 7), (14, 14), (3, 5), (1, 1)])
+def test_features_and_gradients_are_mmcvs(variant, output_size, sampling_ratio, aligned):
+    rois, levels = boxes()
+    settings = (output_size, sampling_ratio, aligned)
+    for channels, channels_last in ((16, True), (C, False), (272, True)):  # of 272, one vector is left of a block
+        feats = [f.requires_grad_() for f in maps(channels, channels_last=channels_last)]
+        expected = reference(feats, rois, levels, *settings)
+        grad = torch.randn(expected.shape)
+        grads = torch.autograd.grad(expected, feats, grad)
+        for features_last in (False, True):
+            found = box_ops.roi_align(feats, rois, levels, SCALES, *settings, features_last)
+            memory_format = torch.channels_last if features_last else torch.contiguous_format
+            assert found.is_contiguous(memory_format=memory_format)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            for f, e in zip(torch.autograd.grad(found, feats, grad), grads):
+                torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-5 * e.abs().max().item())
+
+
+def test_features_are_those_of_the_formula():
+    """Of a map that is linear in its coordinates, the average of a bin is the value at its center."""
+    y, x = torch.meshgrid(torch.arange(30.0), torch.arange(41.0), indexing='ij')
+    feat = (3 * y + 5 * x).expand(1, 16, 30, 41)
+    rois = torch.tensor([[0, 20.0, 24.0, 104.0, 80.0]])
+    out = box_ops.roi_align([feat], rois, torch.zeros(1).long(), [1 / 4], (7, 7), 0, True, False)
+    centers_y, centers_x = (
+        (24 + 56 * (torch.arange(7) + 0.5) / 7) / 4 - 0.5,
+        (20 + 84 * (torch.arange(7) + 0.5) / 7) / 4 - 0.5,
+    )
+    torch.testing.assert_close(out[0, 9], 3 * centers_y[:, None] + 5 * centers_x, rtol=1e-5, atol=1e-4)
+
+
+def test_bfloat16_maps_are_read_as_they_are(variant):
+    rois, levels = boxes()
+    feats = [f.requires_grad_() for f in maps(dtype=torch.bfloat16)]
+    copies = [f.detach().float().requires_grad_() for f in feats]
+    found, expected = (box_ops.roi_align(x, rois, levels, SCALES, (7, 7), 0, True, False) for x in (feats, copies))
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    grad = torch.randn(found.shape)
+    for f, e in zip(torch.autograd.grad(found, feats, grad), torch.autograd.grad(expected, copies, grad)):
+        assert f.dtype == torch.bfloat16 and torch.equal(f, e.bfloat16())
+
+
+def test_results_are_the_same_bits_with_any_number_of_threads():
+    rois, levels = boxes()
+    results, threads = [], torch.get_num_threads()
+    for n in (1, 2, 5):
+        torch.set_num_threads(n)
+        feats = [f.requires_grad_() for f in maps()]
+        out = box_ops.roi_align(feats, rois, levels, SCALES, (7, 7), 0, True, False)
+        results.append([out, *torch.autograd.grad(out.square().sum(), feats)])
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
+def test_maps_without_boxes_and_no_boxes_at_all():
+    feats = [f.requires_grad_() for f in maps()]
+    rois, levels = boxes()
+    for n in (0, 1):
+        out = box_ops.roi_align(feats, rois[:n], 0 * levels[:n], SCALES, (7, 7), 0, True, False)
+        assert out.shape == (n, C, 7, 7)
+        grads = torch.autograd.grad(out.sum(), feats)
+        assert [bool(g.any()) for g in grads] == [n > 0, False]
+
+
+@pytest.mark.parametrize('requires_grad', [False, True])
+def test_opcheck(requires_grad):
+    rois, levels = boxes(n=3)
+    feats = [f.requires_grad_(requires_grad) for f in maps()]
+    for features_last in (False, True):
+        opcheck(box_ops.roi_align, (feats, rois, levels, SCALES, [7, 7], 0, True, features_last))
+    sizes = ([f.shape[2] for f in feats], [f.shape[3] for f in feats])
+    grad = torch.randn(len(rois), C, 7, 7)
+    opcheck(box_ops.roi_align_backward, (grad, rois, levels, SCALES, [7, 7], 0, True, 2, *sizes))
+    opcheck(box_ops.nms, (rois[:, 1:], torch.rand(len(rois)), 0.5, 0))
+
+
+def test_what_it_does_not_support():
+    rois, feats = boxes()[0], maps()
+    assert box_ops.supports_roi_align(feats, rois)
+    for wrong in (
+        [f.double() for f in feats],
+        [f.half() for f in feats],
+        [f[:, :40] for f in feats],
+        [feats[0], feats[1][:1]],
+        [feats[0], feats[1].bfloat16()],
+        [f[..., :0] for f in feats],
+        [f.to('meta') for f in feats],
+        [],
+    ):
+        assert not box_ops.supports_roi_align(wrong, rois)
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            box_ops.roi_align(wrong, rois, boxes()[1], SCALES[: len(wrong)], (7, 7), 0, True, False)
+    assert not box_ops.supports_roi_align(feats, rois.double())
+    assert not box_ops.supports_roi_align([torch._neg_view(f) for f in feats], rois)
+
+
+@pytest.mark.parametrize(
+    'column, value, message',
+    [
+        (0, 2.0, 'an image that is not there'),
+        (0, -1.0, 'an image that is not there'),
+        (0, float('nan'), 'an image that is not there'),
+        (1, float('nan'), 'negative size'),
+        (3, float('inf'), 'negative size'),
+        (3, -1e9, 'negative size'),
+        (2, -1e30, 'negative size'),
+    ],
+)
+def test_boxes_that_cannot_be_are_refused(column, value, message):
+    rois, levels = boxes()
+    rois[3, column] = value
+    with pytest.raises(RuntimeError, match=message):
+        box_ops.roi_align(maps(), rois, levels, SCALES, (7, 7), 0, True, False)
+    with pytest.raises(RuntimeError, match=message):
+        sizes = ([30, 15], [41, 20])
+        box_ops.roi_align_backward(torch.ones(len(rois), C, 7, 7), rois, levels, SCALES, (7, 7), 0, True, 2, *sizes)
+
+
+def test_other_arguments_that_cannot_be_are_refused():
+    rois, levels = boxes()
+    call = dict(rois=rois, levels=levels, spatial_scales=SCALES, output_size=(7, 7), sampling_ratio=0)
+    for change in (
+        dict(levels=levels + 2),
+        dict(levels=levels - 1),
+        dict(levels=levels[:-1]),
+        dict(levels=levels.int()),
+        dict(rois=rois[:, :4]),
+        dict(rois=rois.double()),
+        dict(spatial_scales=SCALES[:1]),
+        dict(spatial_scales=[0.25, 0.0]),
+        dict(output_size=(0, 7)),
+        dict(output_size=(7, 1 << 13)),
+        dict(sampling_ratio=-1),
+        dict(sampling_ratio=1 << 13),
+    ):
+        with pytest.raises(RuntimeError):
+            box_ops.roi_align(maps(), **(call | change), aligned=True, channels_last=False)
+    grad, sizes = torch.ones(len(rois), C, 7, 7), ([30, 15], [41, 20])
+    for wrong in (grad[1:], grad[..., :5], grad.double(), grad[:, :40], grad.to('meta')):
+        with pytest.raises(RuntimeError):
+            box_ops.roi_align_backward(wrong, *call.values(), True, 2, *sizes)
+
+
+def test_the_kernels_refuse_structs_that_they_do_not_understand():
+    library, memory = head_kernels._library(), torch.zeros(1 << 16)
+    level = head_kernels.Level(height=4, width=4, scale=0.25, data=memory.data_ptr())
+    pointer = ctypes.cast(ctypes.pointer(level), ctypes.c_void_p)
+    names = [name for name, _ in head_kernels.RoIAlignArgs._fields_]
+    zeros, ones = torch.zeros(5), torch.zeros(1, dtype=torch.int64)
+    values = (1, 1, 1, 16, 1, 1, 7, 7, 0, 1, 0, 1, pointer, zeros.data_ptr(), ones.data_ptr(), memory.data_ptr())
+    good = dict(zip(names, values, strict=True))
+    kernels = (library.convnext_roi_align, library.convnext_roi_align_backward)
+    for kernel in kernels:
+        assert kernel(ctypes.byref(head_kernels.RoIAlignArgs(**good))) == 0 and kernel(None) != 0
+        for name in names:
+            # But for the flags, which may be 0, and the ratio, that of which 0 means one by the size of the box.
+            for value in {None} if name in names[-4:] else {-1, 1 << 40}:
+                code = kernel(ctypes.byref(head_kernels.RoIAlignArgs(**(good | {name: value}))))
+                assert code and library.convnext_head_error_message(code) not in (b'success', b'unknown error'), name
+    for field, value in (('height', 0), ('width', 1 << 40), ('scale', float('nan')), ('data', None)):
+        wrong = head_kernels.Level(height=4, width=4, scale=0.25, data=memory.data_ptr())
+        setattr(wrong, field, value)
+        args = good | dict(levels=ctypes.cast(ctypes.pointer(wrong), ctypes.c_void_p))
+        assert all(kernel(ctypes.byref(head_kernels.RoIAlignArgs(**args))) for kernel in kernels)
+    assert library.convnext_nms(-1, None, 0.5, 0.0, None) and library.convnext_nms(3, None, 0.5, 0.0, None)
+
+
+# ---- NMS -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('offset', [0, 1])
+@pytest.mark.parametrize('threshold', [0.0, 0.3, 0.7, 1.0])
+def test_boxes_that_stay_are_mmcvs(variant, threshold, offset):
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        n = [0, 1, 2, 17, 300][seed % 5]
+        corners, sizes = (torch.rand(n, 2, generator=generator) * 50 for _ in range(2))
+        if seed % 2:  # equal boxes, overlaps that are a threshold, scores that are equal
+            corners, sizes = corners.div(10).round(), sizes.div(10).round()
+        scores = torch.rand(n, generator=generator)
+        scores = scores.mul(10).round() if seed % 3 == 0 else scores
+        candidates = torch.cat([corners, corners + sizes], 1)
+        expected = mmcv_nms(candidates, scores, threshold, offset)[1]
+        assert torch.equal(box_ops.nms(candidates, scores, threshold, offset), expected)
+
+
+def test_boxes_that_are_no_numbers_stay_as_in_mmcv():
+    candidates = torch.tensor([[0, 0, 9, 9], [0, 0, 9, float('nan')], [1, 1, float('inf'), 9], [0, 0, 9, 8.5]])
+    for order in ([0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 1, 0]):
+        scores = torch.tensor(order).float()
+        assert torch.equal(box_ops.nms(candidates, scores, 0.5, 0), mmcv_nms(candidates, scores, 0.5)[1])
+
+
+def test_nms_refuses_what_it_does_not_understand():
+    candidates, scores = torch.rand(5, 4), torch.rand(5)
+    for wrong in (
+        (candidates.double(), scores, 0.5, 0),
+        (candidates[:, :3], scores, 0.5, 0),
+        (candidates, scores[1:], 0.5, 0),
+        (candidates, scores, 0.5, 2),
+        (candidates.to('meta'), scores, 0.5, 0),
+    ):
+        with pytest.raises(RuntimeError):
+            box_ops.nms(*wrong)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('flags', [['-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl'], ['-mavx2']], ids=str)
+def test_the_sanitizers_find_nothing(tmp_path, flags):
+    libasan = (
+        shutil.which('gcc')
+        and subprocess.run(['gcc', '-print-file-name=libasan.so'], capture_output=True, text=True).stdout.strip()
+    )
+    if not libasan or not Path(libasan).is_absolute():
+        pytest.skip('gcc or its libasan is not installed')
+    source = shutil.copy(head_kernels.SOURCE, tmp_path)
+    digest = hashlib.sha256(head_kernels.SOURCE.read_bytes()).hexdigest()[:16]
+    file = tmp_path / f'head_kernels_avx512{head_kernels.EXTENSION_SUFFIXES[0]}'
+    command = ['gcc', '-O1', '-g1', '-fopenmp', '-mfma', '-ffp-contract=off', '-fsanitize=address,undefined', *flags]
+    command += ['-fno-omit-frame-pointer', '-Werror=vla', f'-DSOURCE="{digest}"', '-fPIC', '-c', source]
+    subprocess.run([*command, '-o', tmp_path / 'kernels.o'], check=True)
+    link = ['gcc', '-fsanitize=address,undefined', '-shared', tmp_path / 'kernels.o', '-o', file, '-lm']
+    subprocess.run(link, check=True)
+    environment = dict(
+        LD_PRELOAD=f'{libasan} libstdc++.so.6', PYTHONPATH=str(ROOT / 'tests'), ASAN_OPTIONS='detect_leaks=0'
+    )
+    result = subprocess.run(
+        [sys.executable, __file__, str(tmp_path)], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert result.returncode == 0 and 'runtime error' not in result.stderr, result.stderr[-5000:]
+    assert 'all cases ran' in result.stdout
+
+
+def run_cases(folder: str, n: int = 200) -> None:
+    """RoIAlign of any sizes in kernels that were compiled into a folder."""
+    head_kernels.SOURCE = Path(folder, 'head_kernels.c')
+    head_kernels.VARIANTS = {'head_kernels_avx512': {'fma'}}
+    head_kernels._library.cache_clear()
+    assert folder in head_kernels._library()._name
+    for seed in range(n):
+        r = random.Random(seed)
+        torch.manual_seed(seed)
+        torch.set_num_threads(r.randint(1, 4))
+        images, channels, n_boxes = r.randint(1, 3), 16 * r.randint(1, 20), r.choice([0, 1, 5, 30])
+        dtype = r.choice(box_ops.DTYPES)
+        feats = [
+            torch.randn(images, channels, r.randint(1, 20), r.randint(1, 20)).to(dtype).requires_grad_() for _ in 'ab'
+        ]
+        corners = torch.randn(n_boxes, 2) * r.choice([10, 100, 1000])
+        sizes = torch.rand(n_boxes, 2).pow(2) * r.choice([0, 50, 3000])
+        rois = torch.cat([torch.randint(images, (n_boxes, 1)), corners, corners + sizes], 1).float()
+        settings = ((r.randint(1, 9), r.randint(1, 9)), r.choice([0, 2]), r.random() < 0.5, r.random() < 0.5)
+        out = box_ops.roi_align(feats, rois, torch.randint(2, (n_boxes,)), SCALES, *settings)
+        out.sum().backward()
+        box_ops.nms(rois[:, 1:], torch.rand(n_boxes), 0.5, 0)
+    print('all cases ran')
+
+
+if __name__ == '__main__':
+    run_cases(*sys.argv[1:])
