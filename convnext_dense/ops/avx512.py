@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .block_params import HIDDEN_RATIO, SAVE_DWCONV, SAVE_HIDDEN, BlockArgs, BlockParams
+from .block_params import HIDDEN_RATIO, PARAM_TYPES, SAVE_DWCONV, SAVE_HIDDEN, BlockArgs, BlockParams
 
 SOURCE = Path(__file__).with_name('avx512_kernels.c')
 REQUIRED_CPU_FLAGS = {'avx512f', 'avx512bw', 'avx512dq', 'avx512vl'}
@@ -105,13 +105,18 @@ def _workspace_ptr(size: int) -> int:
 def _pack(kernel: str, **fields: int | float | torch.Tensor | None) -> KernelCall:
     """Fill the struct of a kernel; tensors become pointers."""
     struct = _library().structs[KERNELS[kernel]]
-    tensors = tuple(value for value in fields.values() if isinstance(value, torch.Tensor))
-    values = {k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in fields.items() if v is not None}
+    tensors, values = [], {}
+    for name, value in fields.items():
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+            values[name] = value.data_ptr()
+        elif value is not None:
+            values[name] = value
     if not values.keys() <= struct.field_names:
         unknown = ', '.join(sorted(values.keys() - struct.field_names))
         raise RuntimeError(f'{struct.__name__} of avx512_kernels.c has no field {unknown}')
     args = struct(version=STRUCT_VERSION, threads=torch.get_num_threads(), **values)
-    return KernelCall(kernel, args, tensors)
+    return KernelCall(kernel, args, (*tensors,))
 
 
 # ---- blocks ----------------------------------------------------------------------------------------------------------
@@ -396,12 +401,12 @@ def _norm_call(kernel: str, eps: float, x: torch.Tensor, weight: torch.Tensor, b
 
 def _params_match(params: Sequence[torch.Tensor | None], shapes: Sequence[tuple[int, ...]]) -> bool:
     """Whether parameters, once they are contiguous, are what the kernels expect."""
-    return all(
-        type(p) in (nn.Parameter, torch.Tensor)
-        and (p.dtype, p.device.type, p.layout) == (torch.float32, 'cpu', torch.strided)
-        and p.shape == shape
-        for p, shape in zip(params, shapes, strict=True)
-    )
+    for p, shape in zip(params, shapes, strict=True):
+        if type(p) not in PARAM_TYPES or p.dtype is not torch.float32 or not p.is_cpu or p.layout is not torch.strided:
+            return False
+        if p.shape != shape:
+            return False
+    return True
 
 
 def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -409,7 +414,7 @@ def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
 
     A parameter or a gradient may be any view: sliced, expanded, transposed.
     """
-    return None if t is None else t.resolve_neg().contiguous()
+    return t if t is None or (t.is_contiguous() and not t.is_neg()) else t.resolve_neg().contiguous()
 
 
 # ---- the library -----------------------------------------------------------------------------------------------------

@@ -3,9 +3,11 @@
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 # What a block's forward pass saves for the backward pass; each level saves what the one before it saves, too.
 SAVE_INPUT, SAVE_DWCONV, SAVE_HIDDEN = range(3)
+PARAM_TYPES = (nn.Parameter, torch.Tensor)  # not classes derived from them, which may compute something else
 HIDDEN_RATIO = 4  # hidden channels of the MLP for each channel of the block, in the paper
 
 

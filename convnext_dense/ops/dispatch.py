@@ -212,8 +212,8 @@ def _has_expected_children(module: nn.Module, operator: str) -> bool:
     A backward hook of the deprecated kind is shown the last operator of the reference implementation.
     """
     expected, classes = _EXPECTED_CHILDREN.get(type(module), ('', ()))
-    children = [*module.children()]
-    if expected != operator or tuple(type(child) for child in children) != classes:
+    children = module._modules.values()
+    if expected != operator or tuple(map(type, children)) != classes:
         return False
     if module._is_full_backward_hook is False or not INNER_METHODS.isdisjoint(vars(module)):
         return False
@@ -222,15 +222,22 @@ def _has_expected_children(module: nn.Module, operator: str) -> bool:
 
 def _is_unmodified(module: nn.Module) -> bool:
     """Whether to call the module is to run the `forward` of its class, and nothing else."""
-    if any(getattr(module, name) for name in HOOKS) or module._compiled_call_impl:
+    # This runs for every module in every pass: loops and attributes, not generators and names of attributes.
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
-    return _has_original_methods(type(module)) and CALLED_METHODS.isdisjoint(vars(module))
+    if module._compiled_call_impl or not CALLED_METHODS.isdisjoint(module.__dict__):
+        return False
+    return _has_original_methods(type(module))
 
 
 def _has_original_methods(cls: type) -> bool:
-    return cls in _ORIGINAL_METHODS and all(
-        getattr(owner, name) is method for owner, name, method in _ORIGINAL_METHODS[cls]
-    )
+    methods = _ORIGINAL_METHODS.get(cls)
+    if methods is None:
+        return False
+    for owner, name, method in methods:  # noqa: SIM110
+        if getattr(owner, name) is not method:
+            return False
+    return True
 
 
 # ---- arguments of operators ------------------------------------------------------------------------------------------
@@ -261,12 +268,13 @@ def _select_backend(
     params = _block_params(block)
     if params is None:
         return None
-    dtype = _autocast_dtype() or x_dtype
+    autocast_dtype = _autocast_dtype()
+    dtype = autocast_dtype or x_dtype
     # The dtype that the reference implementation wants of parameters: the input's, or what autocast casts.
-    float32_params = dtype == torch.float32 or _autocast_dtype()
+    float32_params = dtype == torch.float32 or autocast_dtype
     if float32_params and avx512.supports_block(channels, x_dtype, params, block.dwconv.padding, dtype):
         return 'avx512', dtype, params
-    param_dtype = torch.float32 if _autocast_dtype() else x_dtype
+    param_dtype = torch.float32 if autocast_dtype else x_dtype
     if {x_dtype, dtype} <= set(onednn.dtypes()) and onednn.supports_params(params, param_dtype):
         return 'onednn', dtype, params
     return None
@@ -276,7 +284,7 @@ def _block_params(block: nn.Module) -> BlockParams | None:
     """None where the block is not as built."""
     if not _has_expected_children(block, 'block'):
         return None
-    conv, norm, pwconv1, _, pwconv2, _ = block.children()
+    conv, norm, pwconv1, _, pwconv2, _ = block._modules.values()
     channels = len(conv.weight)
     if (conv.stride, conv.dilation, conv.groups, conv.padding_mode) != ((1, 1), (1, 1), channels, 'zeros'):
         return None

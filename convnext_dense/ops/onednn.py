@@ -17,9 +17,8 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from .block_params import SAVE_DWCONV, SAVE_HIDDEN, BlockArgs, BlockParams
+from .block_params import PARAM_TYPES, SAVE_DWCONV, SAVE_HIDDEN, BlockArgs, BlockParams
 
 DTYPES = (torch.float32, torch.bfloat16)
 TILE = 4096  # rows whose hidden layer fits in the cache
@@ -40,8 +39,7 @@ def check_block(x: torch.Tensor, params: BlockParams, args: BlockArgs) -> None:
 def supports_params(params: BlockParams, dtype: torch.dtype) -> bool:
     """Whether parameters are plain tensors of such a dtype on the CPU, as torch's own operators take them."""
     return all(
-        type(p) in (nn.Parameter, torch.Tensor) and (p.device.type, p.layout, p.dtype) == ('cpu', torch.strided, dtype)
-        for p in params.present()
+        type(p) in PARAM_TYPES and p.is_cpu and p.layout is torch.strided and p.dtype == dtype for p in params.present()
     )
 
 
