@@ -31,7 +31,7 @@ DW_KERNEL = 7  # side of the depthwise kernel
 PATCH_SIZES = (4, 2)  # of the stem and of a downsampling
 SAVE_HIDDEN_FROM = 384  # channels from which on saving the hidden layer is faster than recomputing it
 
-STRUCT_VERSION = 1
+STRUCT_VERSION = 2
 STRUCTS = ('BlockArgs', 'PatchEmbedArgs', 'NormArgs', 'KernelCall')  # of avx512_kernels.c, which describes them
 # The struct that a kernel takes; those in NEEDS_WORKSPACE also take memory to work in.
 KERNELS = {
@@ -216,14 +216,16 @@ def backward(
         # Not empty_like: the weights may be views.
         fields |= {f'grad_{name}': x.new_empty(getattr(p, name).shape) for name in ('pwconv1_weight', 'pwconv2_weight')}
         fields['sums'] = x.new_empty((2 * HIDDEN_RATIO + taps) * channels)
+        fields['grad_gamma'] = None if p.gamma is None else x.new_empty(channels)
     launch(_block_call('block_backward', args, x, params, **fields))
     if not any(needs_params):
         return [fields['grad_x'], *[None] * len(params)]
     sizes = [HIDDEN_RATIO * channels, *[channels] * 4, taps * channels]
     pwconv1_bias, pwconv2_bias, norm_weight, norm_bias, dwconv_bias, dw_taps = fields['sums'].split(sizes)
     dwconv_weight = dw_taps.view(taps, channels).t().contiguous().view(p.dwconv_weight.shape)
-    pwconv2 = p.scale_branch_grads(args.keep_prob_scale, fields['grad_pwconv2_weight'], pwconv2_bias)
-    grads = (dwconv_weight, dwconv_bias, norm_weight, norm_bias, fields['grad_pwconv1_weight'], pwconv1_bias, *pwconv2)
+    pwconv1 = fields['grad_pwconv1_weight'], pwconv1_bias
+    pwconv2 = fields['grad_pwconv2_weight'], pwconv2_bias
+    grads = (dwconv_weight, dwconv_bias, norm_weight, norm_bias, *pwconv1, *pwconv2, fields['grad_gamma'])
     return [fields['grad_x'], *(t if n else None for t, n in zip(grads, needs_params))]
 
 

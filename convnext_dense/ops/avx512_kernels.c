@@ -41,13 +41,13 @@ typedef __m512 f32x16;
 /* The structs that Python fills. Each is a list of fields, I: int64_t, F: float, P: pointer to a type, from which come
    the declaration and a description that Python builds its own structure from. All begin with the version and the number
    of threads. The version changes when the meaning of a field does; it stands in avx512.py, too. */
-enum { STRUCT_VERSION = 1 };
+enum { STRUCT_VERSION = 2 };
 
 /* A block of maps images x height x width x channels.
    keep_prob_scale: factor of the branch under stochastic depth. y, hidden: the depthwise convolution's output and the
    layer before GELU, which the forward pass saves and the backward pass reads; null: it computes them again.
-   Backward: grad is that of the output; grad_x or grad_pwconv1_weight null: not needed; grad_y: scratch of the size of
-   x; sums: gradients of pwconv1_bias, pwconv2_bias, norm_weight, norm_bias, dwconv_bias and the taps, in this order. */
+   Backward: grad is that of the output; grad_x or grad_pwconv1_weight null: not needed; grad_gamma is null where gamma
+   or grad_pwconv1_weight is; grad_y: scratch of the size of x; sums: gradients of pwconv1_bias, pwconv2_bias, norm_weight, norm_bias, dwconv_bias and the taps, in this order. */
 #define BLOCK_FIELDS(I, F, P) \
     I(version) I(threads) I(images) I(height) I(width) I(channels) I(bf16) I(workspace_bytes) \
     F(eps) F(keep_prob_scale) \
@@ -56,7 +56,7 @@ enum { STRUCT_VERSION = 1 };
     P(const float, pwconv2_bias) P(const float, gamma) \
     P(const float, x) P(void, y) P(void, hidden) P(float, out) \
     P(const float, grad) P(float, grad_x) P(float, grad_y) P(float, grad_pwconv1_weight) P(float, grad_pwconv2_weight) \
-    P(float, sums) P(char, workspace)
+    P(float, grad_gamma) P(float, sums) P(char, workspace)
 
 /* Stem (patch_size 4, LayerNorm after the convolution, over out_channels) or downsampling (patch_size 2, LayerNorm
    before it, over channels): patches of patch_size x patch_size pixels of x become a pixel each. height and width are
@@ -175,7 +175,10 @@ static int64_t check_block(const BlockArgs *args, int backward) {
     if (!backward) return CHECK_POINTERS(args->out);
     RETURN_ON_ERROR(CHECK_POINTERS(args->grad, args->grad_y));
     if (!is_aligned(args->grad_x, 4)) return MISALIGNED;
-    if (!args->grad_pwconv1_weight) return args->grad_pwconv2_weight || args->sums ? NULL_POINTER : OK;
+    if (!args->grad_pwconv1_weight)
+        return args->grad_pwconv2_weight || args->grad_gamma || args->sums ? NULL_POINTER : OK;
+    if (!args->grad_gamma != !args->gamma) return NULL_POINTER;
+    if (!is_aligned(args->grad_gamma, 4)) return MISALIGNED;
     return CHECK_POINTERS(args->grad_pwconv1_weight, args->grad_pwconv2_weight, args->sums);
 }
 
@@ -921,6 +924,31 @@ static void linear_wgrad(const BlockArgs *args, const Workspace *plan, int64_t p
     }
 }
 
+/* What the branch's scale makes of the gradients of pwconv2, which so far are those of a branch without one: the
+   gradient of gamma, and theirs, channel by channel. */
+static void scale_branch_grads(const BlockArgs *args, const Workspace *plan) {
+    int64_t c = args->channels;
+    const float *scale = (const float *)(args->workspace + plan->scale);
+    float *grad_bias = args->sums + 4 * c;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < c; i++) {
+        const float *weight = args->pwconv2_weight + i * 4 * c;
+        float *grad = args->grad_pwconv2_weight + i * 4 * c;
+        f32x16 product[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (int64_t j = 0; j < 4 * c; j += 2 * LANES)
+            for (int half = 0; half < 2; half++) {
+                f32x16 g = load(grad + j + LANES * half);
+                product[half] = _mm512_fmadd_ps(g, load(weight + j + LANES * half), product[half]);
+                store(grad + j + LANES * half, _mm512_mul_ps(g, splat(scale[i])));
+            }
+        if (args->grad_gamma) {
+            float total = sum(_mm512_add_ps(product[0], product[1])) + grad_bias[i] * args->pwconv2_bias[i];
+            args->grad_gamma[i] = args->keep_prob_scale * total;
+        }
+        grad_bias[i] *= scale[i];
+    }
+}
+
 int64_t convnext_block_backward(const void *pointer) {
     const BlockArgs *args = pointer;
     RETURN_ON_ERROR(check_block(args, 1));
@@ -974,6 +1002,7 @@ int64_t convnext_block_backward(const void *pointer) {
                     dwconv_wgrad(args, args->x + image + k, args->grad_y + image + k, row % args->height, s.taps + k);
             }
             reduce_threads(all_sums, plan->sums_per_thread, args->sums);
+            scale_branch_grads(args, plan);
         }
     }
     return OK;
