@@ -22,10 +22,11 @@ from ..checkpoints.pretrained import check_state_dict_matches, load_model_weight
 from ..config.tree import iter_dicts
 from ..errors import UnreadableImageError, UsageError, is_user_code_error, root_message
 from .checkpoint_config import ModelSource, find_model
+from .drawing import draw
 from .images import from_array, from_pil, read_image
 from .options import PredictOptions, class_indices
 from .pipelines import is_resize, test_steps
-from .results import select_instances
+from .results import select_classes, select_instances
 from .views import DetectionViews, SegmentationViews
 
 AMP_DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16, 'float32': None}
@@ -187,14 +188,18 @@ class Predictor:
             DetDataSample or SegDataSample of each image, on the CPU.
         """
         options = PredictOptions(**options)
-        selected = class_indices(options.classes, self.classes)
         if options.tile:
-            samples = (self.predict_in_tiles(image, options, with_logits) for image in images)
+            samples = [self.predict_in_tiles(image, options, with_logits) for image in images]
         elif options.multiscale:
-            samples = (self.predict_views(image, with_logits) for image in images)
+            samples = [self.predict_views(image, with_logits) for image in images]
         else:
-            samples = self.forward([self.prepare(image) for image in images], options.batch_size)
-        return [self.finish(sample, options, selected, with_logits) for sample in samples]
+            return self.predict_prepared([self.prepare(image) for image in images], with_logits, **vars(options))
+        return self.finish(samples, options, with_logits)
+
+    def predict_prepared(self, prepared: Sequence[dict], with_logits: bool = False, **options) -> list[BaseDataElement]:
+        """Predict images as `prepare` returns them; arguments and result as of `predict_arrays`."""
+        options = PredictOptions(**options)
+        return self.finish(self.forward(prepared, options.batch_size), options, with_logits)
 
     def predict_in_tiles(
         self, image: np.ndarray | str | Path, options: PredictOptions, with_logits: bool = False
@@ -249,13 +254,31 @@ class Predictor:
         dtype = AMP_DTYPES[self.amp_dtype]
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
-    def finish(self, sample, options: PredictOptions, selected: list[int] | None, with_logits: bool = False):
-        """Return a sample on the CPU with what was asked for: classes, scores, number of detections."""
-        if self.task == 'detection':
-            return select_instances(sample, options.score_thr, selected, options.max_per_image).to('cpu')
-        if not with_logits and 'seg_logits' in sample:
-            del sample.seg_logits
-        return sample.to('cpu')
+    def finish(
+        self, samples: Sequence[BaseDataElement], options: PredictOptions, with_logits: bool = False
+    ) -> list[BaseDataElement]:
+        """Return samples on the CPU with what was asked for: classes, scores, number of detections."""
+        selected = class_indices(options.classes, self.classes)
+        for sample in samples:
+            if self.task == 'detection':
+                select_instances(sample, options.score_thr, selected, options.max_per_image)
+                continue
+            if not with_logits and 'seg_logits' in sample:
+                del sample.seg_logits
+            if selected is not None:
+                select_classes(sample, selected)
+        return [sample.to('cpu') for sample in samples]
+
+    def draw(self, image: ImageInput, sample: BaseDataElement, channel_order: str | None = None) -> Image.Image:
+        """Draw a prediction onto its image.
+
+        Args:
+            image: A path, a numpy array or a PIL image.
+            sample: As `predict` returns it.
+            channel_order: 'rgb' or 'bgr'; needed for an array of color.
+        """
+        picture = draw(self.read(image, channel_order), sample, self.classes, self.palette)
+        return Image.fromarray(picture[..., ::-1])
 
 
 def _num_classes(model: nn.Module) -> int:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from mmengine.structures import BaseDataElement
 
+from .mask_writer import IGNORED
+
 
 def select_instances(
     sample: BaseDataElement,
@@ -35,4 +37,20 @@ def select_instances(
         indices = indices[best.sort().values]
     if len(indices) < len(keep):
         sample.pred_instances = instances[indices]
+    return sample
+
+
+def select_classes(sample: BaseDataElement, labels: Sequence[int]) -> BaseDataElement:
+    """Set pixels of other classes to 255, mmseg's value for what is ignored, in place.
+
+    Args:
+        sample: With `pred_sem_seg`.
+        labels: Indices of classes.
+
+    Returns:
+        The sample.
+    """
+    pred = sample.pred_sem_seg.data
+    other = ~torch.isin(pred, torch.as_tensor(labels, dtype=pred.dtype, device=pred.device))
+    sample.pred_sem_seg.data = pred.masked_fill(other, IGNORED)
     return sample

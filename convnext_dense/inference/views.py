@@ -18,6 +18,12 @@ from .pipelines import is_resize
 DETECTION_SCALE_FACTORS = (0.75, 1.0, 1.25)  # of the model's own test scale
 
 
+def check_scales(steps: list[dict]) -> None:
+    """Raise UsageError where the steps of a test pipeline do not resize to a scale, of which others can be made."""
+    if not any(map(is_resize, iter_dicts(steps))):
+        raise UsageError("multiscale needs dict(type='Resize', scale=(long, short)) in test_dataloader's pipeline")
+
+
 class SegmentationViews:
     """The paper's multi-scale test of a segmentor: probabilities averaged over six scales and flips.
 
@@ -30,6 +36,7 @@ class SegmentationViews:
     """
 
     def __init__(self, model, steps: list[dict]):
+        check_scales(steps)
         config = Config(
             dict(default_scope='mmseg', model=dict(), test_dataloader=dict(dataset=dict(pipeline=copy.deepcopy(steps))))
         )
@@ -60,8 +67,7 @@ class DetectionViews:
     """
 
     def __init__(self, steps: list[dict]):
-        if not any(map(is_resize, iter_dicts(steps))):
-            raise UsageError("multiscale needs dict(type='Resize', scale=(long, short)) in test_dataloader's pipeline")
+        check_scales(steps)
         self.pipelines = [Compose(_scaled(steps, factor)) for factor in DETECTION_SCALE_FACTORS]
 
     def predict(self, predictor, image: np.ndarray) -> BaseDataElement:

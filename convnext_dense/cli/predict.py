@@ -1,0 +1,240 @@
+"""What tools/predict.py does: check everything, then build the model, then predict."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+import numpy as np
+
+from ..errors import RunInterrupted, UnreadableImageError, UsageError
+from ..inference import video
+from ..inference.checkpoint_config import ModelSource, find_model
+from ..inference.coco_writer import FORMATS
+from ..inference.inputs import InputFile, Inputs, find_inputs
+from ..inference.mask_writer import check_num_classes
+from ..inference.model import AMP_DTYPES, Predictor, build_predictor, check_device
+from ..inference.options import DEFAULT_OVERLAP, PredictOptions, class_indices
+from ..inference.output import OutputFolder, open_folder
+from ..inference.pipeline import RunReport, predict_files
+from ..inference.pipelines import test_steps
+from ..inference.progress import Progress
+from ..inference.views import check_scales
+from .arguments import ArgumentParser
+from .exit import printable
+
+DETECTION_OPTIONS = ('score_thr', 'max_per_image')  # that segmentation does not have
+
+
+def make_predict_parser(description: str) -> ArgumentParser:
+    """Return the parser of tools/predict.py."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument('checkpoint', help='.pth file, work dir, URL or name of a released checkpoint')
+    parser.add_argument(
+        'inputs',
+        nargs='+',
+        metavar='INPUT',
+        help='image, folder, pattern, video, text file of paths (.txt), or - for paths on standard input',
+    )
+    parser.add_argument('--config', help='config of the model (default: that in the checkpoint, or of the recipe)')
+    parser.add_argument('--out', default='predictions', metavar='DIR', help='folder for the results (%(default)s)')
+    parser.add_argument(
+        '--format',
+        choices=FORMATS,
+        default=FORMATS[0],
+        help='detection: predictions.json as a COCO data set, or as the bare list of results (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--score-thr',
+        type=float,
+        metavar='SCORE',
+        help='detection: least score (default: all that the model returns; 0.3 in pictures)',
+    )
+    parser.add_argument('--classes', nargs='+', metavar='NAME', help='only these classes')
+    parser.add_argument('--max-per-image', type=int, metavar='N', help='detection: only the N best of an image')
+    parser.add_argument('--device', help='such as cuda:1 or cpu (default: a GPU if there is one)')
+    parser.add_argument('--batch-size', type=int, default=1, metavar='N', help='images of equal size at a time')
+    parser.add_argument(
+        '--amp-dtype', choices=tuple(AMP_DTYPES), default='float32', help='mixed precision (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--multiscale',
+        action='store_true',
+        help="several scales with and without flip: the paper's test (segmentation), merged boxes (detection)",
+    )
+    parser.add_argument('--tile', type=int, metavar='SIZE', help='predict in square tiles of this side, in pixels')
+    parser.add_argument(
+        '--overlap',
+        type=float,
+        default=DEFAULT_OVERLAP,
+        metavar='SHARE',
+        help='share of a tile that it has in common with the next one (default: %(default)s)',
+    )
+    parser.add_argument('--show', action='store_true', help='show each picture in a window; Esc ends that')
+    parser.add_argument('--no-pictures', action='store_true', help='write no pictures')
+    parser.add_argument('--resume', action='store_true', help='go on in --out after what is there')
+    return parser
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Predict what the arguments name.
+
+    Args:
+        args: As `make_predict_parser` defines them.
+
+    Returns:
+        The exit code: 1 if an image was skipped.
+
+    Raises:
+        UsageError: If an argument cannot be used; no model is built then.
+    """
+    options = PredictOptions(
+        score_thr=args.score_thr,
+        classes=args.classes,
+        max_per_image=args.max_per_image,
+        batch_size=args.batch_size,
+        multiscale=args.multiscale,
+        tile=args.tile,
+        overlap=args.overlap,
+    )
+    show = _make_viewer() if args.show else None
+    inputs = find_inputs(args.inputs, exclude=args.out)
+    device = check_device(args.device)
+    source = find_model(args.checkpoint, args.config)
+    _check_options(source, options, args)
+    folder = open_folder(args.out, _settings(source, options, args), args.resume)
+    for notice in (*inputs.notices, *source.notices):
+        print(printable(notice), file=sys.stderr)
+    output = OutputFolder(
+        folder,
+        source.task,
+        source.classes,
+        source.palette,
+        args.format,
+        not args.no_pictures,
+        args.show,
+        args.score_thr,
+        f'predictions of {os.path.basename(source.file)}',
+    )
+    todo = Inputs(
+        [file for file in inputs.images if not output.is_done(file)],
+        [file for file in inputs.videos if not video.is_done(file, output)],
+    )
+    _report_resumed(inputs, todo)
+    report = RunReport()
+    if todo.images or todo.videos:
+        predictor = build_predictor(source, device, args.amp_dtype)
+        report = _run(predictor, todo, options, output, show)
+    results = output.finish()
+    print(_summary(report, source.task), ', '.join(results), sep=': ')
+    return 1 if report.num_skipped else 0
+
+
+def _check_options(source: ModelSource, options: PredictOptions, args: argparse.Namespace) -> None:
+    if source.classes:
+        class_indices(options.classes, source.classes)
+    if source.task == 'segmentation':
+        check_num_classes(len(source.classes))
+        unused = [f'--{name.replace("_", "-")}' for name in DETECTION_OPTIONS if getattr(options, name) is not None]
+        unused += ['--format results'] if args.format != FORMATS[0] else []
+        if unused:
+            raise UsageError(f'{unused[0]} is for detection, {source.file} is a model for segmentation: leave it out')
+    _, steps = test_steps(source.config)
+    if options.multiscale:
+        check_scales(steps)
+
+
+def _settings(source: ModelSource, options: PredictOptions, args: argparse.Namespace) -> dict[str, object]:
+    """What the results depend on, by the names of the command line."""
+    status = os.stat(source.file)
+    values = {name: value for name, value in vars(options).items() if name != 'batch_size'}
+    return {
+        'checkpoint': os.path.abspath(source.file),
+        'checkpoint_state': [status.st_size, status.st_mtime_ns],
+        'config': args.config and os.path.abspath(args.config),
+        'format': args.format,
+        'amp_dtype': args.amp_dtype,
+        **values,
+    }
+
+
+def _report_resumed(inputs: Inputs, todo: Inputs) -> None:
+    total, left = len(inputs.images + inputs.videos), len(todo.images + todo.videos)
+    if left < total:
+        print(f'{total - left:,} of {total:,} were predicted before', file=sys.stderr)
+
+
+def _run(
+    predictor: Predictor,
+    inputs: Inputs,
+    options: PredictOptions,
+    output: OutputFolder,
+    show: Callable[[np.ndarray], None] | None,
+) -> RunReport:
+    report = RunReport()
+    try:
+        if inputs.images:
+            output.number(inputs.images)
+            report.add(predict_files(predictor, inputs.images, options, output, show))
+        for file in inputs.videos:
+            report.add(_predict_video(predictor, file, options, output, show))
+    except KeyboardInterrupt:
+        raise RunInterrupted(
+            f'interrupted; what is complete is in {output.path}: go on with --resume', signal.SIGINT
+        ) from None
+    return report
+
+
+def _predict_video(
+    predictor: Predictor,
+    file: InputFile,
+    options: PredictOptions,
+    output: OutputFolder,
+    show: Callable[[np.ndarray], None] | None,
+) -> RunReport:
+    try:
+        return video.predict_video(predictor, file, options, output, show)
+    except UnreadableImageError as error:
+        Progress(0).print(printable(f'skipped {file.path}: {error}'))
+        return RunReport(num_skipped=1)
+
+
+def _summary(report: RunReport, task: str) -> str:
+    parts = [f'{report.num_done:,} images']
+    if task == 'detection':
+        parts.append(f'{report.num_detections:,} detections')
+    if report.num_skipped:
+        parts.append(f'{report.num_skipped:,} skipped')
+    if report.num_done:
+        rate, own = report.num_done / report.seconds, report.num_done / max(report.model_seconds, 1e-9)
+        parts.append(f'{rate:.1f} images/s (the model alone {own:.1f})')
+    return ', '.join(parts)
+
+
+def _make_viewer() -> Callable[[np.ndarray], None]:
+    """Return a function that shows a picture until a key is pressed; Esc ends showing.
+
+    Raises:
+        UsageError: If there is no display, or OpenCV has no windows.
+    """
+    import cv2
+
+    hint = 'leave --show out and look at the pictures in --out'
+    if sys.platform == 'linux' and not (os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY')):
+        raise UsageError(f'--show: there is no display: {hint}')
+    window, is_open = 'predictions', True
+    try:
+        cv2.namedWindow(window, cv2.WINDOW_NORMAL)
+    except cv2.error as error:
+        raise UsageError(f'--show: this OpenCV opens no windows: {hint}') from error
+
+    def show(picture: np.ndarray) -> None:
+        nonlocal is_open
+        if is_open:
+            cv2.imshow(window, picture)
+            is_open = cv2.waitKey(0) != 27
+            if not is_open:
+                cv2.destroyWindow(window)
+
+    return show

@@ -1,0 +1,173 @@
+"""Detections as COCO JSON, written image by image, so that a run can be interrupted and memory does not grow."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.structures import BaseDataElement, InstanceData
+from pycocotools import mask as coco_mask
+
+from ..errors import UsageError
+
+FORMATS = ('coco', 'results')
+N_COCO_IDS = 90
+UNUSED_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+COCO_IDS = [i for i in range(1, N_COCO_IDS + 1) if i not in UNUSED_COCO_IDS]  # of COCO's 80 classes, which have gaps
+
+
+def category_ids(classes: Sequence[str]) -> list[int]:
+    """Return the COCO id of each class: from 1 in their order, for COCO's own classes COCO's ids."""
+    from mmdet.datasets import CocoDataset
+
+    return COCO_IDS if tuple(classes) == CocoDataset.METAINFO['classes'] else list(range(1, len(classes) + 1))
+
+
+def to_annotations(instances: InstanceData, ids: Sequence[int]) -> list[dict]:
+    """Return detections as COCO annotations without ids.
+
+    Args:
+        instances: With `bboxes` (N, 4) xyxy, `scores`, `labels` and perhaps `masks`, (N, H, W) or N COCO RLEs.
+        ids: COCO id of each class.
+
+    Returns:
+        One dict per detection: category_id, bbox (x, y, width, height), score, area, iscrowd, segmentation (RLE).
+    """
+    boxes, scores = instances.bboxes.double().tolist(), instances.scores.double().tolist()
+    rles = encode_masks(instances.masks) if 'masks' in instances else [None] * len(scores)
+    annotations = []
+    for (x1, y1, x2, y2), score, label, rle in zip(boxes, scores, instances.labels.tolist(), rles):
+        annotation = dict(category_id=ids[label], bbox=[x1, y1, x2 - x1, y2 - y1], score=score)
+        annotation['area'] = float(coco_mask.area(rle)) if rle else (x2 - x1) * (y2 - y1)
+        annotation['iscrowd'] = 0
+        if rle:
+            counts = rle['counts']
+            annotation['segmentation'] = {**rle, 'counts': counts.decode() if isinstance(counts, bytes) else counts}
+        annotations.append(annotation)
+    return annotations
+
+
+def encode_masks(masks: torch.Tensor | np.ndarray | Sequence[dict]) -> list[dict]:
+    """Return instance masks (N, H, W), or what are COCO RLEs already, as COCO RLEs."""
+    if isinstance(masks, (list, tuple)) and all(isinstance(mask, dict) for mask in masks):
+        return list(masks)
+    return [
+        coco_mask.encode(np.asfortranarray(mask.numpy() if isinstance(mask, torch.Tensor) else mask).view(np.uint8))
+        for mask in masks
+    ]
+
+
+class CocoWriter:
+    """Writer of `predictions.json`.
+
+    Each image is a line of `predictions.jsonl` as soon as it is done; `finish` makes the JSON file of the lines.
+
+    Args:
+        folder: Of both files.
+        classes: Names of the classes.
+        name: Of the files, without suffix.
+        format: 'coco' for a data set (images, categories, annotations), 'results' for the bare list of results.
+        description: Of the data set.
+
+    Attributes:
+        path (Path): Of the JSON file.
+        done (dict[str, int]): Image ids by file name, of what was written before this run.
+    """
+
+    def __init__(self, folder: Path, classes: Sequence[str], name='predictions', format='coco', description=''):
+        self.path, self.lines_path = folder / f'{name}.json', folder / f'{name}.jsonl'
+        self.format, self.description = format, description
+        self.category_ids = category_ids(classes)
+        self.categories = [dict(id=i, name=name) for i, name in zip(self.category_ids, classes)]
+        _cut_off_partial_line(self.lines_path)
+        self.done = {image['file_name']: image['id'] for image, _ in self.iter_lines()}
+        self.num_annotations = 0
+        self._file = None
+        self._next_id = max(self.done.values(), default=0) + 1
+        self._ids: dict[str, int] = {}
+
+    def use_numbers_of(self, file_names: Iterable[str]) -> None:
+        """Number images as their files are, as COCO's are (000000000139.jpg), if all are; otherwise from 1."""
+        stems = {name: os.path.splitext(os.path.basename(name))[0] for name in (*self.done, *file_names)}
+        numbers = {name: int(stem) for name, stem in stems.items() if stem.isascii() and stem.isdigit()}
+        is_kept = all(numbers.get(name) == i for name, i in self.done.items())
+        if len(numbers) == len(stems) == len(set(numbers.values())) and is_kept:
+            self._ids = numbers
+
+    def annotations_of(self, sample: BaseDataElement) -> list[dict]:
+        """Return the annotations of a prediction; in any thread."""
+        return to_annotations(sample.pred_instances, self.category_ids)
+
+    def add(self, file_name: str, size: tuple[int, int], annotations: list[dict], **fields) -> None:
+        """Write an image.
+
+        Args:
+            file_name: Of the image.
+            size: (H, W).
+            annotations: As of `annotations_of`.
+            **fields: Further ones of the image.
+        """
+        image = dict(id=self._ids.get(file_name, self._next_id), file_name=file_name, height=size[0], width=size[1])
+        self._next_id = max(self._next_id, image['id']) + 1
+        self.num_annotations += len(annotations)
+        self._file = self._file or open(self.lines_path, 'a', encoding='ascii')  # noqa: SIM115
+        self._file.write(json.dumps([{**image, **fields}, annotations]) + '\n')
+        self._file.flush()
+
+    def finish(self) -> None:
+        """Write the JSON file; the old one stays until the new one is complete."""
+        self.close()
+        tmp_path = self.path.with_name(f'{self.path.name}.part')
+        with open(tmp_path, 'w', encoding='ascii') as file:
+            file.writelines(self._iter_results() if self.format == 'results' else self._iter_dataset())
+        os.replace(tmp_path, self.path)
+
+    def close(self) -> None:
+        """Close the file of lines."""
+        if self._file:
+            self._file.close()
+            self._file = None
+
+    def _iter_dataset(self) -> Iterator[str]:
+        yield f'{{"info": {json.dumps(dict(description=self.description))}, "licenses": [],\n"images": ['
+        yield from _joined(json.dumps(image) for image, _ in self.iter_lines())
+        yield '],\n"annotations": ['
+        yield from _joined(json.dumps({'id': i + 1, **a}) for i, a in enumerate(self._iter_annotations()))
+        yield f'],\n"categories": {json.dumps(self.categories)}}}\n'
+
+    def _iter_results(self) -> Iterator[str]:
+        yield '['
+        keys = ('image_id', 'category_id', 'bbox', 'score', 'segmentation')
+        yield from _joined(json.dumps({k: a[k] for k in keys if k in a}) for a in self._iter_annotations())
+        yield ']\n'
+
+    def _iter_annotations(self) -> Iterator[dict]:
+        for image, annotations in self.iter_lines():
+            for annotation in annotations:
+                yield {'image_id': image['id'], **annotation}
+
+    def iter_lines(self) -> Iterator[tuple[dict, list[dict]]]:
+        """Iterate over the images that are written, each with its annotations."""
+        if not self.lines_path.exists():
+            return
+        with open(self.lines_path, encoding='ascii') as file:
+            for n, line in enumerate(file, 1):
+                try:
+                    yield tuple(json.loads(line))
+                except ValueError as error:
+                    raise UsageError(f'{self.lines_path}: line {n} is damaged: choose another --out') from error
+
+
+def _cut_off_partial_line(path: Path) -> None:
+    """Cut off what a run that was killed wrote of its last image."""
+    if path.exists():
+        with open(path, 'rb') as file:
+            size = sum(len(line) for line in file if line.endswith(b'\n'))
+        os.truncate(path, size)
+
+
+def _joined(items: Iterable[str]) -> Iterator[str]:
+    for i, item in enumerate(items):
+        yield f',\n{item}' if i else item

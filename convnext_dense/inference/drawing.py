@@ -1,0 +1,223 @@
+"""Pictures of predictions, legible at any size of the image."""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from mmengine.structures import BaseDataElement, InstanceData
+from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as coco_mask
+
+from .colors import Color, class_colors, text_color
+from .mask_writer import IGNORED
+
+MIN_SIDE, MAX_SIDE = 320, 4096  # of a picture's longer side: smaller images are enlarged, larger ones reduced
+SCORE_THR = 0.3  # least score of what is drawn, unless the user asks for another
+OPACITY = 0.45  # of masks over the image
+MAX_DRAWN = 300  # detections in a picture
+
+
+def draw(
+    image: np.ndarray,
+    sample: BaseDataElement,
+    classes: Sequence[str],
+    palette: Sequence[Color] = (),
+    score_thr: float = SCORE_THR,
+    legend: bool = True,
+) -> np.ndarray:
+    """Draw a prediction onto its image.
+
+    Args:
+        image: (H, W, C) BGR of uint8, or grayscale.
+        sample: With `pred_instances` or `pred_sem_seg`, in the pixels of the image.
+        classes: Names of the classes.
+        palette: RGB color of each class; by default colors that can be told apart.
+        score_thr: Detections with lower scores are not drawn.
+        legend: Whether the names of classes stand below the segmentation of an image.
+
+    Returns:
+        (h, w, 3) BGR of uint8: the image's size if its longer side has `MIN_SIDE` to `MAX_SIDE` pixels, and the legend.
+    """
+    scale = picture_scale(image.shape[:2])
+    picture = _resized(to_bgr(image), scale)
+    colors = class_colors(len(classes), palette)
+    if 'pred_sem_seg' in sample:
+        labels = sample.pred_sem_seg.data.squeeze(0).cpu().numpy().astype(np.uint8)
+        return _draw_segmentation(picture, labels, classes, colors, legend)
+    instances = sample.pred_instances
+    keep = (instances.scores >= score_thr).nonzero().flatten()
+    best = instances.scores[keep].argsort(descending=True, stable=True)[:MAX_DRAWN]
+    return _draw_instances(picture, instances[keep[best]].cpu(), scale, classes, colors)
+
+
+def picture_scale(size: tuple[int, int]) -> float:
+    """Return the factor by which an image of a size (H, W) is resized to be drawn on."""
+    long_side = max(size)
+    if long_side > MAX_SIDE:
+        return MAX_SIDE / long_side
+    return float(-(-MIN_SIDE // long_side)) if long_side < MIN_SIDE else 1.0
+
+
+def line_width(size: tuple[int, int]) -> int:
+    """Return the width of lines in a picture of a size (H, W), in pixels."""
+    return max(1, round(max(size) / 350))
+
+
+def font_size(size: tuple[int, int]) -> int:
+    """Return the height of text in a picture of a size (H, W), in pixels."""
+    return max(10, round(max(size) / 50))
+
+
+def to_bgr(image: np.ndarray) -> np.ndarray:
+    """Return an image of any number of channels and type as (H, W, 3) of uint8, to be looked at."""
+    image = image if image.ndim == 3 else image[..., None]
+    image = image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, 2)
+    if image.dtype != np.uint8:
+        top = 65535 if image.dtype == np.uint16 else max(float(image.max(initial=1)), 1e-12)
+        image = np.clip(image.astype(np.float32) * (255 / top), 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(image)
+
+
+def _resized(picture: np.ndarray, scale: float) -> np.ndarray:
+    if scale == 1:
+        return picture.copy()
+    size = (max(round(picture.shape[1] * scale), 1), max(round(picture.shape[0] * scale), 1))
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
+
+
+def _draw_instances(
+    picture: np.ndarray, instances: InstanceData, scale: float, classes: Sequence[str], colors: Sequence[Color]
+) -> np.ndarray:
+    height, width = picture.shape[:2]
+    thickness = line_width((height, width))
+    boxes = (instances.bboxes.numpy() * scale).round().astype(int).reshape(-1, 4)
+    boxes = np.clip(boxes, 0, [width - 1, height - 1] * 2)
+    labels, scores = instances.labels.tolist(), instances.scores.tolist()
+    masks = instances.masks if 'masks' in instances else [None] * len(labels)
+    for i in reversed(range(len(labels))):  # the best on top
+        bgr = colors[labels[i]][::-1]
+        if masks[i] is not None:
+            _blend_mask(picture, _mask_array(masks[i]), boxes[i], bgr, thickness)
+        cv2.rectangle(picture, boxes[i][:2].tolist(), boxes[i][2:].tolist(), bgr, thickness)
+    texts = [f'{classes[label]} {score:.2f}' for label, score in zip(labels, scores)]
+    return _draw_labels(picture, texts, boxes, [colors[label] for label in labels])
+
+
+def _mask_array(mask: torch.Tensor | np.ndarray | dict) -> np.ndarray:
+    """An instance mask (H, W) of uint8; it may be a COCO RLE."""
+    if isinstance(mask, dict):
+        return coco_mask.decode(mask)
+    return np.asarray(mask).view(np.uint8)
+
+
+def _blend_mask(picture: np.ndarray, mask: np.ndarray, box: np.ndarray, bgr: Color, thickness: int) -> None:
+    """Draw the part of a mask that lies in its box, with its contour."""
+    x1, y1, x2, y2 = box
+    if picture.shape[:2] != mask.shape:
+        mask = cv2.resize(mask, picture.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    inside = np.ascontiguousarray(mask[y1 : y2 + 1, x1 : x2 + 1])
+    area = picture[y1 : y2 + 1, x1 : x2 + 1]
+    _blend(area, np.full_like(area, bgr), inside)
+    contours, _ = cv2.findContours(inside, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    cv2.drawContours(picture, contours, -1, bgr, thickness, offset=(int(x1), int(y1)))
+
+
+def _blend(picture: np.ndarray, colors: np.ndarray, mask: np.ndarray) -> None:
+    """Lay colors over a picture where the mask is not 0, in place; both (H, W, 3)."""
+    cv2.copyTo(cv2.addWeighted(picture, 1 - OPACITY, colors, OPACITY, 0), mask, picture)
+
+
+def _draw_labels(picture: np.ndarray, texts: Sequence[str], boxes: np.ndarray, colors: Sequence[Color]) -> np.ndarray:
+    """Write a label at each box, where it hides neither objects nor other labels, as far as there is room."""
+    if not texts:
+        return picture
+    height, width = picture.shape[:2]
+    font, pad = _font(font_size((height, width))), max(1, line_width((height, width)))
+    image = Image.fromarray(picture[..., ::-1])
+    canvas = ImageDraw.Draw(image)
+    taken = np.zeros((0, 4))
+    for i, text in enumerate(texts):
+        left, top, right, bottom = font.getbbox(text)
+        size = (right - left + 2 * pad, bottom - top + 2 * pad)
+        places = np.array([_clipped(place, size, (width, height)) for place in _label_places(boxes[i], size)])
+        others = np.delete(boxes, i, 0)
+        # Another label is unreadable below this one; an object is only partly hidden.
+        costs = 10 * _overlap(places, taken) + _overlap(places, others) + _overlap(places, boxes[i : i + 1])
+        x, y = places[int(costs.argmin())][:2]
+        canvas.rectangle((x, y, x + size[0] - 1, y + size[1] - 1), fill=colors[i])
+        canvas.text((x + pad - left, y + pad - top), text, fill=text_color(colors[i]), font=font)
+        taken = np.vstack((taken, [[x, y, x + size[0], y + size[1]]]))
+    return np.ascontiguousarray(np.asarray(image)[..., ::-1])
+
+
+def _label_places(box: np.ndarray, size: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Upper left corners at which a label may stand, the best first: around the box, then in it."""
+    (x1, y1, x2, y2), (width, height) = box.tolist(), size
+    yield x1, y1 - height
+    yield x1, y2 + 1
+    yield x2 - width, y1 - height
+    yield x2 - width, y2 + 1
+    yield x2 + 1, y1
+    yield x1 - width, y1
+    yield x2 + 1, y2 - height
+    yield x1 - width, y2 - height
+    yield x1, y1
+    yield x2 - width, y2 - height
+
+
+def _clipped(place: tuple[int, int], size: tuple[int, int], picture: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The rectangle of a label, moved into the picture."""
+    x, y = (max(min(p, limit - s), 0) for p, s, limit in zip(place, size, picture))
+    return x, y, x + size[0], y + size[1]
+
+
+def _overlap(places: np.ndarray, rectangles: np.ndarray) -> np.ndarray:
+    """The area that each place (P, 4) has in common with rectangles (R, 4), summed up: (P,)."""
+    low = np.maximum(places[:, None, :2], rectangles[None, :, :2])
+    high = np.minimum(places[:, None, 2:], rectangles[None, :, 2:])
+    return np.prod(np.clip(high - low, 0, None), -1).sum(-1)
+
+
+def _draw_segmentation(
+    picture: np.ndarray, labels: np.ndarray, classes: Sequence[str], colors: Sequence[Color], legend: bool
+) -> np.ndarray:
+    counts = np.bincount(labels.ravel(), minlength=256)
+    if labels.shape != picture.shape[:2]:
+        labels = cv2.resize(labels, picture.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(colors)] = np.asarray(colors, np.uint8)[:, ::-1]
+    _blend(picture, table[labels], (labels != IGNORED).view(np.uint8))
+    if not legend:
+        return picture
+    present = [i for i in np.argsort(-counts, kind='stable') if counts[i] and i < len(classes)]
+    return np.vstack((picture, _legend(picture.shape[:2], [(classes[i], colors[i]) for i in present])))
+
+
+def _legend(size: tuple[int, int], entries: Sequence[tuple[str, Color]]) -> np.ndarray:
+    """Names of classes next to their colors, in rows of a picture's width."""
+    height, width = font_size(size), size[1]
+    font, gap = _font(height), max(2, height // 3)
+    places, x, row = [], gap, 0
+    for text, color in entries:
+        length = height + gap + int(font.getlength(text)) + 2 * gap
+        if x > gap and x + length > width:
+            x, row = gap, row + 1
+        places.append((x, row * (height + gap) + gap, text, color))
+        x += length
+    image = Image.new('RGB', (width, (row + 1) * (height + gap) + 2 * gap), 'white')
+    canvas = ImageDraw.Draw(image)
+    for x, y, text, color in places:
+        canvas.rectangle((x, y, x + height - 1, y + height - 1), fill=color, outline='black')
+        canvas.text((x + height + gap, y + height // 2), text, fill='black', font=font, anchor='lm')
+    return np.asarray(image)[..., ::-1]
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib, mmengine's own dependency, and knows most alphabets."""
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), 'fonts/ttf/DejaVuSans.ttf')), size)

@@ -1,0 +1,145 @@
+"""Images and videos that a user names: files, folders, patterns, lists of paths."""
+
+import glob
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+from ..datasets.files import read_text, walk
+from ..engine.datasets import IMAGE_SUFFIXES
+from ..errors import UsageError
+
+# What a person calls an image, besides what data sets are made of.
+SUFFIXES = (*IMAGE_SUFFIXES, '.gif', '.avif', '.jfif', '.dib', '.tga', '.pcx', '.pnm')
+VIDEO_SUFFIXES = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')
+LIST_SUFFIX = '.txt'
+STDIN = '-'
+
+
+class InputFile(NamedTuple):
+    """An image or a video.
+
+    Attributes:
+        path (str): Of the file.
+        file_name (str): Its name in the results: relative to the folder that was given, unique among all inputs.
+        stem (str): The name of its outputs, without suffix, unique too.
+    """
+
+    path: str
+    file_name: str
+    stem: str
+
+
+@dataclass
+class Inputs:
+    """What was found.
+
+    Attributes:
+        images: In the order of the inputs, those of a folder sorted by name.
+        videos: Likewise.
+        notices: What the user is told, one line each.
+    """
+
+    images: list[InputFile] = field(default_factory=list)
+    videos: list[InputFile] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+
+class _Candidate(NamedTuple):
+    """A path, and the number of its last parts that make the file name."""
+
+    path: str
+    n_parts: int
+
+
+def find_inputs(inputs: Sequence[str], exclude: str | Path | None = None, stdin: TextIO | None = None) -> Inputs:
+    """Find the images and videos that a user names.
+
+    Args:
+        inputs: Images, folders (searched recursively for images), patterns, text files of paths (.txt, one per line),
+            videos, or '-' for paths on standard input.
+        exclude: Folder whose files are left out, that of the output.
+        stdin: Where '-' reads. Defaults to `sys.stdin`.
+
+    Returns:
+        The files, each once.
+
+    Raises:
+        UsageError: If an input does not exist, or if there is no image in all of them.
+    """
+    candidates, notices = [], []
+    for name in inputs:
+        candidates += _expand(name, notices, stdin or sys.stdin)
+    outside = os.path.join(os.path.realpath(exclude), '') if exclude else None
+    unique = {}
+    for candidate in candidates:
+        real = os.path.join(os.path.realpath(os.path.dirname(candidate.path) or '.'), os.path.basename(candidate.path))
+        if not (outside and real.startswith(outside)):
+            unique.setdefault(real, candidate)
+    if not unique:
+        raise UsageError(f'no images in {", ".join(map(repr, inputs))}: give files ending in {", ".join(SUFFIXES[:6])}')
+    files = _name_files(list(unique.values()))
+    is_video = [file.path.lower().endswith(VIDEO_SUFFIXES) for file in files]
+    return Inputs(
+        [file for file, video in zip(files, is_video) if not video],
+        [file for file, video in zip(files, is_video) if video],
+        notices,
+    )
+
+
+def _expand(name: str, notices: list[str], stdin: TextIO) -> Iterator[_Candidate]:
+    if name == STDIN:
+        yield from (_Candidate(line, 1) for line in _lines(stdin.read()))
+    elif os.path.isdir(name):
+        yield from _images_below(name, notices)
+    elif os.path.isfile(name) and name.lower().endswith(LIST_SUFFIX):
+        for line in _lines(read_text(name)):
+            beside = os.path.join(os.path.dirname(name), line)
+            yield _Candidate(beside if not os.path.exists(line) and os.path.exists(beside) else line, 1)
+    elif os.path.lexists(name):
+        yield _Candidate(name, 1)
+    elif glob.has_magic(name):
+        matches = sorted(glob.glob(name, recursive=True))
+        if not matches:
+            raise UsageError(f"no file matches '{name}'")
+        for match in matches:
+            yield from _images_below(match, notices) if os.path.isdir(match) else [_Candidate(match, 1)]
+    else:
+        raise UsageError(f"no image or folder '{name}'")
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip('\r\n') for line in text.split('\n') if line.strip()]
+
+
+def _images_below(folder: str, notices: list[str]) -> Iterator[_Candidate]:
+    n_videos = 0
+    for parent, names in walk(folder, hidden=False):
+        n_parts = 1 + (0 if os.path.samefile(parent, folder) else len(Path(os.path.relpath(parent, folder)).parts))
+        for file_name in sorted(names):
+            n_videos += file_name.lower().endswith(VIDEO_SUFFIXES)
+            if file_name.lower().endswith(SUFFIXES):
+                yield _Candidate(os.path.join(parent, file_name), n_parts)
+    if n_videos:
+        notices.append(f'{folder}: {n_videos} videos are left out: name them one by one')
+
+
+def _name_files(candidates: list[_Candidate]) -> list[InputFile]:
+    """Give each file a name that no other has: with as many of its folders as that takes."""
+    parts = [Path(os.path.abspath(candidate.path)).parts[1:] for candidate in candidates]
+    n_parts = [candidate.n_parts for candidate in candidates]
+    while True:
+        names = ['/'.join(p[-n:]) for p, n in zip(parts, n_parts)]
+        counts = Counter(names)
+        longer = [n + 1 if counts[name] > 1 and n < len(p) else n for name, n, p in zip(names, n_parts, parts)]
+        if longer == n_parts:
+            break
+        n_parts = longer
+    stems = [os.path.splitext(name)[0] for name in names]
+    shared = {stem for stem, count in Counter(stems).items() if count > 1}
+    stems = [name if stem in shared else stem for name, stem in zip(names, stems)]
+    return [InputFile(candidate.path, name, stem) for candidate, name, stem in zip(candidates, names, stems)]

@@ -1,0 +1,188 @@
+"""The folder of a prediction: what is written for each image, and what an interrupted run left there."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from mmengine.structures import BaseDataElement
+
+from ..errors import UsageError
+from .coco_writer import CocoWriter
+from .colors import Color
+from .drawing import SCORE_THR, draw
+from .inputs import InputFile
+from .mask_writer import encode_mask, mask_colors, write_class_list
+
+SETTINGS_FILE = 'predict.json'
+JPEG_QUALITY = 90
+
+
+class Written(NamedTuple):
+    """What was made of the prediction of an image.
+
+    Attributes:
+        size (tuple): (H, W) of the image.
+        annotations (list[dict]): Detections; empty for segmentation.
+        picture (np.ndarray | None): BGR, if it is to be shown.
+    """
+
+    size: tuple[int, int]
+    annotations: list[dict]
+    picture: np.ndarray | None
+
+
+class OutputFolder:
+    """Where predictions are written: `predictions.json` or `masks/` and `classes.txt`, `pictures/`, `videos/`.
+
+    Args:
+        path: Of the folder.
+        task: 'detection' or 'segmentation'.
+        classes: Names of the classes.
+        palette: RGB color of each class; empty for colors that can be told apart.
+        format: Of the JSON file: 'coco' or 'results'.
+        pictures: Whether pictures are written.
+        show: Whether pictures are kept to be shown.
+        score_thr: Least score of what is drawn; None for the default.
+        description: Of the data set in the JSON file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        task: str,
+        classes: Sequence[str],
+        palette: Sequence[Color] = (),
+        format: str = 'coco',
+        pictures: bool = True,
+        show: bool = False,
+        score_thr: float | None = None,
+        description: str = '',
+    ):
+        self.path, self.task, self.classes, self.palette = path, task, tuple(classes), palette
+        self.format, self.pictures, self.show, self.description = format, pictures, show, description
+        self.score_thr = SCORE_THR if score_thr is None else score_thr
+        self.colors = mask_colors(classes, palette)
+        self.coco = CocoWriter(path, classes, format=format, description=description) if task == 'detection' else None
+        if task == 'segmentation':
+            write_class_list(path / 'classes.txt', classes)
+
+    @property
+    def draws(self) -> bool:
+        """Whether pictures are made."""
+        return self.pictures or self.show
+
+    def is_done(self, file: InputFile) -> bool:
+        """Whether an earlier run has written all of an image."""
+        if self.pictures and not self.picture_path(file.stem).exists():
+            return False
+        return file.file_name in self.coco.done if self.coco else self.mask_path(file.stem).exists()
+
+    def picture_path(self, stem: str) -> Path:
+        """Where the picture of an image is written."""
+        return self.path / 'pictures' / f'{stem}.jpg'
+
+    def mask_path(self, stem: str) -> Path:
+        """Where the segmentation mask of an image is written."""
+        return self.path / 'masks' / f'{stem}.png'
+
+    def write(self, file: InputFile, image: np.ndarray | None, sample: BaseDataElement) -> Written:
+        """Write mask and picture of an image, and encode its detections; in any thread.
+
+        Args:
+            file: The image.
+            image: Its pixels; None if no picture is wanted.
+            sample: Its prediction.
+        """
+        annotations = self.coco.annotations_of(sample) if self.coco else []
+        if not self.coco:
+            self.write_mask(file.stem, sample)
+        picture = None
+        if self.draws and image is not None:
+            picture = self.draw(image, sample)
+            if self.pictures:
+                write_file(self.picture_path(file.stem), encode_jpeg(picture))
+        return Written(tuple(sample.ori_shape), annotations, picture if self.show else None)
+
+    def write_mask(self, stem: str, sample: BaseDataElement) -> None:
+        """Write the segmentation mask of an image."""
+        labels = sample.pred_sem_seg.data.squeeze(0).cpu().numpy()
+        write_file(self.mask_path(stem), encode_mask(labels, self.colors))
+
+    def draw(self, image: np.ndarray, sample: BaseDataElement, legend: bool = True) -> np.ndarray:
+        """Draw the prediction of an image: (H, W, 3), BGR."""
+        return draw(image, sample, self.classes, self.palette, self.score_thr, legend)
+
+    def record(self, file: InputFile, written: Written) -> None:
+        """Record an image as done; in the order of the images."""
+        if self.coco and file.file_name not in self.coco.done:
+            self.coco.add(file.file_name, written.size, written.annotations)
+
+    def number(self, files: Iterable[InputFile]) -> None:
+        """Choose the ids of images that will be recorded."""
+        if self.coco:
+            self.coco.use_numbers_of(file.file_name for file in files)
+
+    def finish(self) -> list[str]:
+        """Complete the files; returns what is where, one line each."""
+        results = []
+        if self.coco:
+            self.coco.finish()
+            results.append(str(self.coco.path))
+        elif (self.path / 'masks').is_dir():
+            results += [str(self.path / 'masks'), str(self.path / 'classes.txt')]
+        results += [str(self.path / name) for name in ('pictures', 'videos') if (self.path / name).is_dir()]
+        return results
+
+
+def open_folder(path: str | Path, settings: Mapping[str, object], resume: bool) -> Path:
+    """Make the folder of the output, or check that an earlier run can be resumed there.
+
+    Args:
+        path: Of the folder.
+        settings: What the results depend on, plain values by the name of the option.
+        resume: Whether to go on after what is there.
+
+    Raises:
+        UsageError: If the folder has something in it, was made with other settings, or cannot be written.
+    """
+    path, settings = Path(path), json.loads(json.dumps(settings))
+    try:
+        is_used = path.is_dir() and any(path.iterdir())
+        if is_used and not resume:
+            raise UsageError(f"--out '{path}' already exists: choose another one, or go on there with --resume")
+        if is_used:
+            _check_settings(path, settings)
+        path.mkdir(parents=True, exist_ok=True)
+        write_file(path / SETTINGS_FILE, (json.dumps(settings, indent=2) + '\n').encode())
+    except OSError as error:
+        raise UsageError(f"--out '{path}' cannot be written: {error.strerror}") from error
+    return path
+
+
+def _check_settings(path: Path, settings: Mapping[str, object]) -> None:
+    try:
+        old = json.loads((path / SETTINGS_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--resume: '{path}' was not written by this tool: choose another --out") from error
+    other = next((key for key in settings if old.get(key) != settings[key]), None)
+    if other:
+        raise UsageError(
+            f"--resume: '{path}' was made with {other} {old.get(other)}, not {settings[other]}: choose another --out"
+        )
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file under its name only when it is complete, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp_path = path.with_name(f'{path.name}.part')
+    tmp_path.write_bytes(content)
+    os.replace(tmp_path, path)
+
+
+def encode_jpeg(picture: np.ndarray) -> bytes:
+    """Encode a picture (H, W, 3), BGR."""
+    return cv2.imencode('.jpg', picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()

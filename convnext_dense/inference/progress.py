@@ -1,0 +1,66 @@
+"""The progress of a prediction in one line of a terminal."""
+
+import sys
+import time
+from typing import TextIO
+
+BAR_WIDTH = 24  # characters
+LINE_INTERVAL = 30  # seconds between lines where there is no terminal
+
+
+class Progress:
+    """Shows how many images are done, how many there are per second, and when it ends.
+
+    Args:
+        total: Number of images; 0 if it is not known.
+        unit: What is counted.
+        file: Where it is shown. Defaults to `sys.stderr`.
+    """
+
+    def __init__(self, total: int, unit: str = 'images', file: TextIO | None = None):
+        self.total, self.unit, self.file = total, unit, file or sys.stderr
+        self.done, self.start = 0, time.monotonic()
+        self.is_terminal = self.file.isatty()
+        self.shown_at = self.start if not self.is_terminal else 0.0
+
+    @property
+    def rate(self) -> float:
+        """Images per second since the start."""
+        return self.done / max(time.monotonic() - self.start, 1e-9)
+
+    def update(self, n: int = 1) -> None:
+        """Count images as done."""
+        self.done += n
+        now = time.monotonic()
+        if now - self.shown_at >= (0.1 if self.is_terminal else LINE_INTERVAL) or (
+            self.is_terminal and self.done == self.total
+        ):
+            self.shown_at = now
+            self._show()
+
+    def print(self, line: str) -> None:
+        """Print a line above the bar."""
+        self.file.write(f'\r\033[K{line}\n' if self.is_terminal else f'{line}\n')
+        self.file.flush()
+
+    def close(self) -> None:
+        """End the line of the bar."""
+        if self.is_terminal and self.done:
+            self._show()
+            self.file.write('\n')
+            self.file.flush()
+
+    def _show(self) -> None:
+        line = self._line()
+        self.file.write(f'\r\033[K{line}' if self.is_terminal else f'{line}\n')
+        self.file.flush()
+
+    def _line(self) -> str:
+        rate = f'{self.rate:.1f} {self.unit}/s'
+        if not self.total:
+            return f'{self.done:,} {self.unit}, {rate}'
+        filled = BAR_WIDTH * self.done // self.total
+        seconds = round((self.total - self.done) / max(self.rate, 1e-9))
+        eta = f'{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}'
+        bar = '#' * filled + '.' * (BAR_WIDTH - filled)
+        return f'[{bar}] {self.done:,}/{self.total:,}, {rate}, ETA {eta}'

@@ -1,0 +1,221 @@
+"""Videos: an annotated video, and the predictions of all frames in one JSON file."""
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import cv2
+import numpy as np
+from mmengine.structures import BaseDataElement
+
+from ..errors import UnreadableImageError
+from .coco_writer import CocoWriter
+from .images import from_array
+from .inputs import InputFile
+from .model import Predictor
+from .options import PredictOptions
+from .output import OutputFolder, Written, write_file
+from .pipeline import OrderedWriting, RunReport, explain_out_of_memory, pool, prefetch
+from .progress import Progress
+
+CODEC, SUFFIX = 'mp4v', '.mp4'  # which every build of OpenCV with FFmpeg can write
+DEFAULT_FPS = 25.0  # of videos that do not say theirs
+
+
+class VideoReader:
+    """Frames of a video, upright as its metadata say.
+
+    Args:
+        path: Of the file.
+
+    Attributes:
+        fps (float): Frames per second.
+        num_frames (int): As the file says, which may be wrong; 0 if it does not say.
+
+    Raises:
+        UnreadableImageError: If it cannot be read; the message is the reason alone.
+    """
+
+    def __init__(self, path: str | Path):
+        self.capture = cv2.VideoCapture(str(path))
+        self.first = self.read() if self.capture.isOpened() else None
+        if self.first is None:
+            reason = 'the file is empty' if os.path.isfile(path) and not os.path.getsize(path) else 'no readable video'
+            raise UnreadableImageError(reason)
+        fps = self.capture.get(cv2.CAP_PROP_FPS)
+        self.fps = fps if 0 < fps < 1000 else DEFAULT_FPS
+        self.num_frames = max(int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
+
+    def read(self) -> np.ndarray | None:
+        """Return the next frame (H, W, 3), BGR; None at the end."""
+        has_frame, frame = self.capture.read()
+        return frame if has_frame else None
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        frame, self.first = self.first, None
+        while frame is not None:
+            yield frame
+            frame = self.read()
+        self.capture.release()
+
+
+class VideoWriter:
+    """Writer of an MP4 file, which gets its name when it is complete.
+
+    Args:
+        path: Of the file.
+        fps: Frames per second.
+    """
+
+    def __init__(self, path: Path, fps: float):
+        self.path, self.fps = path, fps
+        self.tmp_path = path.with_name(f'{path.stem}.part{path.suffix}')
+        self._writer = None
+
+    def write(self, picture: np.ndarray) -> None:
+        """Append a frame (H, W, 3), BGR; all have the size of the first."""
+        height, width = (side + side % 2 for side in picture.shape[:2])  # the codec takes even sides alone
+        if self._writer is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            fourcc = cv2.VideoWriter_fourcc(*CODEC)
+            self._writer = cv2.VideoWriter(str(self.tmp_path), fourcc, self.fps, (width, height))
+            if not self._writer.isOpened():
+                raise OSError(None, 'OpenCV cannot write videos here: use --no-pictures', str(self.path))
+        bottom, right = height - picture.shape[0], width - picture.shape[1]
+        self._writer.write(cv2.copyMakeBorder(picture, 0, bottom, 0, right, cv2.BORDER_REPLICATE))
+
+    def close(self) -> None:
+        """Complete the file."""
+        if self._writer is not None:
+            self._writer.release()
+            os.replace(self.tmp_path, self.path)
+
+
+def is_done(file: InputFile, output: OutputFolder) -> bool:
+    """Whether an earlier run has written all of a video; the JSON file comes last."""
+    return _json_path(file, output).exists()
+
+
+def predict_video(
+    predictor: Predictor,
+    file: InputFile,
+    options: PredictOptions,
+    output: OutputFolder,
+    show: Callable[[np.ndarray], None] | None = None,
+) -> RunReport:
+    """Predict all frames of a video.
+
+    Args:
+        predictor: The model.
+        file: The video.
+        options: Of the prediction.
+        output: Where `videos/NAME.mp4` and `videos/NAME.json` are written, for segmentation `masks/NAME/*.png` too.
+        show: Called with the picture of each frame, in this thread.
+
+    Returns:
+        The numbers of frames.
+
+    Raises:
+        UnreadableImageError: If the video cannot be read.
+    """
+    reader, report, start = VideoReader(file.path), RunReport(), time.monotonic()
+    results = _FrameResults(file, output, reader.fps, predictor)
+    progress = Progress(reader.num_frames, 'frames')
+
+    def record(index: int, written: Written) -> None:
+        results.record(index, written)
+        report.num_done += 1
+        report.num_detections += len(written.annotations)
+        progress.update()
+        if show and written.picture is not None:
+            show(written.picture)
+
+    frames = iter(reader)
+    with pool(1) as reading, pool(1) as writers:
+        writing = OrderedWriting(writers, record)
+        loads = prefetch(reading, lambda _: _load(predictor, frames, options), itertools.count(), 2)
+        loads = itertools.takewhile(lambda item: item[1] is not None, ((i, f.result()) for i, f in loads))
+        while batch := list(islice(loads, options.batch_size)):
+            model_start = time.monotonic()
+            with explain_out_of_memory(options):
+                samples = _predict(predictor, [loaded for _, loaded in batch], options)
+            report.model_seconds += time.monotonic() - model_start
+            for (index, (frame, _)), sample in zip(batch, samples):
+                writing.submit(index, results.make, index, frame, sample)
+        writing.finish()
+    progress.close()
+    results.finish()
+    if report.num_done < reader.num_frames:
+        progress.print(f'{file.path}: {report.num_done} of {reader.num_frames} frames could be read')
+    report.seconds = time.monotonic() - start
+    return report
+
+
+def _load(predictor: Predictor, frames: Iterator[np.ndarray], options: PredictOptions):
+    """The next frame and what the model takes of it; None at the end."""
+    frame = next(frames, None)
+    if frame is None:
+        return None
+    pixels = from_array(frame, 'bgr', predictor.color_type)
+    return frame, pixels if options.tile or options.multiscale else predictor.prepare(pixels)
+
+
+def _predict(predictor: Predictor, batch: list, options: PredictOptions) -> list[BaseDataElement]:
+    items = [item for _, item in batch]
+    prepared = isinstance(items[0], dict)
+    return (predictor.predict_prepared if prepared else predictor.predict_arrays)(items, **vars(options))
+
+
+def _json_path(file: InputFile, output: OutputFolder) -> Path:
+    return output.path / 'videos' / f'{file.stem}.json'
+
+
+class _FrameResults:
+    """What is written of the frames of a video."""
+
+    def __init__(self, file: InputFile, output: OutputFolder, fps: float, predictor: Predictor):
+        self.file, self.output, self.fps = file, output, fps
+        path = _json_path(file, output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix('.jsonl').unlink(missing_ok=True)  # of a run that was interrupted
+        self.coco = CocoWriter(path.parent, predictor.classes, path.stem, output.format, output.description)
+        self.video = VideoWriter(path.with_suffix(SUFFIX), fps) if output.pictures else None
+
+    def make(self, index: int, frame: np.ndarray, sample: BaseDataElement) -> Written:
+        """Write the mask and the picture of a frame; in one thread, in their order."""
+        is_detection = self.output.coco is not None
+        if not is_detection:
+            self.output.write_mask(self._frame_stem(index), sample)
+        picture = self.output.draw(frame, sample, legend=False) if self.output.draws else None
+        if self.video:
+            self.video.write(picture)
+        annotations = self.coco.annotations_of(sample) if is_detection else []
+        return Written(frame.shape[:2], annotations, picture if self.output.show else None)
+
+    def record(self, index: int, written: Written) -> None:
+        """Record a frame as done; in their order."""
+        fields = dict(frame_index=index, timestamp=round(index / self.fps, 6))
+        if self.output.coco is None:
+            fields['mask'] = f'masks/{self._frame_stem(index)}.png'
+        self.coco.add(f'{self.file.file_name}#{index}', written.size, written.annotations, **fields)
+
+    def finish(self) -> None:
+        """Complete the video, then the JSON file."""
+        if self.video:
+            self.video.close()
+        if self.output.coco is None:
+            path = self.coco.path
+            frames = [image for image, _ in self.coco.iter_lines()]
+            content = dict(video=self.file.file_name, fps=self.fps, frames=frames, classes=list(self.output.classes))
+            write_file(path, (json.dumps(content) + '\n').encode())
+        else:
+            self.coco.finish()
+        self.coco.close()
+        self.coco.lines_path.unlink(missing_ok=True)
+
+    def _frame_stem(self, index: int) -> str:
+        return f'{self.file.stem}/{index:06}'
