@@ -1,11 +1,14 @@
 """Colors of classes that can be told apart."""
 
-import colorsys
 from collections.abc import Sequence
+from functools import cache
+
+import cv2
+import numpy as np
 
 Color = tuple[int, int, int]  # RGB
-GOLDEN_RATIO = 0.618033988749895  # steps of it along a circle never come close to an earlier place
-LIGHTNESS, SATURATION = (0.5, 0.68, 0.36), (0.95, 0.6)
+LEVELS = 9  # of red, green and blue, from which colors are chosen
+LIGHTNESS, MIN_CHROMA = (30, 85), 25  # in CIELAB: neither black nor white nor gray, which images are full of
 
 
 def class_colors(n: int, palette: Sequence[Color] = ()) -> list[Color]:
@@ -20,7 +23,8 @@ def class_colors(n: int, palette: Sequence[Color] = ()) -> list[Color]:
     """
     if len(palette) == n == len({tuple(color) for color in palette}):
         return [tuple(color) for color in palette]
-    return [_color(i) for i in range(n)]
+    colors = _distinct_colors()
+    return [colors[i % len(colors)] for i in range(n)]
 
 
 def text_color(background: Color) -> Color:
@@ -29,8 +33,17 @@ def text_color(background: Color) -> Color:
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)
 
 
-def _color(i: int) -> Color:
-    """The color of class `i`: hues by the golden ratio, in turns of lightness and saturation."""
-    lightness = LIGHTNESS[i % len(LIGHTNESS)]
-    saturation = SATURATION[i // len(LIGHTNESS) % len(SATURATION)]
-    return tuple(round(255 * value) for value in colorsys.hls_to_rgb((i * GOLDEN_RATIO) % 1, lightness, saturation))
+@cache
+def _distinct_colors(n: int = 256) -> list[Color]:
+    """Colors, each as different as possible from all before it: farthest points in CIELAB, from red on."""
+    levels = np.linspace(0, 255, LEVELS).round()
+    rgb = np.stack(np.meshgrid(levels, levels, levels, indexing='ij'), -1).reshape(-1, 3).astype(np.float32)
+    lab = cv2.cvtColor(rgb[None] / 255, cv2.COLOR_RGB2LAB)[0]
+    is_usable = (LIGHTNESS[0] <= lab[:, 0]) & (lab[:, 0] <= LIGHTNESS[1]) & (np.hypot(*lab[:, 1:].T) >= MIN_CHROMA)
+    rgb, lab = rgb[is_usable], lab[is_usable]
+    chosen = [int(np.abs(rgb - (255, 0, 0)).sum(1).argmin())]
+    distances = np.full(len(lab), np.inf)
+    while len(chosen) < min(n, len(lab)):
+        distances = np.minimum(distances, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
+        chosen.append(int(distances.argmax()))
+    return [tuple(int(value) for value in rgb[i]) for i in chosen]

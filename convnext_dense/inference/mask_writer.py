@@ -28,13 +28,14 @@ def encode_mask(labels: np.ndarray, palette: Sequence[Color]) -> bytes:
         palette: RGB color of each class.
     """
     image = Image.fromarray(np.ascontiguousarray(labels.astype(np.uint8)))
-    image.putpalette([value for color in palette for value in color])
+    values = [value for color in palette for value in color]
+    image.putpalette(values + [0] * (768 - len(values)))  # Pillow writes no more bits than a short palette needs
     content = io.BytesIO()
     image.save(content, 'PNG', compress_level=1)
     return content.getvalue()
 
 
-def write_class_list(path: Path, classes: Sequence[str], palette: Sequence[Color] = ()) -> None:
+def write_class_list(path: Path, classes: Sequence[str]) -> None:
     """Write the names of classes, one per line: line n, counted from 0, is what the value n of a mask means."""
     path.write_text(''.join(f'{name}\n' for name in classes), encoding='utf-8')
 

@@ -115,7 +115,10 @@ class Predictor:
 
     def __init__(self, model: nn.Module, source: ModelSource, device: torch.device, amp_dtype: str = 'float32'):
         self.model, self.config, self.task = model, source.config, source.task
-        self.classes = source.classes or tuple(f'class {i}' for i in range(_num_classes(model)))
+        n = _num_classes(model)
+        if source.classes and n and len(source.classes) != n:
+            raise UsageError(f'{source.file}: there are names of {len(source.classes)} classes, but the model has {n}')
+        self.classes = source.classes or tuple(f'class {i}' for i in range(n))
         self.palette, self.device, self.amp_dtype = source.palette, device, amp_dtype
         model.cfg = source.config
         model.dataset_meta = dict(classes=self.classes, palette=[list(color) for color in source.palette] or 'random')
@@ -125,6 +128,7 @@ class Predictor:
     @cached_property
     def views(self) -> DetectionViews | SegmentationViews:
         """What `multiscale` does to an image."""
+        init_default_scope(self.config.default_scope)  # another model may have been loaded since
         return DetectionViews(self.steps) if self.task == 'detection' else SegmentationViews(self.model, self.steps)
 
     @property
@@ -282,5 +286,5 @@ class Predictor:
 
 
 def _num_classes(model: nn.Module) -> int:
-    """The number of classes of the first head that has one."""
-    return next((int(m.num_classes) for m in model.modules() if isinstance(getattr(m, 'num_classes', None), int)), 0)
+    """The number of classes of the heads that have one; a region proposal network has a single one."""
+    return max((m.num_classes for m in model.modules() if isinstance(getattr(m, 'num_classes', None), int)), default=0)

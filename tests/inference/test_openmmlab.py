@@ -1,0 +1,144 @@
+"""Predictions are those of mmdet's and mmseg's own inference; and these take our configs and checkpoints."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.registry import init_default_scope
+
+from convnext_dense.inference.model import load_model
+from helpers.paths import ROOT
+
+
+def assert_equal_instances(ours, theirs):
+    assert len(ours) == len(theirs)
+    torch.testing.assert_close(ours.bboxes, theirs.bboxes, rtol=0, atol=1e-3)
+    torch.testing.assert_close(ours.scores, theirs.scores, rtol=0, atol=1e-6)
+    assert torch.equal(ours.labels, theirs.labels)
+    assert torch.equal(torch.as_tensor(ours.masks), torch.as_tensor(theirs.masks))
+
+
+@pytest.mark.parametrize('recipe', ['mask_rcnn', 'cascade'])
+def test_detections_are_mmdets(recipe, checkpoints, predictors, photos):
+    from mmdet.apis import inference_detector, init_detector
+
+    detector = init_detector(str(ROOT / f'configs/demo/{recipe}.py'), str(checkpoints[recipe]), device='cpu')
+    n = 0
+    for path in photos:
+        theirs = inference_detector(detector, str(path)).pred_instances
+        ours = predictors[recipe].predict(path)
+        assert ours.img_path == str(path)
+        assert_equal_instances(ours.pred_instances, theirs)
+        n += len(theirs)
+    assert n > 500
+
+
+def test_segmentation_is_mmsegs(checkpoints, predictors, photos):
+    from mmseg.apis import inference_model, init_model
+
+    segmentor = init_model(str(ROOT / 'configs/demo/upernet.py'), str(checkpoints['upernet']), device='cpu')
+    labels = set()
+    for path in photos:
+        theirs = inference_model(segmentor, str(path)).pred_sem_seg.data
+        ours = predictors['upernet'].predict(path)
+        assert 'seg_logits' not in ours  # which would be the largest part of a result
+        assert torch.equal(ours.pred_sem_seg.data, theirs)
+        labels |= set(theirs.unique().tolist())
+    assert len(labels) > 2
+
+
+def test_batches_and_lists_give_what_single_images_give(predictors, photos):
+    for recipe, predictor in predictors.items():
+        single = [predictor.predict(path) for path in photos[:6]]
+        batch = predictor.predict([str(path) for path in photos[:6]], batch_size=4)
+        for a, b in zip(single, batch):
+            if recipe == 'upernet':
+                assert torch.equal(a.pred_sem_seg.data, b.pred_sem_seg.data)
+            else:
+                torch.testing.assert_close(a.pred_instances.bboxes, b.pred_instances.bboxes, rtol=0, atol=1e-3)
+
+
+def test_mmdets_functions_take_the_model_itself(predictors, photos):
+    from mmdet.apis import inference_detector
+
+    predictor = predictors['mask_rcnn']
+    init_default_scope('mmdet')  # the last model that was loaded is mmseg's
+    theirs = inference_detector(predictor.model, str(photos[0]))
+    assert_equal_instances(predictor.predict(photos[0]).pred_instances, theirs.pred_instances)
+
+
+@pytest.fixture
+def derived_config(tmp_path):
+    """A config of the user's with a base of ours."""
+
+    def write(recipe):
+        path = tmp_path / f'my_{recipe}.py'
+        path.write_text(f"_base_ = 'convnext_dense::demo/{recipe}.py'\n")
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize('derived', [False, True])
+def test_det_inferencer(derived, checkpoints, photos, derived_config):
+    from mmdet.apis import DetInferencer
+
+    config = derived_config('mask_rcnn') if derived else str(ROOT / 'configs/demo/mask_rcnn.py')
+    inferencer = DetInferencer(config, str(checkpoints['mask_rcnn']), device='cpu', show_progress=False)
+    images = dict(file=str(photos[0]), folder=str(photos[0].parent), array=cv2.imread(str(photos[0])))
+    counts = {name: len(inferencer(image, batch_size=2)['predictions']) for name, image in images.items()}
+    assert counts == dict(file=1, folder=30, array=1)
+
+
+@pytest.mark.parametrize('derived', [False, True])
+def test_mmseg_inferencer(derived, checkpoints, photos, derived_config):
+    from mmseg.apis import MMSegInferencer
+
+    config = derived_config('upernet') if derived else str(ROOT / 'configs/demo/upernet.py')
+    inferencer = MMSegInferencer(config, str(checkpoints['upernet']), device='cpu')
+    image = cv2.imread(str(photos[0]))
+    for one in (str(photos[0]), image):
+        assert inferencer(one)['predictions'].shape == image.shape[:2]
+    assert len(inferencer(str(photos[0].parent))['predictions']) == 30
+
+
+@pytest.mark.parametrize('derived', [False, True])
+def test_functions_of_both_on_files_and_arrays(derived, checkpoints, photos, derived_config):
+    from mmdet.apis import inference_detector, init_detector
+    from mmseg.apis import inference_model, init_model
+
+    paths, arrays = [str(photos[1])] * 2, [cv2.imread(str(photos[1]))] * 2  # mmseg's takes equal sizes alone
+    for recipe, init, infer in (
+        ('mask_rcnn', init_detector, inference_detector),
+        ('upernet', init_model, inference_model),
+    ):
+        config = derived_config(recipe) if derived else str(ROOT / f'configs/demo/{recipe}.py')
+        model = init(config, str(checkpoints[recipe]), device='cpu')
+        of_files, of_arrays = infer(model, paths), infer(model, arrays)
+        assert len(of_files) == len(of_arrays) == 2
+        if recipe == 'mask_rcnn':
+            assert_equal_instances(of_files[0].pred_instances, of_arrays[1].pred_instances)
+        else:
+            assert torch.equal(of_files[0].pred_sem_seg.data, of_arrays[1].pred_sem_seg.data)
+
+
+def test_a_config_with_a_base_of_ours_loads_by_our_function_too(checkpoints, photos, derived_config, predictors):
+    predictor = load_model(checkpoints['mask_rcnn'], derived_config('mask_rcnn'), 'cpu')
+    expected = predictors['mask_rcnn'].predict(photos[1])
+    assert_equal_instances(predictor.predict(photos[1]).pred_instances, expected.pred_instances)
+
+
+def test_arrays_and_pil_images_give_what_the_file_gives(predictors, photos):
+    from PIL import Image
+
+    png = next(path for path in photos if path.suffix == '.png')  # decoders differ in JPEGs
+    bgr, predictor = cv2.imread(str(png)), predictors['mask_rcnn']
+    expected = predictor.predict(png).pred_instances
+    for image, order in (
+        (bgr, 'bgr'),
+        (np.ascontiguousarray(bgr[..., ::-1]), 'rgb'),
+        (bgr[..., ::-1], 'rgb'),
+        (Image.open(png), None),
+        (str(png), None),
+    ):
+        assert_equal_instances(predictor.predict(image, channel_order=order).pred_instances, expected)
