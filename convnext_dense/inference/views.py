@@ -13,6 +13,7 @@ from ..config.evaluation import set_multiscale
 from ..config.tree import iter_dicts
 from ..errors import UsageError
 from ..models.multiscale_tta import MultiScaleSegmentor
+from .merging import detector_limits, merge_detections
 from .pipelines import is_resize
 
 DETECTION_SCALE_FACTORS = (0.75, 1.0, 1.25)  # of the model's own test scale
@@ -72,9 +73,7 @@ class DetectionViews:
 
     def predict(self, predictor, image: np.ndarray) -> BaseDataElement:
         """Predict an image (H, W, C) by a `Predictor`."""
-        from .merging import merge_detections
-
-        return merge_detections(list(self.iter_samples(predictor, image)))
+        return merge_detections(self.iter_samples(predictor, image), *detector_limits(predictor.model))
 
     def iter_samples(self, predictor, image: np.ndarray) -> Iterator[BaseDataElement]:
         """Iterate over the predictions of all views, in the coordinates of the image."""

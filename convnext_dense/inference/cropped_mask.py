@@ -1,0 +1,88 @@
+"""Instance masks that take no more memory than their objects, in images of any size."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+
+class CroppedMask(NamedTuple):
+    """The part of an instance mask that holds its object.
+
+    Attributes:
+        left: Of the part, in the image.
+        top: Of the part, in the image.
+        rle: The part as COCO RLE.
+    """
+
+    left: int
+    top: int
+    rle: dict
+
+    @classmethod
+    def from_bitmap(cls, bitmap: np.ndarray, left: int = 0, top: int = 0) -> 'CroppedMask':
+        """Crop a mask (H, W) whose first pixel lies at (left, top) of the image."""
+        rows, columns = (np.flatnonzero(bitmap.any(axis)) for axis in (1, 0))
+        if len(rows):
+            bitmap = bitmap[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            left, top = left + int(columns[0]), top + int(rows[0])
+        else:
+            bitmap = np.zeros((1, 1), np.uint8)
+        return cls(left, top, coco_mask.encode(np.asfortranarray(bitmap, np.uint8)))
+
+    @property
+    def window(self) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of the part."""
+        height, width = self.rle['size']
+        return self.left, self.top, self.left + width, self.top + height
+
+    def bitmap(self, window: Sequence[int] | None = None) -> np.ndarray:
+        """Return the mask in a window (left, top, right, bottom) of the image, by default in its own."""
+        bits = coco_mask.decode(self.rle)
+        if window is None:
+            return bits
+        x1, y1, x2, y2 = map(int, window)
+        result = np.zeros((y2 - y1, x2 - x1), np.uint8)
+        left, top, right, bottom = self.window
+        left, top, right, bottom = max(left, x1), max(top, y1), min(right, x2), min(bottom, y2)
+        if left < right and top < bottom:
+            inside = bits[top - self.top : bottom - self.top, left - self.left : right - self.left]
+            result[top - y1 : bottom - y1, left - x1 : right - x1] = inside
+        return result
+
+    def in_image(self, size: tuple[int, int]) -> dict:
+        """Return the mask as COCO RLE of an image (H, W), which is never allocated."""
+        height, width = size
+        bits = np.pad(self.bitmap().T, ((0, 0), (1, 1))).astype(np.int8)  # columns first, as RLE counts
+        change = np.diff(bits, axis=1)
+        columns, rows = np.nonzero(change > 0)
+        starts = (self.left + columns) * height + self.top + rows
+        columns, rows = np.nonzero(change < 0)
+        ends = (self.left + columns) * height + self.top + rows
+        is_new = np.append(True, starts[1:] != ends[:-1])[: len(starts)]  # a full column goes on in the next
+        starts, ends = starts[is_new], ends[np.append(is_new[1:], True)[: len(ends)]]
+        edges = np.stack([starts, ends], 1).ravel()
+        counts = np.diff(np.concatenate([[0], edges, [height * width]])).tolist()
+        counts = counts[:-1] if counts[-1] == 0 else counts  # as pycocotools, which counts no pixels after the last
+        return coco_mask.frPyObjects(dict(size=[height, width], counts=counts), height, width)
+
+
+def unite(masks: Sequence[CroppedMask]) -> CroppedMask:
+    """Return the union of masks."""
+    return combine(masks, np.ones(len(masks)), 1)
+
+
+def combine(masks: Sequence[CroppedMask], weights: Sequence[float], threshold: float) -> CroppedMask:
+    """Return the pixels whose masks have weights of at least a threshold together."""
+    windows = np.array([mask.window for mask in masks])
+    window = (*windows[:, :2].min(0), *windows[:, 2:].max(0))
+    total = sum(weight * mask.bitmap(window) for mask, weight in zip(masks, weights))
+    return CroppedMask.from_bitmap(total >= threshold - 1e-6, int(window[0]), int(window[1]))
+
+
+def overlap(a: CroppedMask, b: CroppedMask, window: Sequence[int]) -> float:
+    """Return the IoU of two masks within a window (left, top, right, bottom) of the image."""
+    bits = [mask.bitmap(window).astype(bool) for mask in (a, b)]
+    union = np.count_nonzero(bits[0] | bits[1])
+    return np.count_nonzero(bits[0] & bits[1]) / union if union else 0.0
