@@ -125,7 +125,6 @@ def _vote(detections: Detections, view_ids: np.ndarray, kept: int, iou_thr: floa
     """The mask of most of the views that have a detection of the same object, the best of each view."""
     ious = box_ious(detections.boxes[kept : kept + 1], detections.boxes)[0]
     ious[detections.labels != detections.labels[kept]] = 0
-    ious[view_ids == view_ids[kept]] = 0
     ious[kept] = 1
     members = []
     for view in np.unique(view_ids[ious >= iou_thr]):

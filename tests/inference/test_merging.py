@@ -184,6 +184,17 @@ def test_a_small_object_in_front_of_a_large_one_over_the_same_seam():
     assert merged_rows(*tiles) == [(0, 0.8, small), (0, 0.9, large)]
 
 
+def test_a_detection_has_one_partner_in_another_tile():
+    first, second = [20, 20, 58, 40], [30, 24, 90, 44]
+    tiles = tile(LEFT, (0, 0.7, first), (0, 0.9, second)), tile(RIGHT, (0, 0.8, second))
+    assert merged_rows(*tiles) == [(0, 0.7, first), (0, 0.9, second)]
+
+
+def test_a_box_that_ends_shortly_before_the_edge_may_be_cut():
+    tiles = tile(LEFT, (0, 0.9, [10, 20, 57, 40])), tile(RIGHT, (0, 0.8, [42, 20, 90, 40]))
+    assert merged_rows(*tiles) == [(0, 0.9, [10, 20, 90, 40])]
+
+
 def test_a_diagonal_object_is_united_by_its_mask():
     """The boxes of its two parts have little in common where the tiles overlap; the masks have all."""
     size = (100, 100)
