@@ -1,4 +1,4 @@
-"""Toy data set of textured, overlapping shapes; it needs no download and has the same bytes on every machine.
+"""Toy data set of textured, overlapping shapes; it needs no download and has the same pixels on every machine.
 
     python -m convnext_dense.datasets.toy_shapes ROOT
 
@@ -7,22 +7,20 @@ parts), labels/{train,val}/ (segmentation masks as in ADE20K) and shapes.json (t
 color identify the classes, so that minutes suffice to learn them; size and angle do not, and backgrounds are dull, with
 the same textures.
 
-The bytes depend only on the seed: the stream of `RandomState` is frozen, and only `randint` and `random_sample` are
-used; floats are only added, subtracted, multiplied, divided, floored and compared, which IEEE 754 defines to the last
-bit (no sin, no sums). The PNGs are written here, without compression: what OpenCV and Pillow write depends on their
-versions and on that of zlib.
+Pixels and annotations depend only on the seed: the stream of `RandomState` is frozen, and only `randint` and
+`random_sample` are used; floats are only added, subtracted, multiplied, divided, floored and compared, which IEEE 754
+defines to the last bit (no sin, no sums).
 """
 
 import argparse
 import json
 import signal
-import struct
 import sys
 import tempfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 
 from ..errors import UsageError
@@ -33,27 +31,17 @@ SHAPE_CORNERS = {
     'square': ((-0.68, -0.68), (0.68, -0.68), (0.68, 0.68), (-0.68, 0.68)),
     'triangle': ((0, -1), (0.866, 0.5), (-0.866, 0.5)),
     'cross': (
-        (-0.3, -0.95),
-        (0.3, -0.95),
-        (0.3, -0.3),
-        (0.95, -0.3),
-        (0.95, 0.3),
-        (0.3, 0.3),
-        (0.3, 0.95),
-        (-0.3, 0.95),
-        (-0.3, 0.3),
-        (-0.95, 0.3),
-        (-0.95, -0.3),
-        (-0.3, -0.3),
+        (-0.3, -0.95), (0.3, -0.95), (0.3, -0.3), (0.95, -0.3), (0.95, 0.3), (0.3, 0.3),
+        (0.3, 0.95), (-0.3, 0.95), (-0.3, 0.3), (-0.95, 0.3), (-0.95, -0.3), (-0.3, -0.3),
     ),
-}
+}  # fmt: skip
 CLASSES = tuple(SHAPE_CORNERS)
 TEXTURES = ('plain', 'stripes', 'checks', 'blotches')  # of the classes in order; a background has any of them
 LABEL_NAMES = ('ground', *CLASSES)  # masks hold 1 + the index of these, and 0 on the borders of shapes
 PALETTE = [[90, 90, 90], [220, 60, 50], [140, 220, 60], [60, 200, 200], [150, 60, 220]]  # RGB of LABEL_NAMES
 TOY_SPLITS = ('train', 'val')
 
-FORMAT_VERSION = 1  # increase it with any change of the bytes
+FORMAT_VERSION = 1  # increase it with any change of the pixels or annotations
 ARG_RANGES = {'seed': (0, 2**32 - 1), 'train': (0, 999999), 'val': (0, 999999), 'size': (64, 1024)}
 RADIUS_RANGE = (15, 34)  # of the circumradius, in pixels of an image of 128 x 128
 MAX_TILT = 0.13  # tangent of half the largest rotation of a shape: 15 degrees; textures are rotated freely
@@ -91,7 +79,7 @@ class Scene(NamedTuple):
 def draw(rng: np.random.RandomState, size: int) -> Scene:
     """Draw 2 to 5 shapes on a background of `size` x `size` pixels; at least half of each is visible."""
     y, x = np.mgrid[:size, :size] + 0.5
-    background = _background_color(rng)
+    background = rng.randint(80, 176) + rng.randint(-12, 13, 3)  # mean RGB; textures vary it without over- or underflow
     image = _texture(rng, rng.randint(len(TEXTURES)), BACKGROUND_CONTRAST, background, x, y)
     instances = np.zeros((size, size), np.uint8)
     scene = Scene(image, instances, [], [])
@@ -100,15 +88,12 @@ def draw(rng: np.random.RandomState, size: int) -> Scene:
         if len(scene.areas) == count:
             break
         category = rng.randint(len(CLASSES))
-        color = _foreground_color(rng, category)
+        color = np.array(CLASS_COLORS[category]) + rng.randint(-16, 17, 3)
         shape = _shape(rng, CLASSES[category], x, y)
         if np.abs(color - background).sum() < MIN_COLOR_DISTANCE:
             continue
-        if any(
-            not _is_visible_enough((instances == k) & ~shape, scene.areas[k - 1])
-            for k in np.unique(instances[shape])
-            if k
-        ):
+        below = np.setdiff1d(instances[shape], 0)
+        if not all(_is_visible_enough((instances == k) & ~shape, scene.areas[k - 1]) for k in below):
             continue
         scene.categories.append(int(category))
         scene.areas.append(int(shape.sum()))
@@ -156,17 +141,9 @@ def coco_annotations(scene: Scene) -> list[dict]:
     annotations = []
     for k, category in enumerate(scene.categories, 1):
         visible = scene.instances == k
-        loops = outline(visible)
-        x, y = zip(*(corner for loop in loops for corner in loop))
-        annotations.append(
-            dict(
-                category_id=category + 1,
-                iscrowd=0,
-                area=int(visible.sum()),
-                bbox=[min(x), min(y), max(x) - min(x), max(y) - min(y)],
-                segmentation=[[value for corner in loop for value in corner] for loop in loops],
-            )
-        )
+        polygons = [[value for corner in loop for value in corner] for loop in outline(visible)]
+        common = dict(category_id=category + 1, iscrowd=0, area=int(visible.sum()))
+        annotations.append(common | dict(bbox=list(cv2.boundingRect(visible.astype(np.uint8))), segmentation=polygons))
     return annotations
 
 
@@ -176,25 +153,6 @@ def segmentation_mask(scene: Scene) -> np.ndarray:
     padded = np.pad(labels, 1, mode='edge')
     neighbors = [np.roll(padded, step, (0, 1))[1:-1, 1:-1] for step, _, _ in PIXEL_SIDES]
     return labels * ((labels == 1) | np.all(labels == neighbors, 0))
-
-
-def encode_png(pixels: np.ndarray) -> bytes:
-    """Return the uncompressed PNG file of an image: (H, W) gray or (H, W, 3) RGB, uint8."""
-    height, width = pixels.shape[:2]
-    rows = b''.join(b'\0' + row.tobytes() for row in pixels)
-    blocks = [rows[i : i + 65535] for i in range(0, len(rows), 65535)]
-    data = b''.join(
-        struct.pack('<BHH', i == len(blocks) - 1, len(block), 65535 - len(block)) + block
-        for i, block in enumerate(blocks)
-    )
-    chunks = (
-        b'IHDR' + struct.pack('>IIBBBBB', width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0),
-        b'IDAT' + b'\x78\x01' + data + struct.pack('>I', zlib.adler32(rows)),
-        b'IEND',
-    )
-    return b'\x89PNG\r\n\x1a\n' + b''.join(
-        struct.pack('>I', len(chunk) - 4) + chunk + struct.pack('>I', zlib.crc32(chunk)) for chunk in chunks
-    )
 
 
 def write(root: str | Path, seed: int = 0, train: int = 400, val: int = 100, size: int = 128) -> bool:
@@ -219,11 +177,11 @@ def write(root: str | Path, seed: int = 0, train: int = 400, val: int = 100, siz
             raise UsageError(f'{name}={request[name]!r}: give a whole number from {low} to {high}')
     try:
         if root.exists():
-            if _request_at(root) == dict(format=FORMAT_VERSION, **request):
+            if _read_json(root / 'shapes.json') == dict(format=FORMAT_VERSION, **request):
                 return False
+            arguments = ', '.join(f'{name} {value}' for name, value in request.items())
             raise UsageError(
-                f'{root} exists already and is not this data set ({_format_request(request)}): '
-                f'remove it or choose another folder'
+                f'{root} exists already and is not this data set ({arguments}): remove it or choose another folder'
             )
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f'.{root.name}-', dir=root.parent) as temporary:
@@ -245,8 +203,8 @@ def _write_split(root: Path, split: str, seed: int, count: int, size: int) -> No
     for index in range(1, count + 1):
         scene = draw(np.random.RandomState([seed, TOY_SPLITS.index(split), index]), size)
         name = f'{index:06d}.png'
-        (images / name).write_bytes(encode_png(scene.image))
-        (labels / name).write_bytes(encode_png(segmentation_mask(scene)))
+        for file, pixels in ((images / name, scene.image[..., ::-1]), (labels / name, segmentation_mask(scene))):
+            file.write_bytes(cv2.imencode('.png', pixels)[1])
         coco['images'].append(dict(id=index, file_name=name, width=size, height=size))
         coco['annotations'] += [
             dict(id=i, image_id=index, **annotation)
@@ -259,25 +217,11 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_bytes(json.dumps(content, separators=(',', ':')).encode() + b'\n')
 
 
-def _request_at(root: Path) -> dict | None:
+def _read_json(path: Path) -> object:
     try:
-        return json.loads((root / 'shapes.json').read_bytes())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-
-
-def _format_request(request: dict) -> str:
-    return ', '.join(f'{name} {value}' for name, value in request.items())
-
-
-def _background_color(rng: np.random.RandomState) -> np.ndarray:
-    """Return a mean RGB color of a background; `_texture` varies it without over- or underflow."""
-    return rng.randint(80, 176) + rng.randint(-12, 13, 3)
-
-
-def _foreground_color(rng: np.random.RandomState, category: int) -> np.ndarray:
-    """Return a mean RGB color of a shape, near that of its class."""
-    return np.array(CLASS_COLORS[category]) + rng.randint(-16, 17, 3)
 
 
 def _texture(
@@ -324,11 +268,8 @@ def _shape(rng: np.random.RandomState, name: str, x: np.ndarray, y: np.ndarray) 
 
 def _is_visible_enough(visible: np.ndarray, area: int) -> bool:
     """Return whether at least half of a shape of `area` pixels is visible, without holes: polygons have none."""
-    return 2 * visible.sum() >= area and all(_turns_clockwise(loop) for loop in outline(visible))
-
-
-def _turns_clockwise(loop: list[tuple[int, int]]) -> bool:
-    return sum(x1 * y2 - x2 * y1 for (x1, y1), (x2, y2) in zip(loop, loop[1:] + loop[:1])) > 0
+    loops = (np.array(loop, np.float32) for loop in outline(visible))
+    return 2 * visible.sum() >= area and all(cv2.contourArea(loop, oriented=True) > 0 for loop in loops)
 
 
 def main() -> int:
@@ -339,18 +280,24 @@ def main() -> int:
         description='Draw the toy data set into a new folder.',
     )
     parser.add_argument('root', help='the folder')
-    parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--train', type=int, default=400, help='images to train on (default: 400)')
-    parser.add_argument('--val', type=int, default=100, help='images to evaluate on (default: 100)')
-    parser.add_argument('--size', type=int, default=128, help='side of the images in pixels (default: 128)')
+    for name, default, what in (
+        ('seed', 0, 'of the images'),
+        ('train', 400, 'images to train on'),
+        ('val', 100, 'images to evaluate on'),
+        ('size', 128, 'side of the images in pixels'),
+    ):
+        parser.add_argument(f'--{name}', type=int, default=default, help=f'{what} (default: {default})')
     request = vars(parser.parse_args())
-    root = request.pop('root')
     try:
-        done = 'drew the toy data set into' if write(root, **request) else 'the toy data set is already in'
+        is_new = write(**request)
     except UsageError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    print(f'{done} {root} ({_format_request(request)})')
+    print(
+        '{} {root} (seed {seed}, train {train}, val {val}, size {size})'.format(
+            'drew the toy data set into' if is_new else 'the toy data set is already in', **request
+        )
+    )
     return 0
 
 
