@@ -13,11 +13,10 @@ from .coco_boxes import CornerVotes, box_mask_difference, box_problem, clip_box,
 from .coco_masks import is_implausible_area, mask_area, mask_to_box, validate_mask
 from .coco_values import category_name, format_size, is_finite, is_number, is_positive, only_dicts, parse_id
 from .diagnostics import Report
-from .files import to_one_line
+from .files import read_json, to_one_line
 from .foreign_layouts import PANOPTIC_HINT
 from .image_resolver import ImageResolver
 from .image_sizes import ResizeLimit, too_thin
-from .json_files import read_json
 
 NO_LIMIT = ResizeLimit()
 COCO_KEYS = ('images', 'annotations', 'categories')

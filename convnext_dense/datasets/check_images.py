@@ -15,7 +15,7 @@ import numpy as np
 from mmengine.utils import ProgressBar
 from PIL import Image, UnidentifiedImageError
 
-from .files import LfsPointerError, NotRegularError, TooLargeError, open_regular, size_of
+from .files import UnusableFileError, open_regular, size_of
 
 MAX_BYTES = 2**30  # of an image or a mask
 MAX_PIXELS = 178_956_970  # Pillow's own limit, which mmseg's reading of masks has
@@ -73,21 +73,15 @@ class MaskInfo(NamedTuple):
 _large = threading.RLock()
 
 
-# What an error of `open_regular` means.
-OPEN_FAILURES = {
-    NotRegularError: 'not-a-regular-file',
-    TooLargeError: 'file-too-large',
-    LfsPointerError: 'git-lfs-pointer',
-}
-
-
 def inspect_image(path: str) -> ImageInfo:
     """Read an image as training does, and find out what is wrong if that fails."""
     try:
         with open_regular(path, MAX_BYTES) as file, _one_at_a_time(size_of(file) > LARGE_BYTES):
             return _inspect_bytes(file.read(size_of(file)))
-    except OSError as error:
-        return ImageInfo(problem=OPEN_FAILURES.get(type(error), 'missing-image'))
+    except UnusableFileError as error:
+        return ImageInfo(problem=error.code)
+    except OSError:
+        return ImageInfo(problem='missing-image')
 
 
 def _inspect_bytes(data: bytes) -> ImageInfo:
@@ -150,8 +144,10 @@ def inspect_mask(path: str) -> MaskInfo:
             return _count_labels(file)
     except Image.DecompressionBombError:
         return MaskInfo(problem='mask-too-large')
-    except Exception as error:  # a broken file can fail in any way
-        return MaskInfo(problem=OPEN_FAILURES.get(type(error), 'unreadable-mask'))
+    except UnusableFileError as error:
+        return MaskInfo(problem=error.code)
+    except Exception:  # a broken file can fail in any way
+        return MaskInfo(problem='unreadable-mask')
 
 
 def _count_labels(file: BinaryIO) -> MaskInfo:

@@ -4,46 +4,43 @@ Only regular files of limited size are read, and folders that link to themselves
 """
 
 import errno
+import json
 import os
 import stat
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
 from unicodedata import category
 
-LFS_POINTER_PREFIX = (
-    b'version https://git-lfs.github.com/spec/'  # what a file of Git LFS begins with that was not fetched
-)
+from ..errors import UsageError
+
+LFS_POINTER_PREFIX = b'version https://git-lfs.github.com/spec/'  # of a file of Git LFS that was not fetched
 MAX_POINTER_BYTES = 1024  # as in Git LFS itself
 MAX_LIST_BYTES = 16 * 2**20  # of a list of classes or of names
+MAX_JSON_BYTES = 8 * 2**30
+HEADER_BYTES = 4096  # of a file, by which its format is recognized
+JSON_WHITESPACE = b' \t\r\n\0\xef\xbb\xbf\xff\xfe'  # before the first character, in any encoding
 MAX_VISITS = 8  # of one folder, to which several links may lead
 HIDDEN_PREFIXES = ('.', '__MACOSX')  # of folders that programs make for themselves
 MAX_VALUE_LENGTH = 500  # characters of a value in a report
-OPEN_FLAGS = os.O_RDONLY
-for _name in ('O_NONBLOCK', 'O_NOCTTY', 'O_BINARY'):  # not all systems have them
-    OPEN_FLAGS |= getattr(os, _name, 0)
+# Not all systems have all flags.
+OPEN_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ('O_NONBLOCK', 'O_NOCTTY', 'O_BINARY'))
 UNITS = ((2**30, 'GiB'), (2**20, 'MiB'))
-BOMS = {b'\xef\xbb\xbf': 'utf-8', b'\xff\xfe': 'utf-16-le', b'\xfe\xff': 'utf-16-be'}
-FILE_TYPES = {
-    stat.S_ISDIR: 'a folder',
-    stat.S_ISFIFO: 'a pipe',
-    stat.S_ISCHR: 'a device',
-    stat.S_ISBLK: 'a device',
-    stat.S_ISSOCK: 'a socket',
-}
+FILE_TYPES = {'d': 'a folder', 'p': 'a pipe', 'c': 'a device', 'b': 'a device', 's': 'a socket'}  # as in `ls -l`
 
 
-class NotRegularError(OSError):
-    """A path leads to a folder, a device, a pipe or a socket instead of a file."""
+class UnusableFileError(OSError):
+    """A path does not lead to a regular file whose content is there and not too large.
 
+    Attributes:
+        code (str): of `diagnostics.RULES`.
+    """
 
-class TooLargeError(OSError):
-    """A file is larger than the caller reads."""
-
-
-class LfsPointerError(OSError):
-    """A file is a Git LFS pointer whose content was not fetched."""
+    def __init__(self, code: str, number: int, text: str, path: str | os.PathLike):
+        super().__init__(number, text, os.fspath(path))
+        self.code = code
 
 
 def open_regular(path: str | os.PathLike, max_bytes: int) -> BinaryIO:
@@ -56,9 +53,7 @@ def open_regular(path: str | os.PathLike, max_bytes: int) -> BinaryIO:
         max_bytes: largest size.
 
     Raises:
-        NotRegularError: it is not a regular file.
-        TooLargeError: it is larger than `max_bytes`.
-        LfsPointerError: it is a Git LFS pointer to the file.
+        UnusableFileError: it is not a regular file, larger than `max_bytes`, or a Git LFS pointer to the file.
         OSError: it cannot be opened.
     """
     try:
@@ -70,7 +65,7 @@ def open_regular(path: str | os.PathLike, max_bytes: int) -> BinaryIO:
         _check_regular(os.fstat(file.fileno()), path, max_bytes)
         if size_of(file) < MAX_POINTER_BYTES and file.peek(len(LFS_POINTER_PREFIX)).startswith(LFS_POINTER_PREFIX):
             text = 'is a Git LFS pointer, whose content was not fetched: run git lfs pull in the repository it is from'
-            raise LfsPointerError(errno.EINVAL, text, os.fspath(path))
+            raise UnusableFileError('git-lfs-pointer', errno.EINVAL, text, path)
     except OSError:
         file.close()
         raise
@@ -91,9 +86,31 @@ def read_text(path: str | os.PathLike, errors: str = 'surrogateescape') -> str:
         errors: how invalid UTF-8 is decoded (default: as Python decodes file names).
     """
     data = read_bytes(path, MAX_LIST_BYTES)
-    mark = next((mark for mark in BOMS if data.startswith(mark)), b'')
-    encoding = BOMS.get(mark, 'utf-8')
-    return data[len(mark) :].decode(encoding, errors if encoding == 'utf-8' else 'replace')
+    is_utf16 = data.startswith((b'\xff\xfe', b'\xfe\xff'))
+    return data.decode('utf-16', 'replace') if is_utf16 else data.decode('utf-8-sig', errors)
+
+
+def read_json(path: Path) -> object:
+    """Read a JSON file of any size and encoding.
+
+    Raises:
+        UsageError: it does not exist, is truncated or not valid JSON, or is large and does not hold a list or dict.
+    """
+    try:
+        with open_regular(path, MAX_JSON_BYTES) as file:
+            start, size = file.read(HEADER_BYTES), size_of(file)
+            file.seek(0)
+            first = start.lstrip(JSON_WHITESPACE)[:1]
+            content = file.read(size) if first in (b'{', b'[') or size <= HEADER_BYTES else None
+    except OSError as error:
+        raise UsageError(f'{path}: {error.strerror}') from error
+    if content is None:
+        raise UsageError(f'{path} is not JSON of a data set: it begins with {to_one_line(start[:20])}')
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        reason = parse_error(error)
+        raise UsageError(f'{path} is truncated or not valid JSON ({reason}): download or write it again') from error
 
 
 def read_start(path: str | os.PathLike, size: int) -> str:
@@ -131,28 +148,25 @@ def walk(root: str | os.PathLike, depth: int | None = None, hidden: bool = True)
         Each folder and the names of its files.
     """
     root = os.fspath(root)
-    visits, waiting = Counter(), [(root, 1, _ancestors(root))]
-    while waiting:
-        folder, level, above = waiting.pop()
+    visits, stack = Counter(), [(root, os.path.realpath(root), ())]
+    while stack:
+        folder, real, above = stack.pop()
+        prefix = os.path.join(real, '')
+        if visits[real] == MAX_VISITS or any(path.startswith(prefix) for path in above):
+            continue
         try:
-            own = _identity(folder)
-            if own in above or visits[own] == MAX_VISITS:
-                continue
             with os.scandir(folder) as entries:
                 entries = sorted(entries, key=lambda entry: entry.name)
         except OSError:
             continue
-        visits[own] += 1
-        folders = [entry for entry in entries if _is_folder(entry)]
-        inner = {entry.name for entry in folders}
-        yield folder, [entry.name for entry in entries if entry.name not in inner]
-        if depth is not None and level >= depth:
-            continue
-        above = above | {own}
-        for entry in reversed(folders):
-            if hidden or not entry.name.startswith(HIDDEN_PREFIXES):
-                linked = above | _ancestors(entry.path) if entry.is_symlink() else above
-                waiting.append((entry.path, level + 1, linked))
+        visits[real] += 1
+        folders = {entry.name: entry for entry in entries if _is_folder(entry)}
+        yield folder, [entry.name for entry in entries if entry.name not in folders]
+        above = (*above, prefix)
+        for name, entry in reversed(folders.items() if len(above) != depth else ()):
+            if hidden or not name.startswith(HIDDEN_PREFIXES):
+                real = os.path.realpath(entry.path) if entry.is_symlink() else prefix + name
+                stack.append((entry.path, real, above))
 
 
 def files_below(root: str | os.PathLike, hidden: bool = True) -> set[str]:
@@ -168,11 +182,15 @@ def folders_in(folder: str | os.PathLike, limit: int) -> list[str]:
     """Return the first `limit` folders in a folder, without hidden ones and links to folders that contain them."""
     try:
         with os.scandir(folder) as entries:
-            found = sorted(e.path for e in entries if _is_folder(e) and not e.name.startswith(HIDDEN_PREFIXES))[:limit]
-        above = _ancestors(folder) | {_identity(folder)}
-        return [path for path in found if not (os.path.islink(path) and _identity(path) in above)]
+            paths = sorted(e.path for e in entries if _is_folder(e) and not e.name.startswith(HIDDEN_PREFIXES))[:limit]
     except OSError:
         return []
+    return [path for path in paths if not is_below(os.path.realpath(folder), os.path.realpath(path))]
+
+
+def is_below(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
+    """Return whether a path is a folder or lies in it, by names alone."""
+    return os.path.join(os.path.abspath(path), '').startswith(os.path.join(os.path.abspath(folder), ''))
 
 
 def is_text(text: str) -> bool:
@@ -203,11 +221,11 @@ def parse_error(error: Exception) -> str:
 
 def _check_regular(state: os.stat_result, path: str | os.PathLike, max_bytes: int) -> None:
     if not stat.S_ISREG(state.st_mode):
-        what = next((what for is_one, what in FILE_TYPES.items() if is_one(state.st_mode)), 'something else')
-        raise NotRegularError(errno.EINVAL, f'is {what}, not a regular file', os.fspath(path))
+        text = f'is {FILE_TYPES.get(stat.filemode(state.st_mode)[0], "something else")}, not a regular file'
+        raise UnusableFileError('not-a-regular-file', errno.EINVAL, text, path)
     if state.st_size > max_bytes:
         text = f'has {format_bytes(state.st_size)}, but at most {format_bytes(max_bytes)} of such a file are read'
-        raise TooLargeError(errno.EFBIG, text, os.fspath(path))
+        raise UnusableFileError('file-too-large', errno.EFBIG, text, path)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -215,20 +233,3 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return entry.is_dir()
     except OSError:
         return False
-
-
-def _identity(folder: str | os.PathLike) -> tuple[int, int]:
-    state = os.stat(folder)
-    return state.st_dev, state.st_ino
-
-
-def _ancestors(folder: str | os.PathLike) -> frozenset[tuple[int, int]]:
-    """Return the identities of the folders that contain the folder to which a path leads."""
-    found, at = set(), os.path.realpath(folder)
-    while (parent := os.path.dirname(at)) != at:
-        at = parent
-        try:
-            found.add(_identity(at))
-        except OSError:
-            continue
-    return frozenset(found)

@@ -7,8 +7,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from ..engine.datasets import IMAGE_SUFFIXES
-from .files import LfsPointerError, open_regular, read_start, to_one_line, walk
-from .json_files import HEADER_BYTES, MAX_JSON_BYTES
+from .files import HEADER_BYTES, MAX_JSON_BYTES, UnusableFileError, open_regular, read_start, to_one_line, walk
 from .layouts import (
     IMAGE_DIR_NAMES,
     MASK_DIR_NAMES,
@@ -116,10 +115,8 @@ def _find_lfs_pointer(files: list[Path]) -> Path | None:
     def is_pointer(path: Path) -> bool:
         try:
             open_regular(path, MAX_JSON_BYTES).close()
-        except LfsPointerError:
-            return True
-        except OSError:
-            return False
+        except OSError as error:
+            return isinstance(error, UnusableFileError) and error.code == 'git-lfs-pointer'
         return False
 
     return next(filter(is_pointer, files), None)

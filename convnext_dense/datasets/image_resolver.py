@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from ..errors import UsageError
 from .file_names import FileIndex, normalize_spelling, split_machine_prefix
-from .files import files_below, folders_in, to_one_line
+from .files import files_below, folders_in, is_below, to_one_line
 from .layouts import IMAGE_DIR_NAMES, MASK_DIR_NAMES, SPLIT_DIR_NAMES
-from .request import is_below, relative_to_root
+from .request import relative_to_root
 
 MAX_NAMES_TRIED = 50  # to find the folder in which names begin
 MAX_NAME_LENGTH = 4096  # characters; no system has longer ones

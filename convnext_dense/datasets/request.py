@@ -10,6 +10,7 @@ from ..errors import UsageError
 from .check_images import ImageInfo
 from .diagnostics import UNTRAINABLE_CODES, Report
 from .file_names import encode_name
+from .files import is_below
 
 MAX_CAUSES = 3  # named where nothing is left of a split
 DEFAULT_VAL_FRACTION = 0.1  # of the images, where the data set has no validation split
@@ -156,12 +157,6 @@ def summarize_classes(classes: Sequence[str]) -> str:
     """Return how many classes there are, and the first six names."""
     names = ', '.join(classes[:6]) + (', ...' if len(classes) > 6 else '')
     return f'{len(classes)} class{"" if len(classes) == 1 else "es"}: {names}'
-
-
-def is_below(path: str | Path, folder: str | Path) -> bool:
-    """Return whether a path is a folder or lies in it, by names alone."""
-    full, top = os.path.abspath(path), os.path.abspath(folder)
-    return full == top or full.startswith(top.rstrip(os.sep) + os.sep)
 
 
 def relative_to_root(path: str | Path, root: Path) -> str:

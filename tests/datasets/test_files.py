@@ -18,10 +18,9 @@ from convnext_dense.datasets.cache import dataset_fingerprint, load_cached
 from convnext_dense.datasets.check_images import MAX_PIXELS, inspect_image, inspect_mask
 from convnext_dense.datasets.class_names import read_classes
 from convnext_dense.datasets.custom import DatasetRequest, detect_tasks, read_data
-from convnext_dense.datasets.files import files_below, folders_in, open_regular, read_text, to_one_line, walk
+from convnext_dense.datasets.files import files_below, folders_in, open_regular, read_json, read_text, to_one_line, walk
 from convnext_dense.datasets.foreign_layouts import describe_unsupported
 from convnext_dense.datasets.image_resolver import _candidate_folders
-from convnext_dense.datasets.json_files import read_json
 from convnext_dense.datasets.layouts import find_annotations, find_folders
 from helpers.datasets import as_voc, coco, dump
 from helpers.files import limited, png, said
@@ -168,7 +167,7 @@ def test_links_to_files_and_folders_elsewhere_are_followed(drawn, tmp_path):
 def test_sizes_have_bounds_that_are_said(tmp_path, monkeypatch):
     path = tmp_path / 'train.json'
     path.write_text('{"images": []}')
-    monkeypatch.setattr('convnext_dense.datasets.json_files.MAX_JSON_BYTES', 13)
+    monkeypatch.setattr('convnext_dense.datasets.files.MAX_JSON_BYTES', 13)
     assert said(read_json, path) == f'{path}: has 14 bytes, but at most 13 bytes of such a file are read'
     (tmp_path / 'names.txt').touch()
     os.truncate(tmp_path / 'names.txt', 2**24 + 1)
