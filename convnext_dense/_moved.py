@@ -11,7 +11,7 @@ MOVED = {
     'commands': ('cli.prepare', 'config.load', 'config.preflight', 'config.work_dir', 'engine.build'),
     'complexity': ('paper.flops',),
     'config_types': ('type_names',),
-    'data': ('datasets.custom', 'datasets.request', 'datasets.readers', 'datasets.configure'),
+    'data': ('datasets.custom', 'datasets.request', 'datasets.configure'),
     'detection': ('models.fp32_heads',),
     'dumped': ('config.literal',),
     'fast': ('ops.dispatch', 'ops.avx512', 'ops.onednn'),

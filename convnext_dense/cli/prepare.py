@@ -23,7 +23,8 @@ from ..config.schedule import scale_schedule
 from ..config.trackers import add_trackers
 from ..config.training import set_checkpoint_retention, set_max_unreadable, set_precision
 from ..config.work_dir import default_work_dir, hold_work_dir
-from ..datasets.custom import DatasetRequest, apply_custom_data, check_classes, parse_request
+from ..datasets.configure import check_classes
+from ..datasets.custom import DatasetRequest, apply_custom_data, parse_request
 from ..engine.build import compile_backbones, make_runner, resolve_checkpoint
 from ..engine.console import survive_closed_stdout
 from ..errors import Notice, UsageError

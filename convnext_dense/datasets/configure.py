@@ -1,5 +1,6 @@
 """Adapting a config to a checked data set: datasets, evaluators, classes and their number in every head."""
 
+import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -34,6 +35,7 @@ UNSUPPORTED_LOADERS = {
     'LoadTextAnnotations': 'texts',
     'LoadDepthAnnotation': 'depth',
 }
+PAIRED_DATASET = 'convnext_dense.datasets.paired_dataset'  # imports mmseg, as this module must not
 OTHER_COCO_METRICS = ('LVISMetric', 'CocoVideoMetric')  # derived from CocoMetric, for other annotations
 
 
@@ -62,7 +64,8 @@ def apply_dataset(config: Config, data: CheckedDataset, files: Mapping[str, str]
     set_num_classes(config.model, len(data.classes))
     if data.task == 'segmentation':
         imports = config.setdefault('custom_imports', dict(imports=[], allow_failed_imports=False))
-        imports['imports'] = [*dict.fromkeys([*as_list(imports['imports']), 'convnext_dense.datasets.paired_dataset'])]
+        imports['imports'] = [*dict.fromkeys([*as_list(imports['imports']), PAIRED_DATASET])]
+        importlib.import_module(PAIRED_DATASET)
     if not keep_mask_branch:
         for part in MASK_BRANCH_KEYS:
             (config.model.get('roi_head') or {}).pop(part, None)

@@ -1,9 +1,9 @@
 """Custom data sets: `--data PATH` checks every image and annotation and adapts a recipe to them."""
 
 import argparse
-import importlib
+import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mmengine.config import Config
@@ -11,22 +11,19 @@ from mmengine.config import Config
 from ..checkpoints.io import find_state_dicts, load_checkpoint
 from ..errors import UsageError
 from .cache import hold_busy_file, is_local_rank0, load_cached, save_cache, wait_for_cache
-from .configure import apply_dataset, check_cfg_options, check_classes
-from .image_sizes import ResizeLimit, resize_limits
-from .readers import TASKS, detect_tasks, find_sources, read_data
+from .configure import apply_dataset, check_cfg_options
+from .foreign_layouts import describe_unsupported
+from .image_sizes import DEFAULT_LIMITS, ResizeLimit, resize_limits
+from .layouts import find_annotations, find_coco_files, find_folders
+from .read_coco import read_detection
+from .read_masks import read_segmentation
 from .request import CheckedDataset, DatasetRequest, summarize_classes
 
-__all__ = [
-    'CheckedDataset',
-    'DatasetRequest',
-    'add_data_arguments',
-    'apply_custom_data',
-    'check_classes',
-    'checkpoint_classes',
-    'detect_tasks',
-    'parse_request',
-    'read_data',
-]
+TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation'}  # by the default_scope of a config
+FINDERS = {'detection': find_annotations, 'segmentation': find_folders}
+READERS = {'detection': read_detection, 'segmentation': read_segmentation}
+DESCRIPTIONS = {'detection': 'COCO json', 'segmentation': 'segmentation masks'}
+RECIPES = {'detection': 'configs/cascade/convnext_t.py', 'segmentation': 'configs/upernet/convnext_t.py'}
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, strict: bool = True) -> None:
@@ -36,34 +33,20 @@ def add_data_arguments(parser: argparse.ArgumentParser, strict: bool = True) -> 
         parser: to add to.
         strict: whether to add `--strict`.
     """
-    group = parser.add_argument_group('custom dataset')
-    group.add_argument('--data', metavar='PATH', help='folder of a data set, in any layout of docs/datasets.md')
-    group.add_argument('--train-ann', metavar='JSON', help='COCO json to train on, if --data does not find it')
-    group.add_argument('--val-ann', metavar='JSON', help='COCO json to evaluate on')
-    group.add_argument('--train-images', metavar='FOLDER', help='images of --train-ann, if they are not found')
-    group.add_argument('--val-images', metavar='FOLDER', help='images of --val-ann')
-    group.add_argument(
-        '--val-fraction',
-        type=float,
-        metavar='FRACTION',
-        help='fraction of images used for validation when the data set has no split (default: 0.1)',
-    )
-    group.add_argument(
-        '--classes',
-        metavar='FILE',
-        help='segmentation: file of class names, one per line (or JSON, with colors), or ade20k, cityscapes, voc',
-    )
-    group.add_argument(
-        '--ignore',
-        type=int,
-        nargs='+',
-        metavar='LABEL',
-        help='segmentation: label values to ignore in addition to 255; with 0, class ids start at 1',
-    )
-    if not strict:
-        parser.set_defaults(strict=False)
-        return
-    group.add_argument('--strict', action='store_true', help='stop if anything in the data set has to be dropped')
+    add = parser.add_argument_group('custom dataset').add_argument
+    add('--data', metavar='PATH', help='folder of a data set, in any layout of docs/datasets.md')
+    add('--train-ann', metavar='JSON', help='COCO json to train on, if --data does not find it')
+    add('--val-ann', metavar='JSON', help='COCO json to evaluate on')
+    add('--train-images', metavar='FOLDER', help='images of --train-ann, if they are not found')
+    add('--val-images', metavar='FOLDER', help='images of --val-ann')
+    text = 'fraction of images used for validation when the data set has no split (default: 0.1)'
+    add('--val-fraction', type=float, metavar='FRACTION', help=text)
+    text = 'segmentation: file of class names, one per line (or JSON, with colors), or ade20k, cityscapes, voc'
+    add('--classes', metavar='FILE', help=text)
+    text = 'segmentation: label values to ignore in addition to 255; with 0, class ids start at 1'
+    add('--ignore', type=int, nargs='+', metavar='LABEL', help=text)
+    if strict:
+        add('--strict', action='store_true', help='stop if anything in the data set has to be dropped')
 
 
 def parse_request(args: argparse.Namespace) -> DatasetRequest | None:
@@ -74,19 +57,85 @@ def parse_request(args: argparse.Namespace) -> DatasetRequest | None:
     """
     ann_files = {split: file for split in ('train', 'val') if (file := getattr(args, f'{split}_ann'))}
     image_dirs = {split: folder for split in ('train', 'val') if (folder := getattr(args, f'{split}_images'))}
+    strict = getattr(args, 'strict', False)
     for split, folder in image_dirs.items():
         if split not in ann_files:
             raise UsageError(f'--{split}-images needs --{split}-ann')
         if not os.path.isdir(folder):
             raise UsageError(f"--{split}-images '{folder}' is not a folder")
     if not args.data and not ann_files:
-        for option in ('classes', 'ignore', 'val_fraction', 'strict'):
-            if getattr(args, option) not in (None, False):
+        options = dict(classes=args.classes, ignore=args.ignore, val_fraction=args.val_fraction, strict=strict or None)
+        for option, value in options.items():
+            if value is not None:
                 raise UsageError(f'--{option.replace("_", "-")} needs --data PATH')
         return None
     if args.data and not os.path.exists(args.data):  # before weights are downloaded
         raise UsageError(f'{args.data} does not exist')
-    return DatasetRequest(args.data, ann_files, image_dirs, args.classes, args.ignore, args.val_fraction, args.strict)
+    return DatasetRequest(args.data, ann_files, image_dirs, args.classes, args.ignore, args.val_fraction, strict)
+
+
+def detect_tasks(request: DatasetRequest) -> list[str]:
+    """Return the tasks ('detection', 'segmentation') for which a data set has annotations.
+
+    Raises:
+        UsageError: there are none; the message says what the folder holds instead.
+    """
+    if request.ann_files:
+        return ['detection']
+    root = request.root
+    tasks = [task for task, find in FINDERS.items() if root.is_dir() and find(root)]
+    if not tasks:
+        raise UsageError(f'{root} {describe_unsupported(root)}')
+    return tasks
+
+
+def find_sources(request: DatasetRequest, task: str) -> tuple[str, dict]:
+    """Return the layout of a data set, and the file or folders of each split.
+
+    Raises:
+        UsageError: there are no annotations, or they are for the other task.
+    """
+    tasks = detect_tasks(request)
+    if task not in tasks:
+        raise UsageError(
+            f'{request.root} holds {DESCRIPTIONS[tasks[0]]}, but {task} needs {DESCRIPTIONS[task]}: '
+            f'use a {tasks[0]} recipe, such as {RECIPES[tasks[0]]}'
+        )
+    if task == 'segmentation':
+        return find_folders(request.root)
+    return find_coco_files(request.root if request.path else None, request.ann_files)
+
+
+def read_data(
+    request: DatasetRequest,
+    task: str,
+    splits: Sequence[str],
+    classes: Sequence[str] | None = None,
+    limits: Mapping[str, ResizeLimit] | None = None,
+) -> CheckedDataset:
+    """Find, read and check a data set.
+
+    Args:
+        request: names the data set.
+        task: 'detection' or 'segmentation'.
+        splits: of 'train', 'val', 'test'; those that do not exist are left out.
+        classes: of a trained model, which then are the data set's, in this order.
+        limits: of image sizes by split (default: those of the recipes).
+
+    Returns:
+        The usable part of the data set; problems are in its report.
+
+    Raises:
+        UsageError: there are no annotations, or they are for the other task.
+    """
+    layout, sources = find_sources(request, task)
+    gc_was_enabled = gc.isenabled()
+    gc.disable()  # the millions of values of a large JSON file have no cycles; walking them outlasts the checks
+    try:
+        return READERS[task](request, layout, sources, splits, classes, limits or DEFAULT_LIMITS[task])
+    finally:
+        if gc_was_enabled:
+            gc.enable()
 
 
 def apply_custom_data(
@@ -124,8 +173,7 @@ def apply_custom_data(
         raise UsageError(f"--data: the config's default_scope is {config.get('default_scope')}, not mmdet or mmseg")
     classes, keep_mask_branch = checkpoint_classes(checkpoint) if checkpoint else (None, None)
     fixed_classes = classes if 'train' not in splits else None
-    folder, limits = os.path.join(config.work_dir, 'data'), resize_limits(config, ratio)
-    data, files = _load_or_check(folder, config.launcher, request, task, splits, fixed_classes, limits)
+    data, files = _load_or_check(config, request, task, splits, fixed_classes, ratio)
     if 'train' in splits and 'train' not in files:
         raise UsageError(f'{request.root} has no training data: give --train-ann, or a folder with a train split')
     data.report.raise_if_errors(request.strict)
@@ -138,29 +186,21 @@ def apply_custom_data(
     has_mask_branch = 'mask_head' in (config.model.get('roi_head') or {})  # a training on boxes removed it
     if keep_mask_branch is None or not has_mask_branch:
         keep_mask_branch = data.has_masks
-    data = replace(data, has_masks=data.has_masks and keep_mask_branch)
     lines = [f'data: {line}' for line in data.report.lines()]
     if task == 'detection' and not keep_mask_branch and has_mask_branch:
         lines.append("data: boxes without masks; the recipe's mask branch is removed")
-    if task == 'segmentation':
-        importlib.import_module('convnext_dense.datasets.paired_dataset')
-    apply_dataset(config, data, files, keep_mask_branch)
+    apply_dataset(config, replace(data, has_masks=data.has_masks and keep_mask_branch), files, keep_mask_branch)
     return lines
 
 
 def _load_or_check(
-    folder: str,
-    launcher: str,
-    request: DatasetRequest,
-    task: str,
-    splits: Sequence[str],
-    classes: list[str] | None,
-    limits: dict[str, ResizeLimit],
+    config: Config, request: DatasetRequest, task: str, splits: Sequence[str], classes: list | None, ratio: float
 ) -> tuple[CheckedDataset, dict[str, str]]:
     """Return the data set, checked now or before, and the file of each split."""
+    folder, limits = os.path.join(config.work_dir, 'data'), resize_limits(config, ratio)
     key = (task, tuple(splits), classes, os.path.abspath(request.root), replace(request, strict=False))
     key += (str(find_sources(request, task)), str(limits))
-    if not is_local_rank0(launcher):
+    if not is_local_rank0(config.launcher):
         return wait_for_cache(folder, key)
     cached = load_cached(folder, key)
     if cached:

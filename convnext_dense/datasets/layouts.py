@@ -1,7 +1,7 @@
 """Supported layouts of data sets: which files and folders are the annotations and images of each split."""
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from itertools import chain
 from pathlib import Path
@@ -110,6 +110,17 @@ def find_annotations(root: Path, given: Collection[str] = ()) -> tuple[str, dict
             return layout, file_by_split
         fallback = fallback or ((layout, file_by_split) if file_by_split else None)
     return fallback
+
+
+def find_coco_files(root: Path | None, given: Mapping[str, str]) -> tuple[str, dict[str, Path]]:
+    """Return the layout and the COCO json of each split; given files take precedence over those that are found.
+
+    Args:
+        root: folder of the data set; None to search nothing.
+        given: file by split.
+    """
+    layout, files = (root and len(given) < 2 and find_annotations(root, given)) or ('of the given files', {})
+    return layout, files | {split: Path(file) for split, file in given.items()}
 
 
 def find_folders(root: Path) -> tuple[str, dict[str, SplitDirs]] | None:

@@ -11,7 +11,6 @@ from .check_images import ImageInfo, inspect_all, inspect_image
 from .diagnostics import Report
 from .image_resolver import ImageResolver
 from .image_sizes import ResizeLimit
-from .layouts import find_annotations
 from .request import (
     CheckedDataset,
     DatasetRequest,
@@ -26,15 +25,16 @@ from .request import (
 
 def read_detection(
     request: DatasetRequest,
+    layout: str,
+    files: dict[str, Path],
     splits: Sequence[str],
     classes: Sequence[str] | None,
     limits: Mapping[str, ResizeLimit],
 ) -> CheckedDataset:
-    """Read and check a detection data set; arguments as of `readers.read_data`."""
+    """Read and check a detection data set; files as of `layouts.find_coco_files`, the rest as of `custom.read_data`."""
     root, report = request.root, Report()
     if request.classes or request.ignore_labels is not None:
         raise UsageError('--classes and --ignore are for segmentation masks; COCO json names its own classes')
-    layout, files = find_files(request)
     if 'val' in request.ann_files or 'test' not in splits:  # a given file takes precedence over one that is found
         files.pop('test', None)
     cocos = {split: checks.read_coco(file, split) for split, file in files.items()}
@@ -94,14 +94,6 @@ def read_detection(
         has_masks=has_masks,
         watched_paths=[os.path.abspath(path) for path in (*files.values(), *folders)],
     )
-
-
-def find_files(request: DatasetRequest) -> tuple[str, dict[str, Path]]:
-    """Return the layout and the COCO json of each split; given files take precedence over those that are found."""
-    given = {split: Path(file) for split, file in request.ann_files.items()}
-    searches = request.path and len(given) < 2
-    layout, files = (searches and find_annotations(request.root, given)) or ('of the given files', {})
-    return layout, {**files, **given}
 
 
 def decide_exif_handling(

@@ -12,7 +12,7 @@ from .check_masks import LabelSpec, infer_class_count, infer_label_spec, validat
 from .class_names import class_files
 from .diagnostics import Report
 from .image_sizes import ResizeLimit
-from .layouts import Pairing, find_folders, pair_files
+from .layouts import Pairing, SplitDirs, pair_files
 from .request import (
     CheckedDataset,
     DatasetRequest,
@@ -27,11 +27,15 @@ from .request import (
 
 
 def read_segmentation(
-    request: DatasetRequest, splits: Sequence[str], classes: Sequence[str] | None, limits: Mapping[str, ResizeLimit]
+    request: DatasetRequest,
+    layout: str,
+    split_dirs: dict[str, SplitDirs],
+    splits: Sequence[str],
+    classes: Sequence[str] | None,
+    limits: Mapping[str, ResizeLimit],
 ) -> CheckedDataset:
-    """Read and check a segmentation data set; arguments as of `readers.read_data`."""
+    """Read and check a segmentation data set; folders as of `find_folders`, the rest as of `custom.read_data`."""
     root, report = request.root, Report()
-    layout, split_dirs = find_folders(root)
     main_split = next(split for split in ('train', 'all', *split_dirs) if split in split_dirs)
     mask_suffix = pair_files(split_dirs[main_split]).mask_suffix
     pairings = {split: pair_files(dirs, mask_suffix) for split, dirs in split_dirs.items()}

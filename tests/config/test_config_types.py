@@ -27,8 +27,8 @@ from convnext_dense.config.recipe import training_precision
 from convnext_dense.config.training import set_checkpoint_retention, set_precision
 from convnext_dense.config.tree import iter_dicts
 from convnext_dense.datasets import toy_shapes
-from convnext_dense.datasets.configure import apply_dataset, set_num_classes
-from convnext_dense.datasets.custom import DatasetRequest, apply_custom_data, check_classes
+from convnext_dense.datasets.configure import apply_dataset, check_classes, set_num_classes
+from convnext_dense.datasets.custom import DatasetRequest, apply_custom_data
 from convnext_dense.datasets.diagnostics import Report
 from convnext_dense.datasets.image_sizes import resize_limits
 from convnext_dense.datasets.request import CheckedDataset

@@ -18,8 +18,8 @@ from mmengine.registry import DATASETS, METRICS, MODELS, init_default_scope
 from mmengine.runner import find_latest_checkpoint
 
 from convnext_dense.datasets import cache, toy_shapes
-from convnext_dense.datasets.configure import iter_class_heads, set_num_classes
-from convnext_dense.datasets.custom import DatasetRequest, apply_custom_data, check_classes, read_data
+from convnext_dense.datasets.configure import check_classes, iter_class_heads, set_num_classes
+from convnext_dense.datasets.custom import DatasetRequest, apply_custom_data, read_data
 from convnext_dense.datasets.request import split_by_hash
 from convnext_dense.errors import UsageError
 from convnext_dense.paper.results import find_paper_result
