@@ -1,10 +1,12 @@
 """Checks of COCO json: categories, images and annotations.
 
-What is left has the same classes in the same order in all splits, only valid annotations, and readable images.
+What is left has the same classes in the same order in all splits, only valid annotations, and readable images. `add`
+reports a problem of the split that is checked: `add(code, example)`, as `Report.add`.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from ..errors import UsageError
@@ -18,21 +20,21 @@ from .foreign_layouts import PANOPTIC_HINT
 from .image_resolver import ImageResolver
 from .image_sizes import ResizeLimit, too_thin
 
-NO_LIMIT = ResizeLimit()
 COCO_KEYS = ('images', 'annotations', 'categories')
+ID_KEYS = ('id', 'image_id', 'category_id')  # of an annotation
 MIN_IMAGE_SIDE = 32  # pixels: filter_cfg.min_size of the recipes
 MAX_EXACT_ID = 2**53  # pycocotools and mmdet convert ids to float64, in which larger ones collide
 CROWD_FLAGS = {'0': 0, 'false': 0, '1': 1, 'true': 1}  # iscrowd as text
 
 
-def trainable_annotations(annotations: list[dict], images: Iterable[dict], split: str) -> list[dict]:
-    """Return the annotations that mmdet trains on or evaluates with.
+def count_trainable(annotations: list[dict], images: Iterable[dict], split: str) -> int:
+    """Count the annotations that mmdet trains on or evaluates with.
 
     These are no crowds and have boxes of a pixel or more; in training, small images are left out as well.
     """
     min_side = MIN_IMAGE_SIDE if split == 'train' else 0
     large = {image['id'] for image in images if min(image['width'], image['height']) >= min_side}
-    return [a for a in annotations if not a['iscrowd'] and min(a['bbox'][2:]) >= 1 and a['image_id'] in large]
+    return sum(not a['iscrowd'] and min(a['bbox'][2:]) >= 1 and a['image_id'] in large for a in annotations)
 
 
 def read_coco(path: Path, split: str = 'train') -> dict:
@@ -68,20 +70,25 @@ def split_coco(coco: dict, val_names: set[str]) -> tuple[dict, dict]:
         coco: to split. Annotations of no image stay in train, where they are reported.
         val_names: file names of the images of val.
     """
-    in_val = [isinstance(i.get('file_name'), str) and i['file_name'] in val_names for i in coco['images']]
-    val_ids = {parse_id(image.get('id')) for image, is_val in zip(coco['images'], in_val) if is_val}
 
-    def part(val: bool) -> dict:
-        images = [image for image, is_val in zip(coco['images'], in_val) if is_val == val]
-        annotations = [
-            a for a in coco['annotations'] if (isinstance(a, dict) and parse_id(a.get('image_id')) in val_ids) == val
-        ]
-        return {**coco, 'images': images, 'annotations': annotations}
+    def is_in_val(image: dict) -> bool:
+        return isinstance(image.get('file_name'), str) and image['file_name'] in val_names
 
-    return part(False), part(True)
+    def is_of_val(annotation: object) -> bool:
+        return isinstance(annotation, dict) and parse_id(annotation.get('image_id')) in val_ids
+
+    val_ids = {parse_id(image.get('id')) for image in filter(is_in_val, coco['images'])}
+    train, val = (
+        dict(
+            images=[image for image in coco['images'] if is_in_val(image) == is_val],
+            annotations=[annotation for annotation in coco['annotations'] if is_of_val(annotation) == is_val],
+        )
+        for is_val in (False, True)
+    )
+    return coco | train, coco | val
 
 
-def class_names(coco: dict, split: str, report: Report) -> list[str]:
+def class_names(coco: dict, add: Callable) -> list[str]:
     """Return the names of the classes of a COCO dict, in the order of its categories.
 
     Categories of one name are one class. A category that has no annotations and is the supercategory of others, as
@@ -94,37 +101,36 @@ def class_names(coco: dict, split: str, report: Report) -> list[str]:
         is_dict = isinstance(category, dict)
         name, category_id = (category_name(category), parse_id(category.get('id'))) if is_dict else (None, None)
         if name is None or category_id is None:
-            report.add(split, 'category-without-id-or-name', category)
+            add('category-without-id-or-name', category)
         elif category_id in ids:
-            report.add(split, 'duplicate-category-id', f'{category_id} ({name})')
+            add('duplicate-category-id', f'{category_id} ({name})')
         elif (
             not num_annotations[category_id]
             and name in supercategories
             and category.get('supercategory') in (None, '', 'none')
         ):
-            report.add(split, 'supercategory-as-class', name)
+            add('supercategory-as-class', name)
         elif name in id_by_name:
-            report.add(split, 'duplicate-category-name', name)
+            add('duplicate-category-name', name)
         else:
             id_by_name[name] = category_id
         ids.add(category_id)
         if is_dict and not isinstance(category.get('supercategory'), (str, type(None))):
-            report.add(split, 'supercategory-not-text', name)
+            add('supercategory-not-text', name)
     numbers = sorted(number for number in ids if isinstance(number, int))
     if id_by_name and numbers and numbers[-1] - numbers[0] >= len(numbers):
-        report.add(split, 'category-id-gaps', f'{len(numbers)} ids up to {numbers[-1]}')
+        add('category-id-gaps', f'{len(numbers)} ids up to {numbers[-1]}')
     return list(id_by_name)
 
 
-def match_categories(coco: dict, train: dict, classes: Sequence[str], split: str, report: Report) -> dict:
+def match_categories(coco: dict, train: dict, classes: Sequence[str], add: Callable) -> dict:
     """Match the categories of a split with the classes, by name.
 
     Args:
         coco: of the split.
         train: COCO dict of the train split.
         classes: names.
-        split: name of the split.
-        report: to add to.
+        add: reports a problem.
 
     Returns:
         The class index, or None for a category without a class, by category id.
@@ -139,26 +145,26 @@ def match_categories(coco: dict, train: dict, classes: Sequence[str], split: str
     for category in categories:
         category_id, name = parse_id(category['id']), category_name(category)
         train_name = train_names.get(category_id)
-        _report_id_type(category['id'], f'category {name}: id', split, report)
+        _report_id_type(category['id'], f'category {name}: id', add)
         if name in class_index:
             index_by_id[category_id] = class_index[name]
             if train is not coco and train_name != name and name in known_in_train:
-                report.add(split, 'category-id-mismatch', name)
+                add('category-id-mismatch', name)
         elif train is not coco and train_name in class_index and train_name not in names:
-            report.add(split, 'category-name-mismatch', f'{category_id} is {name}, in train {train_name}')
+            add('category-name-mismatch', f'{category_id} is {name}, in train {train_name}')
         elif category_id in used_ids:
             similar = similar_classes.get(str(name).strip().lower())
-            report.add(split, 'category-without-class', f'{name}: a class is called {similar}' if similar else name)
+            add('category-without-class', f'{name}: a class is called {similar}' if similar else name)
             index_by_id[category_id] = None
     return index_by_id
 
 
-def most_have_masks(coco: dict, split: str, report: Report) -> bool:
+def most_have_masks(coco: dict, add: Callable) -> bool:
     """Return whether most annotations of a COCO dict have a mask."""
     annotations = only_dicts(coco['annotations'])
     n = sum(isinstance(a.get('segmentation'), (list, dict)) and bool(a['segmentation']) for a in annotations)
     if 0 < n < len(annotations) / 2:
-        report.add(split, 'few-masks', f'{n:,} of {len(annotations):,}', n)
+        add('few-masks', f'{n:,} of {len(annotations):,}', n)
     return n > 0 and n >= len(annotations) / 2
 
 
@@ -167,9 +173,8 @@ def validate_images(
     resolver: ImageResolver,
     infos: Mapping[str, ImageInfo],
     apply_exif: bool,
-    split: str,
-    report: Report,
-    limit: ResizeLimit = NO_LIMIT,
+    limit: ResizeLimit,
+    add: Callable,
 ) -> dict:
     """Check the images of a split.
 
@@ -178,9 +183,8 @@ def validate_images(
         resolver: finds the file of each name.
         infos: what the files are, by path.
         apply_exif: whether images are rotated as EXIF says.
-        split: name of the split.
-        report: to add to.
         limit: the recipe's resize.
+        add: reports a problem.
 
     Returns:
         The usable images by id: dicts of id, file_name, width and height.
@@ -189,7 +193,7 @@ def validate_images(
     for image in coco['images']:
         image_id, name = parse_id(image.get('id')), image.get('file_name')
         if image_id is None or not isinstance(name, str) or not name:
-            report.add(split, 'image-without-id-or-name', name or f'id {image.get("id")}')
+            add('image-without-id-or-name', name or f'id {image.get("id")}')
             continue
         location = resolver.find(name)
         info = infos.get(location.path, ImageInfo())
@@ -209,7 +213,7 @@ def validate_images(
         elif not problem and (thin := too_thin(size, limit)):
             problem, example = thin[0], f'{name}: {thin[1]}'
         if problem:
-            report.add(split, problem, example)
+            add(problem, example)
             continue
         for applies, code, example in (
             (location.code, location.code, location.example),
@@ -218,18 +222,18 @@ def validate_images(
             (min(size) < MIN_IMAGE_SIDE, 'image-below-32-pixels', f'{name} ({format_size(size)})'),
         ):
             if applies:
-                report.add(split, code, example)
-        _report_id_type(image['id'], f'image {name}: id', split, report)
+                add(code, example)
+        _report_id_type(image['id'], f'image {name}: id', add)
         paths.add(location.path)
         usable[image_id] = dict(id=image_id, file_name=location.path, width=size[0], height=size[1])
-    return _renumber_images(usable, split, report)
+    return _renumber_images(usable, add)
 
 
-def _renumber_images(images: dict, split: str, report: Report) -> dict:
+def _renumber_images(images: dict, add: Callable) -> dict:
     """Give all images new ids if pycocotools and mmdet cannot take some."""
     unsupported = [i for i in images if not isinstance(i, int) or abs(i) > MAX_EXACT_ID]
     for image_id in unsupported:
-        report.add(split, 'image-id-renumbered', image_id)
+        add('image-id-renumbered', image_id)
     if not unsupported:
         return images
     return {image_id: {**image, 'id': i} for i, (image_id, image) in enumerate(images.items(), 1)}
@@ -253,43 +257,39 @@ def validate_annotations(
     """
     dropped_images = {parse_id(image.get('id')) for image in coco['images']} - set(images)
     category_ids = {parse_id(c.get('id')) for c in only_dicts(coco['categories'])} - {None}
-    ids, keys, usable, corner_votes = set(), set(), [], CornerVotes()
+    ids, keys, usable, corner_votes, add = set(), set(), [], CornerVotes(), partial(report.add, split)
     for i, annotation in enumerate(coco['annotations']):
         if not isinstance(annotation, dict):
-            report.add(split, 'not-an-annotation', f'number {i}')
+            add('not-an-annotation', f'number {i}')
             continue
-        annotation_id, image_id, category_id = (
-            parse_id(annotation.get(key)) for key in ('id', 'image_id', 'category_id')
-        )
+        annotation_id, image_id, category_id = (parse_id(annotation.get(key)) for key in ID_KEYS)
         label = f'id {to_one_line(annotation.get("id", f"none, number {i}"))}'
 
-        def add(code: str, detail: str = '') -> None:
-            report.add(split, code, f'{label}{detail}')  # noqa: B023
+        def add_here(code: str, detail: str = '', label: str = label) -> None:
+            add(code, f'{label}{detail}')
 
         if image_id in dropped_images and image_id is not None:
             continue
         if image_id not in images:
-            add('orphan-annotation', f': image {to_one_line(annotation.get("image_id"))}')
+            add_here('orphan-annotation', f': image {to_one_line(annotation.get("image_id"))}')
         elif category_id not in category_ids:
-            add('unknown-category', f': category {to_one_line(annotation.get("category_id"))}')
+            add_here('unknown-category', f': category {to_one_line(annotation.get("category_id"))}')
         elif class_indices.get(category_id) is not None:
-            fields = _validate_annotation(annotation, images[image_id], use_masks, corner_votes, add)
+            fields = _validate_annotation(annotation, images[image_id], use_masks, corner_votes, add_here)
             if fields is None:
                 continue
             key = (image_id, category_id, *fields['bbox'], str(fields.get('segmentation')))
             if key in keys:
-                add('duplicate-annotation')
+                add_here('duplicate-annotation')
                 continue
             if annotation_id in ids and annotation_id is not None:
-                add('duplicate-annotation-id')
-            for name in ('id', 'image_id', 'category_id'):
-                _report_id_type(annotation.get(name), f'{label}: {name}', split, report)
+                add_here('duplicate-annotation-id')
+            for name in ID_KEYS:
+                _report_id_type(annotation.get(name), f'{label}: {name}', add)
             keys.add(key)
             ids.add(annotation_id)
-            new_ids = dict(
-                id=len(usable) + 1, image_id=images[image_id]['id'], category_id=class_indices[category_id] + 1
-            )
-            usable.append({**new_ids, **fields})
+            new_ids = (len(usable) + 1, images[image_id]['id'], class_indices[category_id] + 1)
+            usable.append(dict(zip(ID_KEYS, new_ids)) | fields)
     corner_votes.report(split, report)
     return usable
 
@@ -299,23 +299,22 @@ def _validate_annotation(
 ) -> dict | None:
     """Return bbox, area, iscrowd and (if masks are used) segmentation of a usable annotation, else None."""
     width, height = image['width'], image['height']
-    iscrowd = _parse_iscrowd(annotation, add)
-    mask = annotation.get('segmentation')
-    if not use_masks and mask and not isinstance(mask, (list, dict)):
-        add('mask-ignored', f': {to_one_line(mask, 20)}')
-    mask = validate_mask(mask, width, height, add) if use_masks else None
+    iscrowd, mask = _parse_iscrowd(annotation, add), annotation.get('segmentation')
+    if use_masks:
+        mask = validate_mask(mask, width, height, add)
+    else:
+        if mask and not isinstance(mask, (list, dict)):
+            add('mask-ignored', f': {to_one_line(mask, 20)}')
+        mask = None
     if iscrowd is None or (use_masks and mask is None):
         return None
     box = _validate_box(annotation, mask, width, height, bool(iscrowd), corner_votes, add)
     if box is None:
         return None
     area = _validate_area(annotation.get('area'), mask, box, (height, width), iscrowd, add)
-    fields = dict(bbox=box, area=area, iscrowd=iscrowd)
     if iscrowd:
         add('crowd-with-polygons' if isinstance(mask, list) else 'crowd')
-    if use_masks:
-        fields['segmentation'] = mask
-    return fields
+    return dict(bbox=box, area=area, iscrowd=iscrowd) | (dict(segmentation=mask) if use_masks else {})
 
 
 def _validate_box(
@@ -324,7 +323,7 @@ def _validate_box(
     width: int,
     height: int,
     iscrowd: bool,
-    corner_votes: CornerVotes,
+    votes: CornerVotes,
     add: Callable,
 ) -> list[float] | None:
     """Return the box of an annotation, or that of its mask; None if it is unusable."""
@@ -338,7 +337,7 @@ def _validate_box(
     if problem or not box:
         return None
     if not iscrowd and box is not mask_box:
-        if corner_votes.add(annotation, mask_box, width, height):
+        if votes.add(annotation, mask_box, width, height):
             add('box-as-corners')
             return None
         difference = mask_box and box_mask_difference(clip_box(box, width, height), clip_box(mask_box, width, height))
@@ -381,27 +380,17 @@ def _validate_area(
     return (mask_area(mask, size) if mask else 0) or box[2] * box[3]
 
 
-def build_coco(images: dict, annotations: list[dict], classes: Sequence[str], split: str, report: Report) -> dict:
+def build_coco(images: dict, annotations: list[dict], classes: Sequence[str], add: Callable) -> dict:
     """Return the COCO dict of the usable part of a split, with the classes as categories from 1 on."""
     annotated = {annotation['image_id'] for annotation in annotations}
     for image in images.values():
         if image['id'] not in annotated:
-            report.add(split, 'image-without-annotations', image['file_name'])
+            add('image-without-annotations', image['file_name'])
     categories = [dict(id=i, name=name) for i, name in enumerate(classes, 1)]
     return dict(images=list(images.values()), annotations=annotations, categories=categories)
 
 
-def report_class_usage(cocos: Mapping[str, dict], classes: Sequence[str], report: Report) -> None:
-    """Report classes without annotations, in all splits or in train."""
-    used = {split: {a['category_id'] for a in coco['annotations']} for split, coco in cocos.items()}
-    for i, name in enumerate(classes, 1):
-        if not any(i in ids for ids in used.values()):
-            report.add('all', 'class-never-annotated', name)
-        elif 'train' in used and i not in used['train']:
-            report.add(next(split for split in used if i in used[split]), 'class-not-in-train', name)
-
-
-def _report_id_type(value: object, label: str, split: str, report: Report) -> None:
+def _report_id_type(value: object, label: str, add: Callable) -> None:
     """Report an integer that is written as another type."""
     if not isinstance(value, int) and isinstance(parse_id(value), int):
-        report.add(split, 'id-not-integer', f'{label} {value!r}')
+        add('id-not-integer', f'{label} {value!r}')

@@ -73,7 +73,7 @@ class MaskInfo(NamedTuple):
 _large = threading.RLock()
 
 
-def inspect_image(path: str) -> ImageInfo:
+def inspect_image(path: str | os.PathLike) -> ImageInfo:
     """Read an image as training does, and find out what is wrong if that fails."""
     try:
         with open_regular(path, MAX_BYTES) as file, _one_at_a_time(size_of(file) > LARGE_BYTES):
@@ -137,7 +137,7 @@ def _full_size(reduced: tuple[int, int], stored: tuple[int, int], has_exif: bool
     return stored[::-1] if reduced == upright[::-1] != upright else None
 
 
-def inspect_mask(path: str) -> MaskInfo:
+def inspect_mask(path: str | os.PathLike) -> MaskInfo:
     """Read a segmentation mask as mmseg does: with Pillow, without EXIF rotation."""
     try:
         with open_regular(path, MAX_BYTES) as file, _one_at_a_time(size_of(file) > LARGE_BYTES):
@@ -175,7 +175,22 @@ def _is_lossy(image: Image.Image, file: BinaryIO) -> bool:
     return image.format in LOSSY_FORMATS or image.info.get('compression') in LOSSY_TIFF
 
 
-def inspect_pair(pair: tuple[str, str]) -> tuple[ImageInfo, MaskInfo]:
+def decide_exif_handling(annotated_sizes: Iterable[tuple[ImageInfo, tuple]]) -> bool:
+    """Return whether images are to be rotated as EXIF says, which is what training does by default.
+
+    They are not if annotated sizes fit images as they are stored, and none fits a rotated one.
+
+    Args:
+        annotated_sizes: images, and width and height as of their annotations.
+    """
+    rotated = [(info, size) for info, size in annotated_sizes if info.exif_swapped and info.width != info.height]
+    fits = {
+        apply_exif for info, size in rotated for apply_exif in (True, False) if size == info.oriented_size(apply_exif)
+    }
+    return fits != {False}
+
+
+def inspect_pair(pair: tuple[os.PathLike, os.PathLike]) -> tuple[ImageInfo, MaskInfo]:
     """Inspect an image and its segmentation mask."""
     return inspect_image(pair[0]), inspect_mask(pair[1])
 

@@ -1,7 +1,7 @@
 """Checks of segmentation masks: which label values are which classes, and which pairs of files are usable."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,7 +126,7 @@ def _mmseg_classes(known: str) -> tuple[list[str], list[list[int]]]:
     return list(meta['classes']), [list(color) for color in meta['palette']]
 
 
-def infer_class_count(masks: Mapping[str, MaskInfo], spec: LabelSpec, root: Path) -> LabelSpec:
+def infer_class_count(masks: Mapping[Path, MaskInfo], spec: LabelSpec, root: Path) -> LabelSpec:
     """Name classes by their label values, as many as occur, for masks with a palette and no file of names.
 
     Raises:
@@ -143,7 +143,7 @@ def infer_class_count(masks: Mapping[str, MaskInfo], spec: LabelSpec, root: Path
     return spec._replace(names=[f'class {i}' for i in range(first, max(labels, default=first) + 1)])
 
 
-def validate_labels(masks: Mapping[str, MaskInfo], spec: LabelSpec, report: Report) -> None:
+def validate_labels(masks: Mapping[Path, MaskInfo], spec: LabelSpec, report: Report) -> None:
     """Report label values without a class, and sets of classes from which nothing can be learned.
 
     Args:
@@ -160,7 +160,7 @@ def validate_labels(masks: Mapping[str, MaskInfo], spec: LabelSpec, report: Repo
     elif IGNORE_INDEX in used and set(used) <= {0, IGNORE_INDEX}:
         report.add('all', 'mask-values-0-and-255', f'the pixels are {_format_fractions(counts, used)}')
     elif unnamed:
-        files = [Path(path).name for path, info in readable.items() if info.counts[unnamed].any()]
+        files = [path.name for path, info in readable.items() if info.counts[unnamed].any()]
         where = f'in {files[0]}' if len(files) == 1 else f'in {len(files):,} masks, such as {files[0]}'
         report.add('all', 'label-out-of-range', _unnamed_labels_advice(unnamed, spec, counts, where))
 
@@ -226,13 +226,12 @@ def _format_fractions(counts: np.ndarray, labels: list[int]) -> str:
 
 def validate_pairs(
     pairs: list[tuple[Path, Path]],
-    images: Mapping[str, ImageInfo],
-    masks: Mapping[str, MaskInfo],
+    images: Mapping[Path, ImageInfo],
+    masks: Mapping[Path, MaskInfo],
     spec: LabelSpec,
     apply_exif: bool,
-    split: str,
-    report: Report,
     limit: ResizeLimit,
+    add: Callable,
 ) -> tuple[list[tuple[Path, Path]], np.ndarray]:
     """Check the pairs of an image and its segmentation mask in a split.
 
@@ -242,16 +241,15 @@ def validate_pairs(
         masks: what the mask files are, by path.
         spec: the classes.
         apply_exif: whether images are rotated as EXIF says.
-        split: of the pairs.
-        report: to add to.
         limit: the recipe's resize.
+        add: reports a problem of their split, as `Report.add`.
 
     Returns:
         The usable pairs, and the number of their pixels by class, (num_classes,).
     """
     label_to_class, usable, total = spec.label_to_class, [], np.zeros(len(spec.names), int)
     for image, mask in pairs:
-        image_info, mask_info = images[str(image)], masks[str(mask)]
+        image_info, mask_info = images[image], masks[mask]
         size = image_info.oriented_size(apply_exif)
         code, example = image_info.problem, image.name
         if not code and mask_info.problem:
@@ -262,16 +260,16 @@ def validate_pairs(
         if not code and (thin := too_thin(size, limit)):
             code, example = thin[0], f'{image.name}: {thin[1]}'
         if code:
-            report.add(split, code, example)
+            add(code, example)
             continue
         if image_info.exif_swapped and not apply_exif:
-            report.add(split, 'exif-rotated-image', image.name)
+            add('exif-rotated-image', image.name)
         pixels = np.zeros(len(spec.names), int)
         for label, index in label_to_class.items():
             if index != IGNORE_INDEX:
                 pixels[index] += mask_info.counts[label]
         if not pixels.any() and all(label in label_to_class for label in np.flatnonzero(mask_info.counts).tolist()):
-            report.add(split, 'mask-all-ignored', mask.name)
+            add('mask-all-ignored', mask.name)
             continue
         total += pixels
         usable.append((image, mask))

@@ -230,7 +230,7 @@ def _is_other_file(match: SuffixMatch, prefixes: Counter, lengths: set[int]) -> 
 def _contradicts(folders: Sequence[str], file: str, split: str | None) -> bool:
     """Return whether the folders of a name and of a file are of different splits, or differ by a number."""
     file_folders = normalize_spelling(file).split('/')[:-1]
-    name_splits, file_splits = _splits_in(folders) or {split} - {None}, _splits_in(file_folders)
+    name_splits, file_splits = _splits_in(folders) or {split} & {*SPLIT_DIR_NAMES}, _splits_in(file_folders)
 
     def patterns(own: Sequence[str], other: Sequence[str]) -> set[str]:
         return {DIGITS_RE.sub('#', folder) for folder in own if folder not in other}

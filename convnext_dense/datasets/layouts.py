@@ -1,7 +1,7 @@
 """Supported layouts of data sets: which files and folders are the annotations and images of each split."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatch
 from itertools import chain
 from pathlib import Path
@@ -58,21 +58,13 @@ class Pairing(NamedTuple):
 
     Attributes:
         pairs (list[tuple[Path, Path]]): an image and its mask.
-        unmatched_images (list[Path]): images without a mask.
-        unmatched_masks (list[Path]): masks without an image.
+        problems (list[tuple[str, str]]): a code of `diagnostics.RULES` and an example, of names that do not match.
         mask_suffix (str): what follows the image's name in the name of its mask.
-        duplicate_stems (Sequence[Path]): images that share their name with another one.
-        respelled (Sequence[str]): names that are spelled differently on the disk, as 'X is Y'.
-        ambiguous (Sequence[str]): names that several files may have.
     """
 
     pairs: list[tuple[Path, Path]]
-    unmatched_images: list[Path]
-    unmatched_masks: list[Path]
+    problems: list[tuple[str, str]]
     mask_suffix: str
-    duplicate_stems: Sequence[Path] = ()
-    respelled: Sequence[str] = ()
-    ambiguous: Sequence[str] = ()
 
 
 def find_annotations(root: Path, given: Collection[str] = ()) -> tuple[str, dict[str, Path]] | None:
@@ -182,21 +174,23 @@ def pair_files(dirs: SplitDirs, mask_suffix: str | None = None) -> Pairing:
         images = {name: images.get(listed.matches.get(name), dirs.images / f'{name}.jpg') for name in names}
     images = {stem: path for stem, path in sorted(images.items()) if stem not in listed.ambiguous}
     matched = match_names([stem + mask_suffix for stem in images], masks)
-    pairs, unmatched_images = [], []
+    pairs, problems = [], []
     for stem, path in images.items():
         if stem + mask_suffix in matched.matches:
             pairs.append((path, masks[matched.matches[stem + mask_suffix]]))
         elif stem + mask_suffix not in matched.ambiguous:
-            unmatched_images.append(path)
-    used = {*matched.matches.values(), *chain(*matched.ambiguous.values())}
-    unmatched_masks = [p for stem, p in sorted(masks.items()) if stem not in used and stem.endswith(mask_suffix)]
-    respelled, ambiguous = [], []
+            problems.append(('unmatched-image', path.name))
+    if dirs.names is None:  # else masks of other splits lie in the same folder
+        used = {*matched.matches.values(), *chain(*matched.ambiguous.values())}
+        unmatched = [path for stem, path in sorted(masks.items()) if stem not in used and stem.endswith(mask_suffix)]
+        problems += [('unmatched-mask', path.name) for path in unmatched]
+    problems += [('duplicate-stem', path.name) for path in duplicates]
     for names in (listed, matched):
-        respelled += [f'{name} is {match}' for name, match in names.matches.items() if name != match]
-        ambiguous += [f'{name} may be {" or ".join(files[:2])}' for name, files in names.ambiguous.items()]
-    if dirs.names is not None:  # masks of other splits lie in the same folder
-        unmatched_masks = []
-    return Pairing(pairs, unmatched_images, unmatched_masks, mask_suffix, duplicates, respelled, ambiguous)
+        respelled = [f'{name} is {match}' for name, match in names.matches.items() if name != match]
+        ambiguous = [f'{name} may be {" or ".join(files[:2])}' for name, files in names.ambiguous.items()]
+        problems += [('name-spelling-mismatch', text) for text in respelled]
+        problems += [('ambiguous-name', text) for text in ambiguous]
+    return Pairing(pairs, problems, mask_suffix)
 
 
 def list_images(folder: Path) -> list[Path]:

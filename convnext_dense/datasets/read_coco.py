@@ -2,19 +2,20 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from ..errors import UsageError
-from . import SPLITS
 from . import check_coco as checks
-from .check_images import ImageInfo, inspect_all, inspect_image
+from .check_images import ImageInfo, decide_exif_handling, inspect_all, inspect_image
 from .diagnostics import Report
 from .image_resolver import ImageResolver
 from .image_sizes import ResizeLimit
 from .request import (
+    NEEDLESS_VAL_FRACTION,
     CheckedDataset,
     DatasetRequest,
-    check_val_fraction,
+    report_class_usage,
     report_duplicates,
     report_empty,
     select_splits,
@@ -41,18 +42,12 @@ def read_detection(
     if 'test' in cocos and not cocos['test']['annotations']:  # published without annotations
         del cocos['test']
     resolvers = {
-        split: ImageResolver(
-            files[split],
-            root,
-            checks.image_names(coco),
-            request.image_dirs.get(split),
-            split if split in SPLITS else None,
-        )
+        split: ImageResolver(files[split], root, checks.image_names(coco), request.image_dirs.get(split), split)
         for split, coco in cocos.items()
     }
     main_split = next(split for split in ('train', 'all', *cocos) if split in cocos)
-    train = cocos[main_split]
-    classes = [*(classes or checks.class_names(train, main_split, report))]
+    train, add = cocos[main_split], partial(report.add, main_split)
+    classes = [*(classes or checks.class_names(train, add))]
     if not classes:
         report.raise_if_errors()
         raise UsageError(f'{files[main_split]} has no categories, so there is nothing to learn')
@@ -61,26 +56,38 @@ def read_detection(
         val_names, split_note = split_by_hash(checks.image_names(train), request)
         cocos['train'], cocos['val'] = checks.split_coco(train, val_names)
         resolvers['train'] = resolvers['val'] = resolvers[main_split]
-    check_val_fraction(request, split_note)
+    elif request.val_fraction is not None:
+        raise UsageError(NEEDLESS_VAL_FRACTION)
     cocos, resolvers = (select_splits(by_split, splits, root) for by_split in (cocos, resolvers))
     report.facts.append(f'{root}: COCO json, layout {layout}{split_note}')
 
-    infos = _inspect_images(cocos, resolvers, root)
-    apply_exif = decide_exif_handling(cocos, resolvers, infos)
-    has_masks = checks.most_have_masks(train, main_split, report)
+    locations = {split: map(resolvers[split].find, checks.image_names(coco)) for split, coco in cocos.items()}
+    paths = sorted({location.path for of_split in locations.values() for location in of_split} - {None})
+    infos = inspect_all(lambda path: inspect_image(os.path.join(root, path)), paths, 'images')
+    apply_exif = decide_exif_handling(
+        (
+            infos.get(resolvers[split].find(image['file_name']).path, ImageInfo()),
+            (image.get('width'), image.get('height')),
+        )
+        for split, coco in cocos.items()
+        for image in coco['images']
+        if isinstance(image.get('file_name'), str)
+    )
+    has_masks = checks.most_have_masks(train, add)
     contents = {}
     for split, coco in cocos.items():
+        add = partial(report.add, split)
         if coco['categories'] != train['categories']:
-            checks.class_names(coco, split, report)
-        class_indices = checks.match_categories(coco, train, classes, split, report)
-        limit = limits.get(split, ResizeLimit())
-        images = checks.validate_images(coco, resolvers[split], infos, apply_exif, split, report, limit)
+            checks.class_names(coco, add)
+        class_indices = checks.match_categories(coco, train, classes, add)
+        images = checks.validate_images(coco, resolvers[split], infos, apply_exif, limits[split], add)
         annotations = checks.validate_annotations(coco, images, class_indices, has_masks, split, report)
-        contents[split] = checks.build_coco(images, annotations, classes, split, report)
+        contents[split] = checks.build_coco(images, annotations, classes, add)
         report.facts.append(f'{split}: {len(images):,} images, {len(annotations):,} annotations')
-        trainable = checks.trainable_annotations(annotations, images.values(), split)
-        report_empty(report, split, len(trainable), resolvers[split].folder)
-    checks.report_class_usage(contents, classes, report)
+        num_trainable = checks.count_trainable(annotations, images.values(), split)
+        report_empty(report, split, num_trainable, resolvers[split].folder)
+    used = {split: {a['category_id'] - 1 for a in content['annotations']} for split, content in contents.items()}
+    report_class_usage(used, classes, report)
     report_duplicates({split: checks.image_names(coco) for split, coco in contents.items()}, infos, report)
     report.facts.append(f'{summarize_classes(classes)}; boxes {"and" if has_masks else "without"} masks')
     folders = {folder for resolver in resolvers.values() for folder in resolver.searched_folders}
@@ -94,37 +101,3 @@ def read_detection(
         has_masks=has_masks,
         watched_paths=[os.path.abspath(path) for path in (*files.values(), *folders)],
     )
-
-
-def decide_exif_handling(
-    cocos: Mapping[str, dict], resolvers: Mapping[str, ImageResolver], infos: Mapping[str, ImageInfo]
-) -> bool:
-    """Return whether images are to be rotated as EXIF says, which is what training does by default.
-
-    They are not if annotated sizes fit images as they are stored, and none fits a rotated one.
-
-    Args:
-        cocos: COCO dict by split.
-        resolvers: of the image files by split.
-        infos: what the image files are, by path.
-    """
-    num_stored = num_rotated = 0
-    for split, coco in cocos.items():
-        for image in coco['images']:
-            if isinstance(image.get('file_name'), str):
-                info = infos.get(resolvers[split].find(image['file_name']).path, ImageInfo())
-                size = (image.get('width'), image.get('height'))
-                if info.exif_swapped and info.width != info.height:
-                    num_rotated += size == info.oriented_size(True)
-                    num_stored += size == info.oriented_size(False)
-    return num_rotated > 0 or not num_stored
-
-
-def _inspect_images(
-    cocos: Mapping[str, dict], resolvers: Mapping[str, ImageResolver], root: Path
-) -> dict[str, ImageInfo]:
-    """Inspect the image files, by their paths as of `ImageResolver`."""
-    found = {resolvers[split].find(name).path for split, coco in cocos.items() for name in checks.image_names(coco)}
-    paths = sorted(found - {None})
-    infos = inspect_all(inspect_image, [os.path.join(root, path) for path in paths], 'images')
-    return {path: infos[os.path.join(root, path)] for path in paths}

@@ -13,6 +13,7 @@ from .file_names import encode_name
 from .files import is_below
 
 MAX_CAUSES = 3  # named where nothing is left of a split
+NEEDLESS_VAL_FRACTION = '--val-fraction is for a data set without a validation split; this one has one: leave it out'
 DEFAULT_VAL_FRACTION = 0.1  # of the images, where the data set has no validation split
 
 
@@ -104,12 +105,6 @@ def split_by_hash(names: Sequence[str], request: DatasetRequest, root: Path | No
     return val_names, f'; random validation split: {count} images, chosen by the hash of the file name'
 
 
-def check_val_fraction(request: DatasetRequest, split_note: str) -> None:
-    """Raise UsageError if a fraction is given for a data set that has a validation split."""
-    if request.val_fraction is not None and not split_note:
-        raise UsageError('--val-fraction is for a data set without a validation split; this one has one: leave it out')
-
-
 def select_splits(by_split: Mapping, splits: Sequence[str], root: Path) -> dict:
     """Select the requested splits that exist; 'test' is val's where val itself is not requested.
 
@@ -151,6 +146,22 @@ def report_duplicates(names: Mapping[str, Sequence[str]], infos: Mapping[str, Im
             if first != (split, name):
                 code = 'duplicate-image' if first[0] == split else 'train-image-in-val'
                 report.add(split, code, f'{name} is {first[1]}')
+
+
+def report_class_usage(used: Mapping[str, set[int]], classes: Sequence[str], report: Report) -> None:
+    """Report classes that do not occur, in all splits or in train.
+
+    Args:
+        used: indices of the classes that occur, by split.
+        classes: names.
+        report: to add to.
+    """
+    for i, name in enumerate(classes):
+        splits = [split for split, indices in used.items() if i in indices]
+        if not splits:
+            report.add('all', 'class-never-annotated', name)
+        elif 'train' in used and 'train' not in splits:
+            report.add(splits[0], 'class-not-in-train', name)
 
 
 def summarize_classes(classes: Sequence[str]) -> str:

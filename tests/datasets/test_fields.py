@@ -2,6 +2,7 @@
 contradicts is left out or refused, and what real data have is left as it is."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from convnext_dense.datasets.coco_masks import decode_rle_runs
 from convnext_dense.datasets.coco_values import parse_id
 from convnext_dense.datasets.diagnostics import Report
 from convnext_dense.datasets.image_resolver import ImageLocation
+from convnext_dense.datasets.image_sizes import ResizeLimit
 from convnext_dense.errors import UsageError
 from helpers.datasets import DETECTOR, edit, quick, report_of, run
 from helpers.files import limited
@@ -65,9 +67,10 @@ def check(annotations, images=None, categories=None, masks=True):
     content = dict(images=images, annotations=annotations, categories=categories or [dict(id=1, name='cat')])
     content = json.loads(json.dumps(content))
     report, seen = Report(), {i['file_name']: ImageInfo(SIZE, SIZE) for i in images}
-    classes = class_names(content, 'train', report)
-    known = match_categories(content, content, classes, 'train', report)
-    usable = validate_images(content, Found(), seen, True, 'train', report)
+    add = partial(report.add, 'train')
+    classes = class_names(content, add)
+    known = match_categories(content, content, classes, add)
+    usable = validate_images(content, Found(), seen, True, ResizeLimit(), add)
     left = validate_annotations(content, usable, known, masks, 'train', report)
     return left, {f.code: f.examples for f in report.diagnostics.values()}
 

@@ -288,12 +288,11 @@ def test_label_maps_are_found_by_names_written_otherwise(tmp_path):
         'caf\u00e9.jpg': 'cafe\u0301_mask.png', 'A.jpg': 'A_mask.png', 'a.jpg': 'a_mask.png',
         'b c.jpg': 'b%20c_MASK.png', 'x.y.z.jpg': 'x.y.z_mask.png',
     }  # fmt: skip
-    assert (
-        [path.name for path in found.unmatched_images] == ['none.jpg']
-        and not found.unmatched_masks
-        and not found.ambiguous
-    )
-    assert found.respelled == ['b c_mask is b%20c_MASK', 'caf\u00e9_mask is cafe\u0301_mask']
+    assert found.problems == [
+        ('unmatched-image', 'none.jpg'),
+        (WRITTEN, 'b c_mask is b%20c_MASK'),
+        (WRITTEN, 'caf\u00e9_mask is cafe\u0301_mask'),
+    ]
 
 
 LINES = {  # of a list of images -> the image that is meant
@@ -314,8 +313,10 @@ def test_lists_of_images(end, encoding, tmp_path):
     layout, folders = find_folders(tmp_path)
     found = pair_files(folders['train'])
     stems = {image.relative_to(tmp_path / 'JPEGImages').with_suffix('').as_posix() for image, _ in found.pairs}
-    assert layout == 'VOC' and stems == set(LINES.values()) and not found.duplicate_stems
-    assert sorted(path.name for path in found.unmatched_images) == ['gone.jpg', 'secret.jpg', 'zero.jpg']
+    assert layout == 'VOC' and stems == set(LINES.values())
+    unmatched = sorted(name for code, name in found.problems if code == 'unmatched-image')
+    assert unmatched == ['gone.jpg', 'secret.jpg', 'zero.jpg']
+    assert {code for code, _ in found.problems} == {'unmatched-image', WRITTEN}
 
 
 def test_a_list_in_latin1_names_files_in_latin1(tmp_path):
