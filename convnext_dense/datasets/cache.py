@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 
 from ..engine.datasets import IMAGE_SUFFIXES
@@ -23,9 +24,7 @@ BUSY_FILE = 'checking'  # rewritten while a process checks the data set
 POLL_SECONDS = 1  # between looks at the busy file
 HEARTBEAT_SECONDS = 10  # between writes of the busy file
 STALE_SECONDS = 600  # without a write, after which the checking process is taken for dead
-CACHED_FIELDS = (
-    'task', 'root', 'classes', 'palette', 'apply_exif', 'has_masks', 'dataset_kwargs', 'watched_paths',
-)  # fmt: skip
+CACHED_FIELDS = [field.name for field in fields(CheckedDataset) if field.name not in ('splits', 'report')]
 LOCAL_RANK_VARIABLES = {'pytorch': 'LOCAL_RANK', 'slurm': 'SLURM_LOCALID', 'mpi': 'OMPI_COMM_WORLD_LOCAL_RANK'}
 
 

@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
-from mmengine.utils import ProgressBar
+from mmengine.utils import track_iter_progress
 from PIL import Image, UnidentifiedImageError
 
 from .files import UnusableFileError, open_regular, size_of
@@ -184,10 +184,8 @@ def decide_exif_handling(annotated_sizes: Iterable[tuple[ImageInfo, tuple]]) -> 
         annotated_sizes: images, and width and height as of their annotations.
     """
     rotated = [(info, size) for info, size in annotated_sizes if info.exif_swapped and info.width != info.height]
-    fits = {
-        apply_exif for info, size in rotated for apply_exif in (True, False) if size == info.oriented_size(apply_exif)
-    }
-    return fits != {False}
+    fits_rotated = any(size == info.oriented_size(True) for info, size in rotated)
+    return fits_rotated or not any(size == info.oriented_size(False) for info, size in rotated)
 
 
 def inspect_pair(pair: tuple[os.PathLike, os.PathLike]) -> tuple[ImageInfo, MaskInfo]:
@@ -208,22 +206,17 @@ def inspect_all(function: Callable, items: Iterable[Hashable], what: str) -> dic
     """
     items = list(dict.fromkeys(items))
     print(f'reading {len(items):,} {what}', file=sys.stderr)
-    bar = ProgressBar(len(items), file=sys.stderr) if sys.stderr.isatty() and items else None
     before = cv2.getNumThreads()
     cv2.setNumThreads(1)
     pool = ThreadPoolExecutor(n_threads())
     try:
-        results = {}
-        for item, result in zip(items, pool.map(function, items)):
-            results[item] = result
-            if bar:
-                bar.update()
+        results = zip(items, pool.map(function, items))
+        if items and sys.stderr.isatty():
+            results = track_iter_progress((results, len(items)), file=sys.stderr)
+        return dict(results)
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for thousands of images
         cv2.setNumThreads(before)
-    if bar:
-        print(file=sys.stderr)
-    return results
 
 
 def n_threads() -> int:

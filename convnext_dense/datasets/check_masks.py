@@ -55,17 +55,9 @@ class LabelSpec(NamedTuple):
     def dataset_kwargs(self) -> dict:
         """Arguments of `PairedSegDataset`: `reduce_zero_label`, and `label_map` for what that does not cover."""
         reduces = self.raw_values is None and 0 in self.ignored
-
-        def class_by_default(label: int) -> int:
-            return (label or 256) - 1 if reduces else label
-
-        changed = {
-            label: index
-            for label, index in self.label_to_class.items()
-            if index != class_by_default(label) and label != IGNORE_INDEX
-        }
+        others = {label: i for label, i in self.label_to_class.items() if label != IGNORE_INDEX and label >= reduces}
         # label_map is applied after reduce_zero_label.
-        label_map = [[label - reduces, index] for label, index in changed.items() if not (reduces and label == 0)]
+        label_map = [[label - reduces, index] for label, index in others.items() if index != label - reduces]
         return dict(reduce_zero_label=reduces, label_map=label_map or None)
 
 
@@ -264,10 +256,7 @@ def validate_pairs(
             continue
         if image_info.exif_swapped and not apply_exif:
             add('exif-rotated-image', image.name)
-        pixels = np.zeros(len(spec.names), int)
-        for label, index in label_to_class.items():
-            if index != IGNORE_INDEX:
-                pixels[index] += mask_info.counts[label]
+        pixels = np.array([0 if label in spec.ignored else mask_info.counts[label] for label in spec.labels])
         if not pixels.any() and all(label in label_to_class for label in np.flatnonzero(mask_info.counts).tolist()):
             add('mask-all-ignored', mask.name)
             continue

@@ -3,12 +3,13 @@
 import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, MODELS, TRANSFORMS
 
 from ..config.inputs import EXTRA_PIPELINE_KEYS
-from ..config.tree import as_list, iter_dicts
+from ..config.tree import as_list, flatten, iter_dicts
 from ..errors import UsageError
 from ..type_names import class_of, is_type, short_name
 from . import SPLITS
@@ -156,7 +157,7 @@ def check_cfg_options(options: Mapping, num_classes: int) -> None:
     Raises:
         UsageError: an option sets another number of classes, or paths of a dataset.
     """
-    for key, value in _flatten(options):
+    for key, value in chain.from_iterable(flatten(key, value) for key, value in options.items()):
         parts = key.split('.')
         if parts[-1] in COUNT_KEYS[:2] and value != num_classes and not set(parts) & set(CLASS_AGNOSTIC_HEADS):
             raise UsageError(f'--cfg-options {key}={value}: leave it out; the data set has {num_classes} classes')
@@ -265,13 +266,3 @@ def _is_mmdet_metric(type_) -> bool:
     """Return whether a metric is mmdet's; all but those that dump predictions need a data set of their own."""
     cls = class_of(type_, METRICS)
     return cls is not None and cls.__module__.startswith('mmdet.') and not cls.__name__.startswith('Dump')
-
-
-def _flatten(options: Mapping, key: str = '') -> Iterator[tuple[str, object]]:
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f'{key}{name}.')
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            yield from _flatten(dict(enumerate(value)), f'{key}{name}.')
-        else:
-            yield f'{key}{name}', value

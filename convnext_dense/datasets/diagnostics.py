@@ -27,122 +27,96 @@ class Rule(NamedTuple):
 
 
 TOO_LARGE = f'over {MAX_PIXELS:,} pixels, which Pillow does not open; cut it into tiles'
-# By code. Codes are stable: they stand in reports, in the JSON of tools/check_data.py and in stored caches.
-RULES = {
-    # images, of both tasks
-    'missing-image': Rule(DROPPED),
-    'not-a-regular-file': Rule(DROPPED, 'a folder, a device or a pipe has its name'),
-    'file-too-large': Rule(DROPPED, f'over {format_bytes(MAX_BYTES)}'),
-    'git-lfs-pointer': Rule(DROPPED, 'its content was not fetched; run git lfs pull in the repository it is from'),
-    'image-too-large': Rule(DROPPED, TOO_LARGE),
-    'empty-file': Rule(DROPPED),
-    'not-an-image': Rule(DROPPED),
-    'truncated-image': Rule(DROPPED),
-    'unreadable-image': Rule(DROPPED, 'OpenCV, which reads images in training, cannot decode it'),
-    'image-resized-to-zero': Rule(
-        DROPPED, "the recipe's resize leaves less than one pixel of a side; cut it into tiles"
-    ),
-    'image-below-stride': Rule(
-        DROPPED,
-        f"the recipe's resize leaves a side under {STRIDE} pixels, the stride of the backbone; cut it into tiles",
-    ),
-    'name-case-mismatch': Rule(FIXED, 'the name on the disk is used'),
-    'exif-rotated-image': Rule(FIXED, 'its annotations are of the image as stored; it is read without EXIF rotation'),
-    'duplicate-image': Rule(INFO, 'kept: the same bytes under two names'),
-    'train-image-in-val': Rule(INFO, 'kept: the same bytes in both, so metrics on val are too good'),
-    'nothing-to-train-on': Rule(ERROR, 'no usable annotation is left'),
-    'nothing-to-evaluate': Rule(ERROR, 'no usable annotation is left'),
-    # images of COCO json
-    'image-without-id-or-name': Rule(DROPPED),
-    'duplicate-image-id': Rule(DROPPED, 'the later one is dropped, annotations stay with the first'),
-    'duplicate-file-name': Rule(DROPPED, 'the later one is dropped, with its annotations'),
-    'name-outside-root': Rule(DROPPED),
-    'name-spelling-mismatch': Rule(
-        FIXED, 'the name on the disk is used, which differs in Unicode normalization or escapes'
-    ),
-    'name-matched-by-suffix': Rule(FIXED, 'no such folder exists here; the one file whose path ends alike is used'),
-    'ambiguous-name': Rule(
-        ERROR, 'write names with their folders as they are here, or give --train-images, --val-images'
-    ),
-    'image-size-mismatch': Rule(DROPPED),
-    'image-without-size': Rule(FIXED, 'taken from the image file'),
-    'image-without-annotations': Rule(INFO, 'kept: the recipes train without them, and evaluate with them'),
-    'image-below-32-pixels': Rule(INFO, 'kept: the recipes train without them (filter_cfg.min_size)'),
-    # categories of COCO json
-    'duplicate-category-id': Rule(ERROR, 'give each category an id of its own'),
-    'category-without-id-or-name': Rule(ERROR, 'give each category a name and an id that is not true or false'),
-    'duplicate-category-name': Rule(FIXED, 'merged into one class'),
-    'category-name-mismatch': Rule(
-        ERROR, 'the same id has another name in train; give it the same name, or another id'
-    ),
-    'category-without-class': Rule(
-        DROPPED, 'no class of train or of the checkpoint has this name; its annotations are dropped'
-    ),
-    'category-id-mismatch': Rule(FIXED, 'matched with train by its name'),
-    'class-never-annotated': Rule(INFO, 'kept as a class'),
-    'class-not-in-train': Rule(INFO, 'kept: annotated here, never in train'),
-    'id-not-integer': Rule(FIXED, 'converted to the integer that it stands for'),
-    'image-id-renumbered': Rule(FIXED, 'all images are; pycocotools and mmdet need integers up to 2**53'),
-    'supercategory-not-text': Rule(INFO, 'ignored; supercategories are not used in training'),
-    'category-id-gaps': Rule(INFO, 'class indices are assigned without gaps'),
-    'supercategory-as-class': Rule(FIXED, 'not a class: it has no annotation, and others name it as supercategory'),
-    # annotations of COCO json
-    'orphan-annotation': Rule(DROPPED),
-    'unknown-category': Rule(DROPPED),
-    'not-an-annotation': Rule(DROPPED),
-    'duplicate-annotation': Rule(DROPPED, 'the later one is dropped'),
-    'duplicate-annotation-id': Rule(FIXED, 'renumbered'),
-    'missing-box': Rule(DROPPED),
-    'box-from-mask': Rule(FIXED, 'no box is given; computed from the mask'),
-    'box-not-four-numbers': Rule(DROPPED),
-    'box-not-finite': Rule(DROPPED),
-    'box-without-area': Rule(DROPPED),
-    'box-below-one-pixel': Rule(INFO, 'kept: mmdet trains without them'),
-    'box-outside-image': Rule(DROPPED),
-    'box-far-outside-image': Rule(DROPPED),
-    'box-partly-outside-image': Rule(INFO, 'kept: clipped in training, used as it is in the evaluation'),
-    'box-as-corners': Rule(DROPPED, 'its mask shows that it is x1, y1, x2, y2; write x, y, width, height'),
-    'most-boxes-as-corners': Rule(ERROR, 'most are x1, y1, x2, y2; write x, y, width, height'),
-    'box-mask-unrelated': Rule(DROPPED, 'box and mask (almost) do not overlap'),
-    'box-mask-mismatch': Rule(INFO, 'kept: the mask has another size or position'),
-    'implausible-area': Rule(FIXED, 'computed from the mask or the box'),
-    'missing-area': Rule(FIXED, 'computed from the mask or the box'),
-    'missing-mask': Rule(DROPPED, 'most other annotations have a mask'),
-    'few-masks': Rule(INFO, 'most annotations have no mask; all are used as boxes'),
-    'mask-ignored': Rule(INFO, 'neither a list of polygons nor an RLE; only boxes are used'),
-    'mask-format-unknown': Rule(DROPPED, 'neither a list of polygons nor an RLE'),
-    'polygon-under-3-points': Rule(DROPPED),
-    'polygon-odd-length': Rule(DROPPED, 'x and y do not pair up'),
-    'polygon-not-numeric': Rule(DROPPED),
-    'polygon-outside-image': Rule(DROPPED),
-    'polygon-far-outside-image': Rule(DROPPED),
-    'polygon-outline-too-long': Rule(DROPPED, 'its outline is over ten million pixels long'),
-    'polygon-not-nested': Rule(FIXED, 'wrapped in a list'),
-    'rle-size-mismatch': Rule(DROPPED),
-    'rle-length-mismatch': Rule(DROPPED),
-    'iscrowd-as-text': Rule(FIXED, "'0' and 'false' are read as 0, '1' and 'true' as 1"),
-    'iscrowd-invalid': Rule(DROPPED, 'neither 0 nor 1'),
-    'crowd': Rule(INFO, 'kept: not trained on, ignored in the evaluation (CVAT exports brush masks as crowds)'),
-    'crowd-with-polygons': Rule(INFO, 'kept: not trained on, ignored in the evaluation'),
-    # segmentation masks
-    'unmatched-image': Rule(DROPPED, 'no segmentation mask has its name'),
-    'duplicate-stem': Rule(DROPPED, 'a segmentation mask belongs to one image; the later one is dropped'),
-    'mask-values-0-and-255': Rule(
-        ERROR, '255 is ignored, so there is nothing to learn; write 255 as 1 if it is a class'
-    ),
-    'single-class': Rule(ERROR, 'the loss of a single class is always 0'),
-    'single-class-in-train': Rule(INFO, 'kept: the model can only learn to predict this class everywhere'),
-    'unmatched-mask': Rule(DROPPED, 'no image has its name'),
-    'unreadable-mask': Rule(DROPPED),
-    'mask-too-large': Rule(DROPPED, TOO_LARGE),
-    'mask-single-row': Rule(DROPPED, 'mmseg cannot read a segmentation mask of a single row or column'),
-    'mask-lossy-format': Rule(ERROR, 'JPEG and the like change label values; write PNGs from the original masks'),
-    'mask-size-mismatch': Rule(DROPPED),
-    'mask-all-ignored': Rule(DROPPED),
-    'mask-in-color': Rule(ERROR, 'write index PNGs: one channel, in which a pixel is the index of its class'),
-    'mask-not-8-bit': Rule(ERROR, 'values are beyond 0 to 255, which mmseg would truncate; write 8-bit PNGs'),
-    'label-out-of-range': Rule(ERROR),
+# Of problems that are dropped, where no more is to be said.
+SELF_EXPLANATORY_CODES = (
+    'missing-image empty-file not-an-image truncated-image image-without-id-or-name name-outside-root '
+    'image-size-mismatch orphan-annotation unknown-category not-an-annotation missing-box box-not-four-numbers '
+    'box-not-finite box-without-area box-outside-image box-far-outside-image polygon-under-3-points '
+    'polygon-not-numeric polygon-outside-image polygon-far-outside-image rle-size-mismatch rle-length-mismatch '
+    'unreadable-mask mask-size-mismatch mask-all-ignored'
+)
+# By action and code: what exactly is done, or how to fix it; empty where code and action say it. Codes are stable: they
+# stand in reports, in the JSON of tools/check_data.py and in stored caches.
+NOTES = {
+    ERROR: {
+        'nothing-to-train-on': 'no usable annotation is left',
+        'nothing-to-evaluate': 'no usable annotation is left',
+        'ambiguous-name': 'write names with their folders as they are here, or give --train-images, --val-images',
+        'duplicate-category-id': 'give each category an id of its own',
+        'category-without-id-or-name': 'give each category a name and an id that is not true or false',
+        'category-name-mismatch': 'the same id has another name in train; give it the same name, or another id',
+        'most-boxes-as-corners': 'most are x1, y1, x2, y2; write x, y, width, height',
+        'mask-values-0-and-255': '255 is ignored, so there is nothing to learn; write 255 as 1 if it is a class',
+        'single-class': 'the loss of a single class is always 0',
+        'mask-lossy-format': 'JPEG and the like change label values; write PNGs from the original masks',
+        'mask-in-color': 'write index PNGs: one channel, in which a pixel is the index of its class',
+        'mask-not-8-bit': 'values are beyond 0 to 255, which mmseg would truncate; write 8-bit PNGs',
+        'label-out-of-range': '',
+    },
+    DROPPED: {
+        **dict.fromkeys(SELF_EXPLANATORY_CODES.split(), ''),
+        'not-a-regular-file': 'a folder, a device or a pipe has its name',
+        'file-too-large': f'over {format_bytes(MAX_BYTES)}',
+        'git-lfs-pointer': 'its content was not fetched; run git lfs pull in the repository it is from',
+        'image-too-large': TOO_LARGE,
+        'unreadable-image': 'OpenCV, which reads images in training, cannot decode it',
+        'image-resized-to-zero': "the recipe's resize leaves less than one pixel of a side; cut it into tiles",
+        'image-below-stride': f"the recipe's resize leaves a side under {STRIDE} pixels, the stride; cut it into tiles",
+        'duplicate-image-id': 'the later one is dropped, annotations stay with the first',
+        'duplicate-file-name': 'the later one is dropped, with its annotations',
+        'category-without-class': 'no class of train or of the checkpoint has this name; its annotations are dropped',
+        'duplicate-annotation': 'the later one is dropped',
+        'box-as-corners': 'its mask shows that it is x1, y1, x2, y2; write x, y, width, height',
+        'box-mask-unrelated': 'box and mask (almost) do not overlap',
+        'missing-mask': 'most other annotations have a mask',
+        'mask-format-unknown': 'neither a list of polygons nor an RLE',
+        'polygon-odd-length': 'x and y do not pair up',
+        'polygon-outline-too-long': 'its outline is over ten million pixels long',
+        'iscrowd-invalid': 'neither 0 nor 1',
+        'unmatched-image': 'no segmentation mask has its name',
+        'duplicate-stem': 'a segmentation mask belongs to one image; the later one is dropped',
+        'unmatched-mask': 'no image has its name',
+        'mask-too-large': TOO_LARGE,
+        'mask-single-row': 'mmseg cannot read a segmentation mask of a single row or column',
+    },
+    FIXED: {
+        'name-case-mismatch': 'the name on the disk is used',
+        'exif-rotated-image': 'its annotations are of the image as stored; it is read without EXIF rotation',
+        'name-spelling-mismatch': 'the name on the disk is used, which differs in Unicode normalization or escapes',
+        'name-matched-by-suffix': 'no such folder exists here; the one file whose path ends alike is used',
+        'image-without-size': 'taken from the image file',
+        'duplicate-category-name': 'merged into one class',
+        'category-id-mismatch': 'matched with train by its name',
+        'id-not-integer': 'converted to the integer that it stands for',
+        'image-id-renumbered': 'all images are; pycocotools and mmdet need integers up to 2**53',
+        'supercategory-as-class': 'not a class: it has no annotation, and others name it as supercategory',
+        'duplicate-annotation-id': 'renumbered',
+        'box-from-mask': 'no box is given; computed from the mask',
+        'implausible-area': 'computed from the mask or the box',
+        'missing-area': 'computed from the mask or the box',
+        'polygon-not-nested': 'wrapped in a list',
+        'iscrowd-as-text': "'0' and 'false' are read as 0, '1' and 'true' as 1",
+    },
+    INFO: {
+        'duplicate-image': 'kept: the same bytes under two names',
+        'train-image-in-val': 'kept: the same bytes in both, so metrics on val are too good',
+        'image-without-annotations': 'kept: the recipes train without them, and evaluate with them',
+        'image-below-32-pixels': 'kept: the recipes train without them (filter_cfg.min_size)',
+        'class-never-annotated': 'kept as a class',
+        'class-not-in-train': 'kept: annotated here, never in train',
+        'supercategory-not-text': 'ignored; supercategories are not used in training',
+        'category-id-gaps': 'class indices are assigned without gaps',
+        'box-below-one-pixel': 'kept: mmdet trains without them',
+        'box-partly-outside-image': 'kept: clipped in training, used as it is in the evaluation',
+        'box-mask-mismatch': 'kept: the mask has another size or position',
+        'few-masks': 'most annotations have no mask; all are used as boxes',
+        'mask-ignored': 'neither a list of polygons nor an RLE; only boxes are used',
+        'crowd': 'kept: not trained on, ignored in the evaluation (CVAT exports brush masks as crowds)',
+        'crowd-with-polygons': 'kept: not trained on, ignored in the evaluation',
+        'single-class-in-train': 'kept: the model can only learn to predict this class everywhere',
+    },
 }
+RULES = {code: Rule(action, note) for action, notes in NOTES.items() for code, note in notes.items()}
 # Annotations and images that are kept, but not trained on.
 UNTRAINABLE_CODES = ('crowd', 'crowd-with-polygons', 'box-below-one-pixel', 'image-below-32-pixels')
 
@@ -209,8 +183,8 @@ class Report:
 
     def by_action(self, *actions: str) -> list[Diagnostic]:
         """Return the diagnostics with these actions (default: all), the most serious first."""
-        in_order = [action for action in ACTIONS if action in (actions or ACTIONS)]
-        return [d for action in in_order for d in self.diagnostics.values() if d.action == action]
+        diagnostics = [d for d in self.diagnostics.values() if d.action in (actions or ACTIONS)]
+        return sorted(diagnostics, key=lambda diagnostic: ACTIONS.index(diagnostic.action))
 
     @property
     def problems(self) -> list[Diagnostic]:

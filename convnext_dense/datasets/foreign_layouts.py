@@ -7,7 +7,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from ..engine.datasets import IMAGE_SUFFIXES
-from .files import HEADER_BYTES, MAX_JSON_BYTES, UnusableFileError, open_regular, read_start, to_one_line, walk
+from .files import MAX_JSON_BYTES, UnusableFileError, open_regular, read_start, to_one_line, walk
 from .layouts import (
     IMAGE_DIR_NAMES,
     MASK_DIR_NAMES,
@@ -20,8 +20,8 @@ from .layouts import (
     is_image,
 )
 
-PANOPTIC_KEY = '"segments_info"'  # of its annotations
 PANOPTIC_HINT = 'use instances_*.json, or convert it with panopticapi (panoptic2detection_coco_format.py)'
+LFS_HINT = 'Git LFS pointers, such as {}: run git lfs pull where they are from'
 CONVERT_HINT = 'convert them to COCO json (with CVAT, FiftyOne or Roboflow)'
 CLASSIFICATION_HINT = (
     'has one folder per class, as for classification: boxes or segmentation masks are needed; '
@@ -35,8 +35,11 @@ MAX_FILES_PER_SUFFIX = 100  # in one folder; the others are taken to be alike
 _SPLIT = '|'.join(chain(*SPLIT_DIR_NAMES.values()))
 _MASKS = 'annots?|annotations?|labels?|masks?|gt|seg|segmentations?'
 SPLIT_MASKS_RE = re.compile(f'({_SPLIT})[ _-]?({_MASKS})|({_MASKS})[ _-]?({_SPLIT})')
-KITTI_RE = re.compile(r'[A-Za-z_]+( -?[0-9.]+){14,15} *')
-CSV_MARKS = ('filename', 'file_name', 'image', 'xmin', 'bbox', '.jpg', '.png')  # in a CSV of labels
+# First lines: of YOLO's labels, which are a class and numbers from 0 to 1, and of KITTI's.
+YOLO_LINE = r'\A\s*\d+([ \t]+(0?\.\d+|[01](\.0*)?|\d(\.\d+)?[eE]-\d+)){4,}\s*$'
+KITTI_LINE = r'\A[A-Za-z_]+( -?[0-9.]+){14,15}\s*$'
+YOLO_HINT = f'looks like YOLO labels ({{}}): {CONVERT_HINT}'
+CSV_MARKS = r'filename|file_name|image|xmin|bbox|\.jpg|\.png'  # in a CSV of labels
 
 
 def describe_unsupported(root: Path) -> str:
@@ -53,15 +56,17 @@ def describe_unsupported(root: Path) -> str:
         if find_annotations(folder) or find_folders(folder):
             return f'holds a data set in its folder {to_one_line(folder.name)}: give {folder}'
 
-    def has_text(suffix: str, *texts: str):
-        return lambda: next(filter(None, (_find_by_content(files, suffix, text) for text in texts)), None)
+    def has_text(suffix: str, pattern: str, limit: int | None = 5):
+        paths = [path for path in files if path.suffix.lower() == suffix][:limit]
+        return lambda: next((path for path in paths if re.search(pattern, read_start(path, 2**16), re.MULTILINE)), None)
 
-    def has_name(text: str):
-        return lambda: next((path for path in files if text in path.as_posix().lower()), None)
+    def has_name(pattern: str):
+        return lambda: next((path for path in files if re.search(pattern, path.as_posix().lower())), None)
 
     for find, description in (
-        (lambda: _find_lfs_pointer(files), 'holds Git LFS pointers, such as {}: run git lfs pull where they are from'),
-        (lambda: _find_yolo(files), f'looks like YOLO labels ({{}}): {CONVERT_HINT}'),
+        (lambda: next(filter(_is_lfs_pointer, files), None), f'holds {LFS_HINT}'),
+        (has_text('.txt', YOLO_LINE, limit=None), YOLO_HINT),
+        (has_name(r'/(data\.ya?ml|obj\.names)$'), YOLO_HINT),
         (lambda: _find_split_masks(root, files), f'holds masks in {{}}, as in SegNet\'s CamVid: {MASK_LAYOUT_HINT}'),
         (has_text('.xml', '<annotation'), f'looks like Pascal VOC boxes in XML: {CONVERT_HINT}'),
         (has_text('.json', '"shapes"'), 'looks like LabelMe, one file per image: run its labelme2coco.py'),
@@ -69,13 +74,13 @@ def describe_unsupported(root: Path) -> str:
         (has_text('.json', '"regions"'), f"looks like the VGG annotator's JSON: {CONVERT_HINT}"),
         (has_text('.json', '"caption"'), 'holds captions ({}): boxes are in instances_*.json'),
         (has_text('.json', '"keypoints"'), 'holds keypoints ({}): boxes are in instances_*.json'),
-        (has_text('.json', PANOPTIC_KEY), f'holds panoptic JSON ({{}}): {PANOPTIC_HINT}'),
+        (has_text('.json', '"segments_info"'), f'holds panoptic JSON ({{}}): {PANOPTIC_HINT}'),
         (has_name('createml'), f'looks like CreateML labels: {CONVERT_HINT}'),
         (has_name('tfrecord'), f'looks like TFRecords: {CONVERT_HINT}'),
-        (lambda: _find_kitti(files), f'looks like KITTI boxes ({{}}): {CONVERT_HINT}'),
+        (has_text('.txt', KITTI_LINE, limit=None), f'looks like KITTI boxes ({{}}): {CONVERT_HINT}'),
         (has_name('labeltxt/'), f'looks like the rotated boxes of DOTA ({{}}): {CONVERT_HINT}'),
-        (has_name('gt/gt.txt'), f'looks like the tracks of MOT ({{}}): {CONVERT_HINT}'),
-        (has_text('.csv', *CSV_MARKS), f'looks like labels in CSV: {CONVERT_HINT}'),
+        (has_name(r'gt/gt\.txt'), f'looks like the tracks of MOT ({{}}): {CONVERT_HINT}'),
+        (has_text('.csv', CSV_MARKS), f'looks like labels in CSV: {CONVERT_HINT}'),
         (lambda: _find_masks_next_to_images(files), f'holds masks next to the images ({{}}): {MASK_LAYOUT_HINT}'),
         (lambda: _is_classification_folder(root), CLASSIFICATION_HINT),
         (lambda: suffixes <= set(ARCHIVE_SUFFIXES), 'holds archives: unpack them there'),
@@ -111,36 +116,12 @@ def _sample_files(root: Path) -> Iterator[Path]:
                 yield Path(folder, name)
 
 
-def _find_lfs_pointer(files: list[Path]) -> Path | None:
-    def is_pointer(path: Path) -> bool:
-        try:
-            open_regular(path, MAX_JSON_BYTES).close()
-        except OSError as error:
-            return isinstance(error, UnusableFileError) and error.code == 'git-lfs-pointer'
-        return False
-
-    return next(filter(is_pointer, files), None)
-
-
-def _find_yolo(files: list[Path]) -> Path | None:
-    def is_yolo(path: Path) -> bool:
-        fields = read_start(path, HEADER_BYTES).lstrip().split('\n')[0].split()
-        try:
-            return len(fields) >= 5 and fields[0].isdigit() and all(0 <= float(v) <= 1 for v in fields[1:])
-        except ValueError:
-            return False
-
-    config_names = ('data.yaml', 'data.yml', 'obj.names')
-    labels = (path for path in files if path.suffix.lower() == '.txt' and is_yolo(path))
-    return next(labels, None) or next((path for path in files if path.name.lower() in config_names), None)
-
-
-def _find_kitti(files: list[Path]) -> Path | None:
-    def first_line(path: Path) -> str:
-        return read_start(path, HEADER_BYTES).split('\n')[0].strip()
-
-    texts = (path for path in files if path.suffix.lower() == '.txt')
-    return next((path for path in texts if KITTI_RE.fullmatch(first_line(path))), None)
+def _is_lfs_pointer(path: Path) -> bool:
+    try:
+        open_regular(path, MAX_JSON_BYTES).close()
+    except OSError as error:
+        return isinstance(error, UnusableFileError) and error.code == 'git-lfs-pointer'
+    return False
 
 
 def _find_split_masks(root: Path, files: list[Path]) -> Path | None:
@@ -155,11 +136,6 @@ def _find_masks_next_to_images(files: list[Path]) -> Path | None:
     images = list(filter(is_image, files))
     stems = {(path.parent, path.stem.lower() + suffix) for path in images for suffix in MASK_SUFFIXES if suffix}
     return next((path for path in images if (path.parent, path.stem.lower()) in stems), None)
-
-
-def _find_by_content(files: list[Path], suffix: str, text: str) -> Path | None:
-    candidates = [path for path in files if path.suffix.lower() == suffix][:5]
-    return next((path for path in candidates if text in read_start(path, 2**16)), None)
 
 
 def _is_classification_folder(root: Path) -> bool:

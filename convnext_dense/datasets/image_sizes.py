@@ -28,15 +28,10 @@ class ResizeLimit(NamedTuple):
 
 # Of the ADE20K recipes of 512 x 512 and of the COCO recipes, for checks without a config.
 DEFAULT_LIMITS = {
-    'detection': {
-        'train': ResizeLimit(((400, 1333),)),
-        'val': ResizeLimit(((1333, 800),)),
-        'test': ResizeLimit(((1333, 800),)),
-    },
+    'detection': {split: ResizeLimit(((400, 1333) if split == 'train' else (1333, 800),)) for split in SPLITS},
     'segmentation': {
-        'train': ResizeLimit(((1024, 256),)),
-        'val': ResizeLimit(((2048, 512),), STRIDE),
-        'test': ResizeLimit(((2048, 512),), STRIDE),
+        split: ResizeLimit(((1024, 256),)) if split == 'train' else ResizeLimit(((2048, 512),), STRIDE)
+        for split in SPLITS
     },
 }
 
@@ -103,13 +98,12 @@ def _min_scales(step: dict) -> Iterator[tuple[int, int]]:
 
 def _drop_larger_scales(scales: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """Return the scales that contain no other one."""
-    scales = list(dict.fromkeys(scales))
-    return tuple(scale for scale in scales if not any(_contains(scale, other) for other in scales))
+    sides = {scale: sorted(scale) for scale in scales}
 
+    def contains(a: list[int], b: list[int]) -> bool:
+        return a != b and a[0] >= b[0] and a[1] >= b[1]
 
-def _contains(scale: tuple[int, int], other: tuple[int, int]) -> bool:
-    mine, theirs = sorted(scale), sorted(other)
-    return mine != theirs and mine[0] >= theirs[0] and mine[1] >= theirs[1]
+    return tuple(scale for scale, own in sides.items() if not any(contains(own, other) for other in sides.values()))
 
 
 def _pads_to_stride(preprocessor: dict, split: str, steps: list[dict]) -> bool:
