@@ -7,7 +7,7 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
-from itertools import takewhile
+from os.path import commonprefix
 from typing import NamedTuple
 from unicodedata import normalize
 from urllib.parse import unquote
@@ -42,7 +42,8 @@ class FileIndex:
         keys, key = self._sorted[0], _reversed_parts(path)
         position = bisect_left(keys, key)
         neighbors = keys[max(position - 1, 0) : position + 1]
-        n = max((_num_common_parts(key, neighbor) for neighbor in neighbors), default=0)
+        parts = [other.split('\0')[:-1] for other in neighbors]
+        n = max((len(commonprefix([key.split('\0'), other])) for other in parts), default=0)  # noqa: RUF071, of lists
         common = '\0'.join([*key.split('\0')[:n], ''])
         return n, self._between(common, chr(sys.maxunicode)) if n else []
 
@@ -131,9 +132,3 @@ def _decode(undecoded: re.Match) -> str:
 def _reversed_parts(path: str) -> str:
     """Return the normalized parts of a path from the last to the first, each followed by NUL, for sorting."""
     return ''.join(f'{part}\0' for part in reversed(normalize_spelling(path).split('/')))
-
-
-def _num_common_parts(first: str, second: str) -> int:
-    """Return how many leading parts two reversed paths have in common."""
-    parts = zip(first.split('\0')[:-1], second.split('\0')[:-1])
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], parts))

@@ -22,6 +22,7 @@ MAX_LIST_BYTES = 16 * 2**20  # of a list of classes or of names
 MAX_JSON_BYTES = 8 * 2**30
 HEADER_BYTES = 4096  # of a file, by which its format is recognized
 JSON_WHITESPACE = b' \t\r\n\0\xef\xbb\xbf\xff\xfe'  # before the first character, in any encoding
+MAX_FOLDERS = 200  # in one folder, in which images are looked for
 MAX_VISITS = 8  # of one folder, to which several links may lead
 HIDDEN_PREFIXES = ('.', '__MACOSX')  # of folders that programs make for themselves
 MAX_VALUE_LENGTH = 500  # characters of a value in a report
@@ -178,14 +179,15 @@ def files_below(root: str | os.PathLike, hidden: bool = True) -> set[str]:
     return found
 
 
-def folders_in(folder: str | os.PathLike, limit: int) -> list[str]:
-    """Return the first `limit` folders in a folder, without hidden ones and links to folders that contain them."""
+def folders_in(folder: str | os.PathLike) -> list[Path]:
+    """Return the first folders in a folder, without hidden ones and links to folders that contain them."""
     try:
         with os.scandir(folder) as entries:
-            paths = sorted(e.path for e in entries if _is_folder(e) and not e.name.startswith(HIDDEN_PREFIXES))[:limit]
+            paths = sorted(e.path for e in entries if _is_folder(e) and not e.name.startswith(HIDDEN_PREFIXES))
     except OSError:
         return []
-    return [path for path in paths if not is_below(os.path.realpath(folder), os.path.realpath(path))]
+    own = os.path.realpath(folder)
+    return [Path(path) for path in paths[:MAX_FOLDERS] if not is_below(own, os.path.realpath(path))]
 
 
 def is_below(path: str | os.PathLike, folder: str | os.PathLike) -> bool:

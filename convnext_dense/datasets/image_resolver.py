@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ..errors import UsageError
@@ -17,7 +18,6 @@ from .request import relative_to_root
 
 MAX_NAMES_TRIED = 50  # to find the folder in which names begin
 MAX_NAME_LENGTH = 4096  # characters; no system has longer ones
-MAX_FOLDERS_TRIED = 200  # in one folder
 DIGITS_RE, WORDS_RE = re.compile('[0-9]+'), re.compile('[a-z]+')
 
 
@@ -70,12 +70,7 @@ class ImageResolver:
     """
 
     def __init__(
-        self,
-        ann_file: Path,
-        root: Path,
-        names: Sequence[str],
-        image_dir: str | None = None,
-        split: str | None = None,
+        self, ann_file: Path, root: Path, names: Sequence[str], image_dir: str | None = None, split: str | None = None
     ):
         names = list(dict.fromkeys(names))
         self._root, self._split = root, None if image_dir else split
@@ -171,17 +166,13 @@ class ImageResolver:
             if len(files) == 1:
                 names_by_file[files[0]].append(name)
         has_machine_names = any(split_machine_prefix(name)[1] for name in chain(*names_by_file.values()))
-
-        def missing_code(name: str) -> str:
-            is_of_machine = split_machine_prefix(name)[1]
-            return 'missing-image' if has_machine_names or not is_of_machine else 'name-outside-root'
-
-        return {
-            name: _to_location(name, match.files, 'name-matched-by-suffix', names_by_file)
-            if match.files
-            else ImageLocation(None, missing_code(name), name)
-            for name, match in matches.items()
-        }
+        locations = {}
+        for name, match in matches.items():
+            is_outside = split_machine_prefix(name)[1] and not has_machine_names
+            locations[name] = ImageLocation(None, 'name-outside-root' if is_outside else 'missing-image', name)
+            if match.files:
+                locations[name] = _to_location(name, match.files, 'name-matched-by-suffix', names_by_file)
+        return locations
 
     def _match_suffix(self, name: str, has_exact_names: bool) -> SuffixMatch:
         path, machine = split_machine_prefix(name)
@@ -201,14 +192,14 @@ class ImageResolver:
 
 
 def _to_location(
-    name: str, files: list[str], code: str, names_by_file: Mapping[str, list[str]] | None = None
+    name: str, files: list[str], code: str, names_by_file: Mapping[str, list[str]] = MappingProxyType({})
 ) -> ImageLocation:
     """Return the location of an image that may be one of some files: unique if no other name matches it, too."""
     if len(files) > 1:
         return ImageLocation(None, 'ambiguous-name', f'{name} may be {" or ".join(files[:2])}')
-    other = next((n for n in (names_by_file or {}).get(files[0], ()) if n != name), None)
-    if other is not None:
-        return ImageLocation(None, 'ambiguous-name', f'{name} and {other} may both be {files[0]}')
+    others = [other for other in names_by_file.get(files[0], ()) if other != name]
+    if others:
+        return ImageLocation(None, 'ambiguous-name', f'{name} and {others[0]} may both be {files[0]}')
     return ImageLocation(files[0], code, f'{name} is {files[0]}')
 
 
@@ -270,12 +261,18 @@ def _best_folder(folders: Sequence[Path], names: Sequence[str]) -> Path | None:
     """Return the first folder that has half as many of the names as the best one, None if none has any."""
     split_names = map(split_machine_prefix, names)
     paths = [path for path, machine in split_names if not machine and not path.startswith('../')]
-    spellings = cache(_spellings_in)
+
+    @cache
+    def spellings_in(folder: str) -> set[str]:
+        try:
+            return set(map(normalize_spelling, os.listdir(folder)))
+        except (OSError, ValueError):
+            return set()
 
     def exists(folder: Path, path: str) -> bool:
         parent, _, name = f'{folder}/{path}'.rpartition('/')
         # Links may show one folder under many names, and a missing one need not be listed for each name.
-        return os.path.isdir(parent) and normalize_spelling(name) in spellings(os.path.realpath(parent))
+        return os.path.isdir(parent) and normalize_spelling(name) in spellings_in(os.path.realpath(parent))
 
     hits = [sum(exists(folder, path) for path in paths) for folder in folders]
     most = max(hits, default=0)
@@ -288,39 +285,23 @@ def _candidate_folders(ann_file: Path, root: Path) -> tuple[list[Path], list[Pat
     Returns:
         Those named after the split of the file, and all, the likeliest first.
     """
+    split = next((s for s, names in SPLIT_DIR_NAMES.items() if any(n in ann_file.stem.lower() for n in names)), None)
 
-    def is_of_split(name: str) -> bool:
-        return split is not None and any(n in name.lower() for n in SPLIT_DIR_NAMES[split])
+    def is_of_split(folder: Path) -> bool:
+        return split is not None and any(name in folder.name.lower() for name in SPLIT_DIR_NAMES[split])
+
+    def score(folder: Path) -> tuple[bool, int]:
+        names = {path.name.lower() for path in (folder, folder.parent)}
+        kind = bool(names & {*IMAGE_DIR_NAMES}) - bool(names & {*MASK_DIR_NAMES})
+        return folder.name.lower() == ann_file.stem.lower(), kind
 
     near = [ann_file.parent, ann_file.parent / 'images', root / 'images', root]
-    split = next((s for s, names in SPLIT_DIR_NAMES.items() if any(n in ann_file.stem.lower() for n in names)), None)
-    below = [*_subfolders(root), *_subfolders(_base_folder(ann_file))]
-    below += [inner for folder in below for inner in _subfolders(folder)]
+    below = [*folders_in(root), *folders_in(_base_folder(ann_file))]
+    below += [inner for folder in below for inner in folders_in(folder)]
     # Folders of the split come first: file names are often the same in all splits.
-    split_dirs = [f for f in below if is_of_split(f.name) and not _is_mask_folder(f, root)]
-    split_dirs.sort(key=lambda folder: _folder_score(folder, ann_file), reverse=True)
+    split_dirs = [folder for folder in below if is_of_split(folder) and not _is_mask_folder(folder, root)]
+    split_dirs.sort(key=score, reverse=True)
     # If there are any, images of the same names in the folder of another split are different ones.
-    other_dirs = [
-        f for f in below if f not in split_dirs and not (split_dirs and _splits_in([f.name.lower()]) - {split})
-    ]
-    own_dir = [ann_file.parent] if is_of_split(ann_file.parent.name) else []
-    return [*own_dir, *split_dirs], list(dict.fromkeys([*own_dir, *split_dirs, *near, *other_dirs]))
-
-
-def _folder_score(folder: Path, ann_file: Path) -> tuple[bool, int]:
-    """Return how likely a folder holds the images of a COCO json file, by names of folders."""
-    names = {path.name.lower() for path in (folder, folder.parent)}
-    kind = bool(names & {*IMAGE_DIR_NAMES}) - bool(names & {*MASK_DIR_NAMES})
-    return folder.name.lower() == ann_file.stem.lower(), kind
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return [Path(path) for path in folders_in(folder, MAX_FOLDERS_TRIED)]
-
-
-def _spellings_in(folder: str) -> set[str]:
-    """Return the normalized names in a folder."""
-    try:
-        return set(map(normalize_spelling, os.listdir(folder)))
-    except (OSError, ValueError):
-        return set()
+    other_dirs = [f for f in below if not (split_dirs and _splits_in([f.name.lower()]) - {split})]
+    split_dirs = [*filter(is_of_split, near[:1]), *split_dirs]
+    return split_dirs, list(dict.fromkeys([*split_dirs, *near, *other_dirs]))

@@ -130,12 +130,9 @@ def find_folders(root: Path) -> tuple[str, dict[str, SplitDirs]] | None:
     parents = (root, images, masks)
     by_split = {split: [find_dir(parent, names) for parent in parents] for split, names in SPLIT_DIR_NAMES.items()}
     for layout, select in {
-        'images/SPLIT, labels/SPLIT': lambda split, images, masks: (images, masks),
-        'SPLIT/images, SPLIT/labels': lambda split, images, masks: (
-            find_dir(split, IMAGE_DIR_NAMES),
-            _find_mask_dir(split),
-        ),
-        'SPLIT, labels/SPLIT': lambda split, images, masks: (split, masks),
+        'images/SPLIT, labels/SPLIT': lambda top, images, masks: (images, masks),
+        'SPLIT/images, SPLIT/labels': lambda top, *_: (find_dir(top, IMAGE_DIR_NAMES), _find_mask_dir(top)),
+        'SPLIT, labels/SPLIT': lambda top, images, masks: (top, masks),
     }.items():
         selected = {split: select(*folders) for split, folders in by_split.items()}
         dirs = {split: SplitDirs(*folders) for split, folders in selected.items() if all(folders)}
