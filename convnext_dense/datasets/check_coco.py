@@ -21,6 +21,7 @@ from .image_resolver import ImageResolver
 from .image_sizes import ResizeLimit, too_thin
 
 COCO_KEYS = ('images', 'annotations', 'categories')
+NO_GROUP = (None, '', 'none')  # supercategory of a category that belongs to none
 ID_KEYS = ('id', 'image_id', 'category_id')  # of an annotation
 MIN_IMAGE_SIDE = 32  # pixels: filter_cfg.min_size of the recipes
 MAX_EXACT_ID = 2**53  # pycocotools and mmdet convert ids to float64, in which larger ones collide
@@ -104,11 +105,7 @@ def class_names(coco: dict, add: Callable) -> list[str]:
             add('category-without-id-or-name', category)
         elif category_id in ids:
             add('duplicate-category-id', f'{category_id} ({name})')
-        elif (
-            not num_annotations[category_id]
-            and name in supercategories
-            and category.get('supercategory') in (None, '', 'none')
-        ):
+        elif name in supercategories and not num_annotations[category_id] and category.get('supercategory') in NO_GROUP:
             add('supercategory-as-class', name)
         elif name in id_by_name:
             add('duplicate-category-name', name)
@@ -169,12 +166,7 @@ def most_have_masks(coco: dict, add: Callable) -> bool:
 
 
 def validate_images(
-    coco: dict,
-    resolver: ImageResolver,
-    infos: Mapping[str, ImageInfo],
-    apply_exif: bool,
-    limit: ResizeLimit,
-    add: Callable,
+    coco: dict, resolver: ImageResolver, infos: Mapping, apply_exif: bool, limit: ResizeLimit, add: Callable
 ) -> dict:
     """Check the images of a split.
 
@@ -198,7 +190,7 @@ def validate_images(
         location = resolver.find(name)
         info = infos.get(location.path, ImageInfo())
         size = info.oriented_size(apply_exif)
-        annotated_size = tuple(image.get(key) for key in ('width', 'height'))
+        annotated_size = (image.get('width'), image.get('height'))
         has_size = all(map(is_positive, annotated_size))
         problem, example = info.problem, name
         if image_id in usable:
@@ -318,13 +310,7 @@ def _validate_annotation(
 
 
 def _validate_box(
-    annotation: dict,
-    mask: list | dict | None,
-    width: int,
-    height: int,
-    iscrowd: bool,
-    votes: CornerVotes,
-    add: Callable,
+    annotation: dict, mask: object, width: int, height: int, iscrowd: bool, votes: CornerVotes, add: Callable
 ) -> list[float] | None:
     """Return the box of an annotation, or that of its mask; None if it is unusable."""
     mask_box = mask_to_box(mask) if mask else None
@@ -368,7 +354,7 @@ def _parse_iscrowd(annotation: dict, add: Callable) -> int | None:
 
 
 def _validate_area(
-    area: object, mask: list | dict | None, box: list[float], size: tuple[int, int], iscrowd: int, add: Callable
+    area: object, mask: object, box: list[float], size: tuple[int, int], iscrowd: int, add: Callable
 ) -> float:
     """Return the area of an annotation in an image of a size (height, width), or that of its mask or box."""
     if not is_number(area) or not is_finite(area) or area <= 0:

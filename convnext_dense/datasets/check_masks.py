@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UsageError
-from .check_images import ImageInfo, MaskInfo
+from .check_images import MaskInfo
 from .class_names import KNOWN_DATASETS, class_files, read_classes
 from .diagnostics import Report
 from .files import to_one_line
@@ -217,13 +217,7 @@ def _format_fractions(counts: np.ndarray, labels: list[int]) -> str:
 
 
 def validate_pairs(
-    pairs: list[tuple[Path, Path]],
-    images: Mapping[Path, ImageInfo],
-    masks: Mapping[Path, MaskInfo],
-    spec: LabelSpec,
-    apply_exif: bool,
-    limit: ResizeLimit,
-    add: Callable,
+    pairs: list, images: Mapping, masks: Mapping, spec: LabelSpec, apply_exif: bool, limit: ResizeLimit, add: Callable
 ) -> tuple[list[tuple[Path, Path]], np.ndarray]:
     """Check the pairs of an image and its segmentation mask in a split.
 

@@ -1,10 +1,12 @@
 """Problems that the checks of a data set find: their codes, what is done about each, and the report of them."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UsageError
-from .check_images import MAX_BYTES, MAX_PIXELS
+from .check_images import MAX_BYTES, MAX_PIXELS, ImageInfo
 from .files import format_bytes, to_one_line
 from .image_sizes import STRIDE
 
@@ -12,6 +14,7 @@ from .image_sizes import STRIDE
 ERROR, DROPPED, FIXED, INFO = ACTIONS = ('error', 'dropped', 'fixed', 'info')
 PROBLEM_ACTIONS = (ERROR, DROPPED)
 MAX_EXAMPLES = 3  # per problem and split
+MAX_CAUSES = 3  # named where nothing is left of a split
 
 
 class Rule(NamedTuple):
@@ -142,11 +145,6 @@ class Diagnostic:
         """What is done about it, one of `ACTIONS`."""
         return RULES[self.code].action
 
-    @property
-    def is_problem(self) -> bool:
-        """Whether something is dropped or cannot be used."""
-        return self.action in PROBLEM_ACTIONS
-
     def in_short(self) -> str:
         """Return code, count and two examples, as a part of a sentence."""
         return f'{self.code}, {self.count:,} ({", ".join(to_one_line(example, 60) for example in self.examples[:2])})'
@@ -180,6 +178,46 @@ class Report:
         diagnostic.count += count
         if len(diagnostic.examples) < MAX_EXAMPLES:
             diagnostic.examples.append(to_one_line(example))
+
+    def add_if_empty(self, split: str, num_usable: int, folder: Path) -> None:
+        """Report a split of which nothing is left, with the most frequent causes."""
+        if num_usable:
+            return
+        diagnostics = [d for d in self.by_action() if d.split in (split, 'all')]
+        causes = [d for d in diagnostics if d.action in PROBLEM_ACTIONS or d.code in UNTRAINABLE_CODES]
+        causes = causes or [d for d in diagnostics if d.code == 'image-without-annotations']
+        causes.sort(key=lambda diagnostic: diagnostic.count, reverse=True)
+        summary = '; '.join(cause.in_short() for cause in causes[:MAX_CAUSES]) or 'no images'
+        self.add(split, 'nothing-to-train-on' if split == 'train' else 'nothing-to-evaluate', f'{folder}: {summary}')
+
+    def add_duplicates(self, names: Mapping[str, Sequence[str]], infos: Mapping[str, ImageInfo]) -> None:
+        """Report images with the same bytes, within a split or in train and another one.
+
+        Args:
+            names: of the images by split.
+            infos: of the images by name.
+        """
+        first_by_digest: dict[str, tuple[str, str]] = {}
+        for split, names_of_split in names.items():
+            for name in names_of_split:
+                first = first_by_digest.setdefault(infos[name].digest, (split, name))
+                if first != (split, name):
+                    code = 'duplicate-image' if first[0] == split else 'train-image-in-val'
+                    self.add(split, code, f'{name} is {first[1]}')
+
+    def add_unused_classes(self, used: Mapping[str, set[int]], classes: Sequence[str]) -> None:
+        """Report classes that do not occur, in all splits or in train.
+
+        Args:
+            used: indices of the classes that occur, by split.
+            classes: names.
+        """
+        for i, name in enumerate(classes):
+            splits = [split for split, indices in used.items() if i in indices]
+            if not splits:
+                self.add('all', 'class-never-annotated', name)
+            elif 'train' in used and 'train' not in splits:
+                self.add(splits[0], 'class-not-in-train', name)
 
     def by_action(self, *actions: str) -> list[Diagnostic]:
         """Return the diagnostics with these actions (default: all), the most serious first."""

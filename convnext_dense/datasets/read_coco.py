@@ -3,34 +3,17 @@
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 from ..errors import UsageError
 from . import check_coco as checks
 from .check_images import ImageInfo, decide_exif_handling, inspect_all, inspect_image
 from .diagnostics import Report
 from .image_resolver import ImageResolver
-from .image_sizes import ResizeLimit
-from .request import (
-    NEEDLESS_VAL_FRACTION,
-    CheckedDataset,
-    DatasetRequest,
-    report_class_usage,
-    report_duplicates,
-    report_empty,
-    select_splits,
-    split_by_hash,
-    summarize_classes,
-)
+from .request import CheckedDataset, DatasetRequest, select_splits, split_by_hash, summarize_classes
 
 
 def read_detection(
-    request: DatasetRequest,
-    layout: str,
-    files: dict[str, Path],
-    splits: Sequence[str],
-    classes: Sequence[str] | None,
-    limits: Mapping[str, ResizeLimit],
+    request: DatasetRequest, layout: str, files: dict, splits: Sequence, classes: Sequence | None, limits: Mapping
 ) -> CheckedDataset:
     """Read and check a detection data set; files as of `layouts.find_coco_files`, the rest as of `custom.read_data`."""
     root, report = request.root, Report()
@@ -52,12 +35,10 @@ def read_detection(
         report.raise_if_errors()
         raise UsageError(f'{files[main_split]} has no categories, so there is nothing to learn')
     split_note = ''
-    if main_split in ('train', 'all') and 'val' not in cocos:
+    if request.needs_val_split(cocos):
         val_names, split_note = split_by_hash(checks.image_names(train), request)
         cocos['train'], cocos['val'] = checks.split_coco(train, val_names)
         resolvers['train'] = resolvers['val'] = resolvers[main_split]
-    elif request.val_fraction is not None:
-        raise UsageError(NEEDLESS_VAL_FRACTION)
     cocos, resolvers = (select_splits(by_split, splits, root) for by_split in (cocos, resolvers))
     report.facts.append(f'{root}: COCO json, layout {layout}{split_note}')
 
@@ -85,19 +66,11 @@ def read_detection(
         contents[split] = checks.build_coco(images, annotations, classes, add)
         report.facts.append(f'{split}: {len(images):,} images, {len(annotations):,} annotations')
         num_trainable = checks.count_trainable(annotations, images.values(), split)
-        report_empty(report, split, num_trainable, resolvers[split].folder)
+        report.add_if_empty(split, num_trainable, resolvers[split].folder)
     used = {split: {a['category_id'] - 1 for a in content['annotations']} for split, content in contents.items()}
-    report_class_usage(used, classes, report)
-    report_duplicates({split: checks.image_names(coco) for split, coco in contents.items()}, infos, report)
+    report.add_unused_classes(used, classes)
+    report.add_duplicates({split: checks.image_names(coco) for split, coco in contents.items()}, infos)
     report.facts.append(f'{summarize_classes(classes)}; boxes {"and" if has_masks else "without"} masks')
-    folders = {folder for resolver in resolvers.values() for folder in resolver.searched_folders}
-    return CheckedDataset(
-        'detection',
-        os.path.abspath(root),
-        classes,
-        contents,
-        report,
-        apply_exif=apply_exif,
-        has_masks=has_masks,
-        watched_paths=[os.path.abspath(path) for path in (*files.values(), *folders)],
-    )
+    watched = [*files.values(), *{folder for resolver in resolvers.values() for folder in resolver.searched_folders}]
+    settings = dict(apply_exif=apply_exif, has_masks=has_masks, watched_paths=watched)
+    return CheckedDataset('detection', str(root), classes, contents, report, **settings)

@@ -1,6 +1,5 @@
 """Reading and checking a segmentation data set: images and segmentation masks."""
 
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -11,29 +10,12 @@ from .check_images import decide_exif_handling, inspect_all, inspect_pair
 from .check_masks import LabelSpec, infer_class_count, infer_label_spec, validate_labels, validate_pairs
 from .class_names import class_files
 from .diagnostics import Report
-from .image_sizes import ResizeLimit
-from .layouts import Pairing, SplitDirs, pair_files
-from .request import (
-    NEEDLESS_VAL_FRACTION,
-    CheckedDataset,
-    DatasetRequest,
-    relative_to_root,
-    report_class_usage,
-    report_duplicates,
-    report_empty,
-    select_splits,
-    split_by_hash,
-    summarize_classes,
-)
+from .layouts import Pairing, pair_files
+from .request import CheckedDataset, DatasetRequest, relative_to_root, select_splits, split_by_hash, summarize_classes
 
 
 def read_segmentation(
-    request: DatasetRequest,
-    layout: str,
-    split_dirs: dict[str, SplitDirs],
-    splits: Sequence[str],
-    classes: Sequence[str] | None,
-    limits: Mapping[str, ResizeLimit],
+    request: DatasetRequest, layout: str, split_dirs: dict, splits: Sequence, classes: Sequence | None, limits: Mapping
 ) -> CheckedDataset:
     """Read and check a segmentation data set; folders as of `find_folders`, the rest as of `custom.read_data`."""
     root, report = request.root, Report()
@@ -44,14 +26,12 @@ def read_segmentation(
         pairings.pop('test', None)  # Cityscapes does not publish the masks of its test split
     spec = infer_label_spec(root, layout, mask_suffix, request.classes, request.ignore_labels)
     split_note = ''
-    if main_split in ('train', 'all') and 'val' not in pairings:
+    if request.needs_val_split(pairings):
         pairing = pairings[main_split]
         val_names, split_note = split_by_hash([str(image) for image, _ in pairing.pairs], request, root)
         train, val = ([p for p in pairing.pairs if (str(p[0]) in val_names) == is_val] for is_val in (False, True))
         pairings['train'] = pairing._replace(pairs=train)
         pairings['val'] = Pairing(val, [], mask_suffix)  # problems are reported once, for train
-    elif request.val_fraction is not None:
-        raise UsageError(NEEDLESS_VAL_FRACTION)
     pairings = select_splits(pairings, splits, root)
     report.facts.append(f'{root}: segmentation masks, layout {layout}{split_note}')
 
@@ -76,25 +56,16 @@ def read_segmentation(
         used[split] = set(np.flatnonzero(pixels).tolist())
         contents[split] = [[relative_to_root(path, root) for path in pair] for pair in usable]
         report.facts.append(f'{split}: {len(usable):,} images with segmentation masks')
-        report_empty(report, split, len(usable), root)
-    report_class_usage(used, spec.names, report)
+        report.add_if_empty(split, len(usable), root)
+    report.add_unused_classes(used, spec.names)
     if len(used.get('train', ())) == 1 < len(spec.names):
         report.add('train', 'single-class-in-train', spec.names[min(used['train'])])
     image_names = {split: [image for image, _ in content] for split, content in contents.items()}
-    report_duplicates(image_names, {relative_to_root(path, root): i for path, i in image_infos.items()}, report)
+    report.add_duplicates(image_names, {relative_to_root(path, root): i for path, i in image_infos.items()})
     report.facts.append(_describe_labels(spec))
     watched = [*class_files(root, request.classes), *{path for dirs in split_dirs.values() for path in dirs[:2]}]
-    return CheckedDataset(
-        'segmentation',
-        os.path.abspath(root),
-        spec.names,
-        contents,
-        report,
-        palette=spec.palette,
-        apply_exif=apply_exif,
-        dataset_kwargs=spec.dataset_kwargs,
-        watched_paths=[os.path.abspath(path) for path in watched],
-    )
+    settings = dict(palette=spec.palette, apply_exif=apply_exif, dataset_kwargs=spec.dataset_kwargs)
+    return CheckedDataset('segmentation', str(root), spec.names, contents, report, watched_paths=watched, **settings)
 
 
 def _describe_labels(spec: LabelSpec) -> str:

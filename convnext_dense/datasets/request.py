@@ -2,18 +2,15 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UsageError
-from .check_images import ImageInfo
-from .diagnostics import UNTRAINABLE_CODES, Report
+from .diagnostics import Report
 from .file_names import encode_name
 from .files import is_below
 
-MAX_CAUSES = 3  # named where nothing is left of a split
-NEEDLESS_VAL_FRACTION = '--val-fraction is for a data set without a validation split; this one has one: leave it out'
 DEFAULT_VAL_FRACTION = 0.1  # of the images, where the data set has no validation split
 
 
@@ -44,6 +41,20 @@ class DatasetRequest:
         """The folder to which paths of the data set are relative."""
         return Path(self.path or os.path.dirname(next(iter(self.ann_files.values()))) or '.')
 
+    def needs_val_split(self, splits: Collection[str]) -> bool:
+        """Return whether a validation split has to be chosen, as a data set has none among its splits.
+
+        Raises:
+            UsageError: it has one, and a fraction is given.
+        """
+        if 'val' not in splits and {'train', 'all'} & {*splits}:
+            return True
+        if self.val_fraction is not None:
+            raise UsageError(
+                '--val-fraction is for a data set without a validation split; this one has one: leave it out'
+            )
+        return False
+
 
 @dataclass
 class CheckedDataset:
@@ -72,6 +83,10 @@ class CheckedDataset:
     has_masks: bool = True
     dataset_kwargs: dict = field(default_factory=dict)
     watched_paths: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.root = os.path.abspath(self.root)
+        self.watched_paths = [os.path.abspath(path) for path in self.watched_paths]
 
 
 def split_by_hash(names: Sequence[str], request: DatasetRequest, root: Path | None = None) -> tuple[set[str], str]:
@@ -117,51 +132,6 @@ def select_splits(by_split: Mapping, splits: Sequence[str], root: Path) -> dict:
     if not selected:
         raise UsageError(f'{root} has no {" or ".join(splits)} data; it has {", ".join(by_split)}')
     return selected
-
-
-def report_empty(report: Report, split: str, num_usable: int, folder: Path) -> None:
-    """Report a split of which nothing is left, with the most frequent causes."""
-    if num_usable:
-        return
-    diagnostics = [d for d in report.by_action() if d.split in (split, 'all')]
-    causes = [d for d in diagnostics if d.is_problem or d.code in UNTRAINABLE_CODES]
-    causes = causes or [d for d in diagnostics if d.code == 'image-without-annotations']
-    causes.sort(key=lambda diagnostic: diagnostic.count, reverse=True)
-    summary = '; '.join(cause.in_short() for cause in causes[:MAX_CAUSES]) or 'no images'
-    report.add(split, 'nothing-to-train-on' if split == 'train' else 'nothing-to-evaluate', f'{folder}: {summary}')
-
-
-def report_duplicates(names: Mapping[str, Sequence[str]], infos: Mapping[str, ImageInfo], report: Report) -> None:
-    """Report images with the same bytes, within a split or in train and another one.
-
-    Args:
-        names: of the images by split.
-        infos: of the images by name.
-        report: to add to.
-    """
-    first_by_digest: dict[str, tuple[str, str]] = {}
-    for split, names_of_split in names.items():
-        for name in names_of_split:
-            first = first_by_digest.setdefault(infos[name].digest, (split, name))
-            if first != (split, name):
-                code = 'duplicate-image' if first[0] == split else 'train-image-in-val'
-                report.add(split, code, f'{name} is {first[1]}')
-
-
-def report_class_usage(used: Mapping[str, set[int]], classes: Sequence[str], report: Report) -> None:
-    """Report classes that do not occur, in all splits or in train.
-
-    Args:
-        used: indices of the classes that occur, by split.
-        classes: names.
-        report: to add to.
-    """
-    for i, name in enumerate(classes):
-        splits = [split for split, indices in used.items() if i in indices]
-        if not splits:
-            report.add('all', 'class-never-annotated', name)
-        elif 'train' in used and 'train' not in splits:
-            report.add(splits[0], 'class-not-in-train', name)
 
 
 def summarize_classes(classes: Sequence[str]) -> str:
