@@ -53,7 +53,7 @@ def read_classes(path: Path) -> tuple[list[str], list[list[int]] | None]:
         raise UsageError(f'{path} is not a list of classes ({parse_error(error)}): give one name per line') from error
     if len(entries) > MAX_CLASSES:
         raise UsageError(f'{path} names {len(entries):,} classes: 8-bit masks hold {MAX_CLASSES} at most')
-    duplicate = next((name for name, n in Counter(names).items() if n > 1), None)
+    duplicate = _first_duplicate(names)
     if not names or duplicate is not None:
         raise UsageError(f'{path} ' + ('names no class' if not names else f"names '{to_one_line(duplicate)}' twice"))
     return names, colors if all(colors) else None
@@ -79,9 +79,13 @@ def _parse_json(text: str) -> list[tuple[object, object]]:
     return [pair for pair, _ in _sort_by_label(numbered)] if numbered and len(numbered) == len(pairs) else pairs
 
 
+def _first_duplicate(values: Iterable[str]) -> str | None:
+    return next((value for value, n in Counter(values).items() if n > 1), None)
+
+
 def _reject_duplicate_keys(pairs: list[tuple[str, object]]) -> dict:
     """Make a dict of JSON; of a duplicate key the first value would be lost."""
-    duplicate = next((key for key, n in Counter(key for key, _ in pairs).items() if n > 1), None)
+    duplicate = _first_duplicate(key for key, _ in pairs)
     if duplicate is not None:
         raise ValueError(f"the key '{to_one_line(duplicate)}' occurs twice")
     return dict(pairs)

@@ -7,13 +7,15 @@ long, and reads an RLE beyond its end. So both are checked here before it sees t
 from collections.abc import Callable
 from operator import mul
 
+import numpy as np
+
 from .coco_boxes import MAX_COORD_FACTOR
 from .coco_values import is_finite, is_number
 from .files import to_one_line
 
 MAX_OUTLINE = 10**7  # pixels of the outline of a polygon, beyond which pycocotools takes gigabytes
 MAX_DRAWN_OUTLINE = 10**6  # pixels of polygons that are drawn to count those inside, in about a second
-MAX_RLE_SHIFT = 30  # bits of a run before its last five
+MAX_RLE_GROUPS = 7  # of five bits in a run
 # An area is implausible beyond the first times the box, or the second times the mask, plus some pixels of rounding.
 MAX_AREA_PER_BOX, MAX_AREA_PER_MASK, AREA_SLACK = 1.5, 5, 4
 
@@ -82,7 +84,7 @@ def _rle_problem(rle: dict, width: int, height: int) -> str | None:
         runs = decode_rle_runs(counts) if isinstance(counts, str) else counts
         is_valid = isinstance(runs, list) and {*map(type, runs)} <= {int}
         is_valid = is_valid and sum(runs) == width * height and min(runs, default=0) >= 0
-    except (IndexError, ValueError):
+    except ValueError:
         is_valid = False
     return None if is_valid else 'rle-length-mismatch'
 
@@ -90,26 +92,25 @@ def _rle_problem(rle: dict, width: int, height: int) -> str | None:
 def decode_rle_runs(counts: str) -> list[int]:
     """Decode the run lengths of a compressed RLE.
 
-    A run is written as groups of five bits, the lowest first; from the third run on, it is the difference from the
-    run before the last. pycocotools has a decoder (`rleFrString`), but that does not look where the text ends.
+    A run is written as groups of five bits, the lowest first, each but the last with a bit that says that more follow;
+    from the third run on, it is the difference from the run before the last. pycocotools has a decoder
+    (`rleFrString`), but that does not look where the text ends.
 
     Raises:
-        IndexError: the text ends within a run.
-        ValueError: a character is invalid, or a run too long.
+        ValueError: a character is invalid, a run too long, or the text ends within one.
     """
-    runs, position = [], 0
-    while position < len(counts):
-        value, shift, has_more = 0, 0, True
-        while has_more:
-            bits = ord(counts[position]) - 48
-            if not 0 <= bits < 64 or shift > MAX_RLE_SHIFT:
-                raise ValueError(counts[position])
-            value |= (bits & 31) << shift
-            has_more, position, shift = bits & 32, position + 1, shift + 5
-        if bits & 16:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-    return runs
+    groups = np.frombuffer(counts.encode('latin-1'), np.uint8).astype(int) - 48
+    ends = np.flatnonzero(groups & 32 == 0) + 1
+    if not groups.size or groups.min() < 0 or groups.max() > 63 or [groups.size] != ends[-1:].tolist():
+        raise ValueError(counts[:20])
+    sizes = np.diff(ends, prepend=0)
+    if sizes.max() > MAX_RLE_GROUPS:
+        raise ValueError(counts[:20])
+    shifts = 5 * (np.arange(groups.size) - np.repeat(ends - sizes, sizes))
+    runs = np.add.reduceat((groups & 31) << shifts, ends - sizes)
+    runs -= (groups[ends - 1] & 16) << (shifts[ends - 1] + 1)  # the highest bit is the sign
+    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
+    return runs.tolist()
 
 
 def mask_to_box(mask: list | dict) -> list[float]:

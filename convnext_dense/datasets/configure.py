@@ -84,10 +84,8 @@ def _check_needs_no_masks(config: Config) -> None:
     for part in ('train_dataloader', *EXTRA_PIPELINE_KEYS):
         for step in iter_dicts(config.get(part)):
             if is_type(step.get('type'), TRANSFORMS, *MASK_TRANSFORMS):
-                raise UsageError(
-                    f'{part}: {short_name(step["type"])} needs masks, but the data set has only boxes: remove it from '
-                    'the config'
-                )
+                text = 'needs masks, but the data set has only boxes: remove it from the config'
+                raise UsageError(f'{part}: {short_name(step["type"])} {text}')
 
 
 def set_num_classes(model: dict, num_classes: int) -> None:
@@ -113,9 +111,7 @@ def set_num_classes(model: dict, num_classes: int) -> None:
 
 def _limit_detections(model: dict, n: int) -> None:
     """Lower max_per_img to the number of scores of a query-based head, of which topk takes that many."""
-    queries = [
-        settings['num_queries'] for settings in iter_dicts(model) if isinstance(settings.get('num_queries'), int)
-    ]
+    queries = [part['num_queries'] for part in iter_dicts(model) if isinstance(part.get('num_queries'), int)]
     for key in ('max_per_img', 'max_per_image'):
         max_detections = (model.get('test_cfg') or {}).get(key)
         if queries and max_detections and max_detections > min(queries) * n:
@@ -215,15 +211,13 @@ def _dataset(settings: dict, data: CheckedDataset, file: str, where: str) -> dic
                 f'{where}: ClassBalancedDataset needs classes per image, but segmentation masks have them per pixel'
             )
         return {**settings, 'dataset': _dataset(settings['dataset'], data, file, where)}
-    kept = {k: settings[k] for k in RECIPE_KEYS if k in settings}
-    meta = dict(classes=tuple(data.classes))
-    if data.palette:
-        meta['palette'] = data.palette
+    recipe = {k: settings[k] for k in RECIPE_KEYS if k in settings}
+    meta = dict(classes=tuple(data.classes)) | (dict(palette=data.palette) if data.palette else {})
     common = dict(data_root=data.root, ann_file=os.path.abspath(file), metainfo=meta)
     if data.task == 'detection':
-        return dict(type='CocoDataset', **common, data_prefix=dict(img=''), **kept)
+        return dict(type='CocoDataset', **common, data_prefix=dict(img=''), **recipe)
     prefix = dict(img_path='', seg_map_path='')
-    return dict(type='PairedSegDataset', **common, data_prefix=prefix, **data.dataset_kwargs, **kept)
+    return dict(type='PairedSegDataset', **common, data_prefix=prefix, **data.dataset_kwargs, **recipe)
 
 
 def _fill_pipeline(steps, data: CheckedDataset, where: str) -> None:
@@ -232,19 +226,18 @@ def _fill_pipeline(steps, data: CheckedDataset, where: str) -> None:
         if type_ is None:
             continue
         loads = next((what for name, what in UNSUPPORTED_LOADERS.items() if is_type(type_, TRANSFORMS, name)), None)
-        if is_type(type_, TRANSFORMS, 'LoadAnnotations'):
-            if data.task == 'detection' and step.get('with_seg'):
-                loads = 'segmentation of stuff (with_seg=True)'
-            if step.get('with_mask'):
-                step['with_mask'] = data.has_masks
-        if not data.has_masks and step.get('by_mask') and is_type(type_, TRANSFORMS, 'FilterAnnotations'):
-            step['by_mask'] = False
+        is_loader = is_type(type_, TRANSFORMS, 'LoadAnnotations')
+        if is_loader and step.get('with_seg') and data.task == 'detection':
+            loads = 'segmentation of stuff (with_seg=True)'
         if loads:
             raise UsageError(
                 f'{where}: {short_name(type_)} loads {loads}, but --data gives {data.task}: use another recipe'
             )
-        loads_stored_image = not data.apply_exif and is_type(type_, TRANSFORMS, 'LoadImageFromFile')
-        if loads_stored_image and step.get('color_type') in COLOR_TYPES:
+        for key, has_key in (('with_mask', is_loader), ('by_mask', is_type(type_, TRANSFORMS, 'FilterAnnotations'))):
+            if has_key and step.get(key):
+                step[key] = data.has_masks
+        loads_image = is_type(type_, TRANSFORMS, 'LoadImageFromFile')
+        if loads_image and not data.apply_exif and step.get('color_type') in COLOR_TYPES:
             step['color_type'] = f'{step.get("color_type", "color")}_ignore_orientation'
 
 

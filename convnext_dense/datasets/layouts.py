@@ -16,11 +16,7 @@ from .files import read_start, read_text, walk
 # COCO json by layout and split, as lower-case patterns below the root; 'all' is one file for all splits.
 ANNOTATION_PATTERNS = {
     'COCO': {split: f'annotations/instances_{split}*.json' for split in SPLITS},
-    'Roboflow': {
-        'train': 'train/_annotations.coco.json',
-        'val': 'val*/_annotations.coco.json',
-        'test': 'test/_annotations.coco.json',
-    },
+    'Roboflow': {s: f'{name}/_annotations.coco.json' for s, name in zip(SPLITS, ('train', 'val*', 'test'))},
     'CVAT': {'all': 'annotations/instances_default.json'},
     'Label Studio': {'all': 'result.json'},
     'SPLIT.json': {split: f'{split}*.json' for split in SPLITS},
@@ -89,14 +85,10 @@ def find_annotations(root: Path, given: Collection[str] = ()) -> tuple[str, dict
             if split in given or (given and split == 'all'):
                 continue
             named = [file for file in files if _matches_pattern(file.relative_to(root), pattern)]
-            named_alone = pattern.split('/')[-1] != '*.json'
-            candidates = [file for file in named if _may_be_coco(file, named_alone)]
+            candidates = [file for file in named if _may_be_coco(file, is_named=Path(pattern).name != '*.json')]
             if len(candidates) > 1:
-                names = ' and '.join(f.name for f in candidates[:2])
-                raise UsageError(
-                    f'{root}: {names} are both candidates for the {split} split: '
-                    'choose one with --train-ann and --val-ann'
-                )
+                names = f'{candidates[0].name} and {candidates[1].name} are both candidates for the {split} split'
+                raise UsageError(f'{root}: {names}: choose one with --train-ann and --val-ann')
             file_by_split |= {split: candidates[0]} if candidates else {}
         if 'train' in file_by_split or ('all' in file_by_split and not fallback):
             return layout, file_by_split

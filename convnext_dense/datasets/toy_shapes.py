@@ -179,9 +179,9 @@ def write(root: str | Path, seed: int = 0, train: int = 400, val: int = 100, siz
         if root.exists():
             if _read_json(root / 'shapes.json') == dict(format=FORMAT_VERSION, **request):
                 return False
-            arguments = ', '.join(f'{name} {value}' for name, value in request.items())
+            about = _format_request(request)
             raise UsageError(
-                f'{root} exists already and is not this data set ({arguments}): remove it or choose another folder'
+                f'{root} exists already and is not this data set ({about}): remove it or choose another folder'
             )
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f'.{root.name}-', dir=root.parent) as temporary:
@@ -203,8 +203,8 @@ def _write_split(root: Path, split: str, seed: int, count: int, size: int) -> No
     for index in range(1, count + 1):
         scene = draw(np.random.RandomState([seed, TOY_SPLITS.index(split), index]), size)
         name = f'{index:06d}.png'
-        for file, pixels in ((images / name, scene.image[..., ::-1]), (labels / name, segmentation_mask(scene))):
-            file.write_bytes(cv2.imencode('.png', pixels)[1])
+        (images / name).write_bytes(cv2.imencode('.png', scene.image[..., ::-1])[1])
+        (labels / name).write_bytes(cv2.imencode('.png', segmentation_mask(scene))[1])
         coco['images'].append(dict(id=index, file_name=name, width=size, height=size))
         coco['annotations'] += [
             dict(id=i, image_id=index, **annotation)
@@ -217,6 +217,10 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_bytes(json.dumps(content, separators=(',', ':')).encode() + b'\n')
 
 
+def _format_request(request: dict) -> str:
+    return ', '.join(f'{name} {value}' for name, value in request.items())
+
+
 def _read_json(path: Path) -> object:
     try:
         return json.loads(path.read_bytes())
@@ -225,12 +229,7 @@ def _read_json(path: Path) -> object:
 
 
 def _texture(
-    rng: np.random.RandomState,
-    texture: int,
-    contrast_range: tuple[int, int],
-    mean: np.ndarray,
-    x: np.ndarray,
-    y: np.ndarray,
+    rng: np.random.RandomState, texture: int, contrast_range: tuple, mean: np.ndarray, x: np.ndarray, y: np.ndarray
 ) -> np.ndarray:
     """Return one of `TEXTURES` in two colors around the mean, with gray noise: (H, W, 3), uint8."""
     period, contrast, amplitude = 3 + rng.randint(6), rng.randint(*contrast_range, 3), rng.randint(2, 9)
@@ -274,30 +273,21 @@ def _is_visible_enough(visible: np.ndarray, area: int) -> bool:
 
 def main() -> int:
     """Run as a command; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog='python -m convnext_dense.datasets.toy_shapes',
-        allow_abbrev=False,
-        description='Draw the toy data set into a new folder.',
-    )
+    name, text = 'python -m convnext_dense.datasets.toy_shapes', 'Draw the toy data set into a new folder.'
+    parser = argparse.ArgumentParser(prog=name, allow_abbrev=False, description=text)
     parser.add_argument('root', help='the folder')
-    for name, default, what in (
-        ('seed', 0, 'of the images'),
-        ('train', 400, 'images to train on'),
-        ('val', 100, 'images to evaluate on'),
-        ('size', 128, 'side of the images in pixels'),
-    ):
-        parser.add_argument(f'--{name}', type=int, default=default, help=f'{what} (default: {default})')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--train', type=int, default=400, help='images to train on (default: 400)')
+    parser.add_argument('--val', type=int, default=100, help='images to evaluate on (default: 100)')
+    parser.add_argument('--size', type=int, default=128, help='side of the images in pixels (default: 128)')
     request = vars(parser.parse_args())
+    root = request.pop('root')
     try:
-        is_new = write(**request)
+        done = 'drew the toy data set into' if write(root, **request) else 'the toy data set is already in'
     except UsageError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    print(
-        '{} {root} (seed {seed}, train {train}, val {val}, size {size})'.format(
-            'drew the toy data set into' if is_new else 'the toy data set is already in', **request
-        )
-    )
+    print(f'{done} {root} ({_format_request(request)})')
     return 0
 
 
