@@ -17,7 +17,6 @@ from .coco_values import category_name, format_size, is_finite, is_number, is_po
 from .diagnostics import Report
 from .files import read_json, to_one_line
 from .foreign_layouts import PANOPTIC_HINT
-from .image_resolver import ImageResolver
 from .image_sizes import ResizeLimit, too_thin
 
 COCO_KEYS = ('images', 'annotations', 'categories')
@@ -166,13 +165,13 @@ def most_have_masks(coco: dict, add: Callable) -> bool:
 
 
 def validate_images(
-    coco: dict, resolver: ImageResolver, infos: Mapping, apply_exif: bool, limit: ResizeLimit, add: Callable
+    coco: dict, locations: Mapping, infos: Mapping, apply_exif: bool, limit: ResizeLimit, add: Callable
 ) -> dict:
     """Check the images of a split.
 
     Args:
         coco: of the split.
-        resolver: finds the file of each name.
+        locations: `ImageLocation` of each name.
         infos: what the files are, by path.
         apply_exif: whether images are rotated as EXIF says.
         limit: the recipe's resize.
@@ -187,7 +186,7 @@ def validate_images(
         if image_id is None or not isinstance(name, str) or not name:
             add('image-without-id-or-name', name or f'id {image.get("id")}')
             continue
-        location = resolver.find(name)
+        location = locations[name]
         info = infos.get(location.path, ImageInfo())
         size = info.oriented_size(apply_exif)
         annotated_size = (image.get('width'), image.get('height'))

@@ -78,10 +78,8 @@ def inspect_image(path: str | os.PathLike) -> ImageInfo:
     try:
         with open_regular(path, MAX_BYTES) as file, _one_at_a_time(size_of(file) > LARGE_BYTES):
             return _inspect_bytes(file.read(size_of(file)))
-    except UnusableFileError as error:
-        return ImageInfo(problem=error.code)
-    except OSError:
-        return ImageInfo(problem='missing-image')
+    except OSError as error:
+        return ImageInfo(problem=getattr(error, 'code', 'missing-image'))
 
 
 def _inspect_bytes(data: bytes) -> ImageInfo:
@@ -144,10 +142,8 @@ def inspect_mask(path: str | os.PathLike) -> MaskInfo:
             return _count_labels(file)
     except Image.DecompressionBombError:
         return MaskInfo(problem='mask-too-large')
-    except UnusableFileError as error:
-        return MaskInfo(problem=error.code)
-    except Exception:  # a broken file can fail in any way
-        return MaskInfo(problem='unreadable-mask')
+    except Exception as error:  # a broken file can fail in any way
+        return MaskInfo(problem=error.code if isinstance(error, UnusableFileError) else 'unreadable-mask')
 
 
 def _count_labels(file: BinaryIO) -> MaskInfo:

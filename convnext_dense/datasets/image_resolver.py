@@ -64,6 +64,7 @@ class ImageResolver:
 
     Attributes:
         folder (Path): in which names begin.
+        locations (dict[str, ImageLocation]): where the image of each name is.
 
     Raises:
         UsageError: no image is found.
@@ -86,16 +87,12 @@ class ImageResolver:
         self._starts = [os.path.abspath(folder) for folder in (ann_file.parent, self.folder)]  # of names with ../
         self._inside = tuple(os.path.join(os.path.abspath(top), '') for top in (*self._tops, root))
         exact = {name: self._locate_exactly(name) for name in names}
-        self._locations = {**exact, **self._locate_by_suffix(exact)}
-        if names and not any(at.path or at.code == 'ambiguous-name' for at in self._locations.values()):
+        self.locations = {**exact, **self._locate_by_suffix(exact)}
+        if names and not any(at.path or at.code == 'ambiguous-name' for at in self.locations.values()):
             raise UsageError(
                 f'{ann_file}: none of its images (such as {to_one_line(names[0])}) is in {image_dir or root}: '
                 'give --train-images and --val-images'
             )
-
-    def find(self, name: str) -> ImageLocation:
-        """Return where the image of one of the names is."""
-        return self._locations[name]
 
     @property
     def searched_folders(self) -> list[Path]:
@@ -191,13 +188,11 @@ class ImageResolver:
         return SuffixMatch(files, num_parts, prefix)
 
 
-def _to_location(
-    name: str, files: list[str], code: str, names_by_file: Mapping[str, list[str]] = MappingProxyType({})
-) -> ImageLocation:
-    """Return the location of an image that may be one of some files: unique if no other name matches it, too."""
+def _to_location(name: str, files: list[str], code: str, names: Mapping = MappingProxyType({})) -> ImageLocation:
+    """Return the location of an image that may be one of some files; `names` by file must not claim it as well."""
     if len(files) > 1:
         return ImageLocation(None, 'ambiguous-name', f'{name} may be {" or ".join(files[:2])}')
-    others = [other for other in names_by_file.get(files[0], ()) if other != name]
+    others = [other for other in names.get(files[0], ()) if other != name]
     if others:
         return ImageLocation(None, 'ambiguous-name', f'{name} and {others[0]} may both be {files[0]}')
     return ImageLocation(files[0], code, f'{name} is {files[0]}')

@@ -42,12 +42,12 @@ def read_detection(
     cocos, resolvers = (select_splits(by_split, splits, root) for by_split in (cocos, resolvers))
     report.facts.append(f'{root}: COCO json, layout {layout}{split_note}')
 
-    locations = {split: map(resolvers[split].find, checks.image_names(coco)) for split, coco in cocos.items()}
-    paths = sorted({location.path for of_split in locations.values() for location in of_split} - {None})
-    infos = inspect_all(lambda path: inspect_image(os.path.join(root, path)), paths, 'images')
+    locations = {split: resolver.locations for split, resolver in resolvers.items()}
+    paths = {locations[split][name].path for split, coco in cocos.items() for name in checks.image_names(coco)}
+    infos = inspect_all(lambda path: inspect_image(os.path.join(root, path)), sorted(paths - {None}), 'images')
     apply_exif = decide_exif_handling(
         (
-            infos.get(resolvers[split].find(image['file_name']).path, ImageInfo()),
+            infos.get(locations[split][image['file_name']].path, ImageInfo()),
             (image.get('width'), image.get('height')),
         )
         for split, coco in cocos.items()
@@ -61,7 +61,7 @@ def read_detection(
         if coco['categories'] != train['categories']:
             checks.class_names(coco, add)
         class_indices = checks.match_categories(coco, train, classes, add)
-        images = checks.validate_images(coco, resolvers[split], infos, apply_exif, limits[split], add)
+        images = checks.validate_images(coco, locations[split], infos, apply_exif, limits[split], add)
         annotations = checks.validate_annotations(coco, images, class_indices, has_masks, split, report)
         contents[split] = checks.build_coco(images, annotations, classes, add)
         report.facts.append(f'{split}: {len(images):,} images, {len(annotations):,} annotations')

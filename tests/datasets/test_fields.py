@@ -28,13 +28,6 @@ from helpers.files import limited
 SIZE = 100  # of the images
 
 
-class Found:
-    """Images that are where their names say."""
-
-    def find(self, name):
-        return ImageLocation(name)
-
-
 def image(i=1, **more):
     return dict(id=i, file_name=f'{i}.png', width=SIZE, height=SIZE, **more)
 
@@ -70,7 +63,7 @@ def check(annotations, images=None, categories=None, masks=True):
     add = partial(report.add, 'train')
     classes = class_names(content, add)
     known = match_categories(content, content, classes, add)
-    usable = validate_images(content, Found(), seen, True, ResizeLimit(), add)
+    usable = validate_images(content, {name: ImageLocation(name) for name in seen}, seen, True, ResizeLimit(), add)
     left = validate_annotations(content, usable, known, masks, 'train', report)
     return left, {f.code: f.examples for f in report.diagnostics.values()}
 

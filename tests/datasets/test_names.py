@@ -32,7 +32,7 @@ def touch(root, *names):
 def places(root, names, file='annotations/instances_train.json', **more):
     """Where names of a JSON file are, and what is said of them."""
     images = ImageResolver(root / file, root, names, **more)
-    return {name: images.find(name)[:2] for name in names}
+    return {name: images.locations[name][:2] for name in names}
 
 
 SEQUENCES = ('images/seq1/1.png', 'images/seq1/2.png', 'images/seq2/1.png', 'images/seq2/2.png')
@@ -193,7 +193,7 @@ def test_images_elsewhere_than_in_the_data(tmp_path):
     touch(tmp_path, 'images/a/1.png')
     name = '/me/a/1.png'
     images = ImageResolver(tmp_path / 'annotations/x.json', tmp_path / 'annotations', [name])
-    assert images.find(name).path == str(tmp_path / 'images/a/1.png') and images.searched_folders[-1] == tmp_path
+    assert images.locations[name].path == str(tmp_path / 'images/a/1.png') and images.searched_folders[-1] == tmp_path
 
 
 def write_coco(root, names):
@@ -237,7 +237,7 @@ def test_an_image_that_moves_is_noticed(tmp_path):
     assert images.searched_folders == [tmp_path / 'images'] * 2
     touch(tmp_path, 'train/9.png')
     images = ImageResolver(tmp_path / 'train.json', tmp_path, ['9.png', '/x/images/seq2/2.png'])
-    assert images.find('9.png').code is None and images.searched_folders == [tmp_path / 'train', tmp_path]
+    assert images.locations['9.png'].code is None and images.searched_folders == [tmp_path / 'train', tmp_path]
 
 
 def test_many_names_are_looked_up_not_searched(tmp_path):
