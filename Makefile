@@ -1,5 +1,6 @@
 # Each target does all its own set-up in .venv (the classic distribution's in .venv-classic):
-#   make demo                   draw the data, train a small detector, evaluate it (TASK=mask_rcnn, cascade or upernet)
+#   make demo                   draw the data, train a small detector, evaluate it, predict images without labels
+#                               (TASK=mask_rcnn, cascade or upernet)
 #   make test                   run the tests
 #   make benchmark              the backbone next to other libraries', which get an environment of their own (.venv-baselines)
 #   make docs                   the documentation as a site, in site/ (a minute, then seconds; .venv-docs, without torch)
@@ -64,6 +65,8 @@ demo: configs/demo/$(TASK).py $(READY) $(SHAPES)
 	$(BIN)/python tools/test.py configs/demo/$(TASK).py "$$(cat $(RUN)/last_checkpoint)" --work-dir $(RUN) \
 	  --show-dir $(RUN)/visualizations
 	@echo 'predictions next to the ground truth: $(RUN)/visualizations'
+	$(BIN)/python -m convnext_dense.datasets.toy_shapes $(RUN)/unlabeled --unlabeled 12
+	$(BIN)/python tools/predict.py $(RUN) $(RUN)/unlabeled --out $(RUN)/predictions
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(TESTS)

@@ -195,6 +195,28 @@ def write(root: str | Path, seed: int = 0, train: int = 400, val: int = 100, siz
     return True
 
 
+def write_unlabeled(folder: str | Path, count: int, seed: int = 0, size: int = 128) -> None:
+    """Draw images without labels, none of which is in the data set of the same seed.
+
+    Args:
+        folder: where the images are written; it may exist, but not with files of their names.
+        count: number of images.
+        seed: of the images.
+        size: side of the images in pixels.
+
+    Raises:
+        UsageError: the folder cannot be written, or an image is there.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for index in range(1, count + 1):
+            scene = draw(np.random.RandomState([seed, len(TOY_SPLITS), index]), size)
+            with open(Path(folder, f'{index:06d}.png'), 'xb') as file:
+                file.write(encode_png(scene.image))
+    except OSError as error:
+        raise UsageError(f'{folder} cannot be written ({error.strerror}): choose another folder') from error
+
+
 def _write_split(root: Path, split: str, seed: int, count: int, size: int) -> None:
     images, labels, instances = root / split, root / 'labels' / split, root / f'annotations/instances_{split}.json'
     for folder in (images, labels, instances.parent):
@@ -280,9 +302,16 @@ def main() -> int:
     parser.add_argument('--train', type=int, default=400, help='images to train on (default: 400)')
     parser.add_argument('--val', type=int, default=100, help='images to evaluate on (default: 100)')
     parser.add_argument('--size', type=int, default=128, help='side of the images in pixels (default: 128)')
+    parser.add_argument(
+        '--unlabeled', type=int, metavar='N', help='instead draw N images without labels, which are in no split'
+    )
     request = vars(parser.parse_args())
-    root = request.pop('root')
+    root, n_unlabeled = request.pop('root'), request.pop('unlabeled')
     try:
+        if n_unlabeled is not None:
+            write_unlabeled(root, n_unlabeled, request['seed'], request['size'])
+            print(f'drew {n_unlabeled} images without labels into {root}')
+            return 0
         done = 'drew the toy data set into' if write(root, **request) else 'the toy data set is already in'
     except UsageError as error:
         print(f'error: {error}', file=sys.stderr)
