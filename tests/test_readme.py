@@ -38,6 +38,7 @@ def test_the_first_page_is_short_and_in_a_newcomers_order():
         'Use the backbone in your config',
         'Pretrained weights',
         'Train on your data',
+        'Predict',
         'Results reported in the paper',
         'Demo',
         'Limits',

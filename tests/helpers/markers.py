@@ -36,6 +36,7 @@ INTEGRATION_TESTS = {
     'inference/test_checkpoint_config.py',
     'inference/test_openmmlab.py',
     'inference/test_predict_tool.py',
+    'inference/test_python_api.py',
     'inference/test_tiling.py::test_a_detector_finds_every_object_once_and_whole',
     'models/test_fp32_heads.py::test_proposals_lie_where_fp32_puts_them',
     'models/test_multiscale_tta.py::test_memory_does_not_grow_with_the_views',

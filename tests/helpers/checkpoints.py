@@ -1,0 +1,50 @@
+"""Checkpoints of the demo's models with made weights, which find something in noise."""
+
+import torch
+from mmengine.config import Config
+from mmengine.model.utils import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+
+from helpers.paths import ROOT
+from helpers.weights import made_weights
+
+CLASSES = {
+    'mask_rcnn': ('disc', 'square', 'triangle', 'cross'),
+    'cascade': ('disc', 'square', 'triangle', 'cross'),
+    'upernet': ('ground', 'disc', 'square', 'triangle', 'cross'),
+}
+
+
+def save_checkpoint(recipe: str, path, **model_settings):
+    """A checkpoint as trainings of a demo recipe write it; its detector finds something in noise."""
+    config = Config.fromfile(ROOT / f'configs/demo/{recipe}.py')
+    config.merge_from_dict(model_settings)
+    init_default_scope(config.default_scope)
+    model = MODELS.build(config.model)
+    weights = {
+        name: value.abs() + 0.5 if name.endswith('running_var') else value
+        for name, value in made_weights({k: tuple(v.shape) for k, v in model.state_dict().items()}).items()
+    }
+    if recipe == 'upernet':
+        model.load_state_dict(weights)
+        weights = balance_classes(model).state_dict()
+    meta = dict(cfg=config.pretty_text, dataset_meta=dict(classes=CLASSES[recipe]))
+    if recipe == 'upernet':
+        meta['dataset_meta']['palette'] = [[90, 90, 90], [220, 60, 50], [140, 220, 60], [60, 200, 200], [150, 60, 220]]
+    torch.save(dict(state_dict=weights, meta=meta), path)
+    return path
+
+
+@torch.no_grad()
+def balance_classes(model):
+    """Have a segmentor with made weights see all its classes: its logits have equal means over noise."""
+    model = revert_sync_batchnorm(model)
+    in_channels = model.backbone.downsample_layers[0][0].in_channels
+    noise = torch.rand(2, in_channels, 128, 128, generator=torch.Generator().manual_seed(0)) * 4 - 2
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0
+    model.train()(noise)
+    logits = model.eval()(noise)
+    model.decode_head.conv_seg.bias -= logits.mean((0, 2, 3))
+    return model
