@@ -212,7 +212,7 @@ def write_unlabeled(folder: str | Path, count: int, seed: int = 0, size: int = 1
         for index in range(1, count + 1):
             scene = draw(np.random.RandomState([seed, len(TOY_SPLITS), index]), size)
             with open(Path(folder, f'{index:06d}.png'), 'xb') as file:
-                file.write(encode_png(scene.image))
+                file.write(_encode_png(scene.image[..., ::-1]))
     except OSError as error:
         raise UsageError(f'{folder} cannot be written ({error.strerror}): choose another folder') from error
 
@@ -225,14 +225,18 @@ def _write_split(root: Path, split: str, seed: int, count: int, size: int) -> No
     for index in range(1, count + 1):
         scene = draw(np.random.RandomState([seed, TOY_SPLITS.index(split), index]), size)
         name = f'{index:06d}.png'
-        (images / name).write_bytes(cv2.imencode('.png', scene.image[..., ::-1])[1])
-        (labels / name).write_bytes(cv2.imencode('.png', segmentation_mask(scene))[1])
+        (images / name).write_bytes(_encode_png(scene.image[..., ::-1]))
+        (labels / name).write_bytes(_encode_png(segmentation_mask(scene)))
         coco['images'].append(dict(id=index, file_name=name, width=size, height=size))
         coco['annotations'] += [
             dict(id=i, image_id=index, **annotation)
             for i, annotation in enumerate(coco_annotations(scene), len(coco['annotations']) + 1)
         ]
     _write_json(instances, coco)
+
+
+def _encode_png(pixels: np.ndarray) -> bytes:
+    return cv2.imencode('.png', pixels)[1].tobytes()
 
 
 def _write_json(path: Path, content: dict) -> None:

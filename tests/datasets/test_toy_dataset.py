@@ -93,6 +93,18 @@ def test_only_numpy_and_opencv_are_imported(tmp_path, small):
     assert sha256(tmp_path / 'a/new/place') == sha256(small)
 
 
+def test_images_without_labels_are_others(small, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / 'unlabeled'
+    args = (folder, '--unlabeled', 3, '--size', 64)
+    assert run(monkeypatch, capsys, *args) == (0, f'drew 3 images without labels into {folder}\n', '')
+    images = [read_pixels(path) for path in files(folder)]
+    assert [path.name for path in files(folder)] == ['000001.png', '000002.png', '000003.png']
+    assert not {*images} & {read_pixels(path) for path in files(small) if path.suffix == '.png'}
+    code, _, error = run(monkeypatch, capsys, *args)
+    assert code == 2 and 'File exists' in error
+    assert [read_pixels(path) for path in files(folder)] == images
+
+
 def test_layout(small):
     assert [path.relative_to(small).as_posix() for path in files(small)] == sorted(
         [
