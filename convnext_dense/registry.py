@@ -6,9 +6,10 @@ These registries therefore return this package's classes first and delegate ever
 default scope.
 """
 
-from mmengine.registry import Registry, root
+from mmengine.registry import Registry
 
 from .mmengine_internals import default_scopes
+from .type_names import REGISTRIES
 
 SCOPE = 'convnext_dense'
 
@@ -28,8 +29,4 @@ class ScopedView(Registry):
             return registry.get(key)
 
 
-SCOPED_REGISTRIES = [
-    ScopedView(registry.name, parent=registry, scope=SCOPE)
-    for registry in vars(root).values()
-    if isinstance(registry, Registry)
-]
+SCOPED_REGISTRIES = [ScopedView(registry.name, parent=registry, scope=SCOPE) for registry in REGISTRIES]

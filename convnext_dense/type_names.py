@@ -1,28 +1,9 @@
 """Types as configs name them: with or without a scope, as classes, or derived from another."""
 
-from mmengine.registry import (
-    DATA_SAMPLERS,
-    DATASETS,
-    EVALUATOR,
-    HOOKS,
-    LOOPS,
-    METRICS,
-    MODELS,
-    OPTIM_WRAPPER_CONSTRUCTORS,
-    OPTIM_WRAPPERS,
-    OPTIMIZERS,
-    PARAM_SCHEDULERS,
-    TASK_UTILS,
-    TRANSFORMS,
-    VISBACKENDS,
-    VISUALIZERS,
-    DefaultScope,
-    Registry,
-)
+from mmengine.registry import DefaultScope, Registry, root
 
 SCOPES = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'convnext_dense')
-REGISTRIES = (TRANSFORMS, DATASETS, METRICS, HOOKS, OPTIM_WRAPPERS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS)
-REGISTRIES += (PARAM_SCHEDULERS, LOOPS, MODELS, TASK_UTILS, DATA_SAMPLERS, EVALUATOR, VISUALIZERS, VISBACKENDS)
+REGISTRIES = [registry for registry in vars(root).values() if isinstance(registry, Registry)]
 
 
 def short_name(type_: object) -> object:

@@ -17,7 +17,8 @@ PACKAGE = Path(convnext_dense.__file__).parent
 LAYERS = (
     {'errors'},
     {'mmengine_internals'},
-    {'registry', 'type_names', '_moved'},
+    {'type_names', '_moved'},
+    {'registry'},
     {'ops'},
     {'models'},
     {'checkpoints', 'optim'},
