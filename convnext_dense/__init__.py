@@ -12,7 +12,7 @@ except ImportError as error:
         f"{error}: run pip install --no-build-isolation 'convnext_dense[onedl]', or [openmmlab] for the classic line"
     ) from error
 
-from . import _moved
+from . import _moved  # noqa: F401  (imports by old paths name the new one)
 from .checkpoints import PretrainedConvNeXt, load_backbone
 from .config.trackers import NoCodeWandbVisBackend, RunWandbVisBackend
 from .engine.param_scheduler_hook import UpdateParamSchedulerHook
@@ -38,7 +38,6 @@ __all__ = [
 # mmengine resolves `_base_ = 'convnext_dense::...'` only for the packages in its table. By a module's name it finds the
 # folder; by that of the distribution the classic one looks where an editable install has no files.
 MODULE2PACKAGE[__name__] = f'{__name__}.errors'
-_moved.install()
 
 
 def __getattr__(name: str) -> object:

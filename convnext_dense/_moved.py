@@ -5,33 +5,20 @@ from importlib.abc import MetaPathFinder
 
 PACKAGE = __name__.partition('.')[0]
 # Old module -> where its parts are now, the main one first; relative to the package.
-MOVED = {
-    'backbone': ('models.convnext',),
-    'command_line': ('cli.exit', 'cli.arguments'),
-    'commands': ('cli.prepare', 'config.load', 'config.preflight', 'config.work_dir', 'engine.build'),
-    'complexity': ('paper.flops',),
-    'config_types': ('type_names',),
-    'data': ('datasets.custom', 'datasets.request', 'datasets.configure'),
-    'detection': ('models.fp32_heads',),
-    'dumped': ('config.literal',),
-    'fast': ('ops.dispatch', 'ops.avx512', 'ops.onednn'),
-    'fitting': ('config.batch_size', 'config.schedule', 'config.inputs', 'config.launch'),
-    'guarding': ('engine.health_hook', 'engine.failures'),
-    'kinds': ('config.value_types',),
-    'layer_decay': ('optim.layer_decay',),
-    'options': ('config.options',),
-    'plots': ('paper.curves',),
-    'resuming': ('config.resume',),
-    'running': ('engine.runner', 'engine.loops', 'engine.resume'),
-    'runs': ('paper.work_dirs',),
-    'sampling': ('engine.samplers', 'engine.seeding', 'engine.datasets'),
-    'saving': ('engine.checkpoint_hook', 'engine.atomic_files', 'engine.progress'),
-    'segmentation': ('models.multiscale_tta', 'config.evaluation'),
-    'shapes': ('datasets.toy_shapes',),
-    'tables': ('paper.tables',),
-    'tracking': ('config.trackers',),
-    'weights': ('checkpoints', 'checkpoints.hub', 'checkpoints.convert'),
-}
+MOVED = dict(
+    backbone='models.convnext', command_line='cli.exit cli.arguments',
+    commands='cli.prepare config.load config.preflight config.work_dir engine.build', complexity='paper.flops',
+    config_types='type_names', data='datasets.custom datasets.request datasets.configure',
+    detection='models.fp32_heads', dumped='config.literal', fast='ops.dispatch ops.avx512 ops.onednn',
+    fitting='config.batch_size config.schedule config.inputs config.launch',
+    guarding='engine.health_hook engine.failures', kinds='config.value_types', layer_decay='optim.layer_decay',
+    options='config.options', plots='paper.curves', resuming='config.resume',
+    running='engine.runner engine.loops engine.resume', runs='paper.work_dirs',
+    sampling='engine.samplers engine.seeding engine.datasets',
+    saving='engine.checkpoint_hook engine.atomic_files engine.progress',
+    segmentation='models.multiscale_tta config.evaluation', shapes='datasets.toy_shapes', tables='paper.tables',
+    tracking='config.trackers', weights='checkpoints checkpoints.hub checkpoints.convert',
+)  # fmt: skip
 
 
 class MovedModuleFinder(MetaPathFinder):
@@ -41,11 +28,8 @@ class MovedModuleFinder(MetaPathFinder):
         """Raise ImportError for a module in `MOVED`."""
         package, _, name = fullname.partition('.')
         if package == PACKAGE and name in MOVED:
-            new = ' or '.join(f'{PACKAGE}.{module}' for module in MOVED[name])
+            new = ' or '.join(f'{PACKAGE}.{module}' for module in MOVED[name].split())
             raise ImportError(f'{fullname} has moved: import {new} instead', name=fullname)
 
 
-def install() -> None:
-    """Have imports by old paths raise an ImportError that names the new path."""
-    if not any(isinstance(finder, MovedModuleFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, MovedModuleFinder())
+sys.meta_path.insert(0, MovedModuleFinder())

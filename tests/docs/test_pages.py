@@ -100,6 +100,6 @@ def test_the_changelog_names_every_module_and_option_that_has_moved():
         [re.findall(r'`([^`]+)`', cell) for cell in row]
         for row in tables(PAGES['CHANGELOG.md'].replace('\n  |', '\n|'))
     ]
-    modules = {old[0]: tuple(new) for old, new in (row for row in rows if len(row) == 2) if old}
+    modules = {old[0]: ' '.join(new) for old, new in (row for row in rows if len(row) == 2) if old}
     assert {old: new for old, new in modules.items() if old in MOVED} == MOVED
     assert {old[0]: new[0] for _, old, new in (row for row in rows if len(row) == 3) if old} == RENAMED_OPTIONS
