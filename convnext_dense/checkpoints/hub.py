@@ -15,10 +15,6 @@ from ..errors import UsageError
 from .io import clear_cache, load_checkpoint
 
 ORIGINAL = 'https://dl.fbaipublicfiles.com/convnext'
-V2_FILES = f'{ORIGINAL}/convnextv2'
-V2_SIZES = ('atto', 'femto', 'pico', 'nano', 'tiny', 'base', 'large', 'huge')
-
-
 # What a file name may end in, as torch's own do: the start of its SHA-256 (...-21b726bb.pth). Digits alone are a date.
 HASH_SUFFIX_RE = re.compile(r'-(?!\d+\.)([0-9a-f]{8,})\.\w+$')
 
@@ -40,85 +36,42 @@ class WeightEntry:
     request_url: str = ''
 
 
-def _entries(folder: str, names: str, training: str, license: str, suffix: str = '.pth') -> dict[str, WeightEntry]:
-    return {name: WeightEntry(f'{folder}/{name}{suffix}', training, license) for name in names.split()}
-
-
-MIT = 'MIT'
-NON_COMMERCIAL = 'CC BY-NC 4.0'
-DINOV3_LICENSE = 'DINOv3 License (on request)'
+MIT, CC_BY_NC = 'MIT', 'CC BY-NC 4.0'
 DINOV3_SITE = 'https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/'
-# The addresses and licenses as the authors' own READMEs give them.
+DINOV3_HASHES = dict(tiny='21b726bb', small='296db49d', base='801f2ba9', large='61fa432d')  # in the names of the files
+V2_SIZES = 'atto femto pico nano tiny base large huge'
+V2_22K = 'FCMAE, then ImageNet-22K, then 1K'
+# Files below the original's folder, what the braces in their names stand for, what they were trained on, the license:
+# as the authors' own READMEs give them. The first are those from which the paper's dense results start, not the EMA's.
+PUBLISHED_FILES = (
+    ('convnext_{}_1k_224.pth', 'tiny small base', 'ImageNet-1K', MIT),
+    ('convnext_{}_22k_224.pth', 'tiny small base large xlarge', 'ImageNet-22K', MIT),
+    ('convnext_{}_1k_224_ema.pth', 'tiny small base large', 'ImageNet-1K', MIT),
+    ('convnext_{}_1k_384.pth', 'base large', 'ImageNet-1K', MIT),
+    ('convnext_{}_22k_1k_224.pth', 'tiny small base large', 'ImageNet-22K, then 1K', MIT),
+    ('convnext_{}_22k_1k_224_ema.pth', 'xlarge', 'ImageNet-22K, then 1K', MIT),
+    ('convnext_{}_22k_1k_384.pth', 'tiny small base large', 'ImageNet-22K, then 1K', MIT),
+    ('convnext_{}_22k_1k_384_ema.pth', 'xlarge', 'ImageNet-22K, then 1K', MIT),
+    ('coco/mask_rcnn_convnext_{}_1k_3x.pth', 'tiny', 'COCO detector', MIT),
+    ('coco/cascade_mask_rcnn_convnext_{}_1k_3x.pth', 'tiny small base', 'COCO detector', MIT),
+    ('coco/cascade_mask_rcnn_convnext_{}_22k_3x.pth', 'base large xlarge', 'COCO detector', MIT),
+    ('ade20k/upernet_convnext_{}_1k_512x512.pth', 'tiny small base', 'ADE20K segmentor', MIT),
+    ('ade20k/upernet_convnext_{}_22k_640x640.pth', 'base large xlarge', 'ADE20K segmentor', MIT),
+    ('convnextv2/pt_only/convnextv2_{}_1k_224_fcmae.pt', V2_SIZES, 'ImageNet-1K without labels (FCMAE)', CC_BY_NC),
+    ('convnextv2/im1k/convnextv2_{}_1k_224_ema.pt', V2_SIZES, 'FCMAE, then ImageNet-1K', CC_BY_NC),
+    ('convnextv2/im22k/convnextv2_{}_22k_224_ema.pt', 'nano tiny base large', V2_22K, CC_BY_NC),
+    ('convnextv2/im22k/convnextv2_{}_22k_384_ema.pt', 'nano tiny base large huge', V2_22K, CC_BY_NC),
+    ('convnextv2/im22k/convnextv2_{}_22k_512_ema.pt', 'huge', V2_22K, CC_BY_NC),
+)
 WEIGHTS = {
-    # The ImageNet weights from which the paper's dense results start: the final ones, not the EMA's.
-    **_entries(ORIGINAL, 'convnext_tiny_1k_224 convnext_small_1k_224 convnext_base_1k_224', 'ImageNet-1K', MIT),
-    **_entries(
-        ORIGINAL,
-        'convnext_tiny_22k_224 convnext_small_22k_224 convnext_base_22k_224 convnext_large_22k_224 '
-        'convnext_xlarge_22k_224',
-        'ImageNet-22K',
-        MIT,
-    ),
-    **_entries(
-        ORIGINAL,
-        'convnext_tiny_1k_224_ema convnext_small_1k_224_ema convnext_base_1k_224_ema convnext_large_1k_224_ema '
-        'convnext_base_1k_384 convnext_large_1k_384',
-        'ImageNet-1K',
-        MIT,
-    ),
-    **_entries(
-        ORIGINAL,
-        'convnext_tiny_22k_1k_224 convnext_small_22k_1k_224 convnext_base_22k_1k_224 convnext_large_22k_1k_224 '
-        'convnext_xlarge_22k_1k_224_ema convnext_tiny_22k_1k_384 convnext_small_22k_1k_384 convnext_base_22k_1k_384 '
-        'convnext_large_22k_1k_384 convnext_xlarge_22k_1k_384_ema',
-        'ImageNet-22K, then 1K',
-        MIT,
-    ),
-    **_entries(
-        f'{ORIGINAL}/coco',
-        'mask_rcnn_convnext_tiny_1k_3x cascade_mask_rcnn_convnext_tiny_1k_3x cascade_mask_rcnn_convnext_small_1k_3x '
-        'cascade_mask_rcnn_convnext_base_1k_3x cascade_mask_rcnn_convnext_base_22k_3x '
-        'cascade_mask_rcnn_convnext_large_22k_3x cascade_mask_rcnn_convnext_xlarge_22k_3x',
-        'COCO detector',
-        MIT,
-    ),
-    **_entries(
-        f'{ORIGINAL}/ade20k',
-        'upernet_convnext_tiny_1k_512x512 upernet_convnext_small_1k_512x512 upernet_convnext_base_1k_512x512 '
-        'upernet_convnext_base_22k_640x640 upernet_convnext_large_22k_640x640 upernet_convnext_xlarge_22k_640x640',
-        'ADE20K segmentor',
-        MIT,
-    ),
-    **_entries(
-        f'{V2_FILES}/pt_only',
-        ' '.join(f'convnextv2_{size}_1k_224_fcmae' for size in V2_SIZES),
-        'ImageNet-1K without labels (FCMAE)',
-        NON_COMMERCIAL,
-        '.pt',
-    ),
-    **_entries(
-        f'{V2_FILES}/im1k',
-        ' '.join(f'convnextv2_{size}_1k_224_ema' for size in V2_SIZES),
-        'FCMAE, then ImageNet-1K',
-        NON_COMMERCIAL,
-        '.pt',
-    ),
-    **_entries(
-        f'{V2_FILES}/im22k',
-        'convnextv2_nano_22k_224_ema convnextv2_nano_22k_384_ema convnextv2_tiny_22k_224_ema '
-        'convnextv2_tiny_22k_384_ema convnextv2_base_22k_224_ema convnextv2_base_22k_384_ema '
-        'convnextv2_large_22k_224_ema convnextv2_large_22k_384_ema convnextv2_huge_22k_384_ema '
-        'convnextv2_huge_22k_512_ema',
-        'FCMAE, then ImageNet-22K, then 1K',
-        NON_COMMERCIAL,
-        '.pt',
-    ),
-    **{
-        f'dinov3_convnext_{size}_pretrain_lvd1689m-{sha256}': WeightEntry(
-            None, 'DINOv3, 1.7 G images', DINOV3_LICENSE, DINOV3_SITE
-        )
-        for size, sha256 in dict(tiny='21b726bb', small='296db49d', base='801f2ba9', large='61fa432d').items()
-    },
+    PurePosixPath(file.format(part)).stem: WeightEntry(f'{ORIGINAL}/{file.format(part)}', training, license)
+    for file, parts, training, license in PUBLISHED_FILES
+    for part in parts.split()
+} | {
+    f'dinov3_convnext_{size}_pretrain_lvd1689m-{sha256}': WeightEntry(
+        None, 'DINOv3, 1.7 G images', 'DINOv3 License (on request)', DINOV3_SITE
+    )
+    for size, sha256 in DINOV3_HASHES.items()
 }
 WEIGHT_URLS = {name: entry.url for name, entry in WEIGHTS.items() if entry.url}
 EXAMPLE_NAMES = tuple(WEIGHTS)[:8]  # named in errors
