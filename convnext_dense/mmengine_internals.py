@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import DefaultScope
+from mmengine.runner import CheckpointLoader
 from mmengine.visualization import WandbVisBackend
 
 
@@ -55,6 +56,11 @@ def update_val_interval(loop) -> None:
 def advance_epoch(loop) -> None:
     """Count an epoch as finished; `loop.epoch` has no setter."""
     loop._epoch += 1
+
+
+def checkpoint_schemes() -> list[str]:
+    """What paths of checkpoints start with, for all of mmengine's loaders; they can be registered, but not listed."""
+    return list(CheckpointLoader._schemes)
 
 
 def default_scopes() -> list[str]:

@@ -1,7 +1,7 @@
 """Build the runner of a config and load the checkpoint it starts from."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -15,22 +15,10 @@ from ..checkpoints.hub import WEIGHT_URLS, download, is_url
 from ..checkpoints.io import clear_cache, load_checkpoint
 from ..checkpoints.pretrained import check_state_dict_matches, load_model_weights
 from ..errors import UsageError, is_user_code_error, root_message
+from ..mmengine_internals import checkpoint_schemes
 from ..models.convnext import ConvNeXt
 from ..ops import dispatch
 from .runner import ResumableRunner
-
-# All prefixes for which mmengine has a loader; ours takes their place.
-LOADER_PREFIXES = (
-    '',
-    'http://',
-    'https://',
-    'torchvision://',
-    'modelzoo://',
-    'open-mmlab://',
-    'openmmlab://',
-    'mmcls://',
-)
-LOADER_PREFIXES += ('pavi://', 's3://', r'(\S+\:)?s3://')
 
 
 def compile_backbones(model: nn.Module) -> None:
@@ -74,9 +62,7 @@ def make_runner(config: Config, checkpoint: str | None = None) -> Runner:
         config.load_from = resolve_checkpoint(config.load_from)
     file = checkpoint or config.get('load_from')
     models_by_file = {}  # filled below, once the model is built
-    CheckpointLoader.register_scheme(
-        prefixes=LOADER_PREFIXES, loader=_make_checkpoint_loader(models_by_file), force=True
-    )
+    register_checkpoint_loader(models_by_file)
     try:
         runner = RUNNERS.build(config) if 'runner_type' in config else ResumableRunner.from_cfg(config)
     except (KeyError, TypeError, AssertionError, ValueError, AttributeError) as error:
@@ -95,10 +81,10 @@ def make_runner(config: Config, checkpoint: str | None = None) -> Runner:
     return runner
 
 
-def _make_checkpoint_loader(models_by_file: Mapping[str, nn.Module]) -> Callable[..., dict]:
-    """A checkpoint loader for mmengine that never unpickles arbitrary objects.
+def register_checkpoint_loader(models_by_file: Mapping[str, nn.Module] | None = None) -> None:
+    """Have mmengine load all checkpoints, from wherever, without unpickling arbitrary objects.
 
-    It leaves out the config in the file, which mmengine would execute on resuming.
+    The config in a file, which mmengine would execute on resuming, is left out.
 
     Args:
         models_by_file: Models by the files whose weights are to be renamed to their parameter names.
@@ -109,13 +95,13 @@ def _make_checkpoint_loader(models_by_file: Mapping[str, nn.Module]) -> Callable
             filename = get_torchvision_models()[filename.removeprefix('torchvision://')]
         content = load_checkpoint(resolve_checkpoint(filename), mmap=False)
         clear_cache()  # the run holds its own copy from here on
-        if filename in models_by_file:
+        if models_by_file and filename in models_by_file:
             content['state_dict'] = load_model_weights(content, filename, models_by_file[filename])
         if isinstance(content.get('meta'), dict):
             content['meta'] = {k: v for k, v in content['meta'].items() if k not in ('cfg', 'config')}
         return content
 
-    return load
+    CheckpointLoader.register_scheme(checkpoint_schemes(), load, force=True)
 
 
 def _unwrap_model(model: nn.Module) -> nn.Module:

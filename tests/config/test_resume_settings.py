@@ -6,13 +6,12 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from mmengine.runner import CheckpointLoader
 
 from convnext_dense.config.batch_size import scale_batch
 from convnext_dense.config.literal import parse_config_literal
 from convnext_dense.config.resume import check_resume, compare_settings, set_resume
 from convnext_dense.datasets import toy_shapes
-from convnext_dense.engine.build import LOADER_PREFIXES, _make_checkpoint_loader
+from convnext_dense.engine.build import register_checkpoint_loader
 from convnext_dense.engine.resume import OVERRIDE_KEY
 from convnext_dense.engine.runner import ResumableRunner
 from convnext_dense.errors import UsageError
@@ -26,7 +25,7 @@ CONFIGS = ROOT / 'configs'
 @pytest.fixture(autouse=True)
 def loader():
     """The tools': the classic mmengine's own refuses its checkpoints since torch 2.6."""
-    CheckpointLoader.register_scheme(prefixes=LOADER_PREFIXES, loader=_make_checkpoint_loader({}), force=True)
+    register_checkpoint_loader()
 
 
 def load(name):

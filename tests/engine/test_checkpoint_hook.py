@@ -6,9 +6,8 @@ import signal
 import pytest
 import torch
 from mmengine.hooks import Hook
-from mmengine.runner import CheckpointLoader
 
-from convnext_dense.engine.build import LOADER_PREFIXES, _make_checkpoint_loader
+from convnext_dense.engine.build import register_checkpoint_loader
 from convnext_dense.errors import RunInterrupted, UsageError
 from helpers.planned_runs import planned_run
 
@@ -18,7 +17,7 @@ THREE_EPOCHS = dict(by_epoch=True, max_epochs=3)
 
 @pytest.fixture(autouse=True)
 def loads_as_the_tools_do():
-    CheckpointLoader.register_scheme(prefixes=LOADER_PREFIXES, loader=_make_checkpoint_loader({}), force=True)
+    register_checkpoint_loader()
 
 
 def run(folder, train_cfg=THREE_EPOCHS, **more):

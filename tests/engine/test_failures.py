@@ -14,14 +14,14 @@ from unittest.mock import Mock
 import pytest
 import torch
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop
+from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
 from torch.utils.data import DataLoader
 
 from convnext_dense import errors
 from convnext_dense.config.training import set_checkpoint_retention, set_max_unreadable
 from convnext_dense.datasets import toy_shapes
-from convnext_dense.engine.build import LOADER_PREFIXES, _make_checkpoint_loader
+from convnext_dense.engine.build import register_checkpoint_loader
 from convnext_dense.engine.datasets import IMAGE_SUFFIXES, read_error
 from convnext_dense.engine.failures import diagnose, saved_activation_bytes
 from convnext_dense.engine.loops import ResumableEpochLoop
@@ -463,7 +463,7 @@ def test_data_without_a_whole_batch_are_refused(tmp_path):
 def test_a_run_without_a_seed_of_its_own_goes_on_with_the_one_it_drew(tmp_path):
     first = planned_run([1.0] * 8, tmp_path / 'first', seed=None)
     first.train()
-    CheckpointLoader.register_scheme(prefixes=LOADER_PREFIXES, loader=_make_checkpoint_loader({}), force=True)
+    register_checkpoint_loader()
     twice = dict(by_epoch=True, max_epochs=2)
     path = str(tmp_path / 'first/epoch_1.pth')
     again = planned_run([1.0] * 8, tmp_path / 'again', train_cfg=twice, seed=None, load_from=path)
