@@ -11,7 +11,6 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_origin
 
 from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
@@ -23,6 +22,7 @@ from ..mmengine_internals import accumulation_steps
 from .atomic_files import warn_on_disk_full, write_atomic
 
 RUN_INFO_FILE = 'run.json'  # in the log folder of a session
+POSITIVE = ('world_size', 'batch_size', 'accumulation_steps', 'iters_per_epoch')
 VERSIONED_PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'convnext_dense')
 
 
@@ -110,22 +110,22 @@ def read_run_info(log_dir: str | Path) -> RunInfo | None:
     try:
         content = json.loads(file.read_text(encoding='utf-8'))
         groups = [ParamGroup(**_checked(ParamGroup, group)) for group in content['param_groups']]
-        return RunInfo(**{**_checked(RunInfo, content), 'param_groups': groups})
+        return RunInfo(**_checked(RunInfo, content) | dict(param_groups=groups))
     except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
         raise UsageError(f'{file} is damaged ({type(error).__name__}: {error}): remove it') from error
 
 
 def _checked(cls: type, content: dict) -> dict:
     """The attributes of a dataclass out of a file, each of its type; keys of later versions are left out."""
-    values = {}
+    values = {field.name: content[field.name] for field in dataclasses.fields(cls)}
     for field in dataclasses.fields(cls):
-        value = values[field.name] = content[field.name]
-        container = get_origin(field.type)
-        kind = container if container in (list, dict) else field.type
-        is_number = isinstance(value, int) and not isinstance(value, bool)
-        valid = is_number if kind is int else isinstance(value, kind) or (kind is float and is_number)
-        if not valid or (isinstance(value, bool) and kind is not bool):
+        value = values[field.name]
+        kind = dict if field.name == 'versions' else list if field.name == 'param_groups' else field.type
+        is_bool = isinstance(value, bool)  # which is an int for Python
+        if not isinstance(value, kind | int if kind is float else kind) or is_bool is not (kind is bool):
             raise TypeError(f'{field.name} is {value!r:.40}')
+        if field.name in POSITIVE and value < 1:
+            raise ValueError(f'{field.name} is {value}')
     return values
 
 

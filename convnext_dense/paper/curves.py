@@ -100,7 +100,7 @@ def _add_session(curves: TrainingCurves, session: Session) -> None:
             _drop_overlap(curves, x, is_training)
         if is_training:
             curves.losses.append((x, _losses(record)))
-            curves.lrs.append((x, layer_lrs(record, session.lr_scales, session.config)))
+            curves.lrs.append((x, layer_lrs(record, session.facts.layer_lr_scales, session.config)))
         elif metrics := _metrics(record):
             curves.metrics.append((x, metrics))
 
@@ -152,7 +152,7 @@ def _x_value(record: dict, is_training: bool, session: Session, last: float) -> 
     step_is_epoch = logger.get('log_metric_by_epoch', True)
     if session.by_epoch:
         return step if step_is_epoch else step / session.min_iters_per_epoch
-    return last if step_is_epoch else step / session.accumulation_steps
+    return last if step_is_epoch else step / session.facts.accumulation_steps
 
 
 def layer_lrs(record: dict, scales: dict[int, float], config: Config) -> dict[int | str, float]:
@@ -397,7 +397,7 @@ def _annotate(axis, text: str, xy: tuple[float, float], color, **settings) -> No
 
 def _style_axis(axis, group: Sequence[TrainingCurves]) -> None:
     unit = group[0].unit
-    is_iteration = all(session.accumulation_steps == 1 for c in group for session in c.run.sessions)
+    is_iteration = all(session.facts.accumulation_steps == 1 for c in group for session in c.run.sessions)
     axis.set_xlabel('iterations' if unit == 'optimizer steps' and is_iteration else unit)
     last = max(x for c in group for x, _ in c.losses + c.metrics)
     axis.set_xlim(0, 1.02 * last)

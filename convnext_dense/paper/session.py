@@ -9,15 +9,15 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from mmengine.config import Config
 
 from ..config.recipe import accumulative_counts
 from ..config.work_dir import read_log_text
-from ..engine.run_info import RUN_INFO_FILE, RunInfo, read_run_info
+from ..engine.run_info import RunInfo, read_run_info
 from ..errors import UsageError
 
 SCALARS_FILE = 'vis_data/scalars.json'
@@ -28,6 +28,25 @@ LR_TABLE = re.compile(r'\w+_wise lr decay, rate ([\d.e-]+):\n +id +lr +parameter
 LR_GROUP = re.compile(r'"layer_(\d+)_(?:no_)?decay": \{.*?"lr_scale": ([\d.e+-]+)', re.DOTALL)
 EPOCH_LINE = re.compile(r'Epoch\(train\) *\[ *\d+\]\[ *\d+/(\d+)\]')  # Epoch(train)  [3][ 50/7330]
 GPU_LINE = re.compile(r'GPU number: (\d+)')
+
+
+class LoggedFacts(NamedTuple):
+    """The facts of `RunInfo` that a text log and a config may hold, under the same names.
+
+    Attributes:
+        world_size: Number of processes; None where it is not known.
+        batch_size: Images per GPU and iteration; 0 where it is not known.
+        accumulation_steps: Iterations per optimizer step.
+        iters_per_epoch: Iterations of an epoch; None where it is not known.
+        layer_lr_scales: Learning rate scale of each layer id, in the order of the parameter groups; {} where it is not
+            known.
+    """
+
+    world_size: int | None
+    batch_size: int
+    accumulation_steps: int
+    iters_per_epoch: int | None
+    layer_lr_scales: dict[int, float]
 
 
 @dataclass
@@ -45,21 +64,15 @@ class Session:
     issues: list[str] = field(default_factory=list)
 
     @cached_property
-    def info(self) -> RunInfo | None:
-        """Content of `run.json`; None where there is none."""
+    def facts(self) -> RunInfo | LoggedFacts:
+        """Content of `run.json`, or what text log and config say where there is none."""
         try:
             info = read_run_info(self.log_dir)
-            if info and min(info.world_size, info.batch_size, info.accumulation_steps, info.iters_per_epoch) < 1:
-                raise UsageError(f'{self.log_dir / RUN_INFO_FILE} has a count below 1: remove it')
         except UsageError as error:
             self.issues.append(str(error))
-            return None
-        return info
-
-    @cached_property
-    def log_text(self) -> str:
-        """The text log."""
-        return read_log_text(self.log_dir / f'{self.log_dir.name}.log')
+            info = None
+        log = '' if info else read_log_text(self.log_dir / f'{self.log_dir.name}.log')
+        return info or _parse_facts(log, self.config)
 
     @cached_property
     def records(self) -> list[dict[str, float]]:
@@ -67,68 +80,22 @@ class Session:
         return list(read_records(self.log_dir / SCALARS_FILE, self.issues))
 
     @property
-    def has_records(self) -> bool:
-        """Whether there is a log of numbers."""
-        return (self.log_dir / SCALARS_FILE).exists()
-
-    @property
-    def last_logged(self) -> datetime:
-        """When its logs last grew."""
-        files = [self.log_dir, *self.log_dir.rglob('*')]
-        return datetime.fromtimestamp(max(file.stat().st_mtime for file in files))
-
-    @property
     def by_epoch(self) -> bool:
         """Whether the length of the training is counted in epochs."""
         return 'max_epochs' in (self.config.get('train_cfg') or {})
 
-    @property
-    def world_size(self) -> int | None:
-        """Number of processes; None where it is not known."""
-        if self.info:
-            return self.info.world_size
-        gpus = GPU_LINE.search(self.log_text)
-        return int(gpus[1]) if gpus else None
-
-    @property
-    def accumulation_steps(self) -> int:
-        """Iterations per optimizer step."""
-        return self.info.accumulation_steps if self.info else accumulative_counts(self.config)
-
-    @property
-    def batch_size(self) -> int:
-        """Images per GPU and iteration; 0 where it is not known."""
-        if self.info:
-            return self.info.batch_size
-        return (self.config.get('train_dataloader') or {}).get('batch_size', 0)
-
-    @cached_property
-    def iters_per_epoch(self) -> int | None:
-        """Iterations of an epoch; None where neither `run.json` nor the text log has the number."""
-        if self.info:
-            return self.info.iters_per_epoch
-        line = EPOCH_LINE.search(self.log_text)
-        return max(int(line[1]), 1) if line else None
-
     @cached_property
     def min_iters_per_epoch(self) -> int:
-        """`iters_per_epoch`, or the lowest number that fits the records."""
+        """`facts.iters_per_epoch`, or the lowest number that fits the records."""
         records = [record for record in self.records if record.get('epoch') and record.get('step')]
         lowest = max((math.ceil(record['step'] / record['epoch']) for record in records), default=1)
-        return self.iters_per_epoch or lowest
-
-    @cached_property
-    def lr_scales(self) -> dict[int, float]:
-        """Learning rate scale of each layer id, in the order of the parameter groups; {} where it is not known."""
-        if self.info:
-            return self.info.layer_lr_scales
-        return parse_lr_scales(self.log_text, (self.config.get('optim_wrapper') or {}).get('optimizer', {}).get('lr'))
+        return self.facts.iters_per_epoch or lowest
 
     def progress_at(self, record: dict[str, float]) -> float:
         """Progress at a training record: epochs, or optimizer steps where the length is counted in iterations."""
         step = record.get('step', 0)
         if not self.by_epoch:
-            return step / self.accumulation_steps
+            return step / self.facts.accumulation_steps
         epochs = step / self.min_iters_per_epoch
         epoch = record.get('epoch', math.ceil(epochs))
         return min(max(epochs, epoch - 1), epoch)
@@ -164,6 +131,17 @@ def is_number(value: object, is_count: bool = False) -> bool:
     if isinstance(value, float):
         return not is_count
     return 0 <= value < MAX_COUNT if is_count else abs(value) < MAX_COUNT
+
+
+def _parse_facts(log: str, config: Config) -> LoggedFacts:
+    gpus, epoch = GPU_LINE.search(log), EPOCH_LINE.search(log)
+    return LoggedFacts(
+        world_size=int(gpus[1]) if gpus else None,
+        batch_size=(config.get('train_dataloader') or {}).get('batch_size', 0),
+        accumulation_steps=accumulative_counts(config),
+        iters_per_epoch=max(int(epoch[1]), 1) if epoch else None,
+        layer_lr_scales=parse_lr_scales(log, (config.get('optim_wrapper') or {}).get('optimizer', {}).get('lr')),
+    )
 
 
 def parse_lr_scales(log: str, base_lr: float | None) -> dict[int, float]:

@@ -229,10 +229,11 @@ def read_runs(work_dir: Path) -> list[TrainingRun]:
 def _read_training(run: TrainingRun, log_dir: Path) -> None:
     run.config = _read_config(run, log_dir) or run.config
     session = Session(log_dir, run.config, run.issues)
-    run.last_logged = session.last_logged
-    run.world_size = session.world_size or run.world_size
-    run.total_batch = run.world_size and run.world_size * session.batch_size * session.accumulation_steps
-    if not session.has_records:
+    files = [log_dir, *log_dir.rglob('*')]
+    run.last_logged = datetime.fromtimestamp(max(file.stat().st_mtime for file in files))
+    run.world_size = session.facts.world_size or run.world_size
+    run.total_batch = run.world_size and run.world_size * session.facts.batch_size * session.facts.accumulation_steps
+    if not (log_dir / SCALARS_FILE).exists():
         run.issues.append(f'{log_dir.name}: no iteration was logged')
         return
     run.sessions.append(session)
@@ -257,7 +258,7 @@ def _update_progress(run: TrainingRun, session: Session, record: dict[str, float
         run.done = run.progress = record.get('step', 0)
     else:  # the epoch of a training record is not finished
         run.done = max(run.done, record.get('epoch', 1) - 1)
-        run.progress = max(run.done, session.progress_at(record) if session.iters_per_epoch else 0)
+        run.progress = max(run.done, session.progress_at(record) if session.facts.iters_per_epoch else 0)
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float]:

@@ -183,7 +183,7 @@ def test_facts_come_from_run_json_before_the_log(tmp_path):
     for fact in ('world_size', 'batch_size', 'accumulation_steps', 'iters_per_epoch'):
         write_run_info(log_dir, **{fact: 0})
         (run,) = read_runs(tmp_path / 'a')
-        assert run.total_batch == 16 and 'has a count below 1' in run.issues[0]
+        assert run.total_batch == 16 and f'run.json is damaged (ValueError: {fact} is 0)' in run.issues[0]
 
 
 def test_half_written_files(tmp_path):
