@@ -3,10 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mmengine.config import Config
-
-from ..type_names import short_name
-
 
 def iter_dicts(value: object) -> Iterator[dict]:
     """Iterate over all dicts in a config's value, itself included, from the outside in."""
@@ -63,13 +59,3 @@ def is_equal(a: object, b: object) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(is_equal, a, b))
     return a == b or (a != a and b != b)
-
-
-def mismatched_keys(config: Config, expected: Mapping[str, object]) -> list[str]:
-    """Return the dotted keys of `expected` whose values a config does not have; types are compared by name."""
-    return [key for key, value in expected.items() if not is_equal(_comparable(config, key), value)]
-
-
-def _comparable(config: Config, key: str) -> object:
-    value = get_dotted(config, key)
-    return short_name(value) if key.endswith('.type') else value

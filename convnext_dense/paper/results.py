@@ -6,7 +6,8 @@ from functools import cached_property
 
 from mmengine.config import Config
 
-from ..config.tree import mismatched_keys
+from ..config.tree import get_dotted, is_equal
+from ..type_names import short_name
 
 TOTAL_BATCH = 16  # images per optimizer step, of every recipe (appendix A.3)
 # Metrics of a detection result in the order in which the paper prints them, and of a segmentation result.
@@ -35,12 +36,11 @@ class PaperResult:
     Attributes:
         recipe: Name of the config without its ending, such as 'cascade/convnext_t'.
         arch: Size of the backbone, a key of `ARCHS`.
-        weights: Name of the pretrained weights of the backbone.
-        released: Name of the checkpoint that the authors released.
+        pretraining: ImageNet-'1k' or -'22k'.
         drop_path_rate: Stochastic depth rate of the last block.
         lr: Base learning rate.
         decay_rate: Rate of the layer-wise or stage-wise learning rate decay.
-        metrics: AP or mIoU in percent, by `DETECTION_METRICS` or `SEGMENTATION_METRICS`.
+        values: AP or mIoU in percent, in the order of `DETECTION_METRICS` or `SEGMENTATION_METRICS`.
         params_m: Parameters of the whole model in millions, as printed in the paper.
         gflops: Multiply-accumulates of an image of `size` in billions, as printed in the paper.
         size: (width, height) at which `gflops` are counted.
@@ -49,26 +49,37 @@ class PaperResult:
 
     recipe: str
     arch: str
-    weights: str
-    released: str
+    pretraining: str
     drop_path_rate: float
     lr: float
     decay_rate: float
-    metrics: Mapping[str, float]
+    values: tuple[float, ...]
     params_m: int
     gflops: int
-    size: tuple[int, int]
+    size: tuple[int, int] = (1280, 800)
     precision: str = 'float16'
 
     @property
     def is_detection(self) -> bool:
         """Whether it is a result on COCO, not on ADE20K."""
-        return 'mIoU' not in self.metrics
+        return not self.recipe.startswith('upernet/')
 
     @property
-    def decay_type(self) -> str:
-        """How layers are grouped for the learning rate decay."""
-        return 'layer_wise' if self.is_detection else 'stage_wise'
+    def metrics(self) -> dict[str, float]:
+        """AP or mIoU in percent, by `DETECTION_METRICS` or `SEGMENTATION_METRICS`."""
+        return dict(zip(DETECTION_METRICS if self.is_detection else SEGMENTATION_METRICS, self.values))
+
+    @property
+    def weights(self) -> str:
+        """Name of the pretrained weights of the backbone."""
+        return f'convnext_{self.arch}_{self.pretraining}_224'
+
+    @property
+    def released(self) -> str:
+        """Name of the checkpoint that the authors released."""
+        model = self.recipe.split('/')[0].replace('cascade', 'cascade_mask_rcnn')
+        schedule = '3x' if self.is_detection else f'{self.crop_size}x{self.crop_size}'
+        return f'{model}_convnext_{self.arch}_{self.pretraining}_{schedule}'
 
     @property
     def crop_size(self) -> int | None:
@@ -83,80 +94,35 @@ class PaperResult:
         common |= {f'{split}_dataloader.dataset.metainfo': None for split in ('train', 'test')}
         if self.is_detection:
             model = {'mask_rcnn': 'MaskRCNN', 'cascade': 'CascadeRCNN'}[self.recipe.split('/')[0]]
-            return {
-                **common,
-                'model.type': model,
-                'model.roi_head.mask_head.num_classes': 80,
-                'train_dataloader.dataset.type': 'CocoDataset',
-            }
-        return {
-            **common,
-            'model.decode_head.type': 'UPerHead',
-            'model.decode_head.num_classes': 150,
-            'model.test_cfg.crop_size': (self.crop_size, self.crop_size),
-            'train_dataloader.dataset.type': 'ADE20KDataset',
-        }
-
-
-def _coco(
-    recipe, arch, weights, drop_path_rate, lr, decay_rate, box, mask, params_m, gflops, precision='float16'
-) -> PaperResult:
-    model = {'mask_rcnn': 'mask_rcnn', 'cascade': 'cascade_mask_rcnn'}[recipe.split('/')[0]]
-    return PaperResult(
-        recipe=recipe,
-        arch=arch,
-        weights=f'convnext_{arch}_{weights}_224',
-        released=f'{model}_convnext_{arch}_{weights}_3x',
-        drop_path_rate=drop_path_rate,
-        lr=lr,
-        decay_rate=decay_rate,
-        metrics=dict(zip(DETECTION_METRICS, box + mask)),
-        params_m=params_m,
-        gflops=gflops,
-        size=(1280, 800),
-        precision=precision,
-    )
-
-
-def _ade20k(
-    recipe, arch, weights, crop, drop_path_rate, lr, single, multi, params_m, gflops, precision='float16'
-) -> PaperResult:
-    return PaperResult(
-        recipe=recipe,
-        arch=arch,
-        weights=f'convnext_{arch}_{weights}_224',
-        released=f'upernet_convnext_{arch}_{weights}_{crop}x{crop}',
-        drop_path_rate=drop_path_rate,
-        lr=lr,
-        decay_rate=0.9,
-        metrics={'mIoU': single, 'mIoU multi-scale': multi},
-        params_m=params_m,
-        gflops=gflops,
-        size=(4 * crop, crop),
-        precision=precision,
-    )
+            common |= {'model.type': model, 'train_dataloader.dataset.type': 'CocoDataset'}
+            return common | {'model.roi_head.mask_head.num_classes': 80}
+        common |= {'model.decode_head.type': 'UPerHead', 'train_dataloader.dataset.type': 'ADE20KDataset'}
+        common |= {'model.test_cfg.crop_size': (self.crop_size, self.crop_size)}
+        return common | {'model.decode_head.num_classes': 150}
 
 
 # fmt: off
 PAPER_RESULTS = (
-    # recipe, arch, weights, drop path, lr, decay rate, box AP/50/75, mask AP/50/75, M parameters, GFLOPs
-    _coco('mask_rcnn/convnext_t', 'tiny', '1k', 0.4, 1e-4, 0.95, (46.2, 67.9, 50.8), (41.7, 65.0, 44.9), 48, 262),
-    _coco('cascade/convnext_t', 'tiny', '1k', 0.4, 2e-4, 0.7, (50.4, 69.1, 54.8), (43.7, 66.5, 47.3), 86, 741),
-    _coco('cascade/convnext_s', 'small', '1k', 0.6, 2e-4, 0.7, (51.9, 70.8, 56.5), (45.0, 68.4, 49.1), 108, 827),
-    _coco('cascade/convnext_b', 'base', '1k', 0.7, 2e-4, 0.8, (52.7, 71.3, 57.2), (45.6, 68.9, 49.5), 146, 964),
-    _coco('cascade/convnext_b_in22k', 'base', '22k', 0.6, 1e-4, 0.8,
-          (54.0, 73.1, 58.8), (46.9, 70.6, 51.3), 146, 964),
-    _coco('cascade/convnext_l_in22k', 'large', '22k', 0.7, 1e-4, 0.7,
-          (54.8, 73.8, 59.8), (47.6, 71.3, 51.7), 255, 1354, 'float32'),
-    _coco('cascade/convnext_xl_in22k', 'xlarge', '22k', 0.8, 1e-4, 0.7,
-          (55.2, 74.2, 59.9), (47.7, 71.6, 52.2), 407, 1898, 'float32'),
-    # recipe, arch, weights, crop, drop path, lr, mIoU single scale, multi-scale, M parameters, GFLOPs
-    _ade20k('upernet/convnext_t', 'tiny', '1k', 512, 0.4, 1e-4, 46.0, 46.7, 60, 939),
-    _ade20k('upernet/convnext_s', 'small', '1k', 512, 0.3, 1e-4, 48.7, 49.6, 82, 1027),
-    _ade20k('upernet/convnext_b', 'base', '1k', 512, 0.4, 1e-4, 49.1, 49.9, 122, 1170),
-    _ade20k('upernet/convnext_b_in22k', 'base', '22k', 640, 0.4, 1e-4, 52.6, 53.1, 122, 1828),
-    _ade20k('upernet/convnext_l_in22k', 'large', '22k', 640, 0.4, 1e-4, 53.2, 53.7, 235, 2458, 'float32'),
-    _ade20k('upernet/convnext_xl_in22k', 'xlarge', '22k', 640, 0.4, 8e-5, 53.6, 54.0, 391, 3335, 'float32'),
+    # recipe, arch, weights, drop path, lr, decay rate, box AP/50/75 and mask AP/50/75, M parameters, GFLOPs
+    PaperResult('mask_rcnn/convnext_t', 'tiny', '1k', 0.4, 1e-4, 0.95, (46.2, 67.9, 50.8, 41.7, 65.0, 44.9), 48, 262),
+    PaperResult('cascade/convnext_t', 'tiny', '1k', 0.4, 2e-4, 0.7, (50.4, 69.1, 54.8, 43.7, 66.5, 47.3), 86, 741),
+    PaperResult('cascade/convnext_s', 'small', '1k', 0.6, 2e-4, 0.7, (51.9, 70.8, 56.5, 45.0, 68.4, 49.1), 108, 827),
+    PaperResult('cascade/convnext_b', 'base', '1k', 0.7, 2e-4, 0.8, (52.7, 71.3, 57.2, 45.6, 68.9, 49.5), 146, 964),
+    PaperResult('cascade/convnext_b_in22k', 'base', '22k', 0.6, 1e-4, 0.8,
+                (54.0, 73.1, 58.8, 46.9, 70.6, 51.3), 146, 964),
+    PaperResult('cascade/convnext_l_in22k', 'large', '22k', 0.7, 1e-4, 0.7,
+                (54.8, 73.8, 59.8, 47.6, 71.3, 51.7), 255, 1354, precision='float32'),
+    PaperResult('cascade/convnext_xl_in22k', 'xlarge', '22k', 0.8, 1e-4, 0.7,
+                (55.2, 74.2, 59.9, 47.7, 71.6, 52.2), 407, 1898, precision='float32'),
+    # recipe, arch, weights, drop path, lr, decay rate, mIoU single scale and multi-scale, M parameters, GFLOPs, size
+    PaperResult('upernet/convnext_t', 'tiny', '1k', 0.4, 1e-4, 0.9, (46.0, 46.7), 60, 939, (2048, 512)),
+    PaperResult('upernet/convnext_s', 'small', '1k', 0.3, 1e-4, 0.9, (48.7, 49.6), 82, 1027, (2048, 512)),
+    PaperResult('upernet/convnext_b', 'base', '1k', 0.4, 1e-4, 0.9, (49.1, 49.9), 122, 1170, (2048, 512)),
+    PaperResult('upernet/convnext_b_in22k', 'base', '22k', 0.4, 1e-4, 0.9, (52.6, 53.1), 122, 1828, (2560, 640)),
+    PaperResult('upernet/convnext_l_in22k', 'large', '22k', 0.4, 1e-4, 0.9, (53.2, 53.7), 235, 2458, (2560, 640),
+                'float32'),
+    PaperResult('upernet/convnext_xl_in22k', 'xlarge', '22k', 0.4, 8e-5, 0.9, (53.6, 54.0), 391, 3335, (2560, 640),
+                'float32'),
 )
 # fmt: on
 
@@ -183,4 +149,9 @@ def find_paper_result(config: Config) -> PaperResult | None:
     Returns:
         The result; None where the config is no recipe of the paper.
     """
-    return next((result for result in PAPER_RESULTS if not mismatched_keys(config, result.identity)), None)
+    return next((r for r in PAPER_RESULTS if all(_has(config, *setting) for setting in r.identity.items())), None)
+
+
+def _has(config: Config, key: str, expected: object) -> bool:
+    value = get_dotted(config, key)
+    return is_equal(short_name(value) if key.endswith('.type') else value, expected)

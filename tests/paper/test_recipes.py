@@ -107,7 +107,8 @@ def test_lr_and_weight_decay_of_every_parameter(result):
     assert type(optimizer) is torch.optim.AdamW
     groups = {id(p): group for group in optimizer.param_groups for p in group['params']}
     n = 6 if result.arch == 'tiny' else 12
-    ids, _ = layer_ids(model, result.decay_type)  # itself tested against the original's description
+    decay_type = 'layer_wise' if result.is_detection else 'stage_wise'
+    ids, _ = layer_ids(model, decay_type)  # itself tested against the original's description
     assert len(groups) == len(ids) == len(list(model.parameters()))
     for parameter_name, p in model.named_parameters():
         group = groups[id(p)]
@@ -115,7 +116,7 @@ def test_lr_and_weight_decay_of_every_parameter(result):
         assert group['weight_decay'] == (0 if p.ndim == 1 or parameter_name.endswith('.bias') else 0.05)
         assert group['betas'] == (0.9, 0.999) and group['eps'] == 1e-8
     parameters = dict(model.named_parameters())
-    for place, scale in zip(PLACES, SCALES[result.decay_type, result.decay_rate, n]):
+    for place, scale in zip(PLACES, SCALES[decay_type, result.decay_rate, n]):
         name = 'backbone.' + place.format(last=model.backbone.depths[2] - 1)
         assert groups[id(parameters[name])]['lr'] == pytest.approx(result.lr * scale, rel=2e-6), name
     head_lrs = {groups[id(p)]['lr'] for n, p in model.named_parameters() if not n.startswith('backbone.')}
