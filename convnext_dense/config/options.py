@@ -6,14 +6,12 @@ settings that the user gives.
 
 import difflib
 import inspect
-import logging
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
 
 from mmengine.config import Config, DictAction
-from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, set_random_seed
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
@@ -24,31 +22,19 @@ from ..type_names import class_of
 from .tree import get_dotted, is_equal
 
 # What mmengine's runner and this package's tools read from a config besides the runner's own arguments.
-TOP_LEVEL_KEYS = {
-    'custom_imports',
-    'runner_type',
-    'find_unused_parameters',
-    'model_wrapper_cfg',
-    'compile',
-    'total_batch',
-}
-TOP_LEVEL_KEYS |= {'activation_checkpointing', 'sync_bn', 'max_unreadable', 'env_cfg', 'randomness', 'experiment_name'}
-TOP_LEVEL_KEYS.add('health_check')
+TOP_LEVEL_KEYS = {'custom_imports', 'runner_type', 'find_unused_parameters', 'model_wrapper_cfg', 'compile', 'sync_bn'}
+TOP_LEVEL_KEYS |= {'activation_checkpointing', 'env_cfg', 'randomness', 'experiment_name'}
+TOP_LEVEL_KEYS |= {'total_batch', 'max_unreadable', 'health_check'}
 RENAMED_KEYS = {'max_bad_images': 'max_unreadable'}  # of the top level: old name -> name
 # Parts of a config that name no type, and the classes and functions whose arguments they are.
-BUILT_WITHOUT_TYPE = {
-    'train_dataloader': (DataLoader,),
-    'val_dataloader': (DataLoader,),
-    'test_dataloader': (DataLoader,),
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+BUILT_WITHOUT_TYPE = dict.fromkeys(LOADERS, (DataLoader,)) | {
     'train_cfg': (EpochBasedTrainLoop, IterBasedTrainLoop),
     'randomness': (set_random_seed,),
     'optim_wrapper.clip_grad': (clip_grad_norm_,),
 }
 # Keys that mmengine looks up in parts of a config besides the arguments of what they build.
-EXTRA_KEYS = {
-    'train_dataloader': {'dataset', 'num_batch_per_epoch'},
-    'val_dataloader': {'dataset', 'num_batch_per_epoch'},
-    'test_dataloader': {'dataset', 'num_batch_per_epoch'},
+EXTRA_KEYS = {loader: {'dataset', 'num_batch_per_epoch'} for loader in LOADERS} | {
     'train_cfg': {'by_epoch'},
     'env_cfg': {'cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit'},
     'env_cfg.mp_cfg': {'mp_start_method', 'opencv_num_threads'},
@@ -56,15 +42,8 @@ EXTRA_KEYS = {
     'optim_wrapper': {'constructor', 'optimizer', 'paramwise_cfg'},
     'optim_wrapper.paramwise_cfg': set(DEFAULT_CONSTRUCTOR_KEYS),
     'auto_scale_lr': {'enable', 'base_batch_size'},
-    'default_hooks': {
-        'timer',
-        'logger',
-        'param_scheduler',
-        'checkpoint',
-        'sampler_seed',
-        'runtime_info',
-        'visualization',
-    },
+    'default_hooks': {'timer', 'logger', 'param_scheduler', 'checkpoint'}
+    | {'sampler_seed', 'runtime_info', 'visualization'},
 }
 DEFAULT_TYPES = {'optim_wrapper': 'OptimWrapper'}  # of parts that need not name theirs
 _MISSING = object()  # stands for a key that the config does not have
@@ -88,22 +67,21 @@ class KeyValueAction(DictAction):
             super().__call__(parser, namespace, values, option_string)
         except AssertionError as error:  # brackets that do not match
             parser.error(f'{option_string}: {error}')
-        options = getattr(namespace, self.dest)
-        for old, new in RENAMED_KEYS.items():
-            for plus in ('', '+'):
-                if plus + old in options:
-                    options[plus + new] = options.pop(plus + old)
-                    print(
-                        f'warning: {option_string} {old} was renamed to {new}; please use the new name', file=sys.stderr
-                    )
+        rename_old_keys(getattr(namespace, self.dest), option_string)
 
 
-def rename_old_keys(config: Config, path: str) -> None:
-    """Give the keys of a config file that were renamed (`RENAMED_KEYS`) their new name, with a warning."""
+def rename_old_keys(settings: Config | dict, source: str) -> None:
+    """Give top-level keys that were renamed (`RENAMED_KEYS`) their new name, with a warning.
+
+    Args:
+        settings: A config, or the options of the command line; changed in place.
+        source: Where they come from, for the warning.
+    """
     for old, new in RENAMED_KEYS.items():
-        if old in config:
-            config.setdefault(new, config.pop(old))
-            print_log(f'{path}: {old} was renamed to {new}; please use the new name', 'current', logging.WARNING)
+        for plus in ('', '+'):
+            if plus + old in settings:
+                settings.setdefault(plus + new, settings.pop(plus + old))
+                print(f'warning: {source} {old} was renamed to {new}; please use the new name', file=sys.stderr)
 
 
 def merge_options(config: Config, options: Mapping[str, object]) -> dict[str, object]:
@@ -205,32 +183,22 @@ def argument_names(function: Callable) -> frozenset[str]:
 
 def _unknown_key_message(config: Config, parts: list[str], i: int, valid: Collection[str]) -> str:
     """Say that part `i` of a key is unknown, and suggest the nearest key that is not."""
-    known = dict.fromkeys(_iter_dotted_keys(config))
+    known = [key for key, _ in _iter_items(config) if key.split('.')[0] in _top_level_keys()]
     key, parent = '.'.join(parts), '.'.join(parts[:i])
-    longer = next((other for other in known if other.endswith(f'.{key}')), None)
-    siblings = difflib.get_close_matches(parts[i], valid, 1, 0.6)
-    sibling = '.'.join([*parts[:i], siblings[0], *parts[i + 1 :]]) if siblings else None
-    similar = difflib.get_close_matches(key, known, 1, 0.7)
-    suggestion = longer or sibling or (similar[0] if similar else None)
-    hint = f' (did you mean {suggestion}?)' if suggestion else ''
+    siblings = ['.'.join([*parts[:i], name, *parts[i + 1 :]]) for name in difflib.get_close_matches(parts[i], valid, 1)]
+    longer = [other for other in known if other.endswith(f'.{key}')]
+    near = [*longer, *siblings, *difflib.get_close_matches(key, known, 1, 0.7)]
+    hint = f' (did you mean {near[0]}?)' if near else ''
     return f'{parent or "the config"} has no {parts[i]}{hint}; to add a new key, write +{key}=...'
 
 
 def _config_variable_message(config: Config, name: str, rest: list[str]) -> str:
     """Say which key is read in the place of a variable of a config file."""
     value = config[name]
-    users = [key for key, other in _iter_items(config) if key != name and '.' in key and _is_same(other, value)]
+    items = ((key, other) for key, other in _iter_items(config) if '.' in key)
+    users = [key for key, other in items if type(other) is type(value) and other == value]
     target = '.'.join([users[0], *rest]) if users else 'the key that uses it'
     return f'{name} is a variable of the config file, which nothing reads once the file is loaded: set {target} instead'
-
-
-def _is_same(a: object, b: object) -> bool:
-    return type(a) is type(b) and a == b
-
-
-def _iter_dotted_keys(config: Config) -> Iterator[str]:
-    """Iterate over all keys of a config that are read, from the outside in."""
-    return (key for key, _ in _iter_items(config) if key.split('.')[0] in _top_level_keys())
 
 
 def _iter_items(node: object, prefix: str = '') -> Iterator[tuple[str, object]]:

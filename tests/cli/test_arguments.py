@@ -46,6 +46,9 @@ def test_old_keys_of_a_config_are_read_with_a_warning(tmp_path, capsys):
     (tmp_path / 'c.py').write_text(f"_base_ = '{DEMO}'\nmax_bad_images = 3\n")
     config = load_config(str(tmp_path / 'c.py'), {})
     assert config.max_unreadable == 3 and 'max_bad_images' not in config
+    assert capsys.readouterr().err.endswith(
+        'c.py max_bad_images was renamed to max_unreadable; please use the new name\n'
+    )
     for plus in ('', '+'):
         args = make_run_parser('').parse_args(['c.py', '--cfg-options', f'{plus}max_bad_images=4', 'a=1'])
         assert args.cfg_options == {f'{plus}max_unreadable': 4, 'a': 1}
