@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from mmengine.config import Config
@@ -108,7 +109,7 @@ def build_runner(run: PreparedRun, compile_blocks: bool = False) -> Runner:
 
 
 def _load(run: PreparedRun, args: argparse.Namespace, required: tuple[str, ...], subfolder: str = '') -> None:
-    """Load the config, with its launcher and its work dir, or a folder in it."""
+    """Load the config, with its launcher, its work dir or a folder in it, and the data set that is asked for."""
     survive_closed_stdout()
     if args.launcher == 'mpi':
         os.environ.setdefault('LOCAL_RANK', os.environ.get('OMPI_COMM_WORLD_LOCAL_RANK', '0'))
@@ -119,22 +120,11 @@ def _load(run: PreparedRun, args: argparse.Namespace, required: tuple[str, ...],
     config.launcher = args.launcher
     work_dir = args.work_dir or config.get('work_dir') or default_work_dir(args.config)
     config.work_dir = os.path.join(work_dir, subfolder).rstrip('/')
+    run.request = parse_request(args)
     if os.path.realpath(args.config) == os.path.realpath(os.path.join(config.work_dir, os.path.basename(args.config))):
         raise UsageError(
             f'{config.work_dir} contains the config itself, which its copy would overwrite: choose another --work-dir'
         )
-
-
-def _load_for_training(run: PreparedRun, args: argparse.Namespace) -> None:
-    _load(run, args, ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'))
-
-
-def _load_for_test(run: PreparedRun, args: argparse.Namespace) -> None:
-    _load(run, args, ('model', 'test_dataloader', 'test_cfg', 'test_evaluator'), 'test')
-
-
-def _request_data(run: PreparedRun, args: argparse.Namespace) -> None:
-    run.request = parse_request(args)
 
 
 def _check_data_files(run: PreparedRun, splits: tuple[str, ...]) -> None:
@@ -167,10 +157,6 @@ def _visualize(run: PreparedRun, args: argparse.Namespace) -> None:
     set_visualization(run.config, folder, args.show, args.wait_time, run.options)
 
 
-def _scale_schedule(run: PreparedRun, args: argparse.Namespace) -> Lines:
-    return scale_schedule(run.config, args.epochs, args.iters, run.options)
-
-
 def _scale_batch(run: PreparedRun, args: argparse.Namespace) -> Lines:
     return scale_batch(run.config, world_size_from_env(args.launcher), args.no_auto_batch, run.options)
 
@@ -196,22 +182,21 @@ def _warnings(*lines: str | None) -> list[Notice]:
 # - compare: with the checkpoint, of what the run will really be.
 # - overridden: what does not hold in the end.
 TRAIN_STEPS = (
-    Step('config', _load_for_training),
+    Step('config', partial(_load, required=('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'))),
     Step('inputs', lambda run, args: adapt_input_channels(run.config), after=('config',)),
-    Step('request', _request_data),
     Step('precision', lambda run, args: set_precision(run.config, args.amp_dtype), after=('config',)),
     Step('loggers', lambda run, args: add_trackers(run.config, args.loggers, args.resume is not None), ('config',)),
-    Step('data_files', lambda run, args: _check_data_files(run, ('train', 'val')), after=('config', 'request')),
+    Step('data_files', lambda run, args: _check_data_files(run, ('train', 'val')), after=('config',)),
     Step('pretrained', lambda run, args: check_pretrained(run.config.model), after=('config',)),
     Step('resume', _find_checkpoint_to_resume, after=('config',)),
     Step('lock', lambda run, args: hold_work_dir(run.config), after=('config', 'resume')),
     Step(
         'data',
         lambda run, args: apply_custom_data(run.config, run.request, ('train', 'val'), run.options, run.checkpoint),
-        after=('inputs', 'request', 'resume', 'lock'),
+        after=('inputs', 'resume', 'lock'),
     ),
     Step('classes', lambda run, args: check_classes(run.config), after=('data',)),
-    Step('schedule', _scale_schedule, after=('data',)),
+    Step('schedule', lambda run, args: scale_schedule(run.config, args.epochs, args.iters, run.options), ('data',)),
     Step('batch', _scale_batch, after=('schedule',)),
     Step('compare', _compare_with_checkpoint, after=('precision', 'resume', 'data', 'schedule', 'batch')),
     Step('retention', lambda run, args: set_checkpoint_retention(run.config, args.max_keep_ckpts), after=('config',)),
@@ -222,12 +207,14 @@ TRAIN_STEPS = (
 # - report: replaces the metric that predictions are set at.
 # - overridden: multi-scale testing moves the model into another one, and with it all keys of the options.
 TEST_STEPS = (
-    Step('config', _load_for_test),
+    Step(
+        'config',
+        partial(_load, required=('model', 'test_dataloader', 'test_cfg', 'test_evaluator'), subfolder='test'),
+    ),
     Step('checkpoint', _find_checkpoint_to_test),
     Step('inputs', lambda run, args: adapt_input_channels(run.config), after=('config',)),
-    Step('request', _request_data),
-    Step('data_files', lambda run, args: _check_data_files(run, ('test',)), after=('config', 'request')),
-    Step('data', _use_test_data, after=('inputs', 'request', 'checkpoint')),
+    Step('data_files', lambda run, args: _check_data_files(run, ('test',)), after=('config',)),
+    Step('data', _use_test_data, after=('inputs', 'checkpoint')),
     Step('visualization', _visualize, after=('config',)),
     Step('predictions', lambda run, args: set_prediction_output(run.config, args.out), after=('data',)),
     Step('report', lambda run, args: set_report(run.config, args.report), after=('data', 'predictions')),

@@ -55,7 +55,6 @@ def test_order_of_training():
     names = [step.name for step in TRAIN_STEPS]
     for first, second in (
         ('inputs', 'data'),  # color_type
-        ('request', 'data_files'),
         ('resume', 'lock'),
         ('lock', 'data'),  # written into the work dir
         ('resume', 'data'),  # classes of the checkpoint
@@ -134,7 +133,7 @@ def test_a_step_that_refuses_ends_the_preparation(parse):
         raise UsageError('no')
 
     reached = []
-    steps = replaced(TRAIN_STEPS, request=refuse, precision=lambda run, args: reached.append(1))
+    steps = replaced(TRAIN_STEPS, inputs=refuse, precision=lambda run, args: reached.append(1))
     with pytest.raises(UsageError, match='^no$'):
         prepare(parse('train.py', DEMO), steps)
     assert not reached
