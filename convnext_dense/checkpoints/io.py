@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import re
-import stat
 from pathlib import Path
 
 import torch
@@ -87,18 +86,18 @@ def _file_state(path: str | Path) -> tuple | None:
 
 
 def _load_uncached(path: Path) -> dict:
-    if path.exists() and not stat.S_ISREG(os.stat(path).st_mode) and not path.is_dir():
+    if path.is_dir():
+        raise UsageError(f'{path} is a folder: give a file in it')
+    if path.exists() and not path.is_file():
         raise UsageError(f'{path} is not a regular file: give the file of a checkpoint')
-    foreign_type = _foreign_file_type(path)
-    if foreign_type:
-        raise UsageError(f'{path} is {foreign_type}')
     try:
         content = _load_shards(path) if path.name.endswith(SHARD_INDEX_SUFFIX) else _load_file(path)
-    except UsageError:
+    except (UsageError, FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # a damaged file can end a reader in any way
         fix = (getattr(error, 'fix', None) or 'download or save it again').format(file=path)
-        raise UsageError(f'{path} cannot be read safely as a checkpoint ({_short_reason(error)}): {fix}') from error
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()[:300]
+        raise UsageError(f'{path} cannot be read safely as a checkpoint ({reason}): {fix}') from error
     if not isinstance(content, dict):
         raise UsageError(f'{path} contains a {type(content).__name__}: a checkpoint is a dict of tensors')
     return content
@@ -131,23 +130,12 @@ def find_state_dicts(checkpoint: dict) -> dict[str, dict[str, torch.Tensor]]:
     return {key: state_dicts[key] for key in [*usual, *([''] if '' in state_dicts else []), *others]}
 
 
-def _foreign_file_type(file: Path) -> str | None:
-    """Return what a file is that cannot be a checkpoint, and what to do; None where it can be one."""
-    if file.is_dir():
-        return 'a folder: give a file in it'
-    with open(file, 'rb') as f:
-        start = f.read(32)
-    if not start:
-        return 'empty: download or save it again'
-    if file.name.endswith(SHARD_INDEX_SUFFIX) or _is_safetensors(start):  # starts with a length, that is any byte
-        return None
-    return next((name for magic, name in MAGIC_BYTES.items() if start.lstrip().startswith(magic)), None)
-
-
 def _load_file(file: Path) -> dict:
     with open(file, 'rb') as f:
         start = f.read(32)
-    if _is_safetensors(start):
+    if not start:
+        raise UsageError(f'{file} is empty: download or save it again')
+    if start[8:9] == b'{':  # safetensors: the length of its header, and the header, which is JSON
         from safetensors.torch import load_file
 
         header, size = int.from_bytes(start[:8], 'little'), file.stat().st_size
@@ -156,6 +144,9 @@ def _load_file(file: Path) -> dict:
                 f'its header should have {header:,} bytes, the file has {size:,}, the limit is {MAX_HEADER_BYTES:,}'
             )
         return load_file(file)
+    for magic, file_type in MAGIC_BYTES.items():
+        if start.lstrip().startswith(magic):
+            raise UsageError(f'{file} is {file_type}')
     return torch_files.load(file)
 
 
@@ -177,13 +168,3 @@ def _load_shards(index: Path) -> dict:
             )
         tensors.update(shard)
     return tensors
-
-
-def _is_safetensors(start: bytes) -> bool:
-    """Judge by the first bytes: the length of the header, and the header, which is JSON."""
-    return start[8:9] == b'{'
-
-
-def _short_reason(error: Exception) -> str:
-    """Return the first line of an error's message, cut to 300 characters."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()[:300]
