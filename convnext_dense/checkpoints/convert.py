@@ -7,17 +7,16 @@ from pathlib import Path
 import torch
 
 from ..errors import UsageError
-from .naming import NAMING_SCHEMES, NamingScheme
+from .naming import ORIGINAL, TIMM, TRANSFORMERS, NamingScheme
 from .pretrained import check_values, open_checkpoint
 
-SCHEMES_BY_KEY = {scheme.key: scheme for scheme in NAMING_SCHEMES}
 # The naming scheme of an export format, and the key of the state dict in the file.
 EXPORT_FORMATS: dict[str, tuple[NamingScheme, str | None]] = {
-    'ours': (SCHEMES_BY_KEY['original'], 'state_dict'),
-    'original': (SCHEMES_BY_KEY['original'], 'model'),
-    'timm': (SCHEMES_BY_KEY['timm'], None),
-    'transformers': (SCHEMES_BY_KEY['transformers'], None),
-    'safetensors': (SCHEMES_BY_KEY['original'], None),
+    'ours': (ORIGINAL, 'state_dict'),
+    'original': (ORIGINAL, 'model'),
+    'timm': (TIMM, None),
+    'transformers': (TRANSFORMERS, None),
+    'safetensors': (ORIGINAL, None),
 }
 
 
@@ -49,21 +48,16 @@ def convert(source: str | Path, out: str | Path, export_format: str) -> int:
         )
     check_values(checkpoint.file, checkpoint.weights)
     scheme, key = EXPORT_FORMATS[export_format]
+    prefix = scheme.prefix.replace('convnext.', 'convnextv2.') if checkpoint.use_grn else scheme.prefix
     tensors = {}
     for canonical, tensor in checkpoint.weights.items():
         name = scheme.to_source_name(canonical)
         if name is None:
             raise UsageError(f'{source} has {canonical}, which {export_format} has no name for')
-        prefix = _name_prefix(scheme, canonical, checkpoint.use_grn)
-        tensors[prefix + name] = scheme.to_source_shape(canonical, tensor).contiguous()
+        name = name if canonical.startswith('head.') else prefix + name
+        tensors[name] = scheme.to_source_shape(canonical, tensor).contiguous()
     _write_checkpoint(tensors, key, out, export_format == 'safetensors' or out.suffix == '.safetensors')
     return len(tensors)
-
-
-def _name_prefix(scheme: NamingScheme, canonical: str, use_grn: bool) -> str:
-    if canonical.startswith('head.'):
-        return ''
-    return scheme.prefix.replace('convnext.', 'convnextv2.') if use_grn else scheme.prefix
 
 
 def _write_checkpoint(tensors: dict[str, torch.Tensor], key: str | None, out: Path, safetensors: bool) -> None:

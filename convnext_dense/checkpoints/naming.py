@@ -168,7 +168,7 @@ def _parse_names(scheme: NamingScheme, prefix: str, names: list[str]) -> ParsedN
         if name not in parsed.values() and scheme.to_source_name(name) in names:
             parsed[scheme.to_source_name(name)] = name
     output_norms = {name for name in parsed.values() if OUTPUT_NORM_RE.fullmatch(name)}
-    if scheme.final_norm_as_output and output_norms == set(_last_output_norm(depths)):
+    if scheme.final_norm_as_output and output_norms == {f'norm{len(depths) - 1}.{leaf}' for leaf in ('weight', 'bias')}:
         parsed = {n: re.sub(r'^norm\d+', 'norm', name) for n, name in parsed.items()}
     rest = [n for n in names if n not in parsed]
     unknown = [n for n in rest if scheme.is_trunk_name(bare.get(n, ''))]
@@ -187,10 +187,6 @@ def _count_blocks(scheme: NamingScheme, names: Iterable[str]) -> tuple[int, ...]
         depths.append(b)
 
 
-def _last_output_norm(depths: Sequence[int]) -> tuple[str, str]:
-    return f'norm{len(depths) - 1}.weight', f'norm{len(depths) - 1}.bias'
-
-
 def _fill_template(template: str, i: int | str, **indices) -> str:
     i = int(i)
     embedding = {'0': 'patch_embeddings', '1': 'layernorm'}.get(indices.get('j'))
@@ -202,14 +198,12 @@ def _param_kind(name: str) -> str:
     return '.'.join(name.split('.')[3:]) if name.startswith('stages.') else name
 
 
-_GAMMA = {'gamma': 'gamma'}
-_GRN = {'grn.gamma': 'grn.gamma', 'grn.beta': 'grn.beta'}
-_GRN_HF = {'grn.gamma': 'grn.weight', 'grn.beta': 'grn.bias'}
 _GRN_4D = {'grn.gamma': (1, 1, 1, -1), 'grn.beta': (1, 1, 1, -1)}
 
 
-def _layers(*source_names: str) -> dict[str, str]:
-    return dict(zip(BLOCK_LAYERS, source_names))
+def _block(*source_names: str) -> dict[str, str]:
+    """The names of a source in the order of ours; those at the end may be missing."""
+    return dict(zip((*BLOCK_LAYERS, *VECTOR_PARAMS), source_names))
 
 
 ORIGINAL = NamingScheme(
@@ -218,7 +212,7 @@ ORIGINAL = NamingScheme(
     stem='downsample_layers.0.{j}',
     downsample='downsample_layers.{i}.{j}',
     block='stages.{i}.{b}',
-    block_params={**_layers(*BLOCK_LAYERS), **_GAMMA, **_GRN},
+    block_params=_block(*BLOCK_LAYERS, *VECTOR_PARAMS),
     norm='norm',
     head='head',
     output_norms='norm{i}',
@@ -228,7 +222,7 @@ MMPRETRAIN = replace(
     ORIGINAL,
     key='mmpretrain',
     title='mmpretrain',
-    block_params={**_layers('depthwise_conv', 'norm', 'pointwise_conv1', 'pointwise_conv2'), **_GAMMA, **_GRN},
+    block_params=_block('depthwise_conv', 'norm', 'pointwise_conv1', 'pointwise_conv2', *VECTOR_PARAMS),
     head='head.fc',
     shapes={},
     prefix='backbone.',
@@ -240,12 +234,7 @@ TIMM = NamingScheme(
     stem='stem.{j}',
     downsample='stages.{i}.downsample.{j}',
     block='stages.{i}.blocks.{b}',
-    block_params={
-        **_layers('conv_dw', 'norm', 'mlp.fc1', 'mlp.fc2'),
-        **_GAMMA,
-        'grn.gamma': 'mlp.grn.weight',
-        'grn.beta': 'mlp.grn.bias',
-    },
+    block_params=_block('conv_dw', 'norm', 'mlp.fc1', 'mlp.fc2', 'gamma', 'mlp.grn.weight', 'mlp.grn.bias'),
     norm='head.norm',
     head='head.fc',
 )
@@ -263,7 +252,7 @@ TORCHVISION = NamingScheme(
     stem='features.0.{j}',
     downsample='features.{even}.{j}',
     block='features.{odd}.{b}',
-    block_params={**_layers('block.0', 'block.2', 'block.3', 'block.5'), 'gamma': 'layer_scale'},
+    block_params=_block('block.0', 'block.2', 'block.3', 'block.5', 'layer_scale'),
     norm='classifier.0',
     head='classifier.2',
     shapes={'gamma': (-1, 1, 1)},
@@ -274,7 +263,7 @@ TRANSFORMERS = NamingScheme(
     stem='embeddings.{embedding}',
     downsample='encoder.stages.{i}.downsampling_layer.{j}',
     block='encoder.stages.{i}.layers.{b}',
-    block_params={**_layers('dwconv', 'layernorm', 'pwconv1', 'pwconv2'), 'gamma': 'layer_scale_parameter', **_GRN_HF},
+    block_params=_block('dwconv', 'layernorm', 'pwconv1', 'pwconv2', 'layer_scale_parameter', 'grn.weight', 'grn.bias'),
     norm='layernorm',
     head='classifier',
     output_norms='hidden_states_norms.stage{next}',
@@ -287,7 +276,7 @@ DINOV3 = NamingScheme(
     stem='stages.0.downsample_layers.{j}',
     downsample='stages.{i}.downsample_layers.{j}',
     block='stages.{i}.layers.{b}',
-    block_params={**_layers('depthwise_conv', 'layer_norm', 'pointwise_conv1', 'pointwise_conv2'), **_GAMMA},
+    block_params=_block('depthwise_conv', 'layer_norm', 'pointwise_conv1', 'pointwise_conv2', 'gamma'),
     norm='layer_norm',
     head='head',
     prefix='model.',

@@ -14,7 +14,6 @@ from argparse import Namespace
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import chain
 from math import prod
 
 import numpy as np
@@ -162,7 +161,8 @@ class Unpickler(pickle._Unpickler):
         if type(built) in FILL:
             FILL[type(built)](built, state)
         elif any(type(built) is name.allowed for name in self.user_names.values()):
-            _fill_object(built, state)
+            self.stack.append(state)
+            super().load_build()
         else:
             raise UnsafeCheckpointError(f'it sets the state of a {type(built).__name__}')
 
@@ -214,17 +214,6 @@ def _user_allowed_globals() -> dict[str, GlobalName]:
     return allowed_globals
 
 
-def _fill_object(built: object, state: object) -> None:
-    """Set the state of an object as pickle does."""
-    if hasattr(built, '__setstate__'):
-        built.__setstate__(state)
-        return
-    state, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
-    vars(built).update(state or {})
-    for name, value in (slots or {}).items():
-        setattr(built, name, value)
-
-
 def _expect(value, kind):
     if type(value) is not kind:
         raise UnsafeCheckpointError(f'it holds a {type(value).__name__} where a {kind.__name__} is due')
@@ -251,10 +240,6 @@ def _ordered_dict(items: list = ()) -> OrderedDict:
     ordered = OrderedDict()
     _set_items(ordered, ((key, value) for key, value in items))
     return ordered
-
-
-def _counter(counts: dict) -> Counter:
-    return Counter(_expect(counts, dict))
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -312,14 +297,6 @@ def _tensor_with_attributes(function: GlobalName, kind: GlobalName, args: tuple,
     if kind not in (NAMES['torch.Tensor'], NAMES['torch.nn.parameter.Parameter']):
         raise UnsafeCheckpointError('it holds tensors of a class of their own')
     return _expect(function, GlobalName).call(*args)
-
-
-def _size(values: tuple) -> torch.Size:
-    return torch.Size([_expect(value, int) for value in values])
-
-
-def _device(kind: str, index: int | None = None) -> torch.device:
-    return torch.device(kind) if index is None else torch.device(kind, index)
 
 
 # ---- numpy and mmengine ---------------------------------------------------------------------------------------------
@@ -390,7 +367,7 @@ HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
 STATISTICS = ('min', 'max', 'current', 'mean')
 FUNCTIONS = {
     'collections.OrderedDict': _ordered_dict,
-    'collections.Counter': _counter,
+    'collections.Counter': lambda counts: Counter(_expect(counts, dict)),
     '__builtin__.set': lambda values=(): set(_hashable(list(values))),
     '__builtin__.complex': lambda real, imag: complex(_expect(real, float), _expect(imag, float)),
     '__builtin__.getattr': _method_name,
@@ -401,8 +378,8 @@ FUNCTIONS = {
     'torch._utils._rebuild_parameter': _parameter,
     'torch._utils._rebuild_parameter_with_state': _parameter,
     'torch._tensor._rebuild_from_type_v2': _tensor_with_attributes,
-    'torch.Size': _size,
-    'torch.device': _device,
+    'torch.Size': lambda values: torch.Size([_expect(value, int) for value in values]),
+    'torch.device': torch.device,
     'numpy.dtype': DType,
 }
 FUNCTIONS |= {f'numpy.{core}.multiarray._reconstruct': _empty_array for core in ('core', '_core')}
@@ -435,12 +412,10 @@ FILL = {
     Namespace: _fill_namespace,
     OrderedDict: _fill_ordered_dict,
 }
-UNSUPPORTED = dict(chain(
-    ((f'torch._utils._rebuild_{name}', words) for name, words in {
-        'qtensor': 'quantized tensors: give weights in fp16 to fp64',
-        'sparse_tensor': 'sparse tensors: give dense ones',
-        'meta_tensor_no_storage': 'tensors of the meta device, which have no values',
-    }.items()),
-    ((f'torch.{name}Storage', 'quantized tensors: give weights in fp16 to fp64') for name in (
-        'QInt8', 'QUInt8', 'QInt32', 'QUInt4x2', 'QUInt2x4')),
-))  # fmt: skip
+QUANTIZED_FIX = 'quantized tensors: give weights in fp16 to fp64'
+UNSUPPORTED = {f'torch.{name}Storage': QUANTIZED_FIX for name in ('QInt8', 'QUInt8', 'QInt32', 'QUInt4x2', 'QUInt2x4')}
+UNSUPPORTED |= {
+    'torch._utils._rebuild_qtensor': QUANTIZED_FIX,
+    'torch._utils._rebuild_sparse_tensor': 'sparse tensors: give dense ones',
+    'torch._utils._rebuild_meta_tensor_no_storage': 'tensors of the meta device, which have no values',
+}
