@@ -27,6 +27,7 @@ def draw(
     palette: Sequence[Color] = (),
     score_thr: float = SCORE_THR,
     legend: bool = True,
+    size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Draw a prediction onto its image.
 
@@ -37,15 +38,16 @@ def draw(
         palette: RGB color of each class; by default colors that can be told apart.
         score_thr: Detections with lower scores are not drawn.
         legend: Whether the names of classes stand below the segmentation of an image.
+        size: (H, W) of the image, if what is given of it was reduced to the size of the picture.
 
     Returns:
         (h, w, 3) BGR of uint8: the image's size if its longer side has `MIN_SIDE` to `MAX_SIDE` pixels, and the legend.
     """
-    scale = picture_scale(image.shape[:2])
-    picture = _resized(to_bgr(image), scale)
+    size = size or image.shape[:2]
+    scale, picture = picture_scale(size), _resized(to_bgr(image), picture_size(size))
     colors = class_colors(len(classes), palette)
     if 'pred_sem_seg' in sample:
-        labels = sample.pred_sem_seg.data.squeeze(0).cpu().numpy().astype(np.uint8)
+        labels = sample.pred_sem_seg.data.squeeze(0).cpu().numpy().astype(np.uint8, copy=False)
         return _draw_segmentation(picture, labels, classes, colors, legend)
     instances = sample.pred_instances
     keep = (instances.scores >= score_thr).nonzero().flatten()
@@ -59,6 +61,11 @@ def picture_scale(size: tuple[int, int]) -> float:
     if long_side > MAX_SIDE:
         return MAX_SIDE / long_side
     return float(-(-MIN_SIDE // long_side)) if long_side < MIN_SIDE else 1.0
+
+
+def picture_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Return the size (h, w) of the picture of an image of a size (H, W), without a legend."""
+    return tuple(max(round(side * picture_scale(size)), 1) for side in size)
 
 
 def line_width(size: tuple[int, int]) -> int:
@@ -81,11 +88,11 @@ def to_bgr(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-def _resized(picture: np.ndarray, scale: float) -> np.ndarray:
-    if scale == 1:
+def _resized(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    if picture.shape[:2] == size:
         return picture.copy()
-    size = (max(round(picture.shape[1] * scale), 1), max(round(picture.shape[0] * scale), 1))
-    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
+    method = cv2.INTER_AREA if max(size) < max(picture.shape) else cv2.INTER_NEAREST
+    return cv2.resize(picture, size[::-1], interpolation=method)
 
 
 def _draw_instances(
@@ -184,7 +191,7 @@ def _overlap(places: np.ndarray, rectangles: np.ndarray) -> np.ndarray:
 def _draw_segmentation(
     picture: np.ndarray, labels: np.ndarray, classes: Sequence[str], colors: Sequence[Color], legend: bool
 ) -> np.ndarray:
-    counts = np.bincount(labels.ravel(), minlength=256)
+    counts = cv2.calcHist([labels], [0], None, [256], [0, 256]).ravel()
     if labels.shape != picture.shape[:2]:
         labels = cv2.resize(labels, picture.shape[1::-1], interpolation=cv2.INTER_NEAREST)
     table = np.zeros((256, 3), np.uint8)

@@ -89,20 +89,27 @@ class OutputFolder:
         """Where the segmentation mask of an image is written."""
         return self.path / 'masks' / f'{stem}.png'
 
-    def write(self, file: InputFile, image: np.ndarray | None, sample: BaseDataElement) -> Written:
+    def write(
+        self,
+        file: InputFile,
+        image: np.ndarray | None,
+        sample: BaseDataElement,
+        size: tuple[int, int] | None = None,
+    ) -> Written:
         """Write mask and picture of an image, and encode its detections; in any thread.
 
         Args:
             file: The image.
             image: Its pixels; None if no picture is wanted.
             sample: Its prediction.
+            size: (H, W) of the image, if its pixels were reduced to the size of the picture.
         """
         annotations = self.coco.annotations_of(sample) if self.coco else []
         if not self.coco:
             self.write_mask(file.stem, sample)
         picture = None
         if self.draws and image is not None:
-            picture = self.draw(image, sample)
+            picture = self.draw(image, sample, size=size)
             if self.pictures:
                 write_file(self.picture_path(file.stem), encode_jpeg(picture))
         return Written(tuple(sample.ori_shape), annotations, picture if self.show else None)
@@ -112,9 +119,15 @@ class OutputFolder:
         labels = sample.pred_sem_seg.data.squeeze(0).cpu().numpy()
         write_file(self.mask_path(stem), encode_mask(labels, self.colors))
 
-    def draw(self, image: np.ndarray, sample: BaseDataElement, legend: bool = True) -> np.ndarray:
-        """Draw the prediction of an image: (H, W, 3), BGR."""
-        return draw(image, sample, self.classes, self.palette, self.score_thr, legend)
+    def draw(
+        self,
+        image: np.ndarray,
+        sample: BaseDataElement,
+        legend: bool = True,
+        size: tuple[int, int] | None = None,
+    ) -> np.ndarray:
+        """Draw the prediction of an image: (H, W, 3), BGR; arguments as of `drawing.draw`."""
+        return draw(image, sample, self.classes, self.palette, self.score_thr, legend, size)
 
     def record(self, file: InputFile, written: Written) -> None:
         """Record an image as done; in the order of the images."""

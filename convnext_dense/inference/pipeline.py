@@ -22,6 +22,8 @@ from .model import Predictor
 from .options import PredictOptions
 from .output import OutputFolder, Written
 from .progress import Progress
+from .reduced import read_reduced
+from .row_reader import whole_image_note
 
 T, R = TypeVar('T'), TypeVar('R')
 MAX_WAITING = 4  # results that wait to be written, for each thread that writes
@@ -173,7 +175,7 @@ def explain_out_of_memory(options: PredictOptions) -> Iterator[None]:
 
 def _load(predictor: Predictor, file: InputFile, options: PredictOptions) -> LoadedInput:
     if options.tile:
-        return LoadedInput(None, None, '')
+        return LoadedInput(None, None, whole_image_note(file.path))
     image = read_image(file.path, predictor.color_type)
     prepared = None if options.multiscale else predictor.prepare(image.pixels)
     return LoadedInput(image.pixels, prepared, image.note)
@@ -213,9 +215,10 @@ def _timed(report: RunReport, options: PredictOptions, function: Callable, image
 def _write(
     predictor: Predictor, output: OutputFolder, file: InputFile, pixels: np.ndarray | None, sample: BaseDataElement
 ) -> Written:
+    size = None
     if pixels is None and output.draws:
-        pixels = read_image(file.path, predictor.color_type).pixels
-    return output.write(file, pixels, sample)
+        pixels, size = read_reduced(file.path, predictor.color_type)
+    return output.write(file, pixels, sample, size)
 
 
 def _skip(file: InputFile, error: Exception, report: RunReport, progress: Progress) -> None:

@@ -1,5 +1,7 @@
-"""Checkpoints of the demo's models with made weights, which find something in noise."""
+"""Checkpoints of the demo's models with made weights, which find something in noise, and images for them."""
 
+import cv2
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.model.utils import revert_sync_batchnorm
@@ -48,3 +50,14 @@ def balance_classes(model):
     logits = model.eval()(noise)
     model.decode_head.conv_seg.bias -= logits.mean((0, 2, 3))
     return model
+
+
+def draw_photo(rng: np.random.RandomState, height: int, width: int) -> np.ndarray:
+    """Colored blobs on a smooth background."""
+    photo = cv2.resize(rng.randint(0, 255, (4, 4, 3), dtype=np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+    for _ in range(6):
+        center = (int(rng.randint(width)), int(rng.randint(height)))
+        cv2.circle(
+            photo, center, int(rng.randint(4, max(min(height, width) // 3, 5))), rng.randint(0, 255, 3).tolist(), -1
+        )
+    return photo

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from convnext_dense.inference.model import load_model
-from helpers.checkpoints import CLASSES, save_checkpoint
+from helpers.checkpoints import CLASSES, draw_photo, save_checkpoint
 
 
 @pytest.fixture(scope='session')
@@ -21,17 +21,6 @@ def checkpoints(tmp_path_factory):
 def predictors(checkpoints):
     """Models by recipe."""
     return {recipe: load_model(path, device='cpu') for recipe, path in checkpoints.items()}
-
-
-def draw_photo(rng: np.random.RandomState, height: int, width: int) -> np.ndarray:
-    """Colored blobs on a smooth background."""
-    photo = cv2.resize(rng.randint(0, 255, (4, 4, 3), dtype=np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
-    for _ in range(6):
-        center = (int(rng.randint(width)), int(rng.randint(height)))
-        cv2.circle(
-            photo, center, int(rng.randint(4, max(min(height, width) // 3, 5))), rng.randint(0, 255, 3).tolist(), -1
-        )
-    return photo
 
 
 @pytest.fixture(scope='session')

@@ -12,6 +12,7 @@ from PIL import Image
 from convnext_dense.cli import predict as tool
 from convnext_dense.errors import UsageError
 from convnext_dense.inference.video import VideoReader
+from helpers.checkpoints import draw_photo
 from helpers.tools import one_line_error
 
 
@@ -257,3 +258,23 @@ def test_bad_input_exits_with_2(bad_args, run_tool):
     one_line_error(run_tool('predict.py', *bad_args('no such class')), "no class 'squares'")
     process = run_tool('predict.py', 'only.pth')
     assert process.returncode == 2 and 'INPUT' in process.stderr
+
+
+def test_tiles_of_large_images(checkpoints, tmp_path):
+    """A picture is the image reduced, whatever the tiles; what is found is where it is in the image."""
+    photo = draw_photo(np.random.RandomState(3), 300, 5000)
+    cv2.imwrite(str(tmp_path / 'plate.png'), photo)
+    args = (tmp_path / 'plate.png', '--tile', 256)
+    assert predict(checkpoints['mask_rcnn'], *args, '--out', tmp_path / 'det', '--max-per-image', 20) == 0
+    content = json.loads((tmp_path / 'det/predictions.json').read_text())
+    assert (content['images'][0]['width'], content['images'][0]['height']) == (5000, 300)
+    assert len(content['annotations']) == 20
+    assert all(a['segmentation']['size'] == [300, 5000] for a in content['annotations'])
+    picture = cv2.imread(str(tmp_path / 'det/pictures/plate.jpg'))
+    assert picture.shape == (246, 4096, 3)
+    small = cv2.resize(photo, picture.shape[1::-1], interpolation=cv2.INTER_AREA).astype(int)
+    assert np.median(np.abs(picture - small)) < 8
+    assert predict(checkpoints['upernet'], *args, '--out', tmp_path / 'seg') == 0
+    with Image.open(tmp_path / 'seg/masks/plate.png') as mask:
+        assert mask.size == (5000, 300)
+    assert cv2.imread(str(tmp_path / 'seg/pictures/plate.jpg')).shape[1] == 4096

@@ -1,0 +1,39 @@
+"""Large images at the size of their pictures."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from .drawing import picture_size, to_bgr
+from .row_reader import open_rows
+
+ROWS = 256  # of the picture that are made at a time
+
+
+def read_reduced(path: str | Path, color_type: str = 'color') -> tuple[np.ndarray, tuple[int, int]]:
+    """Read an image at the size at which predictions are drawn onto it, by rows where the file allows it.
+
+    Args:
+        path: Of the file.
+        color_type: 'color', 'grayscale' or 'unchanged'.
+
+    Returns:
+        (h, w, 3) BGR of uint8, and the size (H, W) of the image.
+
+    Raises:
+        UnreadableImageError: If it cannot be read; the message is the reason alone.
+    """
+    reader = open_rows(path, color_type)
+    try:
+        height, (small_height, small_width) = reader.size[0], picture_size(reader.size)
+        if small_height >= height:
+            return to_bgr(reader.read(0, height)), reader.size
+        strips = []
+        for top in range(0, small_height, ROWS):
+            bottom = min(top + ROWS, small_height)
+            rows = reader.read(top * height // small_height, -(-bottom * height // small_height))
+            strips.append(cv2.resize(to_bgr(rows), (small_width, bottom - top), interpolation=cv2.INTER_AREA))
+        return np.concatenate(strips), reader.size
+    finally:
+        reader.close()
