@@ -24,6 +24,7 @@ from ..errors import UnreadableImageError, UsageError, is_user_code_error, root_
 from .checkpoint_config import ModelSource, find_model
 from .drawing import draw
 from .images import from_array, from_pil, read_image
+from .large_segmentation import labels_alone
 from .options import PredictOptions, class_indices
 from .pipelines import is_resize, test_steps
 from .results import select_classes, select_instances
@@ -203,7 +204,10 @@ class Predictor:
     def predict_prepared(self, prepared: Sequence[dict], with_logits: bool = False, **options) -> list[BaseDataElement]:
         """Predict images as `prepare` returns them; arguments and result as of `predict_arrays`."""
         options = PredictOptions(**options)
-        return self.finish(self.forward(prepared, options.batch_size), options, with_logits)
+        only_labels = self.task == 'segmentation' and not with_logits
+        with labels_alone(self.model) if only_labels else nullcontext():
+            samples = self.forward(prepared, options.batch_size)
+        return self.finish(samples, options, with_logits)
 
     def predict_in_tiles(
         self, image: np.ndarray | str | Path, options: PredictOptions, with_logits: bool = False

@@ -1,0 +1,67 @@
+"""Segmentation of large images without the logits of all classes at the image's size."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from mmengine.structures import BaseDataElement, PixelData
+from torch import nn
+from torch.nn.functional import interpolate
+
+MAX_LOGITS = 2**27  # that may be in memory at the image's size at once: half a gigabyte
+
+
+@contextmanager
+def labels_alone(model: nn.Module) -> Iterator[None]:
+    """Context manager in which a segmentor resizes the logits of large images some classes at a time.
+
+    mmseg resizes those of all classes to the size of the image: 150 classes of a photo of 12 megapixels are 7 GB. The
+    labels are the same; such samples have no `seg_logits`.
+
+    Args:
+        model: mmseg's segmentor.
+    """
+    postprocess = model.postprocess_result
+
+    def postprocess_result(seg_logits: torch.Tensor, data_samples: list | None = None) -> list:
+        if data_samples is None or seg_logits.shape[1] == 1 or not any(_is_large(seg_logits, s) for s in data_samples):
+            return postprocess(seg_logits, data_samples)
+        for logits, sample in zip(seg_logits, data_samples):
+            labels = _resize_and_decide(_without_padding(logits, sample), sample.ori_shape, model.align_corners)
+            sample.set_data({'pred_sem_seg': PixelData(data=labels)})
+        return data_samples
+
+    model.postprocess_result = postprocess_result
+    try:
+        yield
+    finally:
+        del model.postprocess_result  # the class has its own
+
+
+def _is_large(seg_logits: torch.Tensor, sample: BaseDataElement) -> bool:
+    height, width = sample.ori_shape
+    return seg_logits.shape[1] * height * width > MAX_LOGITS and not sample.metainfo.get('flip')
+
+
+def _without_padding(logits: torch.Tensor, sample: BaseDataElement) -> torch.Tensor:
+    meta = sample.metainfo
+    left, right, top, bottom = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
+    return logits[:, top : logits.shape[1] - bottom, left : logits.shape[2] - right]
+
+
+def _resize_and_decide(logits: torch.Tensor, size: tuple[int, int], align_corners: bool) -> torch.Tensor:
+    """The class (1, H, W) with the largest of the logits (C, h, w) that are resized to a size (H, W)."""
+    n = max(MAX_LOGITS // (size[0] * size[1]), 1)
+    best, labels = None, None
+    for start in range(0, len(logits), n):
+        part = interpolate(logits[None, start : start + n], size=size, mode='bilinear', align_corners=align_corners)[0]
+        index = part.argmax(0, keepdim=True)
+        value = part.gather(0, index)
+        del part
+        if best is None:
+            best, labels = value, index
+            continue
+        is_larger = value > best
+        best = torch.where(is_larger, value, best)
+        labels = torch.where(is_larger, index + start, labels)
+    return labels
