@@ -217,17 +217,12 @@ def validate_images(
         _report_id_type(image['id'], f'image {name}: id', add)
         paths.add(location.path)
         usable[image_id] = dict(id=image_id, file_name=location.path, width=size[0], height=size[1])
-    return _renumber_images(usable, add)
-
-
-def _renumber_images(images: dict, add: Callable) -> dict:
-    """Give all images new ids if pycocotools and mmdet cannot take some."""
-    unsupported = [i for i in images if not isinstance(i, int) or abs(i) > MAX_EXACT_ID]
+    unsupported = [i for i in usable if not isinstance(i, int) or abs(i) > MAX_EXACT_ID]
     for image_id in unsupported:
         add('image-id-renumbered', image_id)
-    if not unsupported:
-        return images
-    return {image_id: {**image, 'id': i} for i, (image_id, image) in enumerate(images.items(), 1)}
+    for number, image in enumerate(usable.values() if unsupported else (), 1):
+        image['id'] = number
+    return usable
 
 
 def validate_annotations(
@@ -291,12 +286,9 @@ def _validate_annotation(
     """Return bbox, area, iscrowd and (if masks are used) segmentation of a usable annotation, else None."""
     width, height = image['width'], image['height']
     iscrowd, mask = _parse_iscrowd(annotation, add), annotation.get('segmentation')
-    if use_masks:
-        mask = validate_mask(mask, width, height, add)
-    else:
-        if mask and not isinstance(mask, (list, dict)):
-            add('mask-ignored', f': {to_one_line(mask, 20)}')
-        mask = None
+    if not use_masks and mask and not isinstance(mask, (list, dict)):
+        add('mask-ignored', f': {to_one_line(mask, 20)}')
+    mask = validate_mask(mask, width, height, add) if use_masks else None
     if iscrowd is None or (use_masks and mask is None):
         return None
     box = _validate_box(annotation, mask, width, height, bool(iscrowd), corner_votes, add)

@@ -74,7 +74,7 @@ def apply_dataset(config: Config, data: CheckedDataset, files: Mapping[str, str]
 
 def _check_needs_no_masks(config: Config) -> None:
     """Raise UsageError if a model or a transform cannot be trained without masks."""
-    types = [part['type'] for part in iter_dicts(config.model) if part.get('type') is not None]
+    types = [part.get('type') for part in iter_dicts(config.model)]
     mask_model = next((type_ for type_ in types if is_type(type_, MODELS, *MASK_MODELS)), None)
     if mask_model is not None and not any(is_type(type_, MODELS, MASKS_FROM_BOXES) for type_ in types):
         raise UsageError(
@@ -94,19 +94,22 @@ def set_num_classes(model: dict, num_classes: int) -> None:
     Raises:
         UsageError: a head has class weights that differ, and not one per class.
     """
-    n = num_classes
     for head in iter_class_heads(model):
         old_num_classes = count_of(head)
         for key in COUNT_KEYS:
             if key in head:
-                head[key] = 0 if key == 'num_stuff_classes' else n
-        counts_classes = head.get('out_channels') == old_num_classes or (head.get('out_channels') == 1 and n > 2)
+                head[key] = 0 if key == 'num_stuff_classes' else num_classes
+        counts_classes = head.get('out_channels') == old_num_classes or (
+            head.get('out_channels') == 1 and num_classes > 2
+        )
         if counts_classes and 'num_queries' not in head:  # with queries it is their width
-            head['out_channels'] = n
+            head['out_channels'] = num_classes
         for holder in iter_dicts(head):
             if isinstance(holder.get('class_weight'), (list, tuple)):
-                holder['class_weight'] = _adapt_class_weights(holder['class_weight'], old_num_classes, n, head)
-    _limit_detections(model, n)
+                holder['class_weight'] = _adapt_class_weights(
+                    holder['class_weight'], old_num_classes, num_classes, head
+                )
+    _limit_detections(model, num_classes)
 
 
 def _limit_detections(model: dict, n: int) -> None:
@@ -223,8 +226,6 @@ def _dataset(settings: dict, data: CheckedDataset, file: str, where: str) -> dic
 def _fill_pipeline(steps, data: CheckedDataset, where: str) -> None:
     for step in iter_dicts(steps):
         type_ = step.get('type')
-        if type_ is None:
-            continue
         loads = next((what for name, what in UNSUPPORTED_LOADERS.items() if is_type(type_, TRANSFORMS, name)), None)
         is_loader = is_type(type_, TRANSFORMS, 'LoadAnnotations')
         if is_loader and step.get('with_seg') and data.task == 'detection':
