@@ -81,7 +81,7 @@ CAUSES = {  # what is done to the data -> what must be in the line that refuses 
 
 
 @pytest.mark.parametrize('kind', CAUSES)
-def test_what_data_were_lost_to_is_said(kind, mine):
+def test_error_names_the_causes_of_an_empty_split(kind, mine):
     change, words = CAUSES[kind]
     change(mine)
 
@@ -93,7 +93,7 @@ def test_what_data_were_lost_to_is_said(kind, mine):
     assert len(line) < 1000
 
 
-def test_training_says_what_the_check_says(mine, monkeypatch, capsys):
+def test_train_and_check_data_report_the_same_error(mine, monkeypatch, capsys):
     monkeypatch.chdir(mine.parent)
     other_names(str.upper)(mine)
     assert run('check_data.py', '--data', 'mine', '--task', 'detection') == 1
@@ -103,7 +103,7 @@ def test_training_says_what_the_check_says(mine, monkeypatch, capsys):
     assert line.startswith(f'error: data set: {finding.split(maxsplit=1)[1]}') and 'tools/check_data.py' in line
 
 
-def test_label_maps_that_are_not_there_are_the_cause(mine, monkeypatch, capsys):
+def test_missing_masks_are_named_as_the_cause(mine, monkeypatch, capsys):
     monkeypatch.chdir(mine.parent)
     without('labels/val/*')(mine)
     (mine / 'labels/val/x.png').touch()
@@ -112,7 +112,7 @@ def test_label_maps_that_are_not_there_are_the_cause(mine, monkeypatch, capsys):
     assert 'val: nothing-to-evaluate' in line and 'unmatched-image, 3 (000001.png, 000002.png)' in line
 
 
-def test_masks_that_are_none_are_said_where_boxes_are_taken(mine):
+def test_ignored_masks_are_reported_without_mask_branch(mine):
     each(segmentation='abc')(mine)
     data = read_data(DatasetRequest(str(mine)), 'detection', ('train', 'val'))
     found = {f.code: f.examples for f in data.report.diagnostics.values()}
@@ -120,7 +120,7 @@ def test_masks_that_are_none_are_said_where_boxes_are_taken(mine):
 
 
 @pytest.mark.parametrize('folder', ['train', 'gone'])
-def test_images_of_another_split_are_not_taken_for_those_that_are_missing(folder, mine):
+def test_missing_images_are_not_replaced_by_other_splits_images(folder, mine):
     """They have the same names, and the same size."""
     without('train/00000[2-5].png')(mine)
     if folder == 'train':
@@ -132,7 +132,7 @@ def test_images_of_another_split_are_not_taken_for_those_that_are_missing(folder
         assert 'none of its images' in said(read_data, DatasetRequest(str(mine)), 'detection', ('train', 'val'))
 
 
-def test_one_folder_named_as_a_split_may_hold_all_images(mine):
+def test_one_split_folder_may_hold_all_images(mine):
     """As where a file of COCO's train2017 was divided in two."""
     shutil.rmtree(mine / 'val')
     (mine / 'train').rename(mine / 'train2017')

@@ -366,7 +366,7 @@ def load_all(config):
 
 
 @pytest.mark.parametrize('task, kind', CASES)
-def test_damage_is_found_and_dealt_with(sound, monkeypatch, task, kind):
+def test_each_problem_is_reported_and_handled(sound, monkeypatch, task, kind):
     monkeypatch.chdir(sound.parent)
     damage, named = dict(detection=DETECTION, segmentation=SEGMENTATION)[task][kind]
     clean = {
@@ -395,7 +395,7 @@ def test_damage_is_found_and_dealt_with(sound, monkeypatch, task, kind):
         apply_custom_data(config, DatasetRequest('mine', strict=True))
 
 
-def test_all_kinds_are_tried_or_said_why_not():
+def test_each_code_is_tested():
     """At least twenty-five kinds, and none in the table that nothing shows."""
     tried = {*DETECTION, *SEGMENTATION}
     elsewhere = {
@@ -407,7 +407,7 @@ def test_all_kinds_are_tried_or_said_why_not():
     assert all(re.fullmatch(r'[a-z0-9]+(-[a-z0-9]+)*', code) for code in RULES)
 
 
-def test_masks_of_0_and_255_are_refused(tmp_path):
+def test_masks_of_0_and_255_are_an_error(tmp_path):
     for n in range(4):
         for folder, image in (('images', np.full((40, 40, 3), 60 * n)), ('labels', np.eye(40) * 255)):
             path = tmp_path / f'{folder}/train/{n}.png'
@@ -418,7 +418,7 @@ def test_masks_of_0_and_255_are_refused(tmp_path):
     assert 'mask-values-0-and-255' in kinds and RULES['mask-values-0-and-255'].action == ERROR
 
 
-def test_annotations_of_neither_box_nor_mask_are_left_out(drawn, tmp_path):
+def test_annotations_without_box_and_mask_are_dropped(drawn, tmp_path):
     shutil.copytree(drawn, tmp_path / 'mine')
     edit(lambda c: ([a.pop('segmentation') for a in c['annotations']], c['annotations'][0].pop('bbox')))(
         tmp_path / 'mine'
@@ -442,7 +442,7 @@ def kinds_of(report):
     ],
     ids=['crowd', 'ignored', 'normalised'],
 )
-def test_annotations_of_which_none_is_learnt_are_refused(damage, drawn, tmp_path):
+def test_dataset_without_trainable_annotations_is_an_error(damage, drawn, tmp_path):
     shutil.copytree(drawn, tmp_path / 'mine')
     edit(damage)(tmp_path / 'mine')
     assert 'nothing-to-train-on' in kinds_of(
@@ -462,18 +462,18 @@ def test_annotations_of_which_none_is_learnt_are_refused(damage, drawn, tmp_path
         ('c.txt', 'cat:128,0,0::\ndog:0,128,0:head:run\n', ['cat', 'dog']),
     ],
 )
-def test_classes_are_in_the_order_of_their_labels(name, text, names, tmp_path):
+def test_class_names_are_sorted_by_label(name, text, names, tmp_path):
     (tmp_path / name).write_text(text)
     assert read_classes(tmp_path / name)[0] == names
 
 
-def test_an_image_that_pillow_reads_and_opencv_does_not(sound):
+def test_image_that_only_pillow_reads_is_unreadable(sound):
     path = sound / 'train/000001.png'
     Image.open(path).save(path, format='PCX')
     assert report_of(sound)[1]['unreadable-image'].examples == ['000001.png']
 
 
-def test_cut_jpegs(sound, monkeypatch):
+def test_truncated_jpeg_is_detected_without_opencv(sound, monkeypatch):
     """Found whatever OpenCV makes of them."""
     cut_jpeg(sound)
     monkeypatch.setattr(cv2, 'imdecode', lambda *_: np.zeros((64, 64, 3), np.uint8))
@@ -482,7 +482,7 @@ def test_cut_jpegs(sound, monkeypatch):
 
 @pytest.mark.parametrize('orientation', range(1, 9))
 @pytest.mark.parametrize('ending', ['jpg', 'png', 'webp', 'tif', 'bmp'])
-def test_sizes_are_those_of_mmcv(tmp_path, ending, orientation):
+def test_image_size_and_exif_match_mmcv(tmp_path, ending, orientation):
     """What training reads, turned as EXIF says."""
     exif = Image.Exif()
     exif[274] = orientation
@@ -493,7 +493,7 @@ def test_sizes_are_those_of_mmcv(tmp_path, ending, orientation):
     assert seen.exif_swapped == (mmcv.imread(path, 'color_ignore_orientation').shape != read.shape)
 
 
-def test_small_images_and_other_categories(tmp_path):
+def test_small_images_and_reordered_categories_are_reported(tmp_path):
     own(tmp_path / 'mine', 3, sizes=((31, 64), (64, 64), (30, 30)))
     found = report_of(tmp_path / 'mine')[1]['image-below-32-pixels']
     assert found.count == 2 and found.examples == ['0.png (31 x 64)', '2.png (30 x 30)']
@@ -501,7 +501,7 @@ def test_small_images_and_other_categories(tmp_path):
     assert report_of(tmp_path / 'mine')[1]['category-id-mismatch'].count == 3
 
 
-def test_a_group_that_is_no_class(drawn, tmp_path):
+def test_supercategory_without_annotations_is_no_class(drawn, tmp_path):
     as_roboflow(drawn, tmp_path / 'mine')
     data, found = report_of(tmp_path / 'mine')
     assert found['supercategory-as-class'].examples == ['shapes'] and 'shapes' not in data.classes
@@ -509,7 +509,7 @@ def test_a_group_that_is_no_class(drawn, tmp_path):
     assert report_of(tmp_path / 'mine')[0].classes[0] == 'shapes'  # what is annotated is a class
 
 
-def test_masks_of_few(sound):
+def test_few_masks_are_ignored(sound):
     def bare(coco):
         for annotation in coco['annotations'][2:]:
             annotation['segmentation'] = []
@@ -520,7 +520,7 @@ def test_masks_of_few(sound):
     assert not any('segmentation' in annotation for annotation in data.splits['train']['annotations'])
 
 
-def test_numbers_of_names_and_examples(sound):
+def test_report_counts_and_limits_examples(sound):
     for path in images_of(sound):
         path.write_bytes(b'')
     with pytest.raises(UsageError, match='nothing-to-train-on'):
@@ -530,7 +530,7 @@ def test_numbers_of_names_and_examples(sound):
     assert f'dropped  train: empty-file, 5 ({names}, ...)' in lines
 
 
-def test_sizes_that_exif_turns(sound):
+def test_exif_rotation_follows_the_annotated_sizes(sound):
     """Annotated as turned: nothing to do. As stored: all are read so, in training too."""
     turned_jpeg(sound)
     data, found = report_of(sound)
@@ -546,7 +546,7 @@ def test_sizes_that_exif_turns(sound):
     assert data.apply_exif and 'exif-rotated-image' not in found and data.splits['train']['images'][0]['width'] == 48
 
 
-def test_runs_of_rle_are_pycocotools():
+def test_decoded_rle_runs_match_pycocotools():
     rng = np.random.RandomState(0)
     for density in (0, 0.01, 0.5, 0.99, 1):
         mask = np.asfortranarray(rng.random_sample((57, 83)) < density, np.uint8)
@@ -568,7 +568,7 @@ def test_runs_of_rle_are_pycocotools():
         ('{"images": [1, {}], "annotations": [2], "categories": [3]}', 'category-without-id-or-name, 1 (3)'),
     ],
 )
-def test_files_that_are_not_coco(sound, text, words):
+def test_json_that_is_not_coco_is_an_error(sound, text, words):
     (sound / TRAIN).write_text(text)
     with pytest.raises(UsageError, match=re.escape(words)):
         report_of(sound)
@@ -594,7 +594,7 @@ WRONG = {  # what is there -> what it is recognised as
 
 
 @pytest.mark.parametrize('kind', WRONG)
-def test_wrong_kinds_are_recognised(tmp_path, kind):
+def test_unsupported_formats_are_recognized(tmp_path, kind):
     (tmp_path / 'mine').mkdir()
     for name, text in WRONG[kind].items():
         (tmp_path / 'mine' / name).parent.mkdir(parents=True, exist_ok=True)
@@ -604,7 +604,7 @@ def test_wrong_kinds_are_recognised(tmp_path, kind):
             report_of(tmp_path / 'mine', task)
 
 
-def test_paths_that_are_no_folder(tmp_path, sound):
+def test_path_that_is_not_a_folder_is_an_error(tmp_path, sound):
     (tmp_path / 'data.zip').write_text('PK')
     for path, words in (
         (tmp_path / 'gone', 'does not exist'),
@@ -615,7 +615,7 @@ def test_paths_that_are_no_folder(tmp_path, sound):
             report_of(path)
 
 
-def test_data_of_the_other_task(drawn, tmp_path):
+def test_dataset_of_the_other_task_is_an_error(drawn, tmp_path):
     as_roboflow(drawn, tmp_path / 'boxes')
     as_folders(drawn, tmp_path / 'maps')
     with pytest.raises(UsageError, match='holds COCO json, but segmentation needs segmentation masks: .*cascade'):
@@ -624,7 +624,7 @@ def test_data_of_the_other_task(drawn, tmp_path):
         report_of(tmp_path / 'maps')
 
 
-def test_label_maps_that_need_a_word(drawn, tmp_path):
+def test_masks_need_class_names(drawn, tmp_path):
     as_folders(drawn, tmp_path / 'mine')
     (tmp_path / 'mine/classes.txt').unlink()
     with pytest.raises(UsageError, match='does not name its classes: give --classes FILE'):
@@ -656,7 +656,7 @@ def test_label_maps_that_need_a_word(drawn, tmp_path):
         ('names.csv', 'Pixel Value, Class\n0, a b\n1, c\n'),
     ],
 )
-def test_files_of_classes(tmp_path, name, text):
+def test_class_file_formats_are_parsed(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     names, colours = read_classes(tmp_path / name)
     assert names == ['a b', 'c']
@@ -666,13 +666,13 @@ def test_files_of_classes(tmp_path, name, text):
 @pytest.mark.parametrize(
     'name, text', [('x.json', '{'), ('x.json', '5'), ('x.csv', 'a,b\n1,c'), ('x.txt', ''), ('x.json', '[3]')]
 )
-def test_files_that_hold_no_classes(tmp_path, name, text):
+def test_invalid_class_file_is_an_error(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(UsageError, match=name):
         read_classes(tmp_path / name)
 
 
-def test_the_tool(sound, capsys, monkeypatch):
+def test_check_data_tool(sound, capsys, monkeypatch):
     monkeypatch.chdir(sound.parent)
     assert run('check_data.py', '--data', 'mine') == 0
     out = capsys.readouterr().out
@@ -712,7 +712,7 @@ def test_the_tool(sound, capsys, monkeypatch):
         (['--data', 'mine/labels'], 'mine/labels holds images without annotations'),
     ],
 )
-def test_arguments_that_do_not_go_together(sound, monkeypatch, capsys, options, words):
+def test_conflicting_arguments_are_errors(sound, monkeypatch, capsys, options, words):
     monkeypatch.chdir(sound.parent)
     assert run('train.py', DETECTOR, *options) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -731,7 +731,7 @@ def places(value, at=()):
 
 
 @pytest.mark.parametrize('seed', range(60))
-def test_any_value_may_be_odd(sound, monkeypatch, seed):
+def test_random_values_are_reported_or_one_error(sound, monkeypatch, seed):
     """Three places of a COCO file hold something else: what is left can be read, or the end is one line."""
     monkeypatch.chdir(sound.parent)
     rng = np.random.RandomState(seed)

@@ -260,7 +260,7 @@ def counts(config):
 @pytest.mark.parametrize(
     'recipe, n', [('demo/mask_rcnn', 2), ('demo/cascade', 200), ('demo/upernet', 2), ('demo/upernet', 200)]
 )
-def test_other_numbers_of_classes(tmp_path, monkeypatch, recipe, n):
+def test_train_and_test_with_other_numbers_of_classes(tmp_path, monkeypatch, recipe, n):
     monkeypatch.chdir(tmp_path)
     names = own(tmp_path / 'mine', n)
     length = ['--iters', 1] if 'upernet' in recipe else ['--epochs', 1]
@@ -279,7 +279,7 @@ def test_other_numbers_of_classes(tmp_path, monkeypatch, recipe, n):
 
 
 @pytest.mark.parametrize('recipe', ['mask_rcnn/convnext_t', 'cascade/convnext_b', 'upernet/convnext_b_in22k'])
-def test_the_papers_recipes_on_own_data(drawn, tmp_path, monkeypatch, recipe):
+def test_paper_recipes_adapt_to_a_custom_dataset(drawn, tmp_path, monkeypatch, recipe):
     monkeypatch.chdir(tmp_path)
     config, before = load(recipe), load(recipe)
     assert find_paper_result(config)
@@ -300,7 +300,7 @@ def test_the_papers_recipes_on_own_data(drawn, tmp_path, monkeypatch, recipe):
     assert not any(key in str(config.train_dataloader) + str(config.val_evaluator) for key in ('data/coco', 'data/ade'))
 
 
-def test_own_data_of_eighty_classes_are_no_row_of_the_paper(tmp_path, monkeypatch):
+def test_custom_dataset_of_80_classes_is_no_paper_result(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own(tmp_path / 'mine', 80)
     config = load('cascade/convnext_t')
@@ -323,7 +323,7 @@ def test_own_data_of_eighty_classes_are_no_row_of_the_paper(tmp_path, monkeypatc
         ('demo/upernet', 'model.auxiliary_head.num_classes'),
     ],
 )
-def test_a_wrong_number_of_classes_is_refused(drawn, tmp_path, monkeypatch, capsys, recipe, key):
+def test_wrong_num_classes_in_cfg_options_is_an_error(drawn, tmp_path, monkeypatch, capsys, recipe, key):
     monkeypatch.chdir(tmp_path)
     args = [CONFIGS / f'{recipe}.py', '--data', drawn, '--cfg-options', *quick(recipe)]
     assert run('train.py', *args, f'{key}=80') == 2
@@ -331,7 +331,7 @@ def test_a_wrong_number_of_classes_is_refused(drawn, tmp_path, monkeypatch, caps
     assert not list(tmp_path.glob('**/*.pth'))
 
 
-def test_a_wrong_number_of_classes_in_a_config(drawn, tmp_path, monkeypatch, capsys):
+def test_wrong_num_classes_in_config_is_an_error(drawn, tmp_path, monkeypatch, capsys):
     """Without --data too, where the config names its classes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('SHAPES_ROOT', str(drawn))
@@ -349,7 +349,7 @@ def test_a_wrong_number_of_classes_in_a_config(drawn, tmp_path, monkeypatch, cap
     )
 
 
-def test_heads_of_every_kind():
+def test_num_classes_is_set_in_all_heads():
     model = dict(
         rpn_head=dict(num_classes=1),
         bbox_head=[dict(num_classes=80, loss_cls=dict(type='SeesawLoss', num_classes=80))],
@@ -383,7 +383,7 @@ def truth_as_prediction(config):
     return metric.evaluate(len(dataset))
 
 
-def test_labels_and_evaluation_agree_whatever_the_order_of_categories(drawn, tmp_path, monkeypatch):
+def test_evaluation_matches_labels_for_any_category_order(drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     as_files(drawn, tmp_path / 'mine')
     config = load('demo/mask_rcnn')
@@ -405,7 +405,7 @@ def test_labels_and_evaluation_agree_whatever_the_order_of_categories(drawn, tmp
     assert config.train_dataloader.dataset.metainfo == config.val_dataloader.dataset.metainfo
 
 
-def test_boxes_without_masks_train_the_boxes(drawn, tmp_path, monkeypatch):
+def test_boxes_without_masks_remove_the_mask_branch(drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own(tmp_path / 'mine', 3, masks=False)
     for recipe in ('demo/mask_rcnn', 'demo/cascade'):
@@ -429,7 +429,7 @@ def checkpoint_of(classes, file='trained.pth', part='mask_head'):
     return file
 
 
-def test_a_test_takes_the_classes_of_the_checkpoint(drawn, tmp_path, monkeypatch):
+def test_testing_uses_the_classes_of_the_checkpoint(drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     as_files(drawn, tmp_path / 'mine')
     config, request = load('demo/mask_rcnn'), DatasetRequest(ann_files={'val': 'mine/val.json'})
@@ -453,7 +453,7 @@ def test_a_test_takes_the_classes_of_the_checkpoint(drawn, tmp_path, monkeypatch
         apply_custom_data(load('demo/upernet'), DatasetRequest(str(drawn)), ('test',), checkpoint=checkpoint_of('ab'))
 
 
-def test_a_training_is_not_resumed_on_other_classes(drawn, tmp_path, monkeypatch):
+def test_resuming_with_other_classes_is_an_error(drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for recipe, classes in (('demo/mask_rcnn', toy_shapes.CLASSES), ('demo/upernet', toy_shapes.LABEL_NAMES)):
         apply_custom_data(load(recipe), DatasetRequest(str(drawn)), checkpoint=checkpoint_of(classes))
@@ -461,7 +461,7 @@ def test_a_training_is_not_resumed_on_other_classes(drawn, tmp_path, monkeypatch
             apply_custom_data(load(recipe), DatasetRequest(str(drawn)), checkpoint=checkpoint_of(classes[::-1]))
 
 
-def test_nothing_to_train_on(drawn, tmp_path, monkeypatch):
+def test_missing_train_split_is_an_error(drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match='no training data: give --train-ann'):
         apply_custom_data(
@@ -469,7 +469,7 @@ def test_nothing_to_train_on(drawn, tmp_path, monkeypatch):
         )
 
 
-def test_test_splits(drawn, tmp_path, monkeypatch):
+def test_annotated_test_split_is_preferred_to_val(drawn, tmp_path, monkeypatch):
     """Of a folder that has one it is tested, where it is annotated; else val is."""
     monkeypatch.chdir(tmp_path)
     as_roboflow(drawn, tmp_path / 'mine')
@@ -483,7 +483,7 @@ def test_test_splits(drawn, tmp_path, monkeypatch):
     assert len(tested['images']) == N_VAL
 
 
-def test_what_was_checked_is_not_checked_again(drawn, tmp_path, monkeypatch):
+def test_unchanged_dataset_is_read_from_the_cache(drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(drawn, 'mine')
     first = apply_custom_data(load('demo/upernet'), DatasetRequest('mine'))
@@ -503,7 +503,7 @@ def test_what_was_checked_is_not_checked_again(drawn, tmp_path, monkeypatch):
     assert len(calls) == 1
 
 
-def test_other_processes_wait_for_the_first(drawn, tmp_path, monkeypatch):
+def test_other_ranks_wait_for_local_rank_0(drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('convnext_dense.datasets.cache.POLL_SECONDS', 0.01)
     first, second = load('demo/mask_rcnn'), load('demo/mask_rcnn')
@@ -517,7 +517,7 @@ def test_other_processes_wait_for_the_first(drawn, tmp_path, monkeypatch):
     assert first.val_dataloader == second.val_dataloader
 
 
-def test_they_wait_as_long_as_the_first_works_and_no_longer(tmp_path, monkeypatch):
+def test_ranks_wait_only_while_rank_0_is_busy(tmp_path, monkeypatch):
     for name, seconds in dict(POLL_SECONDS=0.01, HEARTBEAT_SECONDS=0.1, STALE_SECONDS=1).items():
         monkeypatch.setattr(cache, name, seconds)
     looks, prepared = [], cache.load_cached
@@ -533,7 +533,7 @@ def test_they_wait_as_long_as_the_first_works_and_no_longer(tmp_path, monkeypatc
     assert len(looks) < 50  # once a beat, and not a hundred times a second
 
 
-def test_held_out_images_are_the_same_every_time(drawn, tmp_path, monkeypatch):
+def test_random_validation_split_is_reproducible(drawn, tmp_path, monkeypatch):
     as_label_studio(drawn, tmp_path / 'mine')
     names = []
     for share in (0.25, 0.25, 0.5):
@@ -548,14 +548,14 @@ def test_held_out_images_are_the_same_every_time(drawn, tmp_path, monkeypatch):
     )
 
 
-def test_data_that_grow_move_no_image_from_train_to_val(tmp_path):
+def test_adding_images_keeps_the_validation_split(tmp_path):
     request = DatasetRequest(str(tmp_path), val_fraction=0.2)
     names = [f'{n:05d}.jpg' for n in range(600)]
     before, after = split_by_hash(names[:400], request)[0], split_by_hash(names, request)[0]
     assert before == after & set(names[:400]) and 60 < len(after) < 180
 
 
-def test_a_val_split_alone_is_evaluated_whole(drawn, tmp_path):
+def test_val_split_without_train_is_tested(drawn, tmp_path):
     as_coco_2017(drawn, tmp_path / 'mine')
     for path in (tmp_path / 'mine/annotations').glob('*train*'):
         path.unlink()
@@ -565,7 +565,7 @@ def test_a_val_split_alone_is_evaluated_whole(drawn, tmp_path):
         read_data(DatasetRequest(str(tmp_path / 'mine')), 'detection', ('train',))
 
 
-def test_annotations_that_are_asked_for_go_before_a_test_split(drawn, tmp_path):
+def test_given_annotations_take_precedence_over_a_test_split(drawn, tmp_path):
     as_roboflow(drawn, tmp_path / 'mine')
     shutil.copytree(tmp_path / 'mine/train', tmp_path / 'mine/test')
     given = {'val': str(tmp_path / 'mine/valid/_annotations.coco.json')}
@@ -573,7 +573,7 @@ def test_annotations_that_are_asked_for_go_before_a_test_split(drawn, tmp_path):
     assert len(data.splits['test']['images']) == N_VAL
 
 
-def test_images_are_not_looked_for_among_label_maps(drawn, tmp_path):
+def test_images_are_not_searched_in_mask_folders(drawn, tmp_path):
     for folder, source in (('images', 'train'), ('annotations', 'labels/train')):
         shutil.copytree(drawn / source, tmp_path / f'mine/{folder}/train')
     shutil.copy(drawn / 'annotations/instances_train.json', tmp_path / 'mine/annotations')

@@ -88,7 +88,7 @@ CROWDS = [  # what is written, whether it is a crowd, None where that is unclear
 
 @pytest.mark.parametrize('key', ['iscrowd', 'ignore'])
 @pytest.mark.parametrize('value, crowd, is_said', CROWDS)
-def test_crowds(key, value, crowd, is_said):
+def test_iscrowd_is_parsed(key, value, crowd, is_said):
     left, said = alone(**{key: value})
     kinds = {kind for kind in said if 'iscrowd' in kind}
     if crowd is None:
@@ -108,7 +108,7 @@ IDS = [  # what is written, and as what it is compared
 
 
 @pytest.mark.parametrize('value, expected', IDS)
-def test_ids(value, expected):
+def test_ids_are_parsed(value, expected):
     assert parse_id(value) == expected and type(parse_id(value)) is type(expected)
 
 
@@ -118,7 +118,7 @@ FORMS = {'as they are': lambda i: i, 'float': float, 'text': str, 'float as text
 @pytest.mark.parametrize('of_images', FORMS)
 @pytest.mark.parametrize('of_categories', FORMS)
 @pytest.mark.parametrize('of_references', FORMS)
-def test_ids_are_matched_in_whatever_form(of_images, of_categories, of_references):
+def test_ids_of_different_types_match(of_images, of_categories, of_references):
     i, c, r = FORMS[of_images], FORMS[of_categories], FORMS[of_references]
     images = [image(n) | dict(id=i(n)) for n in (3, 4)]
     categories = [dict(id=c(n), name=f'class {n}') for n in (7, 8)]
@@ -137,19 +137,19 @@ def test_ids_are_matched_in_whatever_form(of_images, of_categories, of_reference
 
 
 @pytest.mark.parametrize('ids', [('a', 'b'), ('a', 2), (1, 2**53 + 1), (-(2**60), 5), ('001', '1'), (1e300, '')])
-def test_ids_that_are_no_numbers_are_numbered_anew(ids):
+def test_unsupported_image_ids_are_renumbered(ids):
     images = [image(i) | dict(id=number) for i, number in enumerate(ids)]
     left, said = check([annotation(i, image_id=number) for i, number in enumerate(ids)], images)
     assert [a['image_id'] for a in left] == [1, 2] and said['image-id-renumbered']
 
 
-def test_numbers_that_are_whole_stay(tmp_path):
+def test_integer_image_ids_are_kept(tmp_path):
     images = [image(i) for i in (139, 2**53, 0, -5)]
     left, said = check([annotation(i, image_id=i) for i in (139, 2**53, 0, -5)], images)
     assert [a['image_id'] for a in left] == [139, 2**53, 0, -5] and not said
 
 
-def test_true_is_no_id():
+def test_booleans_are_no_ids():
     left, said = check([annotation(1, image_id=True), annotation(2, category_id=True), annotation(True)])
     assert len(left) == 1
     assert said['orphan-annotation'] == ['id 1: image True']
@@ -157,7 +157,7 @@ def test_true_is_no_id():
     assert 'image-without-id-or-name' in check([annotation()], [image(), image(2) | dict(id=True)])[1]
 
 
-def test_the_first_of_two_images_of_one_id_is_it():
+def test_first_image_of_a_duplicate_id_is_used():
     left, said = check([annotation()], [image(), image(2) | dict(id='1')])
     assert said['duplicate-image-id'] == ['2.png'] and left[0]['image_id'] == 1
 
@@ -171,7 +171,7 @@ BOXES = [(20, 30, 40, 20), (5, 5, 10, 50), (50, 60, 30, 30), (0, 0, 30, 20), (40
 
 
 @pytest.mark.parametrize('masks', ['polygons', 'rle', 'runs'])
-def test_boxes_written_as_corners_are_told_by_their_masks(masks):
+def test_corner_boxes_are_detected_by_masks(masks):
     made = {'polygons': square, 'rle': rle, 'runs': lambda box: rle(box, compressed=False)}[masks]
     boxes = [annotation(i, box, bbox=corners(box), segmentation=made(box)) for i, box in enumerate(BOXES)]
     said = check(boxes)[1]
@@ -182,7 +182,7 @@ def test_boxes_written_as_corners_are_told_by_their_masks(masks):
     assert [tuple(a['bbox']) for a in left] == [(0, 0, 30, 20), *others]  # the first is the same either way
 
 
-def test_boxes_written_as_corners_are_told_by_their_areas():
+def test_corner_boxes_are_detected_by_areas():
     near = [(2, 3, 20, 10), (5, 5, 10, 20), (10, 2, 20, 25), (1, 9, 30, 11), (7, 7, 9, 30), (12, 3, 15, 5)]
     boxes = [annotation(i, box, bbox=corners(box), segmentation=None) for i, box in enumerate(near)]
     assert check(boxes, masks=False)[1]['most-boxes-as-corners'][0].startswith('id ')
@@ -191,7 +191,7 @@ def test_boxes_written_as_corners_are_told_by_their_areas():
 
 
 @pytest.mark.parametrize('area', [None, 'of its own'])
-def test_boxes_written_as_corners_are_told_by_the_borders_of_images(area):
+def test_corner_boxes_are_detected_by_image_borders(area):
     """Where nothing else is there, or areas were computed from corners as if they were none."""
     boxes = []
     for i, box in enumerate(BOXES):
@@ -210,19 +210,19 @@ def test_boxes_written_as_corners_are_told_by_the_borders_of_images(area):
     )
 
 
-def test_masks_go_before_the_borders_of_images():
+def test_masks_outweigh_image_borders():
     """Objects that reach out of their image, boxes and masks, whose boxes could be corners."""
     boxes = [annotation(i, (30 + i, 30, 75, 75)) for i in range(6)]
     left, said = check(boxes)
     assert len(left) == 6 and set(said) == {'box-partly-outside-image'}
 
 
-def test_one_image_written_as_corners_is_enough():
+def test_single_corner_box_is_detected():
     said = check([annotation(1, bbox=corners((20, 30, 40, 20)))])[1]
     assert 'most-boxes-as-corners' in said
 
 
-def test_data_written_as_corners_are_refused(tmp_path):
+def test_dataset_of_corner_boxes_is_an_error(tmp_path):
     toy_shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
     edit(lambda c: [a.update(bbox=corners(a['bbox'])) for a in c['annotations']])(tmp_path / 'mine')
     data, found = report_of(tmp_path / 'mine')
@@ -245,14 +245,14 @@ def test_data_written_as_corners_are_refused(tmp_path):
     ((90, 90, 40, 40), (90, 90, 10, 10), None),
     ((-5, -5, 30, 30), (0, 0, 25, 25), None),
 ])  # fmt: skip
-def test_boxes_and_masks_are_held_against_one_another(box, mask, kind):
+def test_boxes_are_compared_with_masks(box, mask, kind):
     left, said = alone(box=box, segmentation=square(mask))
     kinds = {k for k in said if k.startswith('box-mask-')}
     assert kinds == ({kind} if kind else set()) and all(said[k] == ['id 1'] for k in kinds)
     assert (left is None) is (kind == 'box-mask-unrelated')
 
 
-def test_crowds_are_not_held_against_their_boxes():
+def test_crowds_are_not_compared_with_boxes():
     """Their masks are of many objects."""
     left, said = alone(box=(5, 5, 10, 10), segmentation=rle((60, 60, 20, 20)), iscrowd=1, area=9999)
     assert left['area'] == 9999 and set(said) == {'crowd'}
@@ -282,7 +282,7 @@ AREAS = {  # of a box of 40 x 20 with a mask: what is written, and what is made 
 
 
 @pytest.mark.parametrize('kind', AREAS)
-def test_areas(kind):
+def test_areas_are_compared_with_masks(kind):
     written, mask, area = AREAS[kind]
     left, said = alone(area=written, segmentation=mask)
     assert left['area'] == area and type(left['area']) in (int, float)
@@ -291,13 +291,13 @@ def test_areas(kind):
 
 
 @pytest.mark.parametrize('area, expected', [(800, 800), (1201, 800), (30, 30), (10**400, 800)])
-def test_areas_of_boxes_without_masks(area, expected):
+def test_areas_are_compared_with_boxes(area, expected):
     """What is small may be that of a mask."""
     left, said = check([annotation(area=area, segmentation=None)], masks=False)
     assert left[0]['area'] == expected and ('implausible-area' in said) is (area != expected)
 
 
-def test_data_like_cocos_are_left_as_they_are():
+def test_realistic_annotations_are_unchanged():
     """Objects of one pixel to the whole image, of one part or two, boxes rounded as COCO's are, areas of pixels."""
     rng = np.random.RandomState(0)
     annotations = []
@@ -349,7 +349,7 @@ STRANGE = {  # what is no value of a field -> what is said
 
 
 @pytest.mark.parametrize('kind', STRANGE)
-def test_strange_values_are_found_under_the_id_of_their_annotation(kind):
+def test_invalid_values_are_reported_with_the_annotation_id(kind):
     values, expected = STRANGE[kind]
     left, said = alone(**values)
     assert left is None and said[expected][0].startswith('id 1')
@@ -362,7 +362,7 @@ def deep(n):
     return value
 
 
-def test_values_nested_deeply_are_found():
+def test_deeply_nested_values_are_reported():
     """As deeply as JSON is read."""
     for value in (deep(900), deep(300)):
         for key in ('bbox', 'segmentation', 'area', 'iscrowd', 'id', 'image_id', 'category_id'):
@@ -371,14 +371,14 @@ def test_values_nested_deeply_are_found():
             assert all(len(example) < 600 for examples in said.values() for example in examples)
 
 
-def test_names_that_no_file_or_class_can_have():
+def test_invalid_category_names_are_reported():
     for name in ('\ud800', 'a\0b', '', ' ', None, ['a'], {}, True):
         said = check([annotation()], categories=[dict(id=1, name='cat'), dict(id=2, name=name)])[1]
         assert 'category-without-id-or-name' in said
     assert 'category-without-id-or-name' not in check([annotation()], categories=[dict(id=1, name=7)])[1]
 
 
-def test_a_size_written_as_floats_is_one():
+def test_rle_size_may_be_floats():
     mask = rle((20, 30, 40, 20))
     left, said = alone(segmentation={**mask, 'size': [100.0, 100.0], 'more': 'text'})
     assert left['segmentation'] == mask and not said
@@ -389,7 +389,7 @@ def to_and_fro(height, times):
     return [[0, 0, 10 * SIZE, height] * times]
 
 
-def test_polygons_without_an_end_are_left_out():
+def test_polygons_with_endless_outlines_are_dropped():
     """pycocotools ends the process, or takes gigabytes: in the check, in training and in the evaluation."""
     endless = annotation(1, (0, 0, SIZE, 50), segmentation=to_and_fro(50, 100_000), area=9)
     left, said = limited(check, [endless, annotation(2)])
@@ -398,7 +398,7 @@ def test_polygons_without_an_end_are_left_out():
     assert 'polygon-outline-too-long' not in check([annotation(1, segmentation=[long])])[1]
 
 
-def test_checks_take_time_by_the_size_of_their_input():
+def test_checks_take_linear_time():
     """A hundred thousand categories and masks of millions of signs, which are seconds, and were minutes."""
     categories = [dict(id=i, name=f'class {i}') for i in range(100000)]
 
@@ -413,7 +413,7 @@ def test_checks_take_time_by_the_size_of_their_input():
     assert limited(end) == (0, 1, 5)
 
 
-def test_a_run_on_ids_of_text_trains_and_evaluates(tmp_path, monkeypatch):
+def test_training_with_text_ids(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     toy_shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
 

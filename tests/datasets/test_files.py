@@ -39,7 +39,7 @@ ODD_FILES = {
 
 
 @pytest.mark.parametrize('what', ODD_FILES)
-def test_what_is_no_regular_file_is_not_read(what, tmp_path):
+def test_only_regular_files_are_read(what, tmp_path):
     path = tmp_path / 'odd'
     ODD_FILES[what](path)
 
@@ -52,13 +52,13 @@ def test_what_is_no_regular_file_is_not_read(what, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['gone', 'a\0b', '\ud800', 'a' * 5000])
-def test_names_that_no_file_can_have(name, tmp_path):
+def test_invalid_file_names_are_missing_files(name, tmp_path):
     with pytest.raises(OSError):
         open_regular(tmp_path / name, 9)
     assert inspect_image(f'{tmp_path}/{name}').problem == 'missing-image'
 
 
-def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monkeypatch):
+def test_pipe_that_replaces_a_file_does_not_block(tmp_path, monkeypatch):
     """Between the look at a path and its opening."""
     os.mkfifo(tmp_path / 'odd')
     (tmp_path / 'file').touch()
@@ -97,7 +97,7 @@ READERS = {
 
 @pytest.mark.parametrize('name', READERS)
 @pytest.mark.parametrize('what', ['a pipe', 'a device'])
-def test_lists_and_json_that_are_no_regular_files_are_refused(name, what, drawn, tmp_path):
+def test_lists_and_json_must_be_regular_files(name, what, drawn, tmp_path):
     root = tmp_path / 'mine'
     shutil.copytree(drawn, root)
     (root / 'shapes.json').unlink()  # which would name the classes
@@ -116,7 +116,7 @@ def test_lists_and_json_that_are_no_regular_files_are_refused(name, what, drawn,
 
 @pytest.mark.parametrize('what', ['a pipe', 'a device'])
 @pytest.mark.parametrize('name', ['a.json', 'train.json', 'a.xml', 'a.csv', 'labels/a.txt', 'a.jpg', 'data.zip', 'a'])
-def test_files_are_not_waited_for_to_find_out_what_a_folder_is(name, what, tmp_path):
+def test_pipes_and_devices_do_not_block_recognition(name, what, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     ODD_FILES[what](tmp_path / name)
 
@@ -128,7 +128,7 @@ def test_files_are_not_waited_for_to_find_out_what_a_folder_is(name, what, tmp_p
 
 
 @pytest.mark.parametrize('what', ['a pipe', 'a device'])
-def test_a_list_of_images_that_is_no_regular_file(what, drawn, tmp_path):
+def test_image_list_must_be_a_regular_file(what, drawn, tmp_path):
     as_voc(drawn, tmp_path)
     path = tmp_path / 'VOC2012/ImageSets/Segmentation/train.txt'
     path.unlink()
@@ -137,13 +137,13 @@ def test_a_list_of_images_that_is_no_regular_file(what, drawn, tmp_path):
 
 
 @pytest.mark.parametrize('what', ['a pipe', 'a device', 'a socket'])
-def test_a_path_of_data_that_is_no_folder(what, tmp_path):
+def test_data_path_must_be_a_folder(what, tmp_path):
     ODD_FILES[what](tmp_path / 'odd')
     assert 'neither a folder nor a file' in limited(said, detect_tasks, DatasetRequest(str(tmp_path / 'odd')))
 
 
 @pytest.mark.parametrize('name', ['/dev/zero', '../..', '/proc/self/environ', '../../../../../../dev/zero', '/'])
-def test_names_that_leave_the_data_are_never_opened(name, drawn, tmp_path):
+def test_names_outside_the_root_are_not_opened(name, drawn, tmp_path):
     root = tmp_path / 'mine'
     shutil.copytree(drawn, root)
     content = coco(root, 'train')
@@ -153,7 +153,7 @@ def test_names_that_leave_the_data_are_never_opened(name, drawn, tmp_path):
     assert found == {'name-outside-root': [name]}
 
 
-def test_links_to_files_and_folders_elsewhere_are_followed(drawn, tmp_path):
+def test_symlinks_are_followed(drawn, tmp_path):
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine/annotations').symlink_to(drawn / 'annotations')
     (tmp_path / 'mine/val').symlink_to(drawn / 'val')
@@ -164,7 +164,7 @@ def test_links_to_files_and_folders_elsewhere_are_followed(drawn, tmp_path):
     assert not data.report.diagnostics and len(data.splits['train']['images']) == 5
 
 
-def test_sizes_have_bounds_that_are_said(tmp_path, monkeypatch):
+def test_errors_name_the_size_limits(tmp_path, monkeypatch):
     path = tmp_path / 'train.json'
     path.write_text('{"images": []}')
     monkeypatch.setattr('convnext_dense.datasets.files.MAX_JSON_BYTES', 13)
@@ -177,7 +177,7 @@ def test_sizes_have_bounds_that_are_said(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('begin', ['PK\3\4', '<html>', '5', '"text"', '\0' * 5000, ' ' * 5000 + '{'])
-def test_json_is_told_by_its_first_byte(begin, tmp_path):
+def test_large_files_that_are_not_json_are_not_read(begin, tmp_path):
     """However large it is: it is not read."""
     path = tmp_path / 'train.json'
     path.write_text(begin)
@@ -186,7 +186,7 @@ def test_json_is_told_by_its_first_byte(begin, tmp_path):
 
 
 @pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'utf-16-le', 'utf-16-be', 'utf-32'])
-def test_json_of_all_encodings_is_read(encoding, tmp_path):
+def test_json_encodings_are_detected(encoding, tmp_path):
     (tmp_path / 'x.json').write_bytes('\n {"a": "\u00e9"}'.encode(encoding))
     assert read_json(tmp_path / 'x.json') == {'a': '\u00e9'}
 
@@ -220,7 +220,7 @@ LOOPS = {
 
 @pytest.mark.parametrize('kind', LOOPS)
 @pytest.mark.parametrize('task', ['detection', 'segmentation', 'neither'])
-def test_folders_that_hold_themselves_end(kind, task, drawn, tmp_path):
+def test_symlink_loops_terminate(kind, task, drawn, tmp_path):
     """In every walk: what data are there, where images are, what tells that nothing has changed."""
     root = tmp_path / 'mine'
     if task == 'neither':
@@ -240,7 +240,7 @@ def test_folders_that_hold_themselves_end(kind, task, drawn, tmp_path):
     assert limited(end, seconds=30) == expected.get(task, 5)
 
 
-def test_a_walk_follows_links_in_order_and_a_bounded_number_of_times(tmp_path):
+def test_walk_is_sorted_and_limits_visits(tmp_path):
     tree(tmp_path, 'mine/b/2', 'mine/b/1', 'mine/a/.hidden/3', 'mine/a/4', 'mine/0', 'away/real/5', 'away/6')
     (tmp_path / 'mine/c').symlink_to('../away/real')
     (tmp_path / 'mine/d').symlink_to('../away/real')
@@ -259,7 +259,7 @@ def test_a_walk_follows_links_in_order_and_a_bounded_number_of_times(tmp_path):
     assert not list(walk(tmp_path / 'gone'))
 
 
-def test_folders_are_tried_once(tmp_path):
+def test_candidate_folders_are_unique(tmp_path):
     tree(tmp_path, 'a/1', 'b/.c/2', '.hidden/3')
     for n in range(300):
         (tmp_path / f'loop{n}').symlink_to('.')
@@ -268,7 +268,7 @@ def test_folders_are_tried_once(tmp_path):
     assert len(_candidate_folders(tmp_path / 'train.json', tmp_path)[1]) <= 4
 
 
-def test_names_that_are_not_utf8(drawn, tmp_path):
+def test_names_that_are_not_utf8_are_read(drawn, tmp_path):
     """A folder and a file of Latin-1: they are read, and tell when they change."""
     root = os.fsencode(tmp_path) + b'/caf\xe9'
     shutil.copytree(os.fsencode(drawn), root)
@@ -280,7 +280,7 @@ def test_names_that_are_not_utf8(drawn, tmp_path):
     assert before != dataset_fingerprint(('key',), [os.fsdecode(root)])
 
 
-def test_what_others_wrote_in_the_place_of_a_check_is_checked_again(tmp_path):
+def test_invalid_cache_is_ignored(tmp_path):
     for text in (
         '',
         '[]',
@@ -302,7 +302,7 @@ def grey_png(path, width, height):
     Path(path).write_bytes(png(width, height, data))
 
 
-def test_images_of_a_billion_pixels_are_judged_by_their_header(tmp_path, monkeypatch):
+def test_huge_images_are_rejected_by_their_header(tmp_path, monkeypatch):
     """And those of Pillow's limit are still read."""
     width = 32767
     for function in (inspect_image, inspect_mask):
@@ -353,7 +353,7 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
             assert at_most() == 1, limit
 
 
-def test_what_pillow_does_not_know_is_judged_by_what_opencv_makes_of_it(tmp_path, monkeypatch):
+def test_pixel_limit_applies_to_images_unknown_to_pillow(tmp_path, monkeypatch):
     Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(tmp_path / 'x.png')
     monkeypatch.setattr(check_images, 'FORMATS', ('PCX',))
     for limit, problem in ((2500, None), (2499, 'image-too-large')):
@@ -399,14 +399,14 @@ BOMBS = {
 
 
 @pytest.mark.parametrize('name', BOMBS)
-def test_what_unpacks_to_much_more_does_not_hurt(name, tmp_path):
+def test_decompression_bombs_stay_within_memory(name, tmp_path):
     path = tmp_path / name
     BOMBS[name](path)
     for function in (inspect_image, inspect_mask):
         limited(function, str(path), gigabytes=0.5, seconds=30)
 
 
-def test_formats_that_have_other_programs_read_them_are_no_images(tmp_path):
+def test_formats_read_by_external_programs_are_rejected(tmp_path):
     """Pillow has Ghostscript read EPS."""
     Image.new('L', (40, 40)).save(tmp_path / 'x.png', format='EPS')
     assert inspect_image(str(tmp_path / 'x.png')).problem == 'not-an-image'
@@ -416,7 +416,7 @@ def test_formats_that_have_other_programs_read_them_are_no_images(tmp_path):
 @pytest.mark.parametrize('name, options', [
     ('JPEG', {}), ('JPEG2000', {}), ('WEBP', dict(quality=80)), ('TIFF', dict(compression='jpeg')),
 ])  # fmt: skip
-def test_label_maps_in_lossy_files_are_refused(name, options, tmp_path):
+def test_lossy_masks_are_an_error(name, options, tmp_path):
     Image.fromarray(np.eye(64, dtype=np.uint8)).save(tmp_path / 'x.png', format=name, **options)
     assert inspect_mask(str(tmp_path / 'x.png')).problem == 'mask-lossy-format'
 
@@ -424,7 +424,7 @@ def test_label_maps_in_lossy_files_are_refused(name, options, tmp_path):
 @pytest.mark.parametrize('name, options', [
     ('PNG', {}), ('TIFF', {}), ('TIFF', dict(compression='tiff_lzw')), ('BMP', {}), ('GIF', {}), ('PPM', {}),
 ])  # fmt: skip
-def test_label_maps_in_exact_files_are_read(name, options, tmp_path):
+def test_lossless_masks_are_read(name, options, tmp_path):
     Image.fromarray(np.eye(64, dtype=np.uint8)).save(tmp_path / 'x.png', format=name, **options)
     found = inspect_mask(str(tmp_path / 'x.png'))
     assert found.problem is None and found.counts[:3].tolist() == [64 * 63, 64, 0]
@@ -432,7 +432,7 @@ def test_label_maps_in_exact_files_are_read(name, options, tmp_path):
     assert inspect_mask(str(tmp_path / 'x.webp')).problem == 'mask-in-color'  # WebP has no others
 
 
-def test_examples_are_one_short_line(drawn, tmp_path):
+def test_examples_are_one_printable_line(drawn, tmp_path):
     root = tmp_path / 'mine'
     shutil.copytree(drawn, root)
     content = coco(root, 'train')

@@ -64,14 +64,14 @@ FOLDERS = {  # what lies in a folder -> what it is called
 
 
 @pytest.mark.parametrize('kind', FOLDERS)
-def test_folders_are_called_by_what_is_in_them(kind, tmp_path):
+def test_unsupported_folders_are_described(kind, tmp_path):
     files, words = FOLDERS[kind]
     lay(tmp_path, *files)
     assert words in said(detect_tasks, DatasetRequest(str(tmp_path)))
 
 
 @pytest.mark.parametrize('name', ['annotations/panoptic_train.json', 'annotations/instances_train.json', 'x.json'])
-def test_panoptic_json_is_called_so(name, tmp_path):
+def test_panoptic_json_is_recognized(name, tmp_path):
     lay(tmp_path, 'train/a.jpg', (name, PANOPTIC))
     line = said(read_data, DatasetRequest(str(tmp_path)), 'detection', ('train', 'val'))
     assert f'{name} is panoptic JSON' in line and 'use instances_*.json' in line
@@ -86,7 +86,7 @@ def mine(tmp_path):
     return tmp_path / 'mine'
 
 
-def test_pointers_in_the_place_of_files_are_findings(mine):
+def test_lfs_pointers_of_images_are_reported(mine):
     (mine / 'train/000001.png').write_text(POINTER)
     (mine / 'labels/train/000002.png').write_text(POINTER)
     findings = read_data(DatasetRequest(str(mine)), 'detection', ('train', 'val')).report.diagnostics
@@ -94,7 +94,7 @@ def test_pointers_in_the_place_of_files_are_findings(mine):
     assert report_of(mine, 'segmentation')[1]['git-lfs-pointer'].examples == ['000001.png', '000002.png']
 
 
-def test_pointers_in_the_place_of_json_and_lists_are_said(mine):
+def test_lfs_pointers_of_json_and_lists_are_errors(mine):
     (mine / 'annotations/instances_val.json').write_text(POINTER)
     line = said(read_data, DatasetRequest(str(mine)), 'detection', ('train', 'val'))
     assert 'instances_val.json: is a Git LFS pointer' in line and 'git lfs pull' in line

@@ -324,7 +324,7 @@ KINDS_OF_FILES = {'coco': coco_files, 'images': image_files, 'segmentation': seg
 
 
 @pytest.mark.parametrize('kind, n', [('coco', 150), ('images', 300), ('segmentation', 50)])
-def test_some_damaged_files(kind, n, tmp_path):
+def test_damaged_files(kind, n, tmp_path):
     ends, _ = limited(KINDS_OF_FILES[kind], tmp_path, 0, n, seconds=SECONDS, gigabytes=GIGABYTES)
     assert sum(ends.values()) in (n, 2 * n) and len(ends) > 3
 

@@ -25,7 +25,7 @@ def config_of(name):
     return config
 
 
-def test_sizes_are_mmcvs():
+def test_resized_sizes_match_mmcv():
     rng = np.random.RandomState(0)
     for _ in range(2000):
         size, scale = (tuple(int(v) for v in 10 ** rng.uniform(0, 4.5, 2)) for _ in range(2))
@@ -36,7 +36,7 @@ RECIPES = sorted(path.relative_to(CONFIGS).with_suffix('').as_posix() for path i
 
 
 @pytest.mark.parametrize('recipe', [name for name in RECIPES if not name.startswith('demo')])
-def test_limits_without_a_recipe_are_those_of_the_recipes(recipe):
+def test_default_limits_match_the_recipes(recipe):
     limits = resize_limits(config_of(recipe))
     if '22k' in recipe and recipe.startswith('upernet'):  # at 640
         larger = {split: limit._replace(scales=tuple(tuple(side * 5 // 4 for side in s) for s in limit.scales))
@@ -57,7 +57,7 @@ def sample(config, width, height):
 
 @pytest.mark.parametrize('split', ['train', 'val'])
 @pytest.mark.parametrize('recipe', ['mask_rcnn/convnext_t', 'upernet/convnext_t', 'demo/mask_rcnn', 'demo/upernet'])
-def test_pipelines_take_what_is_kept_and_fail_on_what_is_left_out(recipe, split):
+def test_pipelines_fail_exactly_beyond_the_limit(recipe, split):
     """On both sides of the limit; of a random step what is left out fails in some draws."""
     config = config_of(recipe)
     limit = resize_limits(config)[split]._replace(min_side=1)
@@ -81,7 +81,7 @@ def test_pipelines_take_what_is_kept_and_fail_on_what_is_left_out(recipe, split)
 
 
 @pytest.mark.parametrize('height', [STRIDE - 1, STRIDE])
-def test_the_backbone_reads_the_stride_and_not_less(height):
+def test_backbone_needs_images_of_its_stride(height):
     backbone = ConvNeXt(arch='atto').eval()
     images = torch.zeros(1, 3, height, 64)
     if height < STRIDE:
@@ -109,7 +109,7 @@ def test_limits_follow_from_the_config():
     assert resize_limits(config)['train'].scales == () and not too_thin((9999, 1), resize_limits(config)['train'])
 
 
-def test_limits_of_the_multi_scale_test_are_those_of_its_smallest_scale():
+def test_multi_scale_limit_is_that_of_the_smallest_scale():
     config = config_of('upernet/convnext_t')
     limit = resize_limits(config, min(SCALE_FACTORS))['test']
     set_multiscale(config)
@@ -149,7 +149,7 @@ def found(root, task):
     return {(f.split, f.code): f.examples for f in report.diagnostics.values()}
 
 
-def test_thin_images_are_found_by_the_check(mine):
+def test_thin_images_are_reported(mine):
     """By the recipes of the paper: of both tasks, and of each split."""
     in_detection, in_segmentation = found(mine, 'detection'), found(mine, 'segmentation')
     nothing, stride = 'image-resized-to-zero', 'image-below-stride'
@@ -166,7 +166,7 @@ def test_thin_images_are_found_by_the_check(mine):
 
 
 @pytest.mark.parametrize('config', [DETECTOR, SEGMENTOR], ids=['detection', 'segmentation'])
-def test_a_run_on_thin_images_ends(config, mine, monkeypatch):
+def test_training_with_thin_images(config, mine, monkeypatch):
     """What is left of them is trained on and evaluated on."""
     monkeypatch.chdir(mine.parent)
     length = ['--epochs', 2] if config is DETECTOR else ['--iters', 12]

@@ -62,7 +62,7 @@ SINGLE = {  # the labels of the maps, what is asked for, and what is said
 
 
 @pytest.mark.parametrize('kind', SINGLE)
-def test_a_single_class_is_refused(kind, tmp_path):
+def test_single_class_is_an_error(kind, tmp_path):
     rows, request, words = SINGLE[kind]
     write(tmp_path, rows, rows, classes=['crack'])
     text = advice(tmp_path, 'single-class', **request)
@@ -73,7 +73,7 @@ def test_a_single_class_is_refused(kind, tmp_path):
         assert not report_of(tmp_path, 'segmentation')[0].report.problems
 
 
-def test_of_a_single_class_nothing_is_learned():
+def test_single_class_has_no_gradient():
     """Why it is refused."""
     scores = torch.randn(2, 1, 4, 4, requires_grad=True)
     loss = cross_entropy(scores, torch.zeros(2, 4, 4, dtype=torch.long))
@@ -82,12 +82,12 @@ def test_of_a_single_class_nothing_is_learned():
 
 
 @pytest.mark.parametrize('rows', [[0, 255], [0], [0, 0, 0, 255]])
-def test_a_palette_with_one_label_is_a_single_class(rows, tmp_path):
+def test_palette_with_one_label_is_a_single_class(rows, tmp_path):
     write(tmp_path, rows, palette=True)
     assert advice(tmp_path, 'single-class').startswith('class 0 alone')
 
 
-def test_a_background_alone_lacks_the_classes(tmp_path):
+def test_background_as_single_class_asks_for_the_others(tmp_path):
     write(tmp_path, [0, 0, 0, 1], classes=['Background'])
     assert 'name the classes, too: 2 names' in advice(tmp_path, 'single-class')
 
@@ -123,7 +123,7 @@ OUT_OF_RANGE = {  # the labels of the maps, the number of classes, what is asked
 
 
 @pytest.mark.parametrize('kind', OUT_OF_RANGE)
-def test_labels_without_a_name(kind, tmp_path):
+def test_unnamed_labels_are_an_error(kind, tmp_path):
     rows, n, request, begin, end = OUT_OF_RANGE[kind]
     write(tmp_path, rows, rows, rows[:1], classes=CAMVID[:n])
     text = advice(tmp_path, 'label-out-of-range', **request)
@@ -132,7 +132,7 @@ def test_labels_without_a_name(kind, tmp_path):
 
 
 @pytest.mark.parametrize('kind', [kind for kind, (*_, end) in OUT_OF_RANGE.items() if '--ignore' in end])
-def test_what_is_said_of_labels_without_a_name_mends_them(kind, tmp_path):
+def test_advice_on_unnamed_labels_fixes_them(kind, tmp_path):
     """Each --ignore that is named leaves no label without a name."""
     rows, n, _, _, end = OUT_OF_RANGE[kind]
     write(tmp_path, rows, rows, rows[:1], classes=CAMVID[:n])
@@ -141,7 +141,7 @@ def test_what_is_said_of_labels_without_a_name_mends_them(kind, tmp_path):
         assert not {'label-out-of-range', 'single-class'} & set(kinds) and data.classes == CAMVID[:n]
 
 
-def test_shares_are_those_of_all_label_maps(tmp_path):
+def test_pixel_fractions_cover_all_masks(tmp_path):
     write(tmp_path, [0, 0, 0, 0], [0, 1, 2, 2], classes=CAMVID[:2], splits=('train',))
     write(tmp_path, [1, 1, 1, 1], classes=CAMVID[:2], splits=('val',))
     text = advice(tmp_path, 'label-out-of-range')
@@ -151,13 +151,13 @@ def test_shares_are_those_of_all_label_maps(tmp_path):
 
 
 @pytest.mark.parametrize('n, ignore', [(2, None), (21, None), (2, [0])])
-def test_masks_of_0_and_255(n, ignore, tmp_path):
+def test_masks_of_0_and_255_report_pixel_fractions(n, ignore, tmp_path):
     names = [f'class {i}' for i in range(n)]
     write(tmp_path, [0, 0, 0, 255], classes=names)
     assert advice(tmp_path, 'mask-values-0-and-255', ignore_labels=ignore) == 'the pixels are 0: 75.0 %, 255: 25.0 %'
 
 
-def test_what_is_learned_of_train_alone_is_said(tmp_path):
+def test_single_class_in_train_is_reported(tmp_path):
     write(tmp_path, [0, 255], [0], classes=CAMVID[:2], splits=('train',))
     write(tmp_path, [0, 1], classes=CAMVID[:2], splits=('val',))
     data, kinds = report_of(tmp_path, 'segmentation')
@@ -166,7 +166,7 @@ def test_what_is_learned_of_train_alone_is_said(tmp_path):
     assert 'single-class-in-train' not in report_of(tmp_path, 'segmentation')[1]
 
 
-def test_ignored_pixels_alone_are_the_cause_that_is_named(tmp_path):
+def test_ignored_pixels_are_named_as_the_cause(tmp_path):
     write(tmp_path, [0], [0], classes=CAMVID, splits=('train',))
     write(tmp_path, [1, 2], classes=CAMVID, splits=('val',))
     kinds = report_of(tmp_path, 'segmentation', ignore_labels=[0])[1]
@@ -174,13 +174,13 @@ def test_ignored_pixels_alone_are_the_cause_that_is_named(tmp_path):
 
 
 @pytest.mark.parametrize('ignore, words', [(None, 'label 0 is Sky, label 2 is Pole'), ([0], 'label 1 is Sky, label 3')])
-def test_which_labels_classes_are_is_said(ignore, words, tmp_path):
+def test_report_shows_labels_of_first_and_last_class(ignore, words, tmp_path):
     """By which one sees that they are shifted."""
     write(tmp_path, [1, 2], classes=CAMVID[:3])
     assert words in report_of(tmp_path, 'segmentation', ignore_labels=ignore)[0].report.facts[-1]
 
 
-def test_lists_of_classes_may_be_large_or_broken(tmp_path):
+def test_large_or_damaged_class_files_are_one_line_errors(tmp_path):
     """And end in one line, and at once."""
     for name, text in {
         'lines.txt': 'a' + ' ' * 2**21 + 'b', 'numbers.txt': '1' * 5000 + ' a',
@@ -218,7 +218,7 @@ CLASSES = {  # of labels that are none: what the line says
 
 
 @pytest.mark.parametrize('name', CLASSES)
-def test_labels_that_are_none_are_said(name, tmp_path):
+def test_invalid_labels_are_named(name, tmp_path):
     text, words = CLASSES[name]
     (tmp_path / name).write_bytes(text.encode('utf-8', 'surrogateescape'))
     with pytest.raises(UsageError, match=words):
@@ -231,19 +231,19 @@ def test_labels_that_are_none_are_said(name, tmp_path):
     ('x.json', '{"a": "red", "b": null}'), ('x.txt', '1: b\n0: a'), ('x.txt', ' 1  b\n 0  a'), ('x.txt', 'a:\nb::'),
     ('x.csv', 'value,class\n1,b\n0,a'),
 ])  # fmt: skip
-def test_names_are_in_the_order_of_their_labels(name, text, tmp_path):
+def test_class_files_are_sorted_by_label(name, text, tmp_path):
     (tmp_path / name).write_text(text)
     assert read_classes(tmp_path / name) == (['a', 'b'], None)
 
 
 @pytest.mark.parametrize('label', [-1, 256, 10**400])
-def test_labels_to_ignore_are_those_of_eight_bits(label, tmp_path):
+def test_labels_to_ignore_are_8_bit(label, tmp_path):
     write(tmp_path, [0, 1], classes=CAMVID)
     with pytest.raises(UsageError, match=r'--ignore .*: labels are 0 to 255'):
         report_of(tmp_path, 'segmentation', ignore_labels=[label])
 
 
-def test_lines_of_many_spaces_end_at_once(tmp_path):
+def test_lines_of_many_spaces_take_linear_time(tmp_path):
     """As many as a line may hold, in as many lines as a file may: what was hours takes a second."""
     for line in ['a' + ' ' * 290 + 'b', 'a' + ' ,' * 145 + 'b', '1 ' * 149 + 'x', 'a ' + '1,' * 149]:
         (tmp_path / 'x.txt').write_text('\n'.join([line] * 40000))

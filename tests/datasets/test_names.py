@@ -155,7 +155,7 @@ CASES = {
 
 
 @pytest.mark.parametrize('kind', CASES)
-def test_names_are_found_where_they_are(kind, tmp_path):
+def test_names_are_located(kind, tmp_path):
     files, expected = CASES[kind]
     touch(tmp_path, *files)
     if not any(path or said == AMBIGUOUS for path, said in expected.values()):
@@ -167,7 +167,7 @@ def test_names_are_found_where_they_are(kind, tmp_path):
     assert places(tmp_path, backwards, split='train') == {name: expected[name] for name in backwards}
 
 
-def test_the_splits_own_folder_goes_before_others(tmp_path):
+def test_folder_of_the_split_takes_precedence(tmp_path):
     touch(tmp_path, 'train/images/1.png', 'val/images/1.png', 'other/images/1.png', 'other/images/2.png')
     names = ['/me/images/1.png', '/me/images/2.png']
     assert places(tmp_path, names, split='train')[names[0]] == ('train/images/1.png', ENDING)
@@ -175,20 +175,20 @@ def test_the_splits_own_folder_goes_before_others(tmp_path):
     assert found == {names[0]: ('val/images/1.png', ENDING), names[1]: ('other/images/2.png', ENDING)}
 
 
-def test_a_folder_that_is_given_is_the_only_one(tmp_path):
+def test_given_image_folder_is_the_only_one(tmp_path):
     touch(tmp_path, 'train/1.png', 'val/1.png', 'val/2.png', 'train/3.png')
     names = ['/me/images/1.png', '/me/2.png', '/me/3.png']
     found = places(tmp_path, names, image_dir=str(tmp_path / 'val'), split='train')
     assert [path for path, _ in found.values()] == ['val/1.png', 'val/2.png', None]
 
 
-def test_whole_names_of_this_machine_are_names_like_others(tmp_path):
+def test_absolute_paths_of_this_machine_are_located(tmp_path):
     touch(tmp_path, 'train/1.png', 'val/1.png')
     name = str(tmp_path / 'val/1.png')
     assert places(tmp_path, [name], split='train') == {name: ('val/1.png', None)}
 
 
-def test_images_elsewhere_than_in_the_data(tmp_path):
+def test_images_next_to_the_annotation_folder_are_located(tmp_path):
     """Beside the folder of a JSON file that is given alone."""
     touch(tmp_path, 'images/a/1.png')
     name = '/me/a/1.png'
@@ -211,7 +211,7 @@ def pictures(root, *names):
         Image.fromarray(np.full((40, 40, 3), n, np.uint8)).save(root / name)
 
 
-def test_what_is_found_otherwise_is_said_and_what_is_ambiguous_refused(tmp_path):
+def test_respelled_names_are_fixed_and_ambiguous_names_are_errors(tmp_path):
     pictures(tmp_path, *SEQUENCES, 'images/\u00e9.png')
     write_coco(tmp_path, dict(train=['/x/images/seq1/1.png', '/x/images/e\u0301.png'], val=['C:\\y\\seq2\\2.png']))
     data, found = report_of(tmp_path)
@@ -226,7 +226,7 @@ def test_what_is_found_otherwise_is_said_and_what_is_ambiguous_refused(tmp_path)
         data.report.raise_if_errors()
 
 
-def test_an_image_that_moves_is_noticed(tmp_path):
+def test_moved_image_invalidates_the_cache(tmp_path):
     """Where images are found by their endings, all files of the data say where they are."""
     pictures(tmp_path, *SEQUENCES)
     write_coco(tmp_path, dict(train=['/x/images/seq1/1.png'], val=['/y/seq2/2.png']))
@@ -240,7 +240,7 @@ def test_an_image_that_moves_is_noticed(tmp_path):
     assert images.locations['9.png'].code is None and images.searched_folders == [tmp_path / 'train', tmp_path]
 
 
-def test_many_names_are_looked_up_not_searched(tmp_path):
+def test_suffix_lookup_is_fast(tmp_path):
     """A hundred thousand names of another machine, most of them alike in their last part."""
     names = [f'images/{n % 50}/{n // 50 % 200}/image{n // 10000}.png' for n in range(100000)]
     index = FileIndex(names)
@@ -249,7 +249,7 @@ def test_many_names_are_looked_up_not_searched(tmp_path):
     assert limited(lambda: all(index.find_by_suffix(f'home/me/{name}') == (4, [name]) for name in names[::10]))
 
 
-def test_a_walk_for_each_name_is_not_needed(tmp_path, monkeypatch):
+def test_folders_are_walked_once(tmp_path, monkeypatch):
     touch(tmp_path, *SEQUENCES)
     calls = []
     monkeypatch.setattr(
@@ -266,7 +266,7 @@ def test_a_walk_for_each_name_is_not_needed(tmp_path, monkeypatch):
     ('../a', ('../a', '')), ('/../../a', ('a', '/')), ('C:\\..\\a', ('a', 'c:/')), ('a/../../b', ('../b', '')),
     ('/data/local-files/?d=a/b.png', ('a/b.png', '')), ('', ('.', '')), ('/', ('', '/')),
 ])  # fmt: skip
-def test_paths_in_names(name, path):
+def test_machine_prefix_is_split(name, path):
     assert split_machine_prefix(name) == path
 
 
@@ -279,7 +279,7 @@ def test_names_are_matched_one_to_one():
     assert set(match_names(['Ab', 'aB'], ['ab']).ambiguous) == {'Ab', 'aB'}
 
 
-def test_label_maps_are_found_by_names_written_otherwise(tmp_path):
+def test_masks_are_paired_with_respelled_names(tmp_path):
     touch(tmp_path, 'i/caf\u00e9.jpg', 'i/A.jpg', 'i/a.jpg', 'i/b c.jpg', 'i/x.y.z.jpg', 'i/none.jpg')
     touch(tmp_path, 'l/cafe\u0301_mask.png', 'l/A_mask.png', 'l/a_mask.png', 'l/b%20c_MASK.png', 'l/x.y.z_mask.png')
     found = pair_files(SplitDirs(tmp_path / 'i', tmp_path / 'l'))
@@ -304,7 +304,7 @@ LINES = {  # of a list of images -> the image that is meant
 
 @pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
 @pytest.mark.parametrize('end', ['\n', '\r\n'])
-def test_lists_of_images(end, encoding, tmp_path):
+def test_image_lists_are_parsed(end, encoding, tmp_path):
     for stem in LINES.values():
         touch(tmp_path, f'JPEGImages/{stem}.jpg', f'SegmentationClass/{stem}.png')
     text = end.join([*LINES, '', 'gone', '../../secret', '/dev/zero', ''])
@@ -319,7 +319,7 @@ def test_lists_of_images(end, encoding, tmp_path):
     assert {code for code, _ in found.problems} == {'unmatched-image', WRITTEN}
 
 
-def test_a_list_in_latin1_names_files_in_latin1(tmp_path):
+def test_latin1_list_names_latin1_files(tmp_path):
     touch(tmp_path, 'JPEGImages/x.jpg', 'SegmentationClass/x.png', 'ImageSets/Segmentation/train.txt')
     for folder, ending in (('JPEGImages', 'jpg'), ('SegmentationClass', 'png')):
         Path(f'{tmp_path}/{folder}/caf\udce9.{ending}').write_bytes(b'')
@@ -348,7 +348,7 @@ def foreign(drawn, tmp_path):
     return tmp_path / 'mine'
 
 
-def test_names_in_latin1_are_those_of_a_file_in_utf8(foreign):
+def test_latin1_file_names_match_utf8_json(foreign):
     data, found = report_of(foreign)
     assert {f: found[f].examples for f in found} == {WRITTEN: ['caf\u00e9.png is train/caf\\udce9.png']}
     names = [image['file_name'] for image in data.splits['train']['images']]
@@ -357,13 +357,13 @@ def test_names_in_latin1_are_those_of_a_file_in_utf8(foreign):
 
 
 @pytest.mark.parametrize('task', ['detection', 'segmentation'])
-def test_all_names_are_found_where_names_are_ascii(task, foreign, run_tool):
+def test_all_names_are_located_in_an_ascii_locale(task, foreign, run_tool):
     done = run_tool('check_data.py', '--task', task, '--data', 'mine', **ASCII)
     assert done.returncode == 0 and '\x1b' not in done.stdout + done.stderr
     assert 'train: 5 images' in done.stdout and ('name-spelling-mismatch, 2' in done.stdout) is (task == 'detection')
 
 
-def test_a_run_where_names_are_ascii_ends(foreign, run_tool):
+def test_training_in_an_ascii_locale(foreign, run_tool):
     options = ['--work-dir', 'run', '--epochs', 1, '--data', 'mine', '--cfg-options', *quick('ascii')]
     done = run_tool('train.py', DETECTOR, *options, **ASCII)
     assert done.returncode == 0, done.stderr
@@ -371,7 +371,7 @@ def test_a_run_where_names_are_ascii_ends(foreign, run_tool):
     assert len(written['images']) == 5 and '\x1b' not in done.stdout + done.stderr
 
 
-def test_the_same_images_are_held_out_in_any_locale():
+def test_validation_split_is_the_same_in_any_locale():
     names = [f'\u00e9{i}.png' for i in range(300)]
     as_ascii = {name.encode().decode('ascii', 'surrogateescape'): name for name in names}
     out, _ = split_by_hash(names, DatasetRequest('x'))
@@ -384,11 +384,11 @@ def test_the_same_images_are_held_out_in_any_locale():
     (LATIN, 'caf\u00e9.png'), (os.fsdecode(b'CAF\xc9.png'), 'caf\u00e9.png'), ('\udcc3\udca9', '\u00e9'),
     ('\u65e5/\udce9', '\u65e5/\u00e9'), ('%E9', '\u00e9'), ('\ud800', '\ud800'), ('\udce9\ud800', '\u00e9\ud800'),
 ])  # fmt: skip
-def test_spellings_of_bytes_that_are_not_decoded(written, other):
+def test_undecoded_bytes_are_normalized(written, other):
     assert normalize_spelling(written) == normalize_spelling(other)
 
 
-def test_segmentation_says_what_was_found_otherwise(drawn, tmp_path):
+def test_respelled_masks_are_reported(drawn, tmp_path):
     put_labels(drawn, 'train', tmp_path / 'images/train', name='{} \u00e9')
     put_labels(drawn, 'train', tmp_path / 'labels/train', name='{}%20e\u0301')
     (tmp_path / 'classes.txt').write_text('a\nb\nc\nd\ne')

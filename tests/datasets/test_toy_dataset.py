@@ -125,7 +125,7 @@ def test_layout(small):
     ('size', 'radius'),
     ((64, toy_shapes.RADIUS_RANGE), (128, toy_shapes.RADIUS_RANGE), (201, toy_shapes.RADIUS_RANGE), (128, (4, 50))),
 )  # the last: small shapes would leave holes in large ones
-def test_polygons_are_exactly_the_visible_pixels(size, radius, monkeypatch):
+def test_polygons_cover_exactly_the_visible_pixels(size, radius, monkeypatch):
     monkeypatch.setattr(toy_shapes, 'RADIUS_RANGE', radius)
     seen = set()
     for scene in scenes(40, size=size):
@@ -159,20 +159,20 @@ def test_outline_of_any_mask(density):
             assert all((a == 0).sum() == 1 and a @ b == 0 for a, b in zip(steps, steps[1:]))  # a corner at each point
 
 
-def test_outline_of_a_pixel_and_of_pixels_that_touch():
+def test_outline_of_touching_pixels():
     assert toy_shapes.outline(np.eye(1)) == [[(1, 0), (1, 1), (0, 1), (0, 0)]]
     assert [len(loop) for loop in toy_shapes.outline(np.eye(3))] == [4, 4, 4]
     assert toy_shapes.outline(np.zeros((2, 2))) == []
 
 
-def test_shapes_hide_one_another_by_half_at_most():
+def test_shapes_are_at_least_half_visible():
     shares = [(scene.instances == k).sum() / area for scene in scenes(60) for k, area in enumerate(scene.areas, 1)]
     assert 0.5 <= min(shares) < 0.6
     assert max(shares) == 1
     assert 0.25 < np.mean([share < 1 for share in shares]) < 0.6
 
 
-def test_shapes_differ_from_the_ground():
+def test_shapes_contrast_with_the_background():
     for scene in scenes(60):
         assert 2 <= len(scene.areas) <= 5
         ground = scene.image[scene.instances == 0].mean(0)
@@ -180,7 +180,7 @@ def test_shapes_differ_from_the_ground():
             assert np.abs(scene.image[scene.instances == k].mean(0) - ground).sum() > 60
 
 
-def test_each_class_has_its_hue():
+def test_classes_differ_in_hue():
     found = [
         (category, scene.image[scene.instances == k].mean(0))
         for scene in scenes(200, size=64)
@@ -191,7 +191,7 @@ def test_each_class_has_its_hue():
         assert np.abs(mean - toy_shapes.CLASS_COLORS).sum(1).argmin() == category
 
 
-def test_coco_and_opencv_read_what_was_drawn(small, capsys):
+def test_files_match_the_drawn_scenes(small, capsys):
     for split, number, count in (('train', 0, 3), ('val', 1, 2)):
         coco = COCO(str(small / f'annotations/instances_{split}.json'))
         assert [category['name'] for category in coco.loadCats(coco.getCatIds())] == list(toy_shapes.CLASSES)
@@ -221,7 +221,7 @@ def check_labels(labels, instances):
     assert 0 < (labels == 0).mean() < 0.15
 
 
-def test_label_maps_have_borders_between_labels_only():
+def test_masks_have_borders_only_between_labels():
     instances = np.array([[1, 1, 1, 0, 2, 3], [1, 1, 1, 0, 2, 3]], np.uint8)
     scene = toy_shapes.Scene(None, instances, [0, 4, 4], [6, 2, 2])
     np.testing.assert_array_equal(toy_shapes.segmentation_mask(scene), [[2, 2, 0, 1, 0, 6]] * 2)
@@ -234,7 +234,7 @@ def test_labels_palette_and_classes_agree():
     )
 
 
-def test_images_depend_on_seed_split_and_index_alone(small, tmp_path):
+def test_images_depend_only_on_seed_split_and_index(small, tmp_path):
     toy_shapes.write(tmp_path / 'more', **{**SMALL, 'train': 5, 'val': 3})
     toy_shapes.write(tmp_path / 'other', **{**SMALL, 'seed': 1})
     images = {path.relative_to(small): path.read_bytes() for path in files(small) if path.suffix == '.png'}
@@ -247,7 +247,7 @@ def test_images_depend_on_seed_split_and_index_alone(small, tmp_path):
     assert first['annotations'] == more['annotations'][: len(first['annotations'])]
 
 
-def test_the_same_request_again_leaves_everything_as_it_is(small, monkeypatch, capsys):
+def test_existing_dataset_is_unchanged(small, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in [small, *small.rglob('*')]}
     assert toy_shapes.write(small, **SMALL) is False
     code, out, err = run(monkeypatch, capsys, small, '--train', 3, '--val', 2)
@@ -257,7 +257,7 @@ def test_the_same_request_again_leaves_everything_as_it_is(small, monkeypatch, c
 
 
 @pytest.mark.parametrize('change', (dict(seed=1), dict(train=4), dict(val=0), dict(size=96)))
-def test_another_request_is_refused_and_the_folder_left(small, change):
+def test_other_arguments_for_an_existing_dataset_are_an_error(small, change):
     before = sha256(small)
     with pytest.raises(UsageError, match='remove it or choose another folder'):
         toy_shapes.write(small, **{**SMALL, **change})
@@ -265,7 +265,7 @@ def test_another_request_is_refused_and_the_folder_left(small, change):
 
 
 @pytest.mark.parametrize('content', (None, '', '[]', '{"format": 0, "seed": 0, "train": 3, "val": 2, "size": 128}'))
-def test_a_folder_of_something_else_is_refused(tmp_path, content):
+def test_other_folder_is_not_overwritten(tmp_path, content):
     if content is not None:
         (tmp_path / 'shapes.json').write_text(content)
     with pytest.raises(UsageError, match='is not this data set'):
@@ -296,7 +296,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, pl
     assert files(tmp_path) == [tmp_path / 'file'] and os.listdir(tmp_path) == ['file']
 
 
-def test_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     for error, raised in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, 'No space left'), UsageError)):
         monkeypatch.setattr(toy_shapes, 'coco_annotations', Mock(side_effect=error))
         with pytest.raises(raised):
@@ -306,7 +306,7 @@ def test_whole_or_not_at_all(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.name == 'nt', reason='no such signals')
 @pytest.mark.parametrize('number', (signal.SIGINT, signal.SIGTERM))
-def test_a_signal_leaves_nothing(tmp_path, number):
+def test_signal_leaves_nothing(tmp_path, number):
     process = alone('__main__', tmp_path / 'new', '--train', 10000)
     deadline = time.monotonic() + 30
     while len(files(tmp_path)) < 3 and time.monotonic() < deadline:
@@ -318,6 +318,6 @@ def test_a_signal_leaves_nothing(tmp_path, number):
     assert os.listdir(tmp_path) == []
 
 
-def test_an_empty_split_is_fine(tmp_path):
+def test_empty_split_is_written(tmp_path):
     assert toy_shapes.write(tmp_path / 'new', train=1, val=0, size=64)
     assert json.loads((tmp_path / 'new/annotations/instances_val.json').read_bytes())['images'] == []
