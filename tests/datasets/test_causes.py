@@ -8,7 +8,7 @@ import pytest
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.datasets.custom import DatasetRequest, read_data
 from helpers.datasets import run
-from helpers.files import said
+from helpers.files import error_message
 from helpers.paths import ROOT
 
 DETECTOR, SEGMENTOR = ROOT / 'configs/demo/mask_rcnn.py', ROOT / 'configs/demo/upernet.py'
@@ -16,9 +16,9 @@ FILES = [f'annotations/instances_{split}.json' for split in ('train', 'val')]
 
 
 @pytest.fixture
-def mine(tmp_path):
-    toy_shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
-    return tmp_path / 'mine'
+def dataset_root(tmp_path):
+    toy_shapes.write(tmp_path / 'my_data', train=5, val=3, size=64)
+    return tmp_path / 'my_data'
 
 
 def edit(change, *files):
@@ -81,62 +81,64 @@ CAUSES = {  # what is done to the data -> what must be in the line that refuses 
 
 
 @pytest.mark.parametrize('kind', CAUSES)
-def test_error_names_the_causes_of_an_empty_split(kind, mine):
+def test_error_names_the_causes_of_an_empty_split(kind, dataset_root):
     change, words = CAUSES[kind]
-    change(mine)
+    change(dataset_root)
 
     def refused():
-        read_data(DatasetRequest(str(mine)), 'detection', ('train', 'val')).report.raise_if_errors()
+        read_data(DatasetRequest(str(dataset_root)), 'detection', ('train', 'val')).report.raise_if_errors()
 
-    line = said(refused)
+    line = error_message(refused)
     assert line and all(word in line for word in words)
     assert len(line) < 1000
 
 
-def test_train_and_check_data_report_the_same_error(mine, monkeypatch, capsys):
-    monkeypatch.chdir(mine.parent)
-    other_names(str.upper)(mine)
-    assert run('check_data.py', '--data', 'mine', '--task', 'detection') == 1
+def test_train_and_check_data_report_the_same_error(dataset_root, monkeypatch, capsys):
+    monkeypatch.chdir(dataset_root.parent)
+    other_names(str.upper)(dataset_root)
+    assert run('check_data.py', '--data', 'my_data', '--task', 'detection') == 1
     finding = next(line for line in capsys.readouterr().out.splitlines() if 'nothing-to-evaluate' in line)
-    assert run('train.py', DETECTOR, '--data', 'mine', '--work-dir', 'run') == 2
+    assert run('train.py', DETECTOR, '--data', 'my_data', '--work-dir', 'run') == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith(f'error: data set: {finding.split(maxsplit=1)[1]}') and 'tools/check_data.py' in line
 
 
-def test_missing_masks_are_named_as_the_cause(mine, monkeypatch, capsys):
-    monkeypatch.chdir(mine.parent)
-    without('labels/val/*')(mine)
-    (mine / 'labels/val/x.png').touch()
-    assert run('train.py', SEGMENTOR, '--data', 'mine', '--work-dir', 'run') == 2
+def test_missing_masks_are_named_as_the_cause(dataset_root, monkeypatch, capsys):
+    monkeypatch.chdir(dataset_root.parent)
+    without('labels/val/*')(dataset_root)
+    (dataset_root / 'labels/val/x.png').touch()
+    assert run('train.py', SEGMENTOR, '--data', 'my_data', '--work-dir', 'run') == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert 'val: nothing-to-evaluate' in line and 'unmatched-image, 3 (000001.png, 000002.png)' in line
 
 
-def test_ignored_masks_are_reported_without_mask_branch(mine):
-    each(segmentation='abc')(mine)
-    data = read_data(DatasetRequest(str(mine)), 'detection', ('train', 'val'))
+def test_ignored_masks_are_reported_without_mask_branch(dataset_root):
+    each(segmentation='abc')(dataset_root)
+    data = read_data(DatasetRequest(str(dataset_root)), 'detection', ('train', 'val'))
     found = {f.code: f.examples for f in data.report.diagnostics.values()}
     assert not data.has_masks and found['mask-ignored'][0] == 'id 1: abc'
 
 
 @pytest.mark.parametrize('folder', ['train', 'gone'])
-def test_missing_images_are_not_replaced_by_other_splits_images(folder, mine):
+def test_missing_images_are_not_replaced_by_other_splits_images(folder, dataset_root):
     """They have the same names, and the same size."""
-    without('train/00000[2-5].png')(mine)
+    without('train/00000[2-5].png')(dataset_root)
     if folder == 'train':
-        data = read_data(DatasetRequest(str(mine)), 'detection', ('train', 'val'))
+        data = read_data(DatasetRequest(str(dataset_root)), 'detection', ('train', 'val'))
         assert [i['file_name'] for i in data.splits['train']['images']] == ['train/000001.png']
         assert data.report.diagnostics['train', 'missing-image'].count == 4
     else:
-        without('train/*')(mine)
-        assert 'none of its images' in said(read_data, DatasetRequest(str(mine)), 'detection', ('train', 'val'))
+        without('train/*')(dataset_root)
+        assert 'none of its images' in error_message(
+            read_data, DatasetRequest(str(dataset_root)), 'detection', ('train', 'val')
+        )
 
 
-def test_one_split_folder_may_hold_all_images(mine):
+def test_one_split_folder_may_hold_all_images(dataset_root):
     """As where a file of COCO's train2017 was divided in two."""
-    shutil.rmtree(mine / 'val')
-    (mine / 'train').rename(mine / 'train2017')
-    content = json.loads((mine / FILES[0]).read_text())
-    (mine / FILES[1]).write_text(json.dumps(content))
-    data = read_data(DatasetRequest(str(mine)), 'detection', ('train', 'val'))
+    shutil.rmtree(dataset_root / 'val')
+    (dataset_root / 'train').rename(dataset_root / 'train2017')
+    content = json.loads((dataset_root / FILES[0]).read_text())
+    (dataset_root / FILES[1]).write_text(json.dumps(content))
+    data = read_data(DatasetRequest(str(dataset_root)), 'detection', ('train', 'val'))
     assert data.splits['val']['images'][0]['file_name'] == 'train2017/000001.png'

@@ -26,23 +26,23 @@ from helpers.datasets import (
     VAL,
     as_folders,
     as_roboflow,
-    edit,
-    load,
-    other_categories,
-    own,
-    report_of,
+    check_dataset,
+    edit_coco,
+    load_recipe,
+    renumber_categories,
     run,
+    write_dataset,
 )
-from helpers.files import png
+from helpers.files import png_bytes
 
 
 def first(**values):
     """Damage to the first annotation of train."""
-    return edit(lambda coco: coco['annotations'][0].update(values))
+    return edit_coco(lambda coco: coco['annotations'][0].update(values))
 
 
 def without(key, of='annotations'):
-    return edit(lambda coco: coco[of][0].pop(key))
+    return edit_coco(lambda coco: coco[of][0].pop(key))
 
 
 def cut(path, share=0.5):
@@ -64,7 +64,7 @@ def as_jpeg(root, path, **options):
     (root / path).unlink()
     new = (root / path).with_suffix('.jpg')
     image.save(new, quality=90, **options)
-    edit(lambda coco: coco['images'][0].update(file_name=new.name))(root)
+    edit_coco(lambda coco: coco['images'][0].update(file_name=new.name))(root)
     return new
 
 
@@ -79,7 +79,7 @@ def turned_jpeg(root):
     exif[274] = 6
     image = Image.open(root / 'train/000001.png').crop((0, 0, 64, 48))
     image.save(root / 'train/000001.jpg', exif=exif, quality=90)
-    edit(lambda coco: coco['images'][0].update(file_name='000001.jpg', height=48))(root)
+    edit_coco(lambda coco: coco['images'][0].update(file_name='000001.jpg', height=48))(root)
 
 
 def rle(change=lambda rle: rle, **more):
@@ -91,7 +91,7 @@ def rle(change=lambda rle: rle, **more):
         annotation['segmentation'] = change({'size': [64, 64], 'counts': found['counts'].decode()})
         annotation.update(more)
 
-    return edit(damage)
+    return edit_coco(damage)
 
 
 def category_of_val_only(coco):
@@ -101,7 +101,7 @@ def category_of_val_only(coco):
 
 def swapped_names(root):
     """A class of train is 'Disc' in val."""
-    edit(lambda coco: coco['categories'][0].update(name='Disc'), VAL)(root)
+    edit_coco(lambda coco: coco['categories'][0].update(name='Disc'), VAL)(root)
 
 
 def category_twice(coco):
@@ -112,7 +112,7 @@ def category_twice(coco):
 def moved(root):
     (root.parent / 'secret').mkdir()
     shutil.move(root / 'train/000001.png', root.parent / 'secret/000001.png')
-    edit(lambda coco: coco['images'][0].update(file_name='../../secret/000001.png'))(root)
+    edit_coco(lambda coco: coco['images'][0].update(file_name='../../secret/000001.png'))(root)
 
 
 def in_place_of(path, make):
@@ -133,7 +133,7 @@ def sparse(path):
 
 def huge_png(path):
     """A PNG of 20,000 x 20,000 pixels, by its header."""
-    path.write_bytes(png(20000, 20000))
+    path.write_bytes(png_bytes(20000, 20000))
 
 
 def two_cases(root):
@@ -166,7 +166,7 @@ def all_as_corners(coco):
 
 def again(key, **values):
     """The first image or annotation once more, with other values."""
-    return edit(lambda coco: coco[key].append({**coco[key][0], **values}))
+    return edit_coco(lambda coco: coco[key].append({**coco[key][0], **values}))
 
 
 def square(x, y, side=10):
@@ -193,30 +193,31 @@ DETECTION = {  # kind: what is done to the data, and what the report names
         lambda root: (root / 'train/000001.png').rename(root / 'train/%30%30%30%30%30%31.png'), '1.png is train/%30',
     ),
     'name-matched-by-suffix': (
-        edit(lambda c: c['images'][0].update(file_name='/home/me/train/000001.png')),
+        edit_coco(lambda c: c['images'][0].update(file_name='/home/me/train/000001.png')),
         '/home/me/train/000001.png is train/000001.png',
     ),
     'ambiguous-name': (two_cases, '000001.png may be train/000001.PNG or train/000001.Png'),
-    'image-size-mismatch': (edit(lambda c: c['images'][0].update(width=65)), '65 x 64, its image 64 x 64'),
+    'image-size-mismatch': (edit_coco(lambda c: c['images'][0].update(width=65)), '65 x 64, its image 64 x 64'),
     'image-without-size': (without('width', 'images'), '000001.png'),
     'image-without-annotations': (
-        edit(lambda c: c.update(annotations=[a for a in c['annotations'] if a['image_id'] != 1])), 'train/000001.png',
+        edit_coco(lambda c: c.update(annotations=[a for a in c['annotations'] if a['image_id'] != 1])),
+        'train/000001.png',
     ),
-    'duplicate-category-id': (edit(lambda c: c['categories'].append(dict(id=1, name='star'))), '1 (star)'),
-    'category-without-id-or-name': (edit(lambda c: c['categories'].append(dict(id=9))), "{'id': 9}"),
-    'duplicate-category-name': (edit(category_twice), 'disc'),
+    'duplicate-category-id': (edit_coco(lambda c: c['categories'].append(dict(id=1, name='star'))), '1 (star)'),
+    'category-without-id-or-name': (edit_coco(lambda c: c['categories'].append(dict(id=9))), "{'id': 9}"),
+    'duplicate-category-name': (edit_coco(category_twice), 'disc'),
     'category-name-mismatch': (swapped_names, '1 is Disc, in train disc'),
-    'category-without-class': (edit(category_of_val_only, VAL), 'star'),
-    'class-never-annotated': (edit(lambda c: c['categories'].append(dict(id=9, name='star'))), 'star'),
-    'category-id-gaps': (edit(lambda c: c['categories'].append(dict(id=90, name='star'))), '5 ids up to 90'),
-    'supercategory-not-text': (edit(lambda c: c['categories'][0].update(supercategory=['a'])), 'disc'),
+    'category-without-class': (edit_coco(category_of_val_only, VAL), 'star'),
+    'class-never-annotated': (edit_coco(lambda c: c['categories'].append(dict(id=9, name='star'))), 'star'),
+    'category-id-gaps': (edit_coco(lambda c: c['categories'].append(dict(id=90, name='star'))), '5 ids up to 90'),
+    'supercategory-not-text': (edit_coco(lambda c: c['categories'][0].update(supercategory=['a'])), 'disc'),
     'id-not-integer': (first(image_id='1'), "id 1: image_id '1'"),
-    'image-id-renumbered': (edit(text_id), 'first'),
+    'image-id-renumbered': (edit_coco(text_id), 'first'),
     'orphan-annotation': (first(image_id=77), 'id 1: image 77'),
     'unknown-category': (first(category_id=77), 'id 1: category 77'),
-    'not-an-annotation': (edit(lambda c: c['annotations'].append('text')), 'number'),
+    'not-an-annotation': (edit_coco(lambda c: c['annotations'].append('text')), 'number'),
     'duplicate-annotation': (again('annotations', id=99), 'id 99'),
-    'duplicate-annotation-id': (edit(lambda c: c['annotations'][1].update(id=1)), 'id 1'),
+    'duplicate-annotation-id': (edit_coco(lambda c: c['annotations'][1].update(id=1)), 'id 1'),
     'box-from-mask': (without('bbox'), 'id 1'),
     'crowd': (rle(iscrowd=1), 'id 1'),
     'box-not-four-numbers': (first(bbox=[1, 2, 3]), 'id 1'),
@@ -229,8 +230,8 @@ DETECTION = {  # kind: what is done to the data, and what the report names
         first(bbox=[50, 2, 30, 4], segmentation=[[50, 2, 80, 2, 80, 6, 50, 6]], area=120),
         'id 1',
     ),
-    'box-as-corners': (edit(first_as_corners), 'id 1'),
-    'most-boxes-as-corners': (edit(all_as_corners), 'id 1'),
+    'box-as-corners': (edit_coco(first_as_corners), 'id 1'),
+    'most-boxes-as-corners': (edit_coco(all_as_corners), 'id 1'),
     'box-mask-unrelated': (first(bbox=[50, 50, 9, 9], segmentation=[square(5, 5)]), 'id 1'),
     'box-mask-mismatch': (first(bbox=[5, 5, 30, 30], segmentation=[square(5, 5)]), 'id 1'),
     'implausible-area': (first(area=10**400), 'id 1: 1000000'),
@@ -249,8 +250,8 @@ DETECTION = {  # kind: what is done to the data, and what the report names
     'crowd-with-polygons': (first(iscrowd=1), 'id 1'),
     'iscrowd-as-text': (first(iscrowd='False'), "id 1: iscrowd 'False'"),
     'iscrowd-invalid': (first(iscrowd=2), 'id 1: iscrowd 2'),
-    'nothing-to-evaluate': (edit(lambda c: c.update(annotations=[]), VAL), 'val'),
-    'nothing-to-train-on': (edit(lambda c: c.update(annotations=c['annotations'][:1]) or first_gone(c)), 'train'),
+    'nothing-to-evaluate': (edit_coco(lambda c: c.update(annotations=[]), VAL), 'val'),
+    'nothing-to-train-on': (edit_coco(lambda c: c.update(annotations=c['annotations'][:1]) or first_gone(c)), 'train'),
 }  # fmt: skip
 
 
@@ -345,9 +346,9 @@ CASES = [('detection', kind) for kind in DETECTION] + [('segmentation', kind) fo
 
 
 @pytest.fixture
-def sound(drawn, tmp_path):
-    shutil.copytree(drawn, tmp_path / 'mine')
-    return tmp_path / 'mine'
+def dataset_root(toy_dataset, tmp_path):
+    shutil.copytree(toy_dataset, tmp_path / 'my_data')
+    return tmp_path / 'my_data'
 
 
 def load_all(config):
@@ -366,33 +367,34 @@ def load_all(config):
 
 
 @pytest.mark.parametrize('task, kind', CASES)
-def test_each_problem_is_reported_and_handled(sound, monkeypatch, task, kind):
-    monkeypatch.chdir(sound.parent)
+def test_each_problem_is_reported_and_handled(dataset_root, monkeypatch, task, kind):
+    monkeypatch.chdir(dataset_root.parent)
     damage, named = dict(detection=DETECTION, segmentation=SEGMENTATION)[task][kind]
     clean = {
-        (f.split, f.code) for f in read_data(DatasetRequest('mine'), task, ('train', 'val')).report.diagnostics.values()
+        (f.split, f.code)
+        for f in read_data(DatasetRequest('my_data'), task, ('train', 'val')).report.diagnostics.values()
     }
     assert not clean
-    damage(sound)
-    data = read_data(DatasetRequest('mine'), task, ('train', 'val'))
+    damage(dataset_root)
+    data = read_data(DatasetRequest('my_data'), task, ('train', 'val'))
     found = {f.code: f for f in data.report.diagnostics.values()}
     assert kind in found, data.report.lines()
     assert any(named in example for example in found[kind].examples), found[kind]
     assert found[kind].count == 1 or kind in ('missing-area', 'most-boxes-as-corners')
     line = next(line for line in data.report.lines() if kind in line)
     assert line.startswith(RULES[kind].action) and f' {found[kind].split}: ' in line
-    config = load('demo/mask_rcnn' if task == 'detection' else 'demo/upernet')
+    config = load_recipe('demo/mask_rcnn' if task == 'detection' else 'demo/upernet')
     if RULES[kind].action == ERROR:
         with pytest.raises(UsageError, match=f'^data set: .*{re.escape(kind)}'):
-            apply_custom_data(config, DatasetRequest('mine'))
+            apply_custom_data(config, DatasetRequest('my_data'))
         return
-    assert any(kind in line for line in apply_custom_data(config, DatasetRequest('mine')))
+    assert any(kind in line for line in apply_custom_data(config, DatasetRequest('my_data')))
     load_all(config)
     if RULES[kind].action in PROBLEM_ACTIONS:
         with pytest.raises(UsageError, match='dropped'):
-            apply_custom_data(config, DatasetRequest('mine', strict=True))
+            apply_custom_data(config, DatasetRequest('my_data', strict=True))
     elif not data.report.problems:
-        apply_custom_data(config, DatasetRequest('mine', strict=True))
+        apply_custom_data(config, DatasetRequest('my_data', strict=True))
 
 
 def test_each_code_is_tested():
@@ -418,14 +420,14 @@ def test_masks_of_0_and_255_are_an_error(tmp_path):
     assert 'mask-values-0-and-255' in kinds and RULES['mask-values-0-and-255'].action == ERROR
 
 
-def test_annotations_without_box_and_mask_are_dropped(drawn, tmp_path):
-    shutil.copytree(drawn, tmp_path / 'mine')
-    edit(lambda c: ([a.pop('segmentation') for a in c['annotations']], c['annotations'][0].pop('bbox')))(
-        tmp_path / 'mine'
+def test_annotations_without_box_and_mask_are_dropped(toy_dataset, tmp_path):
+    shutil.copytree(toy_dataset, tmp_path / 'my_data')
+    edit_coco(lambda c: ([a.pop('segmentation') for a in c['annotations']], c['annotations'][0].pop('bbox')))(
+        tmp_path / 'my_data'
     )
-    data = read_data(DatasetRequest(str(tmp_path / 'mine')), 'detection', ('train',))
+    data = read_data(DatasetRequest(str(tmp_path / 'my_data')), 'detection', ('train',))
     assert 'missing-box' in kinds_of(data.report) and not data.has_masks
-    n = len(json.loads((drawn / TRAIN).read_text())['annotations'])
+    n = len(json.loads((toy_dataset / TRAIN).read_text())['annotations'])
     assert len(data.splits['train']['annotations']) == n - 1
 
 
@@ -442,11 +444,11 @@ def kinds_of(report):
     ],
     ids=['crowd', 'ignored', 'normalised'],
 )
-def test_dataset_without_trainable_annotations_is_an_error(damage, drawn, tmp_path):
-    shutil.copytree(drawn, tmp_path / 'mine')
-    edit(damage)(tmp_path / 'mine')
+def test_dataset_without_trainable_annotations_is_an_error(damage, toy_dataset, tmp_path):
+    shutil.copytree(toy_dataset, tmp_path / 'my_data')
+    edit_coco(damage)(tmp_path / 'my_data')
     assert 'nothing-to-train-on' in kinds_of(
-        read_data(DatasetRequest(str(tmp_path / 'mine')), 'detection', ('train',)).report
+        read_data(DatasetRequest(str(tmp_path / 'my_data')), 'detection', ('train',)).report
     )
 
 
@@ -467,17 +469,17 @@ def test_class_names_are_sorted_by_label(name, text, names, tmp_path):
     assert read_classes(tmp_path / name)[0] == names
 
 
-def test_image_that_only_pillow_reads_is_unreadable(sound):
-    path = sound / 'train/000001.png'
+def test_image_that_only_pillow_reads_is_unreadable(dataset_root):
+    path = dataset_root / 'train/000001.png'
     Image.open(path).save(path, format='PCX')
-    assert report_of(sound)[1]['unreadable-image'].examples == ['000001.png']
+    assert check_dataset(dataset_root)[1]['unreadable-image'].examples == ['000001.png']
 
 
-def test_truncated_jpeg_is_detected_without_opencv(sound, monkeypatch):
+def test_truncated_jpeg_is_detected_without_opencv(dataset_root, monkeypatch):
     """Found whatever OpenCV makes of them."""
-    cut_jpeg(sound)
+    cut_jpeg(dataset_root)
     monkeypatch.setattr(cv2, 'imdecode', lambda *_: np.zeros((64, 64, 3), np.uint8))
-    assert inspect_image(str(sound / 'train/000001.jpg')).problem == 'truncated-image'
+    assert inspect_image(str(dataset_root / 'train/000001.jpg')).problem == 'truncated-image'
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
@@ -494,55 +496,57 @@ def test_image_size_and_exif_match_mmcv(tmp_path, ending, orientation):
 
 
 def test_small_images_and_reordered_categories_are_reported(tmp_path):
-    own(tmp_path / 'mine', 3, sizes=((31, 64), (64, 64), (30, 30)))
-    found = report_of(tmp_path / 'mine')[1]['image-below-32-pixels']
+    write_dataset(tmp_path / 'my_data', 3, sizes=((31, 64), (64, 64), (30, 30)))
+    found = check_dataset(tmp_path / 'my_data')[1]['image-below-32-pixels']
     assert found.count == 2 and found.examples == ['0.png (31 x 64)', '2.png (30 x 30)']
-    edit(lambda coco: coco.update(other_categories(coco)), 'annotations/val.json')(tmp_path / 'mine')
-    assert report_of(tmp_path / 'mine')[1]['category-id-mismatch'].count == 3
+    edit_coco(lambda coco: coco.update(renumber_categories(coco)), 'annotations/val.json')(tmp_path / 'my_data')
+    assert check_dataset(tmp_path / 'my_data')[1]['category-id-mismatch'].count == 3
 
 
-def test_supercategory_without_annotations_is_no_class(drawn, tmp_path):
-    as_roboflow(drawn, tmp_path / 'mine')
-    data, found = report_of(tmp_path / 'mine')
+def test_supercategory_without_annotations_is_no_class(toy_dataset, tmp_path):
+    as_roboflow(toy_dataset, tmp_path / 'my_data')
+    data, found = check_dataset(tmp_path / 'my_data')
     assert found['supercategory-as-class'].examples == ['shapes'] and 'shapes' not in data.classes
-    edit(lambda coco: coco['annotations'][0].update(category_id=0), 'train/_annotations.coco.json')(tmp_path / 'mine')
-    assert report_of(tmp_path / 'mine')[0].classes[0] == 'shapes'  # what is annotated is a class
+    edit_coco(lambda coco: coco['annotations'][0].update(category_id=0), 'train/_annotations.coco.json')(
+        tmp_path / 'my_data'
+    )
+    assert check_dataset(tmp_path / 'my_data')[0].classes[0] == 'shapes'  # what is annotated is a class
 
 
-def test_few_masks_are_ignored(sound):
+def test_few_masks_are_ignored(dataset_root):
     def bare(coco):
         for annotation in coco['annotations'][2:]:
             annotation['segmentation'] = []
 
-    edit(bare)(sound)
-    data, found = report_of(sound)
+    edit_coco(bare)(dataset_root)
+    data, found = check_dataset(dataset_root)
     assert found['few-masks'].count == 2 and not data.has_masks
     assert not any('segmentation' in annotation for annotation in data.splits['train']['annotations'])
 
 
-def test_report_counts_and_limits_examples(sound):
-    for path in images_of(sound):
+def test_report_counts_and_limits_examples(dataset_root):
+    for path in images_of(dataset_root):
         path.write_bytes(b'')
     with pytest.raises(UsageError, match='nothing-to-train-on'):
-        apply_custom_data(load('demo/upernet'), DatasetRequest(str(sound)))
-    lines = report_of(sound)[0].report.lines()
+        apply_custom_data(load_recipe('demo/upernet'), DatasetRequest(str(dataset_root)))
+    lines = check_dataset(dataset_root)[0].report.lines()
     names = ', '.join(f'00000{i}.png' for i in (1, 2, 3))
     assert f'dropped  train: empty-file, 5 ({names}, ...)' in lines
 
 
-def test_exif_rotation_follows_the_annotated_sizes(sound):
+def test_exif_rotation_follows_the_annotated_sizes(dataset_root):
     """Annotated as turned: nothing to do. As stored: all are read so, in training too."""
-    turned_jpeg(sound)
-    data, found = report_of(sound)
+    turned_jpeg(dataset_root)
+    data, found = check_dataset(dataset_root)
     assert not data.apply_exif and 'exif-rotated-image' in found
-    config = load('demo/mask_rcnn')
-    config.work_dir = str(sound.parent / 'run')
-    apply_custom_data(config, DatasetRequest(str(sound)))
+    config = load_recipe('demo/mask_rcnn')
+    config.work_dir = str(dataset_root.parent / 'run')
+    apply_custom_data(config, DatasetRequest(str(dataset_root)))
     for split in ('train', 'val', 'test'):
         assert config[f'{split}_dataloader'].dataset.pipeline[0].color_type == 'color_ignore_orientation'
     load_all(config)
-    edit(lambda coco: coco['images'][0].update(width=48, height=64))(sound)
-    data, found = report_of(sound)
+    edit_coco(lambda coco: coco['images'][0].update(width=48, height=64))(dataset_root)
+    data, found = check_dataset(dataset_root)
     assert data.apply_exif and 'exif-rotated-image' not in found and data.splits['train']['images'][0]['width'] == 48
 
 
@@ -568,10 +572,10 @@ def test_decoded_rle_runs_match_pycocotools():
         ('{"images": [1, {}], "annotations": [2], "categories": [3]}', 'category-without-id-or-name, 1 (3)'),
     ],
 )
-def test_json_that_is_not_coco_is_an_error(sound, text, words):
-    (sound / TRAIN).write_text(text)
+def test_json_that_is_not_coco_is_an_error(dataset_root, text, words):
+    (dataset_root / TRAIN).write_text(text)
     with pytest.raises(UsageError, match=re.escape(words)):
-        report_of(sound)
+        check_dataset(dataset_root)
 
 
 WRONG = {  # what is there -> what it is recognised as
@@ -595,52 +599,56 @@ WRONG = {  # what is there -> what it is recognised as
 
 @pytest.mark.parametrize('kind', WRONG)
 def test_unsupported_formats_are_recognized(tmp_path, kind):
-    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'my_data').mkdir()
     for name, text in WRONG[kind].items():
-        (tmp_path / 'mine' / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / 'mine' / name).write_text(text)
+        (tmp_path / 'my_data' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'my_data' / name).write_text(text)
     for task in ('detection', 'segmentation'):
         with pytest.raises(UsageError, match=re.escape(kind.strip())):
-            report_of(tmp_path / 'mine', task)
+            check_dataset(tmp_path / 'my_data', task)
 
 
-def test_path_that_is_not_a_folder_is_an_error(tmp_path, sound):
+def test_path_that_is_not_a_folder_is_an_error(tmp_path, dataset_root):
     (tmp_path / 'data.zip').write_text('PK')
     for path, words in (
         (tmp_path / 'gone', 'does not exist'),
         (tmp_path / 'data.zip', 'is an archive: unpack it'),
-        (sound / TRAIN, 'give its folder, or --train-ann'),
+        (dataset_root / TRAIN, 'give its folder, or --train-ann'),
     ):
         with pytest.raises(UsageError, match=words):
-            report_of(path)
+            check_dataset(path)
 
 
-def test_dataset_of_the_other_task_is_an_error(drawn, tmp_path):
-    as_roboflow(drawn, tmp_path / 'boxes')
-    as_folders(drawn, tmp_path / 'maps')
+def test_dataset_of_the_other_task_is_an_error(toy_dataset, tmp_path):
+    as_roboflow(toy_dataset, tmp_path / 'boxes')
+    as_folders(toy_dataset, tmp_path / 'maps')
     with pytest.raises(UsageError, match='holds COCO json, but segmentation needs segmentation masks: .*cascade'):
-        report_of(tmp_path / 'boxes', 'segmentation')
+        check_dataset(tmp_path / 'boxes', 'segmentation')
     with pytest.raises(UsageError, match=r'holds segmentation masks, but detection needs COCO json: .*configs/upernet'):
-        report_of(tmp_path / 'maps')
+        check_dataset(tmp_path / 'maps')
 
 
-def test_masks_need_class_names(drawn, tmp_path):
-    as_folders(drawn, tmp_path / 'mine')
-    (tmp_path / 'mine/classes.txt').unlink()
+def test_masks_need_class_names(toy_dataset, tmp_path):
+    as_folders(toy_dataset, tmp_path / 'my_data')
+    (tmp_path / 'my_data/classes.txt').unlink()
     with pytest.raises(UsageError, match='does not name its classes: give --classes FILE'):
-        report_of(tmp_path / 'mine', 'segmentation')
+        check_dataset(tmp_path / 'my_data', 'segmentation')
     (tmp_path / 'few.txt').write_text('ground\ndisc\nsquare\ntriangle\n')
-    found = report_of(tmp_path / 'mine', 'segmentation', classes=str(tmp_path / 'few.txt'))[1]
+    found = check_dataset(tmp_path / 'my_data', 'segmentation', classes=str(tmp_path / 'few.txt'))[1]
     assert '--ignore 4, or, if 0 is no class, --ignore 0' in found['label-out-of-range'].examples[0]
-    data, found = report_of(tmp_path / 'mine', 'segmentation', classes=str(tmp_path / 'few.txt'), ignore_labels=[0])
+    data, found = check_dataset(
+        tmp_path / 'my_data', 'segmentation', classes=str(tmp_path / 'few.txt'), ignore_labels=[0]
+    )
     assert data.dataset_kwargs['reduce_zero_label'] and not found
-    data, found = report_of(tmp_path / 'mine', 'segmentation', classes=str(tmp_path / 'few.txt'), ignore_labels=[4])
+    data, found = check_dataset(
+        tmp_path / 'my_data', 'segmentation', classes=str(tmp_path / 'few.txt'), ignore_labels=[4]
+    )
     assert data.dataset_kwargs == dict(reduce_zero_label=False, label_map=[[4, 255]]) and not found
     (tmp_path / 'twice.txt').write_text('ground\nground\n')
     with pytest.raises(UsageError, match="names 'ground' twice"):
-        report_of(tmp_path / 'mine', 'segmentation', classes=str(tmp_path / 'twice.txt'))
+        check_dataset(tmp_path / 'my_data', 'segmentation', classes=str(tmp_path / 'twice.txt'))
     with pytest.raises(UsageError, match='no classes file .*ade20k, cityscapes, voc'):
-        report_of(tmp_path / 'mine', 'segmentation', classes='gone.txt')
+        check_dataset(tmp_path / 'my_data', 'segmentation', classes='gone.txt')
 
 
 @pytest.mark.parametrize(
@@ -672,14 +680,14 @@ def test_invalid_class_file_is_an_error(tmp_path, name, text):
         read_classes(tmp_path / name)
 
 
-def test_check_data_tool(sound, capsys, monkeypatch):
-    monkeypatch.chdir(sound.parent)
-    assert run('check_data.py', '--data', 'mine') == 0
+def test_check_data_tool(dataset_root, capsys, monkeypatch):
+    monkeypatch.chdir(dataset_root.parent)
+    assert run('check_data.py', '--data', 'my_data') == 0
     out = capsys.readouterr().out
     assert out.startswith('detection\n') and '\n\nsegmentation\n' in out and out.count('no problems found') == 2
-    (sound / 'train/000001.png').write_bytes(b'')
+    (dataset_root / 'train/000001.png').write_bytes(b'')
     before = {path: path.stat().st_mtime_ns for path in Path('.').rglob('*')}
-    assert run('check_data.py', '--data', 'mine', '--task', 'detection', '--json') == 1
+    assert run('check_data.py', '--data', 'my_data', '--task', 'detection', '--json') == 1
     found = json.loads(capsys.readouterr().out)
     assert found['detection']['diagnostics'] == [
         dict(split='train', code='empty-file', action='dropped', count=1, examples=['000001.png'])
@@ -687,7 +695,7 @@ def test_check_data_tool(sound, capsys, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in Path('.').rglob('*')} == before
     assert run('check_data.py', '--data', 'gone') == 2
     assert capsys.readouterr().err == 'error: gone does not exist\n'
-    assert run('check_data.py') == 2 and run('check_data.py', '--data', 'mine', '--train-images', 'mine') == 2
+    assert run('check_data.py') == 2 and run('check_data.py', '--data', 'my_data', '--train-images', 'my_data') == 2
 
 
 @pytest.mark.parametrize(
@@ -696,24 +704,24 @@ def test_check_data_tool(sound, capsys, monkeypatch):
         (['--strict'], '--strict needs --data PATH'),
         (['--classes', 'voc'], '--classes needs --data PATH'),
         (['--val-fraction', '0.3'], '--val-fraction needs --data PATH'),
-        (['--train-images', 'mine'], '--train-images needs --train-ann'),
-        (['--train-ann', f'mine/{TRAIN}', '--train-images', 'gone'], "--train-images 'gone' is not a folder"),
+        (['--train-images', 'my_data'], '--train-images needs --train-ann'),
+        (['--train-ann', f'my_data/{TRAIN}', '--train-images', 'gone'], "--train-images 'gone' is not a folder"),
         (['--train-ann', 'gone.json'], 'gone.json: No such file'),
         (
-            ['--train-ann', f'mine/{TRAIN}', '--val-fraction', '1.5'],
+            ['--train-ann', f'my_data/{TRAIN}', '--val-fraction', '1.5'],
             '--val-fraction 1.5: give a fraction between 0 and 1',
         ),
         (
-            ['--train-ann', f'mine/{TRAIN}', '--train-images', 'mine/annotations'],
+            ['--train-ann', f'my_data/{TRAIN}', '--train-images', 'my_data/annotations'],
             'none of its images (such as 000001.png)',
         ),
-        (['--data', 'mine', '--classes', 'voc'], '--classes and --ignore are for segmentation masks'),
-        (['--data', 'mine', '--val-fraction', '0.2'], '--val-fraction is for a data set without a validation split'),
-        (['--data', 'mine/labels'], 'mine/labels holds images without annotations'),
+        (['--data', 'my_data', '--classes', 'voc'], '--classes and --ignore are for segmentation masks'),
+        (['--data', 'my_data', '--val-fraction', '0.2'], '--val-fraction is for a data set without a validation split'),
+        (['--data', 'my_data/labels'], 'my_data/labels holds images without annotations'),
     ],
 )
-def test_conflicting_arguments_are_errors(sound, monkeypatch, capsys, options, words):
-    monkeypatch.chdir(sound.parent)
+def test_conflicting_arguments_are_errors(dataset_root, monkeypatch, capsys, options, words):
+    monkeypatch.chdir(dataset_root.parent)
     assert run('train.py', DETECTOR, *options) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith('error: ') and words in line
@@ -731,12 +739,12 @@ def places(value, at=()):
 
 
 @pytest.mark.parametrize('seed', range(60))
-def test_random_values_are_reported_or_one_error(sound, monkeypatch, seed):
+def test_random_values_are_reported_or_one_error(dataset_root, monkeypatch, seed):
     """Three places of a COCO file hold something else: what is left can be read, or the end is one line."""
-    monkeypatch.chdir(sound.parent)
+    monkeypatch.chdir(dataset_root.parent)
     rng = np.random.RandomState(seed)
     file = (TRAIN, VAL)[seed % 2]
-    content = json.loads((sound / file).read_text())
+    content = json.loads((dataset_root / file).read_text())
     content['images'], content['annotations'] = content['images'][:3], content['annotations'][:6]
     for _ in range(3):
         all_places = [place for place in places(content) if len(place) > 1]
@@ -748,10 +756,10 @@ def test_random_values_are_reported_or_one_error(sound, monkeypatch, seed):
             holder[last] = ODD[rng.randint(len(ODD))]
         else:
             del holder[last]
-    (sound / file).write_text(json.dumps(content))
-    config = load('demo/mask_rcnn')
+    (dataset_root / file).write_text(json.dumps(content))
+    config = load_recipe('demo/mask_rcnn')
     try:
-        apply_custom_data(config, DatasetRequest('mine'))
+        apply_custom_data(config, DatasetRequest('my_data'))
     except UsageError as error:
         assert '\n' not in str(error)
         return

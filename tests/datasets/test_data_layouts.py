@@ -33,16 +33,16 @@ from helpers.datasets import (
     as_folders,
     as_roboflow,
     as_voc,
-    classes_of,
-    coco,
-    dump,
-    load,
-    other_categories,
-    own,
-    put,
-    put_labels,
-    quick,
+    class_map,
+    copy_images,
+    load_coco,
+    load_recipe,
+    quick_options,
+    renumber_categories,
     run,
+    write_dataset,
+    write_json,
+    write_masks,
 )
 
 
@@ -50,9 +50,9 @@ def renamed(content, name):
     return {**content, 'images': [{**i, 'file_name': name.format(i['file_name'])} for i in content['images']]}
 
 
-def both(drawn):
+def both(toy_dataset):
     """The splits in one file, with ids from 0 as Label Studio writes them."""
-    train, val = coco(drawn, 'train'), coco(drawn, 'val')
+    train, val = load_coco(toy_dataset, 'train'), load_coco(toy_dataset, 'val')
     n, prefixes = len(train['images']), ('t_', 'v_')
     images, annotations = [], []
     for content, prefix, more in zip((train, val), prefixes, (-1, n - 1)):
@@ -62,57 +62,59 @@ def both(drawn):
     return dict(images=images, annotations=annotations, categories=train['categories'])
 
 
-def as_coco_2017(drawn, folder):
+def as_coco_2017(toy_dataset, folder):
     for split in ('train', 'val'):
-        put(drawn, split, folder / f'{split}2017')
-        dump(coco(drawn, split), folder / f'annotations/instances_{split}2017.json')
-        dump({'images': [], 'annotations': [{'caption': 'a disc'}]}, folder / f'annotations/captions_{split}2017.json')
+        copy_images(toy_dataset, split, folder / f'{split}2017')
+        write_json(load_coco(toy_dataset, split), folder / f'annotations/instances_{split}2017.json')
+        write_json(
+            {'images': [], 'annotations': [{'caption': 'a disc'}]}, folder / f'annotations/captions_{split}2017.json'
+        )
 
 
-def as_cvat(drawn, folder):
+def as_cvat(toy_dataset, folder):
     for split in ('train', 'val'):
-        put(drawn, split, folder / 'images/default', split[0] + '_{}')
-    dump(both(drawn), folder / 'annotations/instances_default.json')
+        copy_images(toy_dataset, split, folder / 'images/default', split[0] + '_{}')
+    write_json(both(toy_dataset), folder / 'annotations/instances_default.json')
 
 
-def as_cvat_subsets(drawn, folder):
+def as_cvat_subsets(toy_dataset, folder):
     for split, name in (('train', 'Train'), ('val', 'Validation')):
-        put(drawn, split, folder / 'images' / name)
-        dump(coco(drawn, split), folder / f'annotations/instances_{name}.json')
+        copy_images(toy_dataset, split, folder / 'images' / name)
+        write_json(load_coco(toy_dataset, split), folder / f'annotations/instances_{name}.json')
 
 
-def as_label_studio(drawn, folder):
+def as_label_studio(toy_dataset, folder):
     for split in ('train', 'val'):
-        put(drawn, split, folder / 'images', split[0] + '_{}')
-    dump(renamed(both(drawn), 'images\\{}'), folder / 'result.json')
+        copy_images(toy_dataset, split, folder / 'images', split[0] + '_{}')
+    write_json(renamed(both(toy_dataset), 'images\\{}'), folder / 'result.json')
 
 
-def as_label_studio_uploads(drawn, folder):
+def as_label_studio_uploads(toy_dataset, folder):
     for split in ('train', 'val'):
-        put(drawn, split, folder / 'images', split[0] + '_{}')
-    dump(renamed(both(drawn), '/data/upload/1/{}'), folder / 'result.json')
+        copy_images(toy_dataset, split, folder / 'images', split[0] + '_{}')
+    write_json(renamed(both(toy_dataset), '/data/upload/1/{}'), folder / 'result.json')
 
 
-def as_files(drawn, folder):
+def as_files(toy_dataset, folder):
     """A file a split, with other categories in val's."""
     for split in ('train', 'val'):
-        put(drawn, split, folder / split)
-    dump(coco(drawn, 'train'), folder / 'train.json')
-    dump(other_categories(coco(drawn, 'val')), folder / 'val.json')
+        copy_images(toy_dataset, split, folder / split)
+    write_json(load_coco(toy_dataset, 'train'), folder / 'train.json')
+    write_json(renumber_categories(load_coco(toy_dataset, 'val')), folder / 'val.json')
 
 
-def as_given(drawn, folder):
+def as_given(toy_dataset, folder):
     for split in ('train', 'val'):
-        put(drawn, split, folder / f'pictures of {split}')
-        dump(coco(drawn, split), folder / f'elsewhere/{split}_objects.json')
+        copy_images(toy_dataset, split, folder / f'pictures of {split}')
+        write_json(load_coco(toy_dataset, split), folder / f'elsewhere/{split}_objects.json')
     return [
         *('--train-ann', folder / 'elsewhere/train_objects.json', '--val-ann', folder / 'elsewhere/val_objects.json'),
         *('--train-images', folder / 'pictures of train', '--val-images', folder / 'pictures of val'),
     ]
 
 
-def as_drawn(drawn, folder):
-    shutil.copytree(drawn, folder)
+def as_drawn(toy_dataset, folder):
+    shutil.copytree(toy_dataset, folder)
 
 
 DETECTION = {
@@ -122,47 +124,51 @@ DETECTION = {
 }  # fmt: skip
 
 
-def as_ade20k(drawn, folder):
+def as_ade20k(toy_dataset, folder):
     for split, name in (('train', 'training'), ('val', 'validation')):
-        put(drawn, split, folder / 'images' / name, ending='.jpg')
-        put_labels(drawn, split, folder / 'annotations' / name, lambda classes: classes + 1)  # 255 becomes 0
+        copy_images(toy_dataset, split, folder / 'images' / name, ending='.jpg')
+        write_masks(toy_dataset, split, folder / 'annotations' / name, lambda classes: classes + 1)  # 255 becomes 0
     (folder / 'objectInfo150.txt').write_text('Idx Ratio Train Val Stuff Name\n')
 
 
-def as_cityscapes(drawn, folder):
+def as_cityscapes(toy_dataset, folder):
     for split in ('train', 'val'):
-        put(drawn, split, folder / 'leftImg8bit' / split / 'ulm', 'ulm_{}_leftImg8bit')
-        put_labels(drawn, split, folder / 'gtFine' / split / 'ulm', name='ulm_{}_gtFine_labelTrainIds')
-        put_labels(drawn, split, folder / 'gtFine' / split / 'ulm', lambda c: c * 0, name='ulm_{}_gtFine_instanceIds')
+        copy_images(toy_dataset, split, folder / 'leftImg8bit' / split / 'ulm', 'ulm_{}_leftImg8bit')
+        write_masks(toy_dataset, split, folder / 'gtFine' / split / 'ulm', name='ulm_{}_gtFine_labelTrainIds')
+        write_masks(
+            toy_dataset, split, folder / 'gtFine' / split / 'ulm', lambda c: c * 0, name='ulm_{}_gtFine_instanceIds'
+        )
 
 
-def as_cityscapes_ids(drawn, folder):
+def as_cityscapes_ids(toy_dataset, folder):
     ids = np.array([7, 8, 11, 12, 13, *[0] * 250, 3], np.uint8)
     for split in ('train', 'val'):
-        put(drawn, split, folder / 'leftImg8bit' / split / 'ulm', 'ulm_{}_leftImg8bit')
-        put_labels(drawn, split, folder / 'gtFine' / split / 'ulm', lambda c: ids[c], name='ulm_{}_gtFine_labelIds')
+        copy_images(toy_dataset, split, folder / 'leftImg8bit' / split / 'ulm', 'ulm_{}_leftImg8bit')
+        write_masks(
+            toy_dataset, split, folder / 'gtFine' / split / 'ulm', lambda c: ids[c], name='ulm_{}_gtFine_labelIds'
+        )
 
 
-def as_folders_by_split(drawn, folder):
+def as_folders_by_split(toy_dataset, folder):
     """train/images and train/masks, with a palette instead of names."""
     for split, name in (('train', 'train'), ('val', 'valid')):
-        put(drawn, split, folder / name / 'images')
-        put_labels(drawn, split, folder / name / 'masks', palette=True)
+        copy_images(toy_dataset, split, folder / name / 'images')
+        write_masks(toy_dataset, split, folder / name / 'masks', palette=True)
 
 
-def as_roboflow_masks(drawn, folder):
+def as_roboflow_masks(toy_dataset, folder):
     for split, name in (('train', 'train'), ('val', 'valid')):
-        put(drawn, split, folder / name, ending='.jpg')
-        put_labels(drawn, split, folder / name, name='{}_mask')
+        copy_images(toy_dataset, split, folder / name, ending='.jpg')
+        write_masks(toy_dataset, split, folder / name, name='{}_mask')
         rows = ''.join(f'{i}, {name}\n' for i, name in enumerate(toy_shapes.LABEL_NAMES))
         (folder / name / '_classes.csv').write_text('Pixel Value, Class\n' + rows)
 
 
-def as_flat_folders(drawn, folder):
+def as_flat_folders(toy_dataset, folder):
     for split in ('train', 'val'):
-        put(drawn, split, folder / 'img', split + '_{}')
-        put_labels(drawn, split, folder / 'label', lambda classes: classes + 1, name=split + '_{}')
-    dump(dict(zip(toy_shapes.LABEL_NAMES, toy_shapes.PALETTE)), folder / 'names.json')
+        copy_images(toy_dataset, split, folder / 'img', split + '_{}')
+        write_masks(toy_dataset, split, folder / 'label', lambda classes: classes + 1, name=split + '_{}')
+    write_json(dict(zip(toy_shapes.LABEL_NAMES, toy_shapes.PALETTE)), folder / 'names.json')
     return ['--data', folder, '--classes', folder / 'names.json', '--ignore', 0]
 
 
@@ -192,25 +198,25 @@ def objects(content, folder):
     )
 
 
-def expected_objects(drawn, split):
-    return objects(renamed(coco(drawn, split), f'{split}/{{}}'), drawn)
+def expected_objects(toy_dataset, split):
+    return objects(renamed(load_coco(toy_dataset, split), f'{split}/{{}}'), toy_dataset)
 
 
 @pytest.mark.parametrize('layout', DETECTION)
-def test_detection_trains_from_each_layout(drawn, tmp_path, monkeypatch, layout):
+def test_detection_trains_from_each_layout(toy_dataset, tmp_path, monkeypatch, layout):
     monkeypatch.chdir(tmp_path)
-    extra = DETECTION[layout](drawn, tmp_path / 'own data') or ['--data', 'own data']
-    options = ['--work-dir', 'run', '--epochs', 1, *extra, '--cfg-options', *quick(layout)]
+    extra = DETECTION[layout](toy_dataset, tmp_path / 'own data') or ['--data', 'own data']
+    options = ['--work-dir', 'run', '--epochs', 1, *extra, '--cfg-options', *quick_options(layout)]
     assert run('train.py', DETECTOR, *options) == 0
     train, val = (written(tmp_path / 'run', split) for split in ('train', 'val'))
     root = Path(Config.fromfile('run/mask_rcnn.py').train_dataloader.dataset.data_root)
     if layout.startswith(('CVAT', 'Label')) and 'subsets' not in layout:
         assert val['images'] and len(train['images']) + len(val['images']) == N_TRAIN + N_VAL
-        expected = sorted(expected_objects(drawn, 'train') + expected_objects(drawn, 'val'))
+        expected = sorted(expected_objects(toy_dataset, 'train') + expected_objects(toy_dataset, 'val'))
         assert sorted(objects(train, root) + objects(val, root)) == expected
     else:
-        assert objects(train, root) == expected_objects(drawn, 'train')
-        assert objects(val, root) == expected_objects(drawn, 'val')
+        assert objects(train, root) == expected_objects(toy_dataset, 'train')
+        assert objects(val, root) == expected_objects(toy_dataset, 'val')
     for content in (train, val):
         assert content['categories'] == [dict(id=i, name=name) for i, name in enumerate(toy_shapes.CLASSES, 1)]
         assert [a['id'] for a in content['annotations']] == list(range(1, 1 + len(content['annotations'])))
@@ -220,10 +226,10 @@ def test_detection_trains_from_each_layout(drawn, tmp_path, monkeypatch, layout)
 
 
 @pytest.mark.parametrize('layout', SEGMENTATION)
-def test_segmentation_trains_from_each_layout(drawn, tmp_path, monkeypatch, layout):
+def test_segmentation_trains_from_each_layout(toy_dataset, tmp_path, monkeypatch, layout):
     monkeypatch.chdir(tmp_path)
-    extra = SEGMENTATION[layout](drawn, tmp_path / 'own data') or ['--data', 'own data']
-    options = ['--work-dir', 'run', '--iters', 1, *extra, '--cfg-options', *quick(layout)]
+    extra = SEGMENTATION[layout](toy_dataset, tmp_path / 'own data') or ['--data', 'own data']
+    options = ['--work-dir', 'run', '--iters', 1, *extra, '--cfg-options', *quick_options(layout)]
     assert run('train.py', SEGMENTOR, *options) == 0
     config = Config.fromfile('run/upernet.py')
     n = N_CLASSES.get(layout, 5)
@@ -235,7 +241,7 @@ def test_segmentation_trains_from_each_layout(drawn, tmp_path, monkeypatch, layo
         settings.pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
         found.append(sorted(as_bytes(item) for item in DATASETS.build(settings)))
     expected = [
-        sorted(classes_of(drawn, split, path.name).tobytes() for path in (drawn / split).iterdir())
+        sorted(class_map(toy_dataset, split, path.name).tobytes() for path in (toy_dataset / split).iterdir())
         for split in ('train', 'val')
     ]
     if layout == 'img/, label/':
@@ -262,9 +268,17 @@ def counts(config):
 )
 def test_train_and_test_with_other_numbers_of_classes(tmp_path, monkeypatch, recipe, n):
     monkeypatch.chdir(tmp_path)
-    names = own(tmp_path / 'mine', n)
+    names = write_dataset(tmp_path / 'my_data', n)
     length = ['--iters', 1] if 'upernet' in recipe else ['--epochs', 1]
-    options = ['--data', 'mine', '--work-dir', 'run', *length, '--cfg-options', *quick(f'{recipe}{"x" * (n > 2)}')]
+    options = [
+        '--data',
+        'my_data',
+        '--work-dir',
+        'run',
+        *length,
+        '--cfg-options',
+        *quick_options(f'{recipe}{"x" * (n > 2)}'),
+    ]
     options += ['model.decode_head.norm_cfg.type=BN', 'model.auxiliary_head.norm_cfg.type=BN'] * ('upernet' in recipe)
     options += [f'model.roi_head.bbox_head.{i}.norm_cfg.type=BN' for i in range(3)] * ('cascade' in recipe)
     assert run('train.py', CONFIGS / f'{recipe}.py', *options) == 0
@@ -279,11 +293,11 @@ def test_train_and_test_with_other_numbers_of_classes(tmp_path, monkeypatch, rec
 
 
 @pytest.mark.parametrize('recipe', ['mask_rcnn/convnext_t', 'cascade/convnext_b', 'upernet/convnext_b_in22k'])
-def test_paper_recipes_adapt_to_a_custom_dataset(drawn, tmp_path, monkeypatch, recipe):
+def test_paper_recipes_adapt_to_a_custom_dataset(toy_dataset, tmp_path, monkeypatch, recipe):
     monkeypatch.chdir(tmp_path)
-    config, before = load(recipe), load(recipe)
+    config, before = load_recipe(recipe), load_recipe(recipe)
     assert find_paper_result(config)
-    lines = apply_custom_data(config, DatasetRequest(str(drawn)))
+    lines = apply_custom_data(config, DatasetRequest(str(toy_dataset)))
     n = 5 if 'upernet' in recipe else 4
     assert counts(config) == {n} and len(counts(before) & {80, 150}) == 1
     assert any(f'{n} classes: ' in line for line in lines) and lines[-1] == 'data: no problems found'
@@ -302,9 +316,9 @@ def test_paper_recipes_adapt_to_a_custom_dataset(drawn, tmp_path, monkeypatch, r
 
 def test_custom_dataset_of_80_classes_is_no_paper_result(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    own(tmp_path / 'mine', 80)
-    config = load('cascade/convnext_t')
-    apply_custom_data(config, DatasetRequest('mine'))
+    write_dataset(tmp_path / 'my_data', 80)
+    config = load_recipe('cascade/convnext_t')
+    apply_custom_data(config, DatasetRequest('my_data'))
     assert counts(config) == {80} and find_paper_result(config) is None
     start = tmp_path / 'run/20260101_000000'
     (start / 'vis_data').mkdir(parents=True)
@@ -323,26 +337,26 @@ def test_custom_dataset_of_80_classes_is_no_paper_result(tmp_path, monkeypatch):
         ('demo/upernet', 'model.auxiliary_head.num_classes'),
     ],
 )
-def test_wrong_num_classes_in_cfg_options_is_an_error(drawn, tmp_path, monkeypatch, capsys, recipe, key):
+def test_wrong_num_classes_in_cfg_options_is_an_error(toy_dataset, tmp_path, monkeypatch, capsys, recipe, key):
     monkeypatch.chdir(tmp_path)
-    args = [CONFIGS / f'{recipe}.py', '--data', drawn, '--cfg-options', *quick(recipe)]
+    args = [CONFIGS / f'{recipe}.py', '--data', toy_dataset, '--cfg-options', *quick_options(recipe)]
     assert run('train.py', *args, f'{key}=80') == 2
     assert f'{key}=80: leave it out; the data set has' in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.glob('**/*.pth'))
 
 
-def test_wrong_num_classes_in_config_is_an_error(drawn, tmp_path, monkeypatch, capsys):
+def test_wrong_num_classes_in_config_is_an_error(toy_dataset, tmp_path, monkeypatch, capsys):
     """Without --data too, where the config names its classes."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv('SHAPES_ROOT', str(drawn))
+    monkeypatch.setenv('SHAPES_ROOT', str(toy_dataset))
     key = 'model.roi_head.mask_head.num_classes'
-    assert run('train.py', DETECTOR, '--cfg-options', *quick('config'), f'{key}=80') == 2
+    assert run('train.py', DETECTOR, '--cfg-options', *quick_options('config'), f'{key}=80') == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert 'FP32FCNMaskHead has num_classes=80, but the data set names 4 classes' in line
-    config = load('demo/mask_rcnn')
+    config = load_recipe('demo/mask_rcnn')
     config.train_dataloader.dataset = dict(type='RepeatDataset', times=3, dataset=config.train_dataloader.dataset)
     check_classes(config)
-    apply_custom_data(config, DatasetRequest(str(drawn)))
+    apply_custom_data(config, DatasetRequest(str(toy_dataset)))
     assert (config.train_dataloader.dataset.type, config.train_dataloader.dataset.dataset.type) == (
         'RepeatDataset',
         'CocoDataset',
@@ -383,14 +397,14 @@ def truth_as_prediction(config):
     return metric.evaluate(len(dataset))
 
 
-def test_evaluation_matches_labels_for_any_category_order(drawn, tmp_path, monkeypatch):
+def test_evaluation_matches_labels_for_any_category_order(toy_dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    as_files(drawn, tmp_path / 'mine')
-    config = load('demo/mask_rcnn')
-    apply_custom_data(config, DatasetRequest('mine'))
+    as_files(toy_dataset, tmp_path / 'my_data')
+    config = load_recipe('demo/mask_rcnn')
+    apply_custom_data(config, DatasetRequest('my_data'))
     config.val_evaluator.metric = ['bbox']
     assert truth_as_prediction(config)['coco/bbox_mAP'] == 1
-    dataset, original = DATASETS.build(config.val_dataloader.dataset), coco(drawn, 'val')
+    dataset, original = DATASETS.build(config.val_dataloader.dataset), load_coco(toy_dataset, 'val')
     found = [
         (item['img_id'], toy_shapes.CLASSES[i['bbox_label']], *i['bbox'][:2])
         for item in dataset
@@ -400,26 +414,26 @@ def test_evaluation_matches_labels_for_any_category_order(drawn, tmp_path, monke
     assert sorted(found) == sorted(
         (a['image_id'], names[a['category_id']], *a['bbox'][:2]) for a in original['annotations']
     )
-    train, val = (json.loads(Path(f'mine/{split}.json').read_text())['categories'] for split in ('train', 'val'))
+    train, val = (json.loads(Path(f'my_data/{split}.json').read_text())['categories'] for split in ('train', 'val'))
     assert [c['name'] for c in train] == [c['name'] for c in val][::-1]
     assert config.train_dataloader.dataset.metainfo == config.val_dataloader.dataset.metainfo
 
 
-def test_boxes_without_masks_remove_the_mask_branch(drawn, tmp_path, monkeypatch):
+def test_boxes_without_masks_remove_the_mask_branch(toy_dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    own(tmp_path / 'mine', 3, masks=False)
+    write_dataset(tmp_path / 'my_data', 3, masks=False)
     for recipe in ('demo/mask_rcnn', 'demo/cascade'):
-        config = load(recipe)
-        lines = apply_custom_data(config, DatasetRequest('mine'))
+        config = load_recipe(recipe)
+        lines = apply_custom_data(config, DatasetRequest('my_data'))
         assert 'mask branch is removed' in lines[-1]
         assert not [key for key in config.model.roi_head if 'mask' in key]
         loaders = str(config.train_dataloader) + str(config.val_dataloader) + str(config.test_dataloader)
         assert config.val_evaluator.metric == ['bbox'] and "'with_mask': True" not in loaders and 'with_mask' in loaders
-    options = ['--data', 'mine', '--work-dir', 'trained', '--cfg-options', *quick('boxes')]
+    options = ['--data', 'my_data', '--work-dir', 'trained', '--cfg-options', *quick_options('boxes')]
     assert run('train.py', DETECTOR, '--epochs', 1, *options) == 0
     assert run('test.py', DETECTOR, 'trained/epoch_1.pth', *options) == 0
     # The same model on data with masks stays one of boxes.
-    assert run('test.py', DETECTOR, 'trained/epoch_1.pth', '--data', drawn, '--work-dir', 'other') == 2
+    assert run('test.py', DETECTOR, 'trained/epoch_1.pth', '--data', toy_dataset, '--work-dir', 'other') == 2
 
 
 def checkpoint_of(classes, file='trained.pth', part='mask_head'):
@@ -429,10 +443,10 @@ def checkpoint_of(classes, file='trained.pth', part='mask_head'):
     return file
 
 
-def test_testing_uses_the_classes_of_the_checkpoint(drawn, tmp_path, monkeypatch):
+def test_testing_uses_the_classes_of_the_checkpoint(toy_dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    as_files(drawn, tmp_path / 'mine')
-    config, request = load('demo/mask_rcnn'), DatasetRequest(ann_files={'val': 'mine/val.json'})
+    as_files(toy_dataset, tmp_path / 'my_data')
+    config, request = load_recipe('demo/mask_rcnn'), DatasetRequest(ann_files={'val': 'my_data/val.json'})
     apply_custom_data(config, request, ('test',), checkpoint=checkpoint_of(toy_shapes.CLASSES))
     config.val_dataloader.dataset = config.test_dataloader.dataset
     assert list(config.test_dataloader.dataset.metainfo.classes) == list(toy_shapes.CLASSES)
@@ -440,80 +454,88 @@ def test_testing_uses_the_classes_of_the_checkpoint(drawn, tmp_path, monkeypatch
     config.val_evaluator.metric = ['bbox']
     assert truth_as_prediction(config)['coco/bbox_mAP'] == 1
     # Of classes that the model does not know nothing is tested; a model of more classes is tested on these.
-    config = load('demo/mask_rcnn')
+    config = load_recipe('demo/mask_rcnn')
     lines = apply_custom_data(config, request, ('test',), checkpoint=checkpoint_of(['disc', 'square', 'star']))
     assert counts(config) == {3} and any(
         'category-without-class, 2 (cross, triangle): no class of train' in line for line in lines
     )
     # A model of boxes stays one, whatever the data have.
-    config = load('demo/mask_rcnn')
+    config = load_recipe('demo/mask_rcnn')
     apply_custom_data(config, request, ('test',), checkpoint=checkpoint_of(toy_shapes.CLASSES, part='bbox_head'))
     assert config.test_evaluator.metric == ['bbox'] and 'mask_head' not in config.model.roi_head
     with pytest.raises(UsageError, match="has 5 classes: ground, .*; the checkpoint's are 2 classes: a, b"):
-        apply_custom_data(load('demo/upernet'), DatasetRequest(str(drawn)), ('test',), checkpoint=checkpoint_of('ab'))
-
-
-def test_resuming_with_other_classes_is_an_error(drawn, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for recipe, classes in (('demo/mask_rcnn', toy_shapes.CLASSES), ('demo/upernet', toy_shapes.LABEL_NAMES)):
-        apply_custom_data(load(recipe), DatasetRequest(str(drawn)), checkpoint=checkpoint_of(classes))
-        with pytest.raises(UsageError, match='trained.pth was trained on .*; the data set has'):
-            apply_custom_data(load(recipe), DatasetRequest(str(drawn)), checkpoint=checkpoint_of(classes[::-1]))
-
-
-def test_missing_train_split_is_an_error(drawn, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match='no training data: give --train-ann'):
         apply_custom_data(
-            load('demo/mask_rcnn'), DatasetRequest(ann_files={'val': str(drawn / 'annotations/instances_val.json')})
+            load_recipe('demo/upernet'), DatasetRequest(str(toy_dataset)), ('test',), checkpoint=checkpoint_of('ab')
         )
 
 
-def test_annotated_test_split_is_preferred_to_val(drawn, tmp_path, monkeypatch):
+def test_resuming_with_other_classes_is_an_error(toy_dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for recipe, classes in (('demo/mask_rcnn', toy_shapes.CLASSES), ('demo/upernet', toy_shapes.LABEL_NAMES)):
+        apply_custom_data(load_recipe(recipe), DatasetRequest(str(toy_dataset)), checkpoint=checkpoint_of(classes))
+        with pytest.raises(UsageError, match='trained.pth was trained on .*; the data set has'):
+            apply_custom_data(
+                load_recipe(recipe), DatasetRequest(str(toy_dataset)), checkpoint=checkpoint_of(classes[::-1])
+            )
+
+
+def test_missing_train_split_is_an_error(toy_dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match='no training data: give --train-ann'):
+        apply_custom_data(
+            load_recipe('demo/mask_rcnn'),
+            DatasetRequest(ann_files={'val': str(toy_dataset / 'annotations/instances_val.json')}),
+        )
+
+
+def test_annotated_test_split_is_preferred_to_val(toy_dataset, tmp_path, monkeypatch):
     """Of a folder that has one it is tested, where it is annotated; else val is."""
     monkeypatch.chdir(tmp_path)
-    as_roboflow(drawn, tmp_path / 'mine')
-    shutil.copytree('mine/valid', 'mine/test')
-    content = json.loads(Path('mine/test/_annotations.coco.json').read_text())
-    dump({**content, 'images': content['images'][:1]}, Path('mine/test/_annotations.coco.json'))
-    tested = read_data(DatasetRequest('mine'), 'detection', ('test',)).splits['test']
+    as_roboflow(toy_dataset, tmp_path / 'my_data')
+    shutil.copytree('my_data/valid', 'my_data/test')
+    content = json.loads(Path('my_data/test/_annotations.coco.json').read_text())
+    write_json({**content, 'images': content['images'][:1]}, Path('my_data/test/_annotations.coco.json'))
+    tested = read_data(DatasetRequest('my_data'), 'detection', ('test',)).splits['test']
     assert len(tested['images']) == 1
-    dump({**content, 'annotations': []}, Path('mine/test/_annotations.coco.json'))
-    tested = read_data(DatasetRequest('mine'), 'detection', ('test',)).splits['test']
+    write_json({**content, 'annotations': []}, Path('my_data/test/_annotations.coco.json'))
+    tested = read_data(DatasetRequest('my_data'), 'detection', ('test',)).splits['test']
     assert len(tested['images']) == N_VAL
 
 
-def test_unchanged_dataset_is_read_from_the_cache(drawn, tmp_path, monkeypatch):
+def test_unchanged_dataset_is_read_from_the_cache(toy_dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(drawn, 'mine')
-    first = apply_custom_data(load('demo/upernet'), DatasetRequest('mine'))
+    shutil.copytree(toy_dataset, 'my_data')
+    first = apply_custom_data(load_recipe('demo/upernet'), DatasetRequest('my_data'))
     calls = []
     monkeypatch.setattr('convnext_dense.datasets.custom.read_data', lambda *a: calls.append(a) or read_data(*a))
-    config = load('demo/upernet')
-    assert apply_custom_data(config, DatasetRequest('mine')) == first and not calls
+    config = load_recipe('demo/upernet')
+    assert apply_custom_data(config, DatasetRequest('my_data')) == first and not calls
     assert config.train_dataloader.dataset.reduce_zero_label
-    path = next(Path('mine/train').iterdir())
+    path = next(Path('my_data/train').iterdir())
     path.write_bytes(path.read_bytes()[:1000])
     assert (
-        any('dropped  train: ' in line for line in apply_custom_data(load('demo/upernet'), DatasetRequest('mine')))
+        any(
+            'dropped  train: ' in line
+            for line in apply_custom_data(load_recipe('demo/upernet'), DatasetRequest('my_data'))
+        )
         and calls
     )
     with pytest.raises(UsageError, match='dropped'):
-        apply_custom_data(load('demo/upernet'), DatasetRequest('mine', strict=True))
+        apply_custom_data(load_recipe('demo/upernet'), DatasetRequest('my_data', strict=True))
     assert len(calls) == 1
 
 
-def test_other_ranks_wait_for_local_rank_0(drawn, tmp_path, monkeypatch):
+def test_other_ranks_wait_for_local_rank_0(toy_dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('convnext_dense.datasets.cache.POLL_SECONDS', 0.01)
-    first, second = load('demo/mask_rcnn'), load('demo/mask_rcnn')
+    first, second = load_recipe('demo/mask_rcnn'), load_recipe('demo/mask_rcnn')
     first.launcher, second.launcher = 'pytorch', 'slurm'
     monkeypatch.setenv('LOCAL_RANK', '0')
     monkeypatch.setenv('SLURM_LOCALID', '3')
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(apply_custom_data, second, DatasetRequest(str(drawn)))
+        waiting = pool.submit(apply_custom_data, second, DatasetRequest(str(toy_dataset)))
         assert not waiting.done()
-        assert apply_custom_data(first, DatasetRequest(str(drawn))) == waiting.result(timeout=60)
+        assert apply_custom_data(first, DatasetRequest(str(toy_dataset))) == waiting.result(timeout=60)
     assert first.val_dataloader == second.val_dataloader
 
 
@@ -533,18 +555,20 @@ def test_ranks_wait_only_while_rank_0_is_busy(tmp_path, monkeypatch):
     assert len(looks) < 50  # once a beat, and not a hundred times a second
 
 
-def test_random_validation_split_is_reproducible(drawn, tmp_path, monkeypatch):
-    as_label_studio(drawn, tmp_path / 'mine')
+def test_random_validation_split_is_reproducible(toy_dataset, tmp_path, monkeypatch):
+    as_label_studio(toy_dataset, tmp_path / 'my_data')
     names = []
     for share in (0.25, 0.25, 0.5):
-        data = read_data(DatasetRequest(str(tmp_path / 'mine'), val_fraction=share), 'detection', ('train', 'val'))
+        data = read_data(DatasetRequest(str(tmp_path / 'my_data'), val_fraction=share), 'detection', ('train', 'val'))
         train, val = ({i['file_name'] for i in data.splits[split]['images']} for split in ('train', 'val'))
         assert not train & val and len(train | val) == N_TRAIN + N_VAL
         names.append(val)
     assert names[0] == names[1] <= names[2] and names[0]
     assert (
         f'{len(names[0])} of {N_TRAIN + N_VAL} images, chosen by the hash of the file name'
-        in read_data(DatasetRequest(str(tmp_path / 'mine'), val_fraction=0.25), 'detection', ('val',)).report.facts[0]
+        in read_data(DatasetRequest(str(tmp_path / 'my_data'), val_fraction=0.25), 'detection', ('val',)).report.facts[
+            0
+        ]
     )
 
 
@@ -555,27 +579,27 @@ def test_adding_images_keeps_the_validation_split(tmp_path):
     assert before == after & set(names[:400]) and 60 < len(after) < 180
 
 
-def test_val_split_without_train_is_tested(drawn, tmp_path):
-    as_coco_2017(drawn, tmp_path / 'mine')
-    for path in (tmp_path / 'mine/annotations').glob('*train*'):
+def test_val_split_without_train_is_tested(toy_dataset, tmp_path):
+    as_coco_2017(toy_dataset, tmp_path / 'my_data')
+    for path in (tmp_path / 'my_data/annotations').glob('*train*'):
         path.unlink()
-    data = read_data(DatasetRequest(str(tmp_path / 'mine')), 'detection', ('test',))
+    data = read_data(DatasetRequest(str(tmp_path / 'my_data')), 'detection', ('test',))
     assert len(data.splits['test']['images']) == N_VAL
     with pytest.raises(UsageError, match='no train'):
-        read_data(DatasetRequest(str(tmp_path / 'mine')), 'detection', ('train',))
+        read_data(DatasetRequest(str(tmp_path / 'my_data')), 'detection', ('train',))
 
 
-def test_given_annotations_take_precedence_over_a_test_split(drawn, tmp_path):
-    as_roboflow(drawn, tmp_path / 'mine')
-    shutil.copytree(tmp_path / 'mine/train', tmp_path / 'mine/test')
-    given = {'val': str(tmp_path / 'mine/valid/_annotations.coco.json')}
-    data = read_data(DatasetRequest(str(tmp_path / 'mine'), ann_files=given), 'detection', ('test',))
+def test_given_annotations_take_precedence_over_a_test_split(toy_dataset, tmp_path):
+    as_roboflow(toy_dataset, tmp_path / 'my_data')
+    shutil.copytree(tmp_path / 'my_data/train', tmp_path / 'my_data/test')
+    given = {'val': str(tmp_path / 'my_data/valid/_annotations.coco.json')}
+    data = read_data(DatasetRequest(str(tmp_path / 'my_data'), ann_files=given), 'detection', ('test',))
     assert len(data.splits['test']['images']) == N_VAL
 
 
-def test_images_are_not_searched_in_mask_folders(drawn, tmp_path):
+def test_images_are_not_searched_in_mask_folders(toy_dataset, tmp_path):
     for folder, source in (('images', 'train'), ('annotations', 'labels/train')):
-        shutil.copytree(drawn / source, tmp_path / f'mine/{folder}/train')
-    shutil.copy(drawn / 'annotations/instances_train.json', tmp_path / 'mine/annotations')
-    data = read_data(DatasetRequest(str(tmp_path / 'mine'), val_fraction=0.3), 'detection', ('train',))
+        shutil.copytree(toy_dataset / source, tmp_path / f'my_data/{folder}/train')
+    shutil.copy(toy_dataset / 'annotations/instances_train.json', tmp_path / 'my_data/annotations')
+    data = read_data(DatasetRequest(str(tmp_path / 'my_data'), val_fraction=0.3), 'detection', ('train',))
     assert all(i['file_name'].startswith('images/train/') for i in data.splits['train']['images'])

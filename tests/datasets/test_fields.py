@@ -22,8 +22,8 @@ from convnext_dense.datasets.diagnostics import Report
 from convnext_dense.datasets.image_resolver import ImageLocation
 from convnext_dense.datasets.image_sizes import ResizeLimit
 from convnext_dense.errors import UsageError
-from helpers.datasets import DETECTOR, edit, quick, report_of, run
-from helpers.files import limited
+from helpers.datasets import DETECTOR, check_dataset, edit_coco, quick_options, run
+from helpers.files import run_limited
 
 SIZE = 100  # of the images
 
@@ -223,9 +223,9 @@ def test_single_corner_box_is_detected():
 
 
 def test_dataset_of_corner_boxes_is_an_error(tmp_path):
-    toy_shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
-    edit(lambda c: [a.update(bbox=corners(a['bbox'])) for a in c['annotations']])(tmp_path / 'mine')
-    data, found = report_of(tmp_path / 'mine')
+    toy_shapes.write(tmp_path / 'my_data', train=5, val=3, size=64)
+    edit_coco(lambda c: [a.update(bbox=corners(a['bbox'])) for a in c['annotations']])(tmp_path / 'my_data')
+    data, found = check_dataset(tmp_path / 'my_data')
     assert found['most-boxes-as-corners'].split == 'train'
     with pytest.raises(UsageError, match=r'most-boxes-as-corners, .* \(id 1, .*write x, y, width, height'):
         data.report.raise_if_errors()
@@ -392,7 +392,7 @@ def to_and_fro(height, times):
 def test_polygons_with_endless_outlines_are_dropped():
     """pycocotools ends the process, or takes gigabytes: in the check, in training and in the evaluation."""
     endless = annotation(1, (0, 0, SIZE, 50), segmentation=to_and_fro(50, 100_000), area=9)
-    left, said = limited(check, [endless, annotation(2)])
+    left, said = run_limited(check, [endless, annotation(2)])
     assert len(left) == 1 and said['polygon-outline-too-long'] == ['id 1']
     long = [v for i in range(SIZE) for v in (0, i, SIZE, i + 0.5)]  # as long as one may be in all sense
     assert 'polygon-outline-too-long' not in check([annotation(1, segmentation=[long])])[1]
@@ -410,12 +410,12 @@ def test_checks_take_linear_time():
         zigzag = [annotation(i, (0, 0, SIZE, i), segmentation=to_and_fro(i, 2500), area=9) for i in range(50, 55)]
         return len(check(several)[0]), len(check([annotation()], categories=categories)[0]), len(check(zigzag)[0])
 
-    assert limited(end) == (0, 1, 5)
+    assert run_limited(end) == (0, 1, 5)
 
 
 def test_training_with_text_ids(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    toy_shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
+    toy_shapes.write(tmp_path / 'my_data', train=5, val=3, size=64)
 
     def as_text(coco):
         for i in coco['images'][::2]:
@@ -424,6 +424,6 @@ def test_training_with_text_ids(tmp_path, monkeypatch):
             a['image_id'] = f'x{a["image_id"]}' if a['image_id'] % 2 else a['image_id']
 
     for split in ('train', 'val'):
-        edit(as_text, f'annotations/instances_{split}.json')(tmp_path / 'mine')
-    options = ['--work-dir', 'run', '--epochs', 1, '--data', 'mine', '--cfg-options', *quick('text')]
+        edit_coco(as_text, f'annotations/instances_{split}.json')(tmp_path / 'my_data')
+    options = ['--work-dir', 'run', '--epochs', 1, '--data', 'my_data', '--cfg-options', *quick_options('text')]
     assert run('train.py', DETECTOR, *options) == 0

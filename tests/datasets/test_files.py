@@ -22,8 +22,8 @@ from convnext_dense.datasets.files import files_below, folders_in, open_regular,
 from convnext_dense.datasets.foreign_layouts import describe_unsupported
 from convnext_dense.datasets.image_resolver import _candidate_folders
 from convnext_dense.datasets.layouts import find_annotations, find_folders
-from helpers.datasets import as_voc, coco, dump
-from helpers.files import limited, png, said
+from helpers.datasets import as_voc, load_coco, write_json
+from helpers.files import error_message, png_bytes, run_limited
 
 
 def listen(path):
@@ -48,7 +48,7 @@ def test_only_regular_files_are_read(what, tmp_path):
             open_regular(path, 2**40)
         return caught.value.strerror, inspect_image(str(path)).problem, inspect_mask(str(path)).problem
 
-    assert limited(problems) == (f'is {what}, not a regular file', 'not-a-regular-file', 'not-a-regular-file')
+    assert run_limited(problems) == (f'is {what}, not a regular file', 'not-a-regular-file', 'not-a-regular-file')
 
 
 @pytest.mark.parametrize('name', ['gone', 'a\0b', '\ud800', 'a' * 5000])
@@ -69,7 +69,7 @@ def test_pipe_that_replaces_a_file_does_not_block(tmp_path, monkeypatch):
         with pytest.raises(OSError, match='is a pipe'):
             open_regular(tmp_path / 'odd', 9)
 
-    limited(end)
+    run_limited(end)
 
 
 def detection_of(root):
@@ -97,20 +97,20 @@ READERS = {
 
 @pytest.mark.parametrize('name', READERS)
 @pytest.mark.parametrize('what', ['a pipe', 'a device'])
-def test_lists_and_json_must_be_regular_files(name, what, drawn, tmp_path):
-    root = tmp_path / 'mine'
-    shutil.copytree(drawn, root)
+def test_lists_and_json_must_be_regular_files(name, what, toy_dataset, tmp_path):
+    root = tmp_path / 'my_data'
+    shutil.copytree(toy_dataset, root)
     (root / 'shapes.json').unlink()  # which would name the classes
     (root / name).unlink(missing_ok=True)
     ODD_FILES[what](root / name)
 
     def end():
         try:
-            return said(READERS[name], root)
+            return error_message(READERS[name], root)
         except OSError as error:
             return f'{error.filename} {error.strerror}'
 
-    line = limited(end)
+    line = run_limited(end)
     assert line is None if name == 'data.json' else (name in line and f'is {what}, not a regular file' in line)
 
 
@@ -121,46 +121,50 @@ def test_pipes_and_devices_do_not_block_recognition(name, what, tmp_path):
     ODD_FILES[what](tmp_path / name)
 
     def end():
-        return describe_unsupported(tmp_path), said(detect_tasks, DatasetRequest(str(tmp_path)))
+        return describe_unsupported(tmp_path), error_message(detect_tasks, DatasetRequest(str(tmp_path)))
 
-    kind, line = limited(end)
+    kind, line = run_limited(end)
     assert kind.startswith(('holds', 'looks like')) and (name == 'train.json' or str(tmp_path) in line)
 
 
 @pytest.mark.parametrize('what', ['a pipe', 'a device'])
-def test_image_list_must_be_a_regular_file(what, drawn, tmp_path):
-    as_voc(drawn, tmp_path)
+def test_image_list_must_be_a_regular_file(what, toy_dataset, tmp_path):
+    as_voc(toy_dataset, tmp_path)
     path = tmp_path / 'VOC2012/ImageSets/Segmentation/train.txt'
     path.unlink()
     ODD_FILES[what](path)
-    assert f'train.txt: is {what}' in limited(said, detect_tasks, DatasetRequest(str(tmp_path / 'VOC2012')))
+    assert f'train.txt: is {what}' in run_limited(
+        error_message, detect_tasks, DatasetRequest(str(tmp_path / 'VOC2012'))
+    )
 
 
 @pytest.mark.parametrize('what', ['a pipe', 'a device', 'a socket'])
 def test_data_path_must_be_a_folder(what, tmp_path):
     ODD_FILES[what](tmp_path / 'odd')
-    assert 'neither a folder nor a file' in limited(said, detect_tasks, DatasetRequest(str(tmp_path / 'odd')))
+    assert 'neither a folder nor a file' in run_limited(
+        error_message, detect_tasks, DatasetRequest(str(tmp_path / 'odd'))
+    )
 
 
 @pytest.mark.parametrize('name', ['/dev/zero', '../..', '/proc/self/environ', '../../../../../../dev/zero', '/'])
-def test_names_outside_the_root_are_not_opened(name, drawn, tmp_path):
-    root = tmp_path / 'mine'
-    shutil.copytree(drawn, root)
-    content = coco(root, 'train')
+def test_names_outside_the_root_are_not_opened(name, toy_dataset, tmp_path):
+    root = tmp_path / 'my_data'
+    shutil.copytree(toy_dataset, root)
+    content = load_coco(root, 'train')
     content['images'][0]['file_name'] = name
-    dump(content, root / 'annotations/instances_train.json')
-    found = limited(lambda: {f.code: f.examples for f in detection_of(root).report.diagnostics.values()})
+    write_json(content, root / 'annotations/instances_train.json')
+    found = run_limited(lambda: {f.code: f.examples for f in detection_of(root).report.diagnostics.values()})
     assert found == {'name-outside-root': [name]}
 
 
-def test_symlinks_are_followed(drawn, tmp_path):
-    (tmp_path / 'mine').mkdir()
-    (tmp_path / 'mine/annotations').symlink_to(drawn / 'annotations')
-    (tmp_path / 'mine/val').symlink_to(drawn / 'val')
-    (tmp_path / 'mine/train').mkdir()
-    for path in (drawn / 'train').iterdir():
-        (tmp_path / 'mine/train' / path.name).symlink_to(path)
-    data = detection_of(tmp_path / 'mine')
+def test_symlinks_are_followed(toy_dataset, tmp_path):
+    (tmp_path / 'my_data').mkdir()
+    (tmp_path / 'my_data/annotations').symlink_to(toy_dataset / 'annotations')
+    (tmp_path / 'my_data/val').symlink_to(toy_dataset / 'val')
+    (tmp_path / 'my_data/train').mkdir()
+    for path in (toy_dataset / 'train').iterdir():
+        (tmp_path / 'my_data/train' / path.name).symlink_to(path)
+    data = detection_of(tmp_path / 'my_data')
     assert not data.report.diagnostics and len(data.splits['train']['images']) == 5
 
 
@@ -168,10 +172,10 @@ def test_errors_name_the_size_limits(tmp_path, monkeypatch):
     path = tmp_path / 'train.json'
     path.write_text('{"images": []}')
     monkeypatch.setattr('convnext_dense.datasets.files.MAX_JSON_BYTES', 13)
-    assert said(read_json, path) == f'{path}: has 14 bytes, but at most 13 bytes of such a file are read'
+    assert error_message(read_json, path) == f'{path}: has 14 bytes, but at most 13 bytes of such a file are read'
     (tmp_path / 'names.txt').touch()
     os.truncate(tmp_path / 'names.txt', 2**24 + 1)
-    assert said(read_classes, tmp_path / 'names.txt').startswith(
+    assert error_message(read_classes, tmp_path / 'names.txt').startswith(
         f'{tmp_path}/names.txt: has 16 MiB, but at most 16 MiB of such a file are read'
     )
 
@@ -182,7 +186,7 @@ def test_large_files_that_are_not_json_are_not_read(begin, tmp_path):
     path = tmp_path / 'train.json'
     path.write_text(begin)
     os.truncate(path, 2**33)
-    assert 'is not JSON of a data set' in limited(said, read_json, path, gigabytes=1)
+    assert 'is not JSON of a data set' in run_limited(error_message, read_json, path, gigabytes=1)
 
 
 @pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'utf-16-le', 'utf-16-be', 'utf-32'])
@@ -220,31 +224,44 @@ LOOPS = {
 
 @pytest.mark.parametrize('kind', LOOPS)
 @pytest.mark.parametrize('task', ['detection', 'segmentation', 'neither'])
-def test_symlink_loops_terminate(kind, task, drawn, tmp_path):
+def test_symlink_loops_terminate(kind, task, toy_dataset, tmp_path):
     """In every walk: what data are there, where images are, what tells that nothing has changed."""
-    root = tmp_path / 'mine'
+    root = tmp_path / 'my_data'
     if task == 'neither':
         tree(root, 'train/a.doc', 'val/b.doc', 'annotations/c.doc')
     else:
-        shutil.copytree(drawn, root)
+        shutil.copytree(toy_dataset, root)
         (root / 'annotations' if task == 'segmentation' else root / 'labels').rename(tmp_path / 'away')
     (root / 'annotations').mkdir(exist_ok=True)
     LOOPS[kind](root)
 
     def end():
         print(dataset_fingerprint(('key',), [str(root)]))
-        return said(describe_unsupported, root) if task == 'neither' else len(said(read_of[task], root).splits['train'])
+        return (
+            error_message(describe_unsupported, root)
+            if task == 'neither'
+            else len(error_message(read_of[task], root).splits['train'])
+        )
 
     read_of = dict(detection=detection_of, segmentation=segmentation_of)
     expected = {'neither': 'holds no known data set (its files end with .doc)', 'detection': 3}
-    assert limited(end, seconds=30) == expected.get(task, 5)
+    assert run_limited(end, seconds=30) == expected.get(task, 5)
 
 
 def test_walk_is_sorted_and_limits_visits(tmp_path):
-    tree(tmp_path, 'mine/b/2', 'mine/b/1', 'mine/a/.hidden/3', 'mine/a/4', 'mine/0', 'away/real/5', 'away/6')
-    (tmp_path / 'mine/c').symlink_to('../away/real')
-    (tmp_path / 'mine/d').symlink_to('../away/real')
-    root = str(tmp_path / 'mine')
+    tree(
+        tmp_path,
+        'my_data/b/2',
+        'my_data/b/1',
+        'my_data/a/.hidden/3',
+        'my_data/a/4',
+        'my_data/0',
+        'away/real/5',
+        'away/6',
+    )
+    (tmp_path / 'my_data/c').symlink_to('../away/real')
+    (tmp_path / 'my_data/d').symlink_to('../away/real')
+    root = str(tmp_path / 'my_data')
     found = [(os.path.relpath(folder, root), names) for folder, names in walk(root)]
     assert found == [
         ('.', ['0']), ('a', ['4']), ('a/.hidden', ['3']), ('b', ['1', '2']), ('c', ['5']), ('d', ['5']),
@@ -254,7 +271,7 @@ def test_walk_is_sorted_and_limits_visits(tmp_path):
     (tmp_path / 'away/real/up').symlink_to('..')  # above itself, though not above the link to it
     assert not any('/up/' in path for path in files_below(root))
     for n in range(100):
-        (tmp_path / f'mine/e{n}').symlink_to('../away/real')
+        (tmp_path / f'my_data/e{n}').symlink_to('../away/real')
     assert 2 <= sum(path.endswith('/5') for path in files_below(root)) < 20
     assert not list(walk(tmp_path / 'gone'))
 
@@ -268,10 +285,10 @@ def test_candidate_folders_are_unique(tmp_path):
     assert len(_candidate_folders(tmp_path / 'train.json', tmp_path)[1]) <= 4
 
 
-def test_names_that_are_not_utf8_are_read(drawn, tmp_path):
+def test_names_that_are_not_utf8_are_read(toy_dataset, tmp_path):
     """A folder and a file of Latin-1: they are read, and tell when they change."""
     root = os.fsencode(tmp_path) + b'/caf\xe9'
-    shutil.copytree(os.fsencode(drawn), root)
+    shutil.copytree(os.fsencode(toy_dataset), root)
     shutil.copy(root + b'/train/000001.png', root + b'/train/caf\xe9.png')
     data = read_data(DatasetRequest(os.fsdecode(root), val_fraction=None), 'detection', ('train', 'val'))
     assert all(line.isprintable() for line in data.report.lines())
@@ -299,7 +316,7 @@ def grey_png(path, width, height):
     """A whole PNG of zeros, which takes a thousandth of its pixels."""
     compressor, row = zlib.compressobj(9), bytes(1 + width)
     data = b''.join(compressor.compress(row) for _ in range(height)) + compressor.flush()
-    Path(path).write_bytes(png(width, height, data))
+    Path(path).write_bytes(png_bytes(width, height, data))
 
 
 def test_huge_images_are_rejected_by_their_header(tmp_path, monkeypatch):
@@ -307,15 +324,15 @@ def test_huge_images_are_rejected_by_their_header(tmp_path, monkeypatch):
     width = 32767
     for function in (inspect_image, inspect_mask):
         grey_png(tmp_path / 'huge.png', width, width)
-        assert limited(function, str(tmp_path / 'huge.png'), gigabytes=0.5).problem.endswith('-too-large')
+        assert run_limited(function, str(tmp_path / 'huge.png'), gigabytes=0.5).problem.endswith('-too-large')
         with monkeypatch.context() as patch:
             patch.setattr(Image, 'MAX_IMAGE_PIXELS', None)  # as some libraries do
-            assert limited(function, str(tmp_path / 'huge.png'), gigabytes=0.5).problem.endswith('-too-large')
+            assert run_limited(function, str(tmp_path / 'huge.png'), gigabytes=0.5).problem.endswith('-too-large')
         grey_png(tmp_path / 'large.png', 16384, MAX_PIXELS // 16384)
-        found = limited(function, str(tmp_path / 'large.png'), gigabytes=2.5)
+        found = run_limited(function, str(tmp_path / 'large.png'), gigabytes=2.5)
         assert (found.width, found.height, found.problem) == (16384, MAX_PIXELS // 16384, None)
         grey_png(tmp_path / 'large.png', 16384, MAX_PIXELS // 16384 + 1)
-        assert limited(function, str(tmp_path / 'large.png'), gigabytes=0.5).problem.endswith('-too-large')
+        assert run_limited(function, str(tmp_path / 'large.png'), gigabytes=0.5).problem.endswith('-too-large')
 
 
 def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
@@ -403,7 +420,7 @@ def test_decompression_bombs_stay_within_memory(name, tmp_path):
     path = tmp_path / name
     BOMBS[name](path)
     for function in (inspect_image, inspect_mask):
-        limited(function, str(path), gigabytes=0.5, seconds=30)
+        run_limited(function, str(path), gigabytes=0.5, seconds=30)
 
 
 def test_formats_read_by_external_programs_are_rejected(tmp_path):
@@ -432,12 +449,12 @@ def test_lossless_masks_are_read(name, options, tmp_path):
     assert inspect_mask(str(tmp_path / 'x.webp')).problem == 'mask-in-color'  # WebP has no others
 
 
-def test_examples_are_one_printable_line(drawn, tmp_path):
-    root = tmp_path / 'mine'
-    shutil.copytree(drawn, root)
-    content = coco(root, 'train')
+def test_examples_are_one_printable_line(toy_dataset, tmp_path):
+    root = tmp_path / 'my_data'
+    shutil.copytree(toy_dataset, root)
+    content = load_coco(root, 'train')
     content['images'][0]['file_name'] = 'a\nb\x1b[31m' + 'x' * 100000
-    dump(content, root / 'annotations/instances_train.json')
+    write_json(content, root / 'annotations/instances_train.json')
     line = next(line for line in detection_of(root).report.lines() if 'missing-image' in line)
     deep = []
     for _ in range(10**5):

@@ -10,8 +10,8 @@ import pytest
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.datasets.custom import DatasetRequest, detect_tasks, read_data
 from convnext_dense.datasets.foreign_layouts import MAX_FILES_PER_SUFFIX
-from helpers.datasets import report_of
-from helpers.files import said
+from helpers.datasets import check_dataset
+from helpers.files import error_message
 
 POINTER = f'version https://git-lfs.github.com/spec/v1\noid sha256:{"a" * 64}\nsize 12345\n'
 YOLO = '0 0.5 0.5 0.2 0.2\n1 0.1 0.1 0.05 0.05\n'
@@ -67,38 +67,38 @@ FOLDERS = {  # what lies in a folder -> what it is called
 def test_unsupported_folders_are_described(kind, tmp_path):
     files, words = FOLDERS[kind]
     lay(tmp_path, *files)
-    assert words in said(detect_tasks, DatasetRequest(str(tmp_path)))
+    assert words in error_message(detect_tasks, DatasetRequest(str(tmp_path)))
 
 
 @pytest.mark.parametrize('name', ['annotations/panoptic_train.json', 'annotations/instances_train.json', 'x.json'])
 def test_panoptic_json_is_recognized(name, tmp_path):
     lay(tmp_path, 'train/a.jpg', (name, PANOPTIC))
-    line = said(read_data, DatasetRequest(str(tmp_path)), 'detection', ('train', 'val'))
+    line = error_message(read_data, DatasetRequest(str(tmp_path)), 'detection', ('train', 'val'))
     assert f'{name} is panoptic JSON' in line and 'use instances_*.json' in line
-    assert f'{name} is panoptic JSON' in said(
+    assert f'{name} is panoptic JSON' in error_message(
         read_data, DatasetRequest(ann_files={'train': str(tmp_path / name)}), 'detection', ()
     )
 
 
 @pytest.fixture
-def mine(tmp_path):
-    toy_shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
-    return tmp_path / 'mine'
+def dataset_root(tmp_path):
+    toy_shapes.write(tmp_path / 'my_data', train=5, val=3, size=64)
+    return tmp_path / 'my_data'
 
 
-def test_lfs_pointers_of_images_are_reported(mine):
-    (mine / 'train/000001.png').write_text(POINTER)
-    (mine / 'labels/train/000002.png').write_text(POINTER)
-    findings = read_data(DatasetRequest(str(mine)), 'detection', ('train', 'val')).report.diagnostics
+def test_lfs_pointers_of_images_are_reported(dataset_root):
+    (dataset_root / 'train/000001.png').write_text(POINTER)
+    (dataset_root / 'labels/train/000002.png').write_text(POINTER)
+    findings = read_data(DatasetRequest(str(dataset_root)), 'detection', ('train', 'val')).report.diagnostics
     assert [(f.code, f.examples) for f in findings.values()] == [('git-lfs-pointer', ['000001.png'])]
-    assert report_of(mine, 'segmentation')[1]['git-lfs-pointer'].examples == ['000001.png', '000002.png']
+    assert check_dataset(dataset_root, 'segmentation')[1]['git-lfs-pointer'].examples == ['000001.png', '000002.png']
 
 
-def test_lfs_pointers_of_json_and_lists_are_errors(mine):
-    (mine / 'annotations/instances_val.json').write_text(POINTER)
-    line = said(read_data, DatasetRequest(str(mine)), 'detection', ('train', 'val'))
+def test_lfs_pointers_of_json_and_lists_are_errors(dataset_root):
+    (dataset_root / 'annotations/instances_val.json').write_text(POINTER)
+    line = error_message(read_data, DatasetRequest(str(dataset_root)), 'detection', ('train', 'val'))
     assert 'instances_val.json: is a Git LFS pointer' in line and 'git lfs pull' in line
-    shutil.rmtree(mine / 'annotations')
-    (mine / 'shapes.json').unlink()  # which would name the classes
-    (mine / 'classes.txt').write_text(POINTER)
-    assert 'classes.txt: is a Git LFS pointer' in said(report_of, mine, 'segmentation')
+    shutil.rmtree(dataset_root / 'annotations')
+    (dataset_root / 'shapes.json').unlink()  # which would name the classes
+    (dataset_root / 'classes.txt').write_text(POINTER)
+    assert 'classes.txt: is a Git LFS pointer' in error_message(check_dataset, dataset_root, 'segmentation')

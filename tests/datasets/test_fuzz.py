@@ -25,7 +25,7 @@ from convnext_dense.datasets.class_names import read_classes
 from convnext_dense.datasets.custom import DatasetRequest, read_data
 from convnext_dense.datasets.diagnostics import RULES
 from convnext_dense.errors import UsageError
-from helpers.files import limited
+from helpers.files import run_limited
 
 SECONDS, GIGABYTES = 300, 3  # of a batch
 SIZES = ((40, 36), (48, 40), (36, 48), (40, 40))
@@ -325,7 +325,7 @@ KINDS_OF_FILES = {'coco': coco_files, 'images': image_files, 'segmentation': seg
 
 @pytest.mark.parametrize('kind, n', [('coco', 150), ('images', 300), ('segmentation', 50)])
 def test_damaged_files(kind, n, tmp_path):
-    ends, _ = limited(KINDS_OF_FILES[kind], tmp_path, 0, n, seconds=SECONDS, gigabytes=GIGABYTES)
+    ends, _ = run_limited(KINDS_OF_FILES[kind], tmp_path, 0, n, seconds=SECONDS, gigabytes=GIGABYTES)
     assert sum(ends.values()) in (n, 2 * n) and len(ends) > 3
 
 
@@ -335,7 +335,7 @@ def test_many_damaged_files(kind, batches, n, tmp_path):
     """Of 60,000 COCO files, 50,000 images that are read as label maps too, 5,000 folders of both."""
     ends, most = Counter(), 0
     for seed in range(1, batches + 1):
-        found, memory = limited(KINDS_OF_FILES[kind], tmp_path, seed, n, seconds=SECONDS, gigabytes=GIGABYTES)
+        found, memory = run_limited(KINDS_OF_FILES[kind], tmp_path, seed, n, seconds=SECONDS, gigabytes=GIGABYTES)
         ends, most = ends + found, max(most, memory)
     print(kind, sum(ends.values()), f'{most / 2**20:.1f} GiB', dict(ends.most_common(12)))
     assert len(ends) > 5

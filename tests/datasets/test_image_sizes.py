@@ -16,11 +16,11 @@ from convnext_dense.datasets import toy_shapes
 from convnext_dense.datasets.custom import DatasetRequest, read_data
 from convnext_dense.datasets.image_sizes import DEFAULT_LIMITS, STRIDE, ResizeLimit, resize_limits, resized, too_thin
 from convnext_dense.models.convnext import ConvNeXt
-from helpers.datasets import CONFIGS, DETECTOR, SEGMENTOR, load, quick, run
+from helpers.datasets import CONFIGS, DETECTOR, SEGMENTOR, load_recipe, quick_options, run
 
 
 def config_of(name):
-    config = load(name)
+    config = load_recipe(name)
     init_default_scope(config.default_scope)
     return config
 
@@ -136,12 +136,12 @@ SIZES = {'line.png': (6000, 1), 'strip.png': (1600, 12), 'column.png': (3, 9000)
 
 
 @pytest.fixture
-def mine(tmp_path):
-    toy_shapes.write(tmp_path / 'mine', train=5, val=3, size=64)
+def dataset_root(tmp_path):
+    toy_shapes.write(tmp_path / 'my_data', train=5, val=3, size=64)
     for split in ('train', 'val'):
         for name, size in SIZES.items():
-            put(tmp_path / 'mine', split, name, *size)
-    return tmp_path / 'mine'
+            put(tmp_path / 'my_data', split, name, *size)
+    return tmp_path / 'my_data'
 
 
 def found(root, task):
@@ -149,9 +149,9 @@ def found(root, task):
     return {(f.split, f.code): f.examples for f in report.diagnostics.values()}
 
 
-def test_thin_images_are_reported(mine):
+def test_thin_images_are_reported(dataset_root):
     """By the recipes of the paper: of both tasks, and of each split."""
-    in_detection, in_segmentation = found(mine, 'detection'), found(mine, 'segmentation')
+    in_detection, in_segmentation = found(dataset_root, 'detection'), found(dataset_root, 'segmentation')
     nothing, stride = 'image-resized-to-zero', 'image-below-stride'
     lines = ['line.png: 6000 x 1 becomes 1333 x 0', 'column.png: 3 x 9000 becomes 0 x 1333']
     assert in_detection['train', nothing] == in_detection['val', nothing] == lines
@@ -166,11 +166,19 @@ def test_thin_images_are_reported(mine):
 
 
 @pytest.mark.parametrize('config', [DETECTOR, SEGMENTOR], ids=['detection', 'segmentation'])
-def test_training_with_thin_images(config, mine, monkeypatch):
+def test_training_with_thin_images(config, dataset_root, monkeypatch):
     """What is left of them is trained on and evaluated on."""
-    monkeypatch.chdir(mine.parent)
+    monkeypatch.chdir(dataset_root.parent)
     length = ['--epochs', 2] if config is DETECTOR else ['--iters', 12]
-    options = ['--work-dir', 'run', *length, '--data', 'mine', '--cfg-options', *quick(f'thin {config.stem}')]
+    options = [
+        '--work-dir',
+        'run',
+        *length,
+        '--data',
+        'my_data',
+        '--cfg-options',
+        *quick_options(f'thin {config.stem}'),
+    ]
     assert run('train.py', config, *options) == 0
-    written = {split: (mine.parent / f'run/data/{split}.json').read_text() for split in ('train', 'val')}
+    written = {split: (dataset_root.parent / f'run/data/{split}.json').read_text() for split in ('train', 'val')}
     assert all('band.png' in text and 'line.png' not in text for text in written.values())

@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from convnext_dense.datasets.class_names import read_classes
 from convnext_dense.errors import UsageError
-from helpers.datasets import report_of
-from helpers.files import limited, said
+from helpers.datasets import check_dataset
+from helpers.files import error_message, run_limited
 
 SIZE = 40
 
@@ -38,7 +38,7 @@ def write(root, *maps, classes=None, palette=False, splits=('train', 'val')):
 
 def advice(root, kind, **request):
     """What is said of a kind, once for all label maps, by which the data are refused."""
-    data, kinds = report_of(root, 'segmentation', **request)
+    data, kinds = check_dataset(root, 'segmentation', **request)
     assert kinds[kind].action == 'error' and (kinds[kind].split, kinds[kind].count) == ('all', 1)
     with pytest.raises(UsageError, match=kind):
         data.report.raise_if_errors()
@@ -67,10 +67,10 @@ def test_single_class_is_an_error(kind, tmp_path):
     write(tmp_path, rows, rows, classes=['crack'])
     text = advice(tmp_path, 'single-class', **request)
     assert text.startswith('crack alone, where the pixels are ') and text.endswith(words)
-    assert 'label-out-of-range' not in report_of(tmp_path, 'segmentation', **request)[1]
+    assert 'label-out-of-range' not in check_dataset(tmp_path, 'segmentation', **request)[1]
     if '2 names' in words:  # as it says
         (tmp_path / 'classes.txt').write_text('background\ncrack')
-        assert not report_of(tmp_path, 'segmentation')[0].report.problems
+        assert not check_dataset(tmp_path, 'segmentation')[0].report.problems
 
 
 def test_single_class_has_no_gradient():
@@ -137,7 +137,7 @@ def test_advice_on_unnamed_labels_fixes_them(kind, tmp_path):
     rows, n, _, _, end = OUT_OF_RANGE[kind]
     write(tmp_path, rows, rows, rows[:1], classes=CAMVID[:n])
     for labels in re.findall('--ignore ([0-9 ]+[0-9]|[0-9])', end):
-        data, kinds = report_of(tmp_path, 'segmentation', ignore_labels=[int(label) for label in labels.split()])
+        data, kinds = check_dataset(tmp_path, 'segmentation', ignore_labels=[int(label) for label in labels.split()])
         assert not {'label-out-of-range', 'single-class'} & set(kinds) and data.classes == CAMVID[:n]
 
 
@@ -160,16 +160,16 @@ def test_masks_of_0_and_255_report_pixel_fractions(n, ignore, tmp_path):
 def test_single_class_in_train_is_reported(tmp_path):
     write(tmp_path, [0, 255], [0], classes=CAMVID[:2], splits=('train',))
     write(tmp_path, [0, 1], classes=CAMVID[:2], splits=('val',))
-    data, kinds = report_of(tmp_path, 'segmentation')
+    data, kinds = check_dataset(tmp_path, 'segmentation')
     assert kinds['single-class-in-train'].examples == ['Sky'] and not data.report.problems
     write(tmp_path, [0, 1], classes=CAMVID[:2], splits=('train',))
-    assert 'single-class-in-train' not in report_of(tmp_path, 'segmentation')[1]
+    assert 'single-class-in-train' not in check_dataset(tmp_path, 'segmentation')[1]
 
 
 def test_ignored_pixels_are_named_as_the_cause(tmp_path):
     write(tmp_path, [0], [0], classes=CAMVID, splits=('train',))
     write(tmp_path, [1, 2], classes=CAMVID, splits=('val',))
-    kinds = report_of(tmp_path, 'segmentation', ignore_labels=[0])[1]
+    kinds = check_dataset(tmp_path, 'segmentation', ignore_labels=[0])[1]
     assert 'mask-all-ignored, 2 (0.png, 1.png)' in kinds['nothing-to-train-on'].examples[0]
 
 
@@ -177,7 +177,7 @@ def test_ignored_pixels_are_named_as_the_cause(tmp_path):
 def test_report_shows_labels_of_first_and_last_class(ignore, words, tmp_path):
     """By which one sees that they are shifted."""
     write(tmp_path, [1, 2], classes=CAMVID[:3])
-    assert words in report_of(tmp_path, 'segmentation', ignore_labels=ignore)[0].report.facts[-1]
+    assert words in check_dataset(tmp_path, 'segmentation', ignore_labels=ignore)[0].report.facts[-1]
 
 
 def test_large_or_damaged_class_files_are_one_line_errors(tmp_path):
@@ -240,11 +240,11 @@ def test_class_files_are_sorted_by_label(name, text, tmp_path):
 def test_labels_to_ignore_are_8_bit(label, tmp_path):
     write(tmp_path, [0, 1], classes=CAMVID)
     with pytest.raises(UsageError, match=r'--ignore .*: labels are 0 to 255'):
-        report_of(tmp_path, 'segmentation', ignore_labels=[label])
+        check_dataset(tmp_path, 'segmentation', ignore_labels=[label])
 
 
 def test_lines_of_many_spaces_take_linear_time(tmp_path):
     """As many as a line may hold, in as many lines as a file may: what was hours takes a second."""
     for line in ['a' + ' ' * 290 + 'b', 'a' + ' ,' * 145 + 'b', '1 ' * 149 + 'x', 'a ' + '1,' * 149]:
         (tmp_path / 'x.txt').write_text('\n'.join([line] * 40000))
-        assert '40,000 classes' in limited(said, read_classes, tmp_path / 'x.txt')
+        assert '40,000 classes' in run_limited(error_message, read_classes, tmp_path / 'x.txt')

@@ -16,8 +16,8 @@ from convnext_dense.datasets.image_resolver import ImageResolver
 from convnext_dense.datasets.layouts import SplitDirs, find_folders, pair_files
 from convnext_dense.datasets.request import split_by_hash
 from convnext_dense.errors import UsageError
-from helpers.datasets import DETECTOR, coco, dump, put_labels, quick, report_of
-from helpers.files import limited
+from helpers.datasets import DETECTOR, check_dataset, load_coco, quick_options, write_json, write_masks
+from helpers.files import run_limited
 
 ENDING, WRITTEN, CASE = 'name-matched-by-suffix', 'name-spelling-mismatch', 'name-case-mismatch'
 MISSING, LEAVES, AMBIGUOUS = 'missing-image', 'name-outside-root', 'ambiguous-name'
@@ -202,7 +202,7 @@ def write_coco(root, names):
         annotations = [dict(id=i, image_id=i, category_id=1, bbox=[5, 5, 20, 20], area=400, iscrowd=0) for i in ids]
         made = [dict(id=i, file_name=name, width=40, height=40) for i, name in ids.items()]
         content = dict(images=made, annotations=annotations, categories=[dict(id=1, name='cat')])
-        dump(content, root / f'annotations/instances_{split}.json')
+        write_json(content, root / f'annotations/instances_{split}.json')
 
 
 def pictures(root, *names):
@@ -214,13 +214,13 @@ def pictures(root, *names):
 def test_respelled_names_are_fixed_and_ambiguous_names_are_errors(tmp_path):
     pictures(tmp_path, *SEQUENCES, 'images/\u00e9.png')
     write_coco(tmp_path, dict(train=['/x/images/seq1/1.png', '/x/images/e\u0301.png'], val=['C:\\y\\seq2\\2.png']))
-    data, found = report_of(tmp_path)
+    data, found = check_dataset(tmp_path)
     paths = [image['file_name'] for split in ('train', 'val') for image in data.splits[split]['images']]
     assert paths == ['images/seq1/1.png', 'images/\u00e9.png', 'images/seq2/2.png']
     assert not data.report.problems and found[ENDING].action == 'fixed'
     assert found[ENDING].examples == ['C:\\y\\seq2\\2.png is images/seq2/2.png']
     write_coco(tmp_path, dict(train=['/x/1.png'], val=['/y/seq2/2.png']))
-    data, found = report_of(tmp_path)
+    data, found = check_dataset(tmp_path)
     assert found[AMBIGUOUS].examples == ['/x/1.png may be images/seq1/1.png or images/seq2/1.png']
     with pytest.raises(UsageError, match='ambiguous-name, 1 .*write names with their folders'):
         data.report.raise_if_errors()
@@ -230,7 +230,7 @@ def test_moved_image_invalidates_the_cache(tmp_path):
     """Where images are found by their endings, all files of the data say where they are."""
     pictures(tmp_path, *SEQUENCES)
     write_coco(tmp_path, dict(train=['/x/images/seq1/1.png'], val=['/y/seq2/2.png']))
-    assert str(tmp_path) in report_of(tmp_path)[0].watched_paths
+    assert str(tmp_path) in check_dataset(tmp_path)[0].watched_paths
     images = ImageResolver(
         tmp_path / 'x.json', tmp_path, ['1.png', '/x/images/seq2/2.png'], image_dir=str(tmp_path / 'images')
     )
@@ -246,7 +246,7 @@ def test_suffix_lookup_is_fast(tmp_path):
     index = FileIndex(names)
     assert index.find_by_suffix('nowhere/image3.png')[0] == 1 and len(index.find_by_suffix('image3.png')[1]) <= 50
     # A search among all of them would take hours.
-    assert limited(lambda: all(index.find_by_suffix(f'home/me/{name}') == (4, [name]) for name in names[::10]))
+    assert run_limited(lambda: all(index.find_by_suffix(f'home/me/{name}') == (4, [name]) for name in names[::10]))
 
 
 def test_folders_are_walked_once(tmp_path, monkeypatch):
@@ -334,40 +334,40 @@ LATIN, JAPANESE = os.fsdecode(b'caf\xe9.png'), '\u65e5\u672c.png'
 
 
 @pytest.fixture
-def foreign(drawn, tmp_path):
+def non_ascii_dataset(toy_dataset, tmp_path):
     """Names beyond ASCII: one is Latin-1 on the disk and UTF-8 in the JSON file, one holds an escape of terminals."""
     names = {'000001.png': LATIN, '000002.png': JAPANESE, '000003.png': '\x1b[31mred.png'}
-    shutil.copytree(drawn, tmp_path / 'mine')
+    shutil.copytree(toy_dataset, tmp_path / 'my_data')
     for old, new in names.items():
         for folder in ('train', 'labels/train'):
-            os.rename(tmp_path / 'mine' / folder / old, tmp_path / 'mine' / folder / new)
-    content = coco(drawn, 'train')
+            os.rename(tmp_path / 'my_data' / folder / old, tmp_path / 'my_data' / folder / new)
+    content = load_coco(toy_dataset, 'train')
     for i in content['images']:
         i['file_name'] = names.get(i['file_name'], i['file_name']).replace(LATIN, 'caf\u00e9.png')
-    dump(content, tmp_path / 'mine/annotations/instances_train.json')
-    return tmp_path / 'mine'
+    write_json(content, tmp_path / 'my_data/annotations/instances_train.json')
+    return tmp_path / 'my_data'
 
 
-def test_latin1_file_names_match_utf8_json(foreign):
-    data, found = report_of(foreign)
+def test_latin1_file_names_match_utf8_json(non_ascii_dataset):
+    data, found = check_dataset(non_ascii_dataset)
     assert {f: found[f].examples for f in found} == {WRITTEN: ['caf\u00e9.png is train/caf\\udce9.png']}
     names = [image['file_name'] for image in data.splits['train']['images']]
     assert names[:3] == [f'train/{LATIN}', f'train/{JAPANESE}', 'train/\x1b[31mred.png']
-    assert all((foreign / name).is_file() for name in names)
+    assert all((non_ascii_dataset / name).is_file() for name in names)
 
 
 @pytest.mark.parametrize('task', ['detection', 'segmentation'])
-def test_all_names_are_located_in_an_ascii_locale(task, foreign, run_tool):
-    done = run_tool('check_data.py', '--task', task, '--data', 'mine', **ASCII)
+def test_all_names_are_located_in_an_ascii_locale(task, non_ascii_dataset, run_tool):
+    done = run_tool('check_data.py', '--task', task, '--data', 'my_data', **ASCII)
     assert done.returncode == 0 and '\x1b' not in done.stdout + done.stderr
     assert 'train: 5 images' in done.stdout and ('name-spelling-mismatch, 2' in done.stdout) is (task == 'detection')
 
 
-def test_training_in_an_ascii_locale(foreign, run_tool):
-    options = ['--work-dir', 'run', '--epochs', 1, '--data', 'mine', '--cfg-options', *quick('ascii')]
+def test_training_in_an_ascii_locale(non_ascii_dataset, run_tool):
+    options = ['--work-dir', 'run', '--epochs', 1, '--data', 'my_data', '--cfg-options', *quick_options('ascii')]
     done = run_tool('train.py', DETECTOR, *options, **ASCII)
     assert done.returncode == 0, done.stderr
-    written = json.loads((foreign.parent / 'run/data/train.json').read_text())
+    written = json.loads((non_ascii_dataset.parent / 'run/data/train.json').read_text())
     assert len(written['images']) == 5 and '\x1b' not in done.stdout + done.stderr
 
 
@@ -388,9 +388,9 @@ def test_undecoded_bytes_are_normalized(written, other):
     assert normalize_spelling(written) == normalize_spelling(other)
 
 
-def test_respelled_masks_are_reported(drawn, tmp_path):
-    put_labels(drawn, 'train', tmp_path / 'images/train', name='{} \u00e9')
-    put_labels(drawn, 'train', tmp_path / 'labels/train', name='{}%20e\u0301')
+def test_respelled_masks_are_reported(toy_dataset, tmp_path):
+    write_masks(toy_dataset, 'train', tmp_path / 'images/train', name='{} \u00e9')
+    write_masks(toy_dataset, 'train', tmp_path / 'labels/train', name='{}%20e\u0301')
     (tmp_path / 'classes.txt').write_text('a\nb\nc\nd\ne')
     data = read_data(DatasetRequest(str(tmp_path)), 'segmentation', ('train', 'val'))
     found = {f.code: f for f in data.report.diagnostics.values()}

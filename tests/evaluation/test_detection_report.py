@@ -19,7 +19,7 @@ from convnext_dense.evaluation.coco_matches import (
     match_at_thresholds,
 )
 from convnext_dense.evaluation.detection_report import DetectionReport, image_errors
-from helpers.datasets import dump
+from helpers.datasets import write_json
 
 CATEGORIES = [dict(id=3, name='cat'), dict(id=7, name='dog'), dict(id=9, name='never, "there"')]
 IDS = [3, 7, 9]
@@ -151,7 +151,7 @@ def tested(tmp_path):
     for annotation in gt:
         x, y, w, h = annotation['bbox']
         annotation['segmentation'] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-    dump(dict(images=images, annotations=gt, categories=CATEGORIES), tmp_path / 'gt.json')
+    write_json(dict(images=images, annotations=gt, categories=CATEGORIES), tmp_path / 'gt.json')
     samples = []
     for i in range(6):
         own = [d for d in dt if d['image_id'] == i]

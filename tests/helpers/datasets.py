@@ -18,7 +18,7 @@ from helpers.paths import ROOT
 TRAIN, VAL = 'annotations/instances_train.json', 'annotations/instances_val.json'
 
 
-def edit(change, file=TRAIN):
+def edit_coco(change, file=TRAIN):
     """Damage by a change of a COCO file's content."""
 
     def damage(root):
@@ -29,7 +29,7 @@ def edit(change, file=TRAIN):
     return damage
 
 
-def report_of(root, task='detection', **request):
+def check_dataset(root, task='detection', **request):
     data = read_data(DatasetRequest(str(root), **request), task, ('train', 'val'))
     return data, {finding.code: finding for finding in data.report.diagnostics.values()}
 
@@ -39,14 +39,14 @@ DETECTOR, SEGMENTOR = CONFIGS / 'demo/mask_rcnn.py', CONFIGS / 'demo/upernet.py'
 N_TRAIN, N_VAL = 5, 3
 
 
-def coco(drawn, split):
-    return json.loads((drawn / f'annotations/instances_{split}.json').read_text())
+def load_coco(toy_dataset, split):
+    return json.loads((toy_dataset / f'annotations/instances_{split}.json').read_text())
 
 
-def put(drawn, split, folder, name='{}', ending='.png'):
+def copy_images(toy_dataset, split, folder, name='{}', ending='.png'):
     """Copy the images of a split, under other names and in other formats, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted((drawn / split).iterdir()):
+    for path in sorted((toy_dataset / split).iterdir()):
         new = folder / (name.format(path.stem) + ending)
         if ending == '.png':
             shutil.copy(path, new)
@@ -54,12 +54,12 @@ def put(drawn, split, folder, name='{}', ending='.png'):
             cv2.imwrite(str(new), cv2.imread(str(path)))
 
 
-def dump(content, path):
+def write_json(content, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
 
 
-def other_categories(content):
+def renumber_categories(content):
     """The same with other ids of categories, in another order."""
     ids = {c['id']: 7 * (10 - c['id']) for c in content['categories']}
     return {
@@ -69,47 +69,47 @@ def other_categories(content):
     }
 
 
-def as_roboflow(drawn, folder):
+def as_roboflow(toy_dataset, folder):
     for split, name in (('train', 'train'), ('val', 'valid')):
-        content = coco(drawn, split)
+        content = load_coco(toy_dataset, split)
         content['categories'] = [dict(id=0, name='shapes', supercategory='none')] + [
             {**c, 'supercategory': 'shapes'} for c in content['categories']
         ]
-        put(drawn, split, folder / name)
-        dump(content, folder / name / '_annotations.coco.json')
+        copy_images(toy_dataset, split, folder / name)
+        write_json(content, folder / name / '_annotations.coco.json')
 
 
-def classes_of(drawn, split, path):
+def class_map(toy_dataset, split, path):
     """The label map of an image as classes: ground 0, ..., 255 on borders."""
-    labels = cv2.imread(str(drawn / 'labels' / split / path), cv2.IMREAD_UNCHANGED)
+    labels = cv2.imread(str(toy_dataset / 'labels' / split / path), cv2.IMREAD_UNCHANGED)
     return np.where(labels == 0, 255, labels.astype(int) - 1).astype(np.uint8)
 
 
-def put_labels(drawn, split, folder, change=lambda classes: classes, name='{}', palette=False):
+def write_masks(toy_dataset, split, folder, change=lambda classes: classes, name='{}', palette=False):
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted((drawn / split).iterdir()):
-        image = Image.fromarray(change(classes_of(drawn, split, path.name)).astype(np.uint8))
+    for path in sorted((toy_dataset / split).iterdir()):
+        image = Image.fromarray(change(class_map(toy_dataset, split, path.name)).astype(np.uint8))
         if palette:
             image.putpalette([i % 256 for i in range(768)])
         image.save(folder / f'{name.format(path.stem)}.png')
 
 
-def as_voc(drawn, folder):
+def as_voc(toy_dataset, folder):
     folder = folder / 'VOC2012'
     (folder / 'ImageSets/Segmentation').mkdir(parents=True)
     for split in ('train', 'val'):
-        put(drawn, split, folder / 'JPEGImages', split + '_{}', '.jpg')
-        put_labels(drawn, split, folder / 'SegmentationClass', name=split + '_{}', palette=True)
-        names = [f'{split}_{path.stem}' for path in sorted((drawn / split).iterdir())]
+        copy_images(toy_dataset, split, folder / 'JPEGImages', split + '_{}', '.jpg')
+        write_masks(toy_dataset, split, folder / 'SegmentationClass', name=split + '_{}', palette=True)
+        names = [f'{split}_{path.stem}' for path in sorted((toy_dataset / split).iterdir())]
         (folder / f'ImageSets/Segmentation/{split}.txt').write_text('\n'.join(names))
-    put(drawn, 'val', folder / 'JPEGImages', 'no_segmentation_{}', '.jpg')
+    copy_images(toy_dataset, 'val', folder / 'JPEGImages', 'no_segmentation_{}', '.jpg')
     return ['--data', folder]
 
 
-def as_folders(drawn, folder):
+def as_folders(toy_dataset, folder):
     """images/ and masks/, with images of all endings and a file of classes."""
     for split in ('train', 'val'):
-        put(drawn, split, folder / 'images' / split, ending='.jpg')
+        copy_images(toy_dataset, split, folder / 'images' / split, ending='.jpg')
         for i, ending in enumerate(('.JPG', '.jpeg', '.png')):
             path = sorted((folder / 'images' / split).glob('*.jpg'))[0]
             if i == 2:
@@ -117,7 +117,7 @@ def as_folders(drawn, folder):
                 path.unlink()
             else:
                 path.rename(path.with_suffix(ending))
-        put_labels(drawn, split, folder / 'masks' / split)
+        write_masks(toy_dataset, split, folder / 'masks' / split)
     (folder / 'classes.txt').write_text('\n'.join(toy_shapes.LABEL_NAMES))
 
 
@@ -134,7 +134,7 @@ def run(tool, *args):
     return 0
 
 
-def quick(name):
+def quick_options(name):
     """Settings that make a training a matter of a second."""
     return [
         *(f'{s}_dataloader.num_workers=0' for s in ('train', 'val', 'test')),
@@ -143,14 +143,14 @@ def quick(name):
     ]  # fmt: skip
 
 
-def load(name):
+def load_recipe(name):
     """A recipe as a tool would have loaded it."""
     config = Config.fromfile(CONFIGS / f'{name}.py')
     config.launcher, config.work_dir = 'none', 'run'
     return config
 
 
-def own(folder, n, sizes=((64, 48), (48, 64), (64, 64)), masks=True):
+def write_dataset(folder, n, sizes=((64, 48), (48, 64), (64, 64)), masks=True):
     """A data set of `n` classes, an object of each somewhere; COCO json and label maps."""
     rng = np.random.RandomState(0)
     names = [f'thing {i}' for i in range(n)]
@@ -171,6 +171,8 @@ def own(folder, n, sizes=((64, 48), (48, 64), (64, 64)), masks=True):
             cv2.imwrite(str(folder / 'images' / split / f'{i}.png'), image)
             Image.fromarray(labels).save(folder / 'masks' / split / f'{i}.png')
         categories = [dict(id=i + 1, name=name) for i, name in enumerate(names)]
-        dump(dict(images=images, annotations=annotations, categories=categories), folder / f'annotations/{split}.json')
+        write_json(
+            dict(images=images, annotations=annotations, categories=categories), folder / f'annotations/{split}.json'
+        )
     (folder / 'classes.txt').write_text('\n'.join(names))
     return names

@@ -11,7 +11,7 @@ from pathlib import Path
 from convnext_dense.errors import UsageError
 
 
-def limited(function, *args, seconds=60, gigabytes=2.0):
+def run_limited(function, *args, seconds=60, gigabytes=2.0):
     """What a function returns in a process of its own, which may take so much time and memory more than this one has.
     A hang, a signal and an exception fail the test."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
@@ -43,7 +43,7 @@ def limited(function, *args, seconds=60, gigabytes=2.0):
     return result
 
 
-def said(function, *args):
+def error_message(function, *args):
     """The one line of a UsageError, or what is returned."""
     try:
         return function(*args)
@@ -52,7 +52,7 @@ def said(function, *args):
         return str(error)
 
 
-def png(width, height, data=b''):
+def png_bytes(width, height, data=b''):
     """The beginning of a grey PNG, or with its data a whole one."""
     header = b'IHDR' + struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0)
     chunks = [header, b'IDAT' + data, b'IEND']
