@@ -31,11 +31,11 @@ def edit(change, *files):
     return do
 
 
-def each(**values):
+def update_annotations(**values):
     return edit(lambda c: [a.update(values) for a in c['annotations']])
 
 
-def other_names(name):
+def rename_categories(name):
     def change(content):
         for category in content['categories']:
             category.update(name=name(category['name']), id=category['id'] + 10)
@@ -61,16 +61,16 @@ def without(pattern):
 
 
 CAUSES = {  # what is done to the data -> what must be in the line that refuses them
-    'names in capitals': (other_names(str.upper), ['val', 'DISC: a class is called disc', 'SQUARE: a class is']),
-    'other names': (other_names('x{}'.format), ['val', 'category-without-class, 4 (xdisc, xsquare)']),
-    'crowds': (each(iscrowd=1), ['crowd-with-polygons']),
+    'names in capitals': (rename_categories(str.upper), ['val', 'DISC: a class is called disc', 'SQUARE: a class is']),
+    'other names': (rename_categories('x{}'.format), ['val', 'category-without-class, 4 (xdisc, xsquare)']),
+    'crowds': (update_annotations(iscrowd=1), ['crowd-with-polygons']),
     'crowds without masks': (edit(boxes_of_crowds), ['crowd, ']),
     'crowds, and one other thing': (edit(mostly_crowds), ['crowd-with-polygons, ', 'box-not-four-numbers, 1']),
     'no annotations': (edit(lambda c: c.update(annotations=[])), ['image-without-annotations, 5']),
     'no images': (edit(lambda c: c.update(annotations=[], images=[])), ['no images']),
     'images of text': (edit(lambda c: c.update(images=['a'])), ['image-without-id-or-name', 'orphan-annotation']),
-    'other images': (each(image_id=99), ['orphan-annotation', 'id 1: image 99']),
-    'other categories': (each(category_id=-1), ['unknown-category', 'id 1: category -1']),
+    'other images': (update_annotations(image_id=99), ['orphan-annotation', 'id 1: image 99']),
+    'other categories': (update_annotations(category_id=-1), ['unknown-category', 'id 1: category -1']),
     'categories true': (
         edit(lambda c: [k.update(id=True) for k in c['categories']]),
         ['without-id-or-name', 'an id that is not true or false'],
@@ -82,20 +82,20 @@ CAUSES = {  # what is done to the data -> what must be in the line that refuses 
 
 @pytest.mark.parametrize('kind', CAUSES)
 def test_error_names_the_causes_of_an_empty_split(kind, dataset_root):
-    change, words = CAUSES[kind]
+    change, message = CAUSES[kind]
     change(dataset_root)
 
-    def refused():
+    def raise_if_errors():
         read_data(DatasetRequest(str(dataset_root)), 'detection', ('train', 'val')).report.raise_if_errors()
 
-    line = error_message(refused)
-    assert line and all(word in line for word in words)
+    line = error_message(raise_if_errors)
+    assert line and all(word in line for word in message)
     assert len(line) < 1000
 
 
 def test_train_and_check_data_report_the_same_error(dataset_root, monkeypatch, capsys):
     monkeypatch.chdir(dataset_root.parent)
-    other_names(str.upper)(dataset_root)
+    rename_categories(str.upper)(dataset_root)
     assert run('check_data.py', '--data', 'my_data', '--task', 'detection') == 1
     finding = next(line for line in capsys.readouterr().out.splitlines() if 'nothing-to-evaluate' in line)
     assert run('train.py', DETECTOR, '--data', 'my_data', '--work-dir', 'run') == 2
@@ -113,10 +113,10 @@ def test_missing_masks_are_named_as_the_cause(dataset_root, monkeypatch, capsys)
 
 
 def test_ignored_masks_are_reported_without_mask_branch(dataset_root):
-    each(segmentation='abc')(dataset_root)
+    update_annotations(segmentation='abc')(dataset_root)
     data = read_data(DatasetRequest(str(dataset_root)), 'detection', ('train', 'val'))
-    found = {f.code: f.examples for f in data.report.diagnostics.values()}
-    assert not data.has_masks and found['mask-ignored'][0] == 'id 1: abc'
+    problems = {f.code: f.examples for f in data.report.diagnostics.values()}
+    assert not data.has_masks and problems['mask-ignored'][0] == 'id 1: abc'
 
 
 @pytest.mark.parametrize('folder', ['train', 'gone'])

@@ -41,14 +41,14 @@ def first(**values):
     return edit_coco(lambda coco: coco['annotations'][0].update(values))
 
 
-def without(key, of='annotations'):
-    return edit_coco(lambda coco: coco[of][0].pop(key))
+def without(key, part='annotations'):
+    return edit_coco(lambda coco: coco[part][0].pop(key))
 
 
-def cut(path, share=0.5):
+def truncate(path, fraction=0.5):
     def damage(root):
         data = (root / path).read_bytes()
-        (root / path).write_bytes(data[: int(share * len(data))])
+        (root / path).write_bytes(data[: int(fraction * len(data))])
 
     return damage
 
@@ -68,12 +68,12 @@ def as_jpeg(root, path, **options):
     return new
 
 
-def cut_jpeg(root):
+def truncated_jpeg(root):
     path = as_jpeg(root, 'train/000001.png')
-    cut(path.relative_to(root), 0.8)(root)
+    truncate(path.relative_to(root), 0.8)(root)
 
 
-def turned_jpeg(root):
+def exif_rotated_jpeg(root):
     """An image that its EXIF turns, of a width and height that differ, annotated as it is stored."""
     exif = Image.Exif()
     exif[274] = 6
@@ -82,14 +82,14 @@ def turned_jpeg(root):
     edit_coco(lambda coco: coco['images'][0].update(file_name='000001.jpg', height=48))(root)
 
 
-def rle(change=lambda rle: rle, **more):
+def rle(change=lambda rle: rle, **extra):
     """The first mask as RLE."""
 
     def damage(coco):
         annotation = coco['annotations'][0]
-        found = coco_mask.merge(coco_mask.frPyObjects(annotation['segmentation'], 64, 64))
-        annotation['segmentation'] = change({'size': [64, 64], 'counts': found['counts'].decode()})
-        annotation.update(more)
+        result = coco_mask.merge(coco_mask.frPyObjects(annotation['segmentation'], 64, 64))
+        annotation['segmentation'] = change({'size': [64, 64], 'counts': result['counts'].decode()})
+        annotation.update(extra)
 
     return edit_coco(damage)
 
@@ -99,17 +99,17 @@ def category_of_val_only(coco):
     coco['annotations'][0]['category_id'] = 9
 
 
-def swapped_names(root):
+def renamed_category(root):
     """A class of train is 'Disc' in val."""
     edit_coco(lambda coco: coco['categories'][0].update(name='Disc'), VAL)(root)
 
 
-def category_twice(coco):
+def duplicate_category(coco):
     coco['categories'].append(dict(id=7, name='disc'))
     coco['annotations'][0]['category_id'] = 7
 
 
-def moved(root):
+def moved_outside_root(root):
     (root.parent / 'secret').mkdir()
     shutil.move(root / 'train/000001.png', root.parent / 'secret/000001.png')
     edit_coco(lambda coco: coco['images'][0].update(file_name='../../secret/000001.png'))(root)
@@ -125,7 +125,7 @@ def in_place_of(path, make):
     return damage
 
 
-def sparse(path):
+def oversized_file(path):
     """A file of a byte more than is read, none of which takes room."""
     path.touch()
     os.truncate(path, 2**30 + 1)
@@ -136,7 +136,7 @@ def huge_png(path):
     path.write_bytes(png_bytes(20000, 20000))
 
 
-def two_cases(root):
+def two_spellings_of_case(root):
     """Two files that both have a name, but for its case."""
     shutil.copy(root / 'train/000001.png', root / 'train/000001.Png')
     (root / 'train/000001.png').rename(root / 'train/000001.PNG')
@@ -164,7 +164,7 @@ def all_as_corners(coco):
         annotation['bbox'] = corners(annotation['bbox'])
 
 
-def again(key, **values):
+def duplicated(key, **values):
     """The first image or annotation once more, with other values."""
     return edit_coco(lambda coco: coco[key].append({**coco[key][0], **values}))
 
@@ -177,18 +177,18 @@ DETECTION = {  # kind: what is done to the data, and what the report names
     'missing-image': (lambda root: (root / 'train/000001.png').unlink(), '000001.png'),
     'empty-file': (lambda root: (root / 'train/000001.png').write_bytes(b''), '000001.png'),
     'not-an-image': (lambda root: (root / 'train/000001.png').write_text('<html>' * 99), '000001.png'),
-    'truncated-image': (cut('train/000001.png'), '000001.png'),
+    'truncated-image': (truncate('train/000001.png'), '000001.png'),
     'name-case-mismatch': (lambda root: (root / 'train/000001.png').rename(root / 'train/000001.PNG'), '000001.PNG'),
-    'exif-rotated-image': (turned_jpeg, '000001.jpg'),
+    'exif-rotated-image': (exif_rotated_jpeg, '000001.jpg'),
     'duplicate-image': (copied('train/000002.png'), 'train/000002.png is train/000001.png'),
     'train-image-in-val': (copied('val/000001.png'), 'val/000001.png is train/000001.png'),
     'image-without-id-or-name': (without('file_name', 'images'), 'id 1'),
-    'duplicate-image-id': (again('images', file_name='000099.png'), '000099.png'),
-    'duplicate-file-name': (again('images', id=99), '000001.png'),
+    'duplicate-image-id': (duplicated('images', file_name='000099.png'), '000099.png'),
+    'duplicate-file-name': (duplicated('images', id=99), '000001.png'),
     'not-a-regular-file': (in_place_of('train/000001.png', os.mkfifo), '000001.png'),
-    'file-too-large': (in_place_of('train/000001.png', sparse), '000001.png'),
+    'file-too-large': (in_place_of('train/000001.png', oversized_file), '000001.png'),
     'image-too-large': (in_place_of('train/000001.png', huge_png), '000001.png'),
-    'name-outside-root': (moved, '../../secret/000001.png'),
+    'name-outside-root': (moved_outside_root, '../../secret/000001.png'),
     'name-spelling-mismatch': (
         lambda root: (root / 'train/000001.png').rename(root / 'train/%30%30%30%30%30%31.png'), '1.png is train/%30',
     ),
@@ -196,7 +196,7 @@ DETECTION = {  # kind: what is done to the data, and what the report names
         edit_coco(lambda c: c['images'][0].update(file_name='/home/me/train/000001.png')),
         '/home/me/train/000001.png is train/000001.png',
     ),
-    'ambiguous-name': (two_cases, '000001.png may be train/000001.PNG or train/000001.Png'),
+    'ambiguous-name': (two_spellings_of_case, '000001.png may be train/000001.PNG or train/000001.Png'),
     'image-size-mismatch': (edit_coco(lambda c: c['images'][0].update(width=65)), '65 x 64, its image 64 x 64'),
     'image-without-size': (without('width', 'images'), '000001.png'),
     'image-without-annotations': (
@@ -205,8 +205,8 @@ DETECTION = {  # kind: what is done to the data, and what the report names
     ),
     'duplicate-category-id': (edit_coco(lambda c: c['categories'].append(dict(id=1, name='star'))), '1 (star)'),
     'category-without-id-or-name': (edit_coco(lambda c: c['categories'].append(dict(id=9))), "{'id': 9}"),
-    'duplicate-category-name': (edit_coco(category_twice), 'disc'),
-    'category-name-mismatch': (swapped_names, '1 is Disc, in train disc'),
+    'duplicate-category-name': (edit_coco(duplicate_category), 'disc'),
+    'category-name-mismatch': (renamed_category, '1 is Disc, in train disc'),
     'category-without-class': (edit_coco(category_of_val_only, VAL), 'star'),
     'class-never-annotated': (edit_coco(lambda c: c['categories'].append(dict(id=9, name='star'))), 'star'),
     'category-id-gaps': (edit_coco(lambda c: c['categories'].append(dict(id=90, name='star'))), '5 ids up to 90'),
@@ -216,7 +216,7 @@ DETECTION = {  # kind: what is done to the data, and what the report names
     'orphan-annotation': (first(image_id=77), 'id 1: image 77'),
     'unknown-category': (first(category_id=77), 'id 1: category 77'),
     'not-an-annotation': (edit_coco(lambda c: c['annotations'].append('text')), 'number'),
-    'duplicate-annotation': (again('annotations', id=99), 'id 99'),
+    'duplicate-annotation': (duplicated('annotations', id=99), 'id 99'),
     'duplicate-annotation-id': (edit_coco(lambda c: c['annotations'][1].update(id=1)), 'id 1'),
     'box-from-mask': (without('bbox'), 'id 1'),
     'crowd': (rle(iscrowd=1), 'id 1'),
@@ -251,11 +251,13 @@ DETECTION = {  # kind: what is done to the data, and what the report names
     'iscrowd-as-text': (first(iscrowd='False'), "id 1: iscrowd 'False'"),
     'iscrowd-invalid': (first(iscrowd=2), 'id 1: iscrowd 2'),
     'nothing-to-evaluate': (edit_coco(lambda c: c.update(annotations=[]), VAL), 'val'),
-    'nothing-to-train-on': (edit_coco(lambda c: c.update(annotations=c['annotations'][:1]) or first_gone(c)), 'train'),
+    'nothing-to-train-on': (
+        edit_coco(lambda c: c.update(annotations=c['annotations'][:1]) or drop_first_box(c)), 'train',
+    ),
 }  # fmt: skip
 
 
-def first_gone(coco):
+def drop_first_box(coco):
     coco['annotations'][0]['bbox'] = [0, 0, -1, 5]
 
 
@@ -274,7 +276,7 @@ def change_labels(change, path='labels/train/000001.png'):
     return damage
 
 
-def strange(labels):
+def invalid_label(labels):
     labels[5, 5] = 77
     return labels
 
@@ -286,26 +288,26 @@ def without_crosses(root):
     change_labels(lambda labels: np.where(np.arange(64) < 9, 5, labels).astype(np.uint8), 'labels/val/000001.png')(root)
 
 
-def of_one_class(root):
+def single_class_in_train(root):
     """All of train is ground or ignored."""
     for path in (root / 'labels/train').iterdir():
         cv2.imwrite(str(path), np.array(Image.open(path)).clip(0, 1))
 
 
-def smeared(root):
+def lossy_mask(root):
     path = root / 'labels/train/000001.png'
     Image.open(path).convert('L').save(path, format='JPEG')
 
 
-def decomposed(root):
+def decomposed_mask_name(root):
     """An image and its label map whose names are of the two Unicode forms."""
     (root / 'train/000001.png').rename(root / 'train/caf\u00e9.png')
     (root / 'labels/train/000001.png').rename(root / 'labels/train/cafe\u0301.png')
 
 
-def two_forms(root):
+def two_unicode_forms(root):
     """Two label maps that an image may have."""
-    decomposed(root)
+    decomposed_mask_name(root)
     shutil.copy(root / 'labels/train/cafe\u0301.png', root / 'labels/train/Caf\u00e9.png')
 
 
@@ -318,26 +320,26 @@ def without_crosses_at_all(root):
 
 SEGMENTATION = {
     'empty-file': (lambda root: (root / 'train/000001.png').write_bytes(b''), '000001.png'),
-    'truncated-image': (cut('train/000001.png'), '000001.png'),
+    'truncated-image': (truncate('train/000001.png'), '000001.png'),
     'duplicate-stem': (
         lambda root: Image.open(root / 'train/000002.png').save(root / 'train/000001.jpg'),
         '000001.png',
     ),
     'unmatched-image': (lambda root: (root / 'labels/train/000001.png').unlink(), '000001.png'),
     'unmatched-mask': (lambda root: (root / 'train/000001.png').unlink(), '000001.png'),
-    'unreadable-mask': (cut('labels/train/000001.png'), '000001.png'),
+    'unreadable-mask': (truncate('labels/train/000001.png'), '000001.png'),
     'not-a-regular-file': (in_place_of('labels/train/000001.png', os.mkfifo), '000001.png'),
-    'file-too-large': (in_place_of('labels/train/000001.png', sparse), '000001.png'),
+    'file-too-large': (in_place_of('labels/train/000001.png', oversized_file), '000001.png'),
     'mask-too-large': (in_place_of('labels/train/000001.png', huge_png), '000001.png'),
-    'mask-lossy-format': (smeared, '000001.png'),
-    'name-spelling-mismatch': (decomposed, 'caf\u00e9 is cafe\u0301'),
-    'ambiguous-name': (two_forms, 'caf\u00e9 may be Caf\u00e9 or cafe\u0301'),
-    'single-class-in-train': (of_one_class, 'ground'),
+    'mask-lossy-format': (lossy_mask, '000001.png'),
+    'name-spelling-mismatch': (decomposed_mask_name, 'caf\u00e9 is cafe\u0301'),
+    'ambiguous-name': (two_unicode_forms, 'caf\u00e9 may be Caf\u00e9 or cafe\u0301'),
+    'single-class-in-train': (single_class_in_train, 'ground'),
     'mask-size-mismatch': (change_labels(lambda labels: labels[:60]), '64 x 60, its image 64 x 64'),
     'mask-all-ignored': (change_labels(lambda labels: labels * 0), '000001.png'),
     'mask-in-color': (change_labels(lambda labels: np.dstack([labels, labels + 1, labels])), '000001.png'),
     'mask-not-8-bit': (change_labels(lambda labels: labels.astype(np.uint16) * 1000), '000001.png'),
-    'label-out-of-range': (change_labels(strange), 'label 77 is used and has no name (under 0.1 % of the'),
+    'label-out-of-range': (change_labels(invalid_label), 'label 77 is used and has no name (under 0.1 % of the'),
     'class-never-annotated': (without_crosses_at_all, 'cross'),
     'class-not-in-train': (without_crosses, 'cross'),
     'train-image-in-val': (copied('val/000001.png'), 'val/000001.png is train/000001.png'),
@@ -369,7 +371,7 @@ def load_all(config):
 @pytest.mark.parametrize('task, kind', CASES)
 def test_each_problem_is_reported_and_handled(dataset_root, monkeypatch, task, kind):
     monkeypatch.chdir(dataset_root.parent)
-    damage, named = dict(detection=DETECTION, segmentation=SEGMENTATION)[task][kind]
+    damage, expected = dict(detection=DETECTION, segmentation=SEGMENTATION)[task][kind]
     clean = {
         (f.split, f.code)
         for f in read_data(DatasetRequest('my_data'), task, ('train', 'val')).report.diagnostics.values()
@@ -377,12 +379,12 @@ def test_each_problem_is_reported_and_handled(dataset_root, monkeypatch, task, k
     assert not clean
     damage(dataset_root)
     data = read_data(DatasetRequest('my_data'), task, ('train', 'val'))
-    found = {f.code: f for f in data.report.diagnostics.values()}
-    assert kind in found, data.report.lines()
-    assert any(named in example for example in found[kind].examples), found[kind]
-    assert found[kind].count == 1 or kind in ('missing-area', 'most-boxes-as-corners')
+    problems = {f.code: f for f in data.report.diagnostics.values()}
+    assert kind in problems, data.report.lines()
+    assert any(expected in example for example in problems[kind].examples), problems[kind]
+    assert problems[kind].count == 1 or kind in ('missing-area', 'most-boxes-as-corners')
     line = next(line for line in data.report.lines() if kind in line)
-    assert line.startswith(RULES[kind].action) and f' {found[kind].split}: ' in line
+    assert line.startswith(RULES[kind].action) and f' {problems[kind].split}: ' in line
     config = load_recipe('demo/mask_rcnn' if task == 'detection' else 'demo/upernet')
     if RULES[kind].action == ERROR:
         with pytest.raises(UsageError, match=f'^data set: .*{re.escape(kind)}'):
@@ -399,13 +401,13 @@ def test_each_problem_is_reported_and_handled(dataset_root, monkeypatch, task, k
 
 def test_each_code_is_tested():
     """At least twenty-five kinds, and none in the table that nothing shows."""
-    tried = {*DETECTION, *SEGMENTATION}
-    elsewhere = {
+    tested = {*DETECTION, *SEGMENTATION}
+    tested_elsewhere = {
         'unreadable-image', 'image-below-32-pixels', 'category-id-mismatch', 'supercategory-as-class',
         'few-masks', 'mask-values-0-and-255', 'missing-box', 'single-class', 'git-lfs-pointer', 'mask-ignored',
         'image-resized-to-zero', 'image-below-stride', 'mask-single-row',
     }  # fmt: skip
-    assert len(tried) >= 25 and set(RULES) == tried | elsewhere
+    assert len(tested) >= 25 and set(RULES) == tested | tested_elsewhere
     assert all(re.fullmatch(r'[a-z0-9]+(-[a-z0-9]+)*', code) for code in RULES)
 
 
@@ -416,8 +418,8 @@ def test_masks_of_0_and_255_are_an_error(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             cv2.imwrite(str(path), image.astype(np.uint8))
     (tmp_path / 'classes.txt').write_text('background\ncrack\n')
-    kinds = kinds_of(read_data(DatasetRequest(str(tmp_path)), 'segmentation', ('train',)).report)
-    assert 'mask-values-0-and-255' in kinds and RULES['mask-values-0-and-255'].action == ERROR
+    codes = codes_of(read_data(DatasetRequest(str(tmp_path)), 'segmentation', ('train',)).report)
+    assert 'mask-values-0-and-255' in codes and RULES['mask-values-0-and-255'].action == ERROR
 
 
 def test_annotations_without_box_and_mask_are_dropped(toy_dataset, tmp_path):
@@ -426,12 +428,12 @@ def test_annotations_without_box_and_mask_are_dropped(toy_dataset, tmp_path):
         tmp_path / 'my_data'
     )
     data = read_data(DatasetRequest(str(tmp_path / 'my_data')), 'detection', ('train',))
-    assert 'missing-box' in kinds_of(data.report) and not data.has_masks
+    assert 'missing-box' in codes_of(data.report) and not data.has_masks
     n = len(json.loads((toy_dataset / TRAIN).read_text())['annotations'])
     assert len(data.splits['train']['annotations']) == n - 1
 
 
-def kinds_of(report):
+def codes_of(report):
     return {finding.code for finding in report.diagnostics.values()}
 
 
@@ -447,7 +449,7 @@ def kinds_of(report):
 def test_dataset_without_trainable_annotations_is_an_error(damage, toy_dataset, tmp_path):
     shutil.copytree(toy_dataset, tmp_path / 'my_data')
     edit_coco(damage)(tmp_path / 'my_data')
-    assert 'nothing-to-train-on' in kinds_of(
+    assert 'nothing-to-train-on' in codes_of(
         read_data(DatasetRequest(str(tmp_path / 'my_data')), 'detection', ('train',)).report
     )
 
@@ -477,7 +479,7 @@ def test_image_that_only_pillow_reads_is_unreadable(dataset_root):
 
 def test_truncated_jpeg_is_detected_without_opencv(dataset_root, monkeypatch):
     """Found whatever OpenCV makes of them."""
-    cut_jpeg(dataset_root)
+    truncated_jpeg(dataset_root)
     monkeypatch.setattr(cv2, 'imdecode', lambda *_: np.zeros((64, 64, 3), np.uint8))
     assert inspect_image(str(dataset_root / 'train/000001.jpg')).problem == 'truncated-image'
 
@@ -490,23 +492,23 @@ def test_image_size_and_exif_match_mmcv(tmp_path, ending, orientation):
     exif[274] = orientation
     path = str(tmp_path / f'x.{ending}')
     Image.fromarray(np.zeros((37, 50, 3), np.uint8)).save(path, exif=exif)
-    seen, read = inspect_image(path), mmcv.imread(path)
-    assert (seen.height, seen.width) == read.shape[:2]
-    assert seen.exif_swapped == (mmcv.imread(path, 'color_ignore_orientation').shape != read.shape)
+    info, pixels = inspect_image(path), mmcv.imread(path)
+    assert (info.height, info.width) == pixels.shape[:2]
+    assert info.exif_swapped == (mmcv.imread(path, 'color_ignore_orientation').shape != pixels.shape)
 
 
 def test_small_images_and_reordered_categories_are_reported(tmp_path):
     write_dataset(tmp_path / 'my_data', 3, sizes=((31, 64), (64, 64), (30, 30)))
-    found = check_dataset(tmp_path / 'my_data')[1]['image-below-32-pixels']
-    assert found.count == 2 and found.examples == ['0.png (31 x 64)', '2.png (30 x 30)']
+    problem = check_dataset(tmp_path / 'my_data')[1]['image-below-32-pixels']
+    assert problem.count == 2 and problem.examples == ['0.png (31 x 64)', '2.png (30 x 30)']
     edit_coco(lambda coco: coco.update(renumber_categories(coco)), 'annotations/val.json')(tmp_path / 'my_data')
     assert check_dataset(tmp_path / 'my_data')[1]['category-id-mismatch'].count == 3
 
 
 def test_supercategory_without_annotations_is_no_class(toy_dataset, tmp_path):
     as_roboflow(toy_dataset, tmp_path / 'my_data')
-    data, found = check_dataset(tmp_path / 'my_data')
-    assert found['supercategory-as-class'].examples == ['shapes'] and 'shapes' not in data.classes
+    data, problems = check_dataset(tmp_path / 'my_data')
+    assert problems['supercategory-as-class'].examples == ['shapes'] and 'shapes' not in data.classes
     edit_coco(lambda coco: coco['annotations'][0].update(category_id=0), 'train/_annotations.coco.json')(
         tmp_path / 'my_data'
     )
@@ -514,13 +516,13 @@ def test_supercategory_without_annotations_is_no_class(toy_dataset, tmp_path):
 
 
 def test_few_masks_are_ignored(dataset_root):
-    def bare(coco):
+    def remove_masks(coco):
         for annotation in coco['annotations'][2:]:
             annotation['segmentation'] = []
 
-    edit_coco(bare)(dataset_root)
-    data, found = check_dataset(dataset_root)
-    assert found['few-masks'].count == 2 and not data.has_masks
+    edit_coco(remove_masks)(dataset_root)
+    data, problems = check_dataset(dataset_root)
+    assert problems['few-masks'].count == 2 and not data.has_masks
     assert not any('segmentation' in annotation for annotation in data.splits['train']['annotations'])
 
 
@@ -536,9 +538,9 @@ def test_report_counts_and_limits_examples(dataset_root):
 
 def test_exif_rotation_follows_the_annotated_sizes(dataset_root):
     """Annotated as turned: nothing to do. As stored: all are read so, in training too."""
-    turned_jpeg(dataset_root)
-    data, found = check_dataset(dataset_root)
-    assert not data.apply_exif and 'exif-rotated-image' in found
+    exif_rotated_jpeg(dataset_root)
+    data, problems = check_dataset(dataset_root)
+    assert not data.apply_exif and 'exif-rotated-image' in problems
     config = load_recipe('demo/mask_rcnn')
     config.work_dir = str(dataset_root.parent / 'run')
     apply_custom_data(config, DatasetRequest(str(dataset_root)))
@@ -546,8 +548,8 @@ def test_exif_rotation_follows_the_annotated_sizes(dataset_root):
         assert config[f'{split}_dataloader'].dataset.pipeline[0].color_type == 'color_ignore_orientation'
     load_all(config)
     edit_coco(lambda coco: coco['images'][0].update(width=48, height=64))(dataset_root)
-    data, found = check_dataset(dataset_root)
-    assert data.apply_exif and 'exif-rotated-image' not in found and data.splits['train']['images'][0]['width'] == 48
+    data, problems = check_dataset(dataset_root)
+    assert data.apply_exif and 'exif-rotated-image' not in problems and data.splits['train']['images'][0]['width'] == 48
 
 
 def test_decoded_rle_runs_match_pycocotools():
@@ -561,7 +563,7 @@ def test_decoded_rle_runs_match_pycocotools():
 
 
 @pytest.mark.parametrize(
-    'text, words',
+    'text, message',
     [
         ('{"images": [', 'instances_train.json is truncated or not valid JSON'),
         ('', 'instances_train.json is truncated or not valid JSON'),
@@ -572,13 +574,13 @@ def test_decoded_rle_runs_match_pycocotools():
         ('{"images": [1, {}], "annotations": [2], "categories": [3]}', 'category-without-id-or-name, 1 (3)'),
     ],
 )
-def test_json_that_is_not_coco_is_an_error(dataset_root, text, words):
+def test_json_that_is_not_coco_is_an_error(dataset_root, text, message):
     (dataset_root / TRAIN).write_text(text)
-    with pytest.raises(UsageError, match=re.escape(words)):
+    with pytest.raises(UsageError, match=re.escape(message)):
         check_dataset(dataset_root)
 
 
-WRONG = {  # what is there -> what it is recognised as
+UNSUPPORTED = {  # what is there -> what it is recognised as
     'YOLO labels': {'labels/train/1.txt': '0 0.5 0.5 0.1 0.1', 'images/train/1.jpg': ''},
     'YOLO labels ': {'data.yaml': 'names: [a]', 'train/labels/1.txt': '', 'train/images/1.jpg': ''},
     'Pascal VOC boxes in XML': {'Annotations/1.xml': '<annotation></annotation>', 'JPEGImages/1.jpg': ''},
@@ -597,10 +599,10 @@ WRONG = {  # what is there -> what it is recognised as
 }
 
 
-@pytest.mark.parametrize('kind', WRONG)
+@pytest.mark.parametrize('kind', UNSUPPORTED)
 def test_unsupported_formats_are_recognized(tmp_path, kind):
     (tmp_path / 'my_data').mkdir()
-    for name, text in WRONG[kind].items():
+    for name, text in UNSUPPORTED[kind].items():
         (tmp_path / 'my_data' / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / 'my_data' / name).write_text(text)
     for task in ('detection', 'segmentation'):
@@ -610,12 +612,12 @@ def test_unsupported_formats_are_recognized(tmp_path, kind):
 
 def test_path_that_is_not_a_folder_is_an_error(tmp_path, dataset_root):
     (tmp_path / 'data.zip').write_text('PK')
-    for path, words in (
+    for path, message in (
         (tmp_path / 'gone', 'does not exist'),
         (tmp_path / 'data.zip', 'is an archive: unpack it'),
         (dataset_root / TRAIN, 'give its folder, or --train-ann'),
     ):
-        with pytest.raises(UsageError, match=words):
+        with pytest.raises(UsageError, match=message):
             check_dataset(path)
 
 
@@ -634,16 +636,16 @@ def test_masks_need_class_names(toy_dataset, tmp_path):
     with pytest.raises(UsageError, match='does not name its classes: give --classes FILE'):
         check_dataset(tmp_path / 'my_data', 'segmentation')
     (tmp_path / 'few.txt').write_text('ground\ndisc\nsquare\ntriangle\n')
-    found = check_dataset(tmp_path / 'my_data', 'segmentation', classes=str(tmp_path / 'few.txt'))[1]
-    assert '--ignore 4, or, if 0 is no class, --ignore 0' in found['label-out-of-range'].examples[0]
-    data, found = check_dataset(
+    problems = check_dataset(tmp_path / 'my_data', 'segmentation', classes=str(tmp_path / 'few.txt'))[1]
+    assert '--ignore 4, or, if 0 is no class, --ignore 0' in problems['label-out-of-range'].examples[0]
+    data, problems = check_dataset(
         tmp_path / 'my_data', 'segmentation', classes=str(tmp_path / 'few.txt'), ignore_labels=[0]
     )
-    assert data.dataset_kwargs['reduce_zero_label'] and not found
-    data, found = check_dataset(
+    assert data.dataset_kwargs['reduce_zero_label'] and not problems
+    data, problems = check_dataset(
         tmp_path / 'my_data', 'segmentation', classes=str(tmp_path / 'few.txt'), ignore_labels=[4]
     )
-    assert data.dataset_kwargs == dict(reduce_zero_label=False, label_map=[[4, 255]]) and not found
+    assert data.dataset_kwargs == dict(reduce_zero_label=False, label_map=[[4, 255]]) and not problems
     (tmp_path / 'twice.txt').write_text('ground\nground\n')
     with pytest.raises(UsageError, match="names 'ground' twice"):
         check_dataset(tmp_path / 'my_data', 'segmentation', classes=str(tmp_path / 'twice.txt'))
@@ -666,9 +668,9 @@ def test_masks_need_class_names(toy_dataset, tmp_path):
 )
 def test_class_file_formats_are_parsed(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    names, colours = read_classes(tmp_path / name)
+    names, colors = read_classes(tmp_path / name)
     assert names == ['a b', 'c']
-    assert colours == ([[1, 2, 3], [4, 5, 6]] if '3' in text else None)
+    assert colors == ([[1, 2, 3], [4, 5, 6]] if '3' in text else None)
 
 
 @pytest.mark.parametrize(
@@ -688,8 +690,8 @@ def test_check_data_tool(dataset_root, capsys, monkeypatch):
     (dataset_root / 'train/000001.png').write_bytes(b'')
     before = {path: path.stat().st_mtime_ns for path in Path('.').rglob('*')}
     assert run('check_data.py', '--data', 'my_data', '--task', 'detection', '--json') == 1
-    found = json.loads(capsys.readouterr().out)
-    assert found['detection']['diagnostics'] == [
+    problems = json.loads(capsys.readouterr().out)
+    assert problems['detection']['diagnostics'] == [
         dict(split='train', code='empty-file', action='dropped', count=1, examples=['000001.png'])
     ]
     assert {path: path.stat().st_mtime_ns for path in Path('.').rglob('*')} == before
@@ -699,7 +701,7 @@ def test_check_data_tool(dataset_root, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'options, words',
+    'options, message',
     [
         (['--strict'], '--strict needs --data PATH'),
         (['--classes', 'voc'], '--classes needs --data PATH'),
@@ -720,22 +722,39 @@ def test_check_data_tool(dataset_root, capsys, monkeypatch):
         (['--data', 'my_data/labels'], 'my_data/labels holds images without annotations'),
     ],
 )
-def test_conflicting_arguments_are_errors(dataset_root, monkeypatch, capsys, options, words):
+def test_conflicting_arguments_are_errors(dataset_root, monkeypatch, capsys, options, message):
     monkeypatch.chdir(dataset_root.parent)
     assert run('train.py', DETECTOR, *options) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith('error: ') and words in line
+    assert line.startswith('error: ') and message in line
 
 
-ODD = (None, True, -1, 0, 1.5, float('nan'), float('inf'), 10**30, '', '1', [], [[]], [None], {}, {'a': 1}, [[1, 2]])
+INVALID_VALUES = (
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    float('nan'),
+    float('inf'),
+    10**30,
+    '',
+    '1',
+    [],
+    [[]],
+    [None],
+    {},
+    {'a': 1},
+    [[1, 2]],
+)
 
 
-def places(value, at=()):
+def iter_paths(value, at=()):
     """All keys and indices of nested dicts and lists."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield (*at, key)
-        yield from places(item, (*at, key))
+        yield from iter_paths(item, (*at, key))
 
 
 @pytest.mark.parametrize('seed', range(60))
@@ -747,13 +766,13 @@ def test_random_values_are_reported_or_one_error(dataset_root, monkeypatch, seed
     content = json.loads((dataset_root / file).read_text())
     content['images'], content['annotations'] = content['images'][:3], content['annotations'][:6]
     for _ in range(3):
-        all_places = [place for place in places(content) if len(place) > 1]
-        *path, last = all_places[rng.randint(len(all_places))]
+        paths = [path_of_keys for path_of_keys in iter_paths(content) if len(path_of_keys) > 1]
+        *path, last = paths[rng.randint(len(paths))]
         holder = content
         for key in path:
             holder = holder[key]
         if rng.randint(4) or isinstance(holder, list):
-            holder[last] = ODD[rng.randint(len(ODD))]
+            holder[last] = INVALID_VALUES[rng.randint(len(INVALID_VALUES))]
         else:
             del holder[last]
     (dataset_root / file).write_text(json.dumps(content))

@@ -46,18 +46,18 @@ from helpers.datasets import (
 )
 
 
-def renamed(content, name):
+def rename_images(content, name):
     return {**content, 'images': [{**i, 'file_name': name.format(i['file_name'])} for i in content['images']]}
 
 
-def both(toy_dataset):
+def merge_splits(toy_dataset):
     """The splits in one file, with ids from 0 as Label Studio writes them."""
     train, val = load_coco(toy_dataset, 'train'), load_coco(toy_dataset, 'val')
     n, prefixes = len(train['images']), ('t_', 'v_')
     images, annotations = [], []
-    for content, prefix, more in zip((train, val), prefixes, (-1, n - 1)):
-        images += [{**i, 'id': i['id'] + more, 'file_name': prefix + i['file_name']} for i in content['images']]
-        annotations += [{**a, 'image_id': a['image_id'] + more} for a in content['annotations']]
+    for content, prefix, offset in zip((train, val), prefixes, (-1, n - 1)):
+        images += [{**i, 'id': i['id'] + offset, 'file_name': prefix + i['file_name']} for i in content['images']]
+        annotations += [{**a, 'image_id': a['image_id'] + offset} for a in content['annotations']]
     annotations = [{**a, 'id': i} for i, a in enumerate(annotations)]
     return dict(images=images, annotations=annotations, categories=train['categories'])
 
@@ -74,7 +74,7 @@ def as_coco_2017(toy_dataset, folder):
 def as_cvat(toy_dataset, folder):
     for split in ('train', 'val'):
         copy_images(toy_dataset, split, folder / 'images/default', split[0] + '_{}')
-    write_json(both(toy_dataset), folder / 'annotations/instances_default.json')
+    write_json(merge_splits(toy_dataset), folder / 'annotations/instances_default.json')
 
 
 def as_cvat_subsets(toy_dataset, folder):
@@ -86,13 +86,13 @@ def as_cvat_subsets(toy_dataset, folder):
 def as_label_studio(toy_dataset, folder):
     for split in ('train', 'val'):
         copy_images(toy_dataset, split, folder / 'images', split[0] + '_{}')
-    write_json(renamed(both(toy_dataset), 'images\\{}'), folder / 'result.json')
+    write_json(rename_images(merge_splits(toy_dataset), 'images\\{}'), folder / 'result.json')
 
 
 def as_label_studio_uploads(toy_dataset, folder):
     for split in ('train', 'val'):
         copy_images(toy_dataset, split, folder / 'images', split[0] + '_{}')
-    write_json(renamed(both(toy_dataset), '/data/upload/1/{}'), folder / 'result.json')
+    write_json(rename_images(merge_splits(toy_dataset), '/data/upload/1/{}'), folder / 'result.json')
 
 
 def as_files(toy_dataset, folder):
@@ -180,7 +180,7 @@ SEGMENTATION = {
 N_CLASSES = {'ADE20K': 150, 'Cityscapes': 19, 'Cityscapes, ids': 19, 'VOC': 21}
 
 
-def written(folder, split):
+def read_cached_split(folder, split):
     return json.loads((folder / f'data/{split}.json').read_text())
 
 
@@ -199,7 +199,7 @@ def objects(content, folder):
 
 
 def expected_objects(toy_dataset, split):
-    return objects(renamed(load_coco(toy_dataset, split), f'{split}/{{}}'), toy_dataset)
+    return objects(rename_images(load_coco(toy_dataset, split), f'{split}/{{}}'), toy_dataset)
 
 
 @pytest.mark.parametrize('layout', DETECTION)
@@ -208,7 +208,7 @@ def test_detection_trains_from_each_layout(toy_dataset, tmp_path, monkeypatch, l
     extra = DETECTION[layout](toy_dataset, tmp_path / 'own data') or ['--data', 'own data']
     options = ['--work-dir', 'run', '--epochs', 1, *extra, '--cfg-options', *quick_options(layout)]
     assert run('train.py', DETECTOR, *options) == 0
-    train, val = (written(tmp_path / 'run', split) for split in ('train', 'val'))
+    train, val = (read_cached_split(tmp_path / 'run', split) for split in ('train', 'val'))
     root = Path(Config.fromfile('run/mask_rcnn.py').train_dataloader.dataset.data_root)
     if layout.startswith(('CVAT', 'Label')) and 'subsets' not in layout:
         assert val['images'] and len(train['images']) + len(val['images']) == N_TRAIN + N_VAL
@@ -234,21 +234,21 @@ def test_segmentation_trains_from_each_layout(toy_dataset, tmp_path, monkeypatch
     config = Config.fromfile('run/upernet.py')
     n = N_CLASSES.get(layout, 5)
     init_default_scope('mmseg')
-    found = []
+    result = []
     for split in ('train', 'val'):
         settings = config[f'{split}_dataloader'].dataset
         assert len(settings.metainfo.classes) == n
         settings.pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
-        found.append(sorted(as_bytes(item) for item in DATASETS.build(settings)))
+        result.append(sorted(as_bytes(item) for item in DATASETS.build(settings)))
     expected = [
         sorted(class_map(toy_dataset, split, path.name).tobytes() for path in (toy_dataset / split).iterdir())
         for split in ('train', 'val')
     ]
     if layout == 'img/, label/':
-        assert sorted(found[0] + found[1]) == sorted(expected[0] + expected[1]) and found[1]
+        assert sorted(result[0] + result[1]) == sorted(expected[0] + expected[1]) and result[1]
         assert config.train_dataloader.dataset.metainfo.palette == toy_shapes.PALETTE
     else:
-        assert found == expected
+        assert result == expected
     weights = torch.load(find_latest_checkpoint('run'), weights_only=False)['state_dict']
     for head in ('decode_head', 'auxiliary_head'):
         assert weights[f'{head}.conv_seg.weight'].shape[0] == n
@@ -259,7 +259,7 @@ def as_bytes(item):
     return item['gt_seg_map'].tobytes()
 
 
-def counts(config):
+def class_counts(config):
     return {head['num_classes'] for head in iter_class_heads(config.model)}
 
 
@@ -285,10 +285,10 @@ def test_train_and_test_with_other_numbers_of_classes(tmp_path, monkeypatch, rec
     checkpoint = find_latest_checkpoint('run')
     content = torch.load(checkpoint, weights_only=False)
     assert list(content['meta']['dataset_meta']['classes']) == names
-    found = {
+    result = {
         key: len(weight) for key, weight in content['state_dict'].items() if re.search('fc_cls.w|logits.w|seg.w', key)
     }
-    assert set(found.values()) == ({n} if 'upernet' in recipe else {n, n + 1})
+    assert set(result.values()) == ({n} if 'upernet' in recipe else {n, n + 1})
     assert run('test.py', CONFIGS / f'{recipe}.py', checkpoint, *options[:4], *options[6:]) == 0
 
 
@@ -299,7 +299,7 @@ def test_paper_recipes_adapt_to_a_custom_dataset(toy_dataset, tmp_path, monkeypa
     assert find_paper_result(config)
     lines = apply_custom_data(config, DatasetRequest(str(toy_dataset)))
     n = 5 if 'upernet' in recipe else 4
-    assert counts(config) == {n} and len(counts(before) & {80, 150}) == 1
+    assert class_counts(config) == {n} and len(class_counts(before) & {80, 150}) == 1
     assert any(f'{n} classes: ' in line for line in lines) and lines[-1] == 'data: no problems found'
     for split in ('train', 'val', 'test'):
         dataset, theirs = (c[f'{split}_dataloader'].dataset for c in (config, before))
@@ -319,7 +319,7 @@ def test_custom_dataset_of_80_classes_is_no_paper_result(tmp_path, monkeypatch):
     write_dataset(tmp_path / 'my_data', 80)
     config = load_recipe('cascade/convnext_t')
     apply_custom_data(config, DatasetRequest('my_data'))
-    assert counts(config) == {80} and find_paper_result(config) is None
+    assert class_counts(config) == {80} and find_paper_result(config) is None
     start = tmp_path / 'run/20260101_000000'
     (start / 'vis_data').mkdir(parents=True)
     (start / 'vis_data/config.py').write_text(config.pretty_text)
@@ -383,7 +383,7 @@ def test_num_classes_is_set_in_all_heads():
         set_num_classes(model, 7)
 
 
-def truth_as_prediction(config):
+def evaluate_ground_truth(config):
     """The metrics of the val truth, of training's labels, held against the evaluator's truth."""
     init_default_scope('mmdet')
     config.val_dataloader.dataset.pipeline = []
@@ -392,8 +392,8 @@ def truth_as_prediction(config):
     for item in dataset:
         boxes = torch.tensor([i['bbox'] for i in item['instances']]).reshape(-1, 4)
         labels = torch.tensor([i['bbox_label'] for i in item['instances']])
-        found = dict(bboxes=boxes, scores=torch.ones(len(boxes)), labels=labels)
-        metric.process({}, [dict(img_id=item['img_id'], ori_shape=(64, 64), pred_instances=found)])
+        result = dict(bboxes=boxes, scores=torch.ones(len(boxes)), labels=labels)
+        metric.process({}, [dict(img_id=item['img_id'], ori_shape=(64, 64), pred_instances=result)])
     return metric.evaluate(len(dataset))
 
 
@@ -403,15 +403,15 @@ def test_evaluation_matches_labels_for_any_category_order(toy_dataset, tmp_path,
     config = load_recipe('demo/mask_rcnn')
     apply_custom_data(config, DatasetRequest('my_data'))
     config.val_evaluator.metric = ['bbox']
-    assert truth_as_prediction(config)['coco/bbox_mAP'] == 1
+    assert evaluate_ground_truth(config)['coco/bbox_mAP'] == 1
     dataset, original = DATASETS.build(config.val_dataloader.dataset), load_coco(toy_dataset, 'val')
-    found = [
+    result = [
         (item['img_id'], toy_shapes.CLASSES[i['bbox_label']], *i['bbox'][:2])
         for item in dataset
         for i in item['instances']
     ]
     names = {c['id']: c['name'] for c in original['categories']}
-    assert sorted(found) == sorted(
+    assert sorted(result) == sorted(
         (a['image_id'], names[a['category_id']], *a['bbox'][:2]) for a in original['annotations']
     )
     train, val = (json.loads(Path(f'my_data/{split}.json').read_text())['categories'] for split in ('train', 'val'))
@@ -436,7 +436,7 @@ def test_boxes_without_masks_remove_the_mask_branch(toy_dataset, tmp_path, monke
     assert run('test.py', DETECTOR, 'trained/epoch_1.pth', '--data', toy_dataset, '--work-dir', 'other') == 2
 
 
-def checkpoint_of(classes, file='trained.pth', part='mask_head'):
+def write_checkpoint(classes, file='trained.pth', part='mask_head'):
     """What a checkpoint says of its data."""
     weights = {f'roi_head.{part}.weight': torch.zeros(1)}
     torch.save(dict(state_dict=weights, meta=dict(dataset_meta=dict(classes=tuple(classes)))), file)
@@ -447,35 +447,35 @@ def test_testing_uses_the_classes_of_the_checkpoint(toy_dataset, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     as_files(toy_dataset, tmp_path / 'my_data')
     config, request = load_recipe('demo/mask_rcnn'), DatasetRequest(ann_files={'val': 'my_data/val.json'})
-    apply_custom_data(config, request, ('test',), checkpoint=checkpoint_of(toy_shapes.CLASSES))
+    apply_custom_data(config, request, ('test',), checkpoint=write_checkpoint(toy_shapes.CLASSES))
     config.val_dataloader.dataset = config.test_dataloader.dataset
     assert list(config.test_dataloader.dataset.metainfo.classes) == list(toy_shapes.CLASSES)
     assert config.test_evaluator.metric == ['bbox', 'segm'] and 'mask_head' in config.model.roi_head
     config.val_evaluator.metric = ['bbox']
-    assert truth_as_prediction(config)['coco/bbox_mAP'] == 1
+    assert evaluate_ground_truth(config)['coco/bbox_mAP'] == 1
     # Of classes that the model does not know nothing is tested; a model of more classes is tested on these.
     config = load_recipe('demo/mask_rcnn')
-    lines = apply_custom_data(config, request, ('test',), checkpoint=checkpoint_of(['disc', 'square', 'star']))
-    assert counts(config) == {3} and any(
+    lines = apply_custom_data(config, request, ('test',), checkpoint=write_checkpoint(['disc', 'square', 'star']))
+    assert class_counts(config) == {3} and any(
         'category-without-class, 2 (cross, triangle): no class of train' in line for line in lines
     )
     # A model of boxes stays one, whatever the data have.
     config = load_recipe('demo/mask_rcnn')
-    apply_custom_data(config, request, ('test',), checkpoint=checkpoint_of(toy_shapes.CLASSES, part='bbox_head'))
+    apply_custom_data(config, request, ('test',), checkpoint=write_checkpoint(toy_shapes.CLASSES, part='bbox_head'))
     assert config.test_evaluator.metric == ['bbox'] and 'mask_head' not in config.model.roi_head
     with pytest.raises(UsageError, match="has 5 classes: ground, .*; the checkpoint's are 2 classes: a, b"):
         apply_custom_data(
-            load_recipe('demo/upernet'), DatasetRequest(str(toy_dataset)), ('test',), checkpoint=checkpoint_of('ab')
+            load_recipe('demo/upernet'), DatasetRequest(str(toy_dataset)), ('test',), checkpoint=write_checkpoint('ab')
         )
 
 
 def test_resuming_with_other_classes_is_an_error(toy_dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for recipe, classes in (('demo/mask_rcnn', toy_shapes.CLASSES), ('demo/upernet', toy_shapes.LABEL_NAMES)):
-        apply_custom_data(load_recipe(recipe), DatasetRequest(str(toy_dataset)), checkpoint=checkpoint_of(classes))
+        apply_custom_data(load_recipe(recipe), DatasetRequest(str(toy_dataset)), checkpoint=write_checkpoint(classes))
         with pytest.raises(UsageError, match='trained.pth was trained on .*; the data set has'):
             apply_custom_data(
-                load_recipe(recipe), DatasetRequest(str(toy_dataset)), checkpoint=checkpoint_of(classes[::-1])
+                load_recipe(recipe), DatasetRequest(str(toy_dataset)), checkpoint=write_checkpoint(classes[::-1])
             )
 
 
@@ -542,8 +542,8 @@ def test_other_ranks_wait_for_local_rank_0(toy_dataset, tmp_path, monkeypatch):
 def test_ranks_wait_only_while_rank_0_is_busy(tmp_path, monkeypatch):
     for name, seconds in dict(POLL_SECONDS=0.01, HEARTBEAT_SECONDS=0.1, STALE_SECONDS=1).items():
         monkeypatch.setattr(cache, name, seconds)
-    looks, prepared = [], cache.load_cached
-    monkeypatch.setattr(cache, 'load_cached', lambda *args: looks.append(time.monotonic()) or prepared(*args))
+    load_times, original = [], cache.load_cached
+    monkeypatch.setattr(cache, 'load_cached', lambda *args: load_times.append(time.monotonic()) or original(*args))
     with ThreadPoolExecutor() as pool:
         with cache.hold_busy_file(str(tmp_path)):
             waiting = pool.submit(cache.wait_for_cache, str(tmp_path), ('key',))
@@ -552,14 +552,16 @@ def test_ranks_wait_only_while_rank_0_is_busy(tmp_path, monkeypatch):
         assert not (tmp_path / cache.BUSY_FILE).exists()
         with pytest.raises(UsageError, match='the first process of this machine has shown no progress for'):
             waiting.result(timeout=60)
-    assert len(looks) < 50  # once a beat, and not a hundred times a second
+    assert len(load_times) < 50  # once a beat, and not a hundred times a second
 
 
 def test_random_validation_split_is_reproducible(toy_dataset, tmp_path, monkeypatch):
     as_label_studio(toy_dataset, tmp_path / 'my_data')
     names = []
-    for share in (0.25, 0.25, 0.5):
-        data = read_data(DatasetRequest(str(tmp_path / 'my_data'), val_fraction=share), 'detection', ('train', 'val'))
+    for fraction in (0.25, 0.25, 0.5):
+        data = read_data(
+            DatasetRequest(str(tmp_path / 'my_data'), val_fraction=fraction), 'detection', ('train', 'val')
+        )
         train, val = ({i['file_name'] for i in data.splits[split]['images']} for split in ('train', 'val'))
         assert not train & val and len(train | val) == N_TRAIN + N_VAL
         names.append(val)
@@ -592,8 +594,8 @@ def test_val_split_without_train_is_tested(toy_dataset, tmp_path):
 def test_given_annotations_take_precedence_over_a_test_split(toy_dataset, tmp_path):
     as_roboflow(toy_dataset, tmp_path / 'my_data')
     shutil.copytree(tmp_path / 'my_data/train', tmp_path / 'my_data/test')
-    given = {'val': str(tmp_path / 'my_data/valid/_annotations.coco.json')}
-    data = read_data(DatasetRequest(str(tmp_path / 'my_data'), ann_files=given), 'detection', ('test',))
+    ann_files = {'val': str(tmp_path / 'my_data/valid/_annotations.coco.json')}
+    data = read_data(DatasetRequest(str(tmp_path / 'my_data'), ann_files=ann_files), 'detection', ('test',))
     assert len(data.splits['test']['images']) == N_VAL
 
 

@@ -28,8 +28,8 @@ from helpers.files import run_limited
 SIZE = 100  # of the images
 
 
-def image(i=1, **more):
-    return dict(id=i, file_name=f'{i}.png', width=SIZE, height=SIZE, **more)
+def image(i=1, **extra):
+    return dict(id=i, file_name=f'{i}.png', width=SIZE, height=SIZE, **extra)
 
 
 def square(box):
@@ -37,9 +37,9 @@ def square(box):
     return [[x, y, x + w, y, x + w, y + h, x, y + h]]
 
 
-def annotation(i=1, box=(20, 30, 40, 20), **more):
-    made = dict(id=i, image_id=1, category_id=1, bbox=list(box), area=box[2] * box[3], iscrowd=0)
-    return {**made, 'segmentation': square(box), **more}
+def annotation(i=1, box=(20, 30, 40, 20), **extra):
+    base = dict(id=i, image_id=1, category_id=1, bbox=list(box), area=box[2] * box[3], iscrowd=0)
+    return {**base, 'segmentation': square(box), **extra}
 
 
 def rle(box, compressed=True):
@@ -59,22 +59,22 @@ def check(annotations, images=None, categories=None, masks=True):
     images = images or [image()]
     content = dict(images=images, annotations=annotations, categories=categories or [dict(id=1, name='cat')])
     content = json.loads(json.dumps(content))
-    report, seen = Report(), {i['file_name']: ImageInfo(SIZE, SIZE) for i in images}
+    report, infos = Report(), {i['file_name']: ImageInfo(SIZE, SIZE) for i in images}
     add = partial(report.add, 'train')
     classes = class_names(content, add)
-    known = match_categories(content, content, classes, add)
-    usable = validate_images(content, {name: ImageLocation(name) for name in seen}, seen, True, ResizeLimit(), add)
-    left = validate_annotations(content, usable, known, masks, 'train', report)
-    return left, {f.code: f.examples for f in report.diagnostics.values()}
+    class_indices = match_categories(content, content, classes, add)
+    usable = validate_images(content, {name: ImageLocation(name) for name in infos}, infos, True, ResizeLimit(), add)
+    valid = validate_annotations(content, usable, class_indices, masks, 'train', report)
+    return valid, {f.code: f.examples for f in report.diagnostics.values()}
 
 
-def alone(**more):
+def check_one(**extra):
     """One odd annotation among sound ones: it, where it is left, and what is said."""
     others = [annotation(i, (5 * i, 40, 20 + i, 30)) for i in range(2, 8)]
-    left, said = check([annotation(1, **more), *others], masks=more.get('segmentation', 1) is not None)
-    first = left[0] if len(left) == 7 else None
-    assert len(left) - (first is not None) == 6
-    return first, said
+    valid, problems = check([annotation(1, **extra), *others], masks=extra.get('segmentation', 1) is not None)
+    first = valid[0] if len(valid) == 7 else None
+    assert len(valid) - (first is not None) == 6
+    return first, problems
 
 
 CROWDS = [  # what is written, whether it is a crowd, None where that is unclear, and whether it is said
@@ -87,16 +87,16 @@ CROWDS = [  # what is written, whether it is a crowd, None where that is unclear
 
 
 @pytest.mark.parametrize('key', ['iscrowd', 'ignore'])
-@pytest.mark.parametrize('value, crowd, is_said', CROWDS)
-def test_iscrowd_is_parsed(key, value, crowd, is_said):
-    left, said = alone(**{key: value})
-    kinds = {kind for kind in said if 'iscrowd' in kind}
+@pytest.mark.parametrize('value, crowd, is_reported', CROWDS)
+def test_iscrowd_is_parsed(key, value, crowd, is_reported):
+    valid, problems = check_one(**{key: value})
+    kinds = {kind for kind in problems if 'iscrowd' in kind}
     if crowd is None:
-        assert left is None and kinds == {'iscrowd-invalid'}
-        assert said['iscrowd-invalid'][0].startswith(f'id 1: {key} ')
+        assert valid is None and kinds == {'iscrowd-invalid'}
+        assert problems['iscrowd-invalid'][0].startswith(f'id 1: {key} ')
     else:
-        assert left['iscrowd'] == crowd and left['iscrowd'] in (0, 1)
-        assert kinds == ({'iscrowd-as-text'} if is_said else set())
+        assert valid['iscrowd'] == crowd and valid['iscrowd'] in (0, 1)
+        assert kinds == ({'iscrowd-as-text'} if is_reported else set())
 
 
 IDS = [  # what is written, and as what it is compared
@@ -112,54 +112,54 @@ def test_ids_are_parsed(value, expected):
     assert parse_id(value) == expected and type(parse_id(value)) is type(expected)
 
 
-FORMS = {'as they are': lambda i: i, 'float': float, 'text': str, 'float as text': lambda i: f'{i}.0'}
+ID_TYPES = {'as they are': lambda i: i, 'float': float, 'text': str, 'float as text': lambda i: f'{i}.0'}
 
 
-@pytest.mark.parametrize('of_images', FORMS)
-@pytest.mark.parametrize('of_categories', FORMS)
-@pytest.mark.parametrize('of_references', FORMS)
-def test_ids_of_different_types_match(of_images, of_categories, of_references):
-    i, c, r = FORMS[of_images], FORMS[of_categories], FORMS[of_references]
+@pytest.mark.parametrize('image_type', ID_TYPES)
+@pytest.mark.parametrize('category_type', ID_TYPES)
+@pytest.mark.parametrize('reference_type', ID_TYPES)
+def test_ids_of_different_types_match(image_type, category_type, reference_type):
+    i, c, r = ID_TYPES[image_type], ID_TYPES[category_type], ID_TYPES[reference_type]
     images = [image(n) | dict(id=i(n)) for n in (3, 4)]
     categories = [dict(id=c(n), name=f'class {n}') for n in (7, 8)]
     annotations = [annotation(r(n), image_id=r(3 + n % 2), category_id=r(7 + n % 2)) for n in range(2)]
-    left, said = check(annotations, images, categories)
-    assert [(a['id'], a['image_id'], a['category_id']) for a in left] == [(1, 3, 1), (2, 4, 2)]
-    assert all(type(a[key]) is int for a in left for key in ('id', 'image_id', 'category_id'))
-    plain = {of_images, of_categories, of_references} == {'as they are'}
-    assert ('id-not-integer' in said) is not plain
-    if of_references == 'text':
+    valid, problems = check(annotations, images, categories)
+    assert [(a['id'], a['image_id'], a['category_id']) for a in valid] == [(1, 3, 1), (2, 4, 2)]
+    assert all(type(a[key]) is int for a in valid for key in ('id', 'image_id', 'category_id'))
+    all_integers = {image_type, category_type, reference_type} == {'as they are'}
+    assert ('id-not-integer' in problems) is not all_integers
+    if reference_type == 'text':
         assert (
-            "id 0: image_id '3'" in ' '.join(said['id-not-integer'])
-            or of_categories != 'as they are'
-            or (of_images != 'as they are')
+            "id 0: image_id '3'" in ' '.join(problems['id-not-integer'])
+            or category_type != 'as they are'
+            or (image_type != 'as they are')
         )
 
 
 @pytest.mark.parametrize('ids', [('a', 'b'), ('a', 2), (1, 2**53 + 1), (-(2**60), 5), ('001', '1'), (1e300, '')])
 def test_unsupported_image_ids_are_renumbered(ids):
     images = [image(i) | dict(id=number) for i, number in enumerate(ids)]
-    left, said = check([annotation(i, image_id=number) for i, number in enumerate(ids)], images)
-    assert [a['image_id'] for a in left] == [1, 2] and said['image-id-renumbered']
+    valid, problems = check([annotation(i, image_id=number) for i, number in enumerate(ids)], images)
+    assert [a['image_id'] for a in valid] == [1, 2] and problems['image-id-renumbered']
 
 
 def test_integer_image_ids_are_kept(tmp_path):
     images = [image(i) for i in (139, 2**53, 0, -5)]
-    left, said = check([annotation(i, image_id=i) for i in (139, 2**53, 0, -5)], images)
-    assert [a['image_id'] for a in left] == [139, 2**53, 0, -5] and not said
+    valid, problems = check([annotation(i, image_id=i) for i in (139, 2**53, 0, -5)], images)
+    assert [a['image_id'] for a in valid] == [139, 2**53, 0, -5] and not problems
 
 
 def test_booleans_are_no_ids():
-    left, said = check([annotation(1, image_id=True), annotation(2, category_id=True), annotation(True)])
-    assert len(left) == 1
-    assert said['orphan-annotation'] == ['id 1: image True']
-    assert said['unknown-category'] == ['id 2: category True']
+    valid, problems = check([annotation(1, image_id=True), annotation(2, category_id=True), annotation(True)])
+    assert len(valid) == 1
+    assert problems['orphan-annotation'] == ['id 1: image True']
+    assert problems['unknown-category'] == ['id 2: category True']
     assert 'image-without-id-or-name' in check([annotation()], [image(), image(2) | dict(id=True)])[1]
 
 
 def test_first_image_of_a_duplicate_id_is_used():
-    left, said = check([annotation()], [image(), image(2) | dict(id='1')])
-    assert said['duplicate-image-id'] == ['2.png'] and left[0]['image_id'] == 1
+    valid, problems = check([annotation()], [image(), image(2) | dict(id='1')])
+    assert problems['duplicate-image-id'] == ['2.png'] and valid[0]['image_id'] == 1
 
 
 def corners(box):
@@ -172,14 +172,14 @@ BOXES = [(20, 30, 40, 20), (5, 5, 10, 50), (50, 60, 30, 30), (0, 0, 30, 20), (40
 
 @pytest.mark.parametrize('masks', ['polygons', 'rle', 'runs'])
 def test_corner_boxes_are_detected_by_masks(masks):
-    made = {'polygons': square, 'rle': rle, 'runs': lambda box: rle(box, compressed=False)}[masks]
-    boxes = [annotation(i, box, bbox=corners(box), segmentation=made(box)) for i, box in enumerate(BOXES)]
-    said = check(boxes)[1]
-    assert said['most-boxes-as-corners'] == ['id 0', 'id 1', 'id 2'] and 'box-as-corners' not in said
+    base = {'polygons': square, 'rle': rle, 'runs': lambda box: rle(box, compressed=False)}[masks]
+    boxes = [annotation(i, box, bbox=corners(box), segmentation=base(box)) for i, box in enumerate(BOXES)]
+    problems = check(boxes)[1]
+    assert problems['most-boxes-as-corners'] == ['id 0', 'id 1', 'id 2'] and 'box-as-corners' not in problems
     others = [(x, y, w - 1, h - n) for n in (1, 2) for x, y, w, h in BOXES]
-    left, said = check([*boxes, *(annotation(9 + i, box, segmentation=made(box)) for i, box in enumerate(others))])
-    assert 'most-boxes-as-corners' not in said and said['box-as-corners'] == ['id 0', 'id 1', 'id 2']
-    assert [tuple(a['bbox']) for a in left] == [(0, 0, 30, 20), *others]  # the first is the same either way
+    valid, problems = check([*boxes, *(annotation(9 + i, box, segmentation=base(box)) for i, box in enumerate(others))])
+    assert 'most-boxes-as-corners' not in problems and problems['box-as-corners'] == ['id 0', 'id 1', 'id 2']
+    assert [tuple(a['bbox']) for a in valid] == [(0, 0, 30, 20), *others]  # the first is the same either way
 
 
 def test_corner_boxes_are_detected_by_areas():
@@ -197,8 +197,8 @@ def test_corner_boxes_are_detected_by_image_borders(area):
     for i, box in enumerate(BOXES):
         x, y, right, bottom = corners(box)
         boxes.append(annotation(i, bbox=[x, y, right, bottom], area=area and right * bottom, segmentation=None))
-    said = check(boxes, masks=False)[1]
-    assert said['most-boxes-as-corners'][0].startswith('id ')
+    problems = check(boxes, masks=False)[1]
+    assert problems['most-boxes-as-corners'][0].startswith('id ')
     reach_out = [b for b in boxes if b['bbox'][0] + b['bbox'][2] > SIZE or b['bbox'][1] + b['bbox'][3] > SIZE]
     inside = [b for b in boxes if b not in reach_out]
     assert len(reach_out) == 3
@@ -213,20 +213,20 @@ def test_corner_boxes_are_detected_by_image_borders(area):
 def test_masks_outweigh_image_borders():
     """Objects that reach out of their image, boxes and masks, whose boxes could be corners."""
     boxes = [annotation(i, (30 + i, 30, 75, 75)) for i in range(6)]
-    left, said = check(boxes)
-    assert len(left) == 6 and set(said) == {'box-partly-outside-image'}
+    valid, problems = check(boxes)
+    assert len(valid) == 6 and set(problems) == {'box-partly-outside-image'}
 
 
 def test_single_corner_box_is_detected():
-    said = check([annotation(1, bbox=corners((20, 30, 40, 20)))])[1]
-    assert 'most-boxes-as-corners' in said
+    problems = check([annotation(1, bbox=corners((20, 30, 40, 20)))])[1]
+    assert 'most-boxes-as-corners' in problems
 
 
 def test_dataset_of_corner_boxes_is_an_error(tmp_path):
     toy_shapes.write(tmp_path / 'my_data', train=5, val=3, size=64)
     edit_coco(lambda c: [a.update(bbox=corners(a['bbox'])) for a in c['annotations']])(tmp_path / 'my_data')
-    data, found = check_dataset(tmp_path / 'my_data')
-    assert found['most-boxes-as-corners'].split == 'train'
+    data, problems = check_dataset(tmp_path / 'my_data')
+    assert problems['most-boxes-as-corners'].split == 'train'
     with pytest.raises(UsageError, match=r'most-boxes-as-corners, .* \(id 1, .*write x, y, width, height'):
         data.report.raise_if_errors()
 
@@ -246,18 +246,18 @@ def test_dataset_of_corner_boxes_is_an_error(tmp_path):
     ((-5, -5, 30, 30), (0, 0, 25, 25), None),
 ])  # fmt: skip
 def test_boxes_are_compared_with_masks(box, mask, kind):
-    left, said = alone(box=box, segmentation=square(mask))
-    kinds = {k for k in said if k.startswith('box-mask-')}
-    assert kinds == ({kind} if kind else set()) and all(said[k] == ['id 1'] for k in kinds)
-    assert (left is None) is (kind == 'box-mask-unrelated')
+    valid, problems = check_one(box=box, segmentation=square(mask))
+    kinds = {k for k in problems if k.startswith('box-mask-')}
+    assert kinds == ({kind} if kind else set()) and all(problems[k] == ['id 1'] for k in kinds)
+    assert (valid is None) is (kind == 'box-mask-unrelated')
 
 
 def test_crowds_are_not_compared_with_boxes():
     """Their masks are of many objects."""
-    left, said = alone(box=(5, 5, 10, 10), segmentation=rle((60, 60, 20, 20)), iscrowd=1, area=9999)
-    assert left['area'] == 9999 and set(said) == {'crowd'}
-    left, said = alone(box=(5, 5, 10, 10), segmentation=rle((60, 60, 20, 20)), iscrowd=1, area=10**400)
-    assert left['area'] == 400 and set(said) == {'crowd', 'implausible-area'}
+    valid, problems = check_one(box=(5, 5, 10, 10), segmentation=rle((60, 60, 20, 20)), iscrowd=1, area=9999)
+    assert valid['area'] == 9999 and set(problems) == {'crowd'}
+    valid, problems = check_one(box=(5, 5, 10, 10), segmentation=rle((60, 60, 20, 20)), iscrowd=1, area=10**400)
+    assert valid['area'] == 400 and set(problems) == {'crowd', 'implausible-area'}
 
 
 AREAS = {  # of a box of 40 x 20 with a mask: what is written, and what is made of it
@@ -284,17 +284,17 @@ AREAS = {  # of a box of 40 x 20 with a mask: what is written, and what is made 
 @pytest.mark.parametrize('kind', AREAS)
 def test_areas_are_compared_with_masks(kind):
     written, mask, area = AREAS[kind]
-    left, said = alone(area=written, segmentation=mask)
-    assert left['area'] == area and type(left['area']) in (int, float)
-    assert ('implausible-area' in said or 'missing-area' in said) is (written != area)
-    assert said.get('implausible-area', ['id 1: '])[0].startswith('id 1: ')
+    valid, problems = check_one(area=written, segmentation=mask)
+    assert valid['area'] == area and type(valid['area']) in (int, float)
+    assert ('implausible-area' in problems or 'missing-area' in problems) is (written != area)
+    assert problems.get('implausible-area', ['id 1: '])[0].startswith('id 1: ')
 
 
 @pytest.mark.parametrize('area, expected', [(800, 800), (1201, 800), (30, 30), (10**400, 800)])
 def test_areas_are_compared_with_boxes(area, expected):
     """What is small may be that of a mask."""
-    left, said = check([annotation(area=area, segmentation=None)], masks=False)
-    assert left[0]['area'] == expected and ('implausible-area' in said) is (area != expected)
+    valid, problems = check([annotation(area=area, segmentation=None)], masks=False)
+    assert valid[0]['area'] == expected and ('implausible-area' in problems) is (area != expected)
 
 
 def test_realistic_annotations_are_unchanged():
@@ -315,14 +315,14 @@ def test_realistic_annotations_are_unchanged():
         if min(box[2:]) >= 1 and pixels:
             annotations.append(annotation(i, tuple(box), area=pixels, segmentation=parts))
     assert len(annotations) > 250
-    left, said = check(annotations)
-    assert not said and [a['area'] for a in left] == [a['area'] for a in annotations]
-    assert [a['segmentation'] for a in left] == [a['segmentation'] for a in annotations]
-    without = [{k: v for k, v in a.items() if k != 'segmentation'} for a in annotations]
-    assert not check(without, masks=False)[1]
+    valid, problems = check(annotations)
+    assert not problems and [a['area'] for a in valid] == [a['area'] for a in annotations]
+    assert [a['segmentation'] for a in valid] == [a['segmentation'] for a in annotations]
+    without_masks = [{k: v for k, v in a.items() if k != 'segmentation'} for a in annotations]
+    assert not check(without_masks, masks=False)[1]
 
 
-STRANGE = {  # what is no value of a field -> what is said
+INVALID_VALUES = {  # what is no value of a field -> what is said
     'box of 400 digits': (dict(bbox=[10**400, 1, 2, 3]), 'box-far-outside-image'),
     'width of 400 digits': (dict(bbox=[1, 1, 10**400, 3]), 'box-far-outside-image'),
     'polygon of 400 digits': (dict(segmentation=[[10**400] * 6]), 'polygon-far-outside-image'),
@@ -348,11 +348,11 @@ STRANGE = {  # what is no value of a field -> what is said
 }
 
 
-@pytest.mark.parametrize('kind', STRANGE)
+@pytest.mark.parametrize('kind', INVALID_VALUES)
 def test_invalid_values_are_reported_with_the_annotation_id(kind):
-    values, expected = STRANGE[kind]
-    left, said = alone(**values)
-    assert left is None and said[expected][0].startswith('id 1')
+    values, expected = INVALID_VALUES[kind]
+    valid, problems = check_one(**values)
+    assert valid is None and problems[expected][0].startswith('id 1')
 
 
 def deep(n):
@@ -366,34 +366,34 @@ def test_deeply_nested_values_are_reported():
     """As deeply as JSON is read."""
     for value in (deep(900), deep(300)):
         for key in ('bbox', 'segmentation', 'area', 'iscrowd', 'id', 'image_id', 'category_id'):
-            left, said = alone(**{key: value})
-            assert (left is None) is (key not in ('area', 'id')) and (said or key == 'id')
-            assert all(len(example) < 600 for examples in said.values() for example in examples)
+            valid, problems = check_one(**{key: value})
+            assert (valid is None) is (key not in ('area', 'id')) and (problems or key == 'id')
+            assert all(len(example) < 600 for examples in problems.values() for example in examples)
 
 
 def test_invalid_category_names_are_reported():
     for name in ('\ud800', 'a\0b', '', ' ', None, ['a'], {}, True):
-        said = check([annotation()], categories=[dict(id=1, name='cat'), dict(id=2, name=name)])[1]
-        assert 'category-without-id-or-name' in said
+        problems = check([annotation()], categories=[dict(id=1, name='cat'), dict(id=2, name=name)])[1]
+        assert 'category-without-id-or-name' in problems
     assert 'category-without-id-or-name' not in check([annotation()], categories=[dict(id=1, name=7)])[1]
 
 
 def test_rle_size_may_be_floats():
     mask = rle((20, 30, 40, 20))
-    left, said = alone(segmentation={**mask, 'size': [100.0, 100.0], 'more': 'text'})
-    assert left['segmentation'] == mask and not said
+    valid, problems = check_one(segmentation={**mask, 'size': [100.0, 100.0], 'more': 'text'})
+    assert valid['segmentation'] == mask and not problems
 
 
-def to_and_fro(height, times):
+def zigzag_polygon(height, times):
     """A polygon of lines through all that an image may have around it, of which pycocotools walks along each pixel."""
     return [[0, 0, 10 * SIZE, height] * times]
 
 
 def test_polygons_with_endless_outlines_are_dropped():
     """pycocotools ends the process, or takes gigabytes: in the check, in training and in the evaluation."""
-    endless = annotation(1, (0, 0, SIZE, 50), segmentation=to_and_fro(50, 100_000), area=9)
-    left, said = run_limited(check, [endless, annotation(2)])
-    assert len(left) == 1 and said['polygon-outline-too-long'] == ['id 1']
+    endless = annotation(1, (0, 0, SIZE, 50), segmentation=zigzag_polygon(50, 100_000), area=9)
+    valid, problems = run_limited(check, [endless, annotation(2)])
+    assert len(valid) == 1 and problems['polygon-outline-too-long'] == ['id 1']
     long = [v for i in range(SIZE) for v in (0, i, SIZE, i + 0.5)]  # as long as one may be in all sense
     assert 'polygon-outline-too-long' not in check([annotation(1, segmentation=[long])])[1]
 
@@ -407,7 +407,7 @@ def test_checks_take_linear_time():
             decode_rle_runs('o' * 4_000_000)
         assert decode_rle_runs('0' * 4_000_000) == [0] * 4_000_000
         several = [annotation(i, segmentation=dict(size=[SIZE, SIZE], counts='o' * 10**6)) for i in range(5)]
-        zigzag = [annotation(i, (0, 0, SIZE, i), segmentation=to_and_fro(i, 2500), area=9) for i in range(50, 55)]
+        zigzag = [annotation(i, (0, 0, SIZE, i), segmentation=zigzag_polygon(i, 2500), area=9) for i in range(50, 55)]
         return len(check(several)[0]), len(check([annotation()], categories=categories)[0]), len(check(zigzag)[0])
 
     assert run_limited(end) == (0, 1, 5)

@@ -30,7 +30,7 @@ def listen(path):
     socket.socket(socket.AF_UNIX).bind(str(path))
 
 
-ODD_FILES = {
+IRREGULAR_FILES = {
     'a pipe': os.mkfifo,
     'a device': lambda path: path.symlink_to('/dev/zero'),
     'a folder': Path.mkdir,
@@ -38,10 +38,10 @@ ODD_FILES = {
 }
 
 
-@pytest.mark.parametrize('what', ODD_FILES)
+@pytest.mark.parametrize('what', IRREGULAR_FILES)
 def test_only_regular_files_are_read(what, tmp_path):
     path = tmp_path / 'odd'
-    ODD_FILES[what](path)
+    IRREGULAR_FILES[what](path)
 
     def problems():
         with pytest.raises(OSError) as caught:
@@ -102,7 +102,7 @@ def test_lists_and_json_must_be_regular_files(name, what, toy_dataset, tmp_path)
     shutil.copytree(toy_dataset, root)
     (root / 'shapes.json').unlink()  # which would name the classes
     (root / name).unlink(missing_ok=True)
-    ODD_FILES[what](root / name)
+    IRREGULAR_FILES[what](root / name)
 
     def end():
         try:
@@ -118,7 +118,7 @@ def test_lists_and_json_must_be_regular_files(name, what, toy_dataset, tmp_path)
 @pytest.mark.parametrize('name', ['a.json', 'train.json', 'a.xml', 'a.csv', 'labels/a.txt', 'a.jpg', 'data.zip', 'a'])
 def test_pipes_and_devices_do_not_block_recognition(name, what, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
-    ODD_FILES[what](tmp_path / name)
+    IRREGULAR_FILES[what](tmp_path / name)
 
     def end():
         return describe_unsupported(tmp_path), error_message(detect_tasks, DatasetRequest(str(tmp_path)))
@@ -132,7 +132,7 @@ def test_image_list_must_be_a_regular_file(what, toy_dataset, tmp_path):
     as_voc(toy_dataset, tmp_path)
     path = tmp_path / 'VOC2012/ImageSets/Segmentation/train.txt'
     path.unlink()
-    ODD_FILES[what](path)
+    IRREGULAR_FILES[what](path)
     assert f'train.txt: is {what}' in run_limited(
         error_message, detect_tasks, DatasetRequest(str(tmp_path / 'VOC2012'))
     )
@@ -140,7 +140,7 @@ def test_image_list_must_be_a_regular_file(what, toy_dataset, tmp_path):
 
 @pytest.mark.parametrize('what', ['a pipe', 'a device', 'a socket'])
 def test_data_path_must_be_a_folder(what, tmp_path):
-    ODD_FILES[what](tmp_path / 'odd')
+    IRREGULAR_FILES[what](tmp_path / 'odd')
     assert 'neither a folder nor a file' in run_limited(
         error_message, detect_tasks, DatasetRequest(str(tmp_path / 'odd'))
     )
@@ -153,8 +153,8 @@ def test_names_outside_the_root_are_not_opened(name, toy_dataset, tmp_path):
     content = load_coco(root, 'train')
     content['images'][0]['file_name'] = name
     write_json(content, root / 'annotations/instances_train.json')
-    found = run_limited(lambda: {f.code: f.examples for f in detection_of(root).report.diagnostics.values()})
-    assert found == {'name-outside-root': [name]}
+    problems = run_limited(lambda: {f.code: f.examples for f in detection_of(root).report.diagnostics.values()})
+    assert problems == {'name-outside-root': [name]}
 
 
 def test_symlinks_are_followed(toy_dataset, tmp_path):
@@ -262,8 +262,8 @@ def test_walk_is_sorted_and_limits_visits(tmp_path):
     (tmp_path / 'my_data/c').symlink_to('../away/real')
     (tmp_path / 'my_data/d').symlink_to('../away/real')
     root = str(tmp_path / 'my_data')
-    found = [(os.path.relpath(folder, root), names) for folder, names in walk(root)]
-    assert found == [
+    result = [(os.path.relpath(folder, root), names) for folder, names in walk(root)]
+    assert result == [
         ('.', ['0']), ('a', ['4']), ('a/.hidden', ['3']), ('b', ['1', '2']), ('c', ['5']), ('d', ['5']),
     ]  # fmt: skip
     assert [os.path.relpath(folder, root) for folder, _ in walk(root, depth=1)] == ['.']
@@ -312,7 +312,7 @@ def test_invalid_cache_is_ignored(tmp_path):
         assert load_cached(str(tmp_path), ('key',)) is None
 
 
-def grey_png(path, width, height):
+def gray_png(path, width, height):
     """A whole PNG of zeros, which takes a thousandth of its pixels."""
     compressor, row = zlib.compressobj(9), bytes(1 + width)
     data = b''.join(compressor.compress(row) for _ in range(height)) + compressor.flush()
@@ -323,51 +323,51 @@ def test_huge_images_are_rejected_by_their_header(tmp_path, monkeypatch):
     """And those of Pillow's limit are still read."""
     width = 32767
     for function in (inspect_image, inspect_mask):
-        grey_png(tmp_path / 'huge.png', width, width)
+        gray_png(tmp_path / 'huge.png', width, width)
         assert run_limited(function, str(tmp_path / 'huge.png'), gigabytes=0.5).problem.endswith('-too-large')
         with monkeypatch.context() as patch:
             patch.setattr(Image, 'MAX_IMAGE_PIXELS', None)  # as some libraries do
             assert run_limited(function, str(tmp_path / 'huge.png'), gigabytes=0.5).problem.endswith('-too-large')
-        grey_png(tmp_path / 'large.png', 16384, MAX_PIXELS // 16384)
-        found = run_limited(function, str(tmp_path / 'large.png'), gigabytes=2.5)
-        assert (found.width, found.height, found.problem) == (16384, MAX_PIXELS // 16384, None)
-        grey_png(tmp_path / 'large.png', 16384, MAX_PIXELS // 16384 + 1)
+        gray_png(tmp_path / 'large.png', 16384, MAX_PIXELS // 16384)
+        result = run_limited(function, str(tmp_path / 'large.png'), gigabytes=2.5)
+        assert (result.width, result.height, result.problem) == (16384, MAX_PIXELS // 16384, None)
+        gray_png(tmp_path / 'large.png', 16384, MAX_PIXELS // 16384 + 1)
         assert run_limited(function, str(tmp_path / 'large.png'), gigabytes=0.5).problem.endswith('-too-large')
 
 
 def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
     """Whether it is their pixels, their bytes or a header that Pillow does not know, that makes them large."""
-    at_once, most, lock = 0, 0, threading.Lock()
+    concurrent, max_concurrent, lock = 0, 0, threading.Lock()
     decode = check_images.cv2.imdecode
 
-    def counted(*args):
-        nonlocal at_once, most
+    def count_concurrent(*args):
+        nonlocal concurrent, max_concurrent
         with lock:
-            at_once += 1
-            most = max(most, at_once)
+            concurrent += 1
+            max_concurrent = max(max_concurrent, concurrent)
         threading.Event().wait(0.05)
         result = decode(*args)
         with lock:
-            at_once -= 1
+            concurrent -= 1
         return result
 
-    monkeypatch.setattr(check_images.cv2, 'imdecode', counted)
+    monkeypatch.setattr(check_images.cv2, 'imdecode', count_concurrent)
     monkeypatch.setattr(check_images, 'n_threads', lambda: 8)
     paths = [str(tmp_path / f'{n}.png') for n in range(8)]
     for path in paths:
         Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(path)
 
-    def at_most():
-        nonlocal most
-        most = 0
-        assert not any(seen.problem for seen in check_images.inspect_all(inspect_image, paths, 'images').values())
-        return most
+    def measure_concurrency():
+        nonlocal max_concurrent
+        max_concurrent = 0
+        assert not any(info.problem for info in check_images.inspect_all(inspect_image, paths, 'images').values())
+        return max_concurrent
 
-    assert at_most() > 1
+    assert measure_concurrency() > 1
     for limit, value in (('LARGE_PIXELS', 2499), ('LARGE_BYTES', 50), ('FORMATS', ('PCX',))):
         with monkeypatch.context() as patch:
             patch.setattr(check_images, limit, value)
-            assert at_most() == 1, limit
+            assert measure_concurrency() == 1, limit
 
 
 def test_pixel_limit_applies_to_images_unknown_to_pillow(tmp_path, monkeypatch):
@@ -443,8 +443,8 @@ def test_lossy_masks_are_an_error(name, options, tmp_path):
 ])  # fmt: skip
 def test_lossless_masks_are_read(name, options, tmp_path):
     Image.fromarray(np.eye(64, dtype=np.uint8)).save(tmp_path / 'x.png', format=name, **options)
-    found = inspect_mask(str(tmp_path / 'x.png'))
-    assert found.problem is None and found.counts[:3].tolist() == [64 * 63, 64, 0]
+    result = inspect_mask(str(tmp_path / 'x.png'))
+    assert result.problem is None and result.counts[:3].tolist() == [64 * 63, 64, 0]
     Image.fromarray(np.eye(64, dtype=np.uint8)).save(tmp_path / 'x.webp', lossless=True)
     assert inspect_mask(str(tmp_path / 'x.webp')).problem == 'mask-in-color'  # WebP has no others
 

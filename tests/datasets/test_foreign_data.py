@@ -25,7 +25,7 @@ PANOPTIC = json.dumps(
 )
 
 
-def lay(root, *files):
+def write_files(root, *files):
     """Images of these names, and files of these texts."""
     for name, text in (file if isinstance(file, tuple) else (file, None) for file in files):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,9 @@ def lay(root, *files):
             (root / name).write_text(text)
 
 
-SEGNET = [f'{split}{more}/{i}.png' for split in ('train', 'val', 'test') for more in ('', 'annot') for i in range(2)]
+SEGNET = [
+    f'{split}{suffix}/{i}.png' for split in ('train', 'val', 'test') for suffix in ('', 'annot') for i in range(2)
+]
 FOLDERS = {  # what lies in a folder -> what it is called
     'YOLO beside images': (['a.jpg', ('a.txt', YOLO)], 'YOLO labels (a.txt)'),
     'YOLO and its classes': (['a.jpg', ('a.txt', YOLO), ('classes.txt', 'cat\ndog')], 'YOLO labels (a.txt)'),
@@ -65,14 +67,14 @@ FOLDERS = {  # what lies in a folder -> what it is called
 
 @pytest.mark.parametrize('kind', FOLDERS)
 def test_unsupported_folders_are_described(kind, tmp_path):
-    files, words = FOLDERS[kind]
-    lay(tmp_path, *files)
-    assert words in error_message(detect_tasks, DatasetRequest(str(tmp_path)))
+    files, message = FOLDERS[kind]
+    write_files(tmp_path, *files)
+    assert message in error_message(detect_tasks, DatasetRequest(str(tmp_path)))
 
 
 @pytest.mark.parametrize('name', ['annotations/panoptic_train.json', 'annotations/instances_train.json', 'x.json'])
 def test_panoptic_json_is_recognized(name, tmp_path):
-    lay(tmp_path, 'train/a.jpg', (name, PANOPTIC))
+    write_files(tmp_path, 'train/a.jpg', (name, PANOPTIC))
     line = error_message(read_data, DatasetRequest(str(tmp_path)), 'detection', ('train', 'val'))
     assert f'{name} is panoptic JSON' in line and 'use instances_*.json' in line
     assert f'{name} is panoptic JSON' in error_message(

@@ -30,7 +30,7 @@ from helpers.files import run_limited
 SECONDS, GIGABYTES = 300, 3  # of a batch
 SIZES = ((40, 36), (48, 40), (36, 48), (40, 40))
 DEEP = 'a value that is nested deeply'  # which json would not write
-STRANGE = [
+INVALID_VALUES = [
     None, True, False, 0, 1, -1, 2, 0.0, 1.0, 1.5, -0.5, 5e-324, 1e308, float('nan'), float('inf'), float('-inf'),
     10**30, 10**400, -(10**400), 2**31, 2**53 + 1, 2**64, '', ' ', '0', '1', '1.0', '007', 'false', 'true', 'nan',
     'a\0b', '\ud800', '\udce9', 'caf\u00e9', 'a\nb', 'x' * 3000, '..', '../..', '../train/0.png', '/', '/dev/zero',
@@ -57,11 +57,11 @@ def base(root):
             mask = np.zeros((height, width), np.uint8, order='F')
             mask[4:20, 6:30] = 1
             packed = coco_mask.encode(mask)['counts'].decode()
-            ends = np.flatnonzero(np.diff(np.r_[0, mask.ravel('F'), 2]))
+            outcomes = np.flatnonzero(np.diff(np.r_[0, mask.ravel('F'), 2]))
             for segmentation in (
                 [[6, 4, 30, 4, 30, 20, 6, 20]],
                 dict(size=[height, width], counts=packed),
-                dict(size=[height, width], counts=np.diff(np.r_[0, ends]).tolist()),
+                dict(size=[height, width], counts=np.diff(np.r_[0, outcomes]).tolist()),
             ):
                 number = len(annotations)
                 annotation = dict(id=number, image_id=i, category_id=1 + number % 3, bbox=[6, 4, 24, 16], area=384)
@@ -71,11 +71,11 @@ def base(root):
     return contents
 
 
-def places(value, at=()):
+def iter_paths(value, prefix=()):
     """All keys and indices of nested dicts and lists, those of the outermost included."""
     for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield (*at, key)
-        yield from places(item, (*at, key))
+        yield (*prefix, key)
+        yield from iter_paths(item, (*prefix, key))
 
 
 def holder_of(content, place):
@@ -87,14 +87,14 @@ def holder_of(content, place):
 def damaged_content(content, rng):
     """COCO's content with some values replaced, dropped, repeated, wrapped or exchanged."""
     content = json.loads(json.dumps(content))
-    there = list(places(content))
+    paths = list(iter_paths(content))
     for _ in range(rng.randint(1, 5)):
-        place, other = (there[rng.randint(len(there))] for _ in range(2))
+        place, other = (paths[rng.randint(len(paths))] for _ in range(2))
         try:
             holder, key, value = holder_of(content, place), place[-1], holder_of(content, place)[place[-1]]
             action = rng.randint(12)
             if action < 7:
-                holder[key] = STRANGE[rng.randint(len(STRANGE))]
+                holder[key] = INVALID_VALUES[rng.randint(len(INVALID_VALUES))]
             elif action == 7:
                 del holder[key]
             elif action == 8:
@@ -113,8 +113,8 @@ def damaged_content(content, rng):
 def text_of(content, rng):
     """A COCO file, at times with damage to its bytes."""
     depth = (10, 500, 900, 990, 5000, 10**6)[rng.randint(6)]
-    deep = ('[' * depth + ']' * depth, '{"a":' * depth + '1' + '}' * depth)[rng.randint(2)]
-    data = json.dumps(content).replace(f'"{DEEP}"', deep).encode()
+    nested = ('[' * depth + ']' * depth, '{"a":' * depth + '1' + '}' * depth)[rng.randint(2)]
+    data = json.dumps(content).replace(f'"{DEEP}"', nested).encode()
     return damaged_bytes(data, rng) if rng.randint(8) == 0 else data
 
 
@@ -125,20 +125,20 @@ def damaged_bytes(data, rng, head=0):
         if not data:
             break
         end = min(len(data), head) if head and rng.randint(3) else len(data)
-        at, n = rng.randint(end), rng.randint(1, 40)
+        prefix, n = rng.randint(end), rng.randint(1, 40)
         action = rng.randint(8)
         if action < 3:
-            data[at] ^= 1 << rng.randint(8)
+            data[prefix] ^= 1 << rng.randint(8)
         elif action == 3:
-            data[at : at + 1] = bytes([rng.randint(256)])
+            data[prefix : prefix + 1] = bytes([rng.randint(256)])
         elif action == 4:
-            data[at : at + n] = (b'\0', b'\xff')[rng.randint(2)] * n
+            data[prefix : prefix + n] = (b'\0', b'\xff')[rng.randint(2)] * n
         elif action == 5:
-            data[at:at] = data[at : at + n]
+            data[prefix:prefix] = data[prefix : prefix + n]
         elif action == 6:
-            del data[at : at + n]
+            del data[prefix : prefix + n]
         elif rng.randint(4) == 0:
-            del data[at:]
+            del data[prefix:]
     return bytes(data)
 
 
@@ -164,9 +164,9 @@ def assert_sound(data, root):
             assert_sound_annotation(annotation, images[annotation['image_id']], len(names), data.has_masks)
 
 
-def assert_sound_annotation(annotation, image, n_classes, with_mask):
+def assert_sound_annotation(annotation, image, num_classes, with_mask):
     width, height = image['width'], image['height']
-    assert type(annotation['category_id']) is int and 1 <= annotation['category_id'] <= n_classes
+    assert type(annotation['category_id']) is int and 1 <= annotation['category_id'] <= num_classes
     assert type(annotation['iscrowd']) is int and annotation['iscrowd'] in (0, 1)
     x, y, w, h = annotation['bbox']
     for value in (x, y, w, h, annotation['area']):
@@ -185,7 +185,7 @@ def assert_sound_annotation(annotation, image, n_classes, with_mask):
         assert decoded.shape[:2] == (height, width)
 
 
-def end_of(read, *args):
+def outcome_of(read, *args):
     """How reading ends: with data, or in the one line of a UsageError."""
     try:
         return read(*args)
@@ -196,23 +196,25 @@ def end_of(read, *args):
 
 def coco_files(root, seed, n):
     """Damage and read `n` COCO files; how many ended how."""
-    rng, ends, root = np.random.RandomState(seed), Counter(), root / f'coco{seed}'
+    rng, outcomes, root = np.random.RandomState(seed), Counter(), root / f'coco{seed}'
     contents = base(root)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a line for each
     for _ in range(n):
         for name, content in contents.items():
-            odd = damaged_content(content, rng) if name == 'train.json' or rng.randint(4) == 0 else content
-            (root / name).write_bytes(text_of(odd, rng) if odd is not content else json.dumps(content).encode())
-        data = end_of(read_data, DatasetRequest(str(root)), 'detection', ('train', 'val'))
+            damaged = damaged_content(content, rng) if name == 'train.json' or rng.randint(4) == 0 else content
+            (root / name).write_bytes(text_of(damaged, rng) if damaged is not content else json.dumps(content).encode())
+        data = outcome_of(read_data, DatasetRequest(str(root)), 'detection', ('train', 'val'))
         if isinstance(data, str):
-            ends[data] += 1
+            outcomes[data] += 1
         else:
             assert_sound(data, root)
-            ends['refused' if data.report.by_action('error') else 'left out' if data.report.problems else 'read'] += 1
-    return ends, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            outcomes[
+                'refused' if data.report.by_action('error') else 'left out' if data.report.problems else 'read'
+            ] += 1
+    return outcomes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def pictures(rng):
+def encoded_images(rng):
     """Images and label maps of all formats and modes, as bytes."""
     labels = np.repeat(rng.randint(0, 5, (6, 8)), 6, 0).repeat(6, 1).astype(np.uint8)
     colors = rng.randint(0, 256, (36, 48, 3)).astype(np.uint8)
@@ -220,7 +222,7 @@ def pictures(rng):
     palette.putpalette([n % 256 for n in range(768)])
     exif = Image.Exif()
     exif[274] = 6
-    made = [
+    variants = [
         (Image.fromarray(labels), 'PNG', {}), (Image.fromarray(labels), 'TIFF', dict(compression='tiff_lzw')),
         (Image.fromarray(labels), 'BMP', {}), (Image.fromarray(labels), 'GIF', {}), (palette, 'PNG', {}),
         (Image.fromarray(labels.astype(np.uint16)), 'PNG', {}), (Image.fromarray(labels > 2), 'PNG', {}),
@@ -231,10 +233,10 @@ def pictures(rng):
         (Image.fromarray(colors), 'JPEG', dict(progressive=True)),
         (Image.fromarray(colors), 'TIFF', dict(compression='jpeg')), (Image.fromarray(colors[..., 0]), 'JPEG', {}),
     ]  # fmt: skip
-    return [saved(*args) for args in made]
+    return [encode(*args) for args in variants]
 
 
-def saved(image, name, options):
+def encode(image, name, options):
     path = Path(f'fuzz{os.getpid()}.image')
     image.save(path, format=name, **options)
     data = path.read_bytes()
@@ -253,26 +255,26 @@ def other_size(data, rng):
 def image_files(root, seed, n):
     """Damage and read `n` images and label maps."""
     os.chdir(root)
-    rng, ends, path = np.random.RandomState(seed), Counter(), root / f'{seed}.png'
+    rng, outcomes, path = np.random.RandomState(seed), Counter(), root / f'{seed}.png'
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # warnings of libraries
-    whole = pictures(rng)
+    originals = encoded_images(rng)
     for _ in range(n):
-        data = whole[rng.randint(len(whole))]
+        data = originals[rng.randint(len(originals))]
         if data.startswith(b'\x89PNG') and rng.randint(20) == 0:
             data = other_size(data, rng)
         path.write_bytes(damaged_bytes(data, rng, head=100))
-        seen, labels = inspect_image(str(path)), inspect_mask(str(path))
-        for found in (seen, labels):
-            assert found.problem in RULES if found.problem else 0 < found.width * found.height <= MAX_PIXELS
-            ends[found.problem or 'read'] += 1
-        if not seen.problem:
-            assert mmcv.imread(str(path)).shape[:2] == (seen.height, seen.width)
+        info, labels = inspect_image(str(path)), inspect_mask(str(path))
+        for result in (info, labels):
+            assert result.problem in RULES if result.problem else 0 < result.width * result.height <= MAX_PIXELS
+            outcomes[result.problem or 'read'] += 1
+        if not info.problem:
+            assert mmcv.imread(str(path)).shape[:2] == (info.height, info.width)
         if not labels.problem:
             with Image.open(path) as image:
                 values = np.array(image).squeeze()
             assert values.shape == (labels.height, labels.width)
             assert np.array_equal(np.bincount(values.astype(np.uint8).ravel(), minlength=256), labels.counts)
-    return ends, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return outcomes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 LISTS = {
@@ -285,57 +287,57 @@ LISTS = {
 
 def segmentation_folders(root, seed, n):
     """Damage and read `n` folders of images, label maps, a list of images and one of classes."""
-    rng, ends, root = np.random.RandomState(seed), Counter(), root / f'masks{seed}'
+    rng, outcomes, root = np.random.RandomState(seed), Counter(), root / f'masks{seed}'
     folders = [root / name for name in ('JPEGImages', 'SegmentationClass', 'ImageSets/Segmentation')]
     for folder in folders:
         folder.mkdir(parents=True)
     os.chdir(root)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     labels = [np.repeat(rng.randint(0, 3, (6, 8)), 6, 0).repeat(6, 1).astype(np.uint8) for _ in range(4)]
-    maps = [saved(Image.fromarray(of), 'PNG', {}) for of in labels]
-    images = [saved(Image.fromarray(rng.randint(0, 256, (36, 48, 3)).astype(np.uint8)), 'JPEG', {}) for _ in range(4)]
+    maps = [encode(Image.fromarray(part), 'PNG', {}) for part in labels]
+    images = [encode(Image.fromarray(rng.randint(0, 256, (36, 48, 3)).astype(np.uint8)), 'JPEG', {}) for _ in range(4)]
     names = '\n'.join(map(str, range(4))).encode()
     for _ in range(n):
-        odd = rng.randint(4, size=4)
+        damaged = rng.randint(4, size=4)
         for i in range(4):
-            for folder, ending, whole, which in zip(folders, ('jpg', 'png'), (images, maps), odd):
-                data = damaged_bytes(whole[i], rng, head=60) if which == 0 and i == 1 else whole[i]
+            for folder, ending, originals, which in zip(folders, ('jpg', 'png'), (images, maps), damaged):
+                data = damaged_bytes(originals[i], rng, head=60) if which == 0 and i == 1 else originals[i]
                 (folder / f'{i}.{ending}').write_bytes(data)
-        (folders[2] / 'train.txt').write_bytes(damaged_bytes(names, rng) if odd[2] == 0 else names)
-        name = list(LISTS)[rng.randint(len(LISTS))] if odd[3] == 0 else 'a.txt'
-        (root / name).write_bytes(damaged_bytes(LISTS[name].encode(), rng) if odd[3] == 0 else LISTS[name].encode())
-        classes = end_of(read_classes, root / name)
+        (folders[2] / 'train.txt').write_bytes(damaged_bytes(names, rng) if damaged[2] == 0 else names)
+        name = list(LISTS)[rng.randint(len(LISTS))] if damaged[3] == 0 else 'a.txt'
+        (root / name).write_bytes(damaged_bytes(LISTS[name].encode(), rng) if damaged[3] == 0 else LISTS[name].encode())
+        classes = outcome_of(read_classes, root / name)
         assert isinstance(classes, str) or (classes[0] and all(type(text) is str and text for text in classes[0]))
         request = DatasetRequest(str(root), classes=str(root / name), ignore_labels=[0] * rng.randint(2) or None)
-        data = end_of(read_data, request, 'segmentation', ('train', 'val'))
+        data = outcome_of(read_data, request, 'segmentation', ('train', 'val'))
         if isinstance(data, str):
-            ends[data] += 1
+            outcomes[data] += 1
             continue
-        ends['refused' if data.report.by_action('error') else 'left out' if data.report.problems else 'read'] += 1
+        outcomes['refused' if data.report.by_action('error') else 'left out' if data.report.problems else 'read'] += 1
         assert all(line.isprintable() for line in data.report.lines())
-        for image, labels in (pair for of in data.splits.values() for pair in of):
+        for image, labels in (pair for part in data.splits.values() for pair in part):
             with Image.open(root / labels) as opened:
                 size = opened.size
             assert mmcv.imread(str(root / image)).shape[1::-1] == size
-    return ends, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return outcomes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-KINDS_OF_FILES = {'coco': coco_files, 'images': image_files, 'segmentation': segmentation_folders}
+FUZZERS = {'coco': coco_files, 'images': image_files, 'segmentation': segmentation_folders}
 
 
 @pytest.mark.parametrize('kind, n', [('coco', 150), ('images', 300), ('segmentation', 50)])
 def test_damaged_files(kind, n, tmp_path):
-    ends, _ = run_limited(KINDS_OF_FILES[kind], tmp_path, 0, n, seconds=SECONDS, gigabytes=GIGABYTES)
-    assert sum(ends.values()) in (n, 2 * n) and len(ends) > 3
+    outcomes, _ = run_limited(FUZZERS[kind], tmp_path, 0, n, seconds=SECONDS, gigabytes=GIGABYTES)
+    assert sum(outcomes.values()) in (n, 2 * n) and len(outcomes) > 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind, batches, n', [('coco', 120, 500), ('images', 50, 1000), ('segmentation', 20, 250)])
 def test_many_damaged_files(kind, batches, n, tmp_path):
     """Of 60,000 COCO files, 50,000 images that are read as label maps too, 5,000 folders of both."""
-    ends, most = Counter(), 0
+    outcomes, max_memory = Counter(), 0
     for seed in range(1, batches + 1):
-        found, memory = run_limited(KINDS_OF_FILES[kind], tmp_path, seed, n, seconds=SECONDS, gigabytes=GIGABYTES)
-        ends, most = ends + found, max(most, memory)
-    print(kind, sum(ends.values()), f'{most / 2**20:.1f} GiB', dict(ends.most_common(12)))
-    assert len(ends) > 5
+        result, memory = run_limited(FUZZERS[kind], tmp_path, seed, n, seconds=SECONDS, gigabytes=GIGABYTES)
+        outcomes, max_memory = outcomes + result, max(max_memory, memory)
+    print(kind, sum(outcomes.values()), f'{max_memory / 2**20:.1f} GiB', dict(outcomes.most_common(12)))
+    assert len(outcomes) > 5

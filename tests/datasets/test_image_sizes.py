@@ -64,14 +64,14 @@ def test_pipelines_fail_exactly_beyond_the_limit(recipe, split):
     steps = config[f'{split}_dataloader'].dataset.pipeline
     pipeline = Compose([step for step in steps if not step.type.startswith(('Load', 'Pack'))])
     longest = 2 * max(limit.scales[0])  # the longest side of which one pixel is left: half of one is rounded up
-    kept = [(longest, 1), (1, longest), (3 * longest, 3), (40, 40), (longest // 2, 2)]
-    out = [(math.ceil(longest * 1.1), 1), (1, longest * 2), (longest * 4, 3)]
-    assert not any(too_thin(size, limit) for size in kept) and too_thin((longest + 1, 1), limit)
-    for size in kept:
+    readable = [(longest, 1), (1, longest), (3 * longest, 3), (40, 40), (longest // 2, 2)]
+    too_small = [(math.ceil(longest * 1.1), 1), (1, longest * 2), (longest * 4, 3)]
+    assert not any(too_thin(size, limit) for size in readable) and too_thin((longest + 1, 1), limit)
+    for size in readable:
         for seed in range(20):
             np.random.seed(seed)
             assert min(pipeline(sample(config, *size))['img'].shape[:2]) >= 1
-    for size in out:
+    for size in too_small:
         kind, text = too_thin(size, limit)
         assert kind == 'image-resized-to-zero' and text.startswith(f'{size[0]} x {size[1]} becomes')
         with pytest.raises(cv2.error):
@@ -116,7 +116,7 @@ def test_multi_scale_limit_is_that_of_the_smallest_scale():
     assert limit.scales == resize_limits(config)['test'].scales == ((1024, 256),)
 
 
-def put(root, split, name, width, height):
+def add_thin_image(root, split, name, width, height):
     """A thin image beside the others, with an object that takes half of it, and a label map."""
     cv2.imwrite(str(root / split / name), np.zeros((height, width, 3), np.uint8))
     labels = np.ones((height, width), np.uint8)
@@ -127,8 +127,10 @@ def put(root, split, name, width, height):
     n, w, h = len(content['images']) + 1, max(width // 2, 1), height
     content['images'].append(dict(id=n, file_name=name, width=width, height=height))
     mask = [[0, 0, w, 0, w, h, 0, h]]
-    about = dict(id=999 + n, image_id=n, category_id=1, iscrowd=0, area=w * h, bbox=[0, 0, w, h], segmentation=mask)
-    content['annotations'].append(about)
+    annotation = dict(
+        id=999 + n, image_id=n, category_id=1, iscrowd=0, area=w * h, bbox=[0, 0, w, h], segmentation=mask
+    )
+    content['annotations'].append(annotation)
     file.write_text(json.dumps(content))
 
 
@@ -140,18 +142,18 @@ def dataset_root(tmp_path):
     toy_shapes.write(tmp_path / 'my_data', train=5, val=3, size=64)
     for split in ('train', 'val'):
         for name, size in SIZES.items():
-            put(tmp_path / 'my_data', split, name, *size)
+            add_thin_image(tmp_path / 'my_data', split, name, *size)
     return tmp_path / 'my_data'
 
 
-def found(root, task):
+def reported(root, task):
     report = read_data(DatasetRequest(str(root)), task, ('train', 'val')).report
     return {(f.split, f.code): f.examples for f in report.diagnostics.values()}
 
 
 def test_thin_images_are_reported(dataset_root):
     """By the recipes of the paper: of both tasks, and of each split."""
-    in_detection, in_segmentation = found(dataset_root, 'detection'), found(dataset_root, 'segmentation')
+    in_detection, in_segmentation = reported(dataset_root, 'detection'), reported(dataset_root, 'segmentation')
     nothing, stride = 'image-resized-to-zero', 'image-below-stride'
     lines = ['line.png: 6000 x 1 becomes 1333 x 0', 'column.png: 3 x 9000 becomes 0 x 1333']
     assert in_detection['train', nothing] == in_detection['val', nothing] == lines

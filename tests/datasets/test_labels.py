@@ -38,11 +38,11 @@ def write(root, *maps, classes=None, palette=False, splits=('train', 'val')):
 
 def advice(root, kind, **request):
     """What is said of a kind, once for all label maps, by which the data are refused."""
-    data, kinds = check_dataset(root, 'segmentation', **request)
-    assert kinds[kind].action == 'error' and (kinds[kind].split, kinds[kind].count) == ('all', 1)
+    data, problems = check_dataset(root, 'segmentation', **request)
+    assert problems[kind].action == 'error' and (problems[kind].split, problems[kind].count) == ('all', 1)
     with pytest.raises(UsageError, match=kind):
         data.report.raise_if_errors()
-    return kinds[kind].examples[0]
+    return problems[kind].examples[0]
 
 
 SINGLE = {  # the labels of the maps, what is asked for, and what is said
@@ -63,12 +63,12 @@ SINGLE = {  # the labels of the maps, what is asked for, and what is said
 
 @pytest.mark.parametrize('kind', SINGLE)
 def test_single_class_is_an_error(kind, tmp_path):
-    rows, request, words = SINGLE[kind]
+    rows, request, message = SINGLE[kind]
     write(tmp_path, rows, rows, classes=['crack'])
     text = advice(tmp_path, 'single-class', **request)
-    assert text.startswith('crack alone, where the pixels are ') and text.endswith(words)
+    assert text.startswith('crack alone, where the pixels are ') and text.endswith(message)
     assert 'label-out-of-range' not in check_dataset(tmp_path, 'segmentation', **request)[1]
-    if '2 names' in words:  # as it says
+    if '2 names' in message:  # as it says
         (tmp_path / 'classes.txt').write_text('background\ncrack')
         assert not check_dataset(tmp_path, 'segmentation')[0].report.problems
 
@@ -137,8 +137,8 @@ def test_advice_on_unnamed_labels_fixes_them(kind, tmp_path):
     rows, n, _, _, end = OUT_OF_RANGE[kind]
     write(tmp_path, rows, rows, rows[:1], classes=CAMVID[:n])
     for labels in re.findall('--ignore ([0-9 ]+[0-9]|[0-9])', end):
-        data, kinds = check_dataset(tmp_path, 'segmentation', ignore_labels=[int(label) for label in labels.split()])
-        assert not {'label-out-of-range', 'single-class'} & set(kinds) and data.classes == CAMVID[:n]
+        data, problems = check_dataset(tmp_path, 'segmentation', ignore_labels=[int(label) for label in labels.split()])
+        assert not {'label-out-of-range', 'single-class'} & set(problems) and data.classes == CAMVID[:n]
 
 
 def test_pixel_fractions_cover_all_masks(tmp_path):
@@ -160,8 +160,8 @@ def test_masks_of_0_and_255_report_pixel_fractions(n, ignore, tmp_path):
 def test_single_class_in_train_is_reported(tmp_path):
     write(tmp_path, [0, 255], [0], classes=CAMVID[:2], splits=('train',))
     write(tmp_path, [0, 1], classes=CAMVID[:2], splits=('val',))
-    data, kinds = check_dataset(tmp_path, 'segmentation')
-    assert kinds['single-class-in-train'].examples == ['Sky'] and not data.report.problems
+    data, problems = check_dataset(tmp_path, 'segmentation')
+    assert problems['single-class-in-train'].examples == ['Sky'] and not data.report.problems
     write(tmp_path, [0, 1], classes=CAMVID[:2], splits=('train',))
     assert 'single-class-in-train' not in check_dataset(tmp_path, 'segmentation')[1]
 
@@ -169,15 +169,17 @@ def test_single_class_in_train_is_reported(tmp_path):
 def test_ignored_pixels_are_named_as_the_cause(tmp_path):
     write(tmp_path, [0], [0], classes=CAMVID, splits=('train',))
     write(tmp_path, [1, 2], classes=CAMVID, splits=('val',))
-    kinds = check_dataset(tmp_path, 'segmentation', ignore_labels=[0])[1]
-    assert 'mask-all-ignored, 2 (0.png, 1.png)' in kinds['nothing-to-train-on'].examples[0]
+    problems = check_dataset(tmp_path, 'segmentation', ignore_labels=[0])[1]
+    assert 'mask-all-ignored, 2 (0.png, 1.png)' in problems['nothing-to-train-on'].examples[0]
 
 
-@pytest.mark.parametrize('ignore, words', [(None, 'label 0 is Sky, label 2 is Pole'), ([0], 'label 1 is Sky, label 3')])
-def test_report_shows_labels_of_first_and_last_class(ignore, words, tmp_path):
+@pytest.mark.parametrize(
+    'ignore, message', [(None, 'label 0 is Sky, label 2 is Pole'), ([0], 'label 1 is Sky, label 3')]
+)
+def test_report_shows_labels_of_first_and_last_class(ignore, message, tmp_path):
     """By which one sees that they are shifted."""
     write(tmp_path, [1, 2], classes=CAMVID[:3])
-    assert words in check_dataset(tmp_path, 'segmentation', ignore_labels=ignore)[0].report.facts[-1]
+    assert message in check_dataset(tmp_path, 'segmentation', ignore_labels=ignore)[0].report.facts[-1]
 
 
 def test_large_or_damaged_class_files_are_one_line_errors(tmp_path):
@@ -219,9 +221,9 @@ CLASSES = {  # of labels that are none: what the line says
 
 @pytest.mark.parametrize('name', CLASSES)
 def test_invalid_labels_are_named(name, tmp_path):
-    text, words = CLASSES[name]
+    text, message = CLASSES[name]
     (tmp_path / name).write_bytes(text.encode('utf-8', 'surrogateescape'))
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(UsageError, match=message):
         read_classes(tmp_path / name)
 
 

@@ -19,8 +19,8 @@ from convnext_dense.errors import UsageError
 from helpers.datasets import DETECTOR, check_dataset, load_coco, quick_options, write_json, write_masks
 from helpers.files import run_limited
 
-ENDING, WRITTEN, CASE = 'name-matched-by-suffix', 'name-spelling-mismatch', 'name-case-mismatch'
-MISSING, LEAVES, AMBIGUOUS = 'missing-image', 'name-outside-root', 'ambiguous-name'
+BY_SUFFIX, RESPELLED, CASE = 'name-matched-by-suffix', 'name-spelling-mismatch', 'name-case-mismatch'
+MISSING, OUTSIDE, AMBIGUOUS = 'missing-image', 'name-outside-root', 'ambiguous-name'
 
 
 def touch(root, *names):
@@ -29,9 +29,9 @@ def touch(root, *names):
         (root / name).write_bytes(b'')
 
 
-def places(root, names, file='annotations/instances_train.json', **more):
+def locate(root, names, file='annotations/instances_train.json', **extra):
     """Where names of a JSON file are, and what is said of them."""
-    images = ImageResolver(root / file, root, names, **more)
+    images = ImageResolver(root / file, root, names, **extra)
     return {name: images.locations[name][:2] for name in names}
 
 
@@ -39,43 +39,43 @@ SEQUENCES = ('images/seq1/1.png', 'images/seq1/2.png', 'images/seq2/1.png', 'ima
 # What is on the disk, and for names of a file where they are and what is said of them.
 CASES = {
     'of another machine': (SEQUENCES, {
-        '/home/me/images/seq1/1.png': ('images/seq1/1.png', ENDING),
-        '/home/me/images/seq2/1.png': ('images/seq2/1.png', ENDING),
+        '/home/me/images/seq1/1.png': ('images/seq1/1.png', BY_SUFFIX),
+        '/home/me/images/seq2/1.png': ('images/seq2/1.png', BY_SUFFIX),
     }),
     'of Windows': (SEQUENCES, {
-        'C:\\data\\images\\seq1\\1.png': ('images/seq1/1.png', ENDING),
-        'd:/images/seq2/2.png': ('images/seq2/2.png', ENDING),
-        '\\\\server\\share\\seq2\\1.png': ('images/seq2/1.png', ENDING),
+        'C:\\data\\images\\seq1\\1.png': ('images/seq1/1.png', BY_SUFFIX),
+        'd:/images/seq2/2.png': ('images/seq2/2.png', BY_SUFFIX),
+        '\\\\server\\share\\seq2\\1.png': ('images/seq2/1.png', BY_SUFFIX),
     }),
     'addresses': (SEQUENCES, {
-        'https://host:80/bucket/seq1/1.png?sig=a/b#c': ('images/seq1/1.png', ENDING),
-        's3://bucket/images/seq2/1.png': ('images/seq2/1.png', ENDING),
-        'file:///mnt/images/seq2/2.png': ('images/seq2/2.png', ENDING),
+        'https://host:80/bucket/seq1/1.png?sig=a/b#c': ('images/seq1/1.png', BY_SUFFIX),
+        's3://bucket/images/seq2/1.png': ('images/seq2/1.png', BY_SUFFIX),
+        'file:///mnt/images/seq2/2.png': ('images/seq2/2.png', BY_SUFFIX),
     }),
     "Label Studio's local files": (('a/b.jpg', 'c/b.jpg'), {
         '/data/local-files/?d=a/b.jpg': ('a/b.jpg', None),
-        'http://host/data/local-files/?d=c%2Fb.jpg': ('c/b.jpg', WRITTEN),
+        'http://host/data/local-files/?d=c%2Fb.jpg': ('c/b.jpg', RESPELLED),
     }),
     "Label Studio's uploads": (('images/x.jpg', 'images/y.jpg'), {
-        '/data/upload/3/x.jpg': ('images/x.jpg', ENDING),
-        '/data/upload/3/y.jpg': ('images/y.jpg', ENDING),
+        '/data/upload/3/x.jpg': ('images/x.jpg', BY_SUFFIX),
+        '/data/upload/3/y.jpg': ('images/y.jpg', BY_SUFFIX),
     }),
     'uploads of one name': (('images/x.jpg', 'images/y.jpg'), {
         '/data/upload/3/x.jpg': (None, AMBIGUOUS),
         '/data/upload/4/x.jpg': (None, AMBIGUOUS),
-        '/data/upload/3/y.jpg': ('images/y.jpg', ENDING),
+        '/data/upload/3/y.jpg': ('images/y.jpg', BY_SUFFIX),
     }),
     'the longest ending': (('a/x.png', 'b/a/x.png', 'c/b/a/x.png'), {
-        '/home/c/b/a/x.png': ('c/b/a/x.png', ENDING),
+        '/home/c/b/a/x.png': ('c/b/a/x.png', BY_SUFFIX),
         '/mnt/d/b/a/x.png': (None, AMBIGUOUS),
     }),
     'of several folders': (SEQUENCES, {'/home/me/1.png': (None, AMBIGUOUS)}),
     'a folder that is not there': (SEQUENCES, {
-        '/home/me/images/seq1/1.png': ('images/seq1/1.png', ENDING),
+        '/home/me/images/seq1/1.png': ('images/seq1/1.png', BY_SUFFIX),
         '/home/me/images/seq3/1.png': (None, MISSING),
     }),
     'the last part alone, where others have more': (('images/a/1.png', 'images/b/2.png'), {
-        '/home/me/images/a/1.png': ('images/a/1.png', ENDING),
+        '/home/me/images/a/1.png': ('images/a/1.png', BY_SUFFIX),
         '/home/me/images/c/2.png': (None, MISSING),
     }),
     'the last part alone, where others are found in full': (('images/a/1.png', 'images/b/2.png'), {
@@ -83,23 +83,23 @@ CASES = {
         'c/2.png': (None, MISSING),
     }),
     'a shorter ending than names of the same beginning have': (('p/t/1.png', 'p/t/2.png', 'q/t/3.png'), {
-        '/home/p/t/1.png': ('p/t/1.png', ENDING),
-        '/home/p/t/2.png': ('p/t/2.png', ENDING),
+        '/home/p/t/1.png': ('p/t/1.png', BY_SUFFIX),
+        '/home/p/t/2.png': ('p/t/2.png', BY_SUFFIX),
         '/home/r/t/3.png': (None, MISSING),
     }),
     'one more folder by chance': (('images/1.png', 'images/2.png', 'images/3.png', 'me/4.png'), {
-        '/home/me/images/1.png': ('images/1.png', ENDING),
-        '/home/me/images/2.png': ('images/2.png', ENDING),
-        '/home/me/images/3.png': ('images/3.png', ENDING),
-        '/home/me/4.png': ('me/4.png', ENDING),
+        '/home/me/images/1.png': ('images/1.png', BY_SUFFIX),
+        '/home/me/images/2.png': ('images/2.png', BY_SUFFIX),
+        '/home/me/images/3.png': ('images/3.png', BY_SUFFIX),
+        '/home/me/4.png': ('me/4.png', BY_SUFFIX),
     }),
     'another number': (('images/seq1/1.png',), {'/me/seq2/1.png': (None, None)}),
     'another split': (('val/1.png',), {'/me/train/1.png': (None, None)}),
     'another split than that of the file': (('valid/1.png',), {'/me/1.png': (None, None)}),
     'another word for the split': (('training/x/1.png', 'val/x/1.png'), {
-        '/me/train2017/1.png': ('training/x/1.png', ENDING),
+        '/me/train2017/1.png': ('training/x/1.png', BY_SUFFIX),
     }),
-    'no folder': (('deep/in/the/data/1.png',), {'1.png': ('deep/in/the/data/1.png', ENDING)}),
+    'no folder': (('deep/in/the/data/1.png',), {'1.png': ('deep/in/the/data/1.png', BY_SUFFIX)}),
     'no folder, where others are in full': (('train/1.png', 'more/2.png'), {
         '1.png': ('train/1.png', None), '2.png': (None, MISSING),
     }),
@@ -109,19 +109,19 @@ CASES = {
     }),
     'folders up that leave the data': (('images/1.png', 'images/2.png'), {
         '../images/1.png': ('images/1.png', None),
-        '../../images/2.png': (None, LEAVES),
-        '/dev/zero': (None, LEAVES),
+        '../../images/2.png': (None, OUTSIDE),
+        '/dev/zero': (None, OUTSIDE),
     }),
     'missing, of another machine': (('images/1.png',), {
-        '/me/images/1.png': ('images/1.png', ENDING), '/me/images/2.png': (None, MISSING),
+        '/me/images/1.png': ('images/1.png', BY_SUFFIX), '/me/images/2.png': (None, MISSING),
     }),
     'Unicode forms': (('train/caf\u00e9/\u00fc.png', 'train/caf\u00e9/o\u0308.png'), {
-        'cafe\u0301/u\u0308.png': ('train/caf\u00e9/\u00fc.png', WRITTEN),
-        'caf\u00e9/\u00f6.png': ('train/caf\u00e9/o\u0308.png', WRITTEN),
+        'cafe\u0301/u\u0308.png': ('train/caf\u00e9/\u00fc.png', RESPELLED),
+        'caf\u00e9/\u00f6.png': ('train/caf\u00e9/o\u0308.png', RESPELLED),
     }),
     'percent escapes': (('train/a b.png', 'train/c%20d.png', 'train/100%.png'), {
-        'a%20b.png': ('train/a b.png', WRITTEN),
-        'c d.png': ('train/c%20d.png', WRITTEN),
+        'a%20b.png': ('train/a b.png', RESPELLED),
+        'c d.png': ('train/c%20d.png', RESPELLED),
         '100%.png': ('train/100%.png', None),
     }),
     'backslashes': (('train/a/1.png', 'train/b\\2.png'), {
@@ -129,7 +129,7 @@ CASES = {
         'b\\2.png': ('train/b\\2.png', None),
     }),
     'backslashes in names of files': (('data\\images\\1.png', 'data\\images\\2.png'), {
-        'images/1.png': ('data\\images\\1.png', ENDING), 'C:\\images\\2.png': ('data\\images\\2.png', ENDING),
+        'images/1.png': ('data\\images\\1.png', BY_SUFFIX), 'C:\\images\\2.png': ('data\\images\\2.png', BY_SUFFIX),
     }),
     'case': (('train/A.PNG', 'train/b.png', 'train/B.png', 'train/c.png', 'train/C.png'), {
         'a.png': ('train/A.PNG', CASE),
@@ -144,13 +144,13 @@ CASES = {
     }),
     'dots': (('train/a/1.png',), {'./a/./1.png': ('train/a/1.png', None), 'b/../a//1.png': ('train/a/1.png', None)}),
     'label maps of the same names': (('images/seq/1.png', 'masks/seq/1.png'), {
-        '/me/seq/1.png': ('images/seq/1.png', ENDING),
+        '/me/seq/1.png': ('images/seq/1.png', BY_SUFFIX),
     }),
-    'folders of programs': (('images/1.png', '.thumbs/images/1.png'), {'/me/images/1.png': ('images/1.png', ENDING)}),
+    'hidden folders': (('images/1.png', '.thumbs/images/1.png'), {'/me/images/1.png': ('images/1.png', BY_SUFFIX)}),
     'longer than any path': (('images/1.png', 'images/2.png'), {
-        '/me/images/1.png': ('images/1.png', ENDING), '/' + 'a/' * 100000 + 'images/2.png': (None, MISSING),
+        '/me/images/1.png': ('images/1.png', BY_SUFFIX), '/' + 'a/' * 100000 + 'images/2.png': (None, MISSING),
     }),
-    'no names at all': (('train/1.png',), {'1.png': ('train/1.png', None), '.': (None, MISSING), '/': (None, LEAVES)}),
+    'no names at all': (('train/1.png',), {'1.png': ('train/1.png', None), '.': (None, MISSING), '/': (None, OUTSIDE)}),
 }  # fmt: skip
 
 
@@ -160,32 +160,32 @@ def test_names_are_located(kind, tmp_path):
     touch(tmp_path, *files)
     if not any(path or said == AMBIGUOUS for path, said in expected.values()):
         with pytest.raises(UsageError, match=r'none of its images \(such as .*give --train-images and --val-images'):
-            places(tmp_path, list(expected), split='train')
+            locate(tmp_path, list(expected), split='train')
         return
-    assert places(tmp_path, list(expected), split='train') == expected
+    assert locate(tmp_path, list(expected), split='train') == expected
     backwards = list(expected)[::-1]
-    assert places(tmp_path, backwards, split='train') == {name: expected[name] for name in backwards}
+    assert locate(tmp_path, backwards, split='train') == {name: expected[name] for name in backwards}
 
 
 def test_folder_of_the_split_takes_precedence(tmp_path):
     touch(tmp_path, 'train/images/1.png', 'val/images/1.png', 'other/images/1.png', 'other/images/2.png')
     names = ['/me/images/1.png', '/me/images/2.png']
-    assert places(tmp_path, names, split='train')[names[0]] == ('train/images/1.png', ENDING)
-    found = places(tmp_path, names, 'annotations/val.json', split='val')
-    assert found == {names[0]: ('val/images/1.png', ENDING), names[1]: ('other/images/2.png', ENDING)}
+    assert locate(tmp_path, names, split='train')[names[0]] == ('train/images/1.png', BY_SUFFIX)
+    result = locate(tmp_path, names, 'annotations/val.json', split='val')
+    assert result == {names[0]: ('val/images/1.png', BY_SUFFIX), names[1]: ('other/images/2.png', BY_SUFFIX)}
 
 
 def test_given_image_folder_is_the_only_one(tmp_path):
     touch(tmp_path, 'train/1.png', 'val/1.png', 'val/2.png', 'train/3.png')
     names = ['/me/images/1.png', '/me/2.png', '/me/3.png']
-    found = places(tmp_path, names, image_dir=str(tmp_path / 'val'), split='train')
-    assert [path for path, _ in found.values()] == ['val/1.png', 'val/2.png', None]
+    result = locate(tmp_path, names, image_dir=str(tmp_path / 'val'), split='train')
+    assert [path for path, _ in result.values()] == ['val/1.png', 'val/2.png', None]
 
 
 def test_absolute_paths_of_this_machine_are_located(tmp_path):
     touch(tmp_path, 'train/1.png', 'val/1.png')
     name = str(tmp_path / 'val/1.png')
-    assert places(tmp_path, [name], split='train') == {name: ('val/1.png', None)}
+    assert locate(tmp_path, [name], split='train') == {name: ('val/1.png', None)}
 
 
 def test_images_next_to_the_annotation_folder_are_located(tmp_path):
@@ -197,38 +197,38 @@ def test_images_next_to_the_annotation_folder_are_located(tmp_path):
 
 
 def write_coco(root, names):
-    for split, of in names.items():
-        ids = dict(enumerate(of, 1))
+    for split, names_of_split in names.items():
+        ids = dict(enumerate(names_of_split, 1))
         annotations = [dict(id=i, image_id=i, category_id=1, bbox=[5, 5, 20, 20], area=400, iscrowd=0) for i in ids]
-        made = [dict(id=i, file_name=name, width=40, height=40) for i, name in ids.items()]
-        content = dict(images=made, annotations=annotations, categories=[dict(id=1, name='cat')])
+        image_dicts = [dict(id=i, file_name=name, width=40, height=40) for i, name in ids.items()]
+        content = dict(images=image_dicts, annotations=annotations, categories=[dict(id=1, name='cat')])
         write_json(content, root / f'annotations/instances_{split}.json')
 
 
-def pictures(root, *names):
+def write_images(root, *names):
     for n, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((40, 40, 3), n, np.uint8)).save(root / name)
 
 
 def test_respelled_names_are_fixed_and_ambiguous_names_are_errors(tmp_path):
-    pictures(tmp_path, *SEQUENCES, 'images/\u00e9.png')
+    write_images(tmp_path, *SEQUENCES, 'images/\u00e9.png')
     write_coco(tmp_path, dict(train=['/x/images/seq1/1.png', '/x/images/e\u0301.png'], val=['C:\\y\\seq2\\2.png']))
-    data, found = check_dataset(tmp_path)
+    data, problems = check_dataset(tmp_path)
     paths = [image['file_name'] for split in ('train', 'val') for image in data.splits[split]['images']]
     assert paths == ['images/seq1/1.png', 'images/\u00e9.png', 'images/seq2/2.png']
-    assert not data.report.problems and found[ENDING].action == 'fixed'
-    assert found[ENDING].examples == ['C:\\y\\seq2\\2.png is images/seq2/2.png']
+    assert not data.report.problems and problems[BY_SUFFIX].action == 'fixed'
+    assert problems[BY_SUFFIX].examples == ['C:\\y\\seq2\\2.png is images/seq2/2.png']
     write_coco(tmp_path, dict(train=['/x/1.png'], val=['/y/seq2/2.png']))
-    data, found = check_dataset(tmp_path)
-    assert found[AMBIGUOUS].examples == ['/x/1.png may be images/seq1/1.png or images/seq2/1.png']
+    data, problems = check_dataset(tmp_path)
+    assert problems[AMBIGUOUS].examples == ['/x/1.png may be images/seq1/1.png or images/seq2/1.png']
     with pytest.raises(UsageError, match='ambiguous-name, 1 .*write names with their folders'):
         data.report.raise_if_errors()
 
 
 def test_moved_image_invalidates_the_cache(tmp_path):
     """Where images are found by their endings, all files of the data say where they are."""
-    pictures(tmp_path, *SEQUENCES)
+    write_images(tmp_path, *SEQUENCES)
     write_coco(tmp_path, dict(train=['/x/images/seq1/1.png'], val=['/y/seq2/2.png']))
     assert str(tmp_path) in check_dataset(tmp_path)[0].watched_paths
     images = ImageResolver(
@@ -256,7 +256,7 @@ def test_folders_are_walked_once(tmp_path, monkeypatch):
         'convnext_dense.datasets.image_resolver.files_below',
         lambda *a, **k: calls.append(a) or {str(n) for n in range(9)},
     )
-    places(tmp_path, [f'/me/{n}' for n in range(5)])
+    locate(tmp_path, [f'/me/{n}' for n in range(5)])
     assert len(calls) == 1
 
 
@@ -271,10 +271,10 @@ def test_machine_prefix_is_split(name, path):
 
 
 def test_names_are_matched_one_to_one():
-    found, ambiguous = match_names(
+    result, ambiguous = match_names(
         ['a', 'B', 'c', 'C', 'd', 'e%20f', 'g'], ['a', 'A', 'b', 'c', 'D', 'd', 'e f', 'G', 'g ']
     )
-    assert found == {'a': 'a', 'B': 'b', 'c': 'c', 'd': 'd', 'e%20f': 'e f', 'g': 'G'} and not ambiguous
+    assert result == {'a': 'a', 'B': 'b', 'c': 'c', 'd': 'd', 'e%20f': 'e f', 'g': 'G'} and not ambiguous
     assert match_names(['e\u0301'], ['\u00c9', '\u00e9']).ambiguous == {'e\u0301': ['\u00c9', '\u00e9']}
     assert set(match_names(['Ab', 'aB'], ['ab']).ambiguous) == {'Ab', 'aB'}
 
@@ -282,16 +282,16 @@ def test_names_are_matched_one_to_one():
 def test_masks_are_paired_with_respelled_names(tmp_path):
     touch(tmp_path, 'i/caf\u00e9.jpg', 'i/A.jpg', 'i/a.jpg', 'i/b c.jpg', 'i/x.y.z.jpg', 'i/none.jpg')
     touch(tmp_path, 'l/cafe\u0301_mask.png', 'l/A_mask.png', 'l/a_mask.png', 'l/b%20c_MASK.png', 'l/x.y.z_mask.png')
-    found = pair_files(SplitDirs(tmp_path / 'i', tmp_path / 'l'))
-    pairs = {image.name: labels.name for image, labels in found.pairs}
-    assert found.mask_suffix == '_mask' and pairs == {
+    result = pair_files(SplitDirs(tmp_path / 'i', tmp_path / 'l'))
+    pairs = {image.name: labels.name for image, labels in result.pairs}
+    assert result.mask_suffix == '_mask' and pairs == {
         'caf\u00e9.jpg': 'cafe\u0301_mask.png', 'A.jpg': 'A_mask.png', 'a.jpg': 'a_mask.png',
         'b c.jpg': 'b%20c_MASK.png', 'x.y.z.jpg': 'x.y.z_mask.png',
     }  # fmt: skip
-    assert found.problems == [
+    assert result.problems == [
         ('unmatched-image', 'none.jpg'),
-        (WRITTEN, 'b c_mask is b%20c_MASK'),
-        (WRITTEN, 'caf\u00e9_mask is cafe\u0301_mask'),
+        (RESPELLED, 'b c_mask is b%20c_MASK'),
+        (RESPELLED, 'caf\u00e9_mask is cafe\u0301_mask'),
     ]
 
 
@@ -311,12 +311,12 @@ def test_image_lists_are_parsed(end, encoding, tmp_path):
     touch(tmp_path, 'ImageSets/Segmentation/train.txt')
     (tmp_path / 'ImageSets/Segmentation/train.txt').write_bytes(text.encode(encoding))
     layout, folders = find_folders(tmp_path)
-    found = pair_files(folders['train'])
-    stems = {image.relative_to(tmp_path / 'JPEGImages').with_suffix('').as_posix() for image, _ in found.pairs}
+    result = pair_files(folders['train'])
+    stems = {image.relative_to(tmp_path / 'JPEGImages').with_suffix('').as_posix() for image, _ in result.pairs}
     assert layout == 'VOC' and stems == set(LINES.values())
-    unmatched = sorted(name for code, name in found.problems if code == 'unmatched-image')
+    unmatched = sorted(name for code, name in result.problems if code == 'unmatched-image')
     assert unmatched == ['gone.jpg', 'secret.jpg', 'zero.jpg']
-    assert {code for code, _ in found.problems} == {'unmatched-image', WRITTEN}
+    assert {code for code, _ in result.problems} == {'unmatched-image', RESPELLED}
 
 
 def test_latin1_list_names_latin1_files(tmp_path):
@@ -324,8 +324,8 @@ def test_latin1_list_names_latin1_files(tmp_path):
     for folder, ending in (('JPEGImages', 'jpg'), ('SegmentationClass', 'png')):
         Path(f'{tmp_path}/{folder}/caf\udce9.{ending}').write_bytes(b'')
     (tmp_path / 'ImageSets/Segmentation/train.txt').write_bytes(b'caf\xe9\r\n')
-    found = pair_files(find_folders(tmp_path)[1]['train'])
-    assert [image.name for image, _ in found.pairs] == ['caf\udce9.jpg']
+    result = pair_files(find_folders(tmp_path)[1]['train'])
+    assert [image.name for image, _ in result.pairs] == ['caf\udce9.jpg']
 
 
 # Where Python is told that names are ASCII: what is beyond it comes as bytes.
@@ -349,8 +349,8 @@ def non_ascii_dataset(toy_dataset, tmp_path):
 
 
 def test_latin1_file_names_match_utf8_json(non_ascii_dataset):
-    data, found = check_dataset(non_ascii_dataset)
-    assert {f: found[f].examples for f in found} == {WRITTEN: ['caf\u00e9.png is train/caf\\udce9.png']}
+    data, problems = check_dataset(non_ascii_dataset)
+    assert {f: problems[f].examples for f in problems} == {RESPELLED: ['caf\u00e9.png is train/caf\\udce9.png']}
     names = [image['file_name'] for image in data.splits['train']['images']]
     assert names[:3] == [f'train/{LATIN}', f'train/{JAPANESE}', 'train/\x1b[31mred.png']
     assert all((non_ascii_dataset / name).is_file() for name in names)
@@ -358,34 +358,36 @@ def test_latin1_file_names_match_utf8_json(non_ascii_dataset):
 
 @pytest.mark.parametrize('task', ['detection', 'segmentation'])
 def test_all_names_are_located_in_an_ascii_locale(task, non_ascii_dataset, run_tool):
-    done = run_tool('check_data.py', '--task', task, '--data', 'my_data', **ASCII)
-    assert done.returncode == 0 and '\x1b' not in done.stdout + done.stderr
-    assert 'train: 5 images' in done.stdout and ('name-spelling-mismatch, 2' in done.stdout) is (task == 'detection')
+    process = run_tool('check_data.py', '--task', task, '--data', 'my_data', **ASCII)
+    assert process.returncode == 0 and '\x1b' not in process.stdout + process.stderr
+    assert 'train: 5 images' in process.stdout and ('name-spelling-mismatch, 2' in process.stdout) is (
+        task == 'detection'
+    )
 
 
 def test_training_in_an_ascii_locale(non_ascii_dataset, run_tool):
     options = ['--work-dir', 'run', '--epochs', 1, '--data', 'my_data', '--cfg-options', *quick_options('ascii')]
-    done = run_tool('train.py', DETECTOR, *options, **ASCII)
-    assert done.returncode == 0, done.stderr
-    written = json.loads((non_ascii_dataset.parent / 'run/data/train.json').read_text())
-    assert len(written['images']) == 5 and '\x1b' not in done.stdout + done.stderr
+    process = run_tool('train.py', DETECTOR, *options, **ASCII)
+    assert process.returncode == 0, process.stderr
+    cached = json.loads((non_ascii_dataset.parent / 'run/data/train.json').read_text())
+    assert len(cached['images']) == 5 and '\x1b' not in process.stdout + process.stderr
 
 
 def test_validation_split_is_the_same_in_any_locale():
     names = [f'\u00e9{i}.png' for i in range(300)]
     as_ascii = {name.encode().decode('ascii', 'surrogateescape'): name for name in names}
-    out, _ = split_by_hash(names, DatasetRequest('x'))
-    assert {as_ascii[name] for name in split_by_hash(list(as_ascii), DatasetRequest('x'))[0]} == out and 10 < len(
-        out
+    val_names, _ = split_by_hash(names, DatasetRequest('x'))
+    assert {as_ascii[name] for name in split_by_hash(list(as_ascii), DatasetRequest('x'))[0]} == val_names and 10 < len(
+        val_names
     ) < 60
 
 
-@pytest.mark.parametrize('written, other', [
+@pytest.mark.parametrize('name, other', [
     (LATIN, 'caf\u00e9.png'), (os.fsdecode(b'CAF\xc9.png'), 'caf\u00e9.png'), ('\udcc3\udca9', '\u00e9'),
     ('\u65e5/\udce9', '\u65e5/\u00e9'), ('%E9', '\u00e9'), ('\ud800', '\ud800'), ('\udce9\ud800', '\u00e9\ud800'),
 ])  # fmt: skip
-def test_undecoded_bytes_are_normalized(written, other):
-    assert normalize_spelling(written) == normalize_spelling(other)
+def test_undecoded_bytes_are_normalized(name, other):
+    assert normalize_spelling(name) == normalize_spelling(other)
 
 
 def test_respelled_masks_are_reported(toy_dataset, tmp_path):
@@ -393,7 +395,10 @@ def test_respelled_masks_are_reported(toy_dataset, tmp_path):
     write_masks(toy_dataset, 'train', tmp_path / 'labels/train', name='{}%20e\u0301')
     (tmp_path / 'classes.txt').write_text('a\nb\nc\nd\ne')
     data = read_data(DatasetRequest(str(tmp_path)), 'segmentation', ('train', 'val'))
-    found = {f.code: f for f in data.report.diagnostics.values()}
-    assert sum(len(of) for of in data.splits.values()) == 5 and found[WRITTEN].action == 'fixed'
-    assert found[WRITTEN].examples[0] == '000001 \u00e9 is 000001%20e\u0301'
+    problems = {f.code: f for f in data.report.diagnostics.values()}
+    assert (
+        sum(len(names_of_split) for names_of_split in data.splits.values()) == 5
+        and problems[RESPELLED].action == 'fixed'
+    )
+    assert problems[RESPELLED].examples[0] == '000001 \u00e9 is 000001%20e\u0301'
     assert json.dumps(data.splits)

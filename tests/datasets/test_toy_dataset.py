@@ -23,7 +23,7 @@ SMALL = dict(seed=0, train=3, val=2, size=128)
 SHA256 = '20d4f05088b7447a2046e98cbc2295fb86d1730a129523ac71c0da78e3b3ac65'  # of pixels, JSON and names
 
 # The module without the package around it, which imports torch; `main` ends the process.
-ALONE = """
+STANDALONE_SCRIPT = """
 import runpy, sys, types
 package = types.ModuleType('convnext_dense')
 package.__path__ = [sys.argv.pop(1)]
@@ -33,10 +33,10 @@ print(*({'torch', 'mmengine', 'PIL', 'pycocotools', 'scipy'} & set(sys.modules))
 """
 
 
-def alone(name, *args):
+def run_standalone(name, *args):
     folder = str(Path(toy_shapes.__file__).parents[1])
     return subprocess.Popen(
-        [sys.executable, '-c', ALONE, folder, name, *map(str, args)],
+        [sys.executable, '-c', STANDALONE_SCRIPT, folder, name, *map(str, args)],
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -85,9 +85,9 @@ def test_pixels_and_annotations_match_the_pinned_hash(small):
 
 
 def test_only_numpy_and_opencv_are_imported(tmp_path, small):
-    process = alone('toy_shapes', tmp_path / 'unused')
+    process = run_standalone('toy_shapes', tmp_path / 'unused')
     assert process.communicate() == ('\n', '')
-    process = alone('__main__', tmp_path / 'a/new/place', '--train', 3, '--val', 2)
+    process = run_standalone('__main__', tmp_path / 'a/new/place', '--train', 3, '--val', 2)
     out, err = process.communicate()
     assert (process.returncode, err, out.count('\n')) == (0, '', 1)
     assert sha256(tmp_path / 'a/new/place') == sha256(small)
@@ -127,19 +127,19 @@ def test_layout(small):
 )  # the last: small shapes would leave holes in large ones
 def test_polygons_cover_exactly_the_visible_pixels(size, radius, monkeypatch):
     monkeypatch.setattr(toy_shapes, 'RADIUS_RANGE', radius)
-    seen = set()
+    combinations = set()
     for scene in scenes(40, size=size):
-        found = toy_shapes.coco_annotations(scene)
-        assert len(found) == len(scene.categories) == len(scene.areas) == scene.instances.max()
-        for k, annotation in enumerate(found, 1):
+        result = toy_shapes.coco_annotations(scene)
+        assert len(result) == len(scene.categories) == len(scene.areas) == scene.instances.max()
+        for k, annotation in enumerate(result, 1):
             visible = scene.instances == k
             np.testing.assert_array_equal(decoded(annotation['segmentation'], visible), visible)
             assert annotation['bbox'] == list(cv2.boundingRect(visible.astype(np.uint8)))
             assert annotation['area'] == visible.sum()
             assert annotation['category_id'] == scene.categories[k - 1] + 1
-            seen.add((annotation['category_id'], len(annotation['segmentation']) > 1))
-    assert {category for category, _ in seen} == set(range(1, 1 + len(toy_shapes.CLASSES)))
-    assert {in_pieces for _, in_pieces in seen} == {False, True}
+            combinations.add((annotation['category_id'], len(annotation['segmentation']) > 1))
+    assert {category for category, _ in combinations} == set(range(1, 1 + len(toy_shapes.CLASSES)))
+    assert {in_pieces for _, in_pieces in combinations} == {False, True}
 
 
 @pytest.mark.parametrize('density', (0.2, 0.5, 0.8))
@@ -166,10 +166,10 @@ def test_outline_of_touching_pixels():
 
 
 def test_shapes_are_at_least_half_visible():
-    shares = [(scene.instances == k).sum() / area for scene in scenes(60) for k, area in enumerate(scene.areas, 1)]
-    assert 0.5 <= min(shares) < 0.6
-    assert max(shares) == 1
-    assert 0.25 < np.mean([share < 1 for share in shares]) < 0.6
+    fractions = [(scene.instances == k).sum() / area for scene in scenes(60) for k, area in enumerate(scene.areas, 1)]
+    assert 0.5 <= min(fractions) < 0.6
+    assert max(fractions) == 1
+    assert 0.25 < np.mean([fraction < 1 for fraction in fractions]) < 0.6
 
 
 def test_shapes_contrast_with_the_background():
@@ -181,13 +181,13 @@ def test_shapes_contrast_with_the_background():
 
 
 def test_classes_differ_in_hue():
-    found = [
+    result = [
         (category, scene.image[scene.instances == k].mean(0))
         for scene in scenes(200, size=64)
         for k, category in enumerate(scene.categories, 1)
     ]
-    assert np.bincount([category for category, _ in found]).min() > len(found) / 8
-    for category, mean in found:
+    assert np.bincount([category for category, _ in result]).min() > len(result) / 8
+    for category, mean in result:
         assert np.abs(mean - toy_shapes.CLASS_COLORS).sum(1).argmin() == category
 
 
@@ -229,9 +229,7 @@ def test_masks_have_borders_only_between_labels():
 
 def test_labels_palette_and_classes_agree():
     assert ('ground', *toy_shapes.CLASSES) == toy_shapes.LABEL_NAMES
-    assert (
-        len({tuple(colour) for colour in toy_shapes.PALETTE}) == len(toy_shapes.PALETTE) == len(toy_shapes.LABEL_NAMES)
-    )
+    assert len({tuple(color) for color in toy_shapes.PALETTE}) == len(toy_shapes.PALETTE) == len(toy_shapes.LABEL_NAMES)
 
 
 def test_images_depend_only_on_seed_split_and_index(small, tmp_path):
@@ -241,10 +239,10 @@ def test_images_depend_only_on_seed_split_and_index(small, tmp_path):
     assert all((tmp_path / 'more' / name).read_bytes() == content for name, content in images.items())
     assert all((tmp_path / 'other' / name).read_bytes() != content for name, content in images.items())
     assert len(set(images.values())) == len(images)
-    first, more = (
+    first, larger = (
         json.loads((root / 'annotations/instances_train.json').read_bytes()) for root in (small, tmp_path / 'more')
     )
-    assert first['annotations'] == more['annotations'][: len(first['annotations'])]
+    assert first['annotations'] == larger['annotations'][: len(first['annotations'])]
 
 
 def test_existing_dataset_is_unchanged(small, monkeypatch, capsys):
@@ -307,7 +305,7 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name == 'nt', reason='no such signals')
 @pytest.mark.parametrize('number', (signal.SIGINT, signal.SIGTERM))
 def test_signal_leaves_nothing(tmp_path, number):
-    process = alone('__main__', tmp_path / 'new', '--train', 10000)
+    process = run_standalone('__main__', tmp_path / 'new', '--train', 10000)
     deadline = time.monotonic() + 30
     while len(files(tmp_path)) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
