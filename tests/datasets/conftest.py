@@ -15,5 +15,5 @@ def toy_dataset(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def fast_config_dumps(monkeypatch):
-    """Dumped configs are not laid out, which would take most of the time."""
+    """Skip the formatting of dumped configs, which would take most of the time."""
     monkeypatch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))

@@ -1,4 +1,4 @@
-"""Data of which nothing is left are refused by what it was lost to, in the check as in training."""
+"""A split without usable images or annotations is an error that names the causes, in check_data.py as in train.py."""
 
 import json
 import shutil
@@ -121,7 +121,7 @@ def test_ignored_masks_are_reported_without_mask_branch(dataset_root):
 
 @pytest.mark.parametrize('folder', ['train', 'gone'])
 def test_missing_images_are_not_replaced_by_other_splits_images(folder, dataset_root):
-    """They have the same names, and the same size."""
+    """Images of both splits have the same names and sizes."""
     without('train/00000[2-5].png')(dataset_root)
     if folder == 'train':
         data = read_data(DatasetRequest(str(dataset_root)), 'detection', ('train', 'val'))
@@ -135,7 +135,7 @@ def test_missing_images_are_not_replaced_by_other_splits_images(folder, dataset_
 
 
 def test_one_split_folder_may_hold_all_images(dataset_root):
-    """As where a file of COCO's train2017 was divided in two."""
+    """As if COCO's train2017 had been split into two JSON files."""
     shutil.rmtree(dataset_root / 'val')
     (dataset_root / 'train').rename(dataset_root / 'train2017')
     content = json.loads((dataset_root / FILES[0]).read_text())

@@ -1,4 +1,4 @@
-"""Seeded damage to a data set: each kind is found and named, what is said to be done is done, and nothing crashes."""
+"""Each problem of a data set is reported under its code and handled as the report says; training can read the rest."""
 
 import json
 import os
@@ -37,7 +37,7 @@ from helpers.files import png_bytes
 
 
 def first(**values):
-    """Damage to the first annotation of train."""
+    """Update the first annotation of train."""
     return edit_coco(lambda coco: coco['annotations'][0].update(values))
 
 
@@ -54,12 +54,12 @@ def truncate(path, fraction=0.5):
 
 
 def copied(path):
-    """The first image of train in another one's place."""
+    """Replace an image by the first one of train."""
     return lambda root: shutil.copy(root / 'train/000001.png', root / path)
 
 
 def as_jpeg(root, path, **options):
-    """Put a JPEG in the place of a PNG, and say so in train's json."""
+    """Replace a PNG by a JPEG, in train's JSON as well."""
     image = Image.open(root / path)
     (root / path).unlink()
     new = (root / path).with_suffix('.jpg')
@@ -74,7 +74,7 @@ def truncated_jpeg(root):
 
 
 def exif_rotated_jpeg(root):
-    """An image that its EXIF turns, of a width and height that differ, annotated as it is stored."""
+    """Rotate an image by EXIF; it is not square, and annotated as it is stored."""
     exif = Image.Exif()
     exif[274] = 6
     image = Image.open(root / 'train/000001.png').crop((0, 0, 64, 48))
@@ -83,7 +83,7 @@ def exif_rotated_jpeg(root):
 
 
 def rle(change=lambda rle: rle, **extra):
-    """The first mask as RLE."""
+    """Write the first mask as RLE."""
 
     def damage(coco):
         annotation = coco['annotations'][0]
@@ -100,7 +100,7 @@ def category_of_val_only(coco):
 
 
 def renamed_category(root):
-    """A class of train is 'Disc' in val."""
+    """Rename a class in val."""
     edit_coco(lambda coco: coco['categories'][0].update(name='Disc'), VAL)(root)
 
 
@@ -116,7 +116,7 @@ def moved_outside_root(root):
 
 
 def in_place_of(path, make):
-    """Something else in the place of a file."""
+    """Replace a file by something else."""
 
     def damage(root):
         (root / path).unlink()
@@ -126,18 +126,18 @@ def in_place_of(path, make):
 
 
 def oversized_file(path):
-    """A file of a byte more than is read, none of which takes room."""
+    """Make a sparse file one byte over the limit."""
     path.touch()
     os.truncate(path, 2**30 + 1)
 
 
 def huge_png(path):
-    """A PNG of 20,000 x 20,000 pixels, by its header."""
+    """Write a PNG whose header says 20,000 x 20,000 pixels."""
     path.write_bytes(png_bytes(20000, 20000))
 
 
 def two_spellings_of_case(root):
-    """Two files that both have a name, but for its case."""
+    """Make two files whose names differ only in case."""
     shutil.copy(root / 'train/000001.png', root / 'train/000001.Png')
     (root / 'train/000001.png').rename(root / 'train/000001.PNG')
 
@@ -165,7 +165,7 @@ def all_as_corners(coco):
 
 
 def duplicated(key, **values):
-    """The first image or annotation once more, with other values."""
+    """Append a copy of the first image or annotation with other values."""
     return edit_coco(lambda coco: coco[key].append({**coco[key][0], **values}))
 
 
@@ -266,7 +266,7 @@ def images_of(root, name='train'):
 
 
 def change_labels(change, path='labels/train/000001.png'):
-    """Damage to a label map, an array of H x W."""
+    """Change a segmentation mask, (H, W)."""
 
     def damage(root):
         labels = np.array(Image.open(root / path))
@@ -289,7 +289,7 @@ def without_crosses(root):
 
 
 def single_class_in_train(root):
-    """All of train is ground or ignored."""
+    """Leave one class in train: ground."""
     for path in (root / 'labels/train').iterdir():
         cv2.imwrite(str(path), np.array(Image.open(path)).clip(0, 1))
 
@@ -300,13 +300,13 @@ def lossy_mask(root):
 
 
 def decomposed_mask_name(root):
-    """An image and its label map whose names are of the two Unicode forms."""
+    """Name an image in NFC and its mask in NFD."""
     (root / 'train/000001.png').rename(root / 'train/caf\u00e9.png')
     (root / 'labels/train/000001.png').rename(root / 'labels/train/cafe\u0301.png')
 
 
 def two_unicode_forms(root):
-    """Two label maps that an image may have."""
+    """Make two masks that match one image."""
     decomposed_mask_name(root)
     shutil.copy(root / 'labels/train/cafe\u0301.png', root / 'labels/train/Caf\u00e9.png')
 
@@ -354,7 +354,7 @@ def dataset_root(toy_dataset, tmp_path):
 
 
 def load_all(config):
-    """Everything that training and evaluation read."""
+    """Load all samples and annotations that training and evaluation read."""
     init_default_scope(config.default_scope)
     for split in ('train', 'val'):
         dataset = DATASETS.build(config[f'{split}_dataloader'].dataset)
@@ -400,7 +400,7 @@ def test_each_problem_is_reported_and_handled(dataset_root, monkeypatch, task, k
 
 
 def test_each_code_is_tested():
-    """At least twenty-five kinds, and none in the table that nothing shows."""
+    """Every code of `RULES` is tested here or in the tests named."""
     tested = {*DETECTION, *SEGMENTATION}
     tested_elsewhere = {
         'unreadable-image', 'image-below-32-pixels', 'category-id-mismatch', 'supercategory-as-class',
@@ -444,7 +444,7 @@ def codes_of(report):
         lambda c: [a.update(ignore=1) for a in c['annotations']],  # which mmdet leaves out
         lambda c: [a.update(bbox=[0.1, 0.1, 0.4, 0.4]) for a in c['annotations']],
     ],
-    ids=['crowd', 'ignored', 'normalised'],
+    ids=['crowd', 'ignored', 'normalized'],
 )
 def test_dataset_without_trainable_annotations_is_an_error(damage, toy_dataset, tmp_path):
     shutil.copytree(toy_dataset, tmp_path / 'my_data')
@@ -478,19 +478,19 @@ def test_image_that_only_pillow_reads_is_unreadable(dataset_root):
 
 
 def test_truncated_jpeg_is_detected_without_opencv(dataset_root, monkeypatch):
-    """Found whatever OpenCV makes of them."""
+    """Some versions of OpenCV decode it without an error."""
     truncated_jpeg(dataset_root)
     monkeypatch.setattr(cv2, 'imdecode', lambda *_: np.zeros((64, 64, 3), np.uint8))
     assert inspect_image(str(dataset_root / 'train/000001.jpg')).problem == 'truncated-image'
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
-@pytest.mark.parametrize('ending', ['jpg', 'png', 'webp', 'tif', 'bmp'])
-def test_image_size_and_exif_match_mmcv(tmp_path, ending, orientation):
-    """What training reads, turned as EXIF says."""
+@pytest.mark.parametrize('suffix', ['jpg', 'png', 'webp', 'tif', 'bmp'])
+def test_image_size_and_exif_match_mmcv(tmp_path, suffix, orientation):
+    """Training reads images rotated as EXIF says."""
     exif = Image.Exif()
     exif[274] = orientation
-    path = str(tmp_path / f'x.{ending}')
+    path = str(tmp_path / f'x.{suffix}')
     Image.fromarray(np.zeros((37, 50, 3), np.uint8)).save(path, exif=exif)
     info, pixels = inspect_image(path), mmcv.imread(path)
     assert (info.height, info.width) == pixels.shape[:2]
@@ -537,7 +537,7 @@ def test_report_counts_and_limits_examples(dataset_root):
 
 
 def test_exif_rotation_follows_the_annotated_sizes(dataset_root):
-    """Annotated as turned: nothing to do. As stored: all are read so, in training too."""
+    """Annotated as rotated: nothing to do. As stored: all images are read as stored, in training too."""
     exif_rotated_jpeg(dataset_root)
     data, problems = check_dataset(dataset_root)
     assert not data.apply_exif and 'exif-rotated-image' in problems
@@ -580,7 +580,7 @@ def test_json_that_is_not_coco_is_an_error(dataset_root, text, message):
         check_dataset(dataset_root)
 
 
-UNSUPPORTED = {  # what is there -> what it is recognised as
+UNSUPPORTED = {  # what is there -> what it is recognized as
     'YOLO labels': {'labels/train/1.txt': '0 0.5 0.5 0.1 0.1', 'images/train/1.jpg': ''},
     'YOLO labels ': {'data.yaml': 'names: [a]', 'train/labels/1.txt': '', 'train/images/1.jpg': ''},
     'Pascal VOC boxes in XML': {'Annotations/1.xml': '<annotation></annotation>', 'JPEGImages/1.jpg': ''},
@@ -750,7 +750,7 @@ INVALID_VALUES = (
 
 
 def iter_paths(value, at=()):
-    """All keys and indices of nested dicts and lists."""
+    """Iterate over the key paths of nested dicts and lists."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield (*at, key)
@@ -759,7 +759,7 @@ def iter_paths(value, at=()):
 
 @pytest.mark.parametrize('seed', range(60))
 def test_random_values_are_reported_or_one_error(dataset_root, monkeypatch, seed):
-    """Three places of a COCO file hold something else: what is left can be read, or the end is one line."""
+    """Three values of a COCO file are replaced: the rest can be loaded, or there is a one-line error."""
     monkeypatch.chdir(dataset_root.parent)
     rng = np.random.RandomState(seed)
     file = (TRAIN, VAL)[seed % 2]

@@ -1,5 +1,5 @@
-"""Own data: the embedded data set in each layout that is taken trains by one command, and what training reads of it is
-what was drawn; classes and their number follow from the data."""
+"""The toy data set trains from each supported layout by one command, with the images, annotations and classes that were
+drawn; classes and their number follow from the data set."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ def rename_images(content, name):
 
 
 def merge_splits(toy_dataset):
-    """The splits in one file, with ids from 0 as Label Studio writes them."""
+    """Return both splits as one COCO dict, with ids from 0 as Label Studio writes them."""
     train, val = load_coco(toy_dataset, 'train'), load_coco(toy_dataset, 'val')
     n, prefixes = len(train['images']), ('t_', 'v_')
     images, annotations = [], []
@@ -96,7 +96,7 @@ def as_label_studio_uploads(toy_dataset, folder):
 
 
 def as_files(toy_dataset, folder):
-    """A file a split, with other categories in val's."""
+    """One JSON file per split, with other category ids in val."""
     for split in ('train', 'val'):
         copy_images(toy_dataset, split, folder / split)
     write_json(load_coco(toy_dataset, 'train'), folder / 'train.json')
@@ -126,7 +126,7 @@ DETECTION = {
 
 def as_ade20k(toy_dataset, folder):
     for split, name in (('train', 'training'), ('val', 'validation')):
-        copy_images(toy_dataset, split, folder / 'images' / name, ending='.jpg')
+        copy_images(toy_dataset, split, folder / 'images' / name, suffix='.jpg')
         write_masks(toy_dataset, split, folder / 'annotations' / name, lambda classes: classes + 1)  # 255 becomes 0
     (folder / 'objectInfo150.txt').write_text('Idx Ratio Train Val Stuff Name\n')
 
@@ -150,7 +150,7 @@ def as_cityscapes_ids(toy_dataset, folder):
 
 
 def as_folders_by_split(toy_dataset, folder):
-    """train/images and train/masks, with a palette instead of names."""
+    """train/images and train/masks, with a palette instead of class names."""
     for split, name in (('train', 'train'), ('val', 'valid')):
         copy_images(toy_dataset, split, folder / name / 'images')
         write_masks(toy_dataset, split, folder / name / 'masks', palette=True)
@@ -158,7 +158,7 @@ def as_folders_by_split(toy_dataset, folder):
 
 def as_roboflow_masks(toy_dataset, folder):
     for split, name in (('train', 'train'), ('val', 'valid')):
-        copy_images(toy_dataset, split, folder / name, ending='.jpg')
+        copy_images(toy_dataset, split, folder / name, suffix='.jpg')
         write_masks(toy_dataset, split, folder / name, name='{}_mask')
         rows = ''.join(f'{i}, {name}\n' for i, name in enumerate(toy_shapes.LABEL_NAMES))
         (folder / name / '_classes.csv').write_text('Pixel Value, Class\n' + rows)
@@ -185,7 +185,7 @@ def read_cached_split(folder, split):
 
 
 def objects(content, folder):
-    """What a file says: for each annotation the pixels of its image, its class, box and polygons."""
+    """Return the annotations of a COCO dict: hash of the image's pixels, class, box, polygons and area."""
     names = {c['id']: c['name'] for c in content['categories']}
     pixels = {}
     for image in content['images']:
@@ -205,7 +205,7 @@ def expected_objects(toy_dataset, split):
 @pytest.mark.parametrize('layout', DETECTION)
 def test_detection_trains_from_each_layout(toy_dataset, tmp_path, monkeypatch, layout):
     monkeypatch.chdir(tmp_path)
-    extra = DETECTION[layout](toy_dataset, tmp_path / 'own data') or ['--data', 'own data']
+    extra = DETECTION[layout](toy_dataset, tmp_path / 'custom data') or ['--data', 'custom data']
     options = ['--work-dir', 'run', '--epochs', 1, *extra, '--cfg-options', *quick_options(layout)]
     assert run('train.py', DETECTOR, *options) == 0
     train, val = (read_cached_split(tmp_path / 'run', split) for split in ('train', 'val'))
@@ -228,7 +228,7 @@ def test_detection_trains_from_each_layout(toy_dataset, tmp_path, monkeypatch, l
 @pytest.mark.parametrize('layout', SEGMENTATION)
 def test_segmentation_trains_from_each_layout(toy_dataset, tmp_path, monkeypatch, layout):
     monkeypatch.chdir(tmp_path)
-    extra = SEGMENTATION[layout](toy_dataset, tmp_path / 'own data') or ['--data', 'own data']
+    extra = SEGMENTATION[layout](toy_dataset, tmp_path / 'custom data') or ['--data', 'custom data']
     options = ['--work-dir', 'run', '--iters', 1, *extra, '--cfg-options', *quick_options(layout)]
     assert run('train.py', SEGMENTOR, *options) == 0
     config = Config.fromfile('run/upernet.py')
@@ -346,7 +346,7 @@ def test_wrong_num_classes_in_cfg_options_is_an_error(toy_dataset, tmp_path, mon
 
 
 def test_wrong_num_classes_in_config_is_an_error(toy_dataset, tmp_path, monkeypatch, capsys):
-    """Without --data too, where the config names its classes."""
+    """Also without --data, if the config names its classes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('SHAPES_ROOT', str(toy_dataset))
     key = 'model.roi_head.mask_head.num_classes'
@@ -384,7 +384,7 @@ def test_num_classes_is_set_in_all_heads():
 
 
 def evaluate_ground_truth(config):
-    """The metrics of the val truth, of training's labels, held against the evaluator's truth."""
+    """Evaluate the ground truth as training reads it against that of the evaluator."""
     init_default_scope('mmdet')
     config.val_dataloader.dataset.pipeline = []
     dataset, metric = DATASETS.build(config.val_dataloader.dataset), METRICS.build(config.val_evaluator)
@@ -437,7 +437,7 @@ def test_boxes_without_masks_remove_the_mask_branch(toy_dataset, tmp_path, monke
 
 
 def write_checkpoint(classes, file='trained.pth', part='mask_head'):
-    """What a checkpoint says of its data."""
+    """Write a checkpoint that names its classes and has one head."""
     weights = {f'roi_head.{part}.weight': torch.zeros(1)}
     torch.save(dict(state_dict=weights, meta=dict(dataset_meta=dict(classes=tuple(classes)))), file)
     return file
@@ -489,7 +489,7 @@ def test_missing_train_split_is_an_error(toy_dataset, tmp_path, monkeypatch):
 
 
 def test_annotated_test_split_is_preferred_to_val(toy_dataset, tmp_path, monkeypatch):
-    """Of a folder that has one it is tested, where it is annotated; else val is."""
+    """The test split is used if it has annotations, else val."""
     monkeypatch.chdir(tmp_path)
     as_roboflow(toy_dataset, tmp_path / 'my_data')
     shutil.copytree('my_data/valid', 'my_data/test')

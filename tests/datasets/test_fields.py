@@ -1,5 +1,5 @@
-"""Fields of COCO annotations held against one another and against their types: what is mended is what was meant, what
-contradicts is left out or refused, and what real data have is left as it is."""
+"""Fields of COCO annotations are compared with one another and with their types: clear mistakes are fixed,
+contradictions are dropped or errors, and valid data is unchanged."""
 
 import json
 from functools import partial
@@ -43,7 +43,7 @@ def annotation(i=1, box=(20, 30, 40, 20), **extra):
 
 
 def rle(box, compressed=True):
-    """A mask of a box as an RLE."""
+    """Return the mask of a box as an RLE."""
     x, y, w, h = box
     mask = np.zeros((SIZE, SIZE), np.uint8, order='F')
     mask[y : y + h, x : x + w] = 1
@@ -55,7 +55,7 @@ def rle(box, compressed=True):
 
 
 def check(annotations, images=None, categories=None, masks=True):
-    """The annotations that are left, and what is said: examples by kind."""
+    """Return the valid annotations, and the examples of the problems by code."""
     images = images or [image()]
     content = dict(images=images, annotations=annotations, categories=categories or [dict(id=1, name='cat')])
     content = json.loads(json.dumps(content))
@@ -69,7 +69,7 @@ def check(annotations, images=None, categories=None, masks=True):
 
 
 def check_one(**extra):
-    """One odd annotation among sound ones: it, where it is left, and what is said."""
+    """Check one annotation among valid ones: return it (None if dropped) and the examples of the problems by code."""
     others = [annotation(i, (5 * i, 40, 20 + i, 30)) for i in range(2, 8)]
     valid, problems = check([annotation(1, **extra), *others], masks=extra.get('segmentation', 1) is not None)
     first = valid[0] if len(valid) == 7 else None
@@ -192,7 +192,7 @@ def test_corner_boxes_are_detected_by_areas():
 
 @pytest.mark.parametrize('area', [None, 'of its own'])
 def test_corner_boxes_are_detected_by_image_borders(area):
-    """Where nothing else is there, or areas were computed from corners as if they were none."""
+    """Without masks and areas, or with areas that were computed from the corners."""
     boxes = []
     for i, box in enumerate(BOXES):
         x, y, right, bottom = corners(box)
@@ -211,7 +211,7 @@ def test_corner_boxes_are_detected_by_image_borders(area):
 
 
 def test_masks_outweigh_image_borders():
-    """Objects that reach out of their image, boxes and masks, whose boxes could be corners."""
+    """Boxes and masks that reach out of the image, whose boxes could be corners."""
     boxes = [annotation(i, (30 + i, 30, 75, 75)) for i in range(6)]
     valid, problems = check(boxes)
     assert len(valid) == 6 and set(problems) == {'box-partly-outside-image'}
@@ -253,7 +253,7 @@ def test_boxes_are_compared_with_masks(box, mask, kind):
 
 
 def test_crowds_are_not_compared_with_boxes():
-    """Their masks are of many objects."""
+    """The mask of a crowd covers many objects."""
     valid, problems = check_one(box=(5, 5, 10, 10), segmentation=rle((60, 60, 20, 20)), iscrowd=1, area=9999)
     assert valid['area'] == 9999 and set(problems) == {'crowd'}
     valid, problems = check_one(box=(5, 5, 10, 10), segmentation=rle((60, 60, 20, 20)), iscrowd=1, area=10**400)
@@ -292,13 +292,13 @@ def test_areas_are_compared_with_masks(kind):
 
 @pytest.mark.parametrize('area, expected', [(800, 800), (1201, 800), (30, 30), (10**400, 800)])
 def test_areas_are_compared_with_boxes(area, expected):
-    """What is small may be that of a mask."""
+    """A small area may be that of a mask."""
     valid, problems = check([annotation(area=area, segmentation=None)], masks=False)
     assert valid[0]['area'] == expected and ('implausible-area' in problems) is (area != expected)
 
 
 def test_realistic_annotations_are_unchanged():
-    """Objects of one pixel to the whole image, of one part or two, boxes rounded as COCO's are, areas of pixels."""
+    """Objects from a pixel to the whole image, in one or two parts, with COCO's rounding of boxes, areas in pixels."""
     rng = np.random.RandomState(0)
     annotations = []
     for i in range(300):
@@ -363,7 +363,7 @@ def deep(n):
 
 
 def test_deeply_nested_values_are_reported():
-    """As deeply as JSON is read."""
+    """Up to the depth that the JSON parser reads."""
     for value in (deep(900), deep(300)):
         for key in ('bbox', 'segmentation', 'area', 'iscrowd', 'id', 'image_id', 'category_id'):
             valid, problems = check_one(**{key: value})
@@ -385,12 +385,12 @@ def test_rle_size_may_be_floats():
 
 
 def zigzag_polygon(height, times):
-    """A polygon of lines through all that an image may have around it, of which pycocotools walks along each pixel."""
+    """Return a polygon of long lines to and fro, along which pycocotools walks pixel by pixel."""
     return [[0, 0, 10 * SIZE, height] * times]
 
 
 def test_polygons_with_endless_outlines_are_dropped():
-    """pycocotools ends the process, or takes gigabytes: in the check, in training and in the evaluation."""
+    """With them pycocotools crashes or takes gigabytes."""
     endless = annotation(1, (0, 0, SIZE, 50), segmentation=zigzag_polygon(50, 100_000), area=9)
     valid, problems = run_limited(check, [endless, annotation(2)])
     assert len(valid) == 1 and problems['polygon-outline-too-long'] == ['id 1']
@@ -399,7 +399,7 @@ def test_polygons_with_endless_outlines_are_dropped():
 
 
 def test_checks_take_linear_time():
-    """A hundred thousand categories and masks of millions of signs, which are seconds, and were minutes."""
+    """100,000 categories and masks of millions of characters take seconds."""
     categories = [dict(id=i, name=f'class {i}') for i in range(100000)]
 
     def end():

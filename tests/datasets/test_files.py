@@ -1,5 +1,5 @@
-"""Files and folders of others: what is no regular file is never read, sizes have bounds, folders that hold links to
-themselves end, and large images are decoded one at a time."""
+"""Untrusted files and folders: only regular files of limited size are read, symlink loops terminate, and large images
+are decoded one at a time."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_invalid_file_names_are_missing_files(name, tmp_path):
 
 
 def test_pipe_that_replaces_a_file_does_not_block(tmp_path, monkeypatch):
-    """Between the look at a path and its opening."""
+    """It is replaced between os.stat and os.open."""
     os.mkfifo(tmp_path / 'odd')
     (tmp_path / 'file').touch()
     state = os.stat(tmp_path / 'file')
@@ -182,7 +182,7 @@ def test_errors_name_the_size_limits(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('begin', ['PK\3\4', '<html>', '5', '"text"', '\0' * 5000, ' ' * 5000 + '{'])
 def test_large_files_that_are_not_json_are_not_read(begin, tmp_path):
-    """However large it is: it is not read."""
+    """The first bytes decide, so that large files of other formats are not read."""
     path = tmp_path / 'train.json'
     path.write_text(begin)
     os.truncate(path, 2**33)
@@ -202,7 +202,7 @@ def tree(root, *names):
 
 
 def ladder(root):
-    """Folders that each lead to the next by two links: as many paths as there are subsets of them."""
+    """Make folders that each link to the next one twice, which are exponentially many paths."""
     for n in range(30):
         (root / f'step{n}').mkdir()
         for name in 'ab' if n else '':
@@ -225,7 +225,7 @@ LOOPS = {
 @pytest.mark.parametrize('kind', LOOPS)
 @pytest.mark.parametrize('task', ['detection', 'segmentation', 'neither'])
 def test_symlink_loops_terminate(kind, task, toy_dataset, tmp_path):
-    """In every walk: what data are there, where images are, what tells that nothing has changed."""
+    """In the search for data sets and for images, and in the fingerprint of the cache."""
     root = tmp_path / 'my_data'
     if task == 'neither':
         tree(root, 'train/a.doc', 'val/b.doc', 'annotations/c.doc')
@@ -286,7 +286,7 @@ def test_candidate_folders_are_unique(tmp_path):
 
 
 def test_names_that_are_not_utf8_are_read(toy_dataset, tmp_path):
-    """A folder and a file of Latin-1: they are read, and tell when they change."""
+    """A folder and a file in Latin-1 are read, and are part of the fingerprint."""
     root = os.fsencode(tmp_path) + b'/caf\xe9'
     shutil.copytree(os.fsencode(toy_dataset), root)
     shutil.copy(root + b'/train/000001.png', root + b'/train/caf\xe9.png')
@@ -303,24 +303,24 @@ def test_invalid_cache_is_ignored(tmp_path):
         '[]',
         '{}',
         '5',
-        '{"of": 1}',
-        '{"of": "x", "places": 5}',
+        '{"fingerprint": 1}',
+        '{"fingerprint": "x", "watched_paths": 5}',
         '[' * 100000,
-        '{"of": {}, "places": [1]}',
+        '{"fingerprint": {}, "watched_paths": [1]}',
     ):
         (tmp_path / 'data.json').write_text(text)
         assert load_cached(str(tmp_path), ('key',)) is None
 
 
 def gray_png(path, width, height):
-    """A whole PNG of zeros, which takes a thousandth of its pixels."""
+    """Write a valid PNG of zeros, a thousandth as large as its pixels."""
     compressor, row = zlib.compressobj(9), bytes(1 + width)
     data = b''.join(compressor.compress(row) for _ in range(height)) + compressor.flush()
     Path(path).write_bytes(png_bytes(width, height, data))
 
 
 def test_huge_images_are_rejected_by_their_header(tmp_path, monkeypatch):
-    """And those of Pillow's limit are still read."""
+    """Images at Pillow's limit are still read."""
     width = 32767
     for function in (inspect_image, inspect_mask):
         gray_png(tmp_path / 'huge.png', width, width)
@@ -336,7 +336,7 @@ def test_huge_images_are_rejected_by_their_header(tmp_path, monkeypatch):
 
 
 def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
-    """Whether it is their pixels, their bytes or a header that Pillow does not know, that makes them large."""
+    """Images are large by pixels or bytes, or if Pillow cannot read their header."""
     concurrent, max_concurrent, lock = 0, 0, threading.Lock()
     decode = check_images.cv2.imdecode
 
@@ -379,7 +379,7 @@ def test_pixel_limit_applies_to_images_unknown_to_pillow(tmp_path, monkeypatch):
 
 
 def text_bomb(path):
-    """A PNG of a thousand texts that unpack to a megabyte each."""
+    """Write a PNG of a thousand text chunks that decompress to a megabyte each."""
     info = PngImagePlugin.PngInfo()
     for n in range(1000):
         info.add_text(f'key{n}', 'x' * 2**20, zip=True)
@@ -387,7 +387,7 @@ def text_bomb(path):
 
 
 def tiff_bomb(path, entries=60000):
-    """A TIFF whose tags all have the whole file as their value."""
+    """Write a TIFF whose tags all have the whole file as their value."""
     size = 8 + 2 + 12 * entries + 4
     tags = b''.join(
         (n + 400).to_bytes(2, 'little') + b'\7\0' + size.to_bytes(4, 'little') + bytes(4) for n in range(entries)
@@ -396,7 +396,7 @@ def tiff_bomb(path, entries=60000):
 
 
 def exif_bomb(path, name='JPEG'):
-    """EXIF whose tags all have all of it as their value."""
+    """Write EXIF whose tags all have the whole block as their value."""
     entries = 5400
     size = 8 + 2 + 12 * entries + 4
     tags = b''.join(
@@ -424,7 +424,7 @@ def test_decompression_bombs_stay_within_memory(name, tmp_path):
 
 
 def test_formats_read_by_external_programs_are_rejected(tmp_path):
-    """Pillow has Ghostscript read EPS."""
+    """Pillow would start Ghostscript for EPS."""
     Image.new('L', (40, 40)).save(tmp_path / 'x.png', format='EPS')
     assert inspect_image(str(tmp_path / 'x.png')).problem == 'not-an-image'
     assert inspect_mask(str(tmp_path / 'x.png')).problem == 'unreadable-mask'

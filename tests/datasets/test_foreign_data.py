@@ -1,4 +1,4 @@
-"""Folders that hold no data set of ours are called by what is in them, and by that alone."""
+"""Folders of unsupported formats are described by what they contain."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ PANOPTIC = json.dumps(
 
 
 def write_files(root, *files):
-    """Images of these names, and files of these texts."""
+    """Write images, and text files from (name, text)."""
     for name, text in (file if isinstance(file, tuple) else (file, None) for file in files):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         if text is None:

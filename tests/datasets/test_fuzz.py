@@ -1,7 +1,7 @@
-"""Thousands of COCO files, images, label maps and lists, each damaged in some way: all end as findings or in one line,
-within bounds of time and memory, and what is left of them is sound.
+"""Randomly damaged COCO files, images, segmentation masks and lists: each is reported or a one-line error, within
+limits of time and memory, and the rest of the data is valid.
 
-`pytest -m slow tests/test_fuzz.py` takes over a hundred thousand, which is a quarter of an hour.
+`pytest -m slow tests/datasets/test_fuzz.py` reads over 100,000 of them in a quarter of an hour.
 """
 
 import json
@@ -44,7 +44,7 @@ INVALID_VALUES = [
 
 
 def base(root):
-    """A small data set of all kinds of annotations, and its content by file."""
+    """Write a small data set with all kinds of annotations; return the content of its JSON files."""
     contents = {}
     for split in ('train', 'val'):
         (root / split).mkdir(parents=True)
@@ -72,7 +72,7 @@ def base(root):
 
 
 def iter_paths(value, prefix=()):
-    """All keys and indices of nested dicts and lists, those of the outermost included."""
+    """Iterate over the key paths of nested dicts and lists."""
     for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         yield (*prefix, key)
         yield from iter_paths(item, (*prefix, key))
@@ -85,7 +85,7 @@ def holder_of(content, place):
 
 
 def damaged_content(content, rng):
-    """COCO's content with some values replaced, dropped, repeated, wrapped or exchanged."""
+    """Return a COCO dict with some values replaced, dropped, repeated, wrapped or exchanged."""
     content = json.loads(json.dumps(content))
     paths = list(iter_paths(content))
     for _ in range(rng.randint(1, 5)):
@@ -111,7 +111,7 @@ def damaged_content(content, rng):
 
 
 def text_of(content, rng):
-    """A COCO file, at times with damage to its bytes."""
+    """Return the bytes of a COCO file, some of them damaged."""
     depth = (10, 500, 900, 990, 5000, 10**6)[rng.randint(6)]
     nested = ('[' * depth + ']' * depth, '{"a":' * depth + '1' + '}' * depth)[rng.randint(2)]
     data = json.dumps(content).replace(f'"{DEEP}"', nested).encode()
@@ -119,7 +119,7 @@ def text_of(content, rng):
 
 
 def damaged_bytes(data, rng, head=0):
-    """Bytes with some flipped, cut, filled, repeated or exchanged, mostly in the first `head`, if that is given."""
+    """Return data with some bytes flipped, cut, filled, repeated or exchanged, mostly in the first `head` bytes."""
     data = bytearray(data)
     for _ in range(rng.randint(1, 6)):
         if not data:
@@ -143,7 +143,7 @@ def damaged_bytes(data, rng, head=0):
 
 
 def assert_sound(data, root):
-    """What is left of COCO data, by itself: numbers are finite, ids are there, boxes and masks are in their images."""
+    """Assert that numbers are finite, ids exist, and boxes and masks are within their images."""
     known = {f.code for f in data.report.diagnostics.values()}
     assert known <= set(RULES) and all(line.isprintable() for line in data.report.lines())
     for content in data.splits.values():
@@ -186,7 +186,7 @@ def assert_sound_annotation(annotation, image, num_classes, with_mask):
 
 
 def outcome_of(read, *args):
-    """How reading ends: with data, or in the one line of a UsageError."""
+    """Return the result of reading, or the beginning of the one-line error."""
     try:
         return read(*args)
     except UsageError as error:
@@ -195,7 +195,7 @@ def outcome_of(read, *args):
 
 
 def coco_files(root, seed, n):
-    """Damage and read `n` COCO files; how many ended how."""
+    """Damage and read `n` COCO files; return the number of each outcome and the peak memory."""
     rng, outcomes, root = np.random.RandomState(seed), Counter(), root / f'coco{seed}'
     contents = base(root)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a line for each
@@ -215,7 +215,7 @@ def coco_files(root, seed, n):
 
 
 def encoded_images(rng):
-    """Images and label maps of all formats and modes, as bytes."""
+    """Return encoded images and masks of all formats and modes."""
     labels = np.repeat(rng.randint(0, 5, (6, 8)), 6, 0).repeat(6, 1).astype(np.uint8)
     colors = rng.randint(0, 256, (36, 48, 3)).astype(np.uint8)
     palette = Image.fromarray(labels)
@@ -245,7 +245,7 @@ def encode(image, name, options):
 
 
 def other_size(data, rng):
-    """A PNG whose header says another size, and is whole."""
+    """Return a PNG with another size in its header, with a valid checksum."""
     sides = (0, 1, 7, 48, 4096, 2**15, 2**16, 2**31 - 1, 2**32 - 1)
     size = struct.pack('>II', *(sides[rng.randint(len(sides))] for _ in range(2)))
     header = data[12:16] + size + data[24:29]
@@ -253,7 +253,7 @@ def other_size(data, rng):
 
 
 def image_files(root, seed, n):
-    """Damage and read `n` images and label maps."""
+    """Damage and read `n` images and masks."""
     os.chdir(root)
     rng, outcomes, path = np.random.RandomState(seed), Counter(), root / f'{seed}.png'
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # warnings of libraries
@@ -286,7 +286,7 @@ LISTS = {
 
 
 def segmentation_folders(root, seed, n):
-    """Damage and read `n` folders of images, label maps, a list of images and one of classes."""
+    """Damage and read `n` folders of images, masks, a list of images and one of classes."""
     rng, outcomes, root = np.random.RandomState(seed), Counter(), root / f'masks{seed}'
     folders = [root / name for name in ('JPEGImages', 'SegmentationClass', 'ImageSets/Segmentation')]
     for folder in folders:
@@ -300,9 +300,9 @@ def segmentation_folders(root, seed, n):
     for _ in range(n):
         damaged = rng.randint(4, size=4)
         for i in range(4):
-            for folder, ending, originals, which in zip(folders, ('jpg', 'png'), (images, maps), damaged):
+            for folder, suffix, originals, which in zip(folders, ('jpg', 'png'), (images, maps), damaged):
                 data = damaged_bytes(originals[i], rng, head=60) if which == 0 and i == 1 else originals[i]
-                (folder / f'{i}.{ending}').write_bytes(data)
+                (folder / f'{i}.{suffix}').write_bytes(data)
         (folders[2] / 'train.txt').write_bytes(damaged_bytes(names, rng) if damaged[2] == 0 else names)
         name = list(LISTS)[rng.randint(len(LISTS))] if damaged[3] == 0 else 'a.txt'
         (root / name).write_bytes(damaged_bytes(LISTS[name].encode(), rng) if damaged[3] == 0 else LISTS[name].encode())
@@ -334,7 +334,7 @@ def test_damaged_files(kind, n, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('kind, batches, n', [('coco', 120, 500), ('images', 50, 1000), ('segmentation', 20, 250)])
 def test_many_damaged_files(kind, batches, n, tmp_path):
-    """Of 60,000 COCO files, 50,000 images that are read as label maps too, 5,000 folders of both."""
+    """60,000 COCO files, 50,000 images that are read as masks too, and 5,000 folders of both."""
     outcomes, max_memory = Counter(), 0
     for seed in range(1, batches + 1):
         result, memory = run_limited(FUZZERS[kind], tmp_path, seed, n, seconds=SECONDS, gigabytes=GIGABYTES)

@@ -1,4 +1,4 @@
-"""Long, thin images: what the recipes' pipelines and models can read of them is kept, and nothing else."""
+"""Long, thin images are dropped exactly where the recipes' pipelines or models cannot read them."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def test_default_limits_match_the_recipes(recipe):
 
 
 def sample(config, width, height):
-    """What steps of a pipeline after the loading of files find."""
+    """Return a sample as it is after the loading transforms."""
     image = np.zeros((height, width, 3), np.uint8)
     results = dict(img=image, img_shape=(height, width), ori_shape=(height, width), img_path='', img_id=0)
     if config.default_scope == 'mmseg':
@@ -58,7 +58,7 @@ def sample(config, width, height):
 @pytest.mark.parametrize('split', ['train', 'val'])
 @pytest.mark.parametrize('recipe', ['mask_rcnn/convnext_t', 'upernet/convnext_t', 'demo/mask_rcnn', 'demo/upernet'])
 def test_pipelines_fail_exactly_beyond_the_limit(recipe, split):
-    """On both sides of the limit; of a random step what is left out fails in some draws."""
+    """On both sides of the limit; with random transforms, dropped sizes fail for some seeds."""
     config = config_of(recipe)
     limit = resize_limits(config)[split]._replace(min_side=1)
     steps = config[f'{split}_dataloader'].dataset.pipeline
@@ -117,7 +117,7 @@ def test_multi_scale_limit_is_that_of_the_smallest_scale():
 
 
 def add_thin_image(root, split, name, width, height):
-    """A thin image beside the others, with an object that takes half of it, and a label map."""
+    """Add a thin image with an object that covers half of it, and its mask."""
     cv2.imwrite(str(root / split / name), np.zeros((height, width, 3), np.uint8))
     labels = np.ones((height, width), np.uint8)
     labels[:, : width // 2] = 2
@@ -152,7 +152,7 @@ def reported(root, task):
 
 
 def test_thin_images_are_reported(dataset_root):
-    """By the recipes of the paper: of both tasks, and of each split."""
+    """For the paper's recipes of both tasks, in each split."""
     in_detection, in_segmentation = reported(dataset_root, 'detection'), reported(dataset_root, 'segmentation')
     nothing, stride = 'image-resized-to-zero', 'image-below-stride'
     lines = ['line.png: 6000 x 1 becomes 1333 x 0', 'column.png: 3 x 9000 becomes 0 x 1333']
@@ -169,7 +169,7 @@ def test_thin_images_are_reported(dataset_root):
 
 @pytest.mark.parametrize('config', [DETECTOR, SEGMENTOR], ids=['detection', 'segmentation'])
 def test_training_with_thin_images(config, dataset_root, monkeypatch):
-    """What is left of them is trained on and evaluated on."""
+    """The remaining images are trained on and evaluated."""
     monkeypatch.chdir(dataset_root.parent)
     length = ['--epochs', 2] if config is DETECTOR else ['--iters', 12]
     options = [

@@ -1,5 +1,5 @@
-"""Sets of classes that cannot be learned, and labels without a name: what is said to do about them is right, by the
-pixels, and done it leaves nothing wrong."""
+"""Classes that cannot be learned and labels without a class are errors whose advice follows from the pixels and fixes
+the data set."""
 
 import re
 
@@ -18,7 +18,7 @@ SIZE = 40
 
 
 def write(root, *maps, classes=None, palette=False, splits=('train', 'val')):
-    """Images with label maps, each of rows of the labels given, of which there are as many as their share."""
+    """Write images with masks, each of equally high rows of the given labels."""
     rng = np.random.RandomState(0)
     for split in splits:
         for i, rows in enumerate(maps):
@@ -37,7 +37,7 @@ def write(root, *maps, classes=None, palette=False, splits=('train', 'val')):
 
 
 def advice(root, kind, **request):
-    """What is said of a kind, once for all label maps, by which the data are refused."""
+    """Return the example of an error that is reported once for all masks."""
     data, problems = check_dataset(root, 'segmentation', **request)
     assert problems[kind].action == 'error' and (problems[kind].split, problems[kind].count) == ('all', 1)
     with pytest.raises(UsageError, match=kind):
@@ -74,7 +74,7 @@ def test_single_class_is_an_error(kind, tmp_path):
 
 
 def test_single_class_has_no_gradient():
-    """Why it is refused."""
+    """The reason why a single class is an error."""
     scores = torch.randn(2, 1, 4, 4, requires_grad=True)
     loss = cross_entropy(scores, torch.zeros(2, 4, 4, dtype=torch.long))
     loss.backward()
@@ -133,7 +133,7 @@ def test_unnamed_labels_are_an_error(kind, tmp_path):
 
 @pytest.mark.parametrize('kind', [kind for kind, (*_, end) in OUT_OF_RANGE.items() if '--ignore' in end])
 def test_advice_on_unnamed_labels_fixes_them(kind, tmp_path):
-    """Each --ignore that is named leaves no label without a name."""
+    """After each --ignore of the advice, all labels have a class."""
     rows, n, _, _, end = OUT_OF_RANGE[kind]
     write(tmp_path, rows, rows, rows[:1], classes=CAMVID[:n])
     for labels in re.findall('--ignore ([0-9 ]+[0-9]|[0-9])', end):
@@ -177,13 +177,13 @@ def test_ignored_pixels_are_named_as_the_cause(tmp_path):
     'ignore, message', [(None, 'label 0 is Sky, label 2 is Pole'), ([0], 'label 1 is Sky, label 3')]
 )
 def test_report_shows_labels_of_first_and_last_class(ignore, message, tmp_path):
-    """By which one sees that they are shifted."""
+    """So that users notice shifted labels."""
     write(tmp_path, [1, 2], classes=CAMVID[:3])
     assert message in check_dataset(tmp_path, 'segmentation', ignore_labels=ignore)[0].report.facts[-1]
 
 
 def test_large_or_damaged_class_files_are_one_line_errors(tmp_path):
-    """And end in one line, and at once."""
+    """They fail at once, with one line."""
     for name, text in {
         'lines.txt': 'a' + ' ' * 2**21 + 'b', 'numbers.txt': '1' * 5000 + ' a',
         'many.txt': '\n'.join(map(str, range(10**6))),
@@ -246,7 +246,7 @@ def test_labels_to_ignore_are_8_bit(label, tmp_path):
 
 
 def test_lines_of_many_spaces_take_linear_time(tmp_path):
-    """As many as a line may hold, in as many lines as a file may: what was hours takes a second."""
+    """The longest lines, as many as a file may hold."""
     for line in ['a' + ' ' * 290 + 'b', 'a' + ' ,' * 145 + 'b', '1 ' * 149 + 'x', 'a ' + '1,' * 149]:
         (tmp_path / 'x.txt').write_text('\n'.join([line] * 40000))
         assert '40,000 classes' in run_limited(error_message, read_classes, tmp_path / 'x.txt')

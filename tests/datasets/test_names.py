@@ -1,5 +1,5 @@
-"""File names of another machine, written in another way, and in several folders: each is found where it is, or said
-to be ambiguous or missing, and none gets another one's image."""
+"""File names from other machines, in other spellings and folders: each is located, or reported as ambiguous or missing,
+and none gets the image of another."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def touch(root, *names):
 
 
 def locate(root, names, file='annotations/instances_train.json', **extra):
-    """Where names of a JSON file are, and what is said of them."""
+    """Return path and code of each name of a JSON file."""
     images = ImageResolver(root / file, root, names, **extra)
     return {name: images.locations[name][:2] for name in names}
 
@@ -65,7 +65,7 @@ CASES = {
         '/data/upload/4/x.jpg': (None, AMBIGUOUS),
         '/data/upload/3/y.jpg': ('images/y.jpg', BY_SUFFIX),
     }),
-    'the longest ending': (('a/x.png', 'b/a/x.png', 'c/b/a/x.png'), {
+    'longest suffix': (('a/x.png', 'b/a/x.png', 'c/b/a/x.png'), {
         '/home/c/b/a/x.png': ('c/b/a/x.png', BY_SUFFIX),
         '/mnt/d/b/a/x.png': (None, AMBIGUOUS),
     }),
@@ -82,7 +82,7 @@ CASES = {
         'a/1.png': ('images/a/1.png', None),
         'c/2.png': (None, MISSING),
     }),
-    'a shorter ending than names of the same beginning have': (('p/t/1.png', 'p/t/2.png', 'q/t/3.png'), {
+    'a shorter suffix than names of the same prefix have': (('p/t/1.png', 'p/t/2.png', 'q/t/3.png'), {
         '/home/p/t/1.png': ('p/t/1.png', BY_SUFFIX),
         '/home/p/t/2.png': ('p/t/2.png', BY_SUFFIX),
         '/home/r/t/3.png': (None, MISSING),
@@ -143,7 +143,7 @@ CASES = {
         'c:d.png': ('train/c:d.png', None),
     }),
     'dots': (('train/a/1.png',), {'./a/./1.png': ('train/a/1.png', None), 'b/../a//1.png': ('train/a/1.png', None)}),
-    'label maps of the same names': (('images/seq/1.png', 'masks/seq/1.png'), {
+    'masks of the same names': (('images/seq/1.png', 'masks/seq/1.png'), {
         '/me/seq/1.png': ('images/seq/1.png', BY_SUFFIX),
     }),
     'hidden folders': (('images/1.png', '.thumbs/images/1.png'), {'/me/images/1.png': ('images/1.png', BY_SUFFIX)}),
@@ -189,7 +189,7 @@ def test_absolute_paths_of_this_machine_are_located(tmp_path):
 
 
 def test_images_next_to_the_annotation_folder_are_located(tmp_path):
-    """Beside the folder of a JSON file that is given alone."""
+    """Next to the folder of a JSON file that is given without --data."""
     touch(tmp_path, 'images/a/1.png')
     name = '/me/a/1.png'
     images = ImageResolver(tmp_path / 'annotations/x.json', tmp_path / 'annotations', [name])
@@ -227,7 +227,7 @@ def test_respelled_names_are_fixed_and_ambiguous_names_are_errors(tmp_path):
 
 
 def test_moved_image_invalidates_the_cache(tmp_path):
-    """Where images are found by their endings, all files of the data say where they are."""
+    """If images are matched by suffix, the fingerprint covers all files of the data set."""
     write_images(tmp_path, *SEQUENCES)
     write_coco(tmp_path, dict(train=['/x/images/seq1/1.png'], val=['/y/seq2/2.png']))
     assert str(tmp_path) in check_dataset(tmp_path)[0].watched_paths
@@ -241,7 +241,7 @@ def test_moved_image_invalidates_the_cache(tmp_path):
 
 
 def test_suffix_lookup_is_fast(tmp_path):
-    """A hundred thousand names of another machine, most of them alike in their last part."""
+    """100,000 names of another machine, most of which share their last part."""
     names = [f'images/{n % 50}/{n // 50 % 200}/image{n // 10000}.png' for n in range(100000)]
     index = FileIndex(names)
     assert index.find_by_suffix('nowhere/image3.png')[0] == 1 and len(index.find_by_suffix('image3.png')[1]) <= 50
@@ -321,8 +321,8 @@ def test_image_lists_are_parsed(end, encoding, tmp_path):
 
 def test_latin1_list_names_latin1_files(tmp_path):
     touch(tmp_path, 'JPEGImages/x.jpg', 'SegmentationClass/x.png', 'ImageSets/Segmentation/train.txt')
-    for folder, ending in (('JPEGImages', 'jpg'), ('SegmentationClass', 'png')):
-        Path(f'{tmp_path}/{folder}/caf\udce9.{ending}').write_bytes(b'')
+    for folder, suffix in (('JPEGImages', 'jpg'), ('SegmentationClass', 'png')):
+        Path(f'{tmp_path}/{folder}/caf\udce9.{suffix}').write_bytes(b'')
     (tmp_path / 'ImageSets/Segmentation/train.txt').write_bytes(b'caf\xe9\r\n')
     result = pair_files(find_folders(tmp_path)[1]['train'])
     assert [image.name for image, _ in result.pairs] == ['caf\udce9.jpg']
@@ -335,7 +335,7 @@ LATIN, JAPANESE = os.fsdecode(b'caf\xe9.png'), '\u65e5\u672c.png'
 
 @pytest.fixture
 def non_ascii_dataset(toy_dataset, tmp_path):
-    """Names beyond ASCII: one is Latin-1 on the disk and UTF-8 in the JSON file, one holds an escape of terminals."""
+    """Names beyond ASCII: one is Latin-1 on the disk and UTF-8 in the JSON file, one has a terminal escape sequence."""
     names = {'000001.png': LATIN, '000002.png': JAPANESE, '000003.png': '\x1b[31mred.png'}
     shutil.copytree(toy_dataset, tmp_path / 'my_data')
     for old, new in names.items():

@@ -1,4 +1,4 @@
-"""The embedded data set: read back by the libraries that read COCO and ADE20K, and pinned pixel for pixel."""
+"""The toy data set is read back by the libraries that read COCO and ADE20K, and its pixels are pinned by a hash."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def scenes(count, seed=1, size=128):
 
 
 def decoded(polygons, mask):
-    """The union of polygons as pycocotools, which shares no code with the drawing, fills them."""
+    """Return the union of polygons as pycocotools fills them, which shares no code with the drawing."""
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *mask.shape))).astype(bool)
 
 

@@ -1,4 +1,4 @@
-"""Custom data sets in the layouts that people use, and what the checks say of them."""
+"""Custom data sets in the supported layouts, and their checks."""
 
 import json
 import re
@@ -19,7 +19,7 @@ TRAIN, VAL = 'annotations/instances_train.json', 'annotations/instances_val.json
 
 
 def edit_coco(change, file=TRAIN):
-    """Damage by a change of a COCO file's content."""
+    """Return a function that changes the content of a COCO file below a root."""
 
     def damage(root):
         content = json.loads((root / file).read_text())
@@ -43,12 +43,12 @@ def load_coco(toy_dataset, split):
     return json.loads((toy_dataset / f'annotations/instances_{split}.json').read_text())
 
 
-def copy_images(toy_dataset, split, folder, name='{}', ending='.png'):
-    """Copy the images of a split, under other names and in other formats, into a folder."""
+def copy_images(toy_dataset, split, folder, name='{}', suffix='.png'):
+    """Copy the images of a split into a folder, under other names and in another format."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted((toy_dataset / split).iterdir()):
-        new = folder / (name.format(path.stem) + ending)
-        if ending == '.png':
+        new = folder / (name.format(path.stem) + suffix)
+        if suffix == '.png':
             shutil.copy(path, new)
         else:
             cv2.imwrite(str(new), cv2.imread(str(path)))
@@ -60,7 +60,7 @@ def write_json(content, path):
 
 
 def renumber_categories(content):
-    """The same with other ids of categories, in another order."""
+    """Return a COCO dict with other category ids, in another order."""
     ids = {c['id']: 7 * (10 - c['id']) for c in content['categories']}
     return {
         **content,
@@ -80,7 +80,7 @@ def as_roboflow(toy_dataset, folder):
 
 
 def class_map(toy_dataset, split, path):
-    """The label map of an image as classes: ground 0, ..., 255 on borders."""
+    """Return the segmentation mask of an image: ground is 0, ..., borders are 255."""
     labels = cv2.imread(str(toy_dataset / 'labels' / split / path), cv2.IMREAD_UNCHANGED)
     return np.where(labels == 0, 255, labels.astype(int) - 1).astype(np.uint8)
 
@@ -107,22 +107,22 @@ def as_voc(toy_dataset, folder):
 
 
 def as_folders(toy_dataset, folder):
-    """images/ and masks/, with images of all endings and a file of classes."""
+    """images/ and masks/, with images of all suffixes and a classes file."""
     for split in ('train', 'val'):
-        copy_images(toy_dataset, split, folder / 'images' / split, ending='.jpg')
-        for i, ending in enumerate(('.JPG', '.jpeg', '.png')):
+        copy_images(toy_dataset, split, folder / 'images' / split, suffix='.jpg')
+        for i, suffix in enumerate(('.JPG', '.jpeg', '.png')):
             path = sorted((folder / 'images' / split).glob('*.jpg'))[0]
             if i == 2:
                 cv2.imwrite(str(path.with_suffix('.png')), cv2.imread(str(path)))
                 path.unlink()
             else:
-                path.rename(path.with_suffix(ending))
+                path.rename(path.with_suffix(suffix))
         write_masks(toy_dataset, split, folder / 'masks' / split)
     (folder / 'classes.txt').write_text('\n'.join(toy_shapes.LABEL_NAMES))
 
 
 def run(tool, *args):
-    """A tool in this process, as a user runs it."""
+    """Run a tool in this process; return the exit code."""
     before = sys.argv
     sys.argv = [tool, *map(str, args)]
     try:
@@ -135,7 +135,7 @@ def run(tool, *args):
 
 
 def quick_options(name):
-    """Settings that make a training a matter of a second."""
+    """Return --cfg-options for a training of a second."""
     return [
         *(f'{s}_dataloader.num_workers=0' for s in ('train', 'val', 'test')),
         *(f'{s}_dataloader.persistent_workers=False' for s in ('train', 'val', 'test')),
@@ -144,14 +144,14 @@ def quick_options(name):
 
 
 def load_recipe(name):
-    """A recipe as a tool would have loaded it."""
+    """Load a recipe as the tools do."""
     config = Config.fromfile(CONFIGS / f'{name}.py')
     config.launcher, config.work_dir = 'none', 'run'
     return config
 
 
 def write_dataset(folder, n, sizes=((64, 48), (48, 64), (64, 64)), masks=True):
-    """A data set of `n` classes, an object of each somewhere; COCO json and label maps."""
+    """Write a data set of `n` classes with one object each, as COCO json and masks; return the class names."""
     rng = np.random.RandomState(0)
     names = [f'thing {i}' for i in range(n)]
     for split in ('train', 'val'):

@@ -12,8 +12,8 @@ from convnext_dense.errors import UsageError
 
 
 def run_limited(function, *args, seconds=60, gigabytes=2.0):
-    """What a function returns in a process of its own, which may take so much time and memory more than this one has.
-    A hang, a signal and an exception fail the test."""
+    """Run a function in its own process, with limits on time and on memory beyond what this process has.
+    A hang, a signal or an exception fails the test."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
 
     def run():
@@ -44,7 +44,7 @@ def run_limited(function, *args, seconds=60, gigabytes=2.0):
 
 
 def error_message(function, *args):
-    """The one line of a UsageError, or what is returned."""
+    """Return the one line of a UsageError, or the function's result."""
     try:
         return function(*args)
     except UsageError as error:
@@ -53,7 +53,7 @@ def error_message(function, *args):
 
 
 def png_bytes(width, height, data=b''):
-    """The beginning of a grey PNG, or with its data a whole one."""
+    """Return the bytes of a gray PNG; without data only its header is valid."""
     header = b'IHDR' + struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0)
     chunks = [header, b'IDAT' + data, b'IEND']
     parts = [struct.pack('>I', len(c) - 4) + c + struct.pack('>I', zlib.crc32(c)) for c in chunks]
