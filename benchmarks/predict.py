@@ -1,7 +1,8 @@
 """Prediction of files: images per second of the whole command next to the model's own, and memory over many images.
 
 The model has random weights; a detector returns its hundred best boxes and masks, whatever their scores. Images per
-second are measured in turns within one run, memory in one run of the command over all images.
+second are measured in turns within one run, memory in one run of the command over all images. Where other programs are
+at work, compare CPU times, with OMP_NUM_THREADS=1: threads of OpenMP that wait for one another burn time.
 """
 
 import argparse
@@ -51,38 +52,46 @@ def draw_photos(folder: Path, count: int, size: tuple[int, int]) -> None:
         cv2.imwrite(str(folder / f'{i:06}.jpg'), cv2.add(photo, noise))
 
 
-def run_command(predictor: Predictor, photos: Path, out: Path, pictures: bool = True) -> float:
-    """Predict all photos as the command does; returns seconds."""
+def seconds() -> np.ndarray:
+    """Time on the wall, and of all cores in this process."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def run_command(predictor: Predictor, photos: Path, out: Path, pictures: bool = True) -> np.ndarray:
+    """Predict all photos as the command does; returns `seconds`."""
     out.mkdir()
     files = find_inputs([str(photos)]).images
     output = OutputFolder(out, predictor.task, predictor.classes, predictor.palette, pictures=pictures)
-    start = time.perf_counter()
+    start = seconds()
     report = pipeline.predict_files(predictor, files, PredictOptions(), output)
     output.finish()
     assert report.num_done == len(files)
-    return time.perf_counter() - start
+    return seconds() - start
 
 
-def run_model(predictor: Predictor, photos: Path) -> float:
-    """The model alone, on images that are read and resized before; returns its seconds."""
-    seconds = 0.0
+def run_model(predictor: Predictor, photos: Path) -> np.ndarray:
+    """The model alone, on images that are read and resized before; returns its `seconds`."""
+    total = 0.0
     for file in find_inputs([str(photos)]).images:
         item = predictor.prepare(predictor.read(file.path))
-        start = time.perf_counter()
+        start = seconds()
         predictor.predict_prepared([item])
-        seconds += time.perf_counter() - start
-    return seconds
+        total = total + seconds() - start
+    return total
 
 
 def measure_rate(predictor: Predictor, photos: Path, folder: Path, rounds: int) -> None:
     n, ratios = len(list(photos.iterdir())), []
-    run_model(predictor, photos)  # warm up
+    run_command(predictor, photos, folder / 'warm up')
     for i in range(rounds):
         alone = run_model(predictor, photos)
         whole = run_command(predictor, photos, folder / f'out{i}')
         ratios.append(alone / whole)
-        print(f'round {i + 1}: model {n / alone:.2f} images/s, command {n / whole:.2f} images/s, {alone / whole:.3f}')
-    print(f'command / model: median {statistics.median(ratios):.3f}')
+        print(
+            f'round {i + 1}: images/s and per CPU second: model {n / alone}, command {n / whole}, ratios {alone / whole}'
+        )
+    wall, cpu = (statistics.median(values) for values in zip(*ratios))
+    print(f'command / model: median {wall:.3f} on the wall, {cpu:.3f} in CPU time')
 
 
 class MemoryLog:
@@ -106,10 +115,10 @@ def measure_memory(predictor: Predictor, photos: Path, folder: Path) -> None:
     record = OutputFolder.record
     OutputFolder.record = lambda self, *args: log.record(self, *args)
     try:
-        seconds = run_command(predictor, photos, folder / 'out')
+        duration, _ = run_command(predictor, photos, folder / 'out')
     finally:
         OutputFolder.record = record
-    print(f'{log.done} images in {seconds:.0f} s; MB after each tenth: {", ".join(f"{v:.0f}" for v in log.values)}')
+    print(f'{log.done} images in {duration:.0f} s; MB after each tenth: {", ".join(f"{v:.0f}" for v in log.values)}')
     print(f'growth from the second tenth to the last: {log.values[-1] - log.values[1]:.1f} MB')
 
 
