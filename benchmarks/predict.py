@@ -87,9 +87,7 @@ def measure_rate(predictor: Predictor, photos: Path, folder: Path, rounds: int) 
         alone = run_model(predictor, photos)
         whole = run_command(predictor, photos, folder / f'out{i}')
         ratios.append(alone / whole)
-        print(
-            f'round {i + 1}: images/s and per CPU second: model {n / alone}, command {n / whole}, ratios {alone / whole}'
-        )
+        print(f'round {i + 1}: images per second on the wall and of CPU: model {n / alone}, command {n / whole}')
     wall, cpu = (statistics.median(values) for values in zip(*ratios))
     print(f'command / model: median {wall:.3f} on the wall, {cpu:.3f} in CPU time')
 
