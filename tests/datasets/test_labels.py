@@ -186,7 +186,7 @@ def test_large_or_damaged_class_files_are_one_line_errors(tmp_path):
     """They fail at once, with one line."""
     for name, text in {
         'lines.txt': 'a' + ' ' * 2**21 + 'b', 'numbers.txt': '1' * 5000 + ' a',
-        'many.txt': '\n'.join(map(str, range(10**6))),
+        'many.txt': '\n'.join(map(str, range(10**5))),
         'deep.json': '[' * 10**5, 'list.json': '[["a"]]', 'null.json': '[null]', 'control.txt': 'a\0b\nc',
         'surrogate.json': '["\\ud800"]', 'color.json': '{"a": [1, 2, 300]}', 'inf.json': '{"a": [1e999, 0, 0]}',
         'field.csv': 'a,b\n0,' + 'x' * 10**6, 'digits.csv': f'a,b\n{"9" * 5000},x', 'long.txt': 'x' * 301,
@@ -248,5 +248,5 @@ def test_labels_to_ignore_are_8_bit(label, tmp_path):
 def test_lines_of_many_spaces_take_linear_time(tmp_path):
     """The longest lines, as many as a file may hold."""
     for line in ['a' + ' ' * 290 + 'b', 'a' + ' ,' * 145 + 'b', '1 ' * 149 + 'x', 'a ' + '1,' * 149]:
-        (tmp_path / 'x.txt').write_text('\n'.join([line] * 40000))
-        assert '40,000 classes' in run_limited(error_message, read_classes, tmp_path / 'x.txt')
+        (tmp_path / 'x.txt').write_text('\n'.join([line] * 10000))
+        assert '10,000 classes' in run_limited(error_message, read_classes, tmp_path / 'x.txt')

@@ -128,7 +128,7 @@ def test_layout(small):
 def test_polygons_cover_exactly_the_visible_pixels(size, radius, monkeypatch):
     monkeypatch.setattr(toy_shapes, 'RADIUS_RANGE', radius)
     combinations = set()
-    for scene in scenes(40, size=size):
+    for scene in scenes(16, size=size):
         result = toy_shapes.coco_annotations(scene)
         assert len(result) == len(scene.categories) == len(scene.areas) == scene.instances.max()
         for k, annotation in enumerate(result, 1):
@@ -183,7 +183,7 @@ def test_shapes_contrast_with_the_background():
 def test_classes_differ_in_hue():
     result = [
         (category, scene.image[scene.instances == k].mean(0))
-        for scene in scenes(200, size=64)
+        for scene in scenes(100, size=64)
         for k, category in enumerate(scene.categories, 1)
     ]
     assert np.bincount([category for category, _ in result]).min() > len(result) / 8
