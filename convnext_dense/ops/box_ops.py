@@ -1,7 +1,7 @@
 """RoIAlign over the levels of a feature pyramid, and NMS, as operators of `torch.ops.convnext_dense` for the CPU.
 
 Both equal mmcv's: RoIAlign with average pooling to rounding (a bin's samples are added up by rows and columns), NMS
-to the index. `RoIAlign` is linear in the maps; its gradient reaches these alone, as mmcv's does.
+to the index. RoIAlign is linear in the maps; its gradient reaches these alone, as mmcv's does.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from . import head_kernels
+from .head_kernels import is_plain
 from .operators import (
     LIBRARY,
     _below_autograd,
@@ -33,7 +34,7 @@ nms = _define('nms(Tensor boxes, Tensor scores, float iou_threshold, int offset)
 
 def supports_roi_align(feats: Sequence[torch.Tensor], rois: torch.Tensor) -> bool:
     """Whether `roi_align` runs on these maps (N, C, H, W) of a pyramid and RoIs (n, 5)."""
-    if not feats or not all(map(_is_plain, (*feats, rois))) or not head_kernels.available():
+    if not feats or not all(map(is_plain, (*feats, rois))) or not head_kernels.available():
         return False
     shape, dtype = feats[0].shape[:2], feats[0].dtype
     if any(x.ndim != 4 or x.shape[:2] != shape or x.dtype != dtype or not x.numel() for x in feats):
@@ -44,16 +45,7 @@ def supports_roi_align(feats: Sequence[torch.Tensor], rois: torch.Tensor) -> boo
 def supports_nms(boxes: torch.Tensor, scores: torch.Tensor) -> bool:
     """Whether `nms` runs on these boxes (n, 4) and scores (n,)."""
     tensors = (boxes, scores)
-    return all(map(_is_plain, tensors)) and boxes.dtype == torch.float32 and head_kernels.available()
-
-
-def _is_plain(x: torch.Tensor) -> bool:
-    """A tensor of the CPU with memory, which nothing traces."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (torch.Tensor, torch.nn.Parameter):
-        return False
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return False
-    return (x.device.type, x.layout) == ('cpu', torch.strided) and not x.is_neg()
+    return all(map(is_plain, tensors)) and boxes.dtype == torch.float32 and head_kernels.available()
 
 
 # ---- RoIAlign --------------------------------------------------------------------------------------------------------
@@ -67,16 +59,13 @@ def _check_rois(rois, levels, spatial_scales, output_size, sampling_ratio):
     _check(head_kernels.available(), 'the kernels are not for this machine, or were not compiled')
 
 
-def _run(backward, maps, features, rois, levels, spatial_scales, output_size, sampling_ratio, aligned, channels_last):
+def _run(kernel, maps, features, rois, levels, spatial_scales, output_size, sampling_ratio, aligned, channels_last):
     """Launch a kernel on maps in channels_last."""
     rois, levels = rois.contiguous(), levels.contiguous()
-    head_kernels.roi_align(
-        backward,
-        [
-            head_kernels.Level(height=x.shape[2], width=x.shape[3], scale=scale, data=x.data_ptr())
-            for x, scale in zip(maps, spatial_scales)
-        ],
-        images=maps[0].shape[0],
+    head_kernels.launch(
+        kernel,
+        maps,
+        spatial_scales,
         channels=maps[0].shape[1],
         n_boxes=len(rois),
         out_height=output_size[0],
@@ -101,7 +90,7 @@ def _roi_align_cpu(feats, rois, levels, spatial_scales, output_size, sampling_ra
         used = {*levels.unique().tolist()}
         maps = [x.contiguous(memory_format=torch.channels_last) if i in used else x for i, x in enumerate(feats)]
         settings = (rois, levels, spatial_scales, output_size, sampling_ratio, aligned, channels_last)
-        _run(False, maps, out, *settings)
+        _run('roi_align', maps, out, *settings)
     return out
 
 
@@ -129,7 +118,7 @@ def _roi_align_backward_cpu(
     if not len(rois):
         return [g.zero_() for g in grads]
     settings = (rois, levels, spatial_scales, output_size, sampling_ratio, aligned, True)
-    _run(True, grads, grad, *settings)
+    _run('roi_align_backward', grads, grad, *settings)
     return grads
 
 

@@ -1,4 +1,4 @@
-/* Kernels of necks and heads: RoIAlign, forward and backward, and NMS.
+/* Kernels of necks and heads: RoIAlign and convolutions of upsampled maps, forward and backward, and NMS.
 
    Compiled twice, for AVX-512 and for AVX2; head_kernels.py takes the one that the processor has. Maps are
    channels_last, so that a sample point is a contiguous vector of channels. Coordinates and overlaps are computed as in
@@ -27,6 +27,7 @@ INLINE void store(float *p, vec v) { _mm512_storeu_ps(p, v); }
 INLINE vec splat(float x) { return _mm512_set1_ps(x); }
 INLINE vec multiply_add(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE vec mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+INLINE vec maximum(vec a, vec b) { return _mm512_max_ps(b, a); } /* NaN of a stays one */
 INLINE vec load_bf16(const uint16_t *p) {
     __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
@@ -39,6 +40,7 @@ INLINE void store(float *p, vec v) { _mm256_storeu_ps(p, v); }
 INLINE vec splat(float x) { return _mm256_set1_ps(x); }
 INLINE vec multiply_add(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE vec mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
+INLINE vec maximum(vec a, vec b) { return _mm256_max_ps(b, a); }
 INLINE vec load_bf16(const uint16_t *p) {
     __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
@@ -68,6 +70,17 @@ typedef struct {
     const int64_t *box_levels;
     float *features;
 } RoIAlignArgs;
+
+/* A 3 x 3 convolution of maps that are upsampled bilinearly, images x height x width x channels, once its taps were
+   applied before upsampling: levels are images x height x width x 9 x channels, the products of each pixel with the 3 x 3
+   taps. Forward: sum becomes base plus their shifted, upsampled sum; with relu negative values become 0. Backward: sum is
+   its gradient, base is null, and the levels are written. All in float, or all in bfloat16. */
+typedef struct {
+    int64_t version, threads, images, channels, height, width, n_levels, align_corners, bf16, relu;
+    const Level *levels;
+    const void *base;
+    void *sum;
+} TapSumArgs;
 
 /* What kernels return, 0 for success; convnext_head_error_message has the texts. */
 enum { OK, BAD_VERSION, BAD_THREADS, BAD_SIZE, BAD_CHANNELS, BAD_FLAG, NULL_POINTER, BAD_IMAGE, BAD_LEVEL, BAD_BOX,
@@ -372,6 +385,270 @@ int64_t convnext_roi_align_backward(const RoIAlignArgs *args) {
     return OK;
 }
 
+/* ---- convolutions of upsampled maps ------------------------------------------------------------------------------- */
+
+enum { TAPS = 3, PIECE = 64, ROWS = 8 }; /* channels and rows that a thread takes at a time */
+
+/* For an output position and a tap, the two positions of the small map that the tap's position lies between, and their
+   weights; weights of 0 beyond the border. */
+typedef struct {
+    int32_t low, high;
+    float low_weight, high_weight;
+} Source;
+
+/* `size` x TAPS sources, as torch interpolates. */
+static void fill_sources(Source *sources, int64_t size, int64_t small, int64_t align_corners) {
+    float scale = (float)small / (float)size;
+    if (align_corners) scale = size > 1 ? (float)(small - 1) / (float)(size - 1) : 0.0f;
+    for (int64_t i = 0; i < size; i++)
+        for (int64_t k = 0; k < TAPS; k++) {
+            int64_t at = i + k - 1;
+            Source *s = sources + i * TAPS + k;
+            *s = (Source){0, 0, 0.0f, 0.0f};
+            if (at < 0 || at >= size) continue;
+            float real = align_corners ? scale * (float)at : scale * ((float)at + 0.5f) - 0.5f;
+            real = real < 0 ? 0 : real;
+            s->low = (int32_t)min_i64((int64_t)real, small - 1);
+            s->high = (int32_t)min_i64(s->low + 1, small - 1);
+            s->high_weight = real - (float)s->low;
+            s->low_weight = 1.0f - s->high_weight;
+        }
+}
+
+INLINE vec load_elem(int bf16, const void *p, int64_t i) {
+    return bf16 ? load_bf16((const uint16_t *)p + i) : load((const float *)p + i);
+}
+
+INLINE void store_elem(int bf16, void *p, int64_t i, vec v) {
+    if (!bf16) {
+        store((float *)p + i, v);
+        return;
+    }
+    float values[LANES];
+    uint32_t bits[LANES];
+    store(values, v);
+    memcpy(bits, values, sizeof(bits));
+    for (int k = 0; k < LANES; k++) { /* to nearest, ties to even; NaN stays one */
+        uint32_t b = bits[k], rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
+        ((uint16_t *)p)[i + k] = (uint16_t)((b & 0x7fffffff) > 0x7f800000 ? b >> 16 | 64 : rounded);
+    }
+}
+
+static int64_t check_tap_sum(const TapSumArgs *args) {
+    if (!args) return NULL_POINTER;
+    if (args->version != STRUCT_VERSION) return BAD_VERSION;
+    if (args->threads < 1 || args->threads > 1 << 16) return BAD_THREADS;
+    if (args->channels < 1 || args->channels % CHANNEL_MULTIPLE || args->channels > MAX_SIDE) return BAD_CHANNELS;
+    if (args->images < 1 || args->images > MAX_SIDE || args->n_levels < 1 || args->n_levels > MAX_BINS) return BAD_SIZE;
+    if (args->height < 1 || args->height > MAX_SIDE || args->width < 1 || args->width > MAX_SIDE) return BAD_SIZE;
+    if (args->align_corners >> 1 || args->bf16 >> 1 || args->relu >> 1) return BAD_FLAG;
+    if (!args->levels || !args->sum) return NULL_POINTER;
+    for (int64_t i = 0; i < args->n_levels; i++) {
+        const Level *level = args->levels + i;
+        if (level->height < 1 || level->height > args->height) return BAD_SIZE;
+        if (level->width < 1 || level->width > args->width) return BAD_SIZE;
+        if (!level->data) return NULL_POINTER;
+    }
+    return OK;
+}
+
+/* Sources of all levels, rows before columns: those of level i begin at i * (height + width) * TAPS. */
+static Source *all_sources(const TapSumArgs *args) {
+    int64_t n = (args->height + args->width) * TAPS;
+    Source *sources = malloc(args->n_levels * n * sizeof(Source));
+    for (int64_t i = 0; sources && i < args->n_levels; i++) {
+        fill_sources(sources + i * n, args->height, args->levels[i].height, args->align_corners);
+        fill_sources(sources + i * n + args->height * TAPS, args->width, args->levels[i].width, args->align_corners);
+    }
+    return sources;
+}
+
+/* `n` vectors: the products of a level, summed over the rows that an output row takes. columns: width x TAPS x PIECE. */
+INLINE void sum_rows(int bf16, int n, const Level *level, int64_t image, const Source *rows, int64_t channels, int64_t c,
+                     float *columns) {
+    int64_t pixel = TAPS * TAPS * channels, size = bf16 ? 2 : 4;
+    for (int64_t x = 0; x < level->width; x++)
+        for (int64_t kx = 0; kx < TAPS; kx++) {
+            vec sums[PIECE / LANES];
+            for (int v = 0; v < n; v++) sums[v] = splat(0);
+            for (int64_t ky = 0; ky < TAPS; ky++) {
+                const Source *s = rows + ky;
+                int64_t place = (ky * TAPS + kx) * channels + c;
+                const char *low = (const char *)level->data +
+                                  (((image * level->height + s->low) * level->width + x) * pixel + place) * size;
+                const char *high = low + (s->high - s->low) * level->width * pixel * size;
+                vec a = splat(s->low_weight), b = splat(s->high_weight);
+                for (int v = 0; v < n; v++) {
+                    sums[v] = multiply_add(a, load_elem(bf16, low, v * LANES), sums[v]);
+                    sums[v] = multiply_add(b, load_elem(bf16, high, v * LANES), sums[v]);
+                }
+            }
+            for (int v = 0; v < n; v++) store(columns + (x * TAPS + kx) * PIECE + v * LANES, sums[v]);
+        }
+}
+
+/* `n` vectors of an output row. columns: those of all levels, one after the other. */
+INLINE void sum_columns(int bf16, int n, const TapSumArgs *args, const Source *sources, const float *columns,
+                        int64_t row, int64_t c) {
+    int64_t per_level = (args->height + args->width) * TAPS;
+    for (int64_t x = 0; x < args->width; x++) {
+        int64_t at = (row * args->width + x) * args->channels + c;
+        vec sums[PIECE / LANES], zero = splat(0);
+        for (int v = 0; v < n; v++) sums[v] = load_elem(bf16, args->base, at + v * LANES);
+        const float *own = columns;
+        for (int64_t i = 0; i < args->n_levels; i++) {
+            for (int64_t kx = 0; kx < TAPS; kx++) {
+                const Source *s = sources + i * per_level + (args->height + x) * TAPS + kx;
+                const float *low = own + (s->low * TAPS + kx) * PIECE, *high = own + (s->high * TAPS + kx) * PIECE;
+                vec a = splat(s->low_weight), b = splat(s->high_weight);
+                for (int v = 0; v < n; v++) {
+                    sums[v] = multiply_add(a, load(low + v * LANES), sums[v]);
+                    sums[v] = multiply_add(b, load(high + v * LANES), sums[v]);
+                }
+            }
+            own += args->levels[i].width * TAPS * PIECE;
+        }
+        for (int v = 0; v < n; v++) {
+            if (args->relu) sums[v] = maximum(sums[v], zero);
+            store_elem(bf16, args->sum, at + v * LANES, sums[v]);
+        }
+    }
+}
+
+INLINE void tap_sum_piece(int bf16, int n, const TapSumArgs *args, const Source *sources, float *columns, int64_t row,
+                          int64_t c) {
+    int64_t image = row / args->height, per_level = (args->height + args->width) * TAPS;
+    float *own = columns;
+    for (int64_t i = 0; i < args->n_levels; i++) {
+        const Source *rows = sources + i * per_level + row % args->height * TAPS;
+        sum_rows(bf16, n, args->levels + i, image, rows, args->channels, c, own);
+        own += args->levels[i].width * TAPS * PIECE;
+    }
+    sum_columns(bf16, n, args, sources, columns, row, c);
+}
+
+int64_t convnext_tap_sum(const TapSumArgs *args) {
+    int64_t error = check_tap_sum(args);
+    if (error) return error;
+    if (!args->base) return NULL_POINTER;
+    int64_t columns = 0, rows = args->images * args->height, groups = (rows + ROWS - 1) / ROWS;
+    for (int64_t i = 0; i < args->n_levels; i++) columns += args->levels[i].width * TAPS * PIECE;
+    Source *sources = all_sources(args);
+    float *scratch = aligned_alloc(64, args->threads * columns * sizeof(float));
+    if (!sources || !scratch) {
+        free(sources);
+        free(scratch);
+        return NO_MEMORY;
+    }
+    int64_t pieces = (args->channels + PIECE - 1) / PIECE;
+#pragma omp parallel for num_threads((int)args->threads) schedule(dynamic, 1)
+    for (int64_t t = 0; t < groups * pieces; t++) {
+        float *own = scratch + omp_get_thread_num() * columns;
+        int64_t first = t / pieces * ROWS, c = t % pieces * PIECE, channels = min_i64(PIECE, args->channels - c);
+        for (int64_t row = first; row < min_i64(first + ROWS, rows); row++) {
+            int64_t k = 0;
+            if (channels == PIECE && args->bf16)
+                tap_sum_piece(1, PIECE / LANES, args, sources, own, row, c);
+            else if (channels == PIECE)
+                tap_sum_piece(0, PIECE / LANES, args, sources, own, row, c);
+            else
+                for (; k < channels; k += LANES) tap_sum_piece((int)args->bf16, 1, args, sources, own, row, c + k);
+        }
+    }
+    free(sources);
+    free(scratch);
+    return OK;
+}
+
+/* The weight that an output position and a tap give to a position of the small map. */
+INLINE float weight_of(const Source *s, int64_t index) {
+    return (s->low == index ? s->low_weight : 0.0f) + (s->high == index ? s->high_weight : 0.0f);
+}
+
+/* Gradients of the products of a row of a level, `n` vectors of channels. sums: width x 9 x PIECE. columns: the gradient
+   of an output row, summed over the columns that a pixel of the level is a source of, width x TAPS x PIECE. */
+INLINE void tap_sum_backward_piece(int bf16, int n, const TapSumArgs *args, int64_t i, const Source *sources,
+                                   float *sums, float *columns, int64_t image, int64_t row, int64_t c) {
+    const Level *level = args->levels + i;
+    const Source *rows = sources + i * (args->height + args->width) * TAPS, *xs = rows + args->height * TAPS;
+    int64_t pixel = TAPS * TAPS * args->channels, size = bf16 ? 2 : 4;
+    memset(sums, 0, level->width * TAPS * TAPS * PIECE * sizeof(float));
+    for (int64_t y = 0; y < args->height; y++) {
+        float weights[TAPS];
+        int used = 0;
+        for (int64_t ky = 0; ky < TAPS; ky++) used |= (weights[ky] = weight_of(rows + y * TAPS + ky, row)) != 0;
+        if (!used) continue;
+        memset(columns, 0, level->width * TAPS * PIECE * sizeof(float));
+        for (int64_t x = 0; x < args->width; x++) {
+            vec g[PIECE / LANES];
+            int64_t at = ((image * args->height + y) * args->width + x) * args->channels + c;
+            for (int v = 0; v < n; v++) g[v] = load_elem(bf16, args->sum, at + v * LANES);
+            for (int64_t kx = 0; kx < TAPS; kx++) {
+                const Source *s = xs + x * TAPS + kx;
+                float *low = columns + (s->low * TAPS + kx) * PIECE, *high = columns + (s->high * TAPS + kx) * PIECE;
+                vec a = splat(s->low_weight), b = splat(s->high_weight);
+                for (int v = 0; v < n; v++) {
+                    store(low + v * LANES, multiply_add(a, g[v], load(low + v * LANES)));
+                    store(high + v * LANES, multiply_add(b, g[v], load(high + v * LANES)));
+                }
+            }
+        }
+        for (int64_t x = 0; x < level->width; x++)
+            for (int64_t kx = 0; kx < TAPS; kx++) {
+                const float *from = columns + (x * TAPS + kx) * PIECE;
+                for (int64_t ky = 0; ky < TAPS; ky++) {
+                    if (weights[ky] == 0) continue;
+                    float *to = sums + ((x * TAPS + ky) * TAPS + kx) * PIECE;
+                    vec w = splat(weights[ky]);
+                    for (int v = 0; v < n; v++)
+                        store(to + v * LANES, multiply_add(w, load(from + v * LANES), load(to + v * LANES)));
+                }
+            }
+    }
+    char *out = (char *)level->data + ((image * level->height + row) * level->width * pixel + c) * size;
+    for (int64_t k = 0; k < level->width * TAPS * TAPS; k++)
+        for (int v = 0; v < n; v++)
+            store_elem(bf16, out, k * args->channels + v * LANES, load(sums + k * PIECE + v * LANES));
+}
+
+int64_t convnext_tap_sum_backward(const TapSumArgs *args) {
+    int64_t error = check_tap_sum(args);
+    if (error) return error;
+    if (args->relu) return BAD_FLAG;
+    int64_t columns = 0, tasks = 0, pieces = (args->channels + PIECE - 1) / PIECE;
+    for (int64_t i = 0; i < args->n_levels; i++) {
+        columns = max_i64(columns, args->levels[i].width * TAPS * PIECE);
+        tasks += args->images * args->levels[i].height * pieces;
+    }
+    int64_t own_size = columns * (1 + TAPS);
+    Source *sources = all_sources(args);
+    float *scratch = aligned_alloc(64, args->threads * own_size * sizeof(float));
+    if (!sources || !scratch) {
+        free(sources);
+        free(scratch);
+        return NO_MEMORY;
+    }
+#pragma omp parallel for num_threads((int)args->threads) schedule(dynamic, 1)
+    for (int64_t t = 0; t < tasks; t++) {
+        float *own = scratch + omp_get_thread_num() * own_size;
+        int64_t rest = t, i = 0;
+        for (; rest >= args->images * args->levels[i].height * pieces; i++)
+            rest -= args->images * args->levels[i].height * pieces;
+        int64_t image = rest / pieces / args->levels[i].height, row = rest / pieces % args->levels[i].height;
+        int64_t c = rest % pieces * PIECE, channels = min_i64(PIECE, args->channels - c);
+        if (channels == PIECE && args->bf16)
+            tap_sum_backward_piece(1, PIECE / LANES, args, i, sources, own + columns, own, image, row, c);
+        else if (channels == PIECE)
+            tap_sum_backward_piece(0, PIECE / LANES, args, i, sources, own + columns, own, image, row, c);
+        else
+            for (int64_t k = 0; k < channels; k += LANES)
+                tap_sum_backward_piece((int)args->bf16, 1, args, i, sources, own + columns, own, image, row, c + k);
+    }
+    free(sources);
+    free(scratch);
+    return OK;
+}
+
 /* ---- NMS --------------------------------------------------------------------------------------------------------- */
 
 /* Greedy NMS of n boxes in the order of their scores. coords: x1, y1, x2 and y2, n of each; keep: 1 for each box that
@@ -423,7 +700,10 @@ const char *convnext_head_error_message(int64_t code) {
     return code >= 0 && code < N_ERRORS ? messages[code] : "unknown error";
 }
 
-int64_t convnext_head_struct_size(int64_t i) { return i == 0 ? (int64_t)sizeof(Level) : i == 1 ? (int64_t)sizeof(RoIAlignArgs) : -1; }
+int64_t convnext_head_struct_size(int64_t i) {
+    static const int64_t sizes[] = {sizeof(Level), sizeof(RoIAlignArgs), sizeof(TapSumArgs)};
+    return i >= 0 && i < 3 ? sizes[i] : -1;
+}
 
 /* Hash of the source that was compiled, see setup.py. */
 const char *convnext_head_source(void) { return SOURCE; }

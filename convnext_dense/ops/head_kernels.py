@@ -1,4 +1,4 @@
-"""Compiled kernels of necks and heads (head_kernels.c): RoIAlign and NMS on x86 CPUs with AVX-512 or AVX2.
+"""Compiled kernels of necks and heads (head_kernels.c) for x86 CPUs with AVX-512 or AVX2.
 
 Everything that enters a kernel is checked twice: by the operators, which know the tensors, and by the kernels
 themselves, which return an error code for sizes and pointers that they cannot work with.
@@ -6,6 +6,7 @@ themselves, which return an error code for sizes and pointers that they cannot w
 
 import ctypes
 import hashlib
+from collections.abc import Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -24,30 +25,36 @@ VARIANTS = {
 }
 
 
-class Level(ctypes.Structure):
-    """A feature map, (N, H, W, C), and the scale of boxes' coordinates to its pixels."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ('height', 'width')),
-        ('scale', ctypes.c_double),
-        ('data', ctypes.c_void_p),
-    ]
+def _struct(name: str, doc: str, **fields: str) -> type[ctypes.Structure]:
+    """A struct of head_kernels.c, which describes it; fields by ctypes' name of their type."""
+    members = [(field, getattr(ctypes, kind)) for kind, names in fields.items() for field in names.split()]
+    return type(name, (ctypes.Structure,), dict(_fields_=members, __doc__=doc))
 
 
-class RoIAlignArgs(ctypes.Structure):
-    """Arguments of RoIAlign, which head_kernels.c describes."""
-
-    _fields_ = [
-        *(
-            (name, ctypes.c_int64)
-            for name in ('version', 'threads', 'images', 'channels', 'n_levels', 'n_boxes', 'out_height', 'out_width')
-        ),
-        *((name, ctypes.c_int64) for name in ('sampling_ratio', 'aligned', 'bf16', 'channels_last')),
-        *((name, ctypes.c_void_p) for name in ('levels', 'boxes', 'box_levels', 'features')),
-    ]
-
-
-STRUCTS = (Level, RoIAlignArgs)
+Level = _struct(
+    'Level', 'A map of a pyramid.', c_int64='height width', c_double='scale', c_void_p='data'
+)
+RoIAlignArgs = _struct(
+    'RoIAlignArgs',
+    'Arguments of RoIAlign.',
+    c_int64='version threads images channels n_levels n_boxes out_height out_width sampling_ratio aligned bf16 '
+    'channels_last',
+    c_void_p='levels boxes box_levels features',
+)
+TapSumArgs = _struct(
+    'TapSumArgs',
+    'Arguments of the sum of upsampled products.',
+    c_int64='version threads images channels height width n_levels align_corners bf16 relu',
+    c_void_p='levels base sum',
+)
+STRUCTS = (Level, RoIAlignArgs, TapSumArgs)
+# The struct that a kernel takes beside the levels.
+KERNELS = {
+    'roi_align': RoIAlignArgs,
+    'roi_align_backward': RoIAlignArgs,
+    'tap_sum': TapSumArgs,
+    'tap_sum_backward': TapSumArgs,
+}
 
 
 def available() -> bool:
@@ -55,29 +62,42 @@ def available() -> bool:
     return _library() is not None
 
 
+def is_plain(x: torch.Tensor) -> bool:
+    """Whether a tensor is one of the CPU with memory that kernels can read, and nothing traces what happens to it."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    return (x.device.type, x.layout) == ('cpu', torch.strided) and not x.is_neg()
+
+
 def variant() -> str:
     """The compiled form that runs here; empty without one."""
     return next((name for name in VARIANTS if name in str(getattr(_library(), '_name', ''))), '')
 
 
-def roi_align(backward: bool, levels: list[Level], **fields: int | float | torch.Tensor) -> None:
-    """Run RoIAlign or its gradient; tensors become pointers.
+def launch(kernel: str, maps: Sequence[torch.Tensor], scales: Sequence[float] = (), **fields) -> None:
+    """Run a kernel.
+
+    Args:
+        kernel: A key of `KERNELS`.
+        maps: The maps of a pyramid, (N, C, H, W), channels_last.
+        scales: Of each map, for those kernels that read it.
+        fields: Numbers and tensors of the kernel's struct.
 
     Raises:
         RuntimeError: The kernel refuses its arguments.
     """
-    array = (Level * len(levels))(*levels)
-    values = {k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in fields.items()}
-    args = RoIAlignArgs(
-        version=STRUCT_VERSION,
-        threads=torch.get_num_threads(),
-        n_levels=len(levels),
-        levels=ctypes.cast(array, ctypes.c_void_p),
-        **values,
+    levels = (Level * len(maps))(
+        *(
+            Level(height=x.shape[2], width=x.shape[3], scale=scale, data=x.data_ptr())
+            for x, scale in zip(maps, scales or [1.0] * len(maps))
+        )
     )
-    library = _library()
-    kernel = library.convnext_roi_align_backward if backward else library.convnext_roi_align
-    _raise_error(kernel(ctypes.byref(args)))
+    values = {k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in fields.items()}
+    values |= dict(version=STRUCT_VERSION, threads=torch.get_num_threads(), n_levels=len(maps), images=len(maps[0]))
+    args = KERNELS[kernel](levels=ctypes.cast(levels, ctypes.c_void_p), **values)
+    _raise_error(getattr(_library(), f'convnext_{kernel}')(ctypes.byref(args)))
 
 
 def nms(coords: torch.Tensor, threshold: float, offset: float) -> torch.Tensor:
@@ -125,8 +145,7 @@ def _load(file: Path) -> ctypes.CDLL:
     for name, argtypes, restype in (
         ('convnext_head_error_message', (integer,), ctypes.c_char_p),
         ('convnext_head_struct_size', (integer,), integer),
-        ('convnext_roi_align', (pointer,), integer),
-        ('convnext_roi_align_backward', (pointer,), integer),
+        *((f'convnext_{kernel}', (pointer,), integer) for kernel in KERNELS),
         ('convnext_nms', (integer, pointer, real, real, pointer), integer),
     ):
         getattr(library, name).argtypes, getattr(library, name).restype = argtypes, restype
