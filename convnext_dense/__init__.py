@@ -18,6 +18,7 @@ from .config.trackers import NoCodeWandbVisBackend, RunWandbVisBackend
 from .engine.param_scheduler_hook import UpdateParamSchedulerHook
 from .errors import UsageError
 from .models.convnext import ARCHS, ConvNeXt
+from .models.optimize import optimize, optimize_for_inference
 from .optim.layer_decay import LayerDecayOptimWrapperConstructor, layer_ids
 
 __version__ = '0.1.0'
@@ -33,6 +34,8 @@ __all__ = [
     'layer_ids',
     'load_backbone',
     'load_model',
+    'optimize',
+    'optimize_for_inference',
 ]
 
 # mmengine resolves `_base_ = 'convnext_dense::...'` only for the packages in its table. By a module's name it finds the

@@ -17,6 +17,7 @@ from ..checkpoints.pretrained import check_state_dict_matches, load_model_weight
 from ..errors import UsageError, is_user_code_error, root_message
 from ..mmengine_internals import checkpoint_schemes
 from ..models.convnext import ConvNeXt
+from ..models.optimize import optimize
 from ..ops import dispatch
 from .runner import ResumableRunner
 
@@ -69,7 +70,7 @@ def make_runner(config: Config, checkpoint: str | None = None) -> Runner:
         if isinstance(error, UsageError) or is_user_code_error(error):
             raise
         raise UsageError(f'the config cannot be built: {root_message(error)}') from error
-    model = _unwrap_model(runner.model)
+    model = optimize(_unwrap_model(runner.model))
     if get_device() == 'cpu' and any(isinstance(module, ConvNeXt) for module in model.modules()):
         runner.logger.info(f'ConvNeXt on this CPU: {dispatch.backend_summary()}')
     if file:

@@ -21,6 +21,7 @@ from ..checkpoints.io import load_checkpoint
 from ..checkpoints.pretrained import check_state_dict_matches, load_model_weights
 from ..config.tree import iter_dicts
 from ..errors import UnreadableImageError, UsageError, is_user_code_error, root_message
+from ..models.optimize import optimize
 from .checkpoint_config import ModelSource, find_model
 from .drawing import draw
 from .images import from_array, from_pil, read_image
@@ -87,7 +88,7 @@ def build_predictor(source: ModelSource, device: torch.device, amp_dtype: str = 
     init_default_scope(source.config.default_scope)
     try:
         model = MODELS.build(copy.deepcopy(source.config.model))
-        predictor = Predictor(revert_sync_batchnorm(model), source, device, amp_dtype)
+        predictor = Predictor(optimize(revert_sync_batchnorm(model)), source, device, amp_dtype)
     except (KeyError, TypeError, AssertionError, ValueError, AttributeError, RuntimeError) as error:
         if isinstance(error, UsageError) or is_user_code_error(error):
             raise

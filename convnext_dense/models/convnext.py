@@ -49,11 +49,18 @@ class LayerNorm2d(nn.LayerNorm):
 
 @dispatch.register('output_norm')
 class OutputNorm(LayerNorm2d):
-    """The norm of a map that the backbone returns."""
+    """The norm of a map that the backbone returns.
+
+    Attributes:
+        channels_last (bool): Whether maps of a CPU leave the backbone in channels_last; set by `optimize`, where what
+            follows reads that format.
+    """
+
+    channels_last = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize each pixel of a map (N, C, H, W)."""
-        out = dispatch.norm_forward(self, x)
+        out = None if self.channels_last and x.device.type == 'cpu' else dispatch.norm_forward(self, x)
         return super().forward(x) if out is None else out
 
 
@@ -291,21 +298,19 @@ class ConvNeXt(BaseModule):
             x: Images, (N, in_channels, H, W), with H and W of at least 32 for four stages.
 
         Returns:
-            For each stage in `out_indices`, in this order, a contiguous map (N, C_i, H_i, W_i). Sizes are rounded down:
-            H_0 = H // 4, H_i = H_{i-1} // 2.
+            For each stage in `out_indices`, in this order, a contiguous map (N, C_i, H_i, W_i); after `optimize`
+            channels_last on a CPU. Sizes are rounded down: H_0 = H // 4, H_i = H_{i-1} // 2.
         """
         outputs = {}
         for i, (downsample, blocks) in enumerate(zip(self.downsample_layers, self.stages)):
             norm = getattr(self, f'norm{i}') if i in self.out_indices else None
-            stage = dispatch.stage_forward(downsample, blocks, norm, x)
-            if stage is not None:
-                x, outputs[i] = stage
-                continue
-            x = downsample(x)
-            x = blocks(x)
-            if norm is not None:
-                # mmcv's RoIAlign reads its input as contiguous without a check: any other layout gives it garbage.
-                outputs[i] = norm(x).contiguous()
+            channels_last = getattr(norm, 'channels_last', False) and x.device.type == 'cpu'
+            stage = dispatch.stage_forward(downsample, blocks, None if channels_last else norm, x)
+            x, outputs[i] = (blocks(downsample(x)), None) if stage is None else stage
+            if norm is not None and outputs[i] is None:
+                out = norm(x)
+                # mmcv's RoIAlign reads its input as contiguous without a check: other layouts give it garbage.
+                outputs[i] = out if channels_last else out.contiguous()
         return tuple(outputs[i] for i in self.out_indices)
 
     @property

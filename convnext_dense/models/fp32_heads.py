@@ -2,12 +2,19 @@
 
 Under autocast mmdet makes anchors in the scores' dtype and casts RoIs to the features': in fp16 that is a grid of 1
 pixel above 1024, in bf16 one of 2 to 8. The original kept all of that in fp32. Here what leaves a head's convolutions
-and what enters RoIAlign is fp32, and mmdet's own code behind it then works in fp32. Importing this needs mmdet.
+and what enters RoIAlign is fp32, and mmdet's own code behind it then works in fp32. The RoI extractors here also use
+all cores of a CPU. Importing this needs mmdet.
 """
 
 import torch
+from mmcv.ops import RoIAlign
 from mmdet.models import ConvFCBBoxHead, FCNMaskHead, RPNHead, Shared2FCBBoxHead, SingleRoIExtractor
 from mmengine.registry import MODELS
+
+from ..ops import box_ops, dispatch
+
+MAX_COORDINATE = 1e6
+dispatch.remember_methods(RoIAlign)
 
 
 class FP32OutputMixin:
@@ -39,14 +46,54 @@ class FP32FCNMaskHead(FP32OutputMixin, FCNMaskHead):
 
 
 @MODELS.register_module()
-class FP32RoIExtractor(SingleRoIExtractor):
-    """mmdet's SingleRoIExtractor on fp32 maps: RoIs keep their coordinates, and the features come out as fp32."""
+class CPURoIExtractor(SingleRoIExtractor):
+    """mmdet's SingleRoIExtractor with a RoIAlign that uses all cores of a CPU, forward and backward.
+
+    It is used where it can be, and equals mmcv's to rounding; elsewhere mmcv's runs.
+
+    Attributes:
+        channels_last (bool): Whether features come out in channels_last; set by `optimize`, before convolutions.
+    """
+
+    channels_last = False
 
     def forward(self, feats, rois, roi_scale_factor=None):
-        """Extract features of RoIs (n, 5) from fp32 maps (N, C, H, W)."""
+        """Extract features of RoIs (n, 5) from maps (N, C, H, W)."""
+        out = self._forward_on_cpu(feats, rois, roi_scale_factor)
+        if out is not None:
+            return out
         # mmcv's RoIAlign reads its input as contiguous without a check: any other layout gives it garbage.
-        feats = [feat.float().contiguous() for feat in feats]
-        return super().forward(feats, rois.float(), roi_scale_factor)
+        return super().forward([feat.contiguous() for feat in feats], rois, roi_scale_factor)
+
+    def _forward_on_cpu(self, feats, rois, roi_scale_factor):
+        """None where mmcv's RoIAlign has to run."""
+        layers, rois = self.roi_layers[: len(feats)], rois.float()
+        if not all(type(layer) is RoIAlign for layer in layers) or not dispatch.may_replace(*layers):
+            return None
+        if not box_ops.supports_roi_align(feats, rois) or feats[0].shape[1] != self.out_channels:
+            return None
+        settings = {(*layer.output_size, layer.sampling_ratio, layer.aligned) for layer in layers}
+        if len(settings) != 1 or any(layer.pool_mode != 'avg' or layer.use_torchvision for layer in layers):
+            return None
+        levels = self.map_roi_levels(rois, len(feats)) if len(feats) > 1 else rois.new_zeros(len(rois)).long()
+        if roi_scale_factor is not None and len(feats) > 1:
+            rois = self.roi_rescale(rois, roi_scale_factor)
+        if not (rois.abs() < MAX_COORDINATE).all():  # NaN and others that mmdet finds no level for
+            return None
+        height, width, sampling_ratio, aligned = settings.pop()
+        scales = [layer.spatial_scale for layer in layers]
+        size, ratio = (height, width), max(sampling_ratio, 0)
+        return box_ops.roi_align([*feats], rois, levels, scales, size, ratio, aligned, self.channels_last)
+
+
+@MODELS.register_module()
+class FP32RoIExtractor(CPURoIExtractor):
+    """CPURoIExtractor on fp32 maps: RoIs keep their coordinates, and the features come out as fp32."""
+
+    def forward(self, feats, rois, roi_scale_factor=None):
+        """Extract features of RoIs (n, 5) from maps (N, C, H, W) of any dtype as fp32."""
+        out = self._forward_on_cpu(feats, rois, roi_scale_factor)  # which reads bfloat16 as it is
+        return super().forward([f.float() for f in feats], rois.float(), roi_scale_factor) if out is None else out
 
 
 def _to_fp32(value):

@@ -177,6 +177,16 @@ def to_channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last) if _is_eligible(x) else x
 
 
+def may_replace(*modules: nn.Module) -> bool:
+    """Whether something else may be computed than by calling these modules of other libraries.
+
+    Their classes have to be known (`remember_methods`), and none of them may be hooked, wrapped or changed.
+    """
+    if _disabled_depth or any(GLOBAL_HOOKS) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return not _is_transformed() and all(map(_is_unmodified, modules))
+
+
 # ---- eligibility of tensors ------------------------------------------------------------------------------------------
 
 

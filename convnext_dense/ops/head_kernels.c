@@ -445,8 +445,8 @@ static int64_t check_tap_sum(const TapSumArgs *args) {
     if (!args->levels || !args->sum) return NULL_POINTER;
     for (int64_t i = 0; i < args->n_levels; i++) {
         const Level *level = args->levels + i;
-        if (level->height < 1 || level->height > args->height) return BAD_SIZE;
-        if (level->width < 1 || level->width > args->width) return BAD_SIZE;
+        if (level->height < 1 || level->height > MAX_SIDE) return BAD_SIZE;
+        if (level->width < 1 || level->width > MAX_SIDE) return BAD_SIZE;
         if (!level->data) return NULL_POINTER;
     }
     return OK;

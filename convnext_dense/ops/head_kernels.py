@@ -31,9 +31,7 @@ def _struct(name: str, doc: str, **fields: str) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), dict(_fields_=members, __doc__=doc))
 
 
-Level = _struct(
-    'Level', 'A map of a pyramid.', c_int64='height width', c_double='scale', c_void_p='data'
-)
+Level = _struct('Level', 'A map of a pyramid.', c_int64='height width', c_double='scale', c_void_p='data')
 RoIAlignArgs = _struct(
     'RoIAlignArgs',
     'Arguments of RoIAlign.',

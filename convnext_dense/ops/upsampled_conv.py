@@ -29,8 +29,7 @@ def supports_upsampled_conv(maps: Sequence[torch.Tensor], weight: torch.Tensor) 
     tensors = (*maps, weight)
     if len(maps) < 2 or not all(map(is_plain, tensors)) or not head_kernels.available():
         return False
-    size, n = maps[0].shape[2:], len(maps[0])
-    if any(x.ndim != 4 or len(x) != n or not x.numel() or x.shape[2] > size[0] or x.shape[3] > size[1] for x in maps):
+    if any(x.ndim != 4 or len(x) != len(maps[0]) or not x.numel() for x in maps):
         return False
     if weight.shape[1:] != (sum(x.shape[1] for x in maps), 3, 3) or weight.shape[0] % head_kernels.CHANNEL_MULTIPLE:
         return False
@@ -52,7 +51,7 @@ def upsampled_conv(
     """Convolution, with padding of 1, of the concatenation of maps in the size of the first.
 
     Args:
-        maps: (N, C_i, H_i, W_i); the first is the largest, and the others are upsampled bilinearly to its size.
+        maps: (N, C_i, H_i, W_i), which are resized bilinearly to the size of the first, as a rule the largest.
         weight: (C, sum of C_i, 3, 3).
         bias: (C,).
         align_corners: That of the upsampling.
@@ -62,27 +61,40 @@ def upsampled_conv(
         (N, C, H_0, W_0), channels_last.
     """
     first, *others = weight.split([x.shape[1] for x in maps], 1)
-    base = conv(maps[0], first, bias, padding=1)
+    base = conv(maps[0], first, bias, padding=(1, 1))
     by_tap = (w.permute(2, 3, 0, 1).reshape(TAPS * len(w), w.shape[1], 1, 1) for w in others)
     products = [conv(x, w, None) for x, w in zip(maps[1:], by_tap)]
     dtype = base.dtype
     return tap_sum(base, [p.to(dtype) for p in products], align_corners, relu)
 
 
+def supports_conv(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `conv` runs on a map (N, C, H, W) and a weight."""
+    if not is_plain(x) or not is_plain(weight) or x.ndim != 4 or not x.numel():
+        return False
+    return {_dtype(x), _dtype(weight)} <= set(DTYPES) and _dtype(x) == _dtype(weight) and _dtype(x) in onednn.dtypes()
+
+
 def conv(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: int = 0, relu: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    relu: bool = False,
 ) -> torch.Tensor:
     """A convolution and perhaps a ReLU in channels_last, without gradients in one call of oneDNN."""
     x = x.contiguous(memory_format=torch.channels_last)
     if needs_grad(x, weight, bias):
-        out = F.conv2d(x, weight, bias, padding=padding)
+        out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         return out.relu() if relu else out
     dtype = _dtype(x)
     x, weight, bias = (None if t is None else t.detach().to(dtype) for t in (x, weight, bias))
-    weight = weight.contiguous(memory_format=torch.channels_last) if weight.shape[2] > 1 else weight.contiguous()
     with torch.autocast('cpu', enabled=False):
         return torch.ops.mkldnn._convolution_pointwise(
-            x, weight, bias, [padding] * 2, [1, 1], [1, 1], 1, 'relu' if relu else 'none', [], ''
+            x, weight, bias, padding, stride, dilation, groups, 'relu' if relu else 'none', [], ''
         )
 
 

@@ -16,6 +16,7 @@ from mmcv.ops.roi_align import roi_align as mmcv_roi_align
 from torch.library import opcheck
 
 from convnext_dense.ops import box_ops, head_kernels
+from convnext_dense.ops.upsampled_conv import tap_sum
 from helpers.paths import ROOT
 
 pytestmark = pytest.mark.skipif(not head_kernels.available(), reason='the kernels are not for this machine')
@@ -331,6 +332,10 @@ def run_cases(folder: str, n: int = 200) -> None:
         out = box_ops.roi_align(feats, rois, torch.randint(2, (n_boxes,)), SCALES, *settings)
         out.sum().backward()
         box_ops.nms(rois[:, 1:], torch.rand(n_boxes), 0.5, 0)
+        sides = [r.randint(1, 20), r.randint(1, 20)]
+        sizes = [(1, sides), *((9, [r.randint(1, side) for side in sides]) for _ in range(r.randint(1, 3)))]
+        base, *products = (torch.randn(images, k * channels, *s).to(dtype).requires_grad_() for k, s in sizes)
+        tap_sum(base, products, r.random() < 0.5, r.random() < 0.5).sum().backward()
     print('all cases ran')
 
 

@@ -1,0 +1,170 @@
+"""A whole detector or segmentor in the form that runs fastest, with the same parameters, names and results.
+
+`optimize` is called where a model is built, for training and for testing. It decides nothing that depends on a device,
+a dtype or weights: what it sets up asks for them in each pass, and takes the plain way where there is no faster one.
+"""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .convnext import OutputNorm
+
+# Modules of mmdet and mmseg that read maps in any memory format. All of torch, mmcv.cnn and mmengine do.
+ANY_FORMAT = {
+    *('DetDataPreprocessor', 'FasterRCNN', 'MaskRCNN', 'CascadeRCNN', 'FPN', 'RPNHead', 'StandardRoIHead'),
+    *('CascadeRoIHead', 'SingleRoIExtractor', 'ConvFCBBoxHead', 'Shared2FCBBoxHead', 'Shared4Conv1FCBBoxHead'),
+    *('FCNMaskHead', 'RoIAlign', 'SegDataPreProcessor', 'EncoderDecoder', 'UPerHead', 'PPM', 'FCNHead'),
+}
+CHECK_NMS_TYPE = {'GARPNHead'}  # heads of mmdet that insist on the name of the type
+ANY_FORMAT_PACKAGES = ('torch.', 'mmengine.', 'mmcv.cnn.', 'convnext_dense.')
+
+
+def optimize_for_inference(model: nn.Module) -> nn.Module:
+    """Bring a detector or segmentor with a ConvNeXt into its fastest form for inference, in evaluation mode.
+
+    Weights may be loaded before or after it. Detections and segmentations are the same, scores to 1e-4.
+
+    Args:
+        model: A model of mmdet or mmseg; it is changed in place.
+
+    Returns:
+        The model.
+    """
+    return optimize(model).eval()
+
+
+def optimize(model: nn.Module) -> nn.Module:
+    """Bring a detector or segmentor with a ConvNeXt into its fastest form for training and inference.
+
+    - Where all that follows the backbone reads any memory format, maps of a CPU stay in channels_last from the backbone
+      on; mmcv's RoIAlign, which does not, gets contiguous maps at its own boundary.
+    - RoIAlign and NMS of a CPU run in kernels of `ops`, on all cores, where a model uses mmdet's.
+    - In evaluation on a CPU, batch norms and ReLUs of heads are folded into their convolutions, and UPerHead convolves
+      maps before it upsamples them, also in training.
+
+    Args:
+        model: A model of mmdet or mmseg; it is changed in place. Modules of other classes stay as they are.
+
+    Returns:
+        The model.
+    """
+    channels_last = all(map(_reads_any_format, model.modules()))
+    for module in [*model.modules()]:
+        replacement = _faster_class(module)
+        if replacement is not None:
+            module.__class__ = replacement
+    has_other_nms = any(type(module).__name__ in CHECK_NMS_TYPE for module in model.modules())
+    for module in model.modules():
+        if isinstance(module, OutputNorm):
+            module.channels_last = channels_last
+        for name in ('train_cfg', 'test_cfg'):
+            if isinstance(vars(module).get(name), dict) and not has_other_nms:
+                setattr(module, name, _with_faster_nms(vars(module)[name]))
+    if channels_last:
+        for extractor, has_convs in _roi_extractors(model):
+            extractor.channels_last = has_convs
+    return model
+
+
+def _reads_any_format(module: nn.Module) -> bool:
+    cls = type(module)
+    if f'{cls.__module__}.'.startswith(ANY_FORMAT_PACKAGES) or '.losses.' in cls.__module__:
+        return True
+    return cls.__module__.startswith(('mmdet.', 'mmseg.', 'mmcv.')) and cls.__name__ in ANY_FORMAT
+
+
+def _faster_class(module: nn.Module) -> type | None:
+    """The class to give to a module of exactly one of the classes that there is a faster one for.
+
+    Theirs are there where mmcv, mmdet or mmseg was imported, as it was to build the module.
+    """
+    cls = type(module)
+    place = f'{cls.__module__}.{cls.__qualname__}'
+    if place == 'mmcv.cnn.bricks.conv_module.ConvModule':
+        from .fused_heads import FusedConvModule
+
+        return FusedConvModule
+    if place == 'mmseg.models.decode_heads.uper_head.UPerHead':
+        from .fused_uper_head import FusedUPerHead
+
+        return FusedUPerHead
+    if place == 'mmdet.models.roi_heads.roi_extractors.single_level_roi_extractor.SingleRoIExtractor':
+        from .fp32_heads import CPURoIExtractor
+
+        return CPURoIExtractor
+    return None
+
+
+def _roi_extractors(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
+    """RoI extractors that choose their format, and whether a convolution follows them."""
+    for module in model.modules():
+        for kind in ('bbox', 'mask'):
+            extractors, heads = (
+                _as_list(getattr(module, f'{kind}_{part}', None)) for part in ('roi_extractor', 'head')
+            )
+            for extractor, head in zip(extractors, heads):
+                if hasattr(type(extractor), 'channels_last'):
+                    yield extractor, kind == 'mask' or getattr(head, 'num_shared_convs', 0) > 0
+
+
+def _as_list(module: nn.Module | None) -> list[nn.Module]:
+    return [*module] if isinstance(module, nn.ModuleList) else [module] if isinstance(module, nn.Module) else []
+
+
+# ---- NMS -------------------------------------------------------------------------------------------------------------
+
+
+def nms(
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    iou_threshold: float,
+    offset: int = 0,
+    score_threshold: float = 0,
+    max_num: int = -1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace mmcv's `nms`, on a CPU by a kernel of `ops`; `batched_nms` takes it as the type in an NMS config.
+
+    Args:
+        boxes: (n, 4): x1, y1, x2, y2.
+        scores: (n,).
+        iou_threshold: Overlap above which the box with the lower score goes.
+        offset: 1 where the width of a box is x2 - x1 + 1, otherwise 0.
+        score_threshold: Boxes of at most such a score go first; 0 for none.
+        max_num: Number of boxes that stay at most; -1 for all.
+
+    Returns:
+        Boxes that stay, with scores, (k, 5), by descending score, and their indices (k,).
+    """
+    from mmcv.ops import nms as mmcv_nms
+
+    from ..ops import box_ops, dispatch
+
+    if not (dispatch.may_replace() and isinstance(boxes, torch.Tensor) and box_ops.supports_nms(boxes, scores)):
+        return mmcv_nms(boxes, scores, iou_threshold, offset, score_threshold, max_num)
+    valid = (scores > score_threshold).nonzero().flatten() if score_threshold > 0 else None
+    candidates = (boxes, scores) if valid is None else (boxes[valid], scores[valid])
+    keep = box_ops.nms(*(t.detach() for t in candidates), float(iou_threshold), offset)
+    keep = keep[:max_num] if max_num > 0 else keep
+    keep = keep if valid is None else valid[keep]
+    return torch.cat([boxes[keep], scores[keep, None]], 1), keep
+
+
+def _with_faster_nms(cfg: dict) -> dict:
+    """A copy of a train_cfg or test_cfg in which NMS configs of mmcv's `nms` name the one above."""
+    if not any(isinstance(value, (dict, list, tuple)) for value in cfg.values()):
+        return cfg
+    cfg = copy.deepcopy(cfg)
+    for nested in _dicts(cfg):
+        if isinstance(nested.get('nms'), dict) and nested['nms'].get('type', 'nms') == 'nms':
+            nested['nms']['type'] = nms
+    return cfg
+
+
+def _dicts(value) -> Iterator[dict]:
+    if isinstance(value, dict):
+        yield value
+    for child in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+        yield from _dicts(child)

@@ -1,0 +1,312 @@
+"""`optimize`: whole models compute the same as before, faster only where nothing says otherwise."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from mmdet.structures import DetDataSample
+from mmdet.utils import register_all_modules
+from mmengine.config import ConfigDict
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import InstanceData, PixelData
+from mmseg.structures import SegDataSample
+from mmseg.utils import register_all_modules as register_mmseg
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from convnext_dense import optimize, optimize_for_inference
+from convnext_dense.models.fp32_heads import CPURoIExtractor, FP32RoIExtractor
+from convnext_dense.models.fused_heads import FusedConvModule
+from convnext_dense.models.fused_uper_head import FusedUPerHead
+from convnext_dense.models.optimize import nms
+from convnext_dense.ops import avx512, box_ops, dispatch, head_kernels, upsampled_conv
+from helpers.recipes import load
+
+needs_kernels = pytest.mark.skipif(not head_kernels.available(), reason='the kernels are not for this machine')
+SIZE = (96, 128)
+ARCH = dict(depths=(1, 1, 1, 1), channels=(32, 64, 96, 128))
+
+
+def build(name, **changes):
+    """A small model of a recipe, whose batch norms and scores are not as at the beginning."""
+    config = load(name)
+    register_mmseg(init_default_scope=False) if config.default_scope == 'mmseg' else register_all_modules(False)
+    init_default_scope(config.default_scope)
+    cfg = config.model
+    cfg.backbone.update(arch=ARCH, init_cfg=None, drop_path_rate=0.0)
+    if 'neck' in cfg:
+        cfg.neck.in_channels = list(ARCH['channels'])
+    else:
+        cfg.decode_head.update(in_channels=list(ARCH['channels']), channels=64, num_classes=5, dropout_ratio=0.0)
+        cfg.auxiliary_head.update(in_channels=96, channels=32, num_classes=5, dropout_ratio=0.0)
+        for head in (cfg.decode_head, cfg.auxiliary_head):
+            head.norm_cfg = dict(type='BN')
+    for key, value in changes.items():
+        cfg.merge_from_dict({key.replace('__', '.'): value})
+    torch.manual_seed(0)
+    model = MODELS.build(cfg).eval()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            for t, (low, high) in {
+                module.running_mean: (-1, 1),
+                module.running_var: (0.5, 2),
+                module.weight.data: (0.5, 2),
+                module.bias.data: (-1, 1),
+            }.items():
+                t.uniform_(low, high)
+    if hasattr(model, 'roi_head'):
+        heads = model.roi_head.bbox_head
+        for head in heads if isinstance(heads, nn.ModuleList) else [heads]:
+            head.fc_cls.weight.data.mul_(20)
+        model.rpn_head.rpn_cls.weight.data.mul_(20)
+    return model
+
+
+def samples(model):
+    meta = dict(img_shape=SIZE, ori_shape=SIZE, pad_shape=SIZE, scale_factor=(1.0, 1.0))
+    if not hasattr(model, 'roi_head'):
+        mask = torch.randint(5, (1, *SIZE), generator=torch.Generator().manual_seed(0))
+        return [SegDataSample(metainfo=meta, gt_sem_seg=PixelData(data=mask))]
+    from mmdet.structures.mask import BitmapMasks
+
+    sample = DetDataSample(metainfo=meta)
+    boxes = torch.tensor([[5.3, 6.1, 60.7, 70.9], [30.2, 20.4, 90.8, 80.6]])
+    masks = BitmapMasks(torch.ones(2, *SIZE, dtype=torch.uint8).numpy(), *SIZE)
+    sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor([0, 1]), masks=masks)
+    return [sample]
+
+
+def image():
+    return torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def predict(model):
+    result = model.predict(image(), samples(model))[0]
+    return result.pred_instances if hasattr(model, 'roi_head') else result.seg_logits.data
+
+
+def train_step(model):
+    model.train()
+    torch.manual_seed(2)
+    images = torch.cat([image(), image().flip(-1)])
+    losses = model(images, samples(model) * 2, mode='loss')
+    flat = {k: v for k, v in losses.items() if 'loss' in k}
+    sum(t for v in flat.values() for t in (v if isinstance(v, list) else [v])).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {k: torch.as_tensor(v if not isinstance(v, list) else sum(v)).detach() for k, v in flat.items()}, grads
+
+
+class Calls:
+    """Counts the calls of operators."""
+
+    def __init__(self, monkeypatch):
+        self.names = []
+        launch = head_kernels.launch
+        monkeypatch.setattr(
+            head_kernels, 'launch', lambda name, *a, **k: (self.names.append(name), launch(name, *a, **k))
+        )
+        run_nms = head_kernels.nms
+        monkeypatch.setattr(head_kernels, 'nms', lambda *a: (self.names.append('nms'), run_nms(*a))[1])
+
+
+DETECTORS = ['demo/mask_rcnn', 'demo/cascade']
+
+
+@needs_kernels
+@pytest.mark.parametrize('name', DETECTORS)
+def test_detections_are_the_same(name, monkeypatch):
+    model = build(name)
+    expected, keys = predict(copy.deepcopy(model)), [*model.state_dict()]
+    assert len(expected) > 10 and expected.scores.max() > 0.1
+    calls = Calls(monkeypatch)
+    found = predict(optimize_for_inference(model))
+    assert {'roi_align', 'nms'} == {*calls.names} and [*model.state_dict()] == keys
+    assert torch.equal(found.labels, expected.labels)
+    torch.testing.assert_close(found.bboxes, expected.bboxes, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-4)
+    assert (found.masks != expected.masks).float().mean() < 1e-3
+
+
+@needs_kernels
+def test_segmentations_are_the_same(monkeypatch):
+    model = build('demo/upernet')
+    expected, keys = predict(copy.deepcopy(model)), [*model.state_dict()]
+    calls = Calls(monkeypatch)
+    found = predict(optimize_for_inference(model))
+    assert calls.names == ['tap_sum', 'tap_sum'] and [*model.state_dict()] == keys
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@needs_kernels
+@pytest.mark.parametrize('name', ['demo/mask_rcnn', 'demo/upernet'])
+def test_a_training_step_is_the_same(name, monkeypatch):
+    model = build(name)
+    losses, grads = train_step(copy.deepcopy(model))
+    calls = Calls(monkeypatch)
+    found_losses, found_grads = train_step(optimize(model))
+    assert ('roi_align_backward' if 'rcnn' in name else 'tap_sum_backward') in calls.names
+    torch.testing.assert_close(found_losses, losses, rtol=1e-4, atol=1e-5)
+    assert found_grads.keys() == grads.keys()
+    for key, grad in grads.items():
+        assert (found_grads[key] - grad).norm() < 2e-3 * grad.norm() + 1e-5, key
+
+
+def test_weights_that_change_take_effect():
+    """Nothing of what is folded is kept."""
+    model, other = optimize(build('demo/upernet')), build('demo/upernet')
+    for p in other.parameters():
+        p.data.add_(0.01)
+    for buffer in other.buffers():
+        buffer.data.mul_(2)
+    before = predict(model)
+    model.load_state_dict(other.state_dict())
+    after, expected = predict(model), predict(other)
+    assert (before - expected).abs().max() > 1e-2
+    torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_maps_stay_in_channels_last_where_all_that_follows_reads_them():
+    formats = []
+
+    class Neck(nn.Module):  # of nobody knows whom
+        def forward(self, maps):
+            return maps
+
+    model = build('demo/mask_rcnn')
+    other = copy.deepcopy(model)
+    other.add_module('extra', Neck())
+    for m in (optimize(model), optimize(other)):
+        m.neck.register_forward_pre_hook(lambda _, args: formats.append(args[0]))
+        predict(m)
+    mine, unknown = formats
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in mine)
+    assert all(x.is_contiguous() for x in unknown)
+    assert model.roi_head.mask_roi_extractor.channels_last and not model.roi_head.bbox_roi_extractor.channels_last
+    assert optimize(build('demo/cascade')).roi_head.bbox_roi_extractor[0].channels_last
+    for f, e in zip(mine, unknown):
+        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-4)
+
+
+def test_mmdets_extractor_gets_contiguous_maps_where_its_own_roi_align_runs():
+    for extractor in (CPURoIExtractor, FP32RoIExtractor):
+        module = extractor(dict(type='RoIAlign', output_size=7, sampling_ratio=0), 32, [4, 8])
+        maps = [torch.rand(1, 32, 20, 30), torch.rand(1, 32, 10, 15)]
+        rois = torch.tensor([[0, 3.0, 4.0, 90.0, 60.0], [0, 1.0, 2.0, 119.0, 79.0]])
+        with dispatch.disabled():
+            expected = module(maps, rois, 1.2)
+            last = module([x.contiguous(memory_format=torch.channels_last) for x in maps], rois, 1.2)
+        assert torch.equal(last, expected)
+        torch.testing.assert_close(module(maps, rois, 1.2), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+def test_what_the_kernels_do_not_take_goes_to_mmcv(monkeypatch):
+    calls = Calls(monkeypatch)
+    maps, rois = [torch.rand(1, 32, 20, 30)], torch.tensor([[0, 3.0, 4.0, 90.0, 60.0]])
+
+    def module(**changes):
+        return CPURoIExtractor(dict(type='RoIAlign', output_size=7) | changes, 32, [4])
+
+    module()(maps, rois)
+    assert calls.names == ['roi_align']
+    hooked = module()
+    hooked.roi_layers[0].register_forward_hook(lambda *args: None)
+    changed = module()
+    changed.roi_layers[0].forward = type(changed.roi_layers[0]).forward.__get__(changed.roi_layers[0])
+    for other, feats in (
+        (module(pool_mode='max'), maps),
+        (module(type='RoIPool') if False else hooked, maps),
+        (changed, maps),
+        (CPURoIExtractor(dict(type='RoIAlign', output_size=7), 8, [4]), [maps[0][:, :8]]),
+    ):
+        assert other(feats, rois).shape == (1, other.out_channels, 7, 7)
+    with dispatch.disabled():
+        module()(maps, rois)
+    double = module()([maps[0].double()], rois)
+    assert double.dtype == torch.float64 and calls.names == ['roi_align']
+
+
+def test_a_hook_sees_a_module_be_called():
+    model = optimize(build('demo/upernet'))
+    expected, seen = predict(model), []
+    head = model.decode_head
+    for module in (head.fpn_bottleneck, head.bottleneck.conv, head.lateral_convs[0].bn, head.psp_modules[0][1]):
+        module.register_forward_hook(lambda module, _, out: seen.append(type(module)))
+    torch.testing.assert_close(predict(model), expected, rtol=1e-3, atol=1e-3)
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize('name', ['demo/mask_rcnn', 'demo/upernet'])
+def test_other_dtypes_and_switched_off_operators_are_the_plain_way(name, monkeypatch):
+    calls, model = Calls(monkeypatch), optimize(build(name))
+    with dispatch.disabled():
+        expected = predict(model)
+    assert calls.names == []
+    if 'upernet' in name:
+        double = model.double()(image().double(), mode='tensor')
+        assert double.dtype == torch.float64 and calls.names == []
+    else:
+        assert len(expected)
+
+
+def test_classes_that_derive_from_theirs_stay_and_copies_are_optimized_too():
+    from mmseg.models import UPerHead
+
+    class MyHead(UPerHead):
+        pass
+
+    model = build('demo/upernet')
+    model.decode_head.__class__ = MyHead
+    optimize(model)
+    assert type(model.decode_head) is MyHead and type(model.decode_head.fpn_bottleneck) is FusedConvModule
+    model = optimize(optimize(build('demo/upernet')))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other.decode_head) is FusedUPerHead
+        assert torch.equal(predict(other), predict(model))
+
+
+# ---- NMS -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'settings', [{}, dict(score_threshold=0.5), dict(max_num=7), dict(offset=1, max_num=3)], ids=str
+)
+def test_nms_is_mmcvs(settings):
+    from mmcv.ops import batched_nms
+    from mmcv.ops import nms as mmcv_nms
+
+    torch.manual_seed(0)
+    corners, scores, labels = torch.rand(300, 2) * 50, torch.rand(300), torch.randint(3, (300,))
+    boxes = torch.cat([corners, corners + torch.rand(300, 2) * 40], 1)
+    for found, expected in zip(nms(boxes, scores, 0.4, **settings), mmcv_nms(boxes, scores, 0.4, **settings)):
+        assert torch.equal(found, expected)
+    configs = (dict(type=kind, iou_threshold=0.4, **settings) for kind in (nms, 'nms'))
+    for found, expected in zip(*(batched_nms(boxes, scores, labels, cfg) for cfg in configs)):
+        assert torch.equal(found, expected)
+    arrays = nms(boxes.numpy(), scores.numpy(), 0.4)  # goes to mmcv's
+    assert torch.equal(torch.from_numpy(arrays[1]), nms(boxes, scores, 0.4)[1])
+    assert len(nms(boxes[:0], scores[:0], 0.4)[1]) == 0
+
+
+def test_configs_of_nms_are_copied():
+    model = build('demo/mask_rcnn')
+    before = model.test_cfg, copy.deepcopy(model.test_cfg), model.rpn_head.test_cfg
+    optimize(model)
+    assert model.test_cfg.rcnn.nms.type is nms and model.rpn_head.test_cfg.nms.type is nms
+    assert model.train_cfg.rpn_proposal.nms.type is nms
+    assert before[0] == before[1] and before[2].nms.type == 'nms' and isinstance(model.test_cfg, ConfigDict)
+
+
+def test_other_nms_stays():
+    model = build('demo/mask_rcnn')
+    model.roi_head.test_cfg = ConfigDict(nms=dict(type='soft_nms', iou_threshold=0.5))
+    optimize(model)
+    assert model.roi_head.test_cfg.nms.type == 'soft_nms'
+
+
+def test_what_is_optimized_is_there():
+    """The kernels of this machine, if it has those of the backbone."""
+    assert head_kernels.available() or not avx512.dtypes()
+    assert box_ops.DTYPES == upsampled_conv.DTYPES
