@@ -40,6 +40,7 @@ MODELS_OF_PAPER = {
     'mask_rcnn/convnext_t': ((1280, 800), 1.11),  # table 3
     'upernet/convnext_t': ((2048, 512), None),
 }
+V2_SUFFIX = '-v2'  # of the name of an arch
 PAPER_RATIOS = {'tiny': 1.47}  # the same of the classifiers at 224 x 224 on an A100 (table 12)
 
 
@@ -77,6 +78,16 @@ class Result:
         return {**asdict(self.case), **{k: v for k, v in asdict(self).items() if k != 'case'}}
 
 
+def _split_arch(arch: str) -> tuple[str, bool]:
+    """'tiny-v2' -> 'tiny', True."""
+    return arch.removesuffix(V2_SUFFIX), arch.endswith(V2_SUFFIX)
+
+
+def _ours(arch: str, cls: type = ConvNeXt, **settings) -> ConvNeXt:
+    name, use_grn = _split_arch(arch)
+    return cls(name, use_grn=use_grn, **settings)
+
+
 class _Reference(ConvNeXt):
     """The reference implementation: every block runs its own `forward`, without the fast operators."""
 
@@ -87,7 +98,9 @@ class _Reference(ConvNeXt):
 
 def _timm(arch: str, **settings) -> nn.Module:
     _torchvision()
-    return importlib.import_module('timm').create_model(f'convnext_{arch}', features_only=True, **settings)
+    name, is_v2 = _split_arch(arch)
+    name = f'convnext{"v2" if is_v2 else ""}_{name}'
+    return importlib.import_module('timm').create_model(name, features_only=True, **settings)
 
 
 def _torchvision_model(arch: str) -> nn.Module:
@@ -124,11 +137,12 @@ def _torchvision():
 
 
 def _transformers(arch: str) -> nn.Module:
+    name, is_v2 = _split_arch(arch)
     with _with_torchvision():
         library = importlib.import_module('transformers')
-        backbone = library.ConvNextBackbone
-    sizes = ARCHS[arch]
-    config = library.ConvNextConfig(
+        backbone = library.ConvNextV2Backbone if is_v2 else library.ConvNextBackbone
+    sizes = ARCHS[name]
+    config = (library.ConvNextV2Config if is_v2 else library.ConvNextConfig)(
         depths=list(sizes['depths']),
         hidden_sizes=list(sizes['channels']),
         out_features=[f'stage{i}' for i in range(1, 5)],
@@ -139,7 +153,9 @@ def _transformers(arch: str) -> nn.Module:
 def _mmpretrain(arch: str) -> nn.Module:
     with _with_torchvision():
         backbones = importlib.import_module('mmpretrain.models.backbones')
-    return backbones.ConvNeXt(arch, out_indices=[0, 1, 2, 3], gap_before_final_norm=False)
+    name, is_v2 = _split_arch(arch)
+    settings = dict(use_grn=True, layer_scale_init_value=0.0) if is_v2 else {}
+    return backbones.ConvNeXt(name, out_indices=[0, 1, 2, 3], gap_before_final_norm=False, **settings)
 
 
 def _swin(arch: str) -> nn.Module:
@@ -160,10 +176,10 @@ def _with_torchvision():
 
 # How to build each backbone for an arch. The three of `ours` differ in training only.
 BACKBONES: dict[str, Callable[[str], nn.Module]] = {
-    'ours': ConvNeXt,
-    "ours, cp_scope='mlp'": lambda arch: ConvNeXt(arch, with_cp=True, cp_scope='mlp'),
-    "ours, cp_scope='block'": lambda arch: ConvNeXt(arch, with_cp=True),
-    'reference': _Reference,  # the authors' code, but for its class
+    'ours': _ours,
+    "ours, cp_scope='mlp'": lambda arch: _ours(arch, with_cp=True, cp_scope='mlp'),
+    "ours, cp_scope='block'": lambda arch: _ours(arch, with_cp=True),
+    'reference': lambda arch: _ours(arch, _Reference),  # the authors' code, but for its class
     'mmpretrain': _mmpretrain,
     'timm': _timm,
     'timm, conv_mlp': lambda arch: _timm(arch, conv_mlp=True),
@@ -210,7 +226,7 @@ def feature_distance(name: str, arch: str, size: int = 64) -> float | None:
     """
     if name.startswith('Swin') or name.startswith(OURS):
         return None
-    theirs, ours = build(name, arch), ConvNeXt(arch).eval()
+    theirs, ours = build(name, arch), _ours(arch).eval()
     theirs.eval()  # mmpretrain's returns None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, 'weights.pth')
@@ -263,7 +279,7 @@ def gemm_lower_bound(case: Case) -> float:
     """Milliseconds of the matrix products of a forward pass alone, at the rate that this device reaches on their shapes
     in the fastest of their forms, a cache-sized tile at a time."""
     dtype, device = DTYPES[case.dtype], case.device
-    sizes, total = ARCHS[case.arch], 0.0
+    sizes, total = ARCHS[_split_arch(case.arch)[0]], 0.0
     before, area = 3 * 16, 16
     for i, (depth, channels) in enumerate(zip(sizes['depths'], sizes['channels'])):
         area = (4 * 2**i) ** 2

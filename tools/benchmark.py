@@ -24,6 +24,7 @@ from benchmarks.backbone import (
     DTYPES,
     OURS,
     PAPER_RATIOS,
+    V2_SUFFIX,
     available,
     break_even_runs,
     feature_distance,
@@ -45,7 +46,9 @@ SIZE_ALIASES = dict(T='tiny', S='small', B='base', L='large', XL='xlarge')
 
 def parse_args():
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument('--sizes', nargs='+', default=['T'], metavar='SIZE', help='T S B L XL, or names such as atto')
+    parser.add_argument(
+        '--sizes', nargs='+', default=['T'], metavar='SIZE', help='T S B L XL, or names such as atto; T-v2, ...: V2'
+    )
     parser.add_argument('--resolutions', nargs='+', default=[(512, 512), (800, 1280)], type=_resolution, metavar='HxW')
     parser.add_argument('--batches', nargs='+', default=[1], type=int, metavar='N')
     parser.add_argument('--dtypes', nargs='+', default=['fp32', 'bf16'], choices=DTYPES)
@@ -67,9 +70,9 @@ def parse_args():
     parser.add_argument('--markdown', action='store_true', help='print a Markdown table')
     parser.add_argument('--plot', metavar='FILE', help='draw bars: each backbone of a case in its faster memory format')
     args = parser.parse_args()
-    args.archs = [SIZE_ALIASES.get(size, size) for size in args.sizes]
+    args.archs = [_arch(size) for size in args.sizes]
     for arch in args.archs:
-        if arch not in ARCHS:
+        if arch.removesuffix(V2_SUFFIX) not in ARCHS:
             parser.error(f"--sizes '{arch}': give some of {', '.join(SIZE_ALIASES)} or {', '.join(ARCHS)}")
     for name in args.baselines or ():
         if name not in BACKBONES:
@@ -77,6 +80,11 @@ def parse_args():
     if min(*args.batches, args.rounds, args.threads or 1) < 1:
         parser.error('--batches, --rounds and --threads are at least 1')
     return args
+
+
+def _arch(size: str) -> str:
+    name = size.removesuffix(V2_SUFFIX)
+    return SIZE_ALIASES.get(name, name) + size.removeprefix(name)
 
 
 def _resolution(text: str) -> tuple[int, int]:
