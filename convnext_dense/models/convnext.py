@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import UsageError
 from ..ops import dispatch
+from ..ops.block_params import GRN_EPS
 
 # Tiny to xlarge: the paper's section 3; atto to nano and huge: of ConvNeXt V2, table 9.
 ARCHS = {
@@ -107,7 +108,7 @@ class GRN(nn.Module):
         """Normalize a map (N, H, W, C)."""
         acc_dtype = torch.promote_types(x.dtype, torch.float32)  # squares of a whole map add up beyond fp16
         gx = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=acc_dtype)
-        nx = gx / (gx.mean(-1, keepdim=True) + NORM_EPS)
+        nx = gx / (gx.mean(-1, keepdim=True) + GRN_EPS)
         return self.gamma * (x * nx.to(x.dtype)) + self.beta + x
 
 
@@ -132,7 +133,7 @@ class Stem(PatchEmbed):
         super().__init__(nn.Conv2d(in_channels, channels, 4, stride=4), LayerNorm2d(channels, eps=NORM_EPS))
 
 
-@dispatch.register('block', nn.Conv2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Linear, DropPath)
+@dispatch.register('block', nn.Conv2d, nn.LayerNorm, nn.Linear, (nn.Identity, GRN), nn.Linear, DropPath)
 class ConvNeXtBlock(nn.Module):
     """Block of a stage (figure 4).
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .block_params import HIDDEN_RATIO, PARAM_TYPES, SAVE_DWCONV, SAVE_HIDDEN, BlockArgs, BlockParams
+from .block_params import GRN_EPS, HIDDEN_RATIO, PARAM_TYPES, SAVE_DWCONV, SAVE_HIDDEN, BlockArgs, BlockParams
 
 SOURCE = Path(__file__).with_name('avx512_kernels.c')
 REQUIRED_CPU_FLAGS = {'avx512f', 'avx512bw', 'avx512dq', 'avx512vl'}
@@ -31,7 +31,7 @@ DW_KERNEL = 7  # side of the depthwise kernel
 PATCH_SIZES = (4, 2)  # of the stem and of a downsampling
 SAVE_HIDDEN_FROM = 384  # channels from which on saving the hidden layer is faster than recomputing it
 
-STRUCT_VERSION = 2
+STRUCT_VERSION = 3
 STRUCTS = ('BlockArgs', 'PatchEmbedArgs', 'NormArgs', 'KernelCall')  # of avx512_kernels.c, which describes them
 # The struct that a kernel takes; those in NEEDS_WORKSPACE also take memory to work in.
 KERNELS = {
@@ -125,10 +125,8 @@ def _pack(kernel: str, **fields: int | float | torch.Tensor | None) -> KernelCal
 def supports_block(
     channels: int, x_dtype: torch.dtype, params: BlockParams, padding: tuple[int, int], dtype: torch.dtype
 ) -> bool:
-    """Whether a block with matmuls in `dtype` runs here, once its input is float32; its output is."""
+    """Whether a block with matmuls in `dtype` runs here."""
     if channels % CHANNEL_MULTIPLE or dtype not in dtypes() or x_dtype not in (torch.float32, torch.bfloat16):
-        return False
-    if params.gamma is None and x_dtype != torch.float32:  # then the reference's output is not float32
         return False
     shapes = params.expected_shapes(channels, (DW_KERNEL, DW_KERNEL), HIDDEN_RATIO * channels)
     return padding == (DW_KERNEL // 2, DW_KERNEL // 2) and _params_match(params.present(), shapes)
@@ -136,16 +134,16 @@ def supports_block(
 
 def check_block(x: torch.Tensor, params: BlockParams, args: BlockArgs) -> None:
     """Raise a RuntimeError unless the kernels can run the block."""
-    if x.dtype != torch.float32 or not supports_block(x.shape[-1], x.dtype, params, tuple(args.padding), args.dtype):
+    if not supports_block(x.shape[-1], x.dtype, params, tuple(args.padding), args.dtype):
         raise RuntimeError(
-            f'the AVX-512 kernels take float32 maps of a multiple of {CHANNEL_MULTIPLE} channels, '
+            f'the AVX-512 kernels take float32 and bfloat16 maps of a multiple of {CHANNEL_MULTIPLE} channels, '
             f'{DW_KERNEL} x {DW_KERNEL} depthwise kernels, and float32 parameters of the shapes that belong to them'
         )
 
 
 def output_dtype(x: torch.Tensor, params: BlockParams, args: BlockArgs) -> torch.dtype:
-    """Dtype of a block's output."""
-    return torch.float32
+    """Dtype of a block's output, that of the reference: a layer scale makes it float32."""
+    return x.dtype if params.gamma is None else torch.float32
 
 
 def hidden_shapes(x: torch.Tensor, params: BlockParams) -> list[tuple[int, int]]:
@@ -157,15 +155,16 @@ def forward(args: BlockArgs, x: torch.Tensor, z: None, params: BlockParams) -> t
     """Run a block; `z` is for the other backend.
 
     Returns:
-        The output, (N, H, W, C) float32, and what is saved: the depthwise convolution's output, the hidden layer.
+        The output, (N, H, W, C), and what is saved: the depthwise convolution's output, the hidden layer.
     """
+    dtype, x = output_dtype(x, params, args), x.float()
     out = torch.empty_like(x)
     saved = [torch.empty_like(x, dtype=args.dtype)] if args.save_level >= SAVE_DWCONV else []
     if args.save_level >= SAVE_HIDDEN:
         saved += [x.new_empty(shape, dtype=args.dtype) for shape in hidden_shapes(x, params)]
     if len(x):  # stochastic depth has left samples
         launch(_block_call('block', args, x, params, out=out, **dict(zip(('y', 'hidden'), saved))))
-    return out, saved
+    return out.to(dtype), saved
 
 
 def queue_blocks(
@@ -201,14 +200,15 @@ def backward(
 
     Args:
         args: Settings of the block.
-        grad: Gradient of the output, (N, H, W, C) float32, contiguous.
-        x: The input.
+        grad: Gradient of the output, (N, H, W, C), contiguous.
+        x: The input, (N, H, W, C).
         saved: As returned by `forward`.
         params: Parameters of the block.
         z_is_x: True; for the other backend.
         needs_grad: Whether x and each of the parameters needs a gradient.
     """
     needs_x, *needs_params = needs_grad
+    dtype, grad, x = grad.dtype, grad.float(), x.float()
     p, channels, taps = params, x.shape[-1], DW_KERNEL**2
     fields = dict(zip(('y', 'hidden'), map(_contiguous, saved)))
     fields |= dict(grad=grad, grad_y=torch.empty_like(x), grad_x=torch.empty_like(x) if needs_x else None)
@@ -216,24 +216,29 @@ def backward(
         # Not empty_like: the weights may be views.
         fields |= {f'grad_{name}': x.new_empty(getattr(p, name).shape) for name in ('pwconv1_weight', 'pwconv2_weight')}
         fields['sums'] = x.new_empty((2 * HIDDEN_RATIO + taps) * channels)
-        fields['grad_gamma'] = None if p.gamma is None else x.new_empty(channels)
+        fields |= {
+            f'grad_{name}': None if getattr(p, name) is None else x.new_empty(getattr(p, name).shape)
+            for name in ('grn_gamma', 'grn_beta', 'gamma')
+        }
     launch(_block_call('block_backward', args, x, params, **fields))
+    grad_x = fields['grad_x'].to(dtype) if needs_x else None
     if not any(needs_params):
-        return [fields['grad_x'], *[None] * len(params)]
+        return [grad_x, *[None] * len(params)]
     sizes = [HIDDEN_RATIO * channels, *[channels] * 4, taps * channels]
     pwconv1_bias, pwconv2_bias, norm_weight, norm_bias, dwconv_bias, dw_taps = fields['sums'].split(sizes)
     dwconv_weight = dw_taps.view(taps, channels).t().contiguous().view(p.dwconv_weight.shape)
     pwconv1 = fields['grad_pwconv1_weight'], pwconv1_bias
     pwconv2 = fields['grad_pwconv2_weight'], pwconv2_bias
-    grads = (dwconv_weight, dwconv_bias, norm_weight, norm_bias, *pwconv1, *pwconv2, fields['grad_gamma'])
-    return [fields['grad_x'], *(t if n else None for t, n in zip(grads, needs_params))]
+    grn = fields['grad_grn_gamma'], fields['grad_grn_beta']
+    grads = (dwconv_weight, dwconv_bias, norm_weight, norm_bias, *pwconv1, *grn, *pwconv2, fields['grad_gamma'])
+    return [grad_x, *(t if n else None for t, n in zip(grads, needs_params))]
 
 
 def _block_call(kernel: str, args: BlockArgs, x: torch.Tensor, params: BlockParams, **fields) -> KernelCall:
     images, height, width, channels = x.shape
     fields |= dict(zip(BlockParams._fields, map(_contiguous, params)))
     fields |= dict(images=images, height=height, width=width, channels=channels, bf16=args.dtype == torch.bfloat16)
-    return _pack(kernel, eps=args.eps, keep_prob_scale=args.keep_prob_scale, x=x, **fields)
+    return _pack(kernel, eps=args.eps, grn_eps=GRN_EPS, keep_prob_scale=args.keep_prob_scale, x=x, **fields)
 
 
 # ---- stem and downsampling -------------------------------------------------------------------------------------------
@@ -263,13 +268,13 @@ class PatchEmbedParams(NamedTuple):
 
 
 def supports_patch_embed(x: torch.Tensor, params: PatchEmbedParams, args: PatchEmbedArgs) -> bool:
-    """Whether a stem or a downsampling of x, (N, C, H, W), runs here. The image before a stem has no gradient."""
+    """Whether a stem or a downsampling of x, (N, C, H, W), runs here, once that is float32."""
     size, before, after = args.patch_size, x.shape[1], len(params.weight)
     if size not in PATCH_SIZES or min(x.shape[2:]) < size or not before:
         return False
     if size == 2 and (before % CHANNEL_MULTIPLE or not x.is_contiguous(memory_format=torch.channels_last)):
         return False
-    if after % CHANNEL_MULTIPLE or args.dtype not in dtypes() or x.dtype != torch.float32:
+    if after % CHANNEL_MULTIPLE or args.dtype not in dtypes():
         return False
     norm = (before if size == 2 else after,)
     return _params_match(params, ((after, before, size, size), (after,), norm, norm))
@@ -277,7 +282,8 @@ def supports_patch_embed(x: torch.Tensor, params: PatchEmbedParams, args: PatchE
 
 def check_patch_embed(x: torch.Tensor, params: PatchEmbedParams, args: PatchEmbedArgs) -> None:
     """Raise a RuntimeError unless the kernels can run the stem or the downsampling."""
-    if x.ndim != 4 or x.device.type != 'cpu' or x.is_neg() or not supports_patch_embed(x, params, args):
+    is_map = x.ndim == 4 and x.is_cpu and x.dtype == torch.float32 and not x.is_neg()
+    if not is_map or not supports_patch_embed(x, params, args):
         raise RuntimeError(
             f'the AVX-512 kernels take float32 maps (N, C, H, W), patches of {PATCH_SIZES} pixels, a multiple of '
             f'{CHANNEL_MULTIPLE} output channels, and before a downsampling channels_last'

@@ -1,5 +1,6 @@
 /* Kernels of ConvNeXt, forward and backward, for processors with AVX-512: a block, that is
-   x + gamma * MLP(LayerNorm(dwconv(x))), the stem, a downsampling, and the norm of an output.
+   x + gamma * MLP(LayerNorm(dwconv(x))), with or without GRN in the MLP, the stem, a downsampling, and the norm of an
+   output.
 
    Maps are channels_last: a pixel is a row of channels. A thread takes some hundred rows at a time (a tile) from the
    depthwise convolution to the output, so that everything in between stays in its cache. Matmuls run in float32 or
@@ -33,6 +34,10 @@ enum {
     ROW_PAD = 64,    /* bytes after a row: rows whose length is a power of two would share cache sets */
 };
 
+#ifndef KEPT_BYTES
+#define KEPT_BYTES (24 << 20) /* of the hidden layer, that GRN's second sweep need not compute again: a cache's size */
+#endif
+
 typedef int32_t operand_t;
 typedef __m512 f32x16;
 
@@ -41,22 +46,23 @@ typedef __m512 f32x16;
 /* The structs that Python fills. Each is a list of fields, I: int64_t, F: float, P: pointer to a type, from which come
    the declaration and a description that Python builds its own structure from. All begin with the version and the number
    of threads. The version changes when the meaning of a field does; it stands in avx512.py, too. */
-enum { STRUCT_VERSION = 2 };
+enum { STRUCT_VERSION = 3 };
 
 /* A block of maps images x height x width x channels.
-   keep_prob_scale: factor of the branch under stochastic depth. y, hidden: the depthwise convolution's output and the
+   keep_prob_scale: factor of the branch under stochastic depth. grn_gamma, grn_beta: of global response normalization,
+   null for none; grad_grn_gamma, grad_grn_beta as grad_pwconv1_weight. y, hidden: the depthwise convolution's output and the
    layer before GELU, which the forward pass saves and the backward pass reads; null: it computes them again.
    Backward: grad is that of the output; grad_x or grad_pwconv1_weight null: not needed; grad_gamma is null where gamma
    or grad_pwconv1_weight is; grad_y: scratch of the size of x; sums: gradients of pwconv1_bias, pwconv2_bias, norm_weight, norm_bias, dwconv_bias and the taps, in this order. */
 #define BLOCK_FIELDS(I, F, P) \
     I(version) I(threads) I(images) I(height) I(width) I(channels) I(bf16) I(workspace_bytes) \
-    F(eps) F(keep_prob_scale) \
+    F(eps) F(grn_eps) F(keep_prob_scale) \
     P(const float, dwconv_weight) P(const float, dwconv_bias) P(const float, norm_weight) P(const float, norm_bias) \
-    P(const float, pwconv1_weight) P(const float, pwconv1_bias) P(const float, pwconv2_weight) \
-    P(const float, pwconv2_bias) P(const float, gamma) \
+    P(const float, pwconv1_weight) P(const float, pwconv1_bias) P(const float, grn_gamma) \
+    P(const float, grn_beta) P(const float, pwconv2_weight) P(const float, pwconv2_bias) P(const float, gamma) \
     P(const float, x) P(void, y) P(void, hidden) P(float, out) \
     P(const float, grad) P(float, grad_x) P(float, grad_y) P(float, grad_pwconv1_weight) P(float, grad_pwconv2_weight) \
-    P(float, grad_gamma) P(float, sums) P(char, workspace)
+    P(float, grad_grn_gamma) P(float, grad_grn_beta) P(float, grad_gamma) P(float, sums) P(char, workspace)
 
 /* Stem (patch_size 4, LayerNorm after the convolution, over out_channels) or downsampling (patch_size 2, LayerNorm
    before it, over channels): patches of patch_size x patch_size pixels of x become a pixel each. height and width are
@@ -108,6 +114,8 @@ typedef struct {
     int64_t row_bytes_f32, row_bytes_elem; /* of a row of C columns: floats, elements */
     int64_t hidden_row_bytes_f32, hidden_row_bytes_elem; /* of a row of KC_HIDDEN columns */
     int64_t taps, scale, pwconv1, pwconv2, pwconv1_bwd, pwconv2_bwd, panels[4], sums, scratch, total;
+    int64_t kept_tiles, kept_row_bytes, kept; /* tiles of an image whose hidden layer is kept, of 4 C columns */
+    int64_t grn, grn_product;
     int64_t scratch_size;    /* of a thread */
     int64_t sums_per_thread; /* floats */
 } Workspace;
@@ -170,14 +178,19 @@ static int64_t check_block(const BlockArgs *args, int backward) {
     RETURN_ON_ERROR(check_block_sizes(args));
     RETURN_ON_ERROR(CHECK_POINTERS(args->x, args->dwconv_weight, args->dwconv_bias, args->norm_weight, args->norm_bias,
                                    args->pwconv1_weight, args->pwconv1_bias, args->pwconv2_weight, args->pwconv2_bias));
+    if (!args->grn_gamma != !args->grn_beta) return NULL_POINTER;
+    if (!is_aligned(args->grn_gamma, 4) || !is_aligned(args->grn_beta, 4)) return MISALIGNED;
     if (!is_aligned(args->gamma, 4) || !is_aligned(args->y, 2) || !is_aligned(args->hidden, 2)) return MISALIGNED;
     if (!args->bf16 && (!is_aligned(args->y, 4) || !is_aligned(args->hidden, 4))) return MISALIGNED;
     if (!backward) return CHECK_POINTERS(args->out);
     RETURN_ON_ERROR(CHECK_POINTERS(args->grad, args->grad_y));
     if (!is_aligned(args->grad_x, 4)) return MISALIGNED;
+    int has_grn_grads = args->grad_grn_gamma || args->grad_grn_beta;
     if (!args->grad_pwconv1_weight)
-        return args->grad_pwconv2_weight || args->grad_gamma || args->sums ? NULL_POINTER : OK;
+        return args->grad_pwconv2_weight || args->grad_gamma || has_grn_grads || args->sums ? NULL_POINTER : OK;
     if (!args->grad_gamma != !args->gamma) return NULL_POINTER;
+    if (!args->grad_grn_gamma != !args->grn_gamma || !args->grad_grn_beta != !args->grn_gamma) return NULL_POINTER;
+    if (!is_aligned(args->grad_grn_gamma, 4) || !is_aligned(args->grad_grn_beta, 4)) return MISALIGNED;
     if (!is_aligned(args->grad_gamma, 4)) return MISALIGNED;
     return CHECK_POINTERS(args->grad_pwconv1_weight, args->grad_pwconv2_weight, args->sums);
 }
@@ -373,18 +386,20 @@ INLINE f32x16 gelu_grad_at(const int bf16, f32x16 x, Segment p) {
 /* ---- matmuls ----------------------------------------------------------------------------------------------------- */
 
 /* What an epilogue does with the result of a matmul. */
-enum { STORE, ADD, BIAS, GELU, GELU_GRAD };
+enum { STORE, ADD, BIAS, GELU, GELU_GRAD, GRN_GRAD };
 
 typedef struct {
     int kind;
     char *to; /* rows of `row_bytes` bytes: floats for STORE, ADD and BIAS, else elements */
     int64_t row_bytes;
     const float *bias;
-    /* GELU: where to save its input, or null. GELU_GRAD: its input, in floats */
+    /* GELU: where to save its input, or null. GELU_GRAD, GRN_GRAD: its input, in floats */
     char *hidden;
     int64_t hidden_row_bytes;
     char *gelu;  /* GELU_GRAD: where to store GELU, with rows as in `to` */
-    float *sums; /* GELU_GRAD: sums of columns, added to */
+    float *sums; /* GELU: sums of squares of columns, added to, or null. GELU_GRAD, GRN_GRAD: sums of columns */
+    /* GRN_GRAD: the gradient of GELU's output is factor * result + correction * output */
+    const float *factor, *correction;
 } Epilogue;
 
 /* Rows of `a` times a panel of NR columns: a[i][k] is at i * row + k * step bytes, b[k] at k * NR operands. */
@@ -417,11 +432,34 @@ INLINE void epilogue(const int bf16, const int rows, const Epilogue *e, int64_t 
     } else if (e->kind == GELU) {
         f32x16 bias[2] = {load(e->bias + column), load(e->bias + column + LANES)};
         char *hidden = e->hidden ? e->hidden + first * e->hidden_row_bytes : 0;
+        f32x16 squares[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
         UNROLL for (int i = 0; i < rows; i++) {
             f32x16 v[2] = {_mm512_add_ps(acc[i][0], bias[0]), _mm512_add_ps(acc[i][1], bias[1])};
             if (hidden) store_elems2(bf16, hidden + i * e->hidden_row_bytes, column, v[0], v[1]);
-            store_elems2(bf16, to + i * e->row_bytes, column, gelu(bf16, v[0]), gelu(bf16, v[1]));
+            f32x16 activation[2] = {gelu(bf16, v[0]), gelu(bf16, v[1])};
+            store_elems2(bf16, to + i * e->row_bytes, column, activation[0], activation[1]);
+            for (int half = 0; half < 2; half++)
+                squares[half] = _mm512_fmadd_ps(activation[half], activation[half], squares[half]);
         }
+        if (e->sums) add_to(e->sums + column, squares[0]), add_to(e->sums + column + LANES, squares[1]);
+    } else if (e->kind == GRN_GRAD) {
+        f32x16 sums[2] = {load(e->sums + column), load(e->sums + column + LANES)};
+        f32x16 factor[2] = {load(e->factor + column), load(e->factor + column + LANES)};
+        f32x16 correction[2] = {load(e->correction + column), load(e->correction + column + LANES)};
+        UNROLL for (int i = 0; i < rows; i++) {
+            const float *hidden = (const float *)(e->hidden + (first + i) * e->hidden_row_bytes) + column;
+            f32x16 v[2] = {load(hidden), load(hidden + LANES)};
+            UNROLL for (int half = 0; half < 2; half++) {
+                Segment p = segment_of(bf16, v[half]);
+                f32x16 grad = _mm512_mul_ps(gelu_at(bf16, v[half], p), correction[half]);
+                grad = _mm512_fmadd_ps(acc[i][half], factor[half], grad);
+                v[half] = _mm512_mul_ps(grad, gelu_grad_at(bf16, v[half], p));
+                sums[half] = _mm512_add_ps(sums[half], v[half]);
+            }
+            store_elems2(bf16, to + i * e->row_bytes, column, v[0], v[1]);
+        }
+        store(e->sums + column, sums[0]);
+        store(e->sums + column + LANES, sums[1]);
     } else {
         f32x16 sums[2] = {load(e->sums + column), load(e->sums + column + LANES)};
         UNROLL for (int i = 0; i < rows; i++) {
@@ -517,8 +555,9 @@ INLINE void transpose(__m512i r[16]) {
     UNROLL for (int i = 0; i < 4; i++) transpose_lanes(t[i], t[i + 4], t[i + 8], t[i + 12], r + i, 4);
 }
 
-/* Panel number `panel` of a weight, columns x k, for sums over k. */
-static void pack_b_nt(int bf16, const float *weight, int64_t k, int64_t panel, operand_t *to) {
+/* Panel number `panel` of a weight, columns x k, for sums over k; `factor` scales what each k contributes. */
+INLINE void pack_scaled_b_nt(const int scaled, int bf16, const float *weight, const float *factor, int64_t k,
+                             int64_t panel, operand_t *to) {
     int64_t words = bf16 ? k / 2 : k;
     f32x16 any = _mm512_setzero_ps(); /* read in order first: memory is twice as fast then as row beside row */
     weight += panel * NR * k, to += panel * words * NR;
@@ -528,12 +567,19 @@ static void pack_b_nt(int bf16, const float *weight, int64_t k, int64_t panel, o
         for (int half = 0; half < NR; half += LANES) {
             __m512i r[16];
             const float *from = weight + half * k + (bf16 ? 2 * w : w);
-            UNROLL for (int i = 0; i < 16; i++)
-                r[i] = bf16 ? (__m512i)_mm512_cvtne2ps_pbh(load(from + i * k + LANES), load(from + i * k))
-                            : (__m512i)load(from + i * k);
+            const float *f = factor + (bf16 ? 2 * w : w);
+            UNROLL for (int i = 0; i < 16; i++) {
+                f32x16 low = load(from + i * k), high = bf16 ? load(from + i * k + LANES) : low;
+                if (scaled) low = _mm512_mul_ps(low, load(f)), high = bf16 ? _mm512_mul_ps(high, load(f + LANES)) : low;
+                r[i] = bf16 ? (__m512i)_mm512_cvtne2ps_pbh(high, low) : (__m512i)low;
+            }
             transpose(r);
             UNROLL for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (w + i) * NR + half, r[i]);
         }
+}
+
+static void pack_b_nt(int bf16, const float *weight, int64_t k, int64_t panel, operand_t *to) {
+    pack_scaled_b_nt(0, bf16, weight, weight, k, panel, to);
 }
 
 /* Operands `w` of all panels of a weight, k x columns, for sums over k. */
@@ -710,9 +756,12 @@ static int64_t reserve(int64_t *end, int64_t bytes) {
     return offset;
 }
 
+INLINE int64_t grn_floats(int64_t c) { return 5 * 4 * c + c; } /* of a Grn, without the squares */
+
 static Workspace plan_workspace(const BlockArgs *args, int backward) {
     Workspace p = {0};
-    int64_t c = args->channels, size = size_of(args->bf16), m = args->images * args->height * args->width, end = 0;
+    int64_t c = args->channels, size = size_of(args->bf16), end = 0;
+    int64_t m = (args->grn_gamma ? 1 : args->images) * args->height * args->width; /* rows that tiles share */
     int64_t target = backward ? (c <= 192 ? 128 : 64) : (c <= 768 ? 112 : 56), round = target * args->threads;
     int64_t even = (m + round - 1) / round * args->threads; /* so that each thread gets the same number of tiles */
     p.rows = max_i64(2, round_up((m + even - 1) / even, 2));
@@ -727,8 +776,9 @@ static Workspace plan_workspace(const BlockArgs *args, int backward) {
     if (backward) {
         p.pwconv1_bwd = reserve(&end, size * 4 * c * c);
         p.pwconv2_bwd = reserve(&end, size * 4 * c * c);
-        for (int i = 0; i < 4 && args->grad_pwconv1_weight; i++)
-            p.panels[i] = reserve(&end, size * (i < 2 ? c : 4 * c) * p.wgrad_rows);
+        for (int i = 0; i < 4; i++) /* with GRN the gradient of x takes the product of panels 1 and 3, too */
+            if (args->grad_pwconv1_weight || (args->grn_gamma && i % 2))
+                p.panels[i] = reserve(&end, size * (i < 2 ? c : 4 * c) * p.wgrad_rows);
         p.sums = reserve(&end, 4 * p.sums_per_thread * args->threads);
         p.scratch_size = p.rows * (2 * p.row_bytes_f32 + 2 * p.row_bytes_elem + p.hidden_row_bytes_f32 +
                                    2 * p.hidden_row_bytes_elem + sizeof(RowStats)) +
@@ -738,6 +788,14 @@ static Workspace plan_workspace(const BlockArgs *args, int backward) {
     }
     p.scratch_size = round_up(p.scratch_size, 4096) + 64; /* the scratch of threads should not share cache sets */
     p.scratch = reserve(&end, p.scratch_size * args->threads);
+    if (args->grn_gamma) {
+        p.grn = reserve(&end, 4 * (grn_floats(c) + 4 * c * args->threads));
+        p.grn_product = reserve(&end, backward ? 4 * 4 * c * c : 0);
+        p.kept_row_bytes = size * 4 * c + ROW_PAD;
+        int64_t tiles = (m + p.rows - 1) / p.rows;
+        p.kept_tiles = backward && args->hidden ? 0 : min_i64(tiles, KEPT_BYTES / (p.rows * p.kept_row_bytes));
+        p.kept = reserve(&end, p.kept_tiles * p.rows * p.kept_row_bytes);
+    }
     p.total = end;
     return p;
 }
@@ -756,35 +814,210 @@ static void transpose_taps(const BlockArgs *args, const Workspace *plan) {
 
 /* ---- forward ----------------------------------------------------------------------------------------------------- */
 
-static void forward_tile(const BlockArgs *args, const Workspace *plan, char *scratch, int64_t first, int64_t rows) {
+/* The depthwise convolution of a tile, saved where that is wanted, and its LayerNorm. */
+static void normalize_tile(const BlockArgs *args, const Workspace *plan, int64_t first, int64_t rows, char *y,
+                           char *n) {
     int bf16 = args->bf16;
-    int64_t c = args->channels, size = size_of(bf16), words = bf16 ? c / 2 : c, hidden_words = 4 * words;
-    char *y = scratch, *n = y + plan->rows * plan->row_bytes_f32, *h = n + plan->rows * plan->row_bytes_elem;
-    const float *scale = (const float *)(args->workspace + plan->scale);
-    const operand_t *pwconv1 = (const operand_t *)(args->workspace + plan->pwconv1),
-                    *pwconv2 = (const operand_t *)(args->workspace + plan->pwconv2);
+    int64_t c = args->channels, size = size_of(bf16);
     dwconv(args, args->x, (const float *)(args->workspace + plan->taps), args->dwconv_bias, 0, first, rows, y,
            plan->row_bytes_f32);
     for (int64_t i = 0; args->y && i < rows; i++)
         for (int64_t k = 0; k < c; k += LANES)
             store_elems(bf16, (char *)args->y + (first + i) * c * size, k, load(y + i * plan->row_bytes_f32 + 4 * k));
     layer_norm_rows(args, plan, y, rows, n, 0);
-    for (int64_t column = 0; column < 4 * c;
-         column += KC_HIDDEN) { /* y is no longer needed: the branch accumulates in its place */
-        int64_t columns = min_i64(KC_HIDDEN, 4 * c - column), k = bf16 ? columns / 2 : columns;
-        char *hidden = args->hidden ? (char *)args->hidden + (first * 4 * c + column) * size : 0;
-        Epilogue gelu = {GELU, h, plan->hidden_row_bytes_elem, args->pwconv1_bias + column, hidden, 4 * c * size, 0, 0};
-        Epilogue branch = {column ? ADD : STORE, y, plan->row_bytes_f32, 0, 0, 0, 0, 0};
-        gemm(bf16, n, plan->row_bytes_elem, rows, pwconv1 + column * words, words * NR, words, columns, &gelu);
-        const operand_t *part = pwconv2 + (bf16 ? column / 2 : column) * NR;
-        gemm(bf16, h, plan->hidden_row_bytes_elem, rows, part, hidden_words * NR, k, c, &branch);
-    }
+}
+
+/* Where to save the layer before GELU of a tile, from a column on; null where it is not saved. */
+INLINE char *saved_hidden(const BlockArgs *args, int64_t first, int64_t column) {
+    return args->hidden ? (char *)args->hidden + (first * 4 * args->channels + column) * size_of(args->bf16) : 0;
+}
+
+/* Columns of the hidden layer, from the LayerNorm's output. */
+static void hidden_gemm(const BlockArgs *args, const Workspace *plan, const char *n, int64_t rows, int64_t column,
+                        int64_t columns, const Epilogue *e) {
+    int64_t words = args->bf16 ? args->channels / 2 : args->channels;
+    const operand_t *pwconv1 = (const operand_t *)(args->workspace + plan->pwconv1);
+    gemm(args->bf16, n, plan->row_bytes_elem, rows, pwconv1 + column * words, words * NR, words, columns, e);
+}
+
+/* What columns of the hidden layer contribute to the branch, which accumulates in y. */
+static void branch_gemm(const BlockArgs *args, const Workspace *plan, const char *h, int64_t row_bytes, int64_t rows,
+                        int64_t column, int64_t columns, char *y) {
+    int64_t k = args->bf16 ? columns / 2 : columns, first = args->bf16 ? column / 2 : column;
+    int64_t words = args->bf16 ? 2 * args->channels : 4 * args->channels;
+    const operand_t *part = (const operand_t *)(args->workspace + plan->pwconv2) + first * NR;
+    Epilogue e = {column ? ADD : STORE, y, plan->row_bytes_f32, 0, 0, 0, 0, 0};
+    gemm(args->bf16, h, row_bytes, rows, part, words * NR, k, args->channels, &e);
+}
+
+/* The output of a tile, from its branch before bias and scale. */
+static void add_shortcut(const BlockArgs *args, const Workspace *plan, const char *y, const float *bias, int64_t first,
+                         int64_t rows) {
+    int64_t c = args->channels;
+    const float *scale = (const float *)(args->workspace + plan->scale);
     for (int64_t i = 0; i < rows; i++)
         for (int64_t k = 0; k < c; k += LANES) {
-            f32x16 v = _mm512_add_ps(load(y + i * plan->row_bytes_f32 + 4 * k), load(args->pwconv2_bias + k));
+            f32x16 v = _mm512_add_ps(load(y + i * plan->row_bytes_f32 + 4 * k), load(bias + k));
             int64_t offset = (first + i) * c + k;
             store(args->out + offset, _mm512_fmadd_ps(v, load(scale + k), load(args->x + offset)));
         }
+}
+
+static void forward_tile(const BlockArgs *args, const Workspace *plan, char *scratch, int64_t first, int64_t rows) {
+    int64_t c = args->channels;
+    char *y = scratch, *n = y + plan->rows * plan->row_bytes_f32, *h = n + plan->rows * plan->row_bytes_elem;
+    normalize_tile(args, plan, first, rows, y, n);
+    for (int64_t column = 0; column < 4 * c;
+         column += KC_HIDDEN) { /* y is no longer needed: the branch accumulates in its place */
+        int64_t columns = min_i64(KC_HIDDEN, 4 * c - column);
+        Epilogue gelu = {GELU, h, plan->hidden_row_bytes_elem, args->pwconv1_bias + column,
+                         saved_hidden(args, first, column), 4 * c * size_of(args->bf16), 0, 0};
+        hidden_gemm(args, plan, n, rows, column, columns, &gelu);
+        branch_gemm(args, plan, h, plan->hidden_row_bytes_elem, rows, column, columns, y);
+    }
+    add_shortcut(args, plan, y, args->pwconv2_bias, first, rows);
+}
+
+/* ---- global response normalization ------------------------------------------------------------------------------- */
+
+/* GRN of the hidden layer h is h * factor + beta with factor = 1 + gamma * norm / (mean + eps), where norm is that of a
+   channel over the pixels of an image, and mean the mean over the channels. So an image takes two sweeps over its tiles:
+   the first sums squares, the second computes the branch with factor in pwconv2's weight and beta in its bias. Of the
+   first tiles the hidden layer is kept in between, of the others computed again. */
+typedef struct {
+    float *norm, *factor, *correction, *product, *grad_gamma; /* of 4 C channels; the last three: backward */
+    float *bias;    /* pwconv2's, with what beta adds */
+    float *squares; /* 4 C sums of each thread */
+    float inverse_mean; /* 1 / (mean + eps) */
+} Grn;
+
+static Grn grn_of(const BlockArgs *args, const Workspace *plan) {
+    float *p = (float *)(args->workspace + plan->grn);
+    int64_t hidden = 4 * args->channels;
+    return (Grn){p, p + hidden, p + 2 * hidden, p + 3 * hidden, p + 4 * hidden, p + 5 * hidden,
+                 p + grn_floats(args->channels), 0};
+}
+
+/* Norms of the channels, and the factors that follow from them. Every thread computes the mean for itself. */
+static void grn_factors(const BlockArgs *args, Grn *grn) {
+    int64_t hidden = 4 * args->channels;
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < hidden; j++) {
+        float squares = 0;
+        for (int64_t t = 0; t < omp_get_num_threads(); t++) squares += grn->squares[t * hidden + j];
+        grn->norm[j] = sqrtf(squares);
+    }
+    double total = 0;
+    for (int64_t j = 0; j < hidden; j++) total += grn->norm[j];
+    grn->inverse_mean = 1 / ((float)(total / hidden) + args->grn_eps);
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < hidden; j++)
+        grn->factor[j] = 1 + args->grn_gamma[j] * grn->norm[j] * grn->inverse_mean;
+}
+
+INLINE void gelu_columns(const int bf16, const char *hidden, int64_t hidden_row_bytes, int64_t rows, int64_t columns,
+                         char *to, int64_t row_bytes, float *squares) {
+    for (int64_t j = 0; j < columns; j += LANES) {
+        f32x16 total = _mm512_setzero_ps();
+        for (int64_t i = 0; i < rows; i++) {
+            f32x16 v = gelu(bf16, load_elems(bf16, hidden + i * hidden_row_bytes, j));
+            store_elems(bf16, to + i * row_bytes, j, v);
+            total = _mm512_fmadd_ps(v, v, total);
+        }
+        if (squares) add_to(squares + j, total);
+    }
+}
+
+/* GELU of columns of the saved layer before it; adds to the sums of squares, unless null. */
+static void gelu_rows(int bf16, const char *hidden, int64_t hidden_row_bytes, int64_t rows, int64_t columns, char *to,
+                      int64_t row_bytes, float *squares) {
+    if (bf16)
+        gelu_columns(1, hidden, hidden_row_bytes, rows, columns, to, row_bytes, squares);
+    else
+        gelu_columns(0, hidden, hidden_row_bytes, rows, columns, to, row_bytes, squares);
+}
+
+/* Where the hidden layer of a tile is kept between the sweeps, null where it is not; `tile` counts within the image. */
+INLINE char *kept_hidden(const BlockArgs *args, const Workspace *plan, int64_t tile) {
+    return tile < plan->kept_tiles ? args->workspace + plan->kept + tile * plan->rows * plan->kept_row_bytes : 0;
+}
+
+/* First sweep: sums of squares. Where the hidden layer is not kept, the output holds what it is computed from. */
+static void grn_squares_tile(const BlockArgs *args, const Workspace *plan, char *scratch, int64_t first, int64_t rows,
+                             char *kept, float *squares) {
+    int64_t c = args->channels, size = size_of(args->bf16);
+    char *y = scratch, *n = y + plan->rows * plan->row_bytes_f32, *h = n + plan->rows * plan->row_bytes_elem;
+    normalize_tile(args, plan, first, rows, y, n);
+    for (int64_t i = 0; !kept && !args->hidden && i < rows; i++)
+        memcpy(args->out + (first + i) * c, n + i * plan->row_bytes_elem, size * c);
+    for (int64_t column = 0; column < 4 * c; column += KC_HIDDEN) {
+        int64_t columns = min_i64(KC_HIDDEN, 4 * c - column);
+        Epilogue e = {GELU,
+                      kept ? kept + column * size : h,
+                      kept ? plan->kept_row_bytes : plan->hidden_row_bytes_elem,
+                      args->pwconv1_bias + column,
+                      saved_hidden(args, first, column),
+                      4 * c * size,
+                      0,
+                      squares + column};
+        hidden_gemm(args, plan, n, rows, column, columns, &e);
+    }
+}
+
+/* Second sweep: the output. */
+static void grn_output_tile(const BlockArgs *args, const Workspace *plan, char *scratch, int64_t first, int64_t rows,
+                            const char *kept, const float *bias) {
+    int bf16 = args->bf16;
+    int64_t c = args->channels, size = size_of(bf16);
+    char *y = scratch, *n = y + plan->rows * plan->row_bytes_f32, *h = n + plan->rows * plan->row_bytes_elem;
+    for (int64_t i = 0; !kept && !args->hidden && i < rows; i++)
+        memcpy(n + i * plan->row_bytes_elem, args->out + (first + i) * c, size * c);
+    for (int64_t column = 0; column < 4 * c; column += KC_HIDDEN) {
+        int64_t columns = min_i64(KC_HIDDEN, 4 * c - column);
+        if (kept) {
+            branch_gemm(args, plan, kept + column * size, plan->kept_row_bytes, rows, column, columns, y);
+            continue;
+        }
+        Epilogue e = {GELU, h, plan->hidden_row_bytes_elem, args->pwconv1_bias + column, 0, 0, 0, 0};
+        if (args->hidden)
+            gelu_rows(bf16, saved_hidden(args, first, column), 4 * c * size, rows, columns, h,
+                      plan->hidden_row_bytes_elem, 0);
+        else
+            hidden_gemm(args, plan, n, rows, column, columns, &e);
+        branch_gemm(args, plan, h, plan->hidden_row_bytes_elem, rows, column, columns, y);
+    }
+    add_shortcut(args, plan, y, bias, first, rows);
+}
+
+/* All threads: the images one after the other. */
+static void grn_forward(const BlockArgs *args, const Workspace *plan, char *scratch) {
+    int64_t c = args->channels, area = args->height * args->width;
+    Grn grn = grn_of(args, plan);
+    float *squares = grn.squares + omp_get_thread_num() * 4 * c;
+#pragma omp for
+    for (int64_t k = 0; k < c; k++) {
+        f32x16 total = _mm512_setzero_ps();
+        for (int64_t j = 0; j < 4 * c; j += LANES)
+            total = _mm512_fmadd_ps(load(args->pwconv2_weight + k * 4 * c + j), load(args->grn_beta + j), total);
+        grn.bias[k] = args->pwconv2_bias[k] + sum(total);
+    }
+    for (int64_t start = 0; start < args->images * area; start += area) {
+        memset(squares, 0, 4 * 4 * c);
+        /* In a fixed order: which thread sums up what, and whose cache has the tile in the second sweep. */
+#pragma omp for schedule(static, 1)
+        for (int64_t first = 0; first < area; first += plan->rows)
+            grn_squares_tile(args, plan, scratch, start + first, min_i64(plan->rows, area - first),
+                             kept_hidden(args, plan, first / plan->rows), squares);
+        grn_factors(args, &grn);
+#pragma omp for
+        for (int64_t i = 0; i < c / NR; i++)
+            pack_scaled_b_nt(1, args->bf16, args->pwconv2_weight, grn.factor, 4 * c, i,
+                             (operand_t *)(args->workspace + plan->pwconv2));
+#pragma omp for schedule(static, 1)
+        for (int64_t first = 0; first < area; first += plan->rows)
+            grn_output_tile(args, plan, scratch, start + first, min_i64(plan->rows, area - first),
+                            kept_hidden(args, plan, first / plan->rows), grn.bias);
+    }
 }
 
 int64_t convnext_block(const void *pointer) {
@@ -801,12 +1034,16 @@ int64_t convnext_block(const void *pointer) {
 #pragma omp for nowait
         for (int64_t i = 0; i < 4 * c / NR; i++)
             pack_b_nt(args->bf16, args->pwconv1_weight, c, i, (operand_t *)(args->workspace + plan->pwconv1));
+        if (args->grn_gamma) {
+            grn_forward(args, plan, scratch);
+        } else {
 #pragma omp for
-        for (int64_t i = 0; i < c / NR; i++)
-            pack_b_nt(args->bf16, args->pwconv2_weight, 4 * c, i, (operand_t *)(args->workspace + plan->pwconv2));
+            for (int64_t i = 0; i < c / NR; i++)
+                pack_b_nt(args->bf16, args->pwconv2_weight, 4 * c, i, (operand_t *)(args->workspace + plan->pwconv2));
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t first = 0; first < m; first += plan->rows)
-            forward_tile(args, plan, scratch, first, min_i64(plan->rows, m - first));
+            for (int64_t first = 0; first < m; first += plan->rows)
+                forward_tile(args, plan, scratch, first, min_i64(plan->rows, m - first));
+        }
     }
     return OK;
 }
@@ -845,10 +1082,62 @@ static void pack_grad_out(const BlockArgs *args, const Workspace *plan, int64_t 
         }
 }
 
-/* The gradient of the depthwise convolution's output for `rows` rows, and the operands of both weights' gradients;
-   `strip_row`: number of rows before them in these operands. */
+/* Rows of the depthwise convolution's output, which grad_y holds between the two sweeps of GRN. */
+static void restore_y(const BlockArgs *args, const Workspace *plan, int64_t first, int64_t rows, int is_in_grad_y,
+                      char *y) {
+    int64_t c = args->channels;
+    const float *taps = (const float *)(args->workspace + plan->taps);
+    if (!args->y && !is_in_grad_y) {
+        dwconv(args, args->x, taps, args->dwconv_bias, 0, first, rows, y, plan->row_bytes_f32);
+        return;
+    }
+    int bf16 = args->y && args->bf16;
+    const char *from = args->y ? args->y : args->grad_y;
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t k = 0; k < c; k += LANES)
+            store(y + i * plan->row_bytes_f32 + 4 * k, load_elems(bf16, from, (first + i) * c + k));
+}
+
+/* First sweep of GRN: sums of squares, and the operands of the product of the output's gradient and the hidden layer. */
+static void grn_product_tile(const BlockArgs *args, const Workspace *plan, char *scratch, int64_t first, int64_t rows,
+                             int64_t strip_row, char *kept, float *squares, Sums s) {
+    int bf16 = args->bf16;
+    int64_t c = args->channels, size = size_of(bf16);
+    int64_t stride = (bf16 ? plan->wgrad_rows / 2 : plan->wgrad_rows) * NR,
+            offset = (bf16 ? strip_row / 2 : strip_row) * NR;
+    char *y = scratch, *n = y + plan->rows * plan->row_bytes_f32, *g = n + plan->rows * plan->row_bytes_elem,
+         *h = g + plan->rows * plan->row_bytes_elem;
+    operand_t *grad_panels = (operand_t *)(args->workspace + plan->panels[1]) + offset,
+              *panels = (operand_t *)(args->workspace + plan->panels[3]) + offset;
+    pack_grad_out(args, plan, first, rows, g, grad_panels, stride, s.pwconv2_bias);
+    if (!args->y || !args->hidden) restore_y(args, plan, first, rows, 0, y);
+    for (int64_t i = 0; !args->y && i < rows; i++)
+        memcpy(args->grad_y + (first + i) * c, y + i * plan->row_bytes_f32, 4 * c);
+    if (!args->hidden) layer_norm_rows(args, plan, y, rows, n, 0);
+    for (int64_t column = 0; column < 4 * c; column += KC_HIDDEN) {
+        int64_t columns = min_i64(KC_HIDDEN, 4 * c - column);
+        Epilogue e = {GELU,
+                      h,
+                      plan->hidden_row_bytes_elem,
+                      args->pwconv1_bias + column,
+                      kept ? kept + column * size : 0,
+                      plan->kept_row_bytes,
+                      0,
+                      squares + column};
+        if (args->hidden)
+            gelu_rows(bf16, saved_hidden(args, first, column), 4 * c * size, rows, columns, h,
+                      plan->hidden_row_bytes_elem, squares + column);
+        else
+            hidden_gemm(args, plan, n, rows, column, columns, &e);
+        pack_a(bf16, h, plan->hidden_row_bytes_elem, rows, columns, panels + column / NR * stride, stride);
+    }
+}
+
+/* The gradient of the depthwise convolution's output for `rows` rows, and the operands of the weights' gradients;
+   `strip_row`: number of rows before them in these operands. With GRN, second sweep: `kept` is where the first has kept
+   the layer before GELU, or null. */
 static void backward_tile(const BlockArgs *args, const Workspace *plan, char *scratch, int64_t first, int64_t rows,
-                          int64_t strip_row, Sums s) {
+                          int64_t strip_row, Sums s, const Grn *grn, const char *kept) {
     int bf16 = args->bf16, needs_wgrad = args->grad_pwconv1_weight != 0;
     int64_t c = args->channels, size = size_of(bf16), words = bf16 ? c / 2 : c, hidden_words = 4 * words;
     int64_t stride = (bf16 ? plan->wgrad_rows / 2 : plan->wgrad_rows) * NR,
@@ -858,50 +1147,44 @@ static void backward_tile(const BlockArgs *args, const Workspace *plan, char *sc
          *h = a + plan->rows * plan->hidden_row_bytes_f32;
     char *a_grad = h + plan->rows * plan->hidden_row_bytes_elem;
     RowStats *stats = (RowStats *)(a_grad + plan->rows * plan->hidden_row_bytes_elem);
-    const operand_t *pwconv1 = (const operand_t *)(args->workspace + plan->pwconv1);
     const operand_t *pwconv1_bwd = (const operand_t *)(args->workspace + plan->pwconv1_bwd);
     const operand_t *pwconv2_bwd = (const operand_t *)(args->workspace + plan->pwconv2_bwd);
     operand_t *panels[4] = {0};
     for (int i = 0; i < 4 && needs_wgrad; i++) panels[i] = (operand_t *)(args->workspace + plan->panels[i]) + offset;
 
-    if (args->y) {
-        for (int64_t i = 0; i < rows; i++)
-            for (int64_t k = 0; k < c; k += LANES)
-                store(y + i * plan->row_bytes_f32 + 4 * k,
-                      load_elems(bf16, (const char *)args->y + (first + i) * c * size, k));
-    } else {
-        dwconv(args, args->x, (const float *)(args->workspace + plan->taps), args->dwconv_bias, 0, first, rows, y,
-               plan->row_bytes_f32);
-    }
+    restore_y(args, plan, first, rows, grn != 0, y);
     layer_norm_rows(args, plan, y, rows, n, stats);
     if (needs_wgrad) pack_a(bf16, n, plan->row_bytes_elem, rows, c, panels[0], stride);
-    pack_grad_out(args, plan, first, rows, g, panels[1], stride, s.pwconv2_bias);
+    pack_grad_out(args, plan, first, rows, g, grn ? 0 : panels[1], stride, s.pwconv2_bias);
     for (int64_t column = 0; column < 4 * c; column += KC_HIDDEN) {
         int64_t columns = min_i64(KC_HIDDEN, 4 * c - column), k = bf16 ? columns / 2 : columns;
-        if (args->hidden) {
-            const char *hidden = (const char *)args->hidden + first * 4 * c * size;
-            for (int64_t i = 0; i < rows; i++, hidden += 4 * c * size)
+        const char *hidden = kept ? kept + column * size : saved_hidden(args, first, column);
+        if (hidden) {
+            for (int64_t i = 0; i < rows; i++, hidden += kept ? plan->kept_row_bytes : 4 * c * size)
                 for (int64_t j = 0; j < columns; j += LANES)
-                    store(a + i * plan->hidden_row_bytes_f32 + 4 * j, load_elems(bf16, hidden, column + j));
+                    store(a + i * plan->hidden_row_bytes_f32 + 4 * j, load_elems(bf16, hidden, j));
         } else {
             Epilogue e = {BIAS, a, plan->hidden_row_bytes_f32, args->pwconv1_bias + column, 0, 0, 0, 0};
-            gemm(bf16, n, plan->row_bytes_elem, rows, pwconv1 + column * words, words * NR, words, columns, &e);
+            hidden_gemm(args, plan, n, rows, column, columns, &e);
         }
-        Epilogue grad = {GELU_GRAD,
+        Epilogue grad = {grn ? GRN_GRAD : GELU_GRAD,
                          a_grad,
                          plan->hidden_row_bytes_elem,
                          0,
                          a,
                          plan->hidden_row_bytes_f32,
                          h,
-                         s.pwconv1_bias + column};
+                         s.pwconv1_bias + column,
+                         grn ? grn->factor + column : 0,
+                         grn ? grn->correction + column : 0};
         gemm(bf16, g, plan->row_bytes_elem, rows, pwconv2_bwd + column * words, words * NR, words, columns, &grad);
         Epilogue e = {column ? ADD : STORE, n_grad, plan->row_bytes_f32, 0, 0, 0, 0, 0};
         const operand_t *part = pwconv1_bwd + (bf16 ? column / 2 : column) * NR;
         gemm(bf16, a_grad, plan->hidden_row_bytes_elem, rows, part, hidden_words * NR, k, c, &e);
         if (needs_wgrad) {
             pack_a(bf16, a_grad, plan->hidden_row_bytes_elem, rows, columns, panels[2] + column / NR * stride, stride);
-            pack_a(bf16, h, plan->hidden_row_bytes_elem, rows, columns, panels[3] + column / NR * stride, stride);
+            if (!grn)
+                pack_a(bf16, h, plan->hidden_row_bytes_elem, rows, columns, panels[3] + column / NR * stride, stride);
         }
     }
     for (int64_t i = 0; i < rows; i++)
@@ -909,18 +1192,18 @@ static void backward_tile(const BlockArgs *args, const Workspace *plan, char *sc
                        args->norm_weight, args->grad_y + (first + i) * c, s.norm, s.norm_bias, s.depthwise_bias);
 }
 
-/* The gradients of the weights of NR hidden channels from `rows` rows. */
-static void linear_wgrad(const BlockArgs *args, const Workspace *plan, int64_t panel, int64_t rows, int add) {
+/* The gradients of pwconv1's and pwconv2's weights, unless null, of NR hidden channels from `rows` rows. */
+static void linear_wgrad(const BlockArgs *args, const Workspace *plan, int64_t panel, int64_t rows, float *grad1,
+                         float *grad2, int add) {
     int64_t c = args->channels, words = args->bf16 ? (rows + 1) / 2 : rows;
     int64_t stride = (args->bf16 ? plan->wgrad_rows / 2 : plan->wgrad_rows) * NR;
     const operand_t *panels[4];
     for (int i = 0; i < 4; i++)
         panels[i] = (const operand_t *)(args->workspace + plan->panels[i]) + (i < 2 ? 0 : panel * stride);
     for (int64_t k = 0; k < c / NR; k++) {
-        float *to1 = args->grad_pwconv1_weight + panel * NR * c + k * NR;
-        float *to2 = args->grad_pwconv2_weight + k * NR * 4 * c + panel * NR;
-        gemm_tn(args->bf16, panels[2], panels[0] + k * stride, words, to1, c, add);
-        gemm_tn(args->bf16, panels[1] + k * stride, panels[3], words, to2, 4 * c, add);
+        if (grad1) gemm_tn(args->bf16, panels[2], panels[0] + k * stride, words, grad1 + (panel * c + k) * NR, c, add);
+        if (grad2)
+            gemm_tn(args->bf16, panels[1] + k * stride, panels[3], words, grad2 + (4 * k * c + panel) * NR, 4 * c, add);
     }
 }
 
@@ -938,6 +1221,7 @@ static void scale_branch_grads(const BlockArgs *args, const Workspace *plan) {
         for (int64_t j = 0; j < 4 * c; j += 2 * LANES)
             for (int half = 0; half < 2; half++) {
                 f32x16 g = load(grad + j + LANES * half);
+                if (args->grn_beta) g = _mm512_fmadd_ps(load(args->grn_beta + j + LANES * half), splat(grad_bias[i]), g);
                 product[half] = _mm512_fmadd_ps(g, load(weight + j + LANES * half), product[half]);
                 store(grad + j + LANES * half, _mm512_mul_ps(g, splat(scale[i])));
             }
@@ -946,6 +1230,82 @@ static void scale_branch_grads(const BlockArgs *args, const Workspace *plan) {
             args->grad_gamma[i] = args->keep_prob_scale * total;
         }
         grad_bias[i] *= scale[i];
+    }
+}
+
+/* Of an image, from `sums`, C x 4 C, the gradient of pwconv2's weight as without GRN: what it contributes to the
+   gradients of that weight and of gamma, and how the gradient of the hidden layer follows from that of GRN's output. */
+static void grn_gradients(const BlockArgs *args, const Workspace *plan, const float *sums, int is_first, Grn *grn) {
+    int64_t c = args->channels, hidden = 4 * c;
+    const float *scale = (const float *)(args->workspace + plan->scale);
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < hidden; j += LANES) {
+        f32x16 product = _mm512_setzero_ps(), factor = load(grn->factor + j);
+        for (int64_t k = 0; k < c; k++) {
+            f32x16 g = load(sums + k * hidden + j);
+            product = _mm512_fmadd_ps(_mm512_mul_ps(g, splat(scale[k])), load(args->pwconv2_weight + k * hidden + j),
+                                      product);
+            if (!args->grad_pwconv2_weight) continue;
+            float *to = args->grad_pwconv2_weight + k * hidden + j;
+            store(to, _mm512_fmadd_ps(g, factor, is_first ? _mm512_setzero_ps() : load(to)));
+        }
+        store(grn->product + j, product);
+        f32x16 gamma = _mm512_mul_ps(product, _mm512_mul_ps(load(grn->norm + j), splat(grn->inverse_mean)));
+        store(grn->grad_gamma + j, is_first ? gamma : _mm512_add_ps(gamma, load(grn->grad_gamma + j)));
+    }
+    double total = 0;
+    for (int64_t j = 0; j < hidden; j++) total += args->grn_gamma[j] * grn->product[j] * grn->norm[j];
+    float mean = (float)(total / hidden) * grn->inverse_mean;
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < hidden; j++) {
+        float grad_norm = (args->grn_gamma[j] * grn->product[j] - mean) * grn->inverse_mean;
+        grn->correction[j] = grn->norm[j] > 0 ? grad_norm / grn->norm[j] : 0; /* torch's norm has no slope at zero */
+    }
+}
+
+/* Gradients of GRN's parameters, once those of pwconv2 are scaled. */
+static void grn_param_grads(const BlockArgs *args, const Grn *grn) {
+    int64_t c = args->channels, hidden = 4 * c;
+    const float *grad_bias = args->sums + hidden;
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < hidden; j += LANES) {
+        f32x16 total = _mm512_setzero_ps();
+        for (int64_t k = 0; k < c; k++)
+            total = _mm512_fmadd_ps(load(args->pwconv2_weight + k * hidden + j), splat(grad_bias[k]), total);
+        store(args->grad_grn_beta + j, total);
+        store(args->grad_grn_gamma + j, load(grn->grad_gamma + j));
+    }
+}
+
+/* All threads: gradients of the depthwise convolution's output and of the Linears' weights, image by image. */
+static void grn_backward(const BlockArgs *args, const Workspace *plan, char *scratch, Sums s, Grn *grn) {
+    int64_t c = args->channels, area = args->height * args->width;
+    float *squares = grn->squares + omp_get_thread_num() * 4 * c;
+    float *product = (float *)(args->workspace + plan->grn_product);
+    for (int64_t base = 0; base < args->images * area; base += area) {
+        memset(squares, 0, 4 * 4 * c);
+        for (int64_t start = 0; start < area; start += plan->wgrad_rows) {
+            int64_t end = min_i64(start + plan->wgrad_rows, area);
+#pragma omp for schedule(static, 1)
+            for (int64_t first = start; first < end; first += plan->rows)
+                grn_product_tile(args, plan, scratch, base + first, min_i64(plan->rows, end - first), first - start,
+                                 kept_hidden(args, plan, first / plan->rows), squares, s);
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t i = 0; i < 4 * c / NR; i++) linear_wgrad(args, plan, i, end - start, 0, product, start > 0);
+        }
+        grn_factors(args, grn);
+        grn_gradients(args, plan, product, base == 0, grn);
+        for (int64_t start = 0; start < area; start += plan->wgrad_rows) {
+            int64_t end = min_i64(start + plan->wgrad_rows, area);
+#pragma omp for schedule(static, 1)
+            for (int64_t first = start; first < end; first += plan->rows)
+                backward_tile(args, plan, scratch, base + first, min_i64(plan->rows, end - first), first - start, s,
+                              grn, kept_hidden(args, plan, first / plan->rows));
+            if (!args->grad_pwconv1_weight) continue;
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t i = 0; i < 4 * c / NR; i++)
+                linear_wgrad(args, plan, i, end - start, args->grad_pwconv1_weight, 0, base + start > 0);
+        }
     }
 }
 
@@ -978,14 +1338,18 @@ int64_t convnext_block_backward(const void *pointer) {
         for (int64_t i = 0; i < 4 * (args->bf16 ? c / 2 : c); i++)
             pack_b_nn(args->bf16, args->pwconv1_weight, 4 * c, c, i,
                       (operand_t *)(args->workspace + plan->pwconv1_bwd));
-        for (int64_t start = 0; start < m; start += plan->wgrad_rows) {
+        Grn grn = grn_of(args, plan);
+        if (args->grn_gamma) grn_backward(args, plan, scratch, s, &grn);
+        for (int64_t start = 0; !args->grn_gamma && start < m; start += plan->wgrad_rows) {
             int64_t end = min_i64(start + plan->wgrad_rows, m);
 #pragma omp for schedule(static, 1)
             for (int64_t first = start; first < end; first += plan->rows)
-                backward_tile(args, plan, scratch, first, min_i64(plan->rows, end - first), first - start, s);
+                backward_tile(args, plan, scratch, first, min_i64(plan->rows, end - first), first - start, s, 0, 0);
             if (!args->grad_pwconv1_weight) continue;
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < 4 * c / NR; i++) linear_wgrad(args, plan, i, end - start, start > 0);
+            for (int64_t i = 0; i < 4 * c / NR; i++)
+                linear_wgrad(args, plan, i, end - start, args->grad_pwconv1_weight, args->grad_pwconv2_weight,
+                             start > 0);
         }
         if (args->grad_x) {
             const float *taps = (const float *)(args->workspace + plan->taps) + DW_TAPS * c;
@@ -1003,6 +1367,7 @@ int64_t convnext_block_backward(const void *pointer) {
             }
             reduce_threads(all_sums, plan->sums_per_thread, args->sums);
             scale_branch_grads(args, plan);
+            if (args->grn_gamma) grn_param_grads(args, &grn);
         }
     }
     return OK;

@@ -1,5 +1,6 @@
 """What the operators of a ConvNeXt block take: its parameters and its settings."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 # What a block's forward pass saves for the backward pass; each level saves what the one before it saves, too.
 SAVE_INPUT, SAVE_DWCONV, SAVE_HIDDEN = range(3)
 PARAM_TYPES = (nn.Parameter, torch.Tensor)  # not classes derived from them, which may compute something else
+GRN_EPS = 1e-6  # of global response normalization
 HIDDEN_RATIO = 4  # hidden channels of the MLP for each channel of the block, in the paper
 
 
@@ -33,7 +35,10 @@ class BlockArgs(NamedTuple):
 
 
 class BlockParams(NamedTuple):
-    """Parameters of a block of C channels, in the order in which it uses them; `gamma` is the layer scale."""
+    """Parameters of a block of C channels, in the order in which it uses them.
+
+    `grn_gamma` and `grn_beta` are of global response normalization (V2), `gamma` is the layer scale; None for none.
+    """
 
     dwconv_weight: torch.Tensor
     dwconv_bias: torch.Tensor
@@ -41,13 +46,15 @@ class BlockParams(NamedTuple):
     norm_bias: torch.Tensor
     pwconv1_weight: torch.Tensor
     pwconv1_bias: torch.Tensor
+    grn_gamma: torch.Tensor | None
+    grn_beta: torch.Tensor | None
     pwconv2_weight: torch.Tensor
     pwconv2_bias: torch.Tensor
     gamma: torch.Tensor | None
 
     def present(self) -> list[torch.Tensor]:
-        """The parameters that there are: gamma only where the block has a layer scale."""
-        return [*(self[:-1] if self.gamma is None else self)]
+        """The parameters that there are."""
+        return [p for p in self if p is not None]
 
     def expected_shapes(self, channels: int, kernel_size: tuple[int, ...], hidden: int) -> list[tuple[int, ...]]:
         """The shapes that those parameters have to be of.
@@ -58,8 +65,9 @@ class BlockParams(NamedTuple):
             hidden: Channels of the hidden layer of the MLP.
         """
         c = channels
-        shapes = [(c, 1, *kernel_size), (c,), (c,), (c,), (hidden, c), (hidden,), (c, hidden), (c,), (c,)]
-        return shapes[: len(self.present())]
+        grn = [] if self.grn_gamma is None else [(hidden,)] * 2
+        shapes = [(c, 1, *kernel_size), (c,), (c,), (c,), (hidden, c), (hidden,), *grn, (c, hidden), (c,)]
+        return shapes if self.gamma is None else [*shapes, (c,)]
 
     def cast(self, dtype: torch.dtype) -> 'BlockParams':
         """Cast as autocast does: parameters of convolutions and Linears to `dtype`, the others stay as they are.
@@ -68,6 +76,22 @@ class BlockParams(NamedTuple):
         """
         names = ('dwconv_weight', 'dwconv_bias', 'pwconv1_weight', 'pwconv1_bias', 'pwconv2_weight', 'pwconv2_bias')
         return self._replace(**{name: getattr(self, name).to(dtype).contiguous() for name in names})
+
+    @classmethod
+    def of_present(cls, tensors: Sequence[torch.Tensor]) -> 'BlockParams':
+        """Parameters from those that there are: their number says which.
+
+        Raises:
+            ValueError: A block has not so many.
+        """
+        first, rest = tensors[:6], [*tensors[6:]]
+        has_grn, has_gamma = {2: (False, False), 3: (False, True), 4: (True, False), 5: (True, True)}.get(
+            len(rest), (None, None)
+        )
+        if has_grn is None:
+            raise ValueError(f'a block has no {len(tensors)} parameters')
+        grn = [rest.pop(0), rest.pop(0)] if has_grn else [None, None]
+        return cls(*first, *grn, *rest, *([] if has_gamma else [None]))
 
     def scale_branch_grads(
         self, keep_prob_scale: float, grad_weight: torch.Tensor, grad_bias: torch.Tensor

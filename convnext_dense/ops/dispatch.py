@@ -13,6 +13,7 @@ operators that are written in Python too late.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain, product
 
 import torch
 from torch import nn
@@ -30,22 +31,24 @@ GLOBAL_HOOKS = [getattr(nn_module, f'_global{name}') for name in HOOKS]
 
 _disabled_depth = 0
 # By class, the operator that may replace its `forward`, and the classes that its children then have to be of.
-_EXPECTED_CHILDREN: dict[type, tuple[str, tuple[type, ...]]] = {}
+_EXPECTED_CHILDREN: dict[type, tuple[str, set[tuple[type, ...]]]] = {}
 # By class, the methods that its instances call, each with the class that it is looked up on.
 _ORIGINAL_METHODS: dict[type, list[tuple[type, str, object]]] = {}
 
 
-def register(operator: str, *children: type[nn.Module]) -> Callable[[type], type]:
+def register(operator: str, *children: type[nn.Module] | tuple[type[nn.Module], ...]) -> Callable[[type], type]:
     """Class decorator: `operator` ('block', 'patch_embed', 'output_norm') may replace `forward` of instances.
 
     Args:
         operator: The operator.
-        children: Classes of an instance's children, in order, without which `forward` has to run.
+        children: Classes of an instance's children, in order, without which `forward` has to run; a tuple of those of
+            which a child may be.
     """
+    choices = [child if isinstance(child, tuple) else (child,) for child in children]
 
     def decorate(cls: type) -> type:
-        _EXPECTED_CHILDREN[cls] = operator, children
-        remember_methods(cls, *children)
+        _EXPECTED_CHILDREN[cls] = operator, {*product(*choices)}
+        remember_methods(cls, *chain(*choices))
         return cls
 
     return decorate
@@ -121,8 +124,8 @@ def stage_forward(
             return None
         block_params.append(selected[2])
         eps.append(block.norm.eps)
-    gammas = [p.gamma is not None for p in block_params]
-    if not all(gammas) and any(gammas):
+    kinds = {tuple(t is None for t in p) for p in block_params}
+    if len(kinds) > 1:
         return None
     norm_params = []
     if norm is not None:
@@ -130,15 +133,21 @@ def stage_forward(
             return None
         norm_params = [norm.weight, norm.bias]
         eps.append(norm.eps)
+    has_layer_scale = bool(block_params) and block_params[0].gamma is not None
     block_params = [t for p in block_params for t in p if t is not None]
-    rows, *out = operators.stage(x, list(params), block_params, norm_params, args.patch_size, args.dtype, eps)
+    outputs = operators.stage(x.float(), list(params), block_params, norm_params, args.patch_size, args.dtype, eps)
+    rows, *out = (t.to(_map_dtype(args.dtype, has_layer_scale)) for t in outputs)
     return rows.permute(0, 3, 1, 2), (out[0] if out else None)
 
 
 def patch_embed_forward(module: nn.Sequential, x: torch.Tensor) -> torch.Tensor | None:
     """Run a stem or a downsampling of x, (N, C, H, W); the output is channels_last."""
     call = _patch_embed_args(module, x)
-    return None if call is None else operators.patch_embed(x, *call[0], *call[1]).permute(0, 3, 1, 2)
+    if call is None:
+        return None
+    params, args = call
+    out = operators.patch_embed(x.float(), *params, *args).permute(0, 3, 1, 2)
+    return out.to(_map_dtype(args.dtype, module.before_layer_scale))
 
 
 def block_forward(block: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
@@ -151,9 +160,7 @@ def block_forward(block: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     rows = x.permute(0, 2, 3, 1).contiguous()
     inputs = rows if kept is None else rows[kept]
     z, needs_grad = None, operators.needs_grad(x, *params)
-    if backend == 'avx512':
-        inputs = inputs.float()
-    elif dtype != x.dtype and needs_grad:
+    if backend == 'onednn' and dtype != x.dtype and needs_grad:
         z = inputs.to(dtype)  # which is what the operator saves, not the larger input
     save_level = _save_level(block, backend) if needs_grad else SAVE_INPUT
     args = BlockArgs(backend, dtype, block.norm.eps, block.dwconv.padding, scale, save_level)
@@ -165,11 +172,12 @@ def block_forward(block: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
 
 def norm_forward(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor | None:
     """Run an output norm of x, (N, C, H, W) in channels_last; the output is contiguous."""
-    if not _is_eligible(x) or x.dtype != torch.float32 or not x.is_contiguous(memory_format=torch.channels_last):
+    if not _is_eligible(x) or not x.is_contiguous(memory_format=torch.channels_last):
         return None
     if not _has_expected_children(norm, 'output_norm') or not avx512.supports_norm(x.shape[1], norm):
         return None
-    return operators.output_norm(x.permute(0, 2, 3, 1).contiguous(), norm.weight, norm.bias, norm.eps)
+    rows = x.permute(0, 2, 3, 1).contiguous().float()
+    return operators.output_norm(rows, norm.weight, norm.bias, norm.eps).to(x.dtype)
 
 
 def to_channels_last(x: torch.Tensor) -> torch.Tensor:
@@ -209,6 +217,11 @@ def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def _map_dtype(dtype: torch.dtype, has_layer_scale: bool) -> torch.dtype:
+    """Dtype of the reference's maps with matmuls in `dtype`: a layer scale, a float32 parameter, makes them float32."""
+    return torch.float32 if has_layer_scale else dtype
+
+
 def _autocast_dtype() -> torch.dtype | None:
     return torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else None
 
@@ -221,9 +234,9 @@ def _has_expected_children(module: nn.Module, operator: str) -> bool:
 
     A backward hook of the deprecated kind is shown the last operator of the reference implementation.
     """
-    expected, classes = _EXPECTED_CHILDREN.get(type(module), ('', ()))
+    expected, classes = _EXPECTED_CHILDREN.get(type(module), ('', {}))
     children = module._modules.values()
-    if expected != operator or tuple(map(type, children)) != classes:
+    if expected != operator or tuple(map(type, children)) not in classes:
         return False
     if module._is_full_backward_hook is False or not INNER_METHODS.isdisjoint(vars(module)):
         return False
@@ -258,8 +271,6 @@ def _patch_embed_args(module: nn.Module, x: torch.Tensor) -> tuple[PatchEmbedPar
     if not _is_eligible(x) or not _has_expected_children(module, 'patch_embed'):
         return None
     dtype = _autocast_dtype() or x.dtype
-    if dtype != torch.float32 and not module.before_layer_scale:  # then the reference's output is not float32
-        return None
     conv, norm = sorted(module, key=lambda part: isinstance(part, nn.LayerNorm))
     size = conv.kernel_size[0]
     found = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
@@ -294,7 +305,7 @@ def _block_params(block: nn.Module) -> BlockParams | None:
     """None where the block is not as built."""
     if not _has_expected_children(block, 'block'):
         return None
-    conv, norm, pwconv1, _, pwconv2, _ = block._modules.values()
+    conv, norm, pwconv1, grn, pwconv2, _ = block._modules.values()
     channels = len(conv.weight)
     if (conv.stride, conv.dilation, conv.groups, conv.padding_mode) != ((1, 1), (1, 1), channels, 'zeros'):
         return None
@@ -303,8 +314,9 @@ def _block_params(block: nn.Module) -> BlockParams | None:
     if block.gamma is not None and block.gamma.shape != (channels,):
         return None
     return BlockParams(
-        *(conv.weight, conv.bias, norm.weight, norm.bias),
-        *(pwconv1.weight, pwconv1.bias, pwconv2.weight, pwconv2.bias, block.gamma),
+        *(conv.weight, conv.bias, norm.weight, norm.bias, pwconv1.weight, pwconv1.bias),
+        *((None, None) if type(grn) is nn.Identity else (grn.gamma, grn.beta)),
+        *(pwconv2.weight, pwconv2.bias, block.gamma),
     )
 
 

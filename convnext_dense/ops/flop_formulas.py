@@ -65,9 +65,9 @@ def register() -> None:
         out = [x[0], x[2] // patch_size, x[3] // patch_size, weight[0]]
         n_blocks = len(eps) - 1 - bool(norm_params)
         size = len(block_params) // n_blocks
-        per_block = [[*block_params[size * i : size * (i + 1)], None][:n_params] for i in range(n_blocks)]
+        per_block = [block_params[size * i : size * (i + 1)] for i in range(n_blocks)]
         n_rows, flops = out[0] * out[1] * out[2], conv(x, weight, nchw(out))
-        for params in (BlockParams(*tensors) for tensors in per_block):
+        for params in map(BlockParams.of_present, per_block):
             flops += conv(nchw(out), params.dwconv_weight, nchw(out))
             flops += linear(n_rows, params.pwconv1_weight) + linear(n_rows, params.pwconv2_weight)
         return flops

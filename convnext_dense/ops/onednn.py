@@ -4,6 +4,8 @@
 - The four times wider hidden layer is computed in tiles of rows that stay in cache; it is never whole in memory.
 - Matmuls are oneDNN's, fused with GELU: in float32 up to three times the speed of MKL, which F.linear uses.
 - The backward pass recomputes the hidden layer tile by tile where that costs less than to write and read it.
+- Global response normalization (V2) takes two sweeps over the tiles of an image, in either pass: it needs the norm of
+  each hidden channel over the whole image before it can scale the first pixel.
 - The gradient of the depthwise weight is the diagonal of that of a grouped convolution, which has a fast kernel.
 
 Saved for the backward pass: the input in the dtype of the matmuls; the depthwise convolution's output, unless `with_cp`
@@ -18,10 +20,11 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from .block_params import PARAM_TYPES, SAVE_DWCONV, SAVE_HIDDEN, BlockArgs, BlockParams
+from .block_params import GRN_EPS, PARAM_TYPES, SAVE_DWCONV, SAVE_HIDDEN, BlockArgs, BlockParams
 
 DTYPES = (torch.float32, torch.bfloat16)
 TILE = 4096  # rows whose hidden layer fits in the cache
+KEPT_BYTES = 24 << 20  # of the hidden layer that the second sweep of GRN need not compute again
 SAVE_HIDDEN_FROM = 384  # channels from which on saving the hidden layer is faster than recomputing it
 GROUP_SIZES = (16, 8)  # channels per group in the gradient of the depthwise weight: a vector of the processor
 
@@ -50,8 +53,8 @@ def output_dtype(x: torch.Tensor, params: BlockParams, args: BlockArgs) -> torch
 
 def hidden_shapes(x: torch.Tensor, params: BlockParams) -> list[tuple[int, int]]:
     """Shapes of the saved hidden layer, tile by tile."""
-    n_rows = x.numel() // x.shape[-1]
-    return [(min(TILE, n_rows - start), len(params.pwconv1_weight)) for start in range(0, n_rows, TILE)]
+    groups = _tile_groups(params, x)
+    return [(len(rows), len(params.pwconv1_weight)) for tiles in groups for (rows,) in tiles]
 
 
 @torch.autocast('cpu', enabled=False)
@@ -74,17 +77,35 @@ def forward(
     y, hidden = depthwise_conv(x.to(args.dtype) if z is None else z, p, args.padding), []
     dtype = output_dtype(x, params, args)
     out = y if args.save_level < SAVE_DWCONV and y.dtype == dtype else torch.empty_like(y, dtype=dtype)
-    for x_rows, y_rows, out_rows in _row_tiles(x, y, out):
+
+    def hidden_layer(y_rows):
         n = F.layer_norm(y_rows, y_rows.shape[-1:], p.norm_weight, p.norm_bias, args.eps)
         h = _onednn_linear(n, p.pwconv1_weight, p.pwconv1_bias, gelu=not save_hidden)
         if save_hidden:
             hidden.append(h)
             h = F.gelu(h)
-        branch = _onednn_linear(h, p.pwconv2_weight, p.pwconv2_bias)
-        if p.gamma is None:
-            torch.add(x_rows, branch, alpha=args.keep_prob_scale, out=out_rows)
-        else:
-            torch.addcmul(x_rows, p.gamma, branch, value=args.keep_prob_scale, out=out_rows)
+        return h
+
+    for tiles in _tile_groups(params, x, y, out):
+        weight, bias, kept = p.pwconv2_weight, p.pwconv2_bias, {}
+        if p.grn_gamma is not None:
+            grn = _Grn(params)
+            for i, (_, y_rows, _) in enumerate(tiles):
+                h = hidden_layer(y_rows)
+                grn.add(h)
+                if (i + 1) * h.nbytes <= KEPT_BYTES or save_hidden:
+                    kept[i] = hidden[-1] if save_hidden else h
+            # What GRN does to the hidden layer is done to the weights behind it.
+            weight = (grn.weight * grn.factor()).to(args.dtype)
+            bias = (params.pwconv2_bias + grn.weight @ grn.beta).to(args.dtype)
+        for i, (x_rows, y_rows, out_rows) in enumerate(tiles):
+            h = kept.get(i)
+            h = hidden_layer(y_rows) if h is None else F.gelu(h) if save_hidden else h
+            branch = _onednn_linear(h, weight, bias)
+            if p.gamma is None:
+                torch.add(x_rows, branch, alpha=args.keep_prob_scale, out=out_rows)
+            else:
+                torch.addcmul(x_rows, p.gamma, branch, value=args.keep_prob_scale, out=out_rows)
     return out, [*([y] if args.save_level >= SAVE_DWCONV else []), *hidden]
 
 
@@ -120,21 +141,45 @@ def backward(
         y = depthwise_conv(z, p, args.padding)
     scale = args.keep_prob_scale if p.gamma is None else args.keep_prob_scale * p.gamma
     norm, norm_mask = (y.shape[-1:], p.norm_weight, p.norm_bias), (True, needs_param_grads, needs_param_grads)
-    grad_y, sums = [], None
-    for i, (y_rows, g) in enumerate(_row_tiles(y, grad)):
-        n, mean, rstd = torch.native_layer_norm(y_rows, *norm, args.eps)
-        a = hidden[i] if hidden else _onednn_linear(n, p.pwconv1_weight, p.pwconv1_bias)
-        grad_h = _onednn_linear((scale * g).to(args.dtype), p.pwconv2_weight.t())
-        grad_a = torch.ops.aten.gelu_backward(grad_h, a)
-        grad_n = _onednn_linear(grad_a, p.pwconv1_weight.t())
-        grad_rows, *grads = torch.ops.aten.native_layer_norm_backward(
-            grad_n, y_rows, norm[0], mean, rstd, *norm[1:], norm_mask
-        )
-        grad_y.append(grad_rows)
-        if needs_param_grads:
-            grads += [*_linear_wgrad(grad_a, n), *_linear_wgrad(g.to(args.dtype), F.gelu(a))]
-            sums = [t.float() if t.dtype == torch.bfloat16 else t for t in grads] if sums is None else sums
-            if i:
+    grad_y, sums, grn, n_tiles = [], None, None, 0
+    for tiles in _tile_groups(params, y, grad):
+        saved_tiles = dict(enumerate(hidden[n_tiles : n_tiles + len(tiles)]))
+        n_tiles += len(tiles)
+        if p.grn_gamma is not None:
+            grn = _Grn(params, grn)
+            for i, (y_rows, g) in enumerate(tiles):
+                a = saved_tiles.get(i)
+                if a is None:
+                    n = F.layer_norm(y_rows, *norm, args.eps)
+                    a = _onednn_linear(n, p.pwconv1_weight, p.pwconv1_bias)
+                    if (i + 1) * a.nbytes <= KEPT_BYTES:
+                        saved_tiles[i] = a
+                h = F.gelu(a)
+                grn.add(h)
+                grn.add_product(*_linear_wgrad(g.to(args.dtype), h))
+            grn.finish_image(scale)
+        for i, (y_rows, g) in enumerate(tiles):
+            n, mean, rstd = torch.native_layer_norm(y_rows, *norm, args.eps)
+            a = saved_tiles.get(i)
+            if a is None:
+                a = _onednn_linear(n, p.pwconv1_weight, p.pwconv1_bias)
+            grad_h = _onednn_linear((scale * g).to(args.dtype), p.pwconv2_weight.t())
+            if grn:
+                grad_h = (grad_h * grn.factor()).addcmul_(grn.correction, F.gelu(a)).to(args.dtype)
+            grad_a = torch.ops.aten.gelu_backward(grad_h, a)
+            grad_n = _onednn_linear(grad_a, p.pwconv1_weight.t())
+            grad_rows, *grads = torch.ops.aten.native_layer_norm_backward(
+                grad_n, y_rows, norm[0], mean, rstd, *norm[1:], norm_mask
+            )
+            grad_y.append(grad_rows)
+            if not needs_param_grads:
+                continue
+            grads += _linear_wgrad(grad_a, n)
+            if not grn:
+                grads += _linear_wgrad(g.to(args.dtype), F.gelu(a))
+            if sums is None:
+                sums = [t.float() if t.dtype == torch.bfloat16 else t for t in grads]
+            else:
                 torch._foreach_add_(sums, grads)
     grad_y = (grad_y[0] if len(grad_y) == 1 else torch.cat(grad_y)).view(y.shape)
     grad_z, *grads = _depthwise_conv_backward(args.padding, grad_y, z, p.dwconv_weight, needs_z, needs_param_grads)
@@ -142,10 +187,68 @@ def backward(
         grad_z = grad + grad_z if z_is_x else grad_z.contiguous()
     if not needs_param_grads:
         return [grad_z, *[None] * len(params)]
-    *sums, grad_pwconv2, grad_bias2 = sums
-    grads += [*sums, *p.scale_branch_grads(args.keep_prob_scale, grad_pwconv2, grad_bias2)]
+    if grn:
+        *grn_grads, grad_pwconv2, grad_bias2 = grn.param_grads(scale)
+    else:
+        *sums, grad_pwconv2, grad_bias2 = sums
+        grn_grads = None, None
+    grads += [*sums, *grn_grads, *p.scale_branch_grads(args.keep_prob_scale, grad_pwconv2, grad_bias2)]
     grads = [t.to(p.dtype).contiguous() if n else None for t, p, n in zip(grads, params, needs_params)]
     return [grad_z, *grads]
+
+
+class _Grn:
+    """Global response normalization of the hidden layer of one image, and its gradients, which add up over images.
+
+    Args:
+        params: Parameters of the block, as they are.
+        previous: That of the image before.
+    """
+
+    def __init__(self, params: BlockParams, previous: '_Grn | None' = None):
+        dtype = torch.promote_types(params.grn_gamma.dtype, torch.float32)  # squares of a whole image add up
+        self.gamma, self.beta, self.weight = (
+            t.to(dtype) for t in (params.grn_gamma, params.grn_beta, params.pwconv2_weight)
+        )
+        self.squares, self.product, self.grad_bias = (torch.zeros((), dtype=dtype, device='cpu') for _ in range(3))
+        self.correction = None
+        self.sums = previous.sums if previous else [0, 0, 0]  # gradients of gamma, and of pwconv2 without a scale
+
+    def add(self, h: torch.Tensor) -> None:
+        """Add rows of the hidden layer to the norms."""
+        self.squares = self.squares + torch.linalg.vector_norm(h, dim=0, dtype=self.squares.dtype).square()
+
+    def factor(self) -> torch.Tensor:
+        """What each hidden channel is multiplied with."""
+        return 1 + self.gamma * self.relative_norm()
+
+    def relative_norm(self) -> torch.Tensor:
+        """Norm of each hidden channel over the mean of all."""
+        norm = self.squares.sqrt()
+        return norm / (norm.mean() + GRN_EPS)
+
+    def add_product(self, grad_weight: torch.Tensor, grad_bias: torch.Tensor) -> None:
+        """Add what pwconv2's gradients would be without GRN and scale, of some rows."""
+        dtype = self.weight.dtype
+        self.product, self.grad_bias = self.product + grad_weight.to(dtype), self.grad_bias + grad_bias.to(dtype)
+
+    def finish_image(self, scale: torch.Tensor | float) -> None:
+        """Add the image to the parameters' gradients; the hidden layer's is `factor * grad + correction * h`."""
+        norm = self.squares.sqrt()
+        inverse_mean = 1 / (norm.mean() + GRN_EPS)
+        column = scale[:, None] if isinstance(scale, torch.Tensor) else scale
+        grad_factor = (column * self.product * self.weight).sum(0)
+        grad_relative = self.gamma * grad_factor
+        grad_norm = inverse_mean * (grad_relative - inverse_mean * (grad_relative * norm).mean())
+        self.correction = torch.where(norm > 0, grad_norm / norm, 0)  # torch's norm has no slope at zero
+        grads = grad_factor * norm * inverse_mean, self.product * self.factor(), self.grad_bias
+        self.sums = [total + grad for total, grad in zip(self.sums, grads)]
+
+    def param_grads(self, scale: torch.Tensor | float) -> tuple[torch.Tensor, ...]:
+        """Gradients of gamma and beta, and of pwconv2's weight and bias for a branch without a scale."""
+        grad_gamma, grad_weight, grad_bias = self.sums
+        grad_beta = (scale * grad_bias) @ self.weight
+        return grad_gamma, grad_beta, grad_weight + grad_bias[:, None] * self.beta, grad_bias
 
 
 def depthwise_conv(z: torch.Tensor, p: BlockParams, padding: tuple[int, int]) -> torch.Tensor:
@@ -216,11 +319,14 @@ def _rows_as_image(rows: torch.Tensor) -> torch.Tensor:
     return rows.view(n, 1, -1, rows.shape[-1]).permute(0, 3, 1, 2)
 
 
-def _row_tiles(*maps: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """Yield the same rows of each map (N, H, W, C), tile by tile."""
-    rows = [m.view(-1, m.shape[-1]) for m in maps]
-    for start in range(0, len(rows[0]), TILE):
-        yield [r[start : start + TILE] for r in rows]
+def _tile_groups(params: BlockParams, *maps: torch.Tensor) -> Iterator[list[list[torch.Tensor]]]:
+    """Yield the tiles of each image where GRN looks at whole images, else those of all images as one group.
+
+    A tile has the same rows of each map (N, H, W, C).
+    """
+    for images in [maps] if params.grn_gamma is None else zip(*(m.split(1) for m in maps)):
+        rows = [m.view(-1, m.shape[-1]) for m in images]
+        yield [[r[start : start + TILE] for r in rows] for start in range(0, len(rows[0]), TILE)]
 
 
 def dtypes() -> tuple[torch.dtype, ...]:

@@ -17,14 +17,16 @@ from torch import _C
 
 from . import avx512, onednn
 from .avx512 import PatchEmbedArgs, PatchEmbedParams
-from .block_params import SAVE_DWCONV, SAVE_HIDDEN, SAVE_INPUT, BlockArgs, BlockParams
+from .block_params import GRN_EPS, SAVE_DWCONV, SAVE_HIDDEN, SAVE_INPUT, BlockArgs, BlockParams
 
 ROW_MAJOR = torch.contiguous_format
 BACKENDS = {'avx512': avx512, 'onednn': onednn}
 N_BLOCK_PARAMS = len(BlockParams._fields)
 
 LIBRARY = torch.library.Library('convnext_dense', 'FRAGMENT')
-_BLOCK_INPUTS = ', '.join(f'Tensor {name}' for name in BlockParams._fields[:-1]) + ', Tensor? gamma'
+_BLOCK_INPUTS = ', '.join(
+    f'Tensor{"?" if name in ("grn_gamma", "grn_beta", "gamma") else ""} {name}' for name in BlockParams._fields
+)
 _BLOCK_ARGS = 'str backend, ScalarType dtype, float eps, int[2] padding, float keep_prob_scale, int save_level'
 _PATCH_INPUTS = 'Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias'
 _PATCH_ARGS = 'int patch_size, float eps, ScalarType dtype'
@@ -186,6 +188,8 @@ def _block_reference_grads(args, z, params, grad, z_is_x, needs_grad):
         y = onednn.depthwise_conv(z.to(args.dtype), p, args.padding)
         y = F.layer_norm(y, y.shape[-1:], p.norm_weight, p.norm_bias, args.eps)
         y = F.gelu(F.linear(y, p.pwconv1_weight, p.pwconv1_bias))
+        if p.grn_gamma is not None:
+            y = _grn_reference(y, p).to(args.dtype)
         y = args.keep_prob_scale * F.linear(y, p.pwconv2_weight, p.pwconv2_bias)
         return y if p.gamma is None else p.gamma * y
 
@@ -194,6 +198,12 @@ def _block_reference_grads(args, z, params, grad, z_is_x, needs_grad):
     if z_is_x and needs_grad[0]:
         grads[0] = grad + grads[0]
     return grads
+
+
+def _grn_reference(h, p):
+    norm = torch.linalg.vector_norm(h, dim=(1, 2), keepdim=True, dtype=torch.promote_types(h.dtype, torch.float32))
+    nx = norm / (norm.mean(-1, keepdim=True) + GRN_EPS)
+    return p.grn_gamma * (h * nx.to(h.dtype)) + p.grn_beta + h
 
 
 # ---- stem, downsampling, output norm ---------------------------------------------------------------------------------
@@ -318,14 +328,12 @@ def _stage_cpu(x, patch_params, block_params, norm_params, patch_size, dtype, ep
 
 
 def _stage_blocks(tensors: Sequence[torch.Tensor], eps: Sequence[float], dtype: torch.dtype):
-    """Settings and parameters of each block; without layer scale each has a tensor less."""
+    """Settings and parameters of each block; each has as many tensors as the others."""
     size, rest = divmod(len(tensors), len(eps)) if eps else (0, 0)
-    no_gamma = N_BLOCK_PARAMS - size
-    _check(rest == 0 and no_gamma in (0, 1), 'block_params and eps must belong to the same number of blocks')
+    _check(rest == 0 and 8 <= size <= N_BLOCK_PARAMS, 'block_params and eps must belong to the same number of blocks')
     padding = (avx512.DW_KERNEL // 2,) * 2
     args = [BlockArgs('avx512', dtype, e, padding, 1.0, SAVE_INPUT) for e in eps]
-    params = [BlockParams(*tensors[i : i + size], *[None] * no_gamma) for i in range(0, len(tensors), size)]
-    return [*zip(args, params)]
+    return [*zip(args, (BlockParams.of_present(tensors[i : i + size]) for i in range(0, len(tensors), size)))]
 
 
 def _stage_fake(x, patch_params, block_params, norm_params, patch_size, dtype, eps):

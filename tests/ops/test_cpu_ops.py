@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from convnext_dense.models.convnext import ConvNeXt, ConvNeXtBlock, DropPath, OutputNorm, Stem
+from convnext_dense.models.convnext import GRN, ConvNeXt, ConvNeXtBlock, DropPath, OutputNorm, Stem
 from convnext_dense.ops import avx512, dispatch, onednn
 
 pytestmark = pytest.mark.skipif(torch.float32 not in onednn.dtypes(), reason='this machine has no fast form')
@@ -107,6 +107,9 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
         dict(with_cp='mlp'),
         dict(frozen_stages=1),
         dict(kernel_size=5),
+        dict(use_grn=True),
+        dict(use_grn=True, layer_scale_init_value=1.0, with_cp=True, drop_path_rate=0.6),
+        dict(use_grn=True, with_cp='mlp', frozen_stages=1),
     ],
     ids=str,
 )
@@ -114,6 +117,8 @@ def test_float32_equals_the_plain_form(settings, tile, form, runs, monkeypatch):
     if form is avx512 and (tile < 4096 or 'kernel_size' in settings):
         pytest.skip('of the other form')
     monkeypatch.setattr(onednn, 'TILE', tile)
+    if tile < 4096:  # of the hidden layers of some tiles are kept for GRN's second sweep
+        monkeypatch.setattr(onednn, 'KEPT_BYTES', 2 * tile * 4 * 40 * 4)
     model, image = made(form, **settings), torch.randn(3, 3, 70, 101)
     found = maps_and_gradients(model, image)
     assert runs == [True] * 5
@@ -128,11 +133,13 @@ def test_float32_equals_the_plain_form(settings, tile, form, runs, monkeypatch):
 
 @pytest.mark.parametrize('precision', [pytest.param(p, marks=BF16.marks) for p in (AUTOCAST, PURE)])
 @pytest.mark.parametrize(
-    'settings', [{}, dict(layer_scale_init_value=0), dict(with_cp='mlp', drop_path_rate=0.6)], ids=str
+    'settings',
+    [{}, dict(layer_scale_init_value=0), dict(with_cp='mlp', drop_path_rate=0.6), dict(use_grn=True)],
+    ids=str,
 )
 def test_bfloat16_is_as_near_to_the_truth_as_the_plain_form(precision, settings, form, runs, monkeypatch):
-    if form is avx512 and (precision == PURE or 'layer_scale_init_value' in settings):
-        pytest.skip('maps are bfloat16: of the other form')
+    if form is avx512 and precision == PURE:
+        pytest.skip('parameters are bfloat16: of the other form')
     if form is avx512 and torch.bfloat16 not in avx512.dtypes():
         pytest.skip('this processor has no products of bfloat16, or oneDNN faster ones')
     model, image = made(form, **settings), torch.randn(3, 3, 70, 101)
@@ -148,7 +155,7 @@ def test_bfloat16_is_as_near_to_the_truth_as_the_plain_form(precision, settings,
     assert [g.dtype for g in found[1].values()] == [g.dtype for g in plain[1].values()]
 
 
-@pytest.mark.parametrize('settings', [{}, dict(with_cp=True)], ids=str)
+@pytest.mark.parametrize('settings', [{}, dict(with_cp=True), dict(use_grn=True)], ids=str)
 def test_without_gradients_the_same_maps_and_an_untouched_image(settings, form, runs):
     model, image = made(form, **settings), torch.randn(2, 3, 64, 96)
     given = image.clone()
@@ -162,9 +169,11 @@ def test_without_gradients_the_same_maps_and_an_untouched_image(settings, form, 
     assert all(runs)
 
 
+@pytest.mark.parametrize('use_grn', [False, True])
 @pytest.mark.parametrize('with_cp', [False, 'mlp', True])
-def test_gradients_and_their_gradients_by_finite_differences(with_cp, monkeypatch):
+def test_gradients_and_their_gradients_by_finite_differences(with_cp, use_grn, monkeypatch):
     monkeypatch.setattr(onednn, 'TILE', 7)
+    monkeypatch.setattr(onednn, 'KEPT_BYTES', 7 * 32 * 8)
     monkeypatch.setattr(onednn, 'SAVE_HIDDEN_FROM', 8)
     monkeypatch.setattr(onednn, 'dtypes', lambda: (torch.float64,))
     # oneDNN has no float64: its Linear as it is defined.
@@ -174,7 +183,7 @@ def test_gradients_and_their_gradients_by_finite_differences(with_cp, monkeypatc
         lambda x, w, b=None, gelu=False: (F.gelu if gelu else nn.Identity())(F.linear(x, w, b)),
     )
     torch.manual_seed(0)
-    block = ConvNeXtBlock(8, 3, 0.0, 0.5).double()
+    block = ConvNeXtBlock(8, 3, 0.0, 0.5, use_grn).double()
     block.with_cp = with_cp
     for p in block.parameters():
         nn.init.normal_(p)
@@ -321,10 +330,11 @@ def test_models_of_several_threads_do_not_meet():
                     assert distance(f, e) < 1e-6
 
 
+@pytest.mark.parametrize('use_grn', [False, True])
 @pytest.mark.parametrize('with_cp', [False, True])
-def test_gradients_of_gradients_equal_the_plain_form(with_cp, form, monkeypatch):
+def test_gradients_of_gradients_equal_the_plain_form(with_cp, use_grn, form, monkeypatch):
     torch.manual_seed(0)
-    block = ConvNeXtBlock(32, 7, 0.0, 0.5)
+    block = ConvNeXtBlock(32, 7, 0.0, 0.5, use_grn)
     block.with_cp = with_cp
     for p in block.parameters():
         nn.init.normal_(p, std=0.3)
@@ -340,13 +350,16 @@ def test_gradients_of_gradients_equal_the_plain_form(with_cp, form, monkeypatch)
         assert distance(f, e) < 1e-5
 
 
+@pytest.mark.parametrize('use_grn', [False, True])
 @pytest.mark.parametrize('precision', ['float32', AUTOCAST])
 @pytest.mark.parametrize('shape', [(1, 1, 1), (3, 5, 7), (2, 33, 17), (1, 20, 90)], ids=str)
-def test_any_number_of_threads_computes_the_same(shape, precision, runs):
+def test_any_number_of_threads_computes_the_same(shape, precision, use_grn, runs):
     if (torch.bfloat16 if precision == AUTOCAST else torch.float32) not in avx512.dtypes():
         pytest.skip('the kernels are not for this machine, or not compiled')
     torch.manual_seed(0)
-    block, x = ConvNeXtBlock(64, 7, 0.0, 1.0), torch.randn(shape[0], 64, *shape[1:])
+    block, x = ConvNeXtBlock(64, 7, 0.0, 1.0, use_grn), torch.randn(shape[0], 64, *shape[1:])
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.2)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 8):
@@ -494,12 +507,13 @@ def test_maps_of_other_widths_fail_as_they_did(shape):
         ConvNeXtBlock(64, 7, 0.0, 1.0)(torch.randn(1, *shape))
 
 
-def test_gradients_are_the_same_bit_for_bit(form):
+@pytest.mark.parametrize('use_grn', [False, True])
+def test_gradients_are_the_same_bit_for_bit(form, use_grn):
     """With several threads: which one sums up what is fixed."""
     before, found = torch.get_num_threads(), []
     torch.set_num_threads(2)
     try:
-        model, image = ConvNeXt(ARCHS[form], out_indices=(0, 1, 2)), torch.randn(2, 3, 160, 160)
+        model, image = ConvNeXt(ARCHS[form], out_indices=(0, 1, 2), use_grn=use_grn), torch.randn(2, 3, 160, 160)
         for _ in range(6):
             model.zero_grad()
             sum(m.sum() for m in model(image)).backward()
@@ -542,13 +556,14 @@ def test_processors_without_the_instructions_take_the_other_form(monkeypatch):
         assert avx512.dtypes.__wrapped__() == expected and bool(avx512.unavailable_reason()) == (not expected)
 
 
+@pytest.mark.parametrize('use_grn', [False, True])
 @pytest.mark.parametrize('precision', ['float32', AUTOCAST])
 @pytest.mark.parametrize('depth', [1, 2, 3, 6])
-def test_a_stage_without_gradients_is_one_call_over_two_maps(depth, precision, monkeypatch):
+def test_a_stage_without_gradients_is_one_call_over_two_maps(depth, precision, use_grn, monkeypatch):
     if (torch.bfloat16 if precision == AUTOCAST else torch.float32) not in avx512.dtypes():
         pytest.skip('the kernels are not for this machine, or not compiled')
     image, calls, seen = torch.randn(1, 3, 64, 80), [], []
-    model = ConvNeXt(dict(depths=(depth, depth), channels=(32, 64)), out_indices=(0, 1)).eval()
+    model = ConvNeXt(dict(depths=(depth, depth), channels=(32, 64)), out_indices=(0, 1), use_grn=use_grn).eval()
     run = avx512.launch
     monkeypatch.setattr(avx512, 'launch', lambda *some: (calls.append([call.name for call in some]), run(*some))[1])
 
@@ -613,10 +628,11 @@ def kept(model, image) -> int:
     return sum(size for size, _ in sizes.values())
 
 
-def test_what_is_kept_for_the_backward_pass(form, monkeypatch):
+@pytest.mark.parametrize('use_grn', [False, True])
+def test_what_is_kept_for_the_backward_pass(form, use_grn, monkeypatch):
     image = torch.randn(1, 3, 128, 128)
     arch = dict(depths=(3, 3, 9, 3), channels=(32, 64, 96, 512))
-    models = {cp: ConvNeXt(arch, with_cp=cp) for cp in (False, 'mlp', True)}
+    models = {cp: ConvNeXt(arch, with_cp=cp, use_grn=use_grn) for cp in (False, 'mlp', True)}
     quick = {cp: kept(model, image) for cp, model in models.items()}
     plainly(monkeypatch)
     plain = {cp: kept(model, image) for cp, model in models.items()}
@@ -675,6 +691,11 @@ def changed(model, how):
         block.dwconv._reversed_padding_repeated_twice = [3] * 4
     elif how == 'dilated':
         block.dwconv.dilation, block.dwconv.padding = (2, 2), (6, 6)
+    elif how == 'other GRN':
+        block.grn = type('Other', (GRN,), {})(64)
+    elif how == 'hook on GRN':
+        block.grn = GRN(64)
+        block.grn.register_forward_hook(lambda *_: None)
     elif how == 'tensor subclass':
         block.pwconv1.weight = nn.Parameter(type('Other', (torch.Tensor,), {})(block.pwconv1.weight.data))
     return model
@@ -699,6 +720,8 @@ def changed(model, how):
         'parametrized',
         'reflecting',
         'dilated',
+        'other GRN',
+        'hook on GRN',
         'tensor subclass',
     ],
 )
@@ -820,14 +843,66 @@ def test_what_is_said_to_run_is_what_runs(mkldnn, compiled, monkeypatch):
     assert ('no AVX-512 kernels (' in said) == (not compiled)
 
 
-def test_v2_and_machines_without_any_form_go_the_plain_way(runs, monkeypatch):
-    made(grn=True)(torch.randn(1, 3, 64, 64))
+def test_machines_without_any_form_go_the_plain_way(runs, monkeypatch):
     with torch.backends.mkldnn.flags(enabled=False), monkeypatch.context() as patch:
         patch.setattr(avx512, 'dtypes', lambda: ())
         made()(torch.randn(1, 3, 64, 64))
     with torch.autocast('cpu', torch.float16), torch.no_grad():
         made()(torch.randn(1, 3, 64, 64))
-    assert not any(runs) and len(runs) == 15
+    assert not any(runs) and len(runs) == 10
+
+
+@pytest.mark.parametrize('precision', ['float32', pytest.param(AUTOCAST, marks=BF16.marks)])
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_grn_of_maps_whose_hidden_layer_is_not_kept(with_cp, precision, runs):
+    """It would take more than KEPT_BYTES, so that GRN's second sweep computes a part of it again."""
+    if (torch.bfloat16 if precision == AUTOCAST else torch.float32) not in avx512.dtypes():
+        pytest.skip('the kernels are not for this machine, or not compiled')
+    torch.manual_seed(0)
+    block, x = ConvNeXtBlock(32, 7, 0.0, 0.0, use_grn=True), torch.randn(1, 32, 331, 333)
+    block.with_cp = with_cp
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.2)
+
+    def grads(block, x, precision=precision):
+        image = x.clone().requires_grad_()
+        with torch.autocast('cpu', torch.bfloat16, enabled=precision == AUTOCAST):
+            out = block(image)
+        torch.manual_seed(1)
+        weight = torch.randn(out.shape).to(out.dtype)
+        return [out, *torch.autograd.grad((out * weight).sum(), [image, *block.parameters()])]
+
+    found = grads(block, x)
+    assert runs == [True]
+    with dispatch.disabled():
+        expected = grads(block, x)
+        exact = grads(copy.deepcopy(block).double(), x.double(), 'float64')
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=precision == AUTOCAST):
+        found.append(block(x))
+    for f, e, t in zip(found, [*expected, expected[0]], [*exact, exact[0]], strict=True):
+        assert (f - t).norm() <= 3 * (e - t).norm() + 2e-5 * t.norm()  # a sum over all pixels, one after the other
+
+
+def test_grn_of_a_map_of_zeros(form):
+    """Norms of zero divide nothing."""
+    block = ConvNeXtBlock(32, 7, 0.0, 0.0, use_grn=True)
+    for p in block.parameters():
+        nn.init.zeros_(p)
+    for use in (dispatch.block_forward, reference):
+        block.zero_grad()
+        out = use(block, torch.zeros(2, 32, 9, 8))
+        out.sum().backward()
+        assert not out.any() and all(p.grad.isfinite().all() for p in block.parameters())
+
+
+def test_a_stage_of_blocks_of_both_kinds(monkeypatch):
+    model = ConvNeXt(dict(depths=(2, 2), channels=(32, 64)), out_indices=(0, 1), use_grn=True).eval()
+    for stage, other in zip(model.stages, made(avx512).stages[:1]):
+        stage[1] = copy.deepcopy(other[0])
+    image = torch.randn(1, 3, 64, 80)
+    with torch.no_grad():
+        for f, e in zip(model(image), reference(model, image)):
+            assert distance(f, e) < 1e-5
 
 
 def test_mismatched_dtypes_fail_as_they_did():

@@ -24,9 +24,13 @@ LEVELS = [SAVE_INPUT, SAVE_DWCONV, SAVE_HIDDEN]
 C = 32
 
 
-def block_params(requires_grad=False, layer_scale=1.0):
+# Layer scale, and whether there is GRN.
+KINDS = [(1.0, False), (0.0, False), (0.0, True), (1.0, True)]
+
+
+def block_params(requires_grad=False, layer_scale=1.0, use_grn=False):
     torch.manual_seed(0)
-    block = ConvNeXtBlock(C, 7, 0.0, layer_scale).requires_grad_(requires_grad)
+    block = ConvNeXtBlock(C, 7, 0.0, layer_scale, use_grn).requires_grad_(requires_grad)
     for p in block.parameters():
         nn.init.normal_(p, std=0.2)
     return dispatch._block_params(block)
@@ -36,8 +40,10 @@ def block_args(backend, level=SAVE_DWCONV, dtype=torch.float32):
     return backend, dtype, 1e-6, (3, 3), 1.25, level
 
 
-def block_backward_args(backend, level, needs_grad, layer_scale=1.0):
-    x, params, args = torch.randn(2, 5, 7, C), block_params(layer_scale=layer_scale), block_args(backend, level)
+def block_backward_args(backend, level, needs_x=True, needs_params=True, layer_scale=1.0, use_grn=False):
+    x, args = torch.randn(2, 5, 7, C), block_args(backend, level)
+    params = block_params(layer_scale=layer_scale, use_grn=use_grn)
+    needs_grad = [needs_x, *(needs_params and p is not None for p in params)]
     with torch.inference_mode(False), torch._C._AutoDispatchBelowAutograd():
         _, saved = operators.block(x, None, *params, *args)
     return torch.randn(2, 5, 7, C), x, saved, *params, *args, True, needs_grad
@@ -52,23 +58,22 @@ def stem_params(module, requires_grad=False):
 @pytest.mark.parametrize('level', LEVELS)
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_opcheck_of_blocks(backend, level, requires_grad):
-    for layer_scale in (1.0, 0.0):
+    for kind in KINDS:
         x = torch.randn(2, 5, 7, C, requires_grad=requires_grad)
         args = block_args(backend, level)
-        opcheck(operators.block, (x, None, *block_params(requires_grad, layer_scale), *args))
+        opcheck(operators.block, (x, None, *block_params(requires_grad, *kind), *args))
     if backend == 'onednn' and torch.bfloat16 in onednn.dtypes():
         args = block_args(backend, level, torch.bfloat16)
         z = x.detach().bfloat16().requires_grad_(requires_grad)
         opcheck(operators.block, (x, z, *block_params(requires_grad), *args))
 
 
-@pytest.mark.parametrize('needs_grad', [[True] * 10, [True] + [False] * 9, [False] + [True] * 9])
+@pytest.mark.parametrize('needs_x, needs_params', [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize('level', LEVELS)
 @pytest.mark.parametrize('backend', BACKENDS)
-def test_opcheck_of_gradients_of_blocks(backend, level, needs_grad):
-    opcheck(operators.block_backward, block_backward_args(backend, level, needs_grad))
-    without_scale = block_backward_args(backend, level, [*needs_grad[:-1], False], layer_scale=0.0)
-    opcheck(operators.block_backward, without_scale)
+def test_opcheck_of_gradients_of_blocks(backend, level, needs_x, needs_params):
+    for kind in KINDS:
+        opcheck(operators.block_backward, block_backward_args(backend, level, needs_x, needs_params, *kind))
 
 
 @needs_kernels
@@ -100,8 +105,8 @@ def test_opcheck_of_their_gradients():
         opcheck(operators.output_norm_backward, args)
 
 
-def stage_args(n_blocks=2, with_norm=True):
-    blocks = [t for _ in range(n_blocks) for t in block_params()]
+def stage_args(n_blocks=2, with_norm=True, kind=KINDS[0]):
+    blocks = [t for _ in range(n_blocks) for t in block_params(False, *kind).present()]
     norm = [torch.ones(C), torch.zeros(C)] if with_norm else []
     eps = [1e-6] * (1 + n_blocks + with_norm)
     return torch.randn(2, 3, 13, 18), [*stem_params(Stem(3, C))], blocks, norm, 4, torch.float32, eps
@@ -110,8 +115,8 @@ def stage_args(n_blocks=2, with_norm=True):
 @needs_kernels
 @pytest.mark.parametrize('with_norm', [True, False])
 def test_opcheck_of_stages(with_norm):
-    for n_blocks in (1, 2):
-        opcheck(operators.stage, stage_args(n_blocks, with_norm))
+    for n_blocks, kind in zip((1, 2, 1, 2), KINDS):
+        opcheck(operators.stage, stage_args(n_blocks, with_norm, kind))
 
 
 class Recorder(TorchDispatchMode):
@@ -252,7 +257,15 @@ def test_flop_count_of_a_stage():
     with torch.no_grad():
         args = dispatch._patch_embed_args(model.downsample_layers[0], image)
         params = dispatch._block_params(model.stages[0][0])
-        call = (image, [*args[0]], [*params], [model.norm0.weight, model.norm0.bias], 4, torch.float32, [1e-6] * 3)
+        call = (
+            image,
+            [*args[0]],
+            params.present(),
+            [model.norm0.weight, model.norm0.bias],
+            4,
+            torch.float32,
+            [1e-6] * 3,
+        )
         with FlopCounterMode(display=False) as counter:
             operators.stage(*call)
         with FlopCounterMode(display=False) as reference, dispatch.disabled():
@@ -286,7 +299,7 @@ def test_blocks_refuse_what_they_do_not_understand(change, backend):
 
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_gradients_of_blocks_refuse_what_they_do_not_understand(backend):
-    grad, x, saved, *rest = block_backward_args(backend, SAVE_DWCONV, [True] * 10)
+    grad, x, saved, *rest = block_backward_args(backend, SAVE_DWCONV, use_grn=True)
     for wrong in (
         (grad[:1], x, saved, *rest),
         (grad.permute(0, 2, 1, 3), x, saved, *rest),
@@ -295,7 +308,8 @@ def test_gradients_of_blocks_refuse_what_they_do_not_understand(backend):
         (grad, x, saved, *rest[:-1], [True]),
         (grad.bfloat16(), x, saved, *rest),
         (grad.double(), x, saved, *rest),
-        (grad, x, saved, *rest[:8], None, *rest[9:]),
+        (grad, x, saved, *rest[:10], None, *rest[11:]),
+        (grad, x, saved, *rest[:6], None, None, *rest[8:]),
         (grad.to('meta'), x, saved, *rest),
     ):
         with pytest.raises(RuntimeError):
@@ -303,9 +317,9 @@ def test_gradients_of_blocks_refuse_what_they_do_not_understand(backend):
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
-@pytest.mark.parametrize('i', range(9))
+@pytest.mark.parametrize('i', range(11))
 def test_blocks_refuse_parameters_of_other_shapes_and_devices(i, backend):
-    x, params, args = torch.randn(2, 5, 7, C), block_params(), block_args(backend)
+    x, params, args = torch.randn(2, 5, 7, C), block_params(use_grn=True), block_args(backend)
     for wrong in (torch.tensor(1.5), params[i][:-1], params[i].to('meta')):
         with pytest.raises(RuntimeError):
             operators.block(x, None, *[*params[:i], wrong, *params[i + 1 :]], *args)
