@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from mmengine.dist import is_main_process
@@ -12,7 +13,7 @@ from mmengine.runner import EpochBasedTrainLoop
 
 from ..mmengine_internals import OverridableCheckpointHook
 from .atomic_files import ATOMIC_BACKEND, TMP_SUFFIX, AtomicLocalBackend, DiskFullError, write_atomic
-from .progress import batch_partition, broadcast_from_rank0, is_step_end, next_step_end, store_partition
+from .progress import PARTITION_KEY, batch_partition, broadcast_from_rank0, is_step_end, next_step_end
 
 INTERRUPTED_CKPT = 'interrupted.pth'  # between regular checkpoints; deleted once the next of these is written
 LAST_CKPT_FILE = 'last_checkpoint'  # in the work dir: the path of the checkpoint to resume
@@ -105,7 +106,7 @@ class AtomicCheckpointHook(OverridableCheckpointHook):
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Add the batch partition."""
-        store_partition(checkpoint['meta'], batch_partition(runner))
+        checkpoint['meta'][PARTITION_KEY] = asdict(batch_partition(runner))
 
     def write_regular(self, runner, step: int, meta: dict) -> None:
         """As in mmengine, but files are deleted only once the new one is written."""

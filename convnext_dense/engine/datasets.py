@@ -109,19 +109,18 @@ def read_error(path: str) -> str | None:
 
 def count_images(dataset) -> int:
     """The number of different samples in a data set, without the repetitions of `RepeatDataset`."""
-    inner = inner_datasets(dataset)
-    return sum(map(count_images, inner)) if inner else len(dataset)
+    return sum(map(len, leaf_datasets(dataset)))
 
 
-def inner_datasets(dataset) -> list:
-    """The data sets that a wrapper such as `RepeatDataset` or `ConcatDataset` wraps, [] for a data set itself."""
+def leaf_datasets(dataset) -> list:
+    """The data sets that read images, inside those that wrap, repeat or concatenate them."""
     single = getattr(dataset, 'dataset', None)
-    return list(getattr(dataset, 'datasets', None) or ([] if single is None else [single]))
+    inner = getattr(dataset, 'datasets', None) or ([] if single is None else [single])
+    return [leaf for each in inner for leaf in leaf_datasets(each)] if inner else [dataset]
 
 
 def wrap_pipelines(dataset) -> None:
     """Wrap the pipelines of a data set and of all it consists of in `PathReportingPipeline`."""
-    for inner in inner_datasets(dataset):
-        wrap_pipelines(inner)
-    if isinstance(dataset, BaseDataset) and not isinstance(dataset.pipeline, PathReportingPipeline):
-        dataset.pipeline = PathReportingPipeline(dataset.pipeline)
+    for leaf in leaf_datasets(dataset):
+        if isinstance(leaf, BaseDataset) and not isinstance(leaf.pipeline, PathReportingPipeline):
+            leaf.pipeline = PathReportingPipeline(leaf.pipeline)

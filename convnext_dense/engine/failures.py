@@ -5,7 +5,6 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +20,6 @@ WORKER_DIED_RE = r'(?:DataLoader worker \(pid.*?\)|Pin memory thread) (exited un
 CONNECTION_LOST_RE = (
     'Connection closed by peer|Connection reset by peer|Broken pipe|Socket Timeout|Timed out waiting|Socket closed'
 )
-CONNECTION_ERRORS = (ConnectionError, TimeoutError)
 RANK_ERROR_FILE = 'ended_rank_{}.txt'  # in the log folder: why a rank ended
 RANK_ERROR_GRACE_S = 5  # seconds in which other ranks may write theirs
 
@@ -59,30 +57,17 @@ def diagnose(error: Exception, model: torch.nn.Module | None = None, input_shape
 
 def _diagnose_connection(error: Exception) -> str | None:
     """Explain an error that comes from a lost connection, such as to a storage or a tracker; None for any other."""
-    cause = next(
-        (e for e in _iter_causes(error) if isinstance(e, CONNECTION_ERRORS) or re.search(CONNECTION_LOST_RE, str(e))),
-        None,
-    )
-    if cause is None:
-        return None
-    owner = next((f' of {package}' for package in _iter_packages(error) if package not in LIBRARY_PACKAGES), '')
+    cause = error
+    while not isinstance(cause, (ConnectionError, TimeoutError)) and not re.search(CONNECTION_LOST_RE, str(cause)):
+        cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            return None
+    packages = (package_of_frame(frame) for frame, _ in traceback.walk_tb(error.__traceback__))
+    owner = next((f' of {p}' for p in packages if p not in LIBRARY_PACKAGES and p not in sys.stdlib_module_names), '')
     return (
         f'a connection{owner} was lost ({type(cause).__name__}: {one_line(cause)}): check that the other end is up; '
         '--resume continues from the last checkpoint, --debug shows the traceback'
     )
-
-
-def _iter_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, its cause, the cause of that, and so on."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _iter_packages(error: BaseException) -> Iterator[str]:
-    """The packages whose code an error passed through, from the outermost call on, without the standard library."""
-    packages = (package_of_frame(frame) for frame, _ in traceback.walk_tb(error.__traceback__))
-    return (package for package in packages if package not in sys.stdlib_module_names)
 
 
 def _is_worker_disconnect(error: Exception) -> bool:

@@ -1,7 +1,7 @@
 """How far a run is in epochs, iterations and optimizer steps, and how its data are divided into batches."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from mmengine.dist import get_world_size
@@ -13,14 +13,8 @@ from .samplers import order_digest
 
 PARTITION_KEY = 'batch_partition'  # in the meta of a checkpoint
 OLD_PARTITION_KEY = 'layout'  # its name until version 0.1, with these names
-OLD_NAMES = {
-    'processes': 'world_size',
-    'images': 'batch_size',
-    'accumulation': 'accumulation_steps',
-    'batches': 'iters_per_epoch',
-    'samples': 'num_images',
-    'order': 'order_digest',
-}
+OLD_NAMES = dict(processes='world_size', images='batch_size', accumulation='accumulation_steps')
+OLD_NAMES |= dict(batches='iters_per_epoch', samples='num_images', order='order_digest')
 
 
 @dataclass(frozen=True)
@@ -67,11 +61,6 @@ def batch_partition(runner) -> BatchPartition:
         num_images=count_images(loader.dataset),
         order_digest=runner.order_digest,
     )
-
-
-def store_partition(meta: dict, partition: BatchPartition) -> None:
-    """Write a batch partition into the meta of a checkpoint."""
-    meta[PARTITION_KEY] = asdict(partition)
 
 
 def load_partition(meta: Mapping) -> BatchPartition | None:

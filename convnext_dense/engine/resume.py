@@ -70,7 +70,13 @@ class ResumeHook(Hook):
         """Adapt a checkpoint before mmengine takes the state of the run from it."""
         if not is_resuming(runner):
             return
-        _check_no_partial_gradients(checkpoint, checkpoint_to_load(runner))
+        if checkpoint.get('gradients'):
+            path = checkpoint_to_load(runner)
+            raise UsageError(
+                f'{path} was saved by an earlier version between two optimizer steps and cannot be resumed: resume a '
+                'regular checkpoint (epoch_*.pth, iter_*.pth), or start a run from its weights with --cfg-options '
+                f'load_from={path}'
+            )
         self._replays_schedules = bool(runner.cfg.get(OVERRIDE_KEY))
         if self._replays_schedules:
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
@@ -101,16 +107,6 @@ class ResumeHook(Hook):
         if is_main_process():
             with warn_on_disk_full(runner):
                 write_atomic(self.last_eval_file, str(progress_of(runner)).encode())
-
-
-def _check_no_partial_gradients(checkpoint: dict, path: str | None) -> None:
-    """Refuse checkpoints that an earlier version saved between two optimizer steps, with partial gradients."""
-    if checkpoint.get('gradients'):
-        raise UsageError(
-            f'{path} was saved by an earlier version between two optimizer steps and cannot be resumed: '
-            'resume a regular checkpoint (epoch_*.pth, iter_*.pth), or start a run from its weights with --cfg-options '
-            f'load_from={path}'
-        )
 
 
 def convert_progress(

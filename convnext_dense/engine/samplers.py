@@ -16,7 +16,7 @@ from mmengine.registry import DATA_SAMPLERS
 from torch.utils.data import BatchSampler, Sampler
 
 from ..errors import UsageError
-from .datasets import SeededDataset, inner_datasets
+from .datasets import SeededDataset, leaf_datasets
 from .seeding import SeededIndex
 
 EMPTY_LOADER_MESSAGE = (
@@ -71,11 +71,8 @@ class ResumableBatchSampler(Sampler):
     ):
         self.sampler, self.batch_size = sampler, batch_size
         args = dict(sampler=sampler, batch_size=batch_size)
-        self.batches = (
-            DATA_SAMPLERS.build(batch_sampler, default_args=args)
-            if batch_sampler
-            else BatchSampler(drop_last=drop_last, **args)
-        )
+        default = dict(type=BatchSampler, drop_last=drop_last)
+        self.batches = DATA_SAMPLERS.build(batch_sampler or default, default_args=args)
         self.drop_last, self.started = self.batches.drop_last, started
         self._next = None
 
@@ -124,24 +121,13 @@ def order_digest(dataset) -> str:
         The digest in hexadecimal digits; '' if a data set does not tell its image paths.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for part in _iter_leaf_datasets(dataset):
+    for part in leaf_datasets(dataset):
         if not isinstance(part, BaseDataset):
             return ''
         for i in range(len(part)):
-            digest.update(
-                os.path.basename(str(part.get_data_info(i).get('img_path'))).encode('utf-8', 'surrogateescape')
-            )
-            digest.update(b'\n')
+            name = os.path.basename(str(part.get_data_info(i).get('img_path')))
+            digest.update(f'{name}\n'.encode('utf-8', 'surrogateescape'))
     return digest.hexdigest()
-
-
-def _iter_leaf_datasets(dataset) -> Iterator:
-    """The data sets that read images, inside those that wrap, repeat or concatenate them."""
-    inner = inner_datasets(dataset)
-    if not inner:
-        yield dataset
-    for each in inner:
-        yield from _iter_leaf_datasets(each)
 
 
 def make_resumable_dataloader_cfg(dataloader: dict, started: bool) -> dict:
