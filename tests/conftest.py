@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from convnext_dense.datasets import toy_shapes
 from helpers.gpu import hide_gpus
 from helpers.markers import is_integration
-from helpers.paths import ROOT
 from helpers.processes import PRELOADED, WITHOUT_WORKERS, ToolProcess
 
 hide_gpus()  # the same tests on every machine: only those in tests/gpu see its GPUs, in processes of their own
@@ -29,31 +27,34 @@ def pytest_collection_modifyitems(items):
             item.add_marker('integration' if is_integration(item) else 'unit')
 
 
+@pytest.fixture(scope='session')
+def tool_context():
+    """Processes forked from one that has imported what tools import, which takes seconds."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 @pytest.fixture
-def run_tool(tmp_path):
+def run_tool(tool_context, tmp_path, tmp_path_factory):
     """Run a tool in an empty folder, as a user would; returns the finished process."""
 
     def run(tool: str, *args, timeout: float = 300, **env) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, ROOT / 'tools' / tool, *map(str, args)],
-            cwd=tmp_path,
-            text=True,
-            capture_output=True,
-            timeout=timeout,
-            env={**os.environ, **env},
-        )
+        logs = tmp_path_factory.mktemp('tool')
+        out, err = logs / 'stdout', logs / 'stderr'
+        process = ToolProcess(tool_context, tool, args, out, {**os.environ, **env}, err, str(tmp_path))
+        code = process.wait(timeout)
+        return subprocess.CompletedProcess([tool, *args], code, out.read_text(), err.read_text())
 
     return run
 
 
 @pytest.fixture(scope='session')
-def start_tool():
+def start_tool(tool_context):
     """Start a tool beside the test: `start_tool(log, tool, *args, **env)`."""
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(PRELOADED)
 
     def start(log: Path, tool: str, *args, **env) -> ToolProcess:
-        return ToolProcess(context, tool, args, Path(log), env)
+        return ToolProcess(tool_context, tool, args, Path(log), env)
 
     return start
 

@@ -176,9 +176,12 @@ def test_refused_and_named(tmp_path, name, damage):
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())  # nothing was half loaded
 
 
-@pytest.mark.parametrize('of_file, of_model', [('atto', 'femto'), ('small', 'tiny'), ('tiny', 'small')])
+DEEPER = dict(depths=(1, 1, 6, 1), channels=ARCH['channels'])
+
+
+@pytest.mark.parametrize('of_file, of_model', [('atto', 'femto'), (DEEPER, ARCH), (ARCH, DEEPER)])
 def test_another_size_is_refused(tmp_path, of_file, of_model):
-    """Small's file would fill every tensor of tiny: what is left over tells."""
+    """As small and tiny: the deeper one's file would fill every tensor of the other, and what is left over tells."""
     file = original_file(tmp_path / 'w.pth', of_file)
     with pytest.raises(UsageError, match='does not fit'):
         load_backbone(ConvNeXt(of_model), file)

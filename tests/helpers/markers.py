@@ -11,6 +11,7 @@ INTEGRATION_FIXTURES = {'run_tool', 'start_tool', 'run_on_gpu'}
 INTEGRATION_TESTS = {
     'checkpoints/test_foreign_models.py',
     'checkpoints/test_unsafe_checkpoints.py::test_a_small_archive_does_not_unpack_to_gigabytes',
+    'checkpoints/test_unsafe_checkpoints.py::test_mutated_files_are_refused_or_read',
     'checkpoints/test_weight_naming.py::test_damaged_files_are_refused_or_load_right',
     'checkpoints/test_weight_naming.py::test_every_damage_to_a_tensor_is_refused',
     'checkpoints/test_weight_naming.py::test_processes_download_once',

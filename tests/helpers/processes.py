@@ -21,25 +21,32 @@ PRELOADED = ['convnext_dense.engine.runner', 'mmdet.models', 'mmdet.datasets', '
 PRELOADED += ['mmseg.datasets', 'mmseg.evaluation', 'mmdet.visualization', 'mmseg.visualization', 'helpers.processes']
 
 
-def _main(tool: str, args: list[str], log: str, env: dict[str, str]) -> None:
+def _main(tool: str, args: list[str], out: str, err: str, env: dict[str, str], cwd: str | None) -> None:
     os.setsid()  # its own group, as a launcher's or a terminal's: signals to it reach its data workers too
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-    os.environ.update(env)
+    for path, stream in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     torch.set_num_threads(1)
-    if env.get('WORLD_SIZE'):  # mmengine's own start of a process group wants a GPU
+    if cwd:
+        os.environ.clear()  # `env` is all that the tool sees
+        os.chdir(cwd)
+    os.environ.update(env)
+    if not cwd and env.get('WORLD_SIZE'):  # mmengine's own start of a process group wants a GPU
         torch.distributed.init_process_group('gloo')
+    # As for a script: its own folder comes first, and nothing of the tests is found.
+    hidden = {'', str(ROOT), str(ROOT / 'tests'), str(ROOT / 'tools')}
+    user_paths = filter(None, env.get('PYTHONPATH', '').split(os.pathsep))
+    sys.path[:] = [str(ROOT / 'tools'), *user_paths, *(path for path in sys.path if path not in hidden)]
     sys.argv = [tool, *args]
     runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
 
 
 class ToolProcess:
-    """A tool at work, whose output goes to a file."""
+    """A tool at work, whose output goes to a file, and its error output to another one if that is given."""
 
-    def __init__(self, context, tool: str, args, log: Path, env: dict[str, str]):
+    def __init__(self, context, tool: str, args, log: Path, env: dict[str, str], err: Path | None = None, cwd=None):
         self.log = log
-        self.process = context.Process(target=_main, args=(tool, [*map(str, args)], str(log), env))
+        args, env = [*map(str, args)], {name: str(value) for name, value in env.items()}
+        self.process = context.Process(target=_main, args=(tool, args, str(log), str(err or log), env, cwd))
         self.process.start()
         self.pid = self.process.pid
 

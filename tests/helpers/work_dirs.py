@@ -5,11 +5,16 @@ import json
 from mmengine.config import Config
 
 
+def dump(config: Config, file) -> None:
+    """Write a config as mmengine's `dump` does, but for the layout of the text, which takes yapf a second."""
+    file.write_text('\n'.join(f'{key} = {value!r}' for key, value in config.to_dict().items()))
+
+
 def start(folder, config: Config, records=(), processes=8, timestamp='20260101_120000', cut='') -> None:
     """What mmengine leaves in a work dir when it trains: config, log of numbers, text log."""
     place = folder / timestamp
     (place / 'vis_data').mkdir(parents=True)
-    config.dump(place / 'vis_data/config.py')
+    dump(config, place / 'vis_data/config.py')
     lines = [json.dumps(record) for record in records]
     if records:
         (place / 'vis_data/scalars.json').write_text('\n'.join(lines) + cut)

@@ -155,7 +155,8 @@ class Aliased(nn.Module):
 )
 def test_found_wherever_it_sits(wrap):
     model = Segmentor(ConvNeXt('atto'))
-    plain = {id(p): group['lr'] for p in model.backbone.parameters() for group in [built(model)[id(p)]]}
+    groups = built(model)
+    plain = {id(p): groups[id(p)]['lr'] for p in model.backbone.parameters()}
     again = built(wrap(model))
     assert {key: again[key]['lr'] for key in plain} == plain
     assert len(set(plain.values())) == 7  # ids 0 to 6: N is 5 for two blocks a stage and six in the third

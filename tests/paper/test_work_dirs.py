@@ -11,7 +11,7 @@ from convnext_dense.paper.results import MAIN_METRICS, PAPER_RESULTS, find_paper
 from convnext_dense.paper.work_dirs import find_runs, read_runs
 from helpers.recipes import load
 from helpers.tools import one_line_error
-from helpers.work_dirs import coco, start, write_run_info
+from helpers.work_dirs import coco, dump, start, write_run_info
 
 
 def test_result(folder, config, metrics, load_from, multiscale=False, timestamp='20260102_120000') -> None:
@@ -22,7 +22,7 @@ def test_result(folder, config, metrics, load_from, multiscale=False, timestamp=
     if multiscale:
         set_multiscale(config)
     config.load_from = load_from
-    config.dump(place / 'config.py')
+    dump(config, place / 'config.py')
 
 
 test_result.__test__ = False
