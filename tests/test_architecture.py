@@ -87,7 +87,7 @@ def test_an_old_import_path_names_modules_that_exist(old):
         assert importlib.util.find_spec(f'convnext_dense.{name}') is not None
 
 
-def test_the_finder_of_old_paths_is_one_like_others():
+def test_moved_module_finder_is_installed_once():
     importlib.invalidate_caches()  # calls all of them
     assert sum(isinstance(finder, MovedModuleFinder) for finder in sys.meta_path) == 1
 

@@ -58,7 +58,7 @@ def without(modules=(), files=(), then=FORWARD) -> subprocess.CompletedProcess:
     ],
     ids=['fcntl', '/proc', 'kernels', 'all'],
 )
-def test_the_backbone_runs(modules, files, said):
+def test_backbone_runs_without_platform_features(modules, files, said):
     process = without(modules, files)
     assert process.returncode == 0, process.stderr[-3000:]
     assert said in process.stdout

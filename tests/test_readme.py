@@ -31,7 +31,7 @@ def recipes() -> str:
     return format_table(HEADER, rows, 'll', markdown=True)
 
 
-def test_the_first_page_is_short_and_in_a_newcomers_order():
+def test_readme_is_short_and_in_order():
     assert len(README.splitlines()) <= 160
     assert re.findall(r'^## (.*)', README, re.MULTILINE) == [
         'Install',

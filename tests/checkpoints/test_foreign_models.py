@@ -87,7 +87,7 @@ def equal(a: dict, b: dict) -> bool:
 
 @pytest.mark.parametrize('strict', [True, False])
 @pytest.mark.parametrize('library', [MMPRETRAIN, TIMM, TORCHVISION])
-def test_a_whole_model_with_another_librarys_backbone(tmp_path, config, library, strict):
+def test_model_with_backbone_of_other_library(tmp_path, config, library, strict):
     weights = whole_model(config)
     theirs = renamed(weights, library, PREFIXES[library])
     if library == TIMM:  # its layers of the stem lie below the prefix, output norms do not
@@ -112,7 +112,7 @@ WHERE = {
 
 
 @pytest.mark.parametrize('where', WHERE)
-def test_a_whole_model_behind_any_key(tmp_path, config, where):
+def test_model_under_any_key(tmp_path, config, where):
     weights = whole_model(config)
     file = saved(tmp_path / 'w.pth', WHERE[where](weights))
     for strict in (True, False):
@@ -120,7 +120,7 @@ def test_a_whole_model_behind_any_key(tmp_path, config, where):
 
 
 @pytest.mark.parametrize('library', [None, *RENAMES])
-def test_load_from_takes_a_backbone_alone(tmp_path, config, library):
+def test_load_from_accepts_backbone_weights(tmp_path, config, library):
     """Of any source, as `init_cfg` does: output norms and heads stay at their initial values."""
     weights = original_weights(SMALL)
     if library:
@@ -152,7 +152,7 @@ KEYS = [
 
 
 @pytest.mark.parametrize('key', KEYS)
-def test_a_backbone_behind_any_key(tmp_path, key):
+def test_backbone_under_any_key(tmp_path, key):
     weights = original_weights(SMALL)
     content = weights
     for part in reversed(key.split('.')):
@@ -162,7 +162,7 @@ def test_a_backbone_behind_any_key(tmp_path, key):
     assert all(torch.equal(t, weights[n]) for n, t in backbone.state_dict().items() if n in weights)
 
 
-def test_which_of_several_is_taken(tmp_path):
+def test_preferred_state_dict_is_loaded(tmp_path):
     """The usual key before an average, and none where nothing says which is meant."""
     weights, other = original_weights(SMALL), {n: t + 1 for n, t in original_weights(SMALL).items()}
     for content in (
@@ -178,7 +178,7 @@ def test_which_of_several_is_taken(tmp_path):
 
 
 @pytest.mark.parametrize('key', ['semantic_net', 'schema', 'upscaler', 'hubert', 'github', 'schedule_model', 'swagger'])
-def test_words_in_a_key_are_whole_words(tmp_path, key):
+def test_non_weight_keys_match_whole_words(tmp_path, key):
     """Nor an average, nor a schedule, because the letters of one are in the key."""
     weights, other = original_weights(SMALL), {n: t + 1 for n, t in original_weights(SMALL).items()}
     backbone = ConvNeXt(SMALL)
@@ -192,7 +192,7 @@ def test_words_in_a_key_are_whole_words(tmp_path, key):
     'prefixes',
     [('backbone.', 'module.backbone.'), ('', '_orig_mod.'), ('student.module.', 'student.'), ('', 'module.')],
 )
-def test_two_models_of_which_one_is_wrapped_are_two(tmp_path, prefixes):
+def test_wrapped_and_unwrapped_model_stay_separate(tmp_path, prefixes):
     weights, other = original_weights(SMALL), {n: t + 1 for n, t in original_weights(SMALL).items()}
     for models in ((weights, other), (other, weights)):
         both = {f'{prefix}{n}': t for prefix, model in zip(prefixes, models) for n, t in model.items()}
@@ -200,14 +200,14 @@ def test_two_models_of_which_one_is_wrapped_are_two(tmp_path, prefixes):
             load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', both))
 
 
-def test_what_is_no_convnext_is_named_by_its_tensors(tmp_path):
+def test_file_without_convnext_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r'by the names in it \(layer1.weight, ...\)'):
         load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', {'net': {'layer1.weight': torch.ones(1)}}))
     with pytest.raises(UsageError, match=r'by the names in it \(epoch, args, ...\)'):
         load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', {'epoch': 1, 'args': {}}))
 
 
-def test_the_state_of_another_backbones_optimizer_is_refused(tmp_path, config):
+def test_resume_from_other_implementation_is_refused(tmp_path, config):
     weights = renamed(whole_model(config), MMPRETRAIN, 'backbone.')
     file = saved(tmp_path / 'w.pth', {'state_dict': weights, 'meta': {'epoch': 1, 'iter': 1}, 'optimizer': {}})
     assert naming_scheme_of(load_checkpoint(file), file) == 'mmpretrain'
@@ -215,7 +215,7 @@ def test_the_state_of_another_backbones_optimizer_is_refused(tmp_path, config):
         check_resume(config, str(file))
 
 
-def test_a_file_with_other_peoples_objects_says_how_to_make_it_loadable(tmp_path, monkeypatch):
+def test_file_with_foreign_objects_gives_a_fix(tmp_path, monkeypatch):
     """The statement that the line gives works as it stands."""
     monkeypatch.chdir(tmp_path)
     model = ConvNeXt(SMALL)

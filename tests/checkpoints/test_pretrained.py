@@ -65,7 +65,7 @@ def test_original_file_fills_all_but_the_output_norms(tmp_path):
         ],
     ],
 )
-def test_every_way_to_ask_for_pretrained_weights(tmp_path, settings):
+def test_every_spelling_of_init_cfg(tmp_path, settings):
     file = original_file(tmp_path / 'w.pth')
     model = ConvNeXt(ARCH, init_cfg=settings(str(file)))
     model.init_weights()
@@ -74,7 +74,7 @@ def test_every_way_to_ask_for_pretrained_weights(tmp_path, settings):
         assert name.startswith('norm') or torch.equal(tensor, saved[name]), name
 
 
-def test_init_weights_of_a_whole_model_says_what_was_loaded(tmp_path, caplog):
+def test_init_weights_of_model_reports_loading(tmp_path, caplog):
     file = original_file(tmp_path / 'w.pth')
     MMLogger.get_instance('weights').addHandler(caplog.handler)
     model = Sequential(MODELS.build(dict(type='ConvNeXt', arch=ARCH, init_cfg=dict(checkpoint=str(file)))))
@@ -100,7 +100,7 @@ def test_init_weights_of_a_whole_model_says_what_was_loaded(tmp_path, caplog):
         },
     ],
 )
-def test_wrappers_prefixes_and_finished_detectors(tmp_path, wrap):
+def test_wrappers_prefixes_and_trained_detectors(tmp_path, wrap):
     weights = torch.load(original_file(tmp_path / 'w.pth'))['model']
     torch.save(wrap(weights), tmp_path / 'v.pth')
     model = ConvNeXt(ARCH)
@@ -110,7 +110,7 @@ def test_wrappers_prefixes_and_finished_detectors(tmp_path, wrap):
     )
 
 
-def test_a_file_is_read_once_until_it_is_written_again(tmp_path, monkeypatch):
+def test_checkpoint_is_cached_until_overwritten(tmp_path, monkeypatch):
     reads, read_anew = [], io._load_uncached
     monkeypatch.setattr(io, '_load_uncached', lambda file: reads.append(file.name) or read_anew(file))
     file = tmp_path / 'w.pth'
@@ -139,7 +139,7 @@ def test_a_file_is_read_once_until_it_is_written_again(tmp_path, monkeypatch):
     ]
 
 
-def test_output_norms_of_our_own_files_are_loaded(tmp_path):
+def test_own_output_norms_are_loaded(tmp_path):
     model = ConvNeXt(ARCH)
     model.load_state_dict(made_weights({n: tuple(t.shape) for n, t in model.state_dict().items()}))
     torch.save(model.state_dict(), tmp_path / 'own.pth')
@@ -155,7 +155,7 @@ def every_block_tensor() -> list[str]:
 
 @pytest.mark.parametrize('name', every_block_tensor())
 @pytest.mark.parametrize('damage', ['missing', 'renamed', 'reshaped'])
-def test_refused_and_named(tmp_path, name, damage):
+def test_damaged_tensors_are_refused_by_name(tmp_path, name, damage):
     def change(weights):
         tensor = weights.pop(name)
         if damage == 'renamed':
@@ -180,19 +180,19 @@ DEEPER = dict(depths=(1, 1, 6, 1), channels=ARCH['channels'])
 
 
 @pytest.mark.parametrize('of_file, of_model', [('atto', 'femto'), (DEEPER, ARCH), (ARCH, DEEPER)])
-def test_another_size_is_refused(tmp_path, of_file, of_model):
+def test_other_arch_is_refused(tmp_path, of_file, of_model):
     """As small and tiny: the deeper one's file would fill every tensor of the other, and what is left over tells."""
     file = original_file(tmp_path / 'w.pth', of_file)
     with pytest.raises(UsageError, match='does not fit'):
         load_backbone(ConvNeXt(of_model), file)
 
 
-def test_unbuilt_stages_are_ignored(tmp_path):
+def test_unbuilt_stages_are_unused(tmp_path):
     model = ConvNeXt(ARCH, out_indices=(0, 1))
     assert '4 kept' in load_backbone(model, original_file(tmp_path / 'w.pth'))
 
 
-def test_the_report_counts_all_that_is_ignored(tmp_path):
+def test_report_counts_unused_tensors(tmp_path):
     """Nine tensors a block, four a stem or downsampling, two a norm."""
     file = original_file(tmp_path / 'w.pth')
     report = load_backbone(ConvNeXt(ARCH, out_indices=(0, 1)), file)
@@ -211,7 +211,7 @@ def test_the_report_counts_all_that_is_ignored(tmp_path):
     assert f'{unbuilt + 5 + 2} unused' in report
 
 
-def test_known_names():
+def test_pretrained_weight_names():
     assert {name: hub.resolve(name) for name in WEIGHT_URLS} == {Path(address).stem: address for address in ADDRESSES}
     assert len(WEIGHT_URLS) == len(ADDRESSES) == 63
     assert {row.weights for row in PAPER_RESULTS} | {row.released for row in PAPER_RESULTS} <= set(WEIGHT_URLS)
@@ -219,7 +219,7 @@ def test_known_names():
 
 
 @pytest.mark.parametrize('address', ADDRESSES[::6], ids=lambda address: Path(address).stem)
-def test_known_names_are_downloaded_once(tmp_path, monkeypatch, address):
+def test_weights_are_downloaded_once(tmp_path, monkeypatch, address):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     served, asked = original_file(tmp_path / 'served.pth'), []
 
@@ -233,20 +233,20 @@ def test_known_names_are_downloaded_once(tmp_path, monkeypatch, address):
     assert asked == [address]
 
 
-def test_two_addresses_with_one_file_name_are_two_files(tmp_path, monkeypatch):
+def test_urls_with_same_file_name_are_separate_files(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     monkeypatch.setattr(hub, '_download', lambda url, target: Path(target).write_text(url))
     for url in ('https://one.org/epoch_12.pth', 'https://two.org/epoch_12.pth?download=1') * 2:
         assert hub.download(url).read_text() == url and hub.download(url).suffix == '.pth'
 
 
-def test_unreachable_address_says_the_way_out(tmp_path, monkeypatch):
+def test_unreachable_url_gives_a_fix(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     with pytest.raises(UsageError, match='http://127.0.0.1:9/w.pth.*init_cfg.checkpoint'):
         load_backbone(ConvNeXt(ARCH), 'http://127.0.0.1:9/w.pth')
 
 
-def test_recipes_name_known_weights():
+def test_recipes_name_published_weights():
     for path in (ROOT / 'configs').glob('[mcu]*/*.py'):
         assert Config.fromfile(path).model.backbone.init_cfg.checkpoint in hub.WEIGHT_URLS
 
@@ -254,7 +254,7 @@ def test_recipes_name_known_weights():
 @pytest.mark.parametrize(
     'content', [b'', b'<!DOCTYPE html><html>Not found</html>', b'PK\x03\x04 cut off', b'\x80\x02]']
 )
-def test_no_checkpoint_at_all(tmp_path, content):
+def test_file_that_is_no_checkpoint(tmp_path, content):
     (tmp_path / 'w.pth').write_bytes(content)
     with pytest.raises(UsageError, match='w.pth') as error:
         load_backbone(ConvNeXt(ARCH), tmp_path / 'w.pth')
@@ -296,7 +296,7 @@ class Bomb:
         lambda path: Bomb(getattr, np.ndarray, 'max'),
     ],
 )
-def test_code_in_a_file_is_never_run(tmp_path, save, bomb):
+def test_code_in_file_is_never_run(tmp_path, save, bomb):
     save({'model': {'downsample_layers.0.0.weight': bomb(tmp_path / 'ran')}}, tmp_path / 'w.pth')
     with pytest.raises(UsageError, match='safely'):
         load_backbone(ConvNeXt(ARCH), tmp_path / 'w.pth')
@@ -318,13 +318,13 @@ def one_allowed():
     torch.serialization.add_safe_globals(before)
 
 
-def test_what_torch_reads_safely_is_the_same_after_a_file_is_read(tmp_path, one_allowed):
+def test_safe_globals_unchanged_after_load(tmp_path, one_allowed):
     torch.save({'a': torch.ones(2), 'b': Allowed(), 'c': HistoryBuffer([1.0], [1])}, tmp_path / 'w.pth')
     assert set(load_checkpoint(tmp_path / 'w.pth')) == {'a', 'b', 'c'}
     assert set(torch.serialization.get_safe_globals()) == {Allowed}
 
 
-def test_what_torch_reads_safely_is_the_same_after_a_file_is_refused(tmp_path, one_allowed):
+def test_safe_globals_unchanged_after_refusal(tmp_path, one_allowed):
     torch.save({'a': Bomb(open, str(tmp_path / 'ran'), 'w')}, tmp_path / 'w.pth')
     with pytest.raises(UsageError, match='safely'):
         load_checkpoint(tmp_path / 'w.pth')

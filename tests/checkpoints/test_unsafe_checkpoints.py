@@ -141,7 +141,7 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize('attack', ATTACKS)
-def test_what_a_pickle_asks_for_is_checked(tmp_path, attack):
+def test_malicious_pickle_is_refused(tmp_path, attack):
     value, words = ATTACKS[attack]
     file = save(tmp_path / 'w.pth', value)
     if words is None:
@@ -154,7 +154,7 @@ def test_what_a_pickle_asks_for_is_checked(tmp_path, attack):
         assert words in str(error.value) and '\n' not in str(error.value) and len(str(error.value)) < 600
 
 
-def test_a_view_of_a_larger_tensor_stays_right(tmp_path):
+def test_views_of_larger_tensors(tmp_path):
     """Sizes, strides and offsets that lie in their storage, among them the strides of 0 of an expanded tensor."""
     base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
     views = {'t': base.t(), 'rows': base[::2], 'part': base[1:3, 2:4], 'expanded': base[:1, :1].expand(5, 5)}
@@ -211,7 +211,7 @@ def same(a, b) -> bool:
 
 @pytest.mark.parametrize('protocol', [2, 3, 4])
 @pytest.mark.parametrize('legacy', [False, True])
-def test_all_that_checkpoints_hold_is_read(tmp_path, legacy, protocol):
+def test_all_checkpoint_content_is_read(tmp_path, legacy, protocol):
     file = tmp_path / 'w.pth'
     torch.save(everything(), file, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
     for mapped in (True, False):
@@ -220,7 +220,7 @@ def test_all_that_checkpoints_hold_is_read(tmp_path, legacy, protocol):
         assert found['state_dict']._metadata == {'': {'version': 1}}
 
 
-def test_the_last_protocol_of_pickles_is_read(tmp_path):
+def test_pickle_protocol_5(tmp_path):
     content = {'state_dict': everything()['state_dict'], 'meta': {'epoch': 3, 'large': 2**3000, 'names': {'a', 'b'}}}
     torch.save(content, tmp_path / 'w.pth', pickle_protocol=5)
     assert same(content, load_checkpoint(tmp_path / 'w.pth'))
@@ -247,14 +247,14 @@ def repacked(source: Path, target: Path, chosen=lambda entry: True, method=zipfi
         lambda entry: False,  # stored, but no longer aligned
     ],
 )
-def test_a_repacked_archive_holds_the_same(tmp_path, chosen):
+def test_repacked_archive(tmp_path, chosen):
     torch.save(everything(), tmp_path / 'saved.pth')
     file = repacked(tmp_path / 'saved.pth', tmp_path / 'w.pth', chosen)
     for mapped in (True, False):
         assert same(everything(), load_checkpoint(file, mapped))
 
 
-def test_an_archive_of_the_other_byte_order(tmp_path):
+def test_big_endian_archive(tmp_path):
     values = {'f4': torch.arange(4.0), 'i8': torch.arange(4), 'u1': torch.arange(4, dtype=torch.uint8)}
     torch.save(values, tmp_path / 'saved.pth')
     with zipfile.ZipFile(tmp_path / 'saved.pth') as old, zipfile.ZipFile(tmp_path / 'w.pth', 'w') as new:
@@ -267,7 +267,7 @@ def test_an_archive_of_the_other_byte_order(tmp_path):
 
 
 @pytest.mark.parametrize('word', [b'little\n', b'middle', b''])
-def test_an_archive_of_no_known_byte_order(tmp_path, word):
+def test_unknown_byte_order_is_refused(tmp_path, word):
     torch.save({'a': torch.ones(4)}, tmp_path / 'saved.pth')
     with zipfile.ZipFile(tmp_path / 'saved.pth') as old, zipfile.ZipFile(tmp_path / 'w.pth', 'w') as new:
         for entry in old.infolist():
@@ -308,13 +308,13 @@ HEADERS_THAT_LIE = {
 
 
 @pytest.mark.parametrize('lie', HEADERS_THAT_LIE)
-def test_an_archive_whose_headers_contradict_each_other(tmp_path, lie):
+def test_contradictory_zip_headers_are_refused(tmp_path, lie):
     file = damaged(save(tmp_path / 'w.pth', tensor(storage(4), 0, (4,), (1,))), HEADERS_THAT_LIE[lie])
     with pytest.raises(UsageError, match='cannot be read safely'):
         load_checkpoint(file)
 
 
-def test_archives_that_hold_something_else(tmp_path):
+def test_archives_of_other_content_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / 'other.pth', 'w') as archive:
         archive.writestr('weights.pth', b'')
     with pytest.raises(UsageError, match='zip archive of something else'):
@@ -352,7 +352,7 @@ def read_within(file: Path, memory: int) -> subprocess.CompletedProcess:
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='limits memory as Linux does')
 @pytest.mark.parametrize('record', ['archive/data.pkl', 'archive/data/0'])
-def test_a_small_archive_does_not_unpack_to_gigabytes(tmp_path, record):
+def test_zip_bomb_is_refused(tmp_path, record):
     file = save(tmp_path / 'w.pth', tensor(storage(2**28), 0, (2**28,), (1,)), compression=zipfile.ZIP_DEFLATED)
     with zipfile.ZipFile(file) as old, zipfile.ZipFile(tmp_path / 'bomb.pth', 'w', zipfile.ZIP_DEFLATED) as new:
         for entry in old.infolist():
@@ -502,6 +502,6 @@ def test_mutated_files_are_refused_or_read(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_mutated_files(tmp_path):
+def test_hundred_thousand_mutated_files(tmp_path):
     n, loaded = run_fuzz(tmp_path, 10_000, 130_000)
     assert n == 120_000 and 0 < loaded < n

@@ -113,7 +113,7 @@ def test_a_finished_segmentor_of_transformers(tmp_path):
     assert all(torch.equal(model.state_dict()[n], t) for n, t in norms.items())
 
 
-def test_v2_by_every_door(tmp_path):
+def test_v2_through_every_entry_point(tmp_path):
     weights = original_weights(SMALL, grn=True)
     variants = {
         'fcmae': {
@@ -229,7 +229,7 @@ def test_complex_weights(tmp_path):
         load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
 
 
-def test_quantised_weights(tmp_path):
+def test_quantized_weights(tmp_path):
     weights = {n: (t * 100).to(torch.int8) for n, t in original_weights(SMALL).items()}
     with pytest.raises(UsageError, match='int8'):
         load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
@@ -238,7 +238,7 @@ def test_quantised_weights(tmp_path):
         load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
 
 
-def test_likely_causes_are_named(tmp_path):
+def test_error_names_likely_cause(tmp_path):
     weights = original_weights(scaled('small'))
     with pytest.raises(
         UsageError, match=r'is ConvNeXt depths \(3, 3, 27, 3\).* does not fit the config.*\(3, 3, 9, 3\)'
@@ -276,13 +276,13 @@ STRANGERS = {
 
 
 @pytest.mark.parametrize('said', STRANGERS)
-def test_what_is_no_checkpoint_is_named(tmp_path, said):
+def test_foreign_file_types_are_named(tmp_path, said):
     STRANGERS[said](tmp_path / 'w.pth')
     with pytest.raises(UsageError, match=said):
         load_checkpoint(tmp_path / 'w.pth')
 
 
-def test_a_header_that_lies(tmp_path):
+def test_false_safetensors_header_is_refused(tmp_path):
     """Lengths in a header neither hang nor allocate."""
     lie = b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'
     (tmp_path / 'w.safetensors').write_bytes(len(lie).to_bytes(8, 'little') + lie + bytes(64))
@@ -310,7 +310,7 @@ def attempt(file, expected, model=None) -> bool:
 
 
 @pytest.mark.parametrize('library', [None, *REFERENCE])
-def test_every_damage_to_a_tensor_is_refused(tmp_path, library):
+def test_every_damaged_tensor_is_refused(tmp_path, library):
     weights = original_weights(SMALL)
     names = weights if library is None else as_library(weights, library)
     trunk = {n for n in names if not re.search(r'^(norm3?|head|classifier|convnext\.layernorm|layer_norm)\.', n)}
@@ -341,7 +341,7 @@ def test_every_damage_to_a_tensor_is_refused(tmp_path, library):
         lambda w: w.update({'backbone.norm4.weight': w['backbone.norm3.weight']}),
     ],
 )
-def test_output_norms_are_all_there_or_none(tmp_path, change):
+def test_partial_output_norms_are_refused(tmp_path, change):
     weights = {f'backbone.{n}': t for n, t in ConvNeXt(SMALL).state_dict().items()} | {'neck.weight': torch.ones(1)}
     assert '0 kept at initialization' in load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
     change(weights)
@@ -357,7 +357,7 @@ def test_values_of_numpy_beside_weights(tmp_path):
 
 
 @pytest.mark.parametrize('ending', ['.pth', '.safetensors', '.bin'])
-def test_damaged_files_are_refused_or_load_right(tmp_path, ending):
+def test_damaged_files_are_refused_or_load_correctly(tmp_path, ending):
     """Cut off at every tensor's end and elsewhere, and with bytes of the structure flipped."""
     weights = original_weights(SMALL)
     whole = tmp_path / f'whole{ending}'
@@ -391,7 +391,7 @@ def test_damaged_files_are_refused_or_load_right(tmp_path, ending):
 
 
 @pytest.mark.parametrize('grn', [False, True])
-def test_conversions_go_round_without_loss(tmp_path, grn):
+def test_conversion_round_trip(tmp_path, grn):
     weights = original_weights(SMALL, grn)
     (tmp_path / 'in').mkdir()
     first = saved(tmp_path / 'in/original.pth', {'model': weights})
@@ -414,7 +414,7 @@ def test_conversions_go_round_without_loss(tmp_path, grn):
     assert load_file(files['safetensors']).keys() == weights.keys()
 
 
-def test_tensors_that_share_memory_convert(tmp_path):
+def test_shared_tensors_convert(tmp_path):
     weights = original_weights(SMALL)
     weights['stages.2.1.gamma'] = weights['stages.2.0.gamma']
     file = saved(tmp_path / 'w.pth', {'model': weights})
@@ -431,7 +431,7 @@ def test_damaged_weights_do_not_convert(tmp_path):
     assert not (tmp_path / 'out.pth').exists()
 
 
-def test_shards_hold_what_their_index_says(tmp_path):
+def test_shards_must_match_their_index(tmp_path):
     save_file({'a': torch.ones(2), 'b': torch.ones(2)}, tmp_path / 'one.safetensors')
     save_file({'a': torch.zeros(2), 'c': torch.ones(2)}, tmp_path / 'two.safetensors')
     index = tmp_path / 'model.safetensors.index.json'
@@ -440,7 +440,7 @@ def test_shards_hold_what_their_index_says(tmp_path):
         load_checkpoint(index)
 
 
-def test_conversions_that_would_lose(tmp_path):
+def test_lossy_conversion_is_refused(tmp_path):
     file = saved(tmp_path / 'w.pth', {'model': original_weights(SMALL)})
     with pytest.raises(UsageError, match='already exists'):
         convert(file, file, 'timm')
@@ -458,7 +458,7 @@ def test_conversions_that_would_lose(tmp_path):
     assert not (tmp_path / 'out.pth').exists() and not list(tmp_path.glob('*.part'))
 
 
-def test_keys_and_names_are_one_to_one():
+def test_naming_is_bijective():
     assert len({f.key for f in NAMING_SCHEMES}) == len(NAMING_SCHEMES)
     weights = original_weights(SMALL) | original_weights(SMALL, grn=True)
     for source in NAMING_SCHEMES:
@@ -500,7 +500,7 @@ def test_a_download(server):
     assert {f.name for f in file.parent.iterdir()} == {file.name, f'.{file.name}.lock'}  # no part is left
 
 
-def test_who_else_wants_it_waits(server):
+def test_concurrent_downloads_wait(server):
     files = []
     threads = [threading.Thread(target=lambda: files.append(hub.download(f'{server.address}/w.pth'))) for _ in range(4)]
     [thread.start() for thread in threads]
@@ -514,7 +514,7 @@ def downloaded_files(tmp_path) -> list[Path]:
 
 @pytest.mark.parametrize('cut', [1, 100, 10_000])
 @pytest.mark.parametrize('kind', ['zip', 'legacy', 'safetensors'])
-def test_a_download_that_is_cut_short_is_refused_and_leaves_nothing(server, tmp_path, kind, cut):
+def test_truncated_download_is_refused_and_removed(server, tmp_path, kind, cut):
     weights = original_weights(SMALL)
     if kind == 'safetensors':
         save_file(weights, tmp_path / 'served.pth')
@@ -529,14 +529,14 @@ def test_a_download_that_is_cut_short_is_refused_and_leaves_nothing(server, tmp_
     assert hub.download(f'{server.address}/w.pth').read_bytes() == content
 
 
-def test_a_web_page_is_refused_and_leaves_nothing(server, tmp_path):
+def test_downloaded_web_page_is_refused_and_removed(server, tmp_path):
     server.content = b'<!DOCTYPE html><html>Log in</html>'
     with pytest.raises(UsageError, match=f'^{server.address}/w.pth is a web page'):
         hub.download(f'{server.address}/w.pth')
     assert downloaded_files(tmp_path) == []
 
 
-def test_a_download_with_another_hash_is_refused_and_leaves_nothing(server, tmp_path):
+def test_download_with_wrong_hash_is_refused_and_removed(server, tmp_path):
     with pytest.raises(UsageError, match=rf'cannot download {server.address}/w-0badc0de.pth .*hash.* save it as'):
         hub.download(f'{server.address}/w-0badc0de.pth')
     assert downloaded_files(tmp_path) == []
@@ -550,24 +550,24 @@ def test_processes_download_once(server, tmp_path):
     assert server.asked == 1 and len(paths) == 1 and [process.returncode for process in processes] == [0, 0, 0]
 
 
-def test_a_date_in_the_name_is_no_hash(server):
+def test_date_in_name_is_no_hash(server):
     assert hub.download(f'{server.address}/upernet-20240131.pth').exists()
 
 
-def test_a_hash_in_the_name_is_checked(server):
+def test_hash_in_name_is_checked(server):
     import hashlib
 
     mark = hashlib.sha256(server.content).hexdigest()[:8]
     assert hub.download(f'{server.address}/w-{mark}.pth').exists()
 
 
-def test_weights_of_others_are_not_fetched():
+def test_gated_weights_are_not_downloaded():
     name = next(name for name in hub.WEIGHTS if name.startswith('dinov3'))
     with pytest.raises(UsageError, match='request it at https://ai.meta.com'):
         hub.download(name)
 
 
-def test_the_tool(run_tool, tmp_path):
+def test_command_line_tool(run_tool, tmp_path):
     weights = original_weights('atto', head=10)
     saved(tmp_path / 'w.pth', {'model': weights})
     process = run_tool('weights.py', 'inspect', 'w.pth', '--table')

@@ -81,7 +81,7 @@ def test_debug_shows_the_traceback_behind_a_line(run_tool):
         (ValueError('a bug'), None, ''),
     ],
 )
-def test_what_ends_in_a_line(error, code, words):
+def test_errors_that_end_in_one_line(error, code, words):
     """Raised in a file of the package, not in this one, which would be a user's module."""
     raising = compile('raise error', str(ROOT / 'convnext_dense/errors.py'), 'exec')
     try:
@@ -94,7 +94,7 @@ def test_what_ends_in_a_line(error, code, words):
         assert ending[1] == code and ending[0].startswith(words)
 
 
-def test_text_for_a_terminal():
+def test_printable():
     assert printable('a\x1b[31mred\x07 \udce9 b\ttab\u202e') == 'a\\x1b[31mred\\x07 \\udce9 b\\ttab\\u202e'
     assert printable('größe 図.png') == 'größe 図.png'
     assert (
@@ -144,7 +144,7 @@ def test_a_bug_in_a_module_of_the_users_keeps_its_traceback(run_tool, tmp_path, 
     assert process.stderr.splitlines()[-1].startswith(kind), process.stderr[-500:]
 
 
-def test_a_lost_connection_is_said_with_the_traceback_under_debug(run_tool, tmp_path, data):
+def test_lost_connection_shows_traceback_with_debug(run_tool, tmp_path, data):
     lost = "raise TimeoutError(110, 'Connection timed out')"
     (tmp_path / 'mine.py').write_text(MINE['when it runs'][0].replace("runner + 'text'", lost))
     (tmp_path / 'c.py').write_text(f"_base_ = '{DEMO}'\n{IMPORTS}custom_hooks = [dict(type='Mine')]\n")
@@ -227,7 +227,7 @@ def shell(command: str, folder: Path, **env) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_reader_that_has_enough(tmp_path):
+def test_closed_pipe_ends_quietly(tmp_path):
     """`| head -1` ends a table without a word."""
     done = shell(f'{sys.executable} {TOOLS}/weights.py list | head -1; echo "${{PIPESTATUS[0]}}"', tmp_path)
     assert done.stderr == '' and done.stdout.splitlines()[0].startswith('name')
@@ -236,7 +236,7 @@ def test_a_reader_that_has_enough(tmp_path):
 
 
 @pytest.mark.parametrize('how', ['| head -1', '>&- 2>&-', '2>&-', '> /dev/full'])
-def test_a_training_goes_on_without_a_reader(tmp_path, data, how):
+def test_training_continues_after_pipe_closes(tmp_path, data, how):
     train = f'{sys.executable} {TOOLS}/train.py {DEMO} --work-dir run --cfg-options {" ".join(QUICK)}'
     done = shell(f'{train} {how}; echo "ended with ${{PIPESTATUS[0]}}"', tmp_path, SHAPES_ROOT=str(data))
     assert (tmp_path / 'run/epoch_1.pth').exists(), done.stderr[-3000:]
@@ -269,7 +269,7 @@ def test_a_config_of_a_package_by_its_name(run_tool):
     assert process.returncode == 0 and '48,095,376' in process.stdout
 
 
-def test_a_config_of_an_older_mmdet_is_called_so(run_tool, tmp_path):
+def test_mmdet2_config_is_refused(run_tool, tmp_path):
     (tmp_path / 'old.py').write_text(
         "model = dict(type='MaskRCNN')\ndata = dict(samples_per_gpu=2)\noptimizer = dict(type='SGD', lr=0.02)\n"
         "runner = dict(type='EpochBasedRunner', max_epochs=12)\n"
@@ -289,7 +289,7 @@ def test_a_config_of_an_older_mmdet_is_called_so(run_tool, tmp_path):
         ('a::b.py', '', 'has no model'),
     ],
 )
-def test_files_that_are_no_configs(name, text, words, tmp_path):
+def test_invalid_config_files(name, text, words, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(UsageError, match=words) as error:
         load_config(str(tmp_path / name), {})
@@ -298,7 +298,7 @@ def test_files_that_are_no_configs(name, text, words, tmp_path):
         resolve_config_path('../x::y.py')
 
 
-def test_levels_that_do_not_agree(run_tool, tmp_path):
+def test_mismatched_feature_levels_are_refused(run_tool, tmp_path):
     check_levels(Config.fromfile(DEMO).model)
     check_levels(dict(neck=[dict(num_outs=3), dict(type='X')], rpn_head=dict(anchor_generator=dict(strides=[4, 8]))))
     (tmp_path / 'c.py').write_text(f"_base_ = '{DEMO}'\nmodel = dict(neck=dict(num_outs=4))")
@@ -352,7 +352,7 @@ def test_a_second_run_in_a_work_dir_is_refused(start_tool, run_tool, tmp_path, d
     assert re.match(rf'process {os.getpid()} on ', (tmp_path / 'run/.lock').read_text())
 
 
-def test_another_order_of_the_data_is_said():
+def test_changed_data_order_is_reported():
     unknown = BatchPartition(world_size=1, batch_size=2, accumulation_steps=1, iters_per_epoch=8, num_images=16)
     old, new = replace(unknown, order_digest='a'), replace(unknown, order_digest='b')
     assert convert_progress(1, 8, old, new, True)[1].startswith('The training images have another order')

@@ -118,7 +118,7 @@ def test_what_holds_before_each_step_of_a_training(parse, data, tmp_path):
     assert [notice.level for notice in overridden] == [logging.WARNING] and run.notices[-1] == overridden[0]
 
 
-def test_the_order_matters(parse, tmp_path):
+def test_swapped_steps_change_the_result(parse, tmp_path):
     """Accumulation after the length: otherwise the length would be that of half the training."""
     config = ('train.py', DEMO, '--iters', 40, '--cfg-options', 'total_batch=8', 'train_dataloader.batch_size=4')
     here = replaced(TRAIN_STEPS, data_files=lambda run, args: None, lock=lambda run, args: None)

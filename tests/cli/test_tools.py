@@ -260,7 +260,7 @@ def test_train_test_resume_and_nothing_overwritten(run_tool, data, tmp_path, sho
     one_line_error(other, str(first), 'does not fit', 'backbone')
 
 
-def test_a_killed_run_goes_on_from_mmengines_own_checkpoint(run_tool, data, tmp_path, short):
+def test_resume_from_checkpoint_of_plain_mmengine(run_tool, data, tmp_path, short):
     """It holds mmengine's and numpy's types, which torch refuses: the classic mmengine cannot resume with torch 2.6."""
     (tmp_path / 'killing.py').write_text(
         'import os, signal\n'
@@ -310,7 +310,7 @@ def test_load_from_takes_the_backbone_of_a_model_with_other_classes(run_tool, da
     torch.testing.assert_close(after['backbone.stages.1.0.dwconv.weight'], weights['backbone.stages.1.0.dwconv.weight'])
 
 
-def test_detections_are_kept_by_out(run_tool, data, tmp_path, short):
+def test_out_writes_detections(run_tool, data, tmp_path, short):
     config = CONFIGS / 'demo/mask_rcnn.py'
     cfg = Config.fromfile(config)
     init_default_scope('mmdet')
@@ -355,7 +355,7 @@ def slide(model, image: np.ndarray, crop=512, stride=341) -> np.ndarray:
     return logits.argmax(1)[0].numpy()
 
 
-def test_upernet_predicts_what_a_plain_slide_loop_predicts(run_tool, tmp_path):
+def test_slide_inference_equals_reference_loop(run_tool, tmp_path):
     rng = np.random.RandomState(0)
     root = tmp_path / 'ade'
     images = {'wide': (150, 230), 'tall': (211, 140)}
@@ -395,7 +395,7 @@ def test_upernet_predicts_what_a_plain_slide_loop_predicts(run_tool, tmp_path):
 
 
 @pytest.mark.parametrize('line', preflight.OPENMMLAB_DISTS)
-def test_what_is_missing_is_named_with_the_way_out_of_the_line_that_is_there(monkeypatch, line):
+def test_missing_package_names_fix_for_installed_distribution(monkeypatch, line):
     extra, mmcv = preflight.OPENMMLAB_DISTS[line]
     monkeypatch.setattr(preflight, '_is_installed', lambda name: name == line)
     monkeypatch.setitem(sys.modules, 'mmcv._ext', None)
@@ -408,14 +408,14 @@ def test_what_is_missing_is_named_with_the_way_out_of_the_line_that_is_there(mon
     assert f"'{mmcv}'" in (ROOT / 'setup.py').read_text()
 
 
-def test_both_lines_of_openmmlab_in_one_environment_are_refused(monkeypatch):
+def test_both_openmmlab_distributions_are_refused(monkeypatch):
     preflight.check_installed('mmdet')
     monkeypatch.setattr(preflight, 'version', lambda name: '0')
     with pytest.raises(UsageError, match='onedl-mmengine and mmengine'):
         preflight.check_installed('mmdet')
 
 
-def test_summary():
+def test_format_metrics():
     metrics = {f'coco/{kind}_mAP{at}': 0.25 for kind in ('bbox', 'segm') for at in ('', '_50', '_75')}
     assert format_metrics(metrics).startswith('box AP 25.0  box AP50 25.0') and 'mask AP50 25.0' in format_metrics(
         metrics

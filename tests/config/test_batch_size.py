@@ -41,14 +41,14 @@ def test_images_and_accumulation(processes, images, expected):
     assert abs(processes * n * k - 16) == nearest
 
 
-def test_eight_gpus_leave_the_recipe_as_it_is():
+def test_eight_gpus_keep_recipe_unchanged():
     for name in ('cascade/convnext_t', 'upernet/convnext_t'):
         config, untouched = load(name), load(name)
         assert scale_batch(config, 8) == Notice('total batch 16 = 8 processes x 2 images')
         assert config.to_dict() == untouched.to_dict()
 
 
-def test_every_count_of_iterations_moves():
+def test_accumulation_scales_every_iteration_count():
     config = load('upernet/convnext_t')
     config.train_cfg.dynamic_intervals = [(100_000, 8_000)]
     line, level = scale_batch(config, 2)
@@ -68,14 +68,14 @@ def test_every_count_of_iterations_moves():
     assert 'batch norm' not in scale_batch(load('mask_rcnn/convnext_t'), 1)[0]
 
 
-def test_what_does_not_divide_is_a_warning_with_both_figures():
+def test_indivisible_batch_warns_with_both_numbers():
     line, level = scale_batch(load('mask_rcnn/convnext_t'), 3)
     assert (
         level == logging.WARNING and 'total batch 15 = 3 processes x 1 image x 5' in line and "recipe's is 16" in line
     )
 
 
-def test_left_alone():
+def test_configs_that_stay_unchanged():
     config = load('cascade/convnext_t')
     line, level = scale_batch(config, 1, keep_config=True)
     assert level == logging.WARNING and 'total batch 2 ' in line and "recipe's is 16" in line
@@ -88,7 +88,7 @@ def test_left_alone():
     assert scale_batch(load('demo/upernet'), 4) is None
 
 
-def test_a_schedule_that_cannot_move():
+def test_schedule_that_cannot_be_scaled_is_refused():
     config = load('cascade/convnext_t')
     config.param_scheduler[1].convert_to_iter_based = True
     with pytest.raises(UsageError, match='MultiStepLR with convert_to_iter_based'):
@@ -99,7 +99,7 @@ def test_a_schedule_that_cannot_move():
 @pytest.mark.parametrize(
     'launcher, name', [('pytorch', 'WORLD_SIZE'), ('slurm', 'SLURM_NTASKS'), ('mpi', 'OMPI_COMM_WORLD_SIZE')]
 )
-def test_number_of_processes(launcher, name, monkeypatch):
+def test_world_size_from_env(launcher, name, monkeypatch):
     monkeypatch.setenv(name, '6')
     assert (world_size_from_env(launcher), world_size_from_env('none')) == (6, 1)
 
@@ -129,7 +129,7 @@ def work(rank: int, folder: str, counted: str) -> None:
 
 
 @pytest.mark.parametrize('counted', ['epochs', 'iterations'])
-def test_fitted_runs_end_alike(tmp_path, counted):
+def test_accumulated_runs_end_with_equal_weights(tmp_path, counted):
     """Four images on one process, two on each of two, and two on one with gradient accumulation: the same run."""
     whole = train(str(tmp_path / 'one'), counted, 4, 1)
     added = train(str(tmp_path / 'added'), counted, 2, 1)
@@ -159,7 +159,7 @@ def test_resume_under_another_accumulation_is_refused(tmp_path):
     check_accumulation_unchanged(run_config('iterations', 4), {}, 'a checkpoint of another origin')
 
 
-def test_by_the_tool(run_tool, tmp_path):
+def test_from_command_line(run_tool, tmp_path):
     data = tmp_path / 'shapes'
     toy_shapes.write(data, train=8, val=2, size=64)
     quick = [
@@ -183,7 +183,7 @@ def test_by_the_tool(run_tool, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['mask_rcnn/convnext_t', 'upernet/convnext_t'])
-def test_grey_images(name):
+def test_grayscale_input(name):
     config = load(name)
     assert adapt_input_channels(config) is None and config.to_dict() == load(name).to_dict()
     config.model.backbone.in_channels = 1
@@ -244,7 +244,7 @@ def test_another_length_of_a_segmentor_has_the_papers_curve(iters):
     assert list(found.values()) == pytest.approx(list(expected.values()), rel=0.01)
 
 
-def test_a_fitted_length_on_fewer_gpus():
+def test_scaled_length_on_fewer_gpus():
     config = load('upernet/convnext_t')
     scale_schedule(config, iters=40_000)
     scale_batch(config, 2)
@@ -260,7 +260,7 @@ def test_a_fitted_length_on_fewer_gpus():
         ('upernet/convnext_t', dict(iters=0), '--iters 0: give a positive number'),
     ],
 )
-def test_lengths_that_cannot_be(name, length, words):
+def test_invalid_lengths_are_refused(name, length, words):
     with pytest.raises(UsageError, match=words):
         scale_schedule(load(name), **length)
 
@@ -273,12 +273,12 @@ def test_very_short_trainings_keep_their_order():
 
 
 @pytest.mark.parametrize('name', ['cascade/convnext_l_in22k', 'upernet/convnext_t', 'demo/mask_rcnn'])
-def test_a_dumped_config_is_read_without_running_it(name):
+def test_parse_dumped_config(name):
     text = load(name).pretty_text
     assert parse_config_literal(text).to_dict() == Config.fromstring(text, '.py').to_dict()
 
 
-def test_odd_values_of_a_dumped_config_are_read():
+def test_parse_unusual_values():
     odd = Config(dict(a={'b.c': 1, 2: (1,)}, d=[-1.5, float('inf'), None, {1}], e='x', f=dict()))
     assert parse_config_literal(odd.pretty_text).to_dict() == odd.to_dict()
 
@@ -294,7 +294,7 @@ def test_odd_values_of_a_dumped_config_are_read():
         'a = dict(',
     ],
 )
-def test_a_dumped_config_that_is_a_program(text):
+def test_config_text_with_code_is_refused(text):
     with pytest.raises(UsageError, match='not plain data'):
         parse_config_literal(text)
 
@@ -307,7 +307,7 @@ def test_batch_norm_of_one_image_is_refused():
     scale_batch(config, 2)
 
 
-def test_a_config_without_hooks_and_one_with_an_average():
+def test_accumulation_without_default_hooks_and_with_ema():
     config = Config(dict(model={}, total_batch=4, train_dataloader=dict(batch_size=2), train_cfg=dict(max_iters=10)))
     config.optim_wrapper = dict(optimizer=dict(type='SGD', lr=1.0))
     config.custom_hooks = [dict(type='EMAHook', begin_iter=3), dict(type='NumClassCheckHook')]

@@ -77,13 +77,13 @@ PATH = 'mmdet.evaluation.metrics.coco_metric.CocoMetric'  # as mmengine dumps a 
 
 
 @pytest.mark.parametrize('kind', ['CocoMetric', 'mmdet.CocoMetric', CocoMetric, PATH, 'BoxMetric', BoxMetric])
-def test_a_type_is_known_however_it_is_written(kind):
+def test_class_of_every_spelling(kind):
     init_default_scope('mmdet')
     assert is_type(kind, METRICS, 'CocoMetric') and not is_type(kind, METRICS, 'IoUMetric', 'VOCMetric')
     assert issubclass(class_of(kind), CocoMetric)
 
 
-def test_names_of_types():
+def test_short_name():
     assert short_name(PATH) == short_name(CocoMetric) == short_name('mmdet.CocoMetric') == 'CocoMetric'
     assert short_name('mmpretrain.ConvNeXt') == 'mmpretrain.ConvNeXt'  # another one than ours
     assert short_name(None) is None and short_name(BoxMetric) == 'test_config_types.BoxMetric'
@@ -107,7 +107,7 @@ WRITTEN = {
 
 @pytest.mark.parametrize('written', WRITTEN)
 @pytest.mark.parametrize('masks', [True, False])
-def test_own_data_reach_what_is_written_otherwise(drawn, tmp_path, monkeypatch, written, masks):
+def test_custom_data_with_every_spelling_of_types(drawn, tmp_path, monkeypatch, written, masks):
     monkeypatch.chdir(tmp_path)
     metric, annotations, image, dataset = WRITTEN[written]
     config = load('demo/mask_rcnn')
@@ -130,7 +130,7 @@ def test_own_data_reach_what_is_written_otherwise(drawn, tmp_path, monkeypatch, 
     assert ('masks' in sample['data_samples'].gt_instances) == masks
 
 
-def test_commands_know_types_however_they_are_written():
+def test_commands_with_every_spelling_of_types():
     for kind in ('AmpOptimWrapper', 'mmengine.AmpOptimWrapper', AmpOptimWrapper, 'OwnAmpWrapper'):
         config = load('demo/mask_rcnn')
         config.optim_wrapper.type = kind
@@ -165,7 +165,7 @@ def test_commands_know_types_however_they_are_written():
     assert 'PhotoMetric' not in str(config.train_dataloader)
 
 
-def test_a_backbone_derived_from_ours_is_checked():
+def test_derived_backbone_is_checked():
     init_default_scope('mmdet')
     for kind in ('OwnConvNeXt', OwnConvNeXt, 'convnext_dense.ConvNeXt'):
         extra = {} if kind == 'convnext_dense.ConvNeXt' else dict(extra=2)
@@ -174,7 +174,7 @@ def test_a_backbone_derived_from_ours_is_checked():
             check_backbones(dict(module=dict(backbone=dict(type=kind, arch='tinny'))))
 
 
-def test_a_row_of_the_paper_however_its_types_are_written():
+def test_paper_result_with_every_spelling_of_types():
     config = load('cascade/convnext_t')
     row = find_paper_result(config)
     config.model.type, config.train_dataloader.dataset.type = 'mmdet.CascadeRCNN', CocoDataset
@@ -201,7 +201,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize('wrapper', WRAPPERS)
-def test_a_wrapper_keeps_its_meaning(drawn, tmp_path, monkeypatch, wrapper):
+def test_dataset_wrappers_are_kept(drawn, tmp_path, monkeypatch, wrapper):
     monkeypatch.chdir(tmp_path)
     settings, n = WRAPPERS[wrapper]
     config = wrapped(load('demo/mask_rcnn'), **settings)
@@ -344,7 +344,7 @@ def test_scales_of_later_epochs_count():
     assert limits['train'].scales == ((100, 60),) and limits['val'].scales == ((1333, 800),)
 
 
-def test_grey_steps_within_others_are_left_out():
+def test_color_transforms_inside_others_are_removed():
     config = stock(mmdet, 'yolox/yolox_tiny_8xb8-300e_coco')
     init_default_scope('mmdet')
     choice = dict(type='RandomChoice', transforms=[[dict(type='PhotoMetricDistortion')], [dict(type='RandomFlip')]])
@@ -523,7 +523,7 @@ def test_a_yaml_file_of_aliases_is_bounded(run_tool, tmp_path):
 
 
 @pytest.mark.parametrize('ending', ['yaml', 'json'])
-def test_what_mmengine_writes_is_read(run_tool, tmp_path, ending):
+def test_dumped_yaml_and_json_are_read(run_tool, tmp_path, ending):
     """As YAML it has tuples, by a tag of Python's that makes nothing else."""
     config = load('mask_rcnn/convnext_t')
     config.dump(str(tmp_path / f'c.{ending}'))

@@ -58,7 +58,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize('key', UNKNOWN)
-def test_a_key_that_nothing_reads_is_refused_with_the_nearest_one(key):
+def test_unknown_key_suggests_nearest(key):
     config = load('demo/mask_rcnn')
     before = config.to_dict()
     with pytest.raises(UsageError, match=r'has no .*write \+') as error:
@@ -83,7 +83,7 @@ def test_a_key_that_nothing_reads_is_refused_with_the_nearest_one(key):
         ('randomness.sed', 'randomness.seed'),
     ],
 )
-def test_a_wrong_key_below_a_part_that_the_config_leaves_out_is_refused(key, near):
+def test_unknown_key_of_omitted_part_is_refused(key, near):
     config = load('demo/upernet')
     config.pop('auto_scale_lr', None), config.pop('randomness', None), config.env_cfg.pop('mp_cfg', None)
     with pytest.raises(UsageError, match=rf'\(did you mean {near}\?\)'):
@@ -104,7 +104,7 @@ def test_a_wrong_key_below_a_part_that_the_config_leaves_out_is_refused(key, nea
         ),
     ],
 )
-def test_values_that_take_the_place_of_a_part(key, value, words):
+def test_value_in_place_of_dict_is_refused(key, value, words):
     with pytest.raises(UsageError, match=words):
         merge_options(load('demo/mask_rcnn'), {key: value})
 
@@ -124,12 +124,12 @@ VARIABLES = {
 
 
 @pytest.mark.parametrize('key', VARIABLES)
-def test_a_variable_of_the_file_that_was_read_before_is_refused(key):
+def test_config_file_variable_is_refused(key):
     with pytest.raises(UsageError, match=f'is a variable of the config file.*set {VARIABLES[key]} instead'):
         merge_options(load('demo/mask_rcnn'), {key: 1})
 
 
-def test_what_the_config_leaves_at_its_default_is_known():
+def test_default_arguments_are_accepted():
     """Arguments of the classes that a config names, those included that they pass on, and what mmengine looks up."""
     for recipe, keys in {
         'demo/mask_rcnn': [
@@ -163,7 +163,7 @@ def test_what_the_config_leaves_at_its_default_is_known():
             merge_options(load(recipe), {key: None})
 
 
-def test_arguments_are_those_of_the_whole_family():
+def test_argument_names_include_base_classes():
     class Base:
         def __init__(self, a, b=1):
             pass
@@ -182,7 +182,7 @@ def test_arguments_are_those_of_the_whole_family():
     assert argument_names(Leaf) == {'a', 'b', 'c'} and argument_names(Closed) == {'d'}
 
 
-def test_what_the_user_says_holds_against_another_length():
+def test_options_win_over_new_length():
     options = {'train_cfg.val_interval': 7, 'param_scheduler.0.end': 301, 'default_hooks.checkpoint.interval': 9}
     config, scaled = load('upernet/convnext_t'), load('upernet/convnext_t')
     merge_options(config, options)
@@ -196,7 +196,7 @@ def test_what_the_user_says_holds_against_another_length():
         scale_schedule(config, iters=5, options={'train_cfg.max_iters': 10})
 
 
-def test_what_the_user_says_of_the_batch_holds():
+def test_options_win_over_auto_batch():
     assert choose_batch(1, 3, 16) == (2, 8) and choose_batch(1, 3, 16, 3) == (3, 5)
     options = {'train_dataloader.batch_size': 3}
     config = load('mask_rcnn/convnext_t')
@@ -217,7 +217,7 @@ def test_what_the_user_says_of_the_batch_holds():
     ]
 
 
-def test_what_cannot_hold_is_said():
+def test_overridden_options_are_reported():
     config = load('demo/upernet')
     options = {'train_cfg.max_iters': 10, 'model.decode_head.in_channels': [1, 2], 'val_evaluator.prefix': 'a'}
     merge_options(config, options)
@@ -238,7 +238,7 @@ def drawn(tmp_path_factory):
 
 
 @pytest.mark.parametrize('recipe', ['demo/mask_rcnn', 'demo/upernet'])
-def test_what_the_user_says_of_a_data_set_holds_with_own_data(drawn, tmp_path, monkeypatch, recipe):
+def test_options_win_over_custom_data(drawn, tmp_path, monkeypatch, recipe):
     monkeypatch.chdir(tmp_path)
     config = load(recipe)
     config.work_dir = 'run'
@@ -257,7 +257,7 @@ def test_what_the_user_says_of_a_data_set_holds_with_own_data(drawn, tmp_path, m
             apply_custom_data(config, DatasetRequest(str(drawn)), options={key: 'x'})
 
 
-def test_the_tools_refuse_it(run_tool):
+def test_tools_refuse_unknown_keys(run_tool):
     config = CONFIGS / 'demo/mask_rcnn.py'
     for tool, more in (('train.py', []), ('test.py', ['x.pth']), ('complexity.py', [])):
         if tool != 'test.py':

@@ -57,7 +57,7 @@ HELD = {
 
 
 @pytest.mark.parametrize('key', HELD)
-def test_a_setting_that_the_state_would_override_is_refused_or_taken(key):
+def test_changed_state_settings_need_override(key):
     value, words = HELD[key]
     now = changed('mask_rcnn/convnext_t', key, value)
     with pytest.raises(UsageError, match='would override yours .*--override.*load_from=x.pth') as error:
@@ -75,7 +75,7 @@ def test_a_setting_that_the_state_would_override_is_refused_or_taken(key):
         ('optim_wrapper.constructor', 'DefaultOptimWrapperConstructor'),
     ],
 )
-def test_another_optimizer_is_refused_in_any_case(key, value):
+def test_other_optimizer_is_always_refused(key, value):
     for override in (False, True):
         with pytest.raises(UsageError, match=f'state of another optimizer .*{key} was .*load_from=x.pth'):
             compare_settings(
@@ -107,7 +107,7 @@ UNSAID = {
 
 
 @pytest.mark.parametrize('key', [*SAID, *UNSAID])
-def test_a_setting_that_is_taken_is_said(key):
+def test_changed_settings_are_reported(key):
     value = SAID.get(key, UNSAID.get(key))
     line = compare_settings(load('mask_rcnn/convnext_t'), changed('mask_rcnn/convnext_t', key, value), 'x.pth', False)
     if key in UNSAID:
@@ -116,7 +116,7 @@ def test_a_setting_that_is_taken_is_said(key):
         assert ('length' if 'max_epochs' in key else key) in line
 
 
-def test_what_a_checkpoint_holds_is_compared_as_it_was_written():
+def test_checkpoint_config_is_compared_as_text():
     """As text, tuples and all, and fitted to another number of GPUs."""
     now, before = load('upernet/convnext_t'), load('upernet/convnext_t')
     before.model.decode_head.in_channels = tuple(before.model.decode_head.in_channels)
@@ -128,7 +128,7 @@ def test_what_a_checkpoint_holds_is_compared_as_it_was_written():
     assert compare_settings(parse_config_literal(before.pretty_text), now, 'x.pth', False) is None
 
 
-def test_long_lists_are_cut():
+def test_long_lists_are_truncated():
     now = load('mask_rcnn/convnext_t')
     now.model.roi_head.bbox_head = {f'a{i}': i for i in range(30)}
     line = compare_settings(load('mask_rcnn/convnext_t'), now, 'x.pth', False)
@@ -155,7 +155,7 @@ def record(config, folder, start=None):
 
 @pytest.mark.parametrize('images', [4, 2])  # 2: gradients of two batches are added up
 @pytest.mark.parametrize('counted', ['epochs', 'iterations'])
-def test_settings_are_those_of_a_run_that_had_them_from_the_beginning(tmp_path, counted, images):
+def test_override_equals_run_with_these_settings_from_start(tmp_path, counted, images):
     first, other = run_config(counted, images), run_config(counted, images)
     for config in (first, other):
         config.default_hooks.checkpoint.interval = 1
@@ -179,7 +179,7 @@ def test_settings_are_those_of_a_run_that_had_them_from_the_beginning(tmp_path, 
     assert state['step'] == len(expected)  # the moments are the checkpoint's
 
 
-def test_other_groups_of_parameters_are_refused(tmp_path):
+def test_override_with_other_param_groups_is_refused(tmp_path):
     config = run_config('epochs', 4)
     record(copy.deepcopy(config), tmp_path / 'first')
     config.optim_wrapper.paramwise_cfg.decay_type = 'stage_wise'
@@ -222,7 +222,7 @@ def data(tmp_path_factory):
     return folder
 
 
-def test_by_the_tool(run_tool, tmp_path, data):
+def test_from_command_line(run_tool, tmp_path, data):
     (tmp_path / 'c.py').write_text(
         f"_base_ = '{CONFIGS}/demo/mask_rcnn.py'\n"
         'model = dict(backbone=dict(arch=dict(_delete_=True, depths=[1, 1, 1, 1], channels=[8, 16, 24, 32])), '

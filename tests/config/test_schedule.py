@@ -45,7 +45,7 @@ def lrs(config, epochs):
 
 
 @pytest.mark.parametrize('epochs', [1, 2, 3, 4, 5, 10, 20, 30, 299])
-def test_phases_follow_one_another_to_the_end(epochs):
+def test_scaled_schedulers_are_contiguous(epochs):
     config = stock(YOLOX)
     scale_schedule(config, epochs=epochs)
     phases = [(s.begin, s.end) for s in config.param_scheduler]
@@ -58,7 +58,7 @@ def test_phases_follow_one_another_to_the_end(epochs):
 
 
 @pytest.mark.parametrize('epochs', [1, 2, 3, 5, 7, 10, 20, 299])
-def test_a_cosine_over_the_second_half_ends_at_its_foot(epochs):
+def test_scaled_cosine_reaches_its_minimum(epochs):
     config = stock(RTMDET)
     config.param_scheduler[0].end = EPOCH  # of a data set of fifty batches
     scale_schedule(config, epochs=epochs)
@@ -70,7 +70,7 @@ def test_a_cosine_over_the_second_half_ends_at_its_foot(epochs):
     assert hook.switch_epoch == (round(280 * epochs / 300) if epochs > 9 else max(1, epochs - 1))
 
 
-def test_what_is_left_out_is_said():
+def test_removed_schedulers_are_reported():
     assert 'QuadraticWarmupLR, ConstantLR would last less than one epoch and are removed' in scale_schedule(
         stock(YOLOX), epochs=1
     )
@@ -82,7 +82,7 @@ def schedule(*schedulers, epochs=100):
 
 
 @pytest.mark.parametrize('epochs, warm', [(1, 0), (2, 1), (10, 1), (50, 2), (100, 5)])
-def test_a_warmup_that_steps_by_epochs_comes_to_its_end(epochs, warm):
+def test_epoch_based_warmup_reaches_full_lr(epochs, warm):
     init_default_scope('mmengine')
     config = schedule(dict(type='LinearLR', start_factor=0.1, by_epoch=True, begin=0, end=6))
     scale_schedule(config, epochs=epochs)
@@ -90,7 +90,7 @@ def test_a_warmup_that_steps_by_epochs_comes_to_its_end(epochs, warm):
     assert found[-1] == pytest.approx(1) and sum(lr < 0.99 for lr in found) == warm * EPOCH
 
 
-def test_restarts_keep_their_shares():
+def test_restart_periods_scale_proportionally():
     init_default_scope('mmengine')
     config = schedule(
         dict(type='CosineRestartLR', periods=[33, 2, 65], restart_weights=[1, 0.5, 0.25], eta_min=0, begin=0, end=100)
@@ -100,7 +100,7 @@ def test_restarts_keep_their_shares():
     assert lrs(config, 7)[2 * EPOCH] == pytest.approx(0.25)
 
 
-def test_what_models_and_hooks_count_moves_along():
+def test_model_and_hook_counts_are_scaled():
     config = stock('tood/tood_r50_fpn_1x_coco')
     scale_schedule(config, epochs=3)
     assert config.model.train_cfg.initial_epoch == 1
@@ -143,7 +143,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize('key', WRONG)
-def test_settings_of_the_wrong_kind(key):
+def test_wrong_value_types_are_refused(key):
     for value in WRONG[key]:
         for fit in (lambda config: scale_schedule(config, iters=50), lambda config: scale_batch(config, 1)):
             config = Config.fromfile(ROOT / 'configs/upernet/convnext_t.py')
@@ -158,7 +158,7 @@ def test_settings_of_the_wrong_kind(key):
             assert str(error.value).startswith(f'{key}') and ': give a' in str(error.value), error.value
 
 
-def test_settings_that_are_right():
+def test_valid_value_types_pass():
     config = Config.fromfile(ROOT / 'configs/upernet/convnext_t.py')
     config.train_cfg.val_interval = 1e9
     config.train_cfg.dynamic_intervals = [[10, 2], (20, 3)]
@@ -173,13 +173,13 @@ def test_settings_that_are_right():
 
 
 @pytest.mark.parametrize('value', ['abc', '', '0', '-1', '1.5', '²'])
-def test_processes_that_are_no_number(value, monkeypatch):
+def test_world_size_that_is_no_number_is_refused(value, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', value)
     with pytest.raises(UsageError, match=f"--launcher pytorch: WORLD_SIZE='{value}' is not a number of processes"):
         world_size_from_env('pytorch')
 
 
-def test_by_the_tool(run_tool):
+def test_from_command_line(run_tool):
     config = ROOT / 'configs/demo/upernet.py'
     process = run_tool('train.py', config, '--launcher', 'pytorch', WORLD_SIZE='abc')
     one_line_error(process, "WORLD_SIZE='abc'")

@@ -31,7 +31,7 @@ def logged(folder) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-def test_tensorboard_and_wandb_hold_what_the_log_holds(run_tool, data, short, tmp_path):
+def test_trackers_log_what_local_log_has(run_tool, data, short, tmp_path):
     arguments = [TRAIN, DEMO, '--work-dir', 'run', '--loggers', 'tensorboard', *(['wandb'] if WANDB else [])]
     options = [*short, 'train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'default_hooks.logger.interval=1']
     (tmp_path / 'private.py').write_text('')
@@ -109,7 +109,7 @@ def no_wandb(monkeypatch):
     monkeypatch.delenv('WANDB_PROJECT', raising=False)
 
 
-def test_what_a_config_names_stays(no_wandb, monkeypatch, tmp_path):
+def test_existing_backends_are_kept(no_wandb, monkeypatch, tmp_path):
     config = load('cascade/convnext_t')
     config.work_dir = 'work_dirs/a'
     add_trackers(config, [])
@@ -134,7 +134,7 @@ def test_what_a_config_names_stays(no_wandb, monkeypatch, tmp_path):
     assert own.visualizer.vis_backends == [dict(type='WandbVisBackend', commit=False)]
 
 
-def test_a_resumed_run_goes_on_in_wandb(no_wandb, tmp_path):
+def test_resumed_run_continues_wandb_run(no_wandb, tmp_path):
     def started(resumed: bool) -> str:
         config = load('upernet/convnext_t')
         config.work_dir = str(tmp_path)
@@ -177,6 +177,6 @@ def test_bad_input(run_tool, monkeypatch):
         one_line_error(process, '--loggers wandb', 'wandb login', 'WANDB_MODE=offline')
 
 
-def test_old_configs_find_the_backend_by_the_name_it_had():
+def test_old_backend_name_is_registered():
     assert VISBACKENDS.get('RunWandbVisBackend') is VISBACKENDS.get('NoCodeWandbVisBackend') is NoCodeWandbVisBackend
     assert convnext_dense.RunWandbVisBackend is NoCodeWandbVisBackend

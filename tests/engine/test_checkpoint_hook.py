@@ -40,13 +40,13 @@ def uninterrupted(tmp_path_factory):
     return runner
 
 
-def test_an_epoch_that_ends_within_a_step_is_saved_where_its_last_step_ends(uninterrupted):
+def test_epoch_ending_mid_step_is_saved_at_last_step_end(uninterrupted):
     metas = {n: load(f'{uninterrupted.work_dir}/epoch_{n}.pth')['meta'] for n in (1, 2, 3)}
     assert {n: (meta['epoch'], meta['iter']) for n, meta in metas.items()} == {1: (0, 4), 2: (2, 12), 3: (3, 18)}
 
 
 @pytest.mark.parametrize('epoch', [1, 2])
-def test_resumed_from_there_it_is_the_same_run(epoch, uninterrupted, tmp_path):
+def test_resume_from_last_step_end_equals_uninterrupted_run(epoch, uninterrupted, tmp_path):
     again = run(tmp_path, load_from=f'{uninterrupted.work_dir}/epoch_{epoch}.pth')
     again.train()
     assert again.iter == 18
@@ -63,7 +63,7 @@ class ParametersOfEvaluation(Hook):
         self.parameters[runner.epoch] = [p.detach().clone() for p in runner.model.parameters()]
 
 
-def test_the_parameters_saved_are_those_evaluated(tmp_path):
+def test_saved_parameters_equal_evaluated_ones(tmp_path):
     runner, hook = run(tmp_path, evaluates=True, checkpoint=dict(interval=1)), ParametersOfEvaluation()
     runner.register_hook(hook)
     runner.train()
@@ -76,7 +76,7 @@ def test_the_parameters_saved_are_those_evaluated(tmp_path):
 @pytest.mark.parametrize(
     'interval, iters', [(4, [4, 8, 12, 14]), (3, [4, 8, 12, 14]), (6, [4, 12, 14]), (5, [4, 8, 14]), (-1, [14])]
 )
-def test_iterations_within_a_step(interval, iters, tmp_path):
+def test_iter_checkpoint_due_mid_step(interval, iters, tmp_path):
     """Due at 3, before the first step ends, is nothing that could be saved; 14 is the end of the run."""
     train_cfg = dict(by_epoch=False, max_iters=14)
     run(tmp_path, train_cfg, checkpoint=dict(interval=interval, by_epoch=False)).train()
@@ -112,9 +112,7 @@ class SignalAt(Hook):
         ('val', 12, 9, 'interrupted.pth', 12),  # a step ends with the epoch
     ],
 )
-def test_a_signal_within_a_step_stops_the_run_where_the_step_ends(
-    mode, iters, interval, name, saved, uninterrupted, tmp_path
-):
+def test_signal_mid_step_stops_at_step_end(mode, iters, interval, name, saved, uninterrupted, tmp_path):
     runner = run(tmp_path / 'run', evaluates=True, checkpoint=dict(interval=interval))
     runner.register_hook(SignalAt(mode, iters), priority='VERY_HIGH')
     with pytest.raises(RunInterrupted, match=f'stopped by SIGTERM. Saved .*{name}; resume with --resume'):
@@ -128,7 +126,7 @@ def test_a_signal_within_a_step_stops_the_run_where_the_step_ends(
     assert_same_state(again, uninterrupted)
 
 
-def test_partial_gradients_of_an_earlier_version_are_refused(uninterrupted, tmp_path):
+def test_checkpoint_with_partial_gradients_is_refused(uninterrupted, tmp_path):
     checkpoint = load(f'{uninterrupted.work_dir}/epoch_1.pth')
     checkpoint['gradients'] = [{'weight': torch.ones(2)}]
     torch.save(checkpoint, tmp_path / 'interrupted.pth')
@@ -136,7 +134,7 @@ def test_partial_gradients_of_an_earlier_version_are_refused(uninterrupted, tmp_
         run(tmp_path / 'run', load_from=str(tmp_path / 'interrupted.pth')).train()
 
 
-def test_the_batch_partition_of_an_earlier_version_is_read(uninterrupted, tmp_path):
+def test_old_batch_partition_is_read(uninterrupted, tmp_path):
     checkpoint = load(f'{uninterrupted.work_dir}/epoch_1.pth')
     partition = checkpoint['meta'].pop('batch_partition')
     old_names = ('processes', 'images', 'accumulation', 'batches', 'samples', 'order')

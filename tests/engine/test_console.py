@@ -18,7 +18,7 @@ class EmptyModel(BaseModel):
         return {}
 
 
-def test_environment_config_and_hooks_of_a_run_are_in_its_file_and_not_on_the_console(tmp_path, capsys):
+def test_environment_config_and_hooks_go_to_log_file_only(tmp_path, capsys):
     runner = ResumableRunner(
         EmptyModel(),
         work_dir=str(tmp_path),
@@ -36,7 +36,7 @@ def test_environment_config_and_hooks_of_a_run_are_in_its_file_and_not_on_the_co
         assert line in file and line in console
 
 
-def test_without_a_log_file_the_console_has_everything(capsys):
+def test_console_shows_everything_without_log_file(capsys):
     logger = MMLogger('console-alone')
     log_details_to_file_only(logger)
     logger.info(FILE_ONLY[1] + 'of_the_config = 1')
@@ -45,7 +45,7 @@ def test_without_a_log_file_the_console_has_everything(capsys):
 
 
 @pytest.mark.parametrize('message', ['Config of 13 recipes', 'Hooks', 'System environment: fine'])
-def test_other_messages_stay_on_the_console(message, tmp_path, capsys):
+def test_other_messages_reach_console(message, tmp_path, capsys):
     logger = MMLogger(f'console-{message}', log_file=str(tmp_path / 'run.log'))
     log_details_to_file_only(logger)
     logger.log(logging.INFO, message)

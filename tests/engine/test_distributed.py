@@ -47,7 +47,7 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_end_with_the_weights_of_one(tmp_path):
+def test_two_ranks_train_to_same_weights_as_one(tmp_path):
     torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
     alone = trained(0, 1)
     for rank in range(2):

@@ -81,7 +81,7 @@ def break_images(data: Path, names, split='train') -> None:
 
 
 @pytest.mark.parametrize('more, n_bad, ends', [((), 1, 0), (('--max-unreadable', '3'), 3, 0), ((), 2, 1)])
-def test_images_that_cannot_be_read_are_named_counted_and_replaced(more, n_bad, ends, train, data, tmp_path):
+def test_unreadable_images_are_reported_and_replaced(more, n_bad, ends, train, data, tmp_path):
     break_images(data, range(2, 2 + n_bad))
     process = train(more=more, length='--iters=8')
     assert process.wait() == ends, process.output
@@ -96,7 +96,7 @@ def test_images_that_cannot_be_read_are_named_counted_and_replaced(more, n_bad, 
 
 
 @pytest.mark.parametrize('ending', IMAGE_SUFFIXES)
-def test_every_image_that_a_data_set_may_hold_is_seen_to_be_broken(ending, tmp_path):
+def test_read_error_for_every_image_suffix(ending, tmp_path):
     for name in (f'a{ending}', f'b{ending.upper()}'):
         (tmp_path / name).write_bytes(b'no image')
         assert read_error(str(tmp_path / name)) == 'not a valid image'
@@ -104,14 +104,14 @@ def test_every_image_that_a_data_set_may_hold_is_seen_to_be_broken(ending, tmp_p
     assert read_error(str(tmp_path / 'c.npy')) is None  # read by a pipeline of its own
 
 
-def test_an_image_of_the_evaluation_is_not_replaced(train, data):
+def test_unreadable_evaluation_image_is_an_error(train, data):
     break_images(data, [1], 'val')
     process = train()
     assert process.wait() == 1
     assert last_line(process).startswith('error: ') and last_line(process).endswith('000001.png: the file is empty')
 
 
-def test_a_data_worker_that_is_killed_ends_the_run_with_its_cause(train, tmp_path):
+def test_killed_dataloader_worker_is_diagnosed(train, tmp_path):
     process = train(length='--iters=4000')
     wait_until_it_trains(process)
     children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
@@ -124,7 +124,7 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_its_cause(train, tmp_pat
     assert not left_of(process.pid)
 
 
-def test_a_signal_of_a_dead_worker_during_the_diagnosis_is_diagnosed_itself(tmp_path, monkeypatch):
+def test_worker_signal_during_diagnosis_is_diagnosed(tmp_path, monkeypatch):
     errors_of_worker = [RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. ')]
 
     def interrupted(error, *args):
@@ -140,7 +140,7 @@ def test_a_signal_of_a_dead_worker_during_the_diagnosis_is_diagnosed_itself(tmp_
         planned_run([1.0] * 4, tmp_path, hooks=[Caller(1, disconnect)]).train()
 
 
-def test_nothing_is_left_of_a_run_that_is_killed(train, data):
+def test_killed_run_leaves_no_processes(train, data):
     """Also of workers that write more than a pipe holds, which nobody reads any more."""
     shutil.rmtree(data)
     toy_shapes.write(data, train=24, val=2, size=256)
@@ -154,7 +154,7 @@ def test_nothing_is_left_of_a_run_that_is_killed(train, data):
     assert process.wait() == -signal.SIGKILL and not left_of(process.pid)
 
 
-def test_workers_are_watched_however_they_are_started(tmp_path):
+def test_workers_exit_with_parent_for_every_start_method(tmp_path):
     for method in ('fork', 'spawn', 'forkserver'):
         code = (
             'import time\n'
@@ -178,7 +178,7 @@ def test_workers_are_watched_however_they_are_started(tmp_path):
 @pytest.mark.parametrize(
     'lost', [ConnectionResetError(104, 'Connection reset by peer'), EOFError(), FileNotFoundError(2, 'No such file')]
 )
-def test_a_data_worker_that_is_not_yet_seen_as_dead_is_named_as_well(lost):
+def test_worker_disconnect_is_diagnosed(lost):
     batches = iter(DataLoader(list(range(8)), num_workers=1))
     batches._data_queue = Mock(get=Mock(side_effect=lost))
     with pytest.raises(type(lost)) as caught:
@@ -187,7 +187,7 @@ def test_a_data_worker_that_is_not_yet_seen_as_dead_is_named_as_well(lost):
 
 
 @pytest.mark.parametrize('world', [1, 2])
-def test_a_connection_that_is_lost_is_another_process_only_where_there_are_some(world, monkeypatch):
+def test_lost_connection_means_peer_only_if_distributed(world, monkeypatch):
     monkeypatch.setattr('convnext_dense.engine.failures.get_world_size', lambda: world)
     gone = 'lost connection to another rank'
     of_gloo = RuntimeError('[gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:31445')
@@ -229,7 +229,7 @@ def two_ranks(train, options=()):
 
 
 @pytest.mark.parametrize('killed', [0, 1])
-def test_a_rank_that_is_killed_ends_the_other(killed, train):
+def test_killed_rank_ends_other_ranks(killed, train):
     ranks = two_ranks(train)
     wait_until_it_trains(ranks[0])
     os.kill(ranks[killed].pid, signal.SIGKILL)
@@ -251,7 +251,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 
 @pytest.mark.parametrize('killed', ['torchrun', 'rank'])
-def test_nothing_is_left_where_torchrun_or_one_of_its_ranks_is_killed(killed, data, tmp_path):
+def test_killed_torchrun_or_rank_leaves_no_processes(killed, data, tmp_path):
     (tmp_path / 'start.py').write_text(TORCHRUN)
     options = [*SMALL, *DDP, 'train_dataloader.num_workers=2']
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', '--rdzv-backend=c10d']
@@ -278,7 +278,7 @@ def test_nothing_is_left_where_torchrun_or_one_of_its_ranks_is_killed(killed, da
     assert words in log.read_text(), log.read_text()[-3000:]
 
 
-def test_the_cause_of_another_rank_is_named(train, tmp_path):
+def test_error_of_other_rank_is_reported(train, tmp_path):
     ranks = two_ranks(train)
     wait_until_it_trains(ranks[0])
     children = Path(f'/proc/{ranks[1].pid}/task/{ranks[1].pid}/children').read_text().split()
@@ -289,7 +289,7 @@ def test_the_cause_of_another_rank_is_named(train, tmp_path):
     assert not left_of(*(rank.pid for rank in ranks))
 
 
-def test_a_signal_to_one_rank_stops_both_with_one_checkpoint(train, tmp_path):
+def test_signal_to_one_rank_stops_all_with_one_checkpoint(train, tmp_path):
     ranks = two_ranks(train)
     wait_until_it_trains(ranks[0])
     os.killpg(ranks[1].pid, signal.SIGTERM)
@@ -306,7 +306,7 @@ def test_a_signal_to_one_rank_stops_both_with_one_checkpoint(train, tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason='mounts a small disk')
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(train, tmp_path):
+def test_full_disk_skips_checkpoint_and_continues(train, tmp_path):
     disk = tmp_path / 'disk'
     disk.mkdir()
     if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=100m', 'none', disk], capture_output=True).returncode:
@@ -340,7 +340,7 @@ NAN, INF = float('nan'), float('inf')
 
 
 @pytest.mark.parametrize('wrong', [NAN, INF, 0.0])
-def test_updates_by_no_numbers_are_left_out_and_stop_the_run_in_the_end(wrong, tmp_path):
+def test_nonfinite_steps_are_skipped_and_finally_stop_the_run(wrong, tmp_path):
     fine = planned_run([1.0] * 4, tmp_path / 'fine')
     fine.train()
     runner = planned_run([1.0] * 4 + [1.0, wrong] * 5 + [1.0] * 2, tmp_path / 'run')
@@ -359,7 +359,7 @@ def test_updates_by_no_numbers_are_left_out_and_stop_the_run_in_the_end(wrong, t
     assert steps == {2}
 
 
-def test_single_wrong_updates_are_said_and_the_run_goes_on(tmp_path):
+def test_single_nonfinite_steps_are_reported_and_training_continues(tmp_path):
     runner = planned_run([1.0, 1.0, NAN, 1.0, 1.0, 1.0, 1.0, 1.0], tmp_path)
     runner.train()
     assert all(t.isfinite().all() for t in runner.model.state_dict().values())
@@ -367,7 +367,7 @@ def test_single_wrong_updates_are_said_and_the_run_goes_on(tmp_path):
     assert log.count('Non-finite loss or gradient (image_2.png, image_3.png): optimizer step skipped') == 1
 
 
-def test_with_batches_added_up_a_wrong_one_costs_its_update(tmp_path):
+def test_nonfinite_batch_skips_its_accumulated_step(tmp_path):
     plan = [1.0] * 8 + [NAN] + [1.0] * 7
     runner = planned_run(plan, tmp_path, accumulative_counts=4)
     runner.train()
@@ -375,14 +375,14 @@ def test_with_batches_added_up_a_wrong_one_costs_its_update(tmp_path):
     assert steps == {1} and all(t.isfinite().all() for t in runner.model.state_dict().values())
 
 
-def test_health_checks_can_be_switched_off(tmp_path):
+def test_health_check_false(tmp_path):
     runner = planned_run([1.0, 1.0, NAN, 1.0, 1.0, 1.0], tmp_path, cfg=dict(health_check=False))
     runner.train()
     assert any(not t.isfinite().all() for t in runner.model.state_dict().values())
     assert 'Non-finite' not in next(tmp_path.glob('*/*.log')).read_text()
 
 
-def test_without_health_checks_a_signal_still_saves(tmp_path):
+def test_signal_saves_without_health_check(tmp_path):
     def terminate(runner):
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -392,7 +392,7 @@ def test_without_health_checks_a_signal_still_saves(tmp_path):
     assert torch.load(tmp_path / 'interrupted.pth', weights_only=False)['meta']['iter'] == 2
 
 
-def test_averages_of_the_weights_see_nothing_of_a_wrong_batch(tmp_path):
+def test_ema_ignores_nonfinite_batch(tmp_path):
     runner = planned_run([1.0, 1.0, NAN, 1.0, 1.0, 1.0], tmp_path, hooks=[dict(type='EMAHook', update_buffers=True)])
     runner.train()
     saved = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)
@@ -411,7 +411,7 @@ def test_averages_of_the_weights_see_nothing_of_a_wrong_batch(tmp_path):
         ([0.0] * 98, 2, 0),
     ],
 )
-def test_a_loss_of_0_for_long_is_said_once(losses, accumulated, warnings, tmp_path, monkeypatch):
+def test_long_zero_loss_warns_once(losses, accumulated, warnings, tmp_path, monkeypatch):
     plan = [factor for factor in losses for _ in range(2)]  # two images a batch
     runner, lines = planned_run(plan, tmp_path, model='Scaled', accumulative_counts=accumulated), []
     monkeypatch.setattr(runner.logger, 'warning', lambda line, *_: lines.append(line))
@@ -432,7 +432,7 @@ class Caller(Hook):
             self.call(runner)
 
 
-def test_a_pipeline_that_a_hook_sets_is_the_one_that_is_used(tmp_path):
+def test_pipeline_set_by_hook_is_used(tmp_path):
     used = []
 
     def other(info):
@@ -446,7 +446,7 @@ def test_a_pipeline_that_a_hook_sets_is_the_one_that_is_used(tmp_path):
     assert used[-1] == 'image_7.png' and len(used) >= 4
 
 
-def test_parts_given_as_classes_are_ours_too(tmp_path):
+def test_overrides_apply_to_types_given_as_classes(tmp_path):
     runner = planned_run([1.0] * 4, tmp_path, train_cfg=dict(type=EpochBasedTrainLoop, max_epochs=1))
     runner.register_hook(dict(type=CheckpointHook, interval=1))
     runner.train()
@@ -454,13 +454,13 @@ def test_parts_given_as_classes_are_ours_too(tmp_path):
     assert not any(type(hook) is CheckpointHook for hook in runner.hooks)
 
 
-def test_data_without_a_whole_batch_are_refused(tmp_path):
+def test_training_set_smaller_than_batch_is_refused(tmp_path):
     runner = planned_run([1.0], tmp_path, train_cfg=dict(by_epoch=False, max_iters=2), loader=dict(drop_last=True))
     with pytest.raises(UsageError, match='smaller than one batch'):
         runner.train()
 
 
-def test_a_run_without_a_seed_of_its_own_goes_on_with_the_one_it_drew(tmp_path):
+def test_resume_restores_drawn_seed(tmp_path):
     first = planned_run([1.0] * 8, tmp_path / 'first', seed=None)
     first.train()
     register_checkpoint_loader()
@@ -472,7 +472,7 @@ def test_a_run_without_a_seed_of_its_own_goes_on_with_the_one_it_drew(tmp_path):
     assert again.train_loop.dataloader.batch_sampler.sampler.seed == first.seed
 
 
-def test_out_of_memory_names_the_knobs_and_what_they_save():
+def test_out_of_memory_lists_options_and_savings():
     backbone = ConvNeXt(dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32)))
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
@@ -490,7 +490,7 @@ def test_out_of_memory_names_the_knobs_and_what_they_save():
 
 
 @pytest.mark.parametrize('settings', [{}, dict(with_cp=True, cp_scope='mlp'), dict(with_cp=True)], ids=str)
-def test_bytes_kept_for_the_backward_pass_are_those_of_a_real_one(settings, monkeypatch):
+def test_saved_activation_bytes_equal_measured(settings, monkeypatch):
     monkeypatch.setattr('convnext_dense.ops.dispatch._disabled_depth', 1)  # the plain form, as on a GPU
     backbone = ConvNeXt(dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32)), **settings).train()
     storages = {}
@@ -509,7 +509,7 @@ def test_bytes_kept_for_the_backward_pass_are_those_of_a_real_one(settings, monk
     assert sizes[0] > 2 * sizes[1] and sizes[1] > 1.1 * sizes[2]
 
 
-def test_keep_and_max_bad_images_say_what_they_cannot_use():
+def test_invalid_retention_and_unreadable_limits_are_refused():
     from mmengine.config import Config
 
     for given in ('-1', '1.5', '200%', 'few'):
@@ -534,14 +534,14 @@ def test_keep_and_max_bad_images_say_what_they_cannot_use():
     assert (hook.max_keep_ckpts, hook.save_best, hook.rule) == (2, 'mIoU', 'greater')
 
 
-def test_keep_keeps_the_last_and_the_best(train, tmp_path):
+def test_max_keep_ckpts_keeps_last_and_best(train, tmp_path):
     process = train('default_hooks.checkpoint.interval=1', 'train_cfg.val_interval=2', more=('--max-keep-ckpts', '2'))
     assert process.wait() == 0, process.output
     found = sorted(path.name for path in (tmp_path / 'run').glob('*.pth'))
     assert found[1:] == ['iter_6.pth', 'iter_8.pth'] and found[0].startswith('best_mIoU_iter_'), found
 
 
-def test_one_line_of_an_error_out_of_a_worker():
+def test_one_line_of_worker_error():
     error = TrainingError(
         'Caught UnreadableImage in DataLoader worker process 0.\nOriginal Traceback\n'
         'convnext_dense.errors.UnreadableImageError: /data/1.png: the file is empty\n'

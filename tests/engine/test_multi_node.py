@@ -125,7 +125,7 @@ def log_of(run: Path) -> tuple[list[dict], str]:
 
 
 @pytest.mark.slow
-def test_two_nodes_write_once_and_evaluate_together(place, trained):
+def test_two_nodes_write_once_and_evaluate_jointly(place, trained):
     folder, env = place
     assert (folder / 'saves').read_text() == '0' and [f.name for f in trained.glob('*.pth')] == ['iter_2.pth']
     assert len([path for path in trained.iterdir() if path.is_dir()]) == 1
@@ -142,7 +142,7 @@ def test_two_nodes_write_once_and_evaluate_together(place, trained):
 
 
 @pytest.mark.slow
-def test_the_slurm_script_goes_on_from_the_last_checkpoint(place, trained):
+def test_slurm_script_resumes_last_checkpoint(place, trained):
     folder, env = place
     saves = (folder / 'saves').read_text()
     command = [ROOT / 'tools/slurm_train.sh', DEMO, '--work-dir', trained, '--cfg-options', *OPTIONS, *ON_CPU]
@@ -174,7 +174,7 @@ def job(place, tmp_path):
     return start
 
 
-def test_slurm_near_the_end_of_its_time(job, tmp_path):
+def test_slurm_time_limit(job, tmp_path):
     process = job("trap 'sleep 1; touch saved; exit 143' TERM; touch begun; for i in {1..600}; do sleep 0.1; done")
     while not (tmp_path / 'begun').exists():
         time.sleep(0.05)
@@ -186,27 +186,27 @@ def test_slurm_near_the_end_of_its_time(job, tmp_path):
 
 
 @pytest.mark.parametrize('code', [0, 2, 7])
-def test_slurm_ends_with_the_trainings_code_and_is_not_queued_again(job, tmp_path, code):
+def test_slurm_exit_code_without_requeue(job, tmp_path, code):
     assert job(f'exit {code}', SLURM_JOB_NUM_NODES='4', SLURM_NTASKS_PER_NODE='1').wait(timeout=30) == code
     (call,) = (tmp_path / 'calls').read_text().splitlines()
     assert call.startswith('srun --ntasks=4 ')
 
 
-def test_scripts_without_what_they_need():
+def test_scripts_report_missing_settings():
     for script in ('dist_train.sh', 'slurm_train.sh'):
         subprocess.run(['bash', '-n', ROOT / 'tools' / script], check=True)
     process = subprocess.run(['bash', ROOT / 'tools/slurm_train.sh', 'c.py'], capture_output=True, text=True, env={})
     assert process.returncode and 'start this by sbatch' in process.stderr.splitlines()[-1]
 
 
-def test_resume_of_nothing_starts_anew_with_its_own_weights(tmp_path):
+def test_resume_auto_without_run_starts_from_load_from(tmp_path):
     """As a job does that is submitted with --resume from its first start on."""
     config = Config(dict(work_dir=str(tmp_path / 'new'), load_from='fine.pth', resume=False))
     assert set_resume(config, 'auto') is None
     assert config.load_from == 'fine.pth' and not config.resume
 
 
-def test_the_pages_table_is_what_train_does():
+def test_docs_table_matches_train_behavior():
     rows = re.findall(r'^\| +(\d+) \| +(\d+) \| +(\d+) \| +(\d+) \| +(\d+) \|$', PAGE, re.MULTILINE)
     assert [int(row[0]) for row in rows] == [1, 2, 4, 8, 16, 32, 64]
     for row in rows:
@@ -220,7 +220,7 @@ def test_the_pages_table_is_what_train_does():
             assert (level == logging.WARNING) == (total != 16) and f'total batch {total}' in line
 
 
-def test_links_and_names_of_the_page():
+def test_docs_page_links_and_names():
     for target in re.findall(r'\]\((?!https?:)([^)#]+)\)', PAGE):
         assert (ROOT / 'docs' / target).exists(), target
     for tool in set(re.findall(r'tools/(\w+\.\w+)', PAGE)):

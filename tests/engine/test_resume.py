@@ -93,7 +93,7 @@ def killed_before_it_is_pointed_at(train, tmp_path):
     return tmp_path / 'run'
 
 
-def test_killed_before_the_first_checkpoint_is_pointed_at(killed_before_it_is_pointed_at, train, whole):
+def test_killed_before_last_checkpoint_file_is_written(killed_before_it_is_pointed_at, train, whole):
     again = train('mask_rcnn', killed_before_it_is_pointed_at, '--resume')
     assert again.wait() == 0 and 'resumed epoch: 0, iter: 4' in again.output, again.output
     assert_same(weights(killed_before_it_is_pointed_at / LAST['mask_rcnn']), whole('mask_rcnn')[0])
@@ -114,7 +114,7 @@ def at_iteration(process, n: int):
 @pytest.mark.parametrize(
     'task, number, code', [('mask_rcnn', signal.SIGTERM, 143), ('upernet', signal.SIGINT, 130)], ids=['epochs', 'iters']
 )
-def test_a_signal_saves_and_leaves_and_the_run_goes_on(task, number, code, train, whole, tmp_path):
+def test_signal_saves_and_run_resumes(task, number, code, train, whole, tmp_path):
     work_dir = tmp_path / 'run'
     first = train(task, work_dir)
     at_iteration(first, 9)
@@ -135,7 +135,7 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on(task, number, code, train
 
 
 @pytest.mark.parametrize('task', TASKS)
-def test_killed_between_a_checkpoint_and_its_evaluation(task, train, whole, tmp_path):
+def test_killed_between_checkpoint_and_evaluation(task, train, whole, tmp_path):
     work_dir = tmp_path / 'run'
     first = train(task, work_dir)
     last = work_dir / 'last_checkpoint'
@@ -169,7 +169,7 @@ def kill_while_writing(work_dir: Path, count: int, process, last: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('task', TASKS)
-def test_killed_at_fifty_instants(task, train, whole, tmp_path):
+def test_killed_at_fifty_random_times(task, train, whole, tmp_path):
     """Half of them at random, half as soon as a checkpoint is being written. One line each in kills.txt."""
     wanted, seconds = whole(task)
     rng, report = random.Random(0), []
@@ -199,7 +199,7 @@ def test_killed_at_fifty_instants(task, train, whole, tmp_path):
 
 
 @pytest.mark.parametrize('place', ['before', 'written', 'moved'])
-def test_a_kill_while_a_file_is_written_leaves_a_whole_one(place, tmp_path):
+def test_kill_during_write_leaves_complete_file(place, tmp_path):
     path = tmp_path / 'epoch_1.pth'
     path.write_bytes(b'old' * 1000)
     child = os.fork()
@@ -220,7 +220,7 @@ def test_a_kill_while_a_file_is_written_leaves_a_whole_one(place, tmp_path):
     assert path.read_bytes() == (b'new' if place == 'moved' else b'old') * 1000
 
 
-def test_no_room_keeps_what_was_there_and_says_what_is_missing(tmp_path, monkeypatch):
+def test_disk_full_keeps_old_file_and_reports_missing_space(tmp_path, monkeypatch):
     path = tmp_path / 'epoch_1.pth'
     path.write_bytes(b'old')
 
@@ -234,7 +234,7 @@ def test_no_room_keeps_what_was_there_and_says_what_is_missing(tmp_path, monkeyp
     assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['epoch_1.pth']
 
 
-def test_draws_follow_from_seed_and_place_alone():
+def test_augmentations_depend_on_seed_and_position_only():
     class Data:
         metainfo, size = {}, 5
 
@@ -262,7 +262,7 @@ def test_draws_follow_from_seed_and_place_alone():
     assert draw == 4 and draw.seed_key == (1, 2)
 
 
-def test_seeds_of_neighbours_are_unlike():
+def test_neighboring_seeds_are_independent():
     def drawn(*key):
         seed_everything(*key)
         return [random.random(), float(np.random.rand()), float(torch.rand(1))]
@@ -275,7 +275,7 @@ def test_seeds_of_neighbours_are_unlike():
 
 
 @pytest.mark.parametrize('started', [True, False])
-def test_a_loader_that_is_opened_before_its_run_is_resumed_takes_nothing(started):
+def test_unstarted_batch_sampler_yields_nothing(started):
     draws = SeededSampler(range(10), dict(type='InfiniteSampler', shuffle=False), seed=0)
     batches = ResumableBatchSampler(draws, 2, started=started)
     assert next(iter(batches), None) == ([0, 1] if started else None)
@@ -301,7 +301,7 @@ def partition(world_size, batch_size, accumulation_steps, num_images=96):
         (partition(8, 2, 1), partition(4, 2, 1), 0, 100, False, 100),
     ],
 )
-def test_counts_of_another_partition(old, new, epoch, iteration, by_epoch, expected):
+def test_convert_progress(old, new, epoch, iteration, by_epoch, expected):
     assert convert_progress(epoch, iteration, old, new, by_epoch)[0] == expected
 
 
@@ -314,18 +314,18 @@ def test_counts_of_another_partition(old, new, epoch, iteration, by_epoch, expec
         (partition(8, 2, 1), partition(4, 2, 1), 2, 14, True, 'total batch was 16, now it is 8'),
     ],
 )
-def test_counts_that_cannot_be_carried_over(old, new, epoch, iteration, by_epoch, word):
+def test_convert_progress_refuses(old, new, epoch, iteration, by_epoch, word):
     with pytest.raises(UsageError, match=word):
         convert_progress(epoch, iteration, old, new, by_epoch)
 
 
 @pytest.mark.parametrize('samples, by_epoch, same', [(96, True, True), (100, True, False), (100, False, True)])
-def test_what_is_said_of_another_layout_is_true(samples, by_epoch, same):
+def test_messages_about_changed_partition_are_true(samples, by_epoch, same):
     _, note = convert_progress(1, 10, partition(8, 2, 1, samples), partition(4, 2, 2, samples), by_epoch)
     assert ('each optimizer step sees the same images' in note) == same
 
 
-def test_updates_of_another_layout_see_the_same_images():
+def test_steps_of_changed_partition_see_same_images():
     """Plain batches: the images of update k are the same on one process and on four."""
 
     def images(processes, n_images, accumulation, update):

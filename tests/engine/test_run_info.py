@@ -25,7 +25,7 @@ def log_dir(tmp_path):
     return session(tmp_path)
 
 
-def test_a_session_writes_its_facts(log_dir):
+def test_session_writes_run_json(log_dir):
     info = read_run_info(log_dir)
     assert (info.world_size, info.batch_size, info.accumulation_steps, info.total_batch) == (1, 2, 2, 4)
     assert (info.by_epoch, info.max_epochs, info.max_iters, info.iters_per_epoch) == (True, 1, 4, 4)
@@ -35,7 +35,7 @@ def test_a_session_writes_its_facts(log_dir):
     assert info.versions['convnext_dense'] == convnext_dense.__version__
 
 
-def test_a_resumed_session_says_where_it_starts(tmp_path):
+def test_resumed_session_records_start(tmp_path):
     planned_run([1.0] * 8, tmp_path / 'first').train()
     path = str(tmp_path / 'first/epoch_1.pth')
     twice = dict(by_epoch=True, max_epochs=2)
@@ -44,13 +44,13 @@ def test_a_resumed_session_says_where_it_starts(tmp_path):
     assert (info.start_epoch, info.start_iter, info.max_iters) == (1, 4, 8)
 
 
-def test_lengths_in_iterations(tmp_path):
+def test_iteration_based_length(tmp_path):
     planned_run([1.0] * 8, tmp_path, train_cfg=BY_ITER).train()
     info = read_run_info(session(tmp_path))
     assert (info.by_epoch, info.max_epochs, info.max_iters) == (False, None, 4)
 
 
-def test_the_learning_rate_of_each_layer_is_that_before_warmup(start_tool, data, tmp_path):
+def test_layer_lrs_are_those_before_warmup(start_tool, data, tmp_path):
     config = 'configs/demo/upernet.py'
     args = ['--work-dir', tmp_path / 'run', '--iters=1', '--cfg-options', 'train_dataloader.batch_size=4']
     process = start_tool(
@@ -72,7 +72,7 @@ def test_the_learning_rate_of_each_layer_is_that_before_warmup(start_tool, data,
         assert group.name == f'layer_{group.layer_id}_{"decay" if group.weight_decay else "no_decay"}'
 
 
-def test_a_session_without_the_file_and_one_of_a_later_version(log_dir, tmp_path):
+def test_missing_file_and_unknown_keys(log_dir, tmp_path):
     assert read_run_info(tmp_path) is None
     info = read_run_info(log_dir)
     content = json.loads((log_dir / 'run.json').read_text())
@@ -84,14 +84,14 @@ def test_a_session_without_the_file_and_one_of_a_later_version(log_dir, tmp_path
     'text',
     ['', '{', '[]', '{}', 'null', '[' * 10000, '{"param_groups": [3]}', '{"param_groups": {}}'],
 )
-def test_a_damaged_file_is_named(text, log_dir):
+def test_damaged_file_is_reported(text, log_dir):
     (log_dir / 'run.json').write_text(text)
     with pytest.raises(UsageError, match='run.json is damaged'):
         read_run_info(log_dir)
 
 
 @pytest.mark.parametrize('key, value', [('world_size', '8'), ('batch_size', 1.5), ('versions', []), ('by_epoch', 1)])
-def test_values_of_another_type_are_damage(key, value, log_dir):
+def test_values_of_wrong_type_are_damage(key, value, log_dir):
     content = json.loads((log_dir / 'run.json').read_text())
     (log_dir / 'run.json').write_text(json.dumps(content | {key: value}))
     with pytest.raises(UsageError, match=key):

@@ -34,7 +34,7 @@ def test_features_equal_the_originals():
         np.testing.assert_allclose(found.detach().numpy(), reference[f'stage{i}'], rtol=0, atol=1e-5)
 
 
-def test_plain_forward_written_from_the_paper():
+def test_forward_equals_reference_from_the_paper():
     """The whole forward once more with other operations: einsum for the Linears, explicit means for the norms."""
     model = filled(small()).eval()
     p = dict(model.named_parameters())
@@ -165,7 +165,7 @@ def test_v2_starts_as_the_identity_of_its_norm_and_keeps_half_precision():
 
 @pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (0,), (3,), [2], (1, 3), 2, -1, (-4, -1), (3, 0), [0, 1]])
 @pytest.mark.parametrize('settings', [{}, dict(with_cp=True), dict(with_cp=True, cp_scope='mlp')], ids=str)
-def test_chosen_stages_come_out_and_every_parameter_gets_a_gradient(out_indices, settings):
+def test_out_indices_and_gradients_of_every_parameter(out_indices, settings):
     given = copy.deepcopy(out_indices)
     model = small(out_indices=out_indices, drop_path_rate=0.0, **settings)
     assert out_indices == given and type(out_indices) is type(given)
@@ -181,7 +181,7 @@ def test_chosen_stages_come_out_and_every_parameter_gets_a_gradient(out_indices,
         torch.testing.assert_close(m, whole(image)[i])
 
 
-def test_a_list_of_negative_stages_is_left_as_given():
+def test_out_indices_list_is_not_modified():
     given = [-1, -3]
     model = small(out_indices=given)
     assert given == [-1, -3] and [m.shape[1] for m in model(torch.randn(1, 3, 32, 32))] == [64, 16]
@@ -372,7 +372,7 @@ def test_out_channels_and_strides_are_those_of_the_outputs(out_indices):
     assert [(96 // stride, 64 // stride) for stride in model.out_strides] == [tuple(m.shape[2:]) for m in maps]
 
 
-def test_found_from_other_scopes_and_beside_a_namesake():
+def test_registered_in_other_scopes_and_next_to_namesake():
     """Found without a prefix from a library's registry, and with one where the library has a ConvNeXt of its own."""
     library = Registry('model', parent=MODELS, scope='some_library')
     assert library.get('ConvNeXt') is ConvNeXt

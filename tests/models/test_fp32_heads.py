@@ -36,7 +36,7 @@ class Recorder(torch.nn.Module):
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-def test_a_roi_keeps_its_place(dtype):
+def test_roi_coordinates_stay_exact(dtype):
     settings = dict(
         roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0), out_channels=8, featmap_strides=[4, 8]
     )
@@ -58,7 +58,7 @@ def test_a_roi_keeps_its_place(dtype):
     assert features.dtype == torch.float32 and torch.equal(features, plain)
 
 
-def test_any_layout_of_the_maps_gives_the_same_features():
+def test_any_memory_format_gives_same_features():
     module = FP32RoIExtractor(
         roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0), out_channels=8, featmap_strides=[4]
     )
@@ -67,7 +67,7 @@ def test_any_layout_of_the_maps_gives_the_same_features():
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-def test_proposals_lie_where_fp32_puts_them(dtype, monkeypatch):
+def test_proposals_equal_fp32(dtype, monkeypatch):
     config = load('cascade/convnext_t').model
     settings = {k: v for k, v in config.rpn_head.items() if k != 'type'} | dict(test_cfg=config.test_cfg.rpn)
     torch.manual_seed(0)

@@ -74,7 +74,7 @@ def plain(model, image: np.ndarray, long: int, short: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize('size', [(150, 233), (211, 140), (160, 160)], ids=str)
-def test_equal_to_a_plain_implementation(size, tmp_path):
+def test_equals_reference_implementation(size, tmp_path):
     config = small_segmentor()
     set_multiscale(config)
     model = built(config)
@@ -178,7 +178,7 @@ def test_memory_does_not_grow_with_the_views(tmp_path):
     assert twelve < 1.3 * one, (twelve, one)
 
 
-def test_by_the_tool(run_tool, tmp_path):
+def test_from_command_line(run_tool, tmp_path):
     data = tmp_path / 'shapes'
     toy_shapes.write(data, train=2, val=3, size=64)
     config = small_segmentor()
@@ -198,7 +198,7 @@ def test_by_the_tool(run_tool, tmp_path):
         np.testing.assert_array_equal(found, expected + 1)
 
 
-def test_where_there_is_no_multiscale(run_tool, tmp_path):
+def test_multiscale_refusals(run_tool, tmp_path):
     torch.save({}, tmp_path / 'w.pth')
     data = tmp_path / 'shapes'
     toy_shapes.write(data, train=2, val=2, size=64)

@@ -153,7 +153,7 @@ class Aliased(nn.Module):
         Aliased,
     ],
 )
-def test_found_wherever_it_sits(wrap):
+def test_backbone_in_any_wrapper_gets_same_lrs(wrap):
     model = Segmentor(ConvNeXt('atto'))
     groups = built(model)
     plain = {id(p): groups[id(p)]['lr'] for p in model.backbone.parameters()}
@@ -162,7 +162,7 @@ def test_found_wherever_it_sits(wrap):
     assert len(set(plain.values())) == 7  # ids 0 to 6: N is 5 for two blocks a stage and six in the third
 
 
-def test_what_wrappers_add_to_names_is_passed_over():
+def test_wrapper_prefixes_in_names_are_ignored():
     backbone = ConvNeXt('tiny')
     for name, expected in [
         ('downsample_layers.0.1.weight', 0),
@@ -175,7 +175,7 @@ def test_what_wrappers_add_to_names_is_passed_over():
         assert backbone.layer_id(name) == expected, name
 
 
-def test_found_behind_distributed_data_parallel(tmp_path):
+def test_backbone_in_ddp_gets_same_lrs(tmp_path):
     model = Segmentor(ConvNeXt('atto'))
     plain = built(model)
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
@@ -202,12 +202,12 @@ def test_any_number_of_stages():
         assert max(in_order) == model.num_layers == top - 1
 
 
-def test_the_stages_left_unbuilt_still_count():
+def test_unbuilt_stages_count_as_layers():
     ids, top = layer_ids(ConvNeXt('tiny', out_indices=(0, 1)), 'layer_wise')
     assert top == 7 and ids['stages.1.0.gamma'] == 2
 
 
-def test_raises_where_no_backbone_is():
+def test_model_without_backbone_is_refused():
     with pytest.raises(UsageError, match='no backbone.*ConvNeXt'):
         built(nn.Sequential(nn.Conv2d(3, 8, 3)))
     with pytest.raises(UsageError, match='different depth'):
@@ -248,7 +248,7 @@ def test_bad_settings(paramwise, word):
 
 @pytest.mark.parametrize('value', ['abc', -1.0, float('nan'), float('inf'), True], ids=repr)
 @pytest.mark.parametrize('key', ['lr', 'weight_decay', 'bias_lr_mult', 'norm_decay_mult', 'lr_mult', 'decay_mult'])
-def test_numbers_that_no_optimizer_takes(key, value):
+def test_invalid_optimizer_numbers_are_refused(key, value):
     cfg = config()
     cfg['optimizer'] = dict(type='AdamW', lr=1e-4, weight_decay=0.05)
     if key in cfg['optimizer']:
@@ -267,7 +267,7 @@ def test_a_custom_key_is_a_part_of_a_name():
         build_optim_wrapper(ConvNeXt('atto'), cfg)
 
 
-def test_an_lr_is_needed():
+def test_missing_lr_is_refused():
     cfg = config()
     del cfg['optimizer']['lr']
     with pytest.raises(UsageError, match='no lr'):
@@ -279,7 +279,7 @@ class OtherOptimWrapper(OptimWrapper):
     pass
 
 
-def test_the_type_of_the_wrapper_is_kept():
+def test_wrapper_type_is_preserved():
     for settings, expected in [
         (dict(type='OtherOptimWrapper'), OtherOptimWrapper),
         (dict(type=OtherOptimWrapper), OtherOptimWrapper),
@@ -303,7 +303,7 @@ def test_clipping_and_accumulation_reach_the_wrapper():
 
 
 @pytest.mark.parametrize('kind', [dict, ConfigDict])
-def test_the_callers_settings_are_left_as_given(kind):
+def test_config_is_not_modified(kind):
     optim_wrapper = kind(
         type='OptimWrapper',
         optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05, betas=(0.8, 0.9)),
@@ -457,7 +457,7 @@ def test_a_parameter_under_two_names_is_optimized_once(paramwise):
     assert sorted(id(p) for g in groups for p in g['params']) == sorted(id(p) for p in model.parameters())
 
 
-def test_a_custom_key_that_matches_nothing_is_said(caplog):
+def test_unmatched_custom_key_warns(caplog):
     MMLogger.get_instance('custom_keys').addHandler(caplog.handler)
     built(
         Segmentor(ConvNeXt('atto')), paramwise=dict(custom_keys={'haed': dict(lr_mult=10.0), 'head': dict(lr_mult=2)})

@@ -71,7 +71,7 @@ COSINE = [dict(type='CosineAnnealingLR', T_max=12, eta_min=1e-4, by_epoch=False,
 @pytest.mark.parametrize(
     'schedule, accumulation, frozen', [(STEPS, 1, -1), (POLY, 3, -1), (COSINE, 2, 2), (STEPS, 1, 1)]
 )
-def test_lr_by_layer_is_the_optimizers(tmp_path, schedule, accumulation, frozen, decay_type):
+def test_layer_lrs_equal_optimizer_lrs(tmp_path, schedule, accumulation, frozen, decay_type):
     """Of a real run, at every iteration, from what its logs hold."""
     witness = Witness()
     Runner(
@@ -106,7 +106,7 @@ def test_lr_by_layer_is_the_optimizers(tmp_path, schedule, accumulation, frozen,
     assert any(len(set(lrs.values())) > 2 for _, lrs in curves.lrs)
 
 
-def test_scales_of_mmdets_own_constructor():
+def test_lr_scales_of_mmdet_constructor_log():
     from mmdet.engine.optimizers import LearningRateDecayOptimizerConstructor
 
     text = io.StringIO()
@@ -124,7 +124,7 @@ def test_scales_of_mmdets_own_constructor():
     assert next(iter(scales.values())) == groups[0]['lr_scale']
 
 
-def test_scales_of_other_logs():
+def test_lr_scales_of_other_logs():
     """A rate of 1, no log at all; a base lr that mmengine has scaled by the batch."""
     record = dict(lr=5e-5, base_lr=1e-4)
     assert layer_lrs(record, {}, Config()) == record
@@ -139,7 +139,7 @@ def train(step, **more):
     return dict(loss=step / 1000, lr=1e-4, iter=step, step=step, **more)
 
 
-def test_a_resumed_run_is_joined(tmp_path):
+def test_resumed_sessions_are_merged(tmp_path):
     """The first start ends at 900, the second goes on from 500, is killed at 700 and leaves a half-written line, the
     third logs nothing, the fourth goes on from 500 again."""
     config = load('upernet/convnext_t')
@@ -155,7 +155,7 @@ def test_a_resumed_run_is_joined(tmp_path):
     assert curves.run.issues == ['the log is truncated at line 5', '20260103_120000: no iteration was logged']
 
 
-def test_a_run_that_goes_on_with_an_evaluation(tmp_path):
+def test_session_that_starts_with_evaluation(tmp_path):
     config = load('cascade/convnext_t')
     start(tmp_path / 'epochs', config, [train(10, epoch=1), train(20, epoch=2)])
     start(tmp_path / 'epochs', config, [coco(0.1, 0.1, 2), train(30, epoch=3)], timestamp='20260102_120000')
@@ -208,7 +208,7 @@ def test_units_and_layers_by_run_json(tmp_path):
     assert [x for x, _ in curves.losses] == [100] and format_progress(curves.run).startswith('100 of ')
 
 
-def test_a_single_point_has_a_marker(tmp_path):
+def test_isolated_points_have_markers(tmp_path):
     """Of a curve that is one point long, or of a value between two that are not drawn, no line would be seen."""
     import matplotlib.figure
 
@@ -270,14 +270,14 @@ def legend_of(holder):
     return [text for legend in legends if legend for text in legend.get_texts()]
 
 
-def test_smoothed():
+def test_ema():
     assert ema([1.0, 5.0, 2.0], 0.0) == [1.0, 5.0, 2.0]
     averages = ema([1.0, 5.0, math.nan, 2.0], 0.5)
     assert averages[:2] == pytest.approx([1.0, (0.25 * 1 + 0.5 * 5) / 0.75]) and math.isnan(averages[2])
     assert averages[3] == pytest.approx((0.125 * 1 + 0.25 * 5 + 0.5 * 2) / 0.875)
 
 
-def test_the_tool(run_tool, tmp_path):
+def test_command_line_tool(run_tool, tmp_path):
     det = load('cascade/convnext_t')
     records = [r for e in range(1, 5) for r in (train(e * 10, epoch=e), coco(e / 10, e / 20, e))]
     start(tmp_path / 'work_dirs/cascade/a', det, records)
@@ -358,7 +358,7 @@ STRANGE = {  # scalars, a text log, the issue that is reported
 
 @pytest.mark.parametrize('case', STRANGE)
 @pytest.mark.parametrize('single_run', [True, False])
-def test_numbers_that_no_scale_has(tmp_path, case, single_run):
+def test_values_that_cannot_be_drawn_are_reported(tmp_path, case, single_run):
     """The rest is drawn, alone and with another run, and what is not drawn is reported."""
     scalars, log, words = STRANGE[case]
     config = Config(dict(train_cfg=dict(max_epochs=3), optim_wrapper=dict(optimizer=dict(lr=1.0))))

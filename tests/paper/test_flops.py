@@ -22,14 +22,14 @@ GFLOPS = (262.11, 740.99, 827.31, 964.46, 964.46, 1354.36, 1898.40, 938.92, 1027
 @pytest.mark.parametrize(
     'result, expected', list(zip(PAPER_RESULTS, GFLOPS)), ids=[result.recipe for result in PAPER_RESULTS]
 )
-def test_the_papers_counts(result, expected):
+def test_counts_equal_the_papers(result, expected):
     complexity = count_flops(load(result.recipe), result.size)
     assert complexity.flops / 1e9 == pytest.approx(expected, abs=0.01)
     assert round(complexity.flops / 1e9) == result.gflops
     assert complexity.parameters == SIZES[result.recipe][0]
 
 
-def test_a_backbone_by_hand():
+def test_backbone_flops_by_hand():
     """A one-stage model whose every multiply-add can be written down: LayerNorm and GELU count nothing."""
     config = Config(
         dict(
@@ -65,7 +65,7 @@ def test_nothing_is_allocated():
     assert int(process.stdout.split()[-1]) < 300_000  # kilobytes
 
 
-def test_the_tool(run_tool):
+def test_command_line_tool(run_tool):
     process = run_tool('complexity.py', '--all', '--json')
     assert process.returncode == 0, process.stderr
     rows = json.loads(process.stdout)

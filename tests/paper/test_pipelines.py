@@ -80,7 +80,7 @@ def shape_only(results: dict) -> dict:
 
 # Twice as wide as high: from 672 on the long side is what limits; upright: never; four times as wide: always.
 @pytest.mark.parametrize('size, n', [((90, 180), 2000), ((160, 120), 2000), ((80, 320), 500)])
-def test_coco_draws_what_the_paper_says(size, n):
+def test_coco_train_pipeline_follows_paper(size, n):
     height, width = size
     flip, choice = map(TRANSFORMS.build, load('cascade/convnext_t').train_pipeline[2:-1])
     _, cropped = choice.transforms
@@ -135,7 +135,7 @@ def test_coco_draws_what_the_paper_says(size, n):
 
 
 @pytest.mark.parametrize('name, side', [('upernet/convnext_t', 512), ('upernet/convnext_b_in22k', 640)])
-def test_ade20k_draws_what_the_paper_says(name, side):
+def test_ade20k_train_pipeline_follows_paper(name, side):
     size, n = (60, 64), 600
     resize, crop, flip = map(TRANSFORMS.build, load(name).train_pipeline[2:5])
     steps = Compose([resize, positions, crop, flip])
@@ -172,7 +172,7 @@ def test_ade20k_long_side_of_a_wide_image(name, long):
 
 @pytest.mark.parametrize('name, side', [('upernet/convnext_t', 512), ('upernet/convnext_b_in22k', 640)])
 @pytest.mark.parametrize('kind', ['one class', 'halves', 'labelled in part', 'many classes'])
-def test_ade20k_crops_of_one_class_are_drawn_again(name, side, kind):
+def test_ade20k_crops_of_one_class_are_resampled(name, side, kind):
     """Ten crops are looked at for one of which no class has 75%; the eleventh is taken as it comes."""
     crop = TRANSFORMS.build(load(name).train_pipeline[3])
     width, n = 4 * side, 1500

@@ -62,7 +62,7 @@ def runs(tmp_path):
     return folder
 
 
-def test_each_run_is_read_right(runs):
+def test_read_runs(runs):
     names = ('finished', 'half', 'crashed', 'released', 'other', 'at_once')
     (finished,), (half,), (crashed,), (released,), (other,), (at_once,) = (read_runs(runs / name) for name in names)
     assert {run.work_dir for run in find_runs([runs])} == {runs / n for n in names if n != 'released'} | {
@@ -101,7 +101,7 @@ def test_each_run_is_read_right(runs):
     assert at_once.done == 0 and at_once.issues == ['20260101_120000: no iteration was logged']
 
 
-def test_a_run_that_differs_from_its_recipe_is_not_judged(runs):
+def test_run_with_deviations_gets_no_verdict(runs):
     config = load('cascade/convnext_t')
     config.optim_wrapper.type = 'OptimWrapper'
     start(runs / 'changed', config, [coco(0.504, 0.437, 36)], 1)
@@ -136,7 +136,7 @@ def test_every_deviation_from_the_recipe_is_reported(tmp_path, change, name):
     assert run.is_finished and run.compare_to_paper('mIoU') == (0.0, '')
 
 
-def test_each_test_stands_where_it_belongs(tmp_path):
+def test_tests_are_assigned_to_their_runs(tmp_path):
     """Tests of other rows, of the released model and of early checkpoints are not the run's figure."""
     folder, config = tmp_path / 'run', load('upernet/convnext_t')
     start(folder, config, [dict(mIoU=46.1, step=160_000)])
@@ -155,7 +155,7 @@ def test_each_test_stands_where_it_belongs(tmp_path):
     assert released.compare_to_paper('mIoU') == (0.0, 'within tolerance') and not released.has_training
 
 
-def test_a_resumed_run_and_one_without_evaluation(tmp_path):
+def test_resumed_run_and_run_without_evaluation(tmp_path):
     config = load('mask_rcnn/convnext_t')
     start(tmp_path / 'a', config, [coco(0.3, 0.2, 1), coco(0.9, 0.9, 2)])
     start(tmp_path / 'a', config, [coco(0.31, 0.2, 2)], timestamp='20260103_120000')  # again from epoch 1 on
@@ -167,7 +167,7 @@ def test_a_resumed_run_and_one_without_evaluation(tmp_path):
     assert run.is_finished and run.issues == ['epoch_36.pth is missing']
 
 
-def test_facts_come_from_run_json_before_the_log(tmp_path):
+def test_run_json_takes_precedence_over_log(tmp_path):
     """The log says 8 GPUs, the config no accumulation; a damaged file is reported and the log counts."""
     start(tmp_path / 'a', load('cascade/convnext_t'), [train(epoch=3, step=25)])
     log_dir = tmp_path / 'a/20260101_120000'
@@ -186,7 +186,7 @@ def test_facts_come_from_run_json_before_the_log(tmp_path):
         assert run.total_batch == 16 and f'run.json is damaged (ValueError: {fact} is 0)' in run.issues[0]
 
 
-def test_half_written_files(tmp_path):
+def test_truncated_files_are_reported(tmp_path):
     start(
         tmp_path / 'a',
         load('upernet/convnext_t'),
@@ -201,7 +201,7 @@ def test_half_written_files(tmp_path):
     assert run.issues[2] == 'loss inf at step 2 and in 1 more records'
 
 
-def test_the_table(run_tool, runs, tmp_path):
+def test_paper_table(run_tool, runs, tmp_path):
     process = run_tool('paper_table.py', 'work_dirs', '--plot', 'bars.png')
     assert process.returncode == 0, process.stderr
     header, *lines = process.stdout.splitlines()
@@ -270,7 +270,7 @@ STRANGE = {  # config.py and scalars.json of a work dir, what is said of them
 
 
 @pytest.mark.parametrize('case', STRANGE)
-def test_what_no_run_writes_is_said(tmp_path, run_tool, case):
+def test_malformed_work_dir_is_reported(tmp_path, run_tool, case):
     config, scalars, words = STRANGE[case]
     start = tmp_path / 'r/20260101_000000/vis_data'
     start.mkdir(parents=True)
@@ -284,7 +284,7 @@ def test_what_no_run_writes_is_said(tmp_path, run_tool, case):
         assert process.returncode == 0 and words in process.stdout and 'Traceback' not in process.stderr
 
 
-def test_a_plot_goes_into_a_folder(tmp_path, run_tool):
+def test_plot_into_folder(tmp_path, run_tool):
     start = tmp_path / 'r/20260101_000000/vis_data'
     start.mkdir(parents=True)
     (start / 'scalars.json').write_text('{"loss":1.0,"lr":0.1,"epoch":1,"step":1,"iter":1}\n' * 2)
