@@ -40,17 +40,17 @@ def modules() -> dict[str, Path]:
 def imports(name: str, path: Path, known: set[str]) -> set[str]:
     """The modules of the package that a module imports, inside functions too."""
     parents = name.split('.') if path.name == '__init__.py' else name.split('.')[:-1]
-    found = set()
+    actual = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = parents[: len(parents) - node.level + 1] + (node.module.split('.') if node.module else [])
             for alias in node.names:
                 full = '.'.join([*base, alias.name])
-                found.add(full if full in known else '.'.join(base))
+                actual.add(full if full in known else '.'.join(base))
         else:
             assert not (isinstance(node, ast.ImportFrom) and (node.module or '').startswith('convnext_dense'))
             assert not (isinstance(node, ast.Import) and any(a.name.startswith('convnext_dense') for a in node.names))
-    return found - {name, ''}
+    return actual - {name, ''}
 
 
 def test_every_module_has_a_layer():

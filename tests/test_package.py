@@ -42,14 +42,14 @@ def test_a_wheel_carries_every_config_and_tool(tmp_path):
         'from mmengine import Config\n'
         "print(convnext_dense.__file__, Config.fromfile('mine.py').model.type)"
     )
-    found = subprocess.run(
+    actual = subprocess.run(
         [sys.executable, '-c', code],
         cwd=tmp_path,
         env={'PYTHONPATH': str(tmp_path / 'site')},
         capture_output=True,
         text=True,
     )
-    assert found.stdout.split() == [str(tmp_path / 'site/convnext_dense/__init__.py'), 'EncoderDecoder'], found.stderr
+    assert actual.stdout.split() == [str(tmp_path / 'site/convnext_dense/__init__.py'), 'EncoderDecoder'], actual.stderr
 
 
 def test_imports_where_no_library_is_but_mmengine():

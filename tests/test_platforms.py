@@ -49,7 +49,7 @@ def without(modules=(), files=(), then=FORWARD) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    'modules, files, said',
+    'modules, files, message',
     [
         (POSIX, (), ''),
         ((), ('/proc/',), 'no AVX-512 kernels (they are for Linux on x86-64'),
@@ -58,10 +58,10 @@ def without(modules=(), files=(), then=FORWARD) -> subprocess.CompletedProcess:
     ],
     ids=['fcntl', '/proc', 'kernels', 'all'],
 )
-def test_backbone_runs_without_platform_features(modules, files, said):
+def test_backbone_runs_without_platform_features(modules, files, message):
     process = without(modules, files)
     assert process.returncode == 0, process.stderr[-3000:]
-    assert said in process.stdout
+    assert message in process.stdout
 
 
 def test_weights_are_read_without_locks(tmp_path):

@@ -126,11 +126,11 @@ def test_load_from_accepts_backbone_weights(tmp_path, config, library):
     if library:
         weights = as_library(weights, library)
     file = saved(tmp_path / 'w.pth', {'model': weights})
-    found = loaded(config, file, False)
+    actual = loaded(config, file, False)
     expected = ConvNeXt(SMALL)
     load_backbone(expected, file)
     assert equal(
-        {n.removeprefix('backbone.'): t for n, t in found.items() if n.startswith('backbone.')}, expected.state_dict()
+        {n.removeprefix('backbone.'): t for n, t in actual.items() if n.startswith('backbone.')}, expected.state_dict()
     )
     with pytest.raises(UsageError, match=r'missing \(.*decode_head'):
         loaded(config, file, True)

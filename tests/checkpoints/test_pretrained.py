@@ -18,7 +18,7 @@ from convnext_dense.errors import UsageError
 from convnext_dense.models.convnext import ConvNeXt
 from convnext_dense.paper.results import PAPER_RESULTS
 from helpers.paths import ROOT
-from helpers.weights import made_weights
+from helpers.weights import random_weights
 
 ARCH = dict(depths=(1, 1, 4, 1), channels=(8, 16, 24, 32))
 # The addresses in the tables of results of the original code of ConvNeXt and ConvNeXt V2.
@@ -31,7 +31,7 @@ def original_file(path: Path, arch=ARCH, change=None) -> Path:
     shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith('norm')}
     last = model.channels[-1]
     shapes |= {'norm.weight': (last,), 'norm.bias': (last,), 'head.weight': (10, last), 'head.bias': (10,)}
-    weights = made_weights(shapes)
+    weights = random_weights(shapes)
     if change:
         change(weights)
     torch.save({'model': weights}, path)
@@ -141,7 +141,7 @@ def test_checkpoint_is_cached_until_overwritten(tmp_path, monkeypatch):
 
 def test_own_output_norms_are_loaded(tmp_path):
     model = ConvNeXt(ARCH)
-    model.load_state_dict(made_weights({n: tuple(t.shape) for n, t in model.state_dict().items()}))
+    model.load_state_dict(random_weights({n: tuple(t.shape) for n, t in model.state_dict().items()}))
     torch.save(model.state_dict(), tmp_path / 'own.pth')
     fresh = ConvNeXt(ARCH, out_indices=(1, 2))
     assert '0 kept' in load_backbone(fresh, tmp_path / 'own.pth')

@@ -162,9 +162,9 @@ def test_views_of_larger_tensors(tmp_path):
     for legacy in (False, True):
         torch.save(views, tmp_path / 'w.pth', _use_new_zipfile_serialization=not legacy)
         for mapped in (True, False):
-            found = load_checkpoint(tmp_path / 'w.pth', mapped)
-            assert all(torch.equal(found[key], views[key]) for key in views)
-            assert type(found['parameter']) is torch.nn.Parameter and found['parameter'].requires_grad
+            actual = load_checkpoint(tmp_path / 'w.pth', mapped)
+            assert all(torch.equal(actual[key], views[key]) for key in views)
+            assert type(actual['parameter']) is torch.nn.Parameter and actual['parameter'].requires_grad
 
 
 def everything() -> dict:
@@ -215,9 +215,9 @@ def test_all_checkpoint_content_is_read(tmp_path, legacy, protocol):
     file = tmp_path / 'w.pth'
     torch.save(everything(), file, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
     for mapped in (True, False):
-        found = load_checkpoint(file, mapped)
-        assert same(everything(), found)
-        assert found['state_dict']._metadata == {'': {'version': 1}}
+        actual = load_checkpoint(file, mapped)
+        assert same(everything(), actual)
+        assert actual['state_dict']._metadata == {'': {'version': 1}}
 
 
 def test_pickle_protocol_5(tmp_path):
@@ -475,12 +475,12 @@ def fuzz(folder: Path, first: int, last: int) -> None:
         (folder / 'mutated').write_bytes(mutated_file(files[seed % len(files)], draw))
         signal.alarm(10)
         try:
-            found = load_checkpoint(folder / 'mutated', mmap=draw.random() < 0.5)
+            actual = load_checkpoint(folder / 'mutated', mmap=draw.random() < 0.5)
         except UsageError as error:
             assert not isinstance(error.__cause__, MemoryError), (seed, error)
             assert len(str(error).splitlines()) == 1, (seed, error)
         else:
-            touch(found, set())
+            touch(actual, set())
             loaded += 1
         signal.alarm(0)
     (folder / 'progress').write_text(f'{last} {loaded}')

@@ -1,4 +1,4 @@
-"""Weights of every source load, convert and are told apart; damaged ones are refused."""
+"""Weights of every source load, convert and are distinguished; damaged ones are refused."""
 
 import bz2
 import gzip
@@ -53,9 +53,9 @@ def test_the_references_names_and_shapes(library):
     with torch.device('meta'):
         renamed = as_library({n: torch.empty(shape) for n, shape in tiny.items()}, library)
     assert {n: list(t.shape) for n, t in renamed.items()} == REFERENCE[library]
-    found = detect_scheme(REFERENCE[library])
-    assert found.depths == (3, 3, 9, 3) and not found.unknown and not found.others
-    assert set(found.names.values()) == {n for n in tiny if library not in HEADLESS or not n.startswith('head.')}
+    actual = detect_scheme(REFERENCE[library])
+    assert actual.depths == (3, 3, 9, 3) and not actual.unknown and not actual.others
+    assert set(actual.names.values()) == {n for n in tiny if library not in HEADLESS or not n.startswith('head.')}
 
 
 @pytest.mark.parametrize('size', SIZES)
@@ -163,12 +163,12 @@ def test_a_stem_for_other_inputs(tmp_path, in_channels):
     model = ConvNeXt(SMALL, in_channels=in_channels)
     assert f'stem is adapted from 3 to {in_channels} input channels' in load_backbone(model, file)
     rgb = torch.load(file)['model']['downsample_layers.0.0.weight']
-    found = model.downsample_layers[0][0].weight
+    actual = model.downsample_layers[0][0].weight
     if in_channels == 1:
-        torch.testing.assert_close(found[:, 0], rgb[:, 0] + rgb[:, 1] + rgb[:, 2])
+        torch.testing.assert_close(actual[:, 0], rgb[:, 0] + rgb[:, 1] + rgb[:, 2])
     else:
         for i in range(in_channels):
-            torch.testing.assert_close(found[:, i], rgb[:, i % 3] * 3 / in_channels)
+            torch.testing.assert_close(actual[:, i], rgb[:, i % 3] * 3 / in_channels)
 
 
 def test_containers(tmp_path):
@@ -260,7 +260,7 @@ def test_error_names_likely_cause(tmp_path):
         load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'r.pth', {'layer1.0.conv1.weight': torch.ones(1)}))
 
 
-STRANGERS = {
+FOREIGN_FILES = {
     'a folder': lambda p: p.mkdir(),
     'empty': lambda p: p.touch(),
     'a gzip archive': lambda p: p.write_bytes(gzip.compress(b'weights')),
@@ -275,10 +275,10 @@ STRANGERS = {
 }
 
 
-@pytest.mark.parametrize('said', STRANGERS)
-def test_foreign_file_types_are_named(tmp_path, said):
-    STRANGERS[said](tmp_path / 'w.pth')
-    with pytest.raises(UsageError, match=said):
+@pytest.mark.parametrize('message', FOREIGN_FILES)
+def test_foreign_file_types_are_named(tmp_path, message):
+    FOREIGN_FILES[message](tmp_path / 'w.pth')
+    with pytest.raises(UsageError, match=message):
         load_checkpoint(tmp_path / 'w.pth')
 
 
@@ -404,9 +404,9 @@ def test_conversion_round_trip(tmp_path, grn):
             there, back = tmp_path / f'{source}-{target}.pth', tmp_path / f'{source}-{target}-back.pth'
             convert(file, there, target)
             convert(there, back, 'original')
-            found = torch.load(back)['model']
-            assert found.keys() == weights.keys()
-            assert all(torch.equal(found[n], weights[n]) and found[n].shape == weights[n].shape for n in weights)
+            actual = torch.load(back)['model']
+            assert actual.keys() == weights.keys()
+            assert all(torch.equal(actual[n], weights[n]) and actual[n].shape == weights[n].shape for n in weights)
     names = as_library(weights, TIMM)
     assert torch.load(files['timm']).keys() == names.keys()
     names = {n.replace('convnext.', 'convnextv2.') if grn else n for n in as_library(weights, TRANSFORMERS)}
@@ -419,8 +419,8 @@ def test_shared_tensors_convert(tmp_path):
     weights['stages.2.1.gamma'] = weights['stages.2.0.gamma']
     file = saved(tmp_path / 'w.pth', {'model': weights})
     convert(file, tmp_path / 'out.safetensors', 'safetensors')
-    found = load_file(tmp_path / 'out.safetensors')
-    assert all(torch.equal(found[n], t) for n, t in weights.items()) and found.keys() == weights.keys()
+    actual = load_file(tmp_path / 'out.safetensors')
+    assert all(torch.equal(actual[n], t) for n, t in weights.items()) and actual.keys() == weights.keys()
 
 
 def test_damaged_weights_do_not_convert(tmp_path):
@@ -467,12 +467,12 @@ def test_naming_is_bijective():
 
 
 class Server(BaseHTTPRequestHandler):
-    asked, content, said = 0, b'', None
+    asked, content, message = 0, b'', None
 
     def do_GET(self):
         type(self).asked += 1
         self.send_response(200)
-        self.send_header('Content-Length', str(self.said or len(self.content)))
+        self.send_header('Content-Length', str(self.message or len(self.content)))
         self.end_headers()
         self.wfile.write(self.content)
 
@@ -521,7 +521,7 @@ def test_truncated_download_is_refused_and_removed(server, tmp_path, kind, cut):
     else:
         torch.save(weights, tmp_path / 'served.pth', _use_new_zipfile_serialization=kind == 'zip')
     content = (tmp_path / 'served.pth').read_bytes()
-    server.content, server.said = content[:-cut], len(content)
+    server.content, server.message = content[:-cut], len(content)
     with pytest.raises(UsageError, match=rf'^{server.address}/w.pth cannot be read .* download .*again') as error:
         hub.download(f'{server.address}/w.pth')
     assert '\n' not in str(error.value) and downloaded_files(tmp_path) == []

@@ -24,7 +24,7 @@ from convnext_dense.errors import UsageError
 from convnext_dense.paper.work_dirs import read_runs
 from helpers.paths import ROOT
 from helpers.tools import CONFIGS, DEMO, DETECTOR, MEAN, STD, TEST, TRAIN, WITH, one_line_error
-from helpers.weights import made_weights
+from helpers.weights import random_weights
 
 BAD = {  # tool and arguments -> words in the one line; files are those that `mine` writes
     'no config': ([TRAIN, 'configs/nothing.py'], ['configs/nothing.py']),
@@ -370,7 +370,7 @@ def test_slide_inference_equals_reference_loop(run_tool, tmp_path):
     init_default_scope('mmseg')
     model = MODELS.build(config.model).eval()
     shapes_of = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    model.load_state_dict(made_weights(shapes_of), strict=False)
+    model.load_state_dict(random_weights(shapes_of), strict=False)
     for name, p in model.named_parameters():  # so that neither norms nor biases settle the class everywhere
         if '.bn.' in name or name.endswith('conv_seg.bias'):
             torch.nn.init.constant_(p, float(name.endswith('bn.weight')))
@@ -389,8 +389,8 @@ def test_slide_inference_equals_reference_loop(run_tool, tmp_path):
     with torch.no_grad():
         for name in images:
             expected = slide(model, cv2.imread(str(root / f'images/validation/{name}.jpg')))
-            found = cv2.imread(str(tmp_path / f'out/{name}.png'), cv2.IMREAD_UNCHANGED)
-            np.testing.assert_array_equal(found, expected + 1)  # 0 is kept for ADE20K's unlabelled
+            actual = cv2.imread(str(tmp_path / f'out/{name}.png'), cv2.IMREAD_UNCHANGED)
+            np.testing.assert_array_equal(actual, expected + 1)  # 0 is kept for ADE20K's unlabelled
             assert len(np.unique(expected)) > 3
 
 

@@ -239,9 +239,9 @@ def test_another_length_of_a_segmentor_has_the_papers_curve(iters):
     assert config.train_cfg.max_iters == iters
     assert config.train_cfg.val_interval == config.default_hooks.checkpoint.interval == iters // 10
     shares = [0, 0.005, 0.01, 0.25, 0.5, 0.9]
-    found = lrs_over_iterations(config, [int(share * iters) for share in shares])
+    actual = lrs_over_iterations(config, [int(share * iters) for share in shares])
     expected = lrs_over_iterations(paper, [int(share * 160_000) for share in shares])
-    assert list(found.values()) == pytest.approx(list(expected.values()), rel=0.01)
+    assert list(actual.values()) == pytest.approx(list(expected.values()), rel=0.01)
 
 
 def test_scaled_length_on_fewer_gpus():

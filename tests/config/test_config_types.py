@@ -326,8 +326,8 @@ def test_the_pipeline_of_later_epochs_reads_no_masks_of_boxes():
     later = [*config.train_dataloader.dataset.to_dict()['pipeline'], dict(type='FilterAnnotations', by_mask=True)]
     config.custom_hooks = [dict(type='PipelineSwitchHook', switch_epoch=1, switch_pipeline=later)]
     filled(config, masks=False)
-    found = steps(config, 'LoadAnnotations', 'train_dataloader', 'custom_hooks')
-    assert [s['with_mask'] for s in found] == [False, False]
+    actual = steps(config, 'LoadAnnotations', 'train_dataloader', 'custom_hooks')
+    assert [s['with_mask'] for s in actual] == [False, False]
     assert config.custom_hooks[0].switch_pipeline[-1].by_mask is False and 'mask_head' not in config.model.roi_head
     later[1].update(type='LoadPanopticAnnotations')
     config.custom_hooks = [dict(type='PipelineSwitchHook', switch_epoch=1, switch_pipeline=later)]

@@ -41,7 +41,7 @@ def changed(recipe, key, value):
 
 
 # Settings that the state of an optimizer or of its schedules holds: key, value, what the line says.
-HELD = {
+STATE_SETTINGS = {
     'optim_wrapper.optimizer.lr': (0.01, 'was 0.0001, is 0.01'),
     'optim_wrapper.optimizer.weight_decay': (0.0, 'was 0.05, is 0.0'),
     'optim_wrapper.optimizer.betas': ([0.9, 0.99], 'is [0.9, 0.99]'),
@@ -56,9 +56,9 @@ HELD = {
 }
 
 
-@pytest.mark.parametrize('key', HELD)
+@pytest.mark.parametrize('key', STATE_SETTINGS)
 def test_changed_state_settings_need_override(key):
-    value, words = HELD[key]
+    value, words = STATE_SETTINGS[key]
     now = changed('mask_rcnn/convnext_t', key, value)
     with pytest.raises(UsageError, match='would override yours .*--override.*load_from=x.pth') as error:
         compare_settings(load('mask_rcnn/convnext_t'), now, 'x.pth', False)
@@ -83,7 +83,7 @@ def test_other_optimizer_is_always_refused(key, value):
             )
 
 
-SAID = {
+REPORTED = {
     'model.backbone.drop_path_rate': 0.6,
     'model.roi_head.bbox_head.loss_cls.loss_weight': 2.0,
     'train_dataloader.dataset.pipeline.2.prob': 0.0,
@@ -95,7 +95,7 @@ SAID = {
     'train_cfg.max_epochs': 40,
     'custom_hooks': [dict(type='EMAHook')],
 }
-UNSAID = {
+UNREPORTED = {
     'work_dir': 'moved',
     'train_dataloader.num_workers': 9,
     'train_dataloader.batch_size': 1,
@@ -106,18 +106,18 @@ UNSAID = {
 }
 
 
-@pytest.mark.parametrize('key', [*SAID, *UNSAID])
+@pytest.mark.parametrize('key', [*REPORTED, *UNREPORTED])
 def test_changed_settings_are_reported(key):
-    value = SAID.get(key, UNSAID.get(key))
+    value = REPORTED.get(key, UNREPORTED.get(key))
     line = compare_settings(load('mask_rcnn/convnext_t'), changed('mask_rcnn/convnext_t', key, value), 'x.pth', False)
-    if key in UNSAID:
+    if key in UNREPORTED:
         assert line is None
     else:
         assert ('length' if 'max_epochs' in key else key) in line
 
 
 def test_checkpoint_config_is_compared_as_text():
-    """As text, tuples and all, and fitted to another number of GPUs."""
+    """As text, tuples and all, and scaled to another number of GPUs."""
     now, before = load('upernet/convnext_t'), load('upernet/convnext_t')
     before.model.decode_head.in_channels = tuple(before.model.decode_head.in_channels)
     scale_batch(before, 2)
@@ -144,13 +144,15 @@ def record(config, folder, start=None):
     if start:
         config.load_from, config.resume, config[OVERRIDE_KEY] = str(start), True, True
     runner = ResumableRunner.from_cfg(config)
-    found = []
+    actual = []
     runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     optimizer = runner.optim_wrapper.optimizer
     keys = ('lr', 'weight_decay', 'betas', 'initial_lr')
-    optimizer.register_step_pre_hook(lambda *_: found.append([{k: g[k] for k in keys} for g in optimizer.param_groups]))
+    optimizer.register_step_pre_hook(
+        lambda *_: actual.append([{k: g[k] for k in keys} for g in optimizer.param_groups])
+    )
     runner.train()
-    return found, runner
+    return actual, runner
 
 
 @pytest.mark.parametrize('images', [4, 2])  # 2: gradients of two batches are added up
@@ -168,10 +170,10 @@ def test_override_equals_run_with_these_settings_from_start(tmp_path, counted, i
     record(first, tmp_path / 'first')
     expected, _ = record(copy.deepcopy(other), tmp_path / 'fresh')
     at = dict(epochs='epoch_1.pth', iterations=f'iter_{3 * (4 // images)}.pth')[counted]
-    found, runner = record(copy.deepcopy(other), tmp_path / 'resumed', tmp_path / 'first' / at)
+    actual, runner = record(copy.deepcopy(other), tmp_path / 'resumed', tmp_path / 'first' / at)
     done = 4 if counted == 'epochs' else 3  # optimizer steps
-    assert len(expected) == len(found) + done > len(found) > 3
-    for a, b in zip(expected[done:], found):
+    assert len(expected) == len(actual) + done > len(actual) > 3
+    for a, b in zip(expected[done:], actual):
         for group, own in zip(a, b, strict=True):
             assert own['lr'] == pytest.approx(group['lr'], rel=1e-12) and own['betas'] == group['betas']
             assert own['weight_decay'] == group['weight_decay']

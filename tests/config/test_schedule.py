@@ -34,14 +34,14 @@ def lrs(config, epochs):
         PARAM_SCHEDULERS.build({**copy.deepcopy(cfg.to_dict()), 'optimizer': optimizer, 'epoch_length': EPOCH})
         for cfg in config.param_scheduler
     ]
-    found = []
+    actual = []
     for i in range(epochs * EPOCH):
-        found.append(optimizer.param_groups[0]['lr'])
+        actual.append(optimizer.param_groups[0]['lr'])
         optimizer.step()
         for scheduler in schedulers:
             if not scheduler.by_epoch or (i + 1) % EPOCH == 0:
                 scheduler.step()
-    return found
+    return actual
 
 
 @pytest.mark.parametrize('epochs', [1, 2, 3, 4, 5, 10, 20, 30, 299])
@@ -53,8 +53,8 @@ def test_scaled_schedulers_are_contiguous(epochs):
     assert all(begin < end for begin, end in phases)
     assert any('Cosine' in str(s.type) for s in config.param_scheduler)
     assert config.custom_hooks[0].num_last_epochs == max(1, round(15 * epochs / 300))
-    found = lrs(config, epochs)
-    assert max(found) > 0.97 and found[-1] < (0.06 if epochs > 3 else 0.6)
+    actual = lrs(config, epochs)
+    assert max(actual) > 0.97 and actual[-1] < (0.06 if epochs > 3 else 0.6)
 
 
 @pytest.mark.parametrize('epochs', [1, 2, 3, 5, 7, 10, 20, 299])
@@ -62,9 +62,9 @@ def test_scaled_cosine_reaches_its_minimum(epochs):
     config = stock(RTMDET)
     config.param_scheduler[0].end = EPOCH  # of a data set of fifty batches
     scale_schedule(config, epochs=epochs)
-    found = lrs(config, epochs)
-    assert max(found) == pytest.approx(1, abs=2e-3) and found[-1] < 2e-3  # its foot is an lr, not a share
-    falling = found[int(0.75 * len(found)) :]
+    actual = lrs(config, epochs)
+    assert max(actual) == pytest.approx(1, abs=2e-3) and actual[-1] < 2e-3  # its foot is an lr, not a share
+    falling = actual[int(0.75 * len(actual)) :]
     assert falling == sorted(falling, reverse=True)
     hook = config.custom_hooks[1]
     assert hook.switch_epoch == (round(280 * epochs / 300) if epochs > 9 else max(1, epochs - 1))
@@ -86,8 +86,8 @@ def test_epoch_based_warmup_reaches_full_lr(epochs, warm):
     init_default_scope('mmengine')
     config = schedule(dict(type='LinearLR', start_factor=0.1, by_epoch=True, begin=0, end=6))
     scale_schedule(config, epochs=epochs)
-    found = lrs(config, epochs)
-    assert found[-1] == pytest.approx(1) and sum(lr < 0.99 for lr in found) == warm * EPOCH
+    actual = lrs(config, epochs)
+    assert actual[-1] == pytest.approx(1) and sum(lr < 0.99 for lr in actual) == warm * EPOCH
 
 
 def test_restart_periods_scale_proportionally():

@@ -22,13 +22,13 @@ WANDB = importlib.util.find_spec('wandb') is not None
 def logged(folder) -> dict[str, list[tuple[int, float]]]:
     """The run's own log: (step, value) by name."""
     (file,) = folder.glob('*/vis_data/scalars.json')
-    found = {}
+    actual = {}
     for line in file.read_text().splitlines():
         record = json.loads(line)
         step = record.pop('step')
         for name, value in record.items():
-            found.setdefault(name, []).append((step, value))
-    return found
+            actual.setdefault(name, []).append((step, value))
+    return actual
 
 
 def test_trackers_log_what_local_log_has(run_tool, data, short, tmp_path):
@@ -45,9 +45,9 @@ def test_trackers_log_what_local_log_has(run_tool, data, short, tmp_path):
 
     (events,) = tmp_path.glob('run/*/vis_data/events.out.tfevents.*')
     accumulator = EventAccumulator(str(events), size_guidance=dict(scalars=0)).Reload()
-    found = {name: [(e.step, e.value) for e in accumulator.Scalars(name)] for name in accumulator.Tags()['scalars']}
-    assert found.keys() == expected.keys()
-    for name, points in found.items():
+    actual = {name: [(e.step, e.value) for e in accumulator.Scalars(name)] for name in accumulator.Tags()['scalars']}
+    assert actual.keys() == expected.keys()
+    for name, points in actual.items():
         assert [step for step, _ in points] == [step for step, _ in expected[name]], name
         assert [v for _, v in points] == pytest.approx([v for _, v in expected[name]], rel=1e-6), name  # float32
     if WANDB:
@@ -79,22 +79,22 @@ def read_offline(file) -> dict:
     """What W&B would upload: names, its history without its own columns, artifacts of code."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    found = dict(history={}, iters=[], files=[])
+    actual = dict(history={}, iters=[], files=[])
     for content in records(file):
         record = Record()
         record.ParseFromString(content)
         kind = record.WhichOneof('record_type')
         if kind == 'run':
-            found['run'] = (record.run.project, record.run.display_name)
+            actual['run'] = (record.run.project, record.run.display_name)
         elif kind == 'artifact':
-            found['files'].append(record.artifact.name)
+            actual['files'].append(record.artifact.name)
         for item in record.history.item:
             name, value = '/'.join(item.nested_key) or item.key, json.loads(item.value_json)
             if name == 'iter':
-                found['iters'].append(value)
+                actual['iters'].append(value)
             elif not name.startswith('_'):
-                found['history'].setdefault(name, []).append(value)
-    return found
+                actual['history'].setdefault(name, []).append(value)
+    return actual
 
 
 def types(config: Config) -> list[str]:

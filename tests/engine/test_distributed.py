@@ -23,9 +23,9 @@ class PixelMean(nn.Module):
 def trained(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     """The weights after three steps of AdamW with layer decay, on this rank's share of the same batches."""
     torch.manual_seed(0)
-    model = plain = PixelMean().double()  # Adam divides by the gradient's size: float32 would amplify rounding
+    model = reference = PixelMean().double()  # Adam divides by the gradient's size: float32 would amplify rounding
     if world_size > 1:
-        model = DistributedDataParallel(plain)
+        model = DistributedDataParallel(reference)
     wrapper = build_optim_wrapper(
         model,
         dict(
@@ -38,7 +38,7 @@ def trained(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     for _ in range(STEPS):
         images = torch.randn(BATCH, 3, 64, 64, generator=generator, dtype=torch.float64)
         wrapper.update_params(model(images.chunk(world_size)[rank]))
-    return plain.state_dict()
+    return reference.state_dict()
 
 
 def work(rank: int, folder: str) -> None:

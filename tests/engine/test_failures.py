@@ -491,7 +491,7 @@ def test_out_of_memory_lists_options_and_savings():
 
 @pytest.mark.parametrize('settings', [{}, dict(with_cp=True, cp_scope='mlp'), dict(with_cp=True)], ids=str)
 def test_saved_activation_bytes_equal_measured(settings, monkeypatch):
-    monkeypatch.setattr('convnext_dense.ops.dispatch._disabled_depth', 1)  # the plain form, as on a GPU
+    monkeypatch.setattr('convnext_dense.ops.dispatch._disabled_depth', 1)  # the reference implementation, as on a GPU
     backbone = ConvNeXt(dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32)), **settings).train()
     storages = {}
 
@@ -502,8 +502,8 @@ def test_saved_activation_bytes_equal_measured(settings, monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = backbone(torch.rand(2, 3, 64, 96))
     own = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
-    kept = sum(t.untyped_storage().nbytes() for key, t in storages.items() if key not in own)
-    assert outputs and saved_activation_bytes(backbone, (2, 3, 64, 96)) == pytest.approx(kept, rel=0.02)
+    remaining = sum(t.untyped_storage().nbytes() for key, t in storages.items() if key not in own)
+    assert outputs and saved_activation_bytes(backbone, (2, 3, 64, 96)) == pytest.approx(remaining, rel=0.02)
     backbone.with_cp = False
     sizes = [saved_activation_bytes(backbone, (2, 3, 64, 96), scope) for scope in (None, 'mlp', 'block')]
     assert sizes[0] > 2 * sizes[1] and sizes[1] > 1.1 * sizes[2]
@@ -537,8 +537,8 @@ def test_invalid_retention_and_unreadable_limits_are_refused():
 def test_max_keep_ckpts_keeps_last_and_best(train, tmp_path):
     process = train('default_hooks.checkpoint.interval=1', 'train_cfg.val_interval=2', more=('--max-keep-ckpts', '2'))
     assert process.wait() == 0, process.output
-    found = sorted(path.name for path in (tmp_path / 'run').glob('*.pth'))
-    assert found[1:] == ['iter_6.pth', 'iter_8.pth'] and found[0].startswith('best_mIoU_iter_'), found
+    actual = sorted(path.name for path in (tmp_path / 'run').glob('*.pth'))
+    assert actual[1:] == ['iter_6.pth', 'iter_8.pth'] and actual[0].startswith('best_mIoU_iter_'), actual
 
 
 def test_one_line_of_worker_error():

@@ -92,8 +92,8 @@ def place(tmp_path_factory):
 
 def slurm(**more) -> dict[str, str]:
     """What sbatch sets for a job of one node and two tasks."""
-    found = dict(SLURM_JOB_ID=str(os.getpid()), SLURM_JOB_NUM_NODES='1', SLURM_NTASKS_PER_NODE='2')
-    return found | dict(SLURM_CPUS_PER_TASK='1', SLURM_NODELIST='node[1-2]', SLURM_JOB_NODELIST='node[1-2]') | more
+    actual = dict(SLURM_JOB_ID=str(os.getpid()), SLURM_JOB_NUM_NODES='1', SLURM_NTASKS_PER_NODE='2')
+    return actual | dict(SLURM_CPUS_PER_TASK='1', SLURM_NODELIST='node[1-2]', SLURM_JOB_NODELIST='node[1-2]') | more
 
 
 def free_port() -> str:

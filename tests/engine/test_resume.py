@@ -77,9 +77,9 @@ def weights(path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=False)['state_dict']
 
 
-def assert_same(found: dict, wanted: dict) -> None:
-    assert found.keys() == wanted.keys()
-    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+def assert_same(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def kill_while_writing(work_dir: Path, count: int, process, last: str) -> int:
 @pytest.mark.parametrize('task', TASKS)
 def test_killed_at_fifty_random_times(task, train, whole, tmp_path):
     """Half of them at random, half as soon as a checkpoint is being written. One line each in kills.txt."""
-    wanted, seconds = whole(task)
+    expected, seconds = whole(task)
     rng, report = random.Random(0), []
     n = attempts = 0
     while n < int(os.environ.get('KILLS', 50)):
@@ -192,7 +192,7 @@ def test_killed_at_fifty_random_times(task, train, whole, tmp_path):
         parts = [path.name for path in work_dir.glob('*.part')] if work_dir.exists() else []
         again = train(task, work_dir, '--resume')
         assert again.wait() == 0, again.output
-        assert_same(weights(work_dir / LAST[task]), wanted)
+        assert_same(weights(work_dir / LAST[task]), expected)
         assert not list(work_dir.glob('*.pth.part'))
         report.append(f'{task} {n}: killed at {instant} ({code}), left {parts}')
     Path(os.environ.get('KILLS_REPORT', tmp_path / 'kills.txt')).write_text('\n'.join(report) + '\n')
@@ -330,12 +330,12 @@ def test_steps_of_changed_partition_see_same_images():
 
     def images(processes, n_images, accumulation, update):
         order = list(range(96))  # of any shuffle
-        found = []
+        actual = []
         for rank in range(processes):
             own = order[rank::processes]
             at = update * accumulation * n_images
-            found += own[at : at + accumulation * n_images]
-        return sorted(found)
+            actual += own[at : at + accumulation * n_images]
+        return sorted(actual)
 
     for update in range(6):
         assert images(1, 2, 8, update) == images(4, 2, 2, update) == images(8, 2, 1, update) == images(16, 1, 1, update)

@@ -8,7 +8,7 @@ from mmengine.model.utils import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 
 from helpers.paths import ROOT
-from helpers.weights import made_weights
+from helpers.weights import random_weights
 
 CLASSES = {
     'mask_rcnn': ('disc', 'square', 'triangle', 'cross'),
@@ -25,7 +25,7 @@ def save_checkpoint(recipe: str, path, **model_settings):
     model = MODELS.build(config.model)
     weights = {
         name: value.abs() + 0.5 if name.endswith('running_var') else value
-        for name, value in made_weights({k: tuple(v.shape) for k, v in model.state_dict().items()}).items()
+        for name, value in random_weights({k: tuple(v.shape) for k, v in model.state_dict().items()}).items()
     }
     if recipe == 'upernet':
         model.load_state_dict(weights)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from convnext_dense.models.convnext import ConvNeXt
-from helpers.weights import made_weights
+from helpers.weights import random_weights
 
 
 def chain(*rules):
@@ -79,7 +79,7 @@ def original_weights(arch, grn=False, head=5) -> dict[str, torch.Tensor]:
     last = model.channels[-1]
     shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith('norm')}
     shapes |= {'norm.weight': (last,), 'norm.bias': (last,), 'head.weight': (head, last), 'head.bias': (head,)}
-    weights = made_weights(shapes)
+    weights = random_weights(shapes)
     return {n: t.reshape(1, 1, 1, -1) if '.grn.' in n else t for n, t in weights.items()}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 
-def made_weights(shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
+def random_weights(shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
     """Values that follow from a parameter's name and shape, as the reference features were made with."""
     weights = {}
     for name, shape in shapes.items():

@@ -10,7 +10,7 @@ from mmengine.registry import MODELS, Registry
 from convnext_dense.errors import UsageError
 from convnext_dense.models.convnext import ARCHS, ConvNeXt, ConvNeXtBlock
 from helpers.paths import ROOT
-from helpers.weights import made_weights
+from helpers.weights import random_weights
 
 SMALL = dict(depths=(1, 1, 2, 1), channels=(8, 16, 32, 64))
 
@@ -21,7 +21,7 @@ def small(**settings) -> ConvNeXt:
 
 
 def filled(model: ConvNeXt) -> ConvNeXt:
-    model.load_state_dict(made_weights({name: tuple(t.shape) for name, t in model.state_dict().items()}))
+    model.load_state_dict(random_weights({name: tuple(t.shape) for name, t in model.state_dict().items()}))
     return model
 
 
@@ -30,8 +30,8 @@ def test_features_equal_the_originals():
     image = torch.from_numpy(np.random.RandomState(7).standard_normal((1, 3, 76, 52)).astype(np.float32))
     maps = filled(small()).eval()(image)
     assert len(maps) == 4
-    for i, found in enumerate(maps):
-        np.testing.assert_allclose(found.detach().numpy(), reference[f'stage{i}'], rtol=0, atol=1e-5)
+    for i, actual in enumerate(maps):
+        np.testing.assert_allclose(actual.detach().numpy(), reference[f'stage{i}'], rtol=0, atol=1e-5)
 
 
 def test_forward_equals_reference_from_the_paper():
@@ -106,7 +106,7 @@ def test_known_archs_have_the_papers_sizes(arch, published, grn):
     assert (count + head_and_norm) / 1e6 == pytest.approx(published, abs=margin)
 
 
-def plain_v2(weights, image):
+def reference_v2(weights, image):
     """ConvNeXt V2 by the equations of its paper (section 3.2, algorithm 1), the maps before the output norms."""
 
     def norm(x, name):  # over the channels of N x H x W x C
@@ -150,8 +150,8 @@ def test_v2_equals_its_papers_equations():
         torch.nn.init.normal_(p, std=0.3)
     assert not any('layer_scale' in n or n.split('.')[-2:] == ['0', 'gamma'] for n in model.state_dict())
     image = torch.randn(2, 3, 70, 52, dtype=torch.float64)
-    for found, expected in zip(model(image), plain_v2(model.state_dict(), image)):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    for actual, expected in zip(model(image), reference_v2(model.state_dict(), image)):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_v2_starts_as_the_identity_of_its_norm_and_keeps_half_precision():
@@ -170,14 +170,14 @@ def test_out_indices_and_gradients_of_every_parameter(out_indices, settings):
     model = small(out_indices=out_indices, drop_path_rate=0.0, **settings)
     assert out_indices == given and type(out_indices) is type(given)
     image = torch.randn(2, 3, 64, 48)
-    wanted = [i % 4 for i in ([out_indices] if isinstance(out_indices, int) else out_indices)]
+    expected = [i % 4 for i in ([out_indices] if isinstance(out_indices, int) else out_indices)]
     maps = model(image)
-    assert [m.shape[1] for m in maps] == [SMALL['channels'][i] for i in wanted]
+    assert [m.shape[1] for m in maps] == [SMALL['channels'][i] for i in expected]
     sum((m * torch.randn_like(m)).sum() for m in maps).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     whole = small()
     whole.load_state_dict(model.state_dict(), strict=False)
-    for m, i in zip(maps, wanted):
+    for m, i in zip(maps, expected):
         torch.testing.assert_close(m, whole(image)[i])
 
 
@@ -194,8 +194,8 @@ def test_checkpointing_gives_the_same_gradients():
         torch.manual_seed(1)
         sum(m.square().mean() for m in model(torch.randn(4, 3, 64, 64))).backward()
         gradients.append([p.grad for p in model.parameters()])
-    for plain, recomputed in zip(*gradients):
-        torch.testing.assert_close(recomputed, plain)
+    for reference, recomputed in zip(*gradients):
+        torch.testing.assert_close(recomputed, reference)
 
 
 def test_checkpointing_recomputes():
@@ -223,9 +223,9 @@ def test_drop_path_per_sample_and_linear_in_depth():
     last = blocks[-1].drop_path.train()
     x = torch.ones(20000, 3, 1, 1)
     y = last(x)
-    kept = y[:, 0, 0, 0] > 0
-    assert (y == y[:, :1]).all() and torch.allclose(y[kept], x[kept] / 0.6)
-    assert kept.float().mean().item() == pytest.approx(0.6, abs=0.02)
+    remaining = y[:, 0, 0, 0] > 0
+    assert (y == y[:, :1]).all() and torch.allclose(y[remaining], x[remaining] / 0.6)
+    assert remaining.float().mean().item() == pytest.approx(0.6, abs=0.02)
     assert last.eval()(x) is x
 
 

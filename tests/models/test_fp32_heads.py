@@ -54,8 +54,8 @@ def test_roi_coordinates_stay_exact(dtype):
     assert (reached[SingleRoIExtractor][:, 1].float() - 1277.3).abs().min() > 0.1
     with torch.autocast('cpu', dtype):
         features = FP32RoIExtractor(**settings)(maps, rois)
-    plain = SingleRoIExtractor(**settings)([m.float() for m in maps], rois)
-    assert features.dtype == torch.float32 and torch.equal(features, plain)
+    reference = SingleRoIExtractor(**settings)([m.float() for m in maps], rois)
+    assert features.dtype == torch.float32 and torch.equal(features, reference)
 
 
 def test_any_memory_format_gives_same_features():

@@ -1,4 +1,4 @@
-"""The multi-scale test of ADE20K against a plain implementation that keeps every view."""
+"""The multi-scale test of ADE20K against a reference implementation that keeps every view."""
 
 import os
 import re
@@ -26,7 +26,7 @@ DEMO = ROOT / 'configs/demo/upernet.py'
 
 
 def small_segmentor(seed=0, **settings) -> Config:
-    """A config that tests at (512, 128), with a small random model that tells places apart."""
+    """A config that tests at (512, 128), with a small random model whose output depends on the position."""
     config = load('demo/upernet')
     config.merge_from_dict(settings)
     torch.manual_seed(seed)
@@ -54,7 +54,7 @@ def views_of(config: Config, image: np.ndarray, tmp_path) -> dict:
     return pseudo_collate([pipeline(sample)])
 
 
-def plain(model, image: np.ndarray, long: int, short: int) -> torch.Tensor:
+def reference(model, image: np.ndarray, long: int, short: int) -> torch.Tensor:
     """The protocol written out, every view's softmax kept."""
     height, width = image.shape[:2]
     views = []
@@ -81,13 +81,13 @@ def test_equals_reference_implementation(size, tmp_path):
     image = cv2.resize(np.random.RandomState(0).randint(0, 256, (9, 9, 3)).astype(np.uint8), size[::-1])
     data = views_of(config, image, tmp_path)
     with torch.no_grad():
-        samples, (found,) = model.probabilities(data)
-        expected = plain(model.module, image, 512, 128)
-    assert found.shape == (5, *size)
-    assert (found - expected).abs().max() < 1e-6
+        samples, (actual,) = model.probabilities(data)
+        expected = reference(model.module, image, 512, 128)
+    assert actual.shape == (5, *size)
+    assert (actual - expected).abs().max() < 1e-6
     assert expected.argmax(0).unique().numel() > 1
     (sample,) = model.test_step(views_of(config, image, tmp_path))
-    assert torch.equal(sample.pred_sem_seg.data[0], found.argmax(0))
+    assert torch.equal(sample.pred_sem_seg.data[0], actual.argmax(0))
     assert sample.gt_sem_seg.shape == size and samples[0].gt_sem_seg.shape == size
     assert 'seg_logits' not in sample
 
@@ -101,10 +101,10 @@ def test_one_class_is_a_sigmoid_once(tmp_path):
     model = built(config)
     image = np.random.RandomState(1).randint(0, 256, (40, 60, 3)).astype(np.uint8)
     with torch.no_grad():
-        _, (found,) = model.probabilities(views_of(config, image, tmp_path))
-    assert found.shape == (1, 40, 60) and found.min() > 0 and found.max() < 1
+        _, (actual,) = model.probabilities(views_of(config, image, tmp_path))
+    assert actual.shape == (1, 40, 60) and actual.min() > 0 and actual.max() < 1
     (sample,) = model.test_step(views_of(config, image, tmp_path))
-    assert torch.equal(sample.pred_sem_seg.data, (found > 0.4).float())
+    assert torch.equal(sample.pred_sem_seg.data, (actual > 0.4).float())
 
 
 @pytest.mark.parametrize('name', SEGMENTATION)
@@ -154,7 +154,7 @@ data = t.views_of(config, image, Path({folder!r}))
 used = lambda key: int(next(x for x in open('/proc/self/status') if x.startswith(key)).split()[1])
 open('/proc/self/clear_refs', 'w').write('5')  # the peak starts anew
 before = used('VmRSS')
-if {plain}:
+if {reference}:
     with torch.no_grad():
         model.module.test_step(dict(inputs=data['inputs'][0], data_samples=data['data_samples'][0]))
 else:
@@ -166,8 +166,8 @@ print(used('VmHWM') - before)
 def test_memory_does_not_grow_with_the_views(tmp_path):
     """At most 1.3 times what mmseg's own prediction of the largest view takes alone."""
 
-    def peak(ratios, plain):
-        code = MEASURE.format(tests=str(ROOT / 'tests'), ratios=ratios, folder=str(tmp_path), plain=plain)
+    def peak(ratios, reference):
+        code = MEASURE.format(tests=str(ROOT / 'tests'), ratios=ratios, folder=str(tmp_path), reference=reference)
         # What is freed goes back to the system at once: this measures tensors, not the allocator's left-overs.
         env = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '1000000', 'OMP_NUM_THREADS': '2'}
         process = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
@@ -193,9 +193,9 @@ def test_from_command_line(run_tool, tmp_path):
     assert len(list((tmp_path / 'pictures').rglob('*.png'))) == 3
     for file in (data / 'val').glob('*.png'):
         with torch.no_grad():
-            expected = plain(model, cv2.imread(str(file)), 512, 128).argmax(0).numpy()
-        found = cv2.imread(str(tmp_path / 'out' / file.name), cv2.IMREAD_UNCHANGED)
-        np.testing.assert_array_equal(found, expected + 1)
+            expected = reference(model, cv2.imread(str(file)), 512, 128).argmax(0).numpy()
+        actual = cv2.imread(str(tmp_path / 'out' / file.name), cv2.IMREAD_UNCHANGED)
+        np.testing.assert_array_equal(actual, expected + 1)
 
 
 def test_multiscale_refusals(run_tool, tmp_path):

@@ -156,10 +156,10 @@ class Aliased(nn.Module):
 def test_backbone_in_any_wrapper_gets_same_lrs(wrap):
     model = Segmentor(ConvNeXt('atto'))
     groups = built(model)
-    plain = {id(p): groups[id(p)]['lr'] for p in model.backbone.parameters()}
+    reference = {id(p): groups[id(p)]['lr'] for p in model.backbone.parameters()}
     again = built(wrap(model))
-    assert {key: again[key]['lr'] for key in plain} == plain
-    assert len(set(plain.values())) == 7  # ids 0 to 6: N is 5 for two blocks a stage and six in the third
+    assert {key: again[key]['lr'] for key in reference} == reference
+    assert len(set(reference.values())) == 7  # ids 0 to 6: N is 5 for two blocks a stage and six in the third
 
 
 def test_wrapper_prefixes_in_names_are_ignored():
@@ -177,13 +177,13 @@ def test_wrapper_prefixes_in_names_are_ignored():
 
 def test_backbone_in_ddp_gets_same_lrs(tmp_path):
     model = Segmentor(ConvNeXt('atto'))
-    plain = built(model)
+    reference = built(model)
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     try:
         behind = built(nn.parallel.DistributedDataParallel(model))
     finally:
         torch.distributed.destroy_process_group()
-    assert {key: group['lr'] for key, group in behind.items()} == {key: group['lr'] for key, group in plain.items()}
+    assert {key: group['lr'] for key, group in behind.items()} == {key: group['lr'] for key, group in reference.items()}
 
 
 def test_frozen_parameters_are_left_out():

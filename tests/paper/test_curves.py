@@ -44,7 +44,7 @@ class Images(Dataset):
         return {'inputs': torch.full((3, 32, 32), float(i))}
 
 
-class Witness(Hook):
+class LrRecorder(Hook):
     """What the optimizer's own parameter groups have at each iteration."""
 
     priority = 'VERY_HIGH'
@@ -73,7 +73,7 @@ COSINE = [dict(type='CosineAnnealingLR', T_max=12, eta_min=1e-4, by_epoch=False,
 )
 def test_layer_lrs_equal_optimizer_lrs(tmp_path, schedule, accumulation, frozen, decay_type):
     """Of a real run, at every iteration, from what its logs hold."""
-    witness = Witness()
+    recorder = LrRecorder()
     Runner(
         Net(frozen),
         str(tmp_path / 'run'),
@@ -91,7 +91,7 @@ def test_layer_lrs_equal_optimizer_lrs(tmp_path, schedule, accumulation, frozen,
         default_hooks=dict(
             param_scheduler=UpdateParamSchedulerHook(), logger=dict(type='LoggerHook', interval=1), checkpoint=None
         ),
-        custom_hooks=[witness],
+        custom_hooks=[recorder],
         cfg=dict(
             train_cfg=dict(by_epoch=True, max_epochs=4), optim_wrapper=dict(optimizer=dict(lr=2e-3)), model=dict()
         ),
@@ -100,9 +100,9 @@ def test_layer_lrs_equal_optimizer_lrs(tmp_path, schedule, accumulation, frozen,
     (curves,) = read_curves([tmp_path])
     assert [x for x, _ in curves.lrs] == [(i + 1) / 6 for i in range(24)] and curves.unit == 'epochs'
     for i, (_, lrs) in enumerate(curves.lrs, 1):
-        assert lrs.keys() == witness.lrs[i].keys() and len(lrs) > 2
+        assert lrs.keys() == recorder.lrs[i].keys() and len(lrs) > 2
         for layer, lr in lrs.items():
-            assert lr == pytest.approx(witness.lrs[i][layer], rel=1e-9)
+            assert lr == pytest.approx(recorder.lrs[i][layer], rel=1e-9)
     assert any(len(set(lrs.values())) > 2 for _, lrs in curves.lrs)
 
 
@@ -327,7 +327,7 @@ def test_bad_input(run_tool, tmp_path):
             read_curves([tmp_path / 'run', tmp_path / folder if folder != 'gone' else folder])
 
 
-STRANGE = {  # scalars, a text log, the issue that is reported
+MALFORMED = {  # scalars, a text log, the issue that is reported
     'an lr that is NaN': ('{"loss":1,"lr":NaN,"step":1,"epoch":1}', '', 'lr nan at 1 epochs is not drawn'),
     'an infinite lr': ('{"loss":1,"lr":Infinity,"base_lr":1,"step":1,"epoch":1}', '', 'lr inf at 1 epochs is not'),
     'numbers beyond scales': (
@@ -356,11 +356,11 @@ STRANGE = {  # scalars, a text log, the issue that is reported
 }
 
 
-@pytest.mark.parametrize('case', STRANGE)
+@pytest.mark.parametrize('case', MALFORMED)
 @pytest.mark.parametrize('single_run', [True, False])
 def test_values_that_cannot_be_drawn_are_reported(tmp_path, case, single_run):
     """The rest is drawn, alone and with another run, and what is not drawn is reported."""
-    scalars, log, words = STRANGE[case]
+    scalars, log, words = MALFORMED[case]
     config = Config(dict(train_cfg=dict(max_epochs=3), optim_wrapper=dict(optimizer=dict(lr=1.0))))
     start(tmp_path / 'a', config, [train(1, epoch=1)])
     place = tmp_path / 'a/20260101_120000'

@@ -202,12 +202,12 @@ def test_coco_data():
     _, _, flip, choice, _ = config.train_pipeline
     assert flip == dict(type='RandomFlip', prob=0.5)
     sides = [(side, 1333) for side in range(480, 801, 32)]
-    plain, cropped = choice.transforms
-    assert plain == [dict(type='RandomChoiceResize', scales=sides, keep_ratio=True)]
+    reference, cropped = choice.transforms
+    assert reference == [dict(type='RandomChoiceResize', scales=sides, keep_ratio=True)]
     assert cropped == [
         dict(type='RandomChoiceResize', scales=[(400, 1333), (500, 1333), (600, 1333)], keep_ratio=True),
         dict(type='RandomCrop', crop_type='absolute_range', crop_size=(384, 600), allow_negative_crop=True),
-        *plain,
+        *reference,
     ]
     assert dict(type='Resize', scale=(1333, 800), keep_ratio=True) in config.test_pipeline
     assert config.test_dataloader.batch_size == 1

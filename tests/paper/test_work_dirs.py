@@ -238,7 +238,7 @@ def test_without_any_run_and_bad_input(run_tool):
     one_line_error(run_tool('paper_table.py', '--plot', 'bars.xyz'), 'bars.xyz')
 
 
-STRANGE = {  # config.py and scalars.json of a work dir, what is said of them
+MALFORMED = {  # config.py and scalars.json of a work dir, what is reported of them
     'a reserved key': ('filename = "x"', '', 'config.py cannot be read'),
     'a number in the place of a dict': ('train_cfg = 5', '', 'config.py has no valid train_cfg'),
     'text in the place of a number': ("train_cfg = dict(max_epochs='3')", '', 'has no valid train_cfg.max_epochs'),
@@ -269,9 +269,9 @@ STRANGE = {  # config.py and scalars.json of a work dir, what is said of them
 }
 
 
-@pytest.mark.parametrize('case', STRANGE)
+@pytest.mark.parametrize('case', MALFORMED)
 def test_malformed_work_dir_is_reported(tmp_path, run_tool, case):
-    config, scalars, words = STRANGE[case]
+    config, scalars, words = MALFORMED[case]
     start = tmp_path / 'r/20260101_000000/vis_data'
     start.mkdir(parents=True)
     (start / 'config.py').write_text(config)
