@@ -1,4 +1,4 @@
-"""What a wheel carries, and what the backbone needs."""
+"""Content of the wheel, and dependencies of the backbone."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The package where less is there than on the machine that it was written on."""
+"""The package on platforms without fcntl, /proc or compiled kernels."""
 
 import subprocess
 import sys

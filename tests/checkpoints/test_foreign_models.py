@@ -1,4 +1,4 @@
-"""Whole models and backbones of other sources, behind any key, as `init_cfg`, `load_from` and what a test takes."""
+"""Models and backbones of other sources, under any key, through `init_cfg`, `load_from` and tools/test.py."""
 
 import functools
 import pathlib
@@ -163,7 +163,7 @@ def test_backbone_under_any_key(tmp_path, key):
 
 
 def test_preferred_state_dict_is_loaded(tmp_path):
-    """The usual key before an average, and none where nothing says which is meant."""
+    """The usual key before an EMA; refused where the keys do not tell which one to load."""
     weights, other = original_weights(SMALL), {n: t + 1 for n, t in original_weights(SMALL).items()}
     for content in (
         {'net_ema': other, 'net': weights},

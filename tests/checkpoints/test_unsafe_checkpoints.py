@@ -1,4 +1,4 @@
-"""Files that are made to harm their reader: none crashes it, hangs it, takes its memory or loads wrong values."""
+"""Malicious and damaged checkpoint files: none crashes, hangs, exhausts memory, runs code or loads wrong values."""
 
 import io
 import os
@@ -168,7 +168,7 @@ def test_views_of_larger_tensors(tmp_path):
 
 
 def everything() -> dict:
-    """Whatever checkpoints of torch, mmengine and the original code hold."""
+    """All kinds of content in checkpoints of torch, mmengine and the original code."""
     dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16]
     dtypes += [torch.int8, torch.uint8, torch.bool, torch.complex64, torch.uint16, torch.float8_e4m3fn]
     generator = np.random.RandomState(0)

@@ -1,4 +1,4 @@
-"""The tools as a user runs them: what comes out, and what bad input gets."""
+"""The tools as a user runs them: results, and one-line errors for bad input."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""The total batch stays the recipe's on any number of GPUs, and so do weights and lr at every update."""
+"""Total batch, weights and lr at every optimizer step are the same on any number of GPUs."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""What a resumed run takes from its checkpoint, and what from a config that changed since."""
+"""Settings of resumed runs: compared with the checkpoint, refused, reported or overridden."""
 
 import copy
 
@@ -24,7 +24,7 @@ CONFIGS = ROOT / 'configs'
 
 @pytest.fixture(autouse=True)
 def loader():
-    """The tools': the classic mmengine's own refuses its checkpoints since torch 2.6."""
+    """The checkpoint loader of the tools: the classic mmengine's own refuses its checkpoints since torch 2.6."""
     register_checkpoint_loader()
 
 
@@ -191,7 +191,7 @@ def test_override_with_other_param_groups_is_refused(tmp_path):
 
 @pytest.mark.parametrize('images, lr', [(4, 1e-2), (2, 1e-2), (1, 1e-2)])
 def test_auto_scale_lr_counts_the_whole_batch(tmp_path, images, lr):
-    """With gradients of several batches added up to the base, the lr is the base's; to half of it, half."""
+    """With accumulation up to base_batch_size the lr stays as it is; with half of that it is halved."""
     for base in (4, 8):
         config = run_config('epochs', images)
         config.auto_scale_lr = dict(enable=True, base_batch_size=base)

@@ -1,4 +1,4 @@
-"""Runs sent to TensorBoard and W&B hold what the run's own log holds."""
+"""TensorBoard and W&B receive what the local log has."""
 
 import copy
 import importlib.util

@@ -1,4 +1,4 @@
-"""What a run prints on the console, and what stands in its log file alone."""
+"""Console output of a run, and messages that only its log file has."""
 
 import logging
 

@@ -21,7 +21,7 @@ class PixelMean(nn.Module):
 
 
 def trained(rank: int, world_size: int) -> dict[str, torch.Tensor]:
-    """The weights after three steps of AdamW with layer decay, on this rank's share of the same batches."""
+    """The weights after three steps of AdamW with layer decay, on this rank's part of the same batches."""
     torch.manual_seed(0)
     model = reference = PixelMean().double()  # Adam divides by the gradient's size: float32 would amplify rounding
     if world_size > 1:

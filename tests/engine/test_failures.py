@@ -1,4 +1,4 @@
-"""What goes wrong in a run is named, and costs no more than it must."""
+"""Failures during training: diagnosis, skipped steps, replaced images, no processes left behind."""
 
 import os
 import shutil
@@ -60,7 +60,7 @@ def wait_until_it_trains(process) -> None:
 
 
 def left_of(*sessions: int, within: float = 15) -> list[str]:
-    """The processes of tools, each of which leads a session, that are still there after some seconds."""
+    """Processes of these sessions (one per tool) that still run after `within` seconds."""
     end = time.monotonic() + within
     while True:
         left = []
@@ -141,7 +141,7 @@ def test_worker_signal_during_diagnosis_is_diagnosed(tmp_path, monkeypatch):
 
 
 def test_killed_run_leaves_no_processes(train, data):
-    """Also of workers that write more than a pipe holds, which nobody reads any more."""
+    """Also with workers that block on a full pipe that nobody reads."""
     shutil.rmtree(data)
     toy_shapes.write(data, train=24, val=2, size=256)
     workers = 'train_dataloader.num_workers=2', 'train_dataloader.batch_size=4', 'total_batch=4'

@@ -1,4 +1,4 @@
-"""A run that is stopped at any instant goes on as the same run, and ends with the same weights bit for bit."""
+"""A run that is stopped at any time resumes as the same run and ends with bitwise equal weights."""
 
 import errno
 import math

@@ -1,4 +1,4 @@
-"""run.json: what plots and tables need of a session, as data."""
+"""run.json: writing and reading the facts of a training session."""
 
 import json
 from dataclasses import replace

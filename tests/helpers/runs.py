@@ -12,7 +12,7 @@ N_IMAGES, TOTAL = 16, 4
 
 @MODELS.register_module()
 class PixelMeanModel(BaseModel):
-    """The backbone under a plain mean over pixels, in float64, without batch statistics."""
+    """The backbone under a mean over pixels, in float64, without batch statistics."""
 
     def __init__(self):
         super().__init__()

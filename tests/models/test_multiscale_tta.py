@@ -55,7 +55,7 @@ def views_of(config: Config, image: np.ndarray, tmp_path) -> dict:
 
 
 def reference(model, image: np.ndarray, long: int, short: int) -> torch.Tensor:
-    """The protocol written out, every view's softmax kept."""
+    """Reference implementation of the protocol: the mean of the softmax of all views."""
     height, width = image.shape[:2]
     views = []
     for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75):

@@ -131,7 +131,7 @@ def wrapped_parts(model):
 
 
 class Aliased(nn.Module):
-    """A part of the backbone under another name, before the backbone itself."""
+    """Registers a part of the backbone under another name before the backbone itself."""
 
     def __init__(self, model):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Curves of runs: the lr of every layer as the optimizer had it, resumed runs, other units, pictures."""
+"""Training curves: lr of every layer, resumed runs, units, plots."""
 
 import io
 import logging
@@ -72,7 +72,7 @@ COSINE = [dict(type='CosineAnnealingLR', T_max=12, eta_min=1e-4, by_epoch=False,
     'schedule, accumulation, frozen', [(STEPS, 1, -1), (POLY, 3, -1), (COSINE, 2, 2), (STEPS, 1, 1)]
 )
 def test_layer_lrs_equal_optimizer_lrs(tmp_path, schedule, accumulation, frozen, decay_type):
-    """Of a real run, at every iteration, from what its logs hold."""
+    """In a real run, at every iteration, computed from its logs."""
     recorder = LrRecorder()
     Runner(
         Net(frozen),
@@ -209,7 +209,7 @@ def test_units_and_layers_by_run_json(tmp_path):
 
 
 def test_isolated_points_have_markers(tmp_path):
-    """Of a curve that is one point long, or of a value between two that are not drawn, no line would be seen."""
+    """A curve of one point, or a value between two that are not drawn, would have no visible line."""
     import matplotlib.figure
 
     config = load('upernet/convnext_t')
@@ -247,7 +247,7 @@ def test_parts_of_the_loss_and_other_evaluators(tmp_path):
 
 
 def texts(*curves, smooth=0.0) -> list[str]:
-    """The titles of the panels, then all other text in the picture."""
+    """Titles of the panels, then all other text in the plot."""
     import matplotlib.figure
 
     seen = []

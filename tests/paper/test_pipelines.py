@@ -1,4 +1,4 @@
-"""What the training pipelines draw is what the paper's protocol says, in closed form; a seed fixes the first batch."""
+"""Distributions of the training augmentations against the paper's protocol in closed form; seeded first batch."""
 
 import os
 import subprocess
@@ -46,13 +46,13 @@ def assert_uniform(values, low, high) -> None:
 
 
 def resized(size: tuple[int, int], short: int, long: int = 1333) -> tuple[int, int]:
-    """A size after it was made as large as fits the two sides, its ratio kept."""
+    """A size rescaled to fit both sides with its aspect ratio."""
     scale = min(short / min(size), long / max(size))
     return tuple(int(side * scale + 0.5) for side in size)
 
 
 def positions(results: dict) -> dict:
-    """A step that writes each pixel's place, instead of the picture, and the size."""
+    """Transform that replaces the image by the coordinates of each pixel."""
     height, width = results['uncropped'] = results['img'].shape[:2]
     results['img'] = GRID[:height, :width]
     if 'gt_seg_map' in results:
@@ -73,7 +73,7 @@ def read(name: str):
 
 
 def shape_only(results: dict) -> dict:
-    """A step that lets go of the picture, so that many draws fit into memory."""
+    """Transform that drops the image, so that many samples fit into memory."""
     results['img'] = results['img'].shape
     return results
 

@@ -1,4 +1,4 @@
-"""The recipes are the original's: sizes, learning rates, pipelines, in closed form or against the table of results."""
+"""Recipes against the original: sizes, learning rates, pipelines, in closed form or by the table of results."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The table of the paper next to work dirs: a finished run, one half-way, one that crashed, released weights."""
+"""The paper's results next to work dirs: finished, unfinished and crashed runs, released weights."""
 
 import json
 
@@ -15,7 +15,7 @@ from helpers.work_dirs import coco, dump, start, write_run_info
 
 
 def test_result(folder, config, metrics, load_from, multiscale=False, timestamp='20260102_120000') -> None:
-    """What tools/test.py leaves."""
+    """Write what tools/test.py leaves in a work dir."""
     place = folder / 'test' / timestamp
     place.mkdir(parents=True)
     (place / f'{timestamp}.json').write_text(json.dumps(metrics))
@@ -137,7 +137,7 @@ def test_every_deviation_from_the_recipe_is_reported(tmp_path, change, name):
 
 
 def test_tests_are_assigned_to_their_runs(tmp_path):
-    """Tests of other rows, of the released model and of early checkpoints are not the run's figure."""
+    """Tests of other recipes, of the released model and of early checkpoints are not the final metric of the run."""
     folder, config = tmp_path / 'run', load('upernet/convnext_t')
     start(folder, config, [dict(mIoU=46.1, step=160_000)])
     test_result(folder, load('upernet/convnext_b'), dict(mIoU=49.0), 'x/iter_160000.pth', timestamp='20260102_000001')
