@@ -3,7 +3,7 @@
 import importlib
 import os
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 
 import torch
 from mmengine.config import Config
@@ -28,7 +28,7 @@ def check_installed(library: str) -> None:
         library: 'mmdet', 'mmseg' or 'mmengine'; mmcv with its operators is needed too, and not both distributions of
             OpenMMLab.
     """
-    dists = [name for name in OPENMMLAB_DISTS if _is_installed(name)]
+    dists = [name for name in OPENMMLAB_DISTS if [*distributions(name=name)]]
     if len(dists) > 1:
         raise UsageError(
             f'{" and ".join(dists)} are both installed and conflict: install one distribution of OpenMMLab, in a new '
@@ -51,12 +51,8 @@ def check_installed(library: str) -> None:
 
 def check_backbones(model: dict) -> None:
     """Raise UsageError where a ConvNeXt in a model config cannot be built; on the meta device, without memory."""
-    for cls, kwargs in _iter_backbones(model):
-        try:
-            with torch.device('meta'):
-                cls(**kwargs)
-        except TypeError as error:
-            raise UsageError(f'backbone: {root_message(error)}') from error
+    for _ in _build_backbones(model):
+        pass
 
 
 def check_levels(model: dict) -> None:
@@ -87,9 +83,7 @@ def check_pretrained(model: dict) -> None:
     Args:
         model: config of the whole model.
     """
-    for cls, kwargs in _iter_backbones(model):
-        with torch.device('meta'):
-            backbone = cls(**kwargs)
+    for backbone in _build_backbones(model):
         for cfg in backbone.pretrained:
             loader = PretrainedConvNeXt(**{k: v for k, v in cfg.items() if k != 'type'})
             if is_rank0() or not is_url(resolve(loader.checkpoint)):
@@ -112,22 +106,20 @@ def check_data(config: Config, splits: tuple[str, ...]) -> None:
                 _require_path(evaluator['ann_file'], split)
 
 
-def _is_installed(distribution: str) -> bool:
-    try:
-        return bool(version(distribution))
-    except PackageNotFoundError:
-        return False
-
-
-def _iter_backbones(model: dict) -> Iterator[tuple[type, dict]]:
-    """Iterate over the ConvNeXts in a model config: class, this package's or derived from it, and arguments."""
+def _build_backbones(model: dict) -> Iterator[ConvNeXt]:
+    """Build the ConvNeXts in a model config, this package's or derived from it, on the meta device."""
     for holder in iter_dicts({'model': model}):
         for key, cfg in holder.items():
             type_ = cfg.get('type') if isinstance(cfg, dict) else None
-            if short_name(type_) == 'ConvNeXt' or 'backbone' in key:
-                cls = ConvNeXt if short_name(type_) == 'ConvNeXt' else class_of(type_, MODELS)
-                if cls is not None and issubclass(cls, ConvNeXt):
-                    yield cls, {k: v for k, v in cfg.items() if k not in ('type', '_scope_')}
+            is_ours = short_name(type_) == 'ConvNeXt'
+            cls = ConvNeXt if is_ours else class_of(type_, MODELS) if 'backbone' in key else None
+            if cls is not None and issubclass(cls, ConvNeXt):
+                try:
+                    with torch.device('meta'):
+                        backbone = cls(**{k: v for k, v in cfg.items() if k not in ('type', '_scope_')})
+                except TypeError as error:
+                    raise UsageError(f'backbone: {root_message(error)}') from error
+                yield backbone
 
 
 def _iter_data_paths(dataset: dict) -> Iterator[str]:

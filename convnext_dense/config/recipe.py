@@ -28,10 +28,14 @@ def recipe_id(path: str) -> tuple[str, ...]:
 
 def training_length(config: Config) -> float:
     """Return the length of a training in epochs, or in optimizer steps where the config counts iterations."""
-    train_cfg = config.get('train_cfg') or {}
-    if 'max_epochs' in train_cfg:
-        return train_cfg['max_epochs']
-    return train_cfg.get('max_iters', 0) / accumulative_counts(config)
+    if counts_epochs(config):
+        return config['train_cfg']['max_epochs']
+    return (config.get('train_cfg') or {}).get('max_iters', 0) / accumulative_counts(config)
+
+
+def counts_epochs(config: Config) -> bool:
+    """Return whether the length of a training is counted in epochs."""
+    return 'max_epochs' in (config.get('train_cfg') or {})
 
 
 def accumulative_counts(config: Config) -> int:

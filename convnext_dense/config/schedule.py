@@ -102,10 +102,10 @@ def _scale_intervals(config: Config, ratio: float, length: int) -> None:
 def _remove_ineffective_schedulers(config: Config, length: int) -> list[str]:
     """Remove the schedulers of which nothing is left, and return the names of their types."""
     schedulers = as_list(config.get('param_scheduler'))
-    effective = [scheduler for scheduler in schedulers if _has_effect(scheduler, length)]
-    if len(effective) < len(schedulers):
-        config.param_scheduler = effective
-    return [str(short_name(s.get('type'))) for s in schedulers if not _has_effect(s, length)]
+    removed = [scheduler for scheduler in schedulers if not _has_effect(scheduler, length)]
+    if removed:
+        config.param_scheduler = [scheduler for scheduler in schedulers if _has_effect(scheduler, length)]
+    return [str(short_name(scheduler.get('type'))) for scheduler in removed]
 
 
 def _fill_implicit_defaults(config: Config) -> None:

@@ -19,9 +19,11 @@ from .recipe import recipe_id
 from .tree import as_list
 from .work_dir import TIMESTAMP_GLOB, read_log_text
 
-# Name on the command line -> the module that must be installed.
-TRACKERS = {'tensorboard': 'torch.utils.tensorboard', 'wandb': 'wandb'}
-BACKENDS = {'tensorboard': 'TensorboardVisBackend', 'wandb': 'WandbVisBackend'}  # of mmengine
+# Name on the command line -> the module that must be installed, and mmengine's backend.
+TRACKERS = {
+    'tensorboard': ('torch.utils.tensorboard', 'TensorboardVisBackend'),
+    'wandb': ('wandb', 'WandbVisBackend'),
+}
 
 
 @VISBACKENDS.register_module(name=['NoCodeWandbVisBackend', 'RunWandbVisBackend'])  # old configs name the second one
@@ -62,7 +64,7 @@ def add_trackers(config: Config, names: Iterable[str], resumed: bool = False) ->
     names = list(dict.fromkeys(names))
     for name in names:
         try:
-            module = importlib.import_module(TRACKERS[name])
+            module = importlib.import_module(TRACKERS[name][0])
         except ImportError as error:
             raise UsageError(f'--loggers {name}: {error}: run pip install {name}') from error
         if name == 'wandb' and os.environ.get('WANDB_MODE', 'online') == 'online':
@@ -73,8 +75,8 @@ def add_trackers(config: Config, names: Iterable[str], resumed: bool = False) ->
     config.visualizer = config.get('visualizer') or dict(type='Visualizer')
     backends = as_list(config.visualizer.get('vis_backends')) or [dict(type='LocalVisBackend')]
     for name in names:
-        if not any(is_type(backend['type'], VISBACKENDS, BACKENDS[name]) for backend in backends):
-            backends.append(dict(type=BACKENDS[name]) if name == 'tensorboard' else _wandb_cfg(config, resumed))
+        if not any(is_type(backend['type'], VISBACKENDS, TRACKERS[name][1]) for backend in backends):
+            backends.append(dict(type=TRACKERS[name][1]) if name == 'tensorboard' else _wandb_cfg(config, resumed))
     config.visualizer.vis_backends = backends
 
 

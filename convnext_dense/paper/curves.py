@@ -83,8 +83,7 @@ def _why_no_curves(runs: Sequence[TrainingRun]) -> str:
 
 
 def _curves_of(run: TrainingRun) -> TrainingCurves:
-    by_epoch = 'max_epochs' in (run.config.get('train_cfg') or {})
-    curves = TrainingCurves(run, 'epochs' if by_epoch else 'optimizer steps')
+    curves = TrainingCurves(run, run.unit)
     for session in run.sessions:
         _add_session(curves, session)
     _report_undrawn(curves)
@@ -219,9 +218,8 @@ def ema(values: Sequence[float], factor: float) -> list[float]:
 
 def format_progress(run: TrainingRun) -> str:
     """Format progress and metrics of a run in one line, such as '12.4 of 36 epochs, box AP 40.0 (best 41.2)'."""
-    unit = 'epochs' if 'max_epochs' in (run.config.get('train_cfg') or {}) else 'optimizer steps'
     progress = f'{math.floor(10 * run.progress) / 10:,.1f}'.removesuffix('.0')
-    parts = [f'{progress} of {run.length:,.0f} {unit}' if run.length else f'{progress} {unit}']
+    parts = [f'{progress} of {run.length:,.0f} {run.unit}' if run.length else f'{progress} {run.unit}']
     for metric in MAIN_METRICS:
         if run.last(metric) is not None:
             parts.append(f'{metric} {run.last(metric):.1f} (best {run.best(metric):.1f})')

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from mmengine.config import Config
 
-from ..config.recipe import accumulative_counts
+from ..config.recipe import accumulative_counts, counts_epochs
 from ..config.work_dir import read_log_text
 from ..engine.run_info import RunInfo, read_run_info
 from ..errors import UsageError
@@ -82,7 +82,7 @@ class Session:
     @property
     def by_epoch(self) -> bool:
         """Whether the length of the training is counted in epochs."""
-        return 'max_epochs' in (self.config.get('train_cfg') or {})
+        return counts_epochs(self.config)
 
     @cached_property
     def min_iters_per_epoch(self) -> int:

@@ -12,7 +12,7 @@ from mmengine.config import Config
 
 from ..checkpoints.io import load_checkpoint
 from ..config.literal import parse_config_literal
-from ..config.recipe import training_length, training_precision
+from ..config.recipe import counts_epochs, training_length, training_precision
 from ..config.value_types import COUNT, DICT, TEXT, find_wrong_types
 from ..config.work_dir import TIMESTAMP_GLOB, read_log_text
 from ..engine.checkpoint_hook import LAST_CKPT_FILE
@@ -105,6 +105,11 @@ class TrainingRun:
         return training_length(self.config)
 
     @property
+    def unit(self) -> str:
+        """Unit of `length`: 'epochs' or 'optimizer steps'."""
+        return 'epochs' if counts_epochs(self.config) else 'optimizer steps'
+
+    @property
     def has_training(self) -> bool:
         """Whether a training was started here, not only tests."""
         return self.last_logged is not None
@@ -123,7 +128,7 @@ class TrainingRun:
     def final_checkpoint(self) -> str:
         """File name, without its ending, of the checkpoint at the end of the training."""
         train_cfg = self.config.get('train_cfg') or {}
-        return f'epoch_{train_cfg["max_epochs"]}' if 'max_epochs' in train_cfg else f'iter_{train_cfg.get("max_iters")}'
+        return f'epoch_{train_cfg["max_epochs"]}' if self.unit == 'epochs' else f'iter_{train_cfg.get("max_iters")}'
 
     def last(self, metric: str) -> float | None:
         """The metric at the last evaluation during training, in percent."""

@@ -397,7 +397,7 @@ def test_slide_inference_equals_reference_loop(run_tool, tmp_path):
 @pytest.mark.parametrize('line', preflight.OPENMMLAB_DISTS)
 def test_missing_package_names_fix_for_installed_distribution(monkeypatch, line):
     extra, mmcv = preflight.OPENMMLAB_DISTS[line]
-    monkeypatch.setattr(preflight, '_is_installed', lambda name: name == line)
+    monkeypatch.setattr(preflight, 'distributions', lambda name: [line] * (name == line))
     monkeypatch.setitem(sys.modules, 'mmcv._ext', None)
     with pytest.raises(UsageError, match=f'pip install --no-build-isolation.* {mmcv}$') as error:
         preflight.check_installed('mmdet')
@@ -410,7 +410,7 @@ def test_missing_package_names_fix_for_installed_distribution(monkeypatch, line)
 
 def test_both_openmmlab_distributions_are_refused(monkeypatch):
     preflight.check_installed('mmdet')
-    monkeypatch.setattr(preflight, 'version', lambda name: '0')
+    monkeypatch.setattr(preflight, 'distributions', lambda name: [name])
     with pytest.raises(UsageError, match='onedl-mmengine and mmengine'):
         preflight.check_installed('mmdet')
 
