@@ -2,8 +2,8 @@
 
 import copy
 import json
-import os
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -40,7 +40,6 @@ MAGIC_BYTES = {
 
 
 MAX_CACHED = 2  # a run opens the pretrained weights and the checkpoint that it resumes, each several times
-_cached: dict[tuple, dict] = {}  # by state of the file, the last one read at the end
 
 
 def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
@@ -59,36 +58,28 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
     Raises:
         UsageError: If it is not a checkpoint, is damaged, or would have to run code.
     """
-    state = _file_state(path)
-    content = _cached.pop(state, None) if state else None
-    if content is None:
-        content = _load_uncached(Path(path))
-    if state:
-        _cached[state] = content
-    while len(_cached) > MAX_CACHED:
-        del _cached[next(iter(_cached))]
+    path = Path(path).absolute()
+    status = path.stat()
+    is_sharded = path.name.endswith(SHARD_INDEX_SUFFIX)  # several files, whose changes its own state does not show
+    state = (status.st_ino, status.st_size, status.st_mtime_ns)
+    content = _load_uncached(path) if is_sharded else _load_cached(path, state)
     return content if mmap else copy.deepcopy(content)
+
+
+@lru_cache(MAX_CACHED)
+def _load_cached(path: Path, state: tuple[int, ...]) -> dict:
+    return _load_uncached(path)
 
 
 def clear_cache() -> None:
     """Release the cached checkpoints."""
-    _cached.clear()
-
-
-def _file_state(path: str | Path) -> tuple | None:
-    """Return what changes when a file is overwritten or replaced; None for shards, which are several files."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    is_sharded = str(path).endswith(SHARD_INDEX_SUFFIX)
-    return None if is_sharded else (os.path.abspath(path), status.st_ino, status.st_size, status.st_mtime_ns)
+    _load_cached.cache_clear()
 
 
 def _load_uncached(path: Path) -> dict:
     if path.is_dir():
         raise UsageError(f'{path} is a folder: give a file in it')
-    if path.exists() and not path.is_file():
+    if not path.is_file():
         raise UsageError(f'{path} is not a regular file: give the file of a checkpoint')
     try:
         content = _load_shards(path) if path.name.endswith(SHARD_INDEX_SUFFIX) else _load_file(path)

@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
+from ..checkpoints.hub import download
 from ..config.batch_size import scale_batch
 from ..config.evaluation import SCALE_FACTORS, set_multiscale, set_prediction_output, set_report, set_visualization
 from ..config.inputs import adapt_input_channels
@@ -26,7 +27,7 @@ from ..config.training import set_checkpoint_retention, set_max_unreadable, set_
 from ..config.work_dir import default_work_dir, hold_work_dir
 from ..datasets.configure import check_classes
 from ..datasets.custom import DatasetRequest, apply_custom_data, parse_request
-from ..engine.build import compile_backbones, make_runner, resolve_checkpoint
+from ..engine.build import compile_backbones, make_runner
 from ..engine.console import survive_closed_stdout
 from ..errors import Notice, UsageError
 from ..paper.results import to_paper_metrics
@@ -140,7 +141,7 @@ def _find_checkpoint_to_resume(run: PreparedRun, args: argparse.Namespace) -> Li
 
 
 def _find_checkpoint_to_test(run: PreparedRun, args: argparse.Namespace) -> None:
-    run.checkpoint = resolve_checkpoint(args.checkpoint)
+    run.checkpoint = str(download(args.checkpoint))
 
 
 def _load_from_checkpoint(run: PreparedRun, args: argparse.Namespace) -> None:

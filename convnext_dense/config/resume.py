@@ -5,9 +5,9 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from ..checkpoints.hub import download
 from ..checkpoints.io import load_checkpoint
 from ..checkpoints.pretrained import naming_scheme_of
-from ..engine.build import resolve_checkpoint
 from ..engine.checkpoint_hook import LAST_CKPT_FILE
 from ..engine.progress import load_partition
 from ..engine.resume import OVERRIDE_KEY
@@ -66,7 +66,7 @@ def set_resume(config: Config, resume: str | None) -> str | None:
     is_search = resume in ('last', 'auto')
     checkpoint = find_resume_checkpoint(work_dir) if is_search else resume
     if checkpoint:
-        checkpoint = resolve_checkpoint(checkpoint)
+        checkpoint = str(download(checkpoint))
         if not is_search and has_run and Path(checkpoint).resolve().parent != work_dir.resolve():
             raise UsageError(f'{work_dir} contains another run than that of {checkpoint}: choose another --work-dir')
     elif has_run:

@@ -20,10 +20,7 @@ from .tree import as_list
 from .work_dir import TIMESTAMP_GLOB, read_log_text
 
 # Name on the command line -> the module that must be installed, and mmengine's backend.
-TRACKERS = {
-    'tensorboard': ('torch.utils.tensorboard', 'TensorboardVisBackend'),
-    'wandb': ('wandb', 'WandbVisBackend'),
-}
+TRACKERS = {'tensorboard': ('torch.utils.tensorboard', 'TensorboardVisBackend'), 'wandb': ('wandb', 'WandbVisBackend')}
 
 
 @VISBACKENDS.register_module(name=['NoCodeWandbVisBackend', 'RunWandbVisBackend'])  # old configs name the second one

@@ -1,6 +1,5 @@
 """Build the runner of a config and load the checkpoint it starts from."""
 
-import os
 from collections.abc import Mapping
 
 from mmengine.config import Config
@@ -11,7 +10,7 @@ from mmengine.runner import CheckpointLoader, Runner
 from mmengine.runner.checkpoint import get_torchvision_models
 from torch import nn
 
-from ..checkpoints.hub import WEIGHT_URLS, download, is_url
+from ..checkpoints.hub import download
 from ..checkpoints.io import clear_cache, load_checkpoint
 from ..checkpoints.pretrained import check_state_dict_matches, load_model_weights
 from ..errors import UsageError, is_user_code_error, root_message
@@ -29,22 +28,6 @@ def compile_backbones(model: nn.Module) -> None:
             module.compile_blocks()
 
 
-def resolve_checkpoint(source: str) -> str:
-    """The path of a checkpoint, which is downloaded if need be.
-
-    Args:
-        source: Path, URL, or name of a pretrained weight or released checkpoint.
-
-    Raises:
-        UsageError: `source` is none of these.
-    """
-    if not os.path.isfile(source) and not is_url(source) and source not in WEIGHT_URLS:
-        raise UsageError(
-            f"checkpoint '{source}' not found: give the path of a .pth file, a URL or the name of a released checkpoint"
-        )
-    return str(download(source))
-
-
 def make_runner(config: Config, checkpoint: str | None = None) -> Runner:
     """Build the runner of a config and check that its checkpoint fits the model.
 
@@ -60,7 +43,7 @@ def make_runner(config: Config, checkpoint: str | None = None) -> Runner:
         UsageError: The config cannot be built, or the checkpoint is of another model.
     """
     if not checkpoint and config.get('load_from'):
-        config.load_from = resolve_checkpoint(config.load_from)
+        config.load_from = str(download(config.load_from))
     file = checkpoint or config.get('load_from')
     models_by_file = {}  # filled below, once the model is built
     register_checkpoint_loader(models_by_file)
@@ -94,7 +77,7 @@ def register_checkpoint_loader(models_by_file: Mapping[str, nn.Module] | None = 
     def load(filename: str, map_location=None) -> dict:
         if filename.startswith('torchvision://'):
             filename = get_torchvision_models()[filename.removeprefix('torchvision://')]
-        content = load_checkpoint(resolve_checkpoint(filename), mmap=False)
+        content = load_checkpoint(download(filename), mmap=False)
         clear_cache()  # the run holds its own copy from here on
         if models_by_file and filename in models_by_file:
             content['state_dict'] = load_model_weights(content, filename, models_by_file[filename])

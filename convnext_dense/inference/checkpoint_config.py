@@ -10,7 +10,7 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
-from ..checkpoints.hub import WEIGHT_URLS
+from ..checkpoints.hub import WEIGHT_URLS, download
 from ..checkpoints.io import find_state_dicts, load_checkpoint
 from ..config.inputs import adapt_input_channels
 from ..config.literal import parse_config_literal
@@ -18,7 +18,6 @@ from ..config.load import load_config
 from ..config.preflight import check_backbones, check_installed, check_levels
 from ..config.tree import iter_dicts
 from ..config.work_dir import find_resume_checkpoint
-from ..engine.build import resolve_checkpoint
 from ..errors import UsageError
 from ..paper.results import PAPER_RESULTS
 from ..type_names import REGISTRIES, SCOPES, class_of
@@ -84,7 +83,7 @@ def find_model(checkpoint: str | Path, config: str | Path | Config | None = None
 def _find_file(checkpoint: str) -> str:
     path = Path(checkpoint)
     if not path.is_dir():
-        return resolve_checkpoint(checkpoint)
+        return str(download(checkpoint))
     best = sorted(path.glob('best_*.pth'), key=lambda file: file.stat().st_mtime)
     file = str(best[-1]) if best else find_resume_checkpoint(path)
     if file is None or not Path(file).is_file():

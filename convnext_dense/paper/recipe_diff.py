@@ -52,11 +52,5 @@ def _flatten_settings(config: Config) -> Iterator[tuple[str, object]]:
             if is_recipe and value not in ([], ()):  # an empty list is as none
                 yield key, short_name(value) if key.endswith('.type') else value
     yield 'length', training_length(config)
-    yield 'weights', _pretrained_name(config)
-
-
-def _pretrained_name(config: Config) -> str:
-    """Name of the file from which the backbone is initialized, in whatever folder it is."""
-    init_cfg = get_dotted(config, 'model.backbone.init_cfg')
-    checkpoint = init_cfg.get('checkpoint') if hasattr(init_cfg, 'get') else None
-    return PurePath(str(checkpoint)).name.removesuffix('.pth')
+    checkpoint = get_dotted(config, 'model.backbone.init_cfg.checkpoint')  # in whatever folder it is
+    yield 'weights', PurePath(str(checkpoint)).name.removesuffix('.pth')

@@ -51,7 +51,7 @@ def test_a_released_name_brings_its_recipe(monkeypatch, tmp_path):
     for name, recipe in RECIPES_BY_RELEASED.items():
         file = tmp_path / f'{name}.pth'
         torch.save({'model': {'backbone.x': torch.zeros(1)}}, file)
-        monkeypatch.setattr(checkpoint_config, 'resolve_checkpoint', lambda source, file=file: str(file))
+        monkeypatch.setattr(checkpoint_config, 'download', lambda source, file=file: str(file))
         expected = Config.fromfile(ROOT / f'configs/{recipe}.py')
         for asked in (name, str(file)):
             source = find_model(asked)

@@ -205,7 +205,7 @@ BAD_INPUT = {
     'no images': (['EMPTY'], 'no images in'),
     'no such file': (['none.jpg'], "no image or folder 'none.jpg'"),
     'no config': (['PHOTO', 'NO_CONFIG'], 'contains no config: give the config'),
-    'no checkpoint': (['PHOTO', '/none.pth'], "checkpoint '/none.pth' not found"),
+    'no checkpoint': (['PHOTO', '/none.pth'], "no checkpoint '/none.pth'"),
     'another task': (['PHOTO', '--config', 'SEGMENTOR'], 'is a model for detection, the config is for segmentation'),
     'no such class': (['PHOTO', '--classes', 'squares'], "no class 'squares': did you mean square?"),
     'no such device': (['PHOTO', '--device', 'cuda:7'], "no device 'cuda:7'"),
