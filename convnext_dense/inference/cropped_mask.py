@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from ..datasets.coco_masks import decode_rle_runs
+
 
 class CroppedMask(NamedTuple):
     """The part of an instance mask that holds its object.
@@ -66,6 +68,25 @@ class CroppedMask(NamedTuple):
         counts = np.diff(np.concatenate([[0], edges, [height * width]])).tolist()
         counts = counts[:-1] if counts[-1] == 0 else counts  # as pycocotools, which counts no pixels after the last
         return coco_mask.frPyObjects(dict(size=[height, width], counts=counts), height, width)
+
+
+def decode_window(rle: dict, window: Sequence[int]) -> np.ndarray:
+    """Decode a part of a COCO RLE, (h, w) of uint8; of the image no more than its columns is allocated.
+
+    Args:
+        rle: Of an instance mask.
+        window: Left, top, right and bottom of the part.
+    """
+    (height, _), (left, top, right, bottom) = rle['size'], window
+    counts = rle['counts']
+    counts = decode_rle_runs(counts.decode() if isinstance(counts, bytes) else counts)
+    ends = np.cumsum(counts)
+    runs = np.stack([ends[:-1:2], ends[1::2]], 1) if len(ends) > 1 else np.zeros((0, 2), np.int64)
+    first, last = left * height, right * height  # pixels are counted by columns
+    columns = np.zeros(last - first, np.uint8)
+    for start, end in np.clip(runs[(runs[:, 1] > first) & (runs[:, 0] < last)], first, last) - first:
+        columns[start:end] = 1
+    return np.ascontiguousarray(columns.reshape(right - left, height)[:, top:bottom].T)
 
 
 def unite(masks: Sequence[CroppedMask]) -> CroppedMask:

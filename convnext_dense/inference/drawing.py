@@ -1,5 +1,6 @@
 """Pictures of predictions, legible at any size of the image."""
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -9,13 +10,14 @@ import numpy as np
 import torch
 from mmengine.structures import BaseDataElement, InstanceData
 from PIL import Image, ImageDraw, ImageFont
-from pycocotools import mask as coco_mask
 
 from .colors import Color, class_colors, text_color
+from .cropped_mask import decode_window
 from .mask_writer import IGNORED
 
 MIN_SIDE, MAX_SIDE = 320, 4096  # of a picture's longer side: smaller images are enlarged, larger ones reduced
 SCORE_THR = 0.3  # least score of what is drawn, unless the user asks for another
+BLENDED_ROWS = 256  # at a time
 OPACITY = 0.45  # of masks over the image
 MAX_DRAWN = 300  # detections in a picture
 
@@ -32,7 +34,7 @@ def draw(
     """Draw a prediction onto its image.
 
     Args:
-        image: (H, W, C) BGR of uint8, or grayscale.
+        image: (H, W, C) BGR of uint8, or grayscale; a large one may be reduced already to the size of the picture.
         sample: With `pred_instances` or `pred_sem_seg`, in the pixels of the image.
         classes: Names of the classes.
         palette: RGB color of each class; by default colors that can be told apart.
@@ -52,7 +54,8 @@ def draw(
     instances = sample.pred_instances
     keep = (instances.scores >= score_thr).nonzero().flatten()
     best = instances.scores[keep].argsort(descending=True, stable=True)[:MAX_DRAWN]
-    return _draw_instances(picture, instances[keep[best]].cpu(), scale, classes, colors)
+    picture = _resized(to_bgr(image), picture_size(size)).copy()
+    return _draw_instances(picture.copy(), instances[keep[best]].cpu(), scale, classes, colors)
 
 
 def picture_scale(size: tuple[int, int]) -> float:
@@ -90,7 +93,7 @@ def to_bgr(image: np.ndarray) -> np.ndarray:
 
 def _resized(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if picture.shape[:2] == size:
-        return picture.copy()
+        return picture
     method = cv2.INTER_AREA if max(size) < max(picture.shape) else cv2.INTER_NEAREST
     return cv2.resize(picture, size[::-1], interpolation=method)
 
@@ -107,25 +110,29 @@ def _draw_instances(
     for i in reversed(range(len(labels))):  # the best on top
         bgr = colors[labels[i]][::-1]
         if masks[i] is not None:
-            _blend_mask(picture, _mask_array(masks[i]), boxes[i], bgr, thickness)
+            _blend_mask(picture, _mask_in_box(masks[i], boxes[i], scale), boxes[i], bgr, thickness)
         cv2.rectangle(picture, boxes[i][:2].tolist(), boxes[i][2:].tolist(), bgr, thickness)
     texts = [f'{classes[label]} {score:.2f}' for label, score in zip(labels, scores)]
     return _draw_labels(picture, texts, boxes, [colors[label] for label in labels])
 
 
-def _mask_array(mask: torch.Tensor | np.ndarray | dict) -> np.ndarray:
-    """An instance mask (H, W) of uint8; it may be a COCO RLE."""
+def _mask_in_box(mask: torch.Tensor | np.ndarray | dict, box: np.ndarray, scale: float) -> np.ndarray:
+    """The part of an instance mask (H, W), or COCO RLE, that lies in a box of the picture, in the picture's pixels."""
+    height, width = mask['size'] if isinstance(mask, dict) else mask.shape
+    x1, y1, x2, y2 = box
+    window = [int(x1 / scale), int(y1 / scale), math.ceil((x2 + 1) / scale), math.ceil((y2 + 1) / scale)]
+    left, top, right, bottom = np.minimum(window, [width - 1, height - 1, width, height]).tolist()
     if isinstance(mask, dict):
-        return coco_mask.decode(mask)
-    return np.asarray(mask).view(np.uint8)
+        inside = decode_window(mask, (left, top, right, bottom))
+    else:
+        inside = np.asarray(mask[top:bottom, left:right]).view(np.uint8)
+    size = (int(x2 - x1 + 1), int(y2 - y1 + 1))
+    return np.ascontiguousarray(inside) if scale == 1 else cv2.resize(inside, size, interpolation=cv2.INTER_NEAREST)
 
 
-def _blend_mask(picture: np.ndarray, mask: np.ndarray, box: np.ndarray, bgr: Color, thickness: int) -> None:
+def _blend_mask(picture: np.ndarray, inside: np.ndarray, box: np.ndarray, bgr: Color, thickness: int) -> None:
     """Draw the part of a mask that lies in its box, with its contour."""
     x1, y1, x2, y2 = box
-    if picture.shape[:2] != mask.shape:
-        mask = cv2.resize(mask, picture.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-    inside = np.ascontiguousarray(mask[y1 : y2 + 1, x1 : x2 + 1])
     area = picture[y1 : y2 + 1, x1 : x2 + 1]
     _blend(area, np.full_like(area, bgr), inside)
     contours, _ = cv2.findContours(inside, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
@@ -196,11 +203,16 @@ def _draw_segmentation(
         labels = cv2.resize(labels, picture.shape[1::-1], interpolation=cv2.INTER_NEAREST)
     table = np.zeros((256, 3), np.uint8)
     table[: len(colors)] = np.asarray(colors, np.uint8)[:, ::-1]
-    _blend(picture, table[labels], (labels != IGNORED).view(np.uint8))
-    if not legend:
-        return picture
     present = [i for i in np.argsort(-counts, kind='stable') if counts[i] and i < len(classes)]
-    return np.vstack((picture, _legend(picture.shape[:2], [(classes[i], colors[i]) for i in present])))
+    entries = [(classes[i], colors[i]) for i in present]
+    below = _legend(picture.shape[:2], entries) if legend else picture[:0]
+    height, width = picture.shape[:2]
+    result = np.empty((height + len(below), width, 3), np.uint8)
+    result[:height], result[height:] = picture, below
+    for top in range(0, height, BLENDED_ROWS):  # a picture has up to 4096 x 4096 pixels
+        rows = slice(top, min(top + BLENDED_ROWS, height))
+        _blend(result[rows], table[labels[rows]], (labels[rows] != IGNORED).view(np.uint8))
+    return result
 
 
 def _legend(size: tuple[int, int], entries: Sequence[tuple[str, Color]]) -> np.ndarray:

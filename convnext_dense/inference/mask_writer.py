@@ -27,7 +27,7 @@ def encode_mask(labels: np.ndarray, palette: Sequence[Color]) -> bytes:
         labels: (H, W), the index of each pixel's class.
         palette: RGB color of each class.
     """
-    image = Image.fromarray(np.ascontiguousarray(labels.astype(np.uint8)))
+    image = Image.fromarray(np.ascontiguousarray(labels.astype(np.uint8, copy=False)))
     values = [value for color in palette for value in color]
     image.putpalette(values + [0] * (768 - len(values)))  # Pillow writes no more bits than a short palette needs
     content = io.BytesIO()

@@ -153,19 +153,30 @@ class Predictor:
 
         Returns:
             mmdet's DetDataSample with `pred_instances`, or mmseg's SegDataSample with `pred_sem_seg`, in the pixels of
-            the image as it is displayed; on the CPU. A list for a list.
+            the image as it is displayed; on the CPU. A list for a list. With `tile`, masks of detections are COCO RLEs.
 
         Raises:
             UsageError: If an option or an image cannot be used.
         """
-        PredictOptions(**options)
+        in_tiles = PredictOptions(**options).tile is not None
         is_one = not isinstance(images, (list, tuple))
-        pixels = [self.read(image, channel_order) for image in ([images] if is_one else images)]
-        samples = self.predict_arrays(pixels, **options)
-        for image, sample in zip([images] if is_one else images, samples):
+        images = [images] if is_one else images
+        if in_tiles:
+            samples = [self._predict_input_in_tiles(image, channel_order, options) for image in images]
+        else:
+            samples = self.predict_arrays([self.read(image, channel_order) for image in images], **options)
+        for image, sample in zip(images, samples):
             if isinstance(image, (str, Path)):
                 sample.set_metainfo(dict(img_path=str(image)))
         return samples[0] if is_one else samples
+
+    def _predict_input_in_tiles(self, image: ImageInput, channel_order: str | None, options: dict) -> BaseDataElement:
+        if not isinstance(image, (str, Path)):
+            return self.predict_arrays([self.read(image, channel_order)], **options)[0]
+        try:
+            return self.predict_arrays([image], **options)[0]  # which reads the file by rows if it can
+        except UnreadableImageError as error:
+            raise UsageError(f'{image}: {error}') from error
 
     def read(self, image: ImageInput, channel_order: str | None = None) -> np.ndarray:
         """Return the pixels of an image as the model takes them: (H, W, C) BGR, (H, W) of a model of grayscale."""
@@ -186,7 +197,7 @@ class Predictor:
         """Predict images that were read.
 
         Args:
-            images: (H, W, C) BGR of uint8 each; as `read` returns them.
+            images: (H, W, C) BGR of uint8 each; as `read` returns them. With `tile` also paths of files.
             with_logits: Segmentation: also return `seg_logits` (C, H, W).
             **options: As of `PredictOptions`.
 

@@ -29,11 +29,11 @@ def read_reduced(path: str | Path, color_type: str = 'color') -> tuple[np.ndarra
         height, (small_height, small_width) = reader.size[0], picture_size(reader.size)
         if small_height >= height:
             return to_bgr(reader.read(0, height)), reader.size
-        strips = []
+        result = np.empty((small_height, small_width, 3), np.uint8)
         for top in range(0, small_height, ROWS):
             bottom = min(top + ROWS, small_height)
             rows = reader.read(top * height // small_height, -(-bottom * height // small_height))
-            strips.append(cv2.resize(to_bgr(rows), (small_width, bottom - top), interpolation=cv2.INTER_AREA))
-        return np.concatenate(strips), reader.size
+            cv2.resize(to_bgr(rows), (small_width, bottom - top), result[top:bottom], interpolation=cv2.INTER_AREA)
+        return result, reader.size
     finally:
         reader.close()

@@ -11,7 +11,8 @@ from .images import ORIENTATION, from_array, read_image
 
 WINDOWED_SUFFIXES = ('.tif', '.tiff', '.png')  # whose files rasterio reads by rows
 LARGE = 4096 * 4096  # pixels from which the user is told that an image is read whole
-GDAL_CACHE_BYTES = 64 << 20
+GDAL_CACHE_BYTES = 16 << 20
+CHUNK_ROWS = 128  # that are converted at a time
 
 
 class RowReader:
@@ -59,7 +60,11 @@ class RasterRowReader(RowReader):
             raise UnreadableImageError(str(error)) from error
         self.size = self.file.height, self.file.width
         self.bands = self._bands(rasterio.enums.ColorInterp.alpha)
-        self.top, self.rows = 0, None  # what was read last: the next rows overlap it, and PNG is read forward only
+        self.buffer, self.top, self.rows = (
+            None,
+            0,
+            None,
+        )  # what was read last: the next rows overlap it, and PNG is read forward only
 
     def _palette(self) -> np.ndarray | None:
         """Colors (256, 4) of a file of one band whose values are indices."""
@@ -78,12 +83,20 @@ class RasterRowReader(RowReader):
         return colors + opacity[:1]
 
     def read(self, top: int, bottom: int) -> np.ndarray:
-        """Return the rows from `top` to before `bottom`; neither may be smaller than in the call before."""
-        start = top if self.rows is None else max(top, self.top + len(self.rows))
-        new = self._read(start, bottom)
-        self.rows = new if start == top else np.concatenate([self.rows[top - self.top :], new])
-        self.top = top
+        """Return the rows from `top` to before `bottom`; the next call overwrites them."""
+        kept = self.rows[top - self.top :] if self.rows is not None else ()
+        if self.buffer is None or bottom - top > len(self.buffer):
+            self.buffer = self._allocate(bottom - top)
+        self.buffer[: len(kept)] = kept  # an overlap that moves up in its own buffer is copied right by numpy
+        for start in range(top + len(kept), bottom, CHUNK_ROWS):
+            end = min(start + CHUNK_ROWS, bottom)
+            self.buffer[start - top : end - top] = self._read(start, end)
+        self.top, self.rows = top, self.buffer[: bottom - top]
         return self.rows
+
+    def _allocate(self, n_rows: int) -> np.ndarray:
+        channels = () if self.color_type == 'grayscale' else (3,)
+        return np.empty((n_rows, self.size[1], *channels), np.uint8)
 
     def _read(self, top: int, bottom: int) -> np.ndarray:
         window = ((top, bottom), (0, self.size[1]))

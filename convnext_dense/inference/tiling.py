@@ -52,6 +52,7 @@ def blend_weights(starts: Sequence[int], tile: int, length: int) -> list[np.ndar
     return [(w / total[start : start + len(w)]).astype(np.float32) for w, start in zip(weights, starts)]
 
 
+@torch.inference_mode()
 def predict_tiled(
     predictor, image: np.ndarray | str | Path, options: PredictOptions, with_logits: bool = False
 ) -> BaseDataElement:

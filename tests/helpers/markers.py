@@ -38,6 +38,7 @@ INTEGRATION_TESTS = {
     'inference/test_openmmlab.py',
     'inference/test_predict_tool.py',
     'inference/test_python_api.py',
+    'inference/test_tiles_of_files.py',
     'inference/test_tiling.py::test_a_detector_finds_every_object_once_and_whole',
     'models/test_fp32_heads.py::test_proposals_equal_fp32',
     'models/test_multiscale_tta.py::test_memory_does_not_grow_with_the_views',
