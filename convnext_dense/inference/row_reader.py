@@ -60,11 +60,8 @@ class RasterRowReader(RowReader):
             raise UnreadableImageError(str(error)) from error
         self.size = self.file.height, self.file.width
         self.bands = self._bands(rasterio.enums.ColorInterp.alpha)
-        self.buffer, self.top, self.rows = (
-            None,
-            0,
-            None,
-        )  # what was read last: the next rows overlap it, and PNG is read forward only
+        # What was read last: the next rows overlap it, and PNG is read forward only.
+        self.buffer, self.top, self.n_rows = self._allocate(0), 0, 0
 
     def _palette(self) -> np.ndarray | None:
         """Colors (256, 4) of a file of one band whose values are indices."""
@@ -84,15 +81,15 @@ class RasterRowReader(RowReader):
 
     def read(self, top: int, bottom: int) -> np.ndarray:
         """Return the rows from `top` to before `bottom`; the next call overwrites them."""
-        kept = self.rows[top - self.top :] if self.rows is not None else ()
-        if self.buffer is None or bottom - top > len(self.buffer):
+        kept = self.buffer[top - self.top : self.n_rows]
+        if bottom - top > len(self.buffer):
             self.buffer = self._allocate(bottom - top)
         self.buffer[: len(kept)] = kept  # an overlap that moves up in its own buffer is copied right by numpy
         for start in range(top + len(kept), bottom, CHUNK_ROWS):
             end = min(start + CHUNK_ROWS, bottom)
             self.buffer[start - top : end - top] = self._read(start, end)
-        self.top, self.rows = top, self.buffer[: bottom - top]
-        return self.rows
+        self.top, self.n_rows = top, bottom - top
+        return self.buffer[: self.n_rows]
 
     def _allocate(self, n_rows: int) -> np.ndarray:
         channels = () if self.color_type == 'grayscale' else (3,)
