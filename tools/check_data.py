@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """Check a data set: report what it holds, what is wrong, and what training would do about it. Changes nothing.
 
+With --tile, what can be used is also written in tiles, as a data set of its own.
+
 Exits with 0 if everything can be used, with 1 if something would be dropped or is an error, with 2 if there is no data
 set to check.
 """
@@ -14,6 +16,9 @@ import environment  # noqa: F401
 from convnext_dense.cli.arguments import ArgumentParser
 from convnext_dense.cli.exit import exit_on_error
 from convnext_dense.datasets.custom import add_data_arguments, detect_tasks, parse_request, read_data
+from convnext_dense.datasets.tiles import DEFAULT_OVERLAP
+from convnext_dense.datasets.write_tiles import check_tile_options, write_tiles
+from convnext_dense.errors import UsageError
 
 
 def parse_args():
@@ -22,10 +27,21 @@ def parse_args():
     parser.add_argument(
         '--task', choices=('detection', 'segmentation'), help='check only one task of a data set for both'
     )
+    parser.add_argument('--tile', type=int, metavar='SIZE', help='write the data set in square tiles of this side')
+    parser.add_argument(
+        '--overlap',
+        type=float,
+        default=DEFAULT_OVERLAP,
+        metavar='FRACTION',
+        help='with --tile: fraction of a tile that it has in common with the next one (default: %(default)s)',
+    )
+    parser.add_argument('--out', metavar='FOLDER', help='with --tile: folder of the data set in tiles')
     parser.add_argument('--json', action='store_true', help='print JSON')
     args = parser.parse_args()
     if not args.data and not args.train_ann and not args.val_ann:
         parser.error('give --data PATH')
+    if args.out and args.tile is None:
+        parser.error('--out needs --tile SIZE')
     return args
 
 
@@ -35,11 +51,20 @@ def main():
         request = parse_request(args)
         task = args.task or ('segmentation' if args.classes or args.ignore is not None else None)
         tasks = [task] if task else detect_tasks(request)
-        reports = {task: read_data(request, task, ('train', 'val', 'test')).report for task in tasks}
+        if args.tile is not None:
+            check_tile_options(args.tile, args.overlap, args.out)
+            if len(tasks) > 1:
+                raise UsageError(f'--tile: {args.data} is for {" and ".join(tasks)}: choose one of them with --task')
+        data = {task: read_data(request, task, ('train', 'val', 'test')) for task in tasks}
+        reports = {task: each.report for task, each in data.items()}
+        tiles = []
+        if args.tile is not None:
+            reports[tasks[0]].raise_if_errors()
+            tiles = write_tiles(data[tasks[0]], args.tile, args.overlap, args.out)
     if args.json:
         print(json.dumps({task: report.as_data() for task, report in reports.items()}, indent=2))
     else:
-        print('\n\n'.join('\n'.join([task, *report.lines()]) for task, report in reports.items()))
+        print('\n\n'.join('\n'.join([task, *report.lines(), *tiles]) for task, report in reports.items()))
     sys.exit(int(any(report.problems for report in reports.values())))
 
 

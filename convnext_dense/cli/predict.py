@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..datasets.tiles import DEFAULT_OVERLAP
 from ..errors import RunInterrupted, UnreadableImageError, UsageError
 from ..inference import video
 from ..inference.checkpoint_config import ModelSource, find_model
@@ -15,7 +16,7 @@ from ..inference.coco_writer import FORMATS
 from ..inference.inputs import InputFile, Inputs, find_inputs
 from ..inference.mask_writer import check_num_classes
 from ..inference.model import AMP_DTYPES, Predictor, build_predictor, check_device
-from ..inference.options import DEFAULT_OVERLAP, PredictOptions, class_indices
+from ..inference.options import PredictOptions, class_indices
 from ..inference.output import OutputFolder, open_folder
 from ..inference.pipeline import RunReport, predict_files
 from ..inference.pipelines import test_steps

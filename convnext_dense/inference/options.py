@@ -4,9 +4,8 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..datasets.tiles import DEFAULT_OVERLAP
 from ..errors import UsageError
-
-DEFAULT_OVERLAP = 0.25  # share of a tile's side that it has in common with the next
 
 
 @dataclass(frozen=True)

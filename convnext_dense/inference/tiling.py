@@ -9,27 +9,12 @@ import numpy as np
 import torch
 from mmengine.structures import BaseDataElement, PixelData
 
+from ..datasets.tiles import tile_starts
 from .merging import TileDetections, detector_limits, merge_tiles
 from .options import PredictOptions
 from .row_reader import RowReader, open_rows
 
 MAX_CARRY_BYTES = 128 << 20  # of logits that wait in memory for the tiles below; others wait in a temporary file
-
-
-def tile_starts(length: int, tile: int, overlap: float) -> list[int]:
-    """Return where tiles start along one side of an image.
-
-    Args:
-        length: Of the side, in pixels.
-        tile: Side of a tile.
-        overlap: Fraction of a tile's side that it has in common with the next one, at least.
-
-    Returns:
-        As few starts as possible, at even distances; one for a side that is not longer than a tile.
-    """
-    step = max(tile - round(tile * overlap), 1)
-    n = max(-(-(length - tile) // step), 0) + 1
-    return [round(i * max(length - tile, 0) / max(n - 1, 1)) for i in range(n)]
 
 
 def blend_weights(starts: Sequence[int], tile: int, length: int) -> list[np.ndarray]:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
+from convnext_dense.datasets.tiles import tile_starts
 from convnext_dense.inference import tiling
 from convnext_dense.inference.options import PredictOptions
 from convnext_dense.inference.row_reader import RowReader
-from convnext_dense.inference.tiling import blend_weights, predict_tiled, tile_starts
+from convnext_dense.inference.tiling import blend_weights, predict_tiled
 from helpers.made_models import COLORS, MadePredictor, detect_boxes, detect_colors, segment_colors
 
 

@@ -1,0 +1,149 @@
+"""Writing a checked data set in tiles, as a data set of its own."""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from ..errors import UnreadableImageError, UsageError
+from .check_images import MAX_BYTES
+from .files import read_bytes
+from .request import CheckedDataset
+from .tiles import Window, clip_annotations, tile_windows
+
+JPEG_SUFFIXES = ('.jpg', '.jpeg')
+JPEG_QUALITY = 95
+IGNORED = 255
+
+
+def check_tile_options(tile: int, overlap: float, out: str | None) -> None:
+    """Raise UsageError if tiles cannot be cut so, or if `out` is not a new or empty folder."""
+    if tile < 1:
+        raise UsageError(f'--tile {tile}: give the side of a tile in pixels')
+    if not 0 <= overlap < 1:
+        raise UsageError(f'--overlap {overlap}: give a fraction of the tile from 0 to below 1, such as 0.25')
+    if not out:
+        raise UsageError('--tile needs --out FOLDER, for the data set in tiles')
+    if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
+        raise UsageError(f"--out '{out}' already exists: choose another path")
+
+
+def write_tiles(data: CheckedDataset, tile: int, overlap: float, out: str) -> list[str]:
+    """Write a checked data set in tiles.
+
+    Args:
+        data: The data set, of one task.
+        tile: Side of a tile in pixels.
+        overlap: Fraction of a tile's side that it has in common with the next one.
+        out: Folder of the new data set.
+
+    Returns:
+        What was written, one line for each split.
+
+    Raises:
+        UnreadableImageError: An image can no longer be read.
+    """
+    write = _write_coco if data.task == 'detection' else _write_masks
+    if data.task == 'segmentation':
+        Path(out).mkdir(parents=True, exist_ok=True)
+        names = json.dumps(data.classes) if any('\n' in name for name in data.classes) else '\n'.join(data.classes)
+        Path(out, 'classes.txt').write_text(names + '\n', encoding='utf-8')
+    return [f'{out}: {split}: {write(data, split, tile, overlap, Path(out))}' for split in data.splits]
+
+
+def _write_coco(data: CheckedDataset, split: str, tile: int, overlap: float, out: Path) -> str:
+    coco, names, by_image = data.splits[split], _UniqueNames(), defaultdict(list)
+    for annotation in coco['annotations']:
+        by_image[annotation['image_id']].append(annotation)
+    images, annotations = [], []
+    for image in coco['images']:
+        size = image['height'], image['width']
+        for window, name in _write_image(data, image['file_name'], size, tile, overlap, out / split, names):
+            new = dict(id=len(images) + 1, file_name=name, width=window[2] - window[0], height=window[3] - window[1])
+            for part in clip_annotations(by_image[image['id']], window, size):
+                annotations.append({**part, 'id': len(annotations) + 1, 'image_id': new['id']})
+            images.append(new)
+    (out / 'annotations').mkdir(parents=True, exist_ok=True)
+    content = dict(images=images, annotations=annotations, categories=coco['categories'])
+    (out / 'annotations' / f'instances_{split}.json').write_text(json.dumps(content))
+    return f'{len(images):,} tiles of {len(coco["images"]):,} images, {len(annotations):,} annotations'
+
+
+def _write_masks(data: CheckedDataset, split: str, tile: int, overlap: float, out: Path) -> str:
+    table, names, n_tiles = class_table(data), _UniqueNames(), 0
+    (out / 'masks' / split).mkdir(parents=True, exist_ok=True)
+    for image, mask in data.splits[split]:
+        labels = table[np.asarray(Image.open(os.path.join(data.root, mask))).astype(np.uint8)]
+        for window, name in _write_image(data, image, labels.shape, tile, overlap, out / 'images' / split, names):
+            left, top, right, bottom = window
+            path = out / 'masks' / split / f'{Path(name).stem}.png'
+            Image.fromarray(np.ascontiguousarray(labels[top:bottom, left:right])).save(path)
+            n_tiles += 1
+    return f'{n_tiles:,} tiles of {len(data.splits[split]):,} images with segmentation masks'
+
+
+def class_table(data: CheckedDataset) -> np.ndarray:
+    """Return the class index of each label (256,) of a segmentation data set, 255 for those that are ignored."""
+    table = np.arange(256)
+    if data.dataset_kwargs.get('reduce_zero_label'):  # as mmseg does it
+        table = np.where((table == 0) | (table == IGNORED), IGNORED, table - 1)
+    mapped = table.copy()
+    for label, index in data.dataset_kwargs.get('label_map') or ():
+        mapped[table == label] = index
+    return mapped.astype(np.uint8)
+
+
+def _write_image(
+    data: CheckedDataset,
+    file_name: str,
+    size: tuple[int, int],
+    tile: int,
+    overlap: float,
+    folder: Path,
+    new_name: Callable[[str], str],
+) -> Iterator[tuple[Window, str]]:
+    """Write the tiles of an image; each window and the name of its file in `folder`."""
+    path = os.path.join(data.root, file_name)
+    pixels = _read(path, data.apply_exif)
+    if pixels.shape[:2] != size:
+        raise UnreadableImageError(f'{path} has changed: check the data set again')
+    folder.mkdir(parents=True, exist_ok=True)
+    stem, suffix = os.path.splitext(file_name)
+    suffix = '.jpg' if suffix.lower() in JPEG_SUFFIXES else '.png'
+    stem = new_name(stem.strip('/').replace('/', '_').replace(os.sep, '_'))
+    for window in tile_windows(size, tile, overlap):
+        left, top, right, bottom = window
+        name = f'{stem}_{left}_{top}{suffix}'
+        content = cv2.imencode(suffix, pixels[top:bottom, left:right], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
+        (folder / name).write_bytes(content.tobytes())
+        yield window, name
+
+
+def _read(path: str, apply_exif: bool) -> np.ndarray:
+    """Read an image as training reads it."""
+    from mmcv import imfrombytes
+
+    flag = 'color' if apply_exif else 'color_ignore_orientation'
+    pixels = imfrombytes(read_bytes(path, MAX_BYTES), flag=flag)
+    if pixels is None:
+        raise UnreadableImageError(f'{path} cannot be read')
+    return pixels
+
+
+class _UniqueNames:
+    """Gives each image a name of its own: images of different folders may share one."""
+
+    def __init__(self):
+        self.used: set[str] = set()
+
+    def __call__(self, stem: str) -> str:
+        name, n = stem, 1
+        while name.lower() in self.used:
+            name, n = f'{stem}-{n}', n + 1
+        self.used.add(name.lower())
+        return name
