@@ -54,7 +54,6 @@ def draw(
     instances = sample.pred_instances
     keep = (instances.scores >= score_thr).nonzero().flatten()
     best = instances.scores[keep].argsort(descending=True, stable=True)[:MAX_DRAWN]
-    picture = _resized(to_bgr(image), picture_size(size)).copy()
     return _draw_instances(picture.copy(), instances[keep[best]].cpu(), scale, classes, colors)
 
 
