@@ -12,7 +12,7 @@ from convnext_dense.datasets.custom import DatasetRequest, read_data
 from convnext_dense.datasets.tiles import clip_annotations, clip_polygon, tile_windows
 from convnext_dense.datasets.write_tiles import check_tile_options, write_tiles
 from convnext_dense.errors import UsageError
-from helpers.datasets import dump, own, run
+from helpers.datasets import run, write_dataset, write_json
 
 SIZE = (90, 130)
 WINDOWS = tile_windows(SIZE, 40, 0)
@@ -102,11 +102,11 @@ def test_a_sliver_of_an_object_is_left_out():
 @pytest.fixture
 def large(tmp_path):
     """Images of 150 x 100 and 64 x 48 with objects of three classes, COCO json and masks; one image has no objects."""
-    names = own(tmp_path / 'data', 3, sizes=((150, 100), (64, 48), (150, 100)))
+    names = write_dataset(tmp_path / 'data', 3, sizes=((150, 100), (64, 48), (150, 100)))
     file = tmp_path / 'data/annotations/train.json'
     content = json.loads(file.read_text())
     content['annotations'] = [a for a in content['annotations'] if a['image_id'] != 2]
-    dump(content, file)
+    write_json(content, file)
     return tmp_path / 'data', names
 
 
