@@ -417,6 +417,23 @@ INLINE void microkernel(const int bf16, const int rows, const char *a, int64_t r
     }
 }
 
+/* GELU of rows plus bias, with or without the sums of its squares. */
+INLINE void gelu_epilogue(const int bf16, const int rows, const int with_squares, const Epilogue *e, int64_t first,
+                          int64_t column, f32x16 acc[MR][2]) {
+    f32x16 bias[2] = {load(e->bias + column), load(e->bias + column + LANES)};
+    char *to = e->to + first * e->row_bytes, *hidden = e->hidden ? e->hidden + first * e->hidden_row_bytes : 0;
+    f32x16 squares[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    UNROLL for (int i = 0; i < rows; i++) {
+        f32x16 v[2] = {_mm512_add_ps(acc[i][0], bias[0]), _mm512_add_ps(acc[i][1], bias[1])};
+        if (hidden) store_elems2(bf16, hidden + i * e->hidden_row_bytes, column, v[0], v[1]);
+        f32x16 activation[2] = {gelu(bf16, v[0]), gelu(bf16, v[1])};
+        store_elems2(bf16, to + i * e->row_bytes, column, activation[0], activation[1]);
+        for (int half = 0; with_squares && half < 2; half++)
+            squares[half] = _mm512_fmadd_ps(activation[half], activation[half], squares[half]);
+    }
+    if (with_squares) add_to(e->sums + column, squares[0]), add_to(e->sums + column + LANES, squares[1]);
+}
+
 INLINE void epilogue(const int bf16, const int rows, const Epilogue *e, int64_t first, int64_t column,
                      f32x16 acc[MR][2]) {
     char *to = e->to + first * e->row_bytes;
@@ -429,19 +446,10 @@ INLINE void epilogue(const int bf16, const int rows, const Epilogue *e, int64_t 
                 if (e->kind == BIAS) v = _mm512_add_ps(v, load(e->bias + column + LANES * half));
                 store(p, v);
             }
+    } else if (e->kind == GELU && e->sums) {
+        gelu_epilogue(bf16, rows, 1, e, first, column, acc);
     } else if (e->kind == GELU) {
-        f32x16 bias[2] = {load(e->bias + column), load(e->bias + column + LANES)};
-        char *hidden = e->hidden ? e->hidden + first * e->hidden_row_bytes : 0;
-        f32x16 squares[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-        UNROLL for (int i = 0; i < rows; i++) {
-            f32x16 v[2] = {_mm512_add_ps(acc[i][0], bias[0]), _mm512_add_ps(acc[i][1], bias[1])};
-            if (hidden) store_elems2(bf16, hidden + i * e->hidden_row_bytes, column, v[0], v[1]);
-            f32x16 activation[2] = {gelu(bf16, v[0]), gelu(bf16, v[1])};
-            store_elems2(bf16, to + i * e->row_bytes, column, activation[0], activation[1]);
-            for (int half = 0; half < 2; half++)
-                squares[half] = _mm512_fmadd_ps(activation[half], activation[half], squares[half]);
-        }
-        if (e->sums) add_to(e->sums + column, squares[0]), add_to(e->sums + column + LANES, squares[1]);
+        gelu_epilogue(bf16, rows, 0, e, first, column, acc);
     } else if (e->kind == GRN_GRAD) {
         f32x16 sums[2] = {load(e->sums + column), load(e->sums + column + LANES)};
         f32x16 factor[2] = {load(e->factor + column), load(e->factor + column + LANES)};
