@@ -84,14 +84,12 @@ class BlockParams(NamedTuple):
         Raises:
             ValueError: A block has not so many.
         """
-        first, rest = tensors[:6], [*tensors[6:]]
-        has_grn, has_gamma = {2: (False, False), 3: (False, True), 4: (True, False), 5: (True, True)}.get(
-            len(rest), (None, None)
-        )
-        if has_grn is None:
+        n_without = len(cls._fields) - 3
+        has_grn, has_gamma = divmod(len(tensors) - n_without, 2)
+        if not n_without <= len(tensors) <= len(cls._fields):
             raise ValueError(f'a block has no {len(tensors)} parameters')
-        grn = [rest.pop(0), rest.pop(0)] if has_grn else [None, None]
-        return cls(*first, *grn, *rest, *([] if has_gamma else [None]))
+        grn, rest = (tensors[6:8], tensors[8:]) if has_grn else ((None, None), tensors[6:])
+        return cls(*tensors[:6], *grn, *rest, *(() if has_gamma else (None,)))
 
     def scale_branch_grads(
         self, keep_prob_scale: float, grad_weight: torch.Tensor, grad_bias: torch.Tensor

@@ -124,8 +124,7 @@ def stage_forward(
             return None
         block_params.append(selected[2])
         eps.append(block.norm.eps)
-    kinds = {tuple(t is None for t in p) for p in block_params}
-    if len(kinds) > 1:
+    if len({(p.gamma is None, p.grn_gamma is None) for p in block_params}) > 1:
         return None
     norm_params = []
     if norm is not None:

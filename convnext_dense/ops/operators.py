@@ -310,7 +310,12 @@ def _autograd_kernel(
 
 
 def _stage_cpu(x, patch_params, block_params, norm_params, patch_size, dtype, eps):
-    """Queue all kernels of the stage, which work on two buffers, and launch them once."""
+    """Queue all kernels of the stage, which work on two buffers, and launch them once.
+
+    Without a registration for autograd, which would pass these many tensors through Python twice, the check is here.
+    """
+    _check(not needs_grad(x, *patch_params, *block_params, *norm_params), 'a stage in one call has no gradients')
+    _check(torch.autograd.forward_ad._current_level < 0, 'forward-mode AD has no rule for it')
     patch_params, patch_args = PatchEmbedParams(*patch_params), PatchEmbedArgs(patch_size, eps[0], dtype)
     avx512.check_patch_embed(x, patch_params, patch_args)
     x, patch_call = avx512.patch_embed(patch_args, x, patch_params)
@@ -330,7 +335,10 @@ def _stage_cpu(x, patch_params, block_params, norm_params, patch_size, dtype, ep
 def _stage_blocks(tensors: Sequence[torch.Tensor], eps: Sequence[float], dtype: torch.dtype):
     """Settings and parameters of each block; each has as many tensors as the others."""
     size, rest = divmod(len(tensors), len(eps)) if eps else (0, 0)
-    _check(rest == 0 and 8 <= size <= N_BLOCK_PARAMS, 'block_params and eps must belong to the same number of blocks')
+    _check(
+        rest == 0 and N_BLOCK_PARAMS - 3 <= size <= N_BLOCK_PARAMS,
+        'block_params and eps must belong to the same number of blocks',
+    )
     padding = (avx512.DW_KERNEL // 2,) * 2
     args = [BlockArgs('avx512', dtype, e, padding, 1.0, SAVE_INPUT) for e in eps]
     return [*zip(args, (BlockParams.of_present(tensors[i : i + size]) for i in range(0, len(tensors), size)))]
@@ -340,11 +348,6 @@ def _stage_fake(x, patch_params, block_params, norm_params, patch_size, dtype, e
     n, height, width, channels = _patch_embed_shape(x, patch_params[0], patch_size)
     outputs = [x.new_empty(n, height, width, channels)]
     return [*outputs, x.new_empty(n, channels, height, width)] if norm_params else outputs
-
-
-def _stage_autograd(x, *args):
-    _check(not needs_grad(x, *(t for tensors in args[:3] for t in tensors)), 'a stage in one call has no gradients')
-    return _below_autograd(stage, x, *args)
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
@@ -414,7 +417,7 @@ IMPLEMENTATIONS = {
         _autograd_kernel(output_norm, output_norm_backward, avx512.norm_reference, 3, lambda x, eps: x.contiguous()),
     ),
     output_norm_backward: (_output_norm_backward_cpu, _output_norm_backward_fake, None),
-    stage: (_stage_cpu, _stage_fake, _stage_autograd),
+    stage: (_stage_cpu, _stage_fake, None),
 }
 
 
