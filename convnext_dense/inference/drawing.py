@@ -149,8 +149,6 @@ def _draw_labels(picture: np.ndarray, texts: Sequence[str], boxes: np.ndarray, c
         return picture
     height, width = picture.shape[:2]
     font, pad = _font(font_size((height, width))), max(1, line_width((height, width)))
-    image = Image.fromarray(picture[..., ::-1])
-    canvas = ImageDraw.Draw(image)
     taken = np.zeros((0, 4))
     for i, text in enumerate(texts):
         left, top, right, bottom = font.getbbox(text)
@@ -160,10 +158,12 @@ def _draw_labels(picture: np.ndarray, texts: Sequence[str], boxes: np.ndarray, c
         # Another label is unreadable below this one; an object is only partly hidden.
         costs = 10 * _overlap(places, taken) + _overlap(places, others) + _overlap(places, boxes[i : i + 1])
         x, y = places[int(costs.argmin())][:2]
-        canvas.rectangle((x, y, x + size[0] - 1, y + size[1] - 1), fill=colors[i])
-        canvas.text((x + pad - left, y + pad - top), text, fill=text_color(colors[i]), font=font)
+        label = Image.new('RGB', tuple(map(int, size)), colors[i])  # of its own: a picture may take 50 MB
+        ImageDraw.Draw(label).text((pad - left, pad - top), text, fill=text_color(colors[i]), font=font)
+        area = picture[int(y) : int(y + size[1]), int(x) : int(x + size[0])]
+        area[:] = np.asarray(label)[: area.shape[0], : area.shape[1], ::-1]
         taken = np.vstack((taken, [[x, y, x + size[0], y + size[1]]]))
-    return np.ascontiguousarray(np.asarray(image)[..., ::-1])
+    return picture
 
 
 def _label_places(box: np.ndarray, size: tuple[int, int]) -> Iterator[tuple[int, int]]:
