@@ -13,6 +13,7 @@ from helpers.gpu import hide_gpus
 from helpers.markers import is_integration
 from helpers.processes import PRELOADED, WITHOUT_WORKERS, ToolProcess
 
+os.environ['TRITON_INTERPRET'] = '1'  # read when Triton is imported: its kernels run on the CPU
 hide_gpus()  # the same tests on every machine: only those in tests/gpu see its GPUs, in processes of their own
 # Tests run in parallel, one process per core: threads of each would only get in each other's way.
 os.environ['OMP_NUM_THREADS'] = '1'

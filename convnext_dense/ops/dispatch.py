@@ -18,8 +18,9 @@ from itertools import chain, product
 import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import avx512, onednn, operators
+from . import avx512, onednn, operators, triton_blocks
 from .avx512 import PatchEmbedArgs, PatchEmbedParams
 from .block_params import SAVE_DWCONV, SAVE_HIDDEN, SAVE_INPUT, BlockArgs, BlockParams
 
@@ -151,6 +152,8 @@ def patch_embed_forward(module: nn.Sequential, x: torch.Tensor) -> torch.Tensor 
 
 def block_forward(block: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     """Run a block of x, (N, C, H, W); the output is channels_last."""
+    if x.is_cuda:
+        return _gpu_block_forward(block, x)
     selected = _select_backend(block, x.shape[1], x.dtype) if _is_eligible(x) else None
     if selected is None:
         return None
@@ -167,6 +170,23 @@ def block_forward(block: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     if kept is not None:
         out = rows.to(out.dtype).index_copy(0, kept, out)
     return out.permute(0, 3, 1, 2)
+
+
+def _gpu_block_forward(block: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """Run a block on a GPU in half precision."""
+    dtype = _autocast_dtype('cuda') or x.dtype
+    if dtype not in triton_blocks.DTYPES or not _may_use_operators(x) or _get_current_dispatch_mode() is not None:
+        return None
+    params = _block_params(block)
+    if params is None or block.dwconv.padding != (3, 3):
+        return None
+    args = triton_blocks.Block(params, None, block.norm.eps, dtype)
+    rows = x.permute(0, 2, 3, 1).contiguous()
+    if not triton_blocks.supports(rows, args):
+        return None
+    if _drops_paths(block):
+        args = args._replace(scale=block.drop_path.sample_scale(x))
+    return triton_blocks.run(rows, args, block.with_cp).permute(0, 3, 1, 2)
 
 
 def norm_forward(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor | None:
@@ -198,14 +218,19 @@ def may_replace(*modules: nn.Module) -> bool:
 
 
 def _is_eligible(x: torch.Tensor) -> bool:
-    """Whether operators may run on an input at all."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not torch.Tensor:
-        return False
-    if (x.device.type, x.layout) != ('cpu', torch.strided) or x.ndim != 4 or not x.numel() or x.is_neg():
-        return False
-    if _disabled_depth or _is_transformed() or any(GLOBAL_HOOKS):
+    """Whether operators for the CPU may run on an input at all."""
+    if not x.is_cpu or not _may_use_operators(x):
         return False
     return {x.dtype, _autocast_dtype() or x.dtype} <= {*avx512.dtypes(), *onednn.dtypes()}
+
+
+def _may_use_operators(x: torch.Tensor) -> bool:
+    """Whether nothing that they do not know looks at operators, and the input is a map in memory."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not torch.Tensor:
+        return False
+    if x.layout != torch.strided or x.ndim != 4 or not x.numel() or x.is_neg():
+        return False
+    return not (_disabled_depth or _is_transformed() or any(GLOBAL_HOOKS))
 
 
 def _is_transformed() -> bool:
@@ -221,8 +246,8 @@ def _map_dtype(dtype: torch.dtype, has_layer_scale: bool) -> torch.dtype:
     return torch.float32 if has_layer_scale else dtype
 
 
-def _autocast_dtype() -> torch.dtype | None:
-    return torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else None
+def _autocast_dtype(device: str = 'cpu') -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 # ---- eligibility of modules ------------------------------------------------------------------------------------------

@@ -15,13 +15,13 @@ def hide_gpus() -> None:
 
 
 def gpu_environment() -> dict[str, str]:
-    """The environment variables of a process that sees the GPUs."""
-    return {'CUDA_VISIBLE_DEVICES': os.environ.get(_OFFERED, '')}
+    """The environment variables of a process that sees the GPUs and compiles Triton's kernels for them."""
+    return {'CUDA_VISIBLE_DEVICES': os.environ.get(_OFFERED, ''), 'TRITON_INTERPRET': '0'}
 
 
 def call_with_gpu(function, *args, timeout: float = 600):
     """What a module-level function returns in a new process that sees the GPUs; what it raises fails the test."""
-    hidden = os.environ['CUDA_VISIBLE_DEVICES']
+    hidden = {name: os.environ[name] for name in gpu_environment()}
     context = multiprocessing.get_context('spawn')
     ours, theirs = context.Pipe(duplex=False)
     os.environ.update(gpu_environment())  # before the new process imports anything: mmengine looks for devices then
@@ -29,7 +29,7 @@ def call_with_gpu(function, *args, timeout: float = 600):
         process = context.Process(target=_send_result, args=(theirs, function, args))
         process.start()
     finally:
-        os.environ['CUDA_VISIBLE_DEVICES'] = hidden
+        os.environ.update(hidden)
     theirs.close()
     try:
         assert ours.poll(timeout), f'{function.__name__} did not end within {timeout} s'
