@@ -3,6 +3,7 @@
 #                               (TASK=mask_rcnn, cascade or upernet)
 #   make test                   run the tests
 #   make benchmark              the backbone next to other libraries', which get an environment of their own (.venv-baselines)
+#   make benchmark-gpu          on a machine with a GPU: the GPU tests, and the tables of docs/performance.md
 #   make docs                   the documentation as a site, in site/ (a minute, then seconds; .venv-docs, without torch)
 #   make picture                the picture of README.md, from the last `make demo`
 # Variables: OPENMMLAB=classic the classic distribution of OpenMMLab, TORCH=2.13.0 another torch, PYTHON=python3.12
@@ -32,7 +33,7 @@ RUN := work_dirs/demo/$(TASK)-$(shell date +%Y%m%d-%H%M%S)
 INSTALL := CFLAGS=-g0 CXXFLAGS=-g0 $(BIN)/pip install --constraint $(VENV)/constraints.txt --no-build-isolation
 OPERATORS_WORK := $(BIN)/python -c 'import torch; from mmcv.ops import nms; nms(torch.rand(3, 4), torch.rand(3), 0.5)'
 
-.PHONY: setup demo test lint benchmark docs picture
+.PHONY: setup demo test lint benchmark benchmark-gpu docs picture
 setup: $(READY)
 
 # Of the tools, all go on where they were interrupted; the stamp comes last. Another torch needs another mmcv: start anew.
@@ -86,6 +87,11 @@ $(BASELINES)/ready-torch-$(TORCH): setup.py Makefile $(KERNELS)
 
 benchmark: $(BASELINES)/ready-torch-$(TORCH)
 	$(BASELINES)/bin/python tools/benchmark.py $(ARGS)
+
+benchmark-gpu: $(BASELINES)/ready-torch-$(TORCH)
+	$(BASELINES)/bin/pip install --quiet pytest
+	$(BASELINES)/bin/python -m pytest -m gpu
+	$(BASELINES)/bin/python -m benchmarks.gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .
