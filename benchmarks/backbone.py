@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from itertools import product
 from multiprocessing import get_context
@@ -17,15 +17,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from convnext_dense.checkpoints import load_backbone
 from convnext_dense.errors import UsageError
 from convnext_dense.models.convnext import ARCHS, ConvNeXt
 from convnext_dense.ops import dispatch
-from convnext_dense.paper.recipe_diff import CONFIGS
 
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 MEMORY_FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
@@ -34,11 +31,6 @@ SWIN_ARCHS = {  # arguments of mmdet's; the paper compares models of equal size
     'small': dict(embed_dims=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
     'base': dict(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
     'large': dict(embed_dims=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
-}
-# Recipe, width and height, and the paper's ratio of images a second, ConvNeXt : Swin, where it has one.
-MODELS_OF_PAPER = {
-    'mask_rcnn/convnext_t': ((1280, 800), 1.11),  # table 3
-    'upernet/convnext_t': ((2048, 512), None),
 }
 V2_SUFFIX = '-v2'  # of the name of an arch
 PAPER_RATIOS = {'tiny': 1.47}  # the same of the classifiers at 224 x 224 on an A100 (table 12)
@@ -177,15 +169,15 @@ def _with_torchvision():
 # How to build each backbone for an arch. The three of `ours` differ in training only.
 BACKBONES: dict[str, Callable[[str], nn.Module]] = {
     'ours': _ours,
-    "ours, cp_scope='mlp'": lambda arch: _ours(arch, with_cp=True, cp_scope='mlp'),
-    "ours, cp_scope='block'": lambda arch: _ours(arch, with_cp=True),
+    'ours-cp-mlp': lambda arch: _ours(arch, with_cp=True, cp_scope='mlp'),
+    'ours-cp-block': lambda arch: _ours(arch, with_cp=True),
     'reference': lambda arch: _ours(arch, _Reference),  # the authors' code, but for its class
     'mmpretrain': _mmpretrain,
     'timm': _timm,
-    'timm, conv_mlp': lambda arch: _timm(arch, conv_mlp=True),
+    'timm-conv-mlp': lambda arch: _timm(arch, conv_mlp=True),
     'torchvision': _torchvision_model,
     'transformers': _transformers,
-    'Swin, mmdet': _swin,
+    'swin-mmdet': _swin,
 }
 OURS = 'ours'
 
@@ -224,7 +216,7 @@ def feature_distance(name: str, arch: str, size: int = 64) -> float | None:
     Raises:
         UsageError: the weights cannot be shared.
     """
-    if name.startswith('Swin') or name.startswith(OURS):
+    if name.startswith('swin') or name.startswith(OURS):
         return None
     theirs, ours = build(name, arch), _ours(arch).eval()
     theirs.eval()  # mmpretrain's returns None
@@ -243,7 +235,7 @@ def measure_time(case: Case, names: list[str], rounds: int) -> Iterator[Result]:
     keys = [
         (name, memory_format)
         for name in names
-        for memory_format in (['contiguous'] if name.startswith((OURS, 'Swin')) else MEMORY_FORMATS)
+        for memory_format in (['contiguous'] if name.startswith((OURS, 'swin')) else MEMORY_FORMATS)
     ]
     # While the device is free:
     first = {key: _run_in_subprocess(_time_first_runs, case, *key) if case.compiled else None for key in keys}
@@ -290,62 +282,6 @@ def gemm_lower_bound(case: Case) -> float:
             total += times_run * rows / tile * _matmul_time(tile, inner, outer, dtype, device)
         before = 4 * channels
     return 1000 * total
-
-
-def measure_models(device: str, dtype: str, rounds: int, size: tuple[int, int] | None = None) -> Iterator[dict]:
-    """Images a second of whole models of the paper, random weights, with our backbone and with Swin in its place, and
-    the paper's ratio of the two."""
-    for recipe, (paper_size, ratio) in MODELS_OF_PAPER.items():
-        width, height = size or paper_size
-        runs = {
-            name: _make_model_step(recipe, name, device, dtype, height, width)
-            for name in ('ConvNeXt', 'ConvNeXt, reference', 'Swin')
-        }
-        seconds = {name: [] for name in runs}
-        for i in range(rounds + 1):
-            for name, run in runs.items():
-                start = time.perf_counter()
-                run()
-                if i:
-                    seconds[name].append(time.perf_counter() - start)
-        rates = {name: 1 / statistics.median(values) for name, values in seconds.items()}
-        yield {
-            'model': recipe,
-            'size': (width, height),
-            'images_per_second': rates,
-            'ratio': rates['ConvNeXt'] / rates['Swin'],
-            'paper_ratio': ratio,
-        }
-
-
-def _make_model_step(recipe, backbone, device, dtype, height, width):
-    config = Config.fromfile(CONFIGS / f'{recipe}.py', import_custom_modules=False)
-    init_default_scope(config.default_scope)
-    with _with_torchvision():
-        importlib.import_module(f'{config.default_scope}.models')
-        importlib.import_module('convnext_dense.models.fp32_heads')  # with mmdet's models, of which Swin is
-    cfg = config.model
-    cfg.backbone.init_cfg = None
-    if backbone == 'Swin':
-        cfg.backbone = dict(type='mmdet.SwinTransformer', **SWIN_ARCHS['tiny'])
-    model = MODELS.build(cfg).to(device).eval()
-    image = torch.randn(1, 3, height, width, device=device)
-    if config.default_scope == 'mmdet':
-        structures = importlib.import_module('mmdet.structures')
-        meta = dict(img_shape=(height, width), ori_shape=(height, width), scale_factor=(1.0, 1.0))
-        samples = [structures.DetDataSample(metainfo=meta)]
-        settings = dict(data_samples=samples)
-    else:
-        settings = {}
-    is_reference = backbone.endswith('reference')
-
-    @torch.no_grad()
-    def run():
-        with dispatch.disabled() if is_reference else nullcontext(), _autocast(device, dtype):
-            model(image, mode='tensor', **settings)
-        _synchronize(device)
-
-    return run
 
 
 def _make_step(case: Case, model: nn.Module, memory_format: str) -> Callable[[], None]:

@@ -31,9 +31,9 @@ from benchmarks.backbone import (
     gemm_lower_bound,
     make_cases,
     measure_memory,
-    measure_models,
     measure_time,
 )
+from benchmarks.whole_models import measure_models
 from convnext_dense.cli.arguments import ArgumentParser
 from convnext_dense.cli.exit import exit_on_error
 from convnext_dense.errors import UsageError
@@ -56,8 +56,8 @@ def parse_args():
         '--measure',
         nargs='+',
         default=['inference', 'training'],
-        choices=('inference', 'training', 'inference-memory', 'training-memory', 'models'),
-        help='time or peak memory of a forward pass, of forward and backward; images per second of whole models',
+        choices=('inference', 'training', 'inference-memory', 'training-memory', 'models', 'models-training'),
+        help='time or peak memory of a forward pass, of forward and backward; time of whole models, and of their steps',
     )
     parser.add_argument(
         '--baselines', nargs='*', metavar='NAME', help=f'compare with these of {", ".join(BACKBONES)} (default: all)'
@@ -121,7 +121,7 @@ def run_benchmarks(args) -> dict:
         'results': [],
         'models': [],
     }
-    modes = [m for m in args.measure if m != 'models']
+    modes = [m for m in args.measure if not m.startswith('models')]
     for arch in args.archs if modes else []:
         buildable, missing = available(names, arch)
         report['missing'] += [f'{arch}: {line}' for line in missing]
@@ -138,16 +138,17 @@ def run_benchmarks(args) -> dict:
         compiled = {'no': False, 'yes': True, 'both': 'both'}[args.compiled]
         kinds = dict.fromkeys(m.removesuffix('-memory') for m in modes)
         for case in make_cases([arch], kinds, args.resolutions, args.batches, args.dtypes, args.device, compiled):
-            chosen = [n for n in buildable if case.mode == 'training' or not n.startswith('ours,')]
+            chosen = [n for n in buildable if case.mode == 'training' or not n.startswith('ours-')]
             if case.mode in modes:
                 report['results'] += [{**r.as_dict(), 'unit': 'ms'} for r in measure_time(case, chosen, args.rounds)]
                 if case.mode == 'inference':
                     report['gemm_lower_bounds'].append({**vars(case), 'ms': gemm_lower_bound(case)})
             if f'{case.mode}-memory' in modes:
                 report['results'] += [{**r.as_dict(), 'unit': 'MB'} for r in measure_memory(case, chosen)]
-    if 'models' in args.measure:
-        for dtype in args.dtypes:
-            report['models'] += [{'dtype': dtype, **m} for m in measure_models(args.device, dtype, args.rounds)]
+    for measure, mode in (('models', 'inference'), ('models-training', 'training')):
+        for dtype in args.dtypes if measure in args.measure else ():
+            models = measure_models(args.device, dtype, args.rounds, mode, args.archs)
+            report['models'] += [{'dtype': dtype, **m} for m in models]
     return report
 
 
@@ -193,16 +194,22 @@ def format_report(report: dict, markdown: bool) -> list[str]:
         f'{r["arch"]} 224x224 x {r["batch"]} {r["dtype"]}: ConvNeXt : Swin {r["ratio"]:.2f} in images per second, '
         f'in the paper {PAPER_RATIOS[r["arch"]]} (classifiers on an A100)'
         for r in report['results']
-        if r['backbone'].startswith('Swin') and r['arch'] in PAPER_RATIOS and r['unit'] == 'ms'
+        if r['backbone'].startswith('swin') and r['arch'] in PAPER_RATIOS and r['unit'] == 'ms'
         if (r['mode'], r['height'], r['width']) == ('inference', 224, 224)
     ]
     for m in report['models']:
-        rates = ', '.join(f'{name} {rate:.2f}' for name, rate in m['images_per_second'].items())
-        paper = f', in the paper {m["paper_ratio"]}' if m['paper_ratio'] else ''
-        lines.append(
-            f'{m["model"]} {m["size"][0]}x{m["size"][1]} {m["dtype"]}, images per second: {rates}; '
-            f'ConvNeXt : Swin {m["ratio"]:.2f}{paper}'
-        )
+        seconds = ', '.join(f'{name} {value:.2f}' for name, value in m['seconds'].items())
+        parts = ', '.join(f'{name} {fraction:.0%}' for name, fraction in m['parts'].items())
+        case = f'{m["model"]} {m["arch"]} {m["mode"]} {m["size"][0]}x{m["size"][1]} {m["dtype"]}'
+        lines.append(f'{case}, seconds: {seconds}; parts of ours: {parts}')
+        lines += [f'{case}: left out: {line}' for line in m['missing']]
+        if m['ratio']:
+            lines.append(f'{case}: stock : ours {m["ratio"]:.2f}')
+        if m['swin_ratio']:
+            paper = f', in the paper {m["paper_ratio"]}' if m['paper_ratio'] else ''
+            lines.append(f'{case}: ConvNeXt : Swin {m["swin_ratio"]:.2f} in images per second{paper}')
+        if m['gemm_bound']:
+            lines.append(f'{case}: matmuls of the plain form alone take {m["gemm_bound"]:.2f} s')
     return lines
 
 

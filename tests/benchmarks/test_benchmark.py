@@ -45,8 +45,8 @@ def test_a_baseline_that_is_not_installed_is_named_and_the_others_run(run_tool):
 
 def test_missing_and_unknown_sizes_are_named(monkeypatch):
     monkeypatch.setitem(backbone.BACKBONES, 'gone', lambda arch: __import__('no_such_library'))
-    buildable, missing = available(['reference', 'gone', 'Swin, mmdet'], 'atto')
-    assert buildable == ['reference'] and [line.split(':')[0] for line in missing] == ['gone', 'Swin, mmdet']
+    buildable, missing = available(['reference', 'gone', 'swin-mmdet'], 'atto')
+    assert buildable == ['reference'] and [line.split(':')[0] for line in missing] == ['gone', 'swin-mmdet']
     with pytest.raises(UsageError, match='gone'):
         build('gone', 'atto')
 
