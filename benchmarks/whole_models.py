@@ -25,6 +25,7 @@ from .backbone import (
     SWIN_ARCHS,
     _autocast,
     _matmul_time,
+    _split_arch,
     _synchronize,
     _with_torchvision,
     build,
@@ -125,8 +126,9 @@ def _build(recipe: str, arch: str, name: str) -> nn.Module:
     with _with_torchvision():
         importlib.import_module(f'{config.default_scope}.models')
         importlib.import_module('convnext_dense.models.fp32_heads')  # with mmdet's models, of which Swin is
-    cfg, channels = config.model, list(ARCHS[arch]['channels'])
-    cfg.backbone.update(init_cfg=None, arch=arch)
+    size, use_grn = _split_arch(arch)
+    cfg, channels = config.model, list(ARCHS[size]['channels'])
+    cfg.backbone.update(init_cfg=None, arch=size, use_grn=use_grn)
     _set_type(cfg, 'SyncBN', 'BN')
     if 'neck' in cfg:
         cfg.neck.in_channels = channels
