@@ -1,6 +1,7 @@
 """Config files in YAML and JSON, read as data: nothing in them is executed."""
 
 from collections.abc import Iterator
+from importlib import import_module
 
 import yaml
 from mmengine.config import Config
@@ -56,8 +57,17 @@ def check_type_names(config: Config, path: str) -> None:
         for key in TYPE_KEYS if isinstance(value, dict) else ():
             name = value.get(key)
             scope = name.rpartition('.')[0] if isinstance(name, str) else ''
-            if scope and scope not in (*SCOPES, *MODULE2PACKAGE):
+            if scope and (scope not in (*SCOPES, *MODULE2PACKAGE) or _is_function_of(scope, name)):
                 raise UsageError(f"{path}: {key}='{name}' is not a registered type: give NAME or mmdet.NAME")
+
+
+def _is_function_of(scope: str, name: str) -> bool:
+    """Whether a name such as `mmengine.dump` is a path too, which mmengine calls where no type is registered so."""
+    try:
+        value = getattr(import_module(scope), name.rpartition('.')[2], None)
+    except ImportError:  # then there is nothing to call either
+        return False
+    return value is not None and not isinstance(value, type)
 
 
 def _iter_values(value: object) -> Iterator[object]:

@@ -511,9 +511,15 @@ def test_a_yaml_config_runs_nothing(run_tool, tmp_path, case, ending):
     assert not (tmp_path / 'ran').exists()
 
 
-def test_a_json_config_runs_nothing(run_tool, tmp_path):
-    (tmp_path / 'c.json').write_text('{"default_scope": "mmdet", "model": {"type": "subprocess.Popen", "args": "ls"}}')
-    one_line_error(run_tool('complexity.py', 'c.json'), "type='subprocess.Popen' is not a registered type")
+@pytest.mark.parametrize(
+    ('type_', 'settings'),
+    [('subprocess.Popen', '"args": "ls"'), ('mmengine.dump', '"obj": {}, "file": "ran.json"')],
+)
+def test_a_json_config_runs_nothing(run_tool, tmp_path, type_, settings):
+    """Not the functions of a package either whose types are registered."""
+    (tmp_path / 'c.json').write_text(f'{{"default_scope": "mmdet", "model": {{"type": "{type_}", {settings}}}}}')
+    one_line_error(run_tool('complexity.py', 'c.json'), f"type='{type_}' is not a registered type")
+    assert not (tmp_path / 'ran.json').exists()
 
 
 def test_a_yaml_file_of_aliases_is_bounded(run_tool, tmp_path):
