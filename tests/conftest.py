@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from convnext_dense.datasets import toy_shapes
 from helpers.gpu import hide_gpus
 from helpers.markers import is_integration
+from helpers.paths import ROOT
 from helpers.processes import PRELOADED, WITHOUT_WORKERS, ToolProcess
 
 os.environ['TRITON_INTERPRET'] = '1'  # read when Triton is imported: its kernels run on the CPU
@@ -41,6 +43,10 @@ def run_tool(tool_context, tmp_path, tmp_path_factory):
     """Run a tool in an empty folder, as a user would; returns the finished process."""
 
     def run(tool: str, *args, timeout: float = 300, **env) -> subprocess.CompletedProcess:
+        if any(name.startswith(('PYTHON', 'LC_')) for name in env):  # which Python reads as it starts
+            command = [sys.executable, ROOT / 'tools' / tool, *map(str, args)]
+            settings = dict(cwd=tmp_path, text=True, capture_output=True, timeout=timeout)
+            return subprocess.run(command, **settings, env={**os.environ, **env})
         logs = tmp_path_factory.mktemp('tool')
         out, err = logs / 'stdout', logs / 'stderr'
         process = ToolProcess(tool_context, tool, args, out, {**os.environ, **env}, err, str(tmp_path))

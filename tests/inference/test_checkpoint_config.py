@@ -122,7 +122,7 @@ def test_names_of_another_number_of_classes(edited):
 
 
 def test_what_is_no_checkpoint(tmp_path):
-    with pytest.raises(UsageError, match='not found'):
+    with pytest.raises(UsageError, match="no checkpoint '.*none.pth'"):
         find_model(tmp_path / 'none.pth')
     with pytest.raises(UsageError, match='contains no checkpoint'):
         find_model(tmp_path)
