@@ -10,14 +10,7 @@ import torch
 
 from . import head_kernels
 from .head_kernels import is_plain
-from .operators import (
-    LIBRARY,
-    _below_autograd,
-    _check,
-    _define,
-    _on_one_device,
-    needs_grad,
-)
+from .operators import _below_autograd, _check, _define, needs_grad, register
 
 DTYPES = (torch.float32, torch.bfloat16)
 _ARGS = 'Tensor rois, Tensor levels, float[] spatial_scales, int[2] output_size, int sampling_ratio, bool aligned'
@@ -185,12 +178,10 @@ def _nms_autograd(boxes, scores, iou_threshold, offset):
     return _below_autograd(nms, boxes, scores, iou_threshold, offset)
 
 
-for _op, _cpu, _fake, _autograd in (
-    (roi_align, _roi_align_cpu, _roi_align_fake, _roi_align_autograd),
-    (roi_align_backward, _roi_align_backward_cpu, _roi_align_backward_fake, None),
-    (nms, _nms_cpu, _nms_fake, _nms_autograd),
-):
-    LIBRARY.impl(_op, _cpu, 'CPU')
-    torch.library.register_fake(_op, _on_one_device(_fake), lib=LIBRARY)
-    if _autograd:
-        LIBRARY.impl(_op, _autograd, 'Autograd')
+register(
+    {
+        roi_align: (_roi_align_cpu, _roi_align_fake, _roi_align_autograd),
+        roi_align_backward: (_roi_align_backward_cpu, _roi_align_backward_fake, None),
+        nms: (_nms_cpu, _nms_fake, _nms_autograd),
+    }
+)

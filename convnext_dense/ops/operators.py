@@ -437,8 +437,13 @@ def _on_one_device(fake: Callable) -> Callable:
     return checked
 
 
-for _op, (_cpu, _fake, _autograd) in IMPLEMENTATIONS.items():
-    LIBRARY.impl(_op, _cpu, 'CPU')
-    torch.library.register_fake(_op, _on_one_device(_fake), lib=LIBRARY)
-    if _autograd:
-        LIBRARY.impl(_op, _autograd, 'Autograd')
+def register(implementations: dict[torch._ops.OpOverload, tuple[Callable, Callable, Callable | None]]) -> None:
+    """Register each operator's implementations: for the CPU, for fake tensors, and for autograd, which may be None."""
+    for op, (cpu, fake, autograd) in implementations.items():
+        LIBRARY.impl(op, cpu, 'CPU')
+        torch.library.register_fake(op, _on_one_device(fake), lib=LIBRARY)
+        if autograd:
+            LIBRARY.impl(op, autograd, 'Autograd')
+
+
+register(IMPLEMENTATIONS)

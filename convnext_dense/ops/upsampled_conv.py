@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from . import head_kernels, onednn
 from .head_kernels import is_plain
-from .operators import LIBRARY, _below_autograd, _check, _define, _on_one_device, needs_grad
+from .operators import _below_autograd, _check, _define, needs_grad, register
 
 DTYPES = (torch.float32, torch.bfloat16)
 TAPS = 9
@@ -180,11 +180,9 @@ def _tap_sum_autograd(base, products, align_corners, relu):
     return _below_autograd(tap_sum, base, products, align_corners, relu)
 
 
-for _op, _cpu, _fake, _autograd in (
-    (tap_sum, _tap_sum_cpu, _tap_sum_fake, _tap_sum_autograd),
-    (tap_sum_backward, _tap_sum_backward_cpu, _tap_sum_backward_fake, None),
-):
-    LIBRARY.impl(_op, _cpu, 'CPU')
-    torch.library.register_fake(_op, _on_one_device(_fake), lib=LIBRARY)
-    if _autograd:
-        LIBRARY.impl(_op, _autograd, 'Autograd')
+register(
+    {
+        tap_sum: (_tap_sum_cpu, _tap_sum_fake, _tap_sum_autograd),
+        tap_sum_backward: (_tap_sum_backward_cpu, _tap_sum_backward_fake, None),
+    }
+)
