@@ -67,6 +67,22 @@ class RunReport:
             setattr(self, name, getattr(self, name) + value)
 
 
+def make_recorder(
+    output, report: RunReport, progress: Progress, show: Callable[[np.ndarray], None] | None
+) -> Callable[[object, Written], None]:
+    """What is done with each result once it is written: it is recorded in `output`, counted and shown."""
+
+    def record(key: object, written: Written) -> None:
+        output.record(key, written)
+        report.num_done += 1
+        report.num_detections += len(written.annotations)
+        progress.update()
+        if show and written.picture is not None:
+            show(written.picture)
+
+    return record
+
+
 def predict_files(
     predictor: Predictor,
     files: Sequence[InputFile],
@@ -92,14 +108,7 @@ def predict_files(
     report, progress, start = RunReport(), Progress(len(files)), time.monotonic()
     n_readers = 1 if predictor.device.type == 'cpu' else min(n_threads(), 8)
 
-    def record(file: InputFile, written: Written) -> None:
-        output.record(file, written)
-        report.num_done += 1
-        report.num_detections += len(written.annotations)
-        progress.update()
-        if show and written.picture is not None:
-            show(written.picture)
-
+    record = make_recorder(output, report, progress, show)
     with _single_threaded_opencv(), pool(n_readers) as readers, pool(2) as writers:
         writing = OrderedWriting(writers, record)
         loads = prefetch(readers, lambda file: _load(predictor, file, options), files, options.batch_size + n_readers)

@@ -19,7 +19,7 @@ from .inputs import InputFile
 from .model import Predictor
 from .options import PredictOptions
 from .output import OutputFolder, Written, write_file
-from .pipeline import OrderedWriting, RunReport, explain_out_of_memory, pool, prefetch
+from .pipeline import OrderedWriting, RunReport, explain_out_of_memory, make_recorder, pool, prefetch
 from .progress import Progress
 
 CODEC, SUFFIX = 'mp4v', '.mp4'  # which every build of OpenCV with FFmpeg can write
@@ -126,14 +126,7 @@ def predict_video(
     results = _FrameResults(file, output, reader.fps, predictor)
     progress = Progress(reader.num_frames, 'frames')
 
-    def record(index: int, written: Written) -> None:
-        results.record(index, written)
-        report.num_done += 1
-        report.num_detections += len(written.annotations)
-        progress.update()
-        if show and written.picture is not None:
-            show(written.picture)
-
+    record = make_recorder(results, report, progress, show)
     frames = iter(reader)
     with pool(1) as reading, pool(1) as writers:
         writing = OrderedWriting(writers, record)
