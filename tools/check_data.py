@@ -13,10 +13,9 @@ from contextlib import redirect_stdout
 
 import environment  # noqa: F401
 
-from convnext_dense.cli.arguments import ArgumentParser
+from convnext_dense.cli.arguments import ArgumentParser, add_tile_arguments
 from convnext_dense.cli.exit import exit_on_error
 from convnext_dense.datasets.custom import add_data_arguments, detect_tasks, parse_request, read_data
-from convnext_dense.datasets.tiles import DEFAULT_OVERLAP
 from convnext_dense.datasets.write_tiles import check_tile_options, write_tiles
 from convnext_dense.errors import UsageError
 
@@ -27,14 +26,7 @@ def parse_args():
     parser.add_argument(
         '--task', choices=('detection', 'segmentation'), help='check only one task of a data set for both'
     )
-    parser.add_argument('--tile', type=int, metavar='SIZE', help='write the data set in square tiles of this side')
-    parser.add_argument(
-        '--overlap',
-        type=float,
-        default=DEFAULT_OVERLAP,
-        metavar='FRACTION',
-        help='with --tile: fraction of a tile that it has in common with the next one (default: %(default)s)',
-    )
+    add_tile_arguments(parser, 'write the data set')
     parser.add_argument('--out', metavar='FOLDER', help='with --tile: folder of the data set in tiles')
     parser.add_argument('--json', action='store_true', help='print JSON')
     args = parser.parse_args()

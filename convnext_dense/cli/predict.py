@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..datasets.tiles import DEFAULT_OVERLAP
 from ..errors import RunInterrupted, UnreadableImageError, UsageError
 from ..inference import video
 from ..inference.checkpoint_config import ModelSource, find_model
@@ -22,7 +21,7 @@ from ..inference.pipeline import RunReport, predict_files
 from ..inference.pipelines import test_steps
 from ..inference.progress import Progress
 from ..inference.views import check_scales
-from .arguments import ArgumentParser
+from .arguments import ArgumentParser, add_tile_arguments
 from .exit import printable
 
 DETECTION_OPTIONS = ('score_thr', 'max_per_image')  # that segmentation does not have
@@ -64,14 +63,7 @@ def make_predict_parser(description: str) -> ArgumentParser:
         action='store_true',
         help="several scales with and without flip: the paper's test (segmentation), merged boxes (detection)",
     )
-    parser.add_argument('--tile', type=int, metavar='SIZE', help='predict in square tiles of this side, in pixels')
-    parser.add_argument(
-        '--overlap',
-        type=float,
-        default=DEFAULT_OVERLAP,
-        metavar='SHARE',
-        help='share of a tile that it has in common with the next one (default: %(default)s)',
-    )
+    add_tile_arguments(parser, 'predict')
     parser.add_argument('--show', action='store_true', help='show each picture in a window; Esc ends that')
     parser.add_argument('--no-pictures', action='store_true', help='write no pictures')
     parser.add_argument('--resume', action='store_true', help='go on in --out after what is there')
