@@ -13,9 +13,10 @@ from contextlib import redirect_stdout
 
 import environment  # noqa: F401
 
-from convnext_dense.cli.arguments import ArgumentParser, add_tile_arguments
+from convnext_dense.cli.arguments import ArgumentParser
 from convnext_dense.cli.exit import exit_on_error
 from convnext_dense.datasets.custom import add_data_arguments, detect_tasks, parse_request, read_data
+from convnext_dense.datasets.tiles import add_tile_arguments
 from convnext_dense.datasets.write_tiles import check_tile_options, write_tiles
 from convnext_dense.errors import UsageError
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 
 from ..config.launch import is_rank0
 from ..config.options import KeyValueAction
-from ..datasets.tiles import DEFAULT_OVERLAP
 from .exit import DEBUG_VARIABLE, printable
 
 # Old spelling of an option -> its name. The old one is accepted with a warning by each parser that has the new one.
@@ -63,23 +62,6 @@ class ArgumentParser(argparse.ArgumentParser):
             if isinstance(action, argparse._SubParsersAction):
                 for parser in action.choices.values():
                     yield from parser._actions
-
-
-def add_tile_arguments(parser: ArgumentParser, purpose: str) -> None:
-    """Add --tile and --overlap.
-
-    Args:
-        parser: The parser.
-        purpose: What is done in tiles, as the help says it.
-    """
-    parser.add_argument('--tile', type=int, metavar='SIZE', help=f'{purpose} in square tiles of this side, in pixels')
-    parser.add_argument(
-        '--overlap',
-        type=float,
-        default=DEFAULT_OVERLAP,
-        metavar='FRACTION',
-        help='with --tile: fraction of a tile that it has in common with the next one (default: %(default)s)',
-    )
 
 
 def make_config_parser(description: str, **config) -> ArgumentParser:

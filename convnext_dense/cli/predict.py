@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..datasets.tiles import add_tile_arguments
 from ..errors import RunInterrupted, UnreadableImageError, UsageError
 from ..inference import video
 from ..inference.checkpoint_config import ModelSource, find_model
@@ -21,7 +22,7 @@ from ..inference.pipeline import RunReport, predict_files
 from ..inference.pipelines import test_steps
 from ..inference.progress import Progress
 from ..inference.views import check_scales
-from .arguments import ArgumentParser, add_tile_arguments
+from .arguments import ArgumentParser
 from .exit import printable
 
 DETECTION_OPTIONS = ('score_thr', 'max_per_image')  # that segmentation does not have

@@ -1,5 +1,6 @@
 """Cutting a data set into tiles as predictions are made in tiles: boxes, polygons and RLE masks clipped."""
 
+import argparse
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -9,6 +10,23 @@ from .coco_masks import mask_area, mask_to_box
 DEFAULT_OVERLAP = 0.25  # fraction of a tile's side that it has in common with the next
 MIN_VISIBLE = 0.1  # fraction of an object's area below which its part in a tile is left out
 Window = tuple[int, int, int, int]  # left, top, right and bottom, in pixels
+
+
+def add_tile_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """Add --tile and --overlap.
+
+    Args:
+        parser: The parser.
+        purpose: What is done in tiles, as the help says it.
+    """
+    parser.add_argument('--tile', type=int, metavar='SIZE', help=f'{purpose} in square tiles of this side, in pixels')
+    parser.add_argument(
+        '--overlap',
+        type=float,
+        default=DEFAULT_OVERLAP,
+        metavar='FRACTION',
+        help='with --tile: fraction of a tile that it has in common with the next one (default: %(default)s)',
+    )
 
 
 def tile_starts(length: int, tile: int, overlap: float) -> list[int]:
