@@ -56,7 +56,15 @@ setup(
         # The two distributions of OpenMMLab have the same import names, so they are a choice.
         'onedl': ONEDL,  # the maintained one
         'openmmlab': OPENMMLAB,  # the classic one
-        'test': ['pytest', 'pytest-xdist', 'ruff==0.17.6', 'tensorboard', 'rasterio'],
+        # Triton's interpreter runs the GPU kernels on a CPU.
+        'test': [
+            'pytest',
+            'pytest-xdist',
+            'ruff==0.17.6',
+            'tensorboard',
+            'rasterio',
+            'triton; platform_system == "Linux"',
+        ],
         'large-images': ['rasterio'],  # with which predictions in tiles read TIFF and PNG by rows
         'trackers': ['tensorboard', 'wandb'],  # what train.py --loggers sends runs to
         'docs': Path(__file__)
