@@ -71,14 +71,17 @@ class ResumableRunner(Runner):
                 return super().train()
         except Exception as error:
             try:
-                message = diagnose(error, self.model, health_check.input_shape)
+                message = self._explain(error, health_check.input_shape)
             except RuntimeError as late_error:  # torch reports a dead DataLoader worker as soon as its signal comes
-                message = diagnose(late_error, self.model, health_check.input_shape)
-            if get_world_size() > 1:
-                message = collect_rank_errors(Path(self.log_dir), message, error)
+                message = self._explain(late_error, health_check.input_shape)
             if message:
                 raise TrainingError(message) from error
             raise
+
+    def _explain(self, error: Exception, input_shape: tuple | None) -> str | None:
+        """Explain, for all ranks, the error that ended the run in one line; None if it has no diagnosis."""
+        message = diagnose(error, self.model, input_shape)
+        return collect_rank_errors(Path(self.log_dir), message, error) if get_world_size() > 1 else message
 
     def _restore_seed(self) -> None:
         """Use the seed of the checkpoint to resume, before the order of the data is drawn from it."""

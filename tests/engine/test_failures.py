@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from convnext_dense import errors
 from convnext_dense.config.training import set_checkpoint_retention, set_max_unreadable
 from convnext_dense.datasets import toy_shapes
+from convnext_dense.engine import failures
 from convnext_dense.engine.build import register_checkpoint_loader
 from convnext_dense.engine.datasets import IMAGE_SUFFIXES, read_error
 from convnext_dense.engine.failures import diagnose, saved_activation_bytes
@@ -184,6 +185,25 @@ def test_worker_disconnect_is_diagnosed(lost):
     with pytest.raises(type(lost)) as caught:
         next(batches)
     assert diagnose(caught.value).startswith('a DataLoader worker was killed')
+
+
+def test_death_of_a_worker_may_be_signalled_while_another_error_is_written(tmp_path, monkeypatch):
+    """Reading from the worker fails first; torch's handler of SIGCHLD raises while the rank writes that down."""
+    died, write = 'DataLoader worker (pid 1) is killed by signal: Killed.', failures.write_atomic
+    signals = iter([RuntimeError(died)])
+
+    def interrupted(path, content):
+        for error in signals:
+            raise error
+        write(path, content)
+
+    monkeypatch.setattr(failures, 'write_atomic', interrupted)
+    monkeypatch.setattr('convnext_dense.engine.runner.get_world_size', lambda: 2)
+    monkeypatch.setattr(torch.distributed, 'new_group', lambda **_: None)
+    runner = planned_run(['no number'], tmp_path)
+    with pytest.raises(TrainingError, match=r'^rank 0: a DataLoader worker was killed \(is killed by signal: Killed'):
+        runner.train()
+    assert 'DataLoader worker' in (Path(runner.log_dir) / failures.RANK_ERROR_FILE.format(0)).read_text()
 
 
 @pytest.mark.parametrize('world', [1, 2])
