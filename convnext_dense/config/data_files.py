@@ -1,5 +1,6 @@
 """Config files in YAML and JSON, read as data: nothing in them is executed."""
 
+import re
 from collections.abc import Iterator
 from importlib import import_module
 
@@ -14,6 +15,12 @@ from ..type_names import SCOPES
 
 DATA_SUFFIXES = ('.yaml', '.yml', '.json')
 TYPE_KEYS = ('type', 'constructor', 'runner_type')  # keys whose values mmengine looks up to build something
+WEIGHT_KEYS = ('init_cfg', 'pretrained')  # keys whose values say where a model's weights are
+# Words, numbers, and names of types with their scope; no calls, paths, addresses and names of pickles.
+PLAIN_STRING = re.compile(
+    r'(?!(.*\.)?(pkl|pickle)$)'
+    r'([\w \[\]+,-]*(\.\d[\w +,-]*)*|(mmengine|mmcv|mmdet|mmseg|mmpretrain|convnext_dense)\.\w+)'
+)
 MAX_CONFIG_VALUES = 1_000_000  # in a YAML file, counted as often as its aliases repeat them
 
 
@@ -59,6 +66,27 @@ def check_type_names(config: Config, path: str) -> None:
             scope = name.rpartition('.')[0] if isinstance(name, str) else ''
             if scope and (scope not in (*SCOPES, *MODULE2PACKAGE) or _is_function_of(scope, name)):
                 raise UsageError(f"{path}: {key}='{name}' is not a registered type: give NAME or mmdet.NAME")
+    check_plain_strings(config.get('model'), path, 'write the config in Python')
+
+
+def check_plain_strings(value: object, file: str, hint: str) -> None:
+    """Raise UsageError where a model or a pipeline that is read as data has a string that could be more than a name.
+
+    Some classes of OpenMMLab evaluate an argument, or load a pickle from where it says: mmdet's
+    CameraMotionCompensation, mmcv's NMS, the class weights of losses.
+
+    Args:
+        value: Part of a config. Its weights (`init_cfg`, `pretrained`) are not looked at.
+        file: Where it came from, for the message.
+        hint: What to do instead, for the message.
+    """
+    if isinstance(value, dict):
+        value = [item for key, item in value.items() if key not in WEIGHT_KEYS]
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            check_plain_strings(item, file, hint)
+    elif isinstance(value, str) and not PLAIN_STRING.fullmatch(value):
+        raise UsageError(f"{file}: '{value[:100]}' in its config could be code, a path or an address: {hint}")
 
 
 def _is_function_of(scope: str, name: str) -> bool:

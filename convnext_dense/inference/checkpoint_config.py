@@ -12,6 +12,7 @@ from mmengine.registry import DATASETS, init_default_scope
 
 from ..checkpoints.hub import WEIGHT_URLS, download
 from ..checkpoints.io import find_state_dicts, load_checkpoint
+from ..config.data_files import WEIGHT_KEYS, check_plain_strings
 from ..config.inputs import adapt_input_channels
 from ..config.literal import parse_config_literal
 from ..config.load import load_config
@@ -140,12 +141,16 @@ def _check_types(config: Config, file: str) -> None:
     operators = {name for name in ops.__all__ if name.isidentifier()}
     for part in (config.model, config.test_dataloader):
         for item in iter_dicts(part):
-            item.pop('init_cfg', None)  # the weights are in the checkpoint
+            for key in WEIGHT_KEYS:
+                item.pop(key, None)  # the weights are in the checkpoint
             type_ = item.get('type')
             if type_ is not None and not (_is_registered(type_) or type_ in operators):
                 raise UsageError(f"{file}: type='{str(type_)[:100]}' in its config is not registered: {CONFIG_HINT}")
             if item.get('_scope_') not in (None, *SCOPES):
                 raise UsageError(f"{file}: its config has the unknown scope '{item['_scope_']}': {CONFIG_HINT}")
+    dataset = innermost_dataset(config.test_dataloader.get('dataset') or {})
+    for part in (config.model, dataset.get('pipeline')):
+        check_plain_strings(part, file, CONFIG_HINT)
 
 
 def _is_registered(name: object) -> bool:

@@ -522,6 +522,22 @@ def test_a_json_config_runs_nothing(run_tool, tmp_path, type_, settings):
     assert not (tmp_path / 'ran.json').exists()
 
 
+@pytest.mark.parametrize(
+    'model',
+    [
+        '{"type": "CameraMotionCompensation", "warp_mode": "open(chr(114), chr(119))"}',
+        '{"type": "CrossEntropyLoss", "class_weight": "http://127.0.0.1/weights.pkl"}',
+        '{"type": "CrossEntropyLoss", "class_weight": "mmseg.pkl"}',
+        '{"type": "CrossEntropyLoss", "class_weight": "pickle"}',
+        '{"test_cfg": {"rcnn": {"nms": {"type": "exec(chr(49))"}}}}',
+    ],
+)
+def test_a_json_model_holds_no_code_and_no_addresses(run_tool, tmp_path, model):
+    """mmdet evaluates the first and mmcv the last, mmseg loads the pickle."""
+    (tmp_path / 'c.json').write_text(f'{{"default_scope": "mmdet", "model": {model}}}')
+    one_line_error(run_tool('complexity.py', 'c.json'), 'could be code, a path or an address')
+
+
 def test_a_yaml_file_of_aliases_is_bounded(run_tool, tmp_path):
     lines = ['a0: &a0 [x]', *(f'a{i}: &a{i} [{", ".join([f"*a{i - 1}"] * 10)}]' for i in range(1, 12)), 'model: *a11']
     (tmp_path / 'c.yaml').write_text('\n'.join(lines))

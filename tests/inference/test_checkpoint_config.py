@@ -73,6 +73,15 @@ ATTACKS = {
     'a function of a module': ("type='MaskRCNN'", "type='subprocess.Popen', args=['touch', 'EXECUTED']"),
     'a function of a known package': ("type='MaskRCNN'", "type='mmengine.dump', obj='x', file='EXECUTED'"),
     'an expression that mmcv evaluates': ("type='nms'", "type=\"__import__('os').system('touch EXECUTED')\""),
+    'an expression that mmdet evaluates': (
+        'anchor_generator=dict(',
+        "bbox_roi=dict(type='CameraMotionCompensation', warp_mode=\"__import__('os').system('touch EXECUTED')\"),\n"
+        '            anchor_generator=dict(',
+    ),
+    'a pickle in the place of class weights': (
+        'loss_cls=dict(',
+        "loss_cls=dict(class_weight='weights.pkl', ",
+    ),
     'a transform': ("type='Resize'", "type='os.system'"),
     'a scope': ("type='FPN'", "_scope_='os', type='FPN'"),
     'an import': ("imports=[\n        'convnext_dense',", "imports=[\n        'antigravity',"),
