@@ -8,6 +8,8 @@ from setuptools import Extension, find_packages, setup
 ONEDL = ['onedl-mmengine==0.10.12', 'onedl-mmcv==2.3.6', 'onedl-mmdetection==3.5.1', 'onedl-mmsegmentation==1.4.2']
 OPENMMLAB = ['mmengine==0.10.7', 'mmcv==2.1.0', 'mmdet==3.3.0', 'mmsegmentation==1.2.2']
 OPENMMLAB += ['ftfy', 'regex', 'setuptools<81']  # imported, not declared: by mmseg, and pkg_resources by mmengine
+EXPORT = ['onnx>=1.18', 'onnxscript>=0.5', 'onnxruntime>=1.20']
+OPENVINO = ['openvino>=2025.0']
 
 # The kernels: the backbone's for processors with AVX-512, those of necks and heads for AVX-512 and for AVX2. They know
 # nothing of Python or torch, whose OpenMP they share: it is not linked. Without a compiler the installation goes on,
@@ -64,8 +66,12 @@ setup(
             'tensorboard',
             'rasterio',
             'triton; platform_system == "Linux"',
+            *EXPORT,
+            *OPENVINO,
         ],
         'large-images': ['rasterio'],  # with which predictions in tiles read TIFF and PNG by rows
+        'export': EXPORT,  # tools/export.py, and running its ONNX files
+        'openvino': OPENVINO,  # its .xml files
         'trackers': ['tensorboard', 'wandb'],  # what train.py --loggers sends runs to
         'docs': Path(__file__)
         .with_name('docs')
