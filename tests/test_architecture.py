@@ -26,6 +26,7 @@ LAYERS = (
     {'config'},
     {'datasets', 'paper'},
     {'inference'},
+    {'export'},
     {'cli'},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

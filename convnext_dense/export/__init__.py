@@ -1,0 +1,1 @@
+"""A trained detector or segmentor as one file that runs without this package."""

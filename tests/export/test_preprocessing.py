@@ -1,0 +1,80 @@
+"""Images are prepared in the graph as mmdet's and mmseg's own data preprocessors do it."""
+
+import pytest
+import torch
+from mmdet.models import DetDataPreprocessor
+from mmdet.structures import DetDataSample
+from mmengine.model import BaseDataPreprocessor, ImgDataPreprocessor
+from mmseg.models import SegDataPreProcessor
+from mmseg.structures import SegDataSample
+
+from convnext_dense.errors import UsageError
+from convnext_dense.export.preprocessing import Preprocess
+
+RGB = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])
+GRAY = dict(mean=[114.5], std=[57.6])
+PREPROCESSORS = {
+    'mmdet': (DetDataPreprocessor, dict(**RGB, bgr_to_rgb=True, pad_size_divisor=32), 3),
+    'mmdet bgr': (DetDataPreprocessor, dict(mean=[103, 116, 123], std=[1, 1, 1], pad_size_divisor=16, pad_value=7), 3),
+    'mmdet unpadded': (DetDataPreprocessor, dict(**RGB, rgb_to_bgr=True), 3),
+    'mmdet gray': (DetDataPreprocessor, dict(**GRAY, pad_size_divisor=32), 1),
+    'mmdet raw values': (DetDataPreprocessor, dict(bgr_to_rgb=True, pad_size_divisor=32), 3),
+    'mmengine': (ImgDataPreprocessor, dict(**RGB, bgr_to_rgb=True, pad_size_divisor=32), 3),
+    'mmseg': (SegDataPreProcessor, dict(**RGB, bgr_to_rgb=True, size=(512, 512)), 3),
+    'mmseg bgr': (SegDataPreProcessor, dict(**RGB, size=(512, 512)), 3),
+    'mmseg gray': (SegDataPreProcessor, dict(**GRAY, bgr_to_rgb=True, size=(512, 512)), 1),
+    'mmseg gray repeated': (SegDataPreProcessor, dict(**RGB, bgr_to_rgb=True, size=(512, 512)), 1),
+    'mmseg five channels': (SegDataPreProcessor, dict(**GRAY, bgr_to_rgb=True, size=(512, 512)), 5),
+    'mmseg size': (SegDataPreProcessor, dict(**RGB, bgr_to_rgb=True, size=(8, 8), test_cfg=dict(size=(64, 80))), 3),
+    'mmseg divisor': (SegDataPreProcessor, dict(**RGB, size=(8, 8), pad_val=3, test_cfg=dict(size_divisor=32)), 3),
+}  # fmt: skip
+SIZES = ((64, 96), (65, 33), (33, 127), (70, 90))
+
+
+def own_result(preprocessor, images):
+    """What the preprocessor makes of images whose colors are in the order of cv2.imread."""
+    samples = [(SegDataSample if isinstance(preprocessor, SegDataPreProcessor) else DetDataSample)() for _ in images]
+    images = images.flip(1) if images.shape[1] == 3 else images
+    return preprocessor(dict(inputs=list(images), data_samples=samples), training=False)['inputs']
+
+
+@pytest.fixture(params=PREPROCESSORS)
+def case(request):
+    cls, settings, channels = PREPROCESSORS[request.param]
+    preprocessor = cls(**settings)
+    return preprocessor, Preprocess(preprocessor), channels
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.float32])
+def test_equals_the_models_own(case, dtype):
+    own, preprocess, channels = case
+    for i, size in enumerate(SIZES):
+        images = torch.randint(0, 256, (2, channels, *size), generator=torch.Generator().manual_seed(i)).to(dtype)
+        expected, actual = own_result(own, images), preprocess(images)
+        assert actual.dtype == torch.float32 and torch.equal(actual, expected)
+
+
+def test_one_graph_for_all_sizes(case):
+    own, preprocess, channels = case
+    batch, height, width = torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC
+    images = torch.zeros(2, channels, 64, 50, dtype=torch.uint8)
+    shapes = ({0: batch, 2: height, 3: width},)
+    graph = torch.export.export(preprocess, (images,), dynamic_shapes=shapes, strict=False).module()
+    for i, size in enumerate(SIZES):
+        images = torch.randint(0, 256, (3, channels, *size), generator=torch.Generator().manual_seed(i)).byte()
+        assert torch.equal(graph(images), own_result(own, images))
+
+
+class OtherPreprocessor(SegDataPreProcessor):
+    def forward(self, data, training=False):
+        return super().forward(data, training)
+
+
+def test_what_is_refused():
+    for other in (OtherPreprocessor(), BaseDataPreprocessor()):
+        with pytest.raises(UsageError, match=f'the data_preprocessor {type(other).__name__} cannot be exported'):
+            Preprocess(other)
+    with pytest.raises(UsageError, match='images of 1 channels: the data_preprocessor takes 3'):
+        Preprocess(DetDataPreprocessor(**RGB))(torch.zeros(1, 1, 32, 32))
+    with pytest.raises(UsageError, match='images of 4 channels: the data_preprocessor takes 1 or 3'):
+        Preprocess(SegDataPreProcessor(**RGB))(torch.zeros(1, 4, 32, 32))
