@@ -15,7 +15,7 @@ from convnext_dense.cli.exit import exit_on_error
 from convnext_dense.config.load import load_config
 from convnext_dense.paper.flops import count_flops
 from convnext_dense.paper.recipe_diff import CONFIGS
-from convnext_dense.paper.results import PAPER_RESULTS, find_paper_result
+from convnext_dense.paper.results import RESULTS, find_paper_result
 from convnext_dense.paper.tables import format_table
 
 DEFAULT_SIZES = {'mmdet': (1280, 800), 'mmseg': (2048, 512)}  # (width, height) by scope, for other than the paper's
@@ -38,7 +38,8 @@ def count(path: str, options: dict, size: tuple[int, int] | None) -> dict:
     config = load_config(path, options)
     result = find_paper_result(config)
     default = result.size if result else DEFAULT_SIZES.get(config.get('default_scope'), DEFAULT_SIZES['mmdet'])
-    complexity = count_flops(config, tuple(size or default))
+    counted = {'counted': result.counted} if result else {}
+    complexity = count_flops(config, tuple(size or default), **counted)
     return {
         'config': str(path),
         'size': complexity.size,
@@ -52,11 +53,11 @@ def count(path: str, options: dict, size: tuple[int, int] | None) -> dict:
 def main():
     args = parse_args()
     with exit_on_error():
-        paths = [CONFIGS / f'{result.recipe}.py' for result in PAPER_RESULTS] if args.all else [args.config]
+        paths = [CONFIGS / f'{result.recipe}.py' for result in RESULTS] if args.all else [args.config]
         with redirect_stdout(sys.stderr):  # libraries print while they are imported
             counts = [count(path, args.cfg_options, args.size) for path in paths]
     if args.all:
-        for entry, result in zip(counts, PAPER_RESULTS):
+        for entry, result in zip(counts, RESULTS):
             entry['config'] = result.recipe
     if args.json:
         print(json.dumps(counts, indent=2))

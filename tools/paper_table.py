@@ -13,7 +13,7 @@ import environment  # noqa: F401
 from convnext_dense.cli.arguments import ArgumentParser
 from convnext_dense.cli.exit import exit_on_error
 from convnext_dense.errors import UsageError
-from convnext_dense.paper.results import MAIN_METRICS, PAPER_RESULTS
+from convnext_dense.paper.results import MAIN_METRICS, RESULTS
 from convnext_dense.paper.tables import format_table
 from convnext_dense.paper.work_dirs import TrainingRun, find_runs
 
@@ -33,7 +33,7 @@ def parse_args():
 def table_rows(runs: list[TrainingRun]) -> list[list[str]]:
     """A row for each metric of each result of the paper and each run; runs of other configs come last."""
     rows = []
-    for result in PAPER_RESULTS:
+    for result in RESULTS:
         metrics = [name for name in MAIN_METRICS if name in result.metrics]
         for run in [run for run in runs if run.paper_result is result] or [None]:
             rows += [_row(result.recipe, name, result.metrics[name], run) for name in metrics]
@@ -87,7 +87,7 @@ def draw(runs: list[TrainingRun], file: str) -> None:
 
     figure, panels = pyplot.subplots(1, 2, figsize=(13, 5), layout='constrained')
     for panel, metric in zip(panels, ('box AP', 'mIoU')):
-        results = [result for result in PAPER_RESULTS if metric in result.metrics]
+        results = [result for result in RESULTS if metric in result.metrics]
         final = [(run, run.final(metric)) for run in runs if run.paper_result in results]
         ours = {run.paper_result.recipe: value for run, value in final if value is not None}
         heights = [ours.get(result.recipe) for result in results]

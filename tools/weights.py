@@ -85,7 +85,15 @@ def _rows(checkpoint: Checkpoint):
 def list_weights(args) -> None:
     rows = []
     for name, entry in WEIGHTS.items():
-        rows.append((name, entry.training, entry.license, _size(name), entry.url or entry.request_url))
+        rows.append(
+            (
+                name,
+                entry.training,
+                entry.license,
+                _size(name) if entry.backbone == 'ConvNeXt' else '',
+                entry.url or entry.request_url,
+            )
+        )
     print(format_table(('name', 'weights', 'license', 'backbone, MB', 'address'), rows, 'lllrl', args.markdown))
 
 

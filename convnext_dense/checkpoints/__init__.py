@@ -3,10 +3,12 @@
 from .hub import WEIGHT_URLS, download
 from .io import load_checkpoint
 from .pretrained import PretrainedConvNeXt, load_backbone, open_checkpoint, plan_load
+from .swin import PretrainedSwin
 
 __all__ = [
     'WEIGHT_URLS',
     'PretrainedConvNeXt',
+    'PretrainedSwin',
     'download',
     'load_backbone',
     'load_checkpoint',

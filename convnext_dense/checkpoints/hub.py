@@ -28,12 +28,14 @@ class WeightEntry:
         training (str): What it was trained on.
         license (str): Its license.
         request_url (str): Where to request it if it has no `url`.
+        backbone (str): Of which backbone it is: 'ConvNeXt', or one that the paper compares it with.
     """
 
     url: str | None
     training: str
     license: str
     request_url: str = ''
+    backbone: str = 'ConvNeXt'
 
 
 MIT, CC_BY_NC = 'MIT', 'CC BY-NC 4.0'
@@ -63,16 +65,39 @@ PUBLISHED_FILES = (
     ('convnextv2/im22k/convnextv2_{}_22k_384_ema.pt', 'nano tiny base large huge', V2_22K, CC_BY_NC),
     ('convnextv2/im22k/convnextv2_{}_22k_512_ema.pt', 'huge', V2_22K, CC_BY_NC),
 )
-WEIGHTS = {
-    PurePosixPath(file.format(part)).stem: WeightEntry(f'{ORIGINAL}/{file.format(part)}', training, license)
-    for file, parts, training, license in PUBLISHED_FILES
-    for part in parts.split()
-} | {
-    f'dinov3_convnext_{size}_pretrain_lvd1689m-{sha256}': WeightEntry(
-        None, 'DINOv3, 1.7 G images', 'DINOv3 License (on request)', DINOV3_SITE
-    )
-    for size, sha256 in DINOV3_HASHES.items()
-}
+# The backbones that the paper compares ConvNeXt with: whole addresses. The last three are torchvision's, and what mmdet
+# calls open-mmlab://resnext101_...
+SWIN_STORAGE = 'https://github.com/SwinTransformer/storage/releases/download'
+BASELINE_FILES = (
+    ('Swin', f'{SWIN_STORAGE}/v1.0.0/swin_{{}}_patch4_window7_224.pth', 'tiny small base', 'ImageNet-1K', MIT),
+    ('Swin', f'{SWIN_STORAGE}/v1.0.0/swin_{{}}_patch4_window7_224_22k.pth', 'base large', 'ImageNet-22K', MIT),
+    ('Swin', f'{SWIN_STORAGE}/v1.0.2/mask_rcnn_swin_{{}}_patch4_window7.pth', 'tiny', 'COCO detector', MIT),
+    ('Swin', f'{SWIN_STORAGE}/v1.0.2/cascade_mask_rcnn_swin_{{}}_patch4_window7.pth', 'tiny small base',
+     'COCO detector', MIT),
+    ('Swin', f'{SWIN_STORAGE}/v1.0.1/upernet_swin_{{}}_patch4_window7_512x512.pth', 'tiny small base',
+     'ADE20K segmentor', MIT),
+    ('ResNet', 'https://download.pytorch.org/models/{}.pth', 'resnet50-0676ba61', 'ImageNet-1K', 'BSD-3-Clause'),
+    ('ResNeXt', 'https://mmassets.onedl.ai/pretrain/third_party/{}.pth',
+     'resnext101_32x4d-a5af3160 resnext101_64x4d-ee2c6f71', 'ImageNet-1K', 'Apache-2.0'),
+)  # fmt: skip
+WEIGHTS = (
+    {
+        PurePosixPath(file.format(part)).stem: WeightEntry(f'{ORIGINAL}/{file.format(part)}', training, license)
+        for file, parts, training, license in PUBLISHED_FILES
+        for part in parts.split()
+    }
+    | {
+        f'dinov3_convnext_{size}_pretrain_lvd1689m-{sha256}': WeightEntry(
+            None, 'DINOv3, 1.7 G images', 'DINOv3 License (on request)', DINOV3_SITE
+        )
+        for size, sha256 in DINOV3_HASHES.items()
+    }
+    | {
+        PurePosixPath(url.format(part)).stem: WeightEntry(url.format(part), training, license, backbone=backbone)
+        for backbone, url, parts, training, license in BASELINE_FILES
+        for part in parts.split()
+    }
+)
 WEIGHT_URLS = {name: entry.url for name, entry in WEIGHTS.items() if entry.url}
 EXAMPLE_NAMES = tuple(WEIGHTS)[:8]  # named in errors
 

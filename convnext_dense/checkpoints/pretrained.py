@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..models.convnext import ARCHS, ConvNeXt
+from ..models.swin import SwinMixin
 from .hub import download
 from .io import EMA_KEY_RE, STATE_DICT_KEYS, find_state_dicts, load_checkpoint
 from .naming import (
@@ -24,6 +25,7 @@ from .naming import (
     detect_scheme,
     to_canonical_shape,
 )
+from .swin_naming import rename_swin
 
 PREFERRED_KEYS = ('', *STATE_DICT_KEYS)  # the first of them with a ConvNeXt is loaded, whatever else there is
 FINAL_NORM_POLICIES = ('drop', 'reuse')
@@ -223,7 +225,7 @@ def plan_load(backbone: ConvNeXt, source: str | Path | Checkpoint, final_norm: s
         notes.append(f'the stem is adapted from 3 to {own[STEM].shape[1]} input channels')
     # A file has all output norms or none.
     kept_init = [] if has_output_norms else [n for n in own if OUTPUT_NORM_RE.fullmatch(n) and n not in weights]
-    problems = _describe_mismatch(
+    problems = describe_mismatch(
         {n: tuple(t.shape) for n, t in own.items() if n not in kept_init},
         {n: tuple(t.shape) for n, t in weights.items()} | dict.fromkeys(checkpoint.parsed.unknown, ()),
     )
@@ -248,8 +250,8 @@ def load_model_weights(content: dict, file: str | Path, model: nn.Module) -> dic
         model: The model whose names are used.
 
     Returns:
-        The weights: of a trained detector or segmentor those of its ConvNeXt renamed, and the others as they are; of a
-        ConvNeXt alone those that `plan_load` returns for the model's.
+        The weights: of a trained detector or segmentor those of its ConvNeXt or Swin renamed, and the others as they
+        are; of a ConvNeXt alone those that `plan_load` returns for the model's.
 
     Raises:
         UsageError: If the file contains several ConvNeXts, or one alone that does not fit.
@@ -257,7 +259,9 @@ def load_model_weights(content: dict, file: str | Path, model: nn.Module) -> dic
     convnexts = _find_convnexts(content, file)
     backbones = [(f'{name}.', module) for name, module in model.named_modules() if isinstance(module, ConvNeXt)]
     if not convnexts or not backbones:
-        return next(iter(find_state_dicts(content).values()), {})
+        weights = next(iter(find_state_dicts(content).values()), {})
+        has_swin = any(isinstance(module, SwinMixin) for module in model.modules())
+        return rename_swin(weights) or weights if has_swin else weights
     tensors, parsed = next(iter(convnexts.values()))
     prefix, backbone = backbones[0]
     if all(name.startswith(DINOV3_DUPLICATE_PREFIX) for name in parsed.others):
@@ -299,7 +303,7 @@ def check_state_dict_matches(
         {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(prefixes)}
         for tensors in (model.state_dict(), weights)
     )
-    problems = _describe_mismatch(expected, actual)
+    problems = describe_mismatch(expected, actual)
     if problems:
         raise UsageError(f'{file} does not fit the config: {problems}; give the config that it was trained with')
 
@@ -331,7 +335,7 @@ class PretrainedConvNeXt:
             update_init_info(module, init_info=f'loaded from {self.checkpoint}')
 
 
-def _describe_mismatch(expected: dict[str, tuple], actual: dict[str, tuple], max_names: int = 3) -> str:
+def describe_mismatch(expected: dict[str, tuple], actual: dict[str, tuple], max_names: int = 3) -> str:
     """Describe in short how names and shapes differ, with the most similar unknown name of one that is missing.
 
     Returns:

@@ -20,7 +20,7 @@ from ..config.preflight import check_backbones, check_installed, check_levels
 from ..config.tree import iter_dicts
 from ..config.work_dir import find_resume_checkpoint
 from ..errors import UsageError
-from ..paper.results import PAPER_RESULTS
+from ..paper.results import RESULTS
 from ..type_names import REGISTRIES, SCOPES, class_of
 from .pipelines import innermost_dataset
 
@@ -30,7 +30,7 @@ HEAD_RE = {
     'detection': re.compile(r'(?<![^.])(roi_head|rpn_head|bbox_head)\.'),
     'segmentation': re.compile(r'(?<![^.])decode_head\.'),
 }
-RECIPES_BY_RELEASED = {result.released: result.recipe for result in PAPER_RESULTS}
+RECIPES_BY_RELEASED = {result.released: result.recipe for result in RESULTS if result.released}
 CONFIG_HINT = 'give the config that it was trained with as --config'
 
 

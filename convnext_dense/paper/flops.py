@@ -1,5 +1,6 @@
 """Parameters and FLOPs as the paper counts them (tables 3 and 4), computed from layers without any weights."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -7,10 +8,14 @@ from mmcv.cnn import get_model_complexity_info
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import UsageError
 
 NUM_BOX_ROIS, NUM_MASK_ROIS = 1000, 100  # RoIs on which the paper's counts run each box head and each mask head
+# What some of the published counts include and others do not: SyncBN as BatchNorm, LayerNorm, and the two products of
+# the attention of mmdet's and mmseg's Swin (queries with keys, weights with values; padded windows included).
+OPTIONAL_PARTS = ('SyncBN', 'LayerNorm', 'attention')
 
 
 @dataclass(frozen=True)
@@ -28,16 +33,25 @@ class Complexity:
     size: tuple[int, int]
 
 
-def count_flops(config: Config, size: tuple[int, int]) -> Complexity:
+def build_on_meta(model_cfg: dict) -> nn.Module:
+    """Build a model on the meta device, so that nothing is allocated."""
+    with torch.device('meta'), _LinspaceOnCPU():
+        return MODELS.build(model_cfg)
+
+
+def count_flops(
+    config: Config, size: tuple[int, int], counted: Collection[str] = frozenset({'SyncBN', 'attention'})
+) -> Complexity:
     """Count a detector or segmentor on the meta device, so that nothing is allocated.
 
-    FLOPs are those of convolutions, Linears, batch norms, ReLUs and poolings; LayerNorm, GELU, RoIAlign and
+    FLOPs are those of convolutions, Linears, batch norms, ReLUs and poolings, and of `counted`; GELU, RoIAlign and
     interpolation count 0. A two-stage detector is counted with every box head on 1000 and every mask head on 100 RoIs,
     a segmentor without its auxiliary heads (which its parameters include).
 
     Args:
         config: Config of the model.
         size: (width, height) of the image.
+        counted: What else to count, of `OPTIONAL_PARTS`. Published counts differ in it: `PaperResult.counted`.
 
     Returns:
         Parameters and FLOPs.
@@ -47,15 +61,18 @@ def count_flops(config: Config, size: tuple[int, int]) -> Complexity:
     """
     init_default_scope(config.get('default_scope', 'mmengine'))
     model_cfg = {key: value for key, value in config.model.items() if key != 'pretrained'}
+    try:
+        model = build_on_meta(model_cfg)
+    except (KeyError, TypeError, AssertionError) as error:
+        raise UsageError(f'the model cannot be built: {str(error).splitlines()[0]}') from error
+    attention = _AttentionCounter()
     with torch.device('meta'):
-        try:
-            model = MODELS.build(model_cfg)
-        except (KeyError, TypeError, AssertionError) as error:
-            raise UsageError(f'the model cannot be built: {str(error).splitlines()[0]}') from error
         parameters = sum(p.numel() for p in model.parameters())
         flops_model = _FlopsForward(model)
         for module in flops_model.modules():
-            _adapt_for_mmcv_counter(module)
+            _adapt_for_mmcv_counter(module, counted)
+            if 'attention' in counted and type(module).__name__ == 'WindowMSA':
+                module.register_forward_hook(attention)
         width, height = size
         try:
             flops, _ = get_model_complexity_info(
@@ -68,18 +85,39 @@ def count_flops(config: Config, size: tuple[int, int]) -> Complexity:
             ) from error
         except (TypeError, AttributeError) as error:
             raise UsageError(f'{type(model).__name__} cannot be counted: its heads do not take feature maps') from error
-    return Complexity(parameters, int(flops), size)
+    return Complexity(parameters, int(flops) + attention.flops, size)
+
+
+class _LinspaceOnCPU(TorchFunctionMode):
+    """Within `torch.device('meta')`, gives the rates of stochastic depth values: Swin's constructor reads them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **({'device': 'cpu'} if func is torch.linspace else {}), **(kwargs or {}))
+
+
+class _AttentionCounter:
+    """Forward hook of WindowMSA, whose products mmcv's counter does not see."""
+
+    flops = 0
+
+    def __call__(self, module, inputs, output):
+        windows, tokens, channels = inputs[0].shape
+        self.flops += 2 * windows * tokens * tokens * channels
 
 
 class _UncountedLayerNorm(nn.LayerNorm):
     pass
 
 
-def _adapt_for_mmcv_counter(module: nn.Module) -> None:
-    """The counter of mmcv goes by exact types: it misses SyncBatchNorm and counts LayerNorm; the paper did not."""
-    if isinstance(module, nn.SyncBatchNorm):
-        module.__class__ = nn.BatchNorm2d
-    elif type(module) is nn.LayerNorm:
+class _UncountedSyncBN(nn.BatchNorm2d):
+    pass
+
+
+def _adapt_for_mmcv_counter(module: nn.Module, counted: Collection[str]) -> None:
+    """The counter of mmcv goes by exact types: by itself it misses SyncBatchNorm, and counts LayerNorm."""
+    if isinstance(module, nn.SyncBatchNorm):  # which does not run on the meta device
+        module.__class__ = nn.BatchNorm2d if 'SyncBN' in counted else _UncountedSyncBN
+    elif type(module) is nn.LayerNorm and 'LayerNorm' not in counted:
         module.__class__ = _UncountedLayerNorm
 
 

@@ -1,4 +1,7 @@
-"""The thirteen dense prediction results of the paper as data ("A ConvNet for the 2020s", tables 3, 4 and 11)."""
+"""The dense prediction results of the paper as data ("A ConvNet for the 2020s", tables 3, 4 and 11).
+
+`PAPER_RESULTS` are ConvNeXt's thirteen, `BASELINE_RESULTS` those of the backbones that it is compared with.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,7 +44,7 @@ class PaperResult:
         lr: Base learning rate.
         decay_rate: Rate of the layer-wise or stage-wise learning rate decay.
         values: AP or mIoU in percent, in the order of `DETECTION_METRICS` or `SEGMENTATION_METRICS`.
-        params_m: Parameters of the whole model in millions, as printed in the paper.
+        params_m: Parameters of the whole model in millions, as printed in the paper; None where it is not.
         gflops: Multiply-accumulates of an image of `size` in billions, as printed in the paper.
         size: (width, height) at which `gflops` are counted.
         precision: 'float16' (mixed precision) or 'float32'.
@@ -52,9 +55,9 @@ class PaperResult:
     pretraining: str
     drop_path_rate: float
     lr: float
-    decay_rate: float
-    values: tuple[float, ...]
-    params_m: int
+    decay_rate: float | None
+    values: tuple[float | None, ...]
+    params_m: int | None
     gflops: int
     size: tuple[int, int] = (1280, 800)
     precision: str = 'float16'
@@ -66,8 +69,9 @@ class PaperResult:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """AP or mIoU in percent, by `DETECTION_METRICS` or `SEGMENTATION_METRICS`."""
-        return dict(zip(DETECTION_METRICS if self.is_detection else SEGMENTATION_METRICS, self.values))
+        """AP or mIoU in percent, by `DETECTION_METRICS` or `SEGMENTATION_METRICS`, as far as it was published."""
+        names = DETECTION_METRICS if self.is_detection else SEGMENTATION_METRICS
+        return {name: value for name, value in zip(names, self.values) if value is not None}
 
     @property
     def weights(self) -> str:
@@ -75,8 +79,8 @@ class PaperResult:
         return f'convnext_{self.arch}_{self.pretraining}_224'
 
     @property
-    def released(self) -> str:
-        """Name of the checkpoint that the authors released."""
+    def released(self) -> str | None:
+        """Name of the checkpoint that the authors released; None where they released none."""
         model = self.recipe.split('/')[0].replace('cascade', 'cascade_mask_rcnn')
         schedule = '3x' if self.is_detection else f'{self.crop_size}x{self.crop_size}'
         return f'{model}_convnext_{self.arch}_{self.pretraining}_{schedule}'
@@ -86,10 +90,25 @@ class PaperResult:
         """Side of the training crop on ADE20K in pixels; None on COCO."""
         return None if self.is_detection else self.size[1]
 
+    @property
+    def crop_key(self) -> str:
+        """Dotted key of the setting of a segmentor that tells the size of its crops."""
+        return 'model.test_cfg.crop_size'
+
+    @property
+    def counted(self) -> frozenset[str]:
+        """What `gflops` include beyond the default: of `paper.flops.OPTIONAL_PARTS`."""
+        return frozenset({'SyncBN'})
+
+    @property
+    def backbone_identity(self) -> dict[str, object]:
+        """The settings of the backbone and its training that only the recipe of this result has."""
+        return {'model.backbone.arch': self.arch, 'model.backbone.drop_path_rate': self.drop_path_rate}
+
     @cached_property
     def identity(self) -> dict[str, object]:
         """The settings of a config, by dotted key, that only the recipe of this result has."""
-        common = {'model.backbone.arch': self.arch, 'model.backbone.drop_path_rate': self.drop_path_rate}
+        common = self.backbone_identity
         # Classes that are named are not COCO's or ADE20K's own: other data, even if of as many classes.
         common |= {f'{split}_dataloader.dataset.metainfo': None for split in ('train', 'test')}
         if self.is_detection:
@@ -97,8 +116,73 @@ class PaperResult:
             common |= {'model.type': model, 'train_dataloader.dataset.type': 'CocoDataset'}
             return common | {'model.roi_head.mask_head.num_classes': 80}
         common |= {'model.decode_head.type': 'UPerHead', 'train_dataloader.dataset.type': 'ADE20KDataset'}
-        common |= {'model.test_cfg.crop_size': (self.crop_size, self.crop_size)}
+        common |= {self.crop_key: (self.crop_size, self.crop_size)}
         return common | {'model.decode_head.num_classes': 150}
+
+
+@dataclass(frozen=True)
+class BaselineResult(PaperResult):
+    """A result of Swin, ResNet-50 or ResNeXt-101 that the paper compares ConvNeXt's with.
+
+    `arch` is a key of `BASELINE_BACKBONES`, `decay_rate` is None without layer-wise lr decay.
+    """
+
+    @property
+    def is_swin(self) -> bool:
+        """Whether the backbone is a Swin, not a ResNet or ResNeXt."""
+        return self.arch.startswith('swin')
+
+    @property
+    def weights(self) -> str:
+        """Name of the pretrained weights of the backbone, or their file without its ending."""
+        if not self.is_swin:
+            return RESNET_WEIGHTS[self.arch]
+        return f'{self.arch}_patch4_window7_224{"_22k" if self.pretraining == "22k" else ""}'
+
+    @property
+    def released(self) -> str | None:
+        """Name of the checkpoint that Swin's authors released; None where there is none."""
+        if not self.is_swin or self.pretraining == '22k':
+            return None
+        model = self.recipe.split('/')[0].replace('cascade', 'cascade_mask_rcnn')
+        return f'{model}_{self.arch}_patch4_window7{"" if self.is_detection else "_512x512"}'
+
+    @property
+    def crop_key(self) -> str:
+        """Dotted key of the setting that tells the size of the crops: Swin's test has none."""
+        return 'model.data_preprocessor.size'
+
+    @property
+    def counted(self) -> frozenset[str]:
+        """What `gflops` include: Swin's authors counted attention, ConvNeXt's, who counted Swin-L, did not."""
+        if not self.is_swin:
+            return super().counted
+        return frozenset({'LayerNorm'} if self.arch == 'swin_large' else {'LayerNorm', 'attention'})
+
+    @property
+    def backbone_identity(self) -> dict[str, object]:
+        """The settings of the backbone and its training that only the recipe of this result has."""
+        settings = {f'model.backbone.{key}': value for key, value in BASELINE_BACKBONES[self.arch].items()}
+        if self.is_swin:
+            settings['model.backbone.drop_path_rate'] = self.drop_path_rate
+        return settings | {'optim_wrapper.paramwise_cfg.decay_rate': self.decay_rate}
+
+
+SWIN_S = dict(depths=(2, 2, 18, 2), window_size=7)
+BASELINE_BACKBONES = {
+    'swin_tiny': dict(embed_dims=96, num_heads=(3, 6, 12, 24), depths=(2, 2, 6, 2), window_size=7),
+    'swin_small': dict(embed_dims=96, num_heads=(3, 6, 12, 24), **SWIN_S),
+    'swin_base': dict(embed_dims=128, num_heads=(4, 8, 16, 32), **SWIN_S),
+    'swin_large': dict(embed_dims=192, num_heads=(6, 12, 24, 48), **SWIN_S),
+    'resnet50': dict(type='ResNet', depth=50),
+    'resnext101_32x4d': dict(type='ResNeXt', depth=101, groups=32, base_width=4),
+    'resnext101_64x4d': dict(type='ResNeXt', depth=101, groups=64, base_width=4),
+}
+RESNET_WEIGHTS = {
+    'resnet50': 'resnet50-0676ba61',
+    'resnext101_32x4d': 'resnext101_32x4d-a5af3160',
+    'resnext101_64x4d': 'resnext101_64x4d-ee2c6f71',
+}
 
 
 # fmt: off
@@ -124,7 +208,38 @@ PAPER_RESULTS = (
     PaperResult('upernet/convnext_xl_in22k', 'xlarge', '22k', 0.4, 8e-5, 0.9, (53.6, 54.0), 391, 3335, (2560, 640),
                 'float32'),
 )
+# Tables 3 and 4 as well. Lr and drop path of the two Cascade Swin-22K are this project's choice, since nobody published
+# them; parameters that the paper leaves out, and mIoU of a single scale, are those of Swin's paper and READMEs.
+BASELINE_RESULTS = (
+    BaselineResult('mask_rcnn/swin_t', 'swin_tiny', '1k', 0.2, 1e-4, None, (46.0, 68.1, 50.3, 41.6, 65.1, 44.9),
+                   48, 267),
+    BaselineResult('cascade/resnet50', 'resnet50', '1k', 0, 1e-4, None, (46.3, 64.3, 50.5, 40.1, 61.7, 43.4), 82, 739),
+    BaselineResult('cascade/resnext101_32x4d', 'resnext101_32x4d', '1k', 0, 1e-4, None,
+                   (48.1, 66.5, 52.4, 41.6, 63.9, 45.2), 101, 819),
+    BaselineResult('cascade/resnext101_64x4d', 'resnext101_64x4d', '1k', 0, 1e-4, None,
+                   (48.3, 66.4, 52.3, 41.7, 64.0, 45.1), 140, 972),
+    BaselineResult('cascade/swin_t', 'swin_tiny', '1k', 0.2, 1e-4, None, (50.4, 69.2, 54.7, 43.7, 66.6, 47.3), 86, 745),
+    BaselineResult('cascade/swin_s', 'swin_small', '1k', 0.2, 1e-4, None, (51.9, 70.7, 56.3, 45.0, 68.2, 48.8),
+                   107, 838),
+    BaselineResult('cascade/swin_b', 'swin_base', '1k', 0.3, 1e-4, None, (51.9, 70.5, 56.4, 45.0, 68.1, 48.9),
+                   145, 982),
+    BaselineResult('cascade/swin_b_in22k', 'swin_base', '22k', 0.3, 1e-4, 0.9, (53.0, 71.8, 57.5, 45.8, 69.4, 49.7),
+                   145, 982),
+    BaselineResult('cascade/swin_l_in22k', 'swin_large', '22k', 0.4, 1e-4, 0.9, (53.9, 72.4, 58.8, 46.7, 70.1, 50.8),
+                   None, 1382, precision='float32'),
+    BaselineResult('upernet/swin_t', 'swin_tiny', '1k', 0.3, 6e-5, None, (44.51, 45.8), 60, 945, (2048, 512),
+                   'float32'),
+    BaselineResult('upernet/swin_s', 'swin_small', '1k', 0.3, 6e-5, None, (47.64, 49.5), 81, 1038, (2048, 512),
+                   'float32'),
+    BaselineResult('upernet/swin_b', 'swin_base', '1k', 0.3, 6e-5, None, (48.13, 49.7), 121, 1188, (2048, 512),
+                   'float32'),
+    BaselineResult('upernet/swin_b_in22k', 'swin_base', '22k', 0.3, 6e-5, None, (None, 51.7), 121, 1841, (2560, 640),
+                   'float32'),
+    BaselineResult('upernet/swin_l_in22k', 'swin_large', '22k', 0.3, 6e-5, None, (None, 53.5), 234, 2468, (2560, 640),
+                   'float32'),
+)
 # fmt: on
+RESULTS = PAPER_RESULTS + BASELINE_RESULTS
 
 
 def to_paper_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -149,7 +264,7 @@ def find_paper_result(config: Config) -> PaperResult | None:
     Returns:
         The result; None where the config is no recipe of the paper.
     """
-    return next((r for r in PAPER_RESULTS if all(_has(config, *setting) for setting in r.identity.items())), None)
+    return next((r for r in RESULTS if all(_has(config, *setting) for setting in r.identity.items())), None)
 
 
 def _has(config: Config, key: str, expected: object) -> bool:

@@ -1,0 +1,89 @@
+"""Load weights into a SwinTransformer of mmdet or mmseg, in the names of the original code or of these."""
+
+import re
+from pathlib import Path
+
+from mmengine.logging import print_log
+from mmengine.model import update_init_info
+from mmengine.registry import WEIGHT_INITIALIZERS
+from torch import nn
+
+from ..errors import UsageError
+from .hub import download
+from .io import find_state_dicts, load_checkpoint
+from .naming import OUTPUT_NORM_RE
+from .pretrained import LoadPlan, check_values, describe_mismatch
+from .swin_naming import PREFIX_RE, rename_swin
+
+CLASSIFIER_RE = re.compile(r'^(?:head|norm)\.')
+BUFFER_NAMES = ('relative_position_index', 'attn_mask')  # follow from the sizes of window and image
+
+
+def plan_swin(backbone: nn.Module, source: str | Path) -> LoadPlan:
+    """Compare a checkpoint with a SwinTransformer and return what it would load; nothing is changed.
+
+    Args:
+        backbone: SwinTransformer of mmdet or mmseg.
+        source: A pretrained weight name, a path or a URL.
+
+    Returns:
+        The plan. Only output norms may keep their initialization, all of them.
+
+    Raises:
+        UsageError: If the file cannot be read or contains no Swin, or a tensor is missing, unknown, of another shape
+            (of another window, for example) or not finite.
+    """
+    file = download(str(source))
+    renamed = (rename_swin(tensors) for tensors in find_state_dicts(load_checkpoint(file)).values())
+    tensors = next((weights for weights in renamed if weights is not None), None)
+    if tensors is None:
+        raise UsageError(f'{file}: no Swin weights by the names in it: give those of the original code, mmdet or mmseg')
+    prefix = next(match[1] for match in map(PREFIX_RE.match, tensors) if match)
+    own = backbone.state_dict()
+    weights, unused = {}, []
+    for name, tensor in tensors.items():
+        short = name.removeprefix(prefix)
+        is_unused_norm = OUTPUT_NORM_RE.fullmatch(short) and short not in own
+        if not name.startswith(prefix) or CLASSIFIER_RE.match(short) or is_unused_norm:
+            unused.append(name)
+        elif not short.endswith(BUFFER_NAMES):
+            weights[short] = tensor
+    expected = {name: tuple(tensor.shape) for name, tensor in own.items() if not name.endswith(BUFFER_NAMES)}
+    has_output_norms = any(map(OUTPUT_NORM_RE.fullmatch, weights))
+    kept_init = [] if has_output_norms else [name for name in expected if OUTPUT_NORM_RE.fullmatch(name)]
+    problems = describe_mismatch(
+        {name: shape for name, shape in expected.items() if name not in kept_init},
+        {name: tuple(tensor.shape) for name, tensor in weights.items()},
+    )
+    if problems:
+        raise UsageError(f'{file} does not fit the Swin of the config: {problems}')
+    check_values(file, weights)
+    return LoadPlan(f'{source} (Swin)', weights, len(expected), kept_init, unused, [])
+
+
+@WEIGHT_INITIALIZERS.register_module()
+class PretrainedSwin:
+    """mmengine initializer that `init_cfg` of a `StrictSwinTransformer` stands for.
+
+    Args:
+        checkpoint (str): A pretrained weight name, a path or a URL.
+
+    Raises:
+        UsageError: If another argument is given, or no checkpoint.
+    """
+
+    def __init__(self, checkpoint: str | None = None, **unknown):
+        if not isinstance(checkpoint, str) or unknown:
+            raise UsageError(
+                'init_cfg of StrictSwinTransformer takes checkpoint (a pretrained weight name, a path or a URL), not '
+                f'{", ".join(unknown) or repr(checkpoint)}'
+            )
+        self.checkpoint = checkpoint
+
+    def __call__(self, module: nn.Module) -> None:
+        """Load the weights into a SwinTransformer and log the report."""
+        plan = plan_swin(module, self.checkpoint)
+        module.load_state_dict(plan.weights, strict=False)
+        print_log(str(plan), logger='current')
+        if hasattr(module, '_params_init_info'):
+            update_init_info(module, init_info=f'loaded from {self.checkpoint}')

@@ -1,0 +1,56 @@
+"""Names of Swin weights: those of the original code as those of mmdet and mmseg."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+# Names of the original code -> of mmdet and mmseg.
+RENAMES = (
+    (re.compile(r'^layers\.'), 'stages.'),
+    (re.compile(r'^patch_embed\.proj\.'), 'patch_embed.projection.'),
+    (re.compile(r'(\.blocks\.\d+\.attn)\.'), r'\1.w_msa.'),
+    (re.compile(r'(\.blocks\.\d+)\.mlp\.fc1\.'), r'\1.ffn.layers.0.0.'),
+    (re.compile(r'(\.blocks\.\d+)\.mlp\.fc2\.'), r'\1.ffn.layers.1.'),
+)
+PREFIX_RE = re.compile(r'^(.*?)(?:layers|stages)\.0\.blocks\.0\.norm1\.weight$')
+MERGING_RE = re.compile(r'^layers\.\d+\.downsample\.(?:reduction|norm)\.')
+
+
+def rename_swin(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """Rename the Swin in a state dict from the original's names to those of mmdet and mmseg.
+
+    Args:
+        tensors: A state dict of a backbone, or of a model that contains one.
+
+    Returns:
+        The same tensors, those of the Swin by the new names behind its prefix and in mmdet's order; None where the
+        names are of no Swin of the original, mmdet or mmseg.
+    """
+    prefix = next((match[1] for match in map(PREFIX_RE.match, tensors) if match), None)
+    if prefix is None:
+        return None
+    if f'{prefix}stages.0.blocks.0.norm1.weight' in tensors:
+        return dict(tensors)
+    renamed = {}
+    for name, tensor in tensors.items():
+        own = name.removeprefix(prefix)
+        if name.startswith(prefix) and MERGING_RE.match(own):
+            tensor = _to_unfold_order(tensor)
+        for pattern, replacement in RENAMES if name.startswith(prefix) else ():
+            own = pattern.sub(replacement, own)
+        renamed[prefix + own if name.startswith(prefix) else name] = tensor
+    return renamed
+
+
+def _to_unfold_order(tensor: torch.Tensor) -> torch.Tensor:
+    """Reorder the last dimension, 4 C, of a downsampling layer.
+
+    The original concatenates the channels of four pixels, those of a column first; torch's Unfold, which mmdet uses,
+    returns the four pixels of each channel, those of a row first.
+    """
+    *leading, last = tensor.shape
+    if last % 4:
+        return tensor  # of no Swin: its shape is named later
+    pixels = tensor.reshape(*leading, 2, 2, last // 4)  # column, row, channel
+    return pixels.transpose(-3, -2).flatten(-3, -2).transpose(-2, -1).flatten(-2)
