@@ -9,26 +9,8 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, init_default_scope
 
 from convnext_dense.checkpoints import WEIGHT_URLS
 from convnext_dense.paper.results import PAPER_RESULTS
-from convnext_dense.paper.tables import format_table
-from helpers.pages import README, README_ZH, code_blocks, commands, linked, tables
+from helpers.pages import README, README_ZH, code_blocks, commands, linked, results_table, tables
 from helpers.paths import ROOT
-
-HEADER = ('recipe', 'weights', 'precision', 'box AP', 'mask AP', 'mIoU', 'mIoU multi-scale', 'parameters', 'FLOPs')
-
-
-def recipes() -> str:
-    rows = [
-        [
-            f'[`{row.recipe}.py`](configs/{row.recipe}.py)',
-            'ImageNet-22K' if '22k' in row.weights else 'ImageNet-1K',
-            row.precision,
-            *(str(row.metrics.get(name, '')) for name in HEADER[3:7]),
-            f'{row.params_m}M',
-            f'{row.gflops}G',
-        ]
-        for row in PAPER_RESULTS
-    ]
-    return format_table(HEADER, rows, 'll', markdown=True)
 
 
 def test_readme_is_short_and_in_order():
@@ -49,7 +31,7 @@ def test_readme_is_short_and_in_order():
 
 @pytest.mark.parametrize('page', [README, README_ZH], ids=['en', 'zh'])
 def test_the_table_of_results_is_the_papers(page):
-    assert recipes() in page
+    assert results_table(PAPER_RESULTS, '[`{0}.py`](configs/{0}.py)') in page
 
 
 def test_the_picture_is_there_at_a_readable_size():

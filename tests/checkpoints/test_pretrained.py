@@ -16,12 +16,12 @@ from convnext_dense import load_backbone
 from convnext_dense.checkpoints import WEIGHT_URLS, hub, io, load_checkpoint
 from convnext_dense.errors import UsageError
 from convnext_dense.models.convnext import ConvNeXt
-from convnext_dense.paper.results import PAPER_RESULTS
+from convnext_dense.paper.results import PAPER_RESULTS, RESULTS
 from helpers.paths import ROOT
 from helpers.weights import random_weights
 
 ARCH = dict(depths=(1, 1, 4, 1), channels=(8, 16, 24, 32))
-# The addresses in the tables of results of the original code of ConvNeXt and ConvNeXt V2.
+# The addresses in the tables of results of the original code of ConvNeXt, ConvNeXt V2 and Swin, and of the ResNets.
 ADDRESSES = (ROOT / 'tests/data/addresses.txt').read_text().split()
 
 
@@ -208,8 +208,8 @@ def test_report_counts_unused_tensors(tmp_path):
 
 def test_pretrained_weight_names():
     assert {name: hub.resolve(name) for name in WEIGHT_URLS} == {Path(address).stem: address for address in ADDRESSES}
-    assert len(WEIGHT_URLS) == len(ADDRESSES) == 63
-    assert {row.weights for row in PAPER_RESULTS} | {row.released for row in PAPER_RESULTS} <= set(WEIGHT_URLS)
+    assert len(WEIGHT_URLS) == len(ADDRESSES) == 78
+    assert {row.weights for row in RESULTS} | {row.released for row in RESULTS} <= {*WEIGHT_URLS, None}
     assert len({row.released for row in PAPER_RESULTS}) == 13
 
 
@@ -243,7 +243,7 @@ def test_unreachable_url_gives_a_fix(tmp_path, monkeypatch):
 
 def test_recipes_name_published_weights():
     for path in (ROOT / 'configs').glob('[mcu]*/*.py'):
-        assert Config.fromfile(path).model.backbone.init_cfg.checkpoint in hub.WEIGHT_URLS
+        assert Config.fromfile(path).model.backbone.init_cfg.checkpoint in {*WEIGHT_URLS, *WEIGHT_URLS.values()}
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from convnext_dense import ARCHS, ConvNeXt
 from convnext_dense._moved import MOVED
 from convnext_dense.checkpoints import WEIGHT_URLS
 from convnext_dense.cli.arguments import RENAMED_OPTIONS
-from convnext_dense.paper.results import PAPER_RESULTS
-from helpers.pages import PAGES, code_blocks, tables
+from convnext_dense.paper.results import BASELINE_RESULTS, RESULTS
+from helpers.pages import PAGES, code_blocks, results_table, tables
 from helpers.paths import ROOT
 
 ALL = pytest.mark.parametrize('name', PAGES)
@@ -71,9 +71,13 @@ def test_the_example_of_the_page_is_the_one_of_the_readme():
     assert next(b for b in first[0] if b[0] == 'python') == next(b for b in first[1] if b[0] == 'python')
 
 
+def test_the_table_of_the_baselines_is_that_of_the_data():
+    assert results_table(BASELINE_RESULTS, '`{}.py`') in PAGES['docs/recipes.md']
+
+
 def test_every_released_model_is_named_with_its_recipe():
     rows = dict(re.findall(r'^\| `(\w+/\w+)\.py` \| `(\w+)` \|$', PAGES['docs/weights.md'], re.MULTILINE))
-    assert set(rows) == {row.recipe for row in PAPER_RESULTS}
+    assert rows == {row.recipe: row.released for row in RESULTS if row.released}
     assert set(rows.values()) <= set(WEIGHT_URLS) and len(set(rows.values())) == len(rows)
     for recipe, name in rows.items():
         assert name.startswith(recipe.split('/')[0].replace('cascade', 'cascade_mask_rcnn'))

@@ -48,6 +48,7 @@ INTEGRATION_TESTS = {
     'ops/test_kernel_memory.py',
     'ops/test_module_calls.py',
     'ops/test_triton_blocks.py::test_outputs_and_gradients_are_those_of_the_module',
+    'paper/test_baselines.py::test_the_demo_trains',
     'paper/test_curves.py::test_layer_lrs_equal_optimizer_lrs',
     'paper/test_flops.py::test_nothing_is_allocated',
     'paper/test_pipelines.py',

@@ -1,7 +1,10 @@
 """What tests of the documentation share: pages, and what is in them."""
 
 import re
+from collections.abc import Iterable
 
+from convnext_dense.paper.results import PaperResult
+from convnext_dense.paper.tables import format_table
 from helpers.paths import ROOT
 
 README = (ROOT / 'README.md').read_text()
@@ -16,6 +19,26 @@ PAGES = {
         *sorted((ROOT / 'docs').rglob('*.md')),
     ]
 }
+
+
+RESULTS_HEADER = ('recipe', 'weights', 'precision', 'box AP', 'mask AP', 'mIoU', 'mIoU multi-scale')
+RESULTS_HEADER += ('parameters', 'FLOPs')
+
+
+def results_table(results: Iterable[PaperResult], name: str) -> str:
+    """The table of results that a page should have; `name` is a template of the name of a recipe."""
+    rows = [
+        [
+            name.format(row.recipe),
+            'ImageNet-22K' if row.pretraining == '22k' else 'ImageNet-1K',
+            row.precision,
+            *(str(row.metrics.get(metric, '')) for metric in RESULTS_HEADER[3:7]),
+            f'{row.params_m}M' if row.params_m else '',
+            f'{row.gflops}G',
+        ]
+        for row in results
+    ]
+    return format_table(RESULTS_HEADER, rows, 'll', markdown=True)
 
 
 def code_blocks(page: str) -> list[tuple[str, str]]:

@@ -6,13 +6,14 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import DATASETS, init_default_scope
 
 from convnext_dense.config.recipe import training_precision
 from convnext_dense.models.convnext import ARCHS
 from convnext_dense.optim.layer_decay import layer_ids
+from convnext_dense.paper.flops import build_on_meta
 from convnext_dense.paper.recipe_diff import diff_from_recipe
-from convnext_dense.paper.results import PAPER_RESULTS, TOTAL_BATCH, find_paper_result
+from convnext_dense.paper.results import PAPER_RESULTS, RESULTS, TOTAL_BATCH, find_paper_result
 from helpers.paths import ROOT
 from helpers.recipes import SEGMENTATION, SIZES, load, lrs_over_iterations
 
@@ -40,13 +41,12 @@ result_ids = {'ids': lambda result: result.recipe}
 
 
 def build(config: Config) -> torch.nn.Module:
-    with torch.device('meta'):
-        return MODELS.build(config.model)
+    return build_on_meta(config.model)
 
 
 def test_every_result_has_a_recipe_and_every_recipe_a_result():
     assert [result.recipe for result in PAPER_RESULTS] == list(SIZES)
-    assert {name for name in EVERY_CONFIG if not name.startswith('demo/')} == set(SIZES)
+    assert {name for name in EVERY_CONFIG if not name.startswith('demo/')} == {result.recipe for result in RESULTS}
 
 
 @pytest.mark.parametrize('result', PAPER_RESULTS, **result_ids)

@@ -1,4 +1,4 @@
-"""The recipes are mmdet's and mmseg's own ConvNeXt configs, but for the differences that are written here.
+"""The recipes are mmdet's and mmseg's own ConvNeXt and Swin configs, but for the differences that are written here.
 
 So are the base configs of the embedded data set those of COCO and ADE20K.
 """
@@ -22,7 +22,7 @@ from mmseg.models import EncoderDecoder
 
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.models.convnext import ARCHS
-from convnext_dense.paper.results import PAPER_RESULTS, TOTAL_BATCH, PaperResult
+from convnext_dense.paper.results import BASELINE_RESULTS, PAPER_RESULTS, TOTAL_BATCH, PaperResult
 from helpers.paths import ROOT
 
 # What a run is made of: all that mmengine's Runner reads, what is imported first, and the batch that we keep.
@@ -121,6 +121,70 @@ STOCK = {
 }
 
 
+# The Swin recipes that mmdet or mmseg has too: they leave out what is the default of the class.
+SWIN = {
+    **{
+        f'model.backbone.{name}': (default, ABSENT)
+        for name, default in dict(qk_scale=None, drop_rate=0.0, attn_drop_rate=0.0).items()
+    },
+    'model.backbone.type': ('SwinTransformer', 'StrictSwinTransformer'),  # whose weights load completely or not at all
+    'total_batch': COMMON['total_batch'],
+    'custom_imports.allow_failed_imports': (ABSENT, False),
+}
+NOT_CONVNEXT = [key for key in COMMON if key.startswith(('model.backbone', 'optim_wrapper'))]
+SWIN_COCO = {
+    **{key: pair for key, pair in MASK_RCNN.items() if key not in NOT_CONVNEXT},
+    **SWIN,
+    'model.backbone.with_cp': (False, ABSENT),
+    'model.backbone.convert_weights': (True, ABSENT),  # ours finds out by the names
+    'custom_imports.imports': (
+        ABSENT,
+        ['convnext_dense', 'convnext_dense.models.fp32_heads', 'convnext_dense.models.swin_detection'],
+    ),
+}
+SWIN_ADE20K = {
+    **{key: pair for key, pair in ADE20K.items() if key not in NOT_CONVNEXT},
+    **SWIN,
+    **{
+        f'model.backbone.{name}': (default, ABSENT)
+        for name, default in {
+            'pretrain_img_size': 224,
+            'patch_size': 4,
+            'strides': (4, 2, 2, 2),
+            'use_abs_pos_embed': False,
+            'act_cfg.type': 'GELU',
+            'norm_cfg.type': 'LN',
+            'norm_cfg.requires_grad': True,
+        }.items()
+    },
+    'custom_imports.imports': (ABSENT, ['convnext_dense', 'convnext_dense.models.swin_segmentation']),
+}
+LARGER_CROPS = {  # mmseg has the 22K rows at 512 alone
+    'model.data_preprocessor.size': ((512, 512), (640, 640)),
+    'train_dataloader.dataset.pipeline.2.scale': ((2048, 512), (2560, 640)),
+    'train_dataloader.dataset.pipeline.3.crop_size': ((512, 512), (640, 640)),
+    **{f'{split}_dataloader.dataset.pipeline.1.scale': ((2048, 512), (2560, 640)) for split in ('val', 'test')},
+}
+SWIN_UPERNET_OF = 'swin-{}-patch4-window7-in{}k-pre_upernet_8xb2-160k_ade20k-512x512'
+SWIN_STOCK = {
+    'mask_rcnn/swin_t': ('mask-rcnn_swin-t-p4-w7_fpn_amp-ms-crop-3x_coco', 'swin_tiny_patch4_window7_224', SWIN_COCO),
+    **{
+        f'upernet/swin_{size[0]}{"_in22k" if k == 22 else ""}': (
+            SWIN_UPERNET_OF.format(size, k),
+            f'swin_{size}_patch4_window7_224{"_22k" if k == 22 else ""}_{sha}',
+            SWIN_ADE20K | (LARGER_CROPS if k == 22 else {}),
+        )
+        for size, k, sha in (
+            ('tiny', 1, '20220317-1cdeb081'),
+            ('small', 1, '20220317-7ba6d6dd'),
+            ('base', 1, '20220317-e9b98025'),
+            ('base', 22, '20220317-4f79f7c0'),
+            ('large', 22, '20220412-aeecf2aa'),
+        )
+    },
+}
+
+
 def expected_differences(result: PaperResult) -> dict[str, tuple]:
     """The differences of a recipe from its stock config: key -> (stock, ours)."""
     stock, weights, common = STOCK[result.recipe]
@@ -177,9 +241,22 @@ def differences(stock: dict, ours: dict) -> dict[str, tuple]:
 
 @pytest.mark.parametrize('result', PAPER_RESULTS, ids=lambda result: result.recipe)
 def test_recipe_is_the_stock_config_but_for(result):
+    stock, ours = stock_and_ours(result, f'convnext/{STOCK[result.recipe][0]}.py')
+    assert differences(stock, ours) == expected_differences(result)
+
+
+@pytest.mark.parametrize('result', [r for r in BASELINE_RESULTS if r.recipe in SWIN_STOCK], ids=lambda r: r.recipe)
+def test_swin_recipe_is_the_stock_config_but_for(result):
+    """Cascade Mask R-CNN with Swin is in neither: test_baselines.py compares it with the original."""
+    name, weights, expected = SWIN_STOCK[result.recipe]
+    stock, ours = stock_and_ours(result, f'swin/{name}.py')
+    expected = expected | {'model.backbone.init_cfg.checkpoint': (f'{weights}.pth', result.weights)}
+    assert differences(stock, ours) == expected
+
+
+def stock_and_ours(result: PaperResult, stock_file: str) -> tuple[dict, dict]:
     package, defaults = (mmdet, COCO_DEFAULTS) if result.is_detection else (mmseg, ADE20K_DEFAULTS)
-    name = STOCK[result.recipe][0]
-    stock = settings(Path(package.__path__[0], '.mim/configs/convnext', f'{name}.py'), defaults)
+    stock = settings(Path(package.__path__[0], '.mim/configs', stock_file), defaults)
     ours = settings(ROOT / 'configs' / f'{result.recipe}.py', defaults)
     # The mirror that a release of mmdet or mmseg downloads from is its own business.
     place = 'model.backbone.init_cfg.checkpoint'
@@ -187,7 +264,7 @@ def test_recipe_is_the_stock_config_but_for(result):
     # mmseg writes the preprocessor a second time, for models that have none.
     for key in [key for key in stock if key.startswith('data_preprocessor.')]:
         assert stock.pop(key) == stock[f'model.{key}']
-    assert differences(stock, ours) == expected_differences(result)
+    return stock, ours
 
 
 def test_shapes_detection_is_coco_but_for():
