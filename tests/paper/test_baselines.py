@@ -12,7 +12,7 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, set_random_seed
 
 from convnext_dense.checkpoints.hub import WEIGHT_URLS, WEIGHTS
 from convnext_dense.config.recipe import training_precision
@@ -246,7 +246,7 @@ def test_the_demo_trains(tmp_path, monkeypatch):
     toy_shapes.write(tmp_path / 'shapes', train=16, val=2, size=128)
     monkeypatch.setenv('SHAPES_ROOT', str(tmp_path / 'shapes'))
     config = load('demo/upernet_swin')
-    torch.manual_seed(0)
+    set_random_seed(0)
     model = MODELS.build(config.model)
     for module in model.modules():
         if isinstance(module, torch.nn.SyncBatchNorm):  # which needs a GPU
@@ -257,8 +257,8 @@ def test_the_demo_trains(tmp_path, monkeypatch):
     config.train_dataloader.update(num_workers=0, persistent_workers=False, batch_size=4)
     batches = iter(Runner.build_dataloader(config.train_dataloader, seed=0))
     before = {name: parameter.clone() for name, parameter in model.backbone.named_parameters()}
-    losses = [model.train_step(next(batches), wrapper)['loss'].item() for _ in range(30)]
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5]), losses
+    losses = [model.train_step(next(batches), wrapper)['loss'].item() for _ in range(40)]
+    assert sum(losses[-10:]) < 0.75 * sum(losses[:10]), losses
     assert all(not torch.equal(p, before[name]) for name, p in model.backbone.named_parameters())
 
 
