@@ -108,7 +108,7 @@ def _segment(predictor, reader: RowReader, options: PredictOptions, with_logits:
             labels = torch.empty((1, *reader.size), dtype=dtype)
             logits = torch.empty((len(block), *reader.size)) if with_logits else None
         area = (slice(None), slice(top, top + block.shape[1]), slice(left, left + block.shape[2]))
-        labels[area] = _decide(block, predictor.model, options.multiscale)
+        labels[area] = _decide(block, predictor.model)
         if with_logits:
             logits[area] = block
     sample = SegDataSample(metainfo=dict(ori_shape=reader.size, img_shape=reader.size))
@@ -118,11 +118,11 @@ def _segment(predictor, reader: RowReader, options: PredictOptions, with_logits:
     return sample
 
 
-def _decide(block: torch.Tensor, model, is_probability: bool) -> torch.Tensor:
-    """Class indices (1, H, W) of logits (C, H, W), or of probabilities, as mmseg decides them."""
+def _decide(block: torch.Tensor, model) -> torch.Tensor:
+    """Class indices (1, H, W) of `seg_logits` (C, H, W) as mmseg decides them; of one class these are probabilities."""
     if len(block) > 1:
         return block.argmax(0, keepdim=True)
-    return (block if is_probability else block.sigmoid()) > model.decode_head.threshold
+    return block > model.decode_head.threshold
 
 
 def iter_logits(predictor, reader: RowReader, options: PredictOptions) -> Iterator[tuple[int, int, torch.Tensor]]:
