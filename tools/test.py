@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Evaluate a checkpoint as the recipe says: COCO's AP, or mIoU at a single scale or at many."""
+"""Evaluate a checkpoint or an exported model as the recipe says: COCO's AP, or mIoU at a single scale or at many."""
 
 import os
 
@@ -14,7 +14,7 @@ from convnext_dense.datasets.custom import add_data_arguments
 
 def parse_args():
     parser = make_run_parser(__doc__)
-    parser.add_argument('checkpoint', help='.pth file, URL or name of a released checkpoint')
+    parser.add_argument('checkpoint', help='.pth file, URL, released name, or exported .onnx, .xml or .pt2')
     parser.add_argument(
         '--out', help='file or folder for the predictions: .pkl (detection), folder of PNGs (segmentation)'
     )

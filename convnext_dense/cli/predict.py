@@ -8,19 +8,22 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..checkpoints.exported_files import is_exported
 from ..datasets.tiles import add_tile_arguments
 from ..errors import RunInterrupted, UnreadableImageError, UsageError
 from ..inference import video
 from ..inference.checkpoint_config import ModelSource, find_model
 from ..inference.coco_writer import FORMATS
+from ..inference.exported import check_exported_options
 from ..inference.inputs import InputFile, Inputs, find_inputs
 from ..inference.mask_writer import check_num_classes
-from ..inference.model import AMP_DTYPES, Predictor, build_predictor, check_device
+from ..inference.model import AMP_DTYPES, Predictor, build_predictor, check_device, source_device
 from ..inference.options import PredictOptions, class_indices
 from ..inference.output import OutputFolder, open_folder
 from ..inference.pipeline import RunReport, predict_files
 from ..inference.pipelines import test_steps
 from ..inference.progress import Progress
+from ..inference.sessions import session_class
 from ..inference.views import check_scales
 from .arguments import ArgumentParser
 from .exit import printable
@@ -31,7 +34,7 @@ DETECTION_OPTIONS = ('score_thr', 'max_per_image')  # that segmentation does not
 def make_predict_parser(description: str) -> ArgumentParser:
     """Return the parser of tools/predict.py."""
     parser = ArgumentParser(description=description)
-    parser.add_argument('checkpoint', help='.pth file, work dir, URL or name of a released checkpoint')
+    parser.add_argument('checkpoint', help='.pth file, work dir, URL, released name, or exported .onnx, .xml or .pt2')
     parser.add_argument(
         'inputs',
         nargs='+',
@@ -94,8 +97,10 @@ def predict(args: argparse.Namespace) -> int:
     )
     show = _make_viewer() if args.show else None
     inputs = find_inputs(args.inputs, exclude=args.out)
-    device = check_device(args.device)
+    if not is_exported(args.checkpoint):
+        check_device(args.device)
     source = find_model(args.checkpoint, args.config)
+    device = source_device(source, args.device)
     _check_options(source, options, args)
     folder = open_folder(args.out, _settings(source, options, args), args.resume)
     for notice in (*inputs.notices, *source.notices):
@@ -137,6 +142,9 @@ def _check_options(source: ModelSource, options: PredictOptions, args: argparse.
     _, steps = test_steps(source.config)
     if options.multiscale:
         check_scales(steps)
+    if source.exported:
+        check_exported_options(source.exported, options, args.amp_dtype)
+        session_class(source.file).import_package(source.file)
 
 
 def _settings(source: ModelSource, options: PredictOptions, args: argparse.Namespace) -> dict[str, object]:

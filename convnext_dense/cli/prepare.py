@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
+from ..checkpoints.exported_files import ExportedFile, is_exported, read_exported
 from ..checkpoints.hub import download
 from ..config.batch_size import scale_batch
 from ..config.evaluation import SCALE_FACTORS, set_multiscale, set_prediction_output, set_report, set_visualization
@@ -30,6 +31,8 @@ from ..datasets.custom import DatasetRequest, apply_custom_data, parse_request
 from ..engine.build import compile_backbones, make_runner
 from ..engine.console import survive_closed_stdout
 from ..errors import Notice, UsageError
+from ..inference.checkpoint_config import check_exported_fits, dataset_classes
+from ..inference.sessions import session_class, session_device
 from ..paper.results import to_paper_metrics
 
 
@@ -144,8 +147,37 @@ def _find_checkpoint_to_test(run: PreparedRun, args: argparse.Namespace) -> None
     run.checkpoint = str(download(args.checkpoint))
 
 
-def _load_from_checkpoint(run: PreparedRun, args: argparse.Namespace) -> None:
-    run.config.load_from = run.checkpoint
+def _check_exported(run: PreparedRun, args: argparse.Namespace) -> None:
+    """Refuse what an exported model cannot do."""
+    if not is_exported(run.checkpoint):
+        return
+    read_exported(run.checkpoint)
+    options = [option for option in ('multiscale', 'compile') if getattr(args, option)]
+    options += ['launcher'] if args.launcher != 'none' else []
+    options += [f'cfg-options {key}' for key in run.options if key.split('.')[0] in ('model', 'data_preprocessor')]
+    if options:
+        raise UsageError(f'--{options[0]} does not work with an exported model: leave it out, or test the checkpoint')
+    session_class(run.checkpoint).import_package(run.checkpoint)
+    session_device(run.checkpoint, None)
+
+
+def _use_model(run: PreparedRun, args: argparse.Namespace) -> Lines:
+    """Load the checkpoint into the model, or have the exported model in its place."""
+    if not is_exported(run.checkpoint):
+        run.config.load_from = run.checkpoint
+        return None
+    exported = read_exported(run.checkpoint)
+    check_exported_fits(exported, run.config)
+    run.config.model = dict(type='ExportedModel', file=os.path.abspath(run.checkpoint), model=run.config.model)
+    run.config.load_from = run.checkpoint = None
+    return _warnings(_other_names(exported, run.config))
+
+
+def _other_names(exported: ExportedFile, config: Config) -> str | None:
+    names = dataset_classes(config)
+    if names and names != exported.meta.classes:
+        return f'{exported.path} names its classes otherwise than the data set: compare their order'
+    return None
 
 
 def _use_test_data(run: PreparedRun, args: argparse.Namespace) -> Lines:
@@ -207,12 +239,14 @@ TRAIN_STEPS = (
 # - predictions: the data decide which evaluators there are.
 # - report: replaces the metric that predictions are set at.
 # - overridden: multi-scale testing moves the model into another one, and with it all keys of the options.
+# - model: an exported one replaces that of the config, of which it has the last word on classes.
 TEST_STEPS = (
     Step(
         'config',
         partial(_load, required=('model', 'test_dataloader', 'test_cfg', 'test_evaluator'), subfolder='test'),
     ),
     Step('checkpoint', _find_checkpoint_to_test),
+    Step('exported', _check_exported, after=('config', 'checkpoint')),
     Step('inputs', lambda run, args: adapt_input_channels(run.config), after=('config',)),
     Step('data_files', lambda run, args: _check_data_files(run, ('test',)), after=('config',)),
     Step('data', _use_test_data, after=('inputs', 'checkpoint')),
@@ -225,7 +259,7 @@ TEST_STEPS = (
         lambda run, args: set_multiscale(run.config, run.options) if args.multiscale else None,
         after=('data', 'overridden'),
     ),
-    Step('load_from', _load_from_checkpoint, after=('checkpoint', 'overridden')),
+    Step('model', _use_model, after=('checkpoint', 'data', 'overridden', 'multiscale')),
 )
 
 

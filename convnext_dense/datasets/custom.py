@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from mmengine.config import Config
 
+from ..checkpoints.exported_files import is_exported, read_exported
 from ..checkpoints.io import find_state_dicts, load_checkpoint
 from ..errors import UsageError
 from .cache import hold_busy_file, is_local_rank0, load_cached, save_cache, wait_for_cache
@@ -212,7 +213,10 @@ def _load_or_check(
 
 
 def checkpoint_classes(file: str) -> tuple[list[str] | None, bool]:
-    """Return the classes of a checkpoint (None if it does not name them), and whether it has a mask branch."""
+    """Return the classes of a model's file (None if it names none), and whether it has a mask branch."""
+    if is_exported(file):
+        meta = read_exported(file).meta
+        return list(meta.classes) or None, meta.masks is not None
     content = load_checkpoint(file)
     meta = content.get('meta') or {}
     classes = (meta.get('dataset_meta') or {}).get('classes') or meta.get('CLASSES')

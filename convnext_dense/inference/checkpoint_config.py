@@ -1,4 +1,4 @@
-"""Which checkpoint a user means, and the config that belongs to it, read as data."""
+"""Which checkpoint or exported model a user means, and the config that belongs to it, read as data."""
 
 import importlib
 import inspect
@@ -10,6 +10,7 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
+from ..checkpoints.exported_files import ExportedFile, is_exported, read_exported
 from ..checkpoints.hub import WEIGHT_URLS, download
 from ..checkpoints.io import find_state_dicts, load_checkpoint
 from ..config.data_files import WEIGHT_KEYS, check_plain_strings
@@ -36,15 +37,16 @@ CONFIG_HINT = 'give the config that it was trained with as --config'
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A checkpoint and what is known of its model before that is built.
+    """A checkpoint or an exported model, and what is known of the model before that is built.
 
     Attributes:
-        file: Path of the checkpoint.
+        file: Path of the checkpoint or exported model.
         config: Config of the model and of its test pipeline.
         task: 'detection' or 'segmentation'.
         classes: Names of the classes, in the order of the model's outputs.
         palette: RGB color of each class; empty where none is known.
         notices: What the user is told, one line each.
+        exported: The file if it is an exported model.
     """
 
     file: str
@@ -53,14 +55,16 @@ class ModelSource:
     classes: tuple[str, ...] = ()
     palette: tuple[tuple[int, int, int], ...] = ()
     notices: tuple[str, ...] = field(default=())
+    exported: ExportedFile | None = None
 
 
 def find_model(checkpoint: str | Path, config: str | Path | Config | None = None) -> ModelSource:
     """Find the checkpoint that a user means and its config; nothing is built.
 
     Args:
-        checkpoint: A file, a work dir (its best checkpoint, else its last one), a URL or the name of released weights.
-        config: Path of the config, or the config; None for that in the checkpoint or of the recipe whose weights the
+        checkpoint: A file, a work dir (its best checkpoint, else its last one), a URL or the name of released weights;
+            or the file of an exported model.
+        config: Path of the config, or the config; None for that in the file or of the recipe whose weights the
             authors released under this name.
 
     Returns:
@@ -70,15 +74,37 @@ def find_model(checkpoint: str | Path, config: str | Path | Config | None = None
         UsageError: If there is no checkpoint or no config, or if they belong to different tasks.
     """
     file = _find_file(str(checkpoint))
-    content = load_checkpoint(file)
+    exported = read_exported(file) if is_exported(file) else None
+    content = _as_checkpoint(exported) if exported else load_checkpoint(file)
     config = _load_config(config, file, str(checkpoint), content)
     scope = config.get('default_scope')
     if scope not in TASKS:
         raise UsageError(f"{file}: the config's default_scope is {scope}: prediction needs one of mmdet or mmseg")
-    _check_task(content, file, TASKS[scope])
+    if exported:
+        check_exported_fits(exported, config)
+    else:
+        _check_task(content, file, TASKS[scope])
     notice = adapt_input_channels(config)
     classes, palette = _find_classes(content, config)
-    return ModelSource(file, config, TASKS[scope], classes, palette, (notice,) if notice else ())
+    return ModelSource(file, config, TASKS[scope], classes, palette, (notice,) if notice else (), exported)
+
+
+def _as_checkpoint(exported: ExportedFile) -> dict:
+    """What an exported model says of itself, as checkpoints have it."""
+    meta = exported.meta
+    return dict(meta=dict(cfg=meta.config, dataset_meta=dict(classes=meta.classes, palette=meta.palette or None)))
+
+
+def check_exported_fits(exported: ExportedFile, config: Config) -> None:
+    """Raise UsageError where an exported model is for another task or number of classes than a config."""
+    meta, task = exported.meta, TASKS.get(config.get('default_scope'))
+    if meta.task != task:
+        raise UsageError(f'{exported.path} is a model for {meta.task}, the config is for {task}: {CONFIG_HINT}')
+    numbers = [part['num_classes'] for part in iter_dicts(config.model) if isinstance(part.get('num_classes'), int)]
+    if numbers and meta.classes and max(numbers) != len(meta.classes):
+        raise UsageError(
+            f'{exported.path} has {len(meta.classes)} classes, the config has {max(numbers)}: {CONFIG_HINT}'
+        )
 
 
 def _find_file(checkpoint: str) -> str:
@@ -184,17 +210,30 @@ def _check_task(content: Mapping, file: str, task: str) -> None:
         raise UsageError(f'{file} is a model for {other}, the config is for {task}: {CONFIG_HINT}')
 
 
+def dataset_classes(config: Config) -> tuple[str, ...]:
+    """Return the names of the classes of a config's test data; empty where none are known."""
+    return _names(_dataset_meta(config))
+
+
+def _dataset_meta(config: Config) -> dict:
+    dataset = innermost_dataset(config.test_dataloader.get('dataset') or {})
+    cls = class_of(dataset.get('type'), DATASETS)
+    return {**getattr(cls, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
+
+
+def _names(meta: Mapping) -> tuple[str, ...]:
+    classes = meta.get('classes') or ()
+    return (classes,) if isinstance(classes, str) else tuple(map(str, classes))
+
+
 def _find_classes(content: Mapping, config: Config) -> tuple[tuple, tuple]:
     """Return names and colors of the classes: those in the checkpoint, else those of the config's data set."""
     meta = content.get('meta') if isinstance(content.get('meta'), dict) else {}
     known = {str(k).lower(): v for k, v in {**meta, **(meta.get('dataset_meta') or {})}.items()}
-    dataset = innermost_dataset(config.test_dataloader.get('dataset') or {})
-    cls = class_of(dataset.get('type'), DATASETS)
-    own = {**getattr(cls, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
+    own = _dataset_meta(config)
     if not known.get('classes'):
         known = own
-    classes = known.get('classes') or ()
-    classes = (classes,) if isinstance(classes, str) else tuple(map(str, classes))
+    classes = _names(known)
     palette = known.get('palette') or (own.get('palette') if tuple(own.get('classes') or ()) == classes else None) or ()
     is_colors = isinstance(palette, (list, tuple)) and len(palette) == len(classes)
     return classes, tuple(tuple(map(int, color)) for color in palette) if is_colors else ()

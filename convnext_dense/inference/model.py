@@ -17,6 +17,7 @@ from mmengine.structures import BaseDataElement
 from PIL import Image
 from torch import nn
 
+from ..checkpoints.exported_files import is_exported
 from ..checkpoints.io import load_checkpoint
 from ..checkpoints.pretrained import check_state_dict_matches, load_model_weights
 from ..config.tree import iter_dicts
@@ -24,11 +25,13 @@ from ..errors import UnreadableImageError, UsageError, is_user_code_error, root_
 from ..models.optimize import optimize
 from .checkpoint_config import ModelSource, find_model
 from .drawing import draw
+from .exported import NEEDS_LOGITS, ExportedModel, check_exported_options
 from .images import from_array, from_pil, read_image
 from .large_segmentation import labels_alone
 from .options import PredictOptions, class_indices
 from .pipelines import is_resize, test_steps
 from .results import select_classes, select_instances
+from .sessions import session_device
 from .views import DetectionViews, SegmentationViews
 
 AMP_DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16, 'float32': None}
@@ -44,11 +47,12 @@ def load_model(
     """Load a trained detector or segmentor.
 
     Args:
-        checkpoint: A file, a work dir (its best checkpoint, else its last one), a URL or the name of released weights.
-        config: Path of the config; by default that in the checkpoint, or of the recipe to which released weights
-            belong.
+        checkpoint: A file, a work dir (its best checkpoint, else its last one), a URL or the name of released weights;
+            or an exported model: .onnx, .xml or .pt2.
+        config: Path of the config; by default that in the file, or of the recipe to which released weights belong.
         device: Such as 'cuda', 'cuda:1' or 'cpu'; by default a GPU if there is one.
-        amp_dtype: 'float32', or 'float16' or 'bfloat16' for mixed precision.
+        amp_dtype: 'float32', or 'float16' or 'bfloat16' for mixed precision; of exported models only those of OpenVINO
+            take 'bfloat16'.
 
     Returns:
         The model.
@@ -57,8 +61,15 @@ def load_model(
         UsageError: If there is no such checkpoint, config or device, or if they do not fit together.
     """
     check_precision(amp_dtype)
-    device = check_device(device)
-    return build_predictor(find_model(checkpoint, config), device, amp_dtype)
+    if not is_exported(checkpoint):
+        check_device(device)
+    source = find_model(checkpoint, config)
+    return build_predictor(source, source_device(source, device), amp_dtype)
+
+
+def source_device(source: ModelSource, name: str | None) -> torch.device:
+    """Return the device for a model by its name (None: a GPU if it can use one); UsageError where it cannot."""
+    return session_device(source.file, name) if source.exported else check_device(name)
 
 
 def check_device(name: str | None) -> torch.device:
@@ -86,6 +97,8 @@ def build_predictor(source: ModelSource, device: torch.device, amp_dtype: str = 
         UsageError: If the config cannot be built, or the weights do not fit it.
     """
     init_default_scope(source.config.default_scope)
+    if source.exported:
+        return _build_exported(source, device, amp_dtype)
     try:
         model = MODELS.build(copy.deepcopy(source.config.model))
         predictor = Predictor(optimize(revert_sync_batchnorm(model)), source, device, amp_dtype)
@@ -100,12 +113,20 @@ def build_predictor(source: ModelSource, device: torch.device, amp_dtype: str = 
     return predictor
 
 
+def _build_exported(source: ModelSource, device: torch.device, amp_dtype: str) -> 'Predictor':
+    check_exported_options(source.exported, PredictOptions(), amp_dtype)
+    model = ExportedModel(
+        source.exported, source.config.model, source.config.get('data_preprocessor'), device, amp_dtype
+    )
+    return Predictor(model, source, device)
+
+
 class Predictor:
     """A trained model with its test pipeline.
 
     Attributes:
         model (nn.Module): mmdet's or mmseg's model, in evaluation mode, with `cfg` and `dataset_meta` as their own
-            inference functions expect them.
+            inference functions expect them; or an `ExportedModel`.
         config (Config): Its config.
         task (str): 'detection' or 'segmentation'.
         classes (tuple[str, ...]): Names of its classes.
@@ -205,6 +226,7 @@ class Predictor:
             DetDataSample or SegDataSample of each image, on the CPU.
         """
         options = PredictOptions(**options)
+        self.check_options(options, with_logits)
         if options.tile:
             samples = [self.predict_in_tiles(image, options, with_logits) for image in images]
         elif options.multiscale:
@@ -216,10 +238,19 @@ class Predictor:
     def predict_prepared(self, prepared: Sequence[dict], with_logits: bool = False, **options) -> list[BaseDataElement]:
         """Predict images as `prepare` returns them; arguments and result as of `predict_arrays`."""
         options = PredictOptions(**options)
-        only_labels = self.task == 'segmentation' and not with_logits
+        only_labels = self.task == 'segmentation' and not with_logits and not isinstance(self.model, ExportedModel)
         with labels_alone(self.model) if only_labels else nullcontext():
             samples = self.forward(prepared, options.batch_size)
         return self.finish(samples, options, with_logits)
+
+    def check_options(self, options: PredictOptions, with_logits: bool = False) -> None:
+        """Raise UsageError where the model, being exported, cannot do what is asked for."""
+        if not isinstance(self.model, ExportedModel):
+            return
+        check_exported_options(self.model.file, options)
+        outputs = self.model.session.outputs
+        if self.task == 'segmentation' and outputs and 'logits' not in outputs and (with_logits or options.tile):
+            raise UsageError(f'{self.model.file.path}: {"tile" if options.tile else "seg_logits"} {NEEDS_LOGITS}')
 
     def predict_in_tiles(
         self, image: np.ndarray | str | Path, options: PredictOptions, with_logits: bool = False

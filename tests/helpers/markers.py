@@ -37,6 +37,8 @@ INTEGRATION_TESTS = {
     'export/test_segmentor.py::test_a_file_equals_mmseg_at_every_size',
     'export/test_segmentor.py::test_a_file_has_standard_operators_alone',
     'inference/test_checkpoint_config.py',
+    'inference/test_exported.py',
+    'inference/test_exported_tools.py',
     'inference/test_openmmlab.py',
     'inference/test_predict_tool.py',
     'inference/test_python_api.py',

@@ -1,0 +1,278 @@
+"""An exported model (ONNX, OpenVINO, torch.export) in the place of mmdet's or mmseg's model."""
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from mmengine.config import ConfigDict
+from mmengine.registry import MODELS
+from mmengine.structures import BaseDataElement, InstanceData, PixelData
+from torch import nn
+from torch.nn.functional import interpolate
+
+from ..checkpoints.exported_files import ExportedFile, read_exported
+from ..errors import UsageError
+from .options import PredictOptions
+from .sessions import session_class, session_device
+
+OUTPUTS = {'detection': ({'boxes', 'scores', 'labels'},), 'segmentation': ({'segmentation'}, {'logits'})}
+MASK_THR, BINARY_THR = 0.5, 0.3  # mmdet's and mmseg's own, where the config has none
+NEEDS_LOGITS = 'needs logits, which the exported model does not return: export it with its logits'
+
+
+def check_exported_options(file: ExportedFile, options: PredictOptions, amp_dtype: str = 'float32') -> None:
+    """Raise UsageError where an exported model cannot do what is asked for; it need not be loaded for that.
+
+    Args:
+        file: The model.
+        options: Of the prediction.
+        amp_dtype: As of `load_model`.
+    """
+    session_class(file.path).check_amp_dtype(amp_dtype)
+    is_segmentation = file.meta.task == 'segmentation'
+    if options.multiscale and (is_segmentation or file.meta.size or file.meta.input == 'raw'):
+        what = 'for segmentation' if is_segmentation else 'at other sizes'
+        raise UsageError(f'multiscale {what} is not in an exported model: predict with the checkpoint')
+    if options.tile and is_segmentation and file.outputs is not None and 'logits' not in file.outputs:
+        raise UsageError(f'{file.path}: tile {NEEDS_LOGITS}')
+
+
+class Geometry(NamedTuple):
+    """Where an image lies in the input and in the results of an exported model; all sizes are (height, width).
+
+    Attributes:
+        content: Size of the image in the input, whose upper left it fills.
+        canvas: Size of the input.
+        space: In whose pixels the results are.
+        original: Size of the image as it was read.
+    """
+
+    content: tuple[int, int]
+    canvas: tuple[int, int]
+    space: tuple[int, int]
+    original: tuple[int, int]
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether results are in the pixels of the original image."""
+        return self.content == self.canvas and self.space == self.original
+
+    def visible(self) -> tuple[int, int]:
+        """Size of the image in the results."""
+        return self.content if self.space == self.canvas else self.original
+
+
+@MODELS.register_module()
+class ExportedModel(nn.Module):
+    """An exported model with the `test_step` of mmdet's and mmseg's models.
+
+    Of a file of a fixed size, images are padded at the right and at the bottom with the mean that the model subtracts;
+    one that is larger at the scale of the test pipeline is reduced until it fits. Its results equal the checkpoint's
+    only as far as the model does not see the padding, and not where the image had to be reduced. Of a raw file, masks
+    and segmentation are resized from the pixels of the input, which at edges differs from the checkpoint's too.
+
+    Args:
+        file: The model, or the path of its file.
+        model: Config of the model that was exported.
+        data_preprocessor: Its data preprocessor, where that stands beside the model.
+        device: Such as 'cuda:0'; None for a GPU if the runtime can use one, else the CPU.
+        amp_dtype: 'float32', or 'bfloat16' for OpenVINO.
+
+    Raises:
+        UsageError: If the file cannot be loaded, or returns something else than its metadata say.
+    """
+
+    def __init__(
+        self,
+        file: str | ExportedFile,
+        model: Mapping,
+        data_preprocessor: Mapping | None = None,
+        device: str | torch.device | None = None,
+        amp_dtype: str = 'float32',
+    ):
+        super().__init__()
+        self.file = file if isinstance(file, ExportedFile) else read_exported(file)
+        self.meta = meta = self.file.meta
+        self.task, self.num_classes = meta.task, len(meta.classes)
+        self.test_cfg = ConfigDict(model.get('test_cfg') or {})
+        head = model.get('decode_head') or {}
+        head = head[-1] if isinstance(head, (list, tuple)) else head
+        self.decode_head = SimpleNamespace(threshold=head.get('threshold') or BINARY_THR)
+        preprocessor = model.get('data_preprocessor') or data_preprocessor or {}
+        self.is_rgb = bool(preprocessor.get('bgr_to_rgb'))
+        self.preprocessor = MODELS.build(preprocessor) if meta.input == 'raw' else None
+        device = session_device(self.file.path, device and str(device))
+        self.session = session_class(self.file.path)(self.file.path, device, amp_dtype)
+        if self.session.outputs is not None:
+            self._check_outputs(self.session.outputs)
+
+    def _check_outputs(self, names: Sequence[str]) -> None:
+        if not any(expected <= set(names) for expected in OUTPUTS[self.task]):
+            raise UsageError(f'{self.file.path} returns {", ".join(names)}, not those of {self.task}: export it again')
+
+    def __deepcopy__(self, memo: dict) -> 'ExportedModel':
+        return self  # runtimes cannot be copied, and nothing here changes
+
+    def forward(self, *args, **kwargs):
+        """Refuse everything but `test_step`."""
+        raise NotImplementedError('an exported model has no forward: call test_step')
+
+    def val_step(self, data: dict) -> list[BaseDataElement]:
+        """Predict a batch; as `test_step`."""
+        return self.test_step(data)
+
+    @torch.no_grad()
+    def test_step(self, data: dict) -> list[BaseDataElement]:
+        """Predict a batch.
+
+        Args:
+            data: `inputs`, a list of (C, H, W) or (N, C, H, W), BGR where it has three channels, and `data_samples`
+                with `ori_shape`, as the test pipeline packs them.
+
+        Returns:
+            The data samples with `pred_instances` (bboxes, scores, labels, masks), or with `pred_sem_seg` and, where
+            the file returns logits, `seg_logits`; on the CPU, in the pixels of the original images.
+        """
+        samples = list(data['data_samples'])
+        if self.task == 'detection':
+            _boxes_to_tensors(samples)
+        groups: dict[tuple, list[int]] = {}
+        for i, (image, sample) in enumerate(zip(data['inputs'], samples)):
+            groups.setdefault((tuple(image.shape), tuple(sample.ori_shape[:2])), []).append(i)
+        for indices in groups.values():
+            n = self.session.batch or len(indices)
+            for start in range(0, len(indices), n):
+                batch = indices[start : start + n]
+                filled = batch + batch[-1:] * ((self.session.batch or 0) - len(batch))
+                self._predict([data['inputs'][i] for i in filled], [samples[i] for i in filled], len(batch))
+        return samples
+
+    def _predict(self, inputs: list[torch.Tensor], samples: list[BaseDataElement], n: int) -> None:
+        """Set the predictions of the first n of images of one size, of which the others fill the batch."""
+        images, geometry = self._prepare(inputs, samples)
+        outputs = self.session.run(images, None if self.meta.input == 'raw' else geometry.space)
+        self._check_outputs(outputs)
+        for i in range(n):
+            tensors = {name: torch.from_numpy(np.array(array[i])) for name, array in outputs.items()}
+            if self.task == 'detection':
+                samples[i].pred_instances = self._instances(tensors, geometry)
+            else:
+                samples[i].set_data(self._segmentation(tensors, geometry))
+
+    def _prepare(self, inputs: list[torch.Tensor], samples: list[BaseDataElement]) -> tuple[np.ndarray, Geometry]:
+        """Return images as the file takes them."""
+        original = tuple(map(int, samples[0].ori_shape[:2]))
+        inputs = [image.cpu() for image in inputs]
+        content = tuple(inputs[0].shape[1:])
+        size = self.session.size
+        if size and (content[0] > size[0] or content[1] > size[1]):
+            inputs = [_reduce(image, size) for image in inputs]
+            content = tuple(inputs[0].shape[1:])
+        if self.preprocessor is not None:
+            images = self.preprocessor(dict(inputs=inputs, data_samples=samples), False)['inputs']
+            images = _pad(images.numpy(), size, [0.0])
+            return images, Geometry(content, images.shape[2:], images.shape[2:], original)
+        images = torch.stack(inputs).numpy()
+        images = images[:, ::-1] if images.shape[1] == 3 else images
+        dtype = np.dtype(self.meta.input)
+        if images.dtype != dtype:
+            images = (images.round().clip(0, 255) if dtype == np.uint8 else images).astype(dtype)
+        if not size:
+            return images, Geometry(content, content, original, original)
+        mean = self.meta.mean if self.is_rgb else self.meta.mean[::-1]
+        images = _pad(images, size, mean or [0.0])
+        space = tuple(max(round(s * o / c), o) for s, o, c in zip(size, original, content))
+        return images, Geometry(content, size, space, original)
+
+    def _instances(self, tensors: dict[str, torch.Tensor], geometry: Geometry) -> InstanceData:
+        keep = tensors['labels'] >= 0
+        boxes, scores, labels = (tensors[name][keep] for name in ('boxes', 'scores', 'labels'))
+        boxes = boxes.float()
+        if not geometry.is_identity:
+            (h, w), (canvas_h, canvas_w), (space_h, space_w), (height, width) = geometry
+            factors = boxes.new_tensor([canvas_w / space_w * width / w, canvas_h / space_h * height / h] * 2)
+            boxes = (boxes * factors).clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
+        instances = InstanceData(bboxes=boxes, scores=scores.float(), labels=labels.long())
+        if 'masks' in tensors:
+            instances.masks = self._masks(tensors['masks'][keep], boxes, geometry)
+        return instances
+
+    def _masks(self, masks: torch.Tensor, boxes: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+        if self.meta.masks == 'box':
+            threshold = (self.test_cfg.get('rcnn') or self.test_cfg).get('mask_thr_binary', MASK_THR)
+            return _paste(masks.float(), boxes, geometry.original, threshold)
+        masks = masks.bool()
+        if geometry.is_identity:
+            return masks
+        height, width = geometry.visible()
+        masks = masks[:, :height, :width]
+        if masks.shape[1:] == geometry.original:
+            return masks
+        result = torch.zeros(len(masks), *geometry.original, dtype=torch.bool)
+        for target, mask in zip(result, masks):
+            target[:] = interpolate(mask[None, None].float(), geometry.original, mode='bilinear')[0, 0] >= 0.5
+        return result
+
+    def _segmentation(self, tensors: dict[str, torch.Tensor], geometry: Geometry) -> dict[str, PixelData]:
+        if 'logits' not in tensors:
+            labels = tensors['segmentation'][None].long()
+            if not geometry.is_identity:
+                height, width = geometry.visible()
+                labels = labels[:, :height, :width]
+                if labels.shape[1:] != geometry.original:
+                    labels = interpolate(labels[None].float(), geometry.original, mode='nearest')[0].long()
+            return dict(pred_sem_seg=PixelData(data=labels))
+        logits = tensors['logits'].float()
+        if not geometry.is_identity:
+            height, width = geometry.visible()
+            logits = logits[:, :height, :width]
+            if logits.shape[1:] != geometry.original:
+                logits = interpolate(logits[None], geometry.original, mode='bilinear')[0]
+        if len(logits) > 1:
+            labels = logits.argmax(0, keepdim=True)
+        else:  # probabilities, as mmseg has them
+            labels = (logits > self.decode_head.threshold).to(logits)
+        return dict(seg_logits=PixelData(data=logits), pred_sem_seg=PixelData(data=labels))
+
+
+def _boxes_to_tensors(samples: list[BaseDataElement]) -> None:
+    """Turn boxes of the ground truth into tensors, as mmdet's data preprocessor does."""
+    from mmdet.models.utils import samplelist_boxtype2tensor
+
+    samplelist_boxtype2tensor(samples)
+
+
+def _reduce(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Reduce an image (C, H, W) until it fits into a size, keeping its ratio."""
+    height, width = image.shape[1:]
+    factor = min(size[0] / height, size[1] / width)
+    new = [max(int(side * factor + 0.5), 1) for side in (width, height)]
+    pixels = cv2.resize(np.ascontiguousarray(image.permute(1, 2, 0).numpy()), new, interpolation=cv2.INTER_LINEAR)
+    return torch.from_numpy(pixels.reshape(new[1], new[0], -1)).permute(2, 0, 1).contiguous()
+
+
+def _pad(images: np.ndarray, size: tuple[int, int] | None, values: Sequence[float]) -> np.ndarray:
+    """Pad images (N, C, H, W) at the right and at the bottom with a value for each channel."""
+    height, width = images.shape[2:]
+    if size is None or (height, width) == tuple(size):
+        return images
+    values = np.array(values, np.float64)
+    values = values.round() if images.dtype == np.uint8 else values
+    result = np.empty((*images.shape[:2], *size), images.dtype)
+    result[:] = values.astype(images.dtype).reshape(-1, 1, 1)
+    result[:, :, :height, :width] = images
+    return result
+
+
+def _paste(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], threshold: float) -> torch.Tensor:
+    """Paste probabilities (n, 28, 28) in boxes (n, 4) into an image (H, W), as mmdet's mask head does."""
+    from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
+
+    result = torch.zeros(len(masks), *size, dtype=torch.bool)
+    for target, mask, box in zip(result, masks, boxes):
+        pasted, region = _do_paste_mask(mask[None, None], box[None], *size, skip_empty=True)
+        target[region] = pasted[0] >= threshold
+    return result

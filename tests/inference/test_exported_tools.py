@@ -1,0 +1,187 @@
+"""tools/predict.py and tools/test.py with exported models."""
+
+import json
+import pickle
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from convnext_dense.cli import predict as tool
+from convnext_dense.errors import UsageError
+from helpers.datasets import run
+from helpers.exported import BOXES, meta_of, save_detector, save_openvino, save_segmentor
+from helpers.processes import WITHOUT_WORKERS
+from helpers.tools import DEMO, DETECTOR, WITH
+
+pytest.importorskip('onnx')
+pytest.importorskip('onnxruntime')
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp('exported')
+
+
+@pytest.fixture(scope='module')
+def detector(folder):
+    return save_detector(folder / 'detector.onnx')
+
+
+@pytest.fixture(scope='module')
+def segmentor(folder):
+    return save_segmentor(folder / 'segmentor.onnx')
+
+
+@pytest.fixture(scope='module')
+def images(folder):
+    (folder / 'photos').mkdir()
+    for i, (height, width) in enumerate([(60, 90), (90, 60), (60, 90)]):
+        image = np.zeros((height, width, 3), np.uint8)
+        image[..., 2] = 102  # red
+        cv2.imwrite(str(folder / f'photos/{i}.png'), image)
+    return folder / 'photos'
+
+
+def predict(*args):
+    return tool.predict(tool.make_predict_parser('').parse_args([*map(str, args)]))
+
+
+@pytest.mark.parametrize('suffix', ['.onnx', '.xml'])
+def test_detections_of_a_folder(suffix, detector, images, tmp_path):
+    path = detector
+    if suffix == '.xml':
+        pytest.importorskip('openvino')
+        path = save_openvino(tmp_path / 'detector.xml', detector)
+    assert predict(path, images, '--out', tmp_path / 'out', '--batch-size', 2) == 0
+    content = json.loads((tmp_path / 'out/predictions.json').read_text())
+    assert [c['name'] for c in content['categories']] == ['disc', 'square', 'triangle', 'cross']
+    assert len(content['annotations']) == 6 and len(list((tmp_path / 'out/pictures').iterdir())) == 3
+    first = content['annotations'][0]
+    x1, y1, x2, y2 = BOXES[0] * [90, 60, 90, 60]
+    assert first['bbox'] == pytest.approx([x1, y1, x2 - x1, y2 - y1]) and first['score'] == pytest.approx(0.4)
+    assert first['category_id'] == 3 and first['segmentation']['size'] == [60, 90]
+    assert predict(path, images, '--out', tmp_path / 'out', '--batch-size', 2, '--resume') == 0
+
+
+def test_segmentation_of_a_folder(segmentor, images, tmp_path):
+    assert predict(segmentor, images, '--out', tmp_path / 'out', '--device', 'cpu') == 0
+    for i, size in enumerate([(90, 60), (60, 90), (90, 60)]):
+        with Image.open(tmp_path / f'out/masks/{i}.png') as mask:
+            assert mask.size == size and not np.asarray(mask).any()
+
+
+BAD = {
+    'multiscale': ('segmentor', ['--multiscale'], 'multiscale for segmentation is not in an exported model'),
+    'tile': ('segmentor', ['--tile', '64'], 'tile needs logits'),
+    'precision': ('detector', ['--amp-dtype', 'bfloat16'], 'amp_dtype bfloat16: an exported model runs in'),
+    'device': ('detector', ['--device', 'cuda'], 'onnxruntime-gpu'),
+    'class': ('detector', ['--classes', 'dics'], "no class 'dics': did you mean disc?"),
+    'config': ('detector', ['--config', str(DEMO)], 'is a model for detection, the config is for segmentation'),
+}
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_bad_input_is_one_line_before_anything_is_written(case, detector, segmentor, images, tmp_path):
+    name, options, message = BAD[case]
+    path = dict(detector=detector, segmentor=segmentor)[name]
+    with pytest.raises(UsageError) as error:
+        predict(path, images, '--out', tmp_path / 'out', *options)
+    assert message in str(error.value) and '\n' not in str(error.value) and not (tmp_path / 'out').exists()
+
+
+def write_labels(root):
+    """Have the labels of a toy data set say what the hand-made detector finds in each image."""
+    path = root / 'annotations/instances_val.json'
+    content = json.loads(path.read_text())
+    content['annotations'] = [
+        dict(
+            id=1 + 2 * k + i, image_id=image['id'], category_id=(3, 1)[i], iscrowd=0,
+            bbox=[float(v) for v in (box[0], box[1], box[2] - box[0], box[3] - box[1])],
+            area=float((box[2] - box[0]) * (box[3] - box[1])),
+            segmentation=[[0, 0, image['width'], 0, image['width'], image['height'] / (2, 4)[i], 0,
+                           image['height'] / (2, 4)[i]]],
+        )
+        for k, image in enumerate(content['images'])
+        for i, box in enumerate(BOXES[:2] * np.float32([image['width'], image['height']] * 2))
+    ]  # fmt: skip
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    from convnext_dense.datasets import toy_shapes
+
+    toy_shapes.write(tmp_path / 'shapes', train=2, val=3, size=64)
+    monkeypatch.setenv('SHAPES_ROOT', str(tmp_path / 'shapes'))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / 'shapes'
+
+
+def run_test(*args, name):
+    return run('test.py', *args, '--work-dir', 'run', WITH, *WITHOUT_WORKERS, f'experiment_name={name}')
+
+
+def assert_perfect(capsys):
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert 'box AP 100.0 ' in last and 'mask AP 100.0 ' in last
+
+
+def test_the_test_tool_measures_a_detector(toy, detector, tmp_path, capsys):
+    write_labels(toy)
+    args = [DETECTOR, detector, '--out', 'out.pkl', '--report', 'report', '--show-dir', 'shown']
+    assert run_test(*args, name='exported_detector') == 0
+    assert_perfect(capsys)
+    dumped = pickle.loads((tmp_path / 'out.pkl').read_bytes())
+    assert len(dumped) == 3 and dumped[0]['pred_instances']['labels'].tolist() == [2, 0]
+    assert (tmp_path / 'report/images.csv').is_file()
+    assert len([p for p in (tmp_path / 'shown').rglob('*') if p.is_file()]) == 3
+    config = next((tmp_path / 'run').rglob('config.py')).read_text()
+    assert "type='ExportedModel'" in config and 'detector.onnx' in config
+
+
+def test_the_test_tool_measures_a_segmentor(toy, tmp_path, capsys):
+    """Labels are what the hand-made segmentor sees: the strongest channel."""
+    for path in (toy / 'val').glob('*.png'):
+        image = cv2.imread(str(path))[..., ::-1]
+        cv2.imwrite(str(toy / 'labels/val' / path.name), image.argmax(2).astype(np.uint8) + 1)
+    path = save_segmentor(tmp_path / 'segmentor.onnx')
+    assert run_test(DEMO, path, '--out', 'masks', '--report', 'report', name='exported_segmentor') == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert float(last.split('aAcc')[1]) > 95, last  # edges are resized to the scale of the test and back
+    assert len(list((tmp_path / 'masks').iterdir())) == 3 and (tmp_path / 'report/images.csv').is_file()
+
+
+BAD_TESTS = {
+    'multiscale': ('segmentor', DEMO, ['--multiscale'], '--multiscale does not work with an exported model'),
+    'compile': ('detector', DETECTOR, ['--compile'], '--compile does not work with an exported model'),
+    'model': ('detector', DETECTOR, [WITH, 'model.test_cfg.rcnn.score_thr=0.1'], 'model.test_cfg.rcnn.score_thr does'),
+    'task': ('segmentor', DETECTOR, [], 'is a model for segmentation, the config is for detection'),
+    'file': ('text', DETECTOR, [], 'is no ONNX model, or is cut off'),
+    'none': ('absent', DETECTOR, [], "no checkpoint 'absent.onnx'"),
+    'classes': ('three', DETECTOR, [], 'has 3 classes, the config has 4'),
+}
+
+
+@pytest.mark.parametrize('case', BAD_TESTS)
+def test_bad_input_of_the_test_tool(case, toy, detector, segmentor, tmp_path, capsys):
+    name, config, options, message = BAD_TESTS[case]
+    (tmp_path / 'text.onnx').write_text('no model')
+    paths = dict(detector=detector, segmentor=segmentor, text=tmp_path / 'text.onnx', absent='absent.onnx')
+    if name == 'three':
+        paths['three'] = save_detector(tmp_path / 'three.onnx', meta_of('mask_rcnn', classes=('a', 'b', 'c')))
+    assert run('test.py', config, paths[name], '--work-dir', 'run', *options) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith('error: ') and message in line
+
+
+def test_custom_data_have_the_classes_of_the_model(toy, detector, tmp_path, capsys):
+    write_labels(toy)
+    args = ['--data', toy, '--val-ann', toy / 'annotations/instances_val.json', '--val-images', toy / 'val']
+    assert run_test(DETECTOR, detector, *args, name='exported_data') == 0
+    assert_perfect(capsys)
+    other = save_detector(tmp_path / 'other.onnx', meta_of('mask_rcnn', classes=('cat', 'dog', 'cow', 'fox')))
+    assert run_test(DETECTOR, other, *args, name='exported_other') == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith('error: ') and 'category-without-class' in error
