@@ -17,7 +17,8 @@ from .diagnostics import Report
 from .files import read_bytes, walk
 from .request import CheckedDataset
 
-CACHE_VERSION = 3  # increase it with any change of the checks or of what is written
+CACHE_VERSION = 4  # increase it with any change of the checks or of what is written
+WATCHED_SUFFIXES = (*IMAGE_SUFFIXES, '.txt', '.xml')  # of files in a watched folder: images, and labels of them
 MAX_MANIFEST_BYTES = 2**28
 MANIFEST = 'data.json'
 BUSY_FILE = 'checking'  # rewritten while a process checks the data set
@@ -121,7 +122,7 @@ def dataset_fingerprint(key: tuple, paths: Sequence[str]) -> str:
 
     Args:
         key: what was requested.
-        paths: files, and folders of which the images count.
+        paths: files, and folders of which the images and labels count.
     """
     digest = hashlib.sha256(repr((CACHE_VERSION, key)).encode())
     for path in sorted(paths):
@@ -129,7 +130,7 @@ def dataset_fingerprint(key: tuple, paths: Sequence[str]) -> str:
             digest.update(_file_state(path))
         for folder, names in walk(path):
             for name in names:
-                if name.lower().endswith(IMAGE_SUFFIXES):
+                if name.lower().endswith(WATCHED_SUFFIXES):
                     digest.update(_file_state(os.path.join(folder, name)))
     return digest.hexdigest()
 

@@ -16,9 +16,9 @@ from .coco_masks import is_implausible_area, mask_area, mask_to_box, validate_ma
 from .coco_values import category_name, format_size, is_finite, is_number, is_positive, only_dicts, parse_id
 from .diagnostics import Report
 from .files import read_json, to_one_line
-from .foreign_layouts import PANOPTIC_HINT
 from .image_sizes import ResizeLimit, too_thin
 
+PANOPTIC_HINT = 'use instances_*.json, or convert it with panopticapi (panoptic2detection_coco_format.py)'
 COCO_KEYS = ('images', 'annotations', 'categories')
 NO_GROUP = (None, '', 'none')  # supercategory of a category that belongs to none
 ID_KEYS = ('id', 'image_id', 'category_id')  # of an annotation

@@ -5,25 +5,26 @@ import gc
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from mmengine.config import Config
 
 from ..checkpoints.exported_files import is_exported, read_exported
 from ..checkpoints.io import find_state_dicts, load_checkpoint
 from ..errors import UsageError
+from .box_formats import BoxSources, find_boxes
 from .cache import hold_busy_file, is_local_rank0, load_cached, save_cache, wait_for_cache
 from .configure import apply_dataset, check_cfg_options
 from .foreign_layouts import describe_unsupported
 from .image_sizes import DEFAULT_LIMITS, ResizeLimit, resize_limits
-from .layouts import find_annotations, find_coco_files, find_folders
+from .layouts import find_coco_files, find_folders
 from .read_coco import read_detection
 from .read_masks import read_segmentation
 from .request import CheckedDataset, DatasetRequest, summarize_classes
 
 TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation'}  # by the default_scope of a config
-FINDERS = {'detection': find_annotations, 'segmentation': find_folders}
 READERS = {'detection': read_detection, 'segmentation': read_segmentation}
-DESCRIPTIONS = {'detection': 'COCO json', 'segmentation': 'segmentation masks'}
+DESCRIPTIONS = {'detection': 'boxes', 'segmentation': 'segmentation masks'}
 RECIPES = {'detection': 'configs/cascade/convnext_t.py', 'segmentation': 'configs/upernet/convnext_t.py'}
 
 
@@ -35,7 +36,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, strict: bool = True) -> 
         strict: whether to add `--strict`.
     """
     add = parser.add_argument_group('custom dataset').add_argument
-    add('--data', metavar='PATH', help='folder of a data set, in any layout of docs/datasets.md')
+    add('--data', metavar='PATH', help='folder of a data set, in any layout of docs/datasets.md, or a data.yaml')
     add('--train-ann', metavar='JSON', help='COCO json to train on, if --data does not find it')
     add('--val-ann', metavar='JSON', help='COCO json to evaluate on')
     add('--train-images', metavar='FOLDER', help='images of --train-ann, if they are not found')
@@ -83,15 +84,24 @@ def detect_tasks(request: DatasetRequest) -> list[str]:
     """
     if request.ann_files:
         return ['detection']
-    root = request.root
-    tasks = [task for task, find in FINDERS.items() if root.is_dir() and find(root)]
+    tasks = list(_find_by_task(request))
     if not tasks:
-        raise UsageError(f'{root} {describe_unsupported(root)}')
+        raise UsageError(f'{request.path} {describe_unsupported(Path(request.path))}')
     return tasks
 
 
-def find_sources(request: DatasetRequest, task: str) -> tuple[str, dict]:
-    """Return the layout of a data set, and the file or folders of each split.
+def _find_by_task(request: DatasetRequest) -> dict[str, tuple]:
+    """Return what a folder holds for each task, or a data.yaml for detection."""
+    path = Path(request.path)
+    sources = dict(
+        detection=find_boxes(path) if path.exists() else None,
+        segmentation=find_folders(path) if path.is_dir() else None,
+    )
+    return {task: found for task, found in sources.items() if found}
+
+
+def find_sources(request: DatasetRequest, task: str) -> BoxSources | tuple[str, dict]:
+    """Return the boxes of a data set, or the layout and the folders of each split of a segmentation data set.
 
     Raises:
         UsageError: there are no annotations, or they are for the other task.
@@ -102,9 +112,10 @@ def find_sources(request: DatasetRequest, task: str) -> tuple[str, dict]:
             f'{request.root} holds {DESCRIPTIONS[tasks[0]]}, but {task} needs {DESCRIPTIONS[task]}: '
             f'use a {tasks[0]} recipe, such as {RECIPES[tasks[0]]}'
         )
-    if task == 'segmentation':
-        return find_folders(request.root)
-    return find_coco_files(request.root if request.path else None, request.ann_files)
+    if request.ann_files:
+        root = request.root if request.path else None
+        return BoxSources('COCO json', *find_coco_files(root, request.ann_files))
+    return _find_by_task(request)[task]
 
 
 def read_data(
@@ -129,11 +140,11 @@ def read_data(
     Raises:
         UsageError: there are no annotations, or they are for the other task.
     """
-    layout, sources = find_sources(request, task)
+    sources = find_sources(request, task)
     gc_was_enabled = gc.isenabled()
     gc.disable()  # the millions of values of a large JSON file have no cycles; walking them outlasts the checks
     try:
-        return READERS[task](request, layout, sources, splits, classes, limits or DEFAULT_LIMITS[task])
+        return READERS[task](request, *sources, splits, classes, limits or DEFAULT_LIMITS[task])
     finally:
         if gc_was_enabled:
             gc.enable()

@@ -36,7 +36,7 @@ SELF_EXPLANATORY_CODES = (
     'image-size-mismatch orphan-annotation unknown-category not-an-annotation missing-box box-not-four-numbers '
     'box-not-finite box-without-area box-outside-image box-far-outside-image polygon-under-3-points '
     'polygon-not-numeric polygon-outside-image polygon-far-outside-image rle-size-mismatch rle-length-mismatch '
-    'unreadable-mask mask-size-mismatch mask-all-ignored'
+    'unreadable-mask mask-size-mismatch mask-all-ignored unreadable-label label-not-numbers'
 )
 # By action and code: what exactly is done, or how to fix it; empty where code and action say it. Codes are stable: they
 # stand in reports, in the JSON of tools/check_data.py and in stored caches.
@@ -79,6 +79,12 @@ NOTES = {
         'unmatched-image': 'no segmentation mask has its name',
         'duplicate-stem': 'a segmentation mask belongs to one image; the later one is dropped',
         'unmatched-mask': 'no image has its name',
+        'missing-split': 'the file of the data set names a place that does not exist',
+        'class-index-out-of-range': 'no class has this index; they count from 0',
+        'coordinates-beyond-one': 'YOLO has fractions of the sides of the image; divide pixels by them',
+        'label-too-short': 'a line is a class and four numbers, or the points of a polygon',
+        'label-odd-polygon': 'x and y do not pair up',
+        'unmatched-label': 'no image has its name',
         'mask-too-large': TOO_LARGE,
         'mask-single-row': 'mmseg cannot read a segmentation mask of a single row or column',
     },
@@ -98,6 +104,9 @@ NOTES = {
         'implausible-area': 'computed from the mask or the box',
         'missing-area': 'computed from the mask or the box',
         'polygon-not-nested': 'wrapped in a list',
+        'label-with-commas': 'read as spaces, or as decimal points where nothing else is one',
+        'label-sixth-number': 'taken for a confidence or a track, and not read',
+        'class-names-missing': 'no data.yaml, classes.txt or obj.names names the classes, so they are numbered',
         'iscrowd-as-text': "'0' and 'false' are read as 0, '1' and 'true' as 1",
     },
     INFO: {
@@ -113,6 +122,10 @@ NOTES = {
         'box-partly-outside-image': 'kept: clipped in training, used as it is in the evaluation',
         'box-mask-mismatch': 'kept: the mask has another size or position',
         'few-masks': 'most annotations have no mask; all are used as boxes',
+        'class-count-mismatch': 'the names are used',
+        'images-outside-folder': 'the file of the data set says so',
+        'keypoints-ignored': 'only the boxes before them are used',
+        'boxes-and-polygons': 'lines of five numbers are boxes, longer ones polygons',
         'mask-ignored': 'neither a list of polygons nor an RLE; only boxes are used',
         'crowd': 'kept: not trained on, ignored in the evaluation (CVAT exports brush masks as crowds)',
         'crowd-with-polygons': 'kept: not trained on, ignored in the evaluation',

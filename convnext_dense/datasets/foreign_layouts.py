@@ -7,6 +7,8 @@ from itertools import chain, islice
 from pathlib import Path
 
 from ..engine.datasets import IMAGE_SUFFIXES
+from .box_formats import find_boxes
+from .check_coco import PANOPTIC_HINT
 from .files import MAX_JSON_BYTES, UnusableFileError, open_regular, read_start, to_one_line, walk
 from .layouts import (
     IMAGE_DIR_NAMES,
@@ -14,13 +16,11 @@ from .layouts import (
     MASK_SUFFIXES,
     MAX_DEPTH,
     SPLIT_DIR_NAMES,
-    find_annotations,
     find_dir,
     find_folders,
     is_image,
 )
 
-PANOPTIC_HINT = 'use instances_*.json, or convert it with panopticapi (panoptic2detection_coco_format.py)'
 LFS_HINT = 'Git LFS pointers, such as {}: run git lfs pull where they are from'
 CONVERT_HINT = 'convert them to COCO json (with CVAT, FiftyOne or Roboflow)'
 CLASSIFICATION_HINT = (
@@ -35,10 +35,8 @@ MAX_FILES_PER_SUFFIX = 100  # in one folder; the others are taken to be alike
 _SPLIT = '|'.join(chain(*SPLIT_DIR_NAMES.values()))
 _MASKS = 'annots?|annotations?|labels?|masks?|gt|seg|segmentations?'
 SPLIT_MASKS_RE = re.compile(f'({_SPLIT})[ _-]?({_MASKS})|({_MASKS})[ _-]?({_SPLIT})')
-# First lines: of YOLO's labels, which are a class and numbers from 0 to 1, and of KITTI's.
-YOLO_LINE = r'\A\s*\d+([ \t]+(0?\.\d+|[01](\.0*)?|\d(\.\d+)?[eE]-\d+)){4,}\s*$'
+# First line of KITTI's labels.
 KITTI_LINE = r'\A[A-Za-z_]+( -?[0-9.]+){14,15}\s*$'
-YOLO_HINT = f'looks like YOLO labels ({{}}): {CONVERT_HINT}'
 CSV_MARKS = r'filename|file_name|image|xmin|bbox|\.jpg|\.png'  # in a CSV of labels
 
 
@@ -53,7 +51,7 @@ def describe_unsupported(root: Path) -> str:
     if not files:
         return 'is an empty folder'
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        if find_annotations(folder) or find_folders(folder):
+        if find_boxes(folder) or find_folders(folder):
             return f'holds a data set in its folder {to_one_line(folder.name)}: give {folder}'
 
     def has_text(suffix: str, pattern: str, limit: int | None = 5):
@@ -65,8 +63,6 @@ def describe_unsupported(root: Path) -> str:
 
     for find, description in (
         (lambda: next(filter(_is_lfs_pointer, files), None), f'holds {LFS_HINT}'),
-        (has_text('.txt', YOLO_LINE, limit=None), YOLO_HINT),
-        (has_name(r'/(data\.ya?ml|obj\.names)$'), YOLO_HINT),
         (lambda: _find_split_masks(root, files), f'holds masks in {{}}, as in SegNet\'s CamVid: {MASK_LAYOUT_HINT}'),
         (has_text('.xml', '<annotation'), f'looks like Pascal VOC boxes in XML: {CONVERT_HINT}'),
         (has_text('.json', '"shapes"'), 'looks like LabelMe, one file per image: run its labelme2coco.py'),
@@ -101,7 +97,7 @@ def _describe_file(path: Path) -> str:
     if path.suffix.lower() == '.json':
         return 'is a file: give its folder, or --train-ann and --val-ann'
     if path.suffix.lower() in ('.yaml', '.yml'):
-        return f'is a data set file of YOLO, whose labels are not COCO json: {CONVERT_HINT}'
+        return 'is no data.yaml of YOLO: give the folder of a data set'
     return 'is a file: give the folder of a data set'
 
 

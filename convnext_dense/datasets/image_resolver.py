@@ -61,6 +61,7 @@ class ImageResolver:
         names: file names of the images.
         image_dir: folder of the images, if it is known.
         split: of the images; None for all.
+        hint: what to do if no image is found.
 
     Attributes:
         folder (Path): in which names begin.
@@ -71,7 +72,13 @@ class ImageResolver:
     """
 
     def __init__(
-        self, ann_file: Path, root: Path, names: Sequence[str], image_dir: str | None = None, split: str | None = None
+        self,
+        ann_file: Path,
+        root: Path,
+        names: Sequence[str],
+        image_dir: str | None = None,
+        split: str | None = None,
+        hint: str = 'give --train-images and --val-images',
     ):
         names = list(dict.fromkeys(names))
         self._root, self._split = root, None if image_dir else split
@@ -90,8 +97,7 @@ class ImageResolver:
         self.locations = {**exact, **self._locate_by_suffix(exact)}
         if names and not any(at.path or at.code == 'ambiguous-name' for at in self.locations.values()):
             raise UsageError(
-                f'{ann_file}: none of its images (such as {to_one_line(names[0])}) is in {image_dir or root}: '
-                'give --train-images and --val-images'
+                f'{ann_file}: none of its images (such as {to_one_line(names[0])}) is in {image_dir or root}: {hint}'
             )
 
     @property

@@ -32,6 +32,7 @@ SPLIT_DIR_NAMES = {'train': ('train', 'training'), 'val': ('val', 'valid', 'vali
 # What follows the image's name in the name of its mask, before the file suffix; and Cityscapes' suffix of images.
 MASK_SUFFIXES = ('', '_gtFine_labelTrainIds', '_gtFine_labelIds', '_mask', '_label', '_labels', '_seg')
 IMAGE_NAME_SUFFIX = '_leftImg8bit'
+COCO_HEADER_BYTES = 2**16  # of JSON, by which it is recognized
 MAX_DEPTH = 4  # levels of folders in which annotations are searched
 
 
@@ -216,11 +217,13 @@ def _may_be_coco(path: Path, is_named: bool) -> bool:
 
     If the file's name says so (`is_named`), it may be broken: only keys of another format speak against it.
     """
-    start = read_start(path, 2**16)
+    start = read_start(path, COCO_HEADER_BYTES)
     if re.search(r'"(shapes|regions|caption|keypoints)"\s*:', start) and '"bbox"' not in start:
         return False
-    keys = re.search(r'"(images|annotations|categories)"\s*:', start)
-    return is_named or (keys is not None and start.lstrip().startswith('{'))
+    keys = {*re.findall(r'"(images|annotations|categories)"\s*:', start)}
+    if keys == {'categories'} and len(start) < COCO_HEADER_BYTES:  # such as Label Studio's notes.json
+        keys = {}
+    return is_named or (bool(keys) and start.lstrip().startswith('{'))
 
 
 def _read_lines(path: Path) -> list[str]:

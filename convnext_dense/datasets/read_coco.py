@@ -1,48 +1,55 @@
-"""Reading and checking a detection data set: COCO json and its images."""
+"""Reading and checking a detection data set: boxes or instance masks in any format, and their images."""
 
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from ..errors import UsageError
 from . import check_coco as checks
+from .box_formats import BOX_FORMATS
 from .check_images import ImageInfo, decide_exif_handling, inspect_all, inspect_image
 from .diagnostics import Report
 from .image_resolver import ImageResolver
 from .request import CheckedDataset, DatasetRequest, select_splits, split_by_hash, summarize_classes
+from .split_annotations import SplitAnnotations, scale_to_pixels
 
 
 def read_detection(
-    request: DatasetRequest, layout: str, files: dict, splits: Sequence, classes: Sequence | None, limits: Mapping
+    request: DatasetRequest,
+    format: str,
+    layout: str,
+    sources: dict,
+    splits: Sequence,
+    classes: Sequence | None,
+    limits: Mapping,
 ) -> CheckedDataset:
-    """Read and check a detection data set; files as of `layouts.find_coco_files`, the rest as of `custom.read_data`."""
+    """Read and check a detection data set; its sources as of `BoxSources`, the rest as of `custom.read_data`."""
     root, report = request.root, Report()
     if request.classes or request.ignore_labels is not None:
-        raise UsageError('--classes and --ignore are for segmentation masks; COCO json names its own classes')
+        raise UsageError('--classes and --ignore are for segmentation masks; data sets of boxes name their classes')
     if 'val' in request.ann_files or 'test' not in splits:  # a given file takes precedence over one that is found
-        files.pop('test', None)
-    cocos = {split: checks.read_coco(file, split) for split, file in files.items()}
-    if 'test' in cocos and not cocos['test']['annotations']:  # published without annotations
-        del cocos['test']
-    resolvers = {
-        split: ImageResolver(files[split], root, checks.image_names(coco), request.image_dirs.get(split), split)
-        for split, coco in cocos.items()
-    }
+        sources.pop('test', None)
+    read = BOX_FORMATS[format].read if format in BOX_FORMATS else partial(read_coco_files, request=request)
+    parts = read(root, sources, report)
+    if 'test' in parts and not parts['test'].coco['annotations']:  # published without annotations
+        del parts['test']
+    cocos = {split: part.coco for split, part in parts.items()}
     main_split = next(split for split in ('train', 'all', *cocos) if split in cocos)
     train, add = cocos[main_split], partial(report.add, main_split)
     classes = [*(classes or checks.class_names(train, add))]
     if not classes:
         report.raise_if_errors()
-        raise UsageError(f'{files[main_split]} has no categories, so there is nothing to learn')
+        raise UsageError(f'{sources[main_split]} has no categories, so there is nothing to learn')
     split_note = ''
     if request.needs_val_split(cocos):
         val_names, split_note = split_by_hash(checks.image_names(train), request)
         cocos['train'], cocos['val'] = checks.split_coco(train, val_names)
-        resolvers['train'] = resolvers['val'] = resolvers[main_split]
-    cocos, resolvers = (select_splits(by_split, splits, root) for by_split in (cocos, resolvers))
-    report.facts.append(f'{root}: COCO json, layout {layout}{split_note}')
+        parts['train'] = parts['val'] = parts[main_split]
+    cocos, parts = (select_splits(by_split, splits, root) for by_split in (cocos, parts))
+    report.facts.append(f'{root}: {format}, layout {layout}{split_note}')
 
-    locations = {split: resolver.locations for split, resolver in resolvers.items()}
+    locations = {split: part.locations for split, part in parts.items()}
     paths = {locations[split][name].path for split, coco in cocos.items() for name in checks.image_names(coco)}
     infos = inspect_all(lambda path: inspect_image(os.path.join(root, path)), sorted(paths - {None}), 'images')
     apply_exif = decide_exif_handling(
@@ -54,6 +61,9 @@ def read_detection(
         for image in coco['images']
         if isinstance(image.get('file_name'), str)
     )
+    for split, part in parts.items():
+        if part.is_relative:
+            scale_to_pixels(cocos[split], part.locations, infos, apply_exif)
     has_masks = checks.most_have_masks(train, add)
     contents = {}
     for split, coco in cocos.items():
@@ -66,11 +76,36 @@ def read_detection(
         contents[split] = checks.build_coco(images, annotations, classes, add)
         report.facts.append(f'{split}: {len(images):,} images, {len(annotations):,} annotations')
         num_trainable = checks.count_trainable(annotations, images.values(), split)
-        report.add_if_empty(split, num_trainable, resolvers[split].folder)
+        report.add_if_empty(split, num_trainable, parts[split].folder)
     used = {split: {a['category_id'] - 1 for a in content['annotations']} for split, content in contents.items()}
     report.add_unused_classes(used, classes)
     report.add_duplicates({split: checks.image_names(coco) for split, coco in contents.items()}, infos)
     report.facts.append(f'{summarize_classes(classes)}; boxes {"and" if has_masks else "without"} masks')
-    watched = [*files.values(), *{folder for resolver in resolvers.values() for folder in resolver.searched_folders}]
+    watched = list(dict.fromkeys(path for part in parts.values() for path in part.watched_paths))
     settings = dict(apply_exif=apply_exif, has_masks=has_masks, watched_paths=watched)
     return CheckedDataset('detection', str(root), classes, contents, report, **settings)
+
+
+def read_coco_files(
+    root: Path, files: Mapping[str, Path], report: Report, request: DatasetRequest
+) -> dict[str, SplitAnnotations]:
+    """Read COCO json and find its images.
+
+    Args:
+        root: folder of the data set.
+        files: by split.
+        report: to add to; nothing is.
+        request: names the folders of images.
+
+    Raises:
+        UsageError: a file is no COCO json, or none of its images is there.
+    """
+    parts = {}
+    for split, file in files.items():
+        coco = checks.read_coco(file, split)
+        if split == 'test' and not coco['annotations']:
+            continue
+        resolver = ImageResolver(file, root, checks.image_names(coco), request.image_dirs.get(split), split)
+        watched = [file, *resolver.searched_folders]
+        parts[split] = SplitAnnotations(coco, resolver.locations, resolver.folder, watched)
+    return parts

@@ -19,7 +19,7 @@ class DatasetRequest:
     """A data set as the command line names it.
 
     Attributes:
-        path (str | None): folder of the data set.
+        path (str | None): folder of the data set, or its data.yaml.
         ann_files (dict[str, str]): COCO json by split; these take precedence over what `path` holds.
         image_dirs (dict[str, str]): folder of the images by split of `ann_files`.
         classes (str | None): segmentation: a file of class names, or 'ade20k', 'cityscapes', 'voc'.
@@ -39,7 +39,9 @@ class DatasetRequest:
     @property
     def root(self) -> Path:
         """The folder to which paths of the data set are relative."""
-        return Path(self.path or os.path.dirname(next(iter(self.ann_files.values()))) or '.')
+        if self.path and not os.path.isfile(self.path):
+            return Path(self.path)
+        return Path(os.path.dirname(self.path or next(iter(self.ann_files.values()))) or '.')
 
     def needs_val_split(self, splits: Collection[str]) -> bool:
         """Return whether a validation split has to be chosen, as a data set has none among its splits.

@@ -407,6 +407,12 @@ def test_each_code_is_tested():
         'few-masks', 'mask-values-0-and-255', 'missing-box', 'single-class', 'git-lfs-pointer', 'mask-ignored',
         'image-resized-to-zero', 'image-below-stride', 'mask-single-row',
     }  # fmt: skip
+    tested_elsewhere |= {  # test_yolo.py
+        'boxes-and-polygons', 'class-count-mismatch', 'class-index-out-of-range', 'class-names-missing',
+        'coordinates-beyond-one', 'images-outside-folder', 'keypoints-ignored', 'label-not-numbers',
+        'label-odd-polygon', 'label-sixth-number', 'label-too-short', 'label-with-commas', 'missing-split',
+        'unmatched-label', 'unreadable-label',
+    }  # fmt: skip
     assert len(tested) >= 25 and set(RULES) == tested | tested_elsewhere
     assert all(re.fullmatch(r'[a-z0-9]+(-[a-z0-9]+)*', code) for code in RULES)
 
@@ -581,8 +587,11 @@ def test_json_that_is_not_coco_is_an_error(dataset_root, text, message):
 
 
 UNSUPPORTED = {  # what is there -> what it is recognized as
-    'YOLO labels': {'labels/train/1.txt': '0 0.5 0.5 0.1 0.1', 'images/train/1.jpg': ''},
-    'YOLO labels ': {'data.yaml': 'names: [a]', 'train/labels/1.txt': '', 'train/images/1.jpg': ''},
+    'data.yaml: it names no training images': {
+        'data.yaml': 'names: [a]',
+        'train/labels/1.txt': '',
+        'train/images/1.jpg': '',
+    },
     'Pascal VOC boxes in XML': {'Annotations/1.xml': '<annotation></annotation>', 'JPEGImages/1.jpg': ''},
     'LabelMe': {'1.json': '{"version": "5", "shapes": []}', '2.json': '{"shapes": []}', '1.jpg': ''},
     'VGG annotator': {'via.json': '{"1.jpg": {"regions": []}}', '1.jpg': ''},
@@ -624,9 +633,9 @@ def test_path_that_is_not_a_folder_is_an_error(tmp_path, dataset_root):
 def test_dataset_of_the_other_task_is_an_error(toy_dataset, tmp_path):
     as_roboflow(toy_dataset, tmp_path / 'boxes')
     as_folders(toy_dataset, tmp_path / 'maps')
-    with pytest.raises(UsageError, match='holds COCO json, but segmentation needs segmentation masks: .*cascade'):
+    with pytest.raises(UsageError, match='holds boxes, but segmentation needs segmentation masks: .*cascade'):
         check_dataset(tmp_path / 'boxes', 'segmentation')
-    with pytest.raises(UsageError, match=r'holds segmentation masks, but detection needs COCO json: .*configs/upernet'):
+    with pytest.raises(UsageError, match=r'holds segmentation masks, but detection needs boxes: .*configs/upernet'):
         check_dataset(tmp_path / 'maps')
 
 

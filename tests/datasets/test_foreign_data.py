@@ -9,12 +9,10 @@ import pytest
 
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.datasets.custom import DatasetRequest, detect_tasks, read_data
-from convnext_dense.datasets.foreign_layouts import MAX_FILES_PER_SUFFIX
 from helpers.datasets import check_dataset
 from helpers.files import error_message
 
 POINTER = f'version https://git-lfs.github.com/spec/v1\noid sha256:{"a" * 64}\nsize 12345\n'
-YOLO = '0 0.5 0.5 0.2 0.2\n1 0.1 0.1 0.05 0.05\n'
 KITTI = 'Car 0.00 0 -1.57 599.41 156.40 629.75 189.25 2.85 2.63 12.34 0.47 1.49 69.44 -1.56\n'
 PANOPTIC = json.dumps(
     dict(
@@ -39,15 +37,6 @@ SEGNET = [
     f'{split}{suffix}/{i}.png' for split in ('train', 'val', 'test') for suffix in ('', 'annot') for i in range(2)
 ]
 FOLDERS = {  # what lies in a folder -> what it is called
-    'YOLO beside images': (['a.jpg', ('a.txt', YOLO)], 'YOLO labels (a.txt)'),
-    'YOLO and its classes': (['a.jpg', ('a.txt', YOLO), ('classes.txt', 'cat\ndog')], 'YOLO labels (a.txt)'),
-    'YOLO beside images of splits': (['train/a.jpg', ('train/a.txt', YOLO)], 'YOLO labels (train/a.txt)'),
-    'YOLO with empty files': (['a.jpg', 'b.jpg', ('a.txt', ''), ('b.txt', YOLO)], 'YOLO labels (b.txt)'),
-    'YOLO polygons': (['images/a.jpg', ('labels/a.txt', '0 0.1 0.1 0.2 0.2 0.3 0.1')], 'YOLO labels (labels/a.txt)'),
-    'YOLO behind many images': (
-        [*(f'images/{i}.jpg' for i in range(MAX_FILES_PER_SUFFIX + 1)), ('labels/0.txt', YOLO)],
-        'YOLO labels (labels/0.txt)',
-    ),
     'SegNet': (SEGNET, "masks in trainannot, as in SegNet's CamVid: put images into images/train"),
     'SegNet, further down': ([f'CamVid/{name}' for name in SEGNET], 'masks in CamVid/trainannot'),
     'labels beside a split': (['train/a.jpg', 'train_masks/a.png'], 'masks in train_masks'),

@@ -1,0 +1,304 @@
+"""Layouts of YOLO data sets: where the images of each split are, and what the classes are called.
+
+In this order: a data.yaml of Ultralytics, an obj.data of darknet, lists of image paths, or images with labels alone.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from ..errors import UsageError
+from . import SPLITS
+from .file_names import split_machine_prefix
+from .files import parse_error, read_bytes, read_start, read_text, to_one_line, walk
+from .layouts import IMAGE_DIR_NAMES, MASK_DIR_NAMES, MAX_DEPTH, SPLIT_DIR_NAMES, is_image
+
+MAX_YAML_BYTES = 2**20
+MAX_FOLDERS_SEARCHED = 2000
+MAX_LABELS_SAMPLED = 20  # files in one folder, of which some may be empty
+YAML_SUFFIXES = ('.yaml', '.yml')
+NAMES_FILES = ('classes.txt', 'obj.names', 'classes.names', 'data.names', '_darknet.labels', 'names.txt')
+# A line of a label: a class, and numbers from 0 to 1.
+LABEL_LINE_RE = re.compile(
+    r'\A\s*\d+(\.0*)?([ \t]+(0?\.\d+|[01](\.0*)?|\d(\.\d+)?[eE]-\d+)){4,}\s*$', re.MULTILINE
+)  # fmt: skip
+YAML_MARKS_RE = re.compile(r'^["\']?(names|nc)["\']?\s*:', re.MULTILINE)
+NO_VALUE = ('', '~', 'null', 'none')  # of a key of a YAML file
+LIST_SPLITS = {'train': ('train',), 'val': ('val', 'valid', 'validation'), 'test': ('test',)}  # names of lists
+
+
+class YoloSplit(NamedTuple):
+    """Where the images of a split are, and the classes, which all splits share.
+
+    Attributes:
+        images (tuple[Path, ...]): folders, or text files of paths.
+        names (tuple[tuple[int, str], ...] | None): index and name of each class; None if nothing names them.
+        files (tuple[Path, ...]): those that say so.
+        missing (str): folder or list of the split that does not exist; empty if there is none.
+        keypoints (bool): whether labels are of poses: a box, and keypoints after it.
+        num_classes (int | None): `nc`, which may differ from the number of names.
+    """
+
+    images: tuple[Path, ...]
+    names: tuple[tuple[int, str], ...] | None
+    files: tuple[Path, ...] = ()
+    missing: str = ''
+    keypoints: bool = False
+    num_classes: int | None = None
+
+
+def find_yolo(path: Path) -> tuple[str, dict[str, YoloSplit]] | None:
+    """Find the images with YOLO labels of each split.
+
+    Args:
+        path: folder of the data set, or its data.yaml or obj.data.
+
+    Returns:
+        What says it, and the images of each split ('train', 'val', 'test' or 'all'); None if there are no YOLO labels.
+
+    Raises:
+        UsageError: the files of the data set contradict the disk, or there are several.
+    """
+    if path.is_file():
+        is_yaml, is_darknet = path.suffix.lower() in YAML_SUFFIXES, _is_obj_data(path)
+        splits = _read_yaml_splits(path) if is_yaml else _read_obj_data(path, path.parent) if is_darknet else {}
+        if _missing_train(splits):
+            raise UsageError(f'{path}: {_missing_train(splits)}')
+        return (path.name, splits) if splits else None
+    yamls = [file for file in _files_in(path) if _is_data_yaml(file)]
+    if len(yamls) > 1:
+        names = ' and '.join(to_one_line(file.name) for file in yamls[:3])
+        raise UsageError(f'{path}: {names} describe a data set: choose one with --data {yamls[0]}')
+    splits = _read_yaml_splits(yamls[0]) if yamls else {}
+    missing = _missing_train(splits)
+    if splits and not missing:
+        return yamls[0].name, splits
+    darknet = next((file for folder in (path, path / 'data') for file in _files_in(folder) if _is_obj_data(file)), None)
+    if darknet:
+        return darknet.name, _read_obj_data(darknet, path)
+    if not _has_labels(path):
+        if missing:
+            raise UsageError(f'{yamls[0]}: {missing}')
+        return None
+    if missing:  # written for another place; it names the classes nevertheless
+        common = next(iter(splits.values()))._asdict() | dict(missing='')
+        del common['images']
+    else:
+        names_file = _find_names_file(path)
+        common = dict(names=_read_names(names_file), files=(names_file,) if names_file else ())
+    lists = {split: tuple(_lists_of(path, split)) for split in SPLITS}
+    if lists['train']:
+        return 'lists of images', {split: YoloSplit(files, **common) for split, files in lists.items() if files}
+    by_split = _folders_by_split(path)
+    layout = 'folders by split' if 'train' in by_split else 'images with labels'
+    layout += f' ({yamls[0].name}: {missing})' if missing else ''
+    by_split = by_split if 'train' in by_split else {'all': (path,)}
+    return layout, {split: YoloSplit(folders, **common) for split, folders in by_split.items()}
+
+
+def _read_yaml_splits(file: Path) -> dict[str, YoloSplit]:
+    """Read a data.yaml; all its values are texts, so that a class may be called `no` or `1`."""
+    try:
+        content = yaml.load(read_bytes(file, MAX_YAML_BYTES), yaml.BaseLoader)
+    except OSError as error:
+        raise UsageError(f'{file}: {error.strerror}') from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, 'problem_mark', None)
+        place = f'line {mark.line + 1}: {error.problem}' if mark else parse_error(error)
+        raise UsageError(f'{file} is not valid YAML ({to_one_line(place, 100)}): correct it') from error
+    if not isinstance(content, dict) or not {'names', 'nc'} & content.keys():
+        raise UsageError(f'{file} is no data set of YOLO: it needs names, train and val')
+    names, num_classes = _names_of(content, file), _to_int(content.get('nc'))
+    common = dict(names=names, num_classes=num_classes, files=(file,), keypoints='kpt_shape' in content)
+    bases = _yaml_bases(file, content.get('path'))
+    splits = {}
+    for split in SPLITS:
+        entries = content.get(split, content.get('valid') if split == 'val' else None)
+        entries = entries if isinstance(entries, list) else [entries or '']
+        entries = [entry for entry in entries if not (isinstance(entry, str) and entry.strip().lower() in NO_VALUE)]
+        if not all(isinstance(entry, str) for entry in entries):
+            raise UsageError(f'{file}: {split} is neither a path nor a list of paths')
+        paths = [_resolve(entry, bases) for entry in entries]
+        missing = next((entry for entry, path in zip(entries, paths) if path is None), '')
+        existing = tuple(path for path in paths if path)
+        if entries:
+            splits[split] = YoloSplit(existing, missing=missing, **common)
+    return splits or {'train': YoloSplit((), **common)}
+
+
+def _missing_train(splits: Mapping[str, YoloSplit]) -> str:
+    """Return what is wrong if the training images that a file names do not exist, else an empty text."""
+    train = splits.get('train')
+    if train is None or train.images:
+        return ''
+    if not train.missing:
+        return 'it names no training images: add train and val'
+    return f'its train is {to_one_line(train.missing, 200)}, which is not there: correct it'
+
+
+def _names_of(content: Mapping, file: Path) -> tuple[tuple[int, str], ...] | None:
+    """Return index and name of each class of a data.yaml; a dict may have gaps."""
+    names = content.get('names')
+    if isinstance(names, str) and names:  # a file, as in darknet
+        path = _resolve(names, _yaml_bases(file, content.get('path')))
+        if path is None or not path.is_file():
+            raise UsageError(f'{file}: its names are {to_one_line(names, 60)}, neither a list nor a file: correct it')
+        return _read_names(path)
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not names:
+        return None
+    pairs = [(_to_int(index), name) for index, name in names.items()]
+    if any(index is None or index < 0 or not isinstance(name, str) for index, name in pairs):
+        raise UsageError(f'{file}: names has to be a list of names, or a dict of indices and names: correct it')
+    return tuple(sorted((index, name.strip() or f'class {index}') for index, name in pairs))
+
+
+def _yaml_bases(file: Path, top: object) -> list[Path]:
+    """Return the folders to which paths of a data.yaml may be relative, the likeliest first."""
+    bases = [file.parent]
+    if isinstance(top, str) and top:
+        at = _resolve(top, [file.parent, file.parent.parent])
+        bases = [*([at] if at else []), *bases]
+    return bases
+
+
+def _resolve(entry: str, bases: Sequence[Path]) -> Path | None:
+    """Return the existing file or folder that a path means, which may have been written for another place.
+
+    Roboflow writes `../train/images` for `train/images` next to the file; absolute paths may be of another machine. So
+    what is missing is looked for by ever shorter ends of the path.
+    """
+    text = os.path.expanduser(entry.replace('\\', '/'))
+    for base in bases:
+        path = Path(os.path.normpath(base / text))
+        if _exists(path):
+            return path
+    parts = [part for part in split_machine_prefix(text)[0].split('/') if part not in ('..', '.')]
+    is_split = [any(part.lower() in names for names in SPLIT_DIR_NAMES.values()) for part in parts]
+    # Without the name of its split, a path may mean the images of another one.
+    last_start = max((i for i, named in enumerate(is_split) if named), default=len(parts) - 1)
+    for start in range(last_start + 1):
+        for base in bases:
+            path = base.joinpath(*parts[start:])
+            if _exists(path):
+                return path
+    return None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_data_yaml(file: Path) -> bool:
+    if file.suffix.lower() not in YAML_SUFFIXES:
+        return False
+    start = read_start(file, MAX_YAML_BYTES)
+    has_paths = file.stem.lower() == 'data' or re.search(r'^["\']?(train|val)["\']?\s*:', start, re.MULTILINE)
+    return bool(has_paths and YAML_MARKS_RE.search(start))
+
+
+def _is_obj_data(file: Path) -> bool:
+    return file.suffix.lower() == '.data' and re.search(r'^\s*train\s*=', read_start(file, 2**16), re.M) is not None
+
+
+def _read_obj_data(file: Path, root: Path) -> dict[str, YoloSplit]:
+    """Read a file of darknet, whose paths are relative to where darknet was started."""
+    pairs = (line.split('=', 1) for line in read_text(file).splitlines() if '=' in line)
+    settings = {key.strip(): value.strip() for key, value in pairs}
+    bases, splits = [file.parent, root], {}
+    names_file = _resolve(settings.get('names', ''), bases) if settings.get('names') else None
+    names_file = names_file if names_file and names_file.is_file() else _find_names_file(root)
+    common = dict(names=_read_names(names_file), files=tuple(filter(None, (file, names_file))))
+    for split, key in (('train', 'train'), ('val', 'valid'), ('test', 'test')):
+        entry = settings.get(key, settings.get(split))
+        path = _resolve(entry, bases) if entry else None
+        if entry:
+            splits[split] = YoloSplit((path,) if path else (), missing='' if path else entry, **common)
+    if _missing_train(splits):
+        raise UsageError(f'{file}: {_missing_train(splits)}')
+    return _without_copies(splits)
+
+
+def _without_copies(splits: dict[str, YoloSplit]) -> dict[str, YoloSplit]:
+    """Leave out splits with the list of train, which darknet's files often name for all."""
+    return {split: each for split, each in splits.items() if split == 'train' or each.images != splits['train'].images}
+
+
+def _find_names_file(root: Path) -> Path | None:
+    folders = islice(walk(root, MAX_DEPTH, hidden=False), MAX_FOLDERS_SEARCHED)
+    files = (Path(folder, name) for folder, names in folders for name in NAMES_FILES if name in names)
+    return next(files, None)
+
+
+def _read_names(file: Path | None) -> tuple[tuple[int, str], ...] | None:
+    """Read one name per line; empty lines at the end are none."""
+    if file is None:
+        return None
+    try:
+        lines = read_text(file, errors='replace').rstrip().split('\n')
+    except OSError as error:
+        raise UsageError(f'{file}: {error.strerror}') from error
+    names = [(index, line.strip() or f'class {index}') for index, line in enumerate(lines)]
+    return tuple(names) if lines != [''] else None
+
+
+def _lists_of(root: Path, split: str) -> Iterator[Path]:
+    """Iterate over the text files in a folder that are named after a split and hold paths of images."""
+    for file in _files_in(root):
+        is_named = file.suffix.lower() == '.txt' and file.stem.lower() in LIST_SPLITS[split]
+        if is_named and is_image(Path(read_start(file, 2**12).split('\n')[0].strip())):
+            yield file
+
+
+def _folders_by_split(root: Path) -> dict[str, tuple[Path, ...]]:
+    """Return the topmost folders of images that are named after each split, all as deep as the first."""
+    by_split: dict[str, list[Path]] = {}
+    split_of = {name: split for split, names in SPLIT_DIR_NAMES.items() for name in names}
+    for folder, files in islice(walk(root, MAX_DEPTH, hidden=False), MAX_FOLDERS_SEARCHED):
+        parts = Path(folder).relative_to(root).parts
+        named = next((i for i, part in enumerate(parts) if part.lower() in split_of), None)
+        if named is None or not any(is_image(Path(file)) for file in files) or is_among_labels(parts):
+            continue
+        top = root.joinpath(*parts[: named + 1])
+        folders = by_split.setdefault(split_of[parts[named].lower()], [])
+        if top not in folders:
+            folders.append(top)
+    depth = min((len(top.parts) for folders in by_split.values() for top in folders), default=0)
+    by_split = {split: tuple(top for top in by_split.get(split, ()) if len(top.parts) == depth) for split in SPLITS}
+    return {split: folders for split, folders in by_split.items() if folders}
+
+
+def is_among_labels(folders: Sequence[str]) -> bool:
+    """Return whether some folders have the names of ones of labels, whose images are masks."""
+    names = {folder.lower() for folder in folders}
+    return bool(names & {*MASK_DIR_NAMES}) and not names & {*IMAGE_DIR_NAMES}
+
+
+def _has_labels(root: Path) -> bool:
+    """Return whether a folder holds labels of YOLO, by the first lines of some text files in each folder."""
+    for folder, names in islice(walk(root, MAX_DEPTH, hidden=False), MAX_FOLDERS_SEARCHED):
+        texts = [name for name in names if name.lower().endswith('.txt')]
+        for name in texts[:MAX_LABELS_SAMPLED]:
+            if LABEL_LINE_RE.search(read_start(Path(folder, name), 2**12)):
+                return True
+    return False
+
+
+def _files_in(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_file())
+    except OSError:
+        return []
+
+
+def _to_int(value: object) -> int | None:
+    return int(value) if re.fullmatch(r'\d{1,9}', str(value)) else None
