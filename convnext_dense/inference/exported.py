@@ -231,10 +231,8 @@ class ExportedModel(nn.Module):
             logits = logits[:, :height, :width]
             if logits.shape[1:] != geometry.original:
                 logits = interpolate(logits[None], geometry.original, mode='bilinear')[0]
-        if len(logits) > 1:
-            labels = logits.argmax(0, keepdim=True)
-        else:  # probabilities, as mmseg has them
-            labels = (logits > self.decode_head.threshold).to(logits)
+        is_one = len(logits) == 1  # of which the file, as mmseg, returns probabilities
+        labels = (logits > self.decode_head.threshold).to(logits) if is_one else logits.argmax(0, keepdim=True)
         return dict(seg_logits=PixelData(data=logits), pred_sem_seg=PixelData(data=labels))
 
 
