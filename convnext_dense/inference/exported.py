@@ -20,7 +20,7 @@ from .sessions import session_class, session_device
 
 OUTPUTS = {'detection': ({'boxes', 'scores', 'labels'},), 'segmentation': ({'segmentation'}, {'logits'})}
 MASK_THR, BINARY_THR = 0.5, 0.3  # mmdet's and mmseg's own, where the config has none
-NEEDS_LOGITS = 'needs logits, which the exported model does not return: export it with its logits'
+NEEDS_LOGITS = 'needs logits, which the exported model does not return: export it with --logits'
 
 
 def check_exported_options(file: ExportedFile, options: PredictOptions, amp_dtype: str = 'float32') -> None:

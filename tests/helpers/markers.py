@@ -27,6 +27,7 @@ INTEGRATION_TESTS = {
     'datasets/test_files.py',
     'datasets/test_fuzz.py',
     'datasets/test_image_sizes.py::test_training_with_thin_images',
+    'docs/test_export_page.py',
     'engine/test_distributed.py',
     'engine/test_failures.py',
     'engine/test_multi_node.py',
