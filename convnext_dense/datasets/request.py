@@ -26,6 +26,7 @@ class DatasetRequest:
         ignore_labels (Sequence[int] | None): segmentation: label values to ignore in addition to 255.
         val_fraction (float | None): fraction of the images used for validation when the data set has no split.
         strict (bool): whether to raise if anything has to be dropped.
+        format (str | None): detection: a value of `box_formats.FORMAT_KEYS`; None for the first that is found.
     """
 
     path: str | None = None
@@ -35,6 +36,7 @@ class DatasetRequest:
     ignore_labels: Sequence[int] | None = None
     val_fraction: float | None = None
     strict: bool = False
+    format: str | None = None
 
     @property
     def root(self) -> Path:
