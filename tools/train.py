@@ -54,6 +54,11 @@ def parse_args():
         action='store_true',
         help='do not adapt images per GPU, gradient accumulation and iterations to the total batch size of the recipe',
     )
+    parser.add_argument(
+        '--no-auto-schedule',
+        action='store_true',
+        help='with --data: do not fit total batch, length, warmup and evaluation interval to the number of images',
+    )
     add_data_arguments(parser)
     return parser.parse_args()
 

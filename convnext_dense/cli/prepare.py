@@ -21,8 +21,9 @@ from ..config.launch import check_launcher, world_size_from_env
 from ..config.load import load_config
 from ..config.options import overridden_options
 from ..config.preflight import check_data, check_pretrained
-from ..config.resume import check_resume, set_resume
+from ..config.resume import check_resume, checkpoint_config, set_resume
 from ..config.schedule import scale_schedule
+from ..config.schedule_fit import count_training_images, fit_schedule
 from ..config.trackers import add_trackers
 from ..config.training import set_checkpoint_retention, set_max_unreadable, set_precision
 from ..config.work_dir import default_work_dir, hold_work_dir
@@ -190,6 +191,18 @@ def _visualize(run: PreparedRun, args: argparse.Namespace) -> None:
     set_visualization(run.config, folder, args.show, args.wait_time, run.options)
 
 
+def _fit_schedule(run: PreparedRun, args: argparse.Namespace) -> Lines:
+    if not run.request or args.no_auto_schedule:
+        return None
+    record = (checkpoint_config(run.checkpoint) or {}).get('schedule_fit') if run.checkpoint else None
+    num_images = count_training_images(run.config)
+    if not num_images or (run.checkpoint and not record):  # a run whose schedule was not fitted continues as it is
+        return None
+    has_length = args.epochs is not None or args.iters is not None
+    world_size = world_size_from_env(args.launcher)
+    return fit_schedule(run.config, num_images, world_size, run.options, has_length, args.no_auto_batch, record)
+
+
 def _scale_batch(run: PreparedRun, args: argparse.Namespace) -> Lines:
     return scale_batch(run.config, world_size_from_env(args.launcher), args.no_auto_batch, run.options)
 
@@ -211,6 +224,7 @@ def _warnings(*lines: str | None) -> list[Notice]:
 # - data: grayscale input and EXIF orientation are both in `color_type`; the prepared annotations are written into the
 #   locked work dir; their classes must be those of the checkpoint.
 # - schedule: parts of the model that the data remove have nothing to scale.
+# - fit: the images of a custom data set and the length that was asked for decide what is left to fit.
 # - batch: accumulation multiplies the length that was asked for, and all that counts iterations with it.
 # - compare: with the checkpoint, of what the run will really be.
 # - overridden: what does not hold in the end.
@@ -230,11 +244,12 @@ TRAIN_STEPS = (
     ),
     Step('classes', lambda run, args: check_classes(run.config), after=('data',)),
     Step('schedule', lambda run, args: scale_schedule(run.config, args.epochs, args.iters, run.options), ('data',)),
-    Step('batch', _scale_batch, after=('schedule',)),
-    Step('compare', _compare_with_checkpoint, after=('precision', 'resume', 'data', 'schedule', 'batch')),
+    Step('fit', _fit_schedule, after=('data', 'schedule')),
+    Step('batch', _scale_batch, after=('schedule', 'fit')),
+    Step('compare', _compare_with_checkpoint, after=('precision', 'resume', 'data', 'schedule', 'fit', 'batch')),
     Step('retention', lambda run, args: set_checkpoint_retention(run.config, args.max_keep_ckpts), after=('config',)),
     Step('unreadable', lambda run, args: set_max_unreadable(run.config, args.max_unreadable), after=('config',)),
-    Step('overridden', _report_overridden, after=('precision', 'data', 'schedule', 'batch', 'retention', 'unreadable')),
+    Step('overridden', _report_overridden, after=('precision', 'data', 'fit', 'batch', 'retention', 'unreadable')),
 )
 # - predictions: the data decide which evaluators there are.
 # - report: replaces the metric that predictions are set at.
