@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..config.image_size import add_image_size_argument, set_image_size
 from ..checkpoints.exported_files import is_exported
 from ..datasets.tiles import add_tile_arguments
 from ..errors import RunInterrupted, UnreadableImageError, UsageError
@@ -67,6 +68,7 @@ def make_predict_parser(description: str) -> ArgumentParser:
         action='store_true',
         help="several scales with and without flip: the paper's test (segmentation), merged boxes (detection)",
     )
+    add_image_size_argument(parser)
     add_tile_arguments(parser, 'predict')
     parser.add_argument('--show', action='store_true', help='show each picture in a window; Esc ends that')
     parser.add_argument('--no-pictures', action='store_true', help='write no pictures')
@@ -100,6 +102,7 @@ def predict(args: argparse.Namespace) -> int:
     if not is_exported(args.checkpoint):
         check_device(args.device)
     source = find_model(args.checkpoint, args.config)
+    set_image_size(source.config, args.image_size)
     device = source_device(source, args.device)
     _check_options(source, options, args)
     folder = open_folder(args.out, _settings(source, options, args), args.resume)
@@ -157,6 +160,7 @@ def _settings(source: ModelSource, options: PredictOptions, args: argparse.Names
         'config': args.config and os.path.abspath(args.config),
         'format': args.format,
         'amp_dtype': args.amp_dtype,
+        **({'image_size': args.image_size} if args.image_size else {}),
         **values,
     }
 

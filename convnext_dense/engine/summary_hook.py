@@ -39,7 +39,7 @@ def summarize_training(runner) -> str:
     by_epoch = isinstance(loop, EpochBasedTrainLoop)
     steps = -(-loop.max_iters // accumulation)
     epochs = f' in {loop.max_epochs:,} epochs' if by_epoch else ''
-    parts = [f'training on {count_images(loop.dataloader.dataset):,} images: {steps:,} optimizer steps{epochs}']
+    parts = [f'training on {count_images(loop.dataloader.dataset):,} images: {_count(steps, "optimizer step")}{epochs}']
     schedulers = runner.param_schedulers or []
     schedulers = schedulers if isinstance(schedulers, list) else [s for each in schedulers.values() for s in each]
     warmup = max((_warmup_steps(s, len(loop.dataloader) / accumulation) for s in schedulers), default=0)
