@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..config.image_size import add_image_size_argument, set_image_size
 from ..checkpoints.exported_files import is_exported
+from ..config.image_size import add_image_size_argument, set_image_size
 from ..datasets.tiles import add_tile_arguments
 from ..errors import RunInterrupted, UnreadableImageError, UsageError
 from ..inference import video
@@ -102,9 +102,9 @@ def predict(args: argparse.Namespace) -> int:
     if not is_exported(args.checkpoint):
         check_device(args.device)
     source = find_model(args.checkpoint, args.config)
-    set_image_size(source.config, args.image_size)
     device = source_device(source, args.device)
     _check_options(source, options, args)
+    set_image_size(source.config, args.image_size)
     folder = open_folder(args.out, _settings(source, options, args), args.resume)
     for notice in (*inputs.notices, *source.notices):
         print(printable(notice), file=sys.stderr)
@@ -147,6 +147,8 @@ def _check_options(source: ModelSource, options: PredictOptions, args: argparse.
         check_scales(steps)
     if source.exported:
         check_exported_options(source.exported, options, args.amp_dtype)
+        if args.image_size:
+            raise UsageError('--image-size is not for an exported model: export the checkpoint with another size')
         session_class(source.file).import_package(source.file)
 
 

@@ -178,6 +178,7 @@ def _check_exported(run: PreparedRun, args: argparse.Namespace) -> None:
         return
     read_exported(run.checkpoint)
     options = [option for option in ('multiscale', 'compile') if getattr(args, option)]
+    options += ['image-size'] if args.image_size else []
     options += ['launcher'] if args.launcher != 'none' else []
     options += [f'cfg-options {key}' for key in run.options if key.split('.')[0] in ('model', 'data_preprocessor')]
     if options:
