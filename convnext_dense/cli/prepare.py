@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from ..checkpoints.exported_files import ExportedFile, is_exported, read_exported
 from ..checkpoints.hub import download
 from ..config.batch_size import scale_batch, set_accumulation
-from ..config.evaluation import SCALE_FACTORS, set_multiscale, set_prediction_output, set_report, set_visualization
+from ..config.evaluation import multiscale_factors, set_multiscale, set_prediction_output, set_report, set_visualization
 from ..config.image_size import set_image_size
 from ..config.inputs import adapt_input_channels
 from ..config.launch import check_launcher, world_size_from_env
@@ -207,7 +207,7 @@ def _other_names(exported: ExportedFile, config: Config) -> str | None:
 
 
 def _use_test_data(run: PreparedRun, args: argparse.Namespace) -> Lines:
-    smallest_scale = min(SCALE_FACTORS) if args.multiscale else 1
+    smallest_scale = min(multiscale_factors(run.config)) if args.multiscale else 1
     return apply_custom_data(run.config, run.request, ('test',), run.options, run.checkpoint, smallest_scale)
 
 
