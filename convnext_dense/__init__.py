@@ -19,6 +19,7 @@ from .engine.param_scheduler_hook import UpdateParamSchedulerHook
 from .errors import UsageError
 from .models.convnext import ARCHS, ConvNeXt
 from .models.optimize import optimize, optimize_for_inference
+from .ops import export_ops  # noqa: F401  (operators that exported programs of detectors call)
 from .optim.layer_decay import LayerDecayOptimWrapperConstructor, layer_ids
 
 __version__ = '0.1.0'
