@@ -40,6 +40,11 @@ class ExportableSegmentor(nn.Module):
             self.crop_size, self.stride = tuple(test_cfg['crop_size']), tuple(test_cfg['stride'])
         self.eval()
 
+    @property
+    def output_names(self) -> list[str]:
+        """Names of what `forward` returns."""
+        return ['logits' if self.returns_logits else 'segmentation']
+
     def forward(self, images: torch.Tensor, output_size: torch.Tensor | None = None) -> torch.Tensor:
         """Segment a batch of images of one size.
 
@@ -54,7 +59,7 @@ class ExportableSegmentor(nn.Module):
         images = with_unknown_size(images)
         height, width = images.shape[2:]
         with exportable_operators():
-            inputs = self.preprocess(images)
+            inputs = self.preprocess(images).to(next(self.model.parameters()).dtype)
             logits = self._slide(inputs) if self.mode == 'slide' else self._encode_decode(inputs)
             logits = logits.float()[:, :, :height, :width]  # without the padding
             if output_size is not None:

@@ -90,8 +90,16 @@ def check_precision(amp_dtype: str) -> None:
         raise UsageError(f"amp_dtype '{amp_dtype}': give one of {', '.join(AMP_DTYPES)}")
 
 
-def build_predictor(source: ModelSource, device: torch.device, amp_dtype: str = 'float32') -> 'Predictor':
+def build_predictor(
+    source: ModelSource, device: torch.device, amp_dtype: str = 'float32', optimized: bool = True
+) -> 'Predictor':
     """Build the model of a source and load its weights.
+
+    Args:
+        source: The model.
+        device: Where it runs.
+        amp_dtype: As of `load_model`.
+        optimized: Whether modules are replaced by faster ones; otherwise all are mmdet's and mmseg's own.
 
     Raises:
         UsageError: If the config cannot be built, or the weights do not fit it.
@@ -100,8 +108,8 @@ def build_predictor(source: ModelSource, device: torch.device, amp_dtype: str = 
     if source.exported:
         return _build_exported(source, device, amp_dtype)
     try:
-        model = MODELS.build(copy.deepcopy(source.config.model))
-        predictor = Predictor(optimize(revert_sync_batchnorm(model)), source, device, amp_dtype)
+        model = revert_sync_batchnorm(MODELS.build(copy.deepcopy(source.config.model)))
+        predictor = Predictor(optimize(model) if optimized else model, source, device, amp_dtype)
     except (KeyError, TypeError, AssertionError, ValueError, AttributeError, RuntimeError) as error:
         if isinstance(error, UsageError) or is_user_code_error(error):
             raise
