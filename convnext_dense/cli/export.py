@@ -1,0 +1,90 @@
+"""What tools/export.py does: load the model, write the file, prove it equal, and only then put it into its place."""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+from ..errors import UsageError
+from ..export.check import check_file, write_differences
+from ..export.files import WRITERS, files_of
+from ..export.program import ExportOptions, trace
+from ..inference.checkpoint_config import find_model
+from ..inference.model import build_predictor, check_device
+from .arguments import ArgumentParser
+
+
+def make_export_parser(description: str) -> ArgumentParser:
+    """Return the parser of tools/export.py."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument('checkpoint', help='.pth file, work dir, URL or name of a released checkpoint')
+    parser.add_argument('out', metavar='OUT', help=f'file to write, by its suffix: {", ".join(WRITERS)}')
+    parser.add_argument('--config', help='config of the model (default: that in the checkpoint, or of the recipe)')
+    parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'), help='fixed size of the images (default: any)')
+    parser.add_argument(
+        '--input-dtype', choices=('uint8', 'float32'), default='uint8', help='of the images (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--raw',
+        action='store_true',
+        help='leave normalization, padding and the resizing of results out: images are as the data preprocessor of the '
+        'model returns them',
+    )
+    parser.add_argument(
+        '--masks',
+        choices=('image', 'box'),
+        default='image',
+        help='detection: masks in the size of the image, or probabilities of 28 x 28 in the box (default: %(default)s)',
+    )
+    parser.add_argument('--logits', action='store_true', help='segmentation: return logits, not the label map')
+    parser.add_argument('--half', action='store_true', help='weights and maps in float16')
+    parser.add_argument(
+        '--no-check', action='store_true', help='do not run the file beside the model (default: keep it only if equal)'
+    )
+    return parser
+
+
+def export(args: argparse.Namespace) -> None:
+    """Export what the arguments name.
+
+    Args:
+        args: As `make_export_parser` defines them.
+
+    Raises:
+        UsageError: If an argument cannot be used, or the file does not compute what the model does; no file is written
+            then.
+    """
+    out = Path(args.out)
+    if out.suffix not in WRITERS:
+        raise UsageError(f'{out}: give a file that ends in {", ".join(WRITERS)}')
+    report = out.with_name(f'{out.name}.check.json')
+    existing = next((file for file in [*files_of(out), report] if os.path.lexists(file)), None)
+    if existing:
+        raise UsageError(f'{existing} exists: remove it, or give another name')
+    if not out.parent.is_dir():
+        raise UsageError(f'there is no folder {out.parent}: make it, or give another path')
+    if args.size and not 32 <= min(args.size) <= max(args.size) <= 8192:
+        raise UsageError(f'--size {args.size[0]} {args.size[1]}: give two sizes from 32 to 8192')
+    options = ExportOptions(
+        'raw' if args.raw else args.input_dtype,
+        tuple(args.size) if args.size else None,
+        args.masks,
+        args.logits,
+        args.half,
+    )
+    source = find_model(args.checkpoint, args.config)
+    predictor = build_predictor(source, check_device('cpu'), optimized=False)
+    traced = trace(predictor, options, recipe=_recipe(args))
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix='.export-') as folder:
+        path = Path(folder, out.name)
+        WRITERS[out.suffix](traced, path)
+        print(f'{out.name}: {sum(f.stat().st_size for f in files_of(path) if f.exists()) / 2**20:.1f} MB')
+        if not args.no_check:
+            write_differences(check_file(path, predictor, options), Path(folder, report.name))
+        for file in Path(folder).iterdir():
+            os.replace(file, out.parent / file.name)
+    print(f'wrote {out}')
+
+
+def _recipe(args: argparse.Namespace) -> str | None:
+    return Path(args.config).stem if args.config else None

@@ -1,0 +1,232 @@
+"""Whether an exported file computes what its model does: both run on the same images."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.structures import BaseDataElement
+
+from ..datasets.toy_shapes import draw
+from ..errors import UsageError
+from ..inference.model import Predictor
+from ..inference.sessions import session_class
+from .preprocessing import Preprocess
+from .program import EXAMPLE_SIZE, ExportOptions, image_channels
+
+# Odd, portrait, larger than what was traced.
+SIZES = EXAMPLE_SIZE, (255, 317), (352, 208), (416, 544)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far results may differ.
+
+    Attributes:
+        box: Pixels.
+        score: Of detections.
+        mask_iou: Least overlap of the masks of a detection.
+        unmatched: Share of detections without a partner: of scores that tie, either may come first.
+        pixels: Least share of equal pixels in label maps.
+        logits: Part of the largest logit.
+    """
+
+    box: float = 1e-2
+    score: float = 1e-4
+    mask_iou: float = 0.999
+    unmatched: float = 0.01
+    pixels: float = 0.9999
+    logits: float = 1e-4
+
+
+FULL, HALF = Tolerance(), Tolerance(2, 0.02, 0.9, 0.05, 0.99, 0.02)
+
+
+@dataclass
+class Difference:
+    """How far the results on an image differ; None where a model has no such results.
+
+    Attributes:
+        images: Number, height and width of the images.
+        detections: Number that the model found.
+        unmatched: Detections of the model or of the file without a partner.
+        box: Largest difference of a coordinate, in pixels.
+        score: Largest difference of a score.
+        mask_iou: Least overlap of masks.
+        pixels: Share of equal pixels in label maps.
+        logits: Largest difference of a logit, as a part of the largest one.
+    """
+
+    images: tuple[int, int, int]
+    detections: int | None = None
+    unmatched: int | None = None
+    box: float | None = None
+    score: float | None = None
+    mask_iou: float | None = None
+    pixels: float | None = None
+    logits: float | None = None
+
+    def __str__(self) -> str:
+        n, height, width = self.images
+        parts = [f'{n} x {height} x {width}:']
+        if self.detections is not None:
+            parts.append(f'{self.detections} detections, {self.unmatched} without a partner')
+            parts.append(f'boxes {self.box:.1e} px, scores {self.score:.1e}')
+        if self.mask_iou is not None:
+            parts.append(f'masks IoU {self.mask_iou:.5f}')
+        if self.pixels is not None:
+            parts.append(f'{self.pixels:.4%} of the pixels equal')
+        if self.logits is not None:
+            parts.append(f'logits {self.logits:.1e} of the largest')
+        return parts[0] + ' ' + ', '.join(parts[1:])
+
+
+def check_file(path: Path, predictor: Predictor, options: ExportOptions) -> list[Difference]:
+    """Run a file and its model on images of several sizes, and on a black one.
+
+    Args:
+        path: The file.
+        predictor: The model, in float32.
+        options: With which it was exported.
+
+    Raises:
+        UsageError: If the results differ by more than rounding.
+    """
+    session = session_class(path)(str(path), torch.device('cpu'))
+    differences = []
+    for images in _images(predictor, options):
+        output_size = None if options.input == 'raw' else _output_size(images)
+        actual = session.run(_as_input(images, predictor, options), output_size)
+        expected = [predict(predictor, image, output_size, options) for image in images]
+        differences.append(_compare(images, actual, expected, options))
+        print(differences[-1], flush=True)
+    _check_tolerance(differences, HALF if options.half else FULL, path)
+    return differences
+
+
+def write_differences(differences: list[Difference], path: Path) -> None:
+    """Write the differences as JSON."""
+    rows = [{key: value for key, value in asdict(d).items() if value is not None} for d in differences]
+    path.write_text(json.dumps(rows, indent=1) + '\n')
+
+
+def _images(predictor: Predictor, options: ExportOptions) -> Iterator[np.ndarray]:
+    """Batches of images (N, C, H, W) of uint8: of the sizes, then a black one."""
+    rng = np.random.RandomState(0)
+    crop = predictor.model.test_cfg.get('crop_size')
+    sizes = [options.size] if options.size else [*SIZES, *([(crop[0] * 5 // 4, crop[1])] if crop else [])]
+    channels = image_channels(predictor)
+    for i, (height, width) in enumerate(sizes):
+        pictures = [draw(rng, max(height, width)).image[:height, :width] for _ in range(2 if i == 0 else 1)]
+        images = np.stack(pictures).transpose(0, 3, 1, 2)
+        yield images[:, [c % 3 for c in range(channels)]]
+    yield np.zeros((1, channels, *sizes[0]), np.uint8)
+
+
+def _output_size(images: np.ndarray) -> tuple[int, int]:
+    """A size of the original images: results are resized to it."""
+    return images.shape[2] * 5 // 4, images.shape[3] * 3 // 4
+
+
+def _as_input(images: np.ndarray, predictor: Predictor, options: ExportOptions) -> np.ndarray:
+    if options.input == 'raw':
+        array = Preprocess(predictor.model.data_preprocessor)(torch.from_numpy(images)).numpy()
+        return array.astype(np.float16) if options.half else array
+    return images.astype(options.input)
+
+
+@torch.inference_mode()
+def predict(
+    predictor: Predictor, image: np.ndarray, output_size: tuple[int, int] | None, options: ExportOptions
+) -> BaseDataElement:
+    """Predict an image (C, H, W) with the model itself; results are in pixels of `output_size`."""
+    tensor = torch.from_numpy(image)
+    if predictor.task == 'detection':
+        from mmdet.structures import DetDataSample as DataSample
+    else:
+        from mmseg.structures import SegDataSample as DataSample
+    prepared = Preprocess(predictor.model.data_preprocessor)(tensor[None])
+    shape = tuple(prepared.shape[2:] if output_size is None else image.shape[1:])
+    original = output_size or shape
+    scale = (shape[1] / original[1], shape[0] / original[0])
+    sample = DataSample(metainfo=dict(img_shape=shape, ori_shape=original, pad_shape=shape, scale_factor=scale))
+    if output_size is None:
+        sample.set_metainfo(dict(batch_input_shape=shape))
+        return predictor.model.predict(prepared, [sample])[0]
+    bgr = tensor.flip(0) if len(tensor) == 3 else tensor
+    return predictor.model.test_step(dict(inputs=[bgr], data_samples=[sample]))[0]
+
+
+# ---- differences -----------------------------------------------------------------------------------------------------
+
+
+def _compare(images, actual, expected, options) -> Difference:
+    difference = Difference((images.shape[0], *images.shape[2:]))
+    if 'segmentation' in actual:
+        labels = np.concatenate([sample.pred_sem_seg.data.numpy() for sample in expected])
+        difference.pixels = float((actual['segmentation'] == labels).mean())
+    elif 'logits' in actual:
+        logits = np.stack([sample.seg_logits.data.numpy() for sample in expected])
+        difference.logits = float(np.abs(actual['logits'] - logits).max() / np.abs(logits).max())
+    else:
+        _compare_detections(actual, expected, options, difference)
+    return difference
+
+
+def _compare_detections(actual, expected, options, difference):
+    tolerance = HALF if options.half else FULL
+    difference.detections, difference.unmatched, difference.box, difference.score = 0, 0, 0.0, 0.0
+    for i, sample in enumerate(expected):
+        theirs = sample.pred_instances
+        count = int((actual['labels'][i] >= 0).sum())
+        pairs = match(
+            (actual['boxes'][i, :count], actual['scores'][i, :count], actual['labels'][i, :count]),
+            (theirs.bboxes.numpy(), theirs.scores.numpy(), theirs.labels.numpy()),
+            tolerance,
+        )
+        difference.detections += len(theirs)
+        difference.unmatched += len(theirs) - len(pairs) + count - len(pairs)
+        for a, b in pairs:
+            distance = np.abs(actual['boxes'][i, a] - theirs.bboxes[b].numpy()).max()
+            difference.box = max(difference.box, float(distance))
+            difference.score = max(difference.score, float(abs(actual['scores'][i, a] - theirs.scores[b].numpy())))
+        if 'masks' in actual and options.masks == 'image':
+            ious = [_mask_iou(actual['masks'][i, a], theirs.masks[b].numpy()) for a, b in pairs]
+            difference.mask_iou = min([difference.mask_iou or 1.0, *ious])
+
+
+def match(ours: tuple, theirs: tuple, tolerance: Tolerance) -> list[tuple[int, int]]:
+    """Pairs of detections, given as boxes (n, 4), scores (n,) and labels (n,), that agree; each is in one pair."""
+    distance = np.abs(ours[0][:, None] - theirs[0][None]).max(-1, initial=0)
+    agree = distance <= tolerance.box
+    agree &= np.abs(ours[1][:, None] - theirs[1][None]) <= tolerance.score
+    agree &= ours[2][:, None] == theirs[2][None]
+    pairs, taken = [], set()
+    for a in range(len(agree)):
+        partners = [b for b in np.flatnonzero(agree[a]) if b not in taken]
+        if partners:
+            best = min(partners, key=lambda b: distance[a, b])
+            taken.add(best)
+            pairs.append((a, int(best)))
+    return pairs
+
+
+def _mask_iou(a: np.ndarray, b: np.ndarray) -> float:
+    union = (a | b).sum()
+    return float((a & b).sum() / union) if union else 1.0
+
+
+def _check_tolerance(differences: list[Difference], tolerance: Tolerance, path: Path) -> None:
+    detections = sum(d.detections or 0 for d in differences)
+    unmatched = sum(d.unmatched or 0 for d in differences)
+    worst = {
+        'detections without a partner': unmatched > tolerance.unmatched * 2 * max(detections, 1),
+        'masks': any(d.mask_iou is not None and d.mask_iou < tolerance.mask_iou for d in differences),
+        'label maps': any(d.pixels is not None and d.pixels < tolerance.pixels for d in differences),
+        'logits': any(d.logits is not None and d.logits > tolerance.logits for d in differences),
+    }
+    wrong = [name for name, is_wrong in worst.items() if is_wrong]
+    if wrong:
+        raise UsageError(f'{path.name} does not compute what the model does ({", ".join(wrong)}): it was not kept')

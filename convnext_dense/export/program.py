@@ -1,0 +1,155 @@
+"""A trained model as a program of `torch.export`, which is what each format is written from."""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mmengine
+import torch
+from mmengine.config import Config
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from ..checkpoints.exported_meta import ExportedMeta
+from ..errors import UsageError, one_line
+from ..inference.model import Predictor
+from ..inference.pipelines import innermost_dataset
+
+EXAMPLE_SIZE = 224, 288  # of the images that are traced: neither square nor small, and quick
+CONFIG_KEYS = ('default_scope', 'custom_imports', 'model')
+MIN_SIDE = 2  # of the images, and of the results
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What an exported file takes and returns.
+
+    Attributes:
+        input: What `images` holds: 'uint8' or 'float32', RGB from 0 to 255, or 'raw': what the model's own data
+            preprocessor returns.
+        size: Height and width of the images; None for any.
+        masks: Detection: 'image' for masks in the size of the image, 'box' for the mask head's own.
+        logits: Segmentation: whether the file returns `logits` in the place of `segmentation`.
+        half: Whether weights and the maps of backbone, neck and heads are float16.
+    """
+
+    input: str = 'uint8'
+    size: tuple[int, int] | None = None
+    masks: str = 'image'
+    logits: bool = False
+    half: bool = False
+
+
+class Traced(NamedTuple):
+    """A model as a function of images.
+
+    Attributes:
+        module (nn.Module): The function.
+        program (ExportedProgram): The same, traced.
+        outputs (tuple[str, ...]): Names of what it returns.
+        meta (ExportedMeta): What a file says of itself.
+    """
+
+    module: nn.Module
+    program: ExportedProgram
+    outputs: tuple[str, ...]
+    meta: ExportedMeta
+
+
+def trace(predictor: Predictor, options: ExportOptions, recipe: str | None = None) -> Traced:
+    """Trace a model for a file.
+
+    Args:
+        predictor: The model, on a CPU.
+        options: What the file takes and returns.
+        recipe: Name of its recipe, for the metadata.
+
+    Raises:
+        UsageError: If a part of the model cannot be exported.
+    """
+    module = _exportable(predictor, options).eval()
+    images = torch.zeros(2, image_channels(predictor), *(options.size or EXAMPLE_SIZE), dtype=_dtype(options))
+    any_size = {} if options.size else {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    args, dynamic_shapes = (images,), ({0: Dim.DYNAMIC, **any_size},)
+    if options.input != 'raw':
+        args, dynamic_shapes = (images, torch.tensor(EXAMPLE_SIZE)), (*dynamic_shapes, None)
+    with torch.no_grad(), quiet():
+        try:
+            program = torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False)
+        except UsageError:
+            raise
+        except Exception as error:  # what user code can raise while torch traces it
+            name = type(predictor.model).__name__
+            raise UsageError(f'{name} cannot be exported, torch.export stops at: {one_line(error)[:300]}') from error
+    return Traced(module, program, tuple(module.output_names), _meta(predictor, options, module, recipe))
+
+
+def image_channels(predictor: Predictor) -> int:
+    """Channels of the images that a model takes."""
+    mean = getattr(predictor.model.data_preprocessor, 'mean', None)
+    return 1 if predictor.color_type == 'grayscale' else 3 if mean is None else max(mean.numel(), 1)
+
+
+def _exportable(predictor: Predictor, options: ExportOptions) -> nn.Module:
+    model = copy.deepcopy(predictor.model).half() if options.half else predictor.model
+    if predictor.task == 'segmentation':
+        from .segmentor import ExportableSegmentor
+
+        return ExportableSegmentor(model, raw=options.input == 'raw', logits=options.logits)
+    from .detector import ExportableDetector
+
+    return ExportableDetector(model, raw=options.input == 'raw', masks=options.masks)
+
+
+def _dtype(options: ExportOptions) -> torch.dtype:
+    if options.input == 'raw':
+        return torch.float16 if options.half else torch.float32
+    return torch.uint8 if options.input == 'uint8' else torch.float32
+
+
+def _meta(predictor: Predictor, options: ExportOptions, module: nn.Module, recipe: str | None) -> ExportedMeta:
+    """The metadata; of the config what predictions need, without paths of data sets and weights."""
+    config = predictor.config.to_dict()
+    dataset = innermost_dataset(config['test_dataloader']['dataset'])
+    dataset = {key: dataset[key] for key in ('type', 'pipeline') if key in dataset}
+    config = {key: config[key] for key in CONFIG_KEYS if key in config} | dict(test_dataloader=dict(dataset=dataset))
+    preprocessor = predictor.model.data_preprocessor
+    mean, std = (
+        tuple(getattr(preprocessor, name).flatten().tolist()) if hasattr(preprocessor, name) else ()
+        for name in ('mean', 'std')
+    )
+    from .. import __version__
+
+    return ExportedMeta(
+        predictor.task,
+        predictor.classes,
+        Config(config).pretty_text,
+        predictor.palette,
+        options.input,
+        options.size,
+        options.masks if 'masks' in module.output_names else None,
+        mean,
+        std,
+        recipe,
+        dict(convnext_dense=__version__, torch=torch.__version__, mmengine=mmengine.__version__),
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence warnings that torch and onnxscript have for their own developers."""
+    loggers = [logging.getLogger(name) for name in ('torch', 'onnxscript', 'onnx_ir')]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels):
+                logger.setLevel(level)

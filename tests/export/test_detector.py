@@ -1,0 +1,181 @@
+"""Detectors as functions of images compute what mmdet computes, as modules and in files."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from mmcv.ops import batched_nms
+from mmdet.models import SingleRoIExtractor
+from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
+from mmengine.registry import init_default_scope
+
+from convnext_dense.checkpoints.exported_meta import KEY, ExportedMeta
+from convnext_dense.errors import UsageError
+from convnext_dense.export import check
+from convnext_dense.export.detector import ExportableDetector, check_detector, extract, nms_by_group, paste_masks
+from convnext_dense.export.files import WRITERS
+from convnext_dense.export.program import ExportOptions
+from convnext_dense.inference.sessions import session_class
+from convnext_dense.ops.export_ops import nms_mask, pyramid_roi_align
+from helpers.checkpoints import draw_photo
+
+# Larger than what is traced, portrait, odd, and less than two cells of the coarsest map.
+SIZES = [(224, 288), (300, 411), (257, 129), (97, 211), (64, 64), (40, 50)]
+RECIPES = ['mask_rcnn', 'cascade']
+
+
+def photo(height, width, seed=0):
+    """(3, H, W), RGB."""
+    return torch.from_numpy(draw_photo(np.random.RandomState(seed), height, width)).permute(2, 0, 1).contiguous()
+
+
+def assert_same_detections(predictor, image, output_size, outputs, index=0, masks=True):
+    """Outputs of image `index` are what mmdet returns for it."""
+    expected = check.predict(predictor, image.numpy(), output_size, ExportOptions()).pred_instances
+    boxes, scores, labels = (np.asarray(value[index]) for value in outputs[:3])
+    count = int((labels >= 0).sum())
+    assert (labels[count:] == -1).all() and (scores[count:] == 0).all()
+    theirs = (expected.bboxes.numpy(), expected.scores.numpy(), expected.labels.numpy())
+    pairs = check.match((boxes[:count], scores[:count], labels[:count]), theirs, check.FULL)
+    assert abs(count - len(expected)) <= 1 and len(pairs) >= 0.98 * len(expected)
+    for ours, other in pairs if masks else []:
+        assert (np.asarray(outputs[3][index][ours]) != expected.masks[other].numpy()).mean() < 1e-3
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_module_detects_what_mmdet_does(recipe, predictors):
+    predictor = predictors[recipe]
+    detector = ExportableDetector(predictor.model)
+    for size in SIZES:
+        image, output_size = photo(*size), (size[0] * 2 // 3, size[1] * 5 // 4)
+        with torch.no_grad():
+            outputs = detector(image[None], torch.tensor(output_size))
+        assert outputs[3].shape[2:] == output_size
+        assert_same_detections(predictor, image, output_size, outputs)
+
+
+@pytest.mark.parametrize('suffix', WRITERS)
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_file_detects_what_mmdet_does(recipe, suffix, predictors, files):
+    """At other sizes than the traced one, of one image and of a batch."""
+    path = files(recipe)[suffix]
+    session = session_class(path)(str(path), torch.device('cpu'))
+    for size in SIZES:
+        images, output_size = torch.stack([photo(*size), photo(*size, seed=1)]), (size[0] * 2, size[1] * 5 // 4)
+        for batch in (images[:1], images):
+            result = session.run(batch.numpy(), output_size)
+            outputs = [result[name] for name in ('boxes', 'scores', 'labels', 'masks')]
+            for i, image in enumerate(batch):
+                assert_same_detections(predictors[recipe], image, output_size, outputs, i)
+
+
+def test_onnx_has_standard_operators_and_names(files):
+    model = onnx.load(files('mask_rcnn')['.onnx'])
+    onnx.checker.check_model(model)
+    assert {(item.domain, item.version) for item in model.opset_import} == {('', 18)} and not model.functions
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    assert shapes['images'] == ['batch', 3, 'height', 'width'] and shapes['output_size'] == [2]
+    assert shapes['boxes'] == ['batch', 'detections', 4] and shapes['labels'] == ['batch', 'detections']
+    assert shapes['masks'] == ['batch', 'detections', 'mask_height', 'mask_width']
+    text = next(item.value for item in model.metadata_props if item.key == KEY)
+    meta = ExportedMeta.from_json(text, 'd.onnx')
+    assert meta.classes == ('disc', 'square', 'triangle', 'cross') and meta.masks == 'image'
+    assert 'ann_file' not in meta.config and 'data_root' not in meta.config  # paths are the user's own
+
+
+@pytest.mark.parametrize('height', [30, 75])
+def test_masks_are_pasted_as_in_mmdet(height):
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(1, 5, 28, 28, generator=generator)
+    boxes = torch.tensor([[3.2, 4.1, 17.9, 22], [0, 0, 40, 30], [-3, 5, 9, 28.5], [10, 10, 11, 11.5], [38, 20, 40, 30]])
+    expected, _ = _do_paste_mask(masks[0][:, None], boxes, height, 40, skip_empty=False)
+    torch.testing.assert_close(paste_masks(masks, boxes[None], (height, 40))[0], expected, rtol=0, atol=1e-5)
+
+
+def test_nms_of_a_batch_is_that_of_each_image():
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(2, 200, 2, generator=generator) * 60
+    boxes = torch.cat([corners, corners + 5 + torch.rand(2, 200, 2, generator=generator) * 20], 2)
+    scores, groups = torch.rand(2, 200, generator=generator), torch.randint(0, 3, (2, 200), generator=generator)
+    keep = nms_by_group(boxes, scores, groups, 0.5, 0.3, 20)
+    for i in range(2):
+        candidates = (scores[i] > 0.3).nonzero().flatten()
+        args = boxes[i][candidates], scores[i][candidates], groups[i][candidates]
+        _, expected = batched_nms(*args, dict(type='nms', iou_threshold=0.5))
+        assert keep[i].nonzero().flatten().tolist() == sorted(candidates[expected[:20]].tolist())
+    nothing = nms_by_group(boxes, scores, groups, 0.5, 2.0, 20)
+    assert nothing.shape == (2, 200) and not nothing.any()
+
+
+def test_roi_features_are_mmdets():
+    generator = torch.Generator().manual_seed(0)
+    feats = tuple(torch.randn(2, 16, 64 // 2**i, 80 // 2**i, generator=generator) for i in range(4))
+    corners = torch.rand(40, 2, generator=generator) * 150
+    sizes = torch.tensor([20.0, 90, 250, 500]).repeat(10)[:, None] * (0.7 + torch.rand(40, 2, generator=generator) / 2)
+    images = torch.arange(40)[:, None] % 2
+    rois = torch.cat([images.float(), corners, corners + sizes], 1)
+    layer = dict(type='RoIAlign', output_size=7, sampling_ratio=0)
+    init_default_scope('mmdet')
+    extractor = SingleRoIExtractor(layer, out_channels=16, featmap_strides=[4, 8, 16, 32])
+    assert len(extractor.map_roi_levels(rois, 4).unique()) == 4
+    torch.testing.assert_close(extract(extractor, feats, rois), extractor(feats, rois), rtol=0, atol=1e-5)
+    half = extract(extractor, tuple(x.bfloat16() for x in feats), rois)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), extractor(feats, rois), rtol=0, atol=0.05)
+
+
+def test_operators_pass_torch_checks():
+    boxes = torch.tensor([[[0.0, 0, 9, 9], [0, 0, 9, 8], [20, 0, 29, 9]]])
+    torch.library.opcheck(nms_mask, (boxes, torch.tensor([[0.9, 0.8, 0.1]]), 0.5, 0.2, 10))
+    rois = torch.tensor([[0.0, 0, 0, 9, 9], [0, 4, 0, 29, 9]])
+    feats = [torch.randn(1, 16, 8, 8), torch.randn(1, 16, 4, 4)]
+    torch.library.opcheck(pyramid_roi_align, (feats, rois, torch.tensor([1, 0]), [0.25, 0.125], (7, 7), 0, True))
+
+
+# ---- options and refusals --------------------------------------------------------------------------------------------
+
+
+def test_raw_images_and_masks_of_boxes(predictors):
+    from convnext_dense.export.preprocessing import Preprocess
+
+    predictor, image = predictors['mask_rcnn'], photo(100, 130)[None]
+    prepared = Preprocess(predictor.model.data_preprocessor)(image)
+    with torch.no_grad():
+        boxes, scores, labels, masks = ExportableDetector(predictor.model, raw=True, masks='box')(prepared)
+    assert masks.shape == (*scores.shape, 28, 28) and masks.min() >= 0 and masks.max() <= 1
+    expected = check.predict(predictor, image[0].numpy(), None, ExportOptions('raw')).pred_instances
+    assert len(expected) == int((labels >= 0).sum())
+    torch.testing.assert_close(boxes[0], expected.bboxes, rtol=0, atol=1e-2)
+
+
+def build_detector(**changes):
+    from mmdet.utils import register_all_modules
+    from mmengine.config import Config
+    from mmengine.registry import MODELS
+
+    from helpers.paths import ROOT
+
+    register_all_modules()
+    config = Config.fromfile(ROOT / 'configs/demo/mask_rcnn.py')
+    config.merge_from_dict(changes)
+    return MODELS.build(config.model)
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        ({'model.test_cfg.rcnn.nms.type': 'soft_nms'}, 'NMS of type soft_nms cannot be exported'),
+        ({'model.roi_head.bbox_roi_extractor.type': 'GenericRoIExtractor'}, 'GenericRoIExtractor cannot be exported'),
+    ],
+)
+def test_unknown_parts_are_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        check_detector(build_detector(**changes))
+
+
+def test_other_kinds_of_detectors_are_refused():
+    with pytest.raises(UsageError, match='Identity cannot be exported: only TwoStageDetector can'):
+        check_detector(torch.nn.Identity())

@@ -1,0 +1,112 @@
+"""tools/export.py: what it keeps, writes and refuses."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from convnext_dense.checkpoints.exported_files import read_exported
+from convnext_dense.cli import export as cli
+from convnext_dense.errors import UsageError
+from convnext_dense.export import check
+from convnext_dense.export.files import WRITERS, write_onnx
+from convnext_dense.export.program import Traced
+from helpers.tools import one_line_error
+
+
+@pytest.fixture
+def export(monkeypatch, files):
+    """Run the tool's function; in the place of writing a file, that of the demo's Mask R-CNN is copied."""
+
+    def copy(traced, path):
+        shutil.copy(files('mask_rcnn')['.onnx'], path)
+
+    def run(*args):
+        monkeypatch.setattr(cli, 'trace', lambda *args, **kwargs: None)
+        monkeypatch.setitem(WRITERS, '.onnx', copy)
+        cli.export(cli.make_export_parser('').parse_args([*map(str, args)]))
+
+    return run
+
+
+def test_equal_file_is_kept_with_the_differences(export, checkpoints, tmp_path, capsys):
+    export(checkpoints['mask_rcnn'], tmp_path / 'd.onnx')
+    assert sorted(file.name for file in tmp_path.iterdir()) == ['d.onnx', 'd.onnx.check.json']
+    rows = json.loads((tmp_path / 'd.onnx.check.json').read_text())
+    assert [row['images'] for row in rows][-1] == [1, 224, 288] and len(rows) == len(check.SIZES) + 1
+    assert sum(row['detections'] for row in rows) > 20 and max(row['box'] for row in rows) < 1e-2
+    assert capsys.readouterr().out.splitlines()[-1] == f'wrote {tmp_path / "d.onnx"}'
+    assert read_exported(tmp_path / 'd.onnx').meta.task == 'detection'
+
+
+def test_file_that_differs_is_not_kept(export, checkpoints, tmp_path):
+    """It is exact in all but a weight of the last layer of the boxes."""
+    content = torch.load(checkpoints['mask_rcnn'], weights_only=False)
+    content['state_dict']['roi_head.bbox_head.fc_cls.bias'][0] += 0.05
+    torch.save(content, tmp_path / 'other.pth')
+    (tmp_path / 'out').mkdir()
+    with pytest.raises(UsageError, match='d.onnx does not compute what the model does .detections without a partner'):
+        export(tmp_path / 'other.pth', tmp_path / 'out' / 'd.onnx')
+    assert not [*(tmp_path / 'out').iterdir()]
+
+
+def test_wrong_masks_and_label_maps_are_seen():
+    equal = check.Difference((1, 9, 9), detections=3, unmatched=0, box=0.0, score=0.0, mask_iou=1.0)
+    check._check_tolerance([equal], check.FULL, check.Path('f'))
+    for change in (dict(mask_iou=0.99), dict(unmatched=3), dict(pixels=0.9), dict(logits=0.1)):
+        with pytest.raises(UsageError, match='does not compute'):
+            check._check_tolerance([equal, check.Difference(**{**vars(equal), **change})], check.FULL, check.Path('f'))
+
+
+def test_operator_without_a_form_in_onnx_is_named(tmp_path):
+    torch.library.define('convnext_dense_tests::strange', '(Tensor x) -> Tensor')
+    torch.library.impl('convnext_dense_tests::strange', 'CompositeExplicitAutograd', torch.clone)
+    torch.library.register_fake('convnext_dense_tests::strange', torch.empty_like)
+
+    class StrangeNeck(nn.Module):
+        def forward(self, images):
+            return torch.ops.convnext_dense_tests.strange(images)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.neck = StrangeNeck()
+
+        def forward(self, images):
+            return self.neck(images) + 1
+
+    program = torch.export.export(Model(), (torch.zeros(1, 3, 8, 8),))
+    message = r'the operator convnext_dense_tests.strange.default of neck \(StrangeNeck\) has no ONNX form'
+    with pytest.raises(UsageError, match=message):
+        write_onnx(Traced(Model(), program, ('logits',), None), tmp_path / 'f.onnx')
+
+
+@pytest.mark.parametrize(
+    'suffix, package, extra', [('.onnx', 'onnxscript', 'export'), ('.xml', 'openvino', 'openvino')]
+)
+def test_missing_package_is_named(suffix, package, extra, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UsageError, match=rf"{package} is not installed .*: pip install 'convnext_dense\[{extra}\]'"):
+        WRITERS[suffix](None, tmp_path / f'd{suffix}')
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        (['d.engine'], 'd.engine: give a file that ends in .onnx, .xml, .pt2'),
+        (['there.onnx'], 'there.onnx exists: remove it, or give another name'),
+        (['d.xml'], 'd.bin exists: remove it, or give another name'),
+        (['nowhere/d.onnx'], 'there is no folder nowhere: make it, or give another path'),
+        (['d.onnx', '--size', '8', '8'], '--size 8 8: give two sizes from 32 to 8192'),
+    ],
+)
+def test_bad_arguments(run_tool, checkpoints, tmp_path, args, message):
+    for name in ('there.onnx', 'd.bin'):
+        (tmp_path / name).write_text('mine')
+    one_line_error(run_tool('export.py', checkpoints['mask_rcnn'], *args), message)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ['d.bin', 'there.onnx']
+    assert (tmp_path / 'there.onnx').read_text() == 'mine'
