@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +78,16 @@ def data(tmp_path_factory):
 def short():
     """Options that make a demo recipe a matter of seconds."""
     return ['train_dataloader.batch_size=4', *WITHOUT_WORKERS]
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """The arguments of a tool, as it parses them itself."""
+
+    def parse(tool: str, *args):
+        monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+        monkeypatch.setattr(sys, 'argv', [tool, *map(str, args)])
+        monkeypatch.setenv('LOCAL_RANK', '0')
+        return runpy.run_path(str(ROOT / 'tools' / tool))['parse_args']()
+
+    return parse

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """The paper's results next to those of your own work dirs.
 
+Below ConvNeXt's thirteen stand the paper's baselines and later publications, with sources in docs/recipes.md.
 `last` and `best` are evaluations during training, `tested` is by tools/test.py; `difference` is ours minus the paper's.
 Recipes without a run stay empty.
 """

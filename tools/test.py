@@ -10,6 +10,7 @@ from convnext_dense.cli.arguments import make_run_parser
 from convnext_dense.cli.exit import exit_on_error
 from convnext_dense.cli.prepare import TEST_STEPS, build_runner, format_metrics, prepare
 from convnext_dense.datasets.custom import add_data_arguments
+from convnext_dense.engine.summary_hook import describe_small_evaluation
 
 
 def parse_args():
@@ -47,7 +48,8 @@ def main():
             run.config.dump(os.path.join(runner.log_dir, 'config.py'))
         metrics = runner.test()
         if is_main_process():
-            print(format_metrics(metrics))
+            few = describe_small_evaluation(runner.test_dataloader.dataset)
+            print(format_metrics(metrics) + (f'  (from only {few})' if few else ''))
 
 
 if __name__ == '__main__':

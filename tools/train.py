@@ -3,7 +3,7 @@
 
 import environment  # noqa: F401
 
-from convnext_dense.cli.arguments import make_run_parser
+from convnext_dense.cli.arguments import integer, make_run_parser
 from convnext_dense.cli.exit import exit_on_error
 from convnext_dense.cli.prepare import TRAIN_STEPS, build_runner, prepare
 from convnext_dense.config.trackers import TRACKERS
@@ -36,6 +36,13 @@ def parse_args():
         help='train for this many epochs; warmup, decay steps and evaluation interval are scaled proportionally',
     )
     length.add_argument('--iters', type=int, help='the same in iterations, for iteration-based recipes')
+    parser.add_argument(
+        '--batch-size', type=integer(1), metavar='N', help='images per GPU and iteration; accumulation follows from it'
+    )
+    parser.add_argument(
+        '--accumulate', type=integer(1), metavar='K', help='iterations per optimizer step, with the images per GPU'
+    )
+    parser.add_argument('--seed', type=integer(0, 2**32 - 1), metavar='N', help='seed of the run (default: random)')
     parser.add_argument('--max-keep-ckpts', type=int, metavar='N', help='keep the last N checkpoints and the best one')
     parser.add_argument(
         '--max-unreadable',
@@ -53,6 +60,11 @@ def parse_args():
         '--no-auto-batch',
         action='store_true',
         help='do not adapt images per GPU, gradient accumulation and iterations to the total batch size of the recipe',
+    )
+    parser.add_argument(
+        '--no-auto-schedule',
+        action='store_true',
+        help='with --data: do not fit total batch, length, warmup and evaluation interval to the number of images',
     )
     add_data_arguments(parser)
     return parser.parse_args()

@@ -4,8 +4,9 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from ..config.image_size import add_image_size_argument
 from ..config.launch import is_rank0
 from ..config.options import KeyValueAction
 from .exit import DEBUG_VARIABLE, printable
@@ -64,6 +65,19 @@ class ArgumentParser(argparse.ArgumentParser):
                     yield from parser._actions
 
 
+def integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """Return a type for arguments that are integers in a range, both ends included."""
+
+    def parse(text: str) -> int:
+        value = int(text) if re.fullmatch('-?[0-9]+', text) else None
+        if value is None or value < minimum or (maximum is not None and value > maximum):
+            limits = f'an integer from {minimum}' + ('' if maximum is None else f' to {maximum}')
+            raise argparse.ArgumentTypeError(f'{text!r}: give {limits}')
+        return value
+
+    return parse
+
+
 def make_config_parser(description: str, **config) -> ArgumentParser:
     """Return a parser with the arguments of every tool that reads a config.
 
@@ -89,6 +103,7 @@ def make_run_parser(description: str) -> ArgumentParser:
     parser = make_config_parser(description)
     parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/RECIPE)')
     parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none')
+    add_image_size_argument(parser)
     parser.add_argument('--compile', action='store_true', help="torch.compile the backbone's blocks, for long runs")
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return parser

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..checkpoints.exported_files import is_exported
+from ..config.image_size import add_image_size_argument, set_image_size
 from ..datasets.tiles import add_tile_arguments
 from ..errors import RunInterrupted, UnreadableImageError, UsageError
 from ..inference import video
@@ -67,6 +68,7 @@ def make_predict_parser(description: str) -> ArgumentParser:
         action='store_true',
         help="several scales with and without flip: the paper's test (segmentation), merged boxes (detection)",
     )
+    add_image_size_argument(parser)
     add_tile_arguments(parser, 'predict')
     parser.add_argument('--show', action='store_true', help='show each picture in a window; Esc ends that')
     parser.add_argument('--no-pictures', action='store_true', help='write no pictures')
@@ -102,6 +104,7 @@ def predict(args: argparse.Namespace) -> int:
     source = find_model(args.checkpoint, args.config)
     device = source_device(source, args.device)
     _check_options(source, options, args)
+    set_image_size(source.config, args.image_size)
     folder = open_folder(args.out, _settings(source, options, args), args.resume)
     for notice in (*inputs.notices, *source.notices):
         print(printable(notice), file=sys.stderr)
@@ -144,6 +147,8 @@ def _check_options(source: ModelSource, options: PredictOptions, args: argparse.
         check_scales(steps)
     if source.exported:
         check_exported_options(source.exported, options, args.amp_dtype)
+        if args.image_size:
+            raise UsageError('--image-size is not for an exported model: export the checkpoint with another size')
         session_class(source.file).import_package(source.file)
 
 
@@ -157,6 +162,7 @@ def _settings(source: ModelSource, options: PredictOptions, args: argparse.Names
         'config': args.config and os.path.abspath(args.config),
         'format': args.format,
         'amp_dtype': args.amp_dtype,
+        **({'image_size': args.image_size} if args.image_size else {}),
         **values,
     }
 

@@ -14,15 +14,17 @@ from mmengine.runner import Runner
 
 from ..checkpoints.exported_files import ExportedFile, is_exported, read_exported
 from ..checkpoints.hub import download
-from ..config.batch_size import scale_batch
-from ..config.evaluation import SCALE_FACTORS, set_multiscale, set_prediction_output, set_report, set_visualization
+from ..config.batch_size import scale_batch, set_accumulation
+from ..config.evaluation import multiscale_factors, set_multiscale, set_prediction_output, set_report, set_visualization
+from ..config.image_size import set_image_size
 from ..config.inputs import adapt_input_channels
 from ..config.launch import check_launcher, world_size_from_env
 from ..config.load import load_config
 from ..config.options import overridden_options
 from ..config.preflight import check_data, check_pretrained
-from ..config.resume import check_resume, set_resume
+from ..config.resume import check_resume, checkpoint_config, set_resume
 from ..config.schedule import scale_schedule
+from ..config.schedule_fit import count_training_images, fit_schedule
 from ..config.trackers import add_trackers
 from ..config.training import set_checkpoint_retention, set_max_unreadable, set_precision
 from ..config.work_dir import default_work_dir, hold_work_dir
@@ -118,8 +120,9 @@ def _load(run: PreparedRun, args: argparse.Namespace, required: tuple[str, ...],
     if args.launcher == 'mpi':
         os.environ.setdefault('LOCAL_RANK', os.environ.get('OMPI_COMM_WORLD_LOCAL_RANK', '0'))
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    run.config = config = load_config(args.config, args.cfg_options, required)
-    run.options = {key.removeprefix('+'): value for key, value in args.cfg_options.items()}
+    options = args.cfg_options | _options_of_flags(args)
+    run.config = config = load_config(args.config, options, required)
+    run.options = {key.removeprefix('+'): value for key, value in options.items()}
     check_launcher(config, args.launcher)
     config.launcher = args.launcher
     work_dir = args.work_dir or config.get('work_dir') or default_work_dir(args.config)
@@ -129,6 +132,28 @@ def _load(run: PreparedRun, args: argparse.Namespace, required: tuple[str, ...],
         raise UsageError(
             f'{config.work_dir} contains the config itself, which its copy would overwrite: choose another --work-dir'
         )
+
+
+# Arguments that are settings of a config: they have the same effect as `--cfg-options KEY=VALUE`.
+FLAG_KEYS = {'batch_size': 'train_dataloader.batch_size', 'seed': 'randomness.seed'}
+
+
+def _options_of_flags(args: argparse.Namespace) -> dict[str, int]:
+    options = {}
+    if getattr(args, 'accumulate', None) and args.no_auto_batch:
+        raise UsageError('--accumulate and --no-auto-batch: give one of them')
+    for flag, key in FLAG_KEYS.items():
+        value = getattr(args, flag, None)
+        if value is None:
+            continue
+        if {key, f'+{key}'} & set(args.cfg_options):
+            raise UsageError(f'--{flag.replace("_", "-")} and --cfg-options {key}: give one of them')
+        options[key] = value
+    return options
+
+
+def _set_accumulation(run: PreparedRun, args: argparse.Namespace) -> Lines:
+    return set_accumulation(run.config, world_size_from_env(args.launcher), args.accumulate)
 
 
 def _check_data_files(run: PreparedRun, splits: tuple[str, ...]) -> None:
@@ -153,6 +178,7 @@ def _check_exported(run: PreparedRun, args: argparse.Namespace) -> None:
         return
     read_exported(run.checkpoint)
     options = [option for option in ('multiscale', 'compile') if getattr(args, option)]
+    options += ['image-size'] if args.image_size else []
     options += ['launcher'] if args.launcher != 'none' else []
     options += [f'cfg-options {key}' for key in run.options if key.split('.')[0] in ('model', 'data_preprocessor')]
     if options:
@@ -181,13 +207,26 @@ def _other_names(exported: ExportedFile, config: Config) -> str | None:
 
 
 def _use_test_data(run: PreparedRun, args: argparse.Namespace) -> Lines:
-    smallest_scale = min(SCALE_FACTORS) if args.multiscale else 1
+    smallest_scale = min(multiscale_factors(run.config)) if args.multiscale else 1
     return apply_custom_data(run.config, run.request, ('test',), run.options, run.checkpoint, smallest_scale)
 
 
 def _visualize(run: PreparedRun, args: argparse.Namespace) -> None:
     folder = args.show_dir and os.path.abspath(args.show_dir)
     set_visualization(run.config, folder, args.show, args.wait_time, run.options)
+
+
+def _fit_schedule(run: PreparedRun, args: argparse.Namespace) -> Lines:
+    if not run.request or args.no_auto_schedule:
+        return None
+    record = (checkpoint_config(run.checkpoint) or {}).get('schedule_fit') if run.checkpoint else None
+    num_images = count_training_images(run.config)
+    if not num_images or (run.checkpoint and not record):  # a run whose schedule was not fitted continues as it is
+        return None
+    has_length = args.epochs is not None or args.iters is not None
+    has_batch = args.no_auto_batch or bool(args.accumulate)
+    world_size = world_size_from_env(args.launcher)
+    return fit_schedule(run.config, num_images, world_size, run.options, has_length, has_batch, record)
 
 
 def _scale_batch(run: PreparedRun, args: argparse.Namespace) -> Lines:
@@ -208,14 +247,17 @@ def _warnings(*lines: str | None) -> list[Notice]:
 
 
 # Why a step comes after others:
-# - data: grayscale input and EXIF orientation are both in `color_type`; the prepared annotations are written into the
-#   locked work dir; their classes must be those of the checkpoint.
+# - data: which images are too small follows from the image size; grayscale input and EXIF orientation are both in
+#   `color_type`; the prepared annotations are written into the locked work dir; their classes must be those of the
+#   checkpoint.
 # - schedule: parts of the model that the data remove have nothing to scale.
+# - fit: the images of a custom data set and the length that was asked for decide what is left to fit.
 # - batch: accumulation multiplies the length that was asked for, and all that counts iterations with it.
 # - compare: with the checkpoint, of what the run will really be.
 # - overridden: what does not hold in the end.
 TRAIN_STEPS = (
     Step('config', partial(_load, required=('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'))),
+    Step('image_size', lambda run, args: set_image_size(run.config, args.image_size), after=('config',)),
     Step('inputs', lambda run, args: adapt_input_channels(run.config), after=('config',)),
     Step('precision', lambda run, args: set_precision(run.config, args.amp_dtype), after=('config',)),
     Step('loggers', lambda run, args: add_trackers(run.config, args.loggers, args.resume is not None), ('config',)),
@@ -226,15 +268,21 @@ TRAIN_STEPS = (
     Step(
         'data',
         lambda run, args: apply_custom_data(run.config, run.request, ('train', 'val'), run.options, run.checkpoint),
-        after=('inputs', 'resume', 'lock'),
+        after=('image_size', 'inputs', 'resume', 'lock'),
     ),
     Step('classes', lambda run, args: check_classes(run.config), after=('data',)),
     Step('schedule', lambda run, args: scale_schedule(run.config, args.epochs, args.iters, run.options), ('data',)),
-    Step('batch', _scale_batch, after=('schedule',)),
-    Step('compare', _compare_with_checkpoint, after=('precision', 'resume', 'data', 'schedule', 'batch')),
+    Step('accumulation', _set_accumulation, after=('config',)),
+    Step('fit', _fit_schedule, after=('data', 'schedule', 'accumulation')),
+    Step('batch', _scale_batch, after=('schedule', 'accumulation', 'fit')),
+    Step('compare', _compare_with_checkpoint, after=('precision', 'resume', 'data', 'schedule', 'fit', 'batch')),
     Step('retention', lambda run, args: set_checkpoint_retention(run.config, args.max_keep_ckpts), after=('config',)),
     Step('unreadable', lambda run, args: set_max_unreadable(run.config, args.max_unreadable), after=('config',)),
-    Step('overridden', _report_overridden, after=('precision', 'data', 'schedule', 'batch', 'retention', 'unreadable')),
+    Step(
+        'overridden',
+        _report_overridden,
+        after=('image_size', 'precision', 'data', 'fit', 'batch', 'retention', 'unreadable'),
+    ),
 )
 # - predictions: the data decide which evaluators there are.
 # - report: replaces the metric that predictions are set at.
@@ -246,14 +294,15 @@ TEST_STEPS = (
         partial(_load, required=('model', 'test_dataloader', 'test_cfg', 'test_evaluator'), subfolder='test'),
     ),
     Step('checkpoint', _find_checkpoint_to_test),
+    Step('image_size', lambda run, args: set_image_size(run.config, args.image_size), after=('config',)),
     Step('exported', _check_exported, after=('config', 'checkpoint')),
     Step('inputs', lambda run, args: adapt_input_channels(run.config), after=('config',)),
     Step('data_files', lambda run, args: _check_data_files(run, ('test',)), after=('config',)),
-    Step('data', _use_test_data, after=('inputs', 'checkpoint')),
+    Step('data', _use_test_data, after=('image_size', 'inputs', 'checkpoint')),
     Step('visualization', _visualize, after=('config',)),
     Step('predictions', lambda run, args: set_prediction_output(run.config, args.out), after=('data',)),
     Step('report', lambda run, args: set_report(run.config, args.report), after=('data', 'predictions')),
-    Step('overridden', _report_overridden, after=('data', 'visualization', 'predictions', 'report')),
+    Step('overridden', _report_overridden, after=('image_size', 'data', 'visualization', 'predictions', 'report')),
     Step(
         'multiscale',
         lambda run, args: set_multiscale(run.config, run.options) if args.multiscale else None,

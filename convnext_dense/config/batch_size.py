@@ -35,6 +35,33 @@ def choose_batch(world_size: int, max_per_gpu: int, target: int, min_per_gpu: in
     return min(choices, key=lambda choice: (abs(world_size * choice[0] * choice[1] - target), choice[1], -choice[0]))
 
 
+def set_accumulation(config: Config, world_size: int, steps: int | None) -> Notice | None:
+    """Set the total batch that so many gradient accumulation steps give; `scale_batch` then accumulates them.
+
+    Args:
+        config: changed in place.
+        world_size: number of processes, one per GPU.
+        steps: iterations per optimizer step; None for what follows from the total batch.
+
+    Returns:
+        A warning where the total batch is not the recipe's.
+
+    Raises:
+        UsageError: the config accumulates itself.
+    """
+    if steps is None:
+        return None
+    if 'accumulative_counts' in config.optim_wrapper:
+        raise UsageError('--accumulate: the config sets optim_wrapper.accumulative_counts itself: change it there')
+    check_value_types(config)
+    old, total = config.get('total_batch'), world_size * config.train_dataloader.batch_size * steps
+    config.total_batch = total
+    if old and old != total:
+        return Notice(
+            f"total batch {total} instead of the recipe's {old}: results may differ from the paper", logging.WARNING
+        )
+
+
 def scale_batch(
     config: Config, world_size: int, keep_config: bool = False, options: Mapping[str, object] | None = None
 ) -> Notice | None:

@@ -18,10 +18,15 @@ from .tree import as_list
 SCALE_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the paper's multi-scale test
 
 
+def multiscale_factors(config: Config) -> tuple[float, ...]:
+    """Return the scales of a config's multi-scale test: its `multiscale_factors`, otherwise the paper's."""
+    return tuple(config.get('multiscale_factors') or SCALE_FACTORS)
+
+
 def set_multiscale(config: Config, options: Mapping[str, object] | None = None) -> None:
     """Turn the test of a segmentation config into the paper's multi-scale test (table 4).
 
-    Each image is tested as a whole at `SCALE_FACTORS` of the config's own test scale, with and without flip.
+    Each image is tested as a whole at `multiscale_factors` of the config's own test scale, with and without flip.
 
     Args:
         config: changed in place.
@@ -44,7 +49,10 @@ def set_multiscale(config: Config, options: Mapping[str, object] | None = None) 
     if i is None:
         raise UsageError("--multiscale needs dict(type='Resize', scale=(long, short)) in test_dataloader's pipeline")
     resize = pipeline[i]
-    scales = [{**resize, 'scale': tuple(int(side * factor) for side in resize['scale'])} for factor in SCALE_FACTORS]
+    scales = [
+        {**resize, 'scale': tuple(int(side * factor) for side in resize['scale'])}
+        for factor in multiscale_factors(config)
+    ]
     flips = [dict(type='RandomFlip', prob=prob, direction='horizontal') for prob in (0.0, 1.0)]
     transforms = [scales, flips, *([step] for step in pipeline[i + 1 :])]
     config.test_dataloader.dataset.pipeline = [*pipeline[:i], dict(type='TestTimeAug', transforms=transforms)]

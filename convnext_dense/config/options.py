@@ -24,7 +24,7 @@ from .tree import get_dotted, is_equal
 # What mmengine's runner and this package's tools read from a config besides the runner's own arguments.
 TOP_LEVEL_KEYS = {'custom_imports', 'runner_type', 'find_unused_parameters', 'model_wrapper_cfg', 'compile', 'sync_bn'}
 TOP_LEVEL_KEYS |= {'activation_checkpointing', 'env_cfg', 'randomness', 'experiment_name'}
-TOP_LEVEL_KEYS |= {'total_batch', 'max_unreadable', 'health_check'}
+TOP_LEVEL_KEYS |= {'total_batch', 'max_unreadable', 'health_check', 'schedule_fit'}
 RENAMED_KEYS = {'max_bad_images': 'max_unreadable'}  # of the top level: old name -> name
 # Parts of a config that name no type, and the classes and functions whose arguments they are.
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')

@@ -119,7 +119,7 @@ def check_resume(
             f'{checkpoint} is the state of another ConvNeXt implementation, with the parameter names of {source}: '
             f'start a new run from its weights with {from_weights}'
         )
-    old = parse_config_literal(content['meta']['cfg']) if content['meta'].get('cfg') else None
+    old = checkpoint_config(checkpoint)
     if length_changed and old is not None and not override:
         old_length, length = training_length(old), training_length(config)
         if old_length != length:
@@ -134,6 +134,16 @@ def check_resume(
     if old is None:
         return f'{checkpoint} does not contain its config: settings were not compared'
     return compare_settings(old, config, checkpoint, override)
+
+
+def checkpoint_config(checkpoint: str) -> Config | None:
+    """Return the config in a checkpoint, None where it has none.
+
+    Args:
+        checkpoint: its file.
+    """
+    text = (load_checkpoint(checkpoint).get('meta') or {}).get('cfg')
+    return parse_config_literal(text) if text else None
 
 
 def compare_settings(old: Config, new: Config, checkpoint: str, override: bool) -> str | None:

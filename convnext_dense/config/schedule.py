@@ -123,7 +123,7 @@ def _scale_param_scheduler(scheduler: dict, ratio: float, epochs: int | None) ->
     what it means.
     """
     by_epoch = scheduler.get('by_epoch', True)
-    extra = 1 if not by_epoch or _is_factor(scheduler) else 0
+    extra = end_offset(scheduler)
     minimum = 0 if by_epoch and epochs == 1 else 1  # in a single epoch only the longest scheduler has a part
     old_duration = _duration(scheduler, extra)
     if scheduler.get('begin'):
@@ -168,6 +168,11 @@ def _has_effect(scheduler: dict, length: int) -> bool:
         return end is None
     has_steps = end - begin > 1 or not _is_factor(scheduler) or not scheduler.get('by_epoch', True)
     return has_steps or (begin > 0 and end >= length)  # otherwise its factor would stay
+
+
+def end_offset(scheduler: dict) -> int:
+    """Return by how much the `end` of a scheduler in mmengine is more than what it means."""
+    return 1 if not scheduler.get('by_epoch', True) or _is_factor(scheduler) else 0
 
 
 def _is_factor(scheduler: dict) -> bool:

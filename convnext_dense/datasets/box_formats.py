@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from ..errors import UsageError
 from .diagnostics import Report
 from .find_yolo import find_yolo
 from .layouts import find_annotations
 from .read_yolo import read_yolo
 from .split_annotations import SplitAnnotations
+from .voc import find_voc, read_voc
 
 
 class BoxFormat(NamedTuple):
@@ -27,6 +29,7 @@ class BoxFormat(NamedTuple):
 # In the order in which they are looked for, after COCO json.
 BOX_FORMATS = {
     'YOLO': BoxFormat(find_yolo, read_yolo),
+    'Pascal VOC': BoxFormat(find_voc, read_voc),
 }
 
 
@@ -37,27 +40,44 @@ class BoxSources(NamedTuple):
         format (str): 'COCO json', or a key of `BOX_FORMATS`.
         layout (str): which of its layouts.
         by_split (dict[str, object]): COCO json, or what `BoxFormat.find` returns, by split.
+        others (tuple[str, ...]): formats of other boxes in the same folder, which are not used.
     """
 
     format: str
     layout: str
     by_split: dict[str, object]
+    others: tuple[str, ...] = ()
 
 
-def find_boxes(path: Path) -> BoxSources | None:
-    """Find the boxes of a data set in any format.
+# Values of --format, by what reports call them.
+FORMAT_KEYS = {'COCO json': 'coco', 'YOLO': 'yolo', 'Pascal VOC': 'voc'}
+
+
+def find_boxes(path: Path, key: str | None = None) -> BoxSources | None:
+    """Find the boxes of a data set in any format; if there are several, those of the first.
 
     Args:
         path: folder of the data set, or the data.yaml of one.
+        key: a value of `FORMAT_KEYS`; None for any.
 
     Raises:
         UsageError: several files could be a split's, or they contradict the disk.
     """
-    found = find_annotations(path) if path.is_dir() else None
-    if found:
-        return BoxSources('COCO json', *found)
-    for name, box_format in BOX_FORMATS.items():
-        found = box_format.find(path)
-        if found:
-            return BoxSources(name, *found)
-    return None
+    finders = {'COCO json': lambda path: find_annotations(path) if path.is_dir() else None}
+    finders |= {name: box_format.find for name, box_format in BOX_FORMATS.items()}
+    found, error = {}, None
+    for name, find in finders.items():
+        if key in (None, FORMAT_KEYS[name]):
+            try:
+                sources = find(path)
+            except UsageError as reason:
+                error = error or (None if found else reason)
+            else:
+                found |= {name: sources} if sources else {}
+    if error:
+        others = [FORMAT_KEYS[name] for name in found]
+        raise UsageError(f'{error}, or use the other labels in {path} by --format {others[0]}') if others else error
+    if not found:
+        return None
+    first, *others = found
+    return BoxSources(first, *found[first], tuple(others))

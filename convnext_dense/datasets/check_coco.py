@@ -295,9 +295,11 @@ def _validate_annotation(
     if box is None:
         return None
     area = _validate_area(annotation.get('area'), mask, box, (height, width), iscrowd, add)
+    is_difficult = iscrowd and annotation.get('difficult') == 1
     if iscrowd:
-        add('crowd-with-polygons' if isinstance(mask, list) else 'crowd')
-    return dict(bbox=box, area=area, iscrowd=iscrowd) | (dict(segmentation=mask) if use_masks else {})
+        add('difficult' if is_difficult else 'crowd-with-polygons' if isinstance(mask, list) else 'crowd')
+    fields = dict(bbox=box, area=area, iscrowd=iscrowd) | (dict(difficult=1) if is_difficult else {})
+    return fields | (dict(segmentation=mask) if use_masks else {})
 
 
 def _validate_box(

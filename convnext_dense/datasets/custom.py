@@ -12,7 +12,7 @@ from mmengine.config import Config
 from ..checkpoints.exported_files import is_exported, read_exported
 from ..checkpoints.io import find_state_dicts, load_checkpoint
 from ..errors import UsageError
-from .box_formats import BoxSources, find_boxes
+from .box_formats import FORMAT_KEYS, BoxSources, find_boxes
 from .cache import hold_busy_file, is_local_rank0, load_cached, save_cache, wait_for_cache
 from .configure import apply_dataset, check_cfg_options
 from .foreign_layouts import describe_unsupported
@@ -47,6 +47,8 @@ def add_data_arguments(parser: argparse.ArgumentParser, strict: bool = True) -> 
     add('--classes', metavar='FILE', help=text)
     text = 'segmentation: label values to ignore in addition to 255; with 0, class ids start at 1'
     add('--ignore', type=int, nargs='+', metavar='LABEL', help=text)
+    text = 'detection: which labels to use of a folder with several (default: the first of these)'
+    add('--format', choices=FORMAT_KEYS.values(), help=text)
     if strict:
         add('--strict', action='store_true', help='stop if anything in the data set has to be dropped')
 
@@ -66,14 +68,16 @@ def parse_request(args: argparse.Namespace) -> DatasetRequest | None:
         if not os.path.isdir(folder):
             raise UsageError(f"--{split}-images '{folder}' is not a folder")
     if not args.data and not ann_files:
-        options = dict(classes=args.classes, ignore=args.ignore, val_fraction=args.val_fraction, strict=strict or None)
+        options = dict(classes=args.classes, ignore=args.ignore, val_fraction=args.val_fraction, format=args.format)
+        options |= dict(strict=strict or None)
         for option, value in options.items():
             if value is not None:
                 raise UsageError(f'--{option.replace("_", "-")} needs --data PATH')
         return None
     if args.data and not os.path.exists(args.data):  # before weights are downloaded
         raise UsageError(f'{args.data} does not exist')
-    return DatasetRequest(args.data, ann_files, image_dirs, args.classes, args.ignore, args.val_fraction, strict)
+    settings = (args.classes, args.ignore, args.val_fraction, strict, args.format)
+    return DatasetRequest(args.data, ann_files, image_dirs, *settings)
 
 
 def detect_tasks(request: DatasetRequest) -> list[str]:
@@ -85,6 +89,8 @@ def detect_tasks(request: DatasetRequest) -> list[str]:
     if request.ann_files:
         return ['detection']
     tasks = list(_find_by_task(request))
+    if request.format and 'detection' not in tasks:
+        raise UsageError(f'{request.path} holds no labels of this format: leave out --format {request.format}')
     if not tasks:
         raise UsageError(f'{request.path} {describe_unsupported(Path(request.path))}')
     return tasks
@@ -94,7 +100,7 @@ def _find_by_task(request: DatasetRequest) -> dict[str, tuple]:
     """Return what a folder holds for each task, or a data.yaml for detection."""
     path = Path(request.path)
     sources = dict(
-        detection=find_boxes(path) if path.exists() else None,
+        detection=find_boxes(path, request.format) if path.exists() else None,
         segmentation=find_folders(path) if path.is_dir() else None,
     )
     return {task: found for task, found in sources.items() if found}

@@ -79,6 +79,8 @@ NOTES = {
         'unmatched-image': 'no segmentation mask has its name',
         'duplicate-stem': 'a segmentation mask belongs to one image; the later one is dropped',
         'unmatched-mask': 'no image has its name',
+        'missing-label': 'no XML file has its name; for an image without objects there is one without objects',
+        'label-without-name': 'an object needs the name of its class',
         'missing-split': 'the file of the data set names a place that does not exist',
         'class-index-out-of-range': 'no class has this index; they count from 0',
         'coordinates-beyond-one': 'YOLO has fractions of the sides of the image; divide pixels by them',
@@ -127,6 +129,9 @@ NOTES = {
         'keypoints-ignored': 'only the boxes before them are used',
         'boxes-and-polygons': 'lines of five numbers are boxes, longer ones polygons',
         'mask-ignored': 'neither a list of polygons nor an RLE; only boxes are used',
+        'difficult': 'kept: not trained on, ignored in the evaluation, as in mmdet',
+        'pixels-from-one': 'as in Pascal VOC; boxes begin a pixel further left and up, so that 1 to 640 are all of 640',
+        'other-format': 'the folder holds these labels as well, which are not used',
         'crowd': 'kept: not trained on, ignored in the evaluation (CVAT exports brush masks as crowds)',
         'crowd-with-polygons': 'kept: not trained on, ignored in the evaluation',
         'single-class-in-train': 'kept: the model can only learn to predict this class everywhere',
@@ -134,7 +139,7 @@ NOTES = {
 }
 RULES = {code: Rule(action, note) for action, notes in NOTES.items() for code, note in notes.items()}
 # Annotations and images that are kept, but not trained on.
-UNTRAINABLE_CODES = ('crowd', 'crowd-with-polygons', 'box-below-one-pixel', 'image-below-32-pixels')
+UNTRAINABLE_CODES = ('difficult', 'crowd', 'crowd-with-polygons', 'box-below-one-pixel', 'image-below-32-pixels')
 
 
 @dataclass

@@ -64,7 +64,6 @@ def describe_unsupported(root: Path) -> str:
     for find, description in (
         (lambda: next(filter(_is_lfs_pointer, files), None), f'holds {LFS_HINT}'),
         (lambda: _find_split_masks(root, files), f'holds masks in {{}}, as in SegNet\'s CamVid: {MASK_LAYOUT_HINT}'),
-        (has_text('.xml', '<annotation'), f'looks like Pascal VOC boxes in XML: {CONVERT_HINT}'),
         (has_text('.json', '"shapes"'), 'looks like LabelMe, one file per image: run its labelme2coco.py'),
         (has_text('.json', '"result":'), "looks like Label Studio's own JSON: export it as COCO instead"),
         (has_text('.json', '"regions"'), f"looks like the VGG annotator's JSON: {CONVERT_HINT}"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from . import check_coco as checks
-from .box_formats import BOX_FORMATS
+from .box_formats import BOX_FORMATS, FORMAT_KEYS
 from .check_images import ImageInfo, decide_exif_handling, inspect_all, inspect_image
 from .diagnostics import Report
 from .image_resolver import ImageResolver
@@ -20,12 +20,15 @@ def read_detection(
     format: str,
     layout: str,
     sources: dict,
+    others: Sequence[str],
     splits: Sequence,
     classes: Sequence | None,
     limits: Mapping,
 ) -> CheckedDataset:
     """Read and check a detection data set; its sources as of `BoxSources`, the rest as of `custom.read_data`."""
     root, report = request.root, Report()
+    for other in others:
+        report.add('all', 'other-format', f'{other}: --format {FORMAT_KEYS[other]}')
     if request.classes or request.ignore_labels is not None:
         raise UsageError('--classes and --ignore are for segmentation masks; data sets of boxes name their classes')
     if 'val' in request.ann_files or 'test' not in splits:  # a given file takes precedence over one that is found
@@ -39,6 +42,8 @@ def read_detection(
     train, add = cocos[main_split], partial(report.add, main_split)
     classes = [*(classes or checks.class_names(train, add))]
     if not classes:
+        if format in BOX_FORMATS:
+            report.add_if_empty('train' if main_split == 'all' else main_split, 0, root)
         report.raise_if_errors()
         raise UsageError(f'{sources[main_split]} has no categories, so there is nothing to learn')
     split_note = ''

@@ -26,6 +26,7 @@ class DatasetRequest:
         ignore_labels (Sequence[int] | None): segmentation: label values to ignore in addition to 255.
         val_fraction (float | None): fraction of the images used for validation when the data set has no split.
         strict (bool): whether to raise if anything has to be dropped.
+        format (str | None): detection: a value of `box_formats.FORMAT_KEYS`; None for the first that is found.
     """
 
     path: str | None = None
@@ -35,6 +36,7 @@ class DatasetRequest:
     ignore_labels: Sequence[int] | None = None
     val_fraction: float | None = None
     strict: bool = False
+    format: str | None = None
 
     @property
     def root(self) -> Path:
@@ -94,8 +96,8 @@ class CheckedDataset:
 def split_by_hash(names: Sequence[str], request: DatasetRequest, root: Path | None = None) -> tuple[set[str], str]:
     """Choose a random validation split.
 
-    An image is used for validation if the hash of its name falls below the fraction, so that no image changes its
-    split when others are added.
+    Those images are used for validation whose names have the lowest hashes. When others are added, only a few near the
+    limit change their split.
 
     Args:
         names: of the images.
@@ -103,7 +105,7 @@ def split_by_hash(names: Sequence[str], request: DatasetRequest, root: Path | No
         root: if given, names are hashed relative to it.
 
     Returns:
-        The names of the validation split (at least one), and a note for the report.
+        The names of the validation split (at least one, and not all of several), and a note for the report.
 
     Raises:
         UsageError: the fraction is not between 0 and 1.
@@ -117,7 +119,8 @@ def split_by_hash(names: Sequence[str], request: DatasetRequest, root: Path | No
         digest = hashlib.sha256(encode_name(text)).digest()
         return int.from_bytes(digest[:6], 'big') / 2**48
 
-    val_names = {name for name in names if hash_of(name) < fraction} or set(sorted(names, key=hash_of)[:1])
+    count = min(max(round(fraction * len(names)), 1), max(len(names) - 1, 1))
+    val_names = set(sorted(names, key=lambda name: (hash_of(name), name))[:count])
     count = f'{len(val_names):,} of {len(names):,}'
     return val_names, f'; random validation split: {count} images, chosen by the hash of the file name'
 

@@ -1,7 +1,7 @@
 """Training data sets that replace unreadable images and name the file that failed."""
 
 import numpy as np
-from mmengine.dataset import BaseDataset
+from mmengine.dataset import BaseDataset, RepeatDataset
 from mmengine.fileio import get as read_bytes
 from mmengine.registry import DATASETS
 
@@ -34,7 +34,10 @@ class SeededDataset:
         if name == 'dataset':
             super().__setattr__(name, value)
         else:
-            setattr(self.dataset, name, PathReportingPipeline(value) if name == 'pipeline' else value)
+            dataset = self.dataset
+            while isinstance(dataset, RepeatDataset):  # whose attributes nothing reads
+                dataset = dataset.dataset
+            setattr(dataset, name, PathReportingPipeline(value) if name == 'pipeline' else value)
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -35,6 +35,7 @@ from .loops import LOOP_OVERRIDES, ResumableIterLoop
 from .resume import OVERRIDE_KEY, ResumeHook
 from .run_info import RunInfoHook
 from .samplers import make_resumable_dataloader_cfg
+from .summary_hook import SummaryHook
 from .workers import worker_init
 
 HOOK_OVERRIDES = {'CheckpointHook': AtomicCheckpointHook, 'LoggerHook': DiskFullTolerantLoggerHook}
@@ -151,6 +152,11 @@ class ResumableRunner(Runner):
         if isinstance(hook, dict):
             hook = {**hook, 'type': HOOK_OVERRIDES.get(_mmengine_class_name(hook.get('type')), hook.get('type'))}
         super().register_hook(hook, priority)
+
+    def register_default_hooks(self, hooks: dict | None = None) -> None:
+        """Register mmengine's default hooks, and the one that sums up a training and marks metrics of few images."""
+        super().register_default_hooks(hooks)
+        self.register_hook(SummaryHook())
 
 
 def _mmengine_class_name(kind) -> str | None:

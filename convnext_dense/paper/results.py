@@ -1,6 +1,7 @@
 """The dense prediction results of the paper as data ("A ConvNet for the 2020s", tables 3, 4 and 11).
 
-`PAPER_RESULTS` are ConvNeXt's thirteen, `BASELINE_RESULTS` those of the backbones that it is compared with.
+`PAPER_RESULTS` are ConvNeXt's thirteen, `BASELINE_RESULTS` those of the backbones that it is compared with,
+`LATER_RESULTS` what others published of ConvNeXt and ConvNeXt V2 afterwards.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from mmengine.config import Config
 from ..config.tree import get_dotted, is_equal
 from ..type_names import short_name
 
-TOTAL_BATCH = 16  # images per optimizer step, of every recipe (appendix A.3)
+TOTAL_BATCH = 16  # images per optimizer step, of every recipe of the paper (appendix A.3)
 # Metrics of a detection result in the order in which the paper prints them, and of a segmentation result.
 DETECTION_METRICS = ('box AP', 'box AP50', 'box AP75', 'mask AP', 'mask AP50', 'mask AP75')
 SEGMENTATION_METRICS = ('mIoU', 'mIoU multi-scale')
@@ -44,10 +45,11 @@ class PaperResult:
         lr: Base learning rate.
         decay_rate: Rate of the layer-wise or stage-wise learning rate decay.
         values: AP or mIoU in percent, in the order of `DETECTION_METRICS` or `SEGMENTATION_METRICS`.
-        params_m: Parameters of the whole model in millions, as printed in the paper; None where it is not.
-        gflops: Multiply-accumulates of an image of `size` in billions, as printed in the paper.
+        params_m: Parameters of the whole model in millions, as published; None where they were not.
+        gflops: Multiply-accumulates of an image of `size` in billions, as published; None where they were not.
         size: (width, height) at which `gflops` are counted.
         precision: 'float16' (mixed precision) or 'float32'.
+        total_batch: Images per optimizer step.
     """
 
     recipe: str
@@ -58,9 +60,10 @@ class PaperResult:
     decay_rate: float | None
     values: tuple[float | None, ...]
     params_m: int | None
-    gflops: int
+    gflops: int | None
     size: tuple[int, int] = (1280, 800)
     precision: str = 'float16'
+    total_batch: int = TOTAL_BATCH
 
     @property
     def is_detection(self) -> bool:
@@ -112,12 +115,16 @@ class PaperResult:
         # Classes that are named are not COCO's or ADE20K's own: other data, even if of as many classes.
         common |= {f'{split}_dataloader.dataset.metainfo': None for split in ('train', 'test')}
         if self.is_detection:
-            model = {'mask_rcnn': 'MaskRCNN', 'cascade': 'CascadeRCNN'}[self.recipe.split('/')[0]]
+            model = DETECTOR_TYPES[self.recipe.split('/')[0]]
             common |= {'model.type': model, 'train_dataloader.dataset.type': 'CocoDataset'}
-            return common | {'model.roi_head.mask_head.num_classes': 80}
+            head = 'bbox_head' if model == 'RTMDet' else 'roi_head.mask_head'
+            return common | {f'model.{head}.num_classes': 80}
         common |= {'model.decode_head.type': 'UPerHead', 'train_dataloader.dataset.type': 'ADE20KDataset'}
         common |= {self.crop_key: (self.crop_size, self.crop_size)}
         return common | {'model.decode_head.num_classes': 150}
+
+
+DETECTOR_TYPES = {'mask_rcnn': 'MaskRCNN', 'cascade': 'CascadeRCNN', 'rtmdet': 'RTMDet'}
 
 
 @dataclass(frozen=True)
@@ -166,6 +173,44 @@ class BaselineResult(PaperResult):
         if self.is_swin:
             settings['model.backbone.drop_path_rate'] = self.drop_path_rate
         return settings | {'optim_wrapper.paramwise_cfg.decay_rate': self.decay_rate}
+
+
+@dataclass(frozen=True)
+class LaterResult(PaperResult):
+    """A result of ConvNeXt or ConvNeXt V2 that was published after the paper.
+
+    Attributes:
+        weights_name: Name of the pretrained weights; by default the paper's of this size.
+        source: Who published it.
+        epochs: Length of a training on COCO.
+    """
+
+    weights_name: str = ''
+    source: str = ''
+    epochs: int = 36
+
+    @property
+    def weights(self) -> str:
+        """Name of the pretrained weights of the backbone."""
+        return self.weights_name or super().weights
+
+    @property
+    def released(self) -> str | None:
+        """None: whole models are not released, or in mmdet's names of a ConvNeXt alone."""
+        return None
+
+    @property
+    def use_grn(self) -> bool:
+        """Whether it is of ConvNeXt V2."""
+        return 'v2' in self.recipe
+
+    @property
+    def backbone_identity(self) -> dict[str, object]:
+        """The settings of the backbone and its training that only the recipe of this result has."""
+        settings = super().backbone_identity | {'model.backbone.use_grn': True if self.use_grn else None}
+        if self.is_detection:
+            settings |= {'total_batch': self.total_batch, 'train_cfg.max_epochs': self.epochs}
+        return settings
 
 
 SWIN_S = dict(depths=(2, 2, 18, 2), window_size=7)
@@ -238,8 +283,43 @@ BASELINE_RESULTS = (
     BaselineResult('upernet/swin_l_in22k', 'swin_large', '22k', 0.3, 6e-5, None, (None, 53.5), 234, 2468, (2560, 640),
                    'float32'),
 )
+
+VMAMBA, CONVNEXT_V2, MMDET = "VMamba's table", "ConvNeXt V2's table", "mmdet's README"
+LSJ = dict(total_batch=32, source=CONVNEXT_V2)
+# Where a source does not say what was chosen, drop path, lr and decay rate are this project's choice: each recipe says
+# so. Metrics that a source leaves out are None.
+LATER_RESULTS = (
+    LaterResult('mask_rcnn/convnext_s', 'small', '1k', 0.6, 1e-4, 0.95, (47.9, None, None, 42.9, None, None), 70, 348,
+                source=VMAMBA),
+    LaterResult('mask_rcnn/convnext_t_1x', 'tiny', '1k', 0.2, 1e-4, 0.95, (44.2, None, None, 40.1, None, None), 48, 262,
+                source=VMAMBA, epochs=12),
+    LaterResult('mask_rcnn/convnext_s_1x', 'small', '1k', 0.3, 1e-4, 0.95, (45.4, None, None, 41.8, None, None),
+                70, 348, source=VMAMBA, epochs=12),
+    LaterResult('mask_rcnn/convnext_b_1x', 'base', '1k', 0.4, 1e-4, 0.95, (47.0, None, None, 42.7, None, None),
+                108, 486, source=VMAMBA, epochs=12),
+    LaterResult('mask_rcnn/convnext_b_lsj', 'base', '1k', 0.4, 1e-4, 0.95, (50.3, 71.6, 56.1, 44.9, 68.5, 48.8),
+                None, 486, **LSJ),
+    LaterResult('mask_rcnn/convnext_l_lsj', 'large', '1k', 0.4, 1e-4, 0.95, (50.6, 71.5, 56.3, 45.1, 68.7, 49.2),
+                None, 875, weights_name='convnext_large_1k_224_ema', **LSJ),
+    LaterResult('mask_rcnn/convnextv2_b_lsj', 'base', '1k', 0.4, 1e-4, 0.95, (52.9, 72.6, 58.9, 46.6, 70.0, 51.1),
+                None, 486, weights_name='convnextv2_base_1k_224_fcmae', **LSJ),
+    LaterResult('mask_rcnn/convnextv2_l_lsj', 'large', '1k', 0.4, 1e-4, 0.95, (54.4, 73.9, 60.4, 47.7, 71.4, 52.3),
+                None, 875, weights_name='convnextv2_large_1k_224_fcmae', **LSJ),
+    LaterResult('mask_rcnn/convnextv2_h_lsj', 'huge', '1k', 0.4, 1e-4, 0.95, (55.7, 75.2, 61.8, 48.9, 72.8, 53.6),
+                None, 2525, weights_name='convnextv2_huge_1k_224_fcmae', **LSJ),
+    LaterResult('rtmdet/convnext_b', 'base', '22k', 0.7, 1e-3, 0.8, (53.1, None, None, None, None, None), None, None,
+                (640, 640), 'float32', 128, 'convnext_base_22k_1k_384', MMDET, 100),
+    LaterResult('upernet/convnext_l', 'large', '1k', 0.4, 1e-4, 0.9, (None, 50.5), 235, 1573, (2048, 512),
+                weights_name='convnext_large_1k_224_ema', source=CONVNEXT_V2),
+    LaterResult('upernet/convnextv2_b', 'base', '1k', 0.3, 1e-4, 0.9, (None, 52.1), 122, 1170, (2048, 512),
+                weights_name='convnextv2_base_1k_224_ema', source=CONVNEXT_V2),
+    LaterResult('upernet/convnextv2_l', 'large', '1k', 0.4, 1e-4, 0.9, (None, 53.7), 235, 1573, (2048, 512),
+                weights_name='convnextv2_large_1k_224_ema', source=CONVNEXT_V2),
+    LaterResult('upernet/convnextv2_h', 'huge', '1k', 0.4, 1e-4, 0.9, (None, 55.0), 707, 3272, (2048, 512),
+                weights_name='convnextv2_huge_1k_224_ema', source=CONVNEXT_V2),
+)
 # fmt: on
-RESULTS = PAPER_RESULTS + BASELINE_RESULTS
+RESULTS = PAPER_RESULTS + BASELINE_RESULTS + LATER_RESULTS
 
 
 def to_paper_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -264,7 +344,9 @@ def find_paper_result(config: Config) -> PaperResult | None:
     Returns:
         The result; None where the config is no recipe of the paper.
     """
-    return next((r for r in RESULTS if all(_has(config, *setting) for setting in r.identity.items())), None)
+    # The later ones have more settings of their own.
+    results = (r for r in reversed(RESULTS) if all(_has(config, *setting) for setting in r.identity.items()))
+    return next(results, None)
 
 
 def _has(config: Config, key: str, expected: object) -> bool:

@@ -21,7 +21,6 @@ from .recipe_diff import diff_from_recipe
 from .results import (
     RELEASED_TOLERANCE,
     RETRAIN_TOLERANCE,
-    TOTAL_BATCH,
     PaperResult,
     find_paper_result,
     to_paper_metrics,
@@ -151,7 +150,7 @@ class TrainingRun:
         """The settings in which the training differs from the recipe of its paper result."""
         deviations = diff_from_recipe(self.config, self.paper_result)
         deviations += ['precision'] if self.precision != self.paper_result.precision else []
-        return deviations + (['batch'] if self.total_batch not in (None, TOTAL_BATCH) else [])
+        return deviations + (['batch'] if self.total_batch not in (None, self.paper_result.total_batch) else [])
 
     def compare_to_paper(self, metric: str) -> tuple[float | None, str]:
         """Compare the final metric with the paper's.

@@ -1,31 +1,15 @@
 """The steps by which the command line changes a config: their order, and what each needs of those before it."""
 
 import logging
-import runpy
-import sys
 
 import pytest
 
 from convnext_dense.cli.prepare import TEST_STEPS, TRAIN_STEPS, Step, prepare
 from convnext_dense.config.recipe import accumulative_counts
 from convnext_dense.errors import Notice, UsageError
-from helpers.paths import ROOT
 from helpers.tools import DEMO
 
 TOOLS = {'train.py': TRAIN_STEPS, 'test.py': TEST_STEPS}
-
-
-@pytest.fixture
-def parse(monkeypatch):
-    """The arguments of a tool, as it parses them itself."""
-
-    def parse(tool: str, *args):
-        monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-        monkeypatch.setattr(sys, 'argv', [tool, *map(str, args)])
-        monkeypatch.setenv('LOCAL_RANK', '0')
-        return runpy.run_path(str(ROOT / 'tools' / tool))['parse_args']()
-
-    return parse
 
 
 def replaced(steps, **functions):

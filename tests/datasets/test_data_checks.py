@@ -407,6 +407,9 @@ def test_each_code_is_tested():
         'few-masks', 'mask-values-0-and-255', 'missing-box', 'single-class', 'git-lfs-pointer', 'mask-ignored',
         'image-resized-to-zero', 'image-below-stride', 'mask-single-row',
     }  # fmt: skip
+    tested_elsewhere |= {  # test_voc.py
+        'difficult', 'label-without-name', 'missing-label', 'other-format', 'pixels-from-one',
+    }  # fmt: skip
     tested_elsewhere |= {  # test_yolo.py
         'boxes-and-polygons', 'class-count-mismatch', 'class-index-out-of-range', 'class-names-missing',
         'coordinates-beyond-one', 'images-outside-folder', 'keypoints-ignored', 'label-not-numbers',
@@ -592,7 +595,6 @@ UNSUPPORTED = {  # what is there -> what it is recognized as
         'train/labels/1.txt': '',
         'train/images/1.jpg': '',
     },
-    'Pascal VOC boxes in XML': {'Annotations/1.xml': '<annotation></annotation>', 'JPEGImages/1.jpg': ''},
     'LabelMe': {'1.json': '{"version": "5", "shapes": []}', '2.json': '{"shapes": []}', '1.jpg': ''},
     'VGG annotator': {'via.json': '{"1.jpg": {"regions": []}}', '1.jpg': ''},
     "Label Studio's own JSON": {'project.json': '[{"annotations": [{"result": []}]}]', '1.jpg': ''},

@@ -574,11 +574,20 @@ def test_random_validation_split_is_reproducible(toy_dataset, tmp_path, monkeypa
     )
 
 
-def test_adding_images_keeps_the_validation_split(tmp_path):
+def test_adding_images_moves_few_between_the_splits(tmp_path):
     request = DatasetRequest(str(tmp_path), val_fraction=0.2)
     names = [f'{n:05d}.jpg' for n in range(600)]
     before, after = split_by_hash(names[:400], request)[0], split_by_hash(names, request)[0]
-    assert before == after & set(names[:400]) and 60 < len(after) < 180
+    assert len(before ^ after & set(names[:400])) <= 8
+
+
+@pytest.mark.parametrize('n, fraction, expected', [
+    (10, 0.1, 1), (14, 0.1, 1), (40, 0.1, 4), (400, 0.2, 80), (3, 0.5, 2), (3, 0.01, 1), (2, 0.99, 1), (1, 0.5, 1),
+])  # fmt: skip
+def test_validation_split_has_as_many_images_as_the_fraction_says(n, fraction, expected):
+    names = [f'{i}.jpg' for i in range(n)]
+    val_names, note = split_by_hash(names, DatasetRequest('x', val_fraction=fraction))
+    assert len(val_names) == expected and f'{expected} of {n} images' in note
 
 
 def test_val_split_without_train_is_tested(toy_dataset, tmp_path):

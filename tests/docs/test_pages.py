@@ -9,7 +9,7 @@ from convnext_dense import ARCHS, ConvNeXt
 from convnext_dense._moved import MOVED
 from convnext_dense.checkpoints import WEIGHT_URLS
 from convnext_dense.cli.arguments import RENAMED_OPTIONS
-from convnext_dense.paper.results import BASELINE_RESULTS, RESULTS
+from convnext_dense.paper.results import BASELINE_RESULTS, LATER_RESULTS, RESULTS
 from helpers.pages import PAGES, code_blocks, results_table, tables
 from helpers.paths import ROOT
 
@@ -71,8 +71,9 @@ def test_the_example_of_the_page_is_the_one_of_the_readme():
     assert next(b for b in first[0] if b[0] == 'python') == next(b for b in first[1] if b[0] == 'python')
 
 
-def test_the_table_of_the_baselines_is_that_of_the_data():
-    assert results_table(BASELINE_RESULTS, '`{}.py`') in PAGES['docs/recipes.md']
+@pytest.mark.parametrize('results', [BASELINE_RESULTS, LATER_RESULTS], ids=['baselines', 'later'])
+def test_the_tables_of_results_are_those_of_the_data(results):
+    assert results_table(results, '`{}.py`') in PAGES['docs/recipes.md']
 
 
 def test_every_released_model_is_named_with_its_recipe():

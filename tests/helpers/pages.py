@@ -34,7 +34,7 @@ def results_table(results: Iterable[PaperResult], name: str) -> str:
             row.precision,
             *(str(row.metrics.get(metric, '')) for metric in RESULTS_HEADER[3:7]),
             f'{row.params_m}M' if row.params_m else '',
-            f'{row.gflops}G',
+            f'{row.gflops}G' if row.gflops else '',
         ]
         for row in results
     ]

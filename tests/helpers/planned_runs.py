@@ -81,6 +81,7 @@ def planned_run(
     checkpoint=None,
     evaluates=False,
     cfg=None,
+    param_scheduler=None,
     **more,
 ):
     """A runner of the plan.
@@ -109,6 +110,7 @@ def planned_run(
             **(loader or {}),
         ),
         train_cfg=train_cfg or dict(by_epoch=True, max_epochs=1),
+        param_scheduler=param_scheduler,
         optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=0.01), **more),
         randomness=dict(seed=seed),
         experiment_name=Path(folder).name,

@@ -19,7 +19,14 @@ from convnext_dense.config.recipe import training_precision
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.paper.flops import build_on_meta, count_flops
 from convnext_dense.paper.recipe_diff import diff_from_recipe
-from convnext_dense.paper.results import BASELINE_RESULTS, PAPER_RESULTS, RESULTS, TOTAL_BATCH, find_paper_result
+from convnext_dense.paper.results import (
+    BASELINE_RESULTS,
+    LATER_RESULTS,
+    PAPER_RESULTS,
+    RESULTS,
+    TOTAL_BATCH,
+    find_paper_result,
+)
 from helpers.paths import ROOT
 from helpers.recipes import load, lrs_over_iterations
 
@@ -266,4 +273,5 @@ def test_released_names_are_those_of_swins_authors():
     assert {result.released for result in BASELINE_RESULTS if result.released} == {
         name for name, entry in WEIGHTS.items() if entry.backbone == 'Swin' and '_224' not in name
     }
-    assert len({result.recipe for result in RESULTS}) == len(RESULTS) == len(PAPER_RESULTS) + 14
+    assert len({result.recipe for result in RESULTS}) == len(RESULTS)
+    assert RESULTS == PAPER_RESULTS + BASELINE_RESULTS + LATER_RESULTS and len(BASELINE_RESULTS) == 14

@@ -22,7 +22,7 @@ from mmseg.models import EncoderDecoder
 
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.models.convnext import ARCHS
-from convnext_dense.paper.results import BASELINE_RESULTS, PAPER_RESULTS, TOTAL_BATCH, PaperResult
+from convnext_dense.paper.results import BASELINE_RESULTS, LATER_RESULTS, PAPER_RESULTS, TOTAL_BATCH, PaperResult
 from helpers.paths import ROOT
 
 # What a run is made of: all that mmengine's Runner reads, what is imported first, and the batch that we keep.
@@ -251,6 +251,29 @@ def test_swin_recipe_is_the_stock_config_but_for(result):
     name, weights, expected = SWIN_STOCK[result.recipe]
     stock, ours = stock_and_ours(result, f'swin/{name}.py')
     expected = expected | {'model.backbone.init_cfg.checkpoint': (f'{weights}.pth', result.weights)}
+    assert differences(stock, ours) == expected
+
+
+def test_rtmdet_is_the_stock_config_but_for():
+    result = next(result for result in LATER_RESULTS if result.recipe == 'rtmdet/convnext_b')
+    stock, ours = stock_and_ours(result, 'rtmdet/rtmdet_l_convnext_b_4xb32-100e_coco.py')
+    expected = {
+        **COMMON,
+        'total_batch': (ABSENT, 128),
+        'auto_scale_lr.enable': (False, ABSENT),
+        'auto_scale_lr.base_batch_size': (16, ABSENT),
+        'custom_imports.imports': (['mmpretrain.models'], ['convnext_dense']),
+        'model.backbone.init_cfg.checkpoint': (
+            'convnext-base_in21k-pre-3rdparty_in1k-384px_20221219-4570f792.pth',
+            'convnext_base_22k_1k_384',
+        ),
+        'optim_wrapper.paramwise_cfg.num_layers': (12, ABSENT),
+        # What ours does without being told.
+        'optim_wrapper.paramwise_cfg.norm_decay_mult': (0, ABSENT),
+        'optim_wrapper.paramwise_cfg.bias_decay_mult': (0, ABSENT),
+        'optim_wrapper.paramwise_cfg.bypass_duplicate': (True, ABSENT),
+        'custom_hooks.1.switch_pipeline.0.backend_args': (None, ABSENT),
+    }
     assert differences(stock, ours) == expected
 
 

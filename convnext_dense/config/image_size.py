@@ -1,0 +1,87 @@
+"""Another image size than the recipe's, for training, test and prediction: all sizes in it in proportion."""
+
+import argparse
+
+from mmengine.config import Config
+from mmengine.registry import TRANSFORMS
+
+from ..errors import UsageError
+from ..type_names import is_type
+from .inputs import EXTRA_PIPELINE_KEYS
+from .tree import iter_dicts
+
+# Arguments of transforms and of data preprocessors that are sizes in pixels of the resized image.
+SIZE_KEYS = ('scale', 'scales', 'img_scale', 'img_scales', 'crop_size', 'size', 'random_size_range', 'pad_size')
+WINDOW_KEYS = ('crop_size', 'stride')  # of a test that slides a window
+MIN_SIZE = 32  # pixels: the stride of the last stage
+
+
+def add_image_size_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--image-size`."""
+    parser.add_argument(
+        '--image-size',
+        type=int,
+        metavar='PIXELS',
+        help="shorter side of the test scale; the recipe's other sizes, crops and windows are scaled in proportion",
+    )
+
+
+def set_image_size(config: Config, size: int | None) -> str | None:
+    """Scale all image sizes of a config so that the shorter side of its test scale is `size`.
+
+    Args:
+        config: changed in place.
+        size: in pixels; None for the config's own.
+
+    Returns:
+        One line that says so, None where nothing changes.
+
+    Raises:
+        UsageError: the size is too small, or the test pipeline does not resize to a scale.
+    """
+    if size is None:
+        return None
+    if size < MIN_SIZE:
+        raise UsageError(f'--image-size {size}: give at least {MIN_SIZE} pixels')
+    old = _test_size(config)
+    if old is None:
+        raise UsageError(
+            "--image-size needs dict(type='Resize', scale=(long, short)) in the test pipeline of the config"
+        )
+    if size == old:
+        return None
+    parts = [config.get(f'{split}_dataloader') for split in ('train', 'val', 'test')]
+    parts += [config.get(key) for key in (*EXTRA_PIPELINE_KEYS, 'test_pipeline')]
+    parts.append(config.model.get('data_preprocessor'))
+    seen = {}  # of which some configs hold the same object twice
+    for holder in iter_dicts(parts):
+        if id(holder) not in seen:
+            seen[id(holder)] = holder
+            _scale(holder, SIZE_KEYS, size / old)
+    if (config.model.get('test_cfg') or {}).get('mode') == 'slide':
+        _scale(config.model.test_cfg, WINDOW_KEYS, size / old)
+    return f'image size {size} instead of {old}: all sizes of the recipe times {size / old:.3g}'
+
+
+def _test_size(config: Config) -> int | None:
+    """Return the shorter side of the test scale."""
+    for loader in ('test_dataloader', 'val_dataloader'):
+        for step in iter_dicts(config.get(loader)):
+            scale = step.get('scale')
+            if is_type(step.get('type'), TRANSFORMS, 'Resize') and scale:
+                return int(min(scale) if isinstance(scale, (tuple, list)) else scale)
+    return None
+
+
+def _scale(holder: dict, keys: tuple[str, ...], ratio: float) -> None:
+    for key in keys:
+        if key in holder:
+            holder[key] = _scaled(holder[key], ratio)
+
+
+def _scaled(value: object, ratio: float) -> object:
+    """Scale a size, or each in a sequence; fractions, such as of a relative crop, and -1 stay."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_scaled(item, ratio) for item in value)
+    is_size = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 1
+    return max(1, round(value * ratio)) if is_size else value

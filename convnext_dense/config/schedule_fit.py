@@ -1,0 +1,231 @@
+"""A recipe's schedule on a custom data set: fitted to the number of optimizer steps that its images give.
+
+Recipes count in epochs of COCO or in iterations of ADE20K. With a few images 36 epochs are over before warmup is, and
+160,000 iterations see each image thousands of times.
+"""
+
+import contextlib
+import io
+import logging
+import math
+from collections.abc import Mapping
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS, PARAM_SCHEDULERS, DefaultScope
+
+from ..errors import Notice, is_user_code_error
+from ..type_names import is_type
+from .options import is_explicit
+from .recipe import accumulative_counts, counts_epochs
+from .schedule import end_offset, scale_schedule
+from .tree import as_list
+from .value_types import check_value_types
+
+MIN_STEPS = 1000  # optimizer steps of a training whose length is not given
+TOO_FEW_STEPS = 200  # below, there is a warning
+MAX_PASSES = 200  # over the images in an iteration-based training, unless these are less than MIN_STEPS
+MAX_WARMUP = 0.1  # of all optimizer steps
+MAX_EVALUATIONS = 20  # and checkpoints, unless more than MIN_STEPS lie between two
+MIN_STEPS_PER_EPOCH = 8  # with fewer, the total batch is halved
+MIN_TOTAL_BATCH = 4
+BATCH_KEYS = ('total_batch', 'train_dataloader.batch_size', 'optim_wrapper.accumulative_counts')
+WARMUP_TYPES = ('LinearParamScheduler', 'ConstantParamScheduler', 'QuadraticWarmupParamScheduler')
+# lr in proportion to the square root of the batch; with others to the batch
+ADAPTIVE_OPTIMIZERS = ('Adam', 'Adamax', 'NAdam', 'RAdam', 'AdamW', 'LAMB')
+
+
+def count_training_images(config: Config) -> int | None:
+    """Return the length of the training set, filters and wrappers included; None where it is empty or cannot be built.
+
+    Why it cannot be, the building of the runner says.
+
+    Args:
+        config: whose data set names existing files.
+    """
+    cfg = {**config.train_dataloader.dataset, 'lazy_init': False}
+    try:
+        with (
+            DefaultScope.overwrite_default_scope(config.get('default_scope')),
+            contextlib.redirect_stdout(io.StringIO()),  # of pycocotools
+        ):
+            return len(DATASETS.build(cfg)) or None
+    except Exception as error:
+        if is_user_code_error(error):
+            raise
+        return None
+
+
+def fit_schedule(
+    config: Config,
+    num_images: int,
+    world_size: int = 1,
+    options: Mapping[str, object] | None = None,
+    fixed_length: bool = False,
+    fixed_batch: bool = False,
+    record: Mapping[str, int] | None = None,
+) -> list[Notice]:
+    """Fit total batch, length, warmup, evaluations and checkpoints of a training to the number of its images.
+
+    What the command line sets stays. The same images give the same schedule on any number of GPUs if the config names
+    its `total_batch`.
+
+    Args:
+        config: changed in place, before gradients are accumulated.
+        num_images: of the training set.
+        world_size: number of processes, one per GPU.
+        options: settings of the command line.
+        fixed_length: whether the command line sets the length.
+        fixed_batch: whether images per GPU and accumulation stay as the config has them.
+        record: `schedule_fit` of the config in the checkpoint that is resumed, whose schedule continues though the
+            length or the number of GPUs is another.
+
+    Returns:
+        One line on what changed, and a warning where there are too few optimizer steps to learn from.
+    """
+    check_value_types(config)
+    options = options or {}
+    fixed_length = fixed_length or is_explicit(options, 'train_cfg.max_epochs', 'train_cfg.max_iters')
+    warmups = {i: _duration(scheduler) for i, scheduler in enumerate(_schedulers(config)) if _is_warmup(scheduler)}
+    record = record or {}
+    recipe_batch = record.get('recipe_batch') or _total_batch(config, world_size)
+    changes, times = [], record.get('times', 1)
+    if not fixed_batch and not is_explicit(options, *BATCH_KEYS):
+        changes += _fit_batch(config, num_images, recipe_batch, options)
+    total_batch = _total_batch(config, world_size)
+    if counts_epochs(config):
+        if not fixed_length and not record:
+            times = max(1, math.ceil(MIN_STEPS * total_batch / (config.train_cfg.max_epochs * num_images)))
+        changes += _repeat_dataset(config, times)
+    elif not fixed_length:
+        changes += _fit_iterations(config, num_images, total_batch, options)
+    steps = _count_steps(config, num_images * times, total_batch)
+    config.schedule_fit = dict(recipe_batch=recipe_batch, times=times, steps=record.get('steps', steps))
+    changes += _fit_warmup(config, config.schedule_fit.steps, warmups, options)
+    changes += _fit_intervals(config, steps, options)
+    notices = []
+    if changes:
+        line = f'schedule fitted to {num_images:,} training images: {", ".join(changes)}'
+        notices.append(Notice(f'{line}; --no-auto-schedule keeps the schedule of the recipe'))
+    if steps < TOO_FEW_STEPS:
+        notices.append(Notice(_too_few_steps(config, num_images * times, total_batch, steps), logging.WARNING))
+    return notices
+
+
+def _count_steps(config: Config, images_per_epoch: int, total_batch: int) -> int:
+    """Return the number of optimizer steps of a training."""
+    if counts_epochs(config):
+        return int(config.train_cfg.max_epochs) * math.ceil(images_per_epoch / total_batch)
+    return int(config.train_cfg.max_iters) // accumulative_counts(config)
+
+
+def _total_batch(config: Config, world_size: int) -> int:
+    per_step = world_size * config.train_dataloader.batch_size * accumulative_counts(config)
+    return per_step if 'accumulative_counts' in config.optim_wrapper else config.get('total_batch') or per_step
+
+
+def _fit_batch(config: Config, num_images: int, old: int, options: Mapping[str, object]) -> list[str]:
+    """Halve the total batch until an epoch has `MIN_STEPS_PER_EPOCH`, with the lr that belongs to it."""
+    optimizer = config.optim_wrapper.get('optimizer')
+    batch = old
+    while batch > MIN_TOTAL_BATCH and batch * MIN_STEPS_PER_EPOCH > num_images:
+        batch = max(batch // 2, MIN_TOTAL_BATCH)
+    if batch == old or not optimizer or 'accumulative_counts' in config.optim_wrapper:
+        return []
+    config.total_batch = batch
+    changes = [f'total batch {batch} instead of {old}']
+    lr, is_scaled = optimizer.get('lr'), (config.get('auto_scale_lr') or {}).get('enable')
+    if isinstance(lr, (int, float)) and not is_scaled and not is_explicit(options, 'optim_wrapper.optimizer.lr'):
+        # With Adam, step size and noise of the gradients agree at the square root (Malladi et al. 2022, On the SDEs and
+        # Scaling Rules for Adaptive Gradient Algorithms).
+        is_adaptive = str(optimizer.get('type')).split('.')[-1] in ADAPTIVE_OPTIMIZERS
+        optimizer['lr'] = float(f'{lr * (math.sqrt(batch / old) if is_adaptive else batch / old):.3g}')
+        changes.append(f'lr {optimizer["lr"]:g} instead of {lr:g}')
+    return changes
+
+
+def _repeat_dataset(config: Config, times: int) -> list[str]:
+    """Have an epoch pass over the training set several times."""
+    if times == 1:
+        return []
+    holder = config.train_dataloader
+    while is_type(holder['dataset'].get('type'), DATASETS, 'MultiImageMixDataset'):  # hooks expect it outermost
+        holder = holder['dataset']
+    holder['dataset'] = dict(type='RepeatDataset', times=times, dataset=holder['dataset'])
+    return [f'all images {times} times in each of {config.train_cfg.max_epochs} epochs']
+
+
+def _fit_iterations(config: Config, num_images: int, total_batch: int, options: Mapping[str, object]) -> list[str]:
+    """Make an iteration-based training of at least `MIN_STEPS`, and of at most `MAX_PASSES` over the images."""
+    old, accumulation = int(config.train_cfg.max_iters), accumulative_counts(config)
+    most = max(MIN_STEPS, math.ceil(MAX_PASSES * num_images / total_batch))
+    iters = min(max(old, MIN_STEPS * accumulation), most * accumulation)
+    if iters == old:
+        return []
+    scale_schedule(config, iters=iters, options=options)
+    return [f'{iters:,} iterations instead of {old:,}']
+
+
+def _schedulers(config: Config) -> list[dict]:
+    return as_list(config.get('param_scheduler'))
+
+
+def _is_warmup(scheduler: Mapping) -> bool:
+    is_first = not scheduler.get('begin') and 'end' in scheduler
+    rises = scheduler.get('start_factor', 0) < scheduler.get('end_factor', 1)
+    return is_first and rises and is_type(scheduler.get('type'), PARAM_SCHEDULERS, *WARMUP_TYPES)
+
+
+def _duration(scheduler: Mapping) -> int:
+    return scheduler['end'] - end_offset(scheduler)
+
+
+def _fit_warmup(config: Config, steps: int, durations: Mapping[int, int], options: Mapping[str, object]) -> list[str]:
+    """Let warmups last as long as in the recipe (`durations`, by index), but at most `MAX_WARMUP` of the training."""
+    changes, schedulers = [], _schedulers(config)
+    for i, old in durations.items():
+        is_there = i < len(schedulers) and _is_warmup(schedulers[i])
+        if not is_there or is_explicit(options, f'param_scheduler.{i}.end'):
+            continue
+        by_epoch = schedulers[i].get('by_epoch', True)
+        new = min(old, max(1, int(MAX_WARMUP * (config.train_cfg.max_epochs if by_epoch else steps))))
+        shift = new - _duration(schedulers[i])
+        for scheduler in schedulers:  # what begins where warmup ends begins where it ends now
+            is_next = scheduler.get('begin') and scheduler['begin'] + 1 >= schedulers[i]['end'] >= scheduler['begin']
+            if is_next and scheduler.get('by_epoch', True) == by_epoch:
+                scheduler['begin'] += shift
+                if scheduler.get('T_max'):
+                    scheduler['T_max'] -= shift
+        schedulers[i]['end'] += shift
+        if new != old:
+            changes.append(f'warmup of {new:,} {"epochs" if by_epoch else "optimizer steps"} instead of {old:,}')
+    return changes
+
+
+def _fit_intervals(config: Config, steps: int, options: Mapping[str, object]) -> list[str]:
+    """Evaluate and save at most `MAX_EVALUATIONS` times, unless more than `MIN_STEPS` lie between two."""
+    by_epoch = counts_epochs(config)
+    unit, length = ('epochs', config.train_cfg.max_epochs) if by_epoch else ('iterations', config.train_cfg.max_iters)
+    saving, changes = (config.get('default_hooks') or {}).get('checkpoint') or {}, []
+    holders = [(config.train_cfg, 'val_interval', 1 if by_epoch else 1000, 'train_cfg', 'evaluation')]
+    if saving.get('by_epoch', True) == by_epoch:
+        holders.append((saving, 'interval', -1, 'default_hooks.checkpoint', 'a checkpoint'))
+    for holder, key, default, where, what in holders:
+        old, new = holder.get(key, default), math.ceil(length / MAX_EVALUATIONS)
+        if is_explicit(options, f'{where}.{key}') or holder.get('dynamic_intervals') or old < 1:
+            continue
+        if new > old and steps * old / length < MIN_STEPS:
+            holder[key] = new
+            changes.append(f'{what} every {new:,} {unit} instead of {old:,}')
+    return changes
+
+
+def _too_few_steps(config: Config, images_per_epoch: int, total_batch: int, steps: int) -> str:
+    """Say that a training has too few optimizer steps, and which arguments give it enough."""
+    if counts_epochs(config):
+        enough = f'--epochs {math.ceil(MIN_STEPS / math.ceil(images_per_epoch / total_batch)):,}'.replace(',', '')
+    else:
+        enough = f'--iters {MIN_STEPS * accumulative_counts(config)}'
+    return (
+        f'{steps:,} optimizer steps are too few to learn from: use {enough}, or leave out what sets the length, which '
+        f'makes at least {MIN_STEPS:,}'
+    )
