@@ -31,7 +31,7 @@ def parse_args():
     parser.add_argument('--out', metavar='FOLDER', help='with --tile: folder of the data set in tiles')
     parser.add_argument('--json', action='store_true', help='print JSON')
     args = parser.parse_args()
-    if not args.data and not args.train_ann and not args.val_ann:
+    if not any((args.data, args.train_ann, args.val_ann, args.train_masks, args.val_masks)):
         parser.error('give --data PATH')
     if args.out and args.tile is None:
         parser.error('--out needs --tile SIZE')
@@ -42,8 +42,9 @@ def main():
     args = parse_args()
     with exit_on_error(), redirect_stdout(sys.stderr):  # libraries print as they are imported
         request = parse_request(args)
-        task = args.task or ('segmentation' if args.classes or args.ignore is not None else None)
-        tasks = [task] if task else detect_tasks(request)
+        tasks = [args.task] if args.task else detect_tasks(request)
+        if len(tasks) > 1 and (args.classes or args.ignore is not None):  # names of the classes of masks, most often
+            tasks = ['segmentation']
         if args.tile is not None:
             check_tile_options(args.tile, args.overlap, args.out)
             if len(tasks) > 1:

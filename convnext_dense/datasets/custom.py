@@ -15,9 +15,10 @@ from ..errors import UsageError
 from .box_formats import FORMAT_KEYS, BoxSources, find_boxes
 from .cache import hold_busy_file, is_local_rank0, load_cached, save_cache, wait_for_cache
 from .configure import apply_dataset, check_cfg_options
+from .find_masks import find_mask_folders
 from .foreign_layouts import describe_unsupported
 from .image_sizes import DEFAULT_LIMITS, ResizeLimit, resize_limits
-from .layouts import find_coco_files, find_folders
+from .layouts import SplitDirs, find_coco_files, find_folders
 from .read_coco import read_detection
 from .read_masks import read_segmentation
 from .request import CheckedDataset, DatasetRequest, summarize_classes
@@ -39,12 +40,17 @@ def add_data_arguments(parser: argparse.ArgumentParser, strict: bool = True) -> 
     add('--data', metavar='PATH', help='folder of a data set, in any layout of docs/datasets.md, or a data.yaml')
     add('--train-ann', metavar='JSON', help='COCO json to train on, if --data does not find it')
     add('--val-ann', metavar='JSON', help='COCO json to evaluate on')
-    add('--train-images', metavar='FOLDER', help='images of --train-ann, if they are not found')
-    add('--val-images', metavar='FOLDER', help='images of --val-ann')
+    add('--train-images', metavar='FOLDER', help='images of --train-masks, or of --train-ann if they are not found')
+    add('--train-masks', metavar='FOLDER', help='segmentation masks to train on, if --data does not find them')
+    add('--val-images', metavar='FOLDER', help='images of --val-masks or --val-ann')
+    add('--val-masks', metavar='FOLDER', help='segmentation masks to evaluate on')
     text = 'fraction of images used for validation when the data set has no split (default: 0.1)'
     add('--val-fraction', type=float, metavar='FRACTION', help=text)
-    text = 'segmentation: file of class names, one per line (or JSON, with colors), or ade20k, cityscapes, voc'
-    add('--classes', metavar='FILE', help=text)
+    text = (
+        'segmentation: file of class names, one per line (or JSON, with colors), or ade20k, cityscapes, voc; '
+        'detection: the classes to train, in this order, where a,b=c merges a and b into c'
+    )
+    add('--classes', nargs='+', metavar='CLASSES', help=text)
     text = 'segmentation: label values to ignore in addition to 255; with 0, class ids start at 1'
     add('--ignore', type=int, nargs='+', metavar='LABEL', help=text)
     text = 'detection: which labels to use of a folder with several (default: the first of these)'
@@ -62,12 +68,9 @@ def parse_request(args: argparse.Namespace) -> DatasetRequest | None:
     ann_files = {split: file for split in ('train', 'val') if (file := getattr(args, f'{split}_ann'))}
     image_dirs = {split: folder for split in ('train', 'val') if (folder := getattr(args, f'{split}_images'))}
     strict = getattr(args, 'strict', False)
-    for split, folder in image_dirs.items():
-        if split not in ann_files:
-            raise UsageError(f'--{split}-images needs --{split}-ann')
-        if not os.path.isdir(folder):
-            raise UsageError(f"--{split}-images '{folder}' is not a folder")
-    if not args.data and not ann_files:
+    mask_dirs = {split: folder for split in ('train', 'val') if (folder := getattr(args, f'{split}_masks'))}
+    _check_folders(ann_files, image_dirs, mask_dirs)
+    if not args.data and not ann_files and not mask_dirs:
         options = dict(classes=args.classes, ignore=args.ignore, val_fraction=args.val_fraction, format=args.format)
         options |= dict(strict=strict or None)
         for option, value in options.items():
@@ -76,8 +79,25 @@ def parse_request(args: argparse.Namespace) -> DatasetRequest | None:
         return None
     if args.data and not os.path.exists(args.data):  # before weights are downloaded
         raise UsageError(f'{args.data} does not exist')
-    settings = (args.classes, args.ignore, args.val_fraction, strict, args.format)
+    classes = args.classes[0] if args.classes and len(args.classes) == 1 else args.classes
+    settings = (classes, args.ignore, args.val_fraction, strict, args.format, mask_dirs)
     return DatasetRequest(args.data, ann_files, image_dirs, *settings)
+
+
+def _check_folders(ann_files: Mapping, image_dirs: Mapping, mask_dirs: Mapping) -> None:
+    """Raise UsageError for folders, by split, that need another argument or do not exist."""
+    if ann_files and mask_dirs:
+        raise UsageError('--train-ann and --train-masks are for different tasks: give one of them')
+    for split in image_dirs:
+        if split not in ann_files and split not in mask_dirs:
+            raise UsageError(f'--{split}-images needs --{split}-ann or --{split}-masks')
+    for split in mask_dirs:
+        if split not in image_dirs:
+            raise UsageError(f'--{split}-masks needs --{split}-images')
+    for option, folders in (('images', image_dirs), ('masks', mask_dirs)):
+        for split, folder in folders.items():
+            if not os.path.isdir(folder):
+                raise UsageError(f"--{split}-{option} '{folder}' is not a folder")
 
 
 def detect_tasks(request: DatasetRequest) -> list[str]:
@@ -86,23 +106,34 @@ def detect_tasks(request: DatasetRequest) -> list[str]:
     Raises:
         UsageError: there are none; the message says what the folder holds instead.
     """
+    return list(_find_by_task(request))
+
+
+def _find_by_task(request: DatasetRequest, task: str | None = None) -> dict[str, tuple]:
+    """Return the annotations of a data set for each task, as of `find_sources`.
+
+    Folders of masks in no known layout are looked for if these are asked for, or if there is nothing else: folders of
+    other images are like them.
+
+    Raises:
+        UsageError: there are none; the message says what the folder holds instead.
+    """
     if request.ann_files:
-        return ['detection']
-    tasks = list(_find_by_task(request))
-    if request.format and 'detection' not in tasks:
-        raise UsageError(f'{request.path} holds no labels of this format: leave out --format {request.format}')
-    if not tasks:
-        raise UsageError(f'{request.path} {describe_unsupported(Path(request.path))}')
-    return tasks
-
-
-def _find_by_task(request: DatasetRequest) -> dict[str, tuple]:
-    """Return what a folder holds for each task, or a data.yaml for detection."""
+        root = request.root if request.path else None
+        return {'detection': BoxSources('COCO json', *find_coco_files(root, request.ann_files))}
+    if request.mask_dirs:
+        pairs = {split: SplitDirs(Path(request.image_dirs[split]), Path(m)) for split, m in request.mask_dirs.items()}
+        return {'segmentation': ('of the given folders', pairs)}
     path = Path(request.path)
-    sources = dict(
-        detection=find_boxes(path, request.format) if path.exists() else None,
-        segmentation=find_folders(path) if path.is_dir() else None,
-    )
+    boxes = find_boxes(path, request.format) if path.exists() else None
+    masks = find_folders(path) if path.is_dir() else None
+    if path.is_dir() and not masks and (task == 'segmentation' or not boxes):
+        masks = find_mask_folders(path)
+    if request.format and not boxes:
+        raise UsageError(f'{request.path} holds no labels of this format: leave out --format {request.format}')
+    if not boxes and not masks:
+        raise UsageError(f'{request.path} {describe_unsupported(path)}')
+    sources = dict(detection=boxes, segmentation=masks)
     return {task: found for task, found in sources.items() if found}
 
 
@@ -112,16 +143,14 @@ def find_sources(request: DatasetRequest, task: str) -> BoxSources | tuple[str, 
     Raises:
         UsageError: there are no annotations, or they are for the other task.
     """
-    tasks = detect_tasks(request)
-    if task not in tasks:
+    sources = _find_by_task(request, task)
+    if task not in sources:
+        other = next(iter(sources))
         raise UsageError(
-            f'{request.root} holds {DESCRIPTIONS[tasks[0]]}, but {task} needs {DESCRIPTIONS[task]}: '
-            f'use a {tasks[0]} recipe, such as {RECIPES[tasks[0]]}'
+            f'{request.root} holds {DESCRIPTIONS[other]}, but {task} needs {DESCRIPTIONS[task]}: '
+            f'use a {other} recipe, such as {RECIPES[other]}'
         )
-    if request.ann_files:
-        root = request.root if request.path else None
-        return BoxSources('COCO json', *find_coco_files(root, request.ann_files))
-    return _find_by_task(request)[task]
+    return sources[task]
 
 
 def read_data(

@@ -131,6 +131,7 @@ NOTES = {
         'mask-ignored': 'neither a list of polygons nor an RLE; only boxes are used',
         'difficult': 'kept: not trained on, ignored in the evaluation, as in mmdet',
         'pixels-from-one': 'as in Pascal VOC; boxes begin a pixel further left and up, so that 1 to 640 are all of 640',
+        'class-not-selected': 'left out, as --classes does not name it',
         'other-format': 'the folder holds these labels as well, which are not used',
         'crowd': 'kept: not trained on, ignored in the evaluation (CVAT exports brush masks as crowds)',
         'crowd-with-polygons': 'kept: not trained on, ignored in the evaluation',

@@ -13,7 +13,6 @@ from .files import MAX_JSON_BYTES, UnusableFileError, open_regular, read_start, 
 from .layouts import (
     IMAGE_DIR_NAMES,
     MASK_DIR_NAMES,
-    MASK_SUFFIXES,
     MAX_DEPTH,
     SPLIT_DIR_NAMES,
     find_dir,
@@ -25,16 +24,11 @@ LFS_HINT = 'Git LFS pointers, such as {}: run git lfs pull where they are from'
 CONVERT_HINT = 'convert them to COCO json (with CVAT, FiftyOne or Roboflow)'
 CLASSIFICATION_HINT = (
     'has one folder per class, as for classification: boxes or segmentation masks are needed; '
-    'if one of them holds segmentation masks, rename it to labels and the other one to images'
+    'if one of them holds segmentation masks, give it by --train-masks and the other one by --train-images'
 )
-MASK_LAYOUT_HINT = 'put images into images/train and images/val, masks into labels/train and labels/val (or link them)'
 ARCHIVE_SUFFIXES = ('.zip', '.tar', '.gz', '.tgz', '.rar', '.7z')
 MAX_FILES_SCANNED = 20000
 MAX_FILES_PER_SUFFIX = 100  # in one folder; the others are taken to be alike
-# Names of folders with the masks of one split, such as trainannot in SegNet's CamVid.
-_SPLIT = '|'.join(chain(*SPLIT_DIR_NAMES.values()))
-_MASKS = 'annots?|annotations?|labels?|masks?|gt|seg|segmentations?'
-SPLIT_MASKS_RE = re.compile(f'({_SPLIT})[ _-]?({_MASKS})|({_MASKS})[ _-]?({_SPLIT})')
 # First line of KITTI's labels.
 KITTI_LINE = r'\A[A-Za-z_]+( -?[0-9.]+){14,15}\s*$'
 CSV_MARKS = r'filename|file_name|image|xmin|bbox|\.jpg|\.png'  # in a CSV of labels
@@ -63,7 +57,6 @@ def describe_unsupported(root: Path) -> str:
 
     for find, description in (
         (lambda: next(filter(_is_lfs_pointer, files), None), f'holds {LFS_HINT}'),
-        (lambda: _find_split_masks(root, files), f'holds masks in {{}}, as in SegNet\'s CamVid: {MASK_LAYOUT_HINT}'),
         (has_text('.json', '"shapes"'), 'looks like LabelMe, one file per image: run its labelme2coco.py'),
         (has_text('.json', '"result":'), "looks like Label Studio's own JSON: export it as COCO instead"),
         (has_text('.json', '"regions"'), f"looks like the VGG annotator's JSON: {CONVERT_HINT}"),
@@ -76,7 +69,6 @@ def describe_unsupported(root: Path) -> str:
         (has_name('labeltxt/'), f'looks like the rotated boxes of DOTA ({{}}): {CONVERT_HINT}'),
         (has_name(r'gt/gt\.txt'), f'looks like the tracks of MOT ({{}}): {CONVERT_HINT}'),
         (has_text('.csv', CSV_MARKS), f'looks like labels in CSV: {CONVERT_HINT}'),
-        (lambda: _find_masks_next_to_images(files), f'holds masks next to the images ({{}}): {MASK_LAYOUT_HINT}'),
         (lambda: _is_classification_folder(root), CLASSIFICATION_HINT),
         (lambda: suffixes <= set(ARCHIVE_SUFFIXES), 'holds archives: unpack them there'),
         (lambda: suffixes & {'.npy', '.npz', '.mat'}, 'holds labels of NumPy or MATLAB: write them as index PNGs'),
@@ -117,20 +109,6 @@ def _is_lfs_pointer(path: Path) -> bool:
     except OSError as error:
         return isinstance(error, UnusableFileError) and error.code == 'git-lfs-pointer'
     return False
-
-
-def _find_split_masks(root: Path, files: list[Path]) -> Path | None:
-    """Find a folder of images whose name says that they are the masks of a split."""
-    folders = dict.fromkeys(path.parent for path in files if is_image(path) and path.parent != root)
-    folders = [folder for folder in folders if SPLIT_MASKS_RE.fullmatch(folder.name.lower())]
-    return min(folders, key=lambda folder: 'train' not in folder.name.lower(), default=None)
-
-
-def _find_masks_next_to_images(files: list[Path]) -> Path | None:
-    """Find an image that has the name of another one in its folder followed by _mask or the like."""
-    images = list(filter(is_image, files))
-    stems = {(path.parent, path.stem.lower() + suffix) for path in images for suffix in MASK_SUFFIXES if suffix}
-    return next((path for path in images if (path.parent, path.stem.lower()) in stems), None)
 
 
 def _is_classification_folder(root: Path) -> bool:

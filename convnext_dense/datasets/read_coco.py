@@ -12,6 +12,7 @@ from .check_images import ImageInfo, decide_exif_handling, inspect_all, inspect_
 from .diagnostics import Report
 from .image_resolver import ImageResolver
 from .request import CheckedDataset, DatasetRequest, select_splits, split_by_hash, summarize_classes
+from .select_classes import check_selection, parse_entries, select_classes
 from .split_annotations import SplitAnnotations, scale_to_pixels
 
 
@@ -29,8 +30,9 @@ def read_detection(
     root, report = request.root, Report()
     for other in others:
         report.add('all', 'other-format', f'{other}: --format {FORMAT_KEYS[other]}')
-    if request.classes or request.ignore_labels is not None:
-        raise UsageError('--classes and --ignore are for segmentation masks; data sets of boxes name their classes')
+    if request.ignore_labels is not None:
+        raise UsageError('--ignore is for segmentation masks; of boxes --classes selects some')
+    selected = parse_entries(request.classes) if request.classes else None
     if 'val' in request.ann_files or 'test' not in splits:  # a given file takes precedence over one that is found
         sources.pop('test', None)
     read = BOX_FORMATS[format].read if format in BOX_FORMATS else partial(read_coco_files, request=request)
@@ -39,6 +41,9 @@ def read_detection(
         del parts['test']
     cocos = {split: part.coco for split, part in parts.items()}
     main_split = next(split for split in ('train', 'all', *cocos) if split in cocos)
+    if selected:
+        check_selection(selected, cocos[main_split])
+        cocos = {split: select_classes(coco, selected, partial(report.add, split)) for split, coco in cocos.items()}
     train, add = cocos[main_split], partial(report.add, main_split)
     classes = [*(classes or checks.class_names(train, add))]
     if not classes:

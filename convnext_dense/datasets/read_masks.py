@@ -19,6 +19,8 @@ def read_segmentation(
 ) -> CheckedDataset:
     """Read and check a segmentation data set; folders as of `find_folders`, the rest as of `custom.read_data`."""
     root, report = request.root, Report()
+    if request.classes is not None and not isinstance(request.classes, str):
+        raise UsageError('--classes: for segmentation masks give one file, or one of ade20k, cityscapes, voc')
     main_split = next(split for split in ('train', 'all', *split_dirs) if split in split_dirs)
     mask_suffix = pair_files(split_dirs[main_split]).mask_suffix
     pairings = {split: pair_files(dirs, mask_suffix) for split, dirs in split_dirs.items()}

@@ -21,28 +21,34 @@ class DatasetRequest:
     Attributes:
         path (str | None): folder of the data set, or its data.yaml.
         ann_files (dict[str, str]): COCO json by split; these take precedence over what `path` holds.
-        image_dirs (dict[str, str]): folder of the images by split of `ann_files`.
-        classes (str | None): segmentation: a file of class names, or 'ade20k', 'cityscapes', 'voc'.
+        image_dirs (dict[str, str]): folder of the images by split of `ann_files` or `mask_dirs`.
+        classes (str | Sequence[str] | None): segmentation: a file of class names, or 'ade20k', 'cityscapes', 'voc';
+            detection: such a file, or entries as of `select_classes.parse_entries`.
         ignore_labels (Sequence[int] | None): segmentation: label values to ignore in addition to 255.
         val_fraction (float | None): fraction of the images used for validation when the data set has no split.
         strict (bool): whether to raise if anything has to be dropped.
+        mask_dirs (dict[str, str]): folder of the segmentation masks by split.
         format (str | None): detection: a value of `box_formats.FORMAT_KEYS`; None for the first that is found.
     """
 
     path: str | None = None
     ann_files: dict[str, str] = field(default_factory=dict)
     image_dirs: dict[str, str] = field(default_factory=dict)
-    classes: str | None = None
+    classes: str | Sequence[str] | None = None
     ignore_labels: Sequence[int] | None = None
     val_fraction: float | None = None
     strict: bool = False
     format: str | None = None
+    mask_dirs: dict[str, str] = field(default_factory=dict)
 
     @property
     def root(self) -> Path:
         """The folder to which paths of the data set are relative."""
         if self.path and not os.path.isfile(self.path):
             return Path(self.path)
+        if self.mask_dirs:
+            folders = [*self.mask_dirs.values(), *self.image_dirs.values()]
+            return Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))
         return Path(os.path.dirname(self.path or next(iter(self.ann_files.values()))) or '.')
 
     def needs_val_split(self, splits: Collection[str]) -> bool:

@@ -407,8 +407,8 @@ def test_each_code_is_tested():
         'few-masks', 'mask-values-0-and-255', 'missing-box', 'single-class', 'git-lfs-pointer', 'mask-ignored',
         'image-resized-to-zero', 'image-below-stride', 'mask-single-row',
     }  # fmt: skip
-    tested_elsewhere |= {  # test_voc.py
-        'difficult', 'label-without-name', 'missing-label', 'other-format', 'pixels-from-one',
+    tested_elsewhere |= {  # test_voc.py, test_select_classes.py
+        'class-not-selected', 'difficult', 'label-without-name', 'missing-label', 'other-format', 'pixels-from-one',
     }  # fmt: skip
     tested_elsewhere |= {  # test_yolo.py
         'boxes-and-polygons', 'class-count-mismatch', 'class-index-out-of-range', 'class-names-missing',
@@ -717,7 +717,7 @@ def test_check_data_tool(dataset_root, capsys, monkeypatch):
         (['--strict'], '--strict needs --data PATH'),
         (['--classes', 'voc'], '--classes needs --data PATH'),
         (['--val-fraction', '0.3'], '--val-fraction needs --data PATH'),
-        (['--train-images', 'my_data'], '--train-images needs --train-ann'),
+        (['--train-images', 'my_data'], '--train-images needs --train-ann or --train-masks'),
         (['--train-ann', f'my_data/{TRAIN}', '--train-images', 'gone'], "--train-images 'gone' is not a folder"),
         (['--train-ann', 'gone.json'], 'gone.json: No such file'),
         (
@@ -728,7 +728,7 @@ def test_check_data_tool(dataset_root, capsys, monkeypatch):
             ['--train-ann', f'my_data/{TRAIN}', '--train-images', 'my_data/annotations'],
             'none of its images (such as 000001.png)',
         ),
-        (['--data', 'my_data', '--classes', 'voc'], '--classes and --ignore are for segmentation masks'),
+        (['--data', 'my_data', '--classes', 'voc'], "--classes: no class is called 'voc'"),
         (['--data', 'my_data', '--val-fraction', '0.2'], '--val-fraction is for a data set without a validation split'),
         (['--data', 'my_data/labels'], 'my_data/labels holds images without annotations'),
     ],

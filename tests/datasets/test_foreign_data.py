@@ -33,14 +33,7 @@ def write_files(root, *files):
             (root / name).write_text(text)
 
 
-SEGNET = [
-    f'{split}{suffix}/{i}.png' for split in ('train', 'val', 'test') for suffix in ('', 'annot') for i in range(2)
-]
 FOLDERS = {  # what lies in a folder -> what it is called
-    'SegNet': (SEGNET, "masks in trainannot, as in SegNet's CamVid: put images into images/train"),
-    'SegNet, further down': ([f'CamVid/{name}' for name in SEGNET], 'masks in CamVid/trainannot'),
-    'labels beside a split': (['train/a.jpg', 'train_masks/a.png'], 'masks in train_masks'),
-    'masks beside images': (['a.jpg', 'a_mask.png'], 'masks next to the images (a_mask.png)'),
     'a pointer to JSON': (['a.jpg', ('coco.json', POINTER)], 'Git LFS pointers, such as coco.json: run git lfs'),
     'a pointer to an archive': ([('data.zip', POINTER)], 'Git LFS pointers, such as data.zip'),
     'captions': (['a.jpg', ('annotations/captions_train.json', '{"annotations": [{"caption": "x"}]}')], 'captions ('),
