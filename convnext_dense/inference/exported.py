@@ -106,10 +106,7 @@ class ExportedModel(nn.Module):
         self.preprocessor = MODELS.build(preprocessor) if meta.input == 'raw' else None
         device = session_device(self.file.path, device and str(device))
         self.session = session_class(self.file.path)(self.file.path, device, amp_dtype)
-        if self.session.outputs is not None:
-            self._check_outputs(self.session.outputs)
-
-    def _check_outputs(self, names: Sequence[str]) -> None:
+        names = self.session.outputs
         if not any(expected <= set(names) for expected in OUTPUTS[self.task]):
             raise UsageError(f'{self.file.path} returns {", ".join(names)}, not those of {self.task}: export it again')
 
@@ -154,7 +151,6 @@ class ExportedModel(nn.Module):
         """Set the predictions of the first n of images of one size, of which the others fill the batch."""
         images, geometry = self._prepare(inputs, samples)
         outputs = self.session.run(images, None if self.meta.input == 'raw' else geometry.space)
-        self._check_outputs(outputs)
         for i in range(n):
             tensors = {name: torch.from_numpy(np.array(array[i])) for name, array in outputs.items()}
             if self.task == 'detection':

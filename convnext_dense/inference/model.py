@@ -257,7 +257,7 @@ class Predictor:
             return
         check_exported_options(self.model.file, options)
         outputs = self.model.session.outputs
-        if self.task == 'segmentation' and outputs and 'logits' not in outputs and (with_logits or options.tile):
+        if self.task == 'segmentation' and 'logits' not in outputs and (with_logits or options.tile):
             raise UsageError(f'{self.model.file.path}: {"tile" if options.tile else "seg_logits"} {NEEDS_LOGITS}')
 
     def predict_in_tiles(

@@ -27,7 +27,7 @@ class Session:
         batch (int | None): Number of images that it takes at a time; None for any.
         size (tuple[int, int] | None): Height and width of the images; None for any.
         dtype (str): Of the images, as numpy calls it.
-        outputs (tuple[str, ...] | None): Names of what it returns; None where these come with the result.
+        outputs (tuple[str, ...]): Names of what it returns.
 
     Raises:
         UsageError: If the runtime is not installed, does not know the device or the precision, or cannot load the file.
@@ -39,7 +39,7 @@ class Session:
     batch: int | None = None
     size: tuple[int, int] | None = None
     dtype: str = 'float32'
-    outputs: tuple[str, ...] | None = None
+    outputs: tuple[str, ...] = ()
 
     def __init__(self, path: str, device: torch.device, amp_dtype: str = 'float32'):
         self.path = path
@@ -198,22 +198,21 @@ class TorchSession(Session):
         if device.type != 'cpu':
             program = importlib.import_module('torch.export.passes').move_to_device_pass(program, device)
         self.module = program.module()
+        values = {node.name: node.meta.get('val') for node in program.graph.nodes}
+        images = values[program.graph_signature.user_inputs[0]]
+        self.batch, self.size = _fixed_sides([n if isinstance(n, int) else None for n in images.shape])
+        self.dtype = str(images.dtype).removeprefix('torch.')
         spec = program.call_spec.out_spec
-        names = spec.context if spec.type is dict else None
-        self.outputs = tuple(names) if names else None
-        images = next(node for node in program.graph.nodes if node.name == program.graph_signature.user_inputs[0])
-        self.batch, self.size = _fixed_sides([n if isinstance(n, int) else None for n in images.meta['val'].shape])
-        self.dtype = str(images.meta['val'].dtype).removeprefix('torch.')
+        results = [values[name] for name in program.graph_signature.user_outputs]
+        self.outputs = tuple(spec.context) if spec.type is dict else _positional_names(results)
 
     @torch.no_grad()
     def infer(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the model."""
         result = self.module(*(torch.from_numpy(array).to(self.device) for array in inputs.values()))
-        if isinstance(result, torch.Tensor):
-            result = (result,)
-        if not isinstance(result, dict):
-            result = dict(zip(_positional_names(result), result))
-        return {name: tensor.cpu().numpy() for name, tensor in result.items()}
+        tensors = [result] if isinstance(result, torch.Tensor) else result
+        tensors = tensors.values() if isinstance(tensors, dict) else tensors
+        return {name: tensor.cpu().numpy() for name, tensor in zip(self.outputs, tensors)}
 
     @classmethod
     def has_cuda(cls) -> bool:
@@ -257,8 +256,9 @@ def _fixed_sides(shape: list[int | None]) -> tuple[int | None, tuple[int, int] |
 
 
 def _positional_names(outputs: Sequence[torch.Tensor]) -> tuple[str, ...]:
+    """Names of the outputs of a program that returns a tuple, in the order in which tools/export.py has them."""
     if len(outputs) > 1:
-        return ('boxes', 'scores', 'labels', 'masks')
+        return ('boxes', 'scores', 'labels', 'masks')[: len(outputs)]
     return ('logits',) if outputs[0].is_floating_point() else ('segmentation',)
 
 

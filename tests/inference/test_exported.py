@@ -196,6 +196,7 @@ def test_what_cannot_be_done_is_one_line(detector, segmentor, folder, monkeypatc
     refused(segmentor, 'multiscale for segmentation is not in an exported model', multiscale=True)
     refused(segmentor, 'tile needs logits, which the exported model does not return', tile=64)
     refused(detector, 'amp_dtype float16: an exported model runs in the precision of its file', amp_dtype='float16')
+    refused(save_program(folder / 'labels.pt2'), 'tile needs logits, which the exported model', tile=64)
     fixed = save_detector(folder / 'fixed2.onnx', meta_of('mask_rcnn', size=(96, 96)))
     refused(fixed, 'multiscale at other sizes is not in an exported model', multiscale=True)
     with pytest.raises(UsageError, match='seg_logits needs logits'):
