@@ -19,7 +19,7 @@ class ExportableSegmentor(nn.Module):
     """A segmentor of mmseg from image to labels or logits, for `torch.export` and `torch.onnx.export`.
 
     Args:
-        model: mmseg's EncoderDecoder or one derived from it, as built, not optimized; it is set to evaluation mode.
+        model: mmseg's EncoderDecoder or one derived from it, optimized or not; it is set to evaluation mode.
         raw: Whether images come as `data_preprocessor` returns them, and the result stays at their size.
         logits: Whether to return logits, or labels.
 
@@ -38,6 +38,7 @@ class ExportableSegmentor(nn.Module):
             raise UsageError(f"test_cfg.mode '{self.mode}' cannot be exported: give one of {', '.join(MODES)}")
         if self.mode == 'slide':
             self.crop_size, self.stride = tuple(test_cfg['crop_size']), tuple(test_cfg['stride'])
+            self.resizes_last = resizes_last(model)
         self.eval()
 
     @property
@@ -57,14 +58,12 @@ class ExportableSegmentor(nn.Module):
             single output channel probabilities, as mmseg has them in `seg_logits`.
         """
         images = with_unknown_size(images)
-        height, width = images.shape[2:]
+        size = tuple(images.shape[2:])
+        if output_size is not None:
+            output_size = [known_positive(n) for n in output_size.tolist()]
         with exportable_operators():
             inputs = self.preprocess(images).to(next(self.model.parameters()).dtype)
-            logits = self._slide(inputs) if self.mode == 'slide' else self._encode_decode(inputs)
-            logits = logits.float()[:, :, :height, :width]  # without the padding
-            if output_size is not None:
-                size = [known_positive(n) for n in output_size.tolist()]
-                logits = F.interpolate(logits, size=size, mode='bilinear', align_corners=self.model.align_corners)
+            logits = (self._slide if self.mode == 'slide' else self._whole)(inputs, size, output_size)
         return self._finish(logits)
 
     def _finish(self, logits: torch.Tensor) -> torch.Tensor:
@@ -77,39 +76,51 @@ class ExportableSegmentor(nn.Module):
             return logits
         return labels.to(torch.uint8 if logits.shape[1] <= MAX_UINT8_CLASSES else torch.int32)
 
+    def _whole(self, inputs: torch.Tensor, size: tuple[int, int], output_size: list[int] | None) -> torch.Tensor:
+        """Logits of inputs (N, C, H, W), of which `size` is no padding, resized to `output_size`."""
+        logits = self._encode_decode(inputs).float()[:, :, : size[0], : size[1]]
+        if output_size is None:
+            return logits
+        return F.interpolate(logits, size=output_size, mode='bilinear', align_corners=self.model.align_corners)
+
     def _encode_decode(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Logits (N, classes, H, W) of inputs (N, C, H, W)."""
-        return self.model.encode_decode(inputs, [dict(img_shape=inputs.shape[2:])] * 1)
+        return self.model.encode_decode(inputs, [dict(img_shape=inputs.shape[2:])])
 
-    def _slide(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The same, as the average of the logits of overlapping windows; all windows run as one batch."""
-        n, channels, height, width = inputs.shape
-        rows = WindowAxis(height, self.crop_size[0], self.stride[0], inputs.device)
-        columns = WindowAxis(width, self.crop_size[1], self.stride[1], inputs.device)
-        windows = rows.split(inputs, 2)  # (N, C, window rows, crop height, W)
-        windows = columns.split(windows, 4)  # (N, C, window rows, crop height, window columns, crop width)
+    def _slide(self, inputs: torch.Tensor, size: tuple[int, int], output_size: list[int] | None) -> torch.Tensor:
+        """The same, as the average of the logits of overlapping windows.
+
+        All windows run as one batch. What follows is linear along each side: to resize the logits of the windows, to
+        average them and to resize the average is one product with a matrix per side.
+        """
+        n, channels, *input_size = inputs.shape
+        rows, columns = (WindowAxis(*args, inputs.device) for args in zip(input_size, self.crop_size, self.stride))
+        windows = columns.split(
+            rows.split(inputs, 2), 4
+        )  # (N, C, window rows, crop height, window columns, crop width)
         windows = windows.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, rows.crop, columns.crop)
-        logits = self._encode_decode(windows)
-        logits = logits.view(n, rows.count, columns.count, -1, rows.crop, columns.crop)
-        logits = logits.permute(0, 3, 1, 4, 2, 5)
-        return rows.merge(columns.merge(logits, 4), 2)
+        logits = (self._decode if self.resizes_last else self._encode_decode)(windows).float()
+        classes, *map_size = logits.shape[1:]
+        logits = logits.view(n, rows.count, columns.count, classes, *map_size).permute(0, 3, 1, 4, 2, 5)
+        logits = logits.reshape(n, classes, rows.count * map_size[0], columns.count * map_size[1])
+        merge_rows, merge_columns = (
+            axis.merging_matrix(cells, visible, output, self.model.align_corners)
+            for axis, cells, visible, output in zip((rows, columns), map_size, size, output_size or (None, None))
+        )
+        return merge_rows @ (logits @ merge_columns.T)
+
+    def _decode(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Logits as the head computes them, before it resizes them to the size of the input."""
+        return self.model.decode_head(self.model.extract_feat(inputs))
 
 
-def with_unknown_size(images: torch.Tensor) -> torch.Tensor:
-    """The same batch in sizes of which a tracer knows nothing, so that it cannot fix what it sees in the example."""
-    n, channels, height, width = images.shape
-    return images.reshape(unknown(n), channels, unknown(height), unknown(width))
+def resizes_last(model: nn.Module) -> bool:
+    """Whether all that a segmentor does after its head is to resize the logits to the size of the input."""
+    from mmseg.models import EncoderDecoder
+    from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 
-
-def unknown(n: int) -> int:
-    """The same positive number, of which a tracer knows no more than that."""
-    return known_positive(torch.full((), n, dtype=torch.int64).item())
-
-
-def known_positive(n: int) -> int:
-    """Tell a tracer that a number is positive."""
-    torch._check(n >= 1)
-    return n
+    head = type(model.decode_head)
+    own = type(model).encode_decode, getattr(head, 'predict', None), getattr(head, 'predict_by_feat', None)
+    return own == (EncoderDecoder.encode_decode, BaseDecodeHead.predict, BaseDecodeHead.predict_by_feat)
 
 
 class WindowAxis:
@@ -123,9 +134,8 @@ class WindowAxis:
     """
 
     def __init__(self, size: int, crop: int, stride: int, device: torch.device):
-        self.size, self.crop = size, unknown(torch.sym_min(crop, size))
+        self.crop = unknown(torch.sym_min(crop, size))
         self.count = unknown(torch.sym_max(size - crop + stride - 1, 0) // stride + 1)
-        self.stride, self.n_covering = stride, -(-crop // stride)  # windows that cover a pixel, at most
         self.starts = (torch.arange(self.count, device=device) * stride).clamp(max=size - self.crop)
 
     def split(self, x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -133,26 +143,59 @@ class WindowAxis:
         index = self.starts[:, None] + torch.arange(self.crop, device=x.device)
         return x.index_select(dim, index.flatten()).unflatten(dim, (self.count, self.crop))
 
-    def merge(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """Average what windows have of each pixel: (..., count, crop, ...) -> (..., size, ...).
+    def merging_matrix(self, cells: int, size: int, output_size: int | None, align_corners: bool) -> torch.Tensor:
+        """Weights by which the maps of all windows become the side of the result.
 
-        A pixel is in some of the regular windows, and perhaps in the last one, which is shifted.
+        Args:
+            cells: Of the map of a window.
+            size: Of the image without padding.
+            output_size: Of the result; None for `size`.
+            align_corners: Of the two resizings, from map to window and from image to result.
+
+        Returns:
+            (output_size, count * cells).
         """
-        x = x.flatten(dim, dim + 1)
-        pixel = torch.arange(self.size, device=x.device)
-        nearest = torch.div(pixel, self.stride, rounding_mode='trunc')
-        candidates = [nearest - k for k in reversed(range(self.n_covering))]
-        regular = [(i, i * self.stride, (i >= 0) & (i < self.count - 1)) for i in candidates]
-        last = torch.full_like(pixel, self.count - 1)
-        covering = []
-        for window, start, exists in [*regular, (last, self.starts[-1], torch.ones_like(pixel, dtype=torch.bool))]:
-            offset = pixel - start
-            covers = exists & (offset >= 0) & (offset < self.crop)
-            covering.append((torch.where(covers, window * self.crop + offset, 0), covers))
-        total = sum(covers.long() for _, covers in covering)
-        shape = (-1, *[1] * (x.ndim - dim - 1))
-        parts = [x.index_select(dim, index) * (covers / total).to(x.dtype).view(shape) for index, covers in covering]
-        return sum(parts[1:], parts[0])
+        offset = torch.arange(size, device=self.starts.device)[:, None] - self.starts  # of each pixel in each window
+        is_inside = (offset >= 0) & (offset < self.crop)
+        weights = bilinear_weights(offset, self.crop, cells, align_corners)
+        weights = weights * (is_inside / is_inside.sum(1, keepdim=True))[..., None]
+        weights = weights.reshape(size, self.count * cells)
+        if output_size is None:
+            return weights
+        pixel = torch.arange(output_size, device=self.starts.device)
+        return bilinear_weights(pixel, output_size, size, align_corners) @ weights
+
+
+def bilinear_weights(pixel: torch.Tensor, size: int, cells: int, align_corners: bool) -> torch.Tensor:
+    """Weights (..., cells) of the cells of a map, for pixels (...) of the map resized to a size along one side."""
+    if align_corners:
+        position = pixel * ((cells - 1) / torch.sym_max(size - 1, 1))
+    else:
+        position = (pixel + 0.5) * (cells / size) - 0.5
+    position = position.clamp(min=0).clamp(max=cells - 1)
+    return (1 - (position[..., None] - torch.arange(cells, device=pixel.device)).abs()).clamp(min=0)
+
+
+# ---- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def with_unknown_size(images: torch.Tensor) -> torch.Tensor:
+    """The same batch in sizes of which a tracer knows nothing, so that it cannot fix what it sees in the example."""
+    n, _, height, width = images.shape
+    if not isinstance(n, int):  # not by a shape: its number of pixels would give the tracer the equation for `n`
+        images = images.index_select(0, torch.arange(unknown(n), device=images.device))
+    return images.reshape(*images.shape[:2], unknown(height), unknown(width))
+
+
+def unknown(n: int) -> int:
+    """The same positive number, of which a tracer knows no more than that; one that is fixed stays."""
+    return n if isinstance(n, int) else known_positive(torch.full((), n, dtype=torch.int64).item())
+
+
+def known_positive(n: int) -> int:
+    """Tell a tracer that a number is positive."""
+    torch._check(n >= 1)
+    return n
 
 
 # ---- operators that hold at every size -------------------------------------------------------------------------------
@@ -161,15 +204,16 @@ class WindowAxis:
 @contextmanager
 def exportable_operators() -> Iterator[None]:
     """Context manager in which operators whose export would hold at one size alone run in forms for all sizes."""
-    from mmseg.models.utils.wrappers import resize
+    from mmseg.models.utils.wrappers import Upsample, resize
 
-    defaults = resize.__defaults__
+    defaults, upsample = resize.__defaults__, Upsample.forward
     resize.__defaults__ = (*defaults[:-1], False)  # `warning`: what it asks of sizes would fix them
+    Upsample.forward = upsample_by_integer
     try:
         with _AnySize():
             yield
     finally:
-        resize.__defaults__ = defaults
+        resize.__defaults__, Upsample.forward = defaults, upsample
 
 
 def adaptive_avg_pool2d(x: torch.Tensor, output_size: int | tuple[int | None, int | None]) -> torch.Tensor:
@@ -204,6 +248,15 @@ def interpolate(x: torch.Tensor, size=None, scale_factor=None, mode='nearest', a
             if isinstance(n, torch.SymInt):
                 torch._check(n > 1)
     return F.interpolate(x, size, scale_factor, mode, align_corners, *args, **kwargs)
+
+
+def upsample_by_integer(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Replace `forward` of mmseg's `Upsample`, which makes integers of products of sizes and floats."""
+    factor = module.scale_factor
+    if module.size or isinstance(factor, tuple) or factor != int(factor):
+        raise UsageError(f'mmseg.Upsample with size={module.size}, scale_factor={factor} cannot be exported')
+    size = [n * int(factor) for n in x.shape[2:]]
+    return F.interpolate(x, size, mode=module.mode, align_corners=module.align_corners)
 
 
 REPLACEMENTS = {F.adaptive_avg_pool2d: adaptive_avg_pool2d, F.interpolate: interpolate}

@@ -7,16 +7,18 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from mmseg.models import UPerHead
 from mmseg.structures import SegDataSample
 from onnxruntime import InferenceSession
 
 from convnext_dense.errors import UsageError
 from convnext_dense.export.segmentor import ExportableSegmentor
+from convnext_dense.models.optimize import optimize
 from helpers.checkpoints import balance_classes, draw_photo
 from helpers.paths import ROOT
 from helpers.weights import random_weights
 
-CHANNELS = [16, 24, 32]
+CHANNELS = [16, 24]
 WHOLE, SLIDE = dict(mode='whole'), dict(mode='slide', crop_size=(64, 80), stride=(43, 50))
 # (N, H, W) of the images, (h, w) of the result.
 TRACED = (1, 96, 150), (70, 131)
@@ -30,9 +32,14 @@ OTHERS = (
 )
 
 
+class OwnPredict(UPerHead):
+    def predict_by_feat(self, seg_logits, batch_img_metas):
+        return super().predict_by_feat(seg_logits, batch_img_metas) * 2 - 1
+
+
 def head(kind='UPerHead', **settings):
-    levels = kind == 'UPerHead'
-    inputs = dict(in_channels=CHANNELS, in_index=[0, 1, 2]) if levels else dict(in_channels=CHANNELS[-1], in_index=2)
+    levels = kind in ('UPerHead', OwnPredict)
+    inputs = dict(in_channels=CHANNELS, in_index=[0, 1]) if levels else dict(in_channels=CHANNELS[-1], in_index=1)
     loss = dict(type='CrossEntropyLoss')
     return dict(type=kind, channels=16, num_classes=5, align_corners=False, loss_decode=loss, **inputs) | settings
 
@@ -42,7 +49,7 @@ def build(decode_head=None, test_cfg=SLIDE, data_preprocessor=None, **backbone):
     model = Config.fromfile(ROOT / 'configs/demo/upernet.py').model
     init_default_scope('mmseg')
     model.data_preprocessor.update(data_preprocessor or {})
-    model.backbone = dict(type='ConvNeXt', arch=dict(depths=(1, 1, 1), channels=CHANNELS), out_indices=(0, 1, 2))
+    model.backbone = dict(type='ConvNeXt', arch=dict(depths=(1, 1), channels=CHANNELS), out_indices=(0, 1))
     model.backbone.update(backbone)
     model.decode_head = dict(norm_cfg=dict(type='BN'), **(decode_head or head()))
     model.auxiliary_head = None
@@ -91,9 +98,12 @@ MODELS_IN_EAGER = {
     'DepthwiseSeparableASPPHead': dict(
         decode_head=head('DepthwiseSeparableASPPHead', c1_in_channels=16, c1_channels=8, dilations=(1, 2))
     ),
-    'SegformerHead': dict(decode_head=head('SegformerHead', in_channels=CHANNELS, in_index=[0, 1, 2])),
+    'SegformerHead': dict(decode_head=head('SegformerHead', in_channels=CHANNELS, in_index=[0, 1])),
+    'FPNHead': dict(decode_head=head('FPNHead', in_channels=CHANNELS, in_index=[0, 1], feature_strides=[4, 8])),
     'APCHead': dict(decode_head=head('APCHead', pool_scales=(1, 3), fusion=True)),
     'align_corners': dict(decode_head=head(align_corners=True)),
+    'optimized': {},
+    'a head with a test of its own': dict(decode_head=head(OwnPredict)),
     'one output channel': dict(decode_head=head(num_classes=2, out_channels=1, threshold=0.5)),
     'gray': dict(in_channels=1, data_preprocessor=dict(mean=[114], std=[57])),
     'padded': dict(data_preprocessor=dict(test_cfg=dict(size_divisor=32)), test_cfg=WHOLE),
@@ -101,10 +111,13 @@ MODELS_IN_EAGER = {
 }
 
 
-@pytest.mark.parametrize('settings', MODELS_IN_EAGER.values(), ids=MODELS_IN_EAGER)
+@pytest.mark.parametrize('name', MODELS_IN_EAGER)
 @torch.no_grad()
-def test_equals_mmseg(settings):
+def test_equals_mmseg(name):
+    settings = MODELS_IN_EAGER[name]
     model, classes = build(**settings), set()
+    if name == 'optimized':
+        optimize(model)
     for shape, size in (TRACED, *OTHERS):
         images = draw(shape, settings.get('in_channels', 3))
         expected = mmseg_result(model, images, size)
@@ -141,6 +154,30 @@ def test_an_unknown_way_of_testing():
     model.test_cfg.mode = 'panorama'
     with pytest.raises(UsageError, match="test_cfg.mode 'panorama' cannot be exported: give one of whole, slide"):
         ExportableSegmentor(model)
+
+
+DYNAMIC = torch.export.Dim.DYNAMIC
+
+
+@pytest.mark.parametrize('name', ['optimized FPNHead', 'of one size'])
+@torch.no_grad()
+def test_a_program_equals_mmseg_at_every_size(name):
+    sizes, dims = (TRACED, *OTHERS), {0: DYNAMIC, 2: DYNAMIC, 3: DYNAMIC}
+    if name == 'of one size':
+        model, dims = build(head('FCNHead', num_convs=1)), {0: DYNAMIC}
+        sizes = [((n, *TRACED[0][1:]), size) for (n, *_), size in sizes]
+    else:
+        inputs = dict(in_channels=CHANNELS, in_index=[0, 1], feature_strides=[4, 8])
+        model = optimize(build(head('FPNHead', align_corners=True, **inputs), WHOLE))
+    args = draw((2, *TRACED[0][1:])), torch.tensor(TRACED[1])
+    exportable = ExportableSegmentor(model)
+    assert exportable.output_names == ['segmentation']
+    program = torch.export.export(exportable, args, dynamic_shapes=(dims, None), strict=False)
+    assert not any('convnext_dense' in str(node.target) for node in program.graph.nodes)  # this package's operators
+    program = program.module()
+    for shape, size in sizes:
+        images = draw(shape)
+        check(program(images, torch.tensor(size)).numpy(), mmseg_result(model, images, size), False)
 
 
 def export(model, path, **settings):

@@ -37,6 +37,7 @@ INTEGRATION_TESTS = {
     'evaluation/test_report_option.py::test_a_test_writes_a_report',
     'export/test_segmentor.py::test_a_file_equals_mmseg_at_every_size',
     'export/test_segmentor.py::test_a_file_has_standard_operators_alone',
+    'export/test_segmentor.py::test_a_program_equals_mmseg_at_every_size',
     'inference/test_checkpoint_config.py',
     'inference/test_exported.py',
     'inference/test_exported_tools.py',
