@@ -7,6 +7,7 @@ from convnext_dense.cli.arguments import integer, make_run_parser
 from convnext_dense.cli.exit import exit_on_error
 from convnext_dense.cli.prepare import TRAIN_STEPS, build_runner, prepare
 from convnext_dense.config.trackers import TRACKERS
+from convnext_dense.config.training_aids import add_training_aids
 from convnext_dense.datasets.custom import add_data_arguments
 
 
@@ -66,6 +67,7 @@ def parse_args():
         action='store_true',
         help='with --data: do not fit total batch, length, warmup and evaluation interval to the number of images',
     )
+    add_training_aids(parser)
     add_data_arguments(parser)
     return parser.parse_args()
 

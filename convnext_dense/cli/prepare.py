@@ -27,6 +27,13 @@ from ..config.schedule import scale_schedule
 from ..config.schedule_fit import count_training_images, fit_schedule
 from ..config.trackers import add_trackers
 from ..config.training import set_checkpoint_retention, set_max_unreadable, set_precision
+from ..config.training_aids import (
+    freeze_backbone,
+    scale_backbone_lr,
+    set_early_stopping,
+    set_ema,
+    set_negatives,
+)
 from ..config.work_dir import default_work_dir, hold_work_dir
 from ..datasets.configure import check_classes
 from ..datasets.custom import DatasetRequest, apply_custom_data, parse_request
@@ -156,6 +163,14 @@ def _set_accumulation(run: PreparedRun, args: argparse.Namespace) -> Lines:
     return set_accumulation(run.config, world_size_from_env(args.launcher), args.accumulate)
 
 
+def _apply_training_aids(run: PreparedRun, args: argparse.Namespace) -> None:
+    set_early_stopping(run.config, args.early_stop)
+    set_ema(run.config, args.ema)
+    freeze_backbone(run.config, args.freeze)
+    scale_backbone_lr(run.config, args.backbone_lr)
+    set_negatives(run.config, args.negatives)
+
+
 def _check_data_files(run: PreparedRun, splits: tuple[str, ...]) -> None:
     if not run.request:
         check_data(run.config, splits)
@@ -258,6 +273,7 @@ def _warnings(*lines: str | None) -> list[Notice]:
 TRAIN_STEPS = (
     Step('config', partial(_load, required=('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'))),
     Step('image_size', lambda run, args: set_image_size(run.config, args.image_size), after=('config',)),
+    Step('aids', _apply_training_aids, after=('config',)),
     Step('inputs', lambda run, args: adapt_input_channels(run.config), after=('config',)),
     Step('precision', lambda run, args: set_precision(run.config, args.amp_dtype), after=('config',)),
     Step('loggers', lambda run, args: add_trackers(run.config, args.loggers, args.resume is not None), ('config',)),
@@ -268,20 +284,20 @@ TRAIN_STEPS = (
     Step(
         'data',
         lambda run, args: apply_custom_data(run.config, run.request, ('train', 'val'), run.options, run.checkpoint),
-        after=('image_size', 'inputs', 'resume', 'lock'),
+        after=('image_size', 'aids', 'inputs', 'resume', 'lock'),
     ),
     Step('classes', lambda run, args: check_classes(run.config), after=('data',)),
     Step('schedule', lambda run, args: scale_schedule(run.config, args.epochs, args.iters, run.options), ('data',)),
     Step('accumulation', _set_accumulation, after=('config',)),
     Step('fit', _fit_schedule, after=('data', 'schedule', 'accumulation')),
-    Step('batch', _scale_batch, after=('schedule', 'accumulation', 'fit')),
+    Step('batch', _scale_batch, after=('aids', 'schedule', 'accumulation', 'fit')),
     Step('compare', _compare_with_checkpoint, after=('precision', 'resume', 'data', 'schedule', 'fit', 'batch')),
     Step('retention', lambda run, args: set_checkpoint_retention(run.config, args.max_keep_ckpts), after=('config',)),
     Step('unreadable', lambda run, args: set_max_unreadable(run.config, args.max_unreadable), after=('config',)),
     Step(
         'overridden',
         _report_overridden,
-        after=('image_size', 'precision', 'data', 'fit', 'batch', 'retention', 'unreadable'),
+        after=('image_size', 'aids', 'precision', 'data', 'fit', 'batch', 'retention', 'unreadable'),
     ),
 )
 # - predictions: the data decide which evaluators there are.

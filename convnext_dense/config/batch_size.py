@@ -162,6 +162,8 @@ def _apply_accumulation(config: Config, n: int) -> None:
     for hook in config.get('custom_hooks') or []:
         if is_type(hook.get('type'), HOOKS, 'EMAHook'):  # averages every `interval` iterations, from `begin_iter` on
             hook['begin_iter'], hook['interval'] = n * hook.get('begin_iter', 0), n * hook.get('interval', 1)
+            if 'gamma' in hook:  # counted in iterations too
+                hook['gamma'] *= n
     _fill_implicit_defaults(config)
     for part in iter_dicts(config.model):
         if part.get('warmup_iters'):

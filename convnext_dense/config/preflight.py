@@ -51,7 +51,7 @@ def check_installed(library: str) -> None:
 
 def check_backbones(model: dict) -> None:
     """Raise UsageError where a ConvNeXt in a model config cannot be built; on the meta device, without memory."""
-    for _ in _build_backbones(model):
+    for _ in build_backbones(model):
         pass
 
 
@@ -83,7 +83,7 @@ def check_pretrained(model: dict) -> None:
     Args:
         model: config of the whole model.
     """
-    for backbone in _build_backbones(model):
+    for backbone in build_backbones(model):
         for cfg in backbone.pretrained:
             loader = PretrainedConvNeXt(**{k: v for k, v in cfg.items() if k != 'type'})
             if is_rank0() or not is_url(resolve(loader.checkpoint)):
@@ -106,7 +106,7 @@ def check_data(config: Config, splits: tuple[str, ...]) -> None:
                 _require_path(evaluator['ann_file'], split)
 
 
-def _build_backbones(model: dict) -> Iterator[ConvNeXt]:
+def build_backbones(model: dict) -> Iterator[ConvNeXt]:
     """Build the ConvNeXts in a model config, this package's or derived from it, on the meta device."""
     for holder in iter_dicts({'model': model}):
         for key, cfg in holder.items():

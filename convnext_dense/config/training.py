@@ -53,13 +53,20 @@ def set_checkpoint_retention(config: Config, max_keep_ckpts: int | None) -> None
         raise UsageError(f'--max-keep-ckpts {max_keep_ckpts}: give a positive number of checkpoints')
     if not config.get('default_hooks'):
         config.default_hooks = {}
-    best = {} if not config.get('val_evaluator') else dict(save_best=_best_metric(config.val_evaluator), rule='greater')
+    best = {} if not config.get('val_evaluator') else dict(save_best=best_metric(config.val_evaluator), rule='greater')
     hook = config.default_hooks.get('checkpoint') or dict(type='CheckpointHook', interval=1)
     config.default_hooks.checkpoint = {**best, **hook, 'max_keep_ckpts': max_keep_ckpts}
 
 
-def _best_metric(evaluator: object) -> str:
-    """Return the metric that decides which checkpoint is the best: box AP, mIoU, or the evaluator's first one."""
+def best_metric(evaluator: object) -> str:
+    """Return the metric that decides which checkpoint is the best.
+
+    Args:
+        evaluator: config of one, or a list of them.
+
+    Returns:
+        Box AP or mIoU; 'auto' for the first metric of another evaluator.
+    """
     for metric in iter_dicts(evaluator):
         if is_type(metric.get('type'), METRICS, 'CocoMetric') and 'bbox' in as_list(metric.get('metric', 'bbox')):
             return f'{metric.get("prefix") or "coco"}/bbox_mAP'

@@ -28,6 +28,7 @@ from ..type_names import class_of
 from .checkpoint_hook import AtomicCheckpointHook
 from .console import log_details_to_file_only, silence_disk_full
 from .datasets import wrap_pipelines
+from .early_stopping_hook import ResumableEarlyStoppingHook
 from .failures import collect_rank_errors, diagnose
 from .health_hook import HealthActionHook, HealthCheckHook
 from .logger_hook import DiskFullTolerantLoggerHook
@@ -38,7 +39,11 @@ from .samplers import make_resumable_dataloader_cfg
 from .summary_hook import SummaryHook
 from .workers import worker_init
 
-HOOK_OVERRIDES = {'CheckpointHook': AtomicCheckpointHook, 'LoggerHook': DiskFullTolerantLoggerHook}
+HOOK_OVERRIDES = {
+    'CheckpointHook': AtomicCheckpointHook,
+    'EarlyStoppingHook': ResumableEarlyStoppingHook,
+    'LoggerHook': DiskFullTolerantLoggerHook,
+}
 
 
 class ResumableRunner(Runner):
@@ -148,7 +153,7 @@ class ResumableRunner(Runner):
                 getattr(hook, fn_name)(self, **kwargs)
 
     def register_hook(self, hook: Hook | dict, priority: str | int | None = None) -> None:
-        """Register a hook; configs of mmengine's checkpoint and logger hooks build those of this package."""
+        """Register a hook; configs of some of mmengine's hooks build those of this package."""
         if isinstance(hook, dict):
             hook = {**hook, 'type': HOOK_OVERRIDES.get(_mmengine_class_name(hook.get('type')), hook.get('type'))}
         super().register_hook(hook, priority)

@@ -19,7 +19,7 @@ from ..models.convnext import DECAY_TYPES
 MULT_KEYS = ('bias_lr_mult', 'bias_decay_mult', 'norm_decay_mult', 'flat_decay_mult', 'dwconv_decay_mult')
 MULT_KEYS += ('dcn_offset_lr_mult',)
 DEFAULT_CONSTRUCTOR_KEYS = ('custom_keys', *MULT_KEYS, 'bypass_duplicate')
-LAYER_DECAY_KEYS = ('decay_rate', 'decay_type', 'num_layers')
+LAYER_DECAY_KEYS = ('decay_rate', 'decay_type', 'num_layers', 'backbone_lr_mult')
 
 
 def layer_ids(model: nn.Module, decay_type: str) -> tuple[dict[str, int], int]:
@@ -69,6 +69,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
             - `decay_rate` (float): In (0, 1], required.
             - `decay_type` (str): 'layer_wise' or 'stage_wise', required.
+            - `backbone_lr_mult` (float): Multiplies the lr of the backbone, all of its layers alike. Defaults to 1.
             - `num_layers` (int): Not needed, since N follows from the backbone; where it is given it has to be N.
 
             and those of `DefaultOptimWrapperConstructor` with their meaning there: `custom_keys`, `bias_lr_mult`,
@@ -101,6 +102,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if self.base_wd is None:
             self.base_wd = 0.0
         self.decay_rate, self.decay_type = paramwise_cfg['decay_rate'], paramwise_cfg['decay_type']
+        self.backbone_lr_mult = paramwise_cfg.get('backbone_lr_mult', 1.0)
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer of a model and its wrapper.
@@ -152,7 +154,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             lr_scale = self.decay_rate ** (head_layer_id - ids[name])
             apply_weight_decay = parameter.ndim > 1 and name.rpartition('.')[2] != 'bias'
             group.setdefault('weight_decay', self.base_wd if apply_weight_decay else 0.0)
-            group['lr'] = group.get('lr', self.base_lr) * lr_scale
+            mult = self.backbone_lr_mult if ids[name] < head_layer_id else 1.0
+            group['lr'] = group.get('lr', self.base_lr) * lr_scale * mult
             group |= dict(lr_scale=lr_scale, layer_id=ids[name])
             key = (ids[name], group['weight_decay'], group['lr'], repr(sorted(group.items())))
             merged.setdefault(key, dict(params=[], **group))['params'].append(parameter)
@@ -184,7 +187,7 @@ def _check_paramwise_cfg(cfg: dict, weight_decay: float | None) -> None:
     custom_keys = cfg.get('custom_keys', {})
     if not isinstance(custom_keys, dict) or not all(isinstance(value, dict) for value in custom_keys.values()):
         raise UsageError(f"custom_keys={custom_keys!r} is invalid: give such as {{'bbox_head': dict(lr_mult=10)}}")
-    items = [(key, value) for key, value in cfg.items() if key in MULT_KEYS]
+    items = [(key, value) for key, value in cfg.items() if key in (*MULT_KEYS, 'backbone_lr_mult')]
     for name, settings in custom_keys.items():
         if not isinstance(name, str):
             raise UsageError(f'paramwise_cfg.custom_keys has the key {name!r}: give a part of a parameter name')

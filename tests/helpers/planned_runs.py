@@ -82,6 +82,7 @@ def planned_run(
     evaluates=False,
     cfg=None,
     param_scheduler=None,
+    metric='SampleCount',
     **more,
 ):
     """A runner of the plan.
@@ -90,12 +91,13 @@ def planned_run(
         checkpoint: Arguments of the CheckpointHook.
         evaluates: Whether it evaluates, on two batches.
         cfg: Keys of the config that are no arguments of the runner.
+        metric: Type of the evaluator's metric.
         **more: Arguments of the optimizer wrapper.
     """
     val = dict(batch_size=1, num_workers=0, dataset=dict(type='Planned', plan=[1.0] * 2))
     val |= dict(sampler=dict(type='DefaultSampler', shuffle=False))
     return ResumableRunner(
-        **(dict(val_dataloader=val, val_cfg={}, val_evaluator=dict(type='SampleCount')) if evaluates else {}),
+        **(dict(val_dataloader=val, val_cfg={}, val_evaluator=dict(type=metric)) if evaluates else {}),
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', **(checkpoint or {}))),
         resume=load_from is not None,
         load_from=load_from,
