@@ -5,6 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from ..checkpoints.exported_files import is_exported
 from ..errors import UsageError
 from ..export.check import check_file, write_differences
 from ..export.files import WRITERS, files_of
@@ -72,6 +73,8 @@ def export(args: argparse.Namespace) -> None:
         args.logits,
         args.half,
     )
+    if is_exported(args.checkpoint):
+        raise UsageError(f'{args.checkpoint} is exported already: give the checkpoint that it was made from')
     source = find_model(args.checkpoint, args.config)
     predictor = build_predictor(source, check_device('cpu'), optimized=False)
     traced = trace(predictor, options, recipe=_recipe(args))

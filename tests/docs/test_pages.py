@@ -40,7 +40,7 @@ def test_options_that_are_named_are_options_of_a_tool(name):
     others = {'--no-build-isolation', '--nproc_per_node', '--nnodes', '--rdzv_backend', '--rdzv_endpoint', '--rdzv_id'}
     others |= {'--gres', '--ntasks', '--ntasks-per-node', '--cpus-per-task', '--kill-on-bad-exit', '--launcher'}
     others |= {'--nodes', '--logdir', '--partition', '--time', '--gpus-per-task', '--gpu-bind', '--signal', '--strict'}
-    others |= {'--tta'}
+    others |= {'--tta', '--onnx', '--fp16', '--saveEngine', '--minShapes', '--optShapes', '--maxShapes'}  # trtexec's
     for option in set(re.findall(r'(?<![\w-])--[a-z][\w-]+', PAGES[name])) - others:
         assert f"'{option}'" in sources, option
 

@@ -94,6 +94,12 @@ def test_missing_package_is_named(suffix, package, extra, monkeypatch, tmp_path)
     assert not [*tmp_path.iterdir()]
 
 
+def test_an_exported_model_is_not_exported_again(tmp_path):
+    arguments = cli.make_export_parser('').parse_args(['a.onnx', str(tmp_path / 'b.xml')])
+    with pytest.raises(UsageError, match=r'a.onnx is exported already: give the checkpoint'):
+        cli.export(arguments)
+
+
 @pytest.mark.parametrize(
     'args, message',
     [

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from mmengine.config import Config
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.datasets.custom import DatasetRequest, read_data
@@ -132,6 +133,30 @@ def run(tool, *args):
     finally:
         sys.argv = before
     return 0
+
+
+def predictions_as_labels(predictions, path):
+    """A labeled split of some of the predictions themselves, a little displaced: made weights know no shapes."""
+    annotations = []
+    rng = np.random.RandomState(0)
+    for annotation in predictions['annotations'][::7]:
+        x, y, w, h = annotation['bbox']
+        shift = rng.randint(0, 3)
+        mask = np.roll(coco_mask.decode(annotation['segmentation']), shift, 1)
+        if mask.sum() < 4:
+            continue
+        rle = coco_mask.encode(np.asfortranarray(mask))
+        annotations.append(
+            {
+                **{key: annotation[key] for key in ('image_id', 'category_id', 'iscrowd')},
+                'id': len(annotations) + 1,
+                'bbox': [x + shift, y, w, h],
+                'area': float(mask.sum()),
+                'segmentation': {**rle, 'counts': rle['counts'].decode()},
+            }
+        )
+    content = {key: predictions[key] for key in ('images', 'categories')}
+    path.write_text(json.dumps({**content, 'annotations': annotations}))
 
 
 def quick_options(name):

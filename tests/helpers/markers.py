@@ -39,6 +39,7 @@ INTEGRATION_TESTS = {
     'export/test_segmentor.py::test_a_file_has_standard_operators_alone',
     'export/test_segmentor.py::test_a_program_equals_mmseg_at_every_size',
     'inference/test_checkpoint_config.py',
+    'export/test_used_as_checkpoints.py',
     'inference/test_exported.py',
     'inference/test_exported_tools.py',
     'inference/test_openmmlab.py',

@@ -7,12 +7,12 @@ import pickle
 
 import numpy as np
 import pytest
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from convnext_dense.cli.predict import make_predict_parser, predict
 from convnext_dense.datasets import toy_shapes
+from helpers.datasets import predictions_as_labels
 from helpers.paths import ROOT
 
 
@@ -25,30 +25,6 @@ def ap(coco, results, kind):
     return evaluation.stats
 
 
-def as_ground_truth(predictions, path):
-    """A labeled split of some of the predictions themselves, a little displaced: made weights know no shapes."""
-    annotations = []
-    rng = np.random.RandomState(0)
-    for annotation in predictions['annotations'][::7]:
-        x, y, w, h = annotation['bbox']
-        shift = rng.randint(0, 3)
-        mask = np.roll(coco_mask.decode(annotation['segmentation']), shift, 1)
-        if mask.sum() < 4:
-            continue
-        rle = coco_mask.encode(np.asfortranarray(mask))
-        annotations.append(
-            {
-                **{key: annotation[key] for key in ('image_id', 'category_id', 'iscrowd')},
-                'id': len(annotations) + 1,
-                'bbox': [x + shift, y, w, h],
-                'area': float(mask.sum()),
-                'segmentation': {**rle, 'counts': rle['counts'].decode()},
-            }
-        )
-    content = {key: predictions[key] for key in ('images', 'categories')}
-    path.write_text(json.dumps({**content, 'annotations': annotations}))
-
-
 @pytest.mark.parametrize('recipe', ['mask_rcnn', pytest.param('cascade', marks=pytest.mark.slow)])
 def test_ap_is_that_of_the_test_tool(recipe, checkpoints, tmp_path, run_tool):
     root = tmp_path / 'shapes'
@@ -57,7 +33,7 @@ def test_ap_is_that_of_the_test_tool(recipe, checkpoints, tmp_path, run_tool):
     assert predict(make_predict_parser('').parse_args([*map(str, args)])) == 0
     predictions = json.loads((tmp_path / 'out/predictions.json').read_text())
     labels = root / 'annotations/instances_val.json'
-    as_ground_truth(predictions, labels)
+    predictions_as_labels(predictions, labels)
     config = ROOT / f'configs/demo/{recipe}.py'
     process = run_tool(
         'test.py', config, checkpoints[recipe], '--out', tmp_path / 'test.pkl', '--work-dir', tmp_path / 'work',
