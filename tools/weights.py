@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Look at ConvNeXt weights, convert them, list the published ones."""
 
+import re
 from collections import Counter
 
 import environment  # noqa: F401
@@ -99,7 +100,7 @@ def list_weights(args) -> None:
 
 def _size(name: str) -> str:
     """Of the backbone in fp32, to the MB."""
-    arch = next(arch for arch in sorted(ARCHS, key=len, reverse=True) if f'_{arch}_' in name)
+    arch = next(arch for arch in sorted(ARCHS, key=len, reverse=True) if re.search(rf'_{arch}[_.]', name))
     with torch.device('meta'):
         backbone = ConvNeXt(arch, use_grn='v2' in name)
     return f'{sum(p.numel() for p in backbone.parameters()) * 4 / 1e6:.0f}'

@@ -12,6 +12,7 @@ import torch
 from filelock import FileLock
 
 from ..errors import UsageError
+from .hf_hub import HF_PREFIX, HF_SITE, download_from_hf, is_hf_name
 from .io import clear_cache, load_checkpoint
 
 ORIGINAL = 'https://dl.fbaipublicfiles.com/convnext'
@@ -24,10 +25,10 @@ class WeightEntry:
     """A published checkpoint.
 
     Attributes:
-        url (str, optional): Its address; None where its owner gives it out only on request.
+        url (str, optional): Its address; None where its owner gives it out only on request, or huggingface_hub has it.
         training (str): What it was trained on.
         license (str): Its license.
-        request_url (str): Where to request it if it has no `url`.
+        request_url (str): Where to request it, or its page, if it has no `url`.
         backbone (str): Of which backbone it is: 'ConvNeXt', or one that the paper compares it with.
     """
 
@@ -98,6 +99,18 @@ WEIGHTS = (
         for part in parts.split()
     }
 )
+# timm's copies on the Hugging Face Hub, which are not gated.
+HF_FILES = (
+    ('dinov3_lvd1689m', 'tiny small base large', 'DINOv3, 1.7 G images', 'DINOv3 License'),
+    ('eupe_lvd1689m', 'tiny small base', 'EUPE, 1.7 G images', 'FAIR Noncommercial Research License'),
+)
+WEIGHTS |= {
+    f'{HF_PREFIX}timm/convnext_{size}.{tag}': WeightEntry(
+        None, training, license, f'{HF_SITE}/timm/convnext_{size}.{tag}'
+    )
+    for tag, sizes, training, license in HF_FILES
+    for size in sizes.split()
+}
 WEIGHT_URLS = {name: entry.url for name, entry in WEIGHTS.items() if entry.url}
 EXAMPLE_NAMES = tuple(WEIGHTS)[:8]  # named in errors
 
@@ -106,17 +119,23 @@ def resolve(source: str) -> str:
     """Return the path or URL of a checkpoint; nothing is downloaded.
 
     Args:
-        source: A pretrained weight name, a path or a URL.
+        source: A pretrained weight name, a path, a URL or 'hf-hub:owner/name'.
 
     Returns:
-        The path of an existing file, or a URL.
+        The path of an existing file, a URL, or 'hf-hub:owner/name' as it is.
 
     Raises:
         UsageError: If it is neither a known name, a URL nor an existing file, or if its weights are not public.
     """
+    if is_hf_name(source):
+        return source
     entry = WEIGHTS.get(source)
     if entry and not entry.url:
-        raise UsageError(f"'{source}' is not public: request it at {entry.request_url} and give the path of the file")
+        size = source.split('_')[2]
+        raise UsageError(
+            f"'{source}' is not public: give timm's copy, {HF_PREFIX}timm/convnext_{size}.dinov3_lvd1689m, or request "
+            f'it at {entry.request_url} and give the path of the file'
+        )
     location = entry.url if entry else source
     if not is_url(location) and not os.path.isfile(location):
         raise UsageError(
@@ -132,7 +151,7 @@ def download(source: str) -> Path:
     Of several processes that need the same file one downloads it, and the others wait.
 
     Args:
-        source: A pretrained weight name, a path or a URL.
+        source: A pretrained weight name, a path, a URL or 'hf-hub:owner/name'.
 
     Returns:
         The path of the file.
@@ -141,6 +160,8 @@ def download(source: str) -> Path:
         UsageError: As `resolve`, or if the download fails or is no complete checkpoint.
     """
     location = resolve(source)
+    if is_hf_name(location):
+        return download_from_hf(location)
     if not is_url(location):
         return Path(location)
     name = PurePosixPath(urlparse(location).path)

@@ -1,0 +1,159 @@
+"""Models of the Hugging Face Hub by timm's spelling, with a made huggingface_hub: every way it answers."""
+
+import re
+import sys
+import types
+
+import pytest
+import torch
+from mmengine.logging import MMLogger
+
+from convnext_dense import load_backbone
+from convnext_dense.checkpoints import hf_hub, hub
+from convnext_dense.errors import UsageError
+from convnext_dense.models.convnext import ConvNeXt
+from helpers.foreign_weights import RENAMES, TIMM
+from helpers.weights import random_weights
+
+ARCH = dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32))
+NAME = 'hf-hub:timm/convnext_tiny.dinov3_lvd1689m'
+
+
+class HfHubHTTPError(OSError):
+    pass
+
+
+class RepositoryNotFoundError(HfHubHTTPError):
+    pass
+
+
+class GatedRepoError(RepositoryNotFoundError):
+    pass
+
+
+class RevisionNotFoundError(HfHubHTTPError):
+    pass
+
+
+class EntryNotFoundError(Exception):
+    pass
+
+
+class RemoteEntryNotFoundError(HfHubHTTPError, EntryNotFoundError):
+    pass
+
+
+class LocalEntryNotFoundError(FileNotFoundError, EntryNotFoundError):
+    pass
+
+
+@pytest.fixture
+def hugging_face(tmp_path, monkeypatch):
+    """A huggingface_hub whose files lie in a folder; `fail` raises instead."""
+    module, asked = types.ModuleType('huggingface_hub'), []
+    module.fail = None
+
+    def hf_hub_download(repo_id, filename, revision=None):
+        asked.append((repo_id, filename, revision))
+        if module.fail:
+            raise module.fail
+        path = tmp_path / 'hub' / repo_id / filename
+        if not path.exists():
+            raise RemoteEntryNotFoundError(f'404 {filename}')
+        return str(path)
+
+    module.hf_hub_download, module.asked = hf_hub_download, asked
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', module)
+    monkeypatch.setattr(hf_hub, '_announced', set())
+    (tmp_path / 'hub/timm/convnext_tiny.dinov3_lvd1689m').mkdir(parents=True)
+    return module
+
+
+def original_weights() -> dict[str, torch.Tensor]:
+    """Of a model without classifier, as DINOv3's and EUPE's are in timm."""
+    model = ConvNeXt(ARCH, out_indices=-1)
+    shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith('norm')}
+    return random_weights(shapes | {'norm.weight': (32,), 'norm.bias': (32,)})
+
+
+def save(folder, weights, file='model.safetensors'):
+    from safetensors.torch import save_file
+
+    renamed = {RENAMES[TIMM](name): tensor for name, tensor in weights.items()}
+    (save_file if file.endswith('safetensors') else torch.save)(renamed, folder / file)
+
+
+@pytest.mark.parametrize('file', ['model.safetensors', 'pytorch_model.bin'])
+@pytest.mark.parametrize('final_norm', ['drop', 'reuse'])
+def test_loads_in_every_bit(hugging_face, tmp_path, file, final_norm):
+    weights = original_weights()
+    save(tmp_path / 'hub/timm/convnext_tiny.dinov3_lvd1689m', weights, file)
+    backbone = ConvNeXt(ARCH)
+    report = load_backbone(backbone, NAME, final_norm)
+    kept = 6 if final_norm == 'reuse' else 8
+    assert NAME in report and f'{kept} kept at initialization' in report
+    for name, tensor in backbone.state_dict().items():
+        original = name.replace('norm3.', 'norm.') if final_norm == 'reuse' else name
+        if original in weights and not re.match(r'norm\d', name.replace('norm3.', '')):
+            assert torch.equal(tensor, weights[original]), name
+
+
+def test_the_license_is_logged_once(hugging_face, tmp_path, caplog):
+    folder = tmp_path / 'hub/timm/convnext_tiny.dinov3_lvd1689m'
+    save(folder, original_weights())
+    (folder / 'README.md').write_text(
+        '---\nlicense: other\nlicense_name: dinov3-license\nlicense_link: https://ai.meta.com/x\n---\n# license: none\n'
+    )
+    MMLogger.get_instance('hf').addHandler(caplog.handler)
+    for _ in range(2):
+        hub.download(NAME)
+    lines = [record.getMessage() for record in caplog.records if 'license' in record.getMessage()]
+    assert lines == [f'{NAME}: license dinov3-license, https://ai.meta.com/x']
+
+
+def test_a_revision(hugging_face, tmp_path):
+    save(tmp_path / 'hub/timm/convnext_tiny.dinov3_lvd1689m', original_weights())
+    hub.download(f'{NAME}@abc123')
+    assert hugging_face.asked[0] == ('timm/convnext_tiny.dinov3_lvd1689m', 'model.safetensors', 'abc123')
+
+
+@pytest.mark.parametrize(
+    'error, words',
+    [
+        (GatedRepoError('401\nCannot access'), 'is gated: accept its terms at https://huggingface.co/timm/conv'),
+        (RepositoryNotFoundError('404'), 'no model https://huggingface.co/timm/convnext_tiny.dinov3_lvd1689m'),
+        (RevisionNotFoundError('404'), 'no such revision'),
+        (LocalEntryNotFoundError('offline'), 'not in the cache of huggingface_hub and the hub cannot be reached'),
+        (RemoteEntryNotFoundError('404'), 'has none of model.safetensors, pytorch_model.bin'),
+        (HfHubHTTPError('500\nServer'), r'cannot download .*\(500 Server\)'),
+        (ConnectionError('refused'), 'cannot download'),
+    ],
+)
+def test_errors_are_a_line_with_the_way_by_hand(hugging_face, error, words):
+    hugging_face.fail = error
+    with pytest.raises(UsageError, match=words) as raised:
+        hub.download(NAME)
+    message = str(raised.value)
+    assert '\n' not in message
+    by_hand = 'download https://huggingface.co/timm/convnext_tiny.dinov3_lvd1689m/resolve/main/model.safetensors'
+    assert f'{by_hand} and give its path' in message
+
+
+def test_without_huggingface_hub(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    with pytest.raises(UsageError, match='pip install huggingface_hub, or download https://huggingface.co/timm/conv'):
+        load_backbone(ConvNeXt(ARCH), NAME)
+
+
+@pytest.mark.parametrize('name', ['hf-hub:', 'hf-hub:convnext', 'hf-hub:a/b/c', 'hf-hub:../x y'])
+def test_invalid_names(name):
+    with pytest.raises(UsageError, match='give hf-hub:owner/name'):
+        hub.download(name)
+
+
+def test_the_gated_original_names_its_copy():
+    for name in (name for name in hub.WEIGHTS if name.startswith('dinov3')):
+        with pytest.raises(UsageError, match='is not public.*request it at https://ai.meta.com') as error:
+            hub.resolve(name)
+        (copy,) = re.findall(r'hf-hub:[\w/.]+\w', str(error.value))
+        assert copy in hub.WEIGHTS and hub.resolve(copy) == copy
