@@ -7,6 +7,7 @@ from typing import NamedTuple
 from ..errors import UsageError
 from .diagnostics import Report
 from .find_yolo import find_yolo
+from .labelme import find_labelme, read_labelme
 from .layouts import find_annotations
 from .read_yolo import read_yolo
 from .split_annotations import SplitAnnotations
@@ -30,6 +31,7 @@ class BoxFormat(NamedTuple):
 BOX_FORMATS = {
     'YOLO': BoxFormat(find_yolo, read_yolo),
     'Pascal VOC': BoxFormat(find_voc, read_voc),
+    'LabelMe': BoxFormat(find_labelme, read_labelme),
 }
 
 
@@ -50,7 +52,7 @@ class BoxSources(NamedTuple):
 
 
 # Values of --format, by what reports call them.
-FORMAT_KEYS = {'COCO json': 'coco', 'YOLO': 'yolo', 'Pascal VOC': 'voc'}
+FORMAT_KEYS = {'COCO json': 'coco', 'YOLO': 'yolo', 'Pascal VOC': 'voc', 'LabelMe': 'labelme'}
 
 
 def find_boxes(path: Path, key: str | None = None) -> BoxSources | None:

@@ -18,7 +18,6 @@ from .files import read_bytes, walk
 from .request import CheckedDataset
 
 CACHE_VERSION = 4  # increase it with any change of the checks or of what is written
-WATCHED_SUFFIXES = (*IMAGE_SUFFIXES, '.txt', '.xml')  # of files in a watched folder: images, and labels of them
 MAX_MANIFEST_BYTES = 2**28
 MANIFEST = 'data.json'
 BUSY_FILE = 'checking'  # rewritten while a process checks the data set
@@ -122,17 +121,29 @@ def dataset_fingerprint(key: tuple, paths: Sequence[str]) -> str:
 
     Args:
         key: what was requested.
-        paths: files, and folders of which the images and labels count.
+        paths: files, and folders of which the images count; `folder/*.txt` are the files of that suffix in a folder.
     """
     digest = hashlib.sha256(repr((CACHE_VERSION, key)).encode())
     for path in sorted(paths):
-        if not os.path.isdir(path):
+        parent, name = os.path.split(path)
+        if name.startswith('*.'):
+            for file in _files_of_suffix(parent, name[1:]):
+                digest.update(_file_state(file))
+        elif not os.path.isdir(path):
             digest.update(_file_state(path))
         for folder, names in walk(path):
             for name in names:
-                if name.lower().endswith(WATCHED_SUFFIXES):
+                if name.lower().endswith(IMAGE_SUFFIXES):
                     digest.update(_file_state(os.path.join(folder, name)))
     return digest.hexdigest()
+
+
+def _files_of_suffix(folder: str, suffix: str) -> list[str]:
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    return [os.path.join(folder, name) for name in sorted(names) if name.lower().endswith(suffix)]
 
 
 def _file_state(path: str) -> bytes:

@@ -87,9 +87,9 @@ def _read_split(
     outside = next((folder for folder in source.images if not is_below(folder, root)), None)
     if outside:
         add('images-outside-folder', outside)
-    watched = [*source.files, *source.images, *(root / folder for folder in labels)]
+    watched = [*outermost([*source.files, *source.images]), *(root / folder / '*.txt' for folder in labels)]
     coco = dict(images=images, annotations=annotations, categories=[])
-    return SplitAnnotations(coco, locations, source.images[0], outermost(watched), is_relative=True), labels
+    return SplitAnnotations(coco, locations, source.images[0], watched, is_relative=True), labels
 
 
 def _locate_images(root: Path, split: str, source: YoloSplit) -> list[ImageLocation]:

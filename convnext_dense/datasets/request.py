@@ -80,7 +80,7 @@ class CheckedDataset:
         apply_exif (bool): whether images are rotated as EXIF says.
         has_masks (bool): detection: whether annotations have masks.
         dataset_kwargs (dict): segmentation: arguments of `PairedSegDataset` that map labels to classes.
-        watched_paths (list[str]): files and folders whose changes invalidate the cache.
+        watched_paths (list[str]): files, folders of images and `folder/*.suffix` whose changes invalidate the cache.
     """
 
     task: str

@@ -17,7 +17,7 @@ class SplitAnnotations(NamedTuple):
         coco (dict): images, annotations and categories. Ids of annotations may be texts, which reports then name.
         locations (Mapping[str, ImageLocation]): where the image of each file name is.
         folder (Path): of the images, for messages.
-        watched_paths (list[Path]): files and folders that decide what this is.
+        watched_paths (list[Path]): files, folders of images and `folder/*.suffix` that decide what this is.
         is_relative (bool): whether coordinates are fractions of the image's sides; images then have no size, and
             annotations a box or a mask, and no area.
     """

@@ -407,8 +407,9 @@ def test_each_code_is_tested():
         'few-masks', 'mask-values-0-and-255', 'missing-box', 'single-class', 'git-lfs-pointer', 'mask-ignored',
         'image-resized-to-zero', 'image-below-stride', 'mask-single-row',
     }  # fmt: skip
-    tested_elsewhere |= {  # test_voc.py, test_select_classes.py
-        'class-not-selected', 'difficult', 'label-without-name', 'missing-label', 'other-format', 'pixels-from-one',
+    tested_elsewhere |= {  # test_labelme.py, test_voc.py, test_select_classes.py
+        'class-not-selected', 'difficult', 'ignored-region', 'shape-without-area',
+        'label-without-name', 'missing-label', 'other-format', 'pixels-from-one',
     }  # fmt: skip
     tested_elsewhere |= {  # test_yolo.py
         'boxes-and-polygons', 'class-count-mismatch', 'class-index-out-of-range', 'class-names-missing',

@@ -1,0 +1,238 @@
+"""Formats with one annotation file per image, beside the images or in folders of their own, and lists of names."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import UsageError
+from . import SPLITS
+from .diagnostics import Report
+from .file_names import normalize_spelling
+from .files import read_start, read_text, to_one_line, walk
+from .image_resolver import ImageLocation
+from .layouts import IMAGE_DIR_NAMES, MAX_DEPTH, SPLIT_DIR_NAMES, is_image
+from .request import relative_to_root
+from .split_annotations import SplitAnnotations, outermost
+
+MAX_FOLDERS_SEARCHED = 2000
+MAX_FILES_SAMPLED = 20  # annotation files in one folder, of which some may be of other programs
+HEADER_BYTES = 2**16  # of a file, by which it is recognized
+LIST_DIRS = ('ImageSets/Main', 'ImageSets')
+LIST_NAMES = {'train': ('train', 'trainval'), 'val': ('val', 'valid'), 'test': ('test',)}
+
+
+class LabelSplit(NamedTuple):
+    """Where the annotations of a split are.
+
+    Attributes:
+        labels (tuple[Path, ...]): folders of annotation files.
+        images (Path): folder in and below which the images are.
+        list_file (Path | None): with the names of the images of the split; None for all.
+    """
+
+    labels: tuple[Path, ...]
+    images: Path
+    list_file: Path | None = None
+
+
+class Label(NamedTuple):
+    """The content of an annotation file.
+
+    Attributes:
+        size (tuple[int, int] | None): width and height of the image; None if they are not given.
+        annotations (list[dict]): as of COCO, without `id` and `image_id`; `category_id` is the name of the class, and
+            `number` that of the object in the file.
+    """
+
+    size: tuple[int, int] | None
+    annotations: list[dict]
+
+
+def find_label_files(
+    path: Path, suffix: str, is_label: Callable[[str], bool]
+) -> tuple[str, dict[str, LabelSplit]] | None:
+    """Find the annotation files of each split.
+
+    Args:
+        path: folder of the data set.
+        suffix: of the files.
+        is_label: whether a file is one, by its first `HEADER_BYTES`.
+
+    Returns:
+        The layout, and where the annotations of each split ('train', 'val', 'test' or 'all') are; None if there are
+        none.
+
+    Raises:
+        UsageError: there are several data sets.
+    """
+    folders = tuple(_annotated_folders(path, suffix, is_label)) if path.is_dir() else ()
+    if not folders:
+        return None
+    lists = {split: _find_list(path, folders, split) for split in SPLITS}
+    if lists['train']:
+        return 'ImageSets', {split: LabelSplit(folders, path, file) for split, file in lists.items() if file}
+    split_of = {name: split for split, names in SPLIT_DIR_NAMES.items() for name in names}
+    by_split: dict[str, LabelSplit] = {}
+    for folder in folders:
+        parts = folder.relative_to(path).parts
+        named = next((i for i, part in enumerate(parts) if part.lower() in split_of), None)
+        if named is not None:
+            # Of train/annotations the images are in train as well, of annotations/train elsewhere.
+            split, images = split_of[parts[named].lower()], path / parts[0] if named == 0 else path
+            source = by_split.get(split, LabelSplit((), images))
+            by_split[split] = source._replace(labels=(*source.labels, folder))
+    if 'train' in by_split:
+        return 'folders by split', by_split
+    return f'{suffix[1:].upper()} files', {'all': LabelSplit(folders, path)}
+
+
+def read_label_files(
+    root: Path, splits: Mapping[str, LabelSplit], report: Report, suffix: str, parse: Callable
+) -> dict[str, SplitAnnotations]:
+    """Read the annotation files of each split as COCO.
+
+    Args:
+        root: folder of the data set.
+        splits: as of `find_label_files`.
+        report: to add to.
+        suffix: of the files.
+        parse: from a file, its path in reports and `add(code, example)` to its `Label`; None if it is unusable.
+
+    Raises:
+        UsageError: a list cannot be read.
+    """
+    images_in, labels_in = cache(_images_by_stem), cache(partial(_labels_by_name, suffix=suffix))
+    results = {}
+    for split, source in splits.items():
+        labels, photos = labels_in(source.labels), images_in(source.images)
+        results[split] = _read_split(root, source, labels, photos, suffix, parse, partial(report.add, split))
+    if not any(source.list_file for source in splits.values()):
+        stems = {os.path.basename(name) for source in splits.values() for name in labels_in(source.labels)}
+        _report_missing_labels(root, splits, results, stems, images_in, report)
+    annotations = [a for result in results.values() for a in result.coco['annotations']]
+    index = {name: i for i, name in enumerate(sorted({a['category_id'] for a in annotations}), 1)}
+    for annotation in annotations:
+        annotation['category_id'] = index[annotation['category_id']]
+    for result in results.values():
+        result.coco['categories'] = [dict(id=i, name=name) for name, i in index.items()]
+    return results
+
+
+def _read_split(
+    root: Path,
+    source: LabelSplit,
+    labels: Mapping[str, str],
+    photos: Mapping[str, list[str]],
+    suffix: str,
+    parse: Callable,
+    add: Callable,
+) -> SplitAnnotations:
+    """Return the annotations of a split, whose categories are names."""
+    names = list(labels) if source.list_file is None else _read_list(source.list_file)
+    images, annotations, locations = [], [], {}
+    for name in names:
+        file = labels.get(name)
+        image = file and _image_of(file, photos.get(os.path.basename(name), ()))
+        if file is None or image is None:
+            code, name = ('unmatched-label', relative_to_root(file, root)) if file else ('missing-label', name)
+            add(code, name)
+            continue
+        where, file_name = relative_to_root(file, root), relative_to_root(image, root)
+        label = parse(file, where, add)
+        if label is None:
+            continue
+        images.append(dict(id=len(images) + 1, file_name=file_name))
+        images[-1] |= dict(zip(('width', 'height'), label.size)) if label.size else {}
+        locations[file_name] = ImageLocation(file_name)
+        for annotation in label.annotations:
+            annotation['id'], annotation['image_id'] = f'{where}:{annotation.pop("number")}', len(images)
+            annotations.append(annotation)
+    watched = [source.images, *([source.list_file] if source.list_file else [])]
+    watched += [folder / f'*{suffix}' for folder in source.labels]
+    return SplitAnnotations(dict(images=images, annotations=annotations), locations, source.images, watched)
+
+
+def _report_missing_labels(
+    root: Path, splits: Mapping, results: Mapping, stems: set[str], images_in: Callable, report: Report
+) -> None:
+    """Report images without an annotation file in the folders of those that have one; they may hold objects."""
+    used = {os.path.dirname(name) for result in results.values() for name in result.locations}
+    for folder in outermost(source.images for source in splits.values()):
+        for stem, files in images_in(folder).items():
+            names = [relative_to_root(file, root) for file in files] if stem not in stems else []
+            for name in names:
+                if os.path.dirname(name) in used:
+                    report.add('all', 'missing-label', name)
+
+
+def _labels_by_name(folders: tuple[Path, ...], suffix: str) -> dict[str, str]:
+    """Return the annotation files in some folders by their names without suffix.
+
+    Of files with the same name in different folders, the name has the folder in front.
+    """
+    by_stem: dict[str, list[str]] = {}
+    for folder in folders:
+        for name in sorted(os.listdir(folder)):
+            stem, own_suffix = os.path.splitext(name)
+            if own_suffix.lower() == suffix:
+                by_stem.setdefault(stem, []).append(os.path.join(folder, name))
+    names = {}
+    for stem, files in by_stem.items():
+        names |= {stem: files[0]} if len(files) == 1 else {os.path.splitext(file)[0]: file for file in files}
+    return names
+
+
+def _images_by_stem(folder: Path) -> dict[str, list[str]]:
+    """Return the images in and below a folder by their names without folder and suffix."""
+    images: dict[str, list[str]] = {}
+    for parent, names in walk(folder, hidden=False):
+        for name in names:
+            if is_image(Path(name)) and not name.startswith('.'):
+                images.setdefault(os.path.splitext(name)[0], []).append(os.path.join(parent, name))
+    return images
+
+
+def _image_of(label: str, images: Sequence[str]) -> str | None:
+    """Return the image of an annotation file among those of its name, of which others are masks or of another split."""
+    own = set(normalize_spelling(os.path.dirname(label)).split('/'))
+
+    def score(image: str) -> tuple[bool, bool, int]:
+        folders = {*normalize_spelling(os.path.dirname(image)).split('/')}
+        is_beside = os.path.dirname(image) == os.path.dirname(label)
+        return is_beside, bool(folders & {*IMAGE_DIR_NAMES}), len(own & folders)
+
+    return images[0] if len(images) == 1 else max(images, key=score, default=None)
+
+
+def _read_list(file: Path) -> list[str]:
+    """Return the names in a list; a line may hold more columns, such as 1 or -1 of one class."""
+    try:
+        lines = [line.split() for line in read_text(file).splitlines()]
+    except OSError as error:
+        raise UsageError(f'{file}: {error.strerror}') from error
+    names = (line[0] for line in lines if line and line[1:2] != ['-1'])
+    return list(dict.fromkeys(os.path.splitext(name)[0] if is_image(Path(name)) else name for name in names))
+
+
+def _find_list(root: Path, folders: Sequence[Path], split: str) -> Path | None:
+    """Return the list of a split in the root, or next to the one folder of annotation files that has one."""
+    for name in LIST_NAMES[split]:
+        tops = dict.fromkeys([root, *(folder.parent for folder in folders)])
+        by_top = {top: file for top in tops for place in LIST_DIRS if (file := top / place / f'{name}.txt').is_file()}
+        if len(by_top) > 1 and root not in by_top:
+            names = ' and '.join(to_one_line(top.name) for top in [*by_top][:2])
+            raise UsageError(f'{root} holds several data sets, such as {names}: give the folder of one')
+        if by_top:
+            return by_top.get(root) or next(iter(by_top.values()))
+    return None
+
+
+def _annotated_folders(root: Path, suffix: str, is_label: Callable[[str], bool]) -> Iterator[Path]:
+    """Iterate over the folders that hold annotation files."""
+    for folder, names in islice(walk(root, MAX_DEPTH, hidden=False), MAX_FOLDERS_SEARCHED):
+        files = [name for name in names if name.lower().endswith(suffix)][:MAX_FILES_SAMPLED]
+        if any(is_label(read_start(Path(folder, name), HEADER_BYTES)) for name in files):
+            yield Path(folder)
