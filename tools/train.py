@@ -9,10 +9,16 @@ from convnext_dense.cli.prepare import TRAIN_STEPS, build_runner, prepare
 from convnext_dense.config.trackers import TRACKERS
 from convnext_dense.config.training_aids import add_training_aids
 from convnext_dense.datasets.custom import add_data_arguments
+from convnext_dense.engine.dry_run import dry_run, heartbeat
 
 
 def parse_args():
     parser = make_run_parser(__doc__)
+    parser.add_argument(
+        '--dry-run',
+        action='store_true',
+        help='check everything, draw two batches, measure time and memory of an iteration, and end; nothing is saved',
+    )
     parser.add_argument(
         '--resume',
         nargs='?',
@@ -74,8 +80,9 @@ def parse_args():
 
 def main():
     args = parse_args()
-    with exit_on_error():
-        build_runner(prepare(args, TRAIN_STEPS), args.compile).train()
+    with exit_on_error(), heartbeat(args.dry_run):
+        runner = build_runner(prepare(args, TRAIN_STEPS), args.compile)
+        dry_run(runner) if args.dry_run else runner.train()
 
 
 if __name__ == '__main__':

@@ -163,6 +163,11 @@ def _set_accumulation(run: PreparedRun, args: argparse.Namespace) -> Lines:
     return set_accumulation(run.config, world_size_from_env(args.launcher), args.accumulate)
 
 
+def _add_loggers(run: PreparedRun, args: argparse.Namespace) -> None:
+    if not args.dry_run:  # which no tracker is to know of
+        add_trackers(run.config, args.loggers, args.resume is not None)
+
+
 def _apply_training_aids(run: PreparedRun, args: argparse.Namespace) -> None:
     set_early_stopping(run.config, args.early_stop)
     set_ema(run.config, args.ema)
@@ -276,7 +281,7 @@ TRAIN_STEPS = (
     Step('aids', _apply_training_aids, after=('config',)),
     Step('inputs', lambda run, args: adapt_input_channels(run.config), after=('config',)),
     Step('precision', lambda run, args: set_precision(run.config, args.amp_dtype), after=('config',)),
-    Step('loggers', lambda run, args: add_trackers(run.config, args.loggers, args.resume is not None), ('config',)),
+    Step('loggers', _add_loggers, after=('config',)),
     Step('data_files', lambda run, args: _check_data_files(run, ('train', 'val')), after=('config',)),
     Step('pretrained', lambda run, args: check_pretrained(run.config.model), after=('config',)),
     Step('resume', _find_checkpoint_to_resume, after=('config',)),

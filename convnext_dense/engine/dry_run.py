@@ -1,0 +1,145 @@
+"""A training that ends after two iterations: the picture of their batches, time and memory, and nothing is saved."""
+
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import cv2
+import numpy as np
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+
+NUM_ITERS = 2
+MAX_IMAGES = 8  # of a batch that are drawn
+CELL = 480  # pixels: longest side of an image in the picture
+HEARTBEAT_SECONDS = 8  # between signs of life
+PICTURE = 'batches.png'  # in the log folder
+
+
+class DryRunEnd(BaseException):
+    """Ends a dry run; no error, so that nothing saves or explains it."""
+
+
+class DryRunHook(Hook):
+    """Draws the first batches with their annotations, measures an iteration, and ends the run."""
+
+    priority = 'LOWEST'
+
+    def __init__(self):
+        self.rows, self.seconds = [], []
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        """Draw a batch as the model will see it."""
+        if is_main_process():
+            self.rows.append(draw_batch(runner.visualizer, data_batch))
+        self.start = time.perf_counter()
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Measure the iteration, and end the run after the last one."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.start)
+        if len(self.seconds) < min(NUM_ITERS, runner.max_iters):
+            return
+        if is_main_process():
+            picture = os.path.join(runner.log_dir, PICTURE)
+            cv2.imwrite(picture, stack_rows(self.rows))
+            runner.logger.info(self._summarize(runner))
+            config = os.path.join(runner.work_dir, os.path.basename(runner.cfg.filename or 'config.py'))
+            runner.logger.info(f'dry run: the config that would run is {config}, its first batches are {picture}')
+        raise DryRunEnd
+
+    def _summarize(self, runner) -> str:
+        hours = self.seconds[-1] * runner.max_iters / 3600
+        duration = f'{hours:.1f} h' if hours >= 1 else f'{max(60 * hours, 1):.0f} min'
+        loss = runner.message_hub.get_scalar('train/loss').current()
+        return (
+            f'dry run: an iteration takes {self.seconds[-1]:.2f} s and {_peak_memory()}; {runner.max_iters:,} of them '
+            f'about {duration}, reading and evaluation aside; loss {loss:.3g}'
+        )
+
+
+def dry_run(runner) -> None:
+    """Train for two iterations and report on them; nothing is saved."""
+    runner.register_hook(DryRunHook())
+    with suppress(DryRunEnd):
+        runner.train()
+
+
+@contextmanager
+def heartbeat(enabled: bool) -> Iterator[None]:
+    """Print a sign of life every few seconds while something takes long.
+
+    Args:
+        enabled: False to print nothing.
+    """
+    done, start = threading.Event(), time.monotonic()
+
+    def beat() -> None:
+        while not done.wait(HEARTBEAT_SECONDS):
+            print(f'dry run: at work for {time.monotonic() - start:.0f} s', file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    if enabled:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if enabled:
+            thread.join()
+
+
+def draw_batch(visualizer, data_batch: dict) -> list[np.ndarray]:
+    """Draw the images of a batch with their annotations.
+
+    Args:
+        visualizer: mmdet's or mmseg's, which knows the classes.
+        data_batch: as the DataLoader returns it, before the data preprocessor.
+
+    Returns:
+        BGR images, each at most `CELL` pixels wide and high.
+    """
+    images = []
+    with tempfile.TemporaryDirectory() as folder:
+        for image, sample in list(zip(data_batch['inputs'], data_batch['data_samples']))[:MAX_IMAGES]:
+            pixels = image.permute(1, 2, 0).cpu().numpy()
+            pixels = pixels[..., [2, 1, 0] if pixels.shape[2] >= 3 else [0, 0, 0]]  # BGR, or gray
+            file = os.path.join(folder, 'image.png')
+            rgb = np.ascontiguousarray(pixels).astype(np.uint8)
+            sample = sample.cpu()  # a copy
+            instances = sample.get('gt_instances')
+            if instances is not None and hasattr(instances.get('bboxes'), 'tensor'):  # mmdet's boxes, in training
+                instances.bboxes = instances.bboxes.tensor
+            visualizer.add_datasample('batch', rgb, sample, draw_gt=True, draw_pred=False, out_file=file)
+            drawn = cv2.imread(file)
+            scale = min(1, CELL / max(drawn.shape[:2]))
+            images.append(cv2.resize(drawn, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
+    return images
+
+
+def stack_rows(rows: list[list[np.ndarray]]) -> np.ndarray:
+    """Put images into one picture, those of a row side by side, on white."""
+    height, width = (max(image.shape[i] for row in rows for image in row) for i in (0, 1))
+    columns = max(map(len, rows))
+    picture = np.full((len(rows) * height, columns * width, 3), 255, np.uint8)
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            picture[y * height :, x * width :][: image.shape[0], : image.shape[1]] = image
+    return picture
+
+
+def _peak_memory() -> str:
+    if torch.cuda.is_available():
+        return f'{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory'
+    try:
+        import resource  # of Unix alone
+    except ImportError:
+        return 'an amount of memory that this system does not tell'
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == 'darwin' else 1)
+    return f'{kilobytes / 2**20:.1f} GiB of memory'
