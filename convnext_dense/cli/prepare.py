@@ -41,6 +41,7 @@ from ..engine.build import compile_backbones, make_runner
 from ..engine.console import survive_closed_stdout
 from ..errors import Notice, UsageError
 from ..inference.checkpoint_config import check_exported_fits, dataset_classes
+from ..inference.exported import ExportedModel
 from ..inference.sessions import session_class, session_device
 from ..paper.results import to_paper_metrics
 
@@ -214,7 +215,7 @@ def _use_model(run: PreparedRun, args: argparse.Namespace) -> Lines:
         return None
     exported = read_exported(run.checkpoint)
     check_exported_fits(exported, run.config)
-    run.config.model = dict(type='ExportedModel', file=os.path.abspath(run.checkpoint), model=run.config.model)
+    run.config.model = dict(type=ExportedModel.__name__, file=os.path.abspath(run.checkpoint), model=run.config.model)
     run.config.load_from = run.checkpoint = None
     return _warnings(_other_names(exported, run.config))
 

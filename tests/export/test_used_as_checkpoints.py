@@ -135,3 +135,10 @@ def test_the_miou_of_the_files_is_that_of_the_checkpoint(segmentors, data, tmp_p
     for path in (tmp_path / 'exported/masks').iterdir():
         expected = np.asarray(Image.open(tmp_path / f'out/masks/{path.name}'))
         assert (np.asarray(Image.open(path)) == expected).mean() >= 0.999
+
+
+def test_the_tool_in_a_process_of_its_own(run_tool, segmentors, data, tmp_path):
+    """Which imports nothing but what the tool does."""
+    config = ROOT / 'configs/demo/upernet.py'
+    process = run_tool('test.py', config, segmentors['.onnx'], '--work-dir', 'run', WITH, *WITHOUT_WORKERS)
+    assert process.returncode == 0 and 'mIoU' in process.stdout.splitlines()[-1], process.stderr
