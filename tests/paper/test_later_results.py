@@ -9,6 +9,7 @@ from pathlib import Path
 import mmdet
 import pytest
 import torch
+from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
@@ -228,3 +229,22 @@ def test_rtmdet_cosine_begins_at_half():
     assert cosine.eta_min == pytest.approx(0.05 * config.optim_wrapper.optimizer.lr)
     switch = next(hook for hook in config.custom_hooks if hook.type == 'PipelineSwitchHook')
     assert switch.switch_epoch == 90 and 'CachedMosaic' not in [step.type for step in switch.switch_pipeline]
+
+
+def test_rtmdet_trains_a_step():
+    """Every stage learns, with three of four in `out_indices`. No block is dropped: of two images it may be from both."""
+    config = load('rtmdet/convnext_b')
+    arch = dict(depths=(1, 1, 1, 1), channels=(16, 32, 64, 64))
+    config.model.backbone.update(arch=arch, init_cfg=None, with_cp=False, drop_path_rate=0.0)
+    config.model.neck.update(in_channels=[32, 64, 64], out_channels=32, num_csp_blocks=1)
+    config.model.neck.norm_cfg.num_groups = 16
+    config.model.bbox_head.update(in_channels=32, feat_channels=32, stacked_convs=1)
+    model = MODELS.build(config.model)
+    model.init_weights()
+    before = {name: parameter.clone() for name, parameter in model.backbone.named_parameters()}
+    inputs = demo_mm_inputs(2, [[3, 64, 64], [3, 64, 64]])
+    losses = model.train_step(inputs, build_optim_wrapper(model, copy.deepcopy(config.optim_wrapper)))
+    assert all(torch.isfinite(value).all() for value in losses.values())
+    assert 'norm0.weight' not in before
+    still = [name for name, parameter in model.backbone.named_parameters() if torch.equal(parameter, before[name])]
+    assert not still
