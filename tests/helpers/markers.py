@@ -9,6 +9,7 @@ TESTS = ROOT / 'tests'
 INTEGRATION_FIXTURES = {'run_tool', 'start_tool', 'run_on_gpu'}
 # Modules, and tests in them, that start processes themselves, train, or take seconds.
 INTEGRATION_TESTS = {
+    'checkpoints/test_exported_files.py',
     'checkpoints/test_foreign_models.py',
     'checkpoints/test_unsafe_checkpoints.py::test_zip_bomb_is_refused',
     'checkpoints/test_unsafe_checkpoints.py::test_mutated_files_are_refused_or_read',
