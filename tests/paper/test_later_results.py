@@ -232,7 +232,7 @@ def test_rtmdet_cosine_begins_at_half():
 
 
 def test_rtmdet_trains_a_step():
-    """Every stage learns, with three of four in `out_indices`. No block is dropped: of two images it may be from both."""
+    """Every stage learns, with three of four in `out_indices`; without stochastic depth, which might drop a block."""
     config = load('rtmdet/convnext_b')
     arch = dict(depths=(1, 1, 1, 1), channels=(16, 32, 64, 64))
     config.model.backbone.update(arch=arch, init_cfg=None, with_cp=False, drop_path_rate=0.0)
