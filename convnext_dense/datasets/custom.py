@@ -15,6 +15,7 @@ from ..errors import UsageError
 from .box_formats import FORMAT_KEYS, BoxSources, find_boxes
 from .cache import hold_busy_file, is_local_rank0, load_cached, save_cache, wait_for_cache
 from .configure import apply_dataset, check_cfg_options
+from .files import folders_in
 from .find_masks import find_mask_folders
 from .foreign_layouts import describe_unsupported
 from .image_sizes import DEFAULT_LIMITS, ResizeLimit, resize_limits
@@ -128,7 +129,8 @@ def _find_by_task(request: DatasetRequest, task: str | None = None) -> dict[str,
     boxes = find_boxes(path, request.format) if path.exists() else None
     masks = find_folders(path) if path.is_dir() else None
     if path.is_dir() and not masks and (task == 'segmentation' or not boxes):
-        masks = find_mask_folders(path)
+        is_level_above = any(map(find_folders, folders_in(path)))  # whose labels and classes are known one level below
+        masks = None if is_level_above else find_mask_folders(path)
     if request.format and not boxes:
         raise UsageError(f'{request.path} holds no labels of this format: leave out --format {request.format}')
     if not boxes and not masks:

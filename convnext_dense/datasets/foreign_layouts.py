@@ -26,6 +26,7 @@ CLASSIFICATION_HINT = (
     'has one folder per class, as for classification: boxes or segmentation masks are needed; '
     'if one of them holds segmentation masks, give it by --train-masks and the other one by --train-images'
 )
+UNFINISHED = r'\.(part|partial|crdownload|download|aria2|filepart|opdownload)$'  # suffixes that browsers and others add
 ARCHIVE_SUFFIXES = ('.zip', '.tar', '.gz', '.tgz', '.rar', '.7z')
 MAX_FILES_SCANNED = 20000
 MAX_FILES_PER_SUFFIX = 100  # in one folder; the others are taken to be alike
@@ -57,6 +58,7 @@ def describe_unsupported(root: Path) -> str:
 
     for find, description in (
         (lambda: next(filter(_is_lfs_pointer, files), None), f'holds {LFS_HINT}'),
+        (has_name(UNFINISHED), 'holds an unfinished download ({}): finish it, and unpack it if it is an archive'),
         (has_text('.json', '"shapes"'), 'looks like LabelMe, one file per image: run its labelme2coco.py'),
         (has_text('.json', '"result":'), "looks like Label Studio's own JSON: export it as COCO instead"),
         (has_text('.json', '"regions"'), f"looks like the VGG annotator's JSON: {CONVERT_HINT}"),
@@ -83,6 +85,8 @@ def describe_unsupported(root: Path) -> str:
 def _describe_file(path: Path) -> str:
     if not path.is_file():
         return 'is neither a folder nor a file: give the folder of a data set'
+    if re.search(UNFINISHED, path.name.lower()):
+        return 'is an unfinished download: finish it'
     if path.suffix.lower() in ARCHIVE_SUFFIXES:
         return 'is an archive: unpack it and give its folder'
     if path.suffix.lower() == '.json':

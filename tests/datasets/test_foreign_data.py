@@ -33,9 +33,13 @@ def write_files(root, *files):
             (root / name).write_text(text)
 
 
+PAIRED = [f'{split}/{folder}/a.png' for split in ('train', 'val') for folder in ('images', 'labels')]
 FOLDERS = {  # what lies in a folder -> what it is called
     'a pointer to JSON': (['a.jpg', ('coco.json', POINTER)], 'Git LFS pointers, such as coco.json: run git lfs'),
     'a pointer to an archive': ([('data.zip', POINTER)], 'Git LFS pointers, such as data.zip'),
+    'an unfinished download': (['a.jpg', ('x.zip.crdownload', 'PK')], 'unfinished download (x.zip.crdownload)'),
+    'a part of an archive': ([('data.zip.part', 'PK')], 'unfinished download (data.zip.part): finish it'),
+    'a level too high': ([f'set/{name}' for name in PAIRED], 'holds a data set in its folder set: give '),
     'captions': (['a.jpg', ('annotations/captions_train.json', '{"annotations": [{"caption": "x"}]}')], 'captions ('),
     'keypoints': (['a.jpg', ('annotations/person_train.json', '{"annotations": [{"keypoints": []}]}')], 'keypoints ('),
     'KITTI': (['image_2/a.png', ('label_2/a.txt', KITTI)], 'KITTI boxes (label_2/a.txt)'),
