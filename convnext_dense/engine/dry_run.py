@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 import cv2
 import numpy as np
@@ -14,7 +15,10 @@ import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 
+from .progress import broadcast_from_rank0
+
 NUM_ITERS = 2
+SLOW_ITERATION = 30  # seconds, after which the second batch is drawn, but not trained on
 MAX_IMAGES = 8  # of a batch that are drawn
 CELL = 480  # pixels: longest side of an image in the picture
 HEARTBEAT_SECONDS = 8  # between signs of life
@@ -37,6 +41,8 @@ class DryRunHook(Hook):
         """Draw a batch as the model will see it."""
         if is_main_process():
             self.rows.append(draw_batch(runner.visualizer, data_batch))
+        if self.seconds and broadcast_from_rank0(self.seconds[0] > SLOW_ITERATION, runner):
+            self._finish(runner)
         self.start = time.perf_counter()
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
@@ -44,8 +50,10 @@ class DryRunHook(Hook):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.start)
-        if len(self.seconds) < min(NUM_ITERS, runner.max_iters):
-            return
+        if len(self.seconds) == min(NUM_ITERS, runner.max_iters):
+            self._finish(runner)
+
+    def _finish(self, runner) -> NoReturn:
         if is_main_process():
             picture = os.path.join(runner.log_dir, PICTURE)
             cv2.imwrite(picture, stack_rows(self.rows))

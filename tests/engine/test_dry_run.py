@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from convnext_dense.engine import dry_run
+from helpers.planned_runs import LossByPlan, planned_run
 from helpers.processes import WITHOUT_WORKERS
 from helpers.tools import DEMO, DETECTOR, one_line_error
 
@@ -28,6 +29,20 @@ def test_a_dry_run_shows_what_would_run(run_tool, tmp_path, data, config, images
         for cell in np.split(row, images, axis=1):
             assert cell.std() > 5
     assert 'wandb' not in (tmp_path / f'run/{config.name}').read_text()
+
+
+@pytest.mark.parametrize('slow, steps', [(0, 1), (1e9, 2)])
+def test_slow_iterations_are_not_repeated(tmp_path, monkeypatch, slow, steps):
+    monkeypatch.setattr(dry_run, 'SLOW_ITERATION', slow)
+    monkeypatch.setattr(dry_run, 'draw_batch', lambda visualizer, batch: [np.zeros((8, 8, 3), np.uint8)])
+    run, trained, original = planned_run([1.0] * 8, tmp_path), [], LossByPlan.train_step
+    monkeypatch.setattr(
+        LossByPlan, 'train_step', lambda *args, **kwargs: trained.append(1) or original(*args, **kwargs)
+    )
+    dry_run.dry_run(run)
+    assert len(trained) == steps
+    (picture,) = tmp_path.glob('*/batches.png')
+    assert cv2.imread(str(picture)).shape == (16, 8, 3) and not [*tmp_path.rglob('*.pth')]
 
 
 def test_bad_input_ends_it_in_one_line(run_tool, tmp_path):
