@@ -30,7 +30,9 @@ class Preprocess(nn.Module):
                 'or SegDataPreProcessor, or export the model without it'
             )
         is_seg = forward in SEG_FORWARDS
-        self.is_bgr = not data_preprocessor._channel_conversion
+        # Without the underscore: mmseg before it was derived from mmengine's ImgDataPreprocessor.
+        name = 'channel_conversion' if hasattr(data_preprocessor, 'channel_conversion') else '_channel_conversion'
+        self.is_bgr = not getattr(data_preprocessor, name)
         self.normalizes = data_preprocessor._enable_normalize
         n_means = 1
         if self.normalizes:
