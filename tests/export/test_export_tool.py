@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -116,3 +117,14 @@ def test_bad_arguments(run_tool, checkpoints, tmp_path, args, message):
     one_line_error(run_tool('export.py', checkpoints['mask_rcnn'], *args), message)
     assert sorted(file.name for file in tmp_path.iterdir()) == ['d.bin', 'there.onnx']
     assert (tmp_path / 'there.onnx').read_text() == 'mine'
+
+
+def test_one_pixel_of_a_small_mask_is_rounding():
+    """Of 400 pixels one is 0.25 %, of which an IoU of 0.999 would allow none."""
+    mask = np.zeros((40, 40), bool)
+    mask[:20, :20] = True
+    for count, is_equal in ((0, True), (1, True), (2, False), (20, False)):
+        other = mask.copy()
+        other[20, :count] = True
+        assert (check._mask_iou(mask, other) >= check.FULL.mask_iou) == is_equal
+    assert check._mask_iou(mask, ~mask) == 0
