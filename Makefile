@@ -5,6 +5,7 @@
 #   make benchmark              the backbone next to other libraries', which get an environment of their own (.venv-baselines)
 #   make benchmark-gpu          on a machine with a GPU: the GPU tests, and the tables of docs/performance.md
 #   make docs                   the documentation as a site, in site/ (a minute, then seconds; .venv-docs, without torch)
+#   make tutorial               the notebook docs/tutorial.ipynb executed again, and its page
 #   make picture                the picture of README.md, from the last `make demo`
 # Variables: OPENMMLAB=classic the classic distribution of OpenMMLab, TORCH=2.13.0 another torch, PYTHON=python3.12
 # another Python, TASK=upernet another demo, TESTS=... of pytest (tests/optim, -k NAME).
@@ -33,7 +34,7 @@ RUN := work_dirs/demo/$(TASK)-$(shell date +%Y%m%d-%H%M%S)
 INSTALL := CFLAGS=-g0 CXXFLAGS=-g0 $(BIN)/pip install --constraint $(VENV)/constraints.txt --no-build-isolation
 OPERATORS_WORK := $(BIN)/python -c 'import torch; from mmcv.ops import nms; nms(torch.rand(3, 4), torch.rand(3), 0.5)'
 
-.PHONY: setup demo test lint benchmark benchmark-gpu docs picture
+.PHONY: setup demo test lint benchmark benchmark-gpu docs picture tutorial
 setup: $(READY)
 
 # Of the tools, all go on where they were interrupted; the stamp comes last. Another torch needs another mmcv: start anew.
@@ -110,3 +111,6 @@ docs: $(DOCS)/ready
 
 picture: $(READY)
 	$(BIN)/python docs/draw_demo.py "$$(ls -td work_dirs/demo/mask_rcnn-*/ | head -n 1)" docs/images/demo.png
+
+tutorial: $(READY)
+	$(BIN)/python docs/run_tutorial.py --execute
