@@ -7,11 +7,13 @@ from pathlib import Path
 
 from ..checkpoints.exported_files import is_exported
 from ..errors import UsageError
-from ..export.check import check_file, write_differences
-from ..export.files import WRITERS, files_of
-from ..export.program import ExportOptions, trace
-from ..inference.checkpoint_config import find_model
-from ..inference.model import build_predictor, check_device
+from ..export.check import INT8, check_file, compare_file, write_differences
+from ..export.files import WRITERS, files_of, onnx_to_openvino, write_onnx
+from ..export.program import ExportOptions, Traced, trace
+from ..export.quantize import MAX_IMAGES, calibration_inputs, quantize
+from ..inference.checkpoint_config import RECIPES_BY_RELEASED, find_model
+from ..inference.inputs import find_inputs
+from ..inference.model import Predictor, build_predictor, check_device
 from .arguments import ArgumentParser
 
 
@@ -38,6 +40,12 @@ def make_export_parser(description: str) -> ArgumentParser:
         help='detection: masks in the size of the image, or probabilities of 28 x 28 in the box (default: %(default)s)',
     )
     parser.add_argument('--logits', action='store_true', help='segmentation: return logits, not the label map')
+    parser.add_argument(
+        '--int8',
+        nargs='+',
+        metavar='IMAGE',
+        help=f'ONNX and OpenVINO: 8-bit integers, calibrated on these images or folders (the first {MAX_IMAGES})',
+    )
     parser.add_argument('--half', action='store_true', help='weights and maps in float16')
     parser.add_argument(
         '--no-check', action='store_true', help='do not run the file beside the model (default: keep it only if equal)'
@@ -75,19 +83,50 @@ def export(args: argparse.Namespace) -> None:
     )
     if is_exported(args.checkpoint):
         raise UsageError(f'{args.checkpoint} is exported already: give the checkpoint that it was made from')
+    if args.int8 and (args.half or out.suffix == '.pt2'):
+        raise UsageError('--int8 is for .onnx and .xml files without --half')
+    calibration = [file.path for file in find_inputs(args.int8).images] if args.int8 else []
     source = find_model(args.checkpoint, args.config)
     predictor = build_predictor(source, check_device('cpu'), optimized=False)
     traced = trace(predictor, options, recipe=_recipe(args))
     with tempfile.TemporaryDirectory(dir=out.parent, prefix='.export-') as folder:
         path = Path(folder, out.name)
-        WRITERS[out.suffix](traced, path)
+        if calibration:
+            _write_int8(traced, path, calibration, predictor, options, not args.no_check)
+        else:
+            WRITERS[out.suffix](traced, path)
         print(f'{out.name}: {sum(f.stat().st_size for f in files_of(path) if f.exists()) / 2**20:.1f} MB')
         if not args.no_check:
-            write_differences(check_file(path, predictor, options), Path(folder, report.name))
+            if calibration:
+                differences = compare_file(path, predictor, options, INT8)
+            else:
+                differences = check_file(path, predictor, options)
+            write_differences(differences, Path(folder, report.name))
         for file in Path(folder).iterdir():
             os.replace(file, out.parent / file.name)
     print(f'wrote {out}')
 
 
 def _recipe(args: argparse.Namespace) -> str | None:
-    return Path(args.config).stem if args.config else None
+    config = Path(args.config).with_suffix('').parts[-2:] if args.config else ()
+    return RECIPES_BY_RELEASED.get(args.checkpoint) or '/'.join(config) or None
+
+
+def _write_int8(
+    traced: Traced, path: Path, images: list[str], predictor: Predictor, options: ExportOptions, check: bool
+) -> None:
+    """Write the file in float32, prove it equal, and quantize it."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        source, target = Path(folder, 'float32.onnx'), Path(folder, 'int8.onnx')
+        write_onnx(traced, source)
+        if check:
+            print('in float32:')
+            check_file(source, predictor, options)
+        quantize(source, target, calibration_inputs(predictor, images, options))
+        if path.suffix == '.xml':
+            onnx_to_openvino(target, path, traced.meta)
+        else:
+            os.replace(target, path)
+    print(
+        f'in 8-bit integers, calibrated on {min(len(images), MAX_IMAGES)} images; tools/test.py says what that costs:'
+    )

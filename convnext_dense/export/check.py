@@ -42,6 +42,7 @@ class Tolerance:
 
 
 FULL, HALF = Tolerance(), Tolerance(2, 0.02, 0.9, 0.05, 0.99, 0.02)
+INT8 = Tolerance(10, 0.3, 0, 1, 0, 1)  # of which detections are partners; no limits
 
 
 @dataclass
@@ -84,25 +85,33 @@ class Difference:
 
 
 def check_file(path: Path, predictor: Predictor, options: ExportOptions) -> list[Difference]:
-    """Run a file and its model on images of several sizes, and on a black one.
+    """Compare a file with its model; UsageError if the results differ by more than rounding.
+
+    Arguments but the tolerance, and the result, are those of `compare_file`.
+    """
+    tolerance = HALF if options.half else FULL
+    differences = compare_file(path, predictor, options, tolerance)
+    _check_tolerance(differences, tolerance, path)
+    return differences
+
+
+def compare_file(path: Path, predictor: Predictor, options: ExportOptions, tolerance: Tolerance) -> list[Difference]:
+    """Run a file and its model on images of several sizes, and on a black one, and print the differences.
 
     Args:
         path: The file.
         predictor: The model, in float32.
         options: With which it was exported.
-
-    Raises:
-        UsageError: If the results differ by more than rounding.
+        tolerance: Within which detections are partners.
     """
     session = session_class(path)(str(path), torch.device('cpu'))
     differences = []
     for images in _images(predictor, options):
         output_size = None if options.input == 'raw' else _output_size(images)
-        actual = session.run(_as_input(images, predictor, options), output_size)
+        actual = session.run(as_input(images, predictor, options), output_size)
         expected = [predict(predictor, image, output_size, options) for image in images]
-        differences.append(_compare(images, actual, expected, options))
+        differences.append(_compare(images, actual, expected, options, tolerance))
         print(differences[-1], flush=True)
-    _check_tolerance(differences, HALF if options.half else FULL, path)
     return differences
 
 
@@ -130,7 +139,8 @@ def _output_size(images: np.ndarray) -> tuple[int, int]:
     return images.shape[2] * 5 // 4, images.shape[3] * 3 // 4
 
 
-def _as_input(images: np.ndarray, predictor: Predictor, options: ExportOptions) -> np.ndarray:
+def as_input(images: np.ndarray, predictor: Predictor, options: ExportOptions) -> np.ndarray:
+    """Return images (N, C, H, W) of uint8 as the exported file takes them."""
     if options.input == 'raw':
         array = Preprocess(predictor.model.data_preprocessor)(torch.from_numpy(images)).numpy()
         return array.astype(np.float16) if options.half else array
@@ -162,7 +172,7 @@ def predict(
 # ---- differences -----------------------------------------------------------------------------------------------------
 
 
-def _compare(images, actual, expected, options) -> Difference:
+def _compare(images, actual, expected, options, tolerance) -> Difference:
     difference = Difference((images.shape[0], *images.shape[2:]))
     if 'segmentation' in actual:
         labels = np.concatenate([sample.pred_sem_seg.data.numpy() for sample in expected])
@@ -171,12 +181,11 @@ def _compare(images, actual, expected, options) -> Difference:
         logits = np.stack([sample.seg_logits.data.numpy() for sample in expected])
         difference.logits = float(np.abs(actual['logits'] - logits).max() / np.abs(logits).max())
     else:
-        _compare_detections(actual, expected, options, difference)
+        _compare_detections(actual, expected, options, tolerance, difference)
     return difference
 
 
-def _compare_detections(actual, expected, options, difference):
-    tolerance = HALF if options.half else FULL
+def _compare_detections(actual, expected, options, tolerance, difference):
     difference.detections, difference.unmatched, difference.box, difference.score = 0, 0, 0.0, 0.0
     for i, sample in enumerate(expected):
         theirs = sample.pred_instances

@@ -141,8 +141,8 @@ def _meta(predictor: Predictor, options: ExportOptions, module: nn.Module, recip
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence warnings that torch and onnxscript have for their own developers."""
-    loggers = [logging.getLogger(name) for name in ('torch', 'onnxscript', 'onnx_ir')]
+    """Silence warnings that torch, onnxscript and onnxruntime have for their own developers."""
+    loggers = [logging.getLogger(name) for name in ('', 'torch', 'onnxscript', 'onnx_ir')]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

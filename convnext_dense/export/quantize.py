@@ -1,0 +1,71 @@
+"""Exported models with convolutions and matrix products in 8-bit integers, calibrated on the user's images."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UsageError
+from ..inference.model import Predictor
+from .check import as_input
+from .program import ExportOptions, quiet
+
+OPERATORS = ['Conv', 'MatMul', 'Gemm']
+MAX_IMAGES = 100  # of which ranges are measured
+
+
+def calibration_inputs(
+    predictor: Predictor, paths: Sequence[str], options: ExportOptions
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield what an exported model takes for each of the first images.
+
+    Args:
+        predictor: The model.
+        paths: Of images.
+        options: With which the model was exported.
+
+    Raises:
+        UsageError: If an image cannot be read, or is not of the size that the model takes.
+    """
+    for path in paths[:MAX_IMAGES]:
+        pixels = predictor.read(path)
+        image = predictor.prepare(pixels)['inputs'].numpy()
+        if options.size and image.shape[1:] != tuple(options.size):
+            height, width = image.shape[1:]
+            raise UsageError(f'{path} is {height} x {width} at the scale of the test pipeline, not as --size says')
+        image = image[::-1] if len(image) == 3 else image
+        inputs = dict(images=as_input(np.ascontiguousarray(image)[None], predictor, options))
+        yield inputs if options.input == 'raw' else inputs | dict(output_size=np.int64(pixels.shape[:2]))
+
+
+def quantize(source: Path, target: Path, inputs: Iterator[dict[str, np.ndarray]]) -> None:
+    """Write an ONNX file whose weights and maps are 8-bit integers, with one scale for each channel of weights.
+
+    Args:
+        source: The file in float32.
+        target: The file to write.
+        inputs: What it takes for some images, of which the ranges of maps are measured.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def get_next(self):
+            return next(inputs, None)
+
+    with quiet():
+        quantize_static(
+            source,
+            target,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=OPERATORS,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            extra_options=dict(MatMulConstBOnly=True),  # not what pastes masks and resizes
+        )
+    model, original = onnx.load(target), onnx.load(source, load_external_data=False)
+    del model.metadata_props[:]
+    model.metadata_props.extend(original.metadata_props)
+    onnx.save(model, target)
