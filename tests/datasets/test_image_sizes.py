@@ -16,7 +16,8 @@ from convnext_dense.datasets import toy_shapes
 from convnext_dense.datasets.custom import DatasetRequest, read_data
 from convnext_dense.datasets.image_sizes import DEFAULT_LIMITS, STRIDE, ResizeLimit, resize_limits, resized, too_thin
 from convnext_dense.models.convnext import ConvNeXt
-from helpers.datasets import CONFIGS, DETECTOR, SEGMENTOR, load_recipe, quick_options, run
+from convnext_dense.paper.results import PAPER_RESULTS
+from helpers.datasets import DETECTOR, SEGMENTOR, load_recipe, quick_options, run
 
 
 def config_of(name):
@@ -32,11 +33,9 @@ def test_resized_sizes_match_mmcv():
         assert resized(size, scale) == mmcv.rescale_size(size, scale)
 
 
-RECIPES = sorted(path.relative_to(CONFIGS).with_suffix('').as_posix() for path in CONFIGS.glob('[!_]*/*.py'))
-
-
-@pytest.mark.parametrize('recipe', [name for name in RECIPES if not name.startswith('demo')])
-def test_default_limits_match_the_recipes(recipe):
+@pytest.mark.parametrize('recipe', [result.recipe for result in PAPER_RESULTS])
+def test_default_limits_are_those_of_the_paper(recipe):
+    """Recipes of others resize otherwise, which `resize_limits` reads out of their pipelines."""
     limits = resize_limits(config_of(recipe))
     if '22k' in recipe and recipe.startswith('upernet'):  # at 640
         larger = {split: limit._replace(scales=tuple(tuple(side * 5 // 4 for side in s) for s in limit.scales))
