@@ -22,7 +22,7 @@ from ..errors import UsageError
 from ..models.optimize import nms as faster_nms
 from ..ops.export_ops import nms_mask, pyramid_roi_align
 from .preprocessing import Preprocess
-from .segmentor import with_unknown_size
+from .sizes import known_size, with_unknown_size
 
 NO_SCORE = -1.0  # of boxes that mmdet would have dropped
 
@@ -83,7 +83,7 @@ class ExportableDetector(nn.Module):
         if scale is not None:
             boxes = boxes * scale
         if self.masks == 'image':
-            size = images.shape[-2:] if self.raw else _output_size(output_size)
+            size = images.shape[-2:] if self.raw else known_size(output_size)
             masks = paste_masks(masks, boxes, size) >= head.test_cfg.mask_thr_binary
         return boxes, *outputs[1:], masks
 
@@ -312,15 +312,6 @@ def _scale(shape, output_size, boxes):
     """Factors (4,) from pixels of the input to those of `output_size`."""
     size = torch.stack([boxes.new_full((), shape[1]), boxes.new_full((), shape[0])])
     return (output_size.flip(0).to(boxes) / size).repeat(2)
-
-
-def _output_size(output_size):
-    """Height and width as numbers."""
-    height, width = output_size.tolist()
-    for n in (height, width):
-        torch._check(n > 1)
-        torch._check(n < 65536)
-    return height, width
 
 
 def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

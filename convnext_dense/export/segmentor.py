@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import UsageError
 from .preprocessing import Preprocess
+from .sizes import known_size, unknown, with_unknown_size
 
 MODES = ('whole', 'slide')
 MAX_UINT8_CLASSES = 255
@@ -60,7 +61,7 @@ class ExportableSegmentor(nn.Module):
         images = with_unknown_size(images)
         size = tuple(images.shape[2:])
         if output_size is not None:
-            output_size = [known_positive(n) for n in output_size.tolist()]
+            output_size = known_size(output_size)
         with exportable_operators():
             inputs = self.preprocess(images).to(next(self.model.parameters()).dtype)
             logits = (self._slide if self.mode == 'slide' else self._whole)(inputs, size, output_size)
@@ -174,28 +175,6 @@ def bilinear_weights(pixel: torch.Tensor, size: int, cells: int, align_corners: 
         position = (pixel + 0.5) * (cells / size) - 0.5
     position = position.clamp(min=0).clamp(max=cells - 1)
     return (1 - (position[..., None] - torch.arange(cells, device=pixel.device)).abs()).clamp(min=0)
-
-
-# ---- sizes ----------------------------------------------------------------------------------------------------------
-
-
-def with_unknown_size(images: torch.Tensor) -> torch.Tensor:
-    """The same batch in sizes of which a tracer knows nothing, so that it cannot fix what it sees in the example."""
-    n, _, height, width = images.shape
-    if not isinstance(n, int):  # not by a shape: its number of pixels would give the tracer the equation for `n`
-        images = images.index_select(0, torch.arange(unknown(n), device=images.device))
-    return images.reshape(*images.shape[:2], unknown(height), unknown(width))
-
-
-def unknown(n: int) -> int:
-    """The same positive number, of which a tracer knows no more than that; one that is fixed stays."""
-    return n if isinstance(n, int) else known_positive(torch.full((), n, dtype=torch.int64).item())
-
-
-def known_positive(n: int) -> int:
-    """Tell a tracer that a number is positive."""
-    torch._check(n >= 1)
-    return n
 
 
 # ---- operators that hold at every size -------------------------------------------------------------------------------
