@@ -157,14 +157,15 @@ def predict(
         from mmdet.structures import DetDataSample as DataSample
     else:
         from mmseg.structures import SegDataSample as DataSample
-    prepared = Preprocess(predictor.model.data_preprocessor)(tensor[None])
-    shape = tuple(prepared.shape[2:] if output_size is None else image.shape[1:])
+    if output_size is None:
+        tensor = Preprocess(predictor.model.data_preprocessor)(tensor[None])[0]
+    shape = tuple(tensor.shape[1:])
     original = output_size or shape
     scale = (shape[1] / original[1], shape[0] / original[0])
     sample = DataSample(metainfo=dict(img_shape=shape, ori_shape=original, pad_shape=shape, scale_factor=scale))
     if output_size is None:
         sample.set_metainfo(dict(batch_input_shape=shape))
-        return predictor.model.predict(prepared, [sample])[0]
+        return predictor.model.predict(tensor[None], [sample])[0]
     bgr = tensor.flip(0) if len(tensor) == 3 else tensor
     return predictor.model.test_step(dict(inputs=[bgr], data_samples=[sample]))[0]
 
