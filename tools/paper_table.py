@@ -20,6 +20,7 @@ from convnext_dense.paper.work_dirs import TrainingRun, find_runs
 
 HEADER = ('recipe', 'metric', 'paper', 'last', 'best', 'tested', 'difference', 'vs. paper')
 HEADER += ('done', 'precision', 'batch', 'notes')
+UNTRAINED = 'untrained'  # in the place of a metric that nobody has published
 ALIGN = 'll' + 'r' * (len(HEADER) - 3) + 'l'
 
 
@@ -35,9 +36,9 @@ def table_rows(runs: list[TrainingRun]) -> list[list[str]]:
     """A row for each metric of each result of the paper and each run; runs of other configs come last."""
     rows = []
     for result in RESULTS:
-        metrics = [name for name in MAIN_METRICS if name in result.metrics]
+        metrics = [name for name in MAIN_METRICS if name in result.metrics] or [result.metric_names[0]]
         for run in [run for run in runs if run.paper_result is result] or [None]:
-            rows += [_row(result.recipe, name, result.metrics[name], run) for name in metrics]
+            rows += [_row(result.recipe, name, result.metrics.get(name, UNTRAINED), run) for name in metrics]
     for run in runs:
         if run.paper_result is None:
             metrics = [name for name in MAIN_METRICS if run.best(name) is not None or run.last_test(name)]
@@ -45,12 +46,12 @@ def table_rows(runs: list[TrainingRun]) -> list[list[str]]:
     return rows
 
 
-def _row(title: str, metric: str, paper: float | None, run: TrainingRun | None) -> list[str]:
+def _row(title: str, metric: str, paper: float | str | None, run: TrainingRun | None) -> list[str]:
     cells = [title, metric, _fmt(paper)]
     if run is None:
         return [*cells, *[''] * (len(HEADER) - len(cells))]
     test = run.last_test(metric)
-    difference, comparison = run.compare_to_paper(metric) if paper is not None else (None, '')
+    difference, comparison = run.compare_to_paper(metric) if isinstance(paper, float) else (None, '')
     return [
         *cells,
         _fmt(run.last(metric)),
@@ -75,8 +76,8 @@ def _notes(run: TrainingRun) -> list[str]:
     return notes + run.issues
 
 
-def _fmt(value: float | None) -> str:
-    return '' if value is None else f'{value:.1f}'
+def _fmt(value: float | str | None) -> str:
+    return '' if value is None else value if isinstance(value, str) else f'{value:.1f}'
 
 
 def draw(runs: list[TrainingRun], file: str) -> None:

@@ -14,7 +14,8 @@ from ..errors import UsageError
 
 NUM_BOX_ROIS, NUM_MASK_ROIS = 1000, 100  # RoIs on which the paper's counts run each box head and each mask head
 # What some of the published counts include and others do not: SyncBN as BatchNorm, LayerNorm, and the two products of
-# the attention of mmdet's and mmseg's Swin (queries with keys, weights with values; padded windows included).
+# attention (queries with keys, weights with values): of mmdet's and mmseg's Swin, padded windows included, and between
+# the queries of DINO.
 OPTIONAL_PARTS = ('SyncBN', 'LayerNorm', 'attention')
 
 
@@ -36,7 +37,7 @@ class Complexity:
 def build_on_meta(model_cfg: dict) -> nn.Module:
     """Build a model on the meta device, so that nothing is allocated."""
     with torch.device('meta'), _LinspaceOnCPU():
-        return MODELS.build(model_cfg)
+        return MODELS.build(model_cfg).to('meta')  # what torch.Tensor(2, 3) makes is on the CPU
 
 
 def count_flops(
@@ -45,8 +46,9 @@ def count_flops(
     """Count a detector or segmentor on the meta device, so that nothing is allocated.
 
     FLOPs are those of convolutions, Linears, batch norms, ReLUs and poolings, and of `counted`; GELU, RoIAlign and
-    interpolation count 0. A two-stage detector is counted with every box head on 1000 and every mask head on 100 RoIs,
-    a segmentor without its auxiliary heads (which its parameters include).
+    interpolation, also that of deformable attention, count 0. A two-stage detector is counted with every box head on
+    1000 and every mask head on 100 RoIs, DINO without denoising queries, a segmentor without its auxiliary heads (which
+    its parameters include).
 
     Args:
         config: Config of the model.
@@ -65,14 +67,14 @@ def count_flops(
         model = build_on_meta(model_cfg)
     except (KeyError, TypeError, AssertionError) as error:
         raise UsageError(f'the model cannot be built: {str(error).splitlines()[0]}') from error
-    attention = _AttentionCounter()
+    attention = _AttentionCounter('attention' in counted)
     with torch.device('meta'):
         parameters = sum(p.numel() for p in model.parameters())
-        flops_model = _FlopsForward(model)
+        flops_model = _FlopsForward(model, attention)
         for module in flops_model.modules():
             _adapt_for_mmcv_counter(module, counted)
-            if 'attention' in counted and type(module).__name__ == 'WindowMSA':
-                module.register_forward_hook(attention)
+            if type(module).__name__ == 'WindowMSA':
+                module.register_forward_hook(attention.count_windows)
         width, height = size
         try:
             flops, _ = get_model_complexity_info(
@@ -96,13 +98,24 @@ class _LinspaceOnCPU(TorchFunctionMode):
 
 
 class _AttentionCounter:
-    """Forward hook of WindowMSA, whose products mmcv's counter does not see."""
+    """FLOPs of attention that mmcv's counter does not see; of its two products if `counts_products`."""
 
-    flops = 0
+    def __init__(self, counts_products: bool):
+        self.flops, self.counts_products = 0, counts_products
 
-    def __call__(self, module, inputs, output):
+    def count_windows(self, module, inputs, output):
+        """Forward hook of WindowMSA."""
         windows, tokens, channels = inputs[0].shape
-        self.flops += 2 * windows * tokens * tokens * channels
+        self._count_products(windows * tokens, tokens, channels)
+
+    def count_queries(self, queries: torch.Tensor):
+        """Count torch's MultiheadAttention among (1, n, C) queries, whose four Linears are no modules."""
+        _, n, channels = queries.shape
+        self.flops += 4 * n * channels**2
+        self._count_products(n, n, channels)
+
+    def _count_products(self, queries: int, keys: int, channels: int):
+        self.flops += 2 * queries * keys * channels * self.counts_products
 
 
 class _UncountedLayerNorm(nn.LayerNorm):
@@ -124,11 +137,13 @@ def _adapt_for_mmcv_counter(module: nn.Module, counted: Collection[str]) -> None
 class _FlopsForward(nn.Module):
     """A model as one forward pass from an image; instead of running RoIAlign, heads get a tensor of its shape."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, attention: _AttentionCounter):
         super().__init__()
-        self.model = model
+        self.model, self.attention = model, attention
         if hasattr(model, 'roi_head'):
             self.forward_heads = self._two_stage
+        elif hasattr(model, 'dn_query_generator'):
+            self.forward_heads = self._dino
         elif hasattr(model, 'bbox_head'):
             self.forward_heads = self._one_stage
         elif hasattr(model, 'decode_head'):
@@ -144,6 +159,36 @@ class _FlopsForward(nn.Module):
 
     def _one_stage(self, features):
         self.model.bbox_head(features)
+
+    def _dino(self, features):
+        """Every Linear on as many tokens of the maps or queries as it gets; places on a map are none on meta."""
+        model, head, depth = self.model, self.model.bbox_head, self.model.decoder.num_layers
+        tokens = torch.cat([feature.flatten(2) for feature in features], 2).mT
+        queries = tokens.new_empty(1, model.num_queries, tokens.shape[2])
+        for layer in model.encoder.layers:
+            self._transformer_layer(layer, tokens, tokens)
+        proposals = model.memory_trans_norm(model.memory_trans_fc(tokens))
+        for branches in (head.cls_branches, head.reg_branches):
+            branches[depth](proposals)
+            for branch in branches[:depth]:
+                branch(queries)
+        for layer in model.decoder.layers:
+            model.decoder.ref_point_head(queries.repeat(1, 1, 2))
+            self._transformer_layer(layer, queries, tokens)
+            model.decoder.norm(queries)
+
+    def _transformer_layer(self, layer, queries, values):
+        """A layer of Deformable DETR's encoder or decoder, in whose place are only its Linears and norms."""
+        for attention in filter(None, (layer.self_attn, getattr(layer, 'cross_attn', None))):
+            if not hasattr(attention, 'sampling_offsets'):
+                self.attention.count_queries(queries)
+                continue
+            attention.value_proj(values)
+            for linear in (attention.sampling_offsets, attention.attention_weights, attention.output_proj):
+                linear(queries)
+        layer.ffn(queries)
+        for norm in layer.norms:
+            norm(queries)
 
     def _segmentor(self, features):
         first, *others = _as_list(self.model.decode_head)

@@ -1,12 +1,13 @@
 """The dense prediction results of the paper as data ("A ConvNet for the 2020s", tables 3, 4 and 11).
 
 `PAPER_RESULTS` are ConvNeXt's thirteen, `BASELINE_RESULTS` those of the backbones that it is compared with,
-`LATER_RESULTS` what others published of ConvNeXt and ConvNeXt V2 afterwards.
+`LATER_RESULTS` what others published of ConvNeXt and ConvNeXt V2 afterwards, `DINO_RESULTS` those of detrex.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import PurePath
 
 from mmengine.config import Config
 
@@ -71,10 +72,14 @@ class PaperResult:
         return not self.recipe.startswith('upernet/')
 
     @property
+    def metric_names(self) -> tuple[str, ...]:
+        """`DETECTION_METRICS` or `SEGMENTATION_METRICS`."""
+        return DETECTION_METRICS if self.is_detection else SEGMENTATION_METRICS
+
+    @property
     def metrics(self) -> dict[str, float]:
-        """AP or mIoU in percent, by `DETECTION_METRICS` or `SEGMENTATION_METRICS`, as far as it was published."""
-        names = DETECTION_METRICS if self.is_detection else SEGMENTATION_METRICS
-        return {name: value for name, value in zip(names, self.values) if value is not None}
+        """AP or mIoU in percent, by `metric_names`, as far as it was published."""
+        return {name: value for name, value in zip(self.metric_names, self.values) if value is not None}
 
     @property
     def weights(self) -> str:
@@ -117,14 +122,14 @@ class PaperResult:
         if self.is_detection:
             model = DETECTOR_TYPES[self.recipe.split('/')[0]]
             common |= {'model.type': model, 'train_dataloader.dataset.type': 'CocoDataset'}
-            head = 'bbox_head' if model == 'RTMDet' else 'roi_head.mask_head'
+            head = 'bbox_head' if model in ('RTMDet', 'DetrexDINO') else 'roi_head.mask_head'
             return common | {f'model.{head}.num_classes': 80}
         common |= {'model.decode_head.type': 'UPerHead', 'train_dataloader.dataset.type': 'ADE20KDataset'}
         common |= {self.crop_key: (self.crop_size, self.crop_size)}
         return common | {'model.decode_head.num_classes': 150}
 
 
-DETECTOR_TYPES = {'mask_rcnn': 'MaskRCNN', 'cascade': 'CascadeRCNN', 'rtmdet': 'RTMDet'}
+DETECTOR_TYPES = {'mask_rcnn': 'MaskRCNN', 'cascade': 'CascadeRCNN', 'rtmdet': 'RTMDet', 'dino': 'DetrexDINO'}
 
 
 @dataclass(frozen=True)
@@ -182,12 +187,12 @@ class LaterResult(PaperResult):
     Attributes:
         weights_name: Name of the pretrained weights; by default the paper's of this size.
         source: Who published it.
-        epochs: Length of a training on COCO.
+        epochs: Length of a training on COCO; None where it is counted in iterations.
     """
 
     weights_name: str = ''
     source: str = ''
-    epochs: int = 36
+    epochs: int | None = 36
 
     @property
     def weights(self) -> str:
@@ -210,6 +215,24 @@ class LaterResult(PaperResult):
         settings = super().backbone_identity | {'model.backbone.use_grn': True if self.use_grn else None}
         if self.is_detection:
             settings |= {'total_batch': self.total_batch, 'train_cfg.max_epochs': self.epochs}
+        return settings
+
+
+@dataclass(frozen=True)
+class DINOResult(LaterResult):
+    """A result of DINO with ConvNeXt by detrex, or a recipe beside it that nobody has trained: without metrics."""
+
+    @property
+    def counted(self) -> frozenset[str]:
+        """What FLOPs of other configs include as well, there being no published ones."""
+        return super().counted | {'attention'}
+
+    @property
+    def backbone_identity(self) -> dict[str, object]:
+        """The settings of the backbone and its training that only the recipe of this result has."""
+        settings = super().backbone_identity | {'optim_wrapper.paramwise_cfg.decay_rate': self.decay_rate}
+        if self.pretraining == '22k':  # in nothing else it differs from the one from ImageNet-1K
+            settings['model.backbone.init_cfg.checkpoint'] = self.weights
         return settings
 
 
@@ -318,8 +341,45 @@ LATER_RESULTS = (
     LaterResult('upernet/convnextv2_h', 'huge', '1k', 0.4, 1e-4, 0.9, (None, 55.0), 707, 3272, (2048, 512),
                 weights_name='convnextv2_huge_1k_224_ema', source=CONVNEXT_V2),
 )
+# DINO-4scale as detrex trained it, and the same with layer decay and stochastic depth, which nobody has trained.
+DINO = dict(precision='float32', source="detrex's README", epochs=None)
+NO_MORE, UNTRAINED = (None,) * 5, (None,) * 6
+DINO_RESULTS = (
+    DINOResult('dino/convnext_t', 'tiny', '1k', 0.0, 1e-4, None, (51.4, *NO_MORE), None, None,
+               weights_name='convnext_tiny_1k_224_ema', **DINO),
+    DINOResult('dino/convnext_s', 'small', '1k', 0.0, 1e-4, None, (52.0, *NO_MORE), None, None,
+               weights_name='convnext_small_1k_224_ema', **DINO),
+    DINOResult('dino/convnext_b', 'base', '1k', 0.0, 1e-4, None, (52.6, *NO_MORE), None, None,
+               weights_name='convnext_base_1k_384', **DINO),
+    DINOResult('dino/convnext_l', 'large', '1k', 0.0, 1e-4, None, (53.4, *NO_MORE), None, None,
+               weights_name='convnext_large_1k_384', **DINO),
+    DINOResult('dino/convnext_t_in22k', 'tiny', '22k', 0.0, 1e-4, None, (52.4, *NO_MORE), None, None,
+               weights_name='convnext_tiny_22k_1k_384', **DINO),
+    DINOResult('dino/convnext_s_in22k', 'small', '22k', 0.0, 1e-4, None, (54.2, *NO_MORE), None, None,
+               weights_name='convnext_small_22k_1k_384', **DINO),
+    DINOResult('dino/convnext_b_in22k', 'base', '22k', 0.0, 1e-4, None, (55.1, *NO_MORE), None, None,
+               weights_name='convnext_base_22k_1k_384', **DINO),
+    DINOResult('dino/convnext_l_in22k', 'large', '22k', 0.0, 1e-4, None, (55.5, *NO_MORE), None, None,
+               weights_name='convnext_large_22k_1k_384', **DINO),
+    DINOResult('dino/convnext_t_layer_decay', 'tiny', '1k', 0.4, 1e-4, 0.7, UNTRAINED, None, None,
+               weights_name='convnext_tiny_1k_224_ema', **DINO),
+    DINOResult('dino/convnext_s_layer_decay', 'small', '1k', 0.6, 1e-4, 0.7, UNTRAINED, None, None,
+               weights_name='convnext_small_1k_224_ema', **DINO),
+    DINOResult('dino/convnext_b_layer_decay', 'base', '1k', 0.7, 1e-4, 0.8, UNTRAINED, None, None,
+               weights_name='convnext_base_1k_384', **DINO),
+    DINOResult('dino/convnext_l_layer_decay', 'large', '1k', 0.7, 1e-4, 0.7, UNTRAINED, None, None,
+               weights_name='convnext_large_1k_384', **DINO),
+    DINOResult('dino/convnext_t_in22k_layer_decay', 'tiny', '22k', 0.4, 1e-4, 0.7, UNTRAINED, None, None,
+               weights_name='convnext_tiny_22k_1k_384', **DINO),
+    DINOResult('dino/convnext_s_in22k_layer_decay', 'small', '22k', 0.6, 1e-4, 0.7, UNTRAINED, None, None,
+               weights_name='convnext_small_22k_1k_384', **DINO),
+    DINOResult('dino/convnext_b_in22k_layer_decay', 'base', '22k', 0.6, 1e-4, 0.8, UNTRAINED, None, None,
+               weights_name='convnext_base_22k_1k_384', **DINO),
+    DINOResult('dino/convnext_l_in22k_layer_decay', 'large', '22k', 0.7, 1e-4, 0.7, UNTRAINED, None, None,
+               weights_name='convnext_large_22k_1k_384', **DINO),
+)
 # fmt: on
-RESULTS = PAPER_RESULTS + BASELINE_RESULTS + LATER_RESULTS
+RESULTS = PAPER_RESULTS + BASELINE_RESULTS + LATER_RESULTS + DINO_RESULTS
 
 
 def to_paper_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -351,4 +411,6 @@ def find_paper_result(config: Config) -> PaperResult | None:
 
 def _has(config: Config, key: str, expected: object) -> bool:
     value = get_dotted(config, key)
+    if key.endswith('.checkpoint'):  # in whatever folder it is
+        value = PurePath(str(value)).stem
     return is_equal(short_name(value) if key.endswith('.type') else value, expected)

@@ -163,7 +163,7 @@ class TrainingRun:
             'above', or '' where the training differs from the recipe or is not finished.
         """
         paper, ours, record = self.paper_result, self.final(metric), self._final_test(metric)
-        if ours is None or paper is None:
+        if ours is None or paper is None or metric not in paper.metrics:
             return None, ''
         difference = round(round(ours, 1) - paper.metrics[metric], 1)
         is_released = record is not None and record.is_released

@@ -9,7 +9,7 @@ from convnext_dense import ARCHS, ConvNeXt
 from convnext_dense._moved import MOVED
 from convnext_dense.checkpoints import WEIGHT_URLS
 from convnext_dense.cli.arguments import RENAMED_OPTIONS
-from convnext_dense.paper.results import BASELINE_RESULTS, LATER_RESULTS, RESULTS
+from convnext_dense.paper.results import BASELINE_RESULTS, DINO_RESULTS, LATER_RESULTS, RESULTS
 from helpers.pages import PAGES, code_blocks, results_table, tables
 from helpers.paths import ROOT
 
@@ -29,7 +29,7 @@ def test_files_that_are_named_exist(name):
         assert (ROOT / path).exists(), path
     for path in set(re.findall(r'(?<![\w/.-])((?:tests|benchmarks|configs)/\w+)(?![\w/.-])', page)):
         assert (ROOT / path).exists(), path
-    for recipe in set(re.findall(r'`((?:mask_rcnn|cascade|upernet)/\w+\.py)`', page)):
+    for recipe in set(re.findall(r'`((?:mask_rcnn|cascade|upernet|rtmdet|dino)/\w+\.py)`', page)):
         assert (ROOT / 'configs' / recipe).exists(), recipe
 
 
@@ -71,7 +71,7 @@ def test_the_example_of_the_page_is_the_one_of_the_readme():
     assert next(b for b in first[0] if b[0] == 'python') == next(b for b in first[1] if b[0] == 'python')
 
 
-@pytest.mark.parametrize('results', [BASELINE_RESULTS, LATER_RESULTS], ids=['baselines', 'later'])
+@pytest.mark.parametrize('results', [BASELINE_RESULTS, LATER_RESULTS, DINO_RESULTS], ids=['baselines', 'later', 'dino'])
 def test_the_tables_of_results_are_those_of_the_data(results):
     assert results_table(results, '`{}.py`') in PAGES['docs/recipes.md']
 

@@ -23,6 +23,7 @@ PAGES = {
 
 RESULTS_HEADER = ('recipe', 'weights', 'precision', 'box AP', 'mask AP', 'mIoU', 'mIoU multi-scale')
 RESULTS_HEADER += ('parameters', 'FLOPs')
+UNTRAINED = ('untrained', '', '', '')  # instead of metrics
 
 
 def results_table(results: Iterable[PaperResult], name: str) -> str:
@@ -32,7 +33,7 @@ def results_table(results: Iterable[PaperResult], name: str) -> str:
             name.format(row.recipe),
             'ImageNet-22K' if row.pretraining == '22k' else 'ImageNet-1K',
             row.precision,
-            *(str(row.metrics.get(metric, '')) for metric in RESULTS_HEADER[3:7]),
+            *([str(row.metrics.get(metric, '')) for metric in RESULTS_HEADER[3:7]] if row.metrics else UNTRAINED),
             f'{row.params_m}M' if row.params_m else '',
             f'{row.gflops}G' if row.gflops else '',
         ]

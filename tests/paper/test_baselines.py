@@ -21,6 +21,7 @@ from convnext_dense.paper.flops import build_on_meta, count_flops
 from convnext_dense.paper.recipe_diff import diff_from_recipe
 from convnext_dense.paper.results import (
     BASELINE_RESULTS,
+    DINO_RESULTS,
     LATER_RESULTS,
     PAPER_RESULTS,
     RESULTS,
@@ -274,4 +275,4 @@ def test_released_names_are_those_of_swins_authors():
         name for name, entry in WEIGHTS.items() if entry.backbone == 'Swin' and '_224' not in name
     }
     assert len({result.recipe for result in RESULTS}) == len(RESULTS)
-    assert RESULTS == PAPER_RESULTS + BASELINE_RESULTS + LATER_RESULTS and len(BASELINE_RESULTS) == 14
+    assert RESULTS == PAPER_RESULTS + BASELINE_RESULTS + LATER_RESULTS + DINO_RESULTS and len(BASELINE_RESULTS) == 14

@@ -1,0 +1,8 @@
+"""DINO-4scale, ConvNeXt-B from ImageNet-22K and 1K at 384, 12 epochs; in detrex's README: 55.1 box AP."""
+
+_base_ = ['../_base_/dino_12e.py', '../_base_/coco_detr.py']
+
+model = dict(
+    backbone=dict(arch='base', init_cfg=dict(type='Pretrained', checkpoint='convnext_base_22k_1k_384')),
+    neck=dict(in_channels=[256, 512, 1024]),
+)

@@ -1,0 +1,13 @@
+"""DINO-4scale, ConvNeXt-T from ImageNet-1K, with layer decay and drop path; untrained: no figure was published.
+
+Both values are cascade/convnext_t.py's. The lr of a layer decays from 1e-4, instead of 1e-5 for all, and biases
+and norms have no weight decay, as in the paper's recipes; all else is convnext_t.py's.
+"""
+
+_base_ = 'convnext_t.py'
+
+model = dict(backbone=dict(drop_path_rate=0.4))
+optim_wrapper = dict(
+    constructor='LayerDecayOptimWrapperConstructor',
+    paramwise_cfg=dict(_delete_=True, decay_type='layer_wise', decay_rate=0.7),
+)
