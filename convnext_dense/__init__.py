@@ -1,8 +1,8 @@
 """The ConvNeXt backbone for detection and segmentation.
 
 Importing it registers everything with OpenMMLab that needs neither mmdet nor mmseg: the backbone `ConvNeXt`, its
-initializer `PretrainedConvNeXt`, the optimizer-wrapper constructor `LayerDecayOptimWrapperConstructor`, the hook
-`UpdateParamSchedulerHook` and the backend `NoCodeWandbVisBackend`.
+initializer `PretrainedConvNeXt`, the optimizer-wrapper constructor `LayerDecayOptimWrapperConstructor`, the hooks
+`UpdateParamSchedulerHook` and `MosaicOffHook` and the backend `NoCodeWandbVisBackend`.
 """
 
 try:
@@ -15,6 +15,7 @@ except ImportError as error:
 from . import _moved  # noqa: F401  (imports by old paths name the new one)
 from .checkpoints import PretrainedConvNeXt, load_backbone
 from .config.trackers import NoCodeWandbVisBackend, RunWandbVisBackend
+from .engine.mosaic_hook import MosaicOffHook
 from .engine.param_scheduler_hook import UpdateParamSchedulerHook
 from .errors import UsageError
 from .models.convnext import ARCHS, ConvNeXt
@@ -27,6 +28,7 @@ __all__ = [
     'ARCHS',
     'ConvNeXt',
     'LayerDecayOptimWrapperConstructor',
+    'MosaicOffHook',
     'NoCodeWandbVisBackend',
     'PretrainedConvNeXt',
     'RunWandbVisBackend',

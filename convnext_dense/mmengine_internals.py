@@ -48,6 +48,11 @@ def accumulation_steps(optim_wrapper) -> int:
     return getattr(optim_wrapper, '_accumulative_counts', 1)
 
 
+def restart_workers(loader) -> None:
+    """Have a DataLoader start its persistent workers anew, which keep the data set as it was; it has no way to."""
+    loader._iterator = None
+
+
 def update_val_interval(loop) -> None:
     """Have `loop.val_interval` follow `dynamic_intervals`, which loops do only after an epoch or an iteration."""
     loop._decide_current_val_interval()

@@ -10,14 +10,21 @@ from convnext_dense.config.trackers import TRACKERS
 from convnext_dense.config.training_aids import add_training_aids
 from convnext_dense.datasets.custom import add_data_arguments
 from convnext_dense.engine.dry_run import dry_run, heartbeat
+from convnext_dense.engine.lr_finder import NUM_STEPS, find_lr
 
 
 def parse_args():
     parser = make_run_parser(__doc__)
-    parser.add_argument(
+    trial = parser.add_mutually_exclusive_group()
+    trial.add_argument(
         '--dry-run',
         action='store_true',
         help='check everything, draw two batches, measure time and memory of an iteration, and end; nothing is saved',
+    )
+    trial.add_argument(
+        '--lr-find',
+        action='store_true',
+        help=f'train {NUM_STEPS} steps with a rising learning rate, plot the loss, suggest a learning rate, and end',
     )
     parser.add_argument(
         '--resume',
@@ -82,7 +89,12 @@ def main():
     args = parse_args()
     with exit_on_error(), heartbeat(args.dry_run):
         runner = build_runner(prepare(args, TRAIN_STEPS), args.compile)
-        dry_run(runner) if args.dry_run else runner.train()
+        if args.dry_run:
+            dry_run(runner)
+        elif args.lr_find:
+            find_lr(runner)
+        else:
+            runner.train()
 
 
 if __name__ == '__main__':

@@ -15,16 +15,19 @@ from mmengine.runner import Runner
 from ..checkpoints.exported_files import ExportedFile, is_exported, read_exported
 from ..checkpoints.hub import download
 from ..config.batch_size import scale_batch, set_accumulation
+from ..config.class_balance import balance_classes
 from ..config.evaluation import multiscale_factors, set_multiscale, set_prediction_output, set_report, set_visualization
 from ..config.image_size import set_image_size
 from ..config.inputs import adapt_input_channels
 from ..config.launch import check_launcher, world_size_from_env
 from ..config.load import load_config
+from ..config.lr_finder import set_lr_find
+from ..config.mixed_images import set_copy_paste, set_mosaic
 from ..config.options import overridden_options
 from ..config.preflight import check_data, check_pretrained
 from ..config.resume import check_resume, checkpoint_config, set_resume
 from ..config.schedule import scale_schedule
-from ..config.schedule_fit import count_training_images, fit_schedule
+from ..config.schedule_fit import fit_schedule
 from ..config.trackers import add_trackers
 from ..config.training import set_checkpoint_retention, set_max_unreadable, set_precision
 from ..config.training_aids import (
@@ -34,6 +37,7 @@ from ..config.training_aids import (
     set_ema,
     set_negatives,
 )
+from ..config.training_set import count_training_images
 from ..config.work_dir import default_work_dir, hold_work_dir
 from ..datasets.configure import check_classes
 from ..datasets.custom import DatasetRequest, apply_custom_data, parse_request
@@ -165,7 +169,7 @@ def _set_accumulation(run: PreparedRun, args: argparse.Namespace) -> Lines:
 
 
 def _add_loggers(run: PreparedRun, args: argparse.Namespace) -> None:
-    if not args.dry_run:  # which no tracker is to know of
+    if not args.dry_run and not args.lr_find:  # which no tracker is to know of
         add_trackers(run.config, args.loggers, args.resume is not None)
 
 
@@ -259,6 +263,12 @@ def _compare_with_checkpoint(run: PreparedRun, args: argparse.Namespace) -> Line
     return _warnings(check_resume(run.config, run.checkpoint, has_length, args.override))
 
 
+def _set_lr_find(run: PreparedRun, args: argparse.Namespace) -> None:
+    if args.lr_find and (run.checkpoint or args.resume is not None):
+        raise UsageError('--lr-find is for the start of a training: leave out --resume')
+    set_lr_find(run.config, args.lr_find, world_size_from_env(args.launcher))
+
+
 def _report_overridden(run: PreparedRun, args: argparse.Namespace) -> Lines:
     return _warnings(*overridden_options(run.config, run.options))
 
@@ -272,10 +282,14 @@ def _warnings(*lines: str | None) -> list[Notice]:
 #   `color_type`; the prepared annotations are written into the locked work dir; their classes must be those of the
 #   checkpoint.
 # - schedule: parts of the model that the data remove have nothing to scale.
+# - balance: the classes of the images that are trained on decide what is rare.
+# - mosaic: in the last of the epochs that were asked for there are none. Copied objects need masks, which decide about
+#   both, and an image is mixed once.
 # - fit: the images of a custom data set and the length that was asked for decide what is left to fit.
 # - batch: accumulation multiplies the length that was asked for, and all that counts iterations with it.
 # - compare: with the checkpoint, of what the run will really be.
 # - overridden: what does not hold in the end.
+# - lr_find: has no schedule and no checkpoints, whatever the options say of them.
 TRAIN_STEPS = (
     Step('config', partial(_load, required=('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'))),
     Step('image_size', lambda run, args: set_image_size(run.config, args.image_size), after=('config',)),
@@ -294,8 +308,11 @@ TRAIN_STEPS = (
     ),
     Step('classes', lambda run, args: check_classes(run.config), after=('data',)),
     Step('schedule', lambda run, args: scale_schedule(run.config, args.epochs, args.iters, run.options), ('data',)),
+    Step('balance', lambda run, args: balance_classes(run.config, args.balance), after=('data',)),
+    Step('mosaic', lambda run, args: set_mosaic(run.config, args.mosaic), after=('data', 'schedule', 'balance')),
+    Step('copy_paste', lambda run, args: set_copy_paste(run.config, args.copy_paste), after=('data', 'mosaic')),
     Step('accumulation', _set_accumulation, after=('config',)),
-    Step('fit', _fit_schedule, after=('data', 'schedule', 'accumulation')),
+    Step('fit', _fit_schedule, after=('data', 'schedule', 'balance', 'mosaic', 'copy_paste', 'accumulation')),
     Step('batch', _scale_batch, after=('aids', 'schedule', 'accumulation', 'fit')),
     Step('compare', _compare_with_checkpoint, after=('precision', 'resume', 'data', 'schedule', 'fit', 'batch')),
     Step('retention', lambda run, args: set_checkpoint_retention(run.config, args.max_keep_ckpts), after=('config',)),
@@ -305,6 +322,7 @@ TRAIN_STEPS = (
         _report_overridden,
         after=('image_size', 'aids', 'precision', 'data', 'fit', 'batch', 'retention', 'unreadable'),
     ),
+    Step('lr_find', _set_lr_find, after=('batch', 'retention', 'overridden')),
 )
 # - predictions: the data decide which evaluators there are.
 # - report: replaces the metric that predictions are set at.

@@ -43,11 +43,12 @@ def set_image_size(config: Config, size: int | None) -> str | None:
         return None
     if size < MIN_SIZE:
         raise UsageError(f'--image-size {size}: give at least {MIN_SIZE} pixels')
-    old = _test_size(config)
-    if old is None:
+    scale = resize_scale(config)
+    if scale is None:
         raise UsageError(
             "--image-size needs dict(type='Resize', scale=(long, short)) in the test pipeline of the config"
         )
+    old = scale[1]
     if size == old:
         return None
     parts = [config.get(f'{split}_dataloader') for split in ('train', 'val', 'test')]
@@ -63,13 +64,14 @@ def set_image_size(config: Config, size: int | None) -> str | None:
     return f'image size {size} instead of {old}: all sizes of the recipe times {size / old:.3g}'
 
 
-def _test_size(config: Config) -> int | None:
-    """Return the shorter side of the test scale."""
+def resize_scale(config: Config) -> tuple[int, int] | None:
+    """Return the (long, short) sides in pixels into which the test resizes images; None where it does not."""
     for loader in ('test_dataloader', 'val_dataloader'):
         for step in iter_dicts(config.get(loader)):
             scale = step.get('scale')
             if is_type(step.get('type'), TRANSFORMS, 'Resize') and scale:
-                return int(min(scale) if isinstance(scale, (tuple, list)) else scale)
+                sides = scale if isinstance(scale, (tuple, list)) else (scale, scale)
+                return int(max(sides)), int(min(sides))
     return None
 
 

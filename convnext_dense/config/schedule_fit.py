@@ -4,20 +4,19 @@ Recipes count in epochs of COCO or in iterations of ADE20K. With a few images 36
 160,000 iterations see each image thousands of times.
 """
 
-import contextlib
-import io
 import logging
 import math
 from collections.abc import Mapping
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS, PARAM_SCHEDULERS, DefaultScope
+from mmengine.registry import PARAM_SCHEDULERS
 
-from ..errors import Notice, is_user_code_error
+from ..errors import Notice
 from ..type_names import is_type
 from .options import is_explicit
 from .recipe import accumulative_counts, counts_epochs
 from .schedule import end_offset, scale_schedule
+from .training_set import wrap_training_set
 from .tree import as_list
 from .value_types import check_value_types
 
@@ -32,27 +31,6 @@ BATCH_KEYS = ('total_batch', 'train_dataloader.batch_size', 'optim_wrapper.accum
 WARMUP_TYPES = ('LinearParamScheduler', 'ConstantParamScheduler', 'QuadraticWarmupParamScheduler')
 # lr in proportion to the square root of the batch; with others to the batch
 ADAPTIVE_OPTIMIZERS = ('Adam', 'Adamax', 'NAdam', 'RAdam', 'AdamW', 'LAMB')
-
-
-def count_training_images(config: Config) -> int | None:
-    """Return the length of the training set, filters and wrappers included; None where it is empty or cannot be built.
-
-    Why it cannot be, the building of the runner says.
-
-    Args:
-        config: whose data set names existing files.
-    """
-    cfg = {**config.train_dataloader.dataset, 'lazy_init': False}
-    try:
-        with (
-            DefaultScope.overwrite_default_scope(config.get('default_scope')),
-            contextlib.redirect_stdout(io.StringIO()),  # of pycocotools
-        ):
-            return len(DATASETS.build(cfg)) or None
-    except Exception as error:
-        if is_user_code_error(error):
-            raise
-        return None
 
 
 def fit_schedule(
@@ -147,10 +125,7 @@ def _repeat_dataset(config: Config, times: int) -> list[str]:
     """Have an epoch pass over the training set several times."""
     if times == 1:
         return []
-    holder = config.train_dataloader
-    while is_type(holder['dataset'].get('type'), DATASETS, 'MultiImageMixDataset'):  # hooks expect it outermost
-        holder = holder['dataset']
-    holder['dataset'] = dict(type='RepeatDataset', times=times, dataset=holder['dataset'])
+    wrap_training_set(config, type='RepeatDataset', times=times)
     return [f'all images {times} times in each of {config.train_cfg.max_epochs} epochs']
 
 

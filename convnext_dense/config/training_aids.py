@@ -21,7 +21,7 @@ DEFAULT_MIN_IMPROVEMENT = 0.001
 
 
 def add_training_aids(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that `set_early_stopping` and the other functions of this module apply."""
+    """Add the arguments that this module, `class_balance` and `mixed_images` apply."""
     add = parser.add_argument_group('training aids').add_argument
     text = 'stop after this many evaluations in a row that are not better by a tenth of a point'
     add('--early-stop', type=int, metavar='PATIENCE', help=text)
@@ -33,6 +33,12 @@ def add_training_aids(parser: argparse.ArgumentParser) -> None:
     add('--backbone-lr', type=float, metavar='FACTOR', help=text)
     text = "detection: train on images without objects or leave them out (default: the recipe's)"
     add('--negatives', choices=('keep', 'drop'), help=text)
+    text = 'detection: repeat images with rare classes; segmentation: give rare classes more weight in the loss'
+    add('--balance', action='store_true', help=text)
+    text = 'detection of boxes: train on mosaics of four images, but not in the last tenth of the epochs'
+    add('--mosaic', action='store_true', help=text)
+    text = 'instance segmentation: copy objects from another image into each image'
+    add('--copy-paste', action='store_true', help=text)
 
 
 def set_early_stopping(config: Config, patience: int | None) -> None:

@@ -1,7 +1,7 @@
 """Training data sets that replace unreadable images and name the file that failed."""
 
 import numpy as np
-from mmengine.dataset import BaseDataset, RepeatDataset
+from mmengine.dataset import BaseDataset, ClassBalancedDataset, RepeatDataset
 from mmengine.fileio import get as read_bytes
 from mmengine.registry import DATASETS
 
@@ -35,7 +35,7 @@ class SeededDataset:
             super().__setattr__(name, value)
         else:
             dataset = self.dataset
-            while isinstance(dataset, RepeatDataset):  # whose attributes nothing reads
+            while isinstance(dataset, (RepeatDataset, ClassBalancedDataset)):  # whose attributes nothing reads
                 dataset = dataset.dataset
             setattr(dataset, name, PathReportingPipeline(value) if name == 'pipeline' else value)
 
@@ -111,7 +111,7 @@ def read_error(path: str) -> str | None:
 
 
 def count_images(dataset) -> int:
-    """The number of different samples in a data set, without the repetitions of `RepeatDataset`."""
+    """The number of different samples in a data set, without the repetitions of wrappers."""
     return sum(map(len, leaf_datasets(dataset)))
 
 

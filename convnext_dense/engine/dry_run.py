@@ -25,8 +25,8 @@ HEARTBEAT_SECONDS = 8  # between signs of life
 PICTURE = 'batches.png'  # in the log folder
 
 
-class DryRunEnd(BaseException):
-    """Ends a dry run; no error, so that nothing saves or explains it."""
+class TrialEnd(BaseException):
+    """Ends a trial run; no error, so that nothing saves or explains it."""
 
 
 class DryRunHook(Hook):
@@ -60,7 +60,7 @@ class DryRunHook(Hook):
             runner.logger.info(self._summarize(runner))
             config = os.path.join(runner.work_dir, os.path.basename(runner.cfg.filename or 'config.py'))
             runner.logger.info(f'dry run: the config that would run is {config}, its first batches are {picture}')
-        raise DryRunEnd
+        raise TrialEnd
 
     def _summarize(self, runner) -> str:
         hours = self.seconds[-1] * runner.max_iters / 3600
@@ -75,7 +75,7 @@ class DryRunHook(Hook):
 def dry_run(runner) -> None:
     """Train for two iterations and report on them; nothing is saved."""
     runner.register_hook(DryRunHook())
-    with suppress(DryRunEnd):
+    with suppress(TrialEnd):
         runner.train()
 
 

@@ -9,7 +9,8 @@ from mmengine.config import Config
 from convnext_dense.cli.prepare import TRAIN_STEPS, prepare
 from convnext_dense.config.batch_size import scale_batch
 from convnext_dense.config.recipe import accumulative_counts
-from convnext_dense.config.schedule_fit import count_training_images, fit_schedule
+from convnext_dense.config.schedule_fit import fit_schedule
+from convnext_dense.config.training_set import count_training_images
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.engine.datasets import SeededDataset
 from helpers import planned_runs  # noqa: F401  (registers Planned)

@@ -31,6 +31,7 @@ INTEGRATION_TESTS = {
     'docs/test_export_page.py',
     'engine/test_distributed.py',
     'engine/test_failures.py',
+    'engine/test_mixed_images.py::test_killed_runs_end_as_others_do',
     'engine/test_multi_node.py',
     'engine/test_resume.py',
     'evaluation/test_detection_report.py::test_boxes_alone_and_no_detection_at_all',

@@ -83,6 +83,7 @@ def planned_run(
     cfg=None,
     param_scheduler=None,
     metric='SampleCount',
+    default_scope=None,
     **more,
 ):
     """A runner of the plan.
@@ -101,15 +102,14 @@ def planned_run(
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', **(checkpoint or {}))),
         resume=load_from is not None,
         load_from=load_from,
+        default_scope=default_scope,
         custom_hooks=list(hooks),
         model=dict(type=model),
         work_dir=str(folder),
         train_dataloader=dict(
             batch_size=2,
-            num_workers=0,
-            dataset=dict(type='Planned', plan=plan),
             sampler=dict(type='DefaultSampler', shuffle=False),
-            **(loader or {}),
+            **{'num_workers': 0, 'dataset': dict(type='Planned', plan=plan), **(loader or {})},
         ),
         train_cfg=train_cfg or dict(by_epoch=True, max_epochs=1),
         param_scheduler=param_scheduler,

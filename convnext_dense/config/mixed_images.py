@@ -1,0 +1,138 @@
+"""Training images made of several: mosaics of four images, and objects that are copied from another image."""
+
+import importlib
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS, HOOKS, TRANSFORMS
+
+from ..errors import UsageError
+from ..type_names import is_type, short_name
+from .image_size import resize_scale
+from .recipe import counts_epochs
+from .training_set import leaf_dataset
+from .tree import as_list, iter_dicts
+
+MIX_TRANSFORMS = ('Mosaic', 'MixUp', 'CachedMixUp', 'CopyPaste')  # and those derived from them
+MOSAIC_STEPS = ('Mosaic', 'RandomAffine')  # left out in the last epochs
+FRACTION_WITHOUT_MOSAICS = 0.1  # of the epochs, at their end; as in mmdet's RTMDet of 100 epochs
+COPY_PASTE = 'convnext_dense.datasets.copy_paste'  # imports mmdet, as this module must not
+
+
+def set_mosaic(config: Config, enabled: bool) -> str | None:
+    """Train a detector on mosaics of four images in all but the last epochs, with mmdet's `Mosaic`, as YOLOX does.
+
+    A mosaic takes the place of the image before the recipe's own augmentations. mmdet's cached variant would be faster,
+    but its cache would not survive a resumed run.
+
+    Args:
+        config: changed in place, after its data and its length are set.
+        enabled: False for no change.
+
+    Returns:
+        One line that says so.
+
+    Raises:
+        UsageError: the config is not for boxes alone, does not count epochs, or mixes images itself.
+    """
+    if not enabled:
+        return None
+    leaf = _unmixed_dataset(config, '--mosaic')
+    if _loads_masks(leaf):
+        raise UsageError(
+            "--mosaic is for boxes: mmdet's Mosaic does not move masks; use --copy-paste to mix images with masks"
+        )
+    scale, epochs = resize_scale(config), config.train_cfg.get('max_epochs')
+    if not counts_epochs(config) or epochs < 2:
+        raise UsageError('--mosaic needs a training of at least two epochs, as the last ones are without mosaics')
+    if scale is None:
+        raise UsageError(
+            "--mosaic needs dict(type='Resize', scale=(long, short)) in the test pipeline: it is the size of an image"
+        )
+    size = scale[1]
+    steps = [
+        dict(type='Mosaic', img_scale=(size, size), pad_val=114.0),
+        dict(type='RandomAffine', border=(-size // 2, -size // 2)),  # as large as one image of the four
+    ]
+    last_loader = max(i for i, step in enumerate(leaf['pipeline']) if _is_transform(step, 'LoadAnnotations'))
+    _mix_images(config, leaf, last_loader + 1, steps)
+    last = max(1, round(FRACTION_WITHOUT_MOSAICS * epochs))
+    hook = dict(type='MosaicOffHook', num_last_epochs=last, skip_type_keys=list(MOSAIC_STEPS))
+    config.custom_hooks = [*(config.get('custom_hooks') or []), hook]
+    return f'mosaics of four images, but not in the last {f"{last} epochs" if last > 1 else "epoch"}'
+
+
+def set_copy_paste(config: Config, enabled: bool) -> str | None:
+    """Copy objects from another image into each training image, after the recipe's augmentations of both.
+
+    With mmdet's `CopyPaste` (Ghiasi et al. 2021, Simple Copy-Paste).
+
+    Args:
+        config: changed in place, after its data are set.
+        enabled: False for no change.
+
+    Returns:
+        One line that says so.
+
+    Raises:
+        UsageError: the config is not for masks of objects, or mixes images itself.
+    """
+    if not enabled:
+        return None
+    leaf = _unmixed_dataset(config, '--copy-paste')
+    if not _loads_masks(leaf):
+        raise UsageError(
+            '--copy-paste needs the masks of objects, and here are boxes alone; use --mosaic to mix images with boxes'
+        )
+    for step in iter_dicts(leaf['pipeline']):
+        if _is_transform(step, 'LoadAnnotations'):
+            step['poly2mask'] = True
+    _mix_images(config, leaf, len(leaf['pipeline']) - 1, [dict(type='AnySizeCopyPaste')])
+    imports = config.setdefault('custom_imports', dict(imports=[], allow_failed_imports=False))
+    imports['imports'] = [*dict.fromkeys([*as_list(imports['imports']), COPY_PASTE])]
+    importlib.import_module(COPY_PASTE)
+    return 'objects are copied from another image into each image'
+
+
+def _unmixed_dataset(config: Config, flag: str) -> dict:
+    """Return the config of the only training data set within its wrappers, after checks that are common to both."""
+    if config.get('default_scope') != 'mmdet':
+        raise UsageError(f'{flag} is for detection, not for segmentation')
+    parts = [*iter_dicts(config.train_dataloader.dataset)]
+    mixing = [part['type'] for part in parts if _is_transform(part, *MIX_TRANSFORMS)]
+    mixing += [part['type'] for part in parts if is_type(part.get('type'), DATASETS, 'MultiImageMixDataset')]
+    hooks = [hook.get('type') for hook in as_list(config.get('custom_hooks'))]
+    mixing += [type_ for type_ in hooks if is_type(type_, HOOKS, 'PipelineSwitchHook', 'YOLOXModeSwitchHook')]
+    if mixing:
+        raise UsageError(f'{flag}: the config has {short_name(mixing[0])} already: change it there')
+    leaf = leaf_dataset(config)
+    if leaf is None or not any(_is_transform(step, 'LoadAnnotations') for step in leaf['pipeline']):
+        raise UsageError(f'{flag} needs a single training data set whose pipeline has LoadAnnotations')
+    if config.model.get('backbone', {}).get('in_channels', 3) != 3:
+        raise UsageError(f'{flag} needs images of three channels')
+    return leaf
+
+
+def _is_transform(step: dict, *names: str) -> bool:
+    return is_type(step.get('type'), TRANSFORMS, *names)
+
+
+def _loads_masks(leaf: dict) -> bool:
+    loaders = [step for step in iter_dicts(leaf['pipeline']) if _is_transform(step, 'LoadAnnotations')]
+    return any(loader.get('with_mask') for loader in loaders)
+
+
+def _mix_images(config: Config, leaf: dict, index: int, steps: list[dict]) -> None:
+    """Insert steps that mix images at an index of the pipeline of a data set; what follows sees mixed images.
+
+    Where nothing is left of an image, mmdet's wrapper ends the training instead of taking another one; so images that
+    lost their objects are kept.
+    """
+    pipeline = leaf['pipeline']
+    leaf['pipeline'], after = pipeline[:index], [*steps, *pipeline[index:]]
+    for step in iter_dicts(after):
+        if _is_transform(step, 'FilterAnnotations'):
+            step['keep_empty'] = False  # mmdet's name for: an image without boxes is kept
+        elif _is_transform(step, 'RandomCrop'):
+            step['allow_negative_crop'] = True
+    loader = config.train_dataloader
+    loader['dataset'] = dict(type='MultiImageMixDataset', dataset=loader['dataset'], pipeline=after)

@@ -1,0 +1,125 @@
+"""A short training with a learning rate that rises exponentially, to see which ones it learns with."""
+
+import csv
+import io
+import math
+from contextlib import suppress
+from pathlib import Path
+
+from mmengine.dist import all_reduce, is_main_process
+from mmengine.hooks import Hook
+
+from .atomic_files import write_atomic
+from .dry_run import TrialEnd
+from .progress import is_step_end
+
+NUM_STEPS = 100  # optimizer steps
+MIN_LR, MAX_LR = 1e-7, 1.0
+SMOOTHING = 0.9  # of the exponential moving average of the loss
+DIVERGED = 4  # times the lowest smoothed loss, beyond which the sweep ends; fastai's
+SAFETY = 10  # the suggestion is this much below the lr with the lowest loss, beyond which it rises
+FILE = 'lr_find'  # .csv and .png, in the work dir
+
+
+class LRFinderHook(Hook):
+    """Raises the learning rate from step to step, records the loss, and ends the run.
+
+    Smith 2017, Cyclical Learning Rates, 3.3. The ratios of the learning rates of parameter groups, such as those of
+    layer-wise decay, stay.
+
+    Attributes:
+        lrs (list[float]): Learning rate of each optimizer step, as `optimizer.lr` of a config gives it.
+        losses (list[float]): Mean loss of the iterations of each step, over all ranks.
+        smoothed (list[float]): Its moving average.
+    """
+
+    priority = 'LOWEST'
+
+    def __init__(self):
+        self.lrs, self.losses, self.smoothed, self._window, self._average = [], [], [], [], 0.0
+
+    def before_train(self, runner) -> None:
+        """Keep the learning rates of the config."""
+        optimizer = runner.optim_wrapper.optimizer
+        self.config_lr = optimizer.defaults['lr']
+        self._multipliers = [group['lr'] / self.config_lr for group in optimizer.param_groups]
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        """Set the learning rates of the next iteration."""
+        self._lr = MIN_LR * (MAX_LR / MIN_LR) ** (len(self.lrs) / (NUM_STEPS - 1))
+        for group, multiplier in zip(runner.optim_wrapper.optimizer.param_groups, self._multipliers):
+            group['lr'] = self._lr * multiplier
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Record the loss; end the run after the last step, or where the loss diverges."""
+        loss = outputs['loss'].detach().clone()
+        all_reduce(loss, 'mean')
+        self._window.append(float(loss))
+        if not is_step_end(runner):
+            return
+        mean, self._window = sum(self._window) / len(self._window), []
+        if math.isfinite(mean):
+            self._record(mean)
+        if not math.isfinite(mean) or len(self.lrs) == NUM_STEPS or self.smoothed[-1] > DIVERGED * min(self.smoothed):
+            raise TrialEnd
+
+    def _record(self, loss: float) -> None:
+        self.lrs.append(self._lr)
+        self.losses.append(loss)
+        self._average = SMOOTHING * self._average + (1 - SMOOTHING) * loss
+        self.smoothed.append(self._average / (1 - SMOOTHING ** len(self.lrs)))
+
+    def best_lr(self) -> float | None:
+        """Return the learning rate with the lowest smoothed loss; None where the loss only rises, or hardly began."""
+        best = min(range(len(self.lrs)), key=self.smoothed.__getitem__, default=0)
+        return self.lrs[best] if best >= NUM_STEPS // 10 else None
+
+
+def find_lr(runner) -> None:
+    """Train a few steps with a rising learning rate, write the curve, and log a suggestion; no checkpoint is saved."""
+    hook = LRFinderHook()
+    runner.register_hook(hook)
+    with suppress(TrialEnd):
+        runner.train()
+    if is_main_process():
+        path = Path(runner.work_dir, FILE)
+        _write_csv(hook, path.with_suffix('.csv'))
+        _plot(hook, path.with_suffix('.png'))
+        runner.logger.info(f'lr-find: {_suggestion(hook)}; the curve is {path}.png, its numbers {path}.csv')
+
+
+def _suggestion(hook: LRFinderHook) -> str:
+    best = hook.best_lr()
+    if best is None:
+        return f'no suggestion, as the loss does not fall from lr {MIN_LR:g} on; the lr is {hook.config_lr:g}'
+    return (
+        f'lr {best / SAFETY:.1e}, a tenth of that with the lowest loss ({best:.1e}), instead of {hook.config_lr:g}: '
+        f'use it with --cfg-options optim_wrapper.optimizer.lr={best / SAFETY:.1e}'
+    )
+
+
+def _write_csv(hook: LRFinderHook, path: Path) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(['lr', 'loss', 'smoothed_loss'])
+    writer.writerows(zip(hook.lrs, hook.losses, hook.smoothed))
+    write_atomic(path, text.getvalue().encode())
+
+
+def _plot(hook: LRFinderHook, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout='constrained')
+    axes = figure.subplots()
+    axes.plot(hook.lrs, hook.losses, color='#b8c4ce', label='loss')
+    axes.plot(hook.lrs, hook.smoothed, color='#0b6fb8', label='smoothed')
+    axes.axvline(hook.config_lr, color='#555555', linestyle=':', label=f'of the config: {hook.config_lr:g}')
+    best = hook.best_lr()
+    if best is not None:
+        axes.axvline(best / SAFETY, color='#d1495b', linestyle='--', label=f'suggestion: {best / SAFETY:.1e}')
+    if hook.smoothed:  # single losses, and those at the end, may be far above
+        axes.set_ylim(0.9 * min(hook.smoothed), 1.1 * max([hook.smoothed[0], *hook.smoothed[:-3]]))
+    axes.set(xscale='log', xlabel='learning rate (optimizer.lr)', ylabel='loss')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
