@@ -1,12 +1,13 @@
-"""Experiment trackers: TensorBoard and Weights & Biases, by mmengine's visualization backends."""
+"""Experiment trackers, from TensorBoard to Neptune, by mmengine's visualization backends."""
 
 import importlib
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from mmengine.config import Config
 from mmengine.registry import VISBACKENDS
@@ -19,8 +20,25 @@ from .recipe import recipe_id
 from .tree import as_list
 from .work_dir import TIMESTAMP_GLOB, read_log_text
 
-# Name on the command line -> the module that must be installed, and mmengine's backend.
-TRACKERS = {'tensorboard': ('torch.utils.tensorboard', 'TensorboardVisBackend'), 'wandb': ('wandb', 'WandbVisBackend')}
+# What MLflow gets of a config as parameters; all of it is in the file config.py.
+TRACKED_KEYS = ('model', 'optim_wrapper', 'param_scheduler', 'train_cfg', 'train_dataloader', 'total_batch')
+
+
+class Tracker(NamedTuple):
+    """An experiment tracker.
+
+    Attributes:
+        modules: that must be importable.
+        package: that has them, as pip names it.
+        backend: mmengine's visualization backend.
+        settings: returns the arguments of the backend, or of one derived from it, which then has a `type`; from the
+            config of a run and whether that is resumed.
+    """
+
+    modules: tuple[str, ...]
+    package: str
+    backend: str
+    settings: Callable[[Config, bool], dict]
 
 
 @VISBACKENDS.register_module(name=['NoCodeWandbVisBackend', 'RunWandbVisBackend'])  # old configs name the second one
@@ -48,33 +66,39 @@ RunWandbVisBackend = NoCodeWandbVisBackend  # its name before
 def add_trackers(config: Config, names: Iterable[str], resumed: bool = False) -> None:
     """Add experiment trackers to the visualization backends of a config.
 
-    A W&B run is named after the work dir, in a project named after the recipe; a resumed run continues it.
+    A run is named after the work dir, in a project or an experiment that is named after the recipe.
 
     Args:
         config: changed in place; backends that it has stay as they are.
         names: of `TRACKERS`.
-        resumed: whether the run is resumed.
+        resumed: whether the run is resumed; a W&B run is then continued.
 
     Raises:
         UsageError: the package of a tracker is not installed, or W&B is online and nobody is logged in.
     """
     names = list(dict.fromkeys(names))
     for name in names:
-        try:
-            module = importlib.import_module(TRACKERS[name][0])
-        except ImportError as error:
-            raise UsageError(f'--loggers {name}: {error}: run pip install {name}') from error
-        if name == 'wandb' and os.environ.get('WANDB_MODE', 'online') == 'online':
-            with _wandb_errors(module):
-                module.login()
+        _check_installed(name)
     if not names:
         return
     config.visualizer = config.get('visualizer') or dict(type='Visualizer')
     backends = as_list(config.visualizer.get('vis_backends')) or [dict(type='LocalVisBackend')]
     for name in names:
-        if not any(is_type(backend['type'], VISBACKENDS, TRACKERS[name][1]) for backend in backends):
-            backends.append(dict(type=TRACKERS[name][1]) if name == 'tensorboard' else _wandb_cfg(config, resumed))
+        tracker = TRACKERS[name]
+        if not any(is_type(backend['type'], VISBACKENDS, tracker.backend) for backend in backends):
+            backends.append({'type': tracker.backend, **tracker.settings(config, resumed)})
     config.visualizer.vis_backends = backends
+
+
+def _check_installed(name: str) -> None:
+    for module in TRACKERS[name].modules:
+        try:
+            imported = importlib.import_module(module)
+        except ImportError as error:
+            raise UsageError(f'--loggers {name}: {error}: run pip install {TRACKERS[name].package}') from error
+    if name == 'wandb' and os.environ.get('WANDB_MODE', 'online') == 'online':
+        with _wandb_errors(imported):
+            imported.login()
 
 
 @contextmanager
@@ -89,12 +113,24 @@ def _wandb_errors(wandb: ModuleType) -> Iterator[None]:
         ) from error
 
 
-def _wandb_cfg(config: Config, resumed: bool) -> dict:
-    init_kwargs = dict(name=Path(config.work_dir).name, id=secrets.token_hex(4), resume='allow')
+def _project(config: Config) -> str:
+    return '-'.join(recipe_id(config.filename))
+
+
+def _run_name(config: Config) -> str:
+    return Path(config.work_dir).name
+
+
+def _no_settings(config: Config, resumed: bool) -> dict:
+    return {}
+
+
+def _wandb_settings(config: Config, resumed: bool) -> dict:
+    init_kwargs = dict(name=_run_name(config), id=secrets.token_hex(4), resume='allow')
     if resumed:
         init_kwargs['id'] = _previous_run_id(Path(config.work_dir)) or init_kwargs['id']
     if 'WANDB_PROJECT' not in os.environ:
-        init_kwargs['project'] = '-'.join(recipe_id(config.filename))
+        init_kwargs['project'] = _project(config)
     # W&B's own axis counts calls; mmengine logs the iteration of each call.
     axis = [dict(name='iter'), dict(name='*', step_metric='iter')]
     return dict(type='NoCodeWandbVisBackend', init_kwargs=init_kwargs, define_metric_cfg=axis)
@@ -111,3 +147,49 @@ def _previous_run_id(work_dir: Path) -> str | None:
             if 'id' in (backend.get('init_kwargs') or {}):
                 return backend.init_kwargs.id
     return None
+
+
+def _mlflow_settings(config: Config, resumed: bool) -> dict:
+    # mmengine reads neither of MLflow's own variables, and logs every setting and file of the work dir into folders,
+    # which MLflow 3 refuses; the file is MLflow's own default.
+    return dict(
+        tracking_uri=os.environ.get('MLFLOW_TRACKING_URI') or 'sqlite:///mlflow.db',
+        exp_name=os.environ.get('MLFLOW_EXPERIMENT_NAME') or _project(config),
+        run_name=_run_name(config),
+        tracked_config_keys=[key for key in TRACKED_KEYS if key in config],
+        artifact_suffix=('.py',),
+    )
+
+
+def _clearml_settings(config: Config, resumed: bool) -> dict:
+    # By default ClearML uploads checkpoints as they are written, and the changes of the git repository.
+    init_kwargs = dict(project_name=os.environ.get('CLEARML_PROJECT') or _project(config))
+    init_kwargs |= dict(task_name=_run_name(config), auto_connect_frameworks=False)
+    return dict(init_kwargs=init_kwargs, artifact_suffix=('.py',))
+
+
+def _dvclive_settings(config: Config, resumed: bool) -> dict:
+    # By default DVCLive saves experiments as git references, and writes dvc.yaml into the current folder.
+    init_kwargs = dict(save_dvc_exp=False, dvcyaml=os.path.abspath(os.path.join(config.work_dir, 'dvc.yaml')))
+    return dict(init_kwargs=init_kwargs, artifact_suffix=('.py',))
+
+
+def _aim_settings(config: Config, resumed: bool) -> dict:
+    return dict(init_kwargs=dict(experiment=_project(config)))
+
+
+def _neptune_settings(config: Config, resumed: bool) -> dict:
+    # As mmengine does without arguments: what is not sent is kept in .neptune.
+    mode = {} if {'NEPTUNE_API_TOKEN', 'NEPTUNE_PROJECT'} <= set(os.environ) else dict(mode='offline')
+    return dict(init_kwargs=dict(name=_run_name(config), tags=[_project(config)], source_files=[], **mode))
+
+
+TRACKERS = {
+    'tensorboard': Tracker(('torch.utils.tensorboard',), 'tensorboard', 'TensorboardVisBackend', _no_settings),
+    'wandb': Tracker(('wandb',), 'wandb', 'WandbVisBackend', _wandb_settings),
+    'mlflow': Tracker(('mlflow',), 'mlflow', 'MLflowVisBackend', _mlflow_settings),
+    'clearml': Tracker(('clearml',), 'clearml', 'ClearMLVisBackend', _clearml_settings),
+    'dvclive': Tracker(('pygit2', 'dvclive'), 'dvclive', 'DVCLiveVisBackend', _dvclive_settings),
+    'aim': Tracker(('aim',), 'aim', 'AimVisBackend', _aim_settings),
+    'neptune': Tracker(('neptune',), 'neptune', 'NeptuneVisBackend', _neptune_settings),
+}

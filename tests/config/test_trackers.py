@@ -1,4 +1,4 @@
-"""TensorBoard and W&B receive what the local log has."""
+"""TensorBoard and W&B receive what the local log has; the others are called as their packages want it."""
 
 import copy
 import importlib.util
@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import VISBACKENDS
 
 import convnext_dense
-from convnext_dense.config.trackers import NoCodeWandbVisBackend, add_trackers
+from convnext_dense.config.trackers import TRACKERS, NoCodeWandbVisBackend, add_trackers
 from convnext_dense.errors import UsageError
 from helpers.recipes import load
 from helpers.tools import DEMO, TRAIN, WITH, one_line_error
@@ -153,6 +153,65 @@ def test_resumed_run_continues_wandb_run(no_wandb, tmp_path):
     assert started(True) == other
 
 
+class Package(type(sys)):
+    """Stands for a package and whatever is called of it; remembers the calls by name."""
+
+    def __init__(self, name, calls=None):
+        super().__init__(name)
+        self.__dict__.update(calls={} if calls is None else calls, __path__=[])
+
+    def __getattr__(self, name):
+        return Package(name, self.calls)
+
+    def __getitem__(self, key):
+        return Package(key, self.calls)
+
+    def __setitem__(self, key, value):
+        self.calls.setdefault('set', []).append(((key, value), {}))
+
+    def __call__(self, *args, **kwargs):
+        self.calls.setdefault(self.__name__, []).append((args, kwargs))
+        return Package(self.__name__, self.calls)
+
+
+# By tracker: what starts a run, its arguments, what logs numbers, and variables that it reads.
+STARTS = {
+    'mlflow': ('set_experiment', ('upernet-convnext_t',), {}, 'log_metrics', {}),
+    'clearml': ('init', (), dict(project_name='upernet-convnext_t', task_name='a'), 'report_scalar', {}),
+    'dvclive': ('Live', (), dict(save_dvc_exp=False), 'log_metric', {}),
+    'aim': ('Run', (), dict(experiment='upernet-convnext_t'), 'track', {}),
+    'neptune': ('init_run', (), dict(mode='offline', name='a', source_files=[]), 'append', {}),
+    'mlflow at a server': ('set_tracking_uri', ('http://x',), {}, 'log_metrics', dict(MLFLOW_TRACKING_URI='http://x')),
+    'neptune online': ('init_run', (), dict(name='a'), 'append', dict(NEPTUNE_API_TOKEN='t', NEPTUNE_PROJECT='w/p')),
+}
+
+
+@pytest.mark.parametrize('name', STARTS)
+def test_other_trackers_get_the_numbers(name, monkeypatch, tmp_path):
+    start, args, kwargs, log, env = STARTS[name]
+    for variable in ('MLFLOW_TRACKING_URI', 'MLFLOW_EXPERIMENT_NAME', 'CLEARML_PROJECT', 'NEPTUNE_API_TOKEN'):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in env.items():
+        monkeypatch.setenv(variable, value)
+    tracker, calls = TRACKERS[name.split()[0]], {}
+    for module in (*tracker.modules, 'neptune.types'):
+        monkeypatch.setitem(sys.modules, module, Package(module, calls))
+    monkeypatch.chdir(tmp_path)
+    config = load('upernet/convnext_t')
+    config.work_dir = str(tmp_path / 'work_dirs/a')
+    add_trackers(config, [name.split()[0]])
+    settings = config.visualizer.vis_backends[1]
+    backend = VISBACKENDS.build({**settings, 'save_dir': str(tmp_path / 'vis_data')})
+    backend.add_config(config)
+    backend.add_scalars(dict(loss=0.5, mIoU=41.5), step=3)
+    actual_args, actual_kwargs = calls[start][0]
+    assert actual_args == args and kwargs.items() <= actual_kwargs.items()
+    assert 'mode' not in actual_kwargs or 'mode' in kwargs
+    logged = repr(calls[log])
+    assert '0.5' in logged and '41.5' in logged
+    assert '.pth' not in settings.get('artifact_suffix', ())
+
+
 def test_wandb_without_a_network(no_wandb, tmp_path):
     stand_in = sys.modules['wandb']
     stand_in.Error = type('CommError', (Exception,), {})
@@ -167,10 +226,11 @@ def test_wandb_without_a_network(no_wandb, tmp_path):
 
 def test_bad_input(run_tool, monkeypatch):
     """Before data are looked for: there are none."""
-    for name, module in {'tensorboard': 'torch.utils.tensorboard', 'wandb': 'wandb'}.items():
-        monkeypatch.setitem(sys.modules, module, None)
+    config = load('upernet/convnext_t')
+    for name, tracker in TRACKERS.items():
+        monkeypatch.setitem(sys.modules, tracker.modules[-1], None)
         with pytest.raises(UsageError, match=f'--loggers {name}: .*pip install {name}'):
-            add_trackers(load('upernet/convnext_t'), [name])
+            add_trackers(config, [name])
     if WANDB:
         command = [TRAIN, DEMO, '--loggers', 'wandb', WITH, 'train_dataloader.dataset.data_root=gone']
         process = run_tool(*command, HOME='/nonexistent', NETRC='/nonexistent', WANDB_API_KEY='')
