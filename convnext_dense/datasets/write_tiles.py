@@ -29,8 +29,13 @@ def check_tile_options(tile: int, overlap: float, out: str | None) -> None:
         raise UsageError(f'--overlap {overlap}: give a fraction of the tile from 0 to below 1, such as 0.25')
     if not out:
         raise UsageError('--tile needs --out FOLDER, for the data set in tiles')
+    check_output_folder('--out', out)
+
+
+def check_output_folder(option: str, out: str) -> None:
+    """Raise UsageError if the folder of an option is not a new or empty one."""
     if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
-        raise UsageError(f"--out '{out}' already exists: choose another path")
+        raise UsageError(f"{option} '{out}' already exists: choose another path")
 
 
 def write_tiles(data: CheckedDataset, tile: int, overlap: float, out: str) -> list[str]:
@@ -50,14 +55,19 @@ def write_tiles(data: CheckedDataset, tile: int, overlap: float, out: str) -> li
     """
     write = _write_coco if data.task == 'detection' else _write_masks
     if data.task == 'segmentation':
-        Path(out).mkdir(parents=True, exist_ok=True)
-        names = json.dumps(data.classes) if any('\n' in name for name in data.classes) else '\n'.join(data.classes)
-        Path(out, 'classes.txt').write_text(names + '\n', encoding='utf-8')
+        write_class_names(data, out)
     return [f'{out}: {split}: {write(data, split, tile, overlap, Path(out))}' for split in data.splits]
 
 
+def write_class_names(data: CheckedDataset, out: str) -> None:
+    """Write `classes.txt`, one name per line, or JSON where a name has lines."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    names = json.dumps(data.classes) if any('\n' in name for name in data.classes) else '\n'.join(data.classes)
+    Path(out, 'classes.txt').write_text(names + '\n', encoding='utf-8')
+
+
 def _write_coco(data: CheckedDataset, split: str, tile: int, overlap: float, out: Path) -> str:
-    coco, names, by_image = data.splits[split], _UniqueNames(), defaultdict(list)
+    coco, names, by_image = data.splits[split], UniqueNames(), defaultdict(list)
     for annotation in coco['annotations']:
         by_image[annotation['image_id']].append(annotation)
     images, annotations = [], []
@@ -75,7 +85,7 @@ def _write_coco(data: CheckedDataset, split: str, tile: int, overlap: float, out
 
 
 def _write_masks(data: CheckedDataset, split: str, tile: int, overlap: float, out: Path) -> str:
-    table, names, n_tiles = class_table(data), _UniqueNames(), 0
+    table, names, n_tiles = class_table(data), UniqueNames(), 0
     (out / 'masks' / split).mkdir(parents=True, exist_ok=True)
     for image, mask in data.splits[split]:
         labels = table[np.asarray(Image.open(os.path.join(data.root, mask))).astype(np.uint8)]
@@ -109,7 +119,7 @@ def _write_image(
 ) -> Iterator[tuple[Window, str]]:
     """Write the tiles of an image; each window and the name of its file in `folder`."""
     path = os.path.join(data.root, file_name)
-    pixels = _read(path, data.apply_exif)
+    pixels = read_image(path, data.apply_exif)
     if pixels.shape[:2] != size:
         raise UnreadableImageError(f'{path} has changed: check the data set again')
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +134,7 @@ def _write_image(
         yield window, name
 
 
-def _read(path: str, apply_exif: bool) -> np.ndarray:
+def read_image(path: str, apply_exif: bool) -> np.ndarray:
     """Read an image as training reads it."""
     from mmcv import imfrombytes
 
@@ -135,13 +145,14 @@ def _read(path: str, apply_exif: bool) -> np.ndarray:
     return pixels
 
 
-class _UniqueNames:
+class UniqueNames:
     """Gives each image a name of its own: images of different folders may share one."""
 
     def __init__(self):
         self.used: set[str] = set()
 
     def __call__(self, stem: str) -> str:
+        """Return a name that was not given before: the stem, with a number if need be."""
         name, n = stem, 1
         while name.lower() in self.used:
             name, n = f'{stem}-{n}', n + 1

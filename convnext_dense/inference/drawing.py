@@ -57,6 +57,44 @@ def draw(
     return _draw_instances(picture.copy(), instances[keep[best]].cpu(), scale, classes, colors)
 
 
+def draw_ground_truth(
+    image: np.ndarray, sample: BaseDataElement, classes: Sequence[str], palette: Sequence[Color], side: int
+) -> np.ndarray:
+    """Draw the annotations of a sample of a training pipeline onto its image.
+
+    Args:
+        image: (H, W, C) BGR of uint8, or grayscale.
+        sample: With `gt_instances` or `gt_sem_seg`, in the pixels of the image.
+        classes: Names of the classes.
+        palette: RGB color of each class; empty for colors that can be told apart.
+        side: Longer side of the picture in pixels, without the legend of classes below a segmentation.
+
+    Returns:
+        (h, w, 3) BGR of uint8.
+    """
+    scale, colors = side / max(image.shape[:2]), class_colors(len(classes), palette)
+    size = tuple(max(round(length * scale), 1) for length in image.shape[:2])
+    picture = _resized(to_bgr(image), size)
+    if 'gt_sem_seg' in sample:
+        labels = sample.gt_sem_seg.data.squeeze(0).cpu().numpy().astype(np.uint8)
+        return _draw_segmentation(picture, labels, classes, colors, legend=True)
+    truth = sample.gt_instances
+    boxes = getattr(truth.bboxes, 'tensor', truth.bboxes)
+    instances = InstanceData(bboxes=boxes * scale, labels=truth.labels)
+    if len(truth) and 'masks' in truth:
+        masks = [cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST) for mask in truth.masks.to_ndarray()]
+        instances.masks = torch.from_numpy(np.stack(masks) > 0)
+    return _draw_instances(picture.copy(), instances, 1.0, classes, colors)
+
+
+def write_caption(picture: np.ndarray, text: str) -> np.ndarray:
+    """Return a picture (H, W, 3) with a line of text above it, cut off where it is too long."""
+    height = font_size(picture.shape[:2])
+    band = Image.new('RGB', (picture.shape[1], 2 * height), 'white')
+    ImageDraw.Draw(band).text((2, height), text, fill='black', font=_font(height), anchor='lm')
+    return np.vstack((np.asarray(band)[..., ::-1], picture))
+
+
 def picture_scale(size: tuple[int, int]) -> float:
     """Return the factor by which an image of a size (H, W) is resized to be drawn on."""
     long_side = max(size)
@@ -104,14 +142,16 @@ def _draw_instances(
     thickness = line_width((height, width))
     boxes = (instances.bboxes.numpy() * scale).round().astype(int).reshape(-1, 4)
     boxes = np.clip(boxes, 0, [width - 1, height - 1] * 2)
-    labels, scores = instances.labels.tolist(), instances.scores.tolist()
+    labels = instances.labels.tolist()
     masks = instances.masks if 'masks' in instances else [None] * len(labels)
     for i in reversed(range(len(labels))):  # the best on top
         bgr = colors[labels[i]][::-1]
         if masks[i] is not None:
             _blend_mask(picture, _mask_in_box(masks[i], boxes[i], scale), boxes[i], bgr, thickness)
         cv2.rectangle(picture, boxes[i][:2].tolist(), boxes[i][2:].tolist(), bgr, thickness)
-    texts = [f'{classes[label]} {score:.2f}' for label, score in zip(labels, scores)]
+    texts = [classes[label] for label in labels]
+    if 'scores' in instances:
+        texts = [f'{text} {score:.2f}' for text, score in zip(texts, instances.scores.tolist())]
     return _draw_labels(picture, texts, boxes, [colors[label] for label in labels])
 
 
