@@ -11,6 +11,7 @@ from convnext_dense.config.training_aids import add_training_aids
 from convnext_dense.datasets.custom import add_data_arguments
 from convnext_dense.engine.dry_run import dry_run, heartbeat
 from convnext_dense.engine.lr_finder import NUM_STEPS, find_lr
+from convnext_dense.inference.drawing import draw_ground_truth
 
 
 def parse_args():
@@ -90,7 +91,7 @@ def main():
     with exit_on_error(), heartbeat(args.dry_run):
         runner = build_runner(prepare(args, TRAIN_STEPS), args.compile)
         if args.dry_run:
-            dry_run(runner)
+            dry_run(runner, draw_ground_truth)
         elif args.lr_find:
             find_lr(runner)
         else:

@@ -1,6 +1,7 @@
 """Training images made of several: mosaics of four images, and objects that are copied from another image."""
 
 import importlib
+import math
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS, HOOKS, TRANSFORMS
@@ -15,6 +16,10 @@ from .tree import as_list, iter_dicts
 MIX_TRANSFORMS = ('Mosaic', 'MixUp', 'CachedMixUp', 'CopyPaste')  # and those derived from them
 MOSAIC_STEPS = ('Mosaic', 'RandomAffine')  # left out in the last epochs
 FRACTION_WITHOUT_MOSAICS = 0.1  # of the epochs, at their end; as in mmdet's RTMDet of 100 epochs
+# Of objects that pasted ones hide: pixels by which their box shrinks, and those of the mask that are left; mmdet's, for
+# images of 1024 x 1024. With the power of the image's side by which they are less in smaller images.
+OCCLUSION_THRESHOLDS = dict(bbox_occluded_thr=(10, 1), mask_occluded_thr=(300, 2))
+COPY_PASTE_SIDE = 1024
 COPY_PASTE = 'convnext_dense.datasets.copy_paste'  # imports mmdet, as this module must not
 
 
@@ -86,7 +91,10 @@ def set_copy_paste(config: Config, enabled: bool) -> str | None:
     for step in iter_dicts(leaf['pipeline']):
         if _is_transform(step, 'LoadAnnotations'):
             step['poly2mask'] = True
-    _mix_images(config, leaf, len(leaf['pipeline']) - 1, [dict(type='AnySizeCopyPaste')])
+    scale = resize_scale(config)
+    ratio = min(1.0, math.sqrt(scale[0] * scale[1]) / COPY_PASTE_SIDE) if scale else 1.0
+    thresholds = {key: max(1, round(value * ratio**power)) for key, (value, power) in OCCLUSION_THRESHOLDS.items()}
+    _mix_images(config, leaf, len(leaf['pipeline']) - 1, [dict(type='AnySizeCopyPaste', **thresholds)])
     imports = config.setdefault('custom_imports', dict(imports=[], allow_failed_imports=False))
     imports['imports'] = [*dict.fromkeys([*as_list(imports['imports']), COPY_PASTE])]
     importlib.import_module(COPY_PASTE)

@@ -2,10 +2,9 @@
 
 import os
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
@@ -14,15 +13,18 @@ import numpy as np
 import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
+from mmengine.structures import BaseDataElement
 
 from .progress import broadcast_from_rank0
 
 NUM_ITERS = 2
 SLOW_ITERATION = 30  # seconds, after which the second batch is drawn, but not trained on
 MAX_IMAGES = 8  # of a batch that are drawn
-CELL = 480  # pixels: longest side of an image in the picture
+SIDE = 600  # pixels: longer side of an image in the picture
 HEARTBEAT_SECONDS = 8  # between signs of life
 PICTURE = 'batches.png'  # in the log folder
+
+Draw = Callable[[np.ndarray, BaseDataElement, Sequence[str], Sequence, int], np.ndarray]
 
 
 class TrialEnd(BaseException):
@@ -34,13 +36,13 @@ class DryRunHook(Hook):
 
     priority = 'LOWEST'
 
-    def __init__(self):
-        self.rows, self.seconds = [], []
+    def __init__(self, draw: Draw):
+        self.draw, self.rows, self.seconds = draw, [], []
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Draw a batch as the model will see it."""
         if is_main_process():
-            self.rows.append(draw_batch(runner.visualizer, data_batch))
+            self.rows.append(draw_batch(self.draw, data_batch, runner.train_dataloader.dataset.metainfo))
         if self.seconds and broadcast_from_rank0(self.seconds[0] > SLOW_ITERATION, runner):
             self._finish(runner)
         self.start = time.perf_counter()
@@ -72,9 +74,15 @@ class DryRunHook(Hook):
         )
 
 
-def dry_run(runner) -> None:
-    """Train for two iterations and report on them; nothing is saved."""
-    runner.register_hook(DryRunHook())
+def dry_run(runner, draw: Draw) -> None:
+    """Train for two iterations and report on them; nothing is saved.
+
+    Args:
+        runner: of the training.
+        draw: returns the picture of an image (H, W, C) with the annotations of its data sample, from both, the names of
+            the classes, their palette, and the longer side of the picture.
+    """
+    runner.register_hook(DryRunHook(draw))
     with suppress(TrialEnd):
         runner.train()
 
@@ -103,32 +111,23 @@ def heartbeat(enabled: bool) -> Iterator[None]:
             thread.join()
 
 
-def draw_batch(visualizer, data_batch: dict) -> list[np.ndarray]:
+def draw_batch(draw: Draw, data_batch: dict, meta: Mapping) -> list[np.ndarray]:
     """Draw the images of a batch with their annotations.
 
     Args:
-        visualizer: mmdet's or mmseg's, which knows the classes.
+        draw: See `dry_run`.
         data_batch: as the DataLoader returns it, before the data preprocessor.
+        meta: with the `classes` and the `palette` of the data set, if it names them.
 
     Returns:
-        BGR images, each at most `CELL` pixels wide and high.
+        BGR images, at most `MAX_IMAGES`.
     """
-    images = []
-    with tempfile.TemporaryDirectory() as folder:
-        for image, sample in list(zip(data_batch['inputs'], data_batch['data_samples']))[:MAX_IMAGES]:
-            pixels = image.permute(1, 2, 0).cpu().numpy()
-            pixels = pixels[..., [2, 1, 0] if pixels.shape[2] >= 3 else [0, 0, 0]]  # BGR, or gray
-            file = os.path.join(folder, 'image.png')
-            rgb = np.ascontiguousarray(pixels).astype(np.uint8)
-            sample = sample.cpu()  # a copy
-            instances = sample.get('gt_instances')
-            if instances is not None and hasattr(instances.get('bboxes'), 'tensor'):  # mmdet's boxes, in training
-                instances.bboxes = instances.bboxes.tensor
-            visualizer.add_datasample('batch', rgb, sample, draw_gt=True, draw_pred=False, out_file=file)
-            drawn = cv2.imread(file)
-            scale = min(1, CELL / max(drawn.shape[:2]))
-            images.append(cv2.resize(drawn, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
-    return images
+    classes = meta.get('classes') or [*map(str, range(256))]
+    samples = list(zip(data_batch['inputs'], data_batch['data_samples']))[:MAX_IMAGES]
+    return [
+        draw(image.permute(1, 2, 0).cpu().numpy(), sample.cpu(), classes, meta.get('palette') or (), SIDE)
+        for image, sample in samples
+    ]
 
 
 def stack_rows(rows: list[list[np.ndarray]]) -> np.ndarray:

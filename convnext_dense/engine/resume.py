@@ -139,6 +139,13 @@ def convert_progress(
             f'the training set has {new.num_images} images, but {old.num_images} when the run stopped: use the same '
             'data, or start a run from its weights with --cfg-options load_from=CHECKPOINT'
         )
+    is_same_batch = (old.world_size, old.batch_size) == (new.world_size, new.batch_size)
+    if is_same_batch and old.iters_per_epoch != new.iters_per_epoch:
+        raise UsageError(
+            f'an epoch has {new.iters_per_epoch} iterations, but had {old.iters_per_epoch} when the run stopped: '
+            'repeat images as then (--balance, RepeatDataset), or start a run from its weights with --cfg-options '
+            'load_from=CHECKPOINT'
+        )
     sizes = f'{new.world_size} x {new.batch_size} (was {old.world_size} x {old.batch_size}) images per iteration'
     iters_in_past_epochs = epoch * old.iters_per_epoch if by_epoch else 0
     if old.total_batch == new.total_batch:

@@ -222,6 +222,7 @@ def plot_pixels(dataset, file: str) -> None:
     )
     axes[1].scatter(*np.array(sides)[:, ::-1].T, color=COLOR, alpha=0.3)
     axes[1].set(xlabel='width in pixels', ylabel='height in pixels', title=f'{len(sides):,} images')
+    axes[1].set(xlim=0, ylim=0)
     axes[1].grid(alpha=0.3)
     figure.savefig(file, dpi=110)
 

@@ -19,6 +19,7 @@ from convnext_dense.config.training_aids import (
 )
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.errors import UsageError
+from helpers.paths import ROOT
 from helpers.processes import WITHOUT_WORKERS
 from helpers.recipes import load
 from helpers.tools import DETECTOR, one_line_error
@@ -160,3 +161,9 @@ def test_a_training_with_all_of_them(run_tool, tmp_path):
     process = run_tool('test.py', DETECTOR, 'run/epoch_2.pth', '--cfg-options', *WITHOUT_WORKERS, SHAPES_ROOT=data)
     assert process.returncode == 0, process.stderr[-3000:]
     one_line_error(run_tool('train.py', DETECTOR, '--freeze', 9, '--work-dir', 'x'), '--freeze 9: the backbone has 4')
+
+
+def test_every_flag_is_documented(parse):
+    pages = ''.join((ROOT / 'docs' / f'{page}.md').read_text() for page in ('training', 'datasets', 'resume'))
+    flags = {f'--{name.replace("_", "-")}' for name in vars(parse('train.py', 'x.py'))} - {'--config', '--local-rank'}
+    assert len(flags) > 30 and not [flag for flag in sorted(flags) if flag not in pages]

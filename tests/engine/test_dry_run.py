@@ -34,12 +34,12 @@ def test_a_dry_run_shows_what_would_run(run_tool, tmp_path, data, config, images
 @pytest.mark.parametrize('slow, steps', [(0, 1), (1e9, 2)])
 def test_slow_iterations_are_not_repeated(tmp_path, monkeypatch, slow, steps):
     monkeypatch.setattr(dry_run, 'SLOW_ITERATION', slow)
-    monkeypatch.setattr(dry_run, 'draw_batch', lambda visualizer, batch: [np.zeros((8, 8, 3), np.uint8)])
+    monkeypatch.setattr(dry_run, 'draw_batch', lambda *_: [np.zeros((8, 8, 3), np.uint8)])
     run, trained, original = planned_run([1.0] * 8, tmp_path), [], LossByPlan.train_step
     monkeypatch.setattr(
         LossByPlan, 'train_step', lambda *args, **kwargs: trained.append(1) or original(*args, **kwargs)
     )
-    dry_run.dry_run(run)
+    dry_run.dry_run(run, draw=None)
     assert len(trained) == steps
     (picture,) = tmp_path.glob('*/batches.png')
     assert cv2.imread(str(picture)).shape == (16, 8, 3) and not [*tmp_path.rglob('*.pth')]

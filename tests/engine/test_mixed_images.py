@@ -158,6 +158,15 @@ def test_what_does_not_fit_is_refused(message):
     assert function(config, False) is None
 
 
+@pytest.mark.parametrize('name, thresholds', [('mask_rcnn/convnext_t', (10, 300)), ('demo/mask_rcnn', (1, 5))])
+def test_hidden_objects_are_left_out_by_the_size_of_images(name, thresholds):
+    """mmdet's thresholds are for 1333 x 800; of 128 x 128 it is an eighth of the side."""
+    config = load(name)
+    set_copy_paste(config, True)
+    step = config.train_dataloader.dataset.pipeline[0]
+    assert (step.bbox_occluded_thr, step.mask_occluded_thr) == thresholds
+
+
 def test_images_without_objects_are_kept_where_they_are_mixed():
     """mmdet's wrapper would end the training at one."""
     config = load('mask_rcnn/convnext_b_lsj')

@@ -7,6 +7,7 @@ import pickle
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -310,6 +311,7 @@ def test_convert_progress(old, new, epoch, iteration, by_epoch, expected):
     [
         (partition(8, 2, 1), partition(8, 2, 1, 95), 2, 12, True, '95 images, but 96 when'),
         (partition(1, 2, 8), partition(8, 2, 1), 0, 201, False, 'not at a batch boundary'),
+        (partition(8, 2, 1), replace(partition(8, 2, 1), iters_per_epoch=9), 2, 12, True, '9 iterations, but had 6'),
         (partition(8, 2, 1), partition(4, 2, 4), 0, 100, False, 'total batch was 16, now it is 32'),
         (partition(8, 2, 1), partition(4, 2, 1), 2, 14, True, 'total batch was 16, now it is 8'),
     ],
