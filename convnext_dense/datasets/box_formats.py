@@ -1,47 +1,94 @@
 """Formats of boxes and polygons, by one entry each: how a folder is recognized, and how its annotations are read."""
 
+import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UsageError
+from .annotation_lists import ListSplit, find_lists, read_lists
+from .coco_files import find_coco, read_coco_files
+from .createml import is_createml, parse_createml
 from .diagnostics import Report
-from .find_yolo import find_yolo
-from .labelme import find_labelme, read_labelme
-from .layouts import find_annotations
+from .files import read_ends
+from .find_yolo import find_yolo, yolo_split
+from .image_folder import SUFFIXES as METADATA_SUFFIXES
+from .image_folder import is_image_folder, name_numbers, parse_image_folder
+from .label_files import label_split
+from .label_studio import is_label_studio, parse_label_studio
+from .labelme import find_labelme, is_labelme, read_labelme
+from .layouts import HEADER_BYTES, FolderTree, find_annotations
+from .panoptic import find_panoptic, is_panoptic, read_panoptic
 from .read_yolo import read_yolo
+from .request import DatasetRequest
 from .split_annotations import SplitAnnotations
-from .voc import find_voc, read_voc
+from .supervisely import find_supervisely, is_supervisely, read_supervisely
+from .via import choose_class_attribute, is_via, parse_via
+from .voc import find_voc, is_voc, read_voc
+
+COCO = 'COCO json'
 
 
 class BoxFormat(NamedTuple):
-    """A format that is converted to COCO as it is read.
+    """A format that is COCO or is converted to it as it is read.
 
     Attributes:
-        find (Callable): from the path of a data set to what says it (such as a file's name) and the sources of each
-            split ('train', 'val', 'test' or 'all'); None if it is not of this format. It does not read annotations.
-        read (Callable): from the folder of the data set, those sources and the report to `SplitAnnotations` by split.
+        key (str): value of `--format`.
+        find (Callable): from a `FolderTree` to what says it (such as a file's name) and the sources of each split
+            ('train', 'val', 'test' or 'all'); None if it is not of this format. It does not read annotations.
+        read (Callable): from the folder of the data set, those sources, the report and the request to
+            `SplitAnnotations` by split.
+        is_file (Callable | None): whether a file for many images is of this format, by its ends.
+        suffixes (tuple[str, ...]): ends of the names of such files.
+        from_folder (Callable | None): from the `FolderTree` of the annotations and the folder of the images to the
+            source of a split; None if there are no such annotations.
     """
 
-    find: Callable[[Path], tuple[str, Mapping[str, object]] | None]
-    read: Callable[[Path, Mapping, Report], dict[str, SplitAnnotations]]
+    key: str
+    find: Callable[[FolderTree], tuple[str, Mapping[str, object]] | None]
+    read: Callable[[Path, Mapping, Report, DatasetRequest], dict[str, SplitAnnotations]]
+    is_file: Callable[[str], bool] | None = None
+    suffixes: tuple[str, ...] = ('.json',)
+    from_folder: Callable[[FolderTree, Path], object] | None = None
 
 
-# In the order in which they are looked for, after COCO json.
+def _list_format(key: str, suffixes: tuple[str, ...], is_list: Callable, parse: Callable, **options) -> BoxFormat:
+    """Return the entry of a format with one file for many images, as of `annotation_lists`."""
+    find = partial(find_lists, suffixes=suffixes, is_list=is_list)
+    return BoxFormat(key, find, partial(read_lists, parse=parse, **options), is_list, suffixes)
+
+
+def _label_format(key: str, suffix: str, find: Callable, read: Callable, is_label: Callable) -> BoxFormat:
+    """Return the entry of a format with one file per image, as of `label_files`."""
+    return BoxFormat(key, find, read, from_folder=partial(label_split, suffix=suffix, is_label=is_label))
+
+
+# In the order in which they are looked for.
 BOX_FORMATS = {
-    'YOLO': BoxFormat(find_yolo, read_yolo),
-    'Pascal VOC': BoxFormat(find_voc, read_voc),
-    'LabelMe': BoxFormat(find_labelme, read_labelme),
+    COCO: BoxFormat('coco', find_coco, read_coco_files),
+    'YOLO': BoxFormat('yolo', find_yolo, read_yolo, from_folder=yolo_split),
+    'Pascal VOC': _label_format('voc', '.xml', find_voc, read_voc, is_voc),
+    'LabelMe': _label_format('labelme', '.json', find_labelme, read_labelme, is_labelme),
+    'Label Studio': _list_format('labelstudio', ('.json',), is_label_studio, parse_label_studio),
+    'VIA': _list_format('via', ('.json',), is_via, parse_via, resolve_names=choose_class_attribute),
+    'Supervisely': _label_format('supervisely', '.json', find_supervisely, read_supervisely, is_supervisely),
+    'CreateML': _list_format('createml', ('.json',), is_createml, parse_createml),
+    'ImageFolder': _list_format(
+        'imagefolder', METADATA_SUFFIXES, is_image_folder, parse_image_folder, resolve_names=name_numbers
+    ),
+    'COCO panoptic': BoxFormat('panoptic', find_panoptic, read_panoptic, is_panoptic),
 }
+FORMAT_KEYS = tuple(box_format.key for box_format in BOX_FORMATS.values())  # values of --format
 
 
 class BoxSources(NamedTuple):
     """Where the boxes of a data set are.
 
     Attributes:
-        format (str): 'COCO json', or a key of `BOX_FORMATS`.
+        format (str): a key of `BOX_FORMATS`.
         layout (str): which of its layouts.
-        by_split (dict[str, object]): COCO json, or what `BoxFormat.find` returns, by split.
+        by_split (dict[str, object]): what `BoxFormat.find` returns, by split.
         others (tuple[str, ...]): formats of other boxes in the same folder, which are not used.
     """
 
@@ -51,35 +98,70 @@ class BoxSources(NamedTuple):
     others: tuple[str, ...] = ()
 
 
-# Values of --format, by what reports call them.
-FORMAT_KEYS = {'COCO json': 'coco', 'YOLO': 'yolo', 'Pascal VOC': 'voc', 'LabelMe': 'labelme'}
-
-
 def find_boxes(path: Path, key: str | None = None) -> BoxSources | None:
     """Find the boxes of a data set in any format; if there are several, those of the first.
 
     Args:
         path: folder of the data set, or the data.yaml of one.
-        key: a value of `FORMAT_KEYS`; None for any.
+        key: one of `FORMAT_KEYS`; None for any.
 
     Raises:
         UsageError: several files could be a split's, or they contradict the disk.
     """
-    finders = {'COCO json': lambda path: find_annotations(path) if path.is_dir() else None}
-    finders |= {name: box_format.find for name, box_format in BOX_FORMATS.items()}
-    found, error = {}, None
-    for name, find in finders.items():
-        if key in (None, FORMAT_KEYS[name]):
+    tree, found, error = FolderTree(path), {}, None
+    for name, box_format in BOX_FORMATS.items():
+        if key in (None, box_format.key):
             try:
-                sources = find(path)
+                sources = box_format.find(tree)
             except UsageError as reason:
                 error = error or (None if found else reason)
             else:
                 found |= {name: sources} if sources else {}
     if error:
-        others = [FORMAT_KEYS[name] for name in found]
+        others = [BOX_FORMATS[name].key for name in found]
         raise UsageError(f'{error}, or use the other labels in {path} by --format {others[0]}') if others else error
     if not found:
         return None
     first, *others = found
     return BoxSources(first, *found[first], tuple(others))
+
+
+def find_given_boxes(request: DatasetRequest) -> BoxSources:
+    """Find the boxes of a data set of which the user names annotations.
+
+    A split that is not named is looked for, for COCO json, in the folder of the data set.
+
+    Raises:
+        UsageError: what is named is of no known format, or of several.
+    """
+    sources = {split: _source(request, split) for split in request.ann_files}
+    formats = list(dict.fromkeys(name for name, _ in sources.values()))
+    if len(formats) > 1:
+        raise UsageError(f'--train-ann is {formats[0]}, --val-ann is {formats[1]}: give two of one format')
+    by_split = {split: source for split, (_, source) in sources.items()}
+    layout, others = f'of {os.path.basename(request.data_yaml)}' if request.data_yaml else 'of the given files', {}
+    if formats[0] == COCO and request.path and not request.data_yaml and len(by_split) < 2:
+        layout, others = find_annotations(Path(request.path), by_split) or (layout, {})
+    return BoxSources(formats[0], layout, others | by_split)
+
+
+def _source(request: DatasetRequest, split: str) -> tuple[str, object]:
+    """Return the format and the source of a split of which the user names the annotations."""
+    path, images = Path(request.ann_files[split]), request.image_dirs.get(split)
+    for name, box_format in BOX_FORMATS.items():
+        if request.format not in (None, box_format.key):
+            continue
+        if path.is_dir() and box_format.from_folder:
+            source = box_format.from_folder(FolderTree(path), Path(images or path))
+        elif box_format.is_file and path.name.lower().endswith(box_format.suffixes):
+            source = ListSplit(path, images) if box_format.is_file(read_ends(path, HEADER_BYTES)) else None
+        else:
+            source = None
+        if source:
+            return name, source
+    if path.is_dir():
+        names = ', '.join(name for name, box_format in BOX_FORMATS.items() if box_format.from_folder)
+        raise UsageError(f'--{split}-ann {path}: the folder holds no labels of one of {names}')
+    if request.format not in (None, BOX_FORMATS[COCO].key):
+        raise UsageError(f'--{split}-ann {path} is not of this format: leave out --format {request.format}')
+    return COCO, path

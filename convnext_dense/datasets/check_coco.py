@@ -7,19 +7,15 @@ reports a problem of the split that is checked: `add(code, example)`, as `Report
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
-from ..errors import UsageError
 from .check_images import ImageInfo
 from .coco_boxes import CornerVotes, box_mask_difference, box_problem, clip_box, reaches_out
 from .coco_masks import is_implausible_area, mask_area, mask_to_box, validate_mask
 from .coco_values import category_name, format_size, is_finite, is_number, is_positive, only_dicts, parse_id
 from .diagnostics import Report
-from .files import read_json, to_one_line
+from .files import to_one_line
 from .image_sizes import ResizeLimit, too_thin
 
-PANOPTIC_HINT = 'use instances_*.json, or convert it with panopticapi (panoptic2detection_coco_format.py)'
-COCO_KEYS = ('images', 'annotations', 'categories')
 NO_GROUP = (None, '', 'none')  # supercategory of a category that belongs to none
 ID_KEYS = ('id', 'image_id', 'category_id')  # of an annotation
 MIN_IMAGE_SIDE = 32  # pixels: filter_cfg.min_size of the recipes
@@ -35,27 +31,6 @@ def count_trainable(annotations: list[dict], images: Iterable[dict], split: str)
     min_side = MIN_IMAGE_SIDE if split == 'train' else 0
     large = {image['id'] for image in images if min(image['width'], image['height']) >= min_side}
     return sum(not a['iscrowd'] and min(a['bbox'][2:]) >= 1 and a['image_id'] in large for a in annotations)
-
-
-def read_coco(path: Path, split: str = 'train') -> dict:
-    """Read a COCO json file; that of a test split may have no annotations.
-
-    Raises:
-        UsageError: it is not valid JSON, or not COCO.
-    """
-    content = read_json(path)
-    if split == 'test' and isinstance(content, dict):
-        content.setdefault('annotations', [])
-    if not isinstance(content, dict):
-        raise UsageError(f'{path} is not COCO: it holds a list, COCO a dict of {", ".join(COCO_KEYS)}')
-    annotations = content.get('annotations')
-    if isinstance(annotations, list) and any('segments_info' in a for a in only_dicts(annotations)):
-        raise UsageError(f'{path} is panoptic JSON (its annotations have segments_info): {PANOPTIC_HINT}')
-    missing = [key for key in COCO_KEYS if not isinstance(content.get(key), list)]
-    if missing:
-        keys = ', '.join(map(str, list(content)[:5])) or 'nothing'
-        raise UsageError(f'{path} is not COCO: no list of {" and ".join(missing)} (it has {keys})')
-    return {**content, 'images': [i if isinstance(i, dict) else {} for i in content['images']]}
 
 
 def image_names(coco: dict) -> list[str]:

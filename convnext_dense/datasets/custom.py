@@ -12,14 +12,15 @@ from mmengine.config import Config
 from ..checkpoints.exported_files import is_exported, read_exported
 from ..checkpoints.io import find_state_dicts, load_checkpoint
 from ..errors import UsageError
-from .box_formats import FORMAT_KEYS, BoxSources, find_boxes
+from .box_formats import FORMAT_KEYS, BoxSources, find_boxes, find_given_boxes
 from .cache import hold_busy_file, is_local_rank0, load_cached, save_cache, wait_for_cache
 from .configure import apply_dataset, check_cfg_options
+from .data_yaml import read_data_yaml
 from .files import folders_in
 from .find_masks import find_mask_folders
 from .foreign_layouts import describe_unsupported
 from .image_sizes import DEFAULT_LIMITS, ResizeLimit, resize_limits
-from .layouts import SplitDirs, find_coco_files, find_folders
+from .layouts import SplitDirs, find_folders
 from .read_coco import read_detection
 from .read_masks import read_segmentation
 from .request import CheckedDataset, DatasetRequest, summarize_classes
@@ -39,8 +40,8 @@ def add_data_arguments(parser: argparse.ArgumentParser, strict: bool = True) -> 
     """
     add = parser.add_argument_group('custom dataset').add_argument
     add('--data', metavar='PATH', help='folder of a data set, in any layout of docs/datasets.md, or a data.yaml')
-    add('--train-ann', metavar='JSON', help='COCO json to train on, if --data does not find it')
-    add('--val-ann', metavar='JSON', help='COCO json to evaluate on')
+    add('--train-ann', metavar='PATH', help='file or folder of annotations to train on, if --data does not find it')
+    add('--val-ann', metavar='PATH', help='annotations to evaluate on')
     add('--train-images', metavar='FOLDER', help='images of --train-masks, or of --train-ann if they are not found')
     add('--train-masks', metavar='FOLDER', help='segmentation masks to train on, if --data does not find them')
     add('--val-images', metavar='FOLDER', help='images of --val-masks or --val-ann')
@@ -55,7 +56,9 @@ def add_data_arguments(parser: argparse.ArgumentParser, strict: bool = True) -> 
     text = 'segmentation: label values to ignore in addition to 255; with 0, class ids start at 1'
     add('--ignore', type=int, nargs='+', metavar='LABEL', help=text)
     text = 'detection: which labels to use of a folder with several (default: the first of these)'
-    add('--format', choices=FORMAT_KEYS.values(), help=text)
+    add('--format', choices=FORMAT_KEYS, help=text)
+    text = 'VIA: the attribute of regions that is their class, if they have several'
+    add('--class-attribute', metavar='NAME', help=text)
     if strict:
         add('--strict', action='store_true', help='stop if anything in the data set has to be dropped')
 
@@ -71,18 +74,26 @@ def parse_request(args: argparse.Namespace) -> DatasetRequest | None:
     strict = getattr(args, 'strict', False)
     mask_dirs = {split: folder for split in ('train', 'val') if (folder := getattr(args, f'{split}_masks'))}
     _check_folders(ann_files, image_dirs, mask_dirs)
+    options = dict(classes=args.classes, ignore_labels=args.ignore, val_fraction=args.val_fraction)
+    options |= dict(format=args.format, class_attribute=args.class_attribute, strict=strict or None)
+    options = {name: value for name, value in options.items() if value is not None}
     if not args.data and not ann_files and not mask_dirs:
-        options = dict(classes=args.classes, ignore=args.ignore, val_fraction=args.val_fraction, format=args.format)
-        options |= dict(strict=strict or None)
-        for option, value in options.items():
-            if value is not None:
-                raise UsageError(f'--{option.replace("_", "-")} needs --data PATH')
+        for option in options:
+            raise UsageError(f'--{option.removesuffix("_labels").replace("_", "-")} needs --data PATH')
         return None
     if args.data and not os.path.exists(args.data):  # before weights are downloaded
         raise UsageError(f'{args.data} does not exist')
-    classes = args.classes[0] if args.classes and len(args.classes) == 1 else args.classes
-    settings = (classes, args.ignore, args.val_fraction, strict, args.format, mask_dirs)
-    return DatasetRequest(args.data, ann_files, image_dirs, *settings)
+    if len(options.get('classes', ())) == 1:
+        options['classes'] = args.classes[0]
+    places = dict(ann_files=ann_files, image_dirs=image_dirs, mask_dirs=mask_dirs)
+    described = read_data_yaml(Path(args.data)) if args.data else None
+    if described is None:
+        return DatasetRequest(args.data, **places, **options)
+    if any(places.values()):
+        raise UsageError(
+            f'{described.data_yaml} says where everything is: leave out --train-ann, --train-masks and the like'
+        )
+    return replace(described, **options)
 
 
 def _check_folders(ann_files: Mapping, image_dirs: Mapping, mask_dirs: Mapping) -> None:
@@ -120,8 +131,7 @@ def _find_by_task(request: DatasetRequest, task: str | None = None) -> dict[str,
         UsageError: there are none; the message says what the folder holds instead.
     """
     if request.ann_files:
-        root = request.root if request.path else None
-        return {'detection': BoxSources('COCO json', *find_coco_files(root, request.ann_files))}
+        return {'detection': find_given_boxes(request)}
     if request.mask_dirs:
         pairs = {split: SplitDirs(Path(request.image_dirs[split]), Path(m)) for split, m in request.mask_dirs.items()}
         return {'segmentation': ('of the given folders', pairs)}
@@ -181,7 +191,10 @@ def read_data(
     gc_was_enabled = gc.isenabled()
     gc.disable()  # the millions of values of a large JSON file have no cycles; walking them outlasts the checks
     try:
-        return READERS[task](request, *sources, splits, classes, limits or DEFAULT_LIMITS[task])
+        data = READERS[task](request, *sources, splits, classes, limits or DEFAULT_LIMITS[task])
+        for path in request.paths_outside:
+            data.report.add('all', 'images-outside-folder', path)
+        return data
     finally:
         if gc_was_enabled:
             gc.enable()

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import BinaryIO
 from unicodedata import category
 
+import yaml
+
 from ..errors import UsageError
 
 LFS_POINTER_PREFIX = b'version https://git-lfs.github.com/spec/'  # of a file of Git LFS that was not fetched
 MAX_POINTER_BYTES = 1024  # as in Git LFS itself
 MAX_LIST_BYTES = 16 * 2**20  # of a list of classes or of names
 MAX_JSON_BYTES = 8 * 2**30
+MAX_YAML_BYTES = 2**20
 HEADER_BYTES = 4096  # of a file, by which its format is recognized
 JSON_WHITESPACE = b' \t\r\n\0\xef\xbb\xbf\xff\xfe'  # before the first character, in any encoding
 MAX_FOLDERS = 200  # in one folder, in which images are looked for
@@ -114,6 +117,22 @@ def read_json(path: Path) -> object:
         raise UsageError(f'{path} is truncated or not valid JSON ({reason}): download or write it again') from error
 
 
+def read_yaml(path: Path) -> object:
+    """Read a YAML file; all its values are texts, so that a class may be called `no` or `1`.
+
+    Raises:
+        UsageError: it cannot be read, or is not valid YAML.
+    """
+    try:
+        return yaml.load(read_bytes(path, MAX_YAML_BYTES), yaml.BaseLoader)
+    except OSError as error:
+        raise UsageError(f'{path}: {error.strerror}') from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, 'problem_mark', None)
+        place = f'line {mark.line + 1}: {error.problem}' if mark else parse_error(error)
+        raise UsageError(f'{path} is not valid YAML ({to_one_line(place, 100)}): correct it') from error
+
+
 def read_start(path: str | os.PathLike, size: int) -> str:
     """Read the first bytes of a regular file as text; empty if it cannot be read."""
     try:
@@ -121,6 +140,19 @@ def read_start(path: str | os.PathLike, size: int) -> str:
             return file.read(size).decode('utf-8', 'replace')
     except OSError:
         return ''
+
+
+def read_ends(path: str | os.PathLike, size: int) -> str:
+    """Read the first and the last bytes of a regular file as text; empty if it cannot be read."""
+    try:
+        with open_regular(path, 2**63) as file:
+            ends = [file.read(size)]
+            if size_of(file) > size:
+                file.seek(max(size_of(file) - size, size))
+                ends.append(file.read(size))
+    except OSError:
+        return ''
+    return '\n'.join(end.decode('utf-8', 'replace') for end in ends)
 
 
 def size_of(file: BinaryIO) -> int:

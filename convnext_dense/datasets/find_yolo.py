@@ -6,21 +6,15 @@ In this order: a data.yaml of Ultralytics, an obj.data of darknet, lists of imag
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
-
-import yaml
 
 from ..errors import UsageError
 from . import SPLITS
 from .file_names import split_machine_prefix
-from .files import parse_error, read_bytes, read_start, read_text, to_one_line, walk
-from .layouts import IMAGE_DIR_NAMES, MASK_DIR_NAMES, MAX_DEPTH, SPLIT_DIR_NAMES, is_image
+from .files import MAX_YAML_BYTES, read_start, read_text, read_yaml, to_one_line
+from .layouts import IMAGE_DIR_NAMES, MASK_DIR_NAMES, SPLIT_DIR_NAMES, FolderTree, is_image, split_of_folders
 
-MAX_YAML_BYTES = 2**20
-MAX_FOLDERS_SEARCHED = 2000
-MAX_LABELS_SAMPLED = 20  # files in one folder, of which some may be empty
 YAML_SUFFIXES = ('.yaml', '.yml')
 NAMES_FILES = ('classes.txt', 'obj.names', 'classes.names', 'data.names', '_darknet.labels', 'names.txt')
 # A line of a label: a class, and numbers from 0 to 1.
@@ -42,6 +36,7 @@ class YoloSplit(NamedTuple):
         missing (str): folder or list of the split that does not exist; empty if there is none.
         keypoints (bool): whether labels are of poses: a box, and keypoints after it.
         num_classes (int | None): `nc`, which may differ from the number of names.
+        labels (tuple[Path, ...]): folders of the labels; empty to look for them where they usually are.
     """
 
     images: tuple[Path, ...]
@@ -50,13 +45,14 @@ class YoloSplit(NamedTuple):
     missing: str = ''
     keypoints: bool = False
     num_classes: int | None = None
+    labels: tuple[Path, ...] = ()
 
 
-def find_yolo(path: Path) -> tuple[str, dict[str, YoloSplit]] | None:
+def find_yolo(tree: FolderTree) -> tuple[str, dict[str, YoloSplit]] | None:
     """Find the images with YOLO labels of each split.
 
     Args:
-        path: folder of the data set, or its data.yaml or obj.data.
+        tree: folder of the data set, or its data.yaml or obj.data.
 
     Returns:
         What says it, and the images of each split ('train', 'val', 'test' or 'all'); None if there are no YOLO labels.
@@ -64,9 +60,10 @@ def find_yolo(path: Path) -> tuple[str, dict[str, YoloSplit]] | None:
     Raises:
         UsageError: the files of the data set contradict the disk, or there are several.
     """
+    path = tree.root
     if path.is_file():
         is_yaml, is_darknet = path.suffix.lower() in YAML_SUFFIXES, _is_obj_data(path)
-        splits = _read_yaml_splits(path) if is_yaml else _read_obj_data(path, path.parent) if is_darknet else {}
+        splits = _read_yaml_splits(path) if is_yaml else _read_obj_data(path, tree) if is_darknet else {}
         if _missing_train(splits):
             raise UsageError(f'{path}: {_missing_train(splits)}')
         return (path.name, splits) if splits else None
@@ -80,8 +77,8 @@ def find_yolo(path: Path) -> tuple[str, dict[str, YoloSplit]] | None:
         return yamls[0].name, splits
     darknet = next((file for folder in (path, path / 'data') for file in _files_in(folder) if _is_obj_data(file)), None)
     if darknet:
-        return darknet.name, _read_obj_data(darknet, path)
-    if not _has_labels(path):
+        return darknet.name, _read_obj_data(darknet, tree)
+    if next(_label_folders(tree), None) is None:
         if missing:
             raise UsageError(f'{yamls[0]}: {missing}')
         return None
@@ -89,30 +86,36 @@ def find_yolo(path: Path) -> tuple[str, dict[str, YoloSplit]] | None:
         common = next(iter(splits.values()))._asdict() | dict(missing='')
         del common['images']
     else:
-        names_file = _find_names_file(path)
-        common = dict(names=_read_names(names_file), files=(names_file,) if names_file else ())
+        common = _named_classes(tree)
     lists = {split: tuple(_lists_of(path, split)) for split in SPLITS}
     if lists['train']:
         return 'lists of images', {split: YoloSplit(files, **common) for split, files in lists.items() if files}
-    by_split = _folders_by_split(path)
+    by_split = _folders_by_split(tree)
     layout = 'folders by split' if 'train' in by_split else 'images with labels'
     layout += f' ({yamls[0].name}: {missing})' if missing else ''
     by_split = by_split if 'train' in by_split else {'all': (path,)}
     return layout, {split: YoloSplit(folders, **common) for split, folders in by_split.items()}
 
 
+def yolo_split(labels: FolderTree, images: Path) -> YoloSplit | None:
+    """Return the split of a folder of labels and one of images; None if the first holds no labels."""
+    folders = tuple(_label_folders(labels))
+    return YoloSplit((images,), labels=folders, **_named_classes(labels)) if folders else None
+
+
+def _named_classes(tree: FolderTree) -> dict:
+    """Return the names of the classes and the file that has them, as keyword arguments of `YoloSplit`."""
+    file = _find_names_file(tree)
+    return dict(names=_read_names(file), files=(file,) if file else ())
+
+
 def _read_yaml_splits(file: Path) -> dict[str, YoloSplit]:
-    """Read a data.yaml; all its values are texts, so that a class may be called `no` or `1`."""
-    try:
-        content = yaml.load(read_bytes(file, MAX_YAML_BYTES), yaml.BaseLoader)
-    except OSError as error:
-        raise UsageError(f'{file}: {error.strerror}') from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, 'problem_mark', None)
-        place = f'line {mark.line + 1}: {error.problem}' if mark else parse_error(error)
-        raise UsageError(f'{file} is not valid YAML ({to_one_line(place, 100)}): correct it') from error
+    """Read a data.yaml."""
+    content = read_yaml(file)
     if not isinstance(content, dict) or not {'names', 'nc'} & content.keys():
-        raise UsageError(f'{file} is no data set of YOLO: it needs names, train and val')
+        raise UsageError(
+            f'{file} is no data set of YOLO, which needs names, train and val; docs/datasets.md has another data.yaml'
+        )
     names, num_classes = _names_of(content, file), _to_int(content.get('nc'))
     common = dict(names=names, num_classes=num_classes, files=(file,), keypoints='kpt_shape' in content)
     bases = _yaml_bases(file, content.get('path'))
@@ -210,13 +213,14 @@ def _is_obj_data(file: Path) -> bool:
     return file.suffix.lower() == '.data' and re.search(r'^\s*train\s*=', read_start(file, 2**16), re.M) is not None
 
 
-def _read_obj_data(file: Path, root: Path) -> dict[str, YoloSplit]:
+def _read_obj_data(file: Path, tree: FolderTree) -> dict[str, YoloSplit]:
     """Read a file of darknet, whose paths are relative to where darknet was started."""
+    root = tree.root if tree.root.is_dir() else file.parent
     pairs = (line.split('=', 1) for line in read_text(file).splitlines() if '=' in line)
     settings = {key.strip(): value.strip() for key, value in pairs}
     bases, splits = [file.parent, root], {}
     names_file = _resolve(settings.get('names', ''), bases) if settings.get('names') else None
-    names_file = names_file if names_file and names_file.is_file() else _find_names_file(root)
+    names_file = names_file if names_file and names_file.is_file() else _find_names_file(tree)
     common = dict(names=_read_names(names_file), files=tuple(filter(None, (file, names_file))))
     for split, key in (('train', 'train'), ('val', 'valid'), ('test', 'test')):
         entry = settings.get(key, settings.get(split))
@@ -233,9 +237,8 @@ def _without_copies(splits: dict[str, YoloSplit]) -> dict[str, YoloSplit]:
     return {split: each for split, each in splits.items() if split == 'train' or each.images != splits['train'].images}
 
 
-def _find_names_file(root: Path) -> Path | None:
-    folders = islice(walk(root, MAX_DEPTH, hidden=False), MAX_FOLDERS_SEARCHED)
-    files = (Path(folder, name) for folder, names in folders for name in NAMES_FILES if name in names)
+def _find_names_file(tree: FolderTree) -> Path | None:
+    files = (folder / name for folder, names in tree.folders for name in NAMES_FILES if name in names)
     return next(files, None)
 
 
@@ -259,17 +262,16 @@ def _lists_of(root: Path, split: str) -> Iterator[Path]:
             yield file
 
 
-def _folders_by_split(root: Path) -> dict[str, tuple[Path, ...]]:
+def _folders_by_split(tree: FolderTree) -> dict[str, tuple[Path, ...]]:
     """Return the topmost folders of images that are named after each split, all as deep as the first."""
     by_split: dict[str, list[Path]] = {}
-    split_of = {name: split for split, names in SPLIT_DIR_NAMES.items() for name in names}
-    for folder, files in islice(walk(root, MAX_DEPTH, hidden=False), MAX_FOLDERS_SEARCHED):
-        parts = Path(folder).relative_to(root).parts
-        named = next((i for i, part in enumerate(parts) if part.lower() in split_of), None)
+    for folder, files in tree.folders:
+        parts = folder.relative_to(tree.root).parts
+        named = split_of_folders(parts)
         if named is None or not any(is_image(Path(file)) for file in files) or is_among_labels(parts):
             continue
-        top = root.joinpath(*parts[: named + 1])
-        folders = by_split.setdefault(split_of[parts[named].lower()], [])
+        top = tree.root.joinpath(*parts[: named[1] + 1])
+        folders = by_split.setdefault(named[0], [])
         if top not in folders:
             folders.append(top)
     depth = min((len(top.parts) for folders in by_split.values() for top in folders), default=0)
@@ -283,14 +285,14 @@ def is_among_labels(folders: Sequence[str]) -> bool:
     return bool(names & {*MASK_DIR_NAMES}) and not names & {*IMAGE_DIR_NAMES}
 
 
-def _has_labels(root: Path) -> bool:
-    """Return whether a folder holds labels of YOLO, by the first lines of some text files in each folder."""
-    for folder, names in islice(walk(root, MAX_DEPTH, hidden=False), MAX_FOLDERS_SEARCHED):
-        texts = [name for name in names if name.lower().endswith('.txt')]
-        for name in texts[:MAX_LABELS_SAMPLED]:
-            if LABEL_LINE_RE.search(read_start(Path(folder, name), 2**12)):
-                return True
-    return False
+def _label_folders(tree: FolderTree) -> Iterator[Path]:
+    """Iterate over the folders that hold labels of YOLO, by the first lines of some of their text files."""
+    return (next(files).parent for files in tree.files_like(('.txt',), is_yolo))
+
+
+def is_yolo(start: str) -> bool:
+    """Return whether a text file is a label of YOLO, by its start."""
+    return LABEL_LINE_RE.search(start) is not None
 
 
 def _files_in(folder: Path) -> list[Path]:

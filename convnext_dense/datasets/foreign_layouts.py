@@ -1,5 +1,6 @@
 """Folders that are no supported data set: what they hold instead, and how to convert it."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -7,8 +8,8 @@ from itertools import chain, islice
 from pathlib import Path
 
 from ..engine.datasets import IMAGE_SUFFIXES
+from ..errors import UsageError
 from .box_formats import find_boxes
-from .check_coco import PANOPTIC_HINT
 from .files import MAX_JSON_BYTES, UnusableFileError, open_regular, read_start, to_one_line, walk
 from .layouts import (
     IMAGE_DIR_NAMES,
@@ -28,6 +29,7 @@ CLASSIFICATION_HINT = (
 )
 UNFINISHED = r'\.(part|partial|crdownload|download|aria2|filepart|opdownload)$'  # suffixes that browsers and others add
 ARCHIVE_SUFFIXES = ('.zip', '.tar', '.gz', '.tgz', '.rar', '.7z')
+DIR_NAMES = {*IMAGE_DIR_NAMES, *MASK_DIR_NAMES, *chain(*SPLIT_DIR_NAMES.values())}
 MAX_FILES_SCANNED = 20000
 MAX_FILES_PER_SUFFIX = 100  # in one folder; the others are taken to be alike
 # First line of KITTI's labels.
@@ -46,8 +48,11 @@ def describe_unsupported(root: Path) -> str:
     if not files:
         return 'is an empty folder'
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        if find_boxes(folder) or find_folders(folder):
+        if _is_dataset(folder):
             return f'holds a data set in its folder {to_one_line(folder.name)}: give {folder}'
+    above = next(filter(_is_dataset, _folders_above(root)), None)
+    if above:
+        return f'is a part of a data set: give {above if root.is_absolute() else os.path.relpath(above)}'
 
     def has_text(suffix: str, pattern: str, limit: int | None = 5):
         paths = [path for path in files if path.suffix.lower() == suffix][:limit]
@@ -60,12 +65,9 @@ def describe_unsupported(root: Path) -> str:
         (lambda: next(filter(_is_lfs_pointer, files), None), f'holds {LFS_HINT}'),
         (has_name(UNFINISHED), 'holds an unfinished download ({}): finish it, and unpack it if it is an archive'),
         (has_text('.json', '"shapes"'), 'looks like LabelMe, one file per image: run its labelme2coco.py'),
-        (has_text('.json', '"result":'), "looks like Label Studio's own JSON: export it as COCO instead"),
-        (has_text('.json', '"regions"'), f"looks like the VGG annotator's JSON: {CONVERT_HINT}"),
+        (has_text('.json', '"vid_list"'), 'looks like a project of VIA 3 ({}): export it as COCO'),
         (has_text('.json', '"caption"'), 'holds captions ({}): boxes are in instances_*.json'),
         (has_text('.json', '"keypoints"'), 'holds keypoints ({}): boxes are in instances_*.json'),
-        (has_text('.json', '"segments_info"'), f'holds panoptic JSON ({{}}): {PANOPTIC_HINT}'),
-        (has_name('createml'), f'looks like CreateML labels: {CONVERT_HINT}'),
         (has_name('tfrecord'), f'looks like TFRecords: {CONVERT_HINT}'),
         (has_text('.txt', KITTI_LINE, limit=None), f'looks like KITTI boxes ({{}}): {CONVERT_HINT}'),
         (has_name('labeltxt/'), f'looks like the rotated boxes of DOTA ({{}}): {CONVERT_HINT}'),
@@ -80,6 +82,21 @@ def describe_unsupported(root: Path) -> str:
         if result:
             return description.format(to_one_line(result.relative_to(root)) if isinstance(result, Path) else '')
     return f'holds no known data set (its files end with {to_one_line(", ".join(sorted(suffixes)[:4]))})'
+
+
+def _is_dataset(folder: Path) -> bool:
+    try:
+        return bool(find_boxes(folder) or find_folders(folder))
+    except UsageError:  # which says what is to be chosen
+        return True
+
+
+def _folders_above(root: Path) -> Iterator[Path]:
+    """Iterate over the folders of which a folder may be a part, by its name and theirs."""
+    folder = Path(os.path.abspath(root))
+    while folder.name.lower() in DIR_NAMES:
+        folder = folder.parent
+        yield folder
 
 
 def _describe_file(path: Path) -> str:
@@ -118,7 +135,6 @@ def _is_lfs_pointer(path: Path) -> bool:
 def _is_classification_folder(root: Path) -> bool:
     train = find_dir(root, SPLIT_DIR_NAMES['train']) or root
     classes = [folder for folder in train.iterdir() if folder.is_dir()]
-    known_names = {*IMAGE_DIR_NAMES, *MASK_DIR_NAMES, *chain(*SPLIT_DIR_NAMES.values())}
-    if len(classes) < 2 or known_names & {folder.name.lower() for folder in classes}:
+    if len(classes) < 2 or DIR_NAMES & {folder.name.lower() for folder in classes}:
         return False
     return all(any(map(is_image, folder.iterdir())) for folder in classes)

@@ -18,6 +18,7 @@ from .request import relative_to_root
 
 MAX_NAMES_TRIED = 50  # to find the folder in which names begin
 MAX_NAME_LENGTH = 4096  # characters; no system has longer ones
+UPLOAD_RE = re.compile('(?<=/)[0-9a-f]{8}-(?=[^/]+$)')  # before the name of a file that was uploaded to Label Studio
 DIGITS_RE, WORDS_RE = re.compile('[0-9]+'), re.compile('[a-z]+')
 
 
@@ -62,6 +63,7 @@ class ImageResolver:
         image_dir: folder of the images, if it is known.
         split: of the images; None for all.
         hint: what to do if no image is found.
+        excluded: folder in which no images are, but files with their names; None if there is none.
 
     Attributes:
         folder (Path): in which names begin.
@@ -79,6 +81,7 @@ class ImageResolver:
         image_dir: str | None = None,
         split: str | None = None,
         hint: str = 'give --train-images and --val-images',
+        excluded: Path | None = None,
     ):
         names = list(dict.fromkeys(names))
         self._root, self._split = root, None if image_dir else split
@@ -87,6 +90,8 @@ class ImageResolver:
         tried = names[:: max(1, len(names) // MAX_NAMES_TRIED)]
         # Masks have the names of their images. The folder of the annotations is one of masks by its name alone.
         candidates = [f for f in folders if f == ann_file.parent or not _is_mask_folder(f, root)]
+        if excluded:
+            split_dirs, candidates = ([f for f in each if f != excluded] for each in (split_dirs, candidates))
         best = _best_folder(candidates, tried)
         self.folder, self._is_folder_known = best or self._tops[0], best is not None
         self._prefix = self._path_prefix(self.folder)
@@ -182,6 +187,11 @@ class ImageResolver:
         path = re.sub(r'^(\.\./)+', '', path)
         if has_exact_names and '/' not in path:
             return SuffixMatch([])
+        match = self._match_path(path, machine)
+        original = UPLOAD_RE.sub('', path)
+        return match if match.files or original == path else self._match_path(original, machine)
+
+    def _match_path(self, path: str, machine: str) -> SuffixMatch:
         num_parts, files = self._split_files.find_by_suffix(path)
         num_parts_of_all, other_files = self._all_files.find_by_suffix(path)
         if num_parts_of_all > num_parts:

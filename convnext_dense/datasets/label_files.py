@@ -1,9 +1,9 @@
 """Formats with one annotation file per image, beside the images or in folders of their own, and lists of names."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,15 +11,12 @@ from ..errors import UsageError
 from . import SPLITS
 from .diagnostics import Report
 from .file_names import normalize_spelling
-from .files import read_start, read_text, to_one_line, walk
+from .files import read_json, read_text, to_one_line, walk
 from .image_resolver import ImageLocation
-from .layouts import IMAGE_DIR_NAMES, MAX_DEPTH, SPLIT_DIR_NAMES, is_image
+from .layouts import IMAGE_DIR_NAMES, FolderTree, is_image, split_of_folders
 from .request import relative_to_root
-from .split_annotations import SplitAnnotations, outermost
+from .split_annotations import SplitAnnotations, number_categories, outermost
 
-MAX_FOLDERS_SEARCHED = 2000
-MAX_FILES_SAMPLED = 20  # annotation files in one folder, of which some may be of other programs
-HEADER_BYTES = 2**16  # of a file, by which it is recognized
 LIST_DIRS = ('ImageSets/Main', 'ImageSets')
 LIST_NAMES = {'train': ('train', 'trainval'), 'val': ('val', 'valid'), 'test': ('test',)}
 
@@ -52,12 +49,12 @@ class Label(NamedTuple):
 
 
 def find_label_files(
-    path: Path, suffix: str, is_label: Callable[[str], bool]
+    tree: FolderTree, suffix: str, is_label: Callable[[str], bool]
 ) -> tuple[str, dict[str, LabelSplit]] | None:
     """Find the annotation files of each split.
 
     Args:
-        path: folder of the data set.
+        tree: folder of the data set.
         suffix: of the files.
         is_label: whether a file is one, by its first `HEADER_BYTES`.
 
@@ -68,25 +65,30 @@ def find_label_files(
     Raises:
         UsageError: there are several data sets.
     """
-    folders = tuple(_annotated_folders(path, suffix, is_label)) if path.is_dir() else ()
+    path, folders = tree.root, tuple(next(files).parent for files in tree.files_like((suffix,), is_label))
     if not folders:
         return None
     lists = {split: _find_list(path, folders, split) for split in SPLITS}
     if lists['train']:
         return 'ImageSets', {split: LabelSplit(folders, path, file) for split, file in lists.items() if file}
-    split_of = {name: split for split, names in SPLIT_DIR_NAMES.items() for name in names}
     by_split: dict[str, LabelSplit] = {}
     for folder in folders:
         parts = folder.relative_to(path).parts
-        named = next((i for i, part in enumerate(parts) if part.lower() in split_of), None)
-        if named is not None:
+        named = split_of_folders(parts)
+        if named:
             # Of train/annotations the images are in train as well, of annotations/train elsewhere.
-            split, images = split_of[parts[named].lower()], path / parts[0] if named == 0 else path
+            split, images = named[0], path / parts[0] if named[1] == 0 else path
             source = by_split.get(split, LabelSplit((), images))
             by_split[split] = source._replace(labels=(*source.labels, folder))
     if 'train' in by_split:
         return 'folders by split', by_split
     return f'{suffix[1:].upper()} files', {'all': LabelSplit(folders, path)}
+
+
+def label_split(labels: FolderTree, images: Path, suffix: str, is_label: Callable[[str], bool]) -> LabelSplit | None:
+    """Return the split of a folder of annotation files and one of images; None if the first holds no such files."""
+    folders = tuple(next(files).parent for files in labels.files_like((suffix,), is_label))
+    return LabelSplit(folders, images) if folders else None
 
 
 def read_label_files(
@@ -112,13 +114,21 @@ def read_label_files(
     if not any(source.list_file for source in splits.values()):
         stems = {os.path.basename(name) for source in splits.values() for name in labels_in(source.labels)}
         _report_missing_labels(root, splits, results, stems, images_in, report)
-    annotations = [a for result in results.values() for a in result.coco['annotations']]
-    index = {name: i for i, name in enumerate(sorted({a['category_id'] for a in annotations}), 1)}
-    for annotation in annotations:
-        annotation['category_id'] = index[annotation['category_id']]
-    for result in results.values():
-        result.coco['categories'] = [dict(id=i, name=name) for name, i in index.items()]
+    number_categories(results)
     return results
+
+
+def read_json_label(file: str, where: str, add: Callable, key: str) -> dict | None:
+    """Return the dict of a JSON file that has a list of objects at a key; None if it has none, which is reported."""
+    try:
+        content = read_json(Path(file))
+    except UsageError as error:
+        add('unreadable-label', f'{where}: {to_one_line(error.__cause__ or error, 60)}')
+        return None
+    if isinstance(content, dict) and isinstance(content.get(key), list):
+        return content
+    add('unreadable-label', f'{where}: it has no list of {key}')
+    return None
 
 
 def _read_split(
@@ -161,11 +171,12 @@ def _report_missing_labels(
     """Report images without an annotation file in the folders of those that have one; they may hold objects."""
     used = {os.path.dirname(name) for result in results.values() for name in result.locations}
     for folder in outermost(source.images for source in splits.values()):
-        for stem, files in images_in(folder).items():
-            names = [relative_to_root(file, root) for file in files] if stem not in stems else []
-            for name in names:
-                if os.path.dirname(name) in used:
-                    report.add('all', 'missing-label', name)
+        images = images_in(folder)
+        labeled = {file for stem in stems for file in images.get(stem, ())}
+        for file in dict.fromkeys(chain(*images.values())):
+            name = relative_to_root(file, root)
+            if file not in labeled and os.path.dirname(name) in used:
+                report.add('all', 'missing-label', name)
 
 
 def _labels_by_name(folders: tuple[Path, ...], suffix: str) -> dict[str, str]:
@@ -186,12 +197,13 @@ def _labels_by_name(folders: tuple[Path, ...], suffix: str) -> dict[str, str]:
 
 
 def _images_by_stem(folder: Path) -> dict[str, list[str]]:
-    """Return the images in and below a folder by their names without folder and suffix."""
+    """Return the images in and below a folder by their names without folder, with and without their suffix."""
     images: dict[str, list[str]] = {}
     for parent, names in walk(folder, hidden=False):
         for name in names:
             if is_image(Path(name)) and not name.startswith('.'):
-                images.setdefault(os.path.splitext(name)[0], []).append(os.path.join(parent, name))
+                for key in (name, os.path.splitext(name)[0]):
+                    images.setdefault(key, []).append(os.path.join(parent, name))
     return images
 
 
@@ -228,11 +240,3 @@ def _find_list(root: Path, folders: Sequence[Path], split: str) -> Path | None:
         if by_top:
             return by_top.get(root) or next(iter(by_top.values()))
     return None
-
-
-def _annotated_folders(root: Path, suffix: str, is_label: Callable[[str], bool]) -> Iterator[Path]:
-    """Iterate over the folders that hold annotation files."""
-    for folder, names in islice(walk(root, MAX_DEPTH, hidden=False), MAX_FOLDERS_SEARCHED):
-        files = [name for name in names if name.lower().endswith(suffix)][:MAX_FILES_SAMPLED]
-        if any(is_label(read_start(Path(folder, name), HEADER_BYTES)) for name in files):
-            yield Path(folder)

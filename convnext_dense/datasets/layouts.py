@@ -1,9 +1,10 @@
 """Supported layouts of data sets: which files and folders are the annotations and images of each split."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Sequence
 from fnmatch import fnmatch
-from itertools import chain
+from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from ..engine.datasets import IMAGE_SUFFIXES
 from ..errors import UsageError
 from . import SPLITS
 from .file_names import NameMatches, match_names, normalize_spelling, split_machine_prefix
-from .files import read_start, read_text, walk
+from .files import read_ends, read_text, walk
 
 # COCO json by layout and split, as lower-case patterns below the root; 'all' is one file for all splits.
 ANNOTATION_PATTERNS = {
@@ -29,11 +30,55 @@ ANNOTATION_PATTERNS = {
 IMAGE_DIR_NAMES = ('images', 'image', 'imgs', 'img', 'img_dir', 'jpegimages', 'leftimg8bit')
 MASK_DIR_NAMES = ('labels', 'label', 'annotations', 'masks', 'mask', 'ann_dir', 'gtfine', 'segmentationclass', 'gt')
 SPLIT_DIR_NAMES = {'train': ('train', 'training'), 'val': ('val', 'valid', 'validation'), 'test': ('test', 'testing')}
+SPLIT_OF_NAME = {name: split for split, names in SPLIT_DIR_NAMES.items() for name in names}
 # What follows the image's name in the name of its mask, before the file suffix; and Cityscapes' suffix of images.
 MASK_SUFFIXES = ('', '_gtFine_labelTrainIds', '_gtFine_labelIds', '_mask', '_label', '_labels', '_seg')
 IMAGE_NAME_SUFFIX = '_leftImg8bit'
-COCO_HEADER_BYTES = 2**16  # of JSON, by which it is recognized
+HEADER_BYTES = 2**16  # of a file, by which its format is recognized
+OTHER_KEYS_RE = re.compile(r'"(shapes|regions|caption|keypoints|result|classTitle|coordinates)"\s*:')  # not of COCO
 MAX_DEPTH = 4  # levels of folders in which annotations are searched
+MAX_FOLDERS_SEARCHED = 2000
+MAX_FILES_SAMPLED = 20  # annotation files in one folder, of which some may be of other programs or empty
+
+
+class FolderTree:
+    """The folders in and below one, which is walked once for all formats.
+
+    Args:
+        root: folder of the data set; of a file, there are none.
+
+    Attributes:
+        root (Path): likewise.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    @cached_property
+    def folders(self) -> list[tuple[Path, list[str]]]:
+        """The first folders, and the names of their files."""
+        folders = walk(self.root, MAX_DEPTH, hidden=False) if self.root.is_dir() else ()
+        return [(Path(folder), names) for folder, names in islice(folders, MAX_FOLDERS_SEARCHED)]
+
+    def files_like(self, suffixes: tuple[str, ...], is_like: Callable[[str], bool]) -> Iterator[Iterator[Path]]:
+        """Iterate over the folders that have files of a format; of each, over these among its first files.
+
+        Args:
+            suffixes: of their names, in lower case.
+            is_like: whether a file is of the format, by its first and last `HEADER_BYTES`.
+        """
+        for folder, names in self.folders:
+            files = [folder / name for name in names if name.lower().endswith(suffixes)][:MAX_FILES_SAMPLED]
+            like = (file for file in files if is_like(read_ends(file, HEADER_BYTES)))
+            first = next(like, None)
+            if first:
+                yield chain([first], like)
+
+
+def split_of_folders(parts: Sequence[str]) -> tuple[str, int] | None:
+    """Return the split after which one of some folders is named, and its index; None if none is."""
+    named = ((SPLIT_OF_NAME.get(part.lower()), i) for i, part in enumerate(parts))
+    return next((pair for pair in named if pair[0]), None)
 
 
 class SplitDirs(NamedTuple):
@@ -77,7 +122,8 @@ def find_annotations(root: Path, given: Collection[str] = ()) -> tuple[str, dict
     Raises:
         UsageError: several files could be a split's.
     """
-    files = [path for path in _iter_files(root, depth=2) if path.suffix.lower() == '.json']
+    folders = walk(root, 2, hidden=False)
+    files = [Path(top, name) for top, names in folders for name in names if name.lower().endswith('.json')]
     files = [path for path in files if path.name != 'shapes.json']
     fallback = None
     for layout, patterns in ANNOTATION_PATTERNS.items():
@@ -95,17 +141,6 @@ def find_annotations(root: Path, given: Collection[str] = ()) -> tuple[str, dict
             return layout, file_by_split
         fallback = fallback or ((layout, file_by_split) if file_by_split else None)
     return fallback
-
-
-def find_coco_files(root: Path | None, given: Mapping[str, str]) -> tuple[str, dict[str, Path]]:
-    """Return the layout and the COCO json of each split; given files take precedence over those that are found.
-
-    Args:
-        root: folder of the data set; None to search nothing.
-        given: file by split.
-    """
-    layout, files = (root and len(given) < 2 and find_annotations(root, given)) or ('of the given files', {})
-    return layout, files | {split: Path(file) for split, file in given.items()}
 
 
 def find_folders(root: Path) -> tuple[str, dict[str, SplitDirs]] | None:
@@ -217,11 +252,11 @@ def _may_be_coco(path: Path, is_named: bool) -> bool:
 
     If the file's name says so (`is_named`), it may be broken: only keys of another format speak against it.
     """
-    start = read_start(path, COCO_HEADER_BYTES)
-    if re.search(r'"(shapes|regions|caption|keypoints)"\s*:', start) and '"bbox"' not in start:
+    start = read_ends(path, HEADER_BYTES)
+    if '"segments_info"' in start or (OTHER_KEYS_RE.search(start) and '"bbox"' not in start):
         return False
     keys = {*re.findall(r'"(images|annotations|categories)"\s*:', start)}
-    if keys == {'categories'} and len(start) < COCO_HEADER_BYTES:  # such as Label Studio's notes.json
+    if keys == {'categories'} and len(start) < HEADER_BYTES:  # such as Label Studio's notes.json
         keys = {}
     return is_named or (bool(keys) and start.lstrip().startswith('{'))
 

@@ -3,17 +3,15 @@
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 from ..errors import UsageError
 from . import check_coco as checks
-from .box_formats import BOX_FORMATS, FORMAT_KEYS
+from .box_formats import BOX_FORMATS, COCO
 from .check_images import ImageInfo, decide_exif_handling, inspect_all, inspect_image
 from .diagnostics import Report
-from .image_resolver import ImageResolver
 from .request import CheckedDataset, DatasetRequest, select_splits, split_by_hash, summarize_classes
 from .select_classes import check_selection, parse_entries, select_classes
-from .split_annotations import SplitAnnotations, scale_to_pixels
+from .split_annotations import fill_sizes, scale_to_pixels
 
 
 def read_detection(
@@ -29,14 +27,13 @@ def read_detection(
     """Read and check a detection data set; its sources as of `BoxSources`, the rest as of `custom.read_data`."""
     root, report = request.root, Report()
     for other in others:
-        report.add('all', 'other-format', f'{other}: --format {FORMAT_KEYS[other]}')
+        report.add('all', 'other-format', f'{other}: --format {BOX_FORMATS[other].key}')
     if request.ignore_labels is not None:
         raise UsageError('--ignore is for segmentation masks; of boxes --classes selects some')
     selected = parse_entries(request.classes) if request.classes else None
     if 'val' in request.ann_files or 'test' not in splits:  # a given file takes precedence over one that is found
         sources.pop('test', None)
-    read = BOX_FORMATS[format].read if format in BOX_FORMATS else partial(read_coco_files, request=request)
-    parts = read(root, sources, report)
+    parts = BOX_FORMATS[format].read(root, sources, report, request)
     if 'test' in parts and not parts['test'].coco['annotations']:  # published without annotations
         del parts['test']
     cocos = {split: part.coco for split, part in parts.items()}
@@ -47,7 +44,7 @@ def read_detection(
     train, add = cocos[main_split], partial(report.add, main_split)
     classes = [*(classes or checks.class_names(train, add))]
     if not classes:
-        if format in BOX_FORMATS:
+        if format != COCO:
             report.add_if_empty('train' if main_split == 'all' else main_split, 0, root)
         report.raise_if_errors()
         raise UsageError(f'{sources[main_split]} has no categories, so there is nothing to learn')
@@ -72,8 +69,10 @@ def read_detection(
         if isinstance(image.get('file_name'), str)
     )
     for split, part in parts.items():
+        if not part.has_sizes:
+            fill_sizes(cocos[split], part.locations, infos, apply_exif)
         if part.is_relative:
-            scale_to_pixels(cocos[split], part.locations, infos, apply_exif)
+            scale_to_pixels(cocos[split])
     has_masks = checks.most_have_masks(train, add)
     contents = {}
     for split, coco in cocos.items():
@@ -94,28 +93,3 @@ def read_detection(
     watched = list(dict.fromkeys(path for part in parts.values() for path in part.watched_paths))
     settings = dict(apply_exif=apply_exif, has_masks=has_masks, watched_paths=watched)
     return CheckedDataset('detection', str(root), classes, contents, report, **settings)
-
-
-def read_coco_files(
-    root: Path, files: Mapping[str, Path], report: Report, request: DatasetRequest
-) -> dict[str, SplitAnnotations]:
-    """Read COCO json and find its images.
-
-    Args:
-        root: folder of the data set.
-        files: by split.
-        report: to add to; nothing is.
-        request: names the folders of images.
-
-    Raises:
-        UsageError: a file is no COCO json, or none of its images is there.
-    """
-    parts = {}
-    for split, file in files.items():
-        coco = checks.read_coco(file, split)
-        if split == 'test' and not coco['annotations']:
-            continue
-        resolver = ImageResolver(file, root, checks.image_names(coco), request.image_dirs.get(split), split)
-        watched = [file, *resolver.searched_folders]
-        parts[split] = SplitAnnotations(coco, resolver.locations, resolver.folder, watched)
-    return parts

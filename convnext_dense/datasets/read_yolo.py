@@ -16,7 +16,7 @@ from .files import is_below, read_start, read_text, to_one_line
 from .find_yolo import NAMES_FILES, YoloSplit, is_among_labels
 from .image_resolver import ImageLocation, ImageResolver
 from .layouts import IMAGE_DIR_NAMES, is_image, list_images
-from .request import relative_to_root
+from .request import DatasetRequest, relative_to_root
 from .split_annotations import SplitAnnotations, outermost
 
 MAX_OVERSHOOT = 0.01  # beyond 0 and 1, as Ultralytics has it: an object that the border cuts off
@@ -25,13 +25,16 @@ COMMA_SEPARATES_RE = re.compile(r',\s|\.|^\S+$')  # in a line with commas; else 
 LIST_HINT = 'correct the paths, which are relative to the folder of the data set'
 
 
-def read_yolo(root: Path, splits: Mapping[str, YoloSplit], report: Report) -> dict[str, SplitAnnotations]:
+def read_yolo(
+    root: Path, splits: Mapping[str, YoloSplit], report: Report, request: DatasetRequest
+) -> dict[str, SplitAnnotations]:
     """Read the labels of YOLO of each split, as COCO with relative coordinates.
 
     Args:
         root: folder of the data set.
         splits: as of `find_yolo`.
         report: to add to.
+        request: of the user.
 
     Raises:
         UsageError: a list names no image that exists.
@@ -58,6 +61,10 @@ def read_yolo(root: Path, splits: Mapping[str, YoloSplit], report: Report) -> di
     for result in results.values():
         result.coco['categories'] = categories
     _report_unmatched_labels(root, splits, labels_of, report)
+    if not request.data_yaml:
+        for folder in dict.fromkeys(path for source in splits.values() for path in source.images):
+            if not is_below(folder, root):
+                report.add('all', 'images-outside-folder', folder)
     return results
 
 
@@ -67,6 +74,7 @@ def _read_split(
     """Return the annotations of a split, and the names of the labels of its images by folder, relative to the root."""
     images, annotations, locations, labels = [], [], {}, {}
     label_folders_of = cache(partial(label_folders, root=root))
+    given = [relative_to_root(folder, root) for folder in source.labels]
     for location in _locate_images(root, split, source):
         name = location.path or location.example
         if name in locations:
@@ -77,19 +85,16 @@ def _read_split(
             continue
         parent, image_name = os.path.split(name)
         label_name = f'{os.path.splitext(image_name)[0]}.txt'
-        for folder in label_folders_of(parent):
+        for folder in given or label_folders_of(parent):
             names = labels.setdefault(folder, set())
             if os.path.isfile(file := os.path.join(root, folder, label_name)):
                 names.add(label_name)
                 label = os.path.join(folder, label_name)
                 annotations += _read_label(file, label, source, len(images), add)
                 break
-    outside = next((folder for folder in source.images if not is_below(folder, root)), None)
-    if outside:
-        add('images-outside-folder', outside)
     watched = [*outermost([*source.files, *source.images]), *(root / folder / '*.txt' for folder in labels)]
     coco = dict(images=images, annotations=annotations, categories=[])
-    return SplitAnnotations(coco, locations, source.images[0], watched, is_relative=True), labels
+    return SplitAnnotations(coco, locations, source.images[0], watched, is_relative=True, has_sizes=False), labels
 
 
 def _locate_images(root: Path, split: str, source: YoloSplit) -> list[ImageLocation]:

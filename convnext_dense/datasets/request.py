@@ -19,8 +19,9 @@ class DatasetRequest:
     """A data set as the command line names it.
 
     Attributes:
-        path (str | None): folder of the data set, or its data.yaml.
-        ann_files (dict[str, str]): COCO json by split; these take precedence over what `path` holds.
+        path (str | None): folder of the data set, or its data.yaml of YOLO.
+        ann_files (dict[str, str]): annotations by split, a file or a folder of labels; these take precedence over what
+            `path` holds.
         image_dirs (dict[str, str]): folder of the images by split of `ann_files` or `mask_dirs`.
         classes (str | Sequence[str] | None): segmentation: a file of class names, or 'ade20k', 'cityscapes', 'voc';
             detection: such a file, or entries as of `select_classes.parse_entries`.
@@ -28,7 +29,10 @@ class DatasetRequest:
         val_fraction (float | None): fraction of the images used for validation when the data set has no split.
         strict (bool): whether to raise if anything has to be dropped.
         mask_dirs (dict[str, str]): folder of the segmentation masks by split.
-        format (str | None): detection: a value of `box_formats.FORMAT_KEYS`; None for the first that is found.
+        format (str | None): detection: one of `box_formats.FORMAT_KEYS`; None for the first that is found.
+        class_attribute (str | None): detection: the attribute of VIA's regions that is the class; None if it is the
+            only one.
+        data_yaml (str | None): the data.yaml that says all of this, in which `path` is the root.
     """
 
     path: str | None = None
@@ -40,6 +44,8 @@ class DatasetRequest:
     strict: bool = False
     format: str | None = None
     mask_dirs: dict[str, str] = field(default_factory=dict)
+    class_attribute: str | None = None
+    data_yaml: str | None = None
 
     @property
     def root(self) -> Path:
@@ -50,6 +56,12 @@ class DatasetRequest:
             folders = [*self.mask_dirs.values(), *self.image_dirs.values()]
             return Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))
         return Path(os.path.dirname(self.path or next(iter(self.ann_files.values()))) or '.')
+
+    @property
+    def paths_outside(self) -> list[str]:
+        """Paths of a data.yaml that lie outside the root."""
+        paths = [*self.image_dirs.values(), *self.ann_files.values(), *self.mask_dirs.values()]
+        return [path for path in paths if self.data_yaml and not is_below(path, self.root)]
 
     def needs_val_split(self, splits: Collection[str]) -> bool:
         """Return whether a validation split has to be chosen, as a data set has none among its splits.

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from .check_images import ImageInfo
 from .coco_masks import mask_area, mask_to_box
+from .coco_values import is_finite, is_positive
 from .files import is_below
 from .image_resolver import ImageLocation
 
@@ -18,8 +19,9 @@ class SplitAnnotations(NamedTuple):
         locations (Mapping[str, ImageLocation]): where the image of each file name is.
         folder (Path): of the images, for messages.
         watched_paths (list[Path]): files, folders of images and `folder/*.suffix` that decide what this is.
-        is_relative (bool): whether coordinates are fractions of the image's sides; images then have no size, and
-            annotations a box or a mask, and no area.
+        is_relative (bool): whether coordinates are fractions of the image's sides; annotations then have a box or a
+            mask, and no area.
+        has_sizes (bool): whether annotations say the sizes of images, which otherwise are those of the files.
     """
 
     coco: dict
@@ -27,24 +29,29 @@ class SplitAnnotations(NamedTuple):
     folder: Path
     watched_paths: list[Path]
     is_relative: bool = False
+    has_sizes: bool = True
 
 
-def scale_to_pixels(coco: dict, locations: Mapping, infos: Mapping[str, ImageInfo], apply_exif: bool) -> None:
-    """Multiply relative coordinates by the sides of their images, in place; those of unusable images stay.
+def fill_sizes(coco: dict, locations: Mapping, infos: Mapping[str, ImageInfo], apply_exif: bool) -> None:
+    """Set the sizes of images without one to those of their files, in place.
 
     Args:
-        coco: as of `SplitAnnotations` with `is_relative`; its images get their sizes.
+        coco: as of `SplitAnnotations`.
         locations: of the images by file name.
         infos: what the files are, by path.
         apply_exif: whether images are rotated as EXIF says.
     """
-    size_by_id = {}
     for image in coco['images']:
         info = infos.get(locations[image['file_name']].path)
-        if info and not info.problem:
-            image['width'], image['height'] = size_by_id[image['id']] = info.oriented_size(apply_exif)
+        if 'width' not in image and info and not info.problem:
+            image['width'], image['height'] = info.oriented_size(apply_exif)
+
+
+def scale_to_pixels(coco: dict) -> None:
+    """Multiply relative coordinates by the sides of their images, in place; those of unusable images stay."""
+    sizes = {image['id']: (image['width'], image['height']) for image in coco['images'] if 'width' in image}
     for annotation in coco['annotations']:
-        width, height = size_by_id.get(annotation['image_id'], (1, 1))
+        width, height = sizes.get(annotation['image_id'], (1, 1))
         if 'segmentation' in annotation:
             polygons = [_scale(polygon, width, height) for polygon in annotation['segmentation']]
             box, area = mask_to_box(polygons), mask_area(polygons, (height, width))
@@ -52,6 +59,26 @@ def scale_to_pixels(coco: dict, locations: Mapping, infos: Mapping[str, ImageInf
         else:
             box = _scale(annotation['bbox'], width, height)
             annotation.update(bbox=box, area=box[2] * box[3])
+
+
+def number_categories(results: Mapping[str, SplitAnnotations]) -> None:
+    """Replace the names of categories in annotations by their ids, in place: numbers from 1 in the order of the names.
+
+    Args:
+        results: by split.
+    """
+    annotations = [a for result in results.values() for a in result.coco['annotations']]
+    index = {name: i for i, name in enumerate(sorted({a['category_id'] for a in annotations}), 1)}
+    for annotation in annotations:
+        annotation['category_id'] = index[annotation['category_id']]
+    for result in results.values():
+        result.coco['categories'] = [dict(id=i, name=name) for name, i in index.items()]
+
+
+def parse_size(width: object, height: object) -> tuple[int, int] | None:
+    """Return the size of an image; None if one of its sides is no positive number."""
+    is_size = all(is_positive(side) and is_finite(side) and side >= 1 for side in (width, height))
+    return (int(width), int(height)) if is_size else None
 
 
 def outermost(paths: Iterable[Path]) -> list[Path]:

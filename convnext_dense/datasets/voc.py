@@ -12,17 +12,26 @@ from xml.etree import ElementTree
 from .diagnostics import Report
 from .files import MAX_LIST_BYTES, read_bytes, to_one_line
 from .label_files import Label, LabelSplit, find_label_files, read_label_files
-from .split_annotations import SplitAnnotations
+from .layouts import FolderTree
+from .request import DatasetRequest
+from .split_annotations import SplitAnnotations, parse_size
 
 CORNERS = ('xmin', 'ymin', 'xmax', 'ymax')
 
 
-def find_voc(path: Path) -> tuple[str, dict[str, LabelSplit]] | None:
+def find_voc(tree: FolderTree) -> tuple[str, dict[str, LabelSplit]] | None:
     """Find the XML files of each split, as `find_label_files`."""
-    return find_label_files(path, '.xml', lambda start: '<annotation' in start)
+    return find_label_files(tree, '.xml', is_voc)
 
 
-def read_voc(root: Path, splits: Mapping[str, LabelSplit], report: Report) -> dict[str, SplitAnnotations]:
+def is_voc(start: str) -> bool:
+    """Return whether an XML file is one of Pascal VOC, by its start."""
+    return '<annotation' in start
+
+
+def read_voc(
+    root: Path, splits: Mapping[str, LabelSplit], report: Report, request: DatasetRequest
+) -> dict[str, SplitAnnotations]:
     """Read the XML files of each split as COCO.
 
     Coordinates count pixels from 1 and include the last one, as in Pascal VOC; if any is 0 or no integer, they are
@@ -32,6 +41,7 @@ def read_voc(root: Path, splits: Mapping[str, LabelSplit], report: Report) -> di
         root: folder of the data set.
         splits: as of `find_voc`.
         report: to add to.
+        request: of the user.
 
     Raises:
         UsageError: a list cannot be read.
@@ -55,9 +65,8 @@ def _read_xml(file: str, where: str, add: Callable) -> Label | None:
     tree = _parse(file, where, add)
     if tree is None:
         return None
-    size = [_number(tree.findtext(f'size/{side}')) for side in ('width', 'height')]
-    has_size = all(side and side >= 1 for side in size)
-    return Label(tuple(map(int, size)) if has_size else None, list(_objects(tree, where, add)))
+    size = parse_size(*(_number(tree.findtext(f'size/{side}')) for side in ('width', 'height')))
+    return Label(size, list(_objects(tree, where, add)))
 
 
 def _parse(file: str, where: str, add: Callable) -> ElementTree.Element | None:

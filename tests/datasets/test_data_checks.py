@@ -411,6 +411,10 @@ def test_each_code_is_tested():
         'class-not-selected', 'difficult', 'ignored-region', 'shape-without-area',
         'label-without-name', 'missing-label', 'other-format', 'pixels-from-one',
     }  # fmt: skip
+    tested_elsewhere |= {  # test_label_studio.py, test_other_formats.py
+        'class-attribute-missing', 'region-of-rotated-image', 'segment-without-pixels', 'several-annotations',
+        'task-without-annotation',
+    }  # fmt: skip
     tested_elsewhere |= {  # test_yolo.py
         'boxes-and-polygons', 'class-count-mismatch', 'class-index-out-of-range', 'class-names-missing',
         'coordinates-beyond-one', 'images-outside-folder', 'keypoints-ignored', 'label-not-numbers',
@@ -597,9 +601,7 @@ UNSUPPORTED = {  # what is there -> what it is recognized as
         'train/images/1.jpg': '',
     },
     'LabelMe': {'1.json': '{"version": "5", "shapes": []}', '2.json': '{"shapes": []}', '1.jpg': ''},
-    'VGG annotator': {'via.json': '{"1.jpg": {"regions": []}}', '1.jpg': ''},
-    "Label Studio's own JSON": {'project.json': '[{"annotations": [{"result": []}]}]', '1.jpg': ''},
-    'CreateML': {'train/_annotations.createml.json': '[]', 'train/1.jpg': ''},
+    'a project of VIA 3 (via.json)': {'via.json': '{"project": {"vid_list": ["1"]}, "metadata": {}}', '1.jpg': ''},
     'TFRecords': {'train/a.tfrecord': 'x', 'train/b.tfrecord': 'x'},
     'labels in CSV': {'train/_annotations.csv': 'filename,width', 'train/1.jpg': ''},
     'one folder per class': {'train/cat/1.jpg': '', 'train/dog/1.jpg': ''},
@@ -731,7 +733,7 @@ def test_check_data_tool(dataset_root, capsys, monkeypatch):
         ),
         (['--data', 'my_data', '--classes', 'voc'], "--classes: no class is called 'voc'"),
         (['--data', 'my_data', '--val-fraction', '0.2'], '--val-fraction is for a data set without a validation split'),
-        (['--data', 'my_data/labels'], 'my_data/labels holds images without annotations'),
+        (['--data', 'my_data/labels'], 'my_data/labels is a part of a data set: give my_data'),
     ],
 )
 def test_conflicting_arguments_are_errors(dataset_root, monkeypatch, capsys, options, message):

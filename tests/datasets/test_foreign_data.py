@@ -61,11 +61,11 @@ def test_unsupported_folders_are_described(kind, tmp_path):
 @pytest.mark.parametrize('name', ['annotations/panoptic_train.json', 'annotations/instances_train.json', 'x.json'])
 def test_panoptic_json_is_recognized(name, tmp_path):
     write_files(tmp_path, 'train/a.jpg', (name, PANOPTIC))
-    line = error_message(read_data, DatasetRequest(str(tmp_path)), 'detection', ('train', 'val'))
-    assert f'{name} is panoptic JSON' in line and 'use instances_*.json' in line
-    assert f'{name} is panoptic JSON' in error_message(
-        read_data, DatasetRequest(ann_files={'train': str(tmp_path / name)}), 'detection', ()
-    )
+    for request in (dict(path=str(tmp_path)), dict(ann_files={'train': str(tmp_path / name)})):
+        line = error_message(read_data, DatasetRequest(**request), 'detection', ('train', 'val'))
+        assert f'{name}: its PNGs (such as a.png) are not in' in line
+    line = error_message(read_data, DatasetRequest(str(tmp_path), format='coco'), 'detection', ('train', 'val'))
+    assert 'holds no labels of this format' in line
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 from convnext_dense.datasets import toy_shapes
 from convnext_dense.datasets.custom import DatasetRequest, apply_custom_data, read_data
 from convnext_dense.datasets.find_yolo import find_yolo
+from convnext_dense.datasets.layouts import FolderTree
 from helpers.datasets import DETECTOR, check_dataset, copy_images, load_coco, load_recipe, quick_options, run
 from helpers.files import error_message
 
@@ -376,7 +377,7 @@ def test_a_missing_val_is_not_that_of_train(toy_dataset, tmp_path):
     data, findings = check_dataset(tmp_path / 'set')
     assert findings['missing-split'].count == 1 and 'random validation split' in data.report.facts[0]
     (tmp_path / 'set/train.yaml').write_text('names: [a]')  # no paths: no data set
-    sources = find_yolo(tmp_path / 'set')[1]
+    sources = find_yolo(FolderTree(tmp_path / 'set'))[1]
     assert sources['val'].images == () and sources['val'].missing == '../valid/images'
 
 

@@ -1,0 +1,125 @@
+"""Formats with one annotation file for many images, found by what is in the files."""
+
+import filecmp
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import UsageError
+from .diagnostics import Report
+from .files import to_one_line
+from .geometry import drop_masks_of_boxes
+from .image_resolver import ImageResolver
+from .layouts import FolderTree, split_of_folders
+from .request import DatasetRequest, relative_to_root
+from .split_annotations import SplitAnnotations, number_categories
+
+WORD_RE = re.compile('[a-z]+')
+
+
+class ListSplit(NamedTuple):
+    """The annotation file of a split, and the folder of its images if that is known."""
+
+    file: Path
+    images: str | None = None
+
+
+class ListedImage(NamedTuple):
+    """An image in an annotation file.
+
+    Attributes:
+        name (str): as the file has it.
+        annotations (list[dict]): as of `label_files.Label`.
+        size (tuple[int, int] | None): width and height; None if they are not given.
+    """
+
+    name: str
+    annotations: list[dict]
+    size: tuple[int, int] | None = None
+
+
+def find_lists(
+    tree: FolderTree, suffixes: tuple[str, ...], is_list: Callable[[str], bool]
+) -> tuple[str, dict[str, ListSplit]] | None:
+    """Find the annotation file of each split.
+
+    Args:
+        tree: folder of the data set.
+        suffixes: of the files.
+        is_list: whether a file is one, by its start.
+
+    Returns:
+        The layout and the file of each split ('train', 'val', 'test' or 'all'); None if there is none.
+
+    Raises:
+        UsageError: several files could be a split's.
+    """
+    by_split: dict[str, list[Path]] = {}
+    for files in tree.files_like(suffixes, is_list):
+        for file in files:
+            by_split.setdefault(_split_of(file.relative_to(tree.root)), []).append(file)
+    if 'train' in by_split:
+        by_split.pop('all', None)
+    for split, (first, *others) in by_split.items():
+        files = [first, *(file for file in others if not filecmp.cmp(first, file, shallow=False))]
+        if len(files) > 1:
+            names = ' and '.join(to_one_line(file.relative_to(tree.root)) for file in files[:2])
+            which = 'the annotations' if split == 'all' else f'those of the {split} split'
+            hint = f'--{"val" if split == "val" else "train"}-ann {files[0]}'
+            raise UsageError(f'{tree.root}: {names} could both be {which}: choose one, such as {hint}')
+    if not by_split:
+        return None
+    splits = {split: ListSplit(files[0]) for split, files in by_split.items()}
+    return ', '.join(to_one_line(each.file.relative_to(tree.root), 60) for each in splits.values()), splits
+
+
+def read_lists(
+    root: Path,
+    splits: Mapping[str, ListSplit],
+    report: Report,
+    request: DatasetRequest,
+    parse: Callable[[Path, Callable], Iterable[ListedImage]],
+    resolve_names: Callable | None = None,
+) -> dict[str, SplitAnnotations]:
+    """Read the annotation files of each split as COCO.
+
+    Args:
+        root: folder of the data set.
+        splits: as of `find_lists`.
+        report: to add to.
+        request: of the user.
+        parse: from a file and `add(code, example)` to its images.
+        resolve_names: from the results by split, `report` and `request`: replaces what stands for the names of classes
+            in `category_id`, if it has to be known of all files.
+
+    Raises:
+        UsageError: a file cannot be read, or none of its images is there.
+    """
+    results = {}
+    for split, source in splits.items():
+        where = relative_to_root(source.file, root)
+        listed = [image for image in parse(source.file, partial(report.add, split)) if image.name]
+        resolver = ImageResolver(source.file, root, [image.name for image in listed], source.images, split)
+        images, annotations = [], []
+        for image_id, image in enumerate(listed, 1):
+            size = dict(zip(('width', 'height'), image.size)) if image.size else {}
+            images.append(dict(id=image_id, file_name=image.name, **size))
+            for annotation in image.annotations:
+                annotation_id = f'{where}: {to_one_line(image.name, 60)}:{annotation.pop("number")}'
+                annotations.append(dict(annotation, id=annotation_id, image_id=image_id))
+        coco, watched = dict(images=images, annotations=annotations), [source.file, *resolver.searched_folders]
+        has_sizes = any(image.size for image in listed)
+        results[split] = SplitAnnotations(coco, resolver.locations, resolver.folder, watched, has_sizes=has_sizes)
+    if resolve_names:
+        resolve_names(results, report, request)
+    drop_masks_of_boxes([a for result in results.values() for a in result.coco['annotations']])
+    number_categories(results)
+    return results
+
+
+def _split_of(file: Path) -> str:
+    """Return the split after which a file or its folder is named; 'all' if there is none."""
+    named = split_of_folders(file.parts[:-1]) or split_of_folders(WORD_RE.findall(file.stem.lower()))
+    return named[0] if named else 'all'

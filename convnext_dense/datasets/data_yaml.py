@@ -1,0 +1,120 @@
+"""A data.yaml that says where everything of a data set is, in place of flags.
+
+    path: ../photos            # folder to which the paths below are relative (default: that of this file)
+    train:
+      images: all/train
+      annotations: train.json  # or a folder of labels; or instead masks: a folder of segmentation masks
+    val:
+      images: all/val
+      annotations: val.json
+    classes: [car, truck=vehicle]
+
+Other keys are as the flags `--format`, `--class-attribute`, `--ignore` and `--val-fraction`. Unlike in a data.yaml of
+YOLO, `train` and `val` are mappings.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..errors import UsageError
+from .files import read_yaml, to_one_line
+from .request import DatasetRequest
+
+SPLITS = ('train', 'val')
+# What a split has, and the flags in whose place it stands.
+PLACES = {'images': 'image_dirs', 'annotations': 'ann_files', 'masks': 'mask_dirs'}
+OPTIONS = ('classes', 'format', 'class_attribute', 'ignore', 'val_fraction')
+YOLO_KEYS = ('names', 'nc')
+FILE_NAMES = ('data.yaml', 'data.yml')
+SUFFIXES = ('.yaml', '.yml')
+
+
+def read_data_yaml(path: Path) -> DatasetRequest | None:
+    """Read a data.yaml of this package.
+
+    Args:
+        path: the file, or a folder that may hold one.
+
+    Returns:
+        The data set; None if there is no such file, or it is one of YOLO.
+
+    Raises:
+        UsageError: a key or a path is missing, unknown or of the wrong kind.
+    """
+    candidates = [path / name for name in FILE_NAMES] if path.is_dir() else [path]
+    file = next((each for each in candidates if each.suffix.lower() in SUFFIXES and each.is_file()), None)
+    content = read_yaml(file) if file else None
+    if not isinstance(content, dict) or not any(isinstance(content.get(split), dict) for split in SPLITS):
+        return None
+    yolo_key = next((key for key in YOLO_KEYS if key in content), None)
+    if yolo_key:
+        raise UsageError(
+            f'{file}: {yolo_key} is of a data.yaml of YOLO, whose train and val are paths; here they are mappings of '
+            f'images and annotations, and classes is the list of names'
+        )
+    options = {key.replace('-', '_'): value for key, value in content.items()}
+    _check_keys(options, ('path', *SPLITS, *OPTIONS), str(file))
+    root = Path(os.path.normpath(file.parent / os.path.expanduser(_text(options.get('path', '.'), file, 'path'))))
+    places: dict[str, dict[str, str]] = {name: {} for name in PLACES.values()}
+    for split in SPLITS:
+        if split in options:
+            for key, value in _split_paths(options[split], root, f'{file}: {split}').items():
+                places[PLACES[key]][split] = value
+    if not places['ann_files'].keys().isdisjoint(places['mask_dirs']) or (places['ann_files'] and places['mask_dirs']):
+        raise UsageError(f'{file}: annotations and masks are for different tasks: give one of them')
+    request = DatasetRequest(str(root), **places, data_yaml=str(file))
+    return _with_options(request, options, file)
+
+
+def _split_paths(value: object, root: Path, where: str) -> dict[str, str]:
+    """Return the paths of a split."""
+    if not isinstance(value, dict):
+        raise UsageError(f'{where} has to be a mapping of images and annotations (or masks)')
+    _check_keys(value, tuple(PLACES), where)
+    paths = {}
+    for key, text in value.items():
+        paths[key] = os.path.normpath(root / os.path.expanduser(_text(text, where, key)))
+        exists = os.path.exists(paths[key]) if key == 'annotations' else os.path.isdir(paths[key])
+        if not exists:
+            kind = 'does not exist' if key == 'annotations' else 'is no folder'
+            raise UsageError(f"{where}: {key} '{to_one_line(paths[key])}' {kind}")
+    if not {'annotations', 'masks'} & paths.keys():
+        raise UsageError(f'{where} needs annotations (a file, or a folder of labels) or masks')
+    if 'masks' in paths and 'images' not in paths:
+        raise UsageError(f'{where} needs images')
+    return paths
+
+
+def _with_options(request: DatasetRequest, options: Mapping, file: Path) -> DatasetRequest:
+    """Set the options of a request as those of the command line are."""
+    classes = options.get('classes')
+    if isinstance(classes, str):
+        near = request.root / classes
+        classes = str(near) if near.is_file() else classes
+    try:
+        ignore = options.get('ignore')
+        ignore = (
+            None if ignore is None else [int(value) for value in (ignore if isinstance(ignore, list) else [ignore])]
+        )
+        fraction = None if options.get('val_fraction') is None else float(options['val_fraction'])
+    except (TypeError, ValueError) as error:
+        raise UsageError(f'{file}: ignore is a list of integers, val_fraction a number: correct it') from error
+    request.classes, request.ignore_labels, request.val_fraction = classes, ignore, fraction
+    request.format, request.class_attribute = options.get('format'), options.get('class_attribute')
+    return request
+
+
+def _text(value: object, where: object, key: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise UsageError(f'{where}: {key} has to be a path')
+    return value
+
+
+def _check_keys(content: Mapping, known: tuple[str, ...], where: str) -> None:
+    unknown = next((key for key in content if key not in known), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown, known, 1)
+        hint = f'did you mean {near[0]}?' if near else f'the keys are {", ".join(known)}'
+        raise UsageError(f"{where}: unknown key '{to_one_line(unknown, 40)}': {hint}")

@@ -1,0 +1,97 @@
+"""Hugging Face's ImageFolder: metadata.jsonl or metadata.csv beside the images, with the boxes of each.
+
+Boxes are x, y, width, height, as in the documentation of `datasets`.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from ..errors import UsageError
+from .annotation_lists import ListedImage
+from .coco_values import is_number, only_dicts
+from .diagnostics import Report
+from .files import MAX_JSON_BYTES, parse_error, read_bytes, to_one_line
+from .geometry import are_numbers, box_annotation
+
+SUFFIXES = ('.jsonl', 'metadata.csv')
+BOX_KEYS = ('bbox', 'bboxes', 'boxes', 'box')
+CLASS_KEYS = ('categories', 'category', 'labels', 'label', 'classes', 'class', 'category_id', 'name')
+MARKS_RE = re.compile(rf'\bfile_name\b[\s\S]*"({"|".join(BOX_KEYS)})"')
+
+
+def is_image_folder(start: str) -> bool:
+    """Return whether a metadata file has boxes, by its start."""
+    return MARKS_RE.search(start.replace('""', '"')) is not None  # quotes are double in CSV
+
+
+def parse_image_folder(file: Path, add: Callable) -> Iterator[ListedImage]:
+    """Iterate over the images of a metadata file, as `annotation_lists.read_lists`."""
+    for line, row in _rows(file):
+        name = row.get('file_name')
+        if not isinstance(name, str):
+            add('image-without-id-or-name', f'{file.name}:{line}')
+            continue
+        objects = row.get('objects', row)
+        if isinstance(objects, list):
+            pairs = [(_first(item, BOX_KEYS), _first(item, CLASS_KEYS)) for item in only_dicts(objects)]
+        elif isinstance(objects, dict):
+            boxes, names = _first(objects, BOX_KEYS) or [], _first(objects, CLASS_KEYS) or []
+            boxes, names = (values if isinstance(values, list) else [] for values in (boxes, names))
+            pairs = list(zip(boxes, [*names, *[None] * len(boxes)]))
+        else:
+            pairs = [(None, None)]
+        annotations = []
+        for number, (box, label) in enumerate(pairs, 1):
+            label = label.strip() if isinstance(label, str) else label
+            if not are_numbers(box) or len(box) != 4:
+                add('label-not-numbers', f'{file.name}:{line}:{number}')
+            elif label in (None, '') or not isinstance(label, (str, int)):
+                add('label-without-name', f'{file.name}:{line}:{number}')
+            else:
+                annotations.append(box_annotation(number, label, box))
+        yield ListedImage(name, annotations)
+
+
+def name_numbers(results: Mapping, report: Report, _) -> None:
+    """Replace numbers of classes by names, in place; nothing in such a folder names them."""
+    annotations = [a for result in results.values() for a in result.coco['annotations']]
+    numbers = {a['category_id'] for a in annotations if is_number(a['category_id'])}
+    width = len(str(max(numbers, default=0)))
+    for annotation in annotations:
+        if annotation['category_id'] in numbers:
+            annotation['category_id'] = f'class {annotation["category_id"]:0{width}}'
+    if numbers:
+        report.add('all', 'class-names-missing', f'{len(numbers)} classes')
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict]]:
+    """Iterate over the numbers of lines, and what they hold.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    try:
+        lines = read_bytes(file, MAX_JSON_BYTES).decode('utf-8-sig').splitlines()
+    except OSError as error:
+        raise UsageError(f'{file}: {error.strerror}') from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f'{file} is not UTF-8: write it again') from error
+    is_csv = file.suffix.lower() == '.csv'
+    number = 0
+    try:
+        for number, line in enumerate(csv.DictReader(lines) if is_csv else lines, 1):
+            if is_csv:
+                yield number, line | dict(objects=json.loads(line.get('objects') or '{}'))
+            elif line.strip():
+                row = json.loads(line)
+                yield number, row if isinstance(row, dict) else {}
+    except (ValueError, RecursionError, csv.Error) as error:
+        reason = to_one_line(parse_error(error), 80)
+        raise UsageError(f'{file}: line {number} is not valid ({reason}): download or write it again') from error
+
+
+def _first(item: Mapping, keys: tuple[str, ...]) -> object:
+    return next((item[key] for key in keys if item.get(key) is not None), None)

@@ -1,0 +1,177 @@
+"""Label Studio's own JSON, and its short form JSON_MIN: tasks, each an image with regions in percent of its sides.
+
+Rectangles (also rotated ones), polygons, ellipses and brush masks become objects. Of several annotations of a task the
+newest is used, of those marked as ground truth if there are any; cancelled ones are not.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UsageError
+from .annotation_lists import ListedImage
+from .check_images import MAX_PIXELS
+from .coco_values import only_dicts
+from .files import read_json
+from .geometry import are_numbers, box_annotation, ellipse, encode, flatten_points, rectangle, shape_annotation
+from .layouts import is_image
+from .split_annotations import parse_size
+
+# Of a task with annotations; or of a region, in the short form.
+MARKS_RE = re.compile(r'"(annotations|completions)"\s*:\s*\[[\s\S]*"result"\s*:|"original_width"\s*:')
+RECTANGLE, ELLIPSE = ('x', 'y', 'width', 'height'), ('x', 'y', 'radiusX', 'radiusY')
+CHANNELS = 4  # of a brush mask: red, green, blue and alpha, which is the mask
+
+
+def is_label_studio(start: str) -> bool:
+    """Return whether a JSON file is Label Studio's own, by its start."""
+    return MARKS_RE.search(start) is not None
+
+
+def parse_label_studio(file: Path, add: Callable) -> Iterator[ListedImage]:
+    """Iterate over the images of a file, as `annotation_lists.read_lists`."""
+    content = read_json(file)
+    if not isinstance(content, list):
+        raise UsageError(f'{file} is not JSON of Label Studio: it holds no list of tasks')
+    for task in only_dicts(content):
+        results = task.get('annotations', task.get('completions'))
+        if isinstance(results, list):
+            name = _image_name(task.get('data'), results)
+            regions = _choose_annotation(only_dicts(results), name, add)
+            if regions is None:
+                continue
+        else:
+            name, regions = _image_name(task, []), _short_regions(task)
+        size, annotations = None, []
+        for number, region in enumerate(regions, 1):
+            problem, found, region_size = _annotations(number, region)
+            size = region_size or size
+            annotations += found
+            if problem:
+                add(problem, f'{name}:{number}')
+        yield ListedImage(name, annotations, size)
+
+
+def decode_brush(data: object, size: tuple[int, int]) -> np.ndarray | None:
+    """Decode a brush mask, as the package rle-pack writes it.
+
+    After 32 bits for the number of values, 5 for their width and four times 4 for the widths of run lengths, come runs:
+    a bit that says whether one value is repeated, 2 bits for the width of the length, the length, and the value or
+    values.
+
+    Args:
+        data: list of bytes.
+        size: width and height of the image.
+
+    Returns:
+        The pixels whose alpha is not 0, (H, W); None if this is no such mask.
+    """
+    width, height = size
+    num_values = width * height * CHANNELS
+    try:
+        bits = ''.join(f'{byte:08b}' for byte in bytes(data))
+        if width * height > MAX_PIXELS or int(bits[:32], 2) != num_values:
+            return None
+        value_bits = int(bits[32:37], 2) + 1
+        length_bits = [int(bits[at : at + 4], 2) + 1 for at in range(37, 53, 4)]
+        values, start, at = np.zeros(num_values, np.uint8), 0, 53
+        while start < num_values:
+            is_run, n_bits = bits[at] == '1', length_bits[int(bits[at + 1 : at + 3], 2)]
+            end = start + 1 + int(bits[at + 3 : at + 3 + n_bits], 2)
+            at += 3 + n_bits
+            stop = at + value_bits * (1 if is_run else end - start)
+            run = [int(bits[i : i + value_bits], 2) > 0 for i in range(at, stop, value_bits)]
+            values[start:end] = run[0] if is_run else run[: num_values - start]
+            start, at = end, stop
+    except (TypeError, ValueError, IndexError):  # no bytes, or too few of them
+        return None
+    return values.reshape(height, width, CHANNELS)[..., -1]
+
+
+def _image_name(data: object, results: Sequence) -> str:
+    """Return the image among the data of a task: that to which regions belong, or the first."""
+    texts = {k: v for k, v in data.items() if isinstance(v, str)} if isinstance(data, dict) else {}
+    images = {k: v for k, v in texts.items() if is_image(Path(v.split('?')[0])) or is_image(Path(v))}
+    regions = (region for result in only_dicts(results) for region in _list_of(result, 'result'))
+    targets = (region['to_name'] for region in regions if isinstance(region.get('to_name'), str))
+    target = next((name for name in targets if name in images), next(iter(images), None))
+    return images[target] if target else ''
+
+
+def _choose_annotation(results: Sequence[dict], name: str, add: Callable) -> list[dict] | None:
+    """Return the regions of the annotation of a task that counts; None if there is none."""
+    usable = [each for each in results if not each.get('was_cancelled') and not each.get('skipped')]
+    if not usable:
+        add('task-without-annotation', name)
+        return None
+    if len(usable) > 1:
+        add('several-annotations', f'{name}: {len(usable)}')
+
+    def rank(each: dict) -> tuple[bool, str]:
+        return bool(each.get('ground_truth')), str(each.get('updated_at') or each.get('created_at') or '')
+
+    regions: dict[object, dict] = {}  # shape and labels may be two entries with one id
+    for number, region in enumerate(_list_of(max(usable, key=rank), 'result')):
+        value = region.get('value')
+        key = region.get('id') if isinstance(region.get('id'), str) else number
+        merged = regions.setdefault(key, dict(region, value={}))
+        merged['value'] |= value if isinstance(value, dict) else {}
+    return list(regions.values())
+
+
+def _short_regions(task: dict) -> list[dict]:
+    """Return the regions of a task of the short form, whose values are those of regions."""
+    values = (value for key in task for value in _list_of(task, key))
+    return [value | dict(value=value) for value in values if 'original_width' in value]
+
+
+def _list_of(item: dict, key: str) -> list[dict]:
+    values = item.get(key)
+    return only_dicts(values) if isinstance(values, list) else []
+
+
+def _annotations(number: int, region: dict) -> tuple[str | None, list[dict], tuple[int, int] | None]:
+    """Return the code of what is wrong with a region, its annotations, one per label, and the size of its image."""
+    value = region['value']
+    is_shape = any(key in value for key in ('x', 'points', 'rle', 'vertices'))
+    if not is_shape:
+        return None, [], None  # choices, texts or relations
+    size = parse_size(region.get('original_width'), region.get('original_height'))
+    lists = (names for key, names in value.items() if key.endswith('labels') and isinstance(names, list))
+    names = [name.strip() for names in lists for name in names if isinstance(name, str) and name.strip()]
+    problem = None if names else 'label-without-name'
+    if size is None or region.get('image_rotation'):
+        problem = 'label-not-numbers' if size is None else 'region-of-rotated-image'
+    if problem:
+        return problem, [], size
+    box, mask = _shape_of(value, size)
+    if box:
+        return None, [box_annotation(number, name, box) for name in names], size
+    if isinstance(mask, str):
+        return mask, [], size
+    return None, [shape_annotation(number, name, mask, size) for name in names], size
+
+
+def _shape_of(value: dict, size: tuple[int, int]) -> tuple[list[float] | None, list | dict | str | None]:
+    """Return the box of a region if it is one; else its polygons or RLE, or the code of what is wrong."""
+    scale_x, scale_y = size[0] / 100, size[1] / 100
+    if 'rle' in value:
+        pixels = decode_brush(value['rle'], size)
+        return None, 'mask-format-unknown' if pixels is None else encode(np.asfortranarray(pixels))
+    if 'points' in value:
+        points = flatten_points(value['points'])
+        if points is None:
+            return None, 'label-not-numbers'
+        return None, [[v * (scale_y if i % 2 else scale_x) for i, v in enumerate(points)]]
+    keys = ELLIPSE if 'radiusX' in value else RECTANGLE
+    if not all(key in value for key in keys):
+        return None, 'shape-without-area'
+    numbers, degrees = [value[key] for key in keys], value.get('rotation') or 0
+    if not are_numbers([*numbers, degrees]):
+        return None, 'label-not-numbers'
+    numbers = [v * scale for v, scale in zip(numbers, (scale_x, scale_y) * 2)]
+    if keys == ELLIPSE:
+        return None, [ellipse(*numbers, degrees)]
+    return (None, [rectangle(*numbers, degrees)]) if degrees % 360 else (numbers, None)
