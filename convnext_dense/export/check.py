@@ -1,7 +1,7 @@
 """Whether an exported file computes what its model does: both run on the same images."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -95,18 +95,25 @@ def check_file(path: Path, predictor: Predictor, options: ExportOptions) -> list
     return differences
 
 
-def compare_file(path: Path, predictor: Predictor, options: ExportOptions, tolerance: Tolerance) -> list[Difference]:
-    """Run a file and its model on images of several sizes, and on a black one, and print the differences.
+def compare_file(
+    path: Path,
+    predictor: Predictor,
+    options: ExportOptions,
+    tolerance: Tolerance,
+    batches: Iterable[np.ndarray] | None = None,
+) -> list[Difference]:
+    """Run a file and its model on images and print the differences.
 
     Args:
         path: The file.
         predictor: The model, in float32.
         options: With which it was exported.
         tolerance: Within which detections are partners.
+        batches: Images (N, C, H, W) of uint8, RGB; by default of several sizes, and a black one.
     """
     session = session_class(path)(str(path), torch.device('cpu'))
     differences = []
-    for images in _images(predictor, options):
+    for images in batches or _default_batches(predictor, options):
         output_size = None if options.input == 'raw' else _output_size(images)
         actual = session.run(as_input(images, predictor, options), output_size)
         expected = [predict(predictor, image, output_size, options) for image in images]
@@ -121,7 +128,7 @@ def write_differences(differences: list[Difference], path: Path) -> None:
     path.write_text(json.dumps(rows, indent=1) + '\n')
 
 
-def _images(predictor: Predictor, options: ExportOptions) -> Iterator[np.ndarray]:
+def _default_batches(predictor: Predictor, options: ExportOptions) -> Iterator[np.ndarray]:
     """Batches of images (N, C, H, W) of uint8: of the sizes, then a black one."""
     rng = np.random.RandomState(0)
     crop = predictor.model.test_cfg.get('crop_size')
