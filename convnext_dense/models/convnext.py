@@ -528,7 +528,7 @@ def _as_tuple(value) -> tuple:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_int(value, low: int, high: float = math.inf) -> bool:

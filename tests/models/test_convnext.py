@@ -334,6 +334,7 @@ def test_eval_and_train_switch_every_part_that_is_not_frozen(frozen):
         (dict(use_grn=False, grn=True), 'contradict'),
         (dict(arch=dict(depths=3, channels=(8, 16))), 'depths'),
         (dict(layer_scale_init_value='abc'), 'layer_scale_init_value'),
+        (dict(layer_scale_init_value=float('nan')), 'layer_scale_init_value'),
         (dict(init_cfg='some.pth'), 'checkpoint='),
     ],
 )
