@@ -1,4 +1,4 @@
-"""What all tests share: tools as a user starts them, the toy data set, and the markers by which tests are chosen."""
+"""Fixtures of all tests: tools as a user starts them, the toy data set; and the markers `unit` and `integration`."""
 
 import multiprocessing
 import os
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope='session')
 def tool_context():
-    """Processes forked from one that has imported what tools import, which takes seconds."""
+    """A forkserver that has imported the tools' modules, which takes seconds."""
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(PRELOADED)
     return context
@@ -44,7 +44,7 @@ def run_tool(tool_context, tmp_path, tmp_path_factory):
     """Run a tool in an empty folder, as a user would; returns the finished process."""
 
     def run(tool: str, *args, timeout: float = 300, **env) -> subprocess.CompletedProcess:
-        if any(name.startswith(('PYTHON', 'LC_')) for name in env):  # which Python reads as it starts
+        if any(name.startswith(('PYTHON', 'LC_')) for name in env):  # read by Python at startup
             command = [sys.executable, ROOT / 'tools' / tool, *map(str, args)]
             settings = dict(cwd=tmp_path, text=True, capture_output=True, timeout=timeout)
             return subprocess.run(command, **settings, env={**os.environ, **env})
@@ -76,7 +76,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def short():
-    """Options that make a demo recipe a matter of seconds."""
+    """Options with which a demo recipe runs in seconds."""
     return ['train_dataloader.batch_size=4', *WITHOUT_WORKERS]
 
 

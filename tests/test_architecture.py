@@ -1,4 +1,4 @@
-"""The direction of imports between the sub-packages: each may import from those before it, and none in a circle."""
+"""The direction of imports between the sub-packages: each may import from those before it, without cycles."""
 
 import ast
 import importlib
@@ -41,35 +41,35 @@ def modules() -> dict[str, Path]:
 def imports(name: str, path: Path, known: set[str]) -> set[str]:
     """The modules of the package that a module imports, inside functions too."""
     parents = name.split('.') if path.name == '__init__.py' else name.split('.')[:-1]
-    actual = set()
+    targets = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = parents[: len(parents) - node.level + 1] + (node.module.split('.') if node.module else [])
             for alias in node.names:
                 full = '.'.join([*base, alias.name])
-                actual.add(full if full in known else '.'.join(base))
+                targets.add(full if full in known else '.'.join(base))
         else:
             assert not (isinstance(node, ast.ImportFrom) and (node.module or '').startswith('convnext_dense'))
             assert not (isinstance(node, ast.Import) and any(a.name.startswith('convnext_dense') for a in node.names))
-    return actual - {name, ''}
+    return targets - {name, ''}
 
 
 def test_every_module_has_a_layer():
     assert {name.split('.')[0] for name in modules()} <= LEVEL.keys()
 
 
-def test_imports_go_down_the_layers_and_never_in_a_circle():
+def test_imports_follow_the_layers_without_cycles():
     known = modules()
     graph = {name: imports(name, path, set(known)) for name, path in known.items()}
     for name, targets in graph.items():
-        room = name.split('.')[0]
+        package = name.split('.')[0]
         for target in targets:
-            other = target.split('.')[0]
-            assert other == room or LEVEL[other] < LEVEL[room], f'{name} imports {target}'
+            target_package = target.split('.')[0]
+            assert target_package == package or LEVEL[target_package] < LEVEL[package], f'{name} imports {target}'
     TopologicalSorter(graph).prepare()  # raises CycleError
 
 
-def test_nothing_in_the_package_imports_what_measures_or_tests_it():
+def test_package_does_not_import_benchmarks_tools_or_tests():
     for name, path in modules().items():
         for node in ast.walk(ast.parse(path.read_text())):
             top = {a.name.split('.')[0] for a in node.names} if isinstance(node, ast.Import) else set()
@@ -78,7 +78,7 @@ def test_nothing_in_the_package_imports_what_measures_or_tests_it():
 
 
 @pytest.mark.parametrize('old', MOVED)
-def test_an_old_import_path_names_modules_that_exist(old):
+def test_old_import_paths_name_the_new_modules(old):
     assert old not in modules(), 'this module exists again: take it out of MOVED'
     names = MOVED[old].split()
     assert names and set(names) <= modules().keys()
@@ -93,16 +93,16 @@ def test_moved_module_finder_is_installed_once():
     assert sum(isinstance(finder, MovedModuleFinder) for finder in sys.meta_path) == 1
 
 
-# Rooms that run configs with mmengine, and private names that are not mmengine's or torch's.
-RUNNING = {'registry', 'type_names', 'engine', 'evaluation', 'config', 'datasets', 'paper'}
-NOT_THEIRS = {'_replace', '_fields', '_asdict', '_exit'}
+# Sub-packages that use mmengine, and private names that are not mmengine's or torch's.
+MMENGINE_PACKAGES = {'registry', 'type_names', 'engine', 'evaluation', 'config', 'datasets', 'paper'}
+OWN_PRIVATE_NAMES = {'_replace', '_fields', '_asdict', '_exit'}
 
 
-def test_what_reaches_into_mmengine_stands_in_one_file():
+def test_private_members_of_mmengine_are_used_in_one_file_only():
     for name, path in modules().items():
-        if name.split('.')[0] not in RUNNING:
+        if name.split('.')[0] not in MMENGINE_PACKAGES:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             private = isinstance(node, ast.Attribute) and node.attr.startswith('_') and not node.attr.startswith('__')
-            if private and node.attr not in NOT_THEIRS:
+            if private and node.attr not in OWN_PRIVATE_NAMES:
                 assert isinstance(node.value, ast.Name) and node.value.id in ('self', 'cls'), f'{name}: {node.attr}'

@@ -5,7 +5,7 @@ import pytest
 from helpers.markers import INTEGRATION_TESTS, TESTS
 
 
-def test_all_collected_tests_have_exactly_one_of_the_two_markers(request):
+def test_every_test_is_either_unit_or_integration(request):
     for item in request.session.items:
         markers = {marker.name for marker in item.iter_markers()}
         assert len(markers & {'unit', 'integration'}) == 1, item.nodeid
@@ -13,6 +13,6 @@ def test_all_collected_tests_have_exactly_one_of_the_two_markers(request):
 
 
 @pytest.mark.parametrize('entry', sorted(INTEGRATION_TESTS))
-def test_the_list_of_integration_tests_names_what_exists(entry):
+def test_listed_integration_tests_exist(entry):
     file, _, name = entry.partition('::')
     assert f'def {name}(' in (TESTS / file).read_text() if name else (TESTS / file).is_file()

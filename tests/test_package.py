@@ -9,7 +9,7 @@ import pytest
 from helpers.paths import ROOT
 
 
-def test_a_wheel_carries_every_config_and_tool(tmp_path):
+def test_wheel_contains_every_config_and_tool(tmp_path):
     command = [
         sys.executable,
         '-m',
@@ -28,13 +28,13 @@ def test_a_wheel_carries_every_config_and_tool(tmp_path):
     expected = {
         f'.mim/{p.relative_to(ROOT)}'
         for folder in ('configs', 'tools')
-        for ending in ('*.py', '*.sh')
-        for p in (ROOT / folder).rglob(ending)
+        for pattern in ('*.py', '*.sh')
+        for p in (ROOT / folder).rglob(pattern)
     }
     assert len(expected) > 10 and expected < names
     assert '.mim/model-index.yml' in names and 'checkpoints/naming.py' in names
 
-    # Unpacked elsewhere, it is what `convnext_dense::...` finds from any folder.
+    # Installed elsewhere, `convnext_dense::...` is found from any folder.
     zipfile.ZipFile(wheel).extractall(tmp_path / 'site')
     (tmp_path / 'mine.py').write_text("_base_ = 'convnext_dense::upernet/convnext_t.py'")
     code = (
@@ -52,7 +52,7 @@ def test_a_wheel_carries_every_config_and_tool(tmp_path):
     assert actual.stdout.split() == [str(tmp_path / 'site/convnext_dense/__init__.py'), 'EncoderDecoder'], actual.stderr
 
 
-def test_imports_where_no_library_is_but_mmengine():
+def test_import_with_mmengine_only():
     """Neither mmdet nor mmseg nor mmcv is needed for the backbone."""
     code = (
         'import sys\n'
@@ -63,7 +63,7 @@ def test_imports_where_no_library_is_but_mmengine():
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout == '4\n'
 
 
-def test_without_mmengine_says_what_to_install():
+def test_import_without_mmengine_gives_an_install_hint():
     code = "import sys; sys.modules['mmengine'] = None; import convnext_dense"
     error = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stderr
     assert "pip install --no-build-isolation 'convnext_dense[onedl]', or [openmmlab]" in error.splitlines()[-1]
@@ -73,8 +73,8 @@ def test_without_mmengine_says_what_to_install():
     'library, inferencer, recipe', [('mmdet', 'DetInferencer', 'mask_rcnn'), ('mmseg', 'MMSegInferencer', 'upernet')]
 )
 @pytest.mark.parametrize('imported', [True, False])
-def test_inferencers_take_a_config_with_a_base_of_ours(library, inferencer, recipe, imported, tmp_path):
-    """Once the package is imported, or by the config itself."""
+def test_inferencers_accept_a_config_with_a_base_of_this_package(library, inferencer, recipe, imported, tmp_path):
+    """After the package is imported, in Python or by the config."""
     base = f"'convnext_dense::demo/{recipe}.py'"
     base = base if imported else f"__import__('convnext_dense') and {base}"
     (tmp_path / 'mine.py').write_text(f'_base_ = {base}\n')

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-# Hides modules, files and libraries from all that follows. The hook sees every file that is opened and every library
-# that is loaded.
+# Hides modules, files and libraries from the code after it. The audit hook is called for every file that is opened and
+# every library that is loaded.
 HIDING = """
 import os, sys
 
@@ -29,22 +29,22 @@ from convnext_dense.ops import dispatch
 
 torch.manual_seed(0)
 backbone, image = ConvNeXt('atto').eval(), torch.randn(1, 3, 64, 64)
-maps = backbone(image)
-sum(m.sum() for m in maps).backward()
+feats = backbone(image)
+sum(f.sum() for f in feats).backward()
 with torch.no_grad():
-    for m, alone in zip(maps, backbone(image)):
-        torch.testing.assert_close(m, alone)
+    for f, no_grad in zip(feats, backbone(image)):
+        torch.testing.assert_close(f, no_grad)
     with dispatch.disabled():
-        for m, plain in zip(maps, backbone(image)):
-            torch.testing.assert_close(m, plain, rtol=1e-4, atol=1e-4)
+        for f, reference in zip(feats, backbone(image)):
+            torch.testing.assert_close(f, reference, rtol=1e-4, atol=1e-4)
 assert all(p.grad is not None for p in backbone.parameters())
 print(dispatch.backend_summary())
 """
-POSIX = ['fcntl', 'resource', 'termios', 'pwd', 'grp', 'syslog']  # modules that Windows has not
+POSIX = ['fcntl', 'resource', 'termios', 'pwd', 'grp', 'syslog']  # modules that do not exist on Windows
 
 
-def without(modules=(), files=(), then=FORWARD) -> subprocess.CompletedProcess:
-    code = HIDING.format(modules=list(modules), files=list(files)) + then
+def run_without(modules=(), files=(), script=FORWARD) -> subprocess.CompletedProcess:
+    code = HIDING.format(modules=list(modules), files=list(files)) + script
     return subprocess.run([sys.executable, '-c', code], text=True, capture_output=True)
 
 
@@ -59,13 +59,13 @@ def without(modules=(), files=(), then=FORWARD) -> subprocess.CompletedProcess:
     ids=['fcntl', '/proc', 'kernels', 'all'],
 )
 def test_backbone_runs_without_platform_features(modules, files, message):
-    process = without(modules, files)
+    process = run_without(modules, files)
     assert process.returncode == 0, process.stderr[-3000:]
     assert message in process.stdout
 
 
 def test_weights_are_read_without_locks(tmp_path):
-    then = f"""
+    code = f"""
 import torch
 from convnext_dense import ConvNeXt, load_backbone
 
@@ -75,5 +75,5 @@ torch.save(dict(state_dict=weights), {str(tmp_path / 'x.pth')!r})
 load_backbone(other := ConvNeXt('atto'), {str(tmp_path / 'x.pth')!r})
 assert all(torch.equal(a, b) for a, b in zip(backbone.parameters(), other.parameters()))
 """
-    process = without(POSIX, ('/proc/', 'ops/avx512_kernels.'), then)
+    process = run_without(POSIX, ('/proc/', 'ops/avx512_kernels.'), code)
     assert process.returncode == 0, process.stderr[-3000:]

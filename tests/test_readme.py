@@ -1,4 +1,4 @@
-"""What the two READMEs say is what there is, and the Chinese one says the same."""
+"""The READMEs agree with the code, and the Chinese one with the English one."""
 
 import re
 
@@ -30,11 +30,11 @@ def test_readme_is_short_and_in_order():
 
 
 @pytest.mark.parametrize('page', [README, README_ZH], ids=['en', 'zh'])
-def test_the_table_of_results_is_the_papers(page):
+def test_results_table_equals_the_paper(page):
     assert results_table(PAPER_RESULTS, '[`{0}.py`](configs/{0}.py)') in page
 
 
-def test_the_picture_is_there_at_a_readable_size():
+def test_demo_image_has_a_readable_size():
     import cv2
 
     path = ROOT / 'docs/images/demo.png'
@@ -42,7 +42,7 @@ def test_the_picture_is_there_at_a_readable_size():
     assert width >= 800 and height >= 400 and path.stat().st_size < 300_000
 
 
-def test_the_example_config_trains_a_step(tmp_path):
+def test_example_config_trains_a_step(tmp_path):
     (block,) = [code for language, code in code_blocks(README) if language == 'python']
     (tmp_path / 'my_config.py').write_text(block)
     config = Config.fromfile(tmp_path / 'my_config.py')
@@ -63,13 +63,13 @@ def test_the_example_config_trains_a_step(tmp_path):
         )
     )
     inputs = demo_mm_inputs(2, [[3, 96, 128], [3, 128, 96]])
-    before = model.backbone.downsample_layers[0][0].weight.clone()
+    initial = model.backbone.downsample_layers[0][0].weight.clone()
     losses = model.train_step(inputs, constructor(model))
     assert all(torch.isfinite(value).all() for value in losses.values())
-    assert not torch.equal(before, model.backbone.downsample_layers[0][0].weight)
+    assert not torch.equal(initial, model.backbone.downsample_layers[0][0].weight)
 
 
-def test_versions_are_those_that_are_installed_and_tested():
+def test_versions_equal_setup_and_makefile():
     setup, makefile = (ROOT / 'setup.py').read_text(), (ROOT / 'Makefile').read_text()
     lowest = re.search(r"python_requires='>=([\d.]+)'", setup)[1], re.search(r"'torch>=([\d.]+)'", setup)[1]
     highest_torch = re.search(r'^TORCH \?= ([\d.]+)', makefile, re.MULTILINE)[1]
@@ -78,13 +78,13 @@ def test_versions_are_those_that_are_installed_and_tested():
     assert re.search(rf'^\| torch .*\| {re.escape(highest_torch)} +\|$', README, re.MULTILINE)
 
 
-def test_names_of_weights_it_gives_are_known():
+def test_pretrained_weight_names_are_known():
     names = re.findall(r'`(convnext_\w+_224)`', README)
     assert len(set(names)) == 6 and set(names) <= set(WEIGHT_URLS)
     assert set(names) == {row.weights for row in PAPER_RESULTS}
 
 
-def test_the_chinese_page_has_the_same_commands_tables_and_links():
+def test_chinese_readme_has_the_same_commands_tables_and_links():
     assert commands(README_ZH) == commands(README)
     assert sorted(linked(README_ZH)) == sorted({*linked(README)} - {'README_zh-CN.md'} | {'README.md'})
     assert [[numbers(cell) for cell in row] for row in tables(README_ZH)] == [
@@ -94,5 +94,5 @@ def test_the_chinese_page_has_the_same_commands_tables_and_links():
 
 
 def numbers(cell: str) -> str:
-    """What of a cell no translation changes."""
+    """The numbers and names of a cell, which no translation changes."""
     return ' '.join(re.findall(r'[\w./-]*\d[\w./-]*', re.sub(r'[^\x00-\x7f]', '', cell)))

@@ -1,4 +1,4 @@
-"""Metadata of exported files without a runtime; files that are cut off, no models, or could run code."""
+"""Metadata of exported files, read without a runtime; truncated, foreign and malicious files are refused."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from convnext_dense.checkpoints.exported_files import is_exported, read_exported
 from convnext_dense.checkpoints.exported_meta import KEY
 from convnext_dense.checkpoints.pt2_check import check_pt2
 from convnext_dense.errors import UsageError
-from helpers.exported import meta_of, save_detector, save_openvino, save_program, save_segmentor
+from helpers.exported import make_meta, save_detector, save_openvino, save_program, save_segmentor
 
 onnx = pytest.importorskip('onnx')
 
@@ -41,26 +41,26 @@ def test_metadata_and_outputs(suffix, files):
     if suffix not in files:
         pytest.skip('no OpenVINO')
     file = read_exported(files[suffix])
-    assert file.meta == (meta_of('upernet') if suffix == '.pt2' else meta_of('mask_rcnn'))
+    assert file.meta == (make_meta('upernet') if suffix == '.pt2' else make_meta('mask_rcnn'))
     expected = None if suffix == '.pt2' else ('boxes', 'scores', 'labels', 'masks')
     assert file.outputs == expected
 
 
-def test_graphs_are_not_read(tmp_path, monkeypatch):
-    """Of a model with weights of 50 MB, a few kilobytes."""
+def test_only_metadata_is_read_from_onnx_files(tmp_path, monkeypatch):
+    """A few kilobytes of a model with 50 MB of weights."""
     path = save_segmentor(tmp_path / 'a.onnx')
     model = onnx.load(path)
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(12_500_000, np.float32), 'weights'))
     onnx.save(model, path)
-    sizes, read = [], exported_files._read_text
-    monkeypatch.setattr(exported_files, '_read_text', lambda f, a, b: sizes.append(b - a) or read(f, a, b))
+    sizes, read_text = [], exported_files._read_text
+    monkeypatch.setattr(exported_files, '_read_text', lambda f, a, b: sizes.append(b - a) or read_text(f, a, b))
     tracemalloc.start()
     assert read_exported(path).outputs == ('segmentation',)
     assert tracemalloc.get_traced_memory()[1] < 1_000_000 and 1000 < sum(sizes) < 100_000
     tracemalloc.stop()
 
 
-def refusal(path):
+def error_message(path):
     with pytest.raises(UsageError) as error:
         file = read_exported(path)
         if path.suffix == '.pt2':
@@ -70,10 +70,10 @@ def refusal(path):
 
 
 @pytest.mark.parametrize('suffix', ['.onnx', '.xml', '.pt2'])
-def test_files_that_are_cut_off_or_no_models(suffix, files, tmp_path):
+def test_truncated_and_foreign_files_are_refused(suffix, files, tmp_path):
     path = tmp_path / f'a{suffix}'
     path.write_bytes(b'')
-    assert 'is empty' in refusal(path)
+    assert 'is empty' in error_message(path)
     for content in (
         b'no model',
         b'\x08',
@@ -83,46 +83,46 @@ def test_files_that_are_cut_off_or_no_models(suffix, files, tmp_path):
         '<?xml encoding="ü"?>'.encode(),
     ):
         path.write_bytes(content)
-        refusal(path)
+        error_message(path)
     if suffix not in files:
         pytest.skip('no OpenVINO')
     content = files[suffix].read_bytes().rstrip()
     for length in [*range(1, len(content), max(len(content) // 50, 1)), len(content) - 1]:
         path.write_bytes(content[:length])
-        message = refusal(path)
-        assert 'cut off' in message or suffix == '.pt2'  # of which a member is an archive too
+        message = error_message(path)
+        assert 'cut off' in message or suffix == '.pt2'  # a prefix can contain a complete inner archive
     path.unlink()
-    assert 'not a regular file' in refusal(path)
+    assert 'not a regular file' in error_message(path)
 
 
-def test_models_of_others(files, tmp_path):
+def test_models_without_our_metadata_are_refused(files, tmp_path):
     path = tmp_path / 'a.onnx'
     model = onnx.load(files['.onnx'])
     del model.metadata_props[:]
     onnx.save(model, path)
-    assert 'is not a model that tools/export.py wrote: its metadata have no convnext_dense' in refusal(path)
+    assert 'is not a model that tools/export.py wrote: its metadata have no convnext_dense' in error_message(path)
     onnx.helper.set_model_props(model, {KEY: json.dumps({'format': 3})})
     onnx.save(model, path)
-    assert 'have the format 3, this version reads 1' in refusal(path)
+    assert 'have the format 3, this version reads 1' in error_message(path)
 
 
 def test_openvino_needs_its_weights(files, tmp_path):
     if '.xml' not in files:
         pytest.skip('no OpenVINO')
     shutil.copy(files['.xml'], tmp_path / 'b.xml')
-    assert 'needs its weights, b.bin, next to it: copy both files' in refusal(tmp_path / 'b.xml')
+    assert 'needs its weights, b.bin, next to it: copy both files' in error_message(tmp_path / 'b.xml')
 
 
-def changed(archive, target, name, change):
-    """Copy an archive, with one member changed."""
-    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(target, 'w') as new:
-        for member in old.namelist():
-            content = old.read(member)
-            new.writestr(member, change(content) if member.endswith(name) else content)
+def edit_member(archive, target, name, change):
+    """Copy an archive with one member changed."""
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(target, 'w') as copy:
+        for member in source.namelist():
+            content = source.read(member)
+            copy.writestr(member, change(content) if member.endswith(name) else content)
     return target
 
 
-def with_program(change):
+def edit_program(change):
     def apply(content):
         program = json.loads(content)
         change(program)
@@ -131,39 +131,39 @@ def with_program(change):
     return apply
 
 
-def evil(text):
+def malicious_expr(text):
     return text.replace('X', "__import__('os').system('echo')")
 
 
-DANGERS = {
+MALICIOUS_EDITS = {
     'a call of a function': lambda p: p['graph_module']['graph']['nodes'][0].update(target='torch.os.system'),
     'a call of a method': lambda p: p['graph_module']['graph']['nodes'][0].update(target='_operator.attrgetter'),
-    'an expression': lambda p: p.update(x=[{'as_expr': {'expr_str': evil('X')}}]),
+    'an expression': lambda p: p.update(x=[{'as_expr': {'expr_str': malicious_expr('X')}}]),
     'an expression of known names': lambda p: p.update(x=[{'as_expr': {'expr_str': 'Max(open(1), 2)'}}]),
     'an attribute': lambda p: p.update(x=[{'as_expr': {'expr_str': 'Max.mro'}}]),
-    'a guard': lambda p: p.update(guards_code=[evil("L['images'].size()[0] == X")]),
+    'a guard': lambda p: p.update(guards_code=[malicious_expr("L['images'].size()[0] == X")]),
     'a guard of two lines': lambda p: p.update(guards_code=['1 == 1", "")\n  import os #']),
-    'a spec': lambda p: p['graph_module']['module_call_graph'][0]['signature'].update(in_spec=evil('X')),
+    'a spec': lambda p: p['graph_module']['module_call_graph'][0]['signature'].update(in_spec=malicious_expr('X')),
     'a pickle': lambda p: p.update(x={'use_pickle': True}),
 }
 
 
-@pytest.mark.parametrize('case', DANGERS)
+@pytest.mark.parametrize('case', MALICIOUS_EDITS)
 def test_programs_that_could_run_code_are_refused(case, files, tmp_path):
     check_pt2(str(files['.pt2']))
-    path = changed(files['.pt2'], tmp_path / 'a.pt2', 'models/model.json', with_program(DANGERS[case]))
-    assert 'is not loaded, since it could run code' in refusal(path)
+    path = edit_member(files['.pt2'], tmp_path / 'a.pt2', 'models/model.json', edit_program(MALICIOUS_EDITS[case]))
+    assert 'is not loaded, since it could run code' in error_message(path)
 
 
-def test_example_inputs_that_are_a_pickle_are_refused(files, tmp_path):
-    class Evil:
+def test_pickled_example_inputs_are_refused(files, tmp_path):
+    class Malicious:
         def __reduce__(self):
             return print, ('executed',)
 
-    torch.save(Evil(), tmp_path / 'evil')
-    evil = (tmp_path / 'evil').read_bytes()
-    path = changed(files['.pt2'], tmp_path / 'a.pt2', 'sample_inputs/model.pt', lambda content: evil)
-    assert 'model.pt is a pickle' in refusal(path)
+    torch.save(Malicious(), tmp_path / 'evil')
+    pickle_bytes = (tmp_path / 'evil').read_bytes()
+    path = edit_member(files['.pt2'], tmp_path / 'a.pt2', 'sample_inputs/model.pt', lambda content: pickle_bytes)
+    assert 'model.pt is a pickle' in error_message(path)
 
 
 @pytest.mark.parametrize('member', ['data/aotinductor/model/a.so', 'data/constants/custom_obj_0', 'x.py'])
@@ -171,4 +171,4 @@ def test_libraries_and_objects_are_refused(member, files, tmp_path):
     shutil.copy(files['.pt2'], tmp_path / 'a.pt2')
     with zipfile.ZipFile(tmp_path / 'a.pt2', 'a') as archive:
         archive.writestr(f'a/{member}', b'')
-    assert f'it contains {member}' in refusal(tmp_path / 'a.pt2')
+    assert f'it contains {member}' in error_message(tmp_path / 'a.pt2')

@@ -1,4 +1,4 @@
-"""The metadata of exported models: a round trip, and what is refused in one line."""
+"""The metadata of exported models: a round trip, and one-line errors for invalid metadata."""
 
 import dataclasses
 import json
@@ -23,17 +23,17 @@ META = ExportedMeta(
 )
 
 
-def test_what_is_written_is_read():
+def test_round_trip():
     text = META.to_json()
     assert ExportedMeta.from_json(text, 'a.onnx') == META
-    bare = ExportedMeta('segmentation', ('a',), 'model = dict()')
-    assert ExportedMeta.from_json(bare.to_json(), 'a.onnx') == bare
-    names = 'format task classes palette config input size masks mean std recipe versions'  # that others read
+    minimal = ExportedMeta('segmentation', ('a',), 'model = dict()')
+    assert ExportedMeta.from_json(minimal.to_json(), 'a.onnx') == minimal
+    names = 'format task classes palette config input size masks mean std recipe versions'  # a public format
     assert json.loads(text) == json.loads(json.dumps({'format': 1, **dataclasses.asdict(META)}))
     assert set(json.loads(text)) == set(names.split())
 
 
-BAD = {
+INVALID_TEXTS = {
     'no key': (None, 'is not a model that tools/export.py wrote: its metadata have no convnext_dense'),
     'empty': ('', 'is not a model that tools/export.py wrote'),
     'not JSON': ('{format: 1}', "the metadata 'convnext_dense' are no JSON"),
@@ -44,15 +44,15 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize('case', BAD)
-def test_what_is_no_metadata_is_refused_in_one_line(case):
-    text, message = BAD[case]
+@pytest.mark.parametrize('case', INVALID_TEXTS)
+def test_invalid_metadata_is_refused_in_one_line(case):
+    text, message = INVALID_TEXTS[case]
     with pytest.raises(UsageError) as error:
         ExportedMeta.from_json(text, 'a.onnx')
     assert str(error.value).startswith('a.onnx') and message in str(error.value) and '\n' not in str(error.value)
 
 
-WRONG = {
+INVALID_VALUES = {
     'task': ['pose', None, ['detection'], {}],
     'classes': [None, 'disc', [1], {'0': 'disc'}],
     'config': [None, ['model'], 5],
@@ -67,13 +67,13 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize('name', WRONG)
-def test_values_of_another_type_are_refused(name):
-    for value in WRONG[name]:
+@pytest.mark.parametrize('name', INVALID_VALUES)
+def test_values_of_a_wrong_type_are_refused(name):
+    for value in INVALID_VALUES[name]:
         text = json.dumps({**json.loads(META.to_json()), name: value})
         with pytest.raises(UsageError, match=f"a.onnx: '{name}' in its metadata cannot be .*: export the model again"):
             ExportedMeta.from_json(text, 'a.onnx')
 
 
 def test_every_attribute_is_checked():
-    assert set(CHECKS) == {f.name for f in dataclasses.fields(ExportedMeta)} == set(WRONG)
+    assert set(CHECKS) == {f.name for f in dataclasses.fields(ExportedMeta)} == set(INVALID_VALUES)

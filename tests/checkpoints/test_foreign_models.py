@@ -25,9 +25,9 @@ from helpers.foreign_weights import (
     TIMM,
     TORCHVISION,
     TRANSFORMERS,
-    as_library,
     original_weights,
-    saved,
+    rename_to_library,
+    save_pth,
 )
 from helpers.paths import ROOT
 
@@ -50,7 +50,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def config(tmp_path, monkeypatch, data):
-    """A small segmentor's; its weights are random."""
+    """Config of a small segmentor with random weights."""
     monkeypatch.setenv('SHAPES_ROOT', str(data))
     config = Config.fromfile(ROOT / 'configs/demo/upernet.py')
     init_default_scope('mmseg')
@@ -60,47 +60,55 @@ def config(tmp_path, monkeypatch, data):
     return config
 
 
-def whole_model(config) -> dict:
+def random_model_weights(config) -> dict:
     torch.manual_seed(3)
     weights = MODELS.build(config.model).state_dict()
     return {name: torch.randn_like(t) if t.is_floating_point() else t for name, t in weights.items()}
 
 
-def renamed(weights: dict, library: str, prefix: str) -> dict:
-    """A whole model whose backbone is another library's, output norms in our names."""
+def rename_backbone(weights: dict, library: str, prefix: str) -> dict:
+    """Rename a model's backbone to another library's names; output norms keep ours."""
     trunk = {n.removeprefix('backbone.'): t for n, t in weights.items() if re.match(r'backbone\.(stages|down)', n)}
-    others = {n: t for n, t in weights.items() if n.removeprefix('backbone.') not in trunk}
-    theirs = {f'{prefix}{n.removeprefix("convnext.")}': t for n, t in as_library(trunk, library).items()}
-    return {**others, **theirs}
+    other_weights = {n: t for n, t in weights.items() if n.removeprefix('backbone.') not in trunk}
+    library_weights = {
+        f'{prefix}{n.removeprefix("convnext.")}': t for n, t in rename_to_library(trunk, library).items()
+    }
+    return {**other_weights, **library_weights}
 
 
-def loaded(config, file, strict) -> dict:
+def load_with_runner(config, file, strict) -> dict:
     config.load_from = str(file)
     runner = make_runner(config, str(file) if strict else None)
     runner.load_or_resume()
     return runner.model.state_dict()
 
 
-def equal(a: dict, b: dict) -> bool:
+def same_tensors(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize('strict', [True, False])
 @pytest.mark.parametrize('library', [MMPRETRAIN, TIMM, TORCHVISION])
 def test_model_with_backbone_of_other_library(tmp_path, config, library, strict):
-    weights = whole_model(config)
-    theirs = renamed(weights, library, PREFIXES[library])
-    if library == TIMM:  # its layers of the stem lie below the prefix, output norms do not
-        theirs = {n.replace('backbone.norm', 'backbone.timm_model.norm'): t for n, t in theirs.items()}
-    if library in (TIMM, TORCHVISION):  # no names for output norms: they have to stay as they are
-        theirs = {n: t for n, t in theirs.items() if not re.match(r'backbone\.(timm_model\.)?norm\d', n)}
+    weights = random_model_weights(config)
+    library_weights = rename_backbone(weights, library, PREFIXES[library])
+    if library == TIMM:  # the prefix of output norms too
+        library_weights = {
+            n.replace('backbone.norm', 'backbone.timm_model.norm'): t for n, t in library_weights.items()
+        }
+    if library in (TIMM, TORCHVISION):  # these libraries have no names for output norms
+        library_weights = {
+            n: t for n, t in library_weights.items() if not re.match(r'backbone\.(timm_model\.)?norm\d', n)
+        }
         with pytest.raises(UsageError, match=r'8 missing \(backbone.norm0.weight'):
-            loaded(config, saved(tmp_path / 'w.pth', {'state_dict': theirs}), strict)
+            load_with_runner(config, save_pth(tmp_path / 'w.pth', {'state_dict': library_weights}), strict)
         return
-    assert equal(loaded(config, saved(tmp_path / 'w.pth', {'state_dict': theirs}), strict), weights)
+    assert same_tensors(
+        load_with_runner(config, save_pth(tmp_path / 'w.pth', {'state_dict': library_weights}), strict), weights
+    )
 
 
-WHERE = {
+WRAPPERS = {
     'model': lambda w: {'model': w},
     'nothing': lambda w: w,
     'a wrapper in a wrapper': lambda w: {'trainer': {'model': w}},
@@ -111,29 +119,29 @@ WHERE = {
 }
 
 
-@pytest.mark.parametrize('where', WHERE)
-def test_model_under_any_key(tmp_path, config, where):
-    weights = whole_model(config)
-    file = saved(tmp_path / 'w.pth', WHERE[where](weights))
+@pytest.mark.parametrize('key', WRAPPERS)
+def test_model_under_any_key(tmp_path, config, key):
+    weights = random_model_weights(config)
+    file = save_pth(tmp_path / 'w.pth', WRAPPERS[key](weights))
     for strict in (True, False):
-        assert equal(loaded(config, file, strict), weights)
+        assert same_tensors(load_with_runner(config, file, strict), weights)
 
 
 @pytest.mark.parametrize('library', [None, *RENAMES])
 def test_load_from_accepts_backbone_weights(tmp_path, config, library):
-    """Of any source, as `init_cfg` does: output norms and heads stay at their initial values."""
+    """From any library, as with `init_cfg`: output norms and heads keep their initial values."""
     weights = original_weights(SMALL)
     if library:
-        weights = as_library(weights, library)
-    file = saved(tmp_path / 'w.pth', {'model': weights})
-    actual = loaded(config, file, False)
+        weights = rename_to_library(weights, library)
+    file = save_pth(tmp_path / 'w.pth', {'model': weights})
+    actual = load_with_runner(config, file, False)
     expected = ConvNeXt(SMALL)
     load_backbone(expected, file)
-    assert equal(
+    assert same_tensors(
         {n.removeprefix('backbone.'): t for n, t in actual.items() if n.startswith('backbone.')}, expected.state_dict()
     )
     with pytest.raises(UsageError, match=r'missing \(.*decode_head'):
-        loaded(config, file, True)
+        load_with_runner(config, file, True)
 
 
 KEYS = [
@@ -158,34 +166,34 @@ def test_backbone_under_any_key(tmp_path, key):
     for part in reversed(key.split('.')):
         content = {part: content, 'epoch': 3, 'optimizer': {'state': {0: {'exp_avg': torch.ones(2)}}}}
     backbone = ConvNeXt(SMALL)
-    assert '0 unused' not in load_backbone(backbone, saved(tmp_path / 'w.pth', content))
+    assert '0 unused' not in load_backbone(backbone, save_pth(tmp_path / 'w.pth', content))
     assert all(torch.equal(t, weights[n]) for n, t in backbone.state_dict().items() if n in weights)
 
 
 def test_preferred_state_dict_is_loaded(tmp_path):
     """The usual key before an EMA; refused where the keys do not tell which one to load."""
-    weights, other = original_weights(SMALL), {n: t + 1 for n, t in original_weights(SMALL).items()}
+    weights, other_weights = original_weights(SMALL), {n: t + 1 for n, t in original_weights(SMALL).items()}
     for content in (
-        {'net_ema': other, 'net': weights},
-        {'ema': other, 'state_dict': weights},
-        {'x': other, 'model': weights},
+        {'net_ema': other_weights, 'net': weights},
+        {'ema': other_weights, 'state_dict': weights},
+        {'x': other_weights, 'model': weights},
     ):
         backbone = ConvNeXt(SMALL)
-        load_backbone(backbone, saved(tmp_path / 'w.pth', content))
+        load_backbone(backbone, save_pth(tmp_path / 'w.pth', content))
         assert torch.equal(backbone.stages[0][0].gamma, weights['stages.0.0.gamma'])
     with pytest.raises(UsageError, match=r'several ConvNeXts \(teacher, student\): keep one'):
-        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', {'teacher': weights, 'student': other}))
+        load_backbone(ConvNeXt(SMALL), save_pth(tmp_path / 'w.pth', {'teacher': weights, 'student': other_weights}))
 
 
 @pytest.mark.parametrize('key', ['semantic_net', 'schema', 'upscaler', 'hubert', 'github', 'schedule_model', 'swagger'])
 def test_non_weight_keys_match_whole_words(tmp_path, key):
-    """Nor an average, nor a schedule, because the letters of one are in the key."""
-    weights, other = original_weights(SMALL), {n: t + 1 for n, t in original_weights(SMALL).items()}
+    """'ema' within 'semantic' does not mean an average, 'sched' within a word no schedule."""
+    weights, other_weights = original_weights(SMALL), {n: t + 1 for n, t in original_weights(SMALL).items()}
     backbone = ConvNeXt(SMALL)
-    load_backbone(backbone, saved(tmp_path / 'w.pth', {key: weights, 'optimizer': {'state': {}}}))
+    load_backbone(backbone, save_pth(tmp_path / 'w.pth', {key: weights, 'optimizer': {'state': {}}}))
     assert torch.equal(backbone.stages[0][0].gamma, weights['stages.0.0.gamma'])
     with pytest.raises(UsageError, match='several ConvNeXts'):
-        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', {key: weights, 'other': other}))
+        load_backbone(ConvNeXt(SMALL), save_pth(tmp_path / 'w.pth', {key: weights, 'other': other_weights}))
 
 
 @pytest.mark.parametrize(
@@ -193,52 +201,52 @@ def test_non_weight_keys_match_whole_words(tmp_path, key):
     [('backbone.', 'module.backbone.'), ('', '_orig_mod.'), ('student.module.', 'student.'), ('', 'module.')],
 )
 def test_wrapped_and_unwrapped_model_stay_separate(tmp_path, prefixes):
-    weights, other = original_weights(SMALL), {n: t + 1 for n, t in original_weights(SMALL).items()}
-    for models in ((weights, other), (other, weights)):
-        both = {f'{prefix}{n}': t for prefix, model in zip(prefixes, models) for n, t in model.items()}
+    weights, other_weights = original_weights(SMALL), {n: t + 1 for n, t in original_weights(SMALL).items()}
+    for models in ((weights, other_weights), (other_weights, weights)):
+        merged = {f'{prefix}{n}': t for prefix, model in zip(prefixes, models) for n, t in model.items()}
         with pytest.raises(UsageError, match='several ConvNeXts'):
-            load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', both))
+            load_backbone(ConvNeXt(SMALL), save_pth(tmp_path / 'w.pth', merged))
 
 
 def test_file_without_convnext_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r'by the names in it \(layer1.weight, ...\)'):
-        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', {'net': {'layer1.weight': torch.ones(1)}}))
+        load_backbone(ConvNeXt(SMALL), save_pth(tmp_path / 'w.pth', {'net': {'layer1.weight': torch.ones(1)}}))
     with pytest.raises(UsageError, match=r'by the names in it \(epoch, args, ...\)'):
-        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', {'epoch': 1, 'args': {}}))
+        load_backbone(ConvNeXt(SMALL), save_pth(tmp_path / 'w.pth', {'epoch': 1, 'args': {}}))
 
 
 def test_resume_from_other_implementation_is_refused(tmp_path, config):
-    weights = renamed(whole_model(config), MMPRETRAIN, 'backbone.')
-    file = saved(tmp_path / 'w.pth', {'state_dict': weights, 'meta': {'epoch': 1, 'iter': 1}, 'optimizer': {}})
+    weights = rename_backbone(random_model_weights(config), MMPRETRAIN, 'backbone.')
+    file = save_pth(tmp_path / 'w.pth', {'state_dict': weights, 'meta': {'epoch': 1, 'iter': 1}, 'optimizer': {}})
     assert naming_scheme_of(load_checkpoint(file), file) == 'mmpretrain'
     with pytest.raises(UsageError, match='another ConvNeXt implementation, .* names of mmpretrain.*load_from='):
         check_resume(config, str(file))
 
 
 def test_file_with_foreign_objects_gives_a_fix(tmp_path, monkeypatch):
-    """The statement that the line gives works as it stands."""
+    """The statement in the error message works without changes."""
     monkeypatch.chdir(tmp_path)
     model = ConvNeXt(SMALL)
     weights = model.state_dict()
-    light = {'state_dict': {f'model.backbone.{n}': t for n, t in weights.items()}}
+    lightning = {'state_dict': {f'model.backbone.{n}': t for n, t in weights.items()}}
     for name, content in {
-        'path.ckpt': {**light, 'hyper_parameters': {'root': pathlib.Path('/data')}},
-        'before.ckpt': {'root': pathlib.Path('/data'), 'model': light['state_dict']},
-        'partial.ckpt': {'hyper_parameters': {'opt': functools.partial(torch.optim.AdamW, lr=1e-3)}, **light},
+        'path.ckpt': {**lightning, 'hyper_parameters': {'root': pathlib.Path('/data')}},
+        'before.ckpt': {'root': pathlib.Path('/data'), 'model': lightning['state_dict']},
+        'partial.ckpt': {'hyper_parameters': {'opt': functools.partial(torch.optim.AdamW, lr=1e-3)}, **lightning},
         'whole.pth': model,
     }.items():
         torch.save(content, name)
     torch.jit.trace(model.eval(), torch.randn(1, 3, 64, 64)).save('traced.pt')
     with open('detectron2.pkl', 'wb') as file:
         pickle.dump({'model': {f'backbone.{n}': t.numpy() for n, t in weights.items()}}, file)
-    what = {
+    words_of_file = {
         'path.ckpt': 'pathlib',
         'before.ckpt': 'pathlib',
         'partial.ckpt': 'functools.partial',
         'whole.pth': 'it is convnext_dense.models.convnext.ConvNeXt',
     }
-    what |= {'traced.pt': 'TorchScript', 'detectron2.pkl': 'detectron2'}
-    for name, words in what.items():
+    words_of_file |= {'traced.pt': 'TorchScript', 'detectron2.pkl': 'detectron2'}
+    for name, words in words_of_file.items():
         with pytest.raises(UsageError, match='cannot be read safely') as error:
             load_backbone(ConvNeXt(SMALL), name)
         line = str(error.value)
@@ -247,5 +255,5 @@ def test_file_with_foreign_objects_gives_a_fix(tmp_path, monkeypatch):
         exec(statement, {'torch': torch, 'pickle': pickle})  # as a user would who trusts the file
         backbone = ConvNeXt(SMALL)
         load_backbone(backbone, 'weights.pth')
-        assert equal(backbone.state_dict(), weights), name
+        assert same_tensors(backbone.state_dict(), weights), name
         pathlib.Path('weights.pth').unlink()

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub by timm's spelling, with a made huggingface_hub: every way it answers."""
+"""Models of the Hugging Face Hub in timm's notation, with a fake huggingface_hub: downloads and all its errors."""
 
 import re
 import sys
@@ -49,12 +49,12 @@ class LocalEntryNotFoundError(FileNotFoundError, EntryNotFoundError):
 
 @pytest.fixture
 def hugging_face(tmp_path, monkeypatch):
-    """A huggingface_hub whose files lie in a folder; `fail` raises instead."""
-    module, asked = types.ModuleType('huggingface_hub'), []
+    """A fake huggingface_hub that serves files of a folder; it raises `fail` if that is set."""
+    module, requests = types.ModuleType('huggingface_hub'), []
     module.fail = None
 
     def hf_hub_download(repo_id, filename, revision=None):
-        asked.append((repo_id, filename, revision))
+        requests.append((repo_id, filename, revision))
         if module.fail:
             raise module.fail
         path = tmp_path / 'hub' / repo_id / filename
@@ -62,7 +62,7 @@ def hugging_face(tmp_path, monkeypatch):
             raise RemoteEntryNotFoundError(f'404 {filename}')
         return str(path)
 
-    module.hf_hub_download, module.asked = hf_hub_download, asked
+    module.hf_hub_download, module.requests = hf_hub_download, requests
     monkeypatch.setitem(sys.modules, 'huggingface_hub', module)
     monkeypatch.setattr(hf_hub, '_announced', set())
     (tmp_path / 'hub/timm/convnext_tiny.dinov3_lvd1689m').mkdir(parents=True)
@@ -70,7 +70,7 @@ def hugging_face(tmp_path, monkeypatch):
 
 
 def original_weights() -> dict[str, torch.Tensor]:
-    """Of a model without classifier, as DINOv3's and EUPE's are in timm."""
+    """Weights without a classifier, as DINOv3's and EUPE's in timm."""
     model = ConvNeXt(ARCH, out_indices=-1)
     shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith('norm')}
     return random_weights(shapes | {'norm.weight': (32,), 'norm.bias': (32,)})
@@ -79,26 +79,26 @@ def original_weights() -> dict[str, torch.Tensor]:
 def save(folder, weights, file='model.safetensors'):
     from safetensors.torch import save_file
 
-    renamed = {RENAMES[TIMM](name): tensor for name, tensor in weights.items()}
-    (save_file if file.endswith('safetensors') else torch.save)(renamed, folder / file)
+    timm_weights = {RENAMES[TIMM](name): tensor for name, tensor in weights.items()}
+    (save_file if file.endswith('safetensors') else torch.save)(timm_weights, folder / file)
 
 
 @pytest.mark.parametrize('file', ['model.safetensors', 'pytorch_model.bin'])
 @pytest.mark.parametrize('final_norm', ['drop', 'reuse'])
-def test_loads_in_every_bit(hugging_face, tmp_path, file, final_norm):
+def test_loads_exact_values(hugging_face, tmp_path, file, final_norm):
     weights = original_weights()
     save(tmp_path / 'hub/timm/convnext_tiny.dinov3_lvd1689m', weights, file)
     backbone = ConvNeXt(ARCH)
     report = load_backbone(backbone, NAME, final_norm)
-    kept = 6 if final_norm == 'reuse' else 8
-    assert NAME in report and f'{kept} kept at initialization' in report
+    n_initial = 6 if final_norm == 'reuse' else 8
+    assert NAME in report and f'{n_initial} kept at initialization' in report
     for name, tensor in backbone.state_dict().items():
         original = name.replace('norm3.', 'norm.') if final_norm == 'reuse' else name
         if original in weights and not re.match(r'norm\d', name.replace('norm3.', '')):
             assert torch.equal(tensor, weights[original]), name
 
 
-def test_the_license_is_logged_once(hugging_face, tmp_path, caplog):
+def test_license_is_logged_once(hugging_face, tmp_path, caplog):
     folder = tmp_path / 'hub/timm/convnext_tiny.dinov3_lvd1689m'
     save(folder, original_weights())
     (folder / 'README.md').write_text(
@@ -111,10 +111,10 @@ def test_the_license_is_logged_once(hugging_face, tmp_path, caplog):
     assert lines == [f'{NAME}: license dinov3-license, https://ai.meta.com/x']
 
 
-def test_a_revision(hugging_face, tmp_path):
+def test_revision_is_passed_to_the_hub(hugging_face, tmp_path):
     save(tmp_path / 'hub/timm/convnext_tiny.dinov3_lvd1689m', original_weights())
     hub.download(f'{NAME}@abc123')
-    assert hugging_face.asked[0] == ('timm/convnext_tiny.dinov3_lvd1689m', 'model.safetensors', 'abc123')
+    assert hugging_face.requests[0] == ('timm/convnext_tiny.dinov3_lvd1689m', 'model.safetensors', 'abc123')
 
 
 @pytest.mark.parametrize(
@@ -129,14 +129,14 @@ def test_a_revision(hugging_face, tmp_path):
         (ConnectionError('refused'), 'cannot download'),
     ],
 )
-def test_errors_are_a_line_with_the_way_by_hand(hugging_face, error, words):
+def test_errors_are_one_line_with_a_manual_download_hint(hugging_face, error, words):
     hugging_face.fail = error
-    with pytest.raises(UsageError, match=words) as raised:
+    with pytest.raises(UsageError, match=words) as error_info:
         hub.download(NAME)
-    message = str(raised.value)
+    message = str(error_info.value)
     assert '\n' not in message
-    by_hand = 'download https://huggingface.co/timm/convnext_tiny.dinov3_lvd1689m/resolve/main/model.safetensors'
-    assert f'{by_hand} and give its path' in message
+    hint = 'download https://huggingface.co/timm/convnext_tiny.dinov3_lvd1689m/resolve/main/model.safetensors'
+    assert f'{hint} and give its path' in message
 
 
 def test_without_huggingface_hub(monkeypatch):
@@ -151,7 +151,7 @@ def test_invalid_names(name):
         hub.download(name)
 
 
-def test_the_gated_original_names_its_copy():
+def test_gated_weights_name_their_public_copy():
     for name in (name for name in hub.WEIGHTS if name.startswith('dinov3')):
         with pytest.raises(UsageError, match='is not public.*request it at https://ai.meta.com') as error:
             hub.resolve(name)

@@ -22,7 +22,7 @@ STRICT = [swin_detection.StrictSwinTransformer, swin_segmentation.StrictSwinTran
 
 
 def original_shapes(depths=DEPTHS, dims=DIMS, heads=HEADS, window=WINDOW) -> dict[str, tuple[int, ...]]:
-    """Names and shapes as microsoft/Swin-Transformer's models/swin_transformer.py makes them."""
+    """Names and shapes of microsoft/Swin-Transformer's models/swin_transformer.py."""
     shapes = {'patch_embed.proj.weight': (dims, 3, 4, 4), 'patch_embed.proj.bias': (dims,)}
     shapes |= {f'patch_embed.norm.{leaf}': (dims,) for leaf in ('weight', 'bias')}
     for i, depth in enumerate(depths):
@@ -37,8 +37,13 @@ def original_shapes(depths=DEPTHS, dims=DIMS, heads=HEADS, window=WINDOW) -> dic
         if i + 1 < len(depths):
             shapes[f'layers.{i}.downsample.reduction.weight'] = (2 * c, 4 * c)
             shapes |= {f'layers.{i}.downsample.norm.{leaf}': (4 * c,) for leaf in ('weight', 'bias')}
-    last = dims * 2 ** (len(depths) - 1)
-    return shapes | {'norm.weight': (last,), 'norm.bias': (last,), 'head.weight': (10, last), 'head.bias': (10,)}
+    out_channels = dims * 2 ** (len(depths) - 1)
+    return shapes | {
+        'norm.weight': (out_channels,),
+        'norm.bias': (out_channels,),
+        'head.weight': (10, out_channels),
+        'head.bias': (10,),
+    }
 
 
 def original_weights(**settings) -> dict[str, torch.Tensor]:
@@ -54,54 +59,54 @@ def original_weights(**settings) -> dict[str, torch.Tensor]:
     return weights
 
 
-def saved(path, content):
+def save(path, content):
     torch.save(content, path)
     return str(path)
 
 
 @pytest.mark.parametrize('cls', STRICT, ids=['mmdet', 'mmseg'])
-def test_equals_the_conversion_of_mmdet_in_every_bit(cls, tmp_path):
-    file = saved(tmp_path / 'w.pth', {'model': original_weights()})
+def test_loaded_weights_equal_mmdets_conversion(cls, tmp_path):
+    file = save(tmp_path / 'w.pth', {'model': original_weights()})
     init_cfg = ConfigDict(type='Pretrained', checkpoint=file)
-    theirs = SwinTransformer(**SETTINGS, convert_weights=True, init_cfg=init_cfg)
-    theirs.init_weights()
-    ours = cls(**SETTINGS, init_cfg=init_cfg)
-    ours.init_weights()
-    expected, actual = theirs.state_dict(), ours.state_dict()
+    stock = SwinTransformer(**SETTINGS, convert_weights=True, init_cfg=init_cfg)
+    stock.init_weights()
+    backbone = cls(**SETTINGS, init_cfg=init_cfg)
+    backbone.init_weights()
+    expected, actual = stock.state_dict(), backbone.state_dict()
     assert expected.keys() == actual.keys()
     for name, tensor in actual.items():
         assert torch.equal(tensor, expected[name]), name
-    assert not any(torch.equal(p, torch.zeros_like(p)) for n, p in ours.named_parameters() if 'table' in n)
+    assert not any(torch.equal(p, torch.zeros_like(p)) for n, p in backbone.named_parameters() if 'table' in n)
 
 
-def test_downsampling_is_the_originals(tmp_path):
+def test_downsampling_equals_the_original(tmp_path):
     """The original concatenates x[0::2, 0::2], x[1::2, 0::2], x[0::2, 1::2] and x[1::2, 1::2]."""
     weights = original_weights()
-    ours = STRICT[0](**SETTINGS, init_cfg=dict(checkpoint=saved(tmp_path / 'w.pth', weights)))
-    ours.init_weights()
+    backbone = STRICT[0](**SETTINGS, init_cfg=dict(checkpoint=save(tmp_path / 'w.pth', weights)))
+    backbone.init_weights()
     x = torch.randn(2, 6, 8, DIMS)
     pixels = torch.cat([x[:, i::2, j::2] for j in range(2) for i in range(2)], dim=-1)
     norm = nn.functional.layer_norm(
         pixels, (4 * DIMS,), weights['layers.0.downsample.norm.weight'], weights['layers.0.downsample.norm.bias']
     )
     expected = norm @ weights['layers.0.downsample.reduction.weight'].T
-    actual, size = ours.stages[0].downsample(x.flatten(1, 2), (6, 8))
+    actual, size = backbone.stages[0].downsample(x.flatten(1, 2), (6, 8))
     assert size == (3, 4)
     torch.testing.assert_close(actual, expected.flatten(1, 2), rtol=1e-5, atol=1e-5)
 
 
-def test_weights_in_the_toolboxes_names_load_too(tmp_path):
+def test_weights_in_mmdet_names_load(tmp_path):
     renamed = rename_swin(original_weights())
     for prefix, heads in (('', {}), ('backbone.', {'bbox_head.bias': torch.ones(3)})):
         weights = {prefix + name: tensor for name, tensor in renamed.items()} | heads
-        ours = STRICT[1](**SETTINGS, init_cfg=dict(checkpoint=saved(tmp_path / 'w.pth', {'state_dict': weights})))
-        ours.init_weights()
+        backbone = STRICT[1](**SETTINGS, init_cfg=dict(checkpoint=save(tmp_path / 'w.pth', {'state_dict': weights})))
+        backbone.init_weights()
         assert torch.equal(
-            ours.stages[2].blocks[1].attn.w_msa.qkv.weight, renamed['stages.2.blocks.1.attn.w_msa.qkv.weight']
+            backbone.stages[2].blocks[1].attn.w_msa.qkv.weight, renamed['stages.2.blocks.1.attn.w_msa.qkv.weight']
         )
 
 
-def test_a_trained_detector_of_the_original_fits_the_recipe(tmp_path):
+def test_original_trained_detector_matches_the_recipe(tmp_path):
     config = load('mask_rcnn/swin_t')
     config.model.backbone.update(SETTINGS)
     config.model.neck.in_channels = [DIMS * 2**i for i in range(4)]
@@ -129,41 +134,41 @@ def test_a_trained_detector_of_the_original_fits_the_recipe(tmp_path):
         (lambda: {'features.0.0.weight': torch.ones(8, 3, 4, 4)}, 'no Swin weights'),
     ],
 )
-def test_what_does_not_fit_is_refused_in_a_line(weights, words, tmp_path):
-    ours = STRICT[0](**SETTINGS, init_cfg=dict(checkpoint=saved(tmp_path / 'w.pth', weights())))
-    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+def test_mismatched_weights_are_refused_in_one_line(weights, words, tmp_path):
+    backbone = STRICT[0](**SETTINGS, init_cfg=dict(checkpoint=save(tmp_path / 'w.pth', weights())))
+    initial = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     with pytest.raises(UsageError, match=words) as error:
-        ours.init_weights()
+        backbone.init_weights()
     assert '\n' not in str(error.value) and 'w.pth' in str(error.value)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
+    assert all(torch.equal(tensor, initial[name]) for name, tensor in backbone.state_dict().items())
 
 
 @pytest.mark.parametrize('init_cfg', [dict(type='Pretrained'), dict(checkpoint='w.pth', prefix='backbone.')])
-def test_init_cfg_takes_a_checkpoint_alone(init_cfg):
+def test_init_cfg_accepts_only_checkpoint(init_cfg):
     with pytest.raises(UsageError, match='init_cfg of StrictSwinTransformer takes checkpoint'):
         STRICT[0](**SETTINGS, init_cfg=init_cfg).init_weights()
 
 
-def test_a_name_is_resolved(tmp_path, monkeypatch):
+def test_pretrained_weight_name_is_resolved(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     monkeypatch.setattr(hub, '_download', lambda url, target: torch.save({'model': original_weights()}, target))
-    ours = STRICT[0](**SETTINGS, init_cfg=dict(type='Pretrained', checkpoint='swin_tiny_patch4_window7_224'))
-    ours.init_weights()
+    backbone = STRICT[0](**SETTINGS, init_cfg=dict(type='Pretrained', checkpoint='swin_tiny_patch4_window7_224'))
+    backbone.init_weights()
     assert [path.name for path in (tmp_path / 'checkpoints').glob('*.pth')] == ['swin_tiny_patch4_window7_224.pth']
 
 
-def test_random_initialization_is_the_toolboxes():
+def test_random_initialization_equals_mmdet():
     torch.manual_seed(0)
-    theirs = SwinTransformer(**SETTINGS)
-    theirs.init_weights()
+    stock = SwinTransformer(**SETTINGS)
+    stock.init_weights()
     torch.manual_seed(0)
-    ours = STRICT[0](**SETTINGS)
-    ours.init_weights()
-    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    backbone = STRICT[0](**SETTINGS)
+    backbone.init_weights()
+    assert all(torch.equal(tensor, stock.state_dict()[name]) for name, tensor in backbone.state_dict().items())
 
 
 def simmim_layer_id(name: str, depths: tuple[int, ...]) -> int:
-    """As microsoft/SimMIM's get_swin_layer numbers the original's names, whose head is the last of N + 2."""
+    """Layer id of microsoft/SimMIM's get_swin_layer for the original's names; the head is the last of N + 2."""
     if name.startswith('patch_embed'):
         return 0
     if not name.startswith('layers'):

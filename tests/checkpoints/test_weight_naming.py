@@ -21,7 +21,7 @@ from convnext_dense.checkpoints.convert import EXPORT_FORMATS, convert
 from convnext_dense.checkpoints.naming import NAMING_SCHEMES, detect_scheme
 from convnext_dense.errors import UsageError
 from convnext_dense.models.convnext import ARCHS, ConvNeXt
-from helpers.foreign_weights import DINOV3, HEADLESS, TIMM, TRANSFORMERS, as_library, original_weights, saved
+from helpers.foreign_weights import DINOV3, HEADLESS, TIMM, TRANSFORMERS, original_weights, rename_to_library, save_pth
 from helpers.paths import ROOT
 from helpers.tools import one_line_error
 
@@ -30,12 +30,12 @@ SMALL = dict(depths=(1, 2, 4, 1), channels=(8, 16, 24, 32))
 SIZES = ('tiny', 'small', 'base', 'large', 'xlarge')
 
 
-def scaled(arch: str) -> dict:
-    """A size's depths at an eighth of its width."""
+def eighth_width(arch: str) -> dict:
+    """An architecture at an eighth of its width."""
     return dict(depths=ARCHS[arch]['depths'], channels=tuple(c // 8 for c in ARCHS[arch]['channels']))
 
 
-def features(arch, weights_file, **settings):
+def compute_features(arch, weights_file, **settings):
     torch.manual_seed(0)
     model = ConvNeXt(arch, **settings).eval()
     load_backbone(model, weights_file)
@@ -44,14 +44,14 @@ def features(arch, weights_file, **settings):
 
 
 @pytest.mark.parametrize('library', REFERENCE)
-def test_the_references_names_and_shapes(library):
+def test_library_names_and_shapes_equal_the_reference(library):
     with torch.device('meta'):
         model = ConvNeXt('tiny', out_indices=-1)
     tiny = {n: t.shape for n, t in model.state_dict().items() if not n.startswith('norm')}
     n_classes = 2 if 'ImageClassification' in library else 1000
     tiny |= {'norm.weight': (768,), 'norm.bias': (768,), 'head.weight': (n_classes, 768), 'head.bias': (n_classes,)}
     with torch.device('meta'):
-        renamed = as_library({n: torch.empty(shape) for n, shape in tiny.items()}, library)
+        renamed = rename_to_library({n: torch.empty(shape) for n, shape in tiny.items()}, library)
     assert {n: list(t.shape) for n, t in renamed.items()} == REFERENCE[library]
     actual = detect_scheme(REFERENCE[library])
     assert actual.depths == (3, 3, 9, 3) and not actual.unknown and not actual.others
@@ -60,12 +60,14 @@ def test_the_references_names_and_shapes(library):
 
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('library', REFERENCE)
-def test_features_equal_those_of_the_originals_file(tmp_path, library, size):
-    weights = original_weights(scaled(size))
-    theirs = saved(tmp_path / 'theirs.pth', as_library(weights, library))
-    original = saved(tmp_path / 'original.pth', {'model': weights})
-    for ours, other in zip(features(scaled(size), original), features(scaled(size), theirs)):
-        assert torch.equal(ours, other)
+def test_features_with_library_weights_equal_the_original(tmp_path, library, size):
+    weights = original_weights(eighth_width(size))
+    library_file = save_pth(tmp_path / 'theirs.pth', rename_to_library(weights, library))
+    original_file = save_pth(tmp_path / 'original.pth', {'model': weights})
+    for expected, actual in zip(
+        compute_features(eighth_width(size), original_file), compute_features(eighth_width(size), library_file)
+    ):
+        assert torch.equal(expected, actual)
 
 
 @pytest.mark.parametrize(
@@ -82,31 +84,36 @@ def test_features_equal_those_of_the_originals_file(tmp_path, library, size):
 )
 def test_variants_of_timm(tmp_path, change):
     weights = original_weights(SMALL)
-    theirs = change(as_library(weights, 'timm 1.0.31 convnext_tiny'))
-    theirs = saved(tmp_path / 'theirs.pth', theirs)
-    original = saved(tmp_path / 'original.pth', {'model': weights})
-    for ours, other in zip(features(SMALL, original), features(SMALL, theirs)):
-        assert torch.equal(ours, other)
+    timm_file = change(rename_to_library(weights, 'timm 1.0.31 convnext_tiny'))
+    timm_file = save_pth(tmp_path / 'theirs.pth', timm_file)
+    original_file = save_pth(tmp_path / 'original.pth', {'model': weights})
+    for expected, actual in zip(compute_features(SMALL, original_file), compute_features(SMALL, timm_file)):
+        assert torch.equal(expected, actual)
 
 
-def test_dinov3_as_its_first_release_saved_it(tmp_path):
+def test_dinov3_names_of_the_first_release(tmp_path):
     weights = original_weights(SMALL)
-    theirs = {n.removeprefix('model.'): t for n, t in as_library(weights, DINOV3).items()}
-    assert 'stages.0.layers.0.gamma' in theirs and 'layer_norm.weight' in theirs
-    original = saved(tmp_path / 'original.pth', {'model': weights})
-    for ours, other in zip(features(SMALL, original), features(SMALL, saved(tmp_path / 'theirs.pth', theirs))):
-        assert torch.equal(ours, other)
+    dinov3_weights = {n.removeprefix('model.'): t for n, t in rename_to_library(weights, DINOV3).items()}
+    assert 'stages.0.layers.0.gamma' in dinov3_weights and 'layer_norm.weight' in dinov3_weights
+    original_file = save_pth(tmp_path / 'original.pth', {'model': weights})
+    for expected, actual in zip(
+        compute_features(SMALL, original_file),
+        compute_features(SMALL, save_pth(tmp_path / 'theirs.pth', dinov3_weights)),
+    ):
+        assert torch.equal(expected, actual)
 
 
-def test_a_finished_segmentor_of_transformers(tmp_path):
+def test_trained_segmentor_of_transformers(tmp_path):
     """Its backbone's norms of hidden states are our output norms."""
-    weights = as_library(original_weights(SMALL), TRANSFORMERS)
-    theirs = {n.replace('convnext.', 'backbone.'): t for n, t in weights.items() if 'convnext.layernorm' not in n}
+    weights = rename_to_library(original_weights(SMALL), TRANSFORMERS)
+    segmentor_weights = {
+        n.replace('convnext.', 'backbone.'): t for n, t in weights.items() if 'convnext.layernorm' not in n
+    }
     norms = {f'norm{i}.{leaf}': torch.rand(c) for i, c in enumerate(SMALL['channels']) for leaf in ('weight', 'bias')}
-    theirs |= {f'backbone.hidden_states_norms.stage{int(n[4]) + 1}{n[5:]}': t for n, t in norms.items()}
-    theirs['decode_head.classifier.weight'] = torch.ones(1)
+    segmentor_weights |= {f'backbone.hidden_states_norms.stage{int(n[4]) + 1}{n[5:]}': t for n, t in norms.items()}
+    segmentor_weights['decode_head.classifier.weight'] = torch.ones(1)
     model = ConvNeXt(SMALL)
-    report = load_backbone(model, saved(tmp_path / 'w.pth', theirs))
+    report = load_backbone(model, save_pth(tmp_path / 'w.pth', segmentor_weights))
     assert (
         '0 kept at initialization' in report and 'trained detector or segmentor in the names of transformers' in report
     )
@@ -119,27 +126,27 @@ def test_v2_through_every_entry_point(tmp_path):
         'fcmae': {
             'model': {n: t[0, 0] if '.grn.' in n else t for n, t in weights.items() if n[:4] not in ('head', 'norm')}
         },
-        'timm': {n: t.flatten() if '.grn.' in n else t for n, t in as_library(weights, TIMM).items()},
+        'timm': {n: t.flatten() if '.grn.' in n else t for n, t in rename_to_library(weights, TIMM).items()},
         'transformers': {
-            n.replace('convnext.', 'convnextv2.'): t for n, t in as_library(weights, TRANSFORMERS).items()
+            n.replace('convnext.', 'convnextv2.'): t for n, t in rename_to_library(weights, TRANSFORMERS).items()
         },
     }
-    expected = features(SMALL, saved(tmp_path / 'original.pth', {'model': weights}), use_grn=True)
+    expected = compute_features(SMALL, save_pth(tmp_path / 'original.pth', {'model': weights}), use_grn=True)
     for name, content in variants.items():
-        file = saved(tmp_path / f'{name}.pth', content)
+        file = save_pth(tmp_path / f'{name}.pth', content)
         assert 'V2' in open_checkpoint(file).arch
-        for ours, other in zip(expected, features(SMALL, file, use_grn=True)):
-            assert torch.equal(ours, other)
+        for e, a in zip(expected, compute_features(SMALL, file, use_grn=True)):
+            assert torch.equal(e, a)
         with pytest.raises(UsageError, match='is ConvNeXt V2'):
             plan_load(ConvNeXt(SMALL), file)
 
 
 def test_dinov3_final_norm(tmp_path):
     weights = {n: t for n, t in original_weights(SMALL).items() if not n.startswith('head.')}
-    doubled = weights | {f'norms.3.{leaf}': weights[f'norm.{leaf}'] for leaf in ('weight', 'bias')}
+    with_final_norm = weights | {f'norms.3.{leaf}': weights[f'norm.{leaf}'] for leaf in ('weight', 'bias')}
     for file, title in (
-        (saved(tmp_path / 'meta.pth', doubled), 'DINOv3 by Meta'),
-        (saved(tmp_path / 'hf.pth', as_library(weights, DINOV3)), 'DINOv3 by transformers'),
+        (save_pth(tmp_path / 'meta.pth', with_final_norm), 'DINOv3 by Meta'),
+        (save_pth(tmp_path / 'hf.pth', rename_to_library(weights, DINOV3)), 'DINOv3 by transformers'),
     ):
         model = ConvNeXt(SMALL)
         report = load_backbone(model, file)
@@ -150,16 +157,16 @@ def test_dinov3_final_norm(tmp_path):
         model = ConvNeXt(SMALL, init_cfg=dict(type='Pretrained', checkpoint=str(file), final_norm='reuse'))
         model.init_weights()
         assert torch.equal(model.norm3.bias, weights['norm.bias'])
-    del doubled['norm.bias']
+    del with_final_norm['norm.bias']
     with pytest.raises(UsageError, match='no final norm'):
-        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'none.pth', doubled), final_norm='reuse')
+        load_backbone(ConvNeXt(SMALL), save_pth(tmp_path / 'none.pth', with_final_norm), final_norm='reuse')
     with pytest.raises(UsageError, match="final_norm='keep'"):
         load_backbone(ConvNeXt(SMALL), file, final_norm='keep')
 
 
 @pytest.mark.parametrize('in_channels', [1, 2, 4, 6])
-def test_a_stem_for_other_inputs(tmp_path, in_channels):
-    file = saved(tmp_path / 'w.pth', {'model': original_weights(SMALL)})
+def test_stem_is_adapted_to_other_in_channels(tmp_path, in_channels):
+    file = save_pth(tmp_path / 'w.pth', {'model': original_weights(SMALL)})
     model = ConvNeXt(SMALL, in_channels=in_channels)
     assert f'stem is adapted from 3 to {in_channels} input channels' in load_backbone(model, file)
     rgb = torch.load(file)['model']['downsample_layers.0.0.weight']
@@ -173,7 +180,7 @@ def test_a_stem_for_other_inputs(tmp_path, in_channels):
 
 def test_containers(tmp_path):
     weights = original_weights(SMALL)
-    expected = features(SMALL, saved(tmp_path / 'original.pth', {'model': weights}))
+    expected = compute_features(SMALL, save_pth(tmp_path / 'original.pth', {'model': weights}))
     save_file(weights, tmp_path / 'w.safetensors')
     names, index = sorted(weights), {}
     for i, part in enumerate((names[::2], names[1::2])):
@@ -182,8 +189,8 @@ def test_containers(tmp_path):
     (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(dict(metadata={}, weight_map=index)))
     torch.save(weights, tmp_path / 'old.bin', _use_new_zipfile_serialization=False)
     for name in ('w.safetensors', 'model.safetensors.index.json', 'old.bin'):
-        for ours, other in zip(expected, features(SMALL, tmp_path / name)):
-            assert torch.equal(ours, other)
+        for e, a in zip(expected, compute_features(SMALL, tmp_path / name)):
+            assert torch.equal(e, a)
     (tmp_path / 'model-1.safetensors').unlink()
     with pytest.raises(UsageError, match='model-1.safetensors.*not next to it'):
         load_checkpoint(tmp_path / 'model.safetensors.index.json')
@@ -201,63 +208,65 @@ def test_containers(tmp_path):
 def test_other_precisions_are_cast(tmp_path, dtype):
     weights = {n: t.to(dtype) for n, t in original_weights(SMALL).items()}
     model = ConvNeXt(SMALL)
-    load_backbone(model, saved(tmp_path / 'w.pth', weights))
+    load_backbone(model, save_pth(tmp_path / 'w.pth', weights))
     assert torch.equal(model.stages[2][1].pwconv1.weight, weights['stages.2.1.pwconv1.weight'].float())
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
-def test_values_that_are_not_finite(tmp_path, value):
+def test_nan_and_inf_are_refused(tmp_path, value):
     weights = original_weights(SMALL)
     weights['stages.2.1.pwconv1.weight'][3, 4] = value
     with pytest.raises(UsageError, match='stages.2.1.pwconv1.weight contains NaN or Inf'):
-        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+        load_backbone(ConvNeXt(SMALL), save_pth(tmp_path / 'w.pth', weights))
 
 
 def test_large_values_are_finite(tmp_path):
     weights = original_weights(SMALL)
     weights['stages.2.1.pwconv1.weight'][:] = 3e38
-    load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+    load_backbone(ConvNeXt(SMALL), save_pth(tmp_path / 'w.pth', weights))
 
 
 def test_complex_weights(tmp_path):
     weights = {n: t.to(torch.complex64) for n, t in original_weights(SMALL).items()}
     with pytest.raises(UsageError, match='is torch.complex64: complex weights cannot be loaded'):
-        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+        load_backbone(ConvNeXt(SMALL), save_pth(tmp_path / 'w.pth', weights))
     weights = original_weights(SMALL)
     weights['norm.bias'] = torch.ones(32, dtype=torch.complex64).conj()
     with pytest.raises(UsageError, match='a conjugate or negative view'):
-        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+        load_backbone(ConvNeXt(SMALL), save_pth(tmp_path / 'w.pth', weights))
 
 
 def test_quantized_weights(tmp_path):
     weights = {n: (t * 100).to(torch.int8) for n, t in original_weights(SMALL).items()}
     with pytest.raises(UsageError, match='int8'):
-        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+        load_backbone(ConvNeXt(SMALL), save_pth(tmp_path / 'w.pth', weights))
     weights = {n: t.to(torch.float8_e4m3fn) for n, t in original_weights(SMALL).items()}
     with pytest.raises(UsageError, match='float8'):
-        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+        load_backbone(ConvNeXt(SMALL), save_pth(tmp_path / 'w.pth', weights))
 
 
 def test_error_names_likely_cause(tmp_path):
-    weights = original_weights(scaled('small'))
+    weights = original_weights(eighth_width('small'))
     with pytest.raises(
         UsageError, match=r'is ConvNeXt depths \(3, 3, 27, 3\).* does not fit the config.*\(3, 3, 9, 3\)'
     ):
-        load_backbone(ConvNeXt(scaled('tiny')), saved(tmp_path / 'w.pth', weights))
+        load_backbone(ConvNeXt(eighth_width('tiny')), save_pth(tmp_path / 'w.pth', weights))
     weights = original_weights(SMALL)
     weights['stages.2.1.pwconv_1.weight'] = weights.pop('stages.2.1.pwconv1.weight')
     with pytest.raises(
         UsageError, match=r'1 missing \(stages.2.1.pwconv1.weight \(did you mean stages.2.1.pwconv_1.weight\?\)'
     ):
-        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
-    finished = {f'backbone.{n}': t for n, t in original_weights(SMALL).items() if n[:4] not in ('norm', 'head')}
-    report = load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'd.pth', {**finished, 'neck.weight': torch.ones(1)}))
+        load_backbone(ConvNeXt(SMALL), save_pth(tmp_path / 'w.pth', weights))
+    detector_weights = {f'backbone.{n}': t for n, t in original_weights(SMALL).items() if n[:4] not in ('norm', 'head')}
+    report = load_backbone(
+        ConvNeXt(SMALL), save_pth(tmp_path / 'd.pth', {**detector_weights, 'neck.weight': torch.ones(1)})
+    )
     assert 'the backbone of a trained detector' in report
-    two = {f'{who}.{n}': t for who in ('student', 'teacher') for n, t in original_weights(SMALL).items()}
+    two_models = {f'{role}.{n}': t for role in ('student', 'teacher') for n, t in original_weights(SMALL).items()}
     with pytest.raises(UsageError, match=r'several ConvNeXts \(student., teacher.\)'):
-        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 't.pth', two))
+        load_backbone(ConvNeXt(SMALL), save_pth(tmp_path / 't.pth', two_models))
     with pytest.raises(UsageError, match='no ConvNeXt weights by the names in it .*layer1'):
-        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'r.pth', {'layer1.0.conv1.weight': torch.ones(1)}))
+        load_backbone(ConvNeXt(SMALL), save_pth(tmp_path / 'r.pth', {'layer1.0.conv1.weight': torch.ones(1)}))
 
 
 FOREIGN_FILES = {
@@ -282,26 +291,26 @@ def test_foreign_file_types_are_named(tmp_path, message):
         load_checkpoint(tmp_path / 'w.pth')
 
 
-def test_false_safetensors_header_is_refused(tmp_path):
-    """Lengths in a header neither hang nor allocate."""
-    lie = b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'
-    (tmp_path / 'w.safetensors').write_bytes(len(lie).to_bytes(8, 'little') + lie + bytes(64))
-    (tmp_path / 'v.safetensors').write_bytes((2**62).to_bytes(8, 'little') + lie)
+def test_safetensors_header_with_false_lengths_is_refused(tmp_path):
+    """False lengths in a header must not hang or allocate memory."""
+    header = b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'
+    (tmp_path / 'w.safetensors').write_bytes(len(header).to_bytes(8, 'little') + header + bytes(64))
+    (tmp_path / 'v.safetensors').write_bytes((2**62).to_bytes(8, 'little') + header)
     for name in ('w', 'v'):
         with pytest.raises(UsageError, match='cannot be read safely'):
             load_checkpoint(tmp_path / f'{name}.safetensors')
 
 
-def attempt(file, expected, model=None) -> bool:
-    """Whether a file loads; if so, whole and with the values of `expected`; if not, nothing is changed. A model may be
-    used again as long as nothing loads."""
+def try_load(file, expected, model=None) -> bool:
+    """Whether a file loads. Asserts that the values are `expected` if it does, and that nothing changed if not. A model
+    may be reused as long as nothing loads."""
     model = model or ConvNeXt(SMALL)
-    before = {n: t.clone() for n, t in model.state_dict().items()}
+    initial = {n: t.clone() for n, t in model.state_dict().items()}
     try:
         load_backbone(model, file)
     except UsageError as error:
         assert '\n' not in str(error)
-        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+        assert all(torch.equal(t, initial[n]) for n, t in model.state_dict().items())
         return False
     if expected is not None:
         for n, t in model.state_dict().items():
@@ -312,8 +321,10 @@ def attempt(file, expected, model=None) -> bool:
 @pytest.mark.parametrize('library', [None, *REFERENCE])
 def test_every_damaged_tensor_is_refused(tmp_path, library):
     weights = original_weights(SMALL)
-    names = weights if library is None else as_library(weights, library)
-    trunk = {n for n in names if not re.search(r'^(norm3?|head|classifier|convnext\.layernorm|layer_norm)\.', n)}
+    library_weights = weights if library is None else rename_to_library(weights, library)
+    trunk = {
+        n for n in library_weights if not re.search(r'^(norm3?|head|classifier|convnext\.layernorm|layer_norm)\.', n)
+    }
     changes = [
         lambda w, n: w.pop(n),
         lambda w, n: w.update({f'{n}_': w.pop(n)}),
@@ -324,11 +335,11 @@ def test_every_damaged_tensor_is_refused(tmp_path, library):
     model = ConvNeXt(SMALL)
     for name in trunk:
         for change in changes:
-            damaged = dict(names)
-            change(damaged, name)
-            # A vector that lies otherwise, (1, 1, C) for (C, 1, 1), is no damage: it loads right.
-            loads = attempt(saved(tmp_path / 'w.pth', damaged), weights, model)
-            assert not loads or name.endswith('layer_scale'), name
+            damaged_weights = dict(library_weights)
+            change(damaged_weights, name)
+            # A vector with another shape, (1, 1, C) instead of (C, 1, 1), loads correctly.
+            is_loaded = try_load(save_pth(tmp_path / 'w.pth', damaged_weights), weights, model)
+            assert not is_loaded or name.endswith('layer_scale'), name
 
 
 @pytest.mark.parametrize(
@@ -343,73 +354,73 @@ def test_every_damaged_tensor_is_refused(tmp_path, library):
 )
 def test_partial_output_norms_are_refused(tmp_path, change):
     weights = {f'backbone.{n}': t for n, t in ConvNeXt(SMALL).state_dict().items()} | {'neck.weight': torch.ones(1)}
-    assert '0 kept at initialization' in load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+    assert '0 kept at initialization' in load_backbone(ConvNeXt(SMALL), save_pth(tmp_path / 'w.pth', weights))
     change(weights)
     with pytest.raises(UsageError, match=r'norm\d.w'):
-        load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', weights))
+        load_backbone(ConvNeXt(SMALL), save_pth(tmp_path / 'w.pth', weights))
 
 
-def test_values_of_numpy_beside_weights(tmp_path):
-    """As mmengine keeps them: the best score so far, of any type."""
+def test_numpy_values_in_meta(tmp_path):
+    """As in mmengine's checkpoints: the best score so far, of any type."""
     content = {'state_dict': original_weights(SMALL)}
     content |= {'meta': [np.float32(1), np.bool_(True), np.int32(3), np.str_('x'), np.ones(2, np.float32)]}
-    load_backbone(ConvNeXt(SMALL), saved(tmp_path / 'w.pth', content))
+    load_backbone(ConvNeXt(SMALL), save_pth(tmp_path / 'w.pth', content))
 
 
 @pytest.mark.parametrize('ending', ['.pth', '.safetensors', '.bin'])
 def test_damaged_files_are_refused_or_load_correctly(tmp_path, ending):
-    """Cut off at every tensor's end and elsewhere, and with bytes of the structure flipped."""
+    """Files cut at every tensor's end and elsewhere, and with flipped bits."""
     weights = original_weights(SMALL)
-    whole = tmp_path / f'whole{ending}'
+    valid_file = tmp_path / f'whole{ending}'
     if ending == '.safetensors':
-        save_file(weights, whole)
+        save_file(weights, valid_file)
     else:
-        torch.save(weights, whole, _use_new_zipfile_serialization=ending == '.pth')
-    data, file = whole.read_bytes(), tmp_path / f'w{ending}'
+        torch.save(weights, valid_file, _use_new_zipfile_serialization=ending == '.pth')
+    data, file = valid_file.read_bytes(), tmp_path / f'w{ending}'
     generator = torch.Generator().manual_seed(0)
-    ends, at = set(), 0
-    for tensor in weights.values():  # where a tensor's bytes end, wherever the container put them
-        at = data.find(tensor.contiguous().numpy().tobytes())
-        ends.add(at + tensor.numel() * 4)
-    ends |= set(torch.randint(0, len(data), (100,), generator=generator).tolist())
-    whole_model = ConvNeXt(SMALL)
-    for end in sorted(ends):
-        if end < len(data):
-            file.write_bytes(data[:end])
-            assert not attempt(file, weights, whole_model), end
+    cuts, start = set(), 0
+    for tensor in weights.values():  # offset of the end of each tensor in the file
+        start = data.find(tensor.contiguous().numpy().tobytes())
+        cuts.add(start + tensor.numel() * 4)
+    cuts |= set(torch.randint(0, len(data), (100,), generator=generator).tolist())
+    unloaded_model = ConvNeXt(SMALL)
+    for cut in sorted(cuts):
+        if cut < len(data):
+            file.write_bytes(data[:cut])
+            assert not try_load(file, weights, unloaded_model), cut
     structure = len(data) // 8 if ending == '.safetensors' else len(data)
     for _ in range(400):
-        damaged = bytearray(data)
-        place = int(torch.randint(0, structure, (1,), generator=generator))
-        damaged[place] ^= 1 << int(torch.randint(0, 8, (1,), generator=generator))
-        file.write_bytes(damaged)
+        damaged_data = bytearray(data)
+        pos = int(torch.randint(0, structure, (1,), generator=generator))
+        damaged_data[pos] ^= 1 << int(torch.randint(0, 8, (1,), generator=generator))
+        file.write_bytes(damaged_data)
         model = ConvNeXt(SMALL)
-        if attempt(file, None, model):
-            different = [(t != weights[n]).sum() for n, t in model.state_dict().items() if not n.startswith('norm')]
-            # Torch's own files have sums; in the others a flip among the values is another value, and no more.
-            assert sum(different) <= (0 if ending == '.pth' else 1), place
+        if try_load(file, None, model):
+            n_different = [(t != weights[n]).sum() for n, t in model.state_dict().items() if not n.startswith('norm')]
+            # torch's files have checksums; in the others a flipped bit changes one value at most.
+            assert sum(n_different) <= (0 if ending == '.pth' else 1), pos
 
 
 @pytest.mark.parametrize('grn', [False, True])
 def test_conversion_round_trip(tmp_path, grn):
     weights = original_weights(SMALL, grn)
     (tmp_path / 'in').mkdir()
-    first = saved(tmp_path / 'in/original.pth', {'model': weights})
-    files = {'original': first}
+    original = save_pth(tmp_path / 'in/original.pth', {'model': weights})
+    files = {'original': original}
     for target in EXPORT_FORMATS:
         files[target] = tmp_path / f'{target}{".safetensors" if target == "safetensors" else ".pth"}'
-        assert convert(first, files[target], target) == len(weights)
+        assert convert(original, files[target], target) == len(weights)
     for source, file in files.items():
         for target in EXPORT_FORMATS:
-            there, back = tmp_path / f'{source}-{target}.pth', tmp_path / f'{source}-{target}-back.pth'
-            convert(file, there, target)
-            convert(there, back, 'original')
-            actual = torch.load(back)['model']
+            converted, converted_back = tmp_path / f'{source}-{target}.pth', tmp_path / f'{source}-{target}-back.pth'
+            convert(file, converted, target)
+            convert(converted, converted_back, 'original')
+            actual = torch.load(converted_back)['model']
             assert actual.keys() == weights.keys()
             assert all(torch.equal(actual[n], weights[n]) and actual[n].shape == weights[n].shape for n in weights)
-    names = as_library(weights, TIMM)
+    names = rename_to_library(weights, TIMM)
     assert torch.load(files['timm']).keys() == names.keys()
-    names = {n.replace('convnext.', 'convnextv2.') if grn else n for n in as_library(weights, TRANSFORMERS)}
+    names = {n.replace('convnext.', 'convnextv2.') if grn else n for n in rename_to_library(weights, TRANSFORMERS)}
     assert torch.load(files['transformers']).keys() == names
     assert load_file(files['safetensors']).keys() == weights.keys()
 
@@ -417,7 +428,7 @@ def test_conversion_round_trip(tmp_path, grn):
 def test_shared_tensors_convert(tmp_path):
     weights = original_weights(SMALL)
     weights['stages.2.1.gamma'] = weights['stages.2.0.gamma']
-    file = saved(tmp_path / 'w.pth', {'model': weights})
+    file = save_pth(tmp_path / 'w.pth', {'model': weights})
     convert(file, tmp_path / 'out.safetensors', 'safetensors')
     actual = load_file(tmp_path / 'out.safetensors')
     assert all(torch.equal(actual[n], t) for n, t in weights.items()) and actual.keys() == weights.keys()
@@ -427,7 +438,7 @@ def test_damaged_weights_do_not_convert(tmp_path):
     weights = original_weights(SMALL)
     weights['stages.2.1.gamma'][3] = float('nan')
     with pytest.raises(UsageError, match='stages.2.1.gamma contains NaN or Inf'):
-        convert(saved(tmp_path / 'w.pth', {'model': weights}), tmp_path / 'out.pth', 'timm')
+        convert(save_pth(tmp_path / 'w.pth', {'model': weights}), tmp_path / 'out.pth', 'timm')
     assert not (tmp_path / 'out.pth').exists()
 
 
@@ -441,20 +452,20 @@ def test_shards_must_match_their_index(tmp_path):
 
 
 def test_lossy_conversion_is_refused(tmp_path):
-    file = saved(tmp_path / 'w.pth', {'model': original_weights(SMALL)})
+    file = save_pth(tmp_path / 'w.pth', {'model': original_weights(SMALL)})
     with pytest.raises(UsageError, match='already exists'):
         convert(file, file, 'timm')
     with pytest.raises(UsageError, match='cannot be written'):
         convert(file, tmp_path / 'no/where.pth', 'timm')
-    ours = saved(tmp_path / 'ours.pth', ConvNeXt(SMALL).state_dict())
+    with_output_norms = save_pth(tmp_path / 'ours.pth', ConvNeXt(SMALL).state_dict())
     with pytest.raises(UsageError, match='norm0.weight, which timm has no name for'):
-        convert(ours, tmp_path / 'out.pth', 'timm')
+        convert(with_output_norms, tmp_path / 'out.pth', 'timm')
     detector = {f'backbone.{n}': t for n, t in original_weights(SMALL).items()} | {'neck.weight': torch.ones(1)}
     with pytest.raises(UsageError, match=r'more than a ConvNeXt \(1 tensors, such as neck.weight'):
-        convert(saved(tmp_path / 'd.pth', detector), tmp_path / 'out.pth', 'timm')
-    both = {'model': original_weights(SMALL), 'model_ema': original_weights(SMALL)}
+        convert(save_pth(tmp_path / 'd.pth', detector), tmp_path / 'out.pth', 'timm')
+    with_ema = {'model': original_weights(SMALL), 'model_ema': original_weights(SMALL)}
     with pytest.raises(UsageError, match="those of 'model_ema'"):
-        convert(saved(tmp_path / 'b.pth', both), tmp_path / 'out.pth', 'timm')
+        convert(save_pth(tmp_path / 'b.pth', with_ema), tmp_path / 'out.pth', 'timm')
     assert not (tmp_path / 'out.pth').exists() and not list(tmp_path.glob('*.part'))
 
 
@@ -467,12 +478,12 @@ def test_naming_is_bijective():
 
 
 class Server(BaseHTTPRequestHandler):
-    asked, content, message = 0, b'', None
+    n_requests, content, content_length = 0, b'', None
 
     def do_GET(self):
-        type(self).asked += 1
+        type(self).n_requests += 1
         self.send_response(200)
-        self.send_header('Content-Length', str(self.message or len(self.content)))
+        self.send_header('Content-Length', str(self.content_length or len(self.content)))
         self.end_headers()
         self.wfile.write(self.content)
 
@@ -487,17 +498,17 @@ def server(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
     handler.address = f'http://127.0.0.1:{server.server_port}'
-    handler.content = saved(tmp_path / 'served.pth', {'model': original_weights(SMALL)}).read_bytes()
+    handler.content = save_pth(tmp_path / 'served.pth', {'model': original_weights(SMALL)}).read_bytes()
     yield handler
     server.shutdown()
 
 
-def test_a_download(server):
+def test_download(server):
     url = f'{server.address}/convnext.pth'
     load_backbone(ConvNeXt(SMALL), url)
     file = hub.download(url)
-    assert file.read_bytes() == server.content and server.asked == 1
-    assert {f.name for f in file.parent.iterdir()} == {file.name, f'.{file.name}.lock'}  # no part is left
+    assert file.read_bytes() == server.content and server.n_requests == 1
+    assert {f.name for f in file.parent.iterdir()} == {file.name, f'.{file.name}.lock'}  # no partial file is left
 
 
 def test_concurrent_downloads_wait(server):
@@ -505,7 +516,7 @@ def test_concurrent_downloads_wait(server):
     threads = [threading.Thread(target=lambda: files.append(hub.download(f'{server.address}/w.pth'))) for _ in range(4)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert server.asked == 1 and len(set(files)) == 1
+    assert server.n_requests == 1 and len(set(files)) == 1
 
 
 def downloaded_files(tmp_path) -> list[Path]:
@@ -521,7 +532,7 @@ def test_truncated_download_is_refused_and_removed(server, tmp_path, kind, cut):
     else:
         torch.save(weights, tmp_path / 'served.pth', _use_new_zipfile_serialization=kind == 'zip')
     content = (tmp_path / 'served.pth').read_bytes()
-    server.content, server.message = content[:-cut], len(content)
+    server.content, server.content_length = content[:-cut], len(content)
     with pytest.raises(UsageError, match=rf'^{server.address}/w.pth cannot be read .* download .*again') as error:
         hub.download(f'{server.address}/w.pth')
     assert '\n' not in str(error.value) and downloaded_files(tmp_path) == []
@@ -547,7 +558,7 @@ def test_processes_download_once(server, tmp_path):
     code += f'print(hub.download("{server.address}/w.pth"))'
     processes = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, cwd=ROOT) for _ in range(3)]
     paths = {process.communicate()[0] for process in processes}
-    assert server.asked == 1 and len(paths) == 1 and [process.returncode for process in processes] == [0, 0, 0]
+    assert server.n_requests == 1 and len(paths) == 1 and [process.returncode for process in processes] == [0, 0, 0]
 
 
 def test_date_in_name_is_no_hash(server):
@@ -557,8 +568,8 @@ def test_date_in_name_is_no_hash(server):
 def test_hash_in_name_is_checked(server):
     import hashlib
 
-    mark = hashlib.sha256(server.content).hexdigest()[:8]
-    assert hub.download(f'{server.address}/w-{mark}.pth').exists()
+    digest = hashlib.sha256(server.content).hexdigest()[:8]
+    assert hub.download(f'{server.address}/w-{digest}.pth').exists()
 
 
 def test_gated_weights_are_not_downloaded():
@@ -569,7 +580,7 @@ def test_gated_weights_are_not_downloaded():
 
 def test_command_line_tool(run_tool, tmp_path):
     weights = original_weights('atto', head=10)
-    saved(tmp_path / 'w.pth', {'model': weights})
+    save_pth(tmp_path / 'w.pth', {'model': weights})
     process = run_tool('weights.py', 'inspect', 'w.pth', '--table')
     assert process.returncode == 0, process.stderr
     for words in (

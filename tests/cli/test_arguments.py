@@ -1,4 +1,4 @@
-"""The arguments that the tools share: old spellings, --debug, tracebacks."""
+"""The arguments that the tools share: renamed options, --debug, tracebacks."""
 
 import pytest
 
@@ -11,7 +11,7 @@ DEMO = ROOT / 'configs/demo/mask_rcnn.py'
 
 
 @pytest.mark.parametrize('old, new', RENAMED_OPTIONS.items())
-def test_old_spelling_of_an_option_works_with_one_warning(old, new, capsys):
+def test_renamed_option_works_with_one_warning(old, new, capsys):
     parser = ArgumentParser()
     parser.add_argument(new)
     dest = new.lstrip('-').replace('-', '_')
@@ -22,7 +22,7 @@ def test_old_spelling_of_an_option_works_with_one_warning(old, new, capsys):
     assert old not in parser.format_help()
 
 
-def test_renamed_options_are_left_alone_where_they_are_something_else(capsys):
+def test_old_option_names_are_not_replaced_in_other_parsers(capsys):
     parser = ArgumentParser()
     parser.add_argument('--keep')
     parser.add_argument('rest', nargs='*')
@@ -32,7 +32,7 @@ def test_renamed_options_are_left_alone_where_they_are_something_else(capsys):
         parser.parse_args(['--log-to', 'wandb'])  # without --loggers it is unknown
 
 
-def test_old_spelling_in_a_group_and_in_a_subcommand(capsys):
+def test_renamed_options_in_groups_and_subcommands(capsys):
     parser = ArgumentParser()
     add_data_arguments(parser)
     assert parser.parse_args(['--val-share', '0.2']).val_fraction == 0.2
@@ -42,7 +42,7 @@ def test_old_spelling_in_a_group_and_in_a_subcommand(capsys):
     assert capsys.readouterr().err.count('warning: ') == 2
 
 
-def test_old_keys_of_a_config_are_read_with_a_warning(tmp_path, capsys):
+def test_renamed_config_keys_work_with_a_warning(tmp_path, capsys):
     (tmp_path / 'c.py').write_text(f"_base_ = '{DEMO}'\nmax_bad_images = 3\n")
     config = load_config(str(tmp_path / 'c.py'), {})
     assert config.max_unreadable == 3 and 'max_bad_images' not in config
@@ -58,13 +58,13 @@ def test_old_keys_of_a_config_are_read_with_a_warning(tmp_path, capsys):
     assert load_config(str(DEMO), {'max_unreadable': 4}).max_unreadable == 4
 
 
-def test_debug_in_the_environment(run_tool):
-    for env, traceback in (
+def test_debug_environment_variable(run_tool):
+    for env, has_traceback in (
         ({}, False),
         (dict(CONVNEXT_DENSE_DEBUG='0'), False),
         (dict(CONVNEXT_DENSE_DEBUG='1'), True),
     ):
         process = run_tool('complexity.py', 'nope.py', **env)
-        assert process.returncode == 2 and ('Traceback' in process.stderr) == traceback
+        assert process.returncode == 2 and ('Traceback' in process.stderr) == has_traceback
         assert process.stderr.splitlines()[-1].startswith("error: no config 'nope.py'")
     assert 'CONVNEXT_DENSE_DEBUG=1' in run_tool('complexity.py', '--help').stdout

@@ -1,5 +1,5 @@
-"""What a user of the command line meets: misspelt arguments, closed output, full disks, bugs of their own, a second run
-in a work dir, a Python without the environment."""
+"""Errors and exit codes of the command line: misspelled arguments, closed output, full disks, bugs in user modules, a
+second run in a work dir, a Python without torch."""
 
 import errno
 import inspect
@@ -32,8 +32,8 @@ from helpers.tools import one_line_error
 
 TOOLS = ROOT / 'tools'
 DEMO = ROOT / 'configs/demo/mask_rcnn.py'
-QUICK = ['train_cfg.max_epochs=1', 'train_cfg.val_interval=9', 'default_hooks.checkpoint.interval=1']
-QUICK += [
+QUICK_OPTIONS = ['train_cfg.max_epochs=1', 'train_cfg.val_interval=9', 'default_hooks.checkpoint.interval=1']
+QUICK_OPTIONS += [
     'train_dataloader.num_workers=0',
     'train_dataloader.persistent_workers=False',
     'default_hooks.logger.interval=1',
@@ -48,7 +48,7 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    'tool, args, near',
+    'tool, args, suggestion',
     [
         ('train.py', ['c.py', '--resum'], '--resume'),
         ('train.py', ['c.py', '--cfg-option', 'a=1'], '--cfg-options'),
@@ -58,12 +58,12 @@ def data(tmp_path_factory):
         ('plot_run.py', ['x', '--smoth', '1'], '--smooth'),
     ],
 )
-def test_a_misspelt_option_gets_the_nearest_one(run_tool, tool, args, near):
+def test_misspelled_option_suggests_the_closest_match(run_tool, tool, args, suggestion):
     process = run_tool(tool, *args)
-    assert process.returncode == 2 and process.stderr.splitlines()[-1].endswith(f' (did you mean {near}?)')
+    assert process.returncode == 2 and process.stderr.splitlines()[-1].endswith(f' (did you mean {suggestion}?)')
 
 
-def test_debug_shows_the_traceback_behind_a_line(run_tool):
+def test_debug_shows_the_traceback(run_tool):
     assert 'Traceback' not in run_tool('complexity.py', 'nope.py').stderr
     process = run_tool('complexity.py', 'nope.py', '--debug')
     assert process.returncode == 2 and 'Traceback' in process.stderr
@@ -82,17 +82,17 @@ def test_debug_shows_the_traceback_behind_a_line(run_tool):
         (ValueError('a bug'), None, ''),
     ],
 )
-def test_errors_that_end_in_one_line(error, code, words):
-    """Raised in a file of the package, not in this one, which would be a user's module."""
-    raising = compile('raise error', str(ROOT / 'convnext_dense/errors.py'), 'exec')
+def test_error_messages_and_exit_codes(error, code, words):
+    """Raised in a file of the package: this file would count as a user's module."""
+    raise_code = compile('raise error', str(ROOT / 'convnext_dense/errors.py'), 'exec')
     try:
-        exec(raising, {'error': error, '__name__': 'convnext_dense.errors'})
-    except BaseException as raised:
-        ending = _message_and_code(raised.with_traceback(raised.__traceback__.tb_next))
+        exec(raise_code, {'error': error, '__name__': 'convnext_dense.errors'})
+    except BaseException as exc:
+        message_and_code = _message_and_code(exc.with_traceback(exc.__traceback__.tb_next))
     if code is None:
-        assert ending is None
+        assert message_and_code is None
     else:
-        assert ending[1] == code and ending[0].startswith(words)
+        assert message_and_code[1] == code and message_and_code[0].startswith(words)
 
 
 def test_printable():
@@ -108,7 +108,7 @@ IMPORTS = """
 custom_imports = dict(
     imports=['convnext_dense', 'convnext_dense.models.fp32_heads', 'mine'], allow_failed_imports=False)
 """
-MINE = {  # a module of the user's, and how it fails
+USER_MODULES = {  # source of a user module, and the error that it raises
     'at import': ('value = {}["missing"]', 'KeyError'),
     'when it is built': (
         'from mmengine.hooks import Hook\n'
@@ -131,14 +131,14 @@ MINE = {  # a module of the user's, and how it fails
 }
 
 
-@pytest.mark.parametrize('case', MINE)
-def test_a_bug_in_a_module_of_the_users_keeps_its_traceback(run_tool, tmp_path, data, case):
-    text, kind = MINE[case]
+@pytest.mark.parametrize('case', USER_MODULES)
+def test_bug_in_a_user_module_shows_its_traceback(run_tool, tmp_path, data, case):
+    text, kind = USER_MODULES[case]
     (tmp_path / 'mine.py').write_text(text)
     hook = '' if case == 'at import' else "custom_hooks = [dict(type='Mine')]\n"
     (tmp_path / 'c.py').write_text(f"_base_ = '{DEMO}'\n{IMPORTS}{hook}")
     process = run_tool(
-        'train.py', 'c.py', '--work-dir', 'run', '--cfg-options', *QUICK, SHAPES_ROOT=data, PYTHONPATH=tmp_path
+        'train.py', 'c.py', '--work-dir', 'run', '--cfg-options', *QUICK_OPTIONS, SHAPES_ROOT=data, PYTHONPATH=tmp_path
     )
     assert process.returncode == 1, process.stderr[-3000:]
     assert 'Traceback' in process.stderr and 'mine.py' in process.stderr, process.stderr[-3000:]
@@ -146,21 +146,21 @@ def test_a_bug_in_a_module_of_the_users_keeps_its_traceback(run_tool, tmp_path, 
 
 
 def test_lost_connection_shows_traceback_with_debug(run_tool, tmp_path, data):
-    lost = "raise TimeoutError(110, 'Connection timed out')"
-    (tmp_path / 'mine.py').write_text(MINE['when it runs'][0].replace("runner + 'text'", lost))
+    raise_statement = "raise TimeoutError(110, 'Connection timed out')"
+    (tmp_path / 'mine.py').write_text(USER_MODULES['when it runs'][0].replace("runner + 'text'", raise_statement))
     (tmp_path / 'c.py').write_text(f"_base_ = '{DEMO}'\n{IMPORTS}custom_hooks = [dict(type='Mine')]\n")
-    for more in ((), ('--debug',)):
+    for extra_args in ((), ('--debug',)):
         process = run_tool(
-            *('train.py', 'c.py', '--work-dir', f'run{len(more)}', *more, '--cfg-options', *QUICK),
+            *('train.py', 'c.py', '--work-dir', f'run{len(extra_args)}', *extra_args, '--cfg-options', *QUICK_OPTIONS),
             **dict(SHAPES_ROOT=data, PYTHONPATH=tmp_path),
         )
         assert process.returncode == 1
         words = 'error: a connection of mine was lost (TimeoutError: [Errno 110] Connection timed out)'
         assert process.stderr.splitlines()[-1].startswith(words), process.stderr[-3000:]
-        assert ('Traceback' in process.stderr) == bool(more)
+        assert ('Traceback' in process.stderr) == bool(extra_args)
 
 
-COUNTS = """
+COUNT_READS = """
 import os, sys
 
 def count(event, args):
@@ -171,35 +171,40 @@ sys.addaudithook(count)
 """
 
 
-def test_a_checkpoint_is_read_once_by_each_run(run_tool, tmp_path, data):
-    """It is opened as often as by the tool that does nothing else, pretrained weights and custom data or not."""
-    (tmp_path / 'sitecustomize.py').write_text(COUNTS)
+def test_checkpoints_are_read_once_per_run(run_tool, tmp_path, data):
+    """Opened as often as by `weights.py inspect`, with and without pretrained weights and custom data."""
+    (tmp_path / 'sitecustomize.py').write_text(COUNT_READS)
     torch.save(ConvNeXt('atto').state_dict(), tmp_path / 'pretrained.pth')
     init_cfg = "dict(type='PretrainedConvNeXt', checkpoint='pretrained.pth')"
     (tmp_path / 'mine.py').write_text(f"_base_ = '{DEMO}'\nmodel = dict(backbone=dict(init_cfg={init_cfg}))")
     env = dict(SHAPES_ROOT=data, PYTHONPATH=tmp_path)
-    first = run_tool('train.py', 'mine.py', '--data', data, '--work-dir', 'run', '--cfg-options', *QUICK, **env)
-    assert first.returncode == 0, first.stderr[-3000:]
-    checkpoint, longer = 'run/epoch_1.pth', ['train_cfg.max_epochs=2', *QUICK[1:]]
-    once = run_tool('weights.py', 'inspect', checkpoint, **env).stderr.count('opened epoch_1.pth')
-    assert first.stderr.count('opened pretrained.pth') == once > 0
+    train_process = run_tool(
+        'train.py', 'mine.py', '--data', data, '--work-dir', 'run', '--cfg-options', *QUICK_OPTIONS, **env
+    )
+    assert train_process.returncode == 0, train_process.stderr[-3000:]
+    checkpoint, two_epochs = 'run/epoch_1.pth', ['train_cfg.max_epochs=2', *QUICK_OPTIONS[1:]]
+    n_reads = run_tool('weights.py', 'inspect', checkpoint, **env).stderr.count('opened epoch_1.pth')
+    assert train_process.stderr.count('opened pretrained.pth') == n_reads > 0
     for command, n_pretrained in (
-        (('train.py', 'mine.py', '--data', data, '--work-dir', 'run', '--resume', '--cfg-options', *longer), once),
-        (('train.py', DEMO, '--work-dir', 'new', '--cfg-options', *QUICK, f'load_from={checkpoint}'), 0),
+        (
+            ('train.py', 'mine.py', '--data', data, '--work-dir', 'run', '--resume', '--cfg-options', *two_epochs),
+            n_reads,
+        ),
+        (('train.py', DEMO, '--work-dir', 'new', '--cfg-options', *QUICK_OPTIONS, f'load_from={checkpoint}'), 0),
         (('test.py', 'mine.py', checkpoint), 0),
     ):
         process = run_tool(*command, **env)
         assert process.returncode == 0, process.stderr[-3000:]
-        assert process.stderr.count('opened epoch_1.pth') == once, command
+        assert process.stderr.count('opened epoch_1.pth') == n_reads, command
         assert process.stderr.count('opened pretrained.pth') == n_pretrained, command
         assert (process.stdout + process.stderr).count(f'ConvNeXt on this CPU: {dispatch.backend_summary()}') == 1
 
 
-def test_a_wrong_argument_of_a_users_class_is_bad_input(run_tool, tmp_path, data):
-    (tmp_path / 'mine.py').write_text(MINE['when it is built'][0].replace('self)', 'self, pace=1)'))
+def test_wrong_argument_of_a_user_class_is_a_one_line_error(run_tool, tmp_path, data):
+    (tmp_path / 'mine.py').write_text(USER_MODULES['when it is built'][0].replace('self)', 'self, pace=1)'))
     (tmp_path / 'c.py').write_text(f"_base_ = '{DEMO}'\n{IMPORTS}custom_hooks = [dict(type='Mine', speed=3)]\n")
     process = run_tool(
-        'train.py', 'c.py', '--work-dir', 'run', '--cfg-options', *QUICK, SHAPES_ROOT=data, PYTHONPATH=tmp_path
+        'train.py', 'c.py', '--work-dir', 'run', '--cfg-options', *QUICK_OPTIONS, SHAPES_ROOT=data, PYTHONPATH=tmp_path
     )
     one_line_error(process, 'the config cannot be built', "unexpected keyword argument 'speed'")
 
@@ -212,50 +217,50 @@ def test_a_wrong_argument_of_a_users_class_is_bad_input(run_tool, tmp_path, data
         ("param_scheduler = [dict(type='StepLR')]", "missing 1 required positional argument: 'step_size'"),
     ],
 )
-def test_a_wrong_argument_of_what_is_built_late_is_bad_input(setting, words, run_tool, tmp_path, data):
+def test_wrong_argument_of_a_late_built_object_is_a_one_line_error(setting, words, run_tool, tmp_path, data):
     (tmp_path / 'c.py').write_text(f"_base_ = '{DEMO}'\n{setting}\n")
-    process = run_tool('train.py', 'c.py', '--work-dir', 'run', '--cfg-options', *QUICK, SHAPES_ROOT=data)
+    process = run_tool('train.py', 'c.py', '--work-dir', 'run', '--cfg-options', *QUICK_OPTIONS, SHAPES_ROOT=data)
     assert process.returncode == 2 and 'Traceback' not in process.stderr, process.stderr[-2000:]
     assert re.search(f'^error: the config cannot be built: .*{words}', process.stderr.splitlines()[-1])
 
 
-# ---- output that nobody reads ---------------------------------------------------------------------------------------
+# ---- closed output ---------------------------------------------------------------------------------------------------
 
 
-def shell(command: str, folder: Path, **env) -> subprocess.CompletedProcess:
+def run_shell(command: str, folder: Path, **env) -> subprocess.CompletedProcess:
     return subprocess.run(
         ['bash', '-c', command], cwd=folder, text=True, capture_output=True, timeout=300, env={**os.environ, **env}
     )
 
 
-def test_closed_pipe_ends_quietly(tmp_path):
-    """`| head -1` ends a table without a word."""
-    done = shell(f'{sys.executable} {TOOLS}/weights.py list | head -1; echo "${{PIPESTATUS[0]}}"', tmp_path)
-    assert done.stderr == '' and done.stdout.splitlines()[0].startswith('name')
-    done = shell(f'{sys.executable} -u {TOOLS}/weights.py list | true; echo "${{PIPESTATUS[0]}}"', tmp_path)
-    assert done.stderr == '' and done.stdout.strip() in ('0', '141')
+def test_closed_pipe_ends_silently(tmp_path):
+    """`| head -1` ends a table without an error message."""
+    process = run_shell(f'{sys.executable} {TOOLS}/weights.py list | head -1; echo "${{PIPESTATUS[0]}}"', tmp_path)
+    assert process.stderr == '' and process.stdout.splitlines()[0].startswith('name')
+    process = run_shell(f'{sys.executable} -u {TOOLS}/weights.py list | true; echo "${{PIPESTATUS[0]}}"', tmp_path)
+    assert process.stderr == '' and process.stdout.strip() in ('0', '141')
 
 
-@pytest.mark.parametrize('how', ['| head -1', '>&- 2>&-', '2>&-', '> /dev/full'])
-def test_training_continues_after_pipe_closes(tmp_path, data, how):
-    train = f'{sys.executable} {TOOLS}/train.py {DEMO} --work-dir run --cfg-options {" ".join(QUICK)}'
-    done = shell(f'{train} {how}; echo "ended with ${{PIPESTATUS[0]}}"', tmp_path, SHAPES_ROOT=str(data))
-    assert (tmp_path / 'run/epoch_1.pth').exists(), done.stderr[-3000:]
-    assert 'ended with 0' in done.stdout and 'Traceback' not in done.stderr, done.stderr[-3000:]
+@pytest.mark.parametrize('redirection', ['| head -1', '>&- 2>&-', '2>&-', '> /dev/full'])
+def test_training_continues_after_pipe_closes(tmp_path, data, redirection):
+    train = f'{sys.executable} {TOOLS}/train.py {DEMO} --work-dir run --cfg-options {" ".join(QUICK_OPTIONS)}'
+    process = run_shell(f'{train} {redirection}; echo "ended with ${{PIPESTATUS[0]}}"', tmp_path, SHAPES_ROOT=str(data))
+    assert (tmp_path / 'run/epoch_1.pth').exists(), process.stderr[-3000:]
+    assert 'ended with 0' in process.stdout and 'Traceback' not in process.stderr, process.stderr[-3000:]
 
 
 # ---- where tools run ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('tool', sorted(path.name for path in TOOLS.glob('*.py') if path.name != 'environment.py'))
-def test_a_python_without_the_environment_is_one_line(tmp_path, tool):
+def test_python_without_torch_is_a_one_line_error(tmp_path, tool):
     command = [sys.executable, '-S', '-E', TOOLS / tool, '--help']  # -S: nothing that is installed
     process = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
     assert process.returncode == 2 and len(process.stderr.splitlines()) == 1
     assert 'has no torch' in process.stderr and 'make setup' in process.stderr
 
 
-def test_a_config_of_a_package_by_its_name(run_tool):
+def test_config_of_a_package_by_name(run_tool):
     assert Path(resolve_config_path('convnext_dense::cascade/convnext_t.py')).samefile(
         ROOT / 'configs/cascade/convnext_t.py'
     )
@@ -298,10 +303,10 @@ def test_invalid_config_files(name, text, words, tmp_path):
         resolve_config_path('../x::y.py')
 
 
-def test_config_that_is_its_own_base(tmp_path):
+def test_circular_base_config_is_refused(tmp_path):
     (tmp_path / 'c.py').write_text("_base_ = 'c.py'")
     limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(len(inspect.stack()) + 150)  # sooner than in a process of its own
+    sys.setrecursionlimit(len(inspect.stack()) + 150)  # reached sooner
     try:
         with pytest.raises(UsageError, match='_base_ refers back to it') as error:
             load_config(str(tmp_path / 'c.py'), {})
@@ -340,27 +345,27 @@ def test_launchers(monkeypatch):
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_in_a_work_dir_is_refused(start_tool, run_tool, tmp_path, data):
+def test_second_run_in_a_work_dir_is_refused(start_tool, run_tool, tmp_path, data):
     config = [str(DEMO), '--work-dir', str(tmp_path / 'run'), '--epochs', '5000', '--cfg-options']
     config += [
         'default_hooks.logger.interval=1',
         'train_dataloader.num_workers=0',
         'train_dataloader.persistent_workers=False',
     ]
-    first = start_tool(tmp_path / 'log', 'train.py', *config, SHAPES_ROOT=str(data))
+    first_run = start_tool(tmp_path / 'log', 'train.py', *config, SHAPES_ROOT=str(data))
     try:
         deadline = time.monotonic() + 120
-        while 'Epoch(train)' not in first.output and time.monotonic() < deadline:
+        while 'Epoch(train)' not in first_run.output and time.monotonic() < deadline:
             time.sleep(0.2)
-        process = run_tool('train.py', *config[:3], SHAPES_ROOT=data)
-        one_line_error(process, 'run is in use by another run (process', 'another --work-dir')
+        second = run_tool('train.py', *config[:3], SHAPES_ROOT=data)
+        one_line_error(second, 'run is in use by another run (process', 'another --work-dir')
         one_line_error(
             run_tool('train.py', *config[:3], '--resume', 'auto', SHAPES_ROOT=data), 'is in use by another run'
         )
     finally:
-        os.kill(first.pid, signal.SIGKILL)
-        first.wait()
-    lock_work_dir(tmp_path / 'run')  # free again at once
+        os.kill(first_run.pid, signal.SIGKILL)
+        first_run.wait()
+    lock_work_dir(tmp_path / 'run')  # the lock is free immediately
     assert re.match(rf'process {os.getpid()} on ', (tmp_path / 'run/.lock').read_text())
 
 

@@ -26,7 +26,7 @@ from helpers.paths import ROOT
 from helpers.tools import CONFIGS, DEMO, DETECTOR, MEAN, STD, TEST, TRAIN, WITH, one_line_error
 from helpers.weights import random_weights
 
-BAD = {  # tool and arguments -> words in the one line; files are those that `mine` writes
+BAD_INPUT = {  # tool and arguments -> words in the one line; the files are those of the fixture `files`
     'no config': ([TRAIN, 'configs/nothing.py'], ['configs/nothing.py']),
     'a part of a config': ([TRAIN, CONFIGS / '_base_/upernet_160k.py'], ['upernet_160k.py', 'train_dataloader']),
     'a broken config': ([TRAIN, 'broken.py'], ['broken.py', 'NameError', 'undefined']),
@@ -38,7 +38,7 @@ BAD = {  # tool and arguments -> words in the one line; files are those that `mi
     ),
     'no annotations': ([TRAIN, DETECTOR, WITH, 'train_dataloader.dataset.ann_file=gone.json'], ['gone.json']),
     'no val annotations': ([TRAIN, DETECTOR, WITH, 'val_dataloader.dataset.ann_file=gone.json'], ['val', 'gone.json']),
-    'no truth to compare with': ([TRAIN, DETECTOR, WITH, 'val_evaluator.ann_file=gone.json'], ['val', 'gone.json']),
+    'no ground truth': ([TRAIN, DETECTOR, WITH, 'val_evaluator.ann_file=gone.json'], ['val', 'gone.json']),
     'no test data': (
         [TEST, DETECTOR, 'good.pth', WITH, 'test_dataloader.dataset.data_prefix.img=gone/'],
         ['test', 'gone'],
@@ -62,13 +62,13 @@ BAD = {  # tool and arguments -> words in the one line; files are those that `mi
     'nothing to resume': ([TRAIN, DEMO, '--resume', 'gone.pth'], ['gone.pth']),
     'weights to resume': ([TRAIN, DEMO, '--resume', 'good.pth'], ['good.pth', 'load_from']),
     'no last checkpoint': ([TRAIN, DEMO, '--work-dir', '.', '--resume'], ['last_checkpoint', '--resume CHECKPOINT']),
-    'a run is there': ([TRAIN, DEMO, '--work-dir', '.'], ['already contains a run', '--resume']),
-    'another run is there': (
+    'a run exists': ([TRAIN, DEMO, '--work-dir', '.'], ['already contains a run', '--resume']),
+    'another run exists': (
         [TRAIN, DEMO, '--work-dir', 'taken', '--resume', 'state.pth'],
         ['taken', 'another run than', 'state.pth'],
     ),
     'unknown head': ([TRAIN, DEMO, WITH, 'model.decode_head.type=UPerHed'], ['UPerHed']),
-    'a head from an unsafe place': (
+    'a head from an unsafe source': (
         [TRAIN, 'head.py', WITH, 'model.decode_head.init_cfg.checkpoint=open-mmlab://resnet50'],
         ['open-mmlab://resnet50'],
     ),
@@ -81,23 +81,23 @@ BAD = {  # tool and arguments -> words in the one line; files are those that `mi
     'no checkpoint': ([TEST, DEMO, 'gone.pth'], ['gone.pth']),
     'an unreachable checkpoint': ([TEST, DEMO, 'http://127.0.0.1:9/w.pth'], ['http://127.0.0.1:9/w.pth', 'save it as']),
     'no checkpoint at all': ([TEST, DEMO, 'half.json'], ['half.json', 'JSON']),
-    'a name too few': ([TEST, DEMO, 'fewer.pth'], ['fewer.pth', '1 missing (decode_head.conv_seg.bias)']),
-    'a name too many': ([TEST, DEMO, 'more.pth'], ['more.pth', '1 unknown (backbone.norm9.weight)']),
-    'out is there': ([TEST, DEMO, 'good.pth', '--out', 'folder'], ["--out 'folder'"]),
-    'pictures are there': ([TEST, DEMO, 'good.pth', '--show-dir', 'folder'], ["--show-dir '", "folder'"]),
+    'a missing parameter': ([TEST, DEMO, 'fewer.pth'], ['fewer.pth', '1 missing (decode_head.conv_seg.bias)']),
+    'an unknown parameter': ([TEST, DEMO, 'more.pth'], ['more.pth', '1 unknown (backbone.norm9.weight)']),
+    'out exists': ([TEST, DEMO, 'good.pth', '--out', 'folder'], ["--out 'folder'"]),
+    'show-dir exists': ([TEST, DEMO, 'good.pth', '--show-dir', 'folder'], ["--show-dir '", "folder'"]),
     'detections in no pickle': ([TEST, DETECTOR, 'good.pth', '--out', 'x.txt'], ['x.txt', '.pkl']),
 }
 
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-    """What the bad cases speak of: configs, checkpoints, a folder that is taken."""
+    """The files of the bad input: configs, checkpoints, an existing work dir."""
     folder = tmp_path_factory.mktemp('files')
-    mine = f"_base_ = '{DEMO}'\nmodel = dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='gone.pth')))"
+    mine_py = f"_base_ = '{DEMO}'\nmodel = dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='gone.pth')))"
     for name, text in {
-        'mine.py': mine,
-        'folder/mine.py': mine,
-        'head.py': mine.replace('backbone', 'decode_head'),
+        'mine.py': mine_py,
+        'folder/mine.py': mine_py,
+        'head.py': mine_py.replace('backbone', 'decode_head'),
         'taken/last_checkpoint': 'taken/iter_9.pth',
         'broken.py': 'model = undefined',
         'import.py': "custom_imports = dict(imports=['no_such_module'])",
@@ -113,8 +113,8 @@ def files(tmp_path_factory):
     pico = MODELS.build(config.model)
     for name, content in {
         'good.pth': {'state_dict': weights},
-        'fewer.pth': as_of_2022({n: t for n, t in weights.items() if n != 'decode_head.conv_seg.bias'}),
-        'more.pth': as_of_2022({**weights, 'backbone.norm9.weight': torch.ones(1)}),
+        'fewer.pth': old_checkpoint({n: t for n, t in weights.items() if n != 'decode_head.conv_seg.bias'}),
+        'more.pth': old_checkpoint({**weights, 'backbone.norm9.weight': torch.ones(1)}),
         'state.pth': {'state_dict': weights, 'meta': {}, 'optimizer': {}},
         'pico.pth': {'model': pico.backbone.state_dict()},
         'pico_model.pth': {'state_dict': pico.state_dict()},
@@ -123,18 +123,18 @@ def files(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('case', BAD)
-def test_bad_input_is_one_line(data, files, tmp_path, monkeypatch, capsys, case):
-    """In this process, since nothing is to be built or trained: an error that is no UsageError fails here as it is."""
-    (tool, *arguments), words = BAD[case]
+@pytest.mark.parametrize('case', BAD_INPUT)
+def test_bad_input_is_a_one_line_error(data, files, tmp_path, monkeypatch, capsys, case):
+    """Runs in this process, since nothing is built or trained; any other exception than a UsageError fails the test."""
+    (tool, *arguments), words = BAD_INPUT[case]
     for file in files.iterdir():
         (tmp_path / file.name).symlink_to(file)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('SHAPES_ROOT', data)
     monkeypatch.setattr(sys, 'argv', [tool, *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
-    assert stopped.value.code == 2
+    assert exit_info.value.code == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith('error: '), line
     for word in words:
@@ -162,7 +162,7 @@ class Bomb:
     ],
     ids=lambda command: ' '.join(map(str, command[:1] + command[2:])),
 )
-def test_no_tool_runs_the_code_in_a_file(data, files, tmp_path, monkeypatch, capsys, command):
+def test_code_in_checkpoints_is_not_run(data, files, tmp_path, monkeypatch, capsys, command):
     content = torch.load(files / 'good.pth')
     content |= {'meta': {'bomb': Bomb()}, 'optimizer': {}}
     torch.save(content, tmp_path / 'bomb.pth')
@@ -170,43 +170,43 @@ def test_no_tool_runs_the_code_in_a_file(data, files, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('SHAPES_ROOT', data)
     monkeypatch.setattr(sys, 'argv', list(map(str, command)))
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(str(ROOT / 'tools' / command[0]), run_name='__main__')
-    assert stopped.value.code == 2 and not (tmp_path / 'ran').exists()
+    assert exit_info.value.code == 2 and not (tmp_path / 'ran').exists()
     assert 'bomb.pth cannot be read safely' in capsys.readouterr().err.splitlines()[-1]
     if command[0] == TEST:
-        with pytest.raises(UsageError):  # nor does mmengine's own way, which the tools have replaced
+        with pytest.raises(UsageError):  # the tools have replaced mmengine's loader, too
             CheckpointLoader.load_checkpoint('bomb.pth')
         assert not (tmp_path / 'ran').exists()
 
 
 def test_resume_does_not_run_the_config_in_a_checkpoint(data, files, tmp_path, monkeypatch, capsys):
     """mmengine's own resume does."""
-    runs = "open('ran', 'w')"
-    for name, meta in {'cfg.pth': {'cfg': runs}, 'config.pth': {'config': runs}}.items():
+    code = "open('ran', 'w')"
+    for name, meta in {'cfg.pth': {'cfg': code}, 'config.pth': {'config': code}}.items():
         meta |= dict(epoch=0, iter=1)
         torch.save({**torch.load(files / 'good.pth'), 'meta': meta, 'optimizer': {}}, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('SHAPES_ROOT', data)
     for name in ('cfg.pth', 'config.pth'):
         monkeypatch.setattr(sys, 'argv', [TRAIN, str(DEMO), '--resume', name])
-        with pytest.raises((SystemExit, KeyError)) as stopped:  # the optimizer's state is missing in the second
+        with pytest.raises((SystemExit, KeyError)) as exit_info:  # the optimizer's state is missing in the second
             runpy.run_path(str(ROOT / 'tools' / TRAIN), run_name='__main__')
         if name == 'cfg.pth':
-            assert stopped.value.code == 2 and 'is not plain data' in capsys.readouterr().err.splitlines()[-1]
+            assert exit_info.value.code == 2 and 'is not plain data' in capsys.readouterr().err.splitlines()[-1]
         assert not (tmp_path / 'ran').exists()
 
 
 @pytest.mark.parametrize('case', ['no data', 'unknown arch', 'weights of another size', 'no checkpoint'])
 def test_bad_input_ends_the_process_at_once(run_tool, data, files, tmp_path, case):
-    (tool, *arguments), words = BAD[case]
+    (tool, *arguments), words = BAD_INPUT[case]
     for file in files.iterdir():
         (tmp_path / file.name).symlink_to(file)
     start = time.monotonic()
     process = run_tool(tool, *arguments, SHAPES_ROOT=data)
     one_line_error(process, *words)
     assert len(process.stderr.strip().splitlines()) == 1, process.stderr
-    assert time.monotonic() - start < 60  # ten seconds on a machine of its own; a bound against building the model
+    assert time.monotonic() - start < 60  # ten seconds on an idle machine; building the model would take longer
 
 
 def test_argparse_errors_and_help(run_tool):
@@ -219,48 +219,48 @@ def test_argparse_errors_and_help(run_tool):
 
 
 @pytest.mark.parametrize('task', ['mask_rcnn', 'upernet'])
-def test_train_test_resume_and_nothing_overwritten(run_tool, data, tmp_path, short, task):
+def test_train_test_and_resume(run_tool, data, tmp_path, short, task):
     config, env = CONFIGS / f'demo/{task}.py', dict(SHAPES_ROOT=data)
     if task == 'mask_rcnn':
         length = ['train_cfg.max_epochs=1', 'train_cfg.val_interval=1', 'default_hooks.checkpoint.interval=1']
-        longer, last = ['train_cfg.max_epochs=2', *length[1:]], 'epoch_{}.pth'
+        longer_length, checkpoint_name = ['train_cfg.max_epochs=2', *length[1:]], 'epoch_{}.pth'
     else:
         length = ['train_cfg.max_iters=1', 'train_cfg.val_interval=1', 'default_hooks.checkpoint.interval=1']
-        longer, last = ['train_cfg.max_iters=2', *length[1:]], 'iter_{}.pth'
+        longer_length, checkpoint_name = ['train_cfg.max_iters=2', *length[1:]], 'iter_{}.pth'
     work_dir = tmp_path / 'run'
     train = ['train.py', config, '--work-dir', work_dir, '--cfg-options', *short]
     process = run_tool(*train, *length, **env)
     assert process.returncode == 0, process.stderr[-3000:]
-    first = work_dir / last.format(1)
-    saved = first.read_bytes()
+    checkpoint = work_dir / checkpoint_name.format(1)
+    saved = checkpoint.read_bytes()
 
     one_line_error(run_tool(*train, *length, **env), str(work_dir), '--resume')
-    assert first.read_bytes() == saved
+    assert checkpoint.read_bytes() == saved
 
-    process = run_tool(*train, *longer, '--resume', **env)
+    process = run_tool(*train, *longer_length, '--resume', **env)
     assert process.returncode == 0, process.stderr[-3000:]
-    assert (work_dir / last.format(2)).exists() and first.read_bytes() == saved
+    assert (work_dir / checkpoint_name.format(2)).exists() and checkpoint.read_bytes() == saved
 
-    test = ['test.py', config, first, '--work-dir', tmp_path / 'test', '--cfg-options', *short]
+    test = ['test.py', config, checkpoint, '--work-dir', tmp_path / 'test', '--cfg-options', *short]
     process = run_tool(*test, '--show-dir', tmp_path / 'pictures', **env)
     assert process.returncode == 0, process.stderr[-3000:]
     assert re.search('box AP50 .*mask AP50' if task == 'mask_rcnn' else 'mIoU', process.stdout.splitlines()[-1])
     pictures = list((tmp_path / 'pictures').rglob('*.png'))
     assert len(pictures) == 4
     height, width = cv2.imread(str(pictures[0])).shape[:2]
-    assert width >= 2 * height  # the truth beside the prediction
+    assert width >= 2 * height  # ground truth next to the prediction
 
     (run,) = read_runs(work_dir)
     assert run.done == run.length == 2 and len(run.evaluations) == 2 and run.total_batch == 4
     assert run.issues == [] and run.paper_result is None and run.precision == 'float32'
-    ((tested,),) = (run.eval_records for run in read_runs(tmp_path / 'test'))
-    assert tested.checkpoint == first.stem and tested.metrics and tested.config.model.type
+    ((record,),) = (run.eval_records for run in read_runs(tmp_path / 'test'))
+    assert record.checkpoint == checkpoint.stem and record.metrics and record.config.model.type
 
-    other = run_tool(*test, 'model.backbone.arch=pico', **env)
-    one_line_error(other, str(first), 'does not fit', 'backbone')
+    process_pico = run_tool(*test, 'model.backbone.arch=pico', **env)
+    one_line_error(process_pico, str(checkpoint), 'does not fit', 'backbone')
 
 
-def test_resume_from_checkpoint_of_plain_mmengine(run_tool, data, tmp_path, short):
+def test_resume_from_a_checkpoint_of_stock_mmengine(run_tool, data, tmp_path, short):
     """It holds mmengine's and numpy's types, which torch refuses: the classic mmengine cannot resume with torch 2.6."""
     (tmp_path / 'killing.py').write_text(
         'import os, signal\n'
@@ -284,30 +284,34 @@ def test_resume_from_checkpoint_of_plain_mmengine(run_tool, data, tmp_path, shor
     assert process.returncode == -signal.SIGKILL, process.stderr[-3000:]
     with pytest.raises(pickle.UnpicklingError, match='HistoryBuffer'):
         torch.load(tmp_path / 'run/iter_3.pth', weights_only=True)
-    before = load_checkpoint(tmp_path / 'run/iter_3.pth')['message_hub']['log_scalars']['train/loss'].data[0]
+    loss_history = load_checkpoint(tmp_path / 'run/iter_3.pth')['message_hub']['log_scalars']['train/loss'].data[0]
 
     process = run_tool(*train, 'custom_hooks=[]', '--resume', **env)
     assert process.returncode == 0, process.stderr[-3000:]
     assert 'resumed epoch: 0, iter: 3' in process.stdout + process.stderr
-    after = load_checkpoint(tmp_path / 'run/iter_6.pth')
-    assert after['meta']['iter'] == after['optimizer']['state'][0]['step'] == 6
-    history = after['message_hub']['log_scalars']['train/loss'].data[0]
-    assert len(history) == 6 and len(before) == 3 and (history[:3] == before).all()
-    torch.save({key: after[key] for key in ('meta', 'state_dict')}, tmp_path / 'weights.pth')  # as docs/install.md says
+    checkpoint = load_checkpoint(tmp_path / 'run/iter_6.pth')
+    assert checkpoint['meta']['iter'] == checkpoint['optimizer']['state'][0]['step'] == 6
+    history = checkpoint['message_hub']['log_scalars']['train/loss'].data[0]
+    assert len(history) == 6 and len(loss_history) == 3 and (history[:3] == loss_history).all()
+    torch.save(
+        {key: checkpoint[key] for key in ('meta', 'state_dict')}, tmp_path / 'weights.pth'
+    )  # as docs/install.md says
     assert torch.load(tmp_path / 'weights.pth', weights_only=True)['meta']['dataset_meta']['classes']
 
 
-def test_load_from_takes_the_backbone_of_a_model_with_other_classes(run_tool, data, files, tmp_path, short):
+def test_load_from_a_model_with_other_classes(run_tool, data, files, tmp_path, short):
     weights = torch.load(files / 'good.pth')['state_dict']
     weights = {n: t[:3] if 'conv_seg' in n else t for n, t in weights.items()}
     torch.save({'state_dict': weights}, tmp_path / 'other_classes.pth')
-    once = ['train_cfg.max_iters=1', 'train_cfg.val_interval=1', 'optim_wrapper.optimizer.lr=1e-12']
-    options = [*short, *once, 'load_from=other_classes.pth']
+    one_iter = ['train_cfg.max_iters=1', 'train_cfg.val_interval=1', 'optim_wrapper.optimizer.lr=1e-12']
+    options = [*short, *one_iter, 'load_from=other_classes.pth']
     process = run_tool('train.py', DEMO, '--work-dir', 'run', '--cfg-options', *options, SHAPES_ROOT=data)
     assert process.returncode == 0, process.stderr[-3000:]
-    after = torch.load(tmp_path / 'run/iter_1.pth', weights_only=False)['state_dict']
-    torch.testing.assert_close(after['backbone.stages.2.3.gamma'], weights['backbone.stages.2.3.gamma'])
-    torch.testing.assert_close(after['backbone.stages.1.0.dwconv.weight'], weights['backbone.stages.1.0.dwconv.weight'])
+    loaded = torch.load(tmp_path / 'run/iter_1.pth', weights_only=False)['state_dict']
+    torch.testing.assert_close(loaded['backbone.stages.2.3.gamma'], weights['backbone.stages.2.3.gamma'])
+    torch.testing.assert_close(
+        loaded['backbone.stages.1.0.dwconv.weight'], weights['backbone.stages.1.0.dwconv.weight']
+    )
 
 
 def test_out_writes_detections(run_tool, data, tmp_path, short):
@@ -324,8 +328,8 @@ def test_out_writes_detections(run_tool, data, tmp_path, short):
     assert len(pickle.loads((tmp_path / 'x.pkl').read_bytes())) == 4
 
 
-def as_of_2022(weights: dict) -> dict:
-    """A checkpoint as mmdet 2.11 and mmseg 0.11 with apex saved it."""
+def old_checkpoint(weights: dict) -> dict:
+    """A checkpoint in the format of mmdet 2.11 and mmseg 0.11 with apex."""
     meta = dict(env_info='sys.platform: linux', seed=0, mmseg_version='0.11.0', config='model = dict()', epoch=36)
     meta.update(iter=160_000, CLASSES=('wall', 'building'), PALETTE=[[120, 120, 120], [180, 120, 120]], hook_msgs={})
     optimizer = dict(state={}, param_groups=[dict(lr=1e-4, params=[0], lr_scale=0.1, group_name='layer_0_decay')])
@@ -333,9 +337,9 @@ def as_of_2022(weights: dict) -> dict:
     return dict(meta=meta, state_dict=weights, optimizer=optimizer, amp=amp)
 
 
-def slide(model, image: np.ndarray, crop=512, stride=341) -> np.ndarray:
-    """The single-scale test written out: windows over the resized image, overlapping logits averaged, argmax at the
-    image's own size. `image` is H x W x 3, BGR."""
+def slide_inference(model, image: np.ndarray, crop=512, stride=341) -> np.ndarray:
+    """Reference for mmseg's slide mode: windows over the resized image, overlapping logits averaged, argmax at the
+    original size. `image` is (H, W, 3), BGR."""
     height, width = image.shape[:2]
     scale = min(2048 / max(height, width), 512 / min(height, width))
     size = int(width * scale + 0.5), int(height * scale + 0.5)
@@ -371,10 +375,10 @@ def test_slide_inference_equals_reference_loop(run_tool, tmp_path):
     model = MODELS.build(config.model).eval()
     shapes_of = {n: tuple(p.shape) for n, p in model.named_parameters()}
     model.load_state_dict(random_weights(shapes_of), strict=False)
-    for name, p in model.named_parameters():  # so that neither norms nor biases settle the class everywhere
+    for name, p in model.named_parameters():  # norms and biases must not decide the class everywhere
         if '.bn.' in name or name.endswith('conv_seg.bias'):
             torch.nn.init.constant_(p, float(name.endswith('bn.weight')))
-    torch.save(as_of_2022(model.state_dict()), tmp_path / 'w.pth')
+    torch.save(old_checkpoint(model.state_dict()), tmp_path / 'w.pth')
 
     process = run_tool(
         'test.py',
@@ -388,16 +392,16 @@ def test_slide_inference_equals_reference_loop(run_tool, tmp_path):
     assert process.returncode == 0, process.stderr[-3000:]
     with torch.no_grad():
         for name in images:
-            expected = slide(model, cv2.imread(str(root / f'images/validation/{name}.jpg')))
+            expected = slide_inference(model, cv2.imread(str(root / f'images/validation/{name}.jpg')))
             actual = cv2.imread(str(tmp_path / f'out/{name}.png'), cv2.IMREAD_UNCHANGED)
-            np.testing.assert_array_equal(actual, expected + 1)  # 0 is kept for ADE20K's unlabelled
+            np.testing.assert_array_equal(actual, expected + 1)  # 0 is ADE20K's unlabeled
             assert len(np.unique(expected)) > 3
 
 
-@pytest.mark.parametrize('line', preflight.OPENMMLAB_DISTS)
-def test_missing_package_names_fix_for_installed_distribution(monkeypatch, line):
-    extra, mmcv = preflight.OPENMMLAB_DISTS[line]
-    monkeypatch.setattr(preflight, 'distributions', lambda name: [line] * (name == line))
+@pytest.mark.parametrize('distribution', preflight.OPENMMLAB_DISTS)
+def test_missing_package_names_fix_for_installed_distribution(monkeypatch, distribution):
+    extra, mmcv = preflight.OPENMMLAB_DISTS[distribution]
+    monkeypatch.setattr(preflight, 'distributions', lambda name: [distribution] * (name == distribution))
     monkeypatch.setitem(sys.modules, 'mmcv._ext', None)
     with pytest.raises(UsageError, match=f'pip install --no-build-isolation.* {mmcv}$') as error:
         preflight.check_installed('mmdet')
@@ -425,7 +429,7 @@ def test_format_metrics():
 
 
 @pytest.mark.parametrize('library', ['mmdet', 'mmseg'])
-def test_under_the_libraries_own_tools(run_tool, data, tmp_path, short, library):
+def test_recipes_train_with_mmdets_and_mmsegs_tools(run_tool, data, tmp_path, short, library):
     """The recipes train by mmdet's and mmseg's own tools, with nothing but their `custom_imports` line."""
     module = __import__(library)
     tool = f'{module.__path__[0]}/.mim/tools/train.py'

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.exported import BOXES, meta_of, save_detector, save_segmentor
+from helpers.exported import BOXES, make_meta, save_detector, save_segmentor
 from helpers.pages import PAGES, code_blocks
 
 pytest.importorskip('onnx')
@@ -92,7 +92,7 @@ def test_the_resizing_is_that_of_the_test_pipeline(program, tmp_path):
 
     photo = np.random.RandomState(0).randint(0, 255, (200, 333, 3)).astype(np.uint8)
     Image.fromarray(photo).save(tmp_path / 'photo.png')
-    model = load_model(save_detector(tmp_path / 'detector.onnx', meta_of('mask_rcnn')))
+    model = load_model(save_detector(tmp_path / 'detector.onnx', make_meta('mask_rcnn')))
     expected = model.prepare(photo[..., ::-1])['inputs'].flip(0).numpy()
     lines = program.split('inputs = ')[0]
     scope = {}

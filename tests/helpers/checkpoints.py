@@ -1,4 +1,4 @@
-"""Checkpoints of the demo's models with made weights, which find something in noise, and images for them."""
+"""Checkpoints of the demo's models with random weights that detect something in noise, and images for them."""
 
 import cv2
 import numpy as np
@@ -18,7 +18,7 @@ CLASSES = {
 
 
 def save_checkpoint(recipe: str, path, **model_settings):
-    """A checkpoint as trainings of a demo recipe write it; its detector finds something in noise."""
+    """Save a checkpoint as a training of a demo recipe does; its detector detects something in noise."""
     config = Config.fromfile(ROOT / f'configs/demo/{recipe}.py')
     config.merge_from_dict(model_settings)
     init_default_scope(config.default_scope)
@@ -39,7 +39,7 @@ def save_checkpoint(recipe: str, path, **model_settings):
 
 @torch.no_grad()
 def balance_classes(model):
-    """Have a segmentor with made weights see all its classes: its logits have equal means over noise."""
+    """Make a segmentor with random weights predict all its classes: its logits get equal means over noise."""
     model = revert_sync_batchnorm(model)
     in_channels = model.backbone.downsample_layers[0][0].in_channels
     noise = torch.rand(2, in_channels, 128, 128, generator=torch.Generator().manual_seed(0)) * 4 - 2

@@ -124,19 +124,19 @@ def as_folders(toy_dataset, folder):
 
 def run(tool, *args):
     """Run a tool in this process; return the exit code."""
-    before = sys.argv
+    argv = sys.argv
     sys.argv = [tool, *map(str, args)]
     try:
         runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
     except SystemExit as end:
         return end.code or 0
     finally:
-        sys.argv = before
+        sys.argv = argv
     return 0
 
 
 def predictions_as_labels(predictions, path):
-    """A labeled split of some of the predictions themselves, a little displaced: made weights know no shapes."""
+    """A labeled split of some of the predictions themselves, slightly shifted: random weights detect no shapes."""
     annotations = []
     rng = np.random.RandomState(0)
     for annotation in predictions['annotations'][::7]:

@@ -1,4 +1,4 @@
-"""Exported models made by hand, whose results can be computed on paper."""
+"""Hand-made exported models whose results can be computed by hand."""
 
 from functools import lru_cache
 
@@ -16,8 +16,8 @@ MASK_ROWS = np.float32([0.5, 0.25, 0])  # masks are the first rows of the image,
 BOX_MASK = np.float32(np.linspace(0, 1, 28)[None, :] > 0.4).repeat(28, 0)  # the right 60 % of a box
 
 
-def meta_of(recipe: str, **changes) -> ExportedMeta:
-    """What an exported model of a demo recipe says of itself."""
+def make_meta(recipe: str, **changes) -> ExportedMeta:
+    """The metadata of an exported model of a demo recipe."""
     task = 'segmentation' if recipe == 'upernet' else 'detection'
     values = dict(
         classes=CLASSES[recipe],
@@ -39,7 +39,7 @@ def save_detector(path, meta: ExportedMeta | None = None, batch: int | str = 'N'
     """A detector whose first score is the mean of the red channel, from 0 to 1, and its second half of that."""
     from onnx import TensorProto
 
-    meta = meta or meta_of('mask_rcnn')
+    meta = meta or make_meta('mask_rcnn')
     size = 'output_size' if meta.input != 'raw' else 'size_of_input'
     constants = dict(
         fractions=BOXES[None],
@@ -99,7 +99,7 @@ def save_segmentor(path, meta: ExportedMeta | None = None, batch: int | str = 'N
     """A segmentor whose class of a pixel is its strongest channel: 0 red, 1 green, 2 blue."""
     from onnx import TensorProto
 
-    meta = meta or meta_of('upernet')
+    meta = meta or make_meta('upernet')
     constants = dict(start=np.int64([0]), end=np.int64([2]), no_roi=np.float32([]))
     size = 'output_size' if meta.input != 'raw' else 'size_of_input'
     constants |= dict(side_start=np.int64([2]), side_end=np.int64([4]), pads=np.int64([0, 0, 0, 0, 0, 2, 0, 0]))
@@ -111,7 +111,7 @@ def save_segmentor(path, meta: ExportedMeta | None = None, batch: int | str = 'N
         ('Concat', f'head {size}', 'sizes', dict(axis=0)),
         ('Resize', 'pixels no_roi no_roi sizes', 'resized', dict(mode='linear')),
     ]
-    if with_logits:  # two more classes, which nothing is
+    if with_logits:  # two more classes that are never predicted
         constants['low'] = np.float32(-1000)
         nodes.append(('Pad', 'resized pads low', 'logits', {}))
         return _save(path, meta, nodes, constants, [('logits', TensorProto.FLOAT)], batch)
@@ -177,6 +177,6 @@ def save_program(path, meta: ExportedMeta | None = None):
     shapes = dict(images={0: Dim('n'), 2: Dim('h', min=2), 3: Dim('w', min=2)}, output_size=None)
     example = torch.zeros(2, 3, 20, 30, dtype=torch.uint8), torch.tensor([21, 31])
     program = torch.export.export(Segmentor(), example, dynamic_shapes=shapes)
-    text = (meta or meta_of('upernet')).to_json()
+    text = (meta or make_meta('upernet')).to_json()
     torch.export.save(program, str(path), extra_files={f'{KEY}.json': text})
     return path

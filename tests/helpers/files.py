@@ -14,32 +14,32 @@ from convnext_dense.errors import UsageError
 def run_limited(function, *args, seconds=60, gigabytes=2.0):
     """Run a function in its own process, with limits on time and on memory beyond what this process has.
     A hang, a signal or an exception fails the test."""
-    ours, theirs = multiprocessing.Pipe(duplex=False)
+    receiver, sender = multiprocessing.Pipe(duplex=False)
 
     def run():
-        now = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
-        most = now + int(gigabytes * 2**30)
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+        limit = used + int(gigabytes * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         try:
-            theirs.send((True, function(*args)))
+            sender.send((True, function(*args)))
         except BaseException:
-            theirs.send((False, traceback.format_exc()))
+            sender.send((False, traceback.format_exc()))
         os._exit(0)
 
     process = multiprocessing.get_context('fork').Process(target=run)
     process.start()
-    theirs.close()
-    there = ours.poll(seconds)
+    sender.close()
+    has_result = receiver.poll(seconds)
     try:
-        assert there, f'no end after {seconds} s'
-        whole, result = ours.recv()
+        assert has_result, f'no end after {seconds} s'
+        succeeded, result = receiver.recv()
     except EOFError:
         process.join()
         raise AssertionError(f'ended by signal {-process.exitcode}') from None
     finally:
         process.kill()
         process.join()
-    assert whole, result
+    assert succeeded, result
     return result
 
 

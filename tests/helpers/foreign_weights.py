@@ -10,7 +10,7 @@ from helpers.weights import random_weights
 
 
 def chain(*rules):
-    """A renaming as the libraries' own conversion scripts do it: one substitution after the other."""
+    """A function that applies one substitution after the other, as the libraries' conversion scripts do."""
 
     def rename(name):
         for pattern, replacement in rules:
@@ -76,20 +76,25 @@ SHAPES = {  # of a tensor whose shape is not the original's
 
 def original_weights(arch, grn=False, head=5) -> dict[str, torch.Tensor]:
     model = ConvNeXt(arch, out_indices=-1, use_grn=grn)
-    last = model.channels[-1]
+    out_channels = model.channels[-1]
     shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith('norm')}
-    shapes |= {'norm.weight': (last,), 'norm.bias': (last,), 'head.weight': (head, last), 'head.bias': (head,)}
+    shapes |= {
+        'norm.weight': (out_channels,),
+        'norm.bias': (out_channels,),
+        'head.weight': (head, out_channels),
+        'head.bias': (head,),
+    }
     weights = random_weights(shapes)
     return {n: t.reshape(1, 1, 1, -1) if '.grn.' in n else t for n, t in weights.items()}
 
 
-def as_library(weights, library) -> dict[str, torch.Tensor]:
+def rename_to_library(weights, library) -> dict[str, torch.Tensor]:
     if library in HEADLESS:
         weights = {n: t for n, t in weights.items() if not n.startswith('head.')}
     shape = SHAPES.get(library, lambda name, t: t)
     return {RENAMES[library](n): shape(RENAMES[library](n), t) for n, t in weights.items()}
 
 
-def saved(path: Path, content) -> Path:
+def save_pth(path: Path, content) -> Path:
     torch.save(content, path)
     return path

@@ -4,12 +4,12 @@ import multiprocessing
 import os
 import traceback
 
-# What the machine offers, kept where processes of pytest-xdist find it too: they inherit the hidden GPUs.
+# The machine's GPUs, in a variable that pytest-xdist workers inherit along with the hidden GPUs.
 _OFFERED = 'TEST_CUDA_VISIBLE_DEVICES'
 
 
 def hide_gpus() -> None:
-    """From here on this process and those that it starts see no GPU."""
+    """Hide all GPUs from this process and its children."""
     os.environ.setdefault(_OFFERED, os.environ.get('CUDA_VISIBLE_DEVICES', '0'))
     os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
@@ -23,18 +23,18 @@ def call_with_gpu(function, *args, timeout: float = 600):
     """What a module-level function returns in a new process that sees the GPUs; what it raises fails the test."""
     hidden = {name: os.environ[name] for name in gpu_environment()}
     context = multiprocessing.get_context('spawn')
-    ours, theirs = context.Pipe(duplex=False)
+    receiver, sender = context.Pipe(duplex=False)
     os.environ.update(gpu_environment())  # before the new process imports anything: mmengine looks for devices then
     try:
-        process = context.Process(target=_send_result, args=(theirs, function, args))
+        process = context.Process(target=_send_result, args=(sender, function, args))
         process.start()
     finally:
         os.environ.update(hidden)
-    theirs.close()
+    sender.close()
     try:
-        assert ours.poll(timeout), f'{function.__name__} did not end within {timeout} s'
+        assert receiver.poll(timeout), f'{function.__name__} did not end within {timeout} s'
         try:
-            succeeded, result = ours.recv()
+            succeeded, result = receiver.recv()
         except EOFError:
             process.join()
             raise AssertionError(f'{function.__name__} ended with exit code {process.exitcode}') from None

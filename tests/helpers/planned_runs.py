@@ -16,7 +16,7 @@ from convnext_dense.engine.runner import ResumableRunner
 
 @MODELS.register_module()
 class LossByPlan(BaseModel):
-    """A batch norm and a weight; the loss is multiplied by what the sample says."""
+    """A batch norm and a weight; the loss is multiplied by the sample's factor."""
 
     def __init__(self):
         super().__init__()
@@ -28,12 +28,14 @@ class LossByPlan(BaseModel):
             return data_samples
         factor = torch.stack([sample.factor for sample in data_samples])[:, None]
         loss = (self.norm(torch.stack(inputs) * factor) * self.weight).square().sum()
-        return dict(loss=loss + (self.weight.square().sum() * factor.min()).sqrt())  # by 0: a loss, and no gradient
+        return dict(
+            loss=loss + (self.weight.square().sum() * factor.min()).sqrt()
+        )  # with 0 the loss is finite, its gradient is not
 
 
 @MODELS.register_module()
 class Scaled(LossByPlan):
-    """The loss is a multiple of what the sample says: of 0 it is 0, and its gradients are."""
+    """The loss is a multiple of the sample's factor; with 0, loss and gradients are 0."""
 
     def forward(self, inputs, data_samples=None, mode='loss'):
         factor = torch.stack([sample.factor for sample in data_samples])
@@ -84,7 +86,7 @@ def planned_run(
     param_scheduler=None,
     metric='SampleCount',
     default_scope=None,
-    **more,
+    **optim_wrapper,
 ):
     """A runner of the plan.
 
@@ -93,7 +95,7 @@ def planned_run(
         evaluates: Whether it evaluates, on two batches.
         cfg: Keys of the config that are no arguments of the runner.
         metric: Type of the evaluator's metric.
-        **more: Arguments of the optimizer wrapper.
+        **optim_wrapper: Arguments of the optimizer wrapper.
     """
     val = dict(batch_size=1, num_workers=0, dataset=dict(type='Planned', plan=[1.0] * 2))
     val |= dict(sampler=dict(type='DefaultSampler', shuffle=False))
@@ -113,7 +115,7 @@ def planned_run(
         ),
         train_cfg=train_cfg or dict(by_epoch=True, max_epochs=1),
         param_scheduler=param_scheduler,
-        optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=0.01), **more),
+        optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=0.01), **optim_wrapper),
         randomness=dict(seed=seed),
         experiment_name=Path(folder).name,
         cfg=dict(model_wrapper_cfg=None, **(cfg or {})),

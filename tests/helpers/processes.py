@@ -1,4 +1,4 @@
-"""Tools started beside a test."""
+"""Tools that run in processes of their own."""
 
 import os
 import runpy
@@ -9,14 +9,14 @@ import torch
 
 from helpers.paths import ROOT
 
-# Options with which data are read in the tool's own process.
+# Options to read data in the tool's own process.
 WITHOUT_WORKERS = [
     f'{split}_dataloader.{setting}'
     for split in ('train', 'val', 'test')
     for setting in ('num_workers=0', 'persistent_workers=False')
 ]
 
-# What a training imports; a process forked from one that has it starts at once.
+# Modules that a training imports; a process forked after importing them starts fast.
 PRELOADED = ['convnext_dense.engine.runner', 'mmdet.models', 'mmdet.datasets', 'mmdet.evaluation', 'mmseg.models']
 PRELOADED += ['mmseg.datasets', 'mmseg.evaluation', 'mmdet.visualization', 'mmseg.visualization', 'helpers.processes']
 
@@ -41,7 +41,7 @@ def _main(tool: str, args: list[str], out: str, err: str, env: dict[str, str], c
 
 
 class ToolProcess:
-    """A tool at work, whose output goes to a file, and its error output to another one if that is given."""
+    """A running tool; its output goes to `log`, its error output to `err` if that is given."""
 
     def __init__(self, context, tool: str, args, log: Path, env: dict[str, str], err: Path | None = None, cwd=None):
         self.log = log

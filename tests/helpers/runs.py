@@ -33,8 +33,8 @@ class NumberedImages(torch.utils.data.Dataset):
         return dict(inputs=torch.randn(3, 64, 64, generator=generator, dtype=torch.float64))
 
 
-def run_config(counted: str, images: int) -> Config:
-    epochs = counted == 'epochs'
+def run_config(unit: str, batch_size: int) -> Config:
+    epochs = unit == 'epochs'
     decay = (
         dict(type='MultiStepLR', by_epoch=True, milestones=[1, 2], gamma=0.1)
         if epochs
@@ -45,7 +45,7 @@ def run_config(counted: str, images: int) -> Config:
             model=dict(type='PixelMeanModel'),
             model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None),  # on CPUs
             train_dataloader=dict(
-                batch_size=images,
+                batch_size=batch_size,
                 num_workers=0,
                 sampler=dict(type='DefaultSampler' if epochs else 'InfiniteSampler', shuffle=False),
                 dataset=dict(type='NumberedImages'),

@@ -10,15 +10,15 @@ def dump(config: Config, file) -> None:
     file.write_text('\n'.join(f'{key} = {value!r}' for key, value in config.to_dict().items()))
 
 
-def start(folder, config: Config, records=(), processes=8, timestamp='20260101_120000', cut='') -> None:
+def start(folder, config: Config, records=(), world_size=8, timestamp='20260101_120000', tail='') -> None:
     """What mmengine leaves in a work dir when it trains: config, log of numbers, text log."""
-    place = folder / timestamp
-    (place / 'vis_data').mkdir(parents=True)
-    dump(config, place / 'vis_data/config.py')
+    session_dir = folder / timestamp
+    (session_dir / 'vis_data').mkdir(parents=True)
+    dump(config, session_dir / 'vis_data/config.py')
     lines = [json.dumps(record) for record in records]
     if records:
-        (place / 'vis_data/scalars.json').write_text('\n'.join(lines) + cut)
-    (place / f'{timestamp}.log').write_text(f'System environment:\n    GPU number: {processes}\n')
+        (session_dir / 'vis_data/scalars.json').write_text('\n'.join(lines) + tail)
+    (session_dir / f'{timestamp}.log').write_text(f'System environment:\n    GPU number: {world_size}\n')
 
 
 def write_run_info(log_dir, **facts) -> None:

@@ -12,7 +12,7 @@ from convnext_dense.errors import TrainingError, UsageError
 from convnext_dense.inference.exported import ExportedModel
 from convnext_dense.inference.sessions import SESSIONS, session_device
 from helpers.checkpoints import CLASSES
-from helpers.exported import BOXES, meta_of, save_detector, save_openvino, save_program, save_segmentor
+from helpers.exported import BOXES, make_meta, save_detector, save_openvino, save_program, save_segmentor
 
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
@@ -120,14 +120,14 @@ def test_detections_of_tiles_and_scales_are_merged(detector):
 
 
 def test_masks_of_boxes_are_pasted_into_the_image(folder):
-    model = load_model(save_detector(folder / 'box.onnx', meta_of('mask_rcnn', masks='box')))
+    model = load_model(save_detector(folder / 'box.onnx', make_meta('mask_rcnn', masks='box')))
     sample = model.predict(photo(160, 240), channel_order='rgb')
     assert_detections(sample, (160, 240))
     for mask, (x1, y1, x2, y2) in zip(sample.pred_instances.masks, sample.pred_instances.bboxes.round().int().tolist()):
         rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
         assert abs(rows.min() - y1) <= 1 and abs(rows.max() + 1 - y2) <= 1
         assert abs(columns.min() - (x1 + 0.4 * (x2 - x1))) <= 3 and abs(columns.max() + 1 - x2) <= 1
-    no_masks = load_model(save_detector(folder / 'bare.onnx', meta_of('mask_rcnn', masks=None)))
+    no_masks = load_model(save_detector(folder / 'bare.onnx', make_meta('mask_rcnn', masks=None)))
     assert_detections(no_masks.predict(photo(60, 90), channel_order='rgb'), (60, 90), has_masks=False)
 
 
@@ -143,7 +143,7 @@ def test_a_file_of_a_fixed_size(input_, folder):
     """128 x 160 is more than the 128 pixels of the test pipeline in one direction, 96 x 96 is less in both."""
     for size in ((128, 160), (96, 96)):
         changes = dict(input=input_, size=size)
-        model = load_model(save_detector(folder / 'fixed.onnx', meta_of('mask_rcnn', **changes), batch=2))
+        model = load_model(save_detector(folder / 'fixed.onnx', make_meta('mask_rcnn', **changes), batch=2))
         assert model.model.session.size == size and model.model.session.batch == 2
         captured = record_runs(model)
         for image_size in SIZES:
@@ -164,7 +164,7 @@ def test_a_file_of_a_fixed_size(input_, folder):
             if images[0, 0].shape != image_size and factor * height < size[0] - 1:  # the padding is the mean, in RGB
                 corner = images[0, :, -1, 0]
                 assert np.allclose(corner, [123.675, 116.28, 103.53], atol=0.5 if input_ == 'uint8' else 1e-4)
-        logits = save_segmentor(folder / 'fixed_seg.onnx', meta_of('upernet', size=size), with_logits=True)
+        logits = save_segmentor(folder / 'fixed_seg.onnx', make_meta('upernet', size=size), with_logits=True)
         for image_size in SIZES:
             sample = load_model(logits).predict(photo(*image_size), channel_order='rgb')
             assert sample.pred_sem_seg.data.shape[1:] == image_size
@@ -174,7 +174,7 @@ def test_a_file_of_a_fixed_size(input_, folder):
 
 
 def test_raw_files_get_what_the_models_preprocessor_makes(folder):
-    model = load_model(save_detector(folder / 'raw.onnx', meta_of('mask_rcnn', input='raw')))
+    model = load_model(save_detector(folder / 'raw.onnx', make_meta('mask_rcnn', input='raw')))
     captured = record_runs(model)
     sample = model.predict(photo(60, 100), channel_order='rgb')
     ((images, size),) = captured
@@ -183,7 +183,7 @@ def test_raw_files_get_what_the_models_preprocessor_makes(folder):
     expected = np.minimum(BOXES[:2] * np.float32([128, 96, 128, 96]) * (100 / 128), [100, 60, 100, 60])
     assert np.allclose(sample.pred_instances.bboxes, expected, atol=0.3)
     assert_rows(sample.pred_instances.masks, 96 * 60 / 77, slack=1)
-    seg = load_model(save_segmentor(folder / 'raw_seg.onnx', meta_of('upernet', input='raw')))
+    seg = load_model(save_segmentor(folder / 'raw_seg.onnx', make_meta('upernet', input='raw')))
     assert_halves(seg.predict(photo(60, 100), channel_order='rgb').pred_sem_seg.data, (60, 100))
 
 
@@ -197,7 +197,7 @@ def test_what_cannot_be_done_is_one_line(detector, segmentor, folder, monkeypatc
     refused(segmentor, 'tile needs logits, which the exported model does not return', tile=64)
     refused(detector, 'amp_dtype float16: an exported model runs in the precision of its file', amp_dtype='float16')
     refused(save_program(folder / 'labels.pt2'), 'tile needs logits, which the exported model', tile=64)
-    fixed = save_detector(folder / 'fixed2.onnx', meta_of('mask_rcnn', size=(96, 96)))
+    fixed = save_detector(folder / 'fixed2.onnx', make_meta('mask_rcnn', size=(96, 96)))
     refused(fixed, 'multiscale at other sizes is not in an exported model', multiscale=True)
     with pytest.raises(UsageError, match='seg_logits needs logits'):
         load_model(segmentor).predict_arrays([photo(60, 90)], with_logits=True)
@@ -207,7 +207,7 @@ def test_what_cannot_be_done_is_one_line(detector, segmentor, folder, monkeypatc
         load_model(detector, device='toaster')
     with pytest.raises(UsageError, match='is a model for detection, the config is for segmentation'):
         load_model(detector, config='configs/demo/upernet.py')
-    three = save_detector(folder / 'three.onnx', meta_of('mask_rcnn', classes=('a', 'b', 'c')))
+    three = save_detector(folder / 'three.onnx', make_meta('mask_rcnn', classes=('a', 'b', 'c')))
     with pytest.raises(UsageError, match='has 3 classes, the config has 4'):
         load_model(three)
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
@@ -232,17 +232,17 @@ def test_openvino_that_is_missing_or_on_another_device(detector, folder, monkeyp
 
 def test_the_config_is_read_as_data(folder):
     def load(text):
-        path = save_detector(folder / 'config.onnx', meta_of('mask_rcnn', config=text))
+        path = save_detector(folder / 'config.onnx', make_meta('mask_rcnn', config=text))
         with pytest.raises(UsageError) as error:
             load_model(path)
         assert '\n' not in str(error.value)
         return str(error.value)
 
-    good = meta_of('mask_rcnn').config
+    good = make_meta('mask_rcnn').config
     assert 'contains no config: give the config' in load('')
     assert 'in its config is not registered' in load(good.replace("type='MaskRCNN'", "type='subprocess.Popen'"))
     assert str(folder) in load(good + "\nx = __import__('os').system('true')\n")
-    path = save_detector(folder / 'config.onnx', meta_of('mask_rcnn', config=''))
+    path = save_detector(folder / 'config.onnx', make_meta('mask_rcnn', config=''))
     model = load_model(path, config='configs/demo/mask_rcnn.py')
     assert_detections(model.predict(photo(60, 90), channel_order='rgb'), (60, 90))
 
@@ -257,7 +257,7 @@ def test_a_file_that_its_runtime_refuses(folder):
     with pytest.raises(UsageError, match='cannot be loaded by ONNX Runtime .*NoSuchOperator') as error:
         load_model(path)
     assert '\n' not in str(error.value)
-    segmentor = save_segmentor(folder / 'liar.onnx', meta_of('mask_rcnn'))
+    segmentor = save_segmentor(folder / 'liar.onnx', make_meta('mask_rcnn'))
     with pytest.raises(UsageError, match='returns segmentation, not those of detection: export it again'):
         load_model(segmentor)
 

@@ -11,7 +11,7 @@ from PIL import Image
 from convnext_dense.cli import predict as tool
 from convnext_dense.errors import UsageError
 from helpers.datasets import run
-from helpers.exported import BOXES, meta_of, save_detector, save_openvino, save_segmentor
+from helpers.exported import BOXES, make_meta, save_detector, save_openvino, save_segmentor
 from helpers.processes import WITHOUT_WORKERS
 from helpers.tools import DEMO, DETECTOR, WITH
 
@@ -170,7 +170,7 @@ def test_bad_input_of_the_test_tool(case, toy, detector, segmentor, tmp_path, ca
     (tmp_path / 'text.onnx').write_text('no model')
     paths = dict(detector=detector, segmentor=segmentor, text=tmp_path / 'text.onnx', absent='absent.onnx')
     if name == 'three':
-        paths['three'] = save_detector(tmp_path / 'three.onnx', meta_of('mask_rcnn', classes=('a', 'b', 'c')))
+        paths['three'] = save_detector(tmp_path / 'three.onnx', make_meta('mask_rcnn', classes=('a', 'b', 'c')))
     assert run('test.py', config, paths[name], '--work-dir', 'run', *options) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith('error: ') and message in line
@@ -181,7 +181,7 @@ def test_custom_data_have_the_classes_of_the_model(toy, detector, tmp_path, caps
     args = ['--data', toy, '--val-ann', toy / 'annotations/instances_val.json', '--val-images', toy / 'val']
     assert run_test(DETECTOR, detector, *args, name='exported_data') == 0
     assert_perfect(capsys)
-    other = save_detector(tmp_path / 'other.onnx', meta_of('mask_rcnn', classes=('cat', 'dog', 'cow', 'fox')))
+    other = save_detector(tmp_path / 'other.onnx', make_meta('mask_rcnn', classes=('cat', 'dog', 'cow', 'fox')))
     assert run_test(DETECTOR, other, *args, name='exported_other') == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith('error: ') and 'category-without-class' in error

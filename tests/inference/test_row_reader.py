@@ -13,7 +13,7 @@ from convnext_dense.inference.images import read_image
 from convnext_dense.inference.options import PredictOptions
 from convnext_dense.inference.row_reader import RasterRowReader, RowReader, open_rows, whole_image_note
 from convnext_dense.inference.tiling import predict_tiled
-from helpers.made_models import MadePredictor, segment_colors
+from helpers.fake_models import FakePredictor, segment_colors
 
 needs_rasterio = pytest.mark.skipif(importlib.util.find_spec('rasterio') is None, reason='rasterio is not installed')
 RNG = np.random.RandomState(0)
@@ -108,7 +108,7 @@ def test_a_file_that_is_cut_off_is_named(tmp_path):
     save(tmp_path / 'cut.png', noise)
     content = (tmp_path / 'cut.png').read_bytes()
     (tmp_path / 'cut.png').write_bytes(content[: len(content) // 2])
-    predictor = MadePredictor('segmentation', segment_colors)
+    predictor = FakePredictor('segmentation', segment_colors)
     with pytest.raises(UnreadableImageError, match='damaged'):
         predict_tiled(predictor, tmp_path / 'cut.png', PredictOptions(tile=64))
 
@@ -131,7 +131,7 @@ def test_without_rasterio_the_image_is_read_whole(tmp_path, monkeypatch):
 def test_a_file_in_tiles_is_its_pixels_in_tiles(tmp_path):
     save(tmp_path / 'x.png', RGB)
     samples = [
-        predict_tiled(MadePredictor('segmentation', segment_colors), image, PredictOptions(tile=16))
+        predict_tiled(FakePredictor('segmentation', segment_colors), image, PredictOptions(tile=16))
         for image in (tmp_path / 'x.png', str(tmp_path / 'x.png'), RGB[..., ::-1])
     ]
     assert (samples[0].pred_sem_seg.data == samples[2].pred_sem_seg.data).all()

@@ -12,7 +12,7 @@ from convnext_dense.inference import tiling
 from convnext_dense.inference.options import PredictOptions
 from convnext_dense.inference.row_reader import RowReader
 from convnext_dense.inference.tiling import blend_weights, predict_tiled
-from helpers.made_models import COLORS, MadePredictor, detect_boxes, detect_colors, segment_colors
+from helpers.fake_models import COLORS, FakePredictor, detect_boxes, detect_colors, segment_colors
 
 
 @pytest.mark.parametrize('length', [1, 63, 64, 65, 100, 128, 129, 1000])
@@ -67,7 +67,7 @@ def found(sample):
 @pytest.mark.parametrize('tile, share', [(512, 0.25), (1024, 0.25), (512, 0), (300, 0.6), (5000, 0.25)])
 def test_a_detector_finds_every_object_once_and_whole(seed, tile, share):
     image = draw(seed)
-    predictor = MadePredictor('detection', detect_colors)
+    predictor = FakePredictor('detection', detect_colors)
     expected = found(detect_colors(image))
     assert len(expected) > 25
     sample = predict_tiled(predictor, image, PredictOptions(tile=tile, overlap=share, batch_size=3))
@@ -79,7 +79,7 @@ def test_a_detector_finds_every_object_once_and_whole(seed, tile, share):
 @pytest.mark.parametrize('tile', [512, 1024])
 def test_a_detector_of_boxes(tile):
     image = draw(7)
-    sample = predict_tiled(MadePredictor('detection', detect_boxes), image, PredictOptions(tile=tile))
+    sample = predict_tiled(FakePredictor('detection', detect_boxes), image, PredictOptions(tile=tile))
     expected = detect_boxes(image).pred_instances
     rows = [sorted(zip(s.labels.tolist(), s.bboxes.tolist())) for s in (sample.pred_instances, expected)]
     assert rows[0] == rows[1] and 'masks' not in sample.pred_instances
@@ -87,7 +87,7 @@ def test_a_detector_of_boxes(tile):
 
 def test_an_image_without_objects():
     image = np.full((700, 900, 3), 128, np.uint8)
-    sample = predict_tiled(MadePredictor('detection', detect_colors), image, PredictOptions(tile=512))
+    sample = predict_tiled(FakePredictor('detection', detect_colors), image, PredictOptions(tile=512))
     assert len(sample.pred_instances) == 0 and sample.pred_instances.masks == []
 
 
@@ -100,7 +100,7 @@ def image():
 @pytest.mark.parametrize('tile, share', [(64, 0.25), (64, 0), (100, 0.7), (64, 0.9), (150, 0.25), (1000, 0.25)])
 @pytest.mark.parametrize('batch_size', [1, 4])
 def test_a_segmentor_of_single_pixels_sees_no_tiles(image, tile, share, batch_size):
-    predictor = MadePredictor('segmentation', segment_colors)
+    predictor = FakePredictor('segmentation', segment_colors)
     options = PredictOptions(tile=tile, overlap=share, batch_size=batch_size)
     sample = predict_tiled(predictor, image, options, with_logits=True)
     expected = segment_colors(image)
@@ -120,7 +120,7 @@ def test_logits_are_blended_as_a_weighted_mean(image):
         return sample
 
     options = PredictOptions(tile=64, overlap=0.4)
-    sample = predict_tiled(MadePredictor('segmentation', numbered), image, options, with_logits=True)
+    sample = predict_tiled(FakePredictor('segmentation', numbered), image, options, with_logits=True)
     tops, lefts = tile_starts(150, 64, 0.4), tile_starts(210, 64, 0.4)
     weights = blend_weights(tops, 64, 150), blend_weights(lefts, 64, 210)
     expected = np.zeros((4, 150, 210))
@@ -134,11 +134,11 @@ def test_logits_are_blended_as_a_weighted_mean(image):
 @pytest.mark.parametrize('limit', [0, 30_000])
 def test_what_has_no_room_in_memory_waits_in_a_file(image, limit, monkeypatch):
     options = PredictOptions(tile=64, overlap=0.4)
-    expected = predict_tiled(MadePredictor('segmentation', segment_colors), image, options, with_logits=True)
+    expected = predict_tiled(FakePredictor('segmentation', segment_colors), image, options, with_logits=True)
     make = tiling._Carry
     carries = []
     monkeypatch.setattr(tiling, '_Carry', lambda: carries.append(make(limit)) or carries[-1])
-    sample = predict_tiled(MadePredictor('segmentation', segment_colors), image, options, with_logits=True)
+    sample = predict_tiled(FakePredictor('segmentation', segment_colors), image, options, with_logits=True)
     assert (sample.seg_logits.data == expected.seg_logits.data).all()
     assert carries[0].file is not None and not carries[0].in_memory and not carries[0].in_file
 
@@ -149,7 +149,7 @@ def test_one_class_is_decided_by_the_threshold_of_the_head(image):
         sample.seg_logits.data = (sample.seg_logits.data[1:2] / 32 - 2).sigmoid()  # as mmseg's postprocess_result
         return sample
 
-    predictor = MadePredictor('segmentation', one_class)
+    predictor = FakePredictor('segmentation', one_class)
     sample = predict_tiled(predictor, image, PredictOptions(tile=64))
     expected = one_class(image).seg_logits.data > 0.3
     assert (sample.pred_sem_seg.data.bool() == expected).all() and expected.any() and not expected.all()
@@ -163,7 +163,7 @@ def test_only_the_rows_of_one_row_of_tiles_are_read(image):
 
     reader = Recorded(image)
     reader.calls = []
-    predictor = MadePredictor('segmentation', segment_colors)
+    predictor = FakePredictor('segmentation', segment_colors)
     for _ in tiling.iter_logits(predictor, reader, PredictOptions(tile=64)):
         pass
     tops = tile_starts(150, 64, 0.25)

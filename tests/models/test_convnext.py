@@ -15,28 +15,28 @@ from helpers.weights import random_weights
 SMALL = dict(depths=(1, 1, 2, 1), channels=(8, 16, 32, 64))
 
 
-def small(**settings) -> ConvNeXt:
+def build_small(**settings) -> ConvNeXt:
     torch.manual_seed(0)
     return ConvNeXt(arch=SMALL, **settings)
 
 
-def filled(model: ConvNeXt) -> ConvNeXt:
+def with_random_weights(model: ConvNeXt) -> ConvNeXt:
     model.load_state_dict(random_weights({name: tuple(t.shape) for name, t in model.state_dict().items()}))
     return model
 
 
-def test_features_equal_the_originals():
+def test_features_equal_the_original_code():
     reference = np.load(ROOT / 'tests/data/features_small.npz')
     image = torch.from_numpy(np.random.RandomState(7).standard_normal((1, 3, 76, 52)).astype(np.float32))
-    maps = filled(small()).eval()(image)
-    assert len(maps) == 4
-    for i, actual in enumerate(maps):
+    feats = with_random_weights(build_small()).eval()(image)
+    assert len(feats) == 4
+    for i, actual in enumerate(feats):
         np.testing.assert_allclose(actual.detach().numpy(), reference[f'stage{i}'], rtol=0, atol=1e-5)
 
 
-def test_forward_equals_reference_from_the_paper():
-    """The whole forward once more with other operations: einsum for the Linears, explicit means for the norms."""
-    model = filled(small()).eval()
+def test_forward_equals_the_papers_equations():
+    """Reference forward pass with other operations: einsum for the Linears, explicit means for the norms."""
+    model = with_random_weights(build_small()).eval()
     p = dict(model.named_parameters())
 
     def norm(x, name):
@@ -66,8 +66,8 @@ def test_forward_equals_reference_from_the_paper():
 
 
 @pytest.mark.parametrize('height, width', [(32, 32), (33, 47), (63, 32), (95, 129)])
-def test_any_size_from_32_up_floors(height, width):
-    for i, y in enumerate(small().eval()(torch.randn(1, 3, height, width))):
+def test_output_sizes_are_rounded_down(height, width):
+    for i, y in enumerate(build_small().eval()(torch.randn(1, 3, height, width))):
         assert y.shape == (1, SMALL['channels'][i], height // 4 // 2**i, width // 4 // 2**i)
         assert y.isfinite().all() and y.is_contiguous()
 
@@ -100,14 +100,14 @@ def test_known_archs_have_the_papers_sizes(arch, published, grn):
     with torch.device('meta'):
         model = ConvNeXt(arch, use_grn=grn)
     count = sum(p.numel() for p in model.parameters())
-    last = model.channels[-1]
-    head_and_norm = last * 1000 + 1000 + 2 * last - 2 * sum(model.channels)  # one norm instead of four
+    channels = model.channels[-1]
+    head_and_norm = channels * 1000 + 1000 + 2 * channels - 2 * sum(model.channels)  # one norm instead of four
     margin = 0.06 if isinstance(published, float) else 0.5
     assert (count + head_and_norm) / 1e6 == pytest.approx(published, abs=margin)
 
 
 def reference_v2(weights, image):
-    """ConvNeXt V2 by the equations of its paper (section 3.2, algorithm 1), the maps before the output norms."""
+    """ConvNeXt V2 by the equations of its paper (section 3.2, algorithm 1), with output norms."""
 
     def norm(x, name):  # over the channels of N x H x W x C
         mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
@@ -126,7 +126,7 @@ def reference_v2(weights, image):
             weights[f'{name}.gamma'] * (x * size / (size.mean(-1, keepdim=True) + 1e-6)) + weights[f'{name}.beta'] + x
         )
 
-    x, maps = image.permute(0, 2, 3, 1), []
+    x, feats = image.permute(0, 2, 3, 1), []
     for i, depth in enumerate((1, 1, 2, 1)):
         layer = f'downsample_layers.{i}'
         x = (
@@ -139,12 +139,12 @@ def reference_v2(weights, image):
             y = conv(x, f'{block}.dwconv', padding=3, groups=x.shape[-1])
             y = F.gelu(linear(norm(y, f'{block}.norm'), f'{block}.pwconv1'))
             x = x + linear(grn(y, f'{block}.grn'), f'{block}.pwconv2')
-        maps.append(norm(x, f'norm{i}').permute(0, 3, 1, 2))
-    return maps
+        feats.append(norm(x, f'norm{i}').permute(0, 3, 1, 2))
+    return feats
 
 
 def test_v2_equals_its_papers_equations():
-    model = small(use_grn=True).double().eval()
+    model = build_small(use_grn=True).double().eval()
     torch.manual_seed(0)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -154,10 +154,10 @@ def test_v2_equals_its_papers_equations():
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_v2_starts_as_the_identity_of_its_norm_and_keeps_half_precision():
+def test_grn_starts_as_the_identity_and_is_finite_in_half_precision():
     block = ConvNeXtBlock(8, 3, 0.0, 0, use_grn=True)
     assert not block.grn.gamma.any() and not block.grn.beta.any()
-    x = torch.full((1, 40, 40, 32), 100.0, dtype=torch.float16)  # squares add up to far beyond fp16
+    x = torch.full((1, 40, 40, 32), 100.0, dtype=torch.float16)  # the sum of squares overflows fp16
     with torch.no_grad():
         block.grn.gamma.fill_(1)
         assert block.grn.half()(x).isfinite().all()
@@ -166,31 +166,31 @@ def test_v2_starts_as_the_identity_of_its_norm_and_keeps_half_precision():
 @pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (0,), (3,), [2], (1, 3), 2, -1, (-4, -1), (3, 0), [0, 1]])
 @pytest.mark.parametrize('settings', [{}, dict(with_cp=True), dict(with_cp=True, cp_scope='mlp')], ids=str)
 def test_out_indices_and_gradients_of_every_parameter(out_indices, settings):
-    given = copy.deepcopy(out_indices)
-    model = small(out_indices=out_indices, drop_path_rate=0.0, **settings)
-    assert out_indices == given and type(out_indices) is type(given)
+    original = copy.deepcopy(out_indices)
+    model = build_small(out_indices=out_indices, drop_path_rate=0.0, **settings)
+    assert out_indices == original and type(out_indices) is type(original)
     image = torch.randn(2, 3, 64, 48)
     expected = [i % 4 for i in ([out_indices] if isinstance(out_indices, int) else out_indices)]
-    maps = model(image)
-    assert [m.shape[1] for m in maps] == [SMALL['channels'][i] for i in expected]
-    sum((m * torch.randn_like(m)).sum() for m in maps).backward()
+    feats = model(image)
+    assert [m.shape[1] for m in feats] == [SMALL['channels'][i] for i in expected]
+    sum((m * torch.randn_like(m)).sum() for m in feats).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-    whole = small()
-    whole.load_state_dict(model.state_dict(), strict=False)
-    for m, i in zip(maps, expected):
-        torch.testing.assert_close(m, whole(image)[i])
+    full_model = build_small()
+    full_model.load_state_dict(model.state_dict(), strict=False)
+    for m, i in zip(feats, expected):
+        torch.testing.assert_close(m, full_model(image)[i])
 
 
 def test_out_indices_list_is_not_modified():
-    given = [-1, -3]
-    model = small(out_indices=given)
-    assert given == [-1, -3] and [m.shape[1] for m in model(torch.randn(1, 3, 32, 32))] == [64, 16]
+    out_indices = [-1, -3]
+    model = build_small(out_indices=out_indices)
+    assert out_indices == [-1, -3] and [m.shape[1] for m in model(torch.randn(1, 3, 32, 32))] == [64, 16]
 
 
 def test_checkpointing_gives_the_same_gradients():
     gradients = []
     for with_cp in (False, True):
-        model = small(with_cp=with_cp, drop_path_rate=0.5).train()
+        model = build_small(with_cp=with_cp, drop_path_rate=0.5).train()
         torch.manual_seed(1)
         sum(m.square().mean() for m in model(torch.randn(4, 3, 64, 64))).backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -199,14 +199,14 @@ def test_checkpointing_gives_the_same_gradients():
 
 
 def test_checkpointing_recomputes():
-    model, calls = small(with_cp=True), []
+    model, calls = build_small(with_cp=True), []
     model.stages[0][0].dwconv.register_forward_hook(lambda *_: calls.append(1))
     model(torch.randn(1, 3, 32, 32))[3].sum().backward()
     assert len(calls) == 2
 
 
 def test_export_with_dynamic_size():
-    model = filled(small()).eval()
+    model = with_random_weights(build_small()).eval()
     # From 64: torch's own Conv2d exports for more than one pixel in its output only.
     height, width = (torch.export.Dim(name, min=64, max=4096) for name in ('height', 'width'))
     program = torch.export.export(model, (torch.randn(1, 3, 64, 96),), dynamic_shapes=[{2: height, 3: width}]).module()
@@ -217,30 +217,30 @@ def test_export_with_dynamic_size():
 
 
 def test_drop_path_per_sample_and_linear_in_depth():
-    model = small(drop_path_rate=0.4)
+    model = build_small(drop_path_rate=0.4)
     blocks = [block for stage in model.stages for block in stage]
     np.testing.assert_allclose([b.drop_path.drop_prob for b in blocks], np.linspace(0, 0.4, 5))
-    last = blocks[-1].drop_path.train()
+    drop_path = blocks[-1].drop_path.train()
     x = torch.ones(20000, 3, 1, 1)
-    y = last(x)
+    y = drop_path(x)
     remaining = y[:, 0, 0, 0] > 0
     assert (y == y[:, :1]).all() and torch.allclose(y[remaining], x[remaining] / 0.6)
     assert remaining.float().mean().item() == pytest.approx(0.6, abs=0.02)
-    assert last.eval()(x) is x
+    assert drop_path.eval()(x) is x
 
 
-def test_a_block_in_training_drops_its_branch_and_keeps_its_shortcut():
+def test_drop_path_drops_the_branch_and_keeps_the_shortcut():
     torch.manual_seed(0)
-    block, x = filled(ConvNeXtBlock(8, 3, 0.6, 1.0)), torch.randn(64, 8, 6, 6)
+    block, x = with_random_weights(ConvNeXtBlock(8, 3, 0.6, 1.0)), torch.randn(64, 8, 6, 6)
     branch = block.eval()(x) - x
     y = block.train()(x)
-    dropped = torch.tensor([torch.equal(*maps) for maps in zip(y, x)])
+    dropped = torch.tensor([torch.equal(*feats) for feats in zip(y, x)])
     assert 20 < dropped.sum() < 60
     torch.testing.assert_close(y[~dropped], (x + branch / 0.4)[~dropped], rtol=1e-4, atol=1e-4)
 
 
-def test_the_blocks_of_a_model_in_training_drop_at_their_rates():
-    model, dropped, n = filled(small(drop_path_rate=0.4)).train(), [], 2000
+def test_drop_rates_of_blocks_in_training():
+    model, dropped, n = with_random_weights(build_small(drop_path_rate=0.4)).train(), [], 2000
     for stage in model.stages:
         for block in stage:
             block.register_forward_hook(lambda _, x, y: dropped.append((y == x[0]).flatten(1).all(1).sum() / n))
@@ -252,13 +252,13 @@ def test_the_blocks_of_a_model_in_training_drop_at_their_rates():
     assert dropped == [0] * 5
 
 
-def test_stages_left_unbuilt_do_not_change_the_drop_rates():
+def test_unbuilt_stages_do_not_change_the_drop_rates():
     for out_indices, expected in [((0, 1), [0, 0.1]), ((2,), [0, 0.1, 0.2, 0.3]), ((3,), [0, 0.1, 0.2, 0.3, 0.4])]:
-        model = small(drop_path_rate=0.4, out_indices=out_indices)
+        model = build_small(drop_path_rate=0.4, out_indices=out_indices)
         np.testing.assert_allclose([block.drop_path.drop_prob for stage in model.stages for block in stage], expected)
 
 
-def test_any_number_of_stages_other_inputs_and_kernels():
+def test_any_number_of_stages_input_channels_and_kernel_size():
     for n in (1, 2, 3, 5):
         model = ConvNeXt(
             dict(depths=(1,) * n, channels=tuple(8 * (i + 1) for i in range(n))),
@@ -284,7 +284,7 @@ def test_initial_values():
 
 @pytest.mark.parametrize('frozen, n_downsample, n_stages', [(-1, 0, 0), (0, 1, 0), (1, 1, 1), (3, 3, 3), (4, 4, 4)])
 def test_frozen_stages(frozen, n_downsample, n_stages):
-    model = small(frozen_stages=frozen, drop_path_rate=0.5)
+    model = build_small(frozen_stages=frozen, drop_path_rate=0.5)
     assert model.train() is model
     for name, p in model.named_parameters():
         kind, index = name.split('.')[:2]
@@ -295,14 +295,14 @@ def test_frozen_stages(frozen, n_downsample, n_stages):
 
 
 @pytest.mark.parametrize('frozen', [-1, 0, 2, 4])
-def test_eval_and_train_switch_every_part_that_is_not_frozen(frozen):
-    model = small(frozen_stages=frozen, drop_path_rate=0.5)
-    for off in (model.eval, lambda: model.train(False)):
+def test_eval_and_train_switch_every_module_that_is_not_frozen(frozen):
+    model = build_small(frozen_stages=frozen, drop_path_rate=0.5)
+    for set_eval in (model.eval, lambda: model.train(False)):
         assert model.train().training and model.norm3.training and model.stages[3].training == (frozen < 4)
-        assert off() is model and not any(module.training for module in model.modules())
+        assert set_eval() is model and not any(module.training for module in model.modules())
     image = torch.randn(2, 3, 32, 32)
-    for first, second in zip(model(image), model(image)):
-        assert torch.equal(first, second)
+    for out1, out2 in zip(model(image), model(image)):
+        assert torch.equal(out1, out2)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_eval_and_train_switch_every_part_that_is_not_frozen(frozen):
         (dict(init_cfg='some.pth'), 'checkpoint='),
     ],
 )
-def test_bad_settings_are_named_in_one_line(settings, word):
+def test_invalid_arguments_raise_a_one_line_error(settings, word):
     with pytest.raises(UsageError, match=word) as error:
         ConvNeXt(**settings)
     assert '\n' not in str(error.value)
@@ -353,7 +353,7 @@ def test_bad_settings_are_named_in_one_line(settings, word):
         (dict(with_cp='mlp'), dict(with_cp=True, cp_scope='mlp')),
     ],
 )
-def test_deprecated_arguments_work_with_one_line_of_warning(deprecated, settings, caplog):
+def test_deprecated_arguments_work_with_a_one_line_warning(deprecated, settings, caplog):
     MMLogger.get_instance('deprecated').addHandler(caplog.handler)
     model, expected = ConvNeXt('atto', **deprecated), ConvNeXt('atto', **settings)
     (record,) = caplog.records
@@ -366,14 +366,14 @@ def test_deprecated_arguments_work_with_one_line_of_warning(deprecated, settings
 
 
 @pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (3, 0), -1, [1]])
-def test_out_channels_and_strides_are_those_of_the_outputs(out_indices):
-    model = small(out_indices=out_indices)
-    maps = model(torch.randn(1, 3, 96, 64))
-    assert model.out_channels == tuple(m.shape[1] for m in maps)
-    assert [(96 // stride, 64 // stride) for stride in model.out_strides] == [tuple(m.shape[2:]) for m in maps]
+def test_out_channels_and_strides_equal_the_outputs(out_indices):
+    model = build_small(out_indices=out_indices)
+    feats = model(torch.randn(1, 3, 96, 64))
+    assert model.out_channels == tuple(m.shape[1] for m in feats)
+    assert [(96 // stride, 64 // stride) for stride in model.out_strides] == [tuple(m.shape[2:]) for m in feats]
 
 
-def test_registered_in_other_scopes_and_next_to_namesake():
+def test_registered_in_other_scopes_and_next_to_another_convnext():
     """Found without a prefix from a library's registry, and with one where the library has a ConvNeXt of its own."""
     library = Registry('model', parent=MODELS, scope='some_library')
     assert library.get('ConvNeXt') is ConvNeXt

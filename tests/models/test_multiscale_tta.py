@@ -1,4 +1,4 @@
-"""The multi-scale test of ADE20K against a reference implementation that keeps every view."""
+"""The multi-scale test of ADE20K against a reference implementation that holds all views in memory."""
 
 import os
 import re
@@ -25,7 +25,7 @@ from helpers.tools import MEAN, STD, one_line_error
 DEMO = ROOT / 'configs/demo/upernet.py'
 
 
-def small_segmentor(seed=0, **settings) -> Config:
+def small_config(seed=0, **settings) -> Config:
     """A config that tests at (512, 128), with a small random model whose output depends on the position."""
     config = load('demo/upernet')
     config.merge_from_dict(settings)
@@ -33,7 +33,7 @@ def small_segmentor(seed=0, **settings) -> Config:
     return config
 
 
-def built(config: Config) -> torch.nn.Module:
+def build_model(config: Config) -> torch.nn.Module:
     init_default_scope('mmseg')
     from mmengine.model import revert_sync_batchnorm
 
@@ -44,8 +44,8 @@ def built(config: Config) -> torch.nn.Module:
     return model
 
 
-def views_of(config: Config, image: np.ndarray, tmp_path) -> dict:
-    """One image through the config's test pipeline, as the data loader hands it to the model."""
+def prepare_views(config: Config, image: np.ndarray, tmp_path) -> dict:
+    """One image through the config's test pipeline, collated as by the data loader."""
     path = str(tmp_path / 'image.png')
     cv2.imwrite(path, image)
     cv2.imwrite(str(tmp_path / 'label.png'), np.zeros(image.shape[:2], np.uint8))
@@ -75,37 +75,37 @@ def reference(model, image: np.ndarray, long: int, short: int) -> torch.Tensor:
 
 @pytest.mark.parametrize('size', [(150, 233), (211, 140), (160, 160)], ids=str)
 def test_equals_reference_implementation(size, tmp_path):
-    config = small_segmentor()
+    config = small_config()
     resize = next(step for step in config.test_dataloader.dataset.pipeline if step.type == 'Resize')
     resize.scale = (256, 64)
     set_multiscale(config)
-    model = built(config)
+    model = build_model(config)
     image = cv2.resize(np.random.RandomState(0).randint(0, 256, (9, 9, 3)).astype(np.uint8), size[::-1])
-    data = views_of(config, image, tmp_path)
+    data = prepare_views(config, image, tmp_path)
     with torch.no_grad():
         samples, (actual,) = model.probabilities(data)
         expected = reference(model.module, image, 256, 64)
     assert actual.shape == (5, *size)
     assert (actual - expected).abs().max() < 1e-6
     assert expected.argmax(0).unique().numel() > 1
-    (sample,) = model.test_step(views_of(config, image, tmp_path))
+    (sample,) = model.test_step(prepare_views(config, image, tmp_path))
     assert torch.equal(sample.pred_sem_seg.data[0], actual.argmax(0))
     assert sample.gt_sem_seg.shape == size and samples[0].gt_sem_seg.shape == size
     assert 'seg_logits' not in sample
 
 
-def test_one_class_is_a_sigmoid_once(tmp_path):
-    config = small_segmentor()
+def test_binary_segmentation_applies_one_sigmoid(tmp_path):
+    config = small_config()
     config.model.decode_head.update(num_classes=2, out_channels=1, threshold=0.4)
     config.model.decode_head.loss_decode = dict(type='CrossEntropyLoss', use_sigmoid=True)
     config.model.pop('auxiliary_head')
     set_multiscale(config)
-    model = built(config)
+    model = build_model(config)
     image = np.random.RandomState(1).randint(0, 256, (40, 60, 3)).astype(np.uint8)
     with torch.no_grad():
-        _, (actual,) = model.probabilities(views_of(config, image, tmp_path))
+        _, (actual,) = model.probabilities(prepare_views(config, image, tmp_path))
     assert actual.shape == (1, 40, 60) and actual.min() > 0 and actual.max() < 1
-    (sample,) = model.test_step(views_of(config, image, tmp_path))
+    (sample,) = model.test_step(prepare_views(config, image, tmp_path))
     assert torch.equal(sample.pred_sem_seg.data, (actual > 0.4).float())
 
 
@@ -115,7 +115,7 @@ def test_sizes_of_the_views(name, size, tmp_path):
     config = load(name)
     set_multiscale(config)
     assert config.model.module.test_cfg.mode == 'whole'
-    data = views_of(config, np.zeros((*size, 3), np.uint8), tmp_path)
+    data = prepare_views(config, np.zeros((*size, 3), np.uint8), tmp_path)
     long, short = (2560, 640) if name.endswith('in22k') else (2048, 512)
     expected = []
     for r in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75):
@@ -130,13 +130,13 @@ def test_sizes_of_the_views(name, size, tmp_path):
 
 @pytest.mark.parametrize('align_corners', [False, True])
 @pytest.mark.parametrize('size', [(7, 9), (64, 50), (200, 31), (1, 1)], ids=str)
-def test_rows_are_resized_as_torch_resizes_the_whole(align_corners, size):
+def test_resized_rows_equal_torch(align_corners, size):
     logits = torch.randn(3, 23, 17, generator=torch.Generator().manual_seed(0))
-    whole = interpolate(logits[None], size, mode='bilinear', align_corners=align_corners)[0]
+    resized = interpolate(logits[None], size, mode='bilinear', align_corners=align_corners)[0]
     for n_rows in (1, 5, size[0]):
         for top in range(0, size[0] - n_rows + 1, n_rows):
             rows = _resize_rows(logits, top, n_rows, size, align_corners)
-            torch.testing.assert_close(rows, whole[:, top : top + n_rows], rtol=0, atol=1e-5)
+            torch.testing.assert_close(rows, resized[:, top : top + n_rows], rtol=0, atol=1e-5)
 
 
 MEASURE = """
@@ -146,15 +146,15 @@ from pathlib import Path
 import numpy as np
 import test_multiscale_tta as t
 from convnext_dense.config import evaluation
-config = t.small_segmentor()
+config = t.small_config()
 config.model.decode_head.num_classes = 150
 evaluation.SCALE_FACTORS = {ratios}
 evaluation.set_multiscale(config)
-model = t.built(config)
+model = t.build_model(config)
 image = np.random.RandomState(0).randint(0, 256, (700, 1000, 3)).astype(np.uint8)
-data = t.views_of(config, image, Path({folder!r}))
+data = t.prepare_views(config, image, Path({folder!r}))
 used = lambda key: int(next(x for x in open('/proc/self/status') if x.startswith(key)).split()[1])
-open('/proc/self/clear_refs', 'w').write('5')  # the peak starts anew
+open('/proc/self/clear_refs', 'w').write('5')  # reset the peak
 before = used('VmRSS')
 if {reference}:
     with torch.no_grad():
@@ -165,33 +165,33 @@ print(used('VmHWM') - before)
 """
 
 
-def test_memory_does_not_grow_with_the_views(tmp_path):
-    """At most 1.3 times what mmseg's own prediction of the largest view takes alone."""
+def test_memory_does_not_grow_with_the_number_of_views(tmp_path):
+    """At most 1.3 times the memory of mmseg's own prediction of the largest view."""
 
     def peak(ratios, reference):
         code = MEASURE.format(tests=str(ROOT / 'tests'), ratios=ratios, folder=str(tmp_path), reference=reference)
-        # What is freed goes back to the system at once: this measures tensors, not the allocator's left-overs.
+        # Freed memory is returned to the system immediately: measure tensors, not the allocator's cache.
         env = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '1000000', 'OMP_NUM_THREADS': '2'}
         process = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
         assert process.returncode == 0, process.stderr
         return int(process.stdout.split()[-1])
 
-    twelve, one = peak(SCALE_FACTORS, False), peak(SCALE_FACTORS[-1:], True)
-    assert twelve < 1.3 * one, (twelve, one)
+    multiscale, largest_view = peak(SCALE_FACTORS, False), peak(SCALE_FACTORS[-1:], True)
+    assert multiscale < 1.3 * largest_view, (multiscale, largest_view)
 
 
 def test_from_command_line(run_tool, tmp_path):
     data = tmp_path / 'shapes'
     toy_shapes.write(data, train=2, val=3, size=64)
-    config = small_segmentor()
-    model = built(config)
+    config = small_config()
+    model = build_model(config)
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'w.pth')
     arguments = ['test.py', DEMO, tmp_path / 'w.pth', '--out', tmp_path / 'out', '--multiscale']
     process = run_tool(*arguments, '--show-dir', tmp_path / 'pictures', SHAPES_ROOT=str(data))
     assert process.returncode == 0, process.stderr[-3000:]
     assert re.search(r'mIoU \d', process.stdout.splitlines()[-1])
-    for done in ('1/3', '2/3', '3/3'):
-        assert done in process.stderr
+    for progress in ('1/3', '2/3', '3/3'):
+        assert progress in process.stderr
     assert len(list((tmp_path / 'pictures').rglob('*.png'))) == 3
     for file in (data / 'val').glob('*.png'):
         with torch.no_grad():
@@ -200,7 +200,7 @@ def test_from_command_line(run_tool, tmp_path):
         np.testing.assert_array_equal(actual, expected + 1)
 
 
-def test_multiscale_refusals(run_tool, tmp_path):
+def test_invalid_uses_of_multiscale(run_tool, tmp_path):
     torch.save({}, tmp_path / 'w.pth')
     data = tmp_path / 'shapes'
     toy_shapes.write(data, train=2, val=2, size=64)

@@ -1,4 +1,4 @@
-"""`optimize`: whole models compute the same as before, faster only where nothing says otherwise."""
+"""`optimize`: optimized models return the same results, and modified modules fall back."""
 
 import copy
 import pickle
@@ -29,7 +29,7 @@ ARCH = dict(depths=(1, 1, 1, 1), channels=(32, 64, 96, 128))
 
 
 def build(name, **changes):
-    """A small model of a recipe, whose batch norms and scores are not as at the beginning."""
+    """A small model of a recipe, with random batch norm statistics and large classification weights."""
     config = load(name)
     register_mmseg(init_default_scope=False) if config.default_scope == 'mmseg' else register_all_modules(False)
     init_default_scope(config.default_scope)
@@ -48,13 +48,13 @@ def build(name, **changes):
     model = MODELS.build(cfg).eval()
     for module in model.modules():
         if isinstance(module, _BatchNorm):
-            for t, (low, high) in {
+            for t, (min_value, max_value) in {
                 module.running_mean: (-1, 1),
                 module.running_var: (0.5, 2),
                 module.weight.data: (0.5, 2),
                 module.bias.data: (-1, 1),
             }.items():
-                t.uniform_(low, high)
+                t.uniform_(min_value, max_value)
     if hasattr(model, 'roi_head'):
         heads = model.roi_head.bbox_head
         for head in heads if isinstance(heads, nn.ModuleList) else [heads]:
@@ -63,7 +63,7 @@ def build(name, **changes):
     return model
 
 
-def samples(model):
+def make_samples(model):
     meta = dict(img_shape=SIZE, ori_shape=SIZE, pad_shape=SIZE, scale_factor=(1.0, 1.0))
     if not hasattr(model, 'roi_head'):
         mask = torch.randint(5, (1, *SIZE), generator=torch.Generator().manual_seed(0))
@@ -77,21 +77,21 @@ def samples(model):
     return [sample]
 
 
-def image():
+def make_image():
     return torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
 def predict(model):
-    result = model.predict(image(), samples(model))[0]
+    result = model.predict(make_image(), make_samples(model))[0]
     return result.pred_instances if hasattr(model, 'roi_head') else result.seg_logits.data
 
 
 def train_step(model):
     model.train()
     torch.manual_seed(2)
-    images = torch.cat([image(), image().flip(-1)])
-    losses = model(images, samples(model) * 2, mode='loss')
+    images = torch.cat([make_image(), make_image().flip(-1)])
+    losses = model(images, make_samples(model) * 2, mode='loss')
     flat = {k: v for k, v in losses.items() if 'loss' in k}
     sum(t for v in flat.values() for t in (v if isinstance(v, list) else [v])).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -121,12 +121,12 @@ def test_detections_are_the_same(name, monkeypatch):
     expected, keys = predict(copy.deepcopy(model)), [*model.state_dict()]
     assert len(expected) > 10 and expected.scores.max() > 0.1
     calls = Calls(monkeypatch)
-    found = predict(optimize_for_inference(model))
+    actual = predict(optimize_for_inference(model))
     assert {'roi_align', 'nms'} == {*calls.names} and [*model.state_dict()] == keys
-    assert torch.equal(found.labels, expected.labels)
-    torch.testing.assert_close(found.bboxes, expected.bboxes, rtol=1e-4, atol=1e-2)
-    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-4)
-    assert (found.masks != expected.masks).float().mean() < 1e-3
+    assert torch.equal(actual.labels, expected.labels)
+    torch.testing.assert_close(actual.bboxes, expected.bboxes, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(actual.scores, expected.scores, rtol=0, atol=1e-4)
+    assert (actual.masks != expected.masks).float().mean() < 1e-3
 
 
 @needs_kernels
@@ -134,9 +134,9 @@ def test_segmentations_are_the_same(monkeypatch):
     model = build('demo/upernet')
     expected, keys = predict(copy.deepcopy(model)), [*model.state_dict()]
     calls = Calls(monkeypatch)
-    found = predict(optimize_for_inference(model))
+    actual = predict(optimize_for_inference(model))
     assert calls.names == ['tap_sum', 'tap_sum'] and [*model.state_dict()] == keys
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
 @needs_kernels
@@ -153,105 +153,105 @@ def test_a_training_step_is_the_same(name, monkeypatch):
         assert (found_grads[key] - grad).norm() < 2e-3 * grad.norm() + 1e-5, key
 
 
-def test_weights_that_change_take_effect():
-    """Nothing of what is folded is kept."""
-    model, other = optimize(build('demo/upernet')), build('demo/upernet')
-    for p in other.parameters():
+def test_modified_weights_take_effect():
+    """Folded weights are not cached."""
+    model, reference = optimize(build('demo/upernet')), build('demo/upernet')
+    for p in reference.parameters():
         p.data.add_(0.01)
-    for buffer in other.buffers():
+    for buffer in reference.buffers():
         buffer.data.mul_(2)
     before = predict(model)
-    model.load_state_dict(other.state_dict())
-    after, expected = predict(model), predict(other)
+    model.load_state_dict(reference.state_dict())
+    after, expected = predict(model), predict(reference)
     assert (before - expected).abs().max() > 1e-2
     torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_maps_stay_in_channels_last_where_all_that_follows_reads_them():
-    formats = []
+def test_features_stay_channels_last_where_all_consumers_support_it():
+    feats_of_model = []
 
-    class Neck(nn.Module):  # of nobody knows whom
-        def forward(self, maps):
-            return maps
+    class Neck(nn.Module):  # from another library
+        def forward(self, feats):
+            return feats
 
     model = build('demo/mask_rcnn')
-    other = copy.deepcopy(model)
-    other.add_module('extra', Neck())
-    for m in (optimize(model), optimize(other)):
-        m.neck.register_forward_pre_hook(lambda _, args: formats.append(args[0]))
+    with_unknown_module = copy.deepcopy(model)
+    with_unknown_module.add_module('extra', Neck())
+    for m in (optimize(model), optimize(with_unknown_module)):
+        m.neck.register_forward_pre_hook(lambda _, args: feats_of_model.append(args[0]))
         predict(m)
-    mine, unknown = formats
-    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in mine)
+    known, unknown = feats_of_model
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in known)
     assert all(x.is_contiguous() for x in unknown)
     assert model.roi_head.mask_roi_extractor.channels_last and not model.roi_head.bbox_roi_extractor.channels_last
     assert optimize(build('demo/cascade')).roi_head.bbox_roi_extractor[0].channels_last
-    for f, e in zip(mine, unknown):
+    for f, e in zip(known, unknown):
         torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-4)
 
 
-def test_mmdets_extractor_gets_contiguous_maps_where_its_own_roi_align_runs():
+def test_mmdets_roi_align_gets_contiguous_features():
     for extractor in (CPURoIExtractor, FP32RoIExtractor):
         module = extractor(dict(type='RoIAlign', output_size=7, sampling_ratio=0), 32, [4, 8])
-        maps = [torch.rand(1, 32, 20, 30), torch.rand(1, 32, 10, 15)]
+        feats = [torch.rand(1, 32, 20, 30), torch.rand(1, 32, 10, 15)]
         rois = torch.tensor([[0, 3.0, 4.0, 90.0, 60.0], [0, 1.0, 2.0, 119.0, 79.0]])
         with dispatch.disabled():
-            expected = module(maps, rois, 1.2)
-            last = module([x.contiguous(memory_format=torch.channels_last) for x in maps], rois, 1.2)
-        assert torch.equal(last, expected)
-        torch.testing.assert_close(module(maps, rois, 1.2), expected, rtol=1e-5, atol=1e-5)
+            expected = module(feats, rois, 1.2)
+            channels_last_output = module([x.contiguous(memory_format=torch.channels_last) for x in feats], rois, 1.2)
+        assert torch.equal(channels_last_output, expected)
+        torch.testing.assert_close(module(feats, rois, 1.2), expected, rtol=1e-5, atol=1e-5)
 
 
 @needs_kernels
-def test_what_the_kernels_do_not_take_goes_to_mmcv(monkeypatch):
+def test_unsupported_inputs_fall_back_to_mmcv(monkeypatch):
     calls = Calls(monkeypatch)
-    maps, rois = [torch.rand(1, 32, 20, 30)], torch.tensor([[0, 3.0, 4.0, 90.0, 60.0]])
+    feats, rois = [torch.rand(1, 32, 20, 30)], torch.tensor([[0, 3.0, 4.0, 90.0, 60.0]])
 
-    def module(**changes):
+    def build_extractor(**changes):
         return CPURoIExtractor(dict(type='RoIAlign', output_size=7) | changes, 32, [4])
 
-    module()(maps, rois)
+    build_extractor()(feats, rois)
     assert calls.names == ['roi_align']
-    hooked = module()
+    hooked = build_extractor()
     hooked.roi_layers[0].register_forward_hook(lambda *args: None)
-    changed = module()
-    changed.roi_layers[0].forward = type(changed.roi_layers[0]).forward.__get__(changed.roi_layers[0])
-    for other, feats in (
-        (module(pool_mode='max'), maps),
-        (module(type='RoIPool') if False else hooked, maps),
-        (changed, maps),
-        (CPURoIExtractor(dict(type='RoIAlign', output_size=7), 8, [4]), [maps[0][:, :8]]),
+    patched = build_extractor()
+    patched.roi_layers[0].forward = type(patched.roi_layers[0]).forward.__get__(patched.roi_layers[0])
+    for extractor, inputs in (
+        (build_extractor(pool_mode='max'), feats),
+        (hooked, feats),
+        (patched, feats),
+        (CPURoIExtractor(dict(type='RoIAlign', output_size=7), 8, [4]), [feats[0][:, :8]]),
     ):
-        assert other(feats, rois).shape == (1, other.out_channels, 7, 7)
+        assert extractor(inputs, rois).shape == (1, extractor.out_channels, 7, 7)
     with dispatch.disabled():
-        module()(maps, rois)
-    double = module()([maps[0].double()], rois)
-    assert double.dtype == torch.float64 and calls.names == ['roi_align']
+        build_extractor()(feats, rois)
+    roi_feats = build_extractor()([feats[0].double()], rois)
+    assert roi_feats.dtype == torch.float64 and calls.names == ['roi_align']
 
 
-def test_a_hook_sees_a_module_be_called():
+def test_hooks_on_fused_modules_fire():
     model = optimize(build('demo/upernet'))
-    expected, seen = predict(model), []
+    expected, hooked_types = predict(model), []
     head = model.decode_head
     for module in (head.fpn_bottleneck, head.bottleneck.conv, head.lateral_convs[0].bn, head.psp_modules[0][1]):
-        module.register_forward_hook(lambda module, _, out: seen.append(type(module)))
+        module.register_forward_hook(lambda module, _, out: hooked_types.append(type(module)))
     torch.testing.assert_close(predict(model), expected, rtol=1e-3, atol=1e-3)
-    assert len(seen) == 4
+    assert len(hooked_types) == 4
 
 
 @pytest.mark.parametrize('name', ['demo/mask_rcnn', 'demo/upernet'])
-def test_other_dtypes_and_switched_off_operators_are_the_plain_way(name, monkeypatch):
+def test_other_dtypes_and_disabled_operators_fall_back(name, monkeypatch):
     calls, model = Calls(monkeypatch), optimize(build(name))
     with dispatch.disabled():
         expected = predict(model)
     assert calls.names == []
     if 'upernet' in name:
-        double = model.double()(image().double(), mode='tensor')
+        double = model.double()(make_image().double(), mode='tensor')
         assert double.dtype == torch.float64 and calls.names == []
     else:
         assert len(expected)
 
 
-def test_classes_that_derive_from_theirs_stay_and_copies_are_optimized_too():
+def test_subclasses_are_not_replaced_and_copies_stay_optimized():
     from mmseg.models import UPerHead
 
     class MyHead(UPerHead):
@@ -262,9 +262,9 @@ def test_classes_that_derive_from_theirs_stay_and_copies_are_optimized_too():
     optimize(model)
     assert type(model.decode_head) is MyHead and type(model.decode_head.fpn_bottleneck) is FusedConvModule
     model = optimize(optimize(build('demo/upernet')))
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert type(other.decode_head) is FusedUPerHead
-        assert torch.equal(predict(other), predict(model))
+    for model_copy in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(model_copy.decode_head) is FusedUPerHead
+        assert torch.equal(predict(model_copy), predict(model))
 
 
 # ---- NMS -------------------------------------------------------------------------------------------------------------
@@ -273,24 +273,24 @@ def test_classes_that_derive_from_theirs_stay_and_copies_are_optimized_too():
 @pytest.mark.parametrize(
     'settings', [{}, dict(score_threshold=0.5), dict(max_num=7), dict(offset=1, max_num=3)], ids=str
 )
-def test_nms_is_mmcvs(settings):
+def test_nms_equals_mmcv(settings):
     from mmcv.ops import batched_nms
     from mmcv.ops import nms as mmcv_nms
 
     torch.manual_seed(0)
     corners, scores, labels = torch.rand(300, 2) * 50, torch.rand(300), torch.randint(3, (300,))
     boxes = torch.cat([corners, corners + torch.rand(300, 2) * 40], 1)
-    for found, expected in zip(nms(boxes, scores, 0.4, **settings), mmcv_nms(boxes, scores, 0.4, **settings)):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(nms(boxes, scores, 0.4, **settings), mmcv_nms(boxes, scores, 0.4, **settings)):
+        assert torch.equal(actual, expected)
     configs = (dict(type=kind, iou_threshold=0.4, **settings) for kind in (nms, 'nms'))
-    for found, expected in zip(*(batched_nms(boxes, scores, labels, cfg) for cfg in configs)):
-        assert torch.equal(found, expected)
-    arrays = nms(boxes.numpy(), scores.numpy(), 0.4)  # goes to mmcv's
+    for actual, expected in zip(*(batched_nms(boxes, scores, labels, cfg) for cfg in configs)):
+        assert torch.equal(actual, expected)
+    arrays = nms(boxes.numpy(), scores.numpy(), 0.4)  # falls back to mmcv
     assert torch.equal(torch.from_numpy(arrays[1]), nms(boxes, scores, 0.4)[1])
     assert len(nms(boxes[:0], scores[:0], 0.4)[1]) == 0
 
 
-def test_configs_of_nms_are_copied():
+def test_nms_configs_are_copied():
     model = build('demo/mask_rcnn')
     before = model.test_cfg, copy.deepcopy(model.test_cfg), model.rpn_head.test_cfg
     optimize(model)
@@ -299,14 +299,14 @@ def test_configs_of_nms_are_copied():
     assert before[0] == before[1] and before[2].nms.type == 'nms' and isinstance(model.test_cfg, ConfigDict)
 
 
-def test_other_nms_stays():
+def test_soft_nms_is_not_replaced():
     model = build('demo/mask_rcnn')
     model.roi_head.test_cfg = ConfigDict(nms=dict(type='soft_nms', iou_threshold=0.5))
     optimize(model)
     assert model.roi_head.test_cfg.nms.type == 'soft_nms'
 
 
-def test_what_is_optimized_is_there():
-    """The kernels of this machine, if it has those of the backbone."""
+def test_kernels_are_available():
+    """A machine with the backbone's kernels has those of the heads."""
     assert head_kernels.available() or not avx512.dtypes()
     assert box_ops.DTYPES == upsampled_conv.DTYPES

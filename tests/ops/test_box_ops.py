@@ -1,4 +1,4 @@
-"""RoIAlign and NMS of `ops`, next to mmcv's, and what they refuse."""
+"""RoIAlign and NMS of `ops` against mmcv's, and the arguments that they refuse."""
 
 import ctypes
 import hashlib
@@ -26,25 +26,25 @@ C = 48
 
 @pytest.fixture(params=[*head_kernels.VARIANTS])
 def variant(request, monkeypatch):
-    """Each of the compiled forms that run on this processor."""
-    others = {k: v for k, v in head_kernels.VARIANTS.items() if k != request.param}
+    """Each compiled variant that runs on this processor."""
+    other_variants = {k: v for k, v in head_kernels.VARIANTS.items() if k != request.param}
     monkeypatch.setattr(head_kernels, 'VARIANTS', {request.param: head_kernels.VARIANTS[request.param]})
     head_kernels._library.cache_clear()
     if not head_kernels.available():
         pytest.skip(f'no {request.param} here')
-    assert head_kernels.variant() == request.param and others
+    assert head_kernels.variant() == request.param and other_variants
     yield request.param
     monkeypatch.undo()
     head_kernels._library.cache_clear()
 
 
-def maps(channels=C, images=2, dtype=torch.float32, channels_last=True):
+def make_feats(channels=C, images=2, dtype=torch.float32, channels_last=True):
     torch.manual_seed(0)
     feats = [torch.randn(images, channels, 30 // 2**i, 41 // 2**i).to(dtype) for i in range(2)]
     return [f.contiguous(memory_format=torch.channels_last) if channels_last else f for f in feats]
 
 
-def boxes(images=2, n=40):
+def make_rois(images=2, n=40):
     """RoIs of all sizes, some beyond the image, and their levels."""
     generator = torch.Generator().manual_seed(1)
     corners = torch.rand(n, 2, generator=generator) * torch.tensor([164.0, 120.0]) * 1.3 - 20
@@ -62,7 +62,7 @@ def boxes(images=2, n=40):
 
 
 def reference(feats, rois, levels, output_size, sampling_ratio, aligned):
-    """mmcv's, level by level."""
+    """mmcv's RoIAlign, level by level."""
     out = feats[0].new_zeros(len(rois), feats[0].shape[1], *output_size)
     for i, feat in enumerate(feats):
         rows = (levels == i).nonzero().flatten()
@@ -74,24 +74,24 @@ def reference(feats, rois, levels, output_size, sampling_ratio, aligned):
 @pytest.mark.parametrize('aligned', [True, False])
 @pytest.mark.parametrize('sampling_ratio', [0, 1, 2])
 @pytest.mark.parametrize('output_size', [(7, 7), (14, 14), (3, 5), (1, 1)])
-def test_features_and_gradients_are_mmcvs(variant, output_size, sampling_ratio, aligned):
-    rois, levels = boxes()
+def test_features_and_gradients_equal_mmcv(variant, output_size, sampling_ratio, aligned):
+    rois, levels = make_rois()
     settings = (output_size, sampling_ratio, aligned)
-    for channels, channels_last in ((16, True), (C, False), (272, True)):  # of 272, one vector is left of a block
-        feats = [f.requires_grad_() for f in maps(channels, channels_last=channels_last)]
+    for channels, channels_last in ((16, True), (C, False), (272, True)):  # 272: one vector more than whole blocks
+        feats = [f.requires_grad_() for f in make_feats(channels, channels_last=channels_last)]
         expected = reference(feats, rois, levels, *settings)
         grad = torch.randn(expected.shape)
         grads = torch.autograd.grad(expected, feats, grad)
         for features_last in (False, True):
-            found = box_ops.roi_align(feats, rois, levels, SCALES, *settings, features_last)
+            actual = box_ops.roi_align(feats, rois, levels, SCALES, *settings, features_last)
             memory_format = torch.channels_last if features_last else torch.contiguous_format
-            assert found.is_contiguous(memory_format=memory_format)
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-            for f, e in zip(torch.autograd.grad(found, feats, grad), grads):
+            assert actual.is_contiguous(memory_format=memory_format)
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+            for f, e in zip(torch.autograd.grad(actual, feats, grad), grads):
                 torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-5 * e.abs().max().item())
 
 
-def test_features_are_those_of_the_formula():
+def test_features_of_a_linear_map_equal_the_formula():
     """Of a map that is linear in its coordinates, the average of a bin is the value at its center."""
     y, x = torch.meshgrid(torch.arange(30.0), torch.arange(41.0), indexing='ij')
     feat = (3 * y + 5 * x).expand(1, 16, 30, 41)
@@ -104,33 +104,33 @@ def test_features_are_those_of_the_formula():
     torch.testing.assert_close(out[0, 9], 3 * centers_y[:, None] + 5 * centers_x, rtol=1e-5, atol=1e-4)
 
 
-def test_bfloat16_maps_are_read_as_they_are(variant):
-    rois, levels = boxes()
-    feats = [f.requires_grad_() for f in maps(dtype=torch.bfloat16)]
+def test_bfloat16_features_are_read_without_rounding(variant):
+    rois, levels = make_rois()
+    feats = [f.requires_grad_() for f in make_feats(dtype=torch.bfloat16)]
     copies = [f.detach().float().requires_grad_() for f in feats]
-    found, expected = (box_ops.roi_align(x, rois, levels, SCALES, (7, 7), 0, True, False) for x in (feats, copies))
-    assert found.dtype == torch.float32 and torch.equal(found, expected)
-    grad = torch.randn(found.shape)
-    for f, e in zip(torch.autograd.grad(found, feats, grad), torch.autograd.grad(expected, copies, grad)):
+    actual, expected = (box_ops.roi_align(x, rois, levels, SCALES, (7, 7), 0, True, False) for x in (feats, copies))
+    assert actual.dtype == torch.float32 and torch.equal(actual, expected)
+    grad = torch.randn(actual.shape)
+    for f, e in zip(torch.autograd.grad(actual, feats, grad), torch.autograd.grad(expected, copies, grad)):
         assert f.dtype == torch.bfloat16 and torch.equal(f, e.bfloat16())
 
 
-def test_results_are_the_same_bits_with_any_number_of_threads():
-    rois, levels = boxes()
+def test_results_are_bitwise_equal_for_any_number_of_threads():
+    rois, levels = make_rois()
     results, threads = [], torch.get_num_threads()
     for n in (1, 2, 5):
         torch.set_num_threads(n)
-        feats = [f.requires_grad_() for f in maps()]
+        feats = [f.requires_grad_() for f in make_feats()]
         out = box_ops.roi_align(feats, rois, levels, SCALES, (7, 7), 0, True, False)
         results.append([out, *torch.autograd.grad(out.square().sum(), feats)])
     torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(map(torch.equal, other, results[0]))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
 
 
-def test_maps_without_boxes_and_no_boxes_at_all():
-    feats = [f.requires_grad_() for f in maps()]
-    rois, levels = boxes()
+def test_levels_without_rois_and_no_rois():
+    feats = [f.requires_grad_() for f in make_feats()]
+    rois, levels = make_rois()
     for n in (0, 1):
         out = box_ops.roi_align(feats, rois[:n], 0 * levels[:n], SCALES, (7, 7), 0, True, False)
         assert out.shape == (n, C, 7, 7)
@@ -140,8 +140,8 @@ def test_maps_without_boxes_and_no_boxes_at_all():
 
 @pytest.mark.parametrize('requires_grad', [False, True])
 def test_opcheck(requires_grad):
-    rois, levels = boxes(n=3)
-    feats = [f.requires_grad_(requires_grad) for f in maps()]
+    rois, levels = make_rois(n=3)
+    feats = [f.requires_grad_(requires_grad) for f in make_feats()]
     for features_last in (False, True):
         opcheck(box_ops.roi_align, (feats, rois, levels, SCALES, [7, 7], 0, True, features_last))
     sizes = ([f.shape[2] for f in feats], [f.shape[3] for f in feats])
@@ -150,10 +150,10 @@ def test_opcheck(requires_grad):
     opcheck(box_ops.nms, (rois[:, 1:], torch.rand(len(rois)), 0.5, 0))
 
 
-def test_what_it_does_not_support():
-    rois, feats = boxes()[0], maps()
+def test_unsupported_inputs():
+    rois, feats = make_rois()[0], make_feats()
     assert box_ops.supports_roi_align(feats, rois)
-    for wrong in (
+    for unsupported in (
         [f.double() for f in feats],
         [f.half() for f in feats],
         [f[:, :40] for f in feats],
@@ -163,9 +163,9 @@ def test_what_it_does_not_support():
         [f.to('meta') for f in feats],
         [],
     ):
-        assert not box_ops.supports_roi_align(wrong, rois)
+        assert not box_ops.supports_roi_align(unsupported, rois)
         with pytest.raises((RuntimeError, NotImplementedError)):
-            box_ops.roi_align(wrong, rois, boxes()[1], SCALES[: len(wrong)], (7, 7), 0, True, False)
+            box_ops.roi_align(unsupported, rois, make_rois()[1], SCALES[: len(unsupported)], (7, 7), 0, True, False)
     assert not box_ops.supports_roi_align(feats, rois.double())
     assert not box_ops.supports_roi_align([torch._neg_view(f) for f in feats], rois)
 
@@ -182,18 +182,18 @@ def test_what_it_does_not_support():
         (2, -1e30, 'negative size'),
     ],
 )
-def test_boxes_that_cannot_be_are_refused(column, value, message):
-    rois, levels = boxes()
+def test_invalid_rois_are_refused(column, value, message):
+    rois, levels = make_rois()
     rois[3, column] = value
     with pytest.raises(RuntimeError, match=message):
-        box_ops.roi_align(maps(), rois, levels, SCALES, (7, 7), 0, True, False)
+        box_ops.roi_align(make_feats(), rois, levels, SCALES, (7, 7), 0, True, False)
     with pytest.raises(RuntimeError, match=message):
         sizes = ([30, 15], [41, 20])
         box_ops.roi_align_backward(torch.ones(len(rois), C, 7, 7), rois, levels, SCALES, (7, 7), 0, True, 2, *sizes)
 
 
-def test_other_arguments_that_cannot_be_are_refused():
-    rois, levels = boxes()
+def test_invalid_arguments_are_refused():
+    rois, levels = make_rois()
     call = dict(rois=rois, levels=levels, spatial_scales=SCALES, output_size=(7, 7), sampling_ratio=0)
     for change in (
         dict(levels=levels + 2),
@@ -210,33 +210,33 @@ def test_other_arguments_that_cannot_be_are_refused():
         dict(sampling_ratio=1 << 13),
     ):
         with pytest.raises(RuntimeError):
-            box_ops.roi_align(maps(), **(call | change), aligned=True, channels_last=False)
+            box_ops.roi_align(make_feats(), **(call | change), aligned=True, channels_last=False)
     grad, sizes = torch.ones(len(rois), C, 7, 7), ([30, 15], [41, 20])
-    for wrong in (grad[1:], grad[..., :5], grad.double(), grad[:, :40], grad.to('meta')):
+    for unsupported in (grad[1:], grad[..., :5], grad.double(), grad[:, :40], grad.to('meta')):
         with pytest.raises(RuntimeError):
-            box_ops.roi_align_backward(wrong, *call.values(), True, 2, *sizes)
+            box_ops.roi_align_backward(unsupported, *call.values(), True, 2, *sizes)
 
 
-def test_the_kernels_refuse_structs_that_they_do_not_understand():
+def test_kernels_refuse_invalid_structs():
     library, memory = head_kernels._library(), torch.zeros(1 << 16)
     level = head_kernels.Level(height=4, width=4, scale=0.25, data=memory.data_ptr())
     pointer = ctypes.cast(ctypes.pointer(level), ctypes.c_void_p)
     names = [name for name, _ in head_kernels.RoIAlignArgs._fields_]
     zeros, ones = torch.zeros(5), torch.zeros(1, dtype=torch.int64)
     values = (1, 1, 1, 16, 1, 1, 7, 7, 0, 1, 0, 1, pointer, zeros.data_ptr(), ones.data_ptr(), memory.data_ptr())
-    good = dict(zip(names, values, strict=True))
+    valid_args = dict(zip(names, values, strict=True))
     kernels = (library.convnext_roi_align, library.convnext_roi_align_backward)
     for kernel in kernels:
-        assert kernel(ctypes.byref(head_kernels.RoIAlignArgs(**good))) == 0 and kernel(None) != 0
+        assert kernel(ctypes.byref(head_kernels.RoIAlignArgs(**valid_args))) == 0 and kernel(None) != 0
         for name in names:
             # But for the flags, which may be 0, and the ratio, that of which 0 means one by the size of the box.
             for value in {None} if name in names[-4:] else {-1, 1 << 40}:
-                code = kernel(ctypes.byref(head_kernels.RoIAlignArgs(**(good | {name: value}))))
+                code = kernel(ctypes.byref(head_kernels.RoIAlignArgs(**(valid_args | {name: value}))))
                 assert code and library.convnext_head_error_message(code) not in (b'success', b'unknown error'), name
     for field, value in (('height', 0), ('width', 1 << 40), ('scale', float('nan')), ('data', None)):
-        wrong = head_kernels.Level(height=4, width=4, scale=0.25, data=memory.data_ptr())
-        setattr(wrong, field, value)
-        args = good | dict(levels=ctypes.cast(ctypes.pointer(wrong), ctypes.c_void_p))
+        invalid_level = head_kernels.Level(height=4, width=4, scale=0.25, data=memory.data_ptr())
+        setattr(invalid_level, field, value)
+        args = valid_args | dict(levels=ctypes.cast(ctypes.pointer(invalid_level), ctypes.c_void_p))
         assert all(kernel(ctypes.byref(head_kernels.RoIAlignArgs(**args))) for kernel in kernels)
     assert library.convnext_nms(-1, None, 0.5, 0.0, None) and library.convnext_nms(3, None, 0.5, 0.0, None)
 
@@ -246,7 +246,7 @@ def test_the_kernels_refuse_structs_that_they_do_not_understand():
 
 @pytest.mark.parametrize('offset', [0, 1])
 @pytest.mark.parametrize('threshold', [0.0, 0.3, 0.7, 1.0])
-def test_boxes_that_stay_are_mmcvs(variant, threshold, offset):
+def test_kept_boxes_equal_mmcv(variant, threshold, offset):
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         n = [0, 1, 2, 17, 300][seed % 5]
@@ -260,16 +260,16 @@ def test_boxes_that_stay_are_mmcvs(variant, threshold, offset):
         assert torch.equal(box_ops.nms(candidates, scores, threshold, offset), expected)
 
 
-def test_boxes_that_are_no_numbers_stay_as_in_mmcv():
+def test_nan_boxes_are_kept_as_in_mmcv():
     candidates = torch.tensor([[0, 0, 9, 9], [0, 0, 9, float('nan')], [1, 1, float('inf'), 9], [0, 0, 9, 8.5]])
     for order in ([0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 1, 0]):
         scores = torch.tensor(order).float()
         assert torch.equal(box_ops.nms(candidates, scores, 0.5, 0), mmcv_nms(candidates, scores, 0.5)[1])
 
 
-def test_nms_refuses_what_it_does_not_understand():
+def test_nms_refuses_invalid_arguments():
     candidates, scores = torch.rand(5, 4), torch.rand(5)
-    for wrong in (
+    for invalid_args in (
         (candidates.double(), scores, 0.5, 0),
         (candidates[:, :3], scores, 0.5, 0),
         (candidates, scores[1:], 0.5, 0),
@@ -277,7 +277,7 @@ def test_nms_refuses_what_it_does_not_understand():
         (candidates.to('meta'), scores, 0.5, 0),
     ):
         with pytest.raises(RuntimeError):
-            box_ops.nms(*wrong)
+            box_ops.nms(*invalid_args)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def test_nms_refuses_what_it_does_not_understand():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('flags', [['-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl'], ['-mavx2']], ids=str)
-def test_the_sanitizers_find_nothing(tmp_path, flags):
+def test_no_sanitizer_errors(tmp_path, flags):
     libasan = (
         shutil.which('gcc')
         and subprocess.run(['gcc', '-print-file-name=libasan.so'], capture_output=True, text=True).stdout.strip()
@@ -311,7 +311,7 @@ def test_the_sanitizers_find_nothing(tmp_path, flags):
 
 
 def run_cases(folder: str, n: int = 200) -> None:
-    """RoIAlign of any sizes in kernels that were compiled into a folder."""
+    """Run the operators at random sizes, with the kernels compiled into `folder`."""
     head_kernels.SOURCE = Path(folder, 'head_kernels.c')
     head_kernels.VARIANTS = {'head_kernels_avx512': {'fma'}}
     head_kernels._library.cache_clear()

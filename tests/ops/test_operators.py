@@ -1,5 +1,5 @@
-"""The registered operators: schema, fake implementation, autograd (by `torch.library.opcheck`), what watches operators,
-and what they refuse."""
+"""The registered operators: schema, fake implementation, autograd (by `torch.library.opcheck`), dispatch modes and
+profilers, and the arguments that they refuse."""
 
 import ctypes
 
@@ -88,7 +88,7 @@ def test_opcheck_of_stem_downsampling_and_norm(requires_grad):
 
 
 @needs_kernels
-def test_opcheck_of_their_gradients():
+def test_opcheck_of_gradients_of_stem_downsampling_and_norm():
     image, x = torch.randn(2, 3, 13, 18), torch.randn(2, C, 5, 8).contiguous(memory_format=torch.channels_last)
     settings = (1e-6, torch.float32)
     stem, downsample, norm = stem_params(Stem(3, C)), stem_params(Downsample(C, 64)), OutputNorm(C)
@@ -149,8 +149,8 @@ def test_dispatch_modes_and_profilers_see_the_operators():
     model, image = small_model(), torch.randn(1, 3, 32, 32)
     with Recorder() as recorder:
         sum(m.sum() for m in model(image)).backward()
-    ours = {name for name in recorder.names if name.startswith('convnext_dense.')}
-    assert ours == TRAINING_OPERATORS and 'aten.convolution.default' not in recorder.names
+    package_ops = {name for name in recorder.names if name.startswith('convnext_dense.')}
+    assert package_ops == TRAINING_OPERATORS and 'aten.convolution.default' not in recorder.names
     with Recorder() as recorder, torch.no_grad():
         model(image)
     assert {name for name in recorder.names if name.startswith('convnext_dense.')} == {'convnext_dense.stage.default'}
@@ -161,25 +161,25 @@ def test_dispatch_modes_and_profilers_see_the_operators():
 
 @needs_kernels
 def test_function_modes_see_the_operators():
-    seen = []
+    names = []
 
     class Mode(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
-            seen.append(str(func))
+            names.append(str(func))
             return func(*args, **(kwargs or {}))
 
     model, image = small_model(), torch.randn(1, 3, 32, 32)
     expected = model(image)
     with Mode():
-        found = model(image)
+        actual = model(image)
     with BaseTorchFunctionMode():
-        again = model(image)
-    assert seen.count('convnext_dense.block.default') == 2
-    for f, a, e in zip(found, again, expected):
+        base_mode_output = model(image)
+    assert names.count('convnext_dense.block.default') == 2
+    for f, a, e in zip(actual, base_mode_output, expected):
         assert torch.equal(f, e) and torch.equal(a, e)
 
 
-def test_fake_tensors_tracers_and_exports_get_the_reference_implementation():
+def test_fake_tensors_tracing_and_export_use_the_reference_implementation():
     model, image = small_model(), torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         expected = model(image)
@@ -197,7 +197,7 @@ def test_fake_tensors_tracers_and_exports_get_the_reference_implementation():
             torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-4)
 
 
-def test_transforms_give_the_gradients_of_the_reference_implementation():
+def test_function_transforms_equal_the_reference():
     model, images = small_model(), torch.randn(3, 1, 3, 32, 32)
     params = {name: p.detach() for name, p in model.named_parameters()}
 
@@ -212,10 +212,10 @@ def test_transforms_give_the_gradients_of_the_reference_implementation():
             forward_ad = torch.autograd.forward_ad.unpack_dual(loss(params, dual)).tangent
         return [*per_sample.values(), tangent, forward_ad]
 
-    found = transformed()
+    actual = transformed()
     with dispatch.disabled():
         expected = transformed()
-    for f, e in zip(found, expected):
+    for f, e in zip(actual, expected):
         torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5)
 
 
@@ -233,7 +233,7 @@ def test_flop_counts_of_operators_equal_those_of_the_reference(backend, monkeypa
         modules += [(downsample, x), (Stem(3, C), torch.randn(2, 3, 17, 16)), (OutputNorm(C), x)]
 
     def count(module, x):
-        """FLOPs of a pass; a mode without the module hooks of FlopCounterMode's tracker, which need the modules."""
+        """FLOPs of a forward and backward pass, without FlopCounterMode's module tracker, which registers hooks."""
         counter = FlopCounterMode(display=False)
         counter.mod_tracker.__class__ = _NoTracker
         with counter:
@@ -245,9 +245,9 @@ def test_flop_counts_of_operators_equal_those_of_the_reference(backend, monkeypa
         with Recorder() as recorder:
             module(x).sum().backward()
         assert any(name.startswith('convnext_dense.') for name in recorder.names)
-        found = count(module, x)
+        flops = count(module, x)
         with dispatch.disabled():
-            assert found == count(module, x), type(module)
+            assert flops == count(module, x), type(module)
 
 
 @needs_kernels
@@ -290,7 +290,7 @@ def test_flop_count_of_a_stage():
     ],
     ids=lambda change: ' '.join(change),
 )
-def test_blocks_refuse_what_they_do_not_understand(change, backend):
+def test_blocks_refuse_invalid_arguments(change, backend):
     call = dict(x=torch.randn(2, 5, 7, C), z=None, backend=backend, level=SAVE_DWCONV, dtype=torch.float32) | change
     args = block_args(call['backend'], call['level'], call['dtype'])
     with pytest.raises(RuntimeError):
@@ -298,9 +298,9 @@ def test_blocks_refuse_what_they_do_not_understand(change, backend):
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
-def test_gradients_of_blocks_refuse_what_they_do_not_understand(backend):
+def test_gradients_of_blocks_refuse_invalid_arguments(backend):
     grad, x, saved, *rest = block_backward_args(backend, SAVE_DWCONV, use_grn=True)
-    for wrong in (
+    for invalid_args in (
         (grad[:1], x, saved, *rest),
         (grad.permute(0, 2, 1, 3), x, saved, *rest),
         (grad, x, [], *rest),
@@ -313,16 +313,16 @@ def test_gradients_of_blocks_refuse_what_they_do_not_understand(backend):
         (grad.to('meta'), x, saved, *rest),
     ):
         with pytest.raises(RuntimeError):
-            operators.block_backward(*wrong)
+            operators.block_backward(*invalid_args)
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize('i', range(11))
-def test_blocks_refuse_parameters_of_other_shapes_and_devices(i, backend):
+def test_blocks_refuse_parameters_of_wrong_shapes_and_devices(i, backend):
     x, params, args = torch.randn(2, 5, 7, C), block_params(use_grn=True), block_args(backend)
-    for wrong in (torch.tensor(1.5), params[i][:-1], params[i].to('meta')):
+    for invalid_param in (torch.tensor(1.5), params[i][:-1], params[i].to('meta')):
         with pytest.raises(RuntimeError):
-            operators.block(x, None, *[*params[:i], wrong, *params[i + 1 :]], *args)
+            operators.block(x, None, *[*params[:i], invalid_param, *params[i + 1 :]], *args)
 
 
 def test_forward_mode_ad_is_refused():
@@ -332,7 +332,7 @@ def test_forward_mode_ad_is_refused():
 
 
 @needs_kernels
-def test_other_operators_refuse_what_they_do_not_understand():
+def test_other_operators_refuse_invalid_arguments():
     params, norm = block_params()._replace(pwconv1_weight=torch.randn(4 * C, C + 1)), (torch.ones(C), torch.ones(C))
     image, stem, downsample = torch.randn(2, 3, 16, 16), stem_params(Stem(3, C)), stem_params(Downsample(C, 64))
     rows = torch.randn(2, 4, 4, C)
@@ -362,7 +362,7 @@ def test_other_operators_refuse_what_they_do_not_understand():
 
 
 def kernel_args(kernel):
-    """A struct that a kernel accepts, and what keeps its memory alive."""
+    """A call that a kernel accepts; it keeps its tensors alive."""
     rows = torch.randn(1, 4, 4, C)
     if kernel == 'block':
         args = dispatch.BlockArgs(*block_args('avx512', SAVE_INPUT))
@@ -384,7 +384,7 @@ def kernel_args(kernel):
 
 @needs_kernels
 @pytest.mark.parametrize('kernel', avx512.KERNELS)
-def test_kernels_return_an_error_for_arguments_that_they_cannot_work_with(kernel):
+def test_kernels_return_an_error_for_invalid_arguments(kernel):
     avx512.launch(kernel_args(kernel))
     pointer = 'grad' if kernel.endswith('backward') else 'out'
     changes = dict(version=99, threads=0, images=0, channels=33, x=None) | {pointer: None}
@@ -414,7 +414,7 @@ def test_kernels_return_an_error_for_arguments_that_they_cannot_work_with(kernel
 
 
 @needs_kernels
-def test_a_struct_of_another_layout_leaves_the_kernels_unused(monkeypatch):
+def test_kernels_with_another_struct_layout_are_not_used(monkeypatch):
     monkeypatch.setattr(avx512, 'STRUCTS', ('NormArgs', 'PatchEmbedArgs', 'BlockArgs', 'KernelCall'))
     with pytest.warns(UserWarning, match='not laid out as Python expects; .* slower'):
         assert avx512._library.__wrapped__() is None
@@ -423,7 +423,7 @@ def test_a_struct_of_another_layout_leaves_the_kernels_unused(monkeypatch):
 
 
 class _NoTracker:
-    """In the place of FlopCounterMode's tracker of modules."""
+    """Replaces FlopCounterMode's module tracker."""
 
     parents = frozenset({'Global'})
 

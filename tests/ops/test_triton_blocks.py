@@ -22,7 +22,7 @@ def make_block(use_grn: bool) -> ConvNeXtBlock:
     return block
 
 
-def arguments(block: ConvNeXtBlock, dtype: torch.dtype, scale=None) -> Block:
+def make_args(block: ConvNeXtBlock, dtype: torch.dtype, scale=None) -> Block:
     return Block(dispatch._block_params(block), scale, block.norm.eps, dtype)
 
 
@@ -32,8 +32,8 @@ def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize('dtype', triton_blocks.DTYPES, ids=str)
 @pytest.mark.parametrize('use_grn', [False, True], ids=['v1', 'v2'])
-def test_outputs_and_gradients_are_those_of_the_module(use_grn, dtype):
-    """Odd sizes, a float32 shortcut, a sample whose branch is dropped, and all that a backward pass may recompute."""
+def test_outputs_and_gradients_equal_the_module(use_grn, dtype):
+    """Odd sizes, a float32 shortcut, a sample whose branch is dropped, and all checkpoint scopes."""
     block = make_block(use_grn)
     x = torch.randn(2, 5, 6, CHANNELS)
     scale = torch.tensor([0.0, 1.25])
@@ -47,38 +47,38 @@ def test_outputs_and_gradients_are_those_of_the_module(use_grn, dtype):
     for with_cp in (False, True, 'mlp') if dtype == torch.float16 else (False,):
         inputs = x.clone().requires_grad_()
         block.zero_grad()
-        out = triton_blocks.run(inputs, arguments(block, dtype, scale), with_cp)
+        out = triton_blocks.run(inputs, make_args(block, dtype, scale), with_cp)
         out.backward(grad.to(out.dtype))
         results.append([out.detach(), inputs.grad, *(p.grad for p in block.parameters())])
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+    assert all(torch.equal(a, b) for result_with_cp in results[1:] for a, b in zip(results[0], result_with_cp))
     out, grad_x, *grads = results[0]
     with torch.no_grad():
-        assert torch.equal(out, triton_blocks.run(x, arguments(block, dtype, scale), False))
+        assert torch.equal(out, triton_blocks.run(x, make_args(block, dtype, scale), False))
 
     tolerance = 1e-3 if dtype == torch.float16 else 1e-2
     assert torch.equal(out[0], x[0])
     assert relative_error(out.double() - x, expected.detach() - x) < 2 * tolerance
     assert relative_error(grad_x.double() - grad, exact_x.grad - grad) < 3 * tolerance
-    for (name, param), result in zip(exact_block.named_parameters(), grads):
-        assert result.dtype == torch.float32 and relative_error(result, param.grad) < 2 * tolerance, name
+    for (name, param), param_grad in zip(exact_block.named_parameters(), grads):
+        assert param_grad.dtype == torch.float32 and relative_error(param_grad, param.grad) < 2 * tolerance, name
 
 
 def test_half_precision_modules():
     """Parameters, maps and gradients in half precision, without autocast."""
     block = make_block(use_grn=False).half()
     x = torch.randn(1, 4, 5, CHANNELS).half().requires_grad_()
-    out = triton_blocks.run(x, arguments(block, torch.float16), False)
+    out = triton_blocks.run(x, make_args(block, torch.float16), False)
     out.sum().backward()
     expected = copy.deepcopy(block).double().residual(x.detach().double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     assert out.dtype == torch.float16 and relative_error(out, expected) < 2e-3
     assert {p.grad.dtype for p in (x, *block.parameters())} == {torch.float16}
 
 
-def test_gradients_of_a_batch_of_gradients():
-    """Vectorized Jacobians have no memory that a kernel could read."""
+def test_batched_gradients_equal_single_gradients():
+    """As in vectorized Jacobians: such a gradient has no storage that a kernel could read."""
     block = make_block(use_grn=False)
     x = torch.randn(1, 3, 4, CHANNELS, requires_grad=True)
-    out = triton_blocks.run(x, arguments(block, torch.bfloat16), False)
+    out = triton_blocks.run(x, make_args(block, torch.bfloat16), False)
     grads = torch.randn(2, *out.shape)
     batched = torch.autograd.grad(out, x, grads, is_grads_batched=True, retain_graph=True)[0]
     single = torch.stack([torch.autograd.grad(out, x, grad, retain_graph=True)[0] for grad in grads])
@@ -100,17 +100,17 @@ def test_gradients_of_a_batch_of_gradients():
     ],
     ids=['narrow', 'mixed', 'strides', 'unaligned', 'float64', 'channels', 'unaligned map'],
 )
-def test_what_the_kernels_cannot_read_is_refused(change, x_change):
+def test_unsupported_inputs_are_refused(change, x_change):
     block, x = make_block(use_grn=False), torch.randn(1, 3, 4, CHANNELS)
-    assert triton_blocks.supports(x, arguments(block, torch.float16))
+    assert triton_blocks.supports(x, make_args(block, torch.float16))
     if change:
         change(block)
     x = x_change(x) if x_change else x
-    assert not triton_blocks.supports(x, arguments(block, torch.float16))
-    assert not triton_blocks.supports(x, arguments(make_block(False), torch.float32))
+    assert not triton_blocks.supports(x, make_args(block, torch.float16))
+    assert not triton_blocks.supports(x, make_args(make_block(False), torch.float32))
 
 
 def test_blocks_are_not_supported_without_triton(monkeypatch):
     monkeypatch.setattr(triton_blocks, 'kernels', lambda: None)
     block = make_block(use_grn=False)
-    assert not triton_blocks.supports(torch.randn(1, 3, 4, CHANNELS), arguments(block, torch.float16))
+    assert not triton_blocks.supports(torch.randn(1, 3, 4, CHANNELS), make_args(block, torch.float16))

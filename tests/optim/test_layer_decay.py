@@ -23,16 +23,16 @@ SCALES = {
 }
 
 
-def original_id(name: str, decay_type: str, last: int, n: int) -> int:
-    """The original's ids, written from its description: an oracle that shares nothing with the package."""
+def original_id(name: str, decay_type: str, last_block: int, num_layers: int) -> int:
+    """The original's ids, written from its description, independent of the package."""
     parts = name.split('.')
     if parts[0] == 'downsample_layers':
-        return 0 if decay_type == 'stage_wise' else (0, 2, 3, n)[int(parts[1])]
+        return 0 if decay_type == 'stage_wise' else (0, 2, 3, num_layers)[int(parts[1])]
     if parts[0] == 'stages':
         stage, block = int(parts[1]), int(parts[2])
-        assert block <= last or stage != 2
-        return stage + 1 if decay_type == 'stage_wise' else (1, 2, 3 + block // 3, n)[stage]
-    return n + 1
+        assert block <= last_block or stage != 2
+        return stage + 1 if decay_type == 'stage_wise' else (1, 2, 3 + block // 3, num_layers)[stage]
+    return num_layers + 1
 
 
 class Segmentor(nn.Module):
@@ -43,7 +43,7 @@ class Segmentor(nn.Module):
         self.norm = nn.BatchNorm2d(3)
 
 
-def built(model: nn.Module, decay_type='layer_wise', decay_rate=0.7, paramwise=None, **optimizer):
+def build_param_groups(model: nn.Module, decay_type='layer_wise', decay_rate=0.7, paramwise=None, **optimizer):
     wrapper = build_optim_wrapper(
         model,
         dict(
@@ -69,44 +69,44 @@ def config(**wrapper) -> dict:
 def test_ids_scales_and_weight_decay_of_every_parameter(arch, decay_type, rate):
     with torch.device('meta'):
         model = Segmentor(ConvNeXt(arch))
-    n, last = (6, 8) if arch == 'tiny' else (12, 26)
-    assert model.backbone.num_layers == n
-    groups = built(model, decay_type, rate)
+    num_layers, last_block = (6, 8) if arch == 'tiny' else (12, 26)
+    assert model.backbone.num_layers == num_layers
+    groups = build_param_groups(model, decay_type, rate)
     for name, p in model.named_parameters():
         group = groups[id(p)]
-        inner = name.removeprefix('backbone.') if name.startswith('backbone.') else 'head'
-        expected = original_id(inner, decay_type, last, n)
+        name_in_backbone = name.removeprefix('backbone.') if name.startswith('backbone.') else 'head'
+        expected = original_id(name_in_backbone, decay_type, last_block, num_layers)
         assert group['layer_id'] == expected, name
-        assert group['lr'] == pytest.approx(2e-4 * rate ** (n + 1 - expected), rel=1e-12), name
+        assert group['lr'] == pytest.approx(2e-4 * rate ** (num_layers + 1 - expected), rel=1e-12), name
         assert group['weight_decay'] == (0 if p.ndim == 1 or name.endswith('bias') else 0.05), name
-    first = dict(
+    scale_of_prefix = dict(
         zip(
-            ('downsample_layers.0.0', 'stages.0.0', 'stages.1.0', 'stages.2.0', f'stages.2.{last}', 'stages.3.0'),
+            ('downsample_layers.0.0', 'stages.0.0', 'stages.1.0', 'stages.2.0', f'stages.2.{last_block}', 'stages.3.0'),
             SCALES[arch, decay_type, rate],
         )
     )
-    for start, scale in first.items():
-        lrs = {groups[id(p)]['lr'] for name, p in model.named_parameters() if name.startswith(f'backbone.{start}.')}
-        assert len(lrs) == 1 and lrs.pop() / 2e-4 == pytest.approx(scale, rel=1e-5), start
+    for prefix, scale in scale_of_prefix.items():
+        lrs = {groups[id(p)]['lr'] for name, p in model.named_parameters() if name.startswith(f'backbone.{prefix}.')}
+        assert len(lrs) == 1 and lrs.pop() / 2e-4 == pytest.approx(scale, rel=1e-5), prefix
 
 
 def test_a_bias_of_any_shape_does_not_decay():
     model = Segmentor(ConvNeXt('atto'))
     model.head.bias = nn.Parameter(torch.zeros(3, 4))
     model.head.table = nn.Parameter(torch.zeros(3, 4))
-    groups = built(model)
+    groups = build_param_groups(model)
     assert groups[id(model.head.bias)]['weight_decay'] == 0
     assert groups[id(model.head.table)]['weight_decay'] == 0.05
 
 
-def test_no_weight_decay_where_none_is_given():
+def test_no_weight_decay_if_the_optimizer_sets_none():
     wrapper = build_optim_wrapper(ConvNeXt('atto'), config())
     assert {group['weight_decay'] for group in wrapper.optimizer.param_groups} == {0}
 
 
 def test_depthwise_weights_decay_and_output_norms_train_at_full_rate():
     model = Segmentor(ConvNeXt('atto'))
-    groups = built(model)
+    groups = build_param_groups(model)
     assert groups[id(model.backbone.stages[0][0].dwconv.weight)]['weight_decay'] == 0.05
     assert groups[id(model.backbone.stages[0][0].gamma)]['weight_decay'] == 0
     assert groups[id(model.backbone.norm0.weight)]['lr'] == 2e-4
@@ -153,12 +153,12 @@ class Aliased(nn.Module):
         Aliased,
     ],
 )
-def test_backbone_in_any_wrapper_gets_same_lrs(wrap):
+def test_backbone_in_any_wrapper_gets_the_same_lrs(wrap):
     model = Segmentor(ConvNeXt('atto'))
-    groups = built(model)
+    groups = build_param_groups(model)
     reference = {id(p): groups[id(p)]['lr'] for p in model.backbone.parameters()}
-    again = built(wrap(model))
-    assert {key: again[key]['lr'] for key in reference} == reference
+    groups_of_wrapper = build_param_groups(wrap(model))
+    assert {key: groups_of_wrapper[key]['lr'] for key in reference} == reference
     assert len(set(reference.values())) == 7  # ids 0 to 6: N is 5 for two blocks a stage and six in the third
 
 
@@ -175,20 +175,20 @@ def test_wrapper_prefixes_in_names_are_ignored():
         assert backbone.layer_id(name) == expected, name
 
 
-def test_backbone_in_ddp_gets_same_lrs(tmp_path):
+def test_backbone_in_ddp_gets_the_same_lrs(tmp_path):
     model = Segmentor(ConvNeXt('atto'))
-    reference = built(model)
+    reference = build_param_groups(model)
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     try:
-        behind = built(nn.parallel.DistributedDataParallel(model))
+        groups = build_param_groups(nn.parallel.DistributedDataParallel(model))
     finally:
         torch.distributed.destroy_process_group()
-    assert {key: group['lr'] for key, group in behind.items()} == {key: group['lr'] for key, group in reference.items()}
+    assert {key: group['lr'] for key, group in groups.items()} == {key: group['lr'] for key, group in reference.items()}
 
 
 def test_frozen_parameters_are_left_out():
     model = Segmentor(ConvNeXt('atto', frozen_stages=2))
-    groups = built(model)
+    groups = build_param_groups(model)
     assert set(groups) == {id(p) for p in model.parameters() if p.requires_grad}
 
 
@@ -209,9 +209,9 @@ def test_unbuilt_stages_count_as_layers():
 
 def test_model_without_backbone_is_refused():
     with pytest.raises(UsageError, match='no backbone.*ConvNeXt'):
-        built(nn.Sequential(nn.Conv2d(3, 8, 3)))
+        build_param_groups(nn.Sequential(nn.Conv2d(3, 8, 3)))
     with pytest.raises(UsageError, match='different depth'):
-        built(nn.ModuleList([ConvNeXt('atto'), ConvNeXt('tiny')]))
+        build_param_groups(nn.ModuleList([ConvNeXt('atto'), ConvNeXt('tiny')]))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_model_without_backbone_is_refused():
         (dict(decay_rate=0.9, decay_type='layer_wise', bias_lr_mult='2'), 'bias_lr_mult'),
     ],
 )
-def test_bad_settings(paramwise, word):
+def test_invalid_paramwise_cfg(paramwise, word):
     cfg = dict(
         constructor='LayerDecayOptimWrapperConstructor', optimizer=dict(type='AdamW', lr=1e-4), paramwise_cfg=paramwise
     )
@@ -260,7 +260,7 @@ def test_invalid_optimizer_numbers_are_refused(key, value):
         build_optim_wrapper(ConvNeXt('atto'), cfg)
 
 
-def test_a_custom_key_is_a_part_of_a_name():
+def test_custom_keys_must_be_strings():
     cfg = config()
     cfg['paramwise_cfg'] |= dict(custom_keys={1: dict(lr_mult=2)})
     with pytest.raises(UsageError, match='custom_keys has the key 1'):
@@ -294,12 +294,12 @@ def test_clipping_and_accumulation_reach_the_wrapper():
     torch.manual_seed(0)
     model = ConvNeXt(dict(depths=(1,), channels=(8,)), out_indices=0).double()
     wrapper = build_optim_wrapper(model, config(accumulative_counts=3, clip_grad=dict(max_norm=0.25)))
-    start, moved = [p.detach().clone() for p in model.parameters()], []
+    initial, distances = [p.detach().clone() for p in model.parameters()], []
     for _ in range(3):
         wrapper.update_params(100 * (model(torch.randn(2, 3, 16, 16).double())[0] - 1).square().mean())
-        changes = [p.detach() - before for p, before in zip(model.parameters(), start)]
-        moved.append(sum(change.square().sum().item() for change in changes) ** 0.5)
-    assert moved == [0, 0, pytest.approx(0.25, rel=1e-5)]
+        changes = [p.detach() - old for p, old in zip(model.parameters(), initial)]
+        distances.append(sum(change.square().sum().item() for change in changes) ** 0.5)
+    assert distances == [0, 0, pytest.approx(0.25, rel=1e-5)]
 
 
 @pytest.mark.parametrize('kind', [dict, ConfigDict])
@@ -310,27 +310,27 @@ def test_config_is_not_modified(kind):
         clip_grad=dict(max_norm=1),
     )
     paramwise = kind(decay_rate=0.9, decay_type='stage_wise')
-    before = copy.deepcopy((optim_wrapper, paramwise))
+    original = copy.deepcopy((optim_wrapper, paramwise))
     constructor = LayerDecayOptimWrapperConstructor(optim_wrapper, paramwise)
     for _ in range(2):
         constructor(ConvNeXt('atto'))
-    assert (optim_wrapper, paramwise) == before
+    assert (optim_wrapper, paramwise) == original
 
 
 def test_other_optimizers_and_their_options():
-    groups = built(ConvNeXt('atto'), betas=(0.8, 0.9))
+    groups = build_param_groups(ConvNeXt('atto'), betas=(0.8, 0.9))
     assert all(group['betas'] == (0.8, 0.9) for group in groups.values())
 
 
 def test_logs_one_short_table(caplog):
     logger = MMLogger.get_instance('layer_decay')
     logger.addHandler(caplog.handler)
-    built(Segmentor(ConvNeXt('atto')))
+    build_param_groups(Segmentor(ConvNeXt('atto')))
     (table,) = (r.getMessage() for r in caplog.records if 'lr decay' in r.getMessage())
     lines = table.splitlines()
     assert len(lines) == 2 + 7
-    counted = sum(int(line.split()[-1].replace(',', '')) for line in lines[2:])
-    assert counted == sum(p.numel() for p in Segmentor(ConvNeXt('atto')).parameters())
+    total = sum(int(line.split()[-1].replace(',', '')) for line in lines[2:])
+    assert total == sum(p.numel() for p in Segmentor(ConvNeXt('atto')).parameters())
 
 
 def test_lrs_and_counts_by_hand(caplog):
@@ -338,7 +338,7 @@ def test_lrs_and_counts_by_hand(caplog):
     logger = MMLogger.get_instance('layer_decay_by_hand')
     logger.addHandler(caplog.handler)
     model = Segmentor(ConvNeXt(dict(depths=(1, 1, 4, 2), channels=(8, 10, 20, 30))))
-    groups = built(model, decay_rate=0.5)
+    groups = build_param_groups(model, decay_rate=0.5)
     (table,) = (r.getMessage() for r in caplog.records if 'lr decay' in r.getMessage())
     expected = [
         (0, 3.125e-6, 51 * 8),
@@ -358,7 +358,7 @@ def test_lrs_and_counts_by_hand(caplog):
 
 def test_grn_of_v2_does_not_decay():
     model = Segmentor(ConvNeXt('atto', use_grn=True))
-    groups = built(model)
+    groups = build_param_groups(model)
     grn = [p for name, p in model.named_parameters() if '.grn.' in name]
     assert len(grn) == 2 * 12 and all(groups[id(p)]['weight_decay'] == 0 for p in grn)
 
@@ -375,7 +375,7 @@ def mmpretrain_depth(name: str, depths: tuple[int, ...]) -> int:
 
 
 @pytest.mark.parametrize('arch', ARCHS)
-def test_layer_depths_are_mmpretrains(arch):
+def test_layer_depths_equal_mmpretrain(arch):
     with torch.device('meta'):
         backbone = ConvNeXt(arch)
     n = backbone.num_layers
@@ -390,11 +390,11 @@ def test_layer_depths_are_mmpretrains(arch):
 
 
 @pytest.mark.parametrize('arch', ['tiny', 'small', 'nano'])
-def test_the_lrs_of_mmpretrains_protocol_are_those_of_our_constructor(arch):
+def test_lrs_by_get_layer_depth_equal_the_constructor(arch):
     """mmpretrain: lr * rate ** (number of layers - depth - 1), the names asked for with the prefix 'backbone.'."""
     with torch.device('meta'):
         model = Segmentor(ConvNeXt(arch))
-    groups = built(model)
+    groups = build_param_groups(model)
     for name, p in model.named_parameters():
         depth, num_layers = model.backbone.get_layer_depth(name, 'backbone.')
         assert groups[id(p)]['layer_id'] == depth
@@ -419,19 +419,19 @@ MMENGINE_KEYS = {
 
 
 @pytest.mark.parametrize('keys', MMENGINE_KEYS)
-def test_mmengines_keys_mean_what_they_mean_in_mmengine(keys):
-    """What mmengine's own constructor sets, times the layer decay; the paper's rule where it sets no weight decay."""
+def test_mmengine_keys_act_as_in_mmengine(keys):
+    """The values of mmengine's own constructor times the layer decay; the paper's rule where that sets no decay."""
     paramwise = MMENGINE_KEYS[keys]
     model = Segmentor(ConvNeXt('atto'))
     optimizer = dict(type='AdamW', lr=2e-4, weight_decay=0.05)
-    by_mmengine = []
-    DefaultOptimWrapperConstructor(dict(optimizer=optimizer), paramwise).add_params(by_mmengine, model)
-    by_mmengine = {id(p): group for group in by_mmengine for p in group['params']}
-    groups = built(model, paramwise=paramwise)
+    mmengine_groups = []
+    DefaultOptimWrapperConstructor(dict(optimizer=optimizer), paramwise).add_params(mmengine_groups, model)
+    mmengine_groups = {id(p): group for group in mmengine_groups for p in group['params']}
+    groups = build_param_groups(model, paramwise=paramwise)
     for name, p in model.named_parameters():
-        expected, group = by_mmengine[id(p)], groups[id(p)]
-        inner = name.removeprefix('backbone.') if name.startswith('backbone.') else 'head'
-        depth = original_id(inner, 'layer_wise', 5, 5)
+        expected, group = mmengine_groups[id(p)], groups[id(p)]
+        name_in_backbone = name.removeprefix('backbone.') if name.startswith('backbone.') else 'head'
+        depth = original_id(name_in_backbone, 'layer_wise', 5, 5)
         decay = 0 if p.ndim < 2 or name.endswith('.bias') else 0.05
         assert group['lr'] == pytest.approx(expected.get('lr', 2e-4) * 0.7 ** (6 - depth), rel=1e-12), name
         assert group['weight_decay'] == pytest.approx(expected.get('weight_decay', decay), rel=1e-12), name
@@ -439,10 +439,10 @@ def test_mmengines_keys_mean_what_they_mean_in_mmengine(keys):
         assert group['betas'] == expected.get('betas', (0.9, 0.999)), name
 
 
-def test_a_custom_key_by_hand():
+def test_custom_keys_by_hand():
     """The longest key that matches decides, and decides the weight decay too."""
     model = Segmentor(ConvNeXt('atto'))
-    groups = built(model, paramwise=MMENGINE_KEYS['custom_keys'])
+    groups = build_param_groups(model, paramwise=MMENGINE_KEYS['custom_keys'])
     weight, bias = groups[id(model.head.weight)], groups[id(model.head.bias)]
     assert (weight['lr'], weight['weight_decay']) == (2e-3, 0.025)
     assert (bias['lr'], bias['weight_decay']) == (4e-4, 0.05)
@@ -453,30 +453,30 @@ def test_a_custom_key_by_hand():
 @pytest.mark.parametrize('paramwise', [{}, dict(bypass_duplicate=True), dict(bypass_duplicate=False)])
 def test_a_parameter_under_two_names_is_optimized_once(paramwise):
     model = Aliased(Segmentor(ConvNeXt('atto')))
-    groups = {id(group): group for group in built(model, paramwise=paramwise).values()}.values()
+    groups = {id(group): group for group in build_param_groups(model, paramwise=paramwise).values()}.values()
     assert sorted(id(p) for g in groups for p in g['params']) == sorted(id(p) for p in model.parameters())
 
 
 def test_unmatched_custom_key_warns(caplog):
     MMLogger.get_instance('custom_keys').addHandler(caplog.handler)
-    built(
+    build_param_groups(
         Segmentor(ConvNeXt('atto')), paramwise=dict(custom_keys={'haed': dict(lr_mult=10.0), 'head': dict(lr_mult=2)})
     )
     (warning,) = (record.getMessage() for record in caplog.records if record.levelname == 'WARNING')
     assert "'haed'" in warning and '\n' not in warning
 
 
-def test_num_layers_may_be_the_backbones():
+def test_num_layers_may_equal_the_backbones():
     model = Segmentor(ConvNeXt('atto'))
-    expected = {key: group['lr'] for key, group in built(model).items()}
-    groups = built(model, paramwise=dict(num_layers=5))
+    expected = {key: group['lr'] for key, group in build_param_groups(model).items()}
+    groups = build_param_groups(model, paramwise=dict(num_layers=5))
     assert {key: group['lr'] for key, group in groups.items()} == expected
 
 
 def test_parameters_with_equal_settings_share_a_group_in_order_of_depth():
     """Checkpoints of optimizers hold their groups by position."""
     model = Segmentor(ConvNeXt('tiny'))
-    groups = list({id(group): group for group in built(model).values()}.values())
+    groups = list({id(group): group for group in build_param_groups(model).values()}.values())
     wrapper = build_optim_wrapper(model, config() | dict(optimizer=dict(type='AdamW', lr=1.0, weight_decay=0.05)))
     assert [(g['layer_id'], g['weight_decay']) for g in wrapper.optimizer.param_groups] == [
         (i, decay) for i in range(8) for decay in (0.0, 0.05)
@@ -492,4 +492,4 @@ def test_a_scale_without_dimensions_does_not_decay():
     """As detection heads have one for every level of a feature pyramid."""
     model = Segmentor(ConvNeXt('atto'))
     model.scale = nn.Parameter(torch.tensor(1.0))
-    assert built(model)[id(model.scale)]['weight_decay'] == 0
+    assert build_param_groups(model)[id(model.scale)]['weight_decay'] == 0

@@ -145,7 +145,7 @@ def test_resumed_sessions_are_merged(tmp_path):
     config = load('upernet/convnext_t')
     start(tmp_path, config, [*map(train, range(50, 501, 50)), dict(mIoU=1.0, step=500), train(550), train(900)])
     second = [train(550), train(600), dict(mIoU=2.0, step=600), train(700)]
-    start(tmp_path, config, second, timestamp='20260102_120000', cut='\n{"loss": 0.1, "st')
+    start(tmp_path, config, second, timestamp='20260102_120000', tail='\n{"loss": 0.1, "st')
     start(tmp_path, config, timestamp='20260103_120000')
     start(tmp_path, config, [train(550), train(600), dict(mIoU=3.0, step=600)], timestamp='20260104_120000')
     (curves,) = read_curves([tmp_path])

@@ -48,7 +48,7 @@ def runs(tmp_path):
     start(folder / 'half', half, [dict(mIoU=44.0, step=128_000), train(step=160_000)], 4, '20260102_120000')
 
     crashed = [train(epoch=1, step=50), coco(0.1, 0.1, 1), train(float('nan'), epoch=2, step=60)]
-    start(folder / 'crashed', load('mask_rcnn/convnext_t'), crashed, 3, cut='\n{"loss": 1.0, "ep')
+    start(folder / 'crashed', load('mask_rcnn/convnext_t'), crashed, 3, tail='\n{"loss": 1.0, "ep')
     (folder / 'crashed/last_checkpoint').write_text(str(folder / 'crashed/epoch_1.pth'))
     (folder / 'crashed/epoch_1.pth').write_bytes(b'PK\x03\x04 half of a checkpoint')
 

@@ -12,8 +12,8 @@ from mmseg.structures import SegDataSample
 COLORS = np.array([[220, 40, 40], [40, 200, 60], [50, 60, 230]], np.uint8)  # BGR of the classes
 
 
-class MadePredictor:
-    """What `Predictor` offers to tiles: each image is predicted by a function of its pixels."""
+class FakePredictor:
+    """Replaces `Predictor` in tests of tiling: predicts each image by a function of its pixels."""
 
     color_type = 'color'
 
