@@ -9,7 +9,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, init_default_scope
 
 from convnext_dense.checkpoints import WEIGHT_URLS
 from convnext_dense.paper.results import PAPER_RESULTS
-from helpers.pages import README, README_ZH, code_blocks, commands, linked, results_table, tables
+from helpers.pages import README, README_ZH, code_blocks, commands, link_targets, results_table, tables
 from helpers.paths import ROOT
 
 
@@ -86,7 +86,7 @@ def test_pretrained_weight_names_are_known():
 
 def test_chinese_readme_has_the_same_commands_tables_and_links():
     assert commands(README_ZH) == commands(README)
-    assert sorted(linked(README_ZH)) == sorted({*linked(README)} - {'README_zh-CN.md'} | {'README.md'})
+    assert sorted(link_targets(README_ZH)) == sorted({*link_targets(README)} - {'README_zh-CN.md'} | {'README.md'})
     assert [[numbers(cell) for cell in row] for row in tables(README_ZH)] == [
         [numbers(cell) for cell in row] for row in tables(README)
     ]

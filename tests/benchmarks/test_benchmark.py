@@ -1,4 +1,4 @@
-"""`tools/benchmark.py` at tiny sizes, with whatever other ConvNeXts are installed here."""
+"""`tools/benchmark.py` at tiny sizes, with the baselines that are installed."""
 
 import json
 
@@ -22,20 +22,20 @@ def test_one_run(run_tool, tmp_path):
         ('reference', 'contiguous', 'training'),
     }
     assert all(0 < r['low'] <= r['median'] <= r['high'] and r['unit'] == 'ms' for r in report['results'])
-    ours = next(r for r in report['results'] if r['backbone'] == 'ours')
-    assert ours['ratio'] == 1 and report['gemm_lower_bounds'][0]['ms'] > 0
+    result = next(r for r in report['results'] if r['backbone'] == 'ours')
+    assert result['ratio'] == 1 and report['gemm_lower_bounds'][0]['ms'] > 0
     assert report['feature_distances']['atto, reference'] < 1e-5
     assert (tmp_path / 'bars.png').stat().st_size > 1000
 
 
-def test_sizes_of_the_image_that_need_not_be_said(run_tool):
-    chosen = ('--sizes', 'atto', '--rounds', '1', '--dtypes', 'fp32', '--device', 'cpu')
-    run = run_tool('benchmark.py', *chosen, '--measure', 'inference', '--json', '--baselines')
+def test_default_resolutions(run_tool):
+    options = ('--sizes', 'atto', '--rounds', '1', '--dtypes', 'fp32', '--device', 'cpu')
+    run = run_tool('benchmark.py', *options, '--measure', 'inference', '--json', '--baselines')
     assert run.returncode == 0, run.stderr
     assert {(r['height'], r['width']) for r in json.loads(run.stdout)['results']} == {(512, 512), (800, 1280)}
 
 
-def test_a_baseline_that_is_not_installed_is_named_and_the_others_run(run_tool):
+def test_missing_baselines_are_reported_and_skipped(run_tool):
     run = run_tool('benchmark.py', *TINY, '--measure', 'inference', '--baselines', 'mmpretrain', 'reference')
     assert run.returncode == 0, run.stderr
     if "No module named 'mmpretrain'" in run.stdout:
@@ -43,7 +43,7 @@ def test_a_baseline_that_is_not_installed_is_named_and_the_others_run(run_tool):
     assert 'reference' in run.stdout and 'features equal' in run.stdout
 
 
-def test_missing_and_unknown_sizes_are_named(monkeypatch):
+def test_missing_libraries_and_sizes_are_reported(monkeypatch):
     monkeypatch.setitem(backbone.BACKBONES, 'gone', lambda arch: __import__('no_such_library'))
     buildable, missing = available(['reference', 'gone', 'swin-mmdet'], 'atto')
     assert buildable == ['reference'] and [line.split(':')[0] for line in missing] == ['gone', 'swin-mmdet']
@@ -51,7 +51,7 @@ def test_missing_and_unknown_sizes_are_named(monkeypatch):
         build('gone', 'atto')
 
 
-def test_other_features_are_noticed(monkeypatch):
+def test_feature_distance(monkeypatch):
     class Wrong(backbone._Reference):
         def forward(self, x):
             return [m + 0.1 * m.roll(1, 1) for m in super().forward(x)]
@@ -61,7 +61,7 @@ def test_other_features_are_noticed(monkeypatch):
     assert feature_distance('ours', 'atto') is None
 
 
-def test_every_backbone_runs_in_every_memory_format_once_a_round():
+def test_rounds_over_backbones_and_memory_formats():
     calls = []
 
     class Counted(backbone._Reference):
@@ -69,14 +69,14 @@ def test_every_backbone_runs_in_every_memory_format_once_a_round():
             calls.append(x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
             return super().forward(x)
 
-    before = dict(backbone.BACKBONES)
+    original = dict(backbone.BACKBONES)
     try:
         backbone.BACKBONES['counted'] = Counted
         case = Case('atto', 'training', 32, 32, 1, 'fp32', 'cpu', False)
         results = list(measure_time(case, ['ours', 'counted'], rounds=3))
     finally:
         backbone.BACKBONES.clear()
-        backbone.BACKBONES.update(before)
+        backbone.BACKBONES.update(original)
     assert calls == [False, True] * 5
     assert [(r.backbone, r.memory_format) for r in results] == [
         ('ours', 'contiguous'),
@@ -85,9 +85,9 @@ def test_every_backbone_runs_in_every_memory_format_once_a_round():
     ]
 
 
-def test_the_bound_grows_with_pixels():
-    small, large = (gemm_lower_bound(Case('atto', 'inference', n, n, 1, 'fp32', 'cpu', False)) for n in (64, 1024))
-    assert large > 4 * small
+def test_gemm_lower_bound_grows_with_pixels():
+    lower, higher = (gemm_lower_bound(Case('atto', 'inference', n, n, 1, 'fp32', 'cpu', False)) for n in (64, 1024))
+    assert higher > 4 * lower
 
 
 @pytest.mark.parametrize(
@@ -100,22 +100,22 @@ def test_the_bound_grows_with_pixels():
         (('--device', 'cuda'), 'cuda'),
     ],
 )
-def test_bad_input_is_one_line(args, word, run_tool):
+def test_bad_input_is_a_one_line_error(args, word, run_tool):
     run = run_tool('benchmark.py', *args)
     assert run.returncode == 2 and word in run.stderr.splitlines()[-1] and 'Traceback' not in run.stderr
 
 
-def test_from_how_many_runs_on_compilation_pays():
+def test_break_even_runs():
     compiled, eager = dict(median=8.0, first=1001.0), dict(median=10.0)
     runs = backbone.break_even_runs(compiled, eager)
-    took = [(compiled['first'] + (n - 2) * compiled['median'], n * eager['median']) for n in (runs - 1, runs)]
-    assert took[0][0] > took[0][1] and took[1][0] <= took[1][1]
+    durations = [(compiled['first'] + (n - 2) * compiled['median'], n * eager['median']) for n in (runs - 1, runs)]
+    assert durations[0][0] > durations[0][1] and durations[1][0] <= durations[1][1]
     assert backbone.break_even_runs(dict(median=8.0, first=16.0), eager) == 1
     assert backbone.break_even_runs(dict(median=10.0, first=1000.0), eager) is None
 
 
 @pytest.mark.slow
-def test_compiled_beside_eager(run_tool):
+def test_compiled_and_eager(run_tool):
     run = run_tool('benchmark.py', *TINY, '--measure', 'inference', '--baselines', 'reference', '--compiled', 'both')
     assert run.returncode == 0, run.stderr
     lines = [line for line in run.stdout.splitlines() if ': compiling, ' in line]

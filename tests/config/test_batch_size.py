@@ -26,19 +26,19 @@ from helpers.tools import one_line_error
 
 
 @pytest.mark.parametrize(
-    'processes, images, expected',
+    'world_size, max_per_gpu, expected',
     [
         (8, 2, (2, 1)), (1, 2, (2, 8)), (2, 2, (2, 4)), (4, 2, (2, 2)), (16, 2, (1, 1)), (1, 16, (16, 1)),
         (1, 4, (4, 4)), (1, 12, (8, 2)), (2, 16, (8, 1)),
-        # nothing divides: the nearest
+        # not divisible: the closest total
         (3, 2, (1, 5)), (5, 2, (1, 3)), (6, 2, (1, 3)), (7, 2, (2, 1)), (12, 2, (1, 1)), (32, 2, (1, 1)),
     ],
 )  # fmt: skip
-def test_images_and_accumulation(processes, images, expected):
+def test_images_and_accumulation(world_size, max_per_gpu, expected):
     n, k = expected
-    assert choose_batch(processes, images, 16) == expected
-    nearest = min(abs(processes * i * j - 16) for i in range(1, images + 1) for j in range(1, 17))
-    assert abs(processes * n * k - 16) == nearest
+    assert choose_batch(world_size, max_per_gpu, 16) == expected
+    nearest = min(abs(world_size * i * j - 16) for i in range(1, max_per_gpu + 1) for j in range(1, 17))
+    assert abs(world_size * n * k - 16) == nearest
 
 
 def test_eight_gpus_keep_recipe_unchanged():
@@ -56,7 +56,7 @@ def test_accumulation_scales_every_iteration_count():
     assert config.train_cfg.max_iters == 640_000 and config.train_cfg.val_interval == 64_000
     assert config.train_cfg.dynamic_intervals == [(400_000, 32_000)]
     assert config.default_hooks.checkpoint.interval == 64_000
-    assert config.param_scheduler == load('upernet/convnext_t').param_scheduler  # steps at updates
+    assert config.param_scheduler == load('upernet/convnext_t').param_scheduler  # counts optimizer steps
     assert level == logging.INFO and '640000 iterations are 160000 optimizer steps' in line
     assert 'batch norm sees 4 images per iteration' in line
 
@@ -75,12 +75,12 @@ def test_indivisible_batch_warns_with_both_numbers():
     )
 
 
-def test_configs_that_stay_unchanged():
+def test_configs_that_are_not_scaled():
     config = load('cascade/convnext_t')
     line, level = scale_batch(config, 1, keep_config=True)
     assert level == logging.WARNING and 'total batch 2 ' in line and "recipe's is 16" in line
     assert config.to_dict() == load('cascade/convnext_t').to_dict()
-    config.optim_wrapper.accumulative_counts = 8  # the user's own
+    config.optim_wrapper.accumulative_counts = 8  # set by the user
     assert scale_batch(config, 1) == Notice(
         'total batch 16 = 1 process x 2 images x 8 gradient accumulation steps'
         '; batch norm sees 2 images per iteration, 16 in the recipe'
@@ -104,11 +104,11 @@ def test_world_size_from_env(launcher, name, monkeypatch):
     assert (world_size_from_env(launcher), world_size_from_env('none')) == (6, 1)
 
 
-def train(folder: str, counted: str, images: int, processes: int) -> dict:
-    """The weights at the end and the lr of the first group at every update."""
-    config = run_config(counted, images)
-    scale_batch(config, processes)
-    config.launcher = 'pytorch' if processes > 1 else 'none'
+def train(folder: str, unit: str, batch_size: int, world_size: int) -> dict:
+    """Final weights and the lr of the first group at every optimizer step."""
+    config = run_config(unit, batch_size)
+    scale_batch(config, world_size)
+    config.launcher = 'pytorch' if world_size > 1 else 'none'
     config.work_dir = folder
     runner = Runner.from_cfg(config)
     lrs = []
@@ -116,58 +116,58 @@ def train(folder: str, counted: str, images: int, processes: int) -> dict:
     optimizer = runner.optim_wrapper.optimizer
     optimizer.register_step_pre_hook(lambda *_: lrs.append(optimizer.param_groups[0]['lr']))
     runner.train()
-    model = runner.model.module if processes > 1 else runner.model
+    model = runner.model.module if world_size > 1 else runner.model
     return dict(lrs=lrs, weights=model.state_dict(), files=sorted(f for f in os.listdir(folder) if f.endswith('.pth')))
 
 
-def work(rank: int, folder: str, counted: str) -> None:
+def run_rank(rank: int, folder: str, unit: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank))
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
-    result = train(f'{folder}/two', counted, 2, 2)
+    result = train(f'{folder}/two', unit, 2, 2)
     torch.save(result, f'{folder}/result{rank}')
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize('counted', ['epochs', 'iterations'])
-def test_accumulated_runs_end_with_equal_weights(tmp_path, counted):
+@pytest.mark.parametrize('unit', ['epochs', 'iterations'])
+def test_accumulated_runs_end_with_equal_weights(tmp_path, unit):
     """Four images on one process, two on each of two, and two on one with gradient accumulation: the same run."""
-    whole = train(str(tmp_path / 'one'), counted, 4, 1)
-    added = train(str(tmp_path / 'added'), counted, 2, 1)
-    torch.multiprocessing.spawn(work, (str(tmp_path), counted), nprocs=2)
-    spread = torch.load(tmp_path / 'result0')
-    assert len(whole['lrs']) == (12 if counted == 'epochs' else 7) and len(set(whole['lrs'])) > 3
-    for other in (added, spread):
-        assert other['lrs'] == pytest.approx(whole['lrs'], rel=1e-12)
-        for name, tensor in whole['weights'].items():
-            torch.testing.assert_close(other['weights'][name], tensor, rtol=1e-8, atol=1e-9)
-    if counted == 'iterations':
-        assert added['files'] == [f'iter_{2 * i}.pth' for i in sorted(range(1, 8), key=lambda i: str(2 * i))]
+    single = train(str(tmp_path / 'one'), unit, 4, 1)
+    accumulated = train(str(tmp_path / 'added'), unit, 2, 1)
+    torch.multiprocessing.spawn(run_rank, (str(tmp_path), unit), nprocs=2)
+    distributed = torch.load(tmp_path / 'result0')
+    assert len(single['lrs']) == (12 if unit == 'epochs' else 7) and len(set(single['lrs'])) > 3
+    for result in (accumulated, distributed):
+        assert result['lrs'] == pytest.approx(single['lrs'], rel=1e-12)
+        for name, tensor in single['weights'].items():
+            torch.testing.assert_close(result['weights'][name], tensor, rtol=1e-8, atol=1e-9)
+    if unit == 'iterations':
+        assert accumulated['files'] == [f'iter_{2 * i}.pth' for i in sorted(range(1, 8), key=lambda i: str(2 * i))]
     else:
-        assert added['files'] == ['epoch_1.pth', 'epoch_2.pth', 'epoch_3.pth']
+        assert accumulated['files'] == ['epoch_1.pth', 'epoch_2.pth', 'epoch_3.pth']
 
 
 def test_resume_under_another_accumulation_is_refused(tmp_path):
     folder = str(tmp_path / 'run')
     train(folder, 'iterations', 2, 1)
     meta = torch.load(tmp_path / 'run/iter_14.pth', weights_only=False)['meta']
-    same, other = run_config('iterations', 2), run_config('iterations', 1)
-    scale_batch(same, 1)
-    scale_batch(other, 1)
-    check_accumulation_unchanged(same, meta, 'iter_14.pth')
+    same_accumulation, other_accumulation = run_config('iterations', 2), run_config('iterations', 1)
+    scale_batch(same_accumulation, 1)
+    scale_batch(other_accumulation, 1)
+    check_accumulation_unchanged(same_accumulation, meta, 'iter_14.pth')
     with pytest.raises(UsageError, match=r'iter_14.pth .* 2 gradient accumulation steps, this run has 4'):
-        check_accumulation_unchanged(other, meta, 'iter_14.pth')
+        check_accumulation_unchanged(other_accumulation, meta, 'iter_14.pth')
     check_accumulation_unchanged(run_config('iterations', 4), {}, 'a checkpoint of another origin')
 
 
 def test_from_command_line(run_tool, tmp_path):
     data = tmp_path / 'shapes'
     toy_shapes.write(data, train=8, val=2, size=64)
-    quick = [
+    options = [
         *WITHOUT_WORKERS,
         'train_cfg.max_iters=1', 'train_cfg.val_interval=1', 'default_hooks.checkpoint.interval=1',
         'train_dataloader.batch_size=4', 'total_batch=8', 'default_hooks.logger.interval=1',
     ]  # fmt: skip
-    command = ['train.py', ROOT / 'configs/demo/upernet.py', '--work-dir', tmp_path / 'run', '--cfg-options', *quick]
+    command = ['train.py', ROOT / 'configs/demo/upernet.py', '--work-dir', tmp_path / 'run', '--cfg-options', *options]
     process = run_tool(*command, SHAPES_ROOT=str(data))
     assert process.returncode == 0, process.stderr[-3000:]
     assert 'total batch 8 = 1 process x 4 images x 2 gradient accumulation steps' in process.stdout + process.stderr
@@ -194,7 +194,7 @@ def test_grayscale_input(name):
         pipeline = config[f'{split}_dataloader'].dataset.pipeline
         assert pipeline[0] == dict(type='LoadImageFromFile', color_type='grayscale')
         assert 'PhotoMetricDistortion' not in str(pipeline)
-    assert adapt_input_channels(config) is None  # once is enough
+    assert adapt_input_channels(config) is None  # a second call changes nothing
 
 
 @pytest.mark.parametrize('name', ['mask_rcnn/convnext_t', 'upernet/convnext_t'])
@@ -215,14 +215,14 @@ def test_other_inputs_train_and_test(run_tool, tmp_path, task, in_channels):
             image = cv2.imread(str(file))
             cv2.imwrite(str(file), np.concatenate([image, image[..., :1]], 2))
     length = 'train_cfg.max_epochs=1' if task == 'mask_rcnn' else 'train_cfg.max_iters=1'
-    quick = [*WITHOUT_WORKERS, length, 'train_cfg.val_interval=1', f'model.backbone.in_channels={in_channels}']
+    options = [*WITHOUT_WORKERS, length, 'train_cfg.val_interval=1', f'model.backbone.in_channels={in_channels}']
     config = ROOT / f'configs/demo/{task}.py'
-    process = run_tool('train.py', config, '--work-dir', 'run', '--cfg-options', *quick, SHAPES_ROOT=str(data))
+    process = run_tool('train.py', config, '--work-dir', 'run', '--cfg-options', *options, SHAPES_ROOT=str(data))
     assert process.returncode == 0, process.stderr[-3000:]
     assert f'{in_channels} input channel' in process.stdout + process.stderr
 
 
-def test_another_length_of_a_detector():
+def test_scaled_schedule_of_a_detector():
     config = load('cascade/convnext_t')
     assert scale_schedule(config) is None and config.to_dict() == load('cascade/convnext_t').to_dict()
     assert '12 epochs instead of 36' in scale_schedule(config, epochs=12)
@@ -233,14 +233,14 @@ def test_another_length_of_a_detector():
 
 
 @pytest.mark.parametrize('iters', [20_000, 80_000, 320_000])
-def test_another_length_of_a_segmentor_has_the_papers_curve(iters):
+def test_scaled_schedule_of_a_segmentor_has_the_papers_lr_curve(iters):
     config, paper = load('upernet/convnext_t'), load('upernet/convnext_t')
     scale_schedule(config, iters=iters)
     assert config.train_cfg.max_iters == iters
     assert config.train_cfg.val_interval == config.default_hooks.checkpoint.interval == iters // 10
-    shares = [0, 0.005, 0.01, 0.25, 0.5, 0.9]
-    actual = lrs_over_iterations(config, [int(share * iters) for share in shares])
-    expected = lrs_over_iterations(paper, [int(share * 160_000) for share in shares])
+    fractions = [0, 0.005, 0.01, 0.25, 0.5, 0.9]
+    actual = lrs_over_iterations(config, [int(fraction * iters) for fraction in fractions])
+    expected = lrs_over_iterations(paper, [int(fraction * 160_000) for fraction in fractions])
     assert list(actual.values()) == pytest.approx(list(expected.values()), rel=0.01)
 
 
@@ -249,7 +249,7 @@ def test_scaled_length_on_fewer_gpus():
     scale_schedule(config, iters=40_000)
     scale_batch(config, 2)
     assert config.train_cfg.max_iters == 160_000 and config.optim_wrapper.accumulative_counts == 4
-    assert config.param_scheduler[1].end == 40_001  # steps at updates
+    assert config.param_scheduler[1].end == 40_001  # counts optimizer steps
 
 
 @pytest.mark.parametrize(
@@ -279,8 +279,8 @@ def test_parse_dumped_config(name):
 
 
 def test_parse_unusual_values():
-    odd = Config(dict(a={'b.c': 1, 2: (1,)}, d=[-1.5, float('inf'), None, {1}], e='x', f=dict()))
-    assert parse_config_literal(odd.pretty_text).to_dict() == odd.to_dict()
+    config = Config(dict(a={'b.c': 1, 2: (1,)}, d=[-1.5, float('inf'), None, {1}], e='x', f=dict()))
+    assert parse_config_literal(config.pretty_text).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize(

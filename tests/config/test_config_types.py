@@ -1,5 +1,5 @@
-"""Configs as other people write them, on custom data: types with a scope, as classes, derived; wrapped data sets; heads
-of every kind. And config files that are data, which are read as such."""
+"""Configs of other projects on custom data: types with a scope, as classes, derived; wrapped data sets; heads of every
+kind. And YAML and JSON configs, which must not execute code."""
 
 import re
 from pathlib import Path
@@ -45,7 +45,7 @@ CONFIGS = ROOT / 'configs'
 
 @METRICS.register_module()
 class BoxMetric(CocoMetric):
-    """Somebody's own metric, derived from mmdet's."""
+    """A user's metric, derived from mmdet's."""
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -67,13 +67,13 @@ def load(name):
 
 
 @pytest.fixture(scope='module')
-def drawn(tmp_path_factory):
+def toy_dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp('drawn') / 'shapes'
     toy_shapes.write(folder, train=5, val=3, size=64)
     return folder
 
 
-PATH = 'mmdet.evaluation.metrics.coco_metric.CocoMetric'  # as mmengine dumps a class
+PATH = 'mmdet.evaluation.metrics.coco_metric.CocoMetric'  # mmengine's dump of a class
 
 
 @pytest.mark.parametrize('kind', ['CocoMetric', 'mmdet.CocoMetric', CocoMetric, PATH, 'BoxMetric', BoxMetric])
@@ -85,7 +85,7 @@ def test_class_of_every_spelling(kind):
 
 def test_short_name():
     assert short_name(PATH) == short_name(CocoMetric) == short_name('mmdet.CocoMetric') == 'CocoMetric'
-    assert short_name('mmpretrain.ConvNeXt') == 'mmpretrain.ConvNeXt'  # another one than ours
+    assert short_name('mmpretrain.ConvNeXt') == 'mmpretrain.ConvNeXt'  # another class than ours
     assert short_name(None) is None and short_name(BoxMetric) == 'test_config_types.BoxMetric'
     init_default_scope('mmdet')
     assert class_of('NoSuchThing') is None and not is_type('NoSuchThing', METRICS, 'CocoMetric')
@@ -98,18 +98,18 @@ def test_short_name():
     )
 
 
-WRITTEN = {
+SPELLINGS = {
     'scoped': ('mmdet.CocoMetric', 'mmdet.LoadAnnotations', 'mmcv.LoadImageFromFile', 'mmdet.CocoDataset'),
     'classes': (CocoMetric, LoadAnnotations, LoadImageFromFile, CocoDataset),
     'derived': ('BoxMetric', LoadAnnotations, LoadImageFromFile, 'CocoDataset'),
 }
 
 
-@pytest.mark.parametrize('written', WRITTEN)
+@pytest.mark.parametrize('spelling', SPELLINGS)
 @pytest.mark.parametrize('masks', [True, False])
-def test_custom_data_with_every_spelling_of_types(drawn, tmp_path, monkeypatch, written, masks):
+def test_custom_data_with_every_spelling_of_types(toy_dataset, tmp_path, monkeypatch, spelling, masks):
     monkeypatch.chdir(tmp_path)
-    metric, annotations, image, dataset = WRITTEN[written]
+    metric, annotations, image, dataset = SPELLINGS[spelling]
     config = load('demo/mask_rcnn')
     for split in ('train', 'val', 'test'):
         data = config[f'{split}_dataloader'].dataset
@@ -120,7 +120,7 @@ def test_custom_data_with_every_spelling_of_types(drawn, tmp_path, monkeypatch, 
     config.test_evaluator = [dict(type=metric, metric=['bbox', 'segm'], ann_file='theirs.json')]
     if not masks:
         monkeypatch.setattr('convnext_dense.datasets.check_coco.most_have_masks', lambda *args: False)
-    apply_custom_data(config, DatasetRequest(str(drawn)))
+    apply_custom_data(config, DatasetRequest(str(toy_dataset)))
     for evaluator, split in ((config.val_evaluator, 'val'), (config.test_evaluator[0], 'val')):
         assert evaluator.ann_file == str(tmp_path / f'run/data/{split}.json')
         assert list(evaluator.metric) == (['bbox', 'segm'] if masks else ['bbox'])
@@ -187,7 +187,7 @@ def test_paper_result_with_every_spelling_of_types():
 # ---- data sets within others ----------------------------------------------------------------------------------------
 
 
-def wrapped(config, **wrapper):
+def wrap_train_dataset(config, **wrapper):
     config.train_dataloader.dataset = dict(**wrapper, dataset=config.train_dataloader.dataset)
     return config
 
@@ -201,11 +201,11 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize('wrapper', WRAPPERS)
-def test_dataset_wrappers_are_kept(drawn, tmp_path, monkeypatch, wrapper):
+def test_dataset_wrappers_are_kept(toy_dataset, tmp_path, monkeypatch, wrapper):
     monkeypatch.chdir(tmp_path)
     settings, n = WRAPPERS[wrapper]
-    config = wrapped(load('demo/mask_rcnn'), **settings)
-    apply_custom_data(config, DatasetRequest(str(drawn)))
+    config = wrap_train_dataset(load('demo/mask_rcnn'), **settings)
+    apply_custom_data(config, DatasetRequest(str(toy_dataset)))
     dataset = DATASETS.build(config.train_dataloader.dataset)
     assert len(dataset) == n and type(dataset).__name__ == short_name(settings['type']).split('.')[-1]
     assert dataset.metainfo['classes'] == ('disc', 'square', 'triangle', 'cross')
@@ -213,58 +213,59 @@ def test_dataset_wrappers_are_kept(drawn, tmp_path, monkeypatch, wrapper):
     check_classes(config)
 
 
-def test_wrappers_of_segmentation(drawn, tmp_path, monkeypatch):
+def test_wrappers_of_segmentation(toy_dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = wrapped(load('demo/upernet'), type='RepeatDataset', times=4)
-    apply_custom_data(config, DatasetRequest(str(drawn)))
+    config = wrap_train_dataset(load('demo/upernet'), type='RepeatDataset', times=4)
+    apply_custom_data(config, DatasetRequest(str(toy_dataset)))
     assert len(DATASETS.build(config.train_dataloader.dataset)) == 20
     with pytest.raises(UsageError, match='train_dataloader: ClassBalancedDataset needs classes per image'):
         apply_custom_data(
-            wrapped(load('demo/upernet'), type='ClassBalancedDataset', oversample_thr=0.1), DatasetRequest(str(drawn))
+            wrap_train_dataset(load('demo/upernet'), type='ClassBalancedDataset', oversample_thr=0.1),
+            DatasetRequest(str(toy_dataset)),
         )
 
 
-def test_data_sets_that_are_mixed_keep_both_pipelines(drawn, tmp_path, monkeypatch):
+def test_multi_image_mix_dataset_keeps_both_pipelines(toy_dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for kind in ('MultiImageMixDataset', MultiImageMixDataset):
         config = load('demo/mask_rcnn')
-        inner = dict(
+        inner_dataset = dict(
             config.train_dataloader.dataset,
             pipeline=[dict(type='LoadImageFromFile'), dict(type=LoadAnnotations, with_bbox=True)],
         )
-        outer = [
+        outer_pipeline = [
             dict(type='Mosaic', img_scale=(96, 96), pad_val=114.0),
             dict(type=Resize, scale=(64, 64)),
             dict(type=PackDetInputs),
         ]
-        config.train_dataloader.dataset = dict(type=kind, dataset=inner, pipeline=outer)
-        apply_custom_data(config, DatasetRequest(str(drawn)))
+        config.train_dataloader.dataset = dict(type=kind, dataset=inner_dataset, pipeline=outer_pipeline)
+        apply_custom_data(config, DatasetRequest(str(toy_dataset)))
         dataset = DATASETS.build(config.train_dataloader.dataset)
         sample = dataset[0]
         assert sample['inputs'].shape[1:] == (64, 64)
         assert len(sample['data_samples'].gt_instances) > len(dataset.dataset[0]['gt_bboxes'])  # of four images
 
 
-def test_data_sets_that_are_joined(drawn, tmp_path, monkeypatch):
-    """Of the same pipeline they are one on a custom dataset; of others it is refused."""
+def test_concat_dataset(toy_dataset, tmp_path, monkeypatch):
+    """With equal pipelines the parts become one custom dataset; different pipelines are refused."""
     monkeypatch.chdir(tmp_path)
     config = load('demo/mask_rcnn')
-    one = config.train_dataloader.dataset.to_dict()
-    parts = [one, {**one, 'ann_file': 'other.json', 'data_root': 'elsewhere'}]
+    dataset = config.train_dataloader.dataset.to_dict()
+    datasets = [dataset, {**dataset, 'ann_file': 'other.json', 'data_root': 'elsewhere'}]
     config.train_dataloader.dataset = dict(
-        type='RepeatDataset', times=2, dataset=dict(type='ConcatDataset', datasets=parts)
+        type='RepeatDataset', times=2, dataset=dict(type='ConcatDataset', datasets=datasets)
     )
     check_classes(config)
-    apply_custom_data(config, DatasetRequest(str(drawn)))
+    apply_custom_data(config, DatasetRequest(str(toy_dataset)))
     assert len(DATASETS.build(config.train_dataloader.dataset)) == 10
     config = load('demo/mask_rcnn')
-    other = {**one, 'pipeline': one['pipeline'][:2] + one['pipeline'][-1:]}
-    config.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[one, other])
+    other_dataset = {**dataset, 'pipeline': dataset['pipeline'][:2] + dataset['pipeline'][-1:]}
+    config.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[dataset, other_dataset])
     with pytest.raises(UsageError, match='train_dataloader: ConcatDataset concatenates datasets with different'):
-        apply_custom_data(config, DatasetRequest(str(drawn)))
+        apply_custom_data(config, DatasetRequest(str(toy_dataset)))
 
 
-REFUSED = {
+UNSUPPORTED = {
     'panoptic': (lambda c: c.train_dataloader.dataset.pipeline[1].update(type='LoadPanopticAnnotations'), 'panoptic'),
     'stuff': (lambda c: c.train_dataloader.dataset.pipeline[1].update(with_seg=True), 'with_seg=True'),
     'proposals': (
@@ -280,21 +281,21 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize('case', REFUSED)
-def test_what_a_custom_dataset_does_not_have_is_an_error(drawn, tmp_path, monkeypatch, case):
+@pytest.mark.parametrize('case', UNSUPPORTED)
+def test_unsupported_annotations_are_refused(toy_dataset, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
-    change, words = REFUSED[case]
+    change, words = UNSUPPORTED[case]
     config = load('demo/mask_rcnn')
     change(config)
     with pytest.raises(UsageError, match=words):
-        apply_custom_data(config, DatasetRequest(str(drawn)))
+        apply_custom_data(config, DatasetRequest(str(toy_dataset)))
 
 
-# ---- pipelines of later epochs, and models of masks ------------------------------------------------------------------
+# ---- switch pipelines, and mask models ------------------------------------------------------------------------------
 
 
-def filled(name, masks=True, train=True, **settings):
-    """A config of mmdet's on a custom dataset of boxes, or of masks too."""
+def build_config(name, masks=True, train=True, **settings):
+    """One of mmdet's configs on a custom dataset with boxes, or with boxes and masks."""
     config = name if isinstance(name, Config) else stock(mmdet, name)
     init_default_scope('mmdet')
     data = CheckedDataset('detection', '/data', ['a', 'b'], {}, Report(), has_masks=masks, **settings)
@@ -302,43 +303,46 @@ def filled(name, masks=True, train=True, **settings):
     return config
 
 
-def steps(config, name, *parts):
-    return [s for part in parts for s in iter_dicts(config[part]) if is_type(s.get('type'), TRANSFORMS, name)]
+def find_transforms(config, name, *keys):
+    return [s for key in keys for s in iter_dicts(config[key]) if is_type(s.get('type'), TRANSFORMS, name)]
 
 
 @pytest.mark.parametrize('name', ['rtmdet/rtmdet_tiny_8xb32-300e_coco', 'rtmdet/rtmdet-ins_tiny_8xb32-300e_coco'])
-def test_the_pipeline_of_later_epochs_reads_images_alike(name):
-    config = filled(name, apply_exif=False)
-    loaders = steps(config, 'LoadImageFromFile', 'train_dataloader', 'val_dataloader', 'custom_hooks')
+def test_switch_pipeline_reads_images_in_the_same_way(name):
+    config = build_config(name, apply_exif=False)
+    loaders = find_transforms(config, 'LoadImageFromFile', 'train_dataloader', 'val_dataloader', 'custom_hooks')
     assert len(loaders) == 3 and {s['color_type'] for s in loaders} == {'color_ignore_orientation'}
     config = stock(mmdet, name)
     config.model.backbone.in_channels = 1
     assert 'without CachedMixUp, YOLOXHSVRandomAug, which need RGB' in adapt_input_channels(config)
-    filled(config, apply_exif=False)
-    loaders = steps(config, 'LoadImageFromFile', 'train_dataloader', 'val_dataloader', 'custom_hooks')
+    build_config(config, apply_exif=False)
+    loaders = find_transforms(config, 'LoadImageFromFile', 'train_dataloader', 'val_dataloader', 'custom_hooks')
     assert {s['color_type'] for s in loaders} == {'grayscale_ignore_orientation'}
-    assert not steps(config, 'YOLOXHSVRandomAug', 'train_dataloader', 'custom_hooks')
-    assert len(steps(config, 'CachedMosaic', 'train_dataloader')) == 1
+    assert not find_transforms(config, 'YOLOXHSVRandomAug', 'train_dataloader', 'custom_hooks')
+    assert len(find_transforms(config, 'CachedMosaic', 'train_dataloader')) == 1
 
 
-def test_the_pipeline_of_later_epochs_reads_no_masks_of_boxes():
+def test_switch_pipeline_loads_no_masks_for_box_data():
     config = stock(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco')
-    later = [*config.train_dataloader.dataset.to_dict()['pipeline'], dict(type='FilterAnnotations', by_mask=True)]
-    config.custom_hooks = [dict(type='PipelineSwitchHook', switch_epoch=1, switch_pipeline=later)]
-    filled(config, masks=False)
-    actual = steps(config, 'LoadAnnotations', 'train_dataloader', 'custom_hooks')
+    stage2_pipeline = [
+        *config.train_dataloader.dataset.to_dict()['pipeline'],
+        dict(type='FilterAnnotations', by_mask=True),
+    ]
+    config.custom_hooks = [dict(type='PipelineSwitchHook', switch_epoch=1, switch_pipeline=stage2_pipeline)]
+    build_config(config, masks=False)
+    actual = find_transforms(config, 'LoadAnnotations', 'train_dataloader', 'custom_hooks')
     assert [s['with_mask'] for s in actual] == [False, False]
     assert config.custom_hooks[0].switch_pipeline[-1].by_mask is False and 'mask_head' not in config.model.roi_head
-    later[1].update(type='LoadPanopticAnnotations')
-    config.custom_hooks = [dict(type='PipelineSwitchHook', switch_epoch=1, switch_pipeline=later)]
+    stage2_pipeline[1].update(type='LoadPanopticAnnotations')
+    config.custom_hooks = [dict(type='PipelineSwitchHook', switch_epoch=1, switch_pipeline=stage2_pipeline)]
     with pytest.raises(UsageError, match='custom_hooks: LoadPanopticAnnotations loads panoptic segmentation'):
-        filled(config)
+        build_config(config)
 
 
-def test_scales_of_later_epochs_count():
+def test_scales_of_the_switch_pipeline_count():
     config = stock(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco')
-    small = [dict(type='Resize', scale=(100, 60), keep_ratio=True)]
-    config.custom_hooks = [dict(type='PipelineSwitchHook', switch_epoch=1, switch_pipeline=small)]
+    stage2_pipeline = [dict(type='Resize', scale=(100, 60), keep_ratio=True)]
+    config.custom_hooks = [dict(type='PipelineSwitchHook', switch_epoch=1, switch_pipeline=stage2_pipeline)]
     init_default_scope('mmdet')
     limits = resize_limits(config)
     assert limits['train'].scales == ((100, 60),) and limits['val'].scales == ((1333, 800),)
@@ -350,17 +354,17 @@ def test_color_transforms_inside_others_are_removed():
     choice = dict(type='RandomChoice', transforms=[[dict(type='PhotoMetricDistortion')], [dict(type='RandomFlip')]])
     config.train_dataloader.dataset.pipeline.append(choice)
     config.model.backbone.in_channels = 4
-    assert adapt_input_channels(config) == (  # it normalises nothing
+    assert adapt_input_channels(config) == (  # it does not normalize
         '4 input channels: images are read unchanged, without Mosaic, PhotoMetricDistortion, YOLOXHSVRandomAug, '
         'which need RGB'
     )
     assert config.train_dataloader.dataset.pipeline[-1]['transforms'] == [[], [dict(type='RandomFlip')]]
-    assert {s['color_type'] for s in steps(config, 'LoadImageFromFile', 'train_dataloader', 'val_dataloader')} == {
-        'unchanged'
-    }
+    assert {
+        s['color_type'] for s in find_transforms(config, 'LoadImageFromFile', 'train_dataloader', 'val_dataloader')
+    } == {'unchanged'}
 
 
-OF_MASKS = {
+MASK_MODELS = {
     'solo/solo_r50_fpn_1x_coco': 'SOLO',
     'solov2/solov2_r50_fpn_1x_coco': 'SOLOv2',
     'yolact/yolact_r50_1xb8-55e_coco': 'YOLACT',
@@ -373,17 +377,17 @@ OF_MASKS = {
 }
 
 
-@pytest.mark.parametrize('name', OF_MASKS)
-def test_models_of_masks_are_refused_boxes(name):
-    with pytest.raises(UsageError, match=f'^{OF_MASKS[name]} is trained on masks, but the data set has only boxes:'):
-        filled(name, masks=False)
-    if name != 'scnet/scnet_r50_fpn_1x_coco':  # which reads stuff, too
-        filled(name, masks=False, train=False)  # what it finds can be compared with boxes
+@pytest.mark.parametrize('name', MASK_MODELS)
+def test_mask_models_refuse_box_data(name):
+    with pytest.raises(UsageError, match=f'^{MASK_MODELS[name]} is trained on masks, but the data set has only boxes:'):
+        build_config(name, masks=False)
+    if name != 'scnet/scnet_r50_fpn_1x_coco':  # it loads stuff annotations, too
+        build_config(name, masks=False, train=False)  # its boxes can still be evaluated
     if name.startswith('solo/'):
         config = stock(mmdet, name)
         config.model.type = SOLO
         with pytest.raises(UsageError, match='^SOLO is trained on masks'):
-            filled(config, masks=False)
+            build_config(config, masks=False)
 
 
 @pytest.mark.parametrize(
@@ -394,33 +398,33 @@ def test_models_of_masks_are_refused_boxes(name):
         'pisa/mask-rcnn_r50_fpn_pisa_1x_coco',
     ],
 )
-def test_models_that_do_without_masks_take_boxes(name):
-    config = filled(name, masks=False)
+def test_models_without_mask_losses_accept_box_data(name):
+    config = build_config(name, masks=False)
     config.model.backbone.init_cfg = None
     if name.startswith('boxinst/'):
-        pytest.importorskip('skimage')  # by which it compares colours
+        pytest.importorskip('skimage')  # for its color similarity
     with torch.device('meta'):
         MODELS.build(config.model)
     assert config.val_evaluator.metric == ['bbox']
 
 
-def test_steps_that_take_masks_are_refused_boxes():
+def test_transforms_that_need_masks_refuse_box_data():
     config = stock(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco')
     config.train_dataloader.dataset.pipeline.insert(2, dict(type='mmdet.CopyPaste'))
-    filled(config.copy(), masks=False, train=False)
+    build_config(config.copy(), masks=False, train=False)
     with pytest.raises(UsageError, match='train_dataloader: CopyPaste needs masks, but the data set has only boxes'):
-        filled(config, masks=False)
+        build_config(config, masks=False)
 
 
-def test_a_checkpoint_without_a_mask_branch_of_that_name(drawn, tmp_path, monkeypatch):
-    """Of a model whose masks come from elsewhere: its data keep theirs."""
+def test_checkpoint_with_other_mask_head_names_keeps_masks(toy_dataset, tmp_path, monkeypatch):
+    """A model whose masks come from another head: the data keep their masks."""
     monkeypatch.chdir(tmp_path)
     file = tmp_path / 'epoch_1.pth'
     torch.save(dict(meta={}, state_dict={'panoptic_head.cls_embed.weight': torch.zeros(2, 2)}), file)
     config = stock(mmdet, 'mask2former/mask2former_r50_8xb2-lsj-50e_coco')
     config.launcher, config.work_dir = 'none', 'run'
-    apply_custom_data(config, DatasetRequest(str(drawn)), checkpoint=str(file))
-    assert [s['with_mask'] for s in steps(config, 'LoadAnnotations', 'train_dataloader')] == [True]
+    apply_custom_data(config, DatasetRequest(str(toy_dataset)), checkpoint=str(file))
+    assert [s['with_mask'] for s in find_transforms(config, 'LoadAnnotations', 'train_dataloader')] == [True]
     assert list(config.val_evaluator.metric) == ['bbox', 'segm']
 
 
@@ -431,12 +435,12 @@ def stock(package, name):
     return Config.fromfile(Path(package.__file__).parent / f'.mim/configs/{name}.py', import_custom_modules=False)
 
 
-def outputs(model, pattern):
-    """The sizes of the outputs of a model's layers by their names."""
+def num_outputs(model, pattern):
+    """The numbers of output channels of the layers whose names match."""
     return {module.bias.numel() for name, module in model.named_modules() if re.search(pattern, name)}
 
 
-# Of mmdet and mmseg: config, the layers that tell classes apart, their outputs for three classes.
+# mmdet's or mmseg's config, the classification layers, their numbers of outputs for three classes.
 HEADS = {
     'mask2former': (mmdet, 'mask2former/mask2former_r50_8xb2-lsj-50e_coco', r'panoptic_head\.cls_embed$', {4}),
     'dino': (mmdet, 'dino/dino-4scale_r50_8xb2-12e_coco', r'cls_branches\.\d$', {3}),
@@ -460,7 +464,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize('case', HEADS)
-def test_heads_of_mmdet_and_mmseg_follow_the_data(case):
+def test_num_classes_of_mmdet_and_mmseg_heads(case):
     package, name, layers, expected = HEADS[case]
     config = stock(package, name)
     set_num_classes(config.model, 3)
@@ -468,10 +472,10 @@ def test_heads_of_mmdet_and_mmseg_follow_the_data(case):
     for part in ('backbone', 'pretrained'):
         if part == 'pretrained' or 'init_cfg' in (config.model.get(part) or {}):
             config.model.pop(part, None) if part == 'pretrained' else config.model[part].update(init_cfg=None)
-    assert outputs(MODELS.build(config.model), layers) == expected
+    assert num_outputs(MODELS.build(config.model), layers) == expected
 
 
-def test_class_weights_and_queries_follow_the_data():
+def test_class_weights_and_queries_are_adapted():
     model = stock(mmdet, 'mask2former/mask2former_r50_8xb2-lsj-50e_coco').model
     set_num_classes(model, 3)
     assert model.panoptic_head.loss_cls.class_weight == [1.0] * 3 + [0.1]
@@ -490,7 +494,7 @@ def test_class_weights_and_queries_follow_the_data():
 
 # ---- config files that are data -------------------------------------------------------------------------------------
 
-RUNS = {
+MALICIOUS_YAML = {
     'a tag': '!!python/object/apply:os.system ["touch ran"]',
     'a tag within': 'model:\n  type: !!python/object/new:subprocess.Popen [["touch", "ran"]]',
     'a name': 'model: !!python/name:os.system',
@@ -500,13 +504,13 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize('case', RUNS)
-@pytest.mark.parametrize('ending', ['yaml', 'yml'])
-def test_a_yaml_config_runs_nothing(run_tool, tmp_path, case, ending):
-    (tmp_path / f'c.{ending}').write_text(RUNS[case])
-    one_line_error(run_tool('complexity.py', f'c.{ending}'), f'c.{ending}')
-    (tmp_path / 'below.py').write_text(f"_base_ = 'c.{ending}'")
-    if '!!' in RUNS[case]:
+@pytest.mark.parametrize('case', MALICIOUS_YAML)
+@pytest.mark.parametrize('suffix', ['yaml', 'yml'])
+def test_yaml_configs_execute_no_code(run_tool, tmp_path, case, suffix):
+    (tmp_path / f'c.{suffix}').write_text(MALICIOUS_YAML[case])
+    one_line_error(run_tool('complexity.py', f'c.{suffix}'), f'c.{suffix}')
+    (tmp_path / 'below.py').write_text(f"_base_ = 'c.{suffix}'")
+    if '!!' in MALICIOUS_YAML[case]:
         one_line_error(run_tool('complexity.py', 'below.py'), 'below.py')
     assert not (tmp_path / 'ran').exists()
 
@@ -515,8 +519,8 @@ def test_a_yaml_config_runs_nothing(run_tool, tmp_path, case, ending):
     ('type_', 'settings'),
     [('subprocess.Popen', '"args": "ls"'), ('mmengine.dump', '"obj": {}, "file": "ran.json"')],
 )
-def test_a_json_config_runs_nothing(run_tool, tmp_path, type_, settings):
-    """Not the functions of a package either whose types are registered."""
+def test_json_configs_execute_no_code(run_tool, tmp_path, type_, settings):
+    """Nor functions of a package whose types are registered."""
     (tmp_path / 'c.json').write_text(f'{{"default_scope": "mmdet", "model": {{"type": "{type_}", {settings}}}}}')
     one_line_error(run_tool('complexity.py', 'c.json'), f"type='{type_}' is not a registered type")
     assert not (tmp_path / 'ran.json').exists()
@@ -532,22 +536,22 @@ def test_a_json_config_runs_nothing(run_tool, tmp_path, type_, settings):
         '{"test_cfg": {"rcnn": {"nms": {"type": "exec(chr(49))"}}}}',
     ],
 )
-def test_a_json_model_holds_no_code_and_no_addresses(run_tool, tmp_path, model):
-    """mmdet evaluates the first and mmcv the last, mmseg loads the pickle."""
+def test_json_models_with_code_or_urls_are_refused(run_tool, tmp_path, model):
+    """mmdet evaluates the first, mmcv the last, and mmseg loads the pickle."""
     (tmp_path / 'c.json').write_text(f'{{"default_scope": "mmdet", "model": {model}}}')
     one_line_error(run_tool('complexity.py', 'c.json'), 'could be code, a path or an address')
 
 
-def test_a_yaml_file_of_aliases_is_bounded(run_tool, tmp_path):
+def test_yaml_alias_bomb_is_refused(run_tool, tmp_path):
     lines = ['a0: &a0 [x]', *(f'a{i}: &a{i} [{", ".join([f"*a{i - 1}"] * 10)}]' for i in range(1, 12)), 'model: *a11']
     (tmp_path / 'c.yaml').write_text('\n'.join(lines))
     one_line_error(run_tool('complexity.py', 'c.yaml'), 'more than 1,000,000 values')
 
 
-@pytest.mark.parametrize('ending', ['yaml', 'json'])
-def test_dumped_yaml_and_json_are_read(run_tool, tmp_path, ending):
-    """As YAML it has tuples, by a tag of Python's that makes nothing else."""
+@pytest.mark.parametrize('suffix', ['yaml', 'json'])
+def test_dumped_yaml_and_json_are_read(run_tool, tmp_path, suffix):
+    """Dumped YAML contains tuples, with a Python tag that is safe."""
     config = load('mask_rcnn/convnext_t')
-    config.dump(str(tmp_path / f'c.{ending}'))
-    process = run_tool('complexity.py', f'c.{ending}')
+    config.dump(str(tmp_path / f'c.{suffix}'))
+    process = run_tool('complexity.py', f'c.{suffix}')
     assert process.returncode == 0 and '48,095,376' in process.stdout, process.stderr

@@ -1,4 +1,4 @@
-"""`--image-size`: all sizes of a recipe in proportion, for training, test and prediction."""
+"""`--image-size` scales all sizes of a recipe proportionally, for training, testing and prediction."""
 
 from pathlib import Path
 
@@ -21,9 +21,12 @@ def test_detection_scales_and_crops():
     config = load('cascade/convnext_t')
     line = set_image_size(config, 400)
     assert line == 'image size 400 instead of 800: all sizes of the recipe times 0.5'
-    plain, cropped = config.train_dataloader.dataset.pipeline[3].transforms
-    assert plain[0].scales[0] == (240, 666) and plain[0].scales[-1] == (400, 666)
-    assert cropped[0].scales == [(200, 666), (250, 666), (300, 666)] and cropped[1].crop_size == (192, 300)
+    resize_only, resize_and_crop = config.train_dataloader.dataset.pipeline[3].transforms
+    assert resize_only[0].scales[0] == (240, 666) and resize_only[0].scales[-1] == (400, 666)
+    assert resize_and_crop[0].scales == [(200, 666), (250, 666), (300, 666)] and resize_and_crop[1].crop_size == (
+        192,
+        300,
+    )
     for loader in (config.val_dataloader, config.test_dataloader):
         assert loader.dataset.pipeline[1].scale == (666, 400)
     assert config.model == load('cascade/convnext_t').model
@@ -40,7 +43,7 @@ def test_segmentation_crops_and_windows():
     assert steps['RandomCrop'].crop_size == (256, 256) and steps['RandomCrop'].cat_max_ratio == 0.75
 
 
-def test_other_peoples_recipes():
+def test_recipes_of_mmdet():
     init_default_scope('mmdet')
     stock = Path(mmdet.__file__).parent / '.mim/configs'
     config = Config.fromfile(stock / 'yolox/yolox_s_8xb8-300e_coco.py')
@@ -55,7 +58,7 @@ def test_other_peoples_recipes():
     assert pad['size'] == (1280, 1280)
 
 
-def test_fractions_stay_and_shared_parts_are_scaled_once():
+def test_relative_sizes_are_kept_and_shared_dicts_are_scaled_once():
     crop = ConfigDict(type='RandomCrop', crop_type='relative_range', crop_size=(0.3, 1.0))
     pipeline = [crop, ConfigDict(type='Resize', scale=(100, 50))]
     loader = dict(dataset=dict(pipeline=pipeline))
@@ -65,7 +68,7 @@ def test_fractions_stay_and_shared_parts_are_scaled_once():
         assert part.dataset.pipeline[1].scale == (200, 100) and part.dataset.pipeline[0].crop_size == (0.3, 1.0)
 
 
-def test_bad_sizes_are_refused():
+def test_invalid_sizes_are_refused():
     with pytest.raises(UsageError, match='^--image-size 16: give at least 32 pixels$'):
         set_image_size(load('demo/upernet'), 16)
     config = load('demo/upernet')
@@ -78,7 +81,7 @@ def steps_without_data(steps):
     return [step for step in steps if step.name not in ('data_files', 'lock')]
 
 
-def test_flags_are_settings_of_the_config(parse, tmp_path):
+def test_flags_set_the_config(parse, tmp_path):
     args = ('train.py', DEMO, '--work-dir', tmp_path / 'run', '--image-size', 64, '--seed', 7, '--batch-size', 3)
     run = prepare(parse(*args, '--accumulate', 5), steps_without_data(TRAIN_STEPS))
     config = run.config
@@ -93,7 +96,7 @@ def test_flags_are_settings_of_the_config(parse, tmp_path):
     assert test.config.test_dataloader.dataset.pipeline[1].scale == (256, 64)
 
 
-def test_another_total_batch_than_the_papers_is_said(parse, tmp_path):
+def test_other_total_batch_is_reported(parse, tmp_path):
     args = ('train.py', CASCADE, '--work-dir', tmp_path, '--accumulate', 2, '--amp-dtype')
     steps = [step for step in steps_without_data(TRAIN_STEPS) if step.name != 'pretrained']
     lines = [notice.message for notice in prepare(parse(*args, 'float32'), steps).notices]
@@ -101,7 +104,7 @@ def test_another_total_batch_than_the_papers_is_said(parse, tmp_path):
     assert any(line.startswith('total batch 4 = 1 process x 2 images x 2 gradient') for line in lines)
 
 
-def test_bad_flags_are_one_line(run_tool):
+def test_invalid_flags_are_one_line_errors(run_tool):
     for args, words in (
         (('--batch-size', 0), "argument --batch-size: '0': give an integer from 1"),
         (('--accumulate', 'x'), "argument --accumulate: 'x': give an integer from 1"),
@@ -117,7 +120,7 @@ def test_bad_flags_are_one_line(run_tool):
         one_line_error(run_tool('train.py', DEMO, '--work-dir', 'run', *args, SHAPES_ROOT='.'), words)
 
 
-def test_training_test_and_prediction_at_another_size(run_tool, tmp_path, data):
+def test_training_testing_and_prediction_at_another_size(run_tool, tmp_path, data):
     env = dict(SHAPES_ROOT=data)
     workers = ('--cfg-options', *WITHOUT_WORKERS)
     args = ('--work-dir', 'run', '--iters', 1, '--image-size', 64, '--seed', 3, '--batch-size', 2, '--accumulate', 2)

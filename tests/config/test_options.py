@@ -1,5 +1,5 @@
-"""Settings from the command line: what nothing reads is refused with the nearest key that is read, and what the user
-says holds against what follows from other arguments."""
+"""`--cfg-options`: unknown keys are refused with the closest known one, and the user's values win over values derived
+from other arguments."""
 
 import logging
 
@@ -28,8 +28,8 @@ def load(name):
     return config
 
 
-# Key -> the key that is named in its place.
-UNKNOWN = {
+# Unknown key -> the suggested key.
+SUGGESTION_OF_KEY = {
     'modle.backbone.arch': 'model.backbone.arch',
     'model.bakbone.arch': 'model.backbone.arch',
     'optimizer.lr': 'optim_wrapper.optimizer.lr',
@@ -57,17 +57,17 @@ UNKNOWN = {
 }
 
 
-@pytest.mark.parametrize('key', UNKNOWN)
+@pytest.mark.parametrize('key', SUGGESTION_OF_KEY)
 def test_unknown_key_suggests_nearest(key):
     config = load('demo/mask_rcnn')
-    before = config.to_dict()
+    original = config.to_dict()
     with pytest.raises(UsageError, match=r'has no .*write \+') as error:
         merge_options(config, {'train_cfg.val_interval': 2, key: 1})
     assert f'--cfg-options {key}: ' in str(error.value)
-    if UNKNOWN[key]:
-        assert f'(did you mean {UNKNOWN[key]}?)' in str(error.value)
-    assert config.to_dict() == before  # all or nothing
-    if UNKNOWN[key] or key == 'totally.different':
+    if SUGGESTION_OF_KEY[key]:
+        assert f'(did you mean {SUGGESTION_OF_KEY[key]}?)' in str(error.value)
+    assert config.to_dict() == original  # nothing is merged
+    if SUGGESTION_OF_KEY[key] or key == 'totally.different':
         assert merge_options(config, {f'+{key}': 1}) == {key: 1}
     else:
         with pytest.raises(UsageError, match='--cfg-options: '):
@@ -75,7 +75,7 @@ def test_unknown_key_suggests_nearest(key):
 
 
 @pytest.mark.parametrize(
-    'key, near',
+    'key, suggestion',
     [
         ('auto_scale_lr.enabl', 'auto_scale_lr.enable'),
         ('optim_wrapper.clip_grad.max_nor', 'optim_wrapper.clip_grad.max_norm'),
@@ -83,12 +83,12 @@ def test_unknown_key_suggests_nearest(key):
         ('randomness.sed', 'randomness.seed'),
     ],
 )
-def test_unknown_key_of_omitted_part_is_refused(key, near):
+def test_unknown_key_of_omitted_part_is_refused(key, suggestion):
     config = load('demo/upernet')
     config.pop('auto_scale_lr', None), config.pop('randomness', None), config.env_cfg.pop('mp_cfg', None)
-    with pytest.raises(UsageError, match=rf'\(did you mean {near}\?\)'):
+    with pytest.raises(UsageError, match=rf'\(did you mean {suggestion}\?\)'):
         merge_options(config, {key: 1})
-    merge_options(config, {near: 1})
+    merge_options(config, {suggestion: 1})
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_value_in_place_of_dict_is_refused(key, value, words):
         merge_options(load('demo/mask_rcnn'), {key: value})
 
 
-def test_parts_that_are_needed_may_not_be_none(tmp_path):
+def test_required_keys_may_not_be_none(tmp_path):
     path = str(CONFIGS / 'demo/mask_rcnn.py')
     for key in ('model', 'train_dataloader', 'optim_wrapper'):
         with pytest.raises(UsageError, match=f'has no {key}'):
@@ -129,8 +129,8 @@ def test_config_file_variable_is_refused(key):
         merge_options(load('demo/mask_rcnn'), {key: 1})
 
 
-def test_default_arguments_are_accepted():
-    """Arguments of the classes that a config names, those included that they pass on, and what mmengine looks up."""
+def test_arguments_with_defaults_are_accepted():
+    """Arguments of the configured classes, also of their base classes, and keys that mmengine reads."""
     for recipe, keys in {
         'demo/mask_rcnn': [
             *('model.backbone.with_cp', 'model.backbone.init_cfg.checkpoint', 'model.rpn_head.reg_decoded_bbox'),
@@ -184,13 +184,13 @@ def test_argument_names_include_base_classes():
 
 def test_options_win_over_new_length():
     options = {'train_cfg.val_interval': 7, 'param_scheduler.0.end': 301, 'default_hooks.checkpoint.interval': 9}
-    config, scaled = load('upernet/convnext_t'), load('upernet/convnext_t')
+    config, default = load('upernet/convnext_t'), load('upernet/convnext_t')
     merge_options(config, options)
     scale_schedule(config, iters=1600, options=options)
-    scale_schedule(scaled, iters=1600)
+    scale_schedule(default, iters=1600)
     assert (config.train_cfg.max_iters, config.train_cfg.val_interval) == (1600, 7)
     assert config.param_scheduler[0].end == 301 and config.default_hooks.checkpoint.interval == 9
-    assert scaled.train_cfg.val_interval == 160 and config.param_scheduler[1] == scaled.param_scheduler[1]
+    assert default.train_cfg.val_interval == 160 and config.param_scheduler[1] == default.param_scheduler[1]
     assert overridden_options(config, options) == []
     with pytest.raises(UsageError, match='--iters 5 and --cfg-options train_cfg.max_iters: give one of them'):
         scale_schedule(config, iters=5, options={'train_cfg.max_iters': 10})
@@ -223,28 +223,28 @@ def test_overridden_options_are_reported():
     merge_options(config, options)
     config.train_cfg.max_iters, config.model.decode_head.in_channels = 80, (1, 2)
     config.val_evaluator.pop('prefix')
-    first, second = overridden_options(config, options)
-    assert 'train_cfg.max_iters=10 became 80' in first and "val_evaluator.prefix='a' was removed" in second
+    changed_line, removed_line = overridden_options(config, options)
+    assert 'train_cfg.max_iters=10 became 80' in changed_line and "val_evaluator.prefix='a' was removed" in removed_line
     for key, value in (('model.test_cfg.mode', 'slide'), ('test_dataloader.batch_size', 4)):
         with pytest.raises(UsageError, match=f'{key}={value}: --multiscale tests with'):
             set_multiscale(load('upernet/convnext_t'), {key: value})
 
 
 @pytest.fixture(scope='module')
-def drawn(tmp_path_factory):
+def toy_dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp('drawn') / 'shapes'
     toy_shapes.write(folder, train=5, val=3, size=64)
     return folder
 
 
 @pytest.mark.parametrize('recipe', ['demo/mask_rcnn', 'demo/upernet'])
-def test_options_win_over_custom_data(drawn, tmp_path, monkeypatch, recipe):
+def test_options_win_over_custom_data(toy_dataset, tmp_path, monkeypatch, recipe):
     monkeypatch.chdir(tmp_path)
     config = load(recipe)
     config.work_dir = 'run'
     options = {'train_dataloader.dataset.indices': 2, 'train_dataloader.dataset.lazy_init': True}
     merge_options(config, options)
-    apply_custom_data(config, DatasetRequest(str(drawn)), options=options)
+    apply_custom_data(config, DatasetRequest(str(toy_dataset)), options=options)
     assert config.train_dataloader.dataset.indices == 2 and overridden_options(config, options) == []
     for key in (
         'train_dataloader.dataset.ann_file',
@@ -254,19 +254,19 @@ def test_options_win_over_custom_data(drawn, tmp_path, monkeypatch, recipe):
         config = load(recipe)
         config.work_dir = 'run'
         with pytest.raises(UsageError, match=f'{key}=x: leave it out or --data'):
-            apply_custom_data(config, DatasetRequest(str(drawn)), options={key: 'x'})
+            apply_custom_data(config, DatasetRequest(str(toy_dataset)), options={key: 'x'})
 
 
 def test_tools_refuse_unknown_keys(run_tool):
     config = CONFIGS / 'demo/mask_rcnn.py'
-    for tool, more in (('train.py', []), ('test.py', ['x.pth']), ('complexity.py', [])):
+    for tool, extra_args in (('train.py', []), ('test.py', ['x.pth']), ('complexity.py', [])):
         if tool != 'test.py':
-            process = run_tool(tool, config, *more, '--cfg-options', 'modle.backbone.arch=atto')
+            process = run_tool(tool, config, *extra_args, '--cfg-options', 'modle.backbone.arch=atto')
             one_line_error(process, 'modle.backbone.arch', '(did you mean model.backbone.arch?)')
-        process = run_tool(tool, config, *more, '--cfg-options', 'train_cfg.max_epochs=[(1,2]')
+        process = run_tool(tool, config, *extra_args, '--cfg-options', 'train_cfg.max_epochs=[(1,2]')
         assert process.returncode == 2 and 'Imbalanced brackets' in process.stderr.splitlines()[-1]
         for option in ('++x=1', '+=1', '=1', 'a'):
-            process = run_tool(tool, config, *more, '--cfg-options', option)
+            process = run_tool(tool, config, *extra_args, '--cfg-options', option)
             assert process.returncode == 2 and f"'{option}': give KEY=VALUE" in process.stderr.splitlines()[-1]
-        process = run_tool(tool, config, *more, '--cfg-options', "custom_hooks=[{'type': 'EmptyCacheHook'}]")
+        process = run_tool(tool, config, *extra_args, '--cfg-options', "custom_hooks=[{'type': 'EmptyCacheHook'}]")
         assert process.returncode == 2 and 'a dict cannot be given here' in process.stderr.splitlines()[-1]

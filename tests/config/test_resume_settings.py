@@ -34,7 +34,7 @@ def load(name):
     return config
 
 
-def changed(recipe, key, value):
+def load_changed(recipe, key, value):
     config = load(recipe)
     config.merge_from_dict({key: value})
     return config
@@ -59,12 +59,12 @@ STATE_SETTINGS = {
 @pytest.mark.parametrize('key', STATE_SETTINGS)
 def test_changed_state_settings_need_override(key):
     value, words = STATE_SETTINGS[key]
-    now = changed('mask_rcnn/convnext_t', key, value)
+    config = load_changed('mask_rcnn/convnext_t', key, value)
     with pytest.raises(UsageError, match='would override yours .*--override.*load_from=x.pth') as error:
-        compare_settings(load('mask_rcnn/convnext_t'), now, 'x.pth', False)
+        compare_settings(load('mask_rcnn/convnext_t'), config, 'x.pth', False)
     assert key in str(error.value) and words in str(error.value)
-    assert words in compare_settings(load('mask_rcnn/convnext_t'), now, 'x.pth', True)
-    assert compare_settings(now, copy.deepcopy(now), 'x.pth', False) is None
+    assert words in compare_settings(load('mask_rcnn/convnext_t'), config, 'x.pth', True)
+    assert compare_settings(config, copy.deepcopy(config), 'x.pth', False) is None
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_other_optimizer_is_always_refused(key, value):
     for override in (False, True):
         with pytest.raises(UsageError, match=f'state of another optimizer .*{key} was .*load_from=x.pth'):
             compare_settings(
-                load('mask_rcnn/convnext_t'), changed('mask_rcnn/convnext_t', key, value), 'x.pth', override
+                load('mask_rcnn/convnext_t'), load_changed('mask_rcnn/convnext_t', key, value), 'x.pth', override
             )
 
 
@@ -109,7 +109,9 @@ UNREPORTED = {
 @pytest.mark.parametrize('key', [*REPORTED, *UNREPORTED])
 def test_changed_settings_are_reported(key):
     value = REPORTED.get(key, UNREPORTED.get(key))
-    line = compare_settings(load('mask_rcnn/convnext_t'), changed('mask_rcnn/convnext_t', key, value), 'x.pth', False)
+    line = compare_settings(
+        load('mask_rcnn/convnext_t'), load_changed('mask_rcnn/convnext_t', key, value), 'x.pth', False
+    )
     if key in UNREPORTED:
         assert line is None
     else:
@@ -118,28 +120,28 @@ def test_changed_settings_are_reported(key):
 
 def test_checkpoint_config_is_compared_as_text():
     """As text, tuples and all, and scaled to another number of GPUs."""
-    now, before = load('upernet/convnext_t'), load('upernet/convnext_t')
-    before.model.decode_head.in_channels = tuple(before.model.decode_head.in_channels)
-    scale_batch(before, 2)
-    scale_batch(now, 8)
-    assert compare_settings(parse_config_literal(before.pretty_text), now, 'x.pth', False) is None
-    for config, folder in ((before, '/old/run'), (now, '/new/run')):
+    new_config, old_config = load('upernet/convnext_t'), load('upernet/convnext_t')
+    old_config.model.decode_head.in_channels = tuple(old_config.model.decode_head.in_channels)
+    scale_batch(old_config, 2)
+    scale_batch(new_config, 8)
+    assert compare_settings(parse_config_literal(old_config.pretty_text), new_config, 'x.pth', False) is None
+    for config, folder in ((old_config, '/old/run'), (new_config, '/new/run')):
         config.train_dataloader.dataset.ann_file = f'{folder}/data/train.json'
-    assert compare_settings(parse_config_literal(before.pretty_text), now, 'x.pth', False) is None
+    assert compare_settings(parse_config_literal(old_config.pretty_text), new_config, 'x.pth', False) is None
 
 
 def test_long_lists_are_truncated():
-    now = load('mask_rcnn/convnext_t')
-    now.model.roi_head.bbox_head = {f'a{i}': i for i in range(30)}
-    line = compare_settings(load('mask_rcnn/convnext_t'), now, 'x.pth', False)
+    config = load('mask_rcnn/convnext_t')
+    config.model.roi_head.bbox_head = {f'a{i}': i for i in range(30)}
+    line = compare_settings(load('mask_rcnn/convnext_t'), config, 'x.pth', False)
     assert line.count('was') == 8 and ' more' in line
 
 
-# ---- the config's settings in the place of the checkpoint's ---------------------------------------------------------
+# ---- `--override`: the config's settings instead of the checkpoint's -------------------------------------------------
 
 
 def record(config, folder, start=None):
-    """The settings of the first group of parameters at every optimizer step of a run."""
+    """Run a training; return the optimizer settings at every optimizer step."""
     config.work_dir = str(folder)
     if start:
         config.load_from, config.resume, config[OVERRIDE_KEY] = str(start), True, True
@@ -155,28 +157,31 @@ def record(config, folder, start=None):
     return actual, runner
 
 
-@pytest.mark.parametrize('images', [4, 2])  # 2: gradients of two batches are added up
-@pytest.mark.parametrize('counted', ['epochs', 'iterations'])
-def test_override_equals_run_with_these_settings_from_start(tmp_path, counted, images):
-    first, other = run_config(counted, images), run_config(counted, images)
-    for config in (first, other):
+@pytest.mark.parametrize('batch_size', [4, 2])  # 2: two gradient accumulation steps
+@pytest.mark.parametrize('unit', ['epochs', 'iterations'])
+def test_override_equals_run_with_these_settings_from_start(tmp_path, unit, batch_size):
+    initial, overridden = run_config(unit, batch_size), run_config(unit, batch_size)
+    for config in (initial, overridden):
         config.default_hooks.checkpoint.interval = 1
-    other.optim_wrapper.optimizer.update(lr=3e-3, weight_decay=0.2, betas=(0.8, 0.95))
-    other.optim_wrapper.paramwise_cfg.decay_rate = 0.5
-    other.param_scheduler[0].end = 4
-    other.param_scheduler[1].update(dict(milestones=[2]) if counted == 'epochs' else dict(power=2.0))
-    for config in (first, other):
+    overridden.optim_wrapper.optimizer.update(lr=3e-3, weight_decay=0.2, betas=(0.8, 0.95))
+    overridden.optim_wrapper.paramwise_cfg.decay_rate = 0.5
+    overridden.param_scheduler[0].end = 4
+    overridden.param_scheduler[1].update(dict(milestones=[2]) if unit == 'epochs' else dict(power=2.0))
+    for config in (initial, overridden):
         scale_batch(config, 1)
-    record(first, tmp_path / 'first')
-    expected, _ = record(copy.deepcopy(other), tmp_path / 'fresh')
-    at = dict(epochs='epoch_1.pth', iterations=f'iter_{3 * (4 // images)}.pth')[counted]
-    actual, runner = record(copy.deepcopy(other), tmp_path / 'resumed', tmp_path / 'first' / at)
-    done = 4 if counted == 'epochs' else 3  # optimizer steps
-    assert len(expected) == len(actual) + done > len(actual) > 3
-    for a, b in zip(expected[done:], actual):
-        for group, own in zip(a, b, strict=True):
-            assert own['lr'] == pytest.approx(group['lr'], rel=1e-12) and own['betas'] == group['betas']
-            assert own['weight_decay'] == group['weight_decay']
+    record(initial, tmp_path / 'first')
+    expected, _ = record(copy.deepcopy(overridden), tmp_path / 'fresh')
+    checkpoint_name = dict(epochs='epoch_1.pth', iterations=f'iter_{3 * (4 // batch_size)}.pth')[unit]
+    actual, runner = record(copy.deepcopy(overridden), tmp_path / 'resumed', tmp_path / 'first' / checkpoint_name)
+    steps_done = 4 if unit == 'epochs' else 3  # optimizer steps
+    assert len(expected) == len(actual) + steps_done > len(actual) > 3
+    for a, b in zip(expected[steps_done:], actual):
+        for group, resumed_group in zip(a, b, strict=True):
+            assert (
+                resumed_group['lr'] == pytest.approx(group['lr'], rel=1e-12)
+                and resumed_group['betas'] == group['betas']
+            )
+            assert resumed_group['weight_decay'] == group['weight_decay']
     state = next(iter(runner.optim_wrapper.optimizer.state.values()))
     assert state['step'] == len(expected)  # the moments are the checkpoint's
 
@@ -189,11 +194,11 @@ def test_override_with_other_param_groups_is_refused(tmp_path):
         record(config, tmp_path / 'other', tmp_path / 'first/epoch_1.pth')
 
 
-@pytest.mark.parametrize('images, lr', [(4, 1e-2), (2, 1e-2), (1, 1e-2)])
-def test_auto_scale_lr_counts_the_whole_batch(tmp_path, images, lr):
-    """With accumulation up to base_batch_size the lr stays as it is; with half of that it is halved."""
+@pytest.mark.parametrize('batch_size, lr', [(4, 1e-2), (2, 1e-2), (1, 1e-2)])
+def test_auto_scale_lr_counts_the_total_batch(tmp_path, batch_size, lr):
+    """With accumulation up to base_batch_size the lr is unchanged; at half of that it is halved."""
     for base in (4, 8):
-        config = run_config('epochs', images)
+        config = run_config('epochs', batch_size)
         config.auto_scale_lr = dict(enable=True, base_batch_size=base)
         scale_batch(config, 1)
         config.work_dir = str(tmp_path / f'{base}')
@@ -204,7 +209,7 @@ def test_auto_scale_lr_counts_the_whole_batch(tmp_path, images, lr):
 
 
 def test_resume_without_a_run(tmp_path):
-    """A misspelt work dir is no reason to start anew; a run that was not saved yet is."""
+    """A misspelled work dir is refused; a run without a checkpoint starts again."""
     config = Config(dict(work_dir=str(tmp_path / 'mistyped'), load_from=None, resume=False))
     for resume in ('last', None):
         config.resume = resume is None
@@ -238,9 +243,11 @@ def test_from_command_line(run_tool, tmp_path, data):
     one_line_error(run_tool(*train, '--resume', SHAPES_ROOT=data), 'run contains no run to resume')
     process = run_tool(*train, '--resume', 'auto', SHAPES_ROOT=data)
     assert process.returncode == 0 and 'run contains no checkpoint' in process.stdout + process.stderr, process.stderr
-    again = [*train, '--resume', '--cfg-options', 'train_cfg.max_epochs=2', 'optim_wrapper.optimizer.lr=0.01']
-    one_line_error(run_tool(*again, SHAPES_ROOT=data), 'optim_wrapper.optimizer.lr was 0.0003, is 0.01', '--override')
-    process = run_tool(*again, '--override', SHAPES_ROOT=data)
+    resume_args = [*train, '--resume', '--cfg-options', 'train_cfg.max_epochs=2', 'optim_wrapper.optimizer.lr=0.01']
+    one_line_error(
+        run_tool(*resume_args, SHAPES_ROOT=data), 'optim_wrapper.optimizer.lr was 0.0003, is 0.01', '--override'
+    )
+    process = run_tool(*resume_args, '--override', SHAPES_ROOT=data)
     output = process.stdout + process.stderr
     assert process.returncode == 0, process.stderr[-3000:]
     assert 'resumed with changed settings: length was 1, is 2; optim_wrapper.optimizer.lr was 0.0003' in output

@@ -1,5 +1,5 @@
-"""Other people's schedules at another length: mmengine's own schedulers run through them; what hooks and models count
-moves along. And settings of the wrong kind, which end in one line."""
+"""Scaling schedules of other projects, checked with mmengine's own schedulers; counts of hooks and models are scaled,
+too. Invalid settings are one-line errors."""
 
 import copy
 from pathlib import Path
@@ -27,7 +27,7 @@ def stock(name):
     return Config.fromfile(STOCK / f'{name}.py', import_custom_modules=False)
 
 
-def lrs(config, epochs):
+def compute_lrs(config, epochs):
     """The lr relative to its base at every iteration, by mmengine's own schedulers."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedulers = [
@@ -53,19 +53,19 @@ def test_scaled_schedulers_are_contiguous(epochs):
     assert all(begin < end for begin, end in phases)
     assert any('Cosine' in str(s.type) for s in config.param_scheduler)
     assert config.custom_hooks[0].num_last_epochs == max(1, round(15 * epochs / 300))
-    actual = lrs(config, epochs)
+    actual = compute_lrs(config, epochs)
     assert max(actual) > 0.97 and actual[-1] < (0.06 if epochs > 3 else 0.6)
 
 
 @pytest.mark.parametrize('epochs', [1, 2, 3, 5, 7, 10, 20, 299])
 def test_scaled_cosine_reaches_its_minimum(epochs):
     config = stock(RTMDET)
-    config.param_scheduler[0].end = EPOCH  # of a data set of fifty batches
+    config.param_scheduler[0].end = EPOCH  # for a data set of fifty batches
     scale_schedule(config, epochs=epochs)
-    actual = lrs(config, epochs)
-    assert max(actual) == pytest.approx(1, abs=2e-3) and actual[-1] < 2e-3  # its foot is an lr, not a share
-    falling = actual[int(0.75 * len(actual)) :]
-    assert falling == sorted(falling, reverse=True)
+    actual = compute_lrs(config, epochs)
+    assert max(actual) == pytest.approx(1, abs=2e-3) and actual[-1] < 2e-3  # its minimum is an lr, not a ratio
+    last_quarter = actual[int(0.75 * len(actual)) :]
+    assert last_quarter == sorted(last_quarter, reverse=True)
     hook = config.custom_hooks[1]
     assert hook.switch_epoch == (round(280 * epochs / 300) if epochs > 9 else max(1, epochs - 1))
 
@@ -77,27 +77,27 @@ def test_removed_schedulers_are_reported():
     assert scale_schedule(stock(YOLOX), epochs=150).endswith('are scaled proportionally')
 
 
-def schedule(*schedulers, epochs=100):
+def make_config(*schedulers, epochs=100):
     return Config(dict(train_cfg=dict(by_epoch=True, max_epochs=epochs), param_scheduler=list(schedulers)))
 
 
-@pytest.mark.parametrize('epochs, warm', [(1, 0), (2, 1), (10, 1), (50, 2), (100, 5)])
-def test_epoch_based_warmup_reaches_full_lr(epochs, warm):
+@pytest.mark.parametrize('epochs, warmup_epochs', [(1, 0), (2, 1), (10, 1), (50, 2), (100, 5)])
+def test_epoch_based_warmup_reaches_full_lr(epochs, warmup_epochs):
     init_default_scope('mmengine')
-    config = schedule(dict(type='LinearLR', start_factor=0.1, by_epoch=True, begin=0, end=6))
+    config = make_config(dict(type='LinearLR', start_factor=0.1, by_epoch=True, begin=0, end=6))
     scale_schedule(config, epochs=epochs)
-    actual = lrs(config, epochs)
-    assert actual[-1] == pytest.approx(1) and sum(lr < 0.99 for lr in actual) == warm * EPOCH
+    actual = compute_lrs(config, epochs)
+    assert actual[-1] == pytest.approx(1) and sum(lr < 0.99 for lr in actual) == warmup_epochs * EPOCH
 
 
 def test_restart_periods_scale_proportionally():
     init_default_scope('mmengine')
-    config = schedule(
+    config = make_config(
         dict(type='CosineRestartLR', periods=[33, 2, 65], restart_weights=[1, 0.5, 0.25], eta_min=0, begin=0, end=100)
     )
     scale_schedule(config, epochs=7)
     assert (config.param_scheduler[0].periods, config.param_scheduler[0].restart_weights) == ([2, 5], [1, 0.25])
-    assert lrs(config, 7)[2 * EPOCH] == pytest.approx(0.25)
+    assert compute_lrs(config, 7)[2 * EPOCH] == pytest.approx(0.25)
 
 
 def test_model_and_hook_counts_are_scaled():
@@ -111,7 +111,7 @@ def test_model_and_hook_counts_are_scaled():
     scale_batch(config, 1)
     assert config.model.mask_head.warmup_iters == 8_000
     config = stock(YOLOX)
-    config.custom_hooks[0].pop('num_last_epochs')  # which is then its own default
+    config.custom_hooks[0].pop('num_last_epochs')  # then the hook's default
     scale_schedule(config, epochs=100, options={'custom_hooks.1.interval': 2})
     assert config.custom_hooks[0].num_last_epochs == 5
     config = stock(YOLOX)
@@ -119,7 +119,7 @@ def test_model_and_hook_counts_are_scaled():
     assert config.custom_hooks[0].num_last_epochs == 15
 
 
-WRONG = {
+INVALID_VALUES = {
     'total_batch': [-4, 'abc', 1.5, True],
     'train_dataloader.batch_size': [0, 'abc', -1, 2.5],
     'optim_wrapper.accumulative_counts': ['x', 0, -2],
@@ -142,19 +142,19 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize('key', WRONG)
+@pytest.mark.parametrize('key', INVALID_VALUES)
 def test_wrong_value_types_are_refused(key):
-    for value in WRONG[key]:
-        for fit in (lambda config: scale_schedule(config, iters=50), lambda config: scale_batch(config, 1)):
+    for value in INVALID_VALUES[key]:
+        for scale in (lambda config: scale_schedule(config, iters=50), lambda config: scale_batch(config, 1)):
             config = Config.fromfile(ROOT / 'configs/upernet/convnext_t.py')
             config.custom_hooks = [dict(type='EMAHook')]
-            holder, _, last = key.rpartition('.')
-            place = config
-            for part in holder.split('.') if holder else ():
-                place = place[int(part) if part.isdigit() else part]
-            place[last] = value
+            parent_key, _, child_key = key.rpartition('.')
+            node = config
+            for name in parent_key.split('.') if parent_key else ():
+                node = node[int(name) if name.isdigit() else name]
+            node[child_key] = value
             with pytest.raises(UsageError) as error:
-                fit(config)
+                scale(config)
             assert str(error.value).startswith(f'{key}') and ': give a' in str(error.value), error.value
 
 

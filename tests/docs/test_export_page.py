@@ -1,4 +1,4 @@
-"""The program of docs/export.md, as it stands there, where neither PyTorch nor OpenMMLab is."""
+"""The program in docs/export.md, run without PyTorch and OpenMMLab."""
 
 import os
 import re
@@ -38,12 +38,12 @@ def files(tmp_path, program):
     return tmp_path
 
 
-def check(files, run):
+def check_program(files, run):
     lines = run('detector.onnx', 'photo.png').split('\n')
     label, score, *box = lines[0].split()
     assert label == 'triangle' and abs(float(score) - 40 / 90) < 0.01
     assert np.allclose([float(side) for side in box], BOXES[0] * [60, 90, 60, 90], atol=0.01)
-    assert lines[1:] == ['']  # the second has a score below 0.3
+    assert lines[1:] == ['']  # the second box has a score below 0.3
     with Image.open(files / 'mask.png') as mask:
         assert mask.size == (60, 90)
         assert np.array_equal(np.asarray(mask), np.repeat([255, 0], 45)[:, None].repeat(60, 1))
@@ -54,7 +54,7 @@ def check(files, run):
         assert (labels[:38] == 0).all() and (labels[42:] == 2).all()
 
 
-def test_the_program_needs_none_of_what_trains(files):
+def test_program_runs_without_torch_and_openmmlab(files):
     code = f'import sys, runpy; sys.modules.update(dict.fromkeys({BLOCKED}))\nsys.argv = sys.argv[1:]'
     code += "\nrunpy.run_path(sys.argv[0], run_name='__main__')"
 
@@ -64,12 +64,12 @@ def test_the_program_needs_none_of_what_trains(files):
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    check(files, run)
+    check_program(files, run)
 
 
 @pytest.mark.slow
-def test_the_program_in_a_fresh_environment(files, tmp_path_factory):
-    """Only what the page names is installed."""
+def test_program_in_a_fresh_environment(files, tmp_path_factory):
+    """Only the packages that the page lists are installed."""
     folder = tmp_path_factory.mktemp('environment')
     venv.create(folder, with_pip=True)
     python = folder / ('Scripts' if os.name == 'nt' else 'bin') / 'python'
@@ -81,11 +81,11 @@ def test_the_program_in_a_fresh_environment(files, tmp_path_factory):
         command = [python, '-I', 'consumer.py', *args]
         return subprocess.run(command, cwd=files, text=True, capture_output=True, check=True).stdout
 
-    check(files, run)
+    check_program(files, run)
 
 
-def test_the_resizing_is_that_of_the_test_pipeline(program, tmp_path):
-    """The images that the program and the pipeline give to a model differ by rounding alone."""
+def test_resizing_equals_the_test_pipeline(program, tmp_path):
+    """The inputs by the program and by the pipeline differ only by rounding."""
     import onnxruntime
 
     from convnext_dense import load_model

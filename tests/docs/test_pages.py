@@ -1,4 +1,4 @@
-"""What the pages in docs/ say is what there is."""
+"""The pages in docs/ agree with the code."""
 
 import inspect
 import re
@@ -13,17 +13,17 @@ from convnext_dense.paper.results import BASELINE_RESULTS, DINO_RESULTS, LATER_R
 from helpers.pages import PAGES, code_blocks, results_table, tables
 from helpers.paths import ROOT
 
-ALL = pytest.mark.parametrize('name', PAGES)
+ALL_PAGES = pytest.mark.parametrize('name', PAGES)
 
 
-@ALL
-def test_links_lead_to_files(name):
+@ALL_PAGES
+def test_links_exist(name):
     for target in re.findall(r'\]\((?!https?:)([^)#\s]+)', PAGES[name]):
         assert ((ROOT / name).parent / target).exists(), target
 
 
-@ALL
-def test_files_that_are_named_exist(name):
+@ALL_PAGES
+def test_mentioned_files_exist(name):
     page = PAGES[name] if name != 'CHANGELOG.md' else ''  # which names what is gone
     for path in set(re.findall(r'(?<![\w/.-])((?:tools|configs|tests|benchmarks)/[\w/.-]*\w\.(?:py|sh))\b', page)):
         assert (ROOT / path).exists(), path
@@ -33,50 +33,83 @@ def test_files_that_are_named_exist(name):
         assert (ROOT / 'configs' / recipe).exists(), recipe
 
 
-@ALL
-def test_options_that_are_named_are_options_of_a_tool(name):
+@ALL_PAGES
+def test_mentioned_options_exist(name):
     folders = ['tools', 'convnext_dense', 'benchmarks']
     sources = ''.join(path.read_text() for folder in folders for path in (ROOT / folder).rglob('*.py'))
-    others = {'--no-build-isolation', '--nproc_per_node', '--nnodes', '--rdzv_backend', '--rdzv_endpoint', '--rdzv_id'}
-    others |= {'--gres', '--ntasks', '--ntasks-per-node', '--cpus-per-task', '--kill-on-bad-exit', '--launcher'}
-    others |= {'--nodes', '--logdir', '--partition', '--time', '--gpus-per-task', '--gpu-bind', '--signal', '--strict'}
-    others |= {'--tta', '--onnx', '--fp16', '--saveEngine', '--minShapes', '--optShapes', '--maxShapes'}  # trtexec's
-    for option in set(re.findall(r'(?<![\w-])--[a-z][\w-]+', PAGES[name])) - others:
+    external_options = {
+        '--no-build-isolation',
+        '--nproc_per_node',
+        '--nnodes',
+        '--rdzv_backend',
+        '--rdzv_endpoint',
+        '--rdzv_id',
+    }
+    external_options |= {
+        '--gres',
+        '--ntasks',
+        '--ntasks-per-node',
+        '--cpus-per-task',
+        '--kill-on-bad-exit',
+        '--launcher',
+    }
+    external_options |= {
+        '--nodes',
+        '--logdir',
+        '--partition',
+        '--time',
+        '--gpus-per-task',
+        '--gpu-bind',
+        '--signal',
+        '--strict',
+    }
+    external_options |= {
+        '--tta',
+        '--onnx',
+        '--fp16',
+        '--saveEngine',
+        '--minShapes',
+        '--optShapes',
+        '--maxShapes',
+    }  # trtexec's
+    for option in set(re.findall(r'(?<![\w-])--[a-z][\w-]+', PAGES[name])) - external_options:
         assert f"'{option}'" in sources, option
 
 
-@ALL
-def test_blocks_of_python_are_python(name):
+@ALL_PAGES
+def test_python_blocks_compile(name):
     for language, code in code_blocks(PAGES[name]):
         if language == 'python':
             compile(inspect.cleandoc(code), name, 'exec')
 
 
-def test_every_argument_of_the_backbone_is_in_the_table_with_its_default():
+def test_table_of_backbone_arguments():
     section = PAGES['docs/config.md'].split('## Arguments of the backbone')[1].split('| arch |')[0]
     rows = {row[0].strip('`'): row[1].strip('`') for row in tables(section)}
     defaults = {name: repr(p.default) for name, p in inspect.signature(ConvNeXt).parameters.items() if name != 'grn'}
     assert rows == {'argument': 'default', '---': '---', **defaults, 'use_grn': 'False'}  # None there: as grn says
 
 
-def test_the_table_of_architectures_is_the_codes():
+def test_table_of_architectures():
     rows = {row[0].strip('`'): row[1:] for row in tables(PAGES['docs/config.md']) if row[0].strip('`') in ARCHS}
     assert rows == {
         name: [', '.join(map(str, arch[key])) for key in ('depths', 'channels')] for name, arch in ARCHS.items()
     }
 
 
-def test_the_example_of_the_page_is_the_one_of_the_readme():
-    first = [code_blocks(PAGES[name]) for name in ('docs/config.md', 'README.md')]
-    assert next(b for b in first[0] if b[0] == 'python') == next(b for b in first[1] if b[0] == 'python')
+def test_example_equals_the_readme():
+    blocks_of_pages = [code_blocks(PAGES[name]) for name in ('docs/config.md', 'README.md')]
+    assert next(b for b in blocks_of_pages[0] if b[0] == 'python') == next(
+        b for b in blocks_of_pages[1] if b[0] == 'python'
+    )
 
 
 @pytest.mark.parametrize('results', [BASELINE_RESULTS, LATER_RESULTS, DINO_RESULTS], ids=['baselines', 'later', 'dino'])
-def test_the_tables_of_results_are_those_of_the_data(results):
+def test_tables_of_results(results):
     assert results_table(results, '`{}.py`') in PAGES['docs/recipes.md']
 
 
-def test_every_released_model_is_named_with_its_recipe():
+def test_table_of_released_models():
     rows = dict(re.findall(r'^\| `(\w+/\w+)\.py` \| `(\w+)` \|$', PAGES['docs/weights.md'], re.MULTILINE))
     assert rows == {row.recipe: row.released for row in RESULTS if row.released}
     assert set(rows.values()) <= set(WEIGHT_URLS) and len(set(rows.values())) == len(rows)
@@ -84,7 +117,7 @@ def test_every_released_model_is_named_with_its_recipe():
         assert name.startswith(recipe.split('/')[0].replace('cascade', 'cascade_mask_rcnn'))
 
 
-def test_the_distributions_of_openmmlab_are_those_that_setup_pins():
+def test_openmmlab_versions_equal_setup():
     setup = (ROOT / 'setup.py').read_text()
     for extra, names in {
         'onedl': ['onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation'],
@@ -95,12 +128,12 @@ def test_the_distributions_of_openmmlab_are_those_that_setup_pins():
         assert cells[1:5] == pins
 
 
-def test_every_page_is_in_the_sites_navigation():
-    named = set(re.findall(r': ([\w/]+\.md)$', (ROOT / 'mkdocs.yml').read_text(), re.MULTILINE))
-    assert named == {str(path.relative_to(ROOT / 'docs')) for path in (ROOT / 'docs').rglob('*.md')}
+def test_every_page_is_in_the_navigation():
+    pages_in_nav = set(re.findall(r': ([\w/]+\.md)$', (ROOT / 'mkdocs.yml').read_text(), re.MULTILINE))
+    assert pages_in_nav == {str(path.relative_to(ROOT / 'docs')) for path in (ROOT / 'docs').rglob('*.md')}
 
 
-def test_the_changelog_names_every_module_and_option_that_has_moved():
+def test_changelog_lists_every_moved_module_and_renamed_option():
     rows = [
         [re.findall(r'`([^`]+)`', cell) for cell in row]
         for row in tables(PAGES['CHANGELOG.md'].replace('\n  |', '\n|'))

@@ -1,4 +1,4 @@
-"""The tutorial: its commands are those of the tools, its page is its notebook, and it runs."""
+"""The tutorial: its commands are valid, its page equals its notebook, and it runs."""
 
 import json
 import os
@@ -26,7 +26,7 @@ COMMANDS = [source[1:] for source in SOURCES if source.startswith('!')]
 PARSERS = {'predict.py': make_predict_parser, 'export.py': make_export_parser}  # other tools have `parse_args`
 
 
-def test_the_page_is_the_notebook():
+def test_page_equals_the_notebook():
     page, pictures = SCRIPT['render'](NOTEBOOK)
     assert page == PAGE, 'run docs/run_tutorial.py'
     files = {path.relative_to(ROOT / 'docs').as_posix() for path in (ROOT / 'docs/images').glob('tutorial_*')}
@@ -35,7 +35,7 @@ def test_the_page_is_the_notebook():
     assert sum(map(len, pictures.values())) < 200_000
 
 
-def test_outputs_are_of_one_execution_in_order():
+def test_outputs_are_from_one_execution():
     assert [cell['execution_count'] for cell in CODE] == [*range(1, len(CODE) + 1)]
     assert len({cell['id'] for cell in NOTEBOOK['cells']}) == len(NOTEBOOK['cells'])
     texts = [''.join(output.get('text', '')) for cell in CODE for output in cell['outputs']]
@@ -44,21 +44,21 @@ def test_outputs_are_of_one_execution_in_order():
 
 
 def test_every_cell_is_explained_and_short():
-    for before, cell in zip(NOTEBOOK['cells'], NOTEBOOK['cells'][1:]):
+    for previous, cell in zip(NOTEBOOK['cells'], NOTEBOOK['cells'][1:]):
         assert cell['cell_type'] == 'markdown' or len(cell['source']) <= 8
-        assert not (before['cell_type'] == cell['cell_type'] == 'markdown')
+        assert not (previous['cell_type'] == cell['cell_type'] == 'markdown')
     assert NOTEBOOK['cells'][0]['cell_type'] == 'markdown'
 
 
-def test_the_page_has_all_commands():
+def test_page_has_all_commands():
     assert [code.rstrip('\n') for language, code in code_blocks(PAGE) if language == 'sh'] == COMMANDS
     tools = {name for command in COMMANDS for name in re.findall(r'tools/(\w+)', command)}
     assert tools == {'check_data', 'train', 'plot_run', 'test', 'predict', 'export'}
 
 
 @pytest.mark.parametrize('command', COMMANDS)
-def test_a_command_has_only_arguments_that_its_tool_knows(command, parse, monkeypatch):
-    """The tool's own parser takes them; of the toy data set's, nothing is drawn."""
+def test_arguments_of_commands_are_known(command, parse, monkeypatch):
+    """Parsed by the tool's own parser; the toy data set is not written."""
     python, *args = shlex.split(command.replace('\\\n', ' '))
     assert python == 'python'
     if args[0] == '-m':
@@ -76,7 +76,7 @@ def test_a_command_has_only_arguments_that_its_tool_knows(command, parse, monkey
         parse(tool.name, *args[1:])
 
 
-def test_a_failing_command_ends_the_execution():
+def test_failing_command_ends_the_execution():
     cell = dict(metadata={})
     with pytest.raises(SystemExit, match='exit 3'):
         SCRIPT['run_command']('echo why; exit 3', cell)
@@ -84,20 +84,20 @@ def test_a_failing_command_ends_the_execution():
     assert SCRIPT['run_command']('echo why; exit 3', cell) == ('why\n', None)
 
 
-def test_cells_of_python_share_their_names_and_show_their_last_value():
+def test_python_cells_share_a_namespace():
     namespace = {}
     assert SCRIPT['run_python']('x = 20\nprint(x)', namespace) == ('20\n', None)
     assert SCRIPT['run_python']('y = x + 1\ny * 2', namespace) == ('', 42)
 
 
-def test_lines_that_are_left_out_are_marked():
+def test_omitted_lines_are_marked():
     assert SCRIPT['select_lines']('a\nb\nc \nd1\nd2\n', '[ad]') == 'a\n...\nd1\nd2\n'
     assert SCRIPT['select_lines']('a\nb', '') == 'a\nb\n' and SCRIPT['select_lines']('', '') == ''
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(tmp_path):
-    """In a folder of its own, a few minutes on two cores: it leaves a model that finds something, exported too."""
+def test_notebook_runs(tmp_path):
+    """Takes a few minutes on two cores; the trained and the exported model detect something."""
     folder, out = tmp_path / 'run', tmp_path / 'out'
     folder.mkdir()
     out.mkdir()
@@ -108,7 +108,7 @@ def test_the_notebook_runs(tmp_path):
         assert (folder / file).is_file(), file
     for name in ('predictions', 'predictions_onnx'):
         objects = json.loads((folder / name / 'predictions.json').read_text())['annotations']
-        assert len(objects) >= 5 and {each['image_id'] for each in objects} <= {1, 2, 3, 4, 5, 6}
+        assert len(objects) >= 5 and {annotation['image_id'] for annotation in objects} <= {1, 2, 3, 4, 5, 6}
     page = (out / 'tutorial.md').read_text()
     blocks = [[block for block in code_blocks(text) if block[0] != 'text'] for text in (page, PAGE)]
     assert blocks[0] == blocks[1]

@@ -16,26 +16,26 @@ THREE_EPOCHS = dict(by_epoch=True, max_epochs=3)
 
 
 @pytest.fixture(autouse=True)
-def loads_as_the_tools_do():
+def checkpoint_loader():
     register_checkpoint_loader()
 
 
-def run(folder, train_cfg=THREE_EPOCHS, **more):
-    return planned_run(PLAN, folder, train_cfg=train_cfg, accumulative_counts=4, **more)
+def build_runner(folder, train_cfg=THREE_EPOCHS, **kwargs):
+    return planned_run(PLAN, folder, train_cfg=train_cfg, accumulative_counts=4, **kwargs)
 
 
 def load(path):
     return torch.load(path, weights_only=False)
 
 
-def assert_same_state(runner, other):
-    for name, value in other.model.state_dict().items():
+def assert_same_state(runner, expected):
+    for name, value in expected.model.state_dict().items():
         assert torch.equal(runner.model.state_dict()[name], value), name
 
 
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory):
-    runner = run(tmp_path_factory.mktemp('checkpoints') / 'whole', checkpoint=dict(interval=1))
+    runner = build_runner(tmp_path_factory.mktemp('checkpoints') / 'whole', checkpoint=dict(interval=1))
     runner.train()
     return runner
 
@@ -47,10 +47,10 @@ def test_epoch_ending_mid_step_is_saved_at_last_step_end(uninterrupted):
 
 @pytest.mark.parametrize('epoch', [1, 2])
 def test_resume_from_last_step_end_equals_uninterrupted_run(epoch, uninterrupted, tmp_path):
-    again = run(tmp_path, load_from=f'{uninterrupted.work_dir}/epoch_{epoch}.pth')
-    again.train()
-    assert again.iter == 18
-    assert_same_state(again, uninterrupted)
+    resumed = build_runner(tmp_path, load_from=f'{uninterrupted.work_dir}/epoch_{epoch}.pth')
+    resumed.train()
+    assert resumed.iter == 18
+    assert_same_state(resumed, uninterrupted)
 
 
 class ParametersOfEvaluation(Hook):
@@ -64,7 +64,7 @@ class ParametersOfEvaluation(Hook):
 
 
 def test_saved_parameters_equal_evaluated_ones(tmp_path):
-    runner, hook = run(tmp_path, evaluates=True, checkpoint=dict(interval=1)), ParametersOfEvaluation()
+    runner, hook = build_runner(tmp_path, evaluates=True, checkpoint=dict(interval=1)), ParametersOfEvaluation()
     runner.register_hook(hook)
     runner.train()
     names = [name for name, _ in runner.model.named_parameters()]
@@ -77,9 +77,9 @@ def test_saved_parameters_equal_evaluated_ones(tmp_path):
     'interval, iters', [(4, [4, 8, 12, 14]), (3, [4, 8, 12, 14]), (6, [4, 12, 14]), (5, [4, 8, 14]), (-1, [14])]
 )
 def test_iter_checkpoint_due_mid_step(interval, iters, tmp_path):
-    """Due at 3, before the first step ends, is nothing that could be saved; 14 is the end of the run."""
+    """At 3 no step has ended, so nothing is saved; 14 is the end of the run."""
     train_cfg = dict(by_epoch=False, max_iters=14)
-    run(tmp_path, train_cfg, checkpoint=dict(interval=interval, by_epoch=False)).train()
+    build_runner(tmp_path, train_cfg, checkpoint=dict(interval=interval, by_epoch=False)).train()
     assert sorted(int(path.stem[5:]) for path in tmp_path.glob('iter_*.pth')) == iters
     for n in iters:
         assert load(tmp_path / f'iter_{n}.pth')['meta']['iter'] == n
@@ -103,27 +103,27 @@ class SignalAt(Hook):
 
 
 @pytest.mark.parametrize(
-    'mode, iters, interval, name, saved',
+    'mode, iters, interval, name, saved_iter',
     [
         ('train', 1, 9, 'interrupted.pth', 4),
-        ('train', 4, 9, 'interrupted.pth', 8),  # over the end of an epoch
-        ('val', 6, 9, 'interrupted.pth', 8),  # nothing is saved: the evaluation is finished, then the step
-        ('val', 6, 1, 'epoch_1.pth', 4),  # saved already: at once
+        ('train', 4, 9, 'interrupted.pth', 8),  # beyond the end of an epoch
+        ('val', 6, 9, 'interrupted.pth', 8),  # no checkpoint yet: finish the evaluation, then the step
+        ('val', 6, 1, 'epoch_1.pth', 4),  # already saved: stop immediately
         ('val', 12, 9, 'interrupted.pth', 12),  # a step ends with the epoch
     ],
 )
-def test_signal_mid_step_stops_at_step_end(mode, iters, interval, name, saved, uninterrupted, tmp_path):
-    runner = run(tmp_path / 'run', evaluates=True, checkpoint=dict(interval=interval))
+def test_signal_mid_step_stops_at_step_end(mode, iters, interval, name, saved_iter, uninterrupted, tmp_path):
+    runner = build_runner(tmp_path / 'run', evaluates=True, checkpoint=dict(interval=interval))
     runner.register_hook(SignalAt(mode, iters), priority='VERY_HIGH')
     with pytest.raises(RunInterrupted, match=f'stopped by SIGTERM. Saved .*{name}; resume with --resume'):
         runner.train()
     path = tmp_path / 'run' / name
     checkpoint = load(path)
-    assert checkpoint['meta']['iter'] == saved and 'gradients' not in checkpoint
+    assert checkpoint['meta']['iter'] == saved_iter and 'gradients' not in checkpoint
     assert (tmp_path / 'run/last_checkpoint').read_text() == str(path)
-    again = run(tmp_path / 'again', load_from=str(path))
-    again.train()
-    assert_same_state(again, uninterrupted)
+    resumed = build_runner(tmp_path / 'again', load_from=str(path))
+    resumed.train()
+    assert_same_state(resumed, uninterrupted)
 
 
 def test_checkpoint_with_partial_gradients_is_refused(uninterrupted, tmp_path):
@@ -131,7 +131,7 @@ def test_checkpoint_with_partial_gradients_is_refused(uninterrupted, tmp_path):
     checkpoint['gradients'] = [{'weight': torch.ones(2)}]
     torch.save(checkpoint, tmp_path / 'interrupted.pth')
     with pytest.raises(UsageError, match='interrupted.pth was saved by an earlier version.*a regular checkpoint'):
-        run(tmp_path / 'run', load_from=str(tmp_path / 'interrupted.pth')).train()
+        build_runner(tmp_path / 'run', load_from=str(tmp_path / 'interrupted.pth')).train()
 
 
 def test_old_batch_partition_is_read(uninterrupted, tmp_path):
@@ -140,6 +140,6 @@ def test_old_batch_partition_is_read(uninterrupted, tmp_path):
     old_names = ('processes', 'images', 'accumulation', 'batches', 'samples', 'order')
     checkpoint['meta']['layout'] = dict(zip(old_names, partition.values()))
     torch.save(checkpoint, tmp_path / 'old.pth')
-    again = run(tmp_path / 'run', load_from=str(tmp_path / 'old.pth'))
-    again.train()
-    assert_same_state(again, uninterrupted)
+    resumed = build_runner(tmp_path / 'run', load_from=str(tmp_path / 'old.pth'))
+    resumed.train()
+    assert_same_state(resumed, uninterrupted)

@@ -20,7 +20,7 @@ class PixelMean(nn.Module):
         return sum((m - 0.5).square().mean() for m in self.backbone(images))
 
 
-def trained(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+def train(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     """The weights after three steps of AdamW with layer decay, on this rank's part of the same batches."""
     torch.manual_seed(0)
     model = reference = PixelMean().double()  # Adam divides by the gradient's size: float32 would amplify rounding
@@ -41,20 +41,22 @@ def trained(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     return reference.state_dict()
 
 
-def work(rank: int, folder: str) -> None:
+def run_rank(rank: int, folder: str) -> None:
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
-    torch.save(trained(rank, 2), f'{folder}/{rank}.pth')
+    torch.save(train(rank, 2), f'{folder}/{rank}.pth')
     dist.destroy_process_group()
 
 
 def test_two_ranks_train_to_same_weights_as_one(tmp_path):
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
-    alone = trained(0, 1)
+    torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)
+    expected = train(0, 1)
     for rank in range(2):
-        together = torch.load(tmp_path / f'{rank}.pth')
-        assert together.keys() == alone.keys()
-        for name, tensor in alone.items():
-            torch.testing.assert_close(together[name], tensor, rtol=1e-9, atol=1e-9)
+        actual = torch.load(tmp_path / f'{rank}.pth')
+        assert actual.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(actual[name], tensor, rtol=1e-9, atol=1e-9)
     torch.manual_seed(0)
-    start = PixelMean().double().state_dict()
-    assert all(not torch.equal(start[name], tensor) for name, tensor in alone.items())  # all of it did train
+    initial = PixelMean().double().state_dict()
+    assert all(
+        not torch.equal(initial[name], tensor) for name, tensor in expected.items()
+    )  # every parameter was trained

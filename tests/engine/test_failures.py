@@ -42,9 +42,18 @@ def data(tmp_path):
 
 @pytest.fixture
 def train(start_tool, data, tmp_path):
-    def start(*options, length='--iters=4', log='run.log', more=(), config='upernet', work_dir=None, **env):
+    def start(*options, length='--iters=4', log='run.log', extra_args=(), config='upernet', work_dir=None, **env):
         config = ROOT / f'configs/demo/{config}.py'
-        args = [config, '--work-dir', work_dir or tmp_path / 'run', length, *more, '--cfg-options', *SMALL, *options]
+        args = [
+            config,
+            '--work-dir',
+            work_dir or tmp_path / 'run',
+            length,
+            *extra_args,
+            '--cfg-options',
+            *SMALL,
+            *options,
+        ]
         return start_tool(tmp_path / log, 'train.py', *args, SHAPES_ROOT=str(data), **env)
 
     return start
@@ -54,24 +63,24 @@ def last_line(process) -> str:
     return process.output.strip().splitlines()[-1]
 
 
-def wait_until_it_trains(process) -> None:
+def wait_for_training(process) -> None:
     while 'Iter(train)' not in process.output:
         time.sleep(0.05)
         assert process.process.is_alive(), process.output
 
 
-def left_of(*sessions: int, within: float = 15) -> list[str]:
+def running_processes(*sessions: int, timeout: float = 15) -> list[str]:
     """Processes of these sessions (one per tool) that still run after `within` seconds."""
-    end = time.monotonic() + within
+    deadline = time.monotonic() + timeout
     while True:
-        left = []
+        remaining = []
         for folder in Path('/proc').glob('[0-9]*'):
-            with suppress(OSError):  # it has just ended
+            with suppress(OSError):  # the process has just ended
                 state, *numbers = folder.joinpath('stat').read_text().rpartition(') ')[2].split()[:4]
                 if int(numbers[2]) in sessions and state != 'Z':
-                    left.append(folder.joinpath('cmdline').read_text().replace('\0', ' '))
-        if not left or time.monotonic() > end:
-            return left
+                    remaining.append(folder.joinpath('cmdline').read_text().replace('\0', ' '))
+        if not remaining or time.monotonic() > deadline:
+            return remaining
         time.sleep(0.1)
 
 
@@ -81,14 +90,14 @@ def break_images(data: Path, names, split='train') -> None:
         path.write_bytes([b'', b'no image', path.read_bytes()[:200]][n % 3])
 
 
-@pytest.mark.parametrize('more, n_bad, ends', [((), 1, 0), (('--max-unreadable', '3'), 3, 0), ((), 2, 1)])
-def test_unreadable_images_are_reported_and_replaced(more, n_bad, ends, train, data, tmp_path):
+@pytest.mark.parametrize('extra_args, n_bad, exit_code', [((), 1, 0), (('--max-unreadable', '3'), 3, 0), ((), 2, 1)])
+def test_unreadable_images_are_reported_and_replaced(extra_args, n_bad, exit_code, train, data, tmp_path):
     break_images(data, range(2, 2 + n_bad))
-    process = train(more=more, length='--iters=8')
-    assert process.wait() == ends, process.output
+    process = train(extra_args=extra_args, length='--iters=8')
+    assert process.wait() == exit_code, process.output
     for n in range(2, 2 + n_bad):
         assert process.output.count(f'{n:06d}.png: ') >= 1
-    if ends:
+    if exit_code:
         line = last_line(process)
         assert line.startswith('error: 2 images cannot be read') and '--max-unreadable' in line, line
         assert 'interrupted.pth; resume with --resume' in line
@@ -96,9 +105,9 @@ def test_unreadable_images_are_reported_and_replaced(more, n_bad, ends, train, d
         assert f'({n_bad}/' in process.output and process.output.count('; replaced by another sample (') == n_bad
 
 
-@pytest.mark.parametrize('ending', IMAGE_SUFFIXES)
-def test_read_error_for_every_image_suffix(ending, tmp_path):
-    for name in (f'a{ending}', f'b{ending.upper()}'):
+@pytest.mark.parametrize('suffix', IMAGE_SUFFIXES)
+def test_read_error_for_every_image_suffix(suffix, tmp_path):
+    for name in (f'a{suffix}', f'b{suffix.upper()}'):
         (tmp_path / name).write_bytes(b'no image')
         assert read_error(str(tmp_path / name)) == 'not a valid image'
     (tmp_path / 'c.npy').write_bytes(b'no image')
@@ -114,21 +123,21 @@ def test_unreadable_evaluation_image_is_an_error(train, data):
 
 def test_killed_dataloader_worker_is_diagnosed(train, tmp_path):
     process = train(length='--iters=4000')
-    wait_until_it_trains(process)
+    wait_for_training(process)
     children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
-    begin = time.monotonic()
+    start = time.monotonic()
     os.kill(int(children[-1]), signal.SIGKILL)
-    assert process.wait(60) == 1 and time.monotonic() - begin < 60
+    assert process.wait(60) == 1 and time.monotonic() - start < 60
     line = last_line(process)
     assert line.startswith('error: ') and 'DataLoader worker was killed' in line, process.output
     assert 'num_workers' in line
-    assert not left_of(process.pid)
+    assert not running_processes(process.pid)
 
 
 def test_worker_signal_during_diagnosis_is_diagnosed(tmp_path, monkeypatch):
     errors_of_worker = [RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. ')]
 
-    def interrupted(error, *args):
+    def interrupted_diagnose(error, *args):
         if errors_of_worker:
             raise errors_of_worker.pop()
         return diagnose(error, *args)
@@ -136,13 +145,13 @@ def test_worker_signal_during_diagnosis_is_diagnosed(tmp_path, monkeypatch):
     def disconnect(runner):
         raise ConnectionResetError(104, 'Connection reset by peer')
 
-    monkeypatch.setattr('convnext_dense.engine.runner.diagnose', interrupted)
+    monkeypatch.setattr('convnext_dense.engine.runner.diagnose', interrupted_diagnose)
     with pytest.raises(TrainingError, match='a DataLoader worker was killed'):
         planned_run([1.0] * 4, tmp_path, hooks=[Caller(1, disconnect)]).train()
 
 
 def test_killed_run_leaves_no_processes(train, data):
-    """Also with workers that block on a full pipe that nobody reads."""
+    """Also with workers that block on a full pipe."""
     shutil.rmtree(data)
     toy_shapes.write(data, train=24, val=2, size=256)
     workers = 'train_dataloader.num_workers=2', 'train_dataloader.batch_size=4', 'total_batch=4'
@@ -152,7 +161,7 @@ def test_killed_run_leaves_no_processes(train, data):
         assert process.process.is_alive(), process.output
     time.sleep(2)
     os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not left_of(process.pid)
+    assert process.wait() == -signal.SIGKILL and not running_processes(process.pid)
 
 
 def test_workers_exit_with_parent_for_every_start_method(tmp_path):
@@ -173,24 +182,24 @@ def test_workers_exit_with_parent_for_every_start_method(tmp_path):
         with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
             assert process.stdout.readline() == b'8\n'
             process.kill()
-        assert not left_of(process.pid), method
+        assert not running_processes(process.pid), method
 
 
 @pytest.mark.parametrize(
-    'lost', [ConnectionResetError(104, 'Connection reset by peer'), EOFError(), FileNotFoundError(2, 'No such file')]
+    'error', [ConnectionResetError(104, 'Connection reset by peer'), EOFError(), FileNotFoundError(2, 'No such file')]
 )
-def test_worker_disconnect_is_diagnosed(lost):
+def test_worker_disconnect_is_diagnosed(error):
     batches = iter(DataLoader(list(range(8)), num_workers=1))
-    batches._data_queue = Mock(get=Mock(side_effect=lost))
-    with pytest.raises(type(lost)) as caught:
+    batches._data_queue = Mock(get=Mock(side_effect=error))
+    with pytest.raises(type(error)) as exc_info:
         next(batches)
-    assert diagnose(caught.value).startswith('a DataLoader worker was killed')
+    assert diagnose(exc_info.value).startswith('a DataLoader worker was killed')
 
 
-def test_death_of_a_worker_may_be_signalled_while_another_error_is_written(tmp_path, monkeypatch):
-    """Reading from the worker fails first; torch's handler of SIGCHLD raises while the rank writes that down."""
-    died, write = 'DataLoader worker (pid 1) is killed by signal: Killed.', failures.write_atomic
-    signals = iter([RuntimeError(died)])
+def test_worker_signal_while_another_error_is_written(tmp_path, monkeypatch):
+    """Reading from the worker fails first; torch's SIGCHLD handler raises while the rank writes the error file."""
+    message, write = 'DataLoader worker (pid 1) is killed by signal: Killed.', failures.write_atomic
+    signals = iter([RuntimeError(message)])
 
     def interrupted(path, content):
         for error in signals:
@@ -206,15 +215,19 @@ def test_death_of_a_worker_may_be_signalled_while_another_error_is_written(tmp_p
     assert 'DataLoader worker' in (Path(runner.log_dir) / failures.RANK_ERROR_FILE.format(0)).read_text()
 
 
-@pytest.mark.parametrize('world', [1, 2])
-def test_lost_connection_means_peer_only_if_distributed(world, monkeypatch):
-    monkeypatch.setattr('convnext_dense.engine.failures.get_world_size', lambda: world)
-    gone = 'lost connection to another rank'
-    of_gloo = RuntimeError('[gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:31445')
-    assert diagnose(of_gloo) == gone if world > 1 else diagnose(of_gloo).startswith('a connection was lost (Runtime')
-    assert (diagnose(torch.distributed.DistStoreError('timed out')) == gone) == (world > 1)
+@pytest.mark.parametrize('world_size', [1, 2])
+def test_lost_connection_means_peer_only_if_distributed(world_size, monkeypatch):
+    monkeypatch.setattr('convnext_dense.engine.failures.get_world_size', lambda: world_size)
+    peer_lost_message = 'lost connection to another rank'
+    gloo_error = RuntimeError('[gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:31445')
+    assert (
+        diagnose(gloo_error) == peer_lost_message
+        if world_size > 1
+        else diagnose(gloo_error).startswith('a connection was lost (Runtime')
+    )
+    assert (diagnose(torch.distributed.DistStoreError('timed out')) == peer_lost_message) == (world_size > 1)
 
-    try:  # as storage and trackers word it: of their own class, around the one that says what happened
+    try:  # as storage and trackers do: an error of their own class with the actual one as its cause
         try:
             raise ConnectionResetError(104, 'Connection reset by peer')
         except ConnectionResetError as error:
@@ -231,17 +244,17 @@ DDP = ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.de
 DDP += ['env_cfg.dist_cfg.backend=gloo', 'model.decode_head.norm_cfg.type=BN', 'model.auxiliary_head.norm_cfg.type=BN']
 
 
-def two_ranks(train, options=()):
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = str(free.getsockname()[1])
+def start_two_ranks(train, options=()):
+    with socket.socket() as free_socket:
+        free_socket.bind(('127.0.0.1', 0))
+        port = str(free_socket.getsockname()[1])
     return [
         train(
             *DDP,
             *options,
             length='--iters=4000',
             log=f'rank{rank}.log',
-            more=('--launcher', 'pytorch'),
+            extra_args=('--launcher', 'pytorch'),
             **dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port),
         )
         for rank in range(2)
@@ -250,14 +263,14 @@ def two_ranks(train, options=()):
 
 @pytest.mark.parametrize('killed', [0, 1])
 def test_killed_rank_ends_other_ranks(killed, train):
-    ranks = two_ranks(train)
-    wait_until_it_trains(ranks[0])
+    ranks = start_two_ranks(train)
+    wait_for_training(ranks[0])
     os.kill(ranks[killed].pid, signal.SIGKILL)
-    begin = time.monotonic()
-    other = ranks[1 - killed]
-    assert other.wait(60) == 1 and time.monotonic() - begin < 60
-    assert f'rank {killed} exited without an error message' in last_line(other), other.output
-    assert not left_of(*(rank.pid for rank in ranks))
+    start = time.monotonic()
+    surviving_rank = ranks[1 - killed]
+    assert surviving_rank.wait(60) == 1 and time.monotonic() - start < 60
+    assert f'rank {killed} exited without an error message' in last_line(surviving_rank), surviving_rank.output
+    assert not running_processes(*(rank.pid for rank in ranks))
 
 
 TORCHRUN = """
@@ -290,7 +303,7 @@ def test_killed_torchrun_or_rank_leaves_no_processes(killed, data, tmp_path):
         ranks = Path(f'/proc/{agent.pid}/task/{agent.pid}/children').read_text().split()
         os.kill(agent.pid if killed == 'torchrun' else int(ranks[0]), signal.SIGKILL)
         assert agent.wait(60) != 0
-        assert not left_of(*map(int, ranks), agent.pid, within=30), log.read_text()
+        assert not running_processes(*map(int, ranks), agent.pid, timeout=30), log.read_text()
     finally:
         with suppress(ProcessLookupError):
             os.killpg(agent.pid, signal.SIGKILL)
@@ -299,30 +312,30 @@ def test_killed_torchrun_or_rank_leaves_no_processes(killed, data, tmp_path):
 
 
 def test_error_of_other_rank_is_reported(train, tmp_path):
-    ranks = two_ranks(train)
-    wait_until_it_trains(ranks[0])
+    ranks = start_two_ranks(train)
+    wait_for_training(ranks[0])
     children = Path(f'/proc/{ranks[1].pid}/task/{ranks[1].pid}/children').read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     assert [rank.wait(60) for rank in ranks] == [1, 1]
     for rank in ranks:
         assert 'rank 1: a DataLoader worker was killed' in last_line(rank), rank.output
-    assert not left_of(*(rank.pid for rank in ranks))
+    assert not running_processes(*(rank.pid for rank in ranks))
 
 
 def test_signal_to_one_rank_stops_all_with_one_checkpoint(train, tmp_path):
-    ranks = two_ranks(train)
-    wait_until_it_trains(ranks[0])
+    ranks = start_two_ranks(train)
+    wait_for_training(ranks[0])
     os.killpg(ranks[1].pid, signal.SIGTERM)
     assert [rank.wait(60) for rank in ranks] == [143, 143], ranks[0].output
     saved = torch.load(tmp_path / 'run/interrupted.pth', weights_only=False)
     assert saved['meta']['batch_partition']['world_size'] == 2
-    assert not left_of(*(rank.pid for rank in ranks))
-    alone = train(length='--iters=4000', more=('--resume',), log='alone.log')
-    wait_until_it_trains(alone)
-    os.kill(alone.pid, signal.SIGKILL)
-    alone.wait()
-    assert 'Resumed with 1 x 2 (was 2 x 2) images per iteration; total batch unchanged' in alone.output
-    assert f'iter: {2 * saved["meta"]["iter"]}' in alone.output  # two batches for an update, and not one
+    assert not running_processes(*(rank.pid for rank in ranks))
+    resumed = train(length='--iters=4000', extra_args=('--resume',), log='alone.log')
+    wait_for_training(resumed)
+    os.kill(resumed.pid, signal.SIGKILL)
+    resumed.wait()
+    assert 'Resumed with 1 x 2 (was 2 x 2) images per iteration; total batch unchanged' in resumed.output
+    assert f'iter: {2 * saved["meta"]["iter"]}' in resumed.output  # two accumulated batches instead of one
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason='mounts a small disk')
@@ -333,7 +346,7 @@ def test_full_disk_skips_checkpoint_and_continues(train, tmp_path):
         pytest.skip('no disk can be mounted here')
     try:
         process = train('default_hooks.checkpoint.interval=2', length='--iters=8', work_dir=disk / 'run')
-        first = disk / 'run/iter_4.pth'
+        checkpoint = disk / 'run/iter_4.pth'
         while not (disk / 'run/last_checkpoint').exists():
             time.sleep(0.02)
             assert process.process.is_alive(), process.output
@@ -344,27 +357,27 @@ def test_full_disk_skips_checkpoint_and_continues(train, tmp_path):
         assert process.wait() == 0, process.output
         assert 'MB more' in process.output and 'Keeping ' in process.output
         assert 'Traceback' not in process.output
-        assert (disk / 'run/last_checkpoint').read_text() == str(first)
-        torch.load(first, weights_only=False)
+        assert (disk / 'run/last_checkpoint').read_text() == str(checkpoint)
+        torch.load(checkpoint, weights_only=False)
         assert not list((disk / 'run').glob('*.part'))
         filler.unlink()
         shutil.copytree(disk / 'run', tmp_path / 'run')  # a larger disk
     finally:
         subprocess.run(['umount', disk], check=True)
-    again = train('default_hooks.checkpoint.interval=2', length='--iters=8', more=('--resume',))
-    assert again.wait() == 0, again.output
+    resumed = train('default_hooks.checkpoint.interval=2', length='--iters=8', extra_args=('--resume',))
+    assert resumed.wait() == 0, resumed.output
     assert (tmp_path / 'run/last_checkpoint').read_text().endswith('iter_16.pth')
 
 
 NAN, INF = float('nan'), float('inf')
 
 
-@pytest.mark.parametrize('wrong', [NAN, INF, 0.0])
-def test_nonfinite_steps_are_skipped_and_finally_stop_the_run(wrong, tmp_path):
-    fine = planned_run([1.0] * 4, tmp_path / 'fine')
-    fine.train()
-    runner = planned_run([1.0] * 4 + [1.0, wrong] * 5 + [1.0] * 2, tmp_path / 'run')
-    images = 'image_9.png' if wrong else ''
+@pytest.mark.parametrize('factor', [NAN, INF, 0.0])
+def test_nonfinite_steps_are_skipped_and_finally_stop_the_run(factor, tmp_path):
+    reference = planned_run([1.0] * 4, tmp_path / 'fine')
+    reference.train()
+    runner = planned_run([1.0] * 4 + [1.0, factor] * 5 + [1.0] * 2, tmp_path / 'run')
+    images = 'image_9.png' if factor else ''
     with pytest.raises(
         TrainingError,
         match=f'3 optimizer steps in a row.*{images}.*learning rate.*interrupted.pth; resume with',
@@ -372,8 +385,8 @@ def test_nonfinite_steps_are_skipped_and_finally_stop_the_run(wrong, tmp_path):
         runner.train()
     saved = torch.load(tmp_path / 'run/interrupted.pth', weights_only=False)
     assert saved['meta']['iter'] == 5
-    for name, value in fine.model.state_dict().items():
-        if value.is_floating_point():  # the last good state: of two updates
+    for name, value in reference.model.state_dict().items():
+        if value.is_floating_point():  # the last valid state: after two optimizer steps
             assert torch.equal(saved['state_dict'][name], value), name
     steps = {int(state['step']) for state in saved['optimizer']['state'].values()}
     assert steps == {2}
@@ -421,7 +434,7 @@ def test_ema_ignores_nonfinite_batch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'losses, accumulated, warnings',
+    'losses, accumulation, warnings',
     [
         ([0.0] * 49 + [1.0] + [0.0] * 49, 1, 0),
         ([0.0] * 50, 1, 1),
@@ -431,9 +444,9 @@ def test_ema_ignores_nonfinite_batch(tmp_path):
         ([0.0] * 98, 2, 0),
     ],
 )
-def test_long_zero_loss_warns_once(losses, accumulated, warnings, tmp_path, monkeypatch):
+def test_long_zero_loss_warns_once(losses, accumulation, warnings, tmp_path, monkeypatch):
     plan = [factor for factor in losses for _ in range(2)]  # two images a batch
-    runner, lines = planned_run(plan, tmp_path, model='Scaled', accumulative_counts=accumulated), []
+    runner, lines = planned_run(plan, tmp_path, model='Scaled', accumulative_counts=accumulation), []
     monkeypatch.setattr(runner.logger, 'warning', lambda line, *_: lines.append(line))
     runner.train()
     lines = [line for line in lines if 'The loss was exactly 0 in 50 optimizer steps in a row' in line]
@@ -453,17 +466,17 @@ class Caller(Hook):
 
 
 def test_pipeline_set_by_hook_is_used(tmp_path):
-    used = []
+    paths = []
 
-    def other(info):
-        used.append(info['img_path'])
+    def new_pipeline(info):
+        paths.append(info['img_path'])
         return Planned.sample(info)
 
     def switch(runner):
-        runner.train_loop.dataloader.dataset.pipeline = other
+        runner.train_loop.dataloader.dataset.pipeline = new_pipeline
 
     planned_run([1.0] * 8, tmp_path, hooks=[Caller(1, switch)]).train()
-    assert used[-1] == 'image_7.png' and len(used) >= 4
+    assert paths[-1] == 'image_7.png' and len(paths) >= 4
 
 
 def test_overrides_apply_to_types_given_as_classes(tmp_path):
@@ -481,30 +494,30 @@ def test_training_set_smaller_than_batch_is_refused(tmp_path):
 
 
 def test_resume_restores_drawn_seed(tmp_path):
-    first = planned_run([1.0] * 8, tmp_path / 'first', seed=None)
-    first.train()
+    initial = planned_run([1.0] * 8, tmp_path / 'first', seed=None)
+    initial.train()
     register_checkpoint_loader()
-    twice = dict(by_epoch=True, max_epochs=2)
+    two_epochs = dict(by_epoch=True, max_epochs=2)
     path = str(tmp_path / 'first/epoch_1.pth')
-    again = planned_run([1.0] * 8, tmp_path / 'again', train_cfg=twice, seed=None, load_from=path)
-    again.train()
-    assert again.seed == first.seed and again.iter == 8
-    assert again.train_loop.dataloader.batch_sampler.sampler.seed == first.seed
+    resumed = planned_run([1.0] * 8, tmp_path / 'again', train_cfg=two_epochs, seed=None, load_from=path)
+    resumed.train()
+    assert resumed.seed == initial.seed and resumed.iter == 8
+    assert resumed.train_loop.dataloader.batch_sampler.sampler.seed == initial.seed
 
 
 def test_out_of_memory_lists_options_and_savings():
     backbone = ConvNeXt(dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32)))
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(RuntimeError) as exc_info:
         torch.empty(2**60)
-    line = diagnose(caught.value, nn.ModuleDict(dict(backbone=backbone)), (4, 3, 64, 96))
+    line = diagnose(exc_info.value, nn.ModuleDict(dict(backbone=backbone)), (4, 3, 64, 96))
     assert line.startswith('out of memory with a batch of 4 x 3 x 64 x 96')
-    for knob in (
+    for option in (
         'model.backbone.with_cp=True model.backbone.cp_scope=block',
         'model.backbone.with_cp=True model.backbone.cp_scope=mlp',
         '--amp-dtype bfloat16',
         'train_dataloader.batch_size=2',
     ):
-        assert knob in line
+        assert option in line
     assert diagnose(torch.OutOfMemoryError('CUDA out of memory')) == 'out of memory'
     assert diagnose(ValueError('no')) is None
 
@@ -521,9 +534,9 @@ def test_saved_activation_bytes_equal_measured(settings, monkeypatch):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = backbone(torch.rand(2, 3, 64, 96))
-    own = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
-    remaining = sum(t.untyped_storage().nbytes() for key, t in storages.items() if key not in own)
-    assert outputs and saved_activation_bytes(backbone, (2, 3, 64, 96)) == pytest.approx(remaining, rel=0.02)
+    param_ptrs = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
+    measured_bytes = sum(t.untyped_storage().nbytes() for key, t in storages.items() if key not in param_ptrs)
+    assert outputs and saved_activation_bytes(backbone, (2, 3, 64, 96)) == pytest.approx(measured_bytes, rel=0.02)
     backbone.with_cp = False
     sizes = [saved_activation_bytes(backbone, (2, 3, 64, 96), scope) for scope in (None, 'mlp', 'block')]
     assert sizes[0] > 2 * sizes[1] and sizes[1] > 1.1 * sizes[2]
@@ -532,9 +545,9 @@ def test_saved_activation_bytes_equal_measured(settings, monkeypatch):
 def test_invalid_retention_and_unreadable_limits_are_refused():
     from mmengine.config import Config
 
-    for given in ('-1', '1.5', '200%', 'few'):
+    for value in ('-1', '1.5', '200%', 'few'):
         with pytest.raises(UsageError, match='--max-unreadable'):
-            set_max_unreadable(Config(), given)
+            set_max_unreadable(Config(), value)
     for evaluator, best in (
         (dict(type='CocoMetric', metric=['bbox', 'segm']), 'coco/bbox_mAP'),
         (dict(type='CocoMetric', metric='segm'), 'auto'),
@@ -544,8 +557,8 @@ def test_invalid_retention_and_unreadable_limits_are_refused():
         set_checkpoint_retention(config, 1)
         assert config.default_hooks.checkpoint.save_best == best
     config = Config(dict(default_scope='mmseg', val_evaluator=dict(type='IoUMetric')))
-    for given, limit in (('0', 0), ('3', 3), ('0.5%', 0.005), ('0.002', 0.002)):
-        set_max_unreadable(config, given)
+    for value, limit in (('0', 0), ('3', 3), ('0.5%', 0.005), ('0.002', 0.002)):
+        set_max_unreadable(config, value)
         assert config.max_unreadable == limit
     with pytest.raises(UsageError, match='--max-keep-ckpts 0'):
         set_checkpoint_retention(config, 0)
@@ -555,7 +568,9 @@ def test_invalid_retention_and_unreadable_limits_are_refused():
 
 
 def test_max_keep_ckpts_keeps_last_and_best(train, tmp_path):
-    process = train('default_hooks.checkpoint.interval=1', 'train_cfg.val_interval=2', more=('--max-keep-ckpts', '2'))
+    process = train(
+        'default_hooks.checkpoint.interval=1', 'train_cfg.val_interval=2', extra_args=('--max-keep-ckpts', '2')
+    )
     assert process.wait() == 0, process.output
     actual = sorted(path.name for path in (tmp_path / 'run').glob('*.pth'))
     assert actual[1:] == ['iter_6.pth', 'iter_8.pth'] and actual[0].startswith('best_mIoU_iter_'), actual

@@ -1,4 +1,4 @@
-"""Several nodes on one machine: torch's launcher as two agents, Slurm by stand-ins for its commands, both on CPU by
+"""Several nodes on one machine: torch's launcher as two agents, Slurm with fake commands, both on CPU with
 gloo."""
 
 import json
@@ -31,7 +31,7 @@ OPTIONS = [
     'default_hooks.checkpoint.interval=2',
     'default_hooks.logger.interval=1',
 ]
-# SyncBN wants GPUs, and plain batch norms would differ between the processes.
+# SyncBN needs GPUs, and batch norm statistics would differ between the processes.
 OPTIONS += [
     f'model.{head}.norm_cfg.{s}' for head in ('decode_head', 'auxiliary_head') for s in ('type=GN', 'num_groups=8')
 ]
@@ -41,18 +41,18 @@ ON_CPU = [
     'model_wrapper_cfg.type=MMDistributedDataParallel',
     'model_wrapper_cfg.device_ids=None',
 ]
-# mmengine gives each process a GPU, even where there is none. And which ranks save checkpoints is written down.
-SITE = """
+# mmengine assigns a GPU to each process, even without GPUs. The ranks that save checkpoints are recorded.
+SITECUSTOMIZE = """
 import os
 import torch
 torch.cuda.set_device = lambda device: None
 save = torch.save
-def counted(content, *args, **kwargs):
+def counting_save(content, *args, **kwargs):
     if 'state_dict' in content:
         with open(os.environ['SAVES'], 'a') as file:
             file.write(os.environ.get('RANK', '-'))
     return save(content, *args, **kwargs)
-torch.save = counted
+torch.save = counting_save
 """
 SRUN = """#!/usr/bin/env bash
 echo "srun $*" >> "$CALLS"
@@ -68,12 +68,12 @@ SCANCEL = '#!/usr/bin/env bash\necho "scancel $*" >> "$CALLS"\nkill -TERM $(cat 
 
 
 @pytest.fixture(scope='module')
-def place(tmp_path_factory):
-    """A folder with data and Slurm's commands, and the environment of what is started there."""
+def cluster(tmp_path_factory):
+    """A folder with data and fake Slurm commands, and the environment of the processes."""
     folder = tmp_path_factory.mktemp('nodes')
     toy_shapes.write(folder / 'shapes', train=8, val=3, size=64)
     (folder / 'site').mkdir()
-    (folder / 'site/sitecustomize.py').write_text(SITE)
+    (folder / 'site/sitecustomize.py').write_text(SITECUSTOMIZE)
     (folder / 'bin').mkdir()
     for name, text in {'srun': SRUN, 'scontrol': SCONTROL, 'scancel': SCANCEL}.items():
         (folder / 'bin' / name).write_text(text)
@@ -90,10 +90,14 @@ def place(tmp_path_factory):
     return folder, env
 
 
-def slurm(**more) -> dict[str, str]:
-    """What sbatch sets for a job of one node and two tasks."""
-    actual = dict(SLURM_JOB_ID=str(os.getpid()), SLURM_JOB_NUM_NODES='1', SLURM_NTASKS_PER_NODE='2')
-    return actual | dict(SLURM_CPUS_PER_TASK='1', SLURM_NODELIST='node[1-2]', SLURM_JOB_NODELIST='node[1-2]') | more
+def slurm_env(**overrides) -> dict[str, str]:
+    """The variables that sbatch sets for a job of one node and two tasks."""
+    variables = dict(SLURM_JOB_ID=str(os.getpid()), SLURM_JOB_NUM_NODES='1', SLURM_NTASKS_PER_NODE='2')
+    return (
+        variables
+        | dict(SLURM_CPUS_PER_TASK='1', SLURM_NODELIST='node[1-2]', SLURM_JOB_NODELIST='node[1-2]')
+        | overrides
+    )
 
 
 def free_port() -> str:
@@ -103,9 +107,9 @@ def free_port() -> str:
 
 
 @pytest.fixture(scope='module')
-def trained(place):
+def trained_dir(cluster):
     """Two agents of torch's launcher, as on two nodes with a process each."""
-    folder, env = place
+    folder, env = cluster
     command = [ROOT / 'tools/dist_train.sh', DEMO, '--work-dir', folder / 'run', '--cfg-options', *OPTIONS, *ON_CPU]
     env = env | dict(NNODES='2', GPUS='1', MASTER_PORT=free_port())
     nodes = [
@@ -117,41 +121,46 @@ def trained(place):
     return folder / 'run'
 
 
-def log_of(run: Path) -> tuple[list[dict], str]:
-    """The records and the text of the latest start, of which there is one, whatever the processes."""
+def read_log(run: Path) -> tuple[list[dict], str]:
+    """Records and text log of the latest session; all processes write one."""
     start = max(path for path in run.iterdir() if path.is_dir())
     (text,), (scalars,) = start.glob('*.log'), start.rglob('scalars.json')
     return [json.loads(line) for line in scalars.read_text().splitlines()], text.read_text()
 
 
 @pytest.mark.slow
-def test_two_nodes_write_once_and_evaluate_jointly(place, trained):
-    folder, env = place
-    assert (folder / 'saves').read_text() == '0' and [f.name for f in trained.glob('*.pth')] == ['iter_2.pth']
-    assert len([path for path in trained.iterdir() if path.is_dir()]) == 1
-    records, text = log_of(trained)
+def test_two_nodes_write_once_and_evaluate_jointly(cluster, trained_dir):
+    folder, env = cluster
+    assert (folder / 'saves').read_text() == '0' and [f.name for f in trained_dir.glob('*.pth')] == ['iter_2.pth']
+    assert len([path for path in trained_dir.iterdir() if path.is_dir()]) == 1
+    records, text = read_log(trained_dir)
     assert [r['step'] for r in records] == [1, 2, 2] and 'GPU number: 2' in text
-    assert 'Iter(val) [2/2]' in text  # of three images
+    assert 'Iter(val) [2/2]' in text  # three images
 
-    command = [sys.executable, ROOT / 'tools/test.py', DEMO, trained / 'iter_2.pth', '--work-dir', folder / 'alone']
+    command = [sys.executable, ROOT / 'tools/test.py', DEMO, trained_dir / 'iter_2.pth', '--work-dir', folder / 'alone']
     subprocess.run([*command, '--cfg-options', *OPTIONS], env=env, check=True, capture_output=True, timeout=300)
-    (alone,) = folder.glob('alone/test/*/*.json')
-    alone = json.loads(alone.read_text())
-    assert alone['aAcc'] > 1
-    assert {k: records[-1][k] for k in ('aAcc', 'mIoU', 'mAcc')} == {k: alone[k] for k in ('aAcc', 'mIoU', 'mAcc')}
+    (metrics,) = folder.glob('alone/test/*/*.json')
+    metrics = json.loads(metrics.read_text())
+    assert metrics['aAcc'] > 1
+    assert {k: records[-1][k] for k in ('aAcc', 'mIoU', 'mAcc')} == {k: metrics[k] for k in ('aAcc', 'mIoU', 'mAcc')}
 
 
 @pytest.mark.slow
-def test_slurm_script_resumes_last_checkpoint(place, trained):
-    folder, env = place
+def test_slurm_script_resumes_last_checkpoint(cluster, trained_dir):
+    folder, env = cluster
     saves = (folder / 'saves').read_text()
-    command = [ROOT / 'tools/slurm_train.sh', DEMO, '--work-dir', trained, '--cfg-options', *OPTIONS, *ON_CPU]
+    command = [ROOT / 'tools/slurm_train.sh', DEMO, '--work-dir', trained_dir, '--cfg-options', *OPTIONS, *ON_CPU]
     process = subprocess.run(
-        [*command, 'train_cfg.max_iters=4'], env=env | slurm(), cwd=ROOT, text=True, capture_output=True, timeout=300
+        [*command, 'train_cfg.max_iters=4'],
+        env=env | slurm_env(),
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=300,
     )
     assert process.returncode == 0, process.stderr[-5000:]
-    assert (folder / 'saves').read_text() == saves + '0' and (trained / 'iter_4.pth').exists()
-    records, text = log_of(trained)
+    assert (folder / 'saves').read_text() == saves + '0' and (trained_dir / 'iter_4.pth').exists()
+    records, text = read_log(trained_dir)
     assert [r['step'] for r in records] == [3, 4, 4] and 'GPU number: 2' in text and 'iter_2.pth' in text
     calls = (folder / 'calls').read_text().splitlines()
     assert calls[0].startswith('srun --ntasks=2 --cpus-per-task=1 --kill-on-bad-exit=1 python -u tools/train.py ')
@@ -160,22 +169,26 @@ def test_slurm_script_resumes_last_checkpoint(place, trained):
 
 
 @pytest.fixture
-def job(place, tmp_path):
-    """The Slurm script with a stand-in for train.py, started."""
-    env = place[1]
+def start_job(cluster, tmp_path):
+    """Start the Slurm script with a fake train.py."""
+    env = cluster[1]
     (tmp_path / 'python').symlink_to('/bin/bash')  # bash -u takes tools/train.py as its script
     (tmp_path / 'tools').mkdir()
 
-    def start(training: str, **more) -> subprocess.Popen:
-        (tmp_path / 'tools/train.py').write_text(training)
-        here = dict(PATH=f'{tmp_path}:{env["PATH"]}', CALLS=str(tmp_path / 'calls'), TASKS=str(tmp_path / 'tasks'))
-        return subprocess.Popen([ROOT / 'tools/slurm_train.sh', 'c.py'], cwd=tmp_path, env=env | slurm(**more) | here)
+    def start(script: str, **overrides) -> subprocess.Popen:
+        (tmp_path / 'tools/train.py').write_text(script)
+        paths = dict(PATH=f'{tmp_path}:{env["PATH"]}', CALLS=str(tmp_path / 'calls'), TASKS=str(tmp_path / 'tasks'))
+        return subprocess.Popen(
+            [ROOT / 'tools/slurm_train.sh', 'c.py'], cwd=tmp_path, env=env | slurm_env(**overrides) | paths
+        )
 
     return start
 
 
-def test_slurm_time_limit(job, tmp_path):
-    process = job("trap 'sleep 1; touch saved; exit 143' TERM; touch begun; for i in {1..600}; do sleep 0.1; done")
+def test_slurm_time_limit(start_job, tmp_path):
+    process = start_job(
+        "trap 'sleep 1; touch saved; exit 143' TERM; touch begun; for i in {1..600}; do sleep 0.1; done"
+    )
     while not (tmp_path / 'begun').exists():
         time.sleep(0.05)
     time.sleep(0.5)
@@ -186,8 +199,8 @@ def test_slurm_time_limit(job, tmp_path):
 
 
 @pytest.mark.parametrize('code', [0, 2, 7])
-def test_slurm_exit_code_without_requeue(job, tmp_path, code):
-    assert job(f'exit {code}', SLURM_JOB_NUM_NODES='4', SLURM_NTASKS_PER_NODE='1').wait(timeout=30) == code
+def test_slurm_exit_code_without_requeue(start_job, tmp_path, code):
+    assert start_job(f'exit {code}', SLURM_JOB_NUM_NODES='4', SLURM_NTASKS_PER_NODE='1').wait(timeout=30) == code
     (call,) = (tmp_path / 'calls').read_text().splitlines()
     assert call.startswith('srun --ntasks=4 ')
 
@@ -200,7 +213,7 @@ def test_scripts_report_missing_settings():
 
 
 def test_resume_auto_without_run_starts_from_load_from(tmp_path):
-    """As a job does that is submitted with --resume from its first start on."""
+    """As in a job that is submitted with --resume from its first start."""
     config = Config(dict(work_dir=str(tmp_path / 'new'), load_from='fine.pth', resume=False))
     assert set_resume(config, 'auto') is None
     assert config.load_from == 'fine.pth' and not config.resume
@@ -210,14 +223,14 @@ def test_docs_table_matches_train_behavior():
     rows = re.findall(r'^\| +(\d+) \| +(\d+) \| +(\d+) \| +(\d+) \| +(\d+) \|$', PAGE, re.MULTILINE)
     assert [int(row[0]) for row in rows] == [1, 2, 4, 8, 16, 32, 64]
     for row in rows:
-        gpus, images, added, total, seen = map(int, row)
+        gpus, images, accumulation, total, images_per_iter = map(int, row)
         for recipe in ('cascade/convnext_t', 'upernet/convnext_t'):
             config = load(recipe)
-            line, level = scale_batch(config, gpus)
+            message, level = scale_batch(config, gpus)
             assert config.train_dataloader.batch_size == images
-            assert config.optim_wrapper.get('accumulative_counts', 1) == added
-            assert total == gpus * images * added and seen == gpus * images
-            assert (level == logging.WARNING) == (total != 16) and f'total batch {total}' in line
+            assert config.optim_wrapper.get('accumulative_counts', 1) == accumulation
+            assert total == gpus * images * accumulation and images_per_iter == gpus * images
+            assert (level == logging.WARNING) == (total != 16) and f'total batch {total}' in message
 
 
 def test_docs_page_links_and_names():

@@ -15,14 +15,14 @@ from helpers.planned_runs import planned_run
 BY_ITER = dict(by_epoch=False, max_iters=4)
 
 
-def session(work_dir):
+def latest_session(work_dir):
     return max(path for path in work_dir.iterdir() if path.is_dir())
 
 
 @pytest.fixture
 def log_dir(tmp_path):
     planned_run([1.0] * 8, tmp_path, accumulative_counts=2).train()
-    return session(tmp_path)
+    return latest_session(tmp_path)
 
 
 def test_session_writes_run_json(log_dir):
@@ -38,19 +38,19 @@ def test_session_writes_run_json(log_dir):
 def test_resumed_session_records_start(tmp_path):
     planned_run([1.0] * 8, tmp_path / 'first').train()
     path = str(tmp_path / 'first/epoch_1.pth')
-    twice = dict(by_epoch=True, max_epochs=2)
-    planned_run([1.0] * 8, tmp_path / 'again', train_cfg=twice, load_from=path).train()
-    info = read_run_info(session(tmp_path / 'again'))
+    two_epochs = dict(by_epoch=True, max_epochs=2)
+    planned_run([1.0] * 8, tmp_path / 'again', train_cfg=two_epochs, load_from=path).train()
+    info = read_run_info(latest_session(tmp_path / 'again'))
     assert (info.start_epoch, info.start_iter, info.max_iters) == (1, 4, 8)
 
 
 def test_iteration_based_length(tmp_path):
     planned_run([1.0] * 8, tmp_path, train_cfg=BY_ITER).train()
-    info = read_run_info(session(tmp_path))
+    info = read_run_info(latest_session(tmp_path))
     assert (info.by_epoch, info.max_epochs, info.max_iters) == (False, None, 4)
 
 
-def test_layer_lrs_are_those_before_warmup(start_tool, data, tmp_path):
+def test_layer_lrs_before_warmup(start_tool, data, tmp_path):
     config = 'configs/demo/upernet.py'
     args = ['--work-dir', tmp_path / 'run', '--iters=1', '--cfg-options', 'train_dataloader.batch_size=4']
     process = start_tool(
@@ -62,7 +62,7 @@ def test_layer_lrs_are_those_before_warmup(start_tool, data, tmp_path):
         SHAPES_ROOT=data,
     )
     assert process.wait() == 0, process.output
-    info = read_run_info(session(tmp_path / 'run'))
+    info = read_run_info(latest_session(tmp_path / 'run'))
     assert info.config_file.endswith(config)
     base = max(group.lr for group in info.param_groups)
     scales = info.layer_lr_scales
@@ -91,7 +91,7 @@ def test_damaged_file_is_reported(text, log_dir):
 
 
 @pytest.mark.parametrize('key, value', [('world_size', '8'), ('batch_size', 1.5), ('versions', []), ('by_epoch', 1)])
-def test_values_of_wrong_type_are_damage(key, value, log_dir):
+def test_values_of_wrong_type_are_refused(key, value, log_dir):
     content = json.loads((log_dir / 'run.json').read_text())
     (log_dir / 'run.json').write_text(json.dumps(content | {key: value}))
     with pytest.raises(UsageError, match=key):

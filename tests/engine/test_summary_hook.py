@@ -1,4 +1,4 @@
-"""What a training learns from, in one line before it starts; a mark on metrics of too few images or objects."""
+"""One-line summary before a training starts; a warning about metrics of too few images or objects."""
 
 import pytest
 from mmengine.dataset import BaseDataset
@@ -19,15 +19,15 @@ def lines(monkeypatch):
 def test_summary_by_epochs_and_by_iterations(tmp_path, lines):
     plan = [1.0] * 10
     warmup = dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=4)
-    falling = dict(type='LinearLR', start_factor=1.0, end_factor=0.0, by_epoch=False, begin=0, end=20)
+    decay = dict(type='LinearLR', start_factor=1.0, end_factor=0.0, by_epoch=False, begin=0, end=20)
     loop = dict(by_epoch=True, max_epochs=4, val_interval=3)
     run = planned_run(
-        plan, tmp_path / 'a', train_cfg=loop, evaluates=True, param_scheduler=[warmup, falling], accumulative_counts=2
+        plan, tmp_path / 'a', train_cfg=loop, evaluates=True, param_scheduler=[warmup, decay], accumulative_counts=2
     )
     run.train()
     assert ('info', 'training on 10 images: 10 optimizer steps in 4 epochs, 3 of them warmup, 2 evaluations') in lines
-    marks = [line for level, line in lines if level == 'warning' and 'come from only 2 images' in line]
-    assert len(marks) == 2
+    warnings = [line for level, line in lines if level == 'warning' and 'come from only 2 images' in line]
+    assert len(warnings) == 2
     planned_run(plan, tmp_path / 'b', train_cfg=dict(by_epoch=False, max_iters=7)).train()
     assert ('info', 'training on 10 images: 7 optimizer steps, 0 of them warmup') in lines
 

@@ -1,4 +1,4 @@
-"""Early stopping and averaged weights in runs that are killed and resumed: they end as runs that were not."""
+"""Early stopping and averaged weights: killed and resumed runs end as uninterrupted ones."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def loader():
 
 
 class Kill(Hook):
-    """Ends the run without a word, at an iteration or after an evaluation."""
+    """Raises an error at an iteration or after an evaluation."""
 
     priority = 'LOWEST'
 
@@ -59,7 +59,7 @@ def run_scores(folder, hooks=(), load_from=None, interval=1):
     return run
 
 
-def test_early_stopping_saves_where_it_stops(tmp_path):
+def test_early_stopping_saves_a_checkpoint(tmp_path):
     run = run_scores(tmp_path, interval=5)
     assert run.epoch == 6 and (tmp_path / 'epoch_6.pth').is_file()
     assert (tmp_path / 'last_checkpoint').read_text().endswith('epoch_6.pth')
@@ -67,12 +67,12 @@ def test_early_stopping_saves_where_it_stops(tmp_path):
 
 
 @pytest.mark.parametrize('kill', [dict(iteration=3), dict(iteration=8), dict(evaluation=4), dict(evaluation=6)])
-def test_resumed_run_stops_where_it_would_have(tmp_path, kill):
+def test_resumed_run_stops_at_the_same_epoch(tmp_path, kill):
     with pytest.raises(RuntimeError, match='killed'):
         run_scores(tmp_path, [Kill(**kill)])
-    last = (tmp_path / 'last_checkpoint').read_text()
-    assert run_scores(tmp_path, load_from=last).epoch == 6
-    assert run_scores(tmp_path, load_from=str(tmp_path / 'epoch_6.pth')).epoch == 6  # stopped for good
+    last_checkpoint = (tmp_path / 'last_checkpoint').read_text()
+    assert run_scores(tmp_path, load_from=last_checkpoint).epoch == 6
+    assert run_scores(tmp_path, load_from=str(tmp_path / 'epoch_6.pth')).epoch == 6  # a stopped run stays stopped
     assert run_scores(tmp_path, load_from=str(tmp_path / 'epoch_2.pth')).epoch == 6  # later scores do not count twice
     (tmp_path / SCORES_FILE).write_text('[[1')
     assert run_scores(tmp_path, load_from=str(tmp_path / 'epoch_5.pth')).epoch == 8
@@ -104,20 +104,20 @@ def run_averaged(folder, hooks=(), load_from=None, accumulation=1):
 
 
 @pytest.mark.parametrize('accumulation', [1, 2])
-def test_averaged_weights_are_the_same_bit_for_bit(tmp_path, accumulation):
-    whole = run_averaged(tmp_path / 'a', accumulation=accumulation)
+def test_averaged_weights_of_a_resumed_run_are_bitwise_equal(tmp_path, accumulation):
+    uninterrupted = run_averaged(tmp_path / 'a', accumulation=accumulation)
     with pytest.raises(RuntimeError, match='killed'):
         run_averaged(tmp_path / 'b', [Kill(iteration=6)], accumulation=accumulation)
-    last, weights = (tmp_path / 'b/last_checkpoint').read_text(), Weights()
-    resumed = run_averaged(tmp_path / 'b', [weights], last, accumulation)
+    last_checkpoint, weights = (tmp_path / 'b/last_checkpoint').read_text(), Weights()
+    resumed = run_averaged(tmp_path / 'b', [weights], last_checkpoint, accumulation)
     for part in ('state_dict', 'ema_state_dict'):
-        assert whole[part].keys() == resumed[part].keys()
-        assert all(torch.equal(whole[part][key], resumed[part][key]) for key in whole[part])
-    average, current = whole['state_dict']['weight'], whole['ema_state_dict']['module.weight']
+        assert uninterrupted[part].keys() == resumed[part].keys()
+        assert all(torch.equal(uninterrupted[part][key], resumed[part][key]) for key in uninterrupted[part])
+    average, current = uninterrupted['state_dict']['weight'], uninterrupted['ema_state_dict']['module.weight']
     assert torch.equal(weights.evaluated[-1], average) and not torch.equal(average, current)
 
 
-def test_averaged_weights_are_those_of_the_formula(tmp_path):
+def test_averaged_weights_equal_the_formula(tmp_path):
     final = run_averaged(tmp_path)['state_dict']['weight']
     history = [torch.load(tmp_path / f'iter_{i}.pth', weights_only=False) for i in range(1, 13)]
     current = [state['ema_state_dict']['module.weight'] for state in history]  # mmengine swaps the two in a file

@@ -13,7 +13,7 @@ from helpers.tools import DEMO, DETECTOR, WITH
 
 
 @pytest.mark.parametrize('config', [DETECTOR, DEMO])
-def test_a_test_writes_a_report(config, data, tmp_path, monkeypatch, capsys):
+def test_test_tool_writes_a_report(config, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('SHAPES_ROOT', data)
     monkeypatch.chdir(tmp_path)
     cfg = Config.fromfile(config)
@@ -30,7 +30,7 @@ def test_a_test_writes_a_report(config, data, tmp_path, monkeypatch, capsys):
     assert "--report 'report' already exists" in capsys.readouterr().err
 
 
-def test_where_the_report_goes():
+def test_report_dir():
     config = Config(dict(work_dir='run/test', default_scope='mmdet', test_evaluator=dict(type='mmdet.CocoMetric')))
     set_report(config, None)
     assert config.test_evaluator.type == 'mmdet.CocoMetric'
@@ -40,6 +40,6 @@ def test_where_the_report_goes():
 
 
 @pytest.mark.parametrize('evaluator', [dict(type='VOCMetric'), dict(type='IoUMetric', format_only=True), []])
-def test_a_metric_without_a_report(evaluator):
+def test_metrics_without_a_report_are_refused(evaluator):
     with pytest.raises(UsageError, match='--report needs'):
         set_report(Config(dict(work_dir='run', test_evaluator=evaluator)), '')

@@ -1,4 +1,4 @@
-"""The report of a segmentor's test, against IoUMetric and counts by a loop."""
+"""The report of a segmentor's test, against IoUMetric and an independent count."""
 
 import csv
 
@@ -17,7 +17,7 @@ CLASSES = ('ground', 'a', 'b', 'never')
 
 @pytest.fixture
 def samples(tmp_path):
-    """Eight images with more and more wrong pixels; borders are ignored, and in the last image everything is."""
+    """Eight images with an increasing number of wrong pixels; borders are ignored, and the whole last image."""
     rng = np.random.RandomState(0)
     samples = []
     for i in range(8):
@@ -41,12 +41,12 @@ def run_metric(metric, samples):
     return metric.evaluate(len(samples))
 
 
-def read(file):
+def read_csv(file):
     with open(file, newline='') as stream:
         return list(csv.DictReader(stream))
 
 
-def test_the_metric_writes_its_report(samples, tmp_path, monkeypatch):
+def test_metric_writes_its_report(samples, tmp_path, monkeypatch):
     monkeypatch.setattr(segmentation_report, 'NUM_WORST_IMAGES', 3)
     metric = SegmentationReport(report_dir=str(tmp_path / 'report'))
     metrics = run_metric(metric, samples)
@@ -56,29 +56,31 @@ def test_the_metric_writes_its_report(samples, tmp_path, monkeypatch):
         for t, p in zip(sample['gt_sem_seg']['data'].flatten(), sample['pred_sem_seg']['data'].flatten()):
             if t != 255:
                 expected[t, p] += 1
-    rows = read(tmp_path / 'report/confusion.csv')
+    rows = read_csv(tmp_path / 'report/confusion.csv')
     assert [[int(row[name]) for name in CLASSES] for row in rows] == expected.tolist()
-    *classes, mean = read(tmp_path / 'report/classes.csv')
+    *classes, mean = read_csv(tmp_path / 'report/classes.csv')
     for k, row in enumerate(classes[:3]):
-        right = expected[k, k]
-        assert float(row['IoU']) == pytest.approx(100 * right / (expected[k].sum() + expected[:, k].sum() - right))
-        assert float(row['Acc']) == pytest.approx(100 * right / expected[k].sum())
-        assert float(row['precision']) == pytest.approx(100 * right / expected[:, k].sum())
+        n_correct = expected[k, k]
+        assert float(row['IoU']) == pytest.approx(
+            100 * n_correct / (expected[k].sum() + expected[:, k].sum() - n_correct)
+        )
+        assert float(row['Acc']) == pytest.approx(100 * n_correct / expected[k].sum())
+        assert float(row['precision']) == pytest.approx(100 * n_correct / expected[:, k].sum())
     assert classes[3]['IoU'] == classes[3]['Acc'] == ''
     assert float(mean['IoU']) == pytest.approx(metrics['mIoU'], abs=0.006)
-    images = read(tmp_path / 'report/images.csv')
+    images = read_csv(tmp_path / 'report/images.csv')
     names = [row['image'].split('/')[-1] for row in images]
-    assert names == [f'{i}.png' for i in (6, 5, 4, 3, 2, 1, 0)]  # the ignored one is not judged
+    assert names == [f'{i}.png' for i in (6, 5, 4, 3, 2, 1, 0)]  # the ignored image is left out
     assert float(images[-1]['mIoU']) == 100
     pictures = sorted(path.name for path in (tmp_path / 'report/worst_images').iterdir())
     assert pictures == ['01_6.jpg', '02_5.jpg', '03_4.jpg']
 
 
-def test_only_the_worst_images_keep_their_maps(samples, monkeypatch):
+def test_only_the_worst_images_keep_their_masks(samples, monkeypatch):
     monkeypatch.setattr(segmentation_report, 'NUM_WORST_IMAGES', 3)
     metric = SegmentationReport(report_dir='unused')
     metric.dataset_meta = dict(classes=CLASSES)
     for sample in [samples[i] for i in (6, 0, 2, 5, 1, 4, 3)]:
         metric.process({}, [sample])
-    kept = [image.path.split('/')[-1] for _, image in metric.results if image.maps]
-    assert kept == ['6.png', '5.png', '4.png']
+    images_with_maps = [image.path.split('/')[-1] for _, image in metric.results if image.maps]
+    assert images_with_maps == ['6.png', '5.png', '4.png']

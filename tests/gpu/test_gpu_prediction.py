@@ -1,4 +1,4 @@
-"""Predictions on a GPU are those on the CPU."""
+"""Predictions on a GPU equal those on the CPU."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.gpu
 
 
 def predict(recipe: str, path: str) -> dict:
-    """What a model predicts on both devices, in each way."""
+    """Predictions on both devices, for whole images, views and tiles."""
     save_checkpoint(recipe, path)
     image = draw_photo(np.random.RandomState(0), 120, 150)
     results = {}
@@ -30,7 +30,7 @@ def predict(recipe: str, path: str) -> dict:
 
 
 @pytest.mark.parametrize('recipe', ['mask_rcnn', 'upernet'])
-def test_a_gpu_predicts_what_a_cpu_predicts(recipe, run_on_gpu, tmp_path):
+def test_gpu_predictions_equal_cpu(recipe, run_on_gpu, tmp_path):
     results = run_on_gpu(predict, recipe, str(tmp_path / 'model.pth'))
     for name in ('plain', 'views', 'tiles'):
         cpu, gpu = results['cpu', name], results['cuda', name]

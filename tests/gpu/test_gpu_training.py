@@ -1,4 +1,4 @@
-"""What only a GPU shows: the recipes' mixed precision, compiled blocks, and a process group of NCCL."""
+"""Tests that need a GPU: the recipes' mixed precision, compiled blocks, and an NCCL process group."""
 
 import math
 import socket
@@ -15,7 +15,7 @@ from helpers.tools import CONFIGS
 
 pytestmark = pytest.mark.gpu
 
-# Each demo recipe with the recipe whose precision it takes here, and the setting that makes it 16 optimizer steps.
+# Demo recipe -> the recipe whose precision it uses here, and settings for 16 optimizer steps.
 DEMOS = {
     'demo/mask_rcnn': ('mask_rcnn/convnext_t', {'train_cfg.max_epochs': 4, 'train_dataloader.batch_size': 2}),
     'demo/upernet': ('upernet/convnext_t', {'train_cfg.max_iters': 16, 'train_dataloader.batch_size': 4}),
@@ -32,7 +32,7 @@ def tensors_in(value) -> list[torch.Tensor]:
 
 
 class DtypeHook(Hook):
-    """Records the dtypes of outputs during training, the losses, and the weights as they were at the beginning."""
+    """Records the dtypes of outputs during training, the losses, and the initial weights."""
 
     def __init__(self):
         self.dtypes, self.losses, self.initial = {}, [], {}
@@ -49,7 +49,7 @@ class DtypeHook(Hook):
                 module.register_forward_hook(lambda _, __, out, kind=kind: self.record(kind, out))
 
     def record(self, kind, value):
-        if torch.is_autocast_enabled():  # the same layers in an evaluation are not of interest
+        if torch.is_autocast_enabled():  # not in evaluations
             self.dtypes.setdefault(kind, set()).update(str(x.dtype) for x in tensors_in(value))
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
@@ -57,15 +57,15 @@ class DtypeHook(Hook):
 
 
 def train(demo: str, data: str, work_dir: str, compile_blocks: bool) -> dict:
-    """Train a demo recipe in its paper recipe's precision; what a test wants to know of it."""
+    """Train a demo recipe in its paper recipe's precision; return the facts that the test checks."""
     from torch._dynamo.utils import counters
 
     from convnext_dense.engine.build import compile_backbones, make_runner
 
     recipe, length = DEMOS[demo]
-    wrapper = {key: load(recipe).optim_wrapper.get(key) for key in ('type', 'dtype', 'loss_scale')}
+    wrapper_cfg = {key: load(recipe).optim_wrapper.get(key) for key in ('type', 'dtype', 'loss_scale')}
     config = load(demo)
-    config.optim_wrapper.update({key: value for key, value in wrapper.items() if value is not None})
+    config.optim_wrapper.update({key: value for key, value in wrapper_cfg.items() if value is not None})
     config.merge_from_dict(length)
     for split in ('train', 'val', 'test'):
         loader = config[f'{split}_dataloader']
@@ -80,19 +80,19 @@ def train(demo: str, data: str, work_dir: str, compile_blocks: bool) -> dict:
     hook = DtypeHook()
     runner.register_hook(hook)
     runner.train()
-    trained = dict(runner.model.named_parameters())
+    params = dict(runner.model.named_parameters())
     return dict(
         wrapper=type(runner.optim_wrapper).__name__,
-        device=next(iter(trained.values())).device.type,
-        parameter_dtypes={str(p.dtype) for p in trained.values()},
-        unchanged=[name for name, p in trained.items() if torch.equal(p, hook.initial[name])],
+        device=next(iter(params.values())).device.type,
+        parameter_dtypes={str(p.dtype) for p in params.values()},
+        unchanged=[name for name, p in params.items() if torch.equal(p, hook.initial[name])],
         dtypes=hook.dtypes,
         losses=hook.losses,
         graphs=counters['stats']['unique_graphs'],
     )
 
 
-def features_of_compiled_blocks() -> list[float]:
+def compare_compiled_features() -> list[float]:
     """The largest relative difference of each feature map, compiled against not."""
     torch.manual_seed(0)
     model = ConvNeXt('atto').cuda().eval()
@@ -106,8 +106,8 @@ def features_of_compiled_blocks() -> list[float]:
 
 @pytest.mark.parametrize('compile_blocks', [False, True], ids=['eager', 'compiled'])
 @pytest.mark.parametrize('demo', DEMOS)
-def test_the_recipes_mixed_precision_trains(demo, compile_blocks, run_on_gpu, data, tmp_path):
-    """Losses are finite, all weights are fp32 and move, and what has to be fp32 under autocast is."""
+def test_training_with_the_recipes_mixed_precision(demo, compile_blocks, run_on_gpu, data, tmp_path):
+    """Losses are finite, all weights are fp32 and trained, and heads are fp32 under autocast."""
     result = run_on_gpu(train, demo, data, str(tmp_path / 'run'), compile_blocks)
     assert (result['wrapper'], result['device']) == ('AmpOptimWrapper', 'cuda')
     assert len(result['losses']) == 16 and all(map(math.isfinite, result['losses']))
@@ -120,23 +120,23 @@ def test_the_recipes_mixed_precision_trains(demo, compile_blocks, run_on_gpu, da
 
 
 def test_compiled_blocks_give_the_same_features(run_on_gpu):
-    distances = run_on_gpu(features_of_compiled_blocks)
+    distances = run_on_gpu(compare_compiled_features)
     assert len(distances) == 4 and max(distances) < 1e-3
 
 
-def test_one_process_of_nccl(run_on_gpu, run_tool, data, tmp_path):
+def test_nccl_with_one_process(run_on_gpu, run_tool, data, tmp_path):
     """A process group of one, with SyncBN and mixed precision, trains, evaluates and saves."""
     recipe, _ = DEMOS['demo/upernet']
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    place = dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    with socket.socket() as free_socket:
+        free_socket.bind(('127.0.0.1', 0))
+        port = free_socket.getsockname()[1]
+    rank_env = dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     process = run_tool(
         *('train.py', CONFIGS / 'demo/upernet.py', '--launcher', 'pytorch', '--work-dir', 'run', '--iters', 4),
         *('--cfg-options', f'optim_wrapper.type={load(recipe).optim_wrapper.type}', 'train_dataloader.batch_size=4'),
         *WITHOUT_WORKERS,
         SHAPES_ROOT=data,
-        **place,
+        **rank_env,
         **gpu_environment(),
     )
     assert process.returncode == 0, process.stderr

@@ -1,4 +1,4 @@
-"""What tests of the documentation share: pages, and what is in them."""
+"""Documentation pages and their content."""
 
 import re
 from collections.abc import Iterable
@@ -52,7 +52,7 @@ def commands(page: str) -> list[tuple[str, str]]:
     return [(language, re.sub(r' +# .*', '', code)) for language, code in code_blocks(page)]
 
 
-def linked(page: str) -> set[str]:
+def link_targets(page: str) -> set[str]:
     """Targets of links and pictures."""
     return set(re.findall(r'\]\(([^)\s]+)\)', page))
 

@@ -1,4 +1,4 @@
-"""What tests of the tools share."""
+"""Constants and assertions for tests of the tools."""
 
 import numpy as np
 

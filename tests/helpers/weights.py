@@ -1,4 +1,4 @@
-"""Weights that follow from names and shapes."""
+"""Reproducible random weights."""
 
 import zlib
 
@@ -7,7 +7,7 @@ import torch
 
 
 def random_weights(shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
-    """Values that follow from a parameter's name and shape, as the reference features were made with."""
+    """Weights that depend on name and shape only, as used for the reference features."""
     weights = {}
     for name, shape in shapes.items():
         r = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Work dirs as trainings leave them."""
+"""Work dirs as written by trainings."""
 
 import json
 
@@ -11,7 +11,7 @@ def dump(config: Config, file) -> None:
 
 
 def start(folder, config: Config, records=(), world_size=8, timestamp='20260101_120000', tail='') -> None:
-    """What mmengine leaves in a work dir when it trains: config, log of numbers, text log."""
+    """Write the files of a training session: config, scalars, text log."""
     session_dir = folder / timestamp
     (session_dir / 'vis_data').mkdir(parents=True)
     dump(config, session_dir / 'vis_data/config.py')

@@ -1,4 +1,4 @@
-"""Checkpoints of the demo's models with made weights, and images to predict."""
+"""Checkpoints of the demo's models with random weights, and images to predict."""
 
 import os
 

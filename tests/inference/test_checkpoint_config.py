@@ -1,4 +1,4 @@
-"""Which checkpoint and which config: nothing of a file is executed."""
+"""Resolving checkpoint and config; no code in a checkpoint file is executed."""
 
 import os
 import shutil
@@ -17,12 +17,12 @@ DEMO = ROOT / 'configs/demo/mask_rcnn.py'
 
 
 @pytest.fixture
-def edited(checkpoints, tmp_path):
-    """A copy of a checkpoint with another meta."""
+def edit_checkpoint(checkpoints, tmp_path):
+    """Write a copy of a checkpoint with another meta."""
 
-    def edit(recipe='mask_rcnn', replace=('', ''), name='edited.pth', **meta):
+    def edit(recipe='mask_rcnn', replacement=('', ''), name='edited.pth', **meta):
         content = torch.load(checkpoints[recipe])
-        content['meta']['cfg'] = content['meta']['cfg'].replace(*replace)
+        content['meta']['cfg'] = content['meta']['cfg'].replace(*replacement)
         content['meta'].update(meta)
         torch.save(content, tmp_path / name)
         return str(tmp_path / name)
@@ -30,7 +30,7 @@ def edited(checkpoints, tmp_path):
     return edit
 
 
-def test_a_checkpoint_brings_config_classes_and_colors(checkpoints):
+def test_config_classes_and_palette_come_from_the_checkpoint(checkpoints):
     source = find_model(checkpoints['upernet'])
     assert source.task == 'segmentation' and source.classes == ('ground', 'disc', 'square', 'triangle', 'cross')
     assert source.palette[1] == (220, 60, 50)
@@ -38,7 +38,7 @@ def test_a_checkpoint_brings_config_classes_and_colors(checkpoints):
     assert find_model(checkpoints['mask_rcnn']).config.test_dataloader.dataset.pipeline[1].scale == (128, 128)
 
 
-def test_a_work_dir_is_its_best_checkpoint_else_its_last(checkpoints, tmp_path):
+def test_work_dir_resolves_to_its_best_or_last_checkpoint(checkpoints, tmp_path):
     for name in ('epoch_1.pth', 'epoch_2.pth'):
         shutil.copy(checkpoints['mask_rcnn'], tmp_path / name)
     (tmp_path / 'last_checkpoint').write_text('/moved/since/epoch_2.pth')
@@ -47,20 +47,20 @@ def test_a_work_dir_is_its_best_checkpoint_else_its_last(checkpoints, tmp_path):
     assert find_model(tmp_path).file == str(tmp_path / 'best_coco_bbox_mAP_epoch_1.pth')
 
 
-def test_a_released_name_brings_its_recipe(monkeypatch, tmp_path):
+def test_released_weights_have_their_recipe(monkeypatch, tmp_path):
     for name, recipe in RECIPES_BY_RELEASED.items():
         file = tmp_path / f'{name}.pth'
         torch.save({'model': {'backbone.x': torch.zeros(1)}}, file)
         monkeypatch.setattr(checkpoint_config, 'download', lambda source, file=file: str(file))
         expected = Config.fromfile(ROOT / f'configs/{recipe}.py')
-        for asked in (name, str(file)):
-            source = find_model(asked)
+        for checkpoint in (name, str(file)):
+            source = find_model(checkpoint)
             assert source.config.model == expected.model
         assert len(source.classes) == len(source.palette) == {'detection': 80, 'segmentation': 150}[source.task]
 
 
-def test_without_names_of_classes_there_are_numbers(edited, photos):
-    file = edited(replace=('metainfo=dict(classes=(\n', 'metainfo=dict(classes=(\n'), dataset_meta=None)
+def test_class_names_default_to_numbers(edit_checkpoint, photos):
+    file = edit_checkpoint(replace=('metainfo=dict(classes=(\n', 'metainfo=dict(classes=(\n'), dataset_meta=None)
     config = Config.fromfile(DEMO)
     for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         config[loader].dataset.pop('metainfo')
@@ -90,15 +90,17 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize('attack', ATTACKS)
-def test_a_config_in_a_checkpoint_executes_nothing(attack, edited, tmp_path, monkeypatch):
+def test_config_in_a_checkpoint_is_not_executed(attack, edit_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    file = edited(replace=ATTACKS[attack])
-    assert torch.load(file)['meta']['cfg'] != torch.load(edited(name='same.pth'))['meta']['cfg'], 'nothing replaced'
+    file = edit_checkpoint(replace=ATTACKS[attack])
+    assert torch.load(file)['meta']['cfg'] != torch.load(edit_checkpoint(name='same.pth'))['meta']['cfg'], (
+        'nothing replaced'
+    )
     with pytest.raises(UsageError, match='--config') as error:
         load_model(file, device='cpu')
     assert '\n' not in str(error.value)
     assert not os.path.exists('EXECUTED')
-    load_model(file, DEMO, 'cpu')  # the weights are good
+    load_model(file, DEMO, 'cpu')  # the weights are valid
 
 
 @pytest.mark.parametrize(
@@ -110,13 +112,13 @@ def test_a_config_in_a_checkpoint_executes_nothing(attack, edited, tmp_path, mon
         (dict(cfg="model = dict(type='FPN')\ntest_dataloader = dict()\ndefault_scope = 'mmpretrain'"), 'default_scope'),
     ],
 )
-def test_unusable_configs_in_checkpoints(meta, words, edited):
+def test_invalid_configs_in_checkpoints_are_refused(meta, words, edit_checkpoint):
     with pytest.raises(UsageError, match=words) as error:
-        find_model(edited(**meta))
+        find_model(edit_checkpoint(**meta))
     assert '\n' not in str(error.value)
 
 
-def test_a_config_of_another_task_or_model(checkpoints):
+def test_config_of_another_task_or_model_is_refused(checkpoints):
     with pytest.raises(UsageError, match='is a model for detection, the config is for segmentation'):
         find_model(checkpoints['mask_rcnn'], ROOT / 'configs/demo/upernet.py')
     with pytest.raises(UsageError, match='is a model for segmentation, the config is for detection'):
@@ -125,12 +127,12 @@ def test_a_config_of_another_task_or_model(checkpoints):
         load_model(checkpoints['mask_rcnn'], ROOT / 'configs/demo/cascade.py', 'cpu')
 
 
-def test_names_of_another_number_of_classes(edited):
+def test_wrong_number_of_class_names_is_refused(edit_checkpoint):
     with pytest.raises(UsageError, match='names of 2 classes, but the model has 4'):
-        load_model(edited(dataset_meta=dict(classes=('a', 'b'))), device='cpu')
+        load_model(edit_checkpoint(dataset_meta=dict(classes=('a', 'b'))), device='cpu')
 
 
-def test_what_is_no_checkpoint(tmp_path):
+def test_missing_and_invalid_checkpoints_are_refused(tmp_path):
     with pytest.raises(UsageError, match="no checkpoint '.*none.pth'"):
         find_model(tmp_path / 'none.pth')
     with pytest.raises(UsageError, match='contains no checkpoint'):

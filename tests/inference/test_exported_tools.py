@@ -58,10 +58,10 @@ def test_detections_of_a_folder(suffix, detector, images, tmp_path):
     content = json.loads((tmp_path / 'out/predictions.json').read_text())
     assert [c['name'] for c in content['categories']] == ['disc', 'square', 'triangle', 'cross']
     assert len(content['annotations']) == 6 and len(list((tmp_path / 'out/pictures').iterdir())) == 3
-    first = content['annotations'][0]
+    annotation = content['annotations'][0]
     x1, y1, x2, y2 = BOXES[0] * [90, 60, 90, 60]
-    assert first['bbox'] == pytest.approx([x1, y1, x2 - x1, y2 - y1]) and first['score'] == pytest.approx(0.4)
-    assert first['category_id'] == 3 and first['segmentation']['size'] == [60, 90]
+    assert annotation['bbox'] == pytest.approx([x1, y1, x2 - x1, y2 - y1]) and annotation['score'] == pytest.approx(0.4)
+    assert annotation['category_id'] == 3 and annotation['segmentation']['size'] == [60, 90]
     assert predict(path, images, '--out', tmp_path / 'out', '--batch-size', 2, '--resume') == 0
 
 
@@ -72,7 +72,7 @@ def test_segmentation_of_a_folder(segmentor, images, tmp_path):
             assert mask.size == size and not np.asarray(mask).any()
 
 
-BAD = {
+BAD_INPUT = {
     'multiscale': ('segmentor', ['--multiscale'], 'multiscale for segmentation is not in an exported model'),
     'tile': ('segmentor', ['--tile', '64'], 'tile needs logits'),
     'precision': ('detector', ['--amp-dtype', 'bfloat16'], 'amp_dtype bfloat16: an exported model runs in'),
@@ -82,9 +82,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize('case', BAD)
-def test_bad_input_is_one_line_before_anything_is_written(case, detector, segmentor, images, tmp_path):
-    name, options, message = BAD[case]
+@pytest.mark.parametrize('case', BAD_INPUT)
+def test_bad_input_is_a_one_line_error_before_any_output(case, detector, segmentor, images, tmp_path):
+    name, options, message = BAD_INPUT[case]
     path = dict(detector=detector, segmentor=segmentor)[name]
     with pytest.raises(UsageError) as error:
         predict(path, images, '--out', tmp_path / 'out', *options)
@@ -92,7 +92,7 @@ def test_bad_input_is_one_line_before_anything_is_written(case, detector, segmen
 
 
 def write_labels(root):
-    """Have the labels of a toy data set say what the hand-made detector finds in each image."""
+    """Replace the labels of a toy data set by the hand-made detector's predictions."""
     path = root / 'annotations/instances_val.json'
     content = json.loads(path.read_text())
     content['annotations'] = [
@@ -110,7 +110,7 @@ def write_labels(root):
 
 
 @pytest.fixture
-def toy(tmp_path, monkeypatch):
+def toy_dataset(tmp_path, monkeypatch):
     from convnext_dense.datasets import toy_shapes
 
     toy_shapes.write(tmp_path / 'shapes', train=2, val=3, size=64)
@@ -124,36 +124,38 @@ def run_test(*args, name):
 
 
 def assert_perfect(capsys):
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert 'box AP 100.0 ' in last and 'mask AP 100.0 ' in last
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert 'box AP 100.0 ' in last_line and 'mask AP 100.0 ' in last_line
 
 
-def test_the_test_tool_measures_a_detector(toy, detector, tmp_path, capsys):
-    write_labels(toy)
+def test_test_tool_evaluates_a_detector(toy_dataset, detector, tmp_path, capsys):
+    write_labels(toy_dataset)
     args = [DETECTOR, detector, '--out', 'out.pkl', '--report', 'report', '--show-dir', 'shown']
     assert run_test(*args, name='exported_detector') == 0
     assert_perfect(capsys)
-    dumped = pickle.loads((tmp_path / 'out.pkl').read_bytes())
-    assert len(dumped) == 3 and dumped[0]['pred_instances']['labels'].tolist() == [2, 0]
+    predictions = pickle.loads((tmp_path / 'out.pkl').read_bytes())
+    assert len(predictions) == 3 and predictions[0]['pred_instances']['labels'].tolist() == [2, 0]
     assert (tmp_path / 'report/images.csv').is_file()
     assert len([p for p in (tmp_path / 'shown').rglob('*') if p.is_file()]) == 3
     config = next((tmp_path / 'run').rglob('config.py')).read_text()
     assert "type='ExportedModel'" in config and 'detector.onnx' in config
 
 
-def test_the_test_tool_measures_a_segmentor(toy, tmp_path, capsys):
-    """Labels are what the hand-made segmentor sees: the strongest channel."""
-    for path in (toy / 'val').glob('*.png'):
+def test_test_tool_evaluates_a_segmentor(toy_dataset, tmp_path, capsys):
+    """The labels are the hand-made segmentor's predictions: the strongest channel."""
+    for path in (toy_dataset / 'val').glob('*.png'):
         image = cv2.imread(str(path))[..., ::-1]
-        cv2.imwrite(str(toy / 'labels/val' / path.name), image.argmax(2).astype(np.uint8) + 1)
+        cv2.imwrite(str(toy_dataset / 'labels/val' / path.name), image.argmax(2).astype(np.uint8) + 1)
     path = save_segmentor(tmp_path / 'segmentor.onnx')
     assert run_test(DEMO, path, '--out', 'masks', '--report', 'report', name='exported_segmentor') == 0
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert float(last.split('aAcc')[1].split()[0]) > 95, last  # edges are resized to the scale of the test and back
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert float(last_line.split('aAcc')[1].split()[0]) > 95, (
+        last_line
+    )  # resizing to the test scale and back changes edges
     assert len(list((tmp_path / 'masks').iterdir())) == 3 and (tmp_path / 'report/images.csv').is_file()
 
 
-BAD_TESTS = {
+BAD_TEST_INPUT = {
     'multiscale': ('segmentor', DEMO, ['--multiscale'], '--multiscale does not work with an exported model'),
     'compile': ('detector', DETECTOR, ['--compile'], '--compile does not work with an exported model'),
     'model': ('detector', DETECTOR, [WITH, 'model.test_cfg.rcnn.score_thr=0.1'], 'model.test_cfg.rcnn.score_thr does'),
@@ -164,9 +166,9 @@ BAD_TESTS = {
 }
 
 
-@pytest.mark.parametrize('case', BAD_TESTS)
-def test_bad_input_of_the_test_tool(case, toy, detector, segmentor, tmp_path, capsys):
-    name, config, options, message = BAD_TESTS[case]
+@pytest.mark.parametrize('case', BAD_TEST_INPUT)
+def test_bad_input_of_the_test_tool(case, toy_dataset, detector, segmentor, tmp_path, capsys):
+    name, config, options, message = BAD_TEST_INPUT[case]
     (tmp_path / 'text.onnx').write_text('no model')
     paths = dict(detector=detector, segmentor=segmentor, text=tmp_path / 'text.onnx', absent='absent.onnx')
     if name == 'three':
@@ -176,12 +178,19 @@ def test_bad_input_of_the_test_tool(case, toy, detector, segmentor, tmp_path, ca
     assert line.startswith('error: ') and message in line
 
 
-def test_custom_data_have_the_classes_of_the_model(toy, detector, tmp_path, capsys):
-    write_labels(toy)
-    args = ['--data', toy, '--val-ann', toy / 'annotations/instances_val.json', '--val-images', toy / 'val']
+def test_custom_data_must_have_the_classes_of_the_model(toy_dataset, detector, tmp_path, capsys):
+    write_labels(toy_dataset)
+    args = [
+        '--data',
+        toy_dataset,
+        '--val-ann',
+        toy_dataset / 'annotations/instances_val.json',
+        '--val-images',
+        toy_dataset / 'val',
+    ]
     assert run_test(DETECTOR, detector, *args, name='exported_data') == 0
     assert_perfect(capsys)
-    other = save_detector(tmp_path / 'other.onnx', make_meta('mask_rcnn', classes=('cat', 'dog', 'cow', 'fox')))
-    assert run_test(DETECTOR, other, *args, name='exported_other') == 2
+    other_classes = save_detector(tmp_path / 'other.onnx', make_meta('mask_rcnn', classes=('cat', 'dog', 'cow', 'fox')))
+    assert run_test(DETECTOR, other_classes, *args, name='exported_other') == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith('error: ') and 'category-without-class' in error

@@ -1,4 +1,4 @@
-"""Large images are segmented as mmseg does, in less memory."""
+"""Large images are segmented as in mmseg, with less memory."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from convnext_dense.inference import large_segmentation
 
 
 @pytest.mark.parametrize('limit', [1, 20_000, 60_000])
-def test_the_labels_are_the_same(limit, predictors, photos, monkeypatch):
+def test_labels_equal_mmseg(limit, predictors, photos, monkeypatch):
     predictor = predictors['upernet']
     expected = [predictor.predict(path).pred_sem_seg.data for path in photos[:8]]
     monkeypatch.setattr(large_segmentation, 'MAX_LOGITS', limit)
@@ -19,21 +19,21 @@ def test_the_labels_are_the_same(limit, predictors, photos, monkeypatch):
         assert torch.equal(sample.pred_sem_seg.data, labels)
     assert len(calls) == 8 if limit == 1 else 0 < len(calls) <= 8
     (sample,) = predictor.predict_arrays([predictor.read(photos[0])], with_logits=True)
-    assert sample.seg_logits.shape == sample.ori_shape  # who asks for all logits gets them
+    assert sample.seg_logits.shape == sample.ori_shape  # all logits are returned on request
     assert 'postprocess_result' not in vars(predictor.model)
 
 
-def test_fewer_logits_are_in_memory(monkeypatch):
+def test_logits_are_resized_in_chunks(monkeypatch):
     monkeypatch.setattr(large_segmentation, 'MAX_LOGITS', 200 * 200 * 3)
-    most = []
+    num_channels = []
     interpolate = torch.nn.functional.interpolate
 
     def measure(x, size, **kwargs):
-        most.append(x.shape[1])
+        num_channels.append(x.shape[1])
         return interpolate(x, size=size, **kwargs)
 
     monkeypatch.setattr(large_segmentation, 'interpolate', measure)
     logits = torch.rand(20, 30, 40, generator=torch.Generator().manual_seed(0))
     labels = large_segmentation._resize_and_decide(logits, (200, 200), False)
-    whole = interpolate(logits[None], size=(200, 200), mode='bilinear', align_corners=False)[0]
-    assert torch.equal(labels, whole.argmax(0, keepdim=True)) and most == [3] * 6 + [2]
+    resized = interpolate(logits[None], size=(200, 200), mode='bilinear', align_corners=False)[0]
+    assert torch.equal(labels, resized.argmax(0, keepdim=True)) and num_channels == [3] * 6 + [2]

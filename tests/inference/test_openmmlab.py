@@ -1,4 +1,4 @@
-"""Predictions are those of mmdet's and mmseg's own inference; and these take our configs and checkpoints."""
+"""Predictions equal mmdet's and mmseg's own inference, which accepts our configs and checkpoints."""
 
 import cv2
 import numpy as np
@@ -34,7 +34,7 @@ def count_missing(ours, theirs) -> int:
 
 @pytest.fixture
 def load_stock(monkeypatch, checkpoints):
-    """Load a model with mmdet's and mmseg's own modules in it, as theirs are loaded."""
+    """Load a model with mmdet's and mmseg's own modules, without `optimize`."""
 
     def load(recipe):
         monkeypatch.setattr('convnext_dense.inference.model.optimize', lambda model: model)
@@ -44,28 +44,28 @@ def load_stock(monkeypatch, checkpoints):
 
 
 @pytest.mark.parametrize('recipe', ['mask_rcnn', 'cascade'])
-def test_detections_are_mmdets(recipe, checkpoints, predictors, photos, load_stock):
-    """Exactly with mmdet's modules; with faster ones but for scores that tie within rounding.
+def test_detections_equal_mmdet(recipe, checkpoints, predictors, photos, load_stock):
+    """Equal with mmdet's modules; with optimized ones except for scores that tie within rounding.
 
-    Random weights have many of these: a few of a hundred detections lie at the other side of a threshold.
+    Random weights cause many ties: a few of a hundred detections fall on the other side of a threshold.
     """
     from mmdet.apis import inference_detector, init_detector
 
     detector = init_detector(str(ROOT / f'configs/demo/{recipe}.py'), str(checkpoints[recipe]), device='cpu')
     stock = load_stock(recipe)
-    n = missing = 0
+    n_detections = n_missing = 0
     for path in photos:
         theirs = inference_detector(detector, str(path)).pred_instances
         ours = predictors[recipe].predict(path)
         assert ours.img_path == str(path)
-        missing += count_missing(ours.pred_instances, theirs)
+        n_missing += count_missing(ours.pred_instances, theirs)
         assert_equal_instances(stock.predict(path).pred_instances, theirs)
-        n += len(theirs)
-    assert n > 500 and missing <= 0.01 * n
+        n_detections += len(theirs)
+    assert n_detections > 500 and n_missing <= 0.01 * n_detections
 
 
-def test_segmentation_is_mmsegs(checkpoints, predictors, photos, load_stock):
-    """Exactly with mmseg's modules; with faster ones but for logits that tie within rounding."""
+def test_segmentation_equals_mmseg(checkpoints, predictors, photos, load_stock):
+    """Equal with mmseg's modules; with optimized ones except for logits that tie within rounding."""
     from mmseg.apis import inference_model, init_model
 
     segmentor = init_model(str(ROOT / 'configs/demo/upernet.py'), str(checkpoints['upernet']), device='cpu')
@@ -74,14 +74,14 @@ def test_segmentation_is_mmsegs(checkpoints, predictors, photos, load_stock):
     for path in photos:
         theirs = inference_model(segmentor, str(path)).pred_sem_seg.data
         ours = predictors['upernet'].predict(path)
-        assert 'seg_logits' not in ours  # which would be the largest part of a result
+        assert 'seg_logits' not in ours  # they would be the largest part of a result
         assert (ours.pred_sem_seg.data != theirs).float().mean() < 1e-4
         assert torch.equal(stock.predict(path).pred_sem_seg.data, theirs)
         labels |= set(theirs.unique().tolist())
     assert len(labels) > 2
 
 
-def test_batches_and_lists_give_what_single_images_give(predictors, photos):
+def test_batched_predictions_equal_single_ones(predictors, photos):
     for recipe, predictor in predictors.items():
         single = [predictor.predict(path) for path in photos[:6]]
         batch = predictor.predict([str(path) for path in photos[:6]], batch_size=4)
@@ -92,7 +92,7 @@ def test_batches_and_lists_give_what_single_images_give(predictors, photos):
                 torch.testing.assert_close(a.pred_instances.bboxes, b.pred_instances.bboxes, rtol=0, atol=1e-3)
 
 
-def test_mmdets_functions_take_the_model_itself(predictors, photos):
+def test_mmdet_functions_accept_the_model(predictors, photos):
     from mmdet.apis import inference_detector
 
     predictor = predictors['mask_rcnn']
@@ -103,7 +103,7 @@ def test_mmdets_functions_take_the_model_itself(predictors, photos):
 
 @pytest.fixture
 def derived_config(tmp_path):
-    """A config of the user's with a base of ours."""
+    """A user's config with a base config of this package."""
 
     def write(recipe):
         path = tmp_path / f'my_{recipe}.py'
@@ -131,38 +131,38 @@ def test_mmseg_inferencer(derived, checkpoints, photos, derived_config):
     config = derived_config('upernet') if derived else str(ROOT / 'configs/demo/upernet.py')
     inferencer = MMSegInferencer(config, str(checkpoints['upernet']), device='cpu')
     image = cv2.imread(str(photos[0]))
-    for one in (str(photos[0]), image):
-        assert inferencer(one)['predictions'].shape == image.shape[:2]
+    for source in (str(photos[0]), image):
+        assert inferencer(source)['predictions'].shape == image.shape[:2]
     assert len(inferencer(str(photos[0].parent))['predictions']) == 30
 
 
 @pytest.mark.parametrize('derived', [False, True])
-def test_functions_of_both_on_files_and_arrays(derived, checkpoints, photos, derived_config):
+def test_mmdet_and_mmseg_functions_on_files_and_arrays(derived, checkpoints, photos, derived_config):
     from mmdet.apis import inference_detector, init_detector
     from mmseg.apis import inference_model, init_model
 
-    paths, arrays = [str(photos[1])] * 2, [cv2.imread(str(photos[1]))] * 2  # mmseg's takes equal sizes alone
+    paths, arrays = [str(photos[1])] * 2, [cv2.imread(str(photos[1]))] * 2  # mmseg requires equal sizes
     for recipe, init, infer in (
         ('mask_rcnn', init_detector, inference_detector),
         ('upernet', init_model, inference_model),
     ):
         config = derived_config(recipe) if derived else str(ROOT / f'configs/demo/{recipe}.py')
         model = init(config, str(checkpoints[recipe]), device='cpu')
-        of_files, of_arrays = infer(model, paths), infer(model, arrays)
-        assert len(of_files) == len(of_arrays) == 2
+        file_results, array_results = infer(model, paths), infer(model, arrays)
+        assert len(file_results) == len(array_results) == 2
         if recipe == 'mask_rcnn':
-            assert_equal_instances(of_files[0].pred_instances, of_arrays[1].pred_instances)
+            assert_equal_instances(file_results[0].pred_instances, array_results[1].pred_instances)
         else:
-            assert torch.equal(of_files[0].pred_sem_seg.data, of_arrays[1].pred_sem_seg.data)
+            assert torch.equal(file_results[0].pred_sem_seg.data, array_results[1].pred_sem_seg.data)
 
 
-def test_a_config_with_a_base_of_ours_loads_by_our_function_too(checkpoints, photos, derived_config, predictors):
+def test_load_model_with_a_derived_config(checkpoints, photos, derived_config, predictors):
     predictor = load_model(checkpoints['mask_rcnn'], derived_config('mask_rcnn'), 'cpu')
     expected = predictors['mask_rcnn'].predict(photos[1])
     assert_equal_instances(predictor.predict(photos[1]).pred_instances, expected.pred_instances)
 
 
-def test_arrays_and_pil_images_give_what_the_file_gives(predictors, photos):
+def test_arrays_and_pil_images_equal_the_file(predictors, photos):
     from PIL import Image
 
     png = next(path for path in photos if path.suffix == '.png')  # decoders differ in JPEGs

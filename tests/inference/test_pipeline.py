@@ -1,4 +1,4 @@
-"""Reading and writing beside the model: in order, and with a bound on what is in memory."""
+"""Reading and writing in parallel to the model: in order, with bounded memory."""
 
 import threading
 import time
@@ -12,17 +12,17 @@ from convnext_dense.inference.pipeline import MAX_WAITING, OrderedWriting, expla
 from convnext_dense.inference.progress import Progress
 
 
-def test_items_are_read_ahead_but_not_far():
-    read = []
+def test_prefetch_is_bounded():
+    started = []
     with ThreadPoolExecutor(2) as pool:
-        items = prefetch(pool, lambda i: read.append(i) or 10 * i, range(100), 5)
+        items = prefetch(pool, lambda i: started.append(i) or 10 * i, range(100), 5)
         for n, (item, future) in enumerate(items):
             assert item == n and future.result() == 10 * n
-            assert len(read) <= n + 5
-    assert sorted(read) == list(range(100))
+            assert len(started) <= n + 5
+    assert sorted(started) == list(range(100))
 
 
-def test_a_reader_that_fails_spoils_its_item_alone():
+def test_error_of_a_reader_concerns_its_item_only():
     with ThreadPoolExecutor(2) as pool:
         futures = [future for _, future in prefetch(pool, lambda i: 1 / i, [1, 0, 2], 2)]
     assert [futures[0].result(), futures[2].result()] == [1, 0.5]
@@ -30,8 +30,8 @@ def test_a_reader_that_fails_spoils_its_item_alone():
         futures[1].result()
 
 
-def test_results_are_recorded_in_order_in_the_calling_thread_and_few_wait():
-    recorded, open_tasks, most = [], 0, 0
+def test_results_are_recorded_in_order_with_a_bounded_queue():
+    recorded, open_tasks, max_open = [], 0, 0
     lock = threading.Lock()
 
     def write(i):
@@ -50,14 +50,14 @@ def test_results_are_recorded_in_order_in_the_calling_thread_and_few_wait():
         for i in range(40):
             with lock:
                 open_tasks += 1
-                most = max(most, open_tasks)
+                max_open = max(max_open, open_tasks)
             writing.submit(i, write, i)
             assert len(writing.waiting) <= MAX_WAITING
         writing.finish()
-    assert recorded == list(range(40)) and most <= MAX_WAITING + 2
+    assert recorded == list(range(40)) and max_open <= MAX_WAITING + 2
 
 
-def test_an_error_of_a_writer_is_raised():
+def test_error_of_a_writer_is_raised():
     with ThreadPoolExecutor(1) as pool:
         writing = OrderedWriting(pool, lambda *args: None)
         with pytest.raises(ZeroDivisionError):
@@ -65,7 +65,7 @@ def test_an_error_of_a_writer_is_raised():
             writing.finish()
 
 
-def test_a_full_gpu_is_one_line():
+def test_out_of_memory_is_a_one_line_error():
     import torch
 
     for size, words in ((4, '--batch-size below 4'), (1, '--tile')):
@@ -84,7 +84,7 @@ class Terminal:
         pass
 
 
-def test_progress_has_rate_and_time_left():
+def test_progress_shows_rate_and_eta():
     terminal = Terminal(True)
     progress = Progress(4, file=terminal)
     progress.start -= 2

@@ -1,4 +1,4 @@
-"""`predictions.json` is as good as what tools/test.py --out writes: the same AP by pycocotools."""
+"""`predictions.json` has the same AP by pycocotools as the output of tools/test.py --out."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ from helpers.datasets import predictions_as_labels
 from helpers.paths import ROOT
 
 
-def ap(coco, results, kind):
+def compute_ap(coco, results, kind):
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(coco, coco.loadRes(results), kind)
         evaluation.evaluate()
@@ -26,7 +26,7 @@ def ap(coco, results, kind):
 
 
 @pytest.mark.parametrize('recipe', ['mask_rcnn', pytest.param('cascade', marks=pytest.mark.slow)])
-def test_ap_is_that_of_the_test_tool(recipe, checkpoints, tmp_path, run_tool):
+def test_ap_equals_the_test_tool(recipe, checkpoints, tmp_path, run_tool):
     root = tmp_path / 'shapes'
     toy_shapes.write(root, train=1, val=8, size=96)
     args = [checkpoints[recipe], root / 'val', '--device', 'cpu', '--no-pictures', '--out', tmp_path / 'out']
@@ -44,7 +44,7 @@ def test_ap_is_that_of_the_test_tool(recipe, checkpoints, tmp_path, run_tool):
 
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(labels)
-    dumped = [
+    test_predictions = [
         dict(
             image_id=sample['img_id'], category_id=int(label) + 1, score=float(score),
             bbox=[box[0], box[1], box[2] - box[0], box[3] - box[1]], segmentation=rle,
@@ -56,7 +56,7 @@ def test_ap_is_that_of_the_test_tool(recipe, checkpoints, tmp_path, run_tool):
         )
     ]  # fmt: skip
     for kind in ('bbox', 'segm'):
-        by_tool = ap(coco, dumped, kind)
-        ours = ap(coco, predictions['annotations'], kind)
-        assert 0.05 < by_tool[0] < 0.95
-        np.testing.assert_allclose(ours, by_tool, rtol=0, atol=1e-6)
+        expected = compute_ap(coco, test_predictions, kind)
+        actual = compute_ap(coco, predictions['annotations'], kind)
+        assert 0.05 < expected[0] < 0.95
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Images read by rows are the images read whole."""
+"""Reading images by rows gives the same pixels as reading them at once."""
 
 import importlib.util
 
@@ -56,7 +56,7 @@ FILES = {
 @needs_rasterio
 @pytest.mark.parametrize('color_type', ['color', 'grayscale'])
 @pytest.mark.parametrize('name', FILES)
-def test_rows_are_those_of_the_whole_image(name, color_type, tmp_path):
+def test_rows_equal_the_whole_image(name, color_type, tmp_path):
     FILES[name](tmp_path / name)
     expected = read_image(tmp_path / name, color_type).pixels
     reader = open_rows(tmp_path / name, color_type)
@@ -70,7 +70,7 @@ def test_rows_are_those_of_the_whole_image(name, color_type, tmp_path):
 
 
 @needs_rasterio
-def test_bands_beyond_color_are_left_out(tmp_path):
+def test_extra_bands_are_ignored(tmp_path):
     infrared = np.dstack([RGB, 255 - RGB])
     geotiff(tmp_path / 'bands.tif', infrared, photometric='RGB', alpha='NO')
     reader = open_rows(tmp_path / 'bands.tif')
@@ -81,15 +81,15 @@ def test_bands_beyond_color_are_left_out(tmp_path):
 def test_each_row_is_read_once(tmp_path):
     save(tmp_path / 'x.png', RGB)
     reader = RasterRowReader(tmp_path / 'x.png', 'color')
-    read, calls = reader._read, []
-    reader._read = lambda top, bottom: calls.append((top, bottom)) or read(top, bottom)
+    read_rows, calls = reader._read, []
+    reader._read = lambda top, bottom: calls.append((top, bottom)) or read_rows(top, bottom)
     for window in WINDOWS:
         reader.read(*window)
     assert calls == [(0, 16), (16, 28), (28, 40), (40, 48)]
 
 
 @needs_rasterio
-def test_what_rasterio_shows_otherwise_is_read_whole(tmp_path):
+def test_images_that_rasterio_reads_differently_are_read_completely(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     save(tmp_path / 'turned.png', RGB, exif=exif)
@@ -103,7 +103,7 @@ def test_what_rasterio_shows_otherwise_is_read_whole(tmp_path):
 
 
 @needs_rasterio
-def test_a_file_that_is_cut_off_is_named(tmp_path):
+def test_truncated_file_is_reported(tmp_path):
     noise = RNG.randint(0, 256, (400, 300, 3)).astype(np.uint8)
     save(tmp_path / 'cut.png', noise)
     content = (tmp_path / 'cut.png').read_bytes()
@@ -113,7 +113,7 @@ def test_a_file_that_is_cut_off_is_named(tmp_path):
         predict_tiled(predictor, tmp_path / 'cut.png', PredictOptions(tile=64))
 
 
-def test_without_rasterio_the_image_is_read_whole(tmp_path, monkeypatch):
+def test_without_rasterio_the_image_is_read_completely(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     monkeypatch.setattr(row_reader, 'LARGE', 48 * 40)
     for name, words in {'x.png': 'pip install rasterio', 'x.jpg': 'only TIFF and PNG'}.items():
@@ -128,7 +128,7 @@ def test_without_rasterio_the_image_is_read_whole(tmp_path, monkeypatch):
     assert whole_image_note(tmp_path / 'x.png') == ''
 
 
-def test_a_file_in_tiles_is_its_pixels_in_tiles(tmp_path):
+def test_tiles_of_a_file_equal_tiles_of_its_pixels(tmp_path):
     save(tmp_path / 'x.png', RGB)
     samples = [
         predict_tiled(FakePredictor('segmentation', segment_colors), image, PredictOptions(tile=16))

@@ -1,4 +1,4 @@
-"""Tiles and views by the command and by `load_model`, with the demo's models."""
+"""Tiles and views with tools/predict.py and `load_model`, with the demo's models."""
 
 import json
 
@@ -18,12 +18,12 @@ from convnext_dense.inference.reduced import read_reduced
 
 
 def predict(*args):
-    """The tool in this process: its exit code."""
+    """Run the tool in this process; return its exit code."""
     return tool.predict(tool.make_predict_parser('').parse_args([*map(str, args), '--device', 'cpu']))
 
 
 @pytest.fixture(scope='module')
-def large(tmp_path_factory, photos):
+def large_image(tmp_path_factory, photos):
     """Photos next to each other: 300 x 400."""
     path = tmp_path_factory.mktemp('large') / 'large.png'
     rows = [np.hstack([cv2.resize(cv2.imread(str(photos[3 * i + j])), (134, 150)) for j in range(3)]) for i in range(2)]
@@ -31,12 +31,12 @@ def large(tmp_path_factory, photos):
     return path
 
 
-def test_detection_in_tiles_by_the_command(large, checkpoints, predictors, tmp_path):
+def test_tiled_detection_with_the_tool(large_image, checkpoints, predictors, tmp_path):
     out = tmp_path / 'out'
-    assert predict(checkpoints['mask_rcnn'], large, '--out', out, '--tile', 160, '--batch-size', 2) == 0
+    assert predict(checkpoints['mask_rcnn'], large_image, '--out', out, '--tile', 160, '--batch-size', 2) == 0
     content = json.loads((out / 'predictions.json').read_text())
     assert [(i['width'], i['height']) for i in content['images']] == [(400, 300)]
-    sample = predictors['mask_rcnn'].predict(large, tile=160)
+    sample = predictors['mask_rcnn'].predict(large_image, tile=160)
     instances = sample.pred_instances
     assert len(content['annotations']) == len(instances) > 10
     assert [a['score'] for a in content['annotations']] == pytest.approx(instances.scores.tolist(), abs=1e-5)
@@ -50,14 +50,14 @@ def test_detection_in_tiles_by_the_command(large, checkpoints, predictors, tmp_p
 
 
 @pytest.mark.parametrize('recipe', ['mask_rcnn', 'upernet'])
-def test_one_tile_is_the_whole_image(large, predictors, recipe):
+def test_one_tile_equals_the_whole_image(large_image, predictors, recipe):
     model = predictors[recipe]
-    whole, tiled = model.predict(large), model.predict(large, tile=400)
+    untiled, tiled = model.predict(large_image), model.predict(large_image, tile=400)
     if recipe == 'upernet':
-        assert (whole.pred_sem_seg.data == tiled.pred_sem_seg.data).all()
+        assert (untiled.pred_sem_seg.data == tiled.pred_sem_seg.data).all()
         return
-    order = whole.pred_instances.scores.argsort(descending=True, stable=True)
-    expected = whole.pred_instances[order]
+    order = untiled.pred_instances.scores.argsort(descending=True, stable=True)
+    expected = untiled.pred_instances[order]
     assert torch.equal(expected.bboxes, tiled.pred_instances.bboxes)
     assert torch.equal(expected.labels, tiled.pred_instances.labels)
     masks = np.stack([coco_mask.decode(mask) for mask in tiled.pred_instances.masks])
@@ -65,28 +65,28 @@ def test_one_tile_is_the_whole_image(large, predictors, recipe):
 
 
 @pytest.mark.parametrize('options', [[], ['--multiscale'], ['--classes', 'disc', 'cross']])
-def test_segmentation_in_tiles_by_the_command(large, checkpoints, predictors, tmp_path, options):
+def test_tiled_segmentation_with_the_tool(large_image, checkpoints, predictors, tmp_path, options):
     out = tmp_path / 'out'
-    assert predict(checkpoints['upernet'], large, '--out', out, '--tile', 160, *options) == 0
+    assert predict(checkpoints['upernet'], large_image, '--out', out, '--tile', 160, *options) == 0
     mask = np.asarray(Image.open(out / 'masks/large.png'))
     keywords = dict(
         multiscale='--multiscale' in options, classes=options[1:] or None if options[:1] == ['--classes'] else None
     )
-    expected = predictors['upernet'].predict(large, tile=160, **keywords).pred_sem_seg.data[0].numpy()
+    expected = predictors['upernet'].predict(large_image, tile=160, **keywords).pred_sem_seg.data[0].numpy()
     assert np.array_equal(mask, expected) and mask.shape == (300, 400)
     if options[:1] == ['--classes']:
         assert set(np.unique(mask)) <= {1, 4, 255}
 
 
-def test_blended_logits_are_the_models_own_within_a_tile(large, predictors):
-    """Where one tile alone sees a pixel, its logits are those of the tile as an image."""
-    model, image = predictors['upernet'], read_image(large).pixels
+def test_logits_outside_overlaps_equal_the_tiles(large_image, predictors):
+    """Where a pixel lies in one tile only, its logits are those of the tile as an image."""
+    model, image = predictors['upernet'], read_image(large_image).pixels
     (sample,) = model.predict_arrays([image], tile=160, overlap=0.1, with_logits=True)
-    (alone,) = model.predict_arrays([image[:160, :160]], with_logits=True)
-    torch.testing.assert_close(sample.seg_logits.data[:, :60, :60], alone.seg_logits.data[:, :60, :60])
+    (single_tile,) = model.predict_arrays([image[:160, :160]], with_logits=True)
+    torch.testing.assert_close(sample.seg_logits.data[:, :60, :60], single_tile.seg_logits.data[:, :60, :60])
 
 
-def test_detection_at_several_scales_by_the_command(photos, checkpoints, predictors, tmp_path):
+def test_multiscale_detection_with_the_tool(photos, checkpoints, predictors, tmp_path):
     out = tmp_path / 'out'
     assert predict(checkpoints['mask_rcnn'], *photos[:2], '--out', out, '--multiscale', '--no-pictures') == 0
     content = json.loads((out / 'predictions.json').read_text())
@@ -98,7 +98,7 @@ def test_detection_at_several_scales_by_the_command(photos, checkpoints, predict
         assert 0 < len(instances) <= 100 and (instances.scores.diff() <= 0).all()
 
 
-def test_flipped_views_lie_where_the_image_is(photos, predictors):
+def test_flipped_views_are_flipped_back(photos, predictors):
     """The views of a flipped image are the same six, flipped."""
     model, image = predictors['mask_rcnn'], read_image(photos[1]).pixels
     samples = model.predict_arrays([image, np.ascontiguousarray(image[:, ::-1])], multiscale=True)
@@ -109,7 +109,7 @@ def test_flipped_views_lie_where_the_image_is(photos, predictors):
     assert (a.masks[:5] == b.masks[:5].flip(-1)).float().mean() > 0.999
 
 
-def test_files_that_cannot_be_read_in_tiles_are_named(predictors, checkpoints, tmp_path, capsys):
+def test_unreadable_files_in_tiles_are_reported(predictors, checkpoints, tmp_path, capsys):
     (tmp_path / 'text.tif').write_text('no image')
     with pytest.raises(UsageError, match='text.tif: '):
         predictors['upernet'].predict(tmp_path / 'text.tif', tile=64)
@@ -119,7 +119,7 @@ def test_files_that_cannot_be_read_in_tiles_are_named(predictors, checkpoints, t
 
 
 @pytest.mark.parametrize('seed', range(5))
-def test_a_part_of_a_mask_is_decoded_alone(seed):
+def test_window_of_a_mask_is_decoded(seed):
     rng = np.random.RandomState(seed)
     bitmap = (rng.rand(30, 40) < rng.choice([0, 0.5, 1])).astype(np.uint8, order='F')
     rle = coco_mask.encode(bitmap)
@@ -130,16 +130,16 @@ def test_a_part_of_a_mask_is_decoded_alone(seed):
         assert (decode_window(text, (left, top, right, bottom)) == expected).all()
 
 
-def test_a_reduced_image_is_drawn_like_the_whole_one(predictors, large, tmp_path, monkeypatch):
+def test_reduced_image_is_drawn_like_the_full_one(predictors, large_image, tmp_path, monkeypatch):
     monkeypatch.setattr('convnext_dense.inference.drawing.MIN_SIDE', 50)
     monkeypatch.setattr('convnext_dense.inference.drawing.MAX_SIDE', 200)
     assert picture_size((300, 400)) == (150, 200)
-    whole = read_image(large).pixels
-    reduced, size = read_reduced(large)
+    full_image = read_image(large_image).pixels
+    reduced, size = read_reduced(large_image)
     assert size == (300, 400)
-    assert abs(reduced.astype(int) - cv2.resize(whole, (200, 150), interpolation=cv2.INTER_AREA)).max() <= 1
+    assert abs(reduced.astype(int) - cv2.resize(full_image, (200, 150), interpolation=cv2.INTER_AREA)).max() <= 1
     model = predictors['mask_rcnn']
-    sample = model.predict(large, tile=160)
-    pictures = [draw(image, sample, model.classes, score_thr=0.0, size=size) for image in (whole, reduced)]
+    sample = model.predict(large_image, tile=160)
+    pictures = [draw(image, sample, model.classes, score_thr=0.0, size=size) for image in (full_image, reduced)]
     assert pictures[0].shape == pictures[1].shape == (150, 200, 3)
     assert (abs(pictures[0].astype(int) - pictures[1]) <= 2).mean() > 0.999
