@@ -75,7 +75,7 @@ def _split_arch(arch: str) -> tuple[str, bool]:
     return arch.removesuffix(V2_SUFFIX), arch.endswith(V2_SUFFIX)
 
 
-def _ours(arch: str, cls: type = ConvNeXt, **settings) -> ConvNeXt:
+def _build_ours(arch: str, cls: type = ConvNeXt, **settings) -> ConvNeXt:
     name, use_grn = _split_arch(arch)
     return cls(name, use_grn=use_grn, **settings)
 
@@ -168,10 +168,10 @@ def _with_torchvision():
 
 # How to build each backbone for an arch. The three of `ours` differ in training only.
 BACKBONES: dict[str, Callable[[str], nn.Module]] = {
-    'ours': _ours,
-    'ours-cp-mlp': lambda arch: _ours(arch, with_cp=True, cp_scope='mlp'),
-    'ours-cp-block': lambda arch: _ours(arch, with_cp=True),
-    'reference': lambda arch: _ours(arch, _Reference),  # the authors' code, but for its class
+    'ours': _build_ours,
+    'ours-cp-mlp': lambda arch: _build_ours(arch, with_cp=True, cp_scope='mlp'),
+    'ours-cp-block': lambda arch: _build_ours(arch, with_cp=True),
+    'reference': lambda arch: _build_ours(arch, _Reference),  # the authors' code, but for its class
     'mmpretrain': _mmpretrain,
     'timm': _timm,
     'timm-conv-mlp': lambda arch: _timm(arch, conv_mlp=True),
@@ -218,15 +218,15 @@ def feature_distance(name: str, arch: str, size: int = 64) -> float | None:
     """
     if name.startswith('swin') or name.startswith(OURS):
         return None
-    theirs, ours = build(name, arch), _ours(arch).eval()
-    theirs.eval()  # mmpretrain's returns None
+    baseline, ours = build(name, arch), _build_ours(arch).eval()
+    baseline.eval()  # mmpretrain's returns None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, 'weights.pth')
-        torch.save(theirs.state_dict(), file)
+        torch.save(baseline.state_dict(), file)
         load_backbone(ours, file)
     image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        pairs = zip(_feature_maps(theirs(image)), ours(image))
+        pairs = zip(_feature_maps(baseline(image)), ours(image))
         return max(_relative_distance(_normalize(t), _normalize(o)) for t, o in pairs)
 
 
@@ -247,14 +247,14 @@ def measure_time(case: Case, names: list[str], rounds: int) -> Iterator[Result]:
             run()
             if i >= 2:
                 milliseconds[key].append(1000 * (time.perf_counter() - start))
-    ours = statistics.median(milliseconds.get((OURS, 'contiguous'), [float('nan')]))
+    our_median = statistics.median(milliseconds.get((OURS, 'contiguous'), [float('nan')]))
     for (name, memory_format), values in milliseconds.items():
-        yield _result(case, name, memory_format, values, ours, first[name, memory_format])
+        yield _result(case, name, memory_format, values, our_median, first[name, memory_format])
 
 
-def break_even_runs(compiled: dict, plain: dict) -> int | None:
+def break_even_runs(compiled: dict, eager: dict) -> int | None:
     """From how many runs on a compiled backbone is faster in total; None where it never is. Results as dictionaries."""
-    won = plain['median'] - compiled['median']
+    won = eager['median'] - compiled['median']
     lost = compiled['first'] - 2 * compiled['median']
     return None if won <= 0 else max(1, math.ceil(lost / won))
 
@@ -272,15 +272,15 @@ def gemm_lower_bound(case: Case) -> float:
     in the fastest of their forms, a cache-sized tile at a time."""
     dtype, device = DTYPES[case.dtype], case.device
     sizes, total = ARCHS[_split_arch(case.arch)[0]], 0.0
-    before, area = 3 * 16, 16
+    in_channels, area = 3 * 16, 16
     for i, (depth, channels) in enumerate(zip(sizes['depths'], sizes['channels'])):
         area = (4 * 2**i) ** 2
         rows = case.batch * case.height * case.width // area
-        products = [(before, channels, 1), (channels, 4 * channels, depth), (4 * channels, channels, depth)]
+        products = [(in_channels, channels, 1), (channels, 4 * channels, depth), (4 * channels, channels, depth)]
         for inner, outer, times_run in products:
             tile = min(rows, dispatch.onednn.TILE)
             total += times_run * rows / tile * _matmul_time(tile, inner, outer, dtype, device)
-        before = 4 * channels
+        in_channels = 4 * channels
     return 1000 * total
 
 
@@ -336,13 +336,13 @@ def _peak_memory(case: Case, name: str, threads: int) -> float:
     model.zero_grad(set_to_none=True)
     if case.device != 'cpu':
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        initial = torch.cuda.memory_allocated()
         run()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
+        return (torch.cuda.max_memory_allocated() - initial) / 1e6
     Path('/proc/self/clear_refs').write_text('5')  # the peak starts anew
-    before = _resident('VmRSS')
+    initial = _resident('VmRSS')
     run()
-    return _resident('VmHWM') - before
+    return _resident('VmHWM') - initial
 
 
 def _resident(key: str) -> float:
@@ -371,10 +371,10 @@ def _matmul_time(rows: int, inner: int, outer: int, dtype: torch.dtype, device: 
     return best
 
 
-def _result(case, name, memory_format, values, ours, first=None) -> Result:
+def _result(case, name, memory_format, values, our_median, first=None) -> Result:
     quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
     median = statistics.median(values)
-    ratio = None if ours != ours else median / ours
+    ratio = None if our_median != our_median else median / our_median
     return Result(case, name, memory_format, median, quartiles[0], quartiles[2], ratio, first)
 
 

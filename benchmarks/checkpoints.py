@@ -36,11 +36,12 @@ def main():
         for _ in range(4):
             read = timed(lambda: torch.load(file, weights_only=True))
             Path('/proc/self/clear_refs').write_text('5')  # the peak starts anew
-            before = resident('VmRSS')
+            initial = resident('VmRSS')
             load = timed(load_backbone, model, file)
-            more = resident('VmHWM') - before
+            growth = resident('VmHWM') - initial
             print(
-                f'read {read:.2f} s  load {load:.2f} s  ratio {load / read:.2f}  memory beyond the model {more:.2f} GB'
+                f'read {read:.2f} s  load {load:.2f} s  ratio {load / read:.2f}  '
+                f'memory beyond the model {growth:.2f} GB'
             )
 
 

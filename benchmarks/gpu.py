@@ -60,8 +60,8 @@ def main():
         tables += [title, format_table(header, rows, 'l' * 2 + 'r' * (len(header) - 2), True)]
         print(tables[-1], flush=True)
     if not small and args.sections == [*SECTIONS]:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text('\n\n'.join([before + BEGIN, *tables, END + rest.partition(END)[2]]))
+        page_start, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text('\n\n'.join([page_start + BEGIN, *tables, END + rest.partition(END)[2]]))
 
 
 # ---- sections: a header and rows each --------------------------------------------------------------------------------
@@ -79,15 +79,15 @@ def equality(device: str, rounds: int, small: bool):
     return ('atto', 'dtype', 'error of ours', 'of eager torch'), rows
 
 
-def _errors(model, device, dtype, fast) -> list[float]:
+def _errors(model, device, dtype, use_kernels) -> list[float]:
     image = torch.randn(2, 3, 96, 128, device=device, generator=torch.Generator(device).manual_seed(0))
     results = []
     for exact in (True, False):
         torch.manual_seed(0)  # of stochastic depth
         model.zero_grad()
-        called = model if fast and not exact else _Disabled(model)
+        module = model if use_kernels and not exact else _Disabled(model)
         with _autocast(device, 'fp32' if exact else dtype):
-            maps = called(image)
+            maps = module(image)
         # As a loss scaler does: gradients of half precision would vanish.
         ramps = [torch.linspace(-1e4, 1e4, m.shape[1], device=device)[:, None, None] for m in maps]
         sum((m.float() * ramp).mean() for m, ramp in zip(maps, ramps)).backward()
@@ -177,8 +177,8 @@ def backbones(device: str, rounds: int, small: bool):
 def _backbone_time(name, make, arch, mode, batch, size, device, rounds) -> tuple[str, str, str]:
     """Wall time, time of the GPU's kernels alone, and peak memory; of other libraries in their faster memory format."""
     results = []
-    own = 'ours' in name or name == 'reference'  # they choose their format themselves
-    for memory_format in [*_FORMATS.values()][: 1 if own else 2]:
+    has_fixed_format = 'ours' in name or name == 'reference'  # they choose their format themselves
+    for memory_format in [*_FORMATS.values()][: 1 if has_fixed_format else 2]:
         try:
             model = make(arch).to(device, memory_format=memory_format)
             model.train(mode == 'training')  # mmpretrain's returns None
@@ -207,18 +207,20 @@ def first_sizes(device: str, rounds: int, small: bool):
     """What a new input size costs a training step, as multi-scale training brings one with almost every batch."""
     model = ConvNeXt('atto' if small else 'tiny').to(device).train()
     rows = []
-    for name, called in {'ours': model, 'reference': _Disabled(model)}.items():
-        first, later = [], []
+    for name, module in {'ours': model, 'reference': _Disabled(model)}.items():
+        first_times, later_times = [], []
         for i in range(3 if small else 12):
             image = torch.randn(2, 3, *((64, 64 + 32 * i) if small else (480 + 32 * i, 1344 - 32 * i)), device=device)
-            for times in (first, later):
+            for times in (first_times, later_times):
                 start = time.perf_counter()
                 with _autocast(device, 'fp16' if device == 'cuda' else 'bf16'):
-                    loss = sum(m.float().mean() for m in called(image))
+                    loss = sum(m.float().mean() for m in module(image))
                 loss.backward()
                 _synchronize(device)
                 times.append(1000 * (time.perf_counter() - start))
-        rows.append(('training step of T', name, *(f'{statistics.median(t[1:]):.1f}' for t in (first, later))))
+        rows.append(
+            ('training step of T', name, *(f'{statistics.median(t[1:]):.1f}' for t in (first_times, later_times)))
+        )
     return ('', '', 'a size for the first time', 'again'), rows
 
 
@@ -266,12 +268,12 @@ def _gpu_time_and_memory(step: Callable[[], None], device: str) -> tuple[float, 
     if device == 'cpu':
         return float('nan'), float('nan')
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    initial = torch.cuda.memory_allocated()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
     microseconds = sum(event.self_device_time_total for event in profile.key_averages())
-    return microseconds / 1000, (torch.cuda.max_memory_allocated() - before) / 1e6
+    return microseconds / 1000, (torch.cuda.max_memory_allocated() - initial) / 1e6
 
 
 def _kernel_time(run: Callable[[], object], rounds: int) -> str:

@@ -52,8 +52,8 @@ def boxes(n: int, **values) -> list[dict]:
 
 def masks(mask: object) -> list[dict]:
     """Return a few annotations, of which the first has this mask and fills its image."""
-    whole = dict(bbox=[0, 0, SIZE, SIZE], area=SIZE * SIZE)
-    return [annotation(0, segmentation=mask, **whole), *map(annotation, range(1, 9))]
+    full_image = dict(bbox=[0, 0, SIZE, SIZE], area=SIZE * SIZE)
+    return [annotation(0, segmentation=mask, **full_image), *map(annotation, range(1, 9))]
 
 
 def rle(counts: object) -> list[dict]:
@@ -64,9 +64,11 @@ def detection(root: Path, files: int = FEW_IMAGES, **parts) -> None:
     """Write a detection data set; by default with a few images, annotations and categories."""
     write_pngs(root / 'train', files, PIXELS)
     write_pngs(root / 'val', FEW_IMAGES, PIXELS)
-    few = dict(images=images(FEW_IMAGES), annotations=[annotation(i) for i in range(9)], categories=categories(1))
+    small_content = dict(
+        images=images(FEW_IMAGES), annotations=[annotation(i) for i in range(9)], categories=categories(1)
+    )
     (root / 'annotations').mkdir()
-    for split, content in (('train', {**few, **parts}), ('val', few)):
+    for split, content in (('train', {**small_content, **parts}), ('val', small_content)):
         (root / f'annotations/instances_{split}.json').write_text(json.dumps(content))
 
 

@@ -84,10 +84,11 @@ def measure_rate(predictor: Predictor, photos: Path, folder: Path, rounds: int) 
     n, ratios = len(list(photos.iterdir())), []
     run_command(predictor, photos, folder / 'warm up')
     for i in range(rounds):
-        alone = run_model(predictor, photos)
-        whole = run_command(predictor, photos, folder / f'out{i}')
-        ratios.append(alone / whole)
-        print(f'round {i + 1}: images per second on the wall and of CPU: model {n / alone}, command {n / whole}')
+        model_times = run_model(predictor, photos)
+        command_times = run_command(predictor, photos, folder / f'out{i}')
+        ratios.append(model_times / command_times)
+        rates = f'model {n / model_times}, command {n / command_times}'
+        print(f'round {i + 1}: images per second on the wall and of CPU: {rates}')
     wall, cpu = (statistics.median(values) for values in zip(*ratios))
     print(f'command / model: median {wall:.3f} on the wall, {cpu:.3f} in CPU time')
 

@@ -91,8 +91,8 @@ def draw(runs: list[TrainingRun], file: str) -> None:
     for panel, metric in zip(panels, ('box AP', 'mIoU')):
         results = [result for result in RESULTS if metric in result.metrics]
         final = [(run, run.final(metric)) for run in runs if run.paper_result in results]
-        ours = {run.paper_result.recipe: value for run, value in final if value is not None}
-        heights = [ours.get(result.recipe) for result in results]
+        value_of_recipe = {run.paper_result.recipe: value for run, value in final if value is not None}
+        heights = [value_of_recipe.get(result.recipe) for result in results]
         xs = range(len(results))
         panel.bar([x - 0.2 for x in xs], [r.metrics[metric] for r in results], 0.4, label='paper', color='0.75')
         bars = panel.bar([x + 0.2 for x in xs], [h or 0 for h in heights], 0.4, label='ours', color='tab:blue')

@@ -48,8 +48,8 @@ def main():
             run.config.dump(os.path.join(runner.log_dir, 'config.py'))
         metrics = runner.test()
         if is_main_process():
-            few = describe_small_evaluation(runner.test_dataloader.dataset)
-            print(format_metrics(metrics) + (f'  (from only {few})' if few else ''))
+            small_size = describe_small_evaluation(runner.test_dataloader.dataset)
+            print(format_metrics(metrics) + (f'  (from only {small_size})' if small_size else ''))
 
 
 if __name__ == '__main__':

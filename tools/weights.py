@@ -39,7 +39,7 @@ def inspect(args) -> None:
     weights = checkpoint.weights.values()
     stem = checkpoint.weights[STEM]
     dtypes = Counter(str(tensor.dtype).removeprefix('torch.') for tensor in weights)
-    others = checkpoint.extra_names
+    extra_names = checkpoint.extra_names
     facts = {
         'file': f'{checkpoint.file} ({checkpoint.file.stat().st_size / 2**20:.1f} MiB)',
         'source': checkpoint.title,
@@ -50,7 +50,7 @@ def inspect(args) -> None:
         'classifier': f'{len(checkpoint.weights["head.weight"])} classes'
         if 'head.weight' in checkpoint.weights
         else 'none',
-        'other': f'{len(others)} tensors, such as {others[0]}' if others else 'nothing',
+        'other': f'{len(extra_names)} tensors, such as {extra_names[0]}' if extra_names else 'nothing',
         'would load': _dry_run(checkpoint),
     }
     for title, fact in facts.items():
@@ -79,7 +79,7 @@ def _dry_run(checkpoint: Checkpoint) -> str:
 def _rows(checkpoint: Checkpoint):
     for name, canonical in checkpoint.parsed.names.items():
         yield name, canonical, 'x'.join(map(str, checkpoint.weights[canonical].shape))
-    for name in [*checkpoint.parsed.unknown, *checkpoint.parsed.others]:
+    for name in [*checkpoint.parsed.unknown, *checkpoint.parsed.other_names]:
         yield name, '-', ''
 
 

@@ -116,9 +116,11 @@ def find_state_dicts(checkpoint: dict) -> dict[str, dict[str, torch.Tensor]]:
             queue += [
                 (f'{key}.{name}'.lstrip('.'), value) for name, value in children if not NON_WEIGHT_KEY_RE.search(name)
             ]
-    usual = [key for key in STATE_DICT_KEYS if key in state_dicts]
-    others = sorted((key for key in state_dicts if key and key not in usual), key=lambda k: bool(EMA_KEY_RE.search(k)))
-    return {key: state_dicts[key] for key in [*usual, *([''] if '' in state_dicts else []), *others]}
+    usual_keys = [key for key in STATE_DICT_KEYS if key in state_dicts]
+    other_keys = sorted(
+        (key for key in state_dicts if key and key not in usual_keys), key=lambda k: bool(EMA_KEY_RE.search(k))
+    )
+    return {key: state_dicts[key] for key in [*usual_keys, *([''] if '' in state_dicts else []), *other_keys]}
 
 
 def _load_file(file: Path) -> dict:
@@ -151,7 +153,10 @@ def _load_shards(index: Path) -> dict:
             raise UsageError(
                 f"{index} names the shard '{name}', which is not next to it: get all files of the checkpoint"
             )
-        shard, expected = _load_file(index.parent / name), {tensor for tensor, own in shards.items() if own == name}
+        shard, expected = (
+            _load_file(index.parent / name),
+            {tensor for tensor, shard_of_tensor in shards.items() if shard_of_tensor == name},
+        )
         if shard.keys() != expected:
             other = sorted(shard.keys() ^ expected)[0]
             raise UsageError(

@@ -120,7 +120,7 @@ class ParsedNames:
         depths (tuple[int, ...]): Number of blocks per stage.
         names (dict[str, str]): Canonical names by the names in the file.
         unknown (list[str]): Names that look like the trunk's, but are not.
-        others (list[str]): Names that belong to no ConvNeXt.
+        other_names (list[str]): Names that belong to no ConvNeXt.
     """
 
     scheme: NamingScheme
@@ -128,7 +128,7 @@ class ParsedNames:
     depths: tuple[int, ...]
     names: dict[str, str]
     unknown: list[str]
-    others: list[str]
+    other_names: list[str]
 
 
 def detect_scheme(names: Iterable[str]) -> ParsedNames | None:

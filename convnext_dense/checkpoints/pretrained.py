@@ -70,7 +70,7 @@ class Checkpoint:
     def title(self) -> str:
         """The source in words."""
         title = self.parsed.scheme.title
-        if 'norms.3.weight' in self.parsed.others:
+        if 'norms.3.weight' in self.parsed.other_names:
             title = 'DINOv3 by Meta'
         is_dense_model = self.extra_names and self.parsed.prefix
         return f'the backbone of a trained detector or segmentor in the names of {title}' if is_dense_model else title
@@ -78,7 +78,7 @@ class Checkpoint:
     @property
     def extra_names(self) -> list[str]:
         """Names in the file that belong to no ConvNeXt."""
-        return [name for name in self.parsed.others if not name.startswith(DINOV3_DUPLICATE_PREFIX)]
+        return [name for name in self.parsed.other_names if not name.startswith(DINOV3_DUPLICATE_PREFIX)]
 
 
 def arch_name(depths: tuple[int, ...], channels: tuple[int, ...], use_grn: bool) -> str:
@@ -209,24 +209,24 @@ def plan_load(backbone: ConvNeXt, source: str | Path | Checkpoint, final_norm: s
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     weights, notes = dict(checkpoint.weights), []
     final = {leaf: weights.pop(f'norm.{leaf}', None) for leaf in ('weight', 'bias')}
-    last = len(backbone.depths) - 1
+    last_stage = len(backbone.depths) - 1
     has_output_norms = any(OUTPUT_NORM_RE.fullmatch(name) for name in weights)
-    if final_norm == 'reuse' and last in backbone.out_indices:
+    if final_norm == 'reuse' and last_stage in backbone.out_indices:
         if any(tensor is None for tensor in final.values()):
             raise UsageError(
                 f"{checkpoint.file} has no final norm (norm.weight, norm.bias): final_norm='reuse' needs one"
             )
-        weights |= {f'norm{last}.{leaf}': tensor for leaf, tensor in final.items()}
-        notes.append(f'the final norm is used as output norm {last}')
-    own = backbone.state_dict()
+        weights |= {f'norm{last_stage}.{leaf}': tensor for leaf, tensor in final.items()}
+        notes.append(f'the final norm is used as output norm {last_stage}')
+    state = backbone.state_dict()
     weights = {n: t for n, t in weights.items() if not n.startswith('head.') and not _is_unused_stage(n, backbone)}
-    if STEM in weights and _needs_stem_adaptation(weights[STEM], own[STEM]):
-        weights[STEM] = adapt_input_conv(weights[STEM], own[STEM].shape[1])
-        notes.append(f'the stem is adapted from 3 to {own[STEM].shape[1]} input channels')
+    if STEM in weights and _needs_stem_adaptation(weights[STEM], state[STEM]):
+        weights[STEM] = adapt_input_conv(weights[STEM], state[STEM].shape[1])
+        notes.append(f'the stem is adapted from 3 to {state[STEM].shape[1]} input channels')
     # A file has all output norms or none.
-    kept_init = [] if has_output_norms else [n for n in own if OUTPUT_NORM_RE.fullmatch(n) and n not in weights]
+    kept_init = [] if has_output_norms else [n for n in state if OUTPUT_NORM_RE.fullmatch(n) and n not in weights]
     problems = describe_mismatch(
-        {n: tuple(t.shape) for n, t in own.items() if n not in kept_init},
+        {n: tuple(t.shape) for n, t in state.items() if n not in kept_init},
         {n: tuple(t.shape) for n, t in weights.items()} | dict.fromkeys(checkpoint.parsed.unknown, ()),
     )
     if problems:
@@ -237,8 +237,8 @@ def plan_load(backbone: ConvNeXt, source: str | Path | Checkpoint, final_norm: s
         )
     check_values(checkpoint.file, weights)
     parsed = checkpoint.parsed
-    unused = [name for name, canonical in parsed.names.items() if canonical not in weights] + parsed.others
-    return LoadPlan(f'{checkpoint.name} ({checkpoint.title})', weights, len(own), kept_init, unused, notes)
+    unused = [name for name, canonical in parsed.names.items() if canonical not in weights] + parsed.other_names
+    return LoadPlan(f'{checkpoint.name} ({checkpoint.title})', weights, len(state), kept_init, unused, notes)
 
 
 def load_model_weights(content: dict, file: str | Path, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -264,7 +264,7 @@ def load_model_weights(content: dict, file: str | Path, model: nn.Module) -> dic
         return rename_swin(weights) or weights if has_swin else weights
     tensors, parsed = next(iter(convnexts.values()))
     prefix, backbone = backbones[0]
-    if all(name.startswith(DINOV3_DUPLICATE_PREFIX) for name in parsed.others):
+    if all(name.startswith(DINOV3_DUPLICATE_PREFIX) for name in parsed.other_names):
         plan, own = plan_load(backbone, file), backbone.state_dict()
         weights = plan.weights | {name: own[name] for name in plan.kept_init}
         return {f'{prefix}{name}': tensor for name, tensor in weights.items()}
@@ -364,8 +364,8 @@ def _is_unused_stage(name: str, backbone: ConvNeXt) -> bool:
     return bool(OUTPUT_NORM_RE.fullmatch(name)) and int(name.split('.')[0][4:]) not in backbone.out_indices
 
 
-def _needs_stem_adaptation(weight: torch.Tensor, own: torch.Tensor) -> bool:
-    return weight.ndim == 4 and weight.shape[1] == 3 != own.shape[1] and weight.shape[0] == own.shape[0]
+def _needs_stem_adaptation(weight: torch.Tensor, current: torch.Tensor) -> bool:
+    return weight.ndim == 4 and weight.shape[1] == 3 != current.shape[1] and weight.shape[0] == current.shape[0]
 
 
 def adapt_input_conv(weight: torch.Tensor, in_channels: int) -> torch.Tensor:

@@ -39,16 +39,16 @@ def plan_swin(backbone: nn.Module, source: str | Path) -> LoadPlan:
     if tensors is None:
         raise UsageError(f'{file}: no Swin weights by the names in it: give those of the original code, mmdet or mmseg')
     prefix = next(match[1] for match in map(PREFIX_RE.match, tensors) if match)
-    own = backbone.state_dict()
+    state = backbone.state_dict()
     weights, unused = {}, []
     for name, tensor in tensors.items():
         short = name.removeprefix(prefix)
-        is_unused_norm = OUTPUT_NORM_RE.fullmatch(short) and short not in own
+        is_unused_norm = OUTPUT_NORM_RE.fullmatch(short) and short not in state
         if not name.startswith(prefix) or CLASSIFIER_RE.match(short) or is_unused_norm:
             unused.append(name)
         elif not short.endswith(BUFFER_NAMES):
             weights[short] = tensor
-    expected = {name: tuple(tensor.shape) for name, tensor in own.items() if not name.endswith(BUFFER_NAMES)}
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items() if not name.endswith(BUFFER_NAMES)}
     has_output_norms = any(map(OUTPUT_NORM_RE.fullmatch, weights))
     kept_init = [] if has_output_norms else [name for name in expected if OUTPUT_NORM_RE.fullmatch(name)]
     problems = describe_mismatch(

@@ -34,12 +34,12 @@ def rename_swin(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] 
         return dict(tensors)
     renamed = {}
     for name, tensor in tensors.items():
-        own = name.removeprefix(prefix)
-        if name.startswith(prefix) and MERGING_RE.match(own):
+        new_name = name.removeprefix(prefix)
+        if name.startswith(prefix) and MERGING_RE.match(new_name):
             tensor = _to_unfold_order(tensor)
         for pattern, replacement in RENAMES if name.startswith(prefix) else ():
-            own = pattern.sub(replacement, own)
-        renamed[prefix + own if name.startswith(prefix) else name] = tensor
+            new_name = pattern.sub(replacement, new_name)
+        renamed[prefix + new_name if name.startswith(prefix) else name] = tensor
     return renamed
 
 
@@ -49,8 +49,8 @@ def _to_unfold_order(tensor: torch.Tensor) -> torch.Tensor:
     The original concatenates the channels of four pixels, those of a column first; torch's Unfold, which mmdet uses,
     returns the four pixels of each channel, those of a row first.
     """
-    *leading, last = tensor.shape
-    if last % 4:
+    *leading, channels = tensor.shape
+    if channels % 4:
         return tensor  # of no Swin: its shape is named later
-    pixels = tensor.reshape(*leading, 2, 2, last // 4)  # column, row, channel
+    pixels = tensor.reshape(*leading, 2, 2, channels // 4)  # column, row, channel
     return pixels.transpose(-3, -2).flatten(-3, -2).transpose(-2, -1).flatten(-2)

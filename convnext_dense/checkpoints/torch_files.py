@@ -54,7 +54,7 @@ def _load_zip(file: Path, memory: mmap.mmap) -> object:
         swap = order != sys.byteorder.encode()
         storages = {}
 
-        def find(kind: StorageType, key: str, location: str, numel: int, *_) -> Storage:
+        def find_storage(kind: StorageType, key: str, location: str, numel: int, *_) -> Storage:
             entry = entries.get(f'{root}data/{key}')
             if entry is None or entry.file_size != numel * kind.dtype.itemsize:
                 size = 'none' if entry is None else f'{entry.file_size} bytes'
@@ -70,7 +70,7 @@ def _load_zip(file: Path, memory: mmap.mmap) -> object:
                     _swap_bytes(storages[key], kind.dtype)
             return Storage(kind.dtype, storages[key])
 
-        return Unpickler(io.BytesIO(_read_record(archive, memory, entries[f'{root}data.pkl'])), find).load()
+        return Unpickler(io.BytesIO(_read_record(archive, memory, entries[f'{root}data.pkl'])), find_storage).load()
 
 
 def _check_entries(archive: zipfile.ZipFile, memory: mmap.mmap) -> dict[str, zipfile.ZipInfo]:
@@ -108,8 +108,8 @@ def _data_offset(memory: mmap.mmap, entry: zipfile.ZipInfo) -> int:
     name, extra = (int.from_bytes(memory[at + i : at + i + 2], 'little') for i in (26, 28))
     start = at + 30 + name + extra
     written = memory[at + 30 : at + 30 + name].decode('utf-8' if entry.flag_bits & 0x800 else 'cp437')
-    right = memory[at : at + 4] == ZIP_MAGIC and method == zipfile.ZIP_STORED and written == entry.orig_filename
-    if not right or entry.compress_size != entry.file_size or start + entry.file_size > len(memory):
+    is_valid = memory[at : at + 4] == ZIP_MAGIC and method == zipfile.ZIP_STORED and written == entry.orig_filename
+    if not is_valid or entry.compress_size != entry.file_size or start + entry.file_size > len(memory):
         raise UnsafeCheckpointError(f'its entry {entry.filename} is not where, or not what, its list of entries says')
     return start
 
@@ -143,8 +143,8 @@ class StorageLocation(NamedTuple):
 
 
 def _load_legacy(file: Path, memory: mmap.mmap) -> object:
-    def pickled(find: Callable[..., Storage] | None = None) -> object:
-        return Unpickler(memory, find or _refuse_storage).load()
+    def pickled(find_storage: Callable[..., Storage] | None = None) -> object:
+        return Unpickler(memory, find_storage or _refuse_storage).load()
 
     magic = LEGACY_MAGIC.to_bytes(10, 'little') in memory[:32]
     if memory[:1] == b'\x80' and not (magic and pickled() == LEGACY_MAGIC):
@@ -154,17 +154,17 @@ def _load_legacy(file: Path, memory: mmap.mmap) -> object:
     pickled()  # the version of the format
     swap = pickled().get('little_endian', True) != (sys.byteorder == 'little')
     content_at = memory.tell()
-    asked: dict[str, StorageLocation] = {}
+    expected: dict[str, StorageLocation] = {}
 
-    def ask(kind: StorageType, key: str, location: str, numel: int, view=None) -> Storage:
-        asked.setdefault(key, StorageLocation(0, numel, kind.dtype))
+    def request_storage(kind: StorageType, key: str, location: str, numel: int, view=None) -> Storage:
+        expected.setdefault(key, StorageLocation(0, numel, kind.dtype))
         return Storage(kind.dtype, None)
 
-    pickled(ask)
-    places = _storage_locations(memory, pickled(), asked)
+    pickled(request_storage)
+    places = _storage_locations(memory, pickled(), expected)
     storages = {}
 
-    def find(kind: StorageType, key: str, location: str, numel: int, view=None) -> Storage:
+    def find_storage(kind: StorageType, key: str, location: str, numel: int, view=None) -> Storage:
         place, size = places[key], kind.dtype.itemsize
         if numel != place.numel or kind.dtype != place.dtype:
             raise UnsafeCheckpointError(f'its storage {key} is described in two ways')
@@ -174,26 +174,26 @@ def _load_legacy(file: Path, memory: mmap.mmap) -> object:
                 _swap_bytes(storages[key], kind.dtype)
         if view is None:
             return Storage(kind.dtype, storages[key])
-        _, first, length = view  # a part of it that tensors are counted from
-        if not 0 <= first <= first + length <= numel:
+        _, view_start, length = view  # a part of it that tensors are counted from
+        if not 0 <= view_start <= view_start + length <= numel:
             raise UnsafeCheckpointError(f'it holds a view beyond its storage {key}')
-        return Storage(kind.dtype, storages[key][first * size : (first + length) * size])
+        return Storage(kind.dtype, storages[key][view_start * size : (view_start + length) * size])
 
     memory.seek(content_at)
-    return pickled(find)
+    return pickled(find_storage)
 
 
 def _storage_locations(
-    memory: mmap.mmap, keys: list[str], asked: dict[str, StorageLocation]
+    memory: mmap.mmap, keys: list[str], expected: dict[str, StorageLocation]
 ) -> dict[str, StorageLocation]:
     """Return where the storages lie that follow the pickles, each after its number of values."""
-    if sorted(keys) != sorted(asked):
+    if sorted(keys) != sorted(expected):
         raise UnsafeCheckpointError('its list of storages is not that of its tensors')
     places = {}
     for key in keys:
         numel = int.from_bytes(memory.read(8), 'little')
         start = memory.tell()
-        place = places[key] = asked[key]._replace(start=start)
+        place = places[key] = expected[key]._replace(start=start)
         end = start + place.numel * place.dtype.itemsize
         if numel != place.numel or end > len(memory):
             raise UnsafeCheckpointError(f'its storage {key} of {place.numel} values is cut short or has {numel}')
@@ -209,8 +209,8 @@ def _load_storage(memory: mmap.mmap | bytearray, start: int, size: int, dtype: t
     """Return `size` bytes from `start` on: mapped where values are aligned there, otherwise a copy."""
     if not size:
         return torch.UntypedStorage(0)
-    there = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=start)
-    return (there if start % dtype.itemsize == 0 else there.clone()).untyped_storage()
+    mapped = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=start)
+    return (mapped if start % dtype.itemsize == 0 else mapped.clone()).untyped_storage()
 
 
 def _swap_bytes(storage: torch.UntypedStorage, dtype: torch.dtype) -> None:

@@ -119,10 +119,10 @@ class Unpickler(pickle._Unpickler):
         if known is None and path in UNSUPPORTED:
             raise UnsafeCheckpointError(f'it holds {UNSUPPORTED[path]}')
         if known is None:
-            whole = not self.stack and not self.metastack  # it is not part of anything
+            is_top_level = not self.stack and not self.metastack  # it is not part of anything
             raise UnsafeCheckpointError(
-                f'it {"is" if whole else "needs"} {path}',
-                OBJECT_FIX.format(part='.state_dict()' if whole else self._key()),
+                f'it {"is" if is_top_level else "needs"} {path}',
+                OBJECT_FIX.format(part='.state_dict()' if is_top_level else self._key()),
             )
         return known
 
@@ -278,9 +278,14 @@ def _in_storage(storage, dtype, offset, size, stride, requires_grad, metadata) -
         raise UnsafeCheckpointError('it holds a tensor of an impossible shape')
     if storage.data is None:
         return None
-    held, last = storage.data.nbytes() // dtype.itemsize, offset + sum((n - 1) * s for n, s in zip(size, stride))
-    if (last >= held and 0 not in size) or prod(size) > max(held, MAX_EXPANSION):
-        raise UnsafeCheckpointError(f'a tensor of shape {tuple(size)} is larger than its storage of {held} values')
+    num_values, last_index = (
+        storage.data.nbytes() // dtype.itemsize,
+        offset + sum((n - 1) * s for n, s in zip(size, stride)),
+    )
+    if (last_index >= num_values and 0 not in size) or prod(size) > max(num_values, MAX_EXPANSION):
+        raise UnsafeCheckpointError(
+            f'a tensor of shape {tuple(size)} is larger than its storage of {num_values} values'
+        )
     tensor = torch.empty(0, dtype=dtype).set_(storage.data, offset, size, stride)
     tensor.requires_grad = bool(requires_grad) and dtype.is_floating_point
     return tensor

@@ -168,9 +168,9 @@ def _settings(source: ModelSource, options: PredictOptions, args: argparse.Names
 
 
 def _report_resumed(inputs: Inputs, todo: Inputs) -> None:
-    total, left = len(inputs.images + inputs.videos), len(todo.images + todo.videos)
-    if left < total:
-        print(f'{total - left:,} of {total:,} were predicted before', file=sys.stderr)
+    total, num_left = len(inputs.images + inputs.videos), len(todo.images + todo.videos)
+    if num_left < total:
+        print(f'{total - num_left:,} of {total:,} were predicted before', file=sys.stderr)
 
 
 def _run(
@@ -215,8 +215,8 @@ def _summary(report: RunReport, task: str) -> str:
     if report.num_skipped:
         parts.append(f'{report.num_skipped:,} skipped')
     if report.num_done:
-        rate, own = report.num_done / report.seconds, report.num_done / max(report.model_seconds, 1e-9)
-        parts.append(f'{rate:.1f} images/s (the model alone {own:.1f})')
+        rate, model_rate = report.num_done / report.seconds, report.num_done / max(report.model_seconds, 1e-9)
+        parts.append(f'{rate:.1f} images/s (the model alone {model_rate:.1f})')
     return ', '.join(parts)
 
 

@@ -54,10 +54,10 @@ def set_image_size(config: Config, size: int | None) -> str | None:
     parts = [config.get(f'{split}_dataloader') for split in ('train', 'val', 'test')]
     parts += [config.get(key) for key in (*EXTRA_PIPELINE_KEYS, 'test_pipeline')]
     parts.append(config.model.get('data_preprocessor'))
-    seen = {}  # of which some configs hold the same object twice
+    scaled = {}  # of which some configs hold the same object twice
     for holder in iter_dicts(parts):
-        if id(holder) not in seen:
-            seen[id(holder)] = holder
+        if id(holder) not in scaled:
+            scaled[id(holder)] = holder
             _scale(holder, SIZE_KEYS, size / old)
     if (config.model.get('test_cfg') or {}).get('mode') == 'slide':
         _scale(config.model.test_cfg, WINDOW_KEYS, size / old)

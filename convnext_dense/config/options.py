@@ -149,12 +149,12 @@ def _valid_keys(node: object, path: str) -> Collection[str]:
         return [str(i) for i in range(len(node))]
     if not hasattr(node, 'keys'):
         return []
-    own = {*node.keys(), *EXTRA_KEYS.get(path, ())}
+    keys = {*node.keys(), *EXTRA_KEYS.get(path, ())}
     if not path:
-        return own | _top_level_keys()
+        return keys | _top_level_keys()
     built = class_of(node.get('type', DEFAULT_TYPES.get(path)))
     callables = ([built] if built else []) + list(BUILT_WITHOUT_TYPE.get(path, ()))
-    return own.union(MMENGINE_KEYS, *map(argument_names, callables))
+    return keys.union(MMENGINE_KEYS, *map(argument_names, callables))
 
 
 @cache
@@ -186,17 +186,17 @@ def _unknown_key_message(config: Config, parts: list[str], i: int, valid: Collec
     known = [key for key, _ in _iter_items(config) if key.split('.')[0] in _top_level_keys()]
     key, parent = '.'.join(parts), '.'.join(parts[:i])
     siblings = ['.'.join([*parts[:i], name, *parts[i + 1 :]]) for name in difflib.get_close_matches(parts[i], valid, 1)]
-    longer = [other for other in known if other.endswith(f'.{key}')]
-    near = [*longer, *siblings, *difflib.get_close_matches(key, known, 1, 0.7)]
-    hint = f' (did you mean {near[0]}?)' if near else ''
+    longer_keys = [candidate for candidate in known if candidate.endswith(f'.{key}')]
+    suggestions = [*longer_keys, *siblings, *difflib.get_close_matches(key, known, 1, 0.7)]
+    hint = f' (did you mean {suggestions[0]}?)' if suggestions else ''
     return f'{parent or "the config"} has no {parts[i]}{hint}; to add a new key, write +{key}=...'
 
 
 def _config_variable_message(config: Config, name: str, rest: list[str]) -> str:
     """Say which key is read in the place of a variable of a config file."""
     value = config[name]
-    items = ((key, other) for key, other in _iter_items(config) if '.' in key)
-    users = [key for key, other in items if type(other) is type(value) and other == value]
+    items = ((key, item) for key, item in _iter_items(config) if '.' in key)
+    users = [key for key, item in items if type(item) is type(value) and item == value]
     target = '.'.join([users[0], *rest]) if users else 'the key that uses it'
     return f'{name} is a variable of the config file, which nothing reads once the file is loaded: set {target} instead'
 

@@ -146,6 +146,6 @@ def _require_path(path: str, split: str) -> None:
 def _looks_like_complete_json(path: str) -> bool:
     """Whether a file begins and ends as JSON, as a broken download does not; COCO's are too large to parse twice."""
     with open(path, 'rb') as file:
-        first = file.read(64).lstrip()[:1]
+        first_byte = file.read(64).lstrip()[:1]
         file.seek(max(os.path.getsize(path) - 64, 0))
-        return first + file.read().rstrip()[-1:] in (b'{}', b'[]')
+        return first_byte + file.read().rstrip()[-1:] in (b'{}', b'[]')

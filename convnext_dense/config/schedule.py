@@ -74,8 +74,8 @@ def _check_length(config: Config, unit: str, length: int, options: Mapping[str, 
     check_value_types(config)
     old_length = config.train_cfg.get(f'max_{unit}')
     if old_length is None:
-        other = 'iters' if unit == 'epochs' else 'epochs'
-        raise UsageError(f'--{unit}: this config counts {UNIT_NAMES[other]}: use --{other}')
+        other_unit = 'iters' if unit == 'epochs' else 'epochs'
+        raise UsageError(f'--{unit}: this config counts {UNIT_NAMES[other_unit]}: use --{other_unit}')
     if length < 1:
         raise UsageError(f'--{unit} {length}: give a positive number')
     return old_length

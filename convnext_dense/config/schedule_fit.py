@@ -181,16 +181,16 @@ def _fit_intervals(config: Config, steps: int, options: Mapping[str, object]) ->
     by_epoch = counts_epochs(config)
     unit, length = ('epochs', config.train_cfg.max_epochs) if by_epoch else ('iterations', config.train_cfg.max_iters)
     saving, changes = (config.get('default_hooks') or {}).get('checkpoint') or {}, []
-    holders = [(config.train_cfg, 'val_interval', 1 if by_epoch else 1000, 'train_cfg', 'evaluation')]
+    intervals = [(config.train_cfg, 'val_interval', 1 if by_epoch else 1000, 'train_cfg', 'evaluation')]
     if saving.get('by_epoch', True) == by_epoch:
-        holders.append((saving, 'interval', -1, 'default_hooks.checkpoint', 'a checkpoint'))
-    for holder, key, default, where, what in holders:
-        old, new = holder.get(key, default), math.ceil(length / MAX_EVALUATIONS)
-        if is_explicit(options, f'{where}.{key}') or holder.get('dynamic_intervals') or old < 1:
+        intervals.append((saving, 'interval', -1, 'default_hooks.checkpoint', 'a checkpoint'))
+    for settings, key, default, prefix, event in intervals:
+        old, new = settings.get(key, default), math.ceil(length / MAX_EVALUATIONS)
+        if is_explicit(options, f'{prefix}.{key}') or settings.get('dynamic_intervals') or old < 1:
             continue
         if new > old and steps * old / length < MIN_STEPS:
-            holder[key] = new
-            changes.append(f'{what} every {new:,} {unit} instead of {old:,}')
+            settings[key] = new
+            changes.append(f'{event} every {new:,} {unit} instead of {old:,}')
     return changes
 
 

@@ -94,10 +94,10 @@ def heartbeat(enabled: bool) -> Iterator[None]:
     Args:
         enabled: False to print nothing.
     """
-    done, start = threading.Event(), time.monotonic()
+    finished, start = threading.Event(), time.monotonic()
 
     def beat() -> None:
-        while not done.wait(HEARTBEAT_SECONDS):
+        while not finished.wait(HEARTBEAT_SECONDS):
             print(f'dry run: at work for {time.monotonic() - start:.0f} s', file=sys.stderr, flush=True)
 
     thread = threading.Thread(target=beat, daemon=True)
@@ -106,7 +106,7 @@ def heartbeat(enabled: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        done.set()
+        finished.set()
         if enabled:
             thread.join()
 

@@ -130,8 +130,8 @@ def saved_activation_bytes(backbone: ConvNeXt, input_shape: tuple, cp_scope: str
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = twin(torch.empty(input_shape, device='meta'))
     del outputs
-    own = set(map(id, parameters))
-    return sum(storage.nbytes() for key, storage in storages.items() if key not in own)
+    param_ids = set(map(id, parameters))
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in param_ids)
 
 
 def _format_gb(size: float) -> str:

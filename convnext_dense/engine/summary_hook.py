@@ -60,8 +60,8 @@ def _warmup_steps(scheduler, steps_per_epoch: float) -> int:
 
 def _num_evaluations(length: int, interval: int, begin: int) -> int:
     """How often a loop evaluates: at multiples of an interval and at its end."""
-    interval, before = int(min(interval, length)), max(begin - 1, 0)
-    return max(length // interval - before // interval, 0) + (length % interval > 0)
+    interval, num_skipped = int(min(interval, length)), max(begin - 1, 0)
+    return max(length // interval - num_skipped // interval, 0) + (length % interval > 0)
 
 
 def describe_small_evaluation(dataset) -> str | None:
@@ -85,9 +85,9 @@ def describe_small_evaluation(dataset) -> str | None:
 
 def _mark_metrics(runner, dataset) -> None:
     """Warn where metrics come from too few images or objects."""
-    few = describe_small_evaluation(dataset)
-    if few:
-        runner.logger.warning(f'These metrics come from only {few}: differences between models are mostly chance')
+    size = describe_small_evaluation(dataset)
+    if size:
+        runner.logger.warning(f'These metrics come from only {size}: differences between models are mostly chance')
 
 
 def _count(n: int, noun: str) -> str:

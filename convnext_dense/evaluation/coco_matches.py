@@ -125,16 +125,21 @@ def _best_threshold(images: Sequence[dict], num_objects: int) -> tuple[float, fl
         return (np.nan,) * 4
     scores = np.concatenate([image['dtScores'] for image in images])
     ignored = np.concatenate([image['dtIgnore'][0] for image in images]).astype(bool)
-    is_right = np.concatenate([image['dtMatches'][0] for image in images]).astype(bool)
+    is_correct = np.concatenate([image['dtMatches'][0] for image in images]).astype(bool)
     order = np.argsort(-scores[~ignored], kind='stable')
-    scores, right = scores[~ignored][order], np.cumsum(is_right[~ignored][order])
-    last = np.flatnonzero(np.diff(scores, append=-np.inf))  # equal scores are above a threshold together
-    if not len(right) or not right[-1]:
+    scores, num_correct = scores[~ignored][order], np.cumsum(is_correct[~ignored][order])
+    last_of_score = np.flatnonzero(np.diff(scores, append=-np.inf))  # equal scores are above a threshold together
+    if not len(num_correct) or not num_correct[-1]:
         return np.nan, np.nan, 0.0, 0.0
-    scores, right, count = scores[last], right[last], last + 1
-    f1 = 2 * right / (count + num_objects)
+    scores, num_correct, count = scores[last_of_score], num_correct[last_of_score], last_of_score + 1
+    f1 = 2 * num_correct / (count + num_objects)
     best = int(f1.argmax())
-    return float(scores[best]), float(right[best] / count[best]), float(right[best] / num_objects), float(f1[best])
+    return (
+        float(scores[best]),
+        float(num_correct[best] / count[best]),
+        float(num_correct[best] / num_objects),
+        float(f1[best]),
+    )
 
 
 def match_at_thresholds(evaluation: COCOeval, results: Sequence[ClassResult]) -> list[Pair]:

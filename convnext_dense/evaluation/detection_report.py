@@ -120,16 +120,15 @@ class DetectionReport(CocoMetric):
         )
         worst = [i for i in order if sum(rows[i][2:])][:NUM_WORST_IMAGES]
 
-        def draw(place: int, file: Path) -> bool:
-            image_id = worst[place]
+        def draw(rank: int, file: Path) -> bool:
+            image_id = worst[rank]
             size = (images[image_id]['height'], images[image_id]['width'])
             image = read_rgb(paths[image_id], size, self.backend_args)
             if image is None:
                 return False
-            _, right, wrong, false, missed = rows[image_id]
-            title = (
-                f'{Path(paths[image_id]).name}: {right} right, {wrong} of a wrong class, {false} false, {missed} missed'
-            )
+            _, correct, wrong, false, missed = rows[image_id]
+            counts = f'{correct} right, {wrong} of a wrong class, {false} false, {missed} missed'
+            title = f'{Path(paths[image_id]).name}: {counts}'
             draw_detections(image, by_image[image_id], names, file, title)
             return True
 
@@ -138,8 +137,8 @@ class DetectionReport(CocoMetric):
 
 def image_errors(pairs: Sequence[Pair]) -> tuple[float, int, int, int, int]:
     """F1 of an image (1 where there is nothing), and its pairs: right, of a wrong class, false, missed."""
-    right = sum(pair.is_right for pair in pairs)
+    correct = sum(pair.is_right for pair in pairs)
     false, missed = (sum(ann is None for ann in anns) for anns in ([p.gt for p in pairs], [p.dt for p in pairs]))
-    wrong = len(pairs) - right - false - missed
+    wrong = len(pairs) - correct - false - missed
     errors = 2 * wrong + false + missed
-    return (2 * right / (2 * right + errors) if pairs else 1.0), right, wrong, false, missed
+    return (2 * correct / (2 * correct + errors) if pairs else 1.0), correct, wrong, false, missed

@@ -102,10 +102,10 @@ class SegmentationReport(IoUMetric):
         return metrics
 
     def _write_classes(self, matrix: np.ndarray, classes: Sequence[str]) -> None:
-        right, pred, label = (
+        correct, pred, label = (
             torch.from_numpy(a).double() for a in (matrix.diagonal().copy(), matrix.sum(0), matrix.sum(1))
         )
-        values = self.total_area_to_metrics(right, pred + label - right, pred, label, ['mIoU', 'mFscore'])
+        values = self.total_area_to_metrics(correct, pred + label - correct, pred, label, ['mIoU', 'mFscore'])
         columns = [100 * values[key] for key in ('IoU', 'Acc', 'Precision', 'Fscore')]
         pixels = 100 * label.numpy() / max(float(label.sum()), 1)
         rows = [(name, *map(float, row)) for name, *row in zip(classes, pixels, *columns)]
@@ -157,10 +157,10 @@ def count_confusions(
 def class_ious(cells: np.ndarray, counts: np.ndarray, num_classes: int) -> np.ndarray:
     """IoU of each class, NaN where neither ground truth nor prediction has it; arguments of `count_confusions`."""
     label, pred = (np.bincount(index, counts, num_classes) for index in np.divmod(cells, num_classes))
-    is_right = cells // num_classes == cells % num_classes
-    right = np.bincount(cells[is_right] // num_classes, counts[is_right], num_classes)
-    union = label + pred - right
-    return np.divide(right, union, out=np.full(num_classes, np.nan), where=union > 0)
+    is_correct = cells // num_classes == cells % num_classes
+    correct = np.bincount(cells[is_correct] // num_classes, counts[is_correct], num_classes)
+    union = label + pred - correct
+    return np.divide(correct, union, out=np.full(num_classes, np.nan), where=union > 0)
 
 
 def _to_png(labels: np.ndarray) -> bytes:

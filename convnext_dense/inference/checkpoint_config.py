@@ -130,8 +130,8 @@ def _load_config(config: str | Path | Config | None, file: str, name: str, conte
     meta = content.get('meta') if isinstance(content.get('meta'), dict) else {}
     text = meta.get('cfg') or meta.get('config')
     if not isinstance(text, str) or not text.strip():
-        what = 'is a backbone, not a detector or segmentor' if name in WEIGHT_URLS else 'contains no config'
-        raise UsageError(f'{file} {what}: {CONFIG_HINT}')
+        problem = 'is a backbone, not a detector or segmentor' if name in WEIGHT_URLS else 'contains no config'
+        raise UsageError(f'{file} {problem}: {CONFIG_HINT}')
     try:
         config = parse_config_literal(text)
     except UsageError as error:
@@ -205,9 +205,9 @@ def _check_task(content: Mapping, file: str, task: str) -> None:
     """Refuse the checkpoint of a detector with the config of a segmentor, and the reverse."""
     names = [name for tensors in find_state_dicts(content).values() for name in tensors]
     has = {t: any(map(pattern.search, names)) for t, pattern in HEAD_RE.items()}
-    other = next(other for other in TASKS.values() if other != task)
-    if has[other] and not has[task]:
-        raise UsageError(f'{file} is a model for {other}, the config is for {task}: {CONFIG_HINT}')
+    other_task = next(other_task for other_task in TASKS.values() if other_task != task)
+    if has[other_task] and not has[task]:
+        raise UsageError(f'{file} is a model for {other_task}, the config is for {task}: {CONFIG_HINT}')
 
 
 def dataset_classes(config: Config) -> tuple[str, ...]:
@@ -229,11 +229,15 @@ def _names(meta: Mapping) -> tuple[str, ...]:
 def _find_classes(content: Mapping, config: Config) -> tuple[tuple, tuple]:
     """Return names and colors of the classes: those in the checkpoint, else those of the config's data set."""
     meta = content.get('meta') if isinstance(content.get('meta'), dict) else {}
-    known = {str(k).lower(): v for k, v in {**meta, **(meta.get('dataset_meta') or {})}.items()}
-    own = _dataset_meta(config)
-    if not known.get('classes'):
-        known = own
-    classes = _names(known)
-    palette = known.get('palette') or (own.get('palette') if tuple(own.get('classes') or ()) == classes else None) or ()
+    meta_values = {str(k).lower(): v for k, v in {**meta, **(meta.get('dataset_meta') or {})}.items()}
+    config_meta = _dataset_meta(config)
+    if not meta_values.get('classes'):
+        meta_values = config_meta
+    classes = _names(meta_values)
+    palette = (
+        meta_values.get('palette')
+        or (config_meta.get('palette') if tuple(config_meta.get('classes') or ()) == classes else None)
+        or ()
+    )
     is_colors = isinstance(palette, (list, tuple)) and len(palette) == len(classes)
     return classes, tuple(tuple(map(int, color)) for color in palette) if is_colors else ()

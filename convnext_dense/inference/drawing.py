@@ -189,20 +189,20 @@ def _draw_labels(picture: np.ndarray, texts: Sequence[str], boxes: np.ndarray, c
         return picture
     height, width = picture.shape[:2]
     font, pad = _font(font_size((height, width))), max(1, line_width((height, width)))
-    taken = np.zeros((0, 4))
+    label_boxes = np.zeros((0, 4))
     for i, text in enumerate(texts):
         left, top, right, bottom = font.getbbox(text)
         size = (right - left + 2 * pad, bottom - top + 2 * pad)
         places = np.array([_clipped(place, size, (width, height)) for place in _label_places(boxes[i], size)])
-        others = np.delete(boxes, i, 0)
+        other_boxes = np.delete(boxes, i, 0)
         # Another label is unreadable below this one; an object is only partly hidden.
-        costs = 10 * _overlap(places, taken) + _overlap(places, others) + _overlap(places, boxes[i : i + 1])
+        costs = 10 * _overlap(places, label_boxes) + _overlap(places, other_boxes) + _overlap(places, boxes[i : i + 1])
         x, y = places[int(costs.argmin())][:2]
         label = Image.new('RGB', tuple(map(int, size)), colors[i])  # of its own: a picture may take 50 MB
         ImageDraw.Draw(label).text((pad - left, pad - top), text, fill=text_color(colors[i]), font=font)
         area = picture[int(y) : int(y + size[1]), int(x) : int(x + size[0])]
         area[:] = np.asarray(label)[: area.shape[0], : area.shape[1], ::-1]
-        taken = np.vstack((taken, [[x, y, x + size[0], y + size[1]]]))
+        label_boxes = np.vstack((label_boxes, [[x, y, x + size[0], y + size[1]]]))
     return picture
 
 

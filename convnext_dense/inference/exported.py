@@ -34,8 +34,8 @@ def check_exported_options(file: ExportedFile, options: PredictOptions, amp_dtyp
     session_class(file.path).check_amp_dtype(amp_dtype)
     is_segmentation = file.meta.task == 'segmentation'
     if options.multiscale and (is_segmentation or file.meta.size or file.meta.input == 'raw'):
-        what = 'for segmentation' if is_segmentation else 'at other sizes'
-        raise UsageError(f'multiscale {what} is not in an exported model: predict with the checkpoint')
+        purpose = 'for segmentation' if is_segmentation else 'at other sizes'
+        raise UsageError(f'multiscale {purpose} is not in an exported model: predict with the checkpoint')
     if options.tile and is_segmentation and file.outputs is not None and 'logits' not in file.outputs:
         raise UsageError(f'{file.path}: tile {NEEDS_LOGITS}')
 

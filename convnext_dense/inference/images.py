@@ -125,8 +125,8 @@ def _decode(data: bytes, image: Image.Image, color_type: str) -> LoadedImage:
     try:
         return LoadedImage(_decode_with_opencv(data, color_type))
     except UnreadableImageError:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as again:
-            return LoadedImage(from_pil(again, color_type))
+        with Image.open(io.BytesIO(data), formats=FORMATS) as pil_image:
+            return LoadedImage(from_pil(pil_image, color_type))
 
 
 def _decode_with_opencv(data: bytes, color_type: str) -> np.ndarray:

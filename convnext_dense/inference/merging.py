@@ -81,23 +81,23 @@ def merge_detections(
     Returns:
         The sample of the first view, with the merged detections.
     """
-    first, views, device = None, [], None
+    first_sample, views, device = None, [], None
     for sample in samples:
-        first, device = first or sample, sample.pred_instances.bboxes.device
+        first_sample, device = first_sample or sample, sample.pred_instances.bboxes.device
         views.append(Detections.from_instances(sample.pred_instances))
-        if sample is not first:
+        if sample is not first_sample:
             del sample.pred_instances
-    size = first.ori_shape[:2]
+    size = first_sample.ori_shape[:2]
     view_ids = np.repeat(np.arange(len(views)), [len(view) for view in views])
     detections = Detections.concatenate(views)
-    kept = nms(detections, iou_thr)[:max_per_image]
-    merged, masks = detections[kept], None
+    keep = nms(detections, iou_thr)[:max_per_image]
+    merged, masks = detections[keep], None
     if merged.masks is not None:
-        voted = [_vote(detections, view_ids, i, iou_thr) for i in kept]
+        voted = [_vote(detections, view_ids, i, iou_thr) for i in keep]
         bitmaps = [mask.bitmap((0, 0, size[1], size[0])).astype(bool) for mask in voted]
         masks = torch.from_numpy(np.stack(bitmaps) if bitmaps else np.zeros((0, *size), bool)).to(device)
-    first.pred_instances = merged.to_instances(masks).to(device)
-    return first
+    first_sample.pred_instances = merged.to_instances(masks).to(device)
+    return first_sample
 
 
 def detector_limits(model) -> tuple[float, int | None]:
@@ -121,11 +121,11 @@ def nms(detections: Detections, iou_thr: float) -> np.ndarray:
     return batched_nms(boxes, scores, labels, dict(type='nms', iou_threshold=iou_thr))[1].numpy()
 
 
-def _vote(detections: Detections, view_ids: np.ndarray, kept: int, iou_thr: float) -> CroppedMask:
+def _vote(detections: Detections, view_ids: np.ndarray, index: int, iou_thr: float) -> CroppedMask:
     """The mask of most of the views that have a detection of the same object, the best of each view."""
-    ious = box_ious(detections.boxes[kept : kept + 1], detections.boxes)[0]
-    ious[detections.labels != detections.labels[kept]] = 0
-    ious[kept] = 1
+    ious = box_ious(detections.boxes[index : index + 1], detections.boxes)[0]
+    ious[detections.labels != detections.labels[index]] = 0
+    ious[index] = 1
     members = []
     for view in np.unique(view_ids[ious >= iou_thr]):
         in_view = np.flatnonzero(view_ids == view)
@@ -307,8 +307,8 @@ def _is_covered(detections: Detections, is_fragment: np.ndarray) -> np.ndarray:
     covered = np.zeros(len(detections), bool)
     areas = box_areas(detections.boxes)
     for i in np.flatnonzero(is_fragment):
-        others = (detections.labels == detections.labels[i]) & (areas > areas[i])
-        others &= detections.scores >= MIN_COVER_SCORE * detections.scores[i]
-        inter = intersections(detections.boxes[i : i + 1], detections.boxes[others])[0]
+        larger = (detections.labels == detections.labels[i]) & (areas > areas[i])
+        larger &= detections.scores >= MIN_COVER_SCORE * detections.scores[i]
+        inter = intersections(detections.boxes[i : i + 1], detections.boxes[larger])[0]
         covered[i] = bool((inter >= FRAGMENT_THR * max(areas[i], 1e-6)).any())
     return covered

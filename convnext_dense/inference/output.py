@@ -181,10 +181,10 @@ def _check_settings(path: Path, settings: Mapping[str, object]) -> None:
         old = json.loads((path / SETTINGS_FILE).read_text())
     except (OSError, ValueError) as error:
         raise UsageError(f"--resume: '{path}' was not written by this tool: choose another --out") from error
-    other = next((key for key in settings if old.get(key) != settings[key]), None)
-    if other:
+    key = next((key for key in settings if old.get(key) != settings[key]), None)
+    if key:
         raise UsageError(
-            f"--resume: '{path}' was made with {other} {old.get(other)}, not {settings[other]}: choose another --out"
+            f"--resume: '{path}' was made with {key} {old.get(key)}, not {settings[key]}: choose another --out"
         )
 
 

@@ -249,9 +249,9 @@ def pool(n: int) -> Iterator[ThreadPoolExecutor]:
 @contextmanager
 def _single_threaded_opencv() -> Iterator[None]:
     """OpenCV without threads of its own: these threads are already as many as are useful."""
-    before = cv2.getNumThreads()
+    num_threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
         yield
     finally:
-        cv2.setNumThreads(before)
+        cv2.setNumThreads(num_threads)

@@ -51,6 +51,6 @@ def select_classes(sample: BaseDataElement, labels: Sequence[int]) -> BaseDataEl
         The sample.
     """
     pred = sample.pred_sem_seg.data
-    other = ~torch.isin(pred, torch.as_tensor(labels, dtype=pred.dtype, device=pred.device))
-    sample.pred_sem_seg.data = pred.masked_fill(other, IGNORED)
+    is_other = ~torch.isin(pred, torch.as_tensor(labels, dtype=pred.dtype, device=pred.device))
+    sample.pred_sem_seg.data = pred.masked_fill(is_other, IGNORED)
     return sample

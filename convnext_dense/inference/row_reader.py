@@ -81,11 +81,11 @@ class RasterRowReader(RowReader):
 
     def read(self, top: int, bottom: int) -> np.ndarray:
         """Return the rows from `top` to before `bottom`; the next call overwrites them."""
-        kept = self.buffer[top - self.top : self.n_rows]
+        overlap = self.buffer[top - self.top : self.n_rows]
         if bottom - top > len(self.buffer):
             self.buffer = self._allocate(bottom - top)
-        self.buffer[: len(kept)] = kept  # an overlap that moves up in its own buffer is copied right by numpy
-        for start in range(top + len(kept), bottom, CHUNK_ROWS):
+        self.buffer[: len(overlap)] = overlap  # an overlap that moves up in its own buffer is copied right by numpy
+        for start in range(top + len(overlap), bottom, CHUNK_ROWS):
             end = min(start + CHUNK_ROWS, bottom)
             self.buffer[start - top : end - top] = self._read(start, end)
         self.top, self.n_rows = top, bottom - top

@@ -26,7 +26,7 @@ def blend_weights(starts: Sequence[int], tile: int, length: int) -> list[np.ndar
         length: Of the side.
     """
     sides = [min(tile, length - start) for start in starts]
-    ramp = max([1, *(start + side - after for (start, after), side in zip(pairwise(starts), sides))])
+    ramp = max([1, *(start + side - next_start for (start, next_start), side in zip(pairwise(starts), sides))])
     weights, total = [], np.zeros(length)
     for start, side in zip(starts, sides):
         place = np.arange(side) + 0.5

@@ -43,9 +43,9 @@ class SegmentationViews:
         )
         set_multiscale(config)
         self.pipeline = Compose(config.test_dataloader.dataset.pipeline)
-        whole = copy.copy(model)  # the same parameters; the model itself goes on to slide a window
-        whole.test_cfg = ConfigDict({**(model.test_cfg or {}), 'mode': 'whole'})
-        self.model = MultiScaleSegmentor(module=whole)
+        whole_mode_model = copy.copy(model)  # the same parameters; the model itself goes on to slide a window
+        whole_mode_model.test_cfg = ConfigDict({**(model.test_cfg or {}), 'mode': 'whole'})
+        self.model = MultiScaleSegmentor(module=whole_mode_model)
 
     def predict(self, item: dict, with_logits: bool = False) -> BaseDataElement:
         """Predict an image.

@@ -280,8 +280,8 @@ class ConvNeXt(BaseModule):
         for i, (depth, c) in enumerate(zip(self.depths[:n_stages], self.channels)):
             self.downsample_layers.append(Downsample(self.channels[i - 1], c) if i else Stem(in_channels, c))
             self.downsample_layers[i].before_layer_scale = bool(layer_scale)
-            first = sum(self.depths[:i])
-            stage_rates = rates[first : first + depth]
+            first_block = sum(self.depths[:i])
+            stage_rates = rates[first_block : first_block + depth]
             blocks = (ConvNeXtBlock(c, kernel_size, rate, layer_scale, use_grn) for rate in stage_rates)
             self.stages.append(nn.Sequential(*blocks))
         for i in sorted(self.out_indices):
@@ -410,15 +410,15 @@ class ConvNeXt(BaseModule):
         stage = int(indices[0])
         if decay_type == 'stage_wise':
             return 0 if root == 'downsample_layers' else stage + 1
-        first = 1 + sum(_layers_per_stage(self.depths)[:stage])
+        first_layer = 1 + sum(_layers_per_stage(self.depths)[:stage])
         if root == 'downsample_layers':
-            return 0 if stage == 0 else first
+            return 0 if stage == 0 else first_layer
         if stage != 2:
-            return first
+            return first_layer
         # What a user adds next to or after the blocks, such as an adapter, counts as the last block.
-        last = self.depths[2] - 1
-        block = next((int(part) for part in indices[1:] if part.isdigit()), last)
-        return first + min(block, last) // 3
+        last_block = self.depths[2] - 1
+        block = next((int(part) for part in indices[1:] if part.isdigit()), last_block)
+        return first_layer + min(block, last_block) // 3
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Return the depth of a parameter, as mmpretrain's `LearningRateDecayOptimWrapperConstructor` asks for it.

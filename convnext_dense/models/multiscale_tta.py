@@ -83,12 +83,12 @@ def _resize_rows(
     src = src.clamp(0, h - 1)
     upper = src.long()
     lower = (upper + 1).clamp(max=h - 1)
-    first, last = int(upper[0]), int(lower[-1])
+    first_row, last_row = int(upper[0]), int(lower[-1])
     wide = interpolate(
-        logits[None, :, first : last + 1],
-        size=(last + 1 - first, width),
+        logits[None, :, first_row : last_row + 1],
+        size=(last_row + 1 - first_row, width),
         mode='bilinear',
         align_corners=align_corners,
     )[0]
     weight = (src - upper).to(logits.dtype)[:, None]
-    return torch.lerp(wide[:, upper - first], wide[:, lower - first], weight)
+    return torch.lerp(wide[:, upper - first_row], wide[:, lower - first_row], weight)

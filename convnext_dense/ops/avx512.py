@@ -269,15 +269,15 @@ class PatchEmbedParams(NamedTuple):
 
 def supports_patch_embed(x: torch.Tensor, params: PatchEmbedParams, args: PatchEmbedArgs) -> bool:
     """Whether a stem or a downsampling of x, (N, C, H, W), runs here, once that is float32."""
-    size, before, after = args.patch_size, x.shape[1], len(params.weight)
-    if size not in PATCH_SIZES or min(x.shape[2:]) < size or not before:
+    size, in_channels, out_channels = args.patch_size, x.shape[1], len(params.weight)
+    if size not in PATCH_SIZES or min(x.shape[2:]) < size or not in_channels:
         return False
-    if size == 2 and (before % CHANNEL_MULTIPLE or not x.is_contiguous(memory_format=torch.channels_last)):
+    if size == 2 and (in_channels % CHANNEL_MULTIPLE or not x.is_contiguous(memory_format=torch.channels_last)):
         return False
-    if after % CHANNEL_MULTIPLE or args.dtype not in dtypes():
+    if out_channels % CHANNEL_MULTIPLE or args.dtype not in dtypes():
         return False
-    norm = (before if size == 2 else after,)
-    return _params_match(params, ((after, before, size, size), (after,), norm, norm))
+    norm = (in_channels if size == 2 else out_channels,)
+    return _params_match(params, ((out_channels, in_channels, size, size), (out_channels,), norm, norm))
 
 
 def check_patch_embed(x: torch.Tensor, params: PatchEmbedParams, args: PatchEmbedArgs) -> None:

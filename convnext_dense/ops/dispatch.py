@@ -158,17 +158,17 @@ def block_forward(block: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     if selected is None:
         return None
     backend, dtype, params = selected
-    kept, scale = _sample_drop_path(block.drop_path, x)
+    sample_ids, scale = _sample_drop_path(block.drop_path, x)
     rows = x.permute(0, 2, 3, 1).contiguous()
-    inputs = rows if kept is None else rows[kept]
+    inputs = rows if sample_ids is None else rows[sample_ids]
     z, needs_grad = None, operators.needs_grad(x, *params)
     if backend == 'onednn' and dtype != x.dtype and needs_grad:
         z = inputs.to(dtype)  # which is what the operator saves, not the larger input
     save_level = _save_level(block, backend) if needs_grad else SAVE_INPUT
     args = BlockArgs(backend, dtype, block.norm.eps, block.dwconv.padding, scale, save_level)
     out = operators.block(inputs, z, *params, *args)[0]
-    if kept is not None:
-        out = rows.to(out.dtype).index_copy(0, kept, out)
+    if sample_ids is not None:
+        out = rows.to(out.dtype).index_copy(0, sample_ids, out)
     return out.permute(0, 3, 1, 2)
 
 
@@ -297,8 +297,8 @@ def _patch_embed_args(module: nn.Module, x: torch.Tensor) -> tuple[PatchEmbedPar
     dtype = _autocast_dtype() or x.dtype
     conv, norm = sorted(module, key=lambda part: isinstance(part, nn.LayerNorm))
     size = conv.kernel_size[0]
-    found = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-    if found != ((size, size), (size, size), (0, 0), (1, 1), 1, 'zeros') or x.shape[1] != conv.in_channels:
+    conv_args = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    if conv_args != ((size, size), (size, size), (0, 0), (1, 1), 1, 'zeros') or x.shape[1] != conv.in_channels:
         return None
     params = PatchEmbedParams(conv.weight, conv.bias, norm.weight, norm.bias)
     args = PatchEmbedArgs(size, norm.eps, dtype)
@@ -352,8 +352,8 @@ def _sample_drop_path(drop_path: nn.Module, x: torch.Tensor) -> tuple[torch.Tens
     """Indices of the samples that keep the branch, None for all of them, and the factor of the branch."""
     if not drop_path.training or drop_path.drop_prob == 0:
         return None, 1.0
-    kept = drop_path.sample_scale(x).nonzero().flatten()
-    return (None if len(kept) == len(x) else kept), 1 / (1 - drop_path.drop_prob)
+    sample_ids = drop_path.sample_scale(x).nonzero().flatten()
+    return (None if len(sample_ids) == len(x) else sample_ids), 1 / (1 - drop_path.drop_prob)
 
 
 def _save_level(block: nn.Module, backend: str) -> int:

@@ -87,19 +87,19 @@ def forward(
         return h
 
     for tiles in _tile_groups(params, x, y, out):
-        weight, bias, kept = p.pwconv2_weight, p.pwconv2_bias, {}
+        weight, bias, hidden_of_tile = p.pwconv2_weight, p.pwconv2_bias, {}
         if p.grn_gamma is not None:
             grn = _Grn(params)
             for i, (_, y_rows, _) in enumerate(tiles):
                 h = hidden_layer(y_rows)
                 grn.add(h)
                 if (i + 1) * h.nbytes <= KEPT_BYTES or save_hidden:
-                    kept[i] = hidden[-1] if save_hidden else h
+                    hidden_of_tile[i] = hidden[-1] if save_hidden else h
             # What GRN does to the hidden layer is done to the weights behind it.
             weight = (grn.weight * grn.factor()).to(args.dtype)
             bias = (params.pwconv2_bias + grn.weight @ grn.beta).to(args.dtype)
         for i, (x_rows, y_rows, out_rows) in enumerate(tiles):
-            h = kept.get(i)
+            h = hidden_of_tile.get(i)
             h = hidden_layer(y_rows) if h is None else F.gelu(h) if save_hidden else h
             branch = _onednn_linear(h, weight, bias)
             if p.gamma is None:

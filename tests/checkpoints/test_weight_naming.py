@@ -54,7 +54,7 @@ def test_library_names_and_shapes_equal_the_reference(library):
         renamed = rename_to_library({n: torch.empty(shape) for n, shape in tiny.items()}, library)
     assert {n: list(t.shape) for n, t in renamed.items()} == REFERENCE[library]
     actual = detect_scheme(REFERENCE[library])
-    assert actual.depths == (3, 3, 9, 3) and not actual.unknown and not actual.others
+    assert actual.depths == (3, 3, 9, 3) and not actual.unknown and not actual.other_names
     assert set(actual.names.values()) == {n for n in tiny if library not in HEADLESS or not n.startswith('head.')}
 
 
