@@ -269,7 +269,7 @@ def measure_memory(case: Case, names: list[str]) -> Iterator[Result]:
 
 def gemm_lower_bound(case: Case) -> float:
     """Milliseconds of the matrix products of a forward pass alone, at the rate that this device reaches on their shapes
-    in the fastest of their forms, a cache-sized tile at a time."""
+    in their fastest implementation, a cache-sized tile at a time."""
     dtype, device = DTYPES[case.dtype], case.device
     sizes, total = ARCHS[_split_arch(case.arch)[0]], 0.0
     in_channels, area = 3 * 16, 16
@@ -357,15 +357,15 @@ def _matmul_time(rows: int, inner: int, outer: int, dtype: torch.dtype, device: 
         torch.randn(outer, inner, device=device, dtype=dtype),
     )
     image = x.view(1, rows, 1, inner).permute(0, 3, 1, 2)
-    forms = [lambda: F.linear(x, weight), lambda: F.conv2d(image, weight[:, :, None, None])]
+    functions = [lambda: F.linear(x, weight), lambda: F.conv2d(image, weight[:, :, None, None])]
     if device == 'cpu' and dtype in dispatch.onednn.dtypes():
-        forms.append(lambda: dispatch.onednn._onednn_linear(x, weight))
+        functions.append(lambda: dispatch.onednn._onednn_linear(x, weight))
     best = float('inf')
     with torch.no_grad():
-        for form in forms:
+        for function in functions:
             for _ in range(5):
                 start = time.perf_counter()
-                form()
+                function()
                 _synchronize(device)
                 best = min(best, time.perf_counter() - start)
     return best
@@ -401,6 +401,7 @@ def _synchronize(device: str) -> None:
 
 def make_cases(archs, modes, resolutions, batches, dtypes, device, compiled) -> Iterator[Case]:
     """All combinations; `compiled` False, True or 'both'."""
-    forms = {'both': (False, True)}.get(compiled, (compiled,))
-    for arch, mode, (height, width), batch, dtype, form in product(archs, modes, resolutions, batches, dtypes, forms):
-        yield Case(arch, mode, height, width, batch, dtype, device, form)
+    compiled_values = {'both': (False, True)}.get(compiled, (compiled,))
+    combinations = product(archs, modes, resolutions, batches, dtypes, compiled_values)
+    for arch, mode, (height, width), batch, dtype, is_compiled in combinations:
+        yield Case(arch, mode, height, width, batch, dtype, device, is_compiled)

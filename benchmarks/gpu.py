@@ -238,7 +238,7 @@ def models(device: str, rounds: int, small: bool):
 
 
 SECTIONS: dict[str, tuple[str, Callable]] = {
-    'equality': ('**Equality** (float32 is the truth)', equality),
+    'equality': ('**Equality** (against float32)', equality),
     'backbones': ('**Backbones** under autocast in float16, in their faster memory format', backbones),
     'models': ('**Whole models**, images per second, float16', models),
     'depthwise': ('**Depthwise convolution**: forward / gradient of the input / of the weight', depthwise),

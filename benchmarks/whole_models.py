@@ -209,7 +209,7 @@ def _part_fractions(run: Callable[[], None], model: nn.Module) -> dict[str, floa
 
 
 def _gemm_bound(run: Callable[[], None], model: nn.Module, device: str, dtype: str) -> float:
-    """Seconds of the matmuls and convolutions of the plain form, at the rate of this device's matmuls."""
+    """Seconds of the matmuls and convolutions of the reference implementation, at the rate of this device's matmuls."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:

@@ -154,8 +154,8 @@ def run_benchmarks(args) -> dict:
 
 def machine(args) -> str:
     name = torch.cuda.get_device_name() if args.device != 'cpu' else _processor()
-    form = '' if args.device != 'cpu' else f', ours: {dispatch.backend_summary()}'
-    return f'{name}, {torch.get_num_threads()} threads, torch {torch.__version__}{form}'
+    backend = '' if args.device != 'cpu' else f', ours: {dispatch.backend_summary()}'
+    return f'{name}, {torch.get_num_threads()} threads, torch {torch.__version__}{backend}'
 
 
 def _processor() -> str:
@@ -209,7 +209,7 @@ def format_report(report: dict, markdown: bool) -> list[str]:
             paper = f', in the paper {m["paper_ratio"]}' if m['paper_ratio'] else ''
             lines.append(f'{case}: ConvNeXt : Swin {m["swin_ratio"]:.2f} in images per second{paper}')
         if m['gemm_bound']:
-            lines.append(f'{case}: matmuls of the plain form alone take {m["gemm_bound"]:.2f} s')
+            lines.append(f'{case}: matmuls of the reference implementation alone take {m["gemm_bound"]:.2f} s')
     return lines
 
 
@@ -237,8 +237,8 @@ def draw(results: list[dict], file: str) -> None:
 
     best = {}
     for r in results:
-        form = ' compiled' if r['compiled'] else ''
-        group = f'{r["arch"]} {r["mode"]}{form}\n{r["height"]}x{r["width"]} x {r["batch"]}\n{r["dtype"]}, {r["unit"]}'
+        suffix = ' compiled' if r['compiled'] else ''
+        group = f'{r["arch"]} {r["mode"]}{suffix}\n{r["height"]}x{r["width"]} x {r["batch"]}\n{r["dtype"]}, {r["unit"]}'
         entry = best.setdefault(group, {})
         entry[r['backbone']] = min(r['median'], entry.get(r['backbone'], float('inf')))
     names = list(dict.fromkeys(name for entry in best.values() for name in entry))

@@ -15,7 +15,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 512), keep_ratio=True),
-    # Behind the resize: the truth stays at the image's own size, at which the prediction is compared.
+    # After the resize: the ground truth stays at the image's own size, at which the prediction is compared.
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
@@ -48,7 +48,7 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-total_batch = 16  # images an update: tools/train.py keeps it on any number of GPUs
+total_batch = 16  # images per optimizer step: tools/train.py keeps it on any number of GPUs
 
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator

@@ -36,7 +36,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(1333, 800), keep_ratio=True),
-    # Behind the resize: the truth stays at the image's own size, as the evaluator and the pictures want it.
+    # After the resize: the ground truth stays at the image's own size, as the evaluator and the visualization need it.
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
@@ -73,7 +73,7 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-total_batch = 16  # images an update: tools/train.py keeps it on any number of GPUs
+total_batch = 16  # images per optimizer step: tools/train.py keeps it on any number of GPUs
 
 val_evaluator = dict(
     type='CocoMetric', ann_file=data_root + 'annotations/instances_val2017.json', metric=['bbox', 'segm']

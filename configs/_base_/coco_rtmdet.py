@@ -73,7 +73,7 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-total_batch = 128  # images an update, on 4 GPUs
+total_batch = 128  # images per optimizer step, on 4 GPUs
 
 val_evaluator = dict(
     type='CocoMetric',

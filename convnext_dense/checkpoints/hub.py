@@ -125,7 +125,7 @@ def resolve(source: str) -> str:
         The path of an existing file, a URL, or 'hf-hub:owner/name' as it is.
 
     Raises:
-        UsageError: If it is neither a known name, a URL nor an existing file, or if its weights are not public.
+        UsageError: If it is not a pretrained weight name, a URL or an existing file, or if its weights are not public.
     """
     if is_hf_name(source):
         return source

@@ -44,7 +44,7 @@ class PredictOptions:
         if self.tile is not None and self.tile < 1:
             raise UsageError(f'tile {self.tile}: give the side of a tile in pixels')
         if not 0 <= self.overlap < 1:
-            raise UsageError(f'overlap {self.overlap}: give a share of the tile from 0 to below 1, such as 0.25')
+            raise UsageError(f'overlap {self.overlap}: give a fraction of the tile from 0 to below 1, such as 0.25')
 
 
 def class_indices(names: Sequence[str] | None, classes: Sequence[str]) -> list[int] | None:

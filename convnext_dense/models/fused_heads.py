@@ -1,4 +1,4 @@
-"""Modules of mmcv and mmseg in a faster form for the CPU, which `optimize` gives to a model's own.
+"""Faster CPU implementations of modules of mmcv and mmseg, which `optimize` puts into a model.
 
 Each is a subclass of theirs, with the same parameters and names, that computes the same: in evaluation a batch norm and
 a ReLU are folded into the convolution before them, anew in each pass, so that nothing goes stale when weights change.

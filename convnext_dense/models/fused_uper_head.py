@@ -1,4 +1,4 @@
-"""UPerHead of mmseg in a faster form for the CPU, which `optimize` gives to a model's own.
+"""A faster CPU implementation of mmseg's UPerHead, which `optimize` puts into a model.
 
 Importing this needs mmseg.
 """

@@ -1,7 +1,8 @@
-"""A whole detector or segmentor in the form that runs fastest, with the same parameters, names and results.
+"""Faster implementations for whole detectors and segmentors, with the same parameters, names and results.
 
 `optimize` is called where a model is built, for training and for testing. It decides nothing that depends on a device,
-a dtype or weights: what it sets up asks for them in each pass, and takes the plain way where there is no faster one.
+a dtype or weights: what it sets up asks for them in each pass, and falls back to the reference where there is no
+faster one.
 """
 
 import copy
@@ -23,7 +24,7 @@ ANY_FORMAT_PACKAGES = ('torch.', 'mmengine.', 'mmcv.cnn.', 'convnext_dense.')
 
 
 def optimize_for_inference(model: nn.Module) -> nn.Module:
-    """Bring a detector or segmentor with a ConvNeXt into its fastest form for inference, in evaluation mode.
+    """Optimize a detector or segmentor with a ConvNeXt for inference, and set it to evaluation mode.
 
     Weights may be loaded before or after it. Detections and segmentations are the same, scores to 1e-4.
 
@@ -37,7 +38,7 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
 
 
 def optimize(model: nn.Module) -> nn.Module:
-    """Bring a detector or segmentor with a ConvNeXt into its fastest form for training and inference.
+    """Optimize a detector or segmentor with a ConvNeXt for training and inference.
 
     - Where all that follows the backbone reads any memory format, maps of a CPU stay in channels_last from the backbone
       on; mmcv's RoIAlign, which does not, gets contiguous maps at its own boundary.

@@ -18,7 +18,7 @@ from .avx512 import _cpu_flags
 SOURCE = Path(__file__).with_name('head_kernels.c')
 CHANNEL_MULTIPLE = 16
 STRUCT_VERSION = 1
-# Compiled forms of the source, the fastest first, and the features that a processor needs for each.
+# Compiled variants of the source, the fastest first, and the features that a processor needs for each.
 VARIANTS = {
     'head_kernels_avx512': {'avx512f', 'avx512bw', 'avx512dq', 'avx512vl', 'fma'},
     'head_kernels_avx2': {'avx2', 'fma'},
@@ -70,7 +70,7 @@ def is_plain(x: torch.Tensor) -> bool:
 
 
 def variant() -> str:
-    """The compiled form that runs here; empty without one."""
+    """The compiled variant that runs here; empty without one."""
     return next((name for name in VARIANTS if name in str(getattr(_library(), '_name', ''))), '')
 
 

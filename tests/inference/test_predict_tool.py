@@ -217,7 +217,7 @@ BAD_INPUT = {
     'a folder that cannot be written': (['PHOTO', '--out', '/proc/none'], "--out '/proc/none' cannot be written"),
     'a file as folder': (['PHOTO', '--out', 'FILE/x'], 'cannot be written'),
     'a score': (['PHOTO', '--score-thr', '50'], 'give a number from 0 to 1'),
-    'an overlap': (['PHOTO', '--tile', '64', '--overlap', '1'], 'give a share'),
+    'an overlap': (['PHOTO', '--tile', '64', '--overlap', '1'], 'give a fraction'),
     'an option of detection': (['PHOTO', 'UPERNET', '--score-thr', '0.5'], '--score-thr is for detection'),
     'a format of detection': (['PHOTO', 'UPERNET', '--format', 'results'], '--format results is for detection'),
     'no display': (['PHOTO', '--show'], '--show: there is no display'),
