@@ -60,7 +60,7 @@ def test_released_weights_have_their_recipe(monkeypatch, tmp_path):
 
 
 def test_class_names_default_to_numbers(edit_checkpoint, photos):
-    file = edit_checkpoint(replace=('metainfo=dict(classes=(\n', 'metainfo=dict(classes=(\n'), dataset_meta=None)
+    file = edit_checkpoint(replacement=('metainfo=dict(classes=(\n', 'metainfo=dict(classes=(\n'), dataset_meta=None)
     config = Config.fromfile(DEMO)
     for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         config[loader].dataset.pop('metainfo')
@@ -92,7 +92,7 @@ ATTACKS = {
 @pytest.mark.parametrize('attack', ATTACKS)
 def test_config_in_a_checkpoint_is_not_executed(attack, edit_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    file = edit_checkpoint(replace=ATTACKS[attack])
+    file = edit_checkpoint(replacement=ATTACKS[attack])
     assert torch.load(file)['meta']['cfg'] != torch.load(edit_checkpoint(name='same.pth'))['meta']['cfg'], (
         'nothing replaced'
     )

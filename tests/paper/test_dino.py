@@ -25,7 +25,7 @@ from convnext_dense.optim.layer_decay import layer_ids
 from convnext_dense.paper.flops import build_on_meta, count_flops
 from convnext_dense.paper.recipe_diff import diff_from_recipe
 from convnext_dense.paper.results import DINO_RESULTS, find_paper_result
-from helpers.foreign_weights import original_weights, saved
+from helpers.foreign_weights import original_weights, save_pth
 from helpers.paths import ROOT
 from helpers.recipes import load, lrs_over_iterations
 
@@ -403,7 +403,7 @@ def test_it_learns():
 def test_weights_load_without_the_norm_of_an_unused_stage(tmp_path):
     """Of a classifier, and of another detector's backbone with four norms: what is there is there bit for bit."""
     weights = original_weights(TINY)
-    file = saved(tmp_path / 'classifier.pth', dict(model=weights))
+    file = save_pth(tmp_path / 'classifier.pth', dict(model=weights))
     model = build_with_weights(file)
     loaded = model.backbone.state_dict()
     for name, value in loaded.items():
