@@ -92,9 +92,10 @@ def _suggestion(hook: LRFinderHook) -> str:
     best = hook.best_lr()
     if best is None:
         return f'no suggestion, as the loss does not fall from lr {MIN_LR:g} on; the lr is {hook.config_lr:g}'
+    lr = f'{best / SAFETY:.2g}'
     return (
-        f'lr {best / SAFETY:.1e}, a tenth of that with the lowest loss ({best:.1e}), instead of {hook.config_lr:g}: '
-        f'use it with --cfg-options optim_wrapper.optimizer.lr={best / SAFETY:.1e}'
+        f'lr {lr}, a tenth of that with the lowest loss ({best:.2g}), instead of {hook.config_lr:g}: use it with '
+        f'--cfg-options optim_wrapper.optimizer.lr={lr}'
     )
 
 
@@ -116,7 +117,7 @@ def _plot(hook: LRFinderHook, path: Path) -> None:
     axes.axvline(hook.config_lr, color='#555555', linestyle=':', label=f'of the config: {hook.config_lr:g}')
     best = hook.best_lr()
     if best is not None:
-        axes.axvline(best / SAFETY, color='#d1495b', linestyle='--', label=f'suggestion: {best / SAFETY:.1e}')
+        axes.axvline(best / SAFETY, color='#d1495b', linestyle='--', label=f'suggestion: {best / SAFETY:.2g}')
     if hook.smoothed:  # single losses, and those at the end, may be far above
         axes.set_ylim(0.9 * min(hook.smoothed), 1.1 * max([hook.smoothed[0], *hook.smoothed[:-3]]))
     axes.set(xscale='log', xlabel='learning rate (optimizer.lr)', ylabel='loss')

@@ -38,7 +38,7 @@ def summarize_training(runner) -> str:
     loop, accumulation = runner.train_loop, accumulation_steps(runner.optim_wrapper)
     by_epoch = isinstance(loop, EpochBasedTrainLoop)
     steps = -(-loop.max_iters // accumulation)
-    epochs = f' in {loop.max_epochs:,} epochs' if by_epoch else ''
+    epochs = f' in {_count(loop.max_epochs, "epoch")}' if by_epoch else ''
     parts = [f'training on {count_images(loop.dataloader.dataset):,} images: {_count(steps, "optimizer step")}{epochs}']
     schedulers = runner.param_schedulers or []
     schedulers = schedulers if isinstance(schedulers, list) else [s for each in schedulers.values() for s in each]
