@@ -130,9 +130,11 @@ def scale_backbone_lr(config: Config, factor: float | None) -> None:
     wrapper = config.optim_wrapper
     settings = wrapper['paramwise_cfg'] = wrapper.get('paramwise_cfg') or {}
     constructor = wrapper.get('constructor') or 'DefaultOptimWrapperConstructor'
+    # A parameter with a key of its own follows that alone: one more key would take these settings from the backbone.
+    adds_key = 'backbone' not in settings.get('custom_keys', {})
     if short_name(constructor) == LayerDecayOptimWrapperConstructor.__name__:
         settings['backbone_lr_mult'] = factor
-    elif short_name(constructor) != 'DefaultOptimWrapperConstructor' or set(MULT_KEYS) & set(settings):
+    elif short_name(constructor) != 'DefaultOptimWrapperConstructor' or (adds_key and set(MULT_KEYS) & set(settings)):
         raise UsageError(
             f'--backbone-lr: give the factor in optim_wrapper.paramwise_cfg, where {short_name(constructor)} '
             'has a place for it'

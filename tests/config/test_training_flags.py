@@ -91,6 +91,11 @@ def test_backbone_lr_of_other_constructors():
     config.optim_wrapper.paramwise_cfg = dict(norm_decay_mult=0.0)
     with pytest.raises(UsageError, match='--backbone-lr: give the factor in optim_wrapper.paramwise_cfg'):
         scale_backbone_lr(config, 0.1)
+    config.optim_wrapper.paramwise_cfg.custom_keys = dict(backbone=dict(lr_mult=0.5))  # as in DINO's recipes
+    scale_backbone_lr(config, 0.1)
+    settings = optimizer_of(config)
+    assert settings['backbone.layer3.0.bn1.weight'] == (pytest.approx(0.0005), 1e-4)
+    assert settings['bbox_head.retina_cls.weight'] == (0.01, 1e-4)
 
 
 @pytest.mark.parametrize('stages, number', [('0', 0), ('2', 2), ('4', 4), ('all', 4)])

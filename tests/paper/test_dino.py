@@ -9,12 +9,15 @@ import re
 from pathlib import Path
 
 import mmdet
+import numpy as np
 import pytest
 import torch
+from mmdet.structures import DetDataSample
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
+from mmengine.structures import InstanceData
 from torch import nn
 
 from convnext_dense.checkpoints import WEIGHT_URLS
@@ -28,6 +31,7 @@ from convnext_dense.paper.results import DINO_RESULTS, find_paper_result
 from helpers.foreign_weights import original_weights, save_pth
 from helpers.paths import ROOT
 from helpers.recipes import load, lrs_over_iterations
+from helpers.weights import random_weights
 
 RESULTS = {result.recipe: result for result in DINO_RESULTS}
 # recipe -> arch, weights, box AP.
@@ -345,6 +349,46 @@ def test_sines_of_a_query_are_those_of_detrex(given):
         expected = layer(expected).relu()
     expected = mlp.layers[1](expected)
     torch.testing.assert_close(mlp(coordinate_to_encoding(boxes, num_feats=given)), expected)
+
+
+def reference_model() -> nn.Module:
+    """A small model whose parameters follow from their names, which takes maps in the place of the backbone's."""
+    model = MODELS.build(small_dino().model)
+    model.load_state_dict(random_weights({n: tuple(t.shape) for n, t in model.state_dict().items()}))
+    rng = np.random.RandomState(0)
+    sizes = ((32, 8, 12), (48, 4, 6), (64, 2, 3))
+    maps = [torch.from_numpy(rng.standard_normal((2, *size)).astype(np.float32)) for size in sizes]
+    model.extract_feat = lambda images: model.neck([feature[: len(images)] for feature in maps])
+    return model
+
+
+def reference_samples() -> list[DetDataSample]:
+    """Of a batch of 64 x 96 pixels: an image of this size with three objects, and a smaller one with one."""
+    samples = []
+    for shape, boxes, labels in (
+        ((64, 96), [[4, 4, 30, 40], [20, 10, 90, 60], [50, 2, 60, 12]], [0, 2, 1]),
+        ((48, 64), [[8, 20, 40, 44]], [2]),
+    ):
+        sample = DetDataSample(metainfo=dict(img_shape=shape, batch_input_shape=(64, 96), scale_factor=(1.0, 1.0)))
+        sample.gt_instances = InstanceData(bboxes=torch.tensor(boxes, dtype=torch.float32), labels=torch.tensor(labels))
+        samples.append(sample)
+    return samples
+
+
+def test_losses_and_outputs_are_detrexs():
+    """The file was written by detrex's DINO, DINOTransformer, DINOCriterion and HungarianMatcher with these weights."""
+    reference = np.load(ROOT / 'tests/data/dino_detrex.npz')
+    model = reference_model().train()
+    torch.manual_seed(0)  # of the denoising noise
+    losses = model(torch.zeros(2, 3, 64, 96), reference_samples(), mode='loss')
+    assert len(losses) == 15
+    for name, value in losses.items():
+        assert value.item() == pytest.approx(float(reference[name]), rel=1e-4), name
+    with torch.no_grad():
+        state = model.eval().forward_transformer(model.extract_feat(torch.zeros(1)), reference_samples()[:1])
+        logits, boxes = model.bbox_head(state['hidden_states'], state['references'])
+    np.testing.assert_allclose(logits[-1], reference['logits'], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(boxes[-1], reference['boxes'], rtol=0, atol=1e-5)
 
 
 def test_a_config_is_built_twice():
