@@ -66,10 +66,13 @@ PUBLISHED_FILES = (
     ('convnextv2/im22k/convnextv2_{}_22k_384_ema.pt', 'nano tiny base large huge', V2_22K, CC_BY_NC),
     ('convnextv2/im22k/convnextv2_{}_22k_512_ema.pt', 'huge', V2_22K, CC_BY_NC),
 )
-# The backbones that the paper compares ConvNeXt with: whole addresses. The last three are torchvision's, and what mmdet
-# calls open-mmlab://resnext101_...
+# detrex's DINO with ConvNeXt, and the backbones that the paper compares ConvNeXt with: whole addresses. The last three
+# are torchvision's, and what mmdet calls open-mmlab://resnext101_...
+DETREX_STORAGE = 'https://github.com/IDEA-Research/detrex-storage/releases/download/v0.4.0'
 SWIN_STORAGE = 'https://github.com/SwinTransformer/storage/releases/download'
-BASELINE_FILES = (
+OTHER_FILES = (
+    ('ConvNeXt', f'{DETREX_STORAGE}/dino_convnext_{{}}_4scale_12ep.pth',
+     'tiny_1k small_1k base_1k large_1k tiny_384 small_384 base_384 large_384', 'COCO detector', 'Apache-2.0'),
     ('Swin', f'{SWIN_STORAGE}/v1.0.0/swin_{{}}_patch4_window7_224.pth', 'tiny small base', 'ImageNet-1K', MIT),
     ('Swin', f'{SWIN_STORAGE}/v1.0.0/swin_{{}}_patch4_window7_224_22k.pth', 'base large', 'ImageNet-22K', MIT),
     ('Swin', f'{SWIN_STORAGE}/v1.0.2/mask_rcnn_swin_{{}}_patch4_window7.pth', 'tiny', 'COCO detector', MIT),
@@ -95,7 +98,7 @@ WEIGHTS = (
     }
     | {
         PurePosixPath(url.format(part)).stem: WeightEntry(url.format(part), training, license, backbone=backbone)
-        for backbone, url, parts, training, license in BASELINE_FILES
+        for backbone, url, parts, training, license in OTHER_FILES
         for part in parts.split()
     }
 )

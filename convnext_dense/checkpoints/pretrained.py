@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import UsageError
 from ..models.convnext import ARCHS, ConvNeXt
 from ..models.swin import SwinMixin
+from .detrex_naming import rename_detrex
 from .hub import download
 from .io import EMA_KEY_RE, STATE_DICT_KEYS, find_state_dicts, load_checkpoint
 from .naming import (
@@ -250,8 +251,8 @@ def load_model_weights(content: dict, file: str | Path, model: nn.Module) -> dic
         model: The model whose names are used.
 
     Returns:
-        The weights: of a trained detector or segmentor those of its ConvNeXt or Swin renamed, and the others as they
-        are; of a ConvNeXt alone those that `plan_load` returns for the model's.
+        The weights: of a trained detector or segmentor those of its ConvNeXt or Swin renamed, of detrex's DINO all, and
+        the others as they are; of a ConvNeXt alone those that `plan_load` returns for the model's.
 
     Raises:
         UsageError: If the file contains several ConvNeXts, or one alone that does not fit.
@@ -276,7 +277,7 @@ def load_model_weights(content: dict, file: str | Path, model: nn.Module) -> dic
             weights[prefix + canonical] = to_canonical_shape(canonical, tensor)
         else:
             weights[name.removeprefix(outer_prefix)] = tensor
-    return weights
+    return rename_detrex(weights)
 
 
 def naming_scheme_of(content: dict, file: str | Path) -> str | None:

@@ -223,6 +223,12 @@ class DINOResult(LaterResult):
     """A result of DINO with ConvNeXt by detrex, or a recipe beside it that nobody has trained: without metrics."""
 
     @property
+    def released(self) -> str | None:
+        """Name of the checkpoint that detrex released, of those from ImageNet-22K with 384; None of the untrained."""
+        weights = '384' if self.pretraining == '22k' else '1k'
+        return f'dino_convnext_{self.arch}_{weights}_4scale_12ep' if self.metrics else None
+
+    @property
     def counted(self) -> frozenset[str]:
         """What FLOPs of other configs include as well, there being no published ones."""
         return super().counted | {'attention'}
