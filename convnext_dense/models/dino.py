@@ -7,6 +7,8 @@ from mmdet.models.detectors import DINO
 from mmdet.models.layers.transformer.utils import MLP
 from mmengine.registry import MODELS
 
+from ..errors import UsageError
+
 
 class QueryPositionMLP(MLP):
     """Position of the queries, (..., C), from sines of their boxes, C / 2 of each of the four coordinates.
@@ -39,3 +41,12 @@ class DetrexDINO(DINO):
     def _init_layers(self) -> None:
         super()._init_layers()
         self.decoder.ref_point_head = QueryPositionMLP(self.embed_dims)
+
+    def pre_decoder(self, memory: torch.Tensor, *args, **kwargs) -> tuple[dict, dict]:
+        """Choose the queries out of (N, places, C); an image has to have as many places as there are queries."""
+        if memory.shape[1] < self.num_queries:
+            raise UsageError(
+                f'num_queries={self.num_queries} cannot be chosen out of {memory.shape[1]} places of the feature maps of '
+                'an image: use larger images, or a smaller model.num_queries'
+            )
+        return super().pre_decoder(memory, *args, **kwargs)

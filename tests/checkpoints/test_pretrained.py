@@ -215,7 +215,7 @@ def test_report_counts_unused_tensors(tmp_path):
 
 def test_pretrained_weight_names():
     assert {name: hub.resolve(name) for name in WEIGHT_URLS} == {Path(address).stem: address for address in ADDRESSES}
-    assert len(WEIGHT_URLS) == len(ADDRESSES) == 78
+    assert len(WEIGHT_URLS) == len(ADDRESSES) == 86
     assert {row.weights for row in RESULTS} | {row.released for row in RESULTS} <= {*WEIGHT_URLS, None}
     assert len({row.released for row in PAPER_RESULTS}) == 13
 

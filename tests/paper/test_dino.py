@@ -24,6 +24,7 @@ from convnext_dense.checkpoints import WEIGHT_URLS
 from convnext_dense.checkpoints.io import load_checkpoint
 from convnext_dense.checkpoints.pretrained import check_state_dict_matches, load_model_weights
 from convnext_dense.config.recipe import training_precision
+from convnext_dense.errors import UsageError
 from convnext_dense.models.convnext import ARCHS
 from convnext_dense.models.dino import QueryPositionMLP
 from convnext_dense.optim.layer_decay import layer_ids
@@ -394,7 +395,7 @@ def detrex_name(loss: str) -> str:
 def test_losses_and_outputs_are_detrexs(tmp_path):
     """With a file in detrex's names. The reference is the output of its own ConvNeXt, DINO, criterion and matcher."""
     reference = np.load(ROOT / 'tests/data/dino_detrex.npz')
-    file = saved(tmp_path / 'detrex.pth', dict(model=detrex_weights(reference)))
+    file = save_pth(tmp_path / 'detrex.pth', dict(model=detrex_weights(reference)))
     model = MODELS.build(small_dino().model)
     weights = load_model_weights(load_checkpoint(file), file, model)
     check_state_dict_matches(model, weights, file)
@@ -431,6 +432,15 @@ def test_every_parameter_has_a_gradient(num_items):
     still = [name for name, p in model.backbone.named_parameters() if not p.grad.any()]
     assert not still and 'norm0' not in dict(model.backbone.named_modules())
     assert {name.split('.')[1] for name, _ in model.backbone.named_parameters() if 'stages' in name} == set('0123')
+
+
+def test_images_with_fewer_places_than_queries_are_refused():
+    config = small_dino()
+    config.model.num_queries = 900
+    model = build(config)
+    data = model.data_preprocessor(batch(), True)
+    with pytest.raises(UsageError, match=r'num_queries=900 .* out of 128 places.*larger images.*model.num_queries'):
+        model(**data, mode='loss')
 
 
 def test_initialization_is_detrexs():

@@ -233,8 +233,11 @@ def test_paper_table(run_tool, runs, tmp_path):
 
 def test_without_any_run_and_bad_input(run_tool):
     process = run_tool('paper_table.py')
-    rows = sum(name in result.metrics for result in RESULTS for name in MAIN_METRICS)
+    rows = sum(sum(name in result.metrics for name in MAIN_METRICS) or 1 for result in RESULTS)
     assert process.returncode == 0 and len(process.stdout.splitlines()) == 1 + rows
+    untrained = [line.split() for line in process.stdout.splitlines() if 'untrained' in line]
+    assert [row[0] for row in untrained] == [result.recipe for result in RESULTS if not result.metrics]
+    assert all(row[1:] == ['box', 'AP', 'untrained'] for row in untrained) and len(untrained) == 8
     one_line_error(run_tool('paper_table.py', 'nowhere'), "'nowhere'")
     one_line_error(run_tool('paper_table.py', '--plot', 'bars.xyz'), 'bars.xyz')
 
