@@ -46,7 +46,7 @@ class DetrexDINO(DINO):
         """Choose the queries out of (N, places, C); an image has to have as many places as there are queries."""
         if memory.shape[1] < self.num_queries:
             raise UsageError(
-                f'num_queries={self.num_queries} cannot be chosen out of {memory.shape[1]} places of the feature maps of '
+                f'num_queries={self.num_queries} cannot be chosen out of {memory.shape[1]} places of the maps of '
                 'an image: use larger images, or a smaller model.num_queries'
             )
         return super().pre_decoder(memory, *args, **kwargs)
