@@ -1,6 +1,7 @@
 """Formats with one annotation file for many images, found by what is in the files."""
 
 import filecmp
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 from ..errors import UsageError
 from .diagnostics import Report
-from .files import to_one_line
+from .files import is_below, to_one_line
 from .geometry import drop_masks_of_boxes
 from .image_resolver import ImageResolver
 from .layouts import FolderTree, split_of_folders
@@ -59,6 +60,8 @@ def find_lists(
     by_split: dict[str, list[Path]] = {}
     for files in tree.files_like(suffixes, is_list):
         for file in files:
+            if _is_link_within(file, tree.root):
+                continue
             by_split.setdefault(_split_of(file.relative_to(tree.root)), []).append(file)
     if 'train' in by_split:
         by_split.pop('all', None)
@@ -117,6 +120,12 @@ def read_lists(
     drop_masks_of_boxes([a for result in results.values() for a in result.coco['annotations']])
     number_categories(results)
     return results
+
+
+def _is_link_within(file: Path, root: Path) -> bool:
+    """Return whether a path leads to another file of the data set, by a link to it or to its folder."""
+    real, top = os.path.realpath(file), os.path.realpath(root)
+    return is_below(real, top) and real != os.path.join(top, os.path.relpath(file, root))
 
 
 def _split_of(file: Path) -> str:

@@ -193,7 +193,7 @@ def walk(root: str | os.PathLike, depth: int | None = None, hidden: bool = True)
         except OSError:
             continue
         visits[real] += 1
-        folders = {entry.name: entry for entry in entries if _is_folder(entry)}
+        folders = {entry.name: entry for entry in entries if is_folder(entry)}
         yield folder, [entry.name for entry in entries if entry.name not in folders]
         above = (*above, prefix)
         for name, entry in reversed(folders.items() if len(above) != depth else ()):
@@ -215,7 +215,7 @@ def folders_in(folder: str | os.PathLike) -> list[Path]:
     """Return the first folders in a folder, without hidden ones and links to folders that contain them."""
     try:
         with os.scandir(folder) as entries:
-            paths = sorted(e.path for e in entries if _is_folder(e) and not e.name.startswith(HIDDEN_PREFIXES))
+            paths = sorted(e.path for e in entries if is_folder(e) and not e.name.startswith(HIDDEN_PREFIXES))
     except OSError:
         return []
     own = os.path.realpath(folder)
@@ -262,7 +262,8 @@ def _check_regular(state: os.stat_result, path: str | os.PathLike, max_bytes: in
         raise UnusableFileError('file-too-large', errno.EFBIG, text, path)
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def is_folder(entry: os.DirEntry) -> bool:
+    """Return whether an entry is a folder, or a link to one."""
     try:
         return entry.is_dir()
     except OSError:

@@ -91,6 +91,8 @@ def find_yolo(tree: FolderTree) -> tuple[str, dict[str, YoloSplit]] | None:
     if lists['train']:
         return 'lists of images', {split: YoloSplit(files, **common) for split, files in lists.items() if files}
     by_split = _folders_by_split(tree)
+    if not by_split and not any(is_image(Path(name)) for _, names in tree.folders for name in names):
+        return None
     layout = 'folders by split' if 'train' in by_split else 'images with labels'
     layout += f' ({yamls[0].name}: {missing})' if missing else ''
     by_split = by_split if 'train' in by_split else {'all': (path,)}

@@ -1,5 +1,6 @@
 """Supported layouts of data sets: which files and folders are the annotations and images of each split."""
 
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from fnmatch import fnmatch
@@ -12,7 +13,7 @@ from ..engine.datasets import IMAGE_SUFFIXES
 from ..errors import UsageError
 from . import SPLITS
 from .file_names import NameMatches, match_names, normalize_spelling, split_machine_prefix
-from .files import read_ends, read_text, walk
+from .files import is_folder, read_ends, read_text, walk
 
 # COCO json by layout and split, as lower-case patterns below the root; 'all' is one file for all splits.
 ANNOTATION_PATTERNS = {
@@ -232,8 +233,9 @@ def find_dir(folder: Path | None, names: tuple[str, ...]) -> Path | None:
     """Return the first folder in a folder that has one of the names, in any case."""
     if folder is None:
         return None
-    children = {child.name.lower(): child for child in sorted(folder.iterdir()) if child.is_dir()}
-    return next((children[name] for name in names if name in children), None)
+    with os.scandir(folder) as entries:
+        children = {name.lower(): name for name in sorted(entry.name for entry in entries if is_folder(entry))}
+    return next((folder / children[name] for name in names if name in children), None)
 
 
 def _find_mask_dir(folder: Path | None) -> Path | None:

@@ -5,8 +5,7 @@ A region has a shape and attributes, of which one is the class.
 
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import UsageError
@@ -65,28 +64,38 @@ def choose_class_attribute(results: Mapping, report: Report, request: DatasetReq
         UsageError: regions have several attributes, or not the one that is asked for.
     """
     annotations = [a for result in results.values() for a in result.coco['annotations']]
-    counts = Counter(key for a in annotations for key, value in a['category_id'].items() if _class_names(value))
-    key = request.class_attribute
-    listed = ', '.join(to_one_line(name, 40) for name, _ in counts.most_common(MAX_ATTRIBUTES_LISTED))
-    if key is not None and key not in counts:
-        raise UsageError(f"--class-attribute '{key}': regions have {listed or 'no attributes'}")
-    if key is None and len(counts) > 1:
-        first = counts.most_common(1)[0][0]
+    names_by_key: dict[str, set[str]] = {}
+    for attributes in (a['category_id'] for a in annotations):
+        for key, value in attributes.items():
+            if names := _class_names(value):
+                names_by_key.setdefault(key, set()).update(names)
+    listed = ', '.join(to_one_line(name, 40) for name in [*names_by_key][:MAX_ATTRIBUTES_LISTED])
+    keys = [*names_by_key] if request.class_attribute is None else [request.class_attribute]
+    if request.class_attribute not in (None, *names_by_key):
+        raise UsageError(f"--class-attribute '{keys[0]}': regions have {listed or 'no attributes'}")
+    if len(keys) > 1 and not _are_one_attribute(names_by_key, annotations):
         raise UsageError(
             f'{request.root}: regions have the attributes {listed}: say which one is the class, such as '
-            f"--class-attribute '{to_one_line(first, 40)}'"
+            f"--class-attribute '{to_one_line(keys[0], 40)}'"
         )
-    key = key if counts and key is not None else next(iter(counts), None)
-    if key is None and annotations:
+    if not keys and annotations:
         report.add('all', 'class-attribute-missing', f'{len(annotations):,} regions')
     for split, result in results.items():
         named = []
         for annotation in result.coco['annotations']:
-            names = [NAME_WITHOUT_ATTRIBUTE] if key is None else _class_names(annotation['category_id'].get(key))
+            names = [name for key in keys for name in _class_names(annotation['category_id'].get(key))]
+            names = names if keys else [NAME_WITHOUT_ATTRIBUTE]
             named += [annotation | dict(category_id=name) for name in names]
             if not names:
                 report.add(split, 'label-without-name', annotation['id'])
         result.coco['annotations'] = named
+
+
+def _are_one_attribute(names_by_key: Mapping[str, set[str]], annotations: Sequence[dict]) -> bool:
+    """Return whether several attributes are spellings of one: no region has two, and their values are the same."""
+    first, *others = names_by_key.values()
+    counts = (sum(bool(_class_names(value)) for value in a['category_id'].values()) for a in annotations)
+    return all(count < 2 for count in counts) and all(first & names for names in others)
 
 
 def _class_names(value: object) -> list[str]:

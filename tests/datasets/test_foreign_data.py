@@ -1,6 +1,7 @@
 """Folders of unsupported formats are described by what they contain."""
 
 import json
+import os
 import shutil
 
 import cv2
@@ -56,6 +57,23 @@ def test_unsupported_folders_are_described(kind, tmp_path):
     files, message = FOLDERS[kind]
     write_files(tmp_path, *files)
     assert message in error_message(detect_tasks, DatasetRequest(str(tmp_path)))
+
+
+@pytest.mark.parametrize('given', ['images', 'images/train', 'labels', 'labels/val'])
+def test_the_wrong_level_is_named(given, tmp_path, monkeypatch):
+    for split in ('train', 'val'):
+        write_files(tmp_path, f'images/{split}/a.jpg', (f'labels/{split}/a.txt', '0 0.5 0.5 0.5 0.5\n'))
+    line = error_message(detect_tasks, DatasetRequest(str(tmp_path / given)))
+    assert line.endswith(f'give {tmp_path}')
+    monkeypatch.chdir(tmp_path / given)
+    line = error_message(detect_tasks, DatasetRequest('.'))
+    assert line.endswith(f'give {os.path.relpath(tmp_path)}')
+
+
+def test_labels_above_are_not_looked_for_in_any_folder(tmp_path):
+    write_files(tmp_path, 'a.jpg', ('a.txt', '0 0.5 0.5 0.5 0.5\n'), 'holiday/b.jpg')
+    line = error_message(detect_tasks, DatasetRequest(str(tmp_path / 'holiday')))
+    assert line.endswith('holds images without annotations')
 
 
 @pytest.mark.parametrize('name', ['annotations/panoptic_train.json', 'annotations/instances_train.json', 'x.json'])

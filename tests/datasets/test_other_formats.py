@@ -157,6 +157,8 @@ def test_the_class_attribute_of_via(tmp_path):
     assert check_dataset(tmp_path / 'a', class_attribute='kind')[0].classes == ['bus', 'car']
     request = DatasetRequest(str(tmp_path / 'a'), class_attribute='shade')
     assert "'shade': regions have kind, colour" in error_message(read_data, request, 'detection', ('train',))
+    write_via(tmp_path / 'd', [via(RECT, kind='car'), via(RECT | dict(x=1), kinds='car')])  # spelled in two ways
+    assert check_dataset(tmp_path / 'd')[0].classes == ['car']
     write_via(tmp_path / 'b', [via(RECT), via(RECT | dict(x=1), note='')])
     data, annotations, findings = annotations_of(tmp_path / 'b', classes='object=balloon')
     assert data.classes == ['balloon'] and len(annotations) == 4 and findings['class-attribute-missing'].count == 1
@@ -343,6 +345,39 @@ def test_several_files_are_listed_with_the_flag_that_chooses(toy_dataset, tmp_pa
     files = dict(train=str(first), val=str(tmp_path / 'val/via_region_data.json'))
     data = read_data(DatasetRequest(ann_files=files), 'detection', ('train', 'val'))
     assert len(data.splits['val']['images']) == 3
+
+
+@pytest.mark.parametrize('write', FORMATS, ids=lambda write: write.__name__)
+def test_links_within_a_data_set_change_nothing(write, toy_dataset, tmp_path):
+    write(toy_dataset, tmp_path)
+    before = check_dataset(tmp_path)[0]
+    folders = [path for path in tmp_path.iterdir() if path.is_dir()]
+    for number, folder in enumerate(folders):
+        (folder / 'up').symlink_to('..')
+        (folder / 'itself').symlink_to('.')
+        if folder.name not in ('train', 'val'):  # images of another split
+            (folder / 'other').symlink_to(folders[number - 1])
+    (tmp_path / 'loop').symlink_to('loop')
+    after = check_dataset(tmp_path)[0]
+    assert after.classes == before.classes
+    for split in ('train', 'val'):
+        assert len(after.splits[split]['annotations']) == len(before.splits[split]['annotations'])
+
+
+def test_ten_thousand_classes_and_names_that_repeat(tmp_path):
+    write_images(tmp_path, 'images/a.png', 'images/b.png')
+    for name in ('a', 'b'):
+        (tmp_path / 'labels').mkdir(exist_ok=True)
+        (tmp_path / f'labels/{name}.txt').write_text('9999 0.5 0.5 0.5 0.5\n0 0.2 0.2 0.1 0.1\n')
+    names = [f'n{i}' for i in range(9999)] + ['n0']
+    (tmp_path / 'data.yaml').write_text(f'train: images\nnames: {names}\n')
+    data, findings = check_dataset(tmp_path)
+    assert len(data.classes) == 9999 and {a['category_id'] for a in data.splits['train']['annotations']} == {1}
+    assert findings['duplicate-category-name'].examples == ['n0'] and all(map(len, data.report.lines()))
+    assert findings['class-never-annotated'].count == 9998 and len(findings['class-never-annotated'].examples) == 3
+    (tmp_path / 'data.yaml').write_text(f'train: images\nnames: {[*names[:-1], "last"]}\n')
+    data = check_dataset(tmp_path)[0]
+    assert len(data.classes) == 10_000 and data.report.facts[-1].startswith('10000 classes: n0, n1')
 
 
 def test_files_and_folders_are_given(toy_dataset, tmp_path):
