@@ -162,11 +162,12 @@ class ExportedModel(nn.Module):
         """Return images as the file takes them."""
         original = tuple(map(int, samples[0].ori_shape[:2]))
         inputs = [image.cpu() for image in inputs]
-        content = tuple(inputs[0].shape[1:])
-        size = self.session.size
-        if size and (content[0] > size[0] or content[1] > size[1]):
+        shape, size = tuple(inputs[0].shape[1:]), self.session.size
+        content = _content(shape, samples[0]) if self.task == 'detection' else shape
+        if size and (shape[0] > size[0] or shape[1] > size[1]):
             inputs = [_reduce(image, size) for image in inputs]
-            content = tuple(inputs[0].shape[1:])
+            reduced = tuple(inputs[0].shape[1:])
+            content = tuple(max(round(c * r / s), 1) for c, r, s in zip(content, reduced, shape))
         if self.preprocessor is not None:
             images = self.preprocessor(dict(inputs=inputs, data_samples=samples), False)['inputs']
             images = _pad(images.numpy(), size, [0.0])
@@ -176,12 +177,11 @@ class ExportedModel(nn.Module):
         dtype = np.dtype(self.meta.input)
         if images.dtype != dtype:
             images = (images.round().clip(0, 255) if dtype == np.uint8 else images).astype(dtype)
-        if not size:
-            return images, Geometry(content, content, original, original)
         mean = self.meta.mean if self.is_rgb else self.meta.mean[::-1]
         images = _pad(images, size, mean or [0.0])
-        space = tuple(max(round(s * o / c), o) for s, o, c in zip(size, original, content))
-        return images, Geometry(content, size, space, original)
+        canvas = images.shape[2:]
+        space = tuple(max(round(s * o / c), o) for s, o, c in zip(canvas, original, content))
+        return images, Geometry(content, canvas, space, original)
 
     def _instances(self, tensors: dict[str, torch.Tensor], geometry: Geometry) -> InstanceData:
         keep = tensors['labels'] >= 0
@@ -237,6 +237,15 @@ def _boxes_to_tensors(samples: list[BaseDataElement]) -> None:
     from mmdet.models.utils import samplelist_boxtype2tensor
 
     samplelist_boxtype2tensor(samples)
+
+
+def _content(shape: tuple[int, int], sample: BaseDataElement) -> tuple[int, int]:
+    """Size of the image in its input, which a test pipeline may have padded: RTMDet's does."""
+    factors = sample.metainfo.get('scale_factor')
+    if factors is None:
+        return shape
+    sides = (round(side * factor) for side, factor in zip(sample.ori_shape, reversed(factors)))
+    return tuple(min(max(side, 1), padded) for side, padded in zip(sides, shape))
 
 
 def _reduce(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

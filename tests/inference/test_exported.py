@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 
 from convnext_dense import load_model
 from convnext_dense.checkpoints.exported_files import read_exported
@@ -12,7 +13,15 @@ from convnext_dense.errors import TrainingError, UsageError
 from convnext_dense.inference.exported import ExportedModel
 from convnext_dense.inference.sessions import SESSIONS, session_device
 from helpers.checkpoints import CLASSES
-from helpers.exported import BOXES, make_meta, save_detector, save_openvino, save_program, save_segmentor
+from helpers.exported import (
+    BOXES,
+    demo_config,
+    make_meta,
+    save_detector,
+    save_openvino,
+    save_program,
+    save_segmentor,
+)
 
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
@@ -85,6 +94,18 @@ def test_detections_are_in_the_coordinates_of_each_image(suffix, detector, folde
     assert sample_of_class.pred_instances.labels.tolist() == [2]
     drawing = model.draw(images[0][..., ::-1].copy(), sample_of_class, channel_order='bgr')
     assert drawing.size[0] >= 90
+
+
+def test_padding_by_the_test_pipeline_is_not_the_image(folder):
+    """As RTMDet's pads; boxes beyond the image are cut off, and masks too."""
+    config = Config.fromstring(demo_config('mask_rcnn'), '.py')
+    config.test_dataloader.dataset.pipeline.insert(2, dict(type='Pad', size=(128, 128)))
+    model = load_model(save_detector(folder / 'padded.onnx', make_meta('mask_rcnn', config=config.pretty_text)))
+    for height, width in SIZES:
+        sample = model.predict(make_photo(height, width), channel_order='rgb').pred_instances
+        expected = BOXES[:2] * max(height, width)
+        assert np.allclose(sample.bboxes, expected.clip(max=np.float32([width, height] * 2)), atol=0.5)
+        assert sample.masks.shape == (2, height, width)
 
 
 @pytest.mark.parametrize('suffix', ['.onnx', '.xml', '.pt2'])
