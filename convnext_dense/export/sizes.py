@@ -1,5 +1,7 @@
 """Sizes of which a tracer knows no more than that they are positive."""
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -25,3 +27,8 @@ def known_positive(n: int) -> int:
 def known_size(output_size: torch.Tensor) -> list[int]:
     """Height and width (2,) of int64 as numbers that a tracer knows to be positive."""
     return [known_positive(n) for n in output_size.tolist()]
+
+
+def to_tensor(sizes: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Numbers, which a tracer may know by a symbol, as a tensor (n,) of float32."""
+    return torch.stack([torch.full((), n, dtype=torch.float32, device=device) for n in sizes])

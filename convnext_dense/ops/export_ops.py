@@ -11,10 +11,19 @@ import torch
 from . import box_ops
 from .operators import LIBRARY, _define
 
+NO_SCORE = -1.0  # of boxes that are none
+
 # Which boxes (N, n, 4) stay, as (N, n) of bool: of those whose score (N, n) is above the threshold, by falling score,
 # the first `max_output` of each image that overlap no earlier one by more than `iou_threshold`.
 nms_mask = _define(
     'nms_mask(Tensor boxes, Tensor scores, float iou_threshold, float score_threshold, int max_output) -> Tensor'
+)
+# Scores (N, n) after soft-NMS of boxes (N, n, 4): of those whose score is above the threshold, the one with the highest
+# score is taken, up to `max_output` times, and the scores of the others are lowered by their overlap with it, or set to
+# -1 where they fall below `min_score`. Those that are not taken have -1.
+soft_nms = _define(
+    'soft_nms(Tensor boxes, Tensor scores, float iou_threshold, float score_threshold, int max_output, str method, '
+    'float sigma, float min_score) -> Tensor'
 )
 # Features (n, C, h, w) of RoIs (n, 5), each from the map (N, C, H, W) of its level (n,).
 pyramid_roi_align = _define(
@@ -42,6 +51,45 @@ def _nms_mask(
             indices = _nms(image[candidates].contiguous(), image_scores[candidates], iou_threshold)
             image_keep[candidates[indices[:max_output]]] = True
     return keep
+
+
+def _soft_nms(
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    iou_threshold: float,
+    score_threshold: float,
+    max_output: int,
+    method: str,
+    sigma: float,
+    min_score: float,
+) -> torch.Tensor:
+    result = torch.full_like(scores, NO_SCORE)
+    n_candidates = (scores > score_threshold).sum(1)
+    count = int(n_candidates.max()) if n_candidates.numel() else 0
+    left, order = scores.topk(count)
+    left = torch.where(left > score_threshold, left, NO_SCORE)
+    boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
+    taken, positions = torch.full_like(left, NO_SCORE), torch.arange(count, device=left.device)
+    for _ in range(min(max_output, count)):
+        score, index = left.max(1, keepdim=True)
+        is_best = (positions == index) & (score > NO_SCORE)
+        taken = torch.where(is_best, score, taken)
+        iou = _iou(boxes.gather(1, index[..., None].expand(-1, -1, 4)), boxes)
+        if method == 'gaussian':
+            weight = (-iou * iou / sigma).exp()
+        else:
+            weight = torch.where(iou >= iou_threshold, 1 - iou if method == 'linear' else 0, 1)
+        lowered = left * weight
+        left = torch.where((left > NO_SCORE) & (lowered >= min_score) & ~is_best, lowered, NO_SCORE)
+    return result.scatter(1, order, taken)
+
+
+def _iou(box: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """IoU (N, n) of a box (N, 1, 4) with boxes (N, n, 4)."""
+    overlap = torch.minimum(box[..., 2:], boxes[..., 2:]) - torch.maximum(box[..., :2], boxes[..., :2])
+    overlap = overlap.clamp(min=0).prod(-1)
+    area, areas = ((x[..., 2:] - x[..., :2]).prod(-1) for x in (box, boxes))
+    return overlap / (area + areas - overlap).clamp(min=1e-12)
 
 
 def _pyramid_roi_align(
@@ -72,8 +120,10 @@ def _empty_features(feats: Sequence[torch.Tensor], rois: torch.Tensor, output_si
 
 
 LIBRARY.impl(nms_mask, _nms_mask, 'CompositeExplicitAutograd')
+LIBRARY.impl(soft_nms, _soft_nms, 'CompositeExplicitAutograd')
 LIBRARY.impl(pyramid_roi_align, _pyramid_roi_align, 'CompositeExplicitAutograd')
 torch.library.register_fake(nms_mask, lambda boxes, scores, *_: torch.empty_like(scores, dtype=torch.bool), lib=LIBRARY)
+torch.library.register_fake(soft_nms, lambda boxes, scores, *_: torch.empty_like(scores), lib=LIBRARY)
 torch.library.register_fake(
     pyramid_roi_align,
     lambda feats, rois, levels, scales, output_size, *_: _empty_features(feats, rois, output_size),

@@ -1,45 +1,32 @@
 """Detectors as functions of images compute what mmdet computes, as modules and in files."""
 
-import numpy as np
 import onnx
+import openvino
 import pytest
 import torch
 from mmcv.ops import batched_nms
 from mmdet.models import SingleRoIExtractor
 from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
 from mmengine.registry import init_default_scope
+from onnxruntime import InferenceSession
 
 from convnext_dense.checkpoints.exported_meta import KEY, ExportedMeta
 from convnext_dense.errors import UsageError
 from convnext_dense.export import check
-from convnext_dense.export.detector import ExportableDetector, check_detector, extract, nms_by_group, paste_masks
+from convnext_dense.export.boxes import batched_nms as padded_nms
+from convnext_dense.export.detector import ExportableDetector, paste_masks
 from convnext_dense.export.files import WRITERS
+from convnext_dense.export.onnx_ops import TRANSLATIONS
 from convnext_dense.export.program import ExportOptions
+from convnext_dense.export.two_stage import extract
 from convnext_dense.inference.sessions import session_class
-from convnext_dense.ops.export_ops import nms_mask, pyramid_roi_align
-from helpers.checkpoints import draw_photo
+from convnext_dense.ops.export_ops import nms_mask, pyramid_roi_align, soft_nms
+from helpers.detections import assert_same_detections, assert_session_detects_the_same, photo
 
 # Larger than what is traced, portrait, odd, and less than two cells of the coarsest map.
 SIZES = [(224, 288), (300, 411), (257, 129), (97, 211), (64, 64), (40, 50)]
 RECIPES = ['mask_rcnn', 'cascade']
-
-
-def photo(height, width, seed=0):
-    """(3, H, W), RGB."""
-    return torch.from_numpy(draw_photo(np.random.RandomState(seed), height, width)).permute(2, 0, 1).contiguous()
-
-
-def assert_same_detections(predictor, image, output_size, outputs, index=0, masks=True):
-    """Outputs of image `index` are what mmdet returns for it."""
-    expected = check.predict(predictor, image.numpy(), output_size, ExportOptions()).pred_instances
-    boxes, scores, labels = (np.asarray(value[index]) for value in outputs[:3])
-    count = int((labels >= 0).sum())
-    assert (labels[count:] == -1).all() and (scores[count:] == 0).all()
-    theirs = (expected.bboxes.numpy(), expected.scores.numpy(), expected.labels.numpy())
-    pairs = check.match((boxes[:count], scores[:count], labels[:count]), theirs, check.FULL)
-    assert abs(count - len(expected)) <= 1 and len(pairs) >= 0.98 * len(expected)
-    for ours, other in pairs if masks else []:
-        assert (np.asarray(outputs[3][index][ours]) != expected.masks[other].numpy()).mean() < 1e-3
+F32 = dict(INFERENCE_PRECISION_HINT='f32')  # left alone, OpenVINO takes bfloat16 where the processor has it
 
 
 @pytest.mark.parametrize('recipe', RECIPES)
@@ -63,10 +50,7 @@ def test_file_detects_what_mmdet_does(recipe, suffix, predictors, files):
     for size in SIZES:
         images, output_size = torch.stack([photo(*size), photo(*size, seed=1)]), (size[0] * 2, size[1] * 5 // 4)
         for batch in (images[:1], images):
-            result = session.run(batch.numpy(), output_size)
-            outputs = [result[name] for name in ('boxes', 'scores', 'labels', 'masks')]
-            for i, image in enumerate(batch):
-                assert_same_detections(predictors[recipe], image, output_size, outputs, i)
+            assert_session_detects_the_same(predictors[recipe], session, batch, output_size)
 
 
 def test_onnx_has_standard_operators_and_names(files):
@@ -95,19 +79,58 @@ def test_masks_are_pasted_as_in_mmdet(height):
     torch.testing.assert_close(paste_masks(masks, boxes[None], (height, 40))[0], expected, rtol=0, atol=1e-5)
 
 
-def test_nms_of_a_batch_is_that_of_each_image():
+def random_boxes():
+    """(2, 200, 4), with scores (2, 200)."""
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(2, 200, 2, generator=generator) * 60
     boxes = torch.cat([corners, corners + 5 + torch.rand(2, 200, 2, generator=generator) * 20], 2)
-    scores, groups = torch.rand(2, 200, generator=generator), torch.randint(0, 3, (2, 200), generator=generator)
-    keep = nms_by_group(boxes, scores, groups, 0.5, 0.3, 20)
+    return boxes, torch.rand(2, 200, generator=generator)
+
+
+@pytest.mark.parametrize(
+    'cfg',
+    [
+        dict(type='nms', iou_threshold=0.5),
+        dict(type='nms', iou_threshold=0.3, class_agnostic=True),
+        dict(type='soft_nms'),
+        dict(type='soft_nms', iou_threshold=0.5, min_score=0.2, class_agnostic=True),
+        dict(type='soft_nms', method='gaussian', sigma=0.2, min_score=0.1),
+        dict(type='soft_nms', method='naive', iou_threshold=0.4),
+    ],
+    ids=str,
+)
+def test_nms_of_a_batch_is_that_of_each_image(cfg):
+    (boxes, scores), groups = random_boxes(), torch.arange(400).reshape(2, 200) % 3
+    candidates = torch.where(scores > 0.3, scores, -1)
+    actual = padded_nms(boxes, candidates, groups, cfg, 20)
     for i in range(2):
-        candidates = (scores[i] > 0.3).nonzero().flatten()
-        args = boxes[i][candidates], scores[i][candidates], groups[i][candidates]
-        _, expected = batched_nms(*args, dict(type='nms', iou_threshold=0.5))
-        assert keep[i].nonzero().flatten().tolist() == sorted(candidates[expected[:20]].tolist())
-    nothing = nms_by_group(boxes, scores, groups, 0.5, 2.0, 20)
-    assert nothing.shape == (2, 200) and not nothing.any()
+        indices = (scores[i] > 0.3).nonzero().flatten()
+        kept, order = batched_nms(boxes[i][indices], scores[i][indices], groups[i][indices], cfg)
+        expected = torch.full((200,), -1.0).scatter(0, indices[order[:20]], kept[:20, 4])
+        torch.testing.assert_close(actual[i], expected, rtol=0, atol=1e-6)
+    nothing = padded_nms(boxes, torch.full_like(scores, -1), groups, cfg, 20)
+    assert nothing.shape == (2, 200) and (nothing == -1).all()
+
+
+class SoftNMS(torch.nn.Module):
+    def forward(self, boxes, scores):
+        return [soft_nms(boxes, scores, 0.4, 0.3, 20, method, 0.3, 0.05) for method in ('linear', 'gaussian', 'naive')]
+
+
+def test_soft_nms_in_files(tmp_path):
+    """Of another number of images and boxes than traced, and where there is no candidate."""
+    boxes, scores = random_boxes()
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(SoftNMS(), (boxes, scores), dynamic_shapes=(sizes, sizes))
+    path, settings = tmp_path / 'nms.onnx', dict(dynamo=True, opset_version=18, verbose=False)
+    torch.onnx.export(program, custom_translation_table=TRANSLATIONS, **settings).save(path)
+    assert not onnx.load(path).functions
+    session, model = InferenceSession(path), openvino.Core().compile_model(path, 'CPU', F32)
+    for inputs in ((boxes, scores), (boxes[1:, :50], scores[1:, :50]), (boxes, scores * 0)):
+        feed = dict(zip([item.name for item in session.get_inputs()], (x.numpy() for x in inputs)))
+        for outputs in (session.run(None, feed), [*model(feed).values()]):
+            for actual, expected in zip(outputs, SoftNMS()(*inputs)):
+                torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=0, atol=1e-4)
 
 
 def test_roi_features_are_mmdets():
@@ -129,7 +152,9 @@ def test_roi_features_are_mmdets():
 
 def test_operators_pass_torch_checks():
     boxes = torch.tensor([[[0.0, 0, 9, 9], [0, 0, 9, 8], [20, 0, 29, 9]]])
-    torch.library.opcheck(nms_mask, (boxes, torch.tensor([[0.9, 0.8, 0.1]]), 0.5, 0.2, 10))
+    scores = torch.tensor([[0.9, 0.8, 0.1]])
+    torch.library.opcheck(nms_mask, (boxes, scores, 0.5, 0.2, 10))
+    torch.library.opcheck(soft_nms, (boxes, scores, 0.5, 0.2, 10, 'linear', 0.5, 0.001))
     rois = torch.tensor([[0.0, 0, 0, 9, 9], [0, 4, 0, 29, 9]])
     feats = [torch.randn(1, 16, 8, 8), torch.randn(1, 16, 4, 4)]
     torch.library.opcheck(pyramid_roi_align, (feats, rois, torch.tensor([1, 0]), [0.25, 0.125], (7, 7), 0, True))
@@ -167,15 +192,17 @@ def build_detector(**changes):
 @pytest.mark.parametrize(
     'changes, message',
     [
-        ({'model.test_cfg.rcnn.nms.type': 'soft_nms'}, 'NMS of type soft_nms cannot be exported'),
+        ({'model.test_cfg.rcnn.nms.type': 'nms_match'}, 'NMS of type nms_match cannot be exported'),
+        ({'model.test_cfg.rpn.nms.max_num': 9}, 'NMS with max_num cannot be exported: only with iou_threshold, class_'),
         ({'model.roi_head.bbox_roi_extractor.type': 'GenericRoIExtractor'}, 'GenericRoIExtractor cannot be exported'),
     ],
 )
 def test_unknown_parts_are_refused(changes, message):
     with pytest.raises(UsageError, match=message):
-        check_detector(build_detector(**changes))
+        ExportableDetector(build_detector(**changes))
 
 
 def test_other_kinds_of_detectors_are_refused():
-    with pytest.raises(UsageError, match='Identity cannot be exported: only TwoStageDetector can'):
-        check_detector(torch.nn.Identity())
+    message = 'Identity cannot be exported: only TwoStageDetector or SingleStageDetector can'
+    with pytest.raises(UsageError, match=message):
+        ExportableDetector(torch.nn.Identity())

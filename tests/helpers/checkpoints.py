@@ -8,7 +8,7 @@ from mmengine.model.utils import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 
 from helpers.paths import ROOT
-from helpers.weights import random_weights
+from helpers.weights import load_random_weights
 
 CLASSES = {
     'mask_rcnn': ('disc', 'square', 'triangle', 'cross'),
@@ -23,17 +23,13 @@ def save_checkpoint(recipe: str, path, **model_settings):
     config.merge_from_dict(model_settings)
     init_default_scope(config.default_scope)
     model = MODELS.build(config.model)
-    weights = {
-        name: value.abs() + 0.5 if name.endswith('running_var') else value
-        for name, value in random_weights({k: tuple(v.shape) for k, v in model.state_dict().items()}).items()
-    }
+    load_random_weights(model)
     if recipe == 'upernet':
-        model.load_state_dict(weights)
-        weights = balance_classes(model).state_dict()
+        model = balance_classes(model)
     meta = dict(cfg=config.pretty_text, dataset_meta=dict(classes=CLASSES[recipe]))
     if recipe == 'upernet':
         meta['dataset_meta']['palette'] = [[90, 90, 90], [220, 60, 50], [140, 220, 60], [60, 200, 200], [150, 60, 220]]
-    torch.save(dict(state_dict=weights, meta=meta), path)
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), path)
     return path
 
 

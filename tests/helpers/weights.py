@@ -4,6 +4,7 @@ import zlib
 
 import numpy as np
 import torch
+from torch import nn
 
 
 def random_weights(shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
@@ -20,3 +21,11 @@ def random_weights(shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
             r = r / np.sqrt(np.prod(shape[1:]))
         weights[name] = torch.from_numpy(np.asarray(r, np.float32))
     return weights
+
+
+def load_random_weights(model: nn.Module) -> None:
+    """Give a model weights that follow from their names and shapes."""
+    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items() if not k.endswith('integral.project')}
+    weights = random_weights(shapes)
+    weights = {k: v.abs() + 0.5 if k.endswith('running_var') else v for k, v in weights.items()}
+    model.load_state_dict(weights, strict=False)  # GFL's bins of distances stay

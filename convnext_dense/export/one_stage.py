@@ -1,0 +1,81 @@
+"""mmdet's one-stage detectors in the padded form of `boxes`: those whose head predicts as BaseDenseHead does."""
+
+import torch
+import torch.nn.functional as F
+from mmdet.models import GFLHead, SingleStageDetector
+from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+from torch import nn
+
+from ..errors import UsageError
+from ..ops.export_ops import NO_SCORE
+from .boxes import best_detections, decode, require, require_nms, take
+
+METHODS = ('predict', 'predict_by_feat', '_predict_by_feat_single', '_bbox_post_process')
+
+
+class OneStage(nn.Module):
+    """Of images to boxes, scores and labels.
+
+    Args:
+        model: mmdet's SingleStageDetector.
+
+    Raises:
+        UsageError: If its head is of a class whose computation is not known here.
+    """
+
+    with_mask = False
+
+    def __init__(self, model: SingleStageDetector):
+        super().__init__()
+        self.model, self.head, self.test_cfg = model, model.bbox_head, model.bbox_head.test_cfg
+        require(model, (SingleStageDetector,), ('predict', 'extract_feat'))
+        require(self.head, (GFLHead, BaseDenseHead), METHODS)
+        require_nms(self.test_cfg)
+        if self.test_cfg.get('nms_pre', -1) <= 0:
+            raise UsageError(f'{type(self.head).__name__} without nms_pre cannot be exported: set it in test_cfg')
+
+    def forward(self, images: torch.Tensor, shape: tuple[int, int], scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Detect, as `TwoStage` does."""
+        head, feats = self.head, self.model.extract_feat(images)
+        maps = [[x.float() for x in maps] for maps in head(feats)]  # scores, deltas and, of some heads, score factors
+        priors = head.prior_generator.grid_priors([x.shape[-2:] for x in maps[0]], device=images.device)
+        levels = [self._best_of_level(level, *x) for level, x in enumerate(zip(priors, *maps))]
+        priors, deltas, scores, labels = (torch.cat(parts, 1) for parts in zip(*levels))
+        boxes = decode(head.bbox_coder, priors, deltas, shape) * scale
+        if self.test_cfg.get('min_bbox_size', -1) >= 0:
+            width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(-1)
+            scores = torch.where(torch.minimum(width, height) > self.test_cfg.min_bbox_size, scores, NO_SCORE)
+        return best_detections(boxes, scores, labels, self.test_cfg)[:3]
+
+    def _best_of_level(self, level, priors, cls_score, deltas, factors=None):
+        """Priors, deltas, scores and labels of the best `nms_pre` pairs of a prior and a class."""
+        head, nms_pre = self.head, self.test_cfg.nms_pre
+        scores = self._activate(_rows(cls_score, head.cls_out_channels))
+        classes = scores.shape[2]
+        scores = torch.where(scores > self.test_cfg.get('score_thr', 0), scores, NO_SCORE).flatten(1)
+        # Filled up, so that there are always as many: shapes behind this one do not depend on the size of the image.
+        scores, indices = F.pad(scores, (0, nms_pre), value=NO_SCORE).topk(nms_pre)
+        labels, indices = indices % classes, torch.where(scores > NO_SCORE, indices // classes, 0)
+        priors = take(priors[None].expand(scores.shape[0], -1, -1), indices)
+        priors_per_cell = cls_score.shape[1] // head.cls_out_channels
+        deltas = take(_rows(deltas, deltas.shape[1] // priors_per_cell), indices)
+        if isinstance(head, GFLHead):  # a distribution of each distance
+            deltas = head.integral(deltas.flatten(0, 1)).reshape(*deltas.shape[:2], 4)
+            priors, deltas = head.anchor_center(priors), deltas * head.prior_generator.strides[level][0]
+        if factors is not None:
+            factors = _rows(factors, 1).flatten(1).sigmoid().gather(1, indices)
+            scores = torch.where(scores > NO_SCORE, scores * factors, NO_SCORE)
+        return priors, deltas, scores, labels
+
+    def _activate(self, logits):
+        head = self.head
+        if getattr(head.loss_cls, 'custom_cls_channels', False):
+            return head.loss_cls.get_activation(logits)
+        if head.use_sigmoid_cls or isinstance(head, GFLHead):
+            return logits.sigmoid()
+        return logits.softmax(-1)[..., :-1]
+
+
+def _rows(maps, channels):
+    """Of maps (N, A * channels, H, W) a row for each prior, (N, H * W * A, channels)."""
+    return maps.permute(0, 2, 3, 1).reshape(maps.shape[0], -1, channels)
