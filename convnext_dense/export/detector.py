@@ -6,15 +6,17 @@ stay, so that every shape follows from that of the images.
 
 import torch
 from mmdet.models import SingleStageDetector, TwoStageDetector
+from mmdet.models.detectors.base_detr import DetectionTransformer
 from torch import nn
 
 from ..errors import UsageError
 from .one_stage import OneStage
 from .preprocessing import Preprocess
+from .query_based import QueryBased
 from .sizes import known_size, to_tensor, with_unknown_size
 from .two_stage import TwoStage
 
-KINDS = {TwoStageDetector: TwoStage, SingleStageDetector: OneStage}
+KINDS = {TwoStageDetector: TwoStage, SingleStageDetector: OneStage, DetectionTransformer: QueryBased}
 
 
 class ExportableDetector(nn.Module):

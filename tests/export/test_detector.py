@@ -203,6 +203,6 @@ def test_unknown_parts_are_refused(changes, message):
 
 
 def test_other_kinds_of_detectors_are_refused():
-    message = 'Identity cannot be exported: only TwoStageDetector or SingleStageDetector can'
+    message = 'Identity cannot be exported: only TwoStageDetector or SingleStageDetector or DetectionTransformer can'
     with pytest.raises(UsageError, match=message):
         ExportableDetector(torch.nn.Identity())

@@ -37,6 +37,15 @@ ONE_STAGE = {
 }
 
 
+DN = dict(label_noise_scale=0.5, box_noise_scale=1.0, group_cfg=dict(dynamic=True, num_dn_queries=10))
+TWO_STAGE = dict(num_feature_levels=3, with_box_refine=True, as_two_stage=True)
+DETRS = {
+    'DETR': {},
+    'DeformableDETR': dict(num_feature_levels=3),
+    'DeformableDETR with proposals': TWO_STAGE,
+    'DINO': dict(TWO_STAGE, dn_cfg=DN),
+}
+
 
 def one_stage(name, **test_cfg):
     """The config of a model of the table, with options of its test."""
@@ -50,6 +59,38 @@ def one_stage(name, **test_cfg):
         bbox_head=ONE_STAGE[name],
         test_cfg=dict(TEST_CFG, **test_cfg),
     )
+
+
+def detr(name, pad_size_divisor=32):
+    """The config of a DETR, Deformable DETR or DINO."""
+    model = Config.fromfile(ROOT / 'configs/demo/mask_rcnn.py').model
+    # DETRHead writes into the default of its argument.
+    loss = dict(SOFTMAX, class_weight=1.0) if name == 'DETR' else dict(type='FocalLoss', use_sigmoid=True)
+    dims = 256 if 'proposals' in name else 64  # mmdet has fixed their encoding
+    self_attn, ffn = dict(embed_dims=dims, num_heads=4), dict(embed_dims=dims, feedforward_channels=96)
+    deformable = dict(embed_dims=dims, num_heads=4, num_levels=3)
+    if name == 'DETR':
+        encoder, cross, out = self_attn, self_attn, dict(in_channels=[320], num_outs=1)
+    else:
+        encoder, cross, out = deformable, deformable, dict(in_channels=[160, 320], num_outs=3)
+    cfg = dict(
+        type=name.partition(' ')[0],
+        num_queries=20,
+        data_preprocessor=dict(model.data_preprocessor, pad_mask=False, pad_size_divisor=pad_size_divisor),
+        backbone=dict(model.backbone, out_indices=[2, 3][-len(out['in_channels']) :]),
+        neck=dict(type='ChannelMapper', kernel_size=1, out_channels=dims, norm_cfg=NORM, act_cfg=None, **out),
+        encoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=encoder, ffn_cfg=ffn)),
+        decoder=dict(
+            num_layers=2,
+            return_intermediate=True,
+            **({} if name == 'DETR' else dict(post_norm_cfg=None)),
+            layer_cfg=dict(self_attn_cfg=self_attn, cross_attn_cfg=cross, ffn_cfg=ffn),
+        ),
+        positional_encoding=dict(num_feats=dims // 2, normalize=True, offset=-0.5),
+        bbox_head=dict(type=f'{name.partition(" ")[0]}Head', num_classes=4, embed_dims=dims, loss_cls=loss),
+        test_cfg=dict(max_per_img=15),
+    )
+    return cfg | DETRS[name]
 
 
 def build_predictor(model_cfg, recipe='mask_rcnn'):

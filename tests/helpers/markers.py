@@ -38,6 +38,7 @@ INTEGRATION_TESTS = {
     'evaluation/test_detection_report.py::test_metric_writes_its_report',
     'evaluation/test_report_option.py::test_test_tool_writes_a_report',
     'export/test_one_stage.py::test_file_detects_what_mmdet_does',
+    'export/test_query_based.py::test_file_detects_what_mmdet_does',
     'export/test_segmentor.py::test_a_file_equals_mmseg_at_every_size',
     'export/test_segmentor.py::test_a_file_has_standard_operators_alone',
     'export/test_segmentor.py::test_a_program_equals_mmseg_at_every_size',

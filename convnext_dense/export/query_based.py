@@ -1,0 +1,207 @@
+"""mmdet's DETR, Deformable DETR and DINO as functions of a batch: what they compute in other shapes than they do.
+
+Transformer and head are mmdet's own. Replaced is what takes shapes of maps as tensors or depends on the number of
+images: a tracer has to know these shapes.
+"""
+
+import copy
+from functools import partial
+
+import torch
+from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention, multi_scale_deformable_attn_pytorch
+from mmdet.models import DETR, DINO, DeformableDETR
+from mmdet.models.dense_heads import DeformableDETRHead, DETRHead, DINOHead
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
+from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .boxes import require, take
+from .sizes import to_tensor
+
+METHODS = ('predict', 'extract_feat', 'forward_transformer', 'pre_transformer', 'forward_encoder', 'pre_decoder')
+METHODS += ('forward_decoder', 'gen_encoder_output_proposals')
+HEAD_METHODS = ('predict', 'predict_by_feat', '_predict_by_feat_single', 'forward')
+
+
+class QueryBased(nn.Module):
+    """Of images to boxes, scores and labels; an image has as many boxes as the model returns for each.
+
+    Of a model in half precision, all but backbone and neck is float32.
+
+    Args:
+        model: mmdet's DETR, DeformableDETR or DINO.
+
+    Raises:
+        UsageError: If it is another detector of their kind, or has another head.
+    """
+
+    with_mask = False
+
+    def __init__(self, model: DETR):
+        super().__init__()
+        require(model, (DINO, DeformableDETR, DETR), METHODS)
+        require(model.bbox_head, (DINOHead, DeformableDETRHead, DETRHead), HEAD_METHODS)
+        self.model = model = _with_shared_weights(model)
+        for name, child in model.named_children():
+            if name not in ('backbone', 'neck'):
+                child.float()
+        for parameter in model.parameters(recurse=False):
+            parameter.data = parameter.data.float()
+        if isinstance(model, DeformableDETR):
+            _trace_deformable(model)
+        else:
+            model.pre_transformer = partial(_flatten_map, model)
+
+    def forward(self, images: torch.Tensor, shape: tuple[int, int], scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Detect, as `two_stage.TwoStage` does."""
+        model, head = self.model, self.model.bbox_head
+        feats = [x.float() for x in model.extract_feat(images)]
+        logits, boxes = (x[-1] for x in head(**model.forward_transformer(feats, (shape, images.shape[-2:]))))
+        limit = head.test_cfg.get('max_per_img', logits.shape[1])
+        if head.loss_cls.use_sigmoid:
+            scores, indices = logits.sigmoid().flatten(1).topk(limit)
+            labels, indices = indices % head.num_classes, indices // head.num_classes
+        else:
+            scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+            scores, indices = scores.topk(limit)
+            labels = labels.gather(1, indices)
+        size = to_tensor(shape, images.device).flip(0).repeat(2)
+        boxes = bbox_cxcywh_to_xyxy(take(boxes, indices)) * size
+        return torch.minimum(boxes, size).clamp(min=0) * scale, scores, labels
+
+
+def _with_shared_weights(model):
+    """A copy of a model that can be changed, with the same parameters."""
+    return copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+
+
+# ---- padding ---------------------------------------------------------------------------------------------------------
+
+
+def _valid_lines(feat, shape, padded_shape):
+    """Which rows (h,) and columns (w,) of a map (N, C, h, w) are in the images, as `F.interpolate` rounds."""
+    lines = []
+    for n, padded, valid in zip(feat.shape[-2:], padded_shape, shape):
+        ratio = to_tensor([padded], feat.device) / to_tensor([n], feat.device)
+        lines.append((torch.arange(n, device=feat.device) * ratio).floor() < valid)
+    return lines
+
+
+def _padding_mask(rows, columns):
+    """The padding of a map, (1, h, w) of bool."""
+    return ~(rows[:, None] & columns)[None]
+
+
+def _is_padded(shape, padded_shape):
+    return not all(statically_known_true(n == padded) for n, padded in zip(shape, padded_shape))
+
+
+def _flatten_map(model, feats, shapes):
+    """Replace `DETR.pre_transformer`."""
+    feat = feats[-1]
+    mask = _padding_mask(*_valid_lines(feat, *shapes))
+    position = model.positional_encoding(mask).flatten(2).transpose(1, 2).expand(feat.shape[0], -1, -1)
+    mask = mask.flatten(1).expand(feat.shape[0], -1) if _is_padded(*shapes) else None
+    encoder_inputs = dict(feat=feat.flatten(2).transpose(1, 2), feat_mask=mask, feat_pos=position)
+    return encoder_inputs, dict(memory_mask=mask, memory_pos=position)
+
+
+# ---- deformable attention --------------------------------------------------------------------------------------------
+
+
+class Levels(list):
+    """Heights and widths of the maps, in the place of mmdet's tensor; `valid` are those of them without the padding."""
+
+    def __init__(self, feats, lines):
+        super().__init__(tuple(feat.shape[-2:]) for feat in feats)
+        self.valid = [tuple(line.sum() for line in pair) for pair in lines]
+
+
+class DeformableAttention(MultiScaleDeformableAttention):
+    """mmcv's attention in its form for PyTorch alone, of maps whose shapes are `Levels`."""
+
+    def forward(
+        self, query, value=None, query_pos=None, key_padding_mask=None, reference_points=None, spatial_shapes=(), **_
+    ):
+        """Attend, as mmcv's does where the batch is first."""
+        identity, value = query, self.value_proj(query if value is None else value)
+        query = query if query_pos is None else query + query_pos
+        if key_padding_mask is not None:
+            value = value.masked_fill(key_padding_mask[..., None], 0.0)
+        shape = *query.shape[:2], self.num_heads, self.num_levels, self.num_points
+        offsets = self.sampling_offsets(query).view(*shape, 2)
+        weights = self.attention_weights(query).view(*shape[:3], -1).softmax(-1).view(shape)
+        points = reference_points[:, :, None, :, None]
+        if points.shape[-1] == 2:
+            sizes = torch.stack([to_tensor(size, query.device).flip(0) for size in spatial_shapes])
+            locations = points + offsets / sizes[:, None]
+        else:
+            locations = points[..., :2] + offsets / self.num_points * points[..., 2:] * 0.5
+        value = value.unflatten(2, (self.num_heads, -1))
+        output = multi_scale_deformable_attn_pytorch(value, spatial_shapes, locations, weights)
+        return self.output_proj(output) + identity
+
+
+def _trace_deformable(model):
+    """Replace what takes the shapes of maps as a tensor."""
+    for module in model.modules():
+        if type(module) is MultiScaleDeformableAttention:
+            module.__class__ = DeformableAttention
+    model.pre_transformer = partial(_flatten_maps, model)
+    model.gen_encoder_output_proposals = partial(_encoder_proposals, model)
+    model.encoder.get_encoder_reference_points = _encoder_reference_points
+    if isinstance(model, DINO):
+        model.forward_decoder = partial(_decode_dino, model)
+
+
+def _flatten_maps(model, feats, shapes):
+    """Replace `DeformableDETR.pre_transformer`."""
+    n = feats[0].shape[0]
+    lines = [_valid_lines(feat, *shapes) for feat in feats]
+    masks = [_padding_mask(*pair) for pair in lines]
+    positions = [model.positional_encoding(mask) + model.level_embed[i, :, None, None] for i, mask in enumerate(masks)]
+    feats_flat, positions, masks = (torch.cat([x.flatten(-2) for x in maps], -1) for maps in (feats, positions, masks))
+    levels = Levels(feats, lines)
+    ratios = [torch.stack([valid_w / w, valid_h / h]) for (h, w), (valid_h, valid_w) in zip(levels, levels.valid)]
+    mask = masks.expand(n, -1) if _is_padded(*shapes) else None
+    common = dict(
+        spatial_shapes=levels, level_start_index=None, valid_ratios=torch.stack(ratios)[None].expand(n, -1, -1)
+    )
+    encoder_inputs = dict(feat=feats_flat.transpose(1, 2), feat_mask=mask, feat_pos=positions.transpose(1, 2))
+    return encoder_inputs | common, dict(memory_mask=mask) | common
+
+
+def _grid(level, valid):
+    """Centers (h * w, 2), x and y, of the cells of a map, as parts of the image."""
+    y, x = ((torch.arange(n, device=part.device) + 0.5) / part for n, part in zip(level, valid))
+    return torch.stack([x.expand(*level), y[:, None].expand(*level)], -1).flatten(0, 1)
+
+
+def _encoder_reference_points(spatial_shapes, valid_ratios, device):
+    """Replace `DeformableDetrTransformerEncoder.get_encoder_reference_points`."""
+    points = torch.cat([_grid(*level) for level in zip(spatial_shapes, spatial_shapes.valid)])
+    return points[None, :, None] * valid_ratios[:, None]
+
+
+def _encoder_proposals(model, memory, memory_mask, spatial_shapes):
+    """Replace `DeformableDETR.gen_encoder_output_proposals`."""
+    centers = [_grid(*level) for level in zip(spatial_shapes, spatial_shapes.valid)]
+    proposals = torch.cat([torch.cat([x, torch.full_like(x, 0.05 * 2.0**i)], 1) for i, x in enumerate(centers)])
+    dropped = ~((proposals > 0.01) & (proposals < 0.99)).all(-1, keepdim=True)[None]
+    if memory_mask is not None:
+        dropped = dropped | memory_mask[..., None]
+    proposals = torch.log(proposals / (1 - proposals)).masked_fill(dropped, float('inf'))
+    return model.memory_trans_norm(model.memory_trans_fc(memory.masked_fill(dropped, 0.0))), proposals
+
+
+def _decode_dino(model, query, memory, memory_mask, dn_mask=None, **inputs):
+    """Replace `DINO.forward_decoder`, which asks for the number of images."""
+    states, references = model.decoder(
+        query=query,
+        value=memory,
+        key_padding_mask=memory_mask,
+        self_attn_mask=dn_mask,
+        reg_branches=model.bbox_head.reg_branches,
+        **inputs,
+    )
+    return dict(hidden_states=states, references=list(references))
