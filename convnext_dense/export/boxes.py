@@ -1,6 +1,7 @@
 """Boxes of a batch in the padded form of exported detectors: boxes that a model would drop have a score of -1."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..errors import UsageError
@@ -80,6 +81,28 @@ def take(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return values.gather(1, indices[..., None].expand(-1, -1, values.shape[2]))
 
 
+def flatten_map(maps: torch.Tensor, channels: int) -> torch.Tensor:
+    """Of a map (N, A * channels, H, W) a row for each of its priors, (N, H * W * A, channels)."""
+    return maps.permute(0, 2, 3, 1).reshape(maps.shape[0], -1, channels)
+
+
+def best_of_level(scores: torch.Tensor, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best `limit` of scores (N, n) and their indices, which are 0 where there is no score.
+
+    Filled up, so that there are always as many: shapes behind this do not depend on the size of the image.
+    """
+    scores, indices = F.pad(scores, (0, limit), value=NO_SCORE).topk(limit)
+    return scores, torch.where(scores > NO_SCORE, indices, 0)
+
+
+def drop_small(boxes: torch.Tensor, scores: torch.Tensor, test_cfg: dict) -> torch.Tensor:
+    """Scores (N, n) in which boxes (N, n, 4) of at most `min_bbox_size` have none."""
+    limit = test_cfg.get('min_bbox_size', -1)
+    if limit < 0:
+        return scores
+    return torch.where((boxes[..., 2:] - boxes[..., :2]).amin(-1) > limit, scores, NO_SCORE)
+
+
 def top_boxes(boxes: torch.Tensor, scores: torch.Tensor, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The best `limit` of boxes (N, n, 4) with their scores (N, n)."""
     scores, indices = scores.topk(min(limit, scores.shape[1]))
@@ -88,7 +111,7 @@ def top_boxes(boxes: torch.Tensor, scores: torch.Tensor, limit: int) -> tuple[to
 
 def best_detections(
     boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, test_cfg: dict
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The best boxes after NMS of each class.
 
     Args:
@@ -98,8 +121,8 @@ def best_detections(
         test_cfg: With `nms` and `max_per_img`.
 
     Returns:
-        Of K boxes, the most that an image has: boxes (N, K, 4), scores (N, K) in descending order, labels (N, K), which
-        are -1 where an image has fewer, and indices (N, K) of the boxes.
+        Of K boxes, the most that an image has: boxes (N, K, 4), scores (N, K) in descending order, and labels (N, K),
+        which are -1 where an image has fewer.
     """
     limit = test_cfg.max_per_img
     scores, indices = batched_nms(boxes, scores, labels, test_cfg.nms, limit).topk(min(limit, scores.shape[1]))
@@ -108,4 +131,4 @@ def best_detections(
     scores, indices = scores[:, :most], indices[:, :most]
     is_box = scores > NO_SCORE
     boxes = take(boxes, indices) * is_box[..., None]
-    return boxes, scores.clamp(min=0), torch.where(is_box, labels.gather(1, indices), -1), indices
+    return boxes, scores.clamp(min=0), torch.where(is_box, labels.gather(1, indices), -1)

@@ -1,14 +1,13 @@
 """mmdet's one-stage detectors in the padded form of `boxes`: those whose head predicts as BaseDenseHead does."""
 
 import torch
-import torch.nn.functional as F
 from mmdet.models import GFLHead, SingleStageDetector
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from torch import nn
 
 from ..errors import UsageError
 from ..ops.export_ops import NO_SCORE
-from .boxes import best_detections, decode, require, require_nms, take
+from .boxes import best_detections, best_of_level, decode, drop_small, flatten_map, require, require_nms, take
 
 METHODS = ('predict', 'predict_by_feat', '_predict_by_feat_single', '_bbox_post_process')
 
@@ -42,28 +41,24 @@ class OneStage(nn.Module):
         levels = [self._best_of_level(level, *x) for level, x in enumerate(zip(priors, *maps))]
         priors, deltas, scores, labels = (torch.cat(parts, 1) for parts in zip(*levels))
         boxes = decode(head.bbox_coder, priors, deltas, shape) * scale
-        if self.test_cfg.get('min_bbox_size', -1) >= 0:
-            width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(-1)
-            scores = torch.where(torch.minimum(width, height) > self.test_cfg.min_bbox_size, scores, NO_SCORE)
-        return best_detections(boxes, scores, labels, self.test_cfg)[:3]
+        return best_detections(boxes, drop_small(boxes, scores, self.test_cfg), labels, self.test_cfg)
 
     def _best_of_level(self, level, priors, cls_score, deltas, factors=None):
         """Priors, deltas, scores and labels of the best `nms_pre` pairs of a prior and a class."""
-        head, nms_pre = self.head, self.test_cfg.nms_pre
-        scores = self._activate(_rows(cls_score, head.cls_out_channels))
+        head = self.head
+        scores = self._activate(flatten_map(cls_score, head.cls_out_channels))
         classes = scores.shape[2]
         scores = torch.where(scores > self.test_cfg.get('score_thr', 0), scores, NO_SCORE).flatten(1)
-        # Filled up, so that there are always as many: shapes behind this one do not depend on the size of the image.
-        scores, indices = F.pad(scores, (0, nms_pre), value=NO_SCORE).topk(nms_pre)
-        labels, indices = indices % classes, torch.where(scores > NO_SCORE, indices // classes, 0)
+        scores, indices = best_of_level(scores, self.test_cfg.nms_pre)
+        labels, indices = indices % classes, indices // classes
         priors = take(priors[None].expand(scores.shape[0], -1, -1), indices)
         priors_per_cell = cls_score.shape[1] // head.cls_out_channels
-        deltas = take(_rows(deltas, deltas.shape[1] // priors_per_cell), indices)
+        deltas = take(flatten_map(deltas, deltas.shape[1] // priors_per_cell), indices)
         if isinstance(head, GFLHead):  # a distribution of each distance
             deltas = head.integral(deltas.flatten(0, 1)).reshape(*deltas.shape[:2], 4)
             priors, deltas = head.anchor_center(priors), deltas * head.prior_generator.strides[level][0]
         if factors is not None:
-            factors = _rows(factors, 1).flatten(1).sigmoid().gather(1, indices)
+            factors = flatten_map(factors, 1).flatten(1).sigmoid().gather(1, indices)
             scores = torch.where(scores > NO_SCORE, scores * factors, NO_SCORE)
         return priors, deltas, scores, labels
 
@@ -74,8 +69,3 @@ class OneStage(nn.Module):
         if head.use_sigmoid_cls or isinstance(head, GFLHead):
             return logits.sigmoid()
         return logits.softmax(-1)[..., :-1]
-
-
-def _rows(maps, channels):
-    """Of maps (N, A * channels, H, W) a row for each prior, (N, H * W * A, channels)."""
-    return maps.permute(0, 2, 3, 1).reshape(maps.shape[0], -1, channels)

@@ -71,11 +71,9 @@ def _soft_nms(
         is_best = op.And(positions == index, left > no_score)
         taken = op.Where(is_best, left, taken)
         box_index = op.Expand(op.Unsqueeze(index, axis2), [1, 1, 2])
-        corner, other_corner = (
-            op.GatherElements(top_left, box_index, axis=1),
-            op.GatherElements(bottom_right, box_index, axis=1),
-        )
-        sides = op.Max(op.Min(other_corner, bottom_right) - op.Max(corner, top_left), op.Constant(value_float=0.0))
+        start = op.Max(op.GatherElements(top_left, box_index, axis=1), top_left)
+        end = op.Min(op.GatherElements(bottom_right, box_index, axis=1), bottom_right)
+        sides = op.Max(end - start, op.Constant(value_float=0.0))
         overlap = op.ReduceProd(sides, axis2, keepdims=0)
         union = op.GatherElements(areas, index, axis=1) + areas - overlap
         iou = overlap / op.Max(union, op.Constant(value_float=1e-12))

@@ -1,7 +1,6 @@
 """mmdet's two-stage detectors in the padded form of `boxes`: region proposals, RoI heads and masks of a batch."""
 
 import torch
-import torch.nn.functional as F
 from mmdet.models import (
     BBoxHead,
     CascadeRoIHead,
@@ -15,7 +14,18 @@ from mmdet.models.task_modules import AnchorGenerator
 from torch import nn
 
 from ..ops.export_ops import NO_SCORE, pyramid_roi_align
-from .boxes import batched_nms, best_detections, decode, require, require_nms, take, top_boxes
+from .boxes import (
+    batched_nms,
+    best_detections,
+    best_of_level,
+    decode,
+    drop_small,
+    flatten_map,
+    require,
+    require_nms,
+    take,
+    top_boxes,
+)
 
 # What leads from features to results.
 METHODS = ('predict', 'predict_by_feat', '_predict_by_feat_single', 'predict_bbox', 'predict_mask', '_bbox_forward')
@@ -59,7 +69,7 @@ class TwoStage(nn.Module):
         if not self.with_mask:  # mmdet scales boxes before NMS where there are no masks
             boxes = boxes * scale
         boxes, scores, labels = _by_class(boxes, torch.where(is_candidate, scores, NO_SCORE))
-        boxes, scores, labels, _ = best_detections(boxes, scores, labels, self.test_cfg)
+        boxes, scores, labels = best_detections(boxes, scores, labels, self.test_cfg)
         if not self.with_mask:
             return boxes, scores, labels
         return boxes * scale, scores, labels, self.roi_head.segment(feats, boxes, labels.clamp(min=0))
@@ -109,25 +119,19 @@ class RegionProposals(nn.Module):
         levels = [_best_of_level(head, *level, cfg.nms_pre) for level in zip(cls_scores, deltas, priors)]
         priors, deltas, scores = (torch.cat(parts, 1) for parts in zip(*levels))
         boxes = decode(head.bbox_coder, priors, deltas, shape)
-        if cfg.get('min_bbox_size', -1) >= 0:
-            width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(-1)
-            scores = torch.where((width > cfg.min_bbox_size) & (height > cfg.min_bbox_size), scores, NO_SCORE)
+        scores = drop_small(boxes, scores, cfg)
         level_ids = torch.cat([torch.full_like(part[2], i) for i, part in enumerate(levels)], 1)
         return top_boxes(boxes, batched_nms(boxes, scores, level_ids, cfg.nms, cfg.max_per_img), cfg.max_per_img)
 
 
 def _best_of_level(head, cls_score, deltas, priors, nms_pre):
     """Anchors, deltas and scores of the best `nms_pre` of a level."""
-    n = cls_score.shape[0]
-    scores = cls_score.permute(0, 2, 3, 1).reshape(n, -1, head.cls_out_channels)
+    scores = flatten_map(cls_score, head.cls_out_channels)
     scores = scores.sigmoid().squeeze(-1) if head.use_sigmoid_cls else scores.softmax(-1)[..., 0]
-    deltas = deltas.permute(0, 2, 3, 1).reshape(n, -1, 4)
-    priors = priors[None].expand(n, -1, 4)
+    deltas, priors = flatten_map(deltas, 4), priors.expand(scores.shape[0], -1, -1)
     if nms_pre <= 0:
         return priors, deltas, scores
-    # Filled up, so that there are always as many: shapes behind this one do not depend on the size of the image.
-    priors, deltas = (F.pad(x, (0, 0, 0, nms_pre)) for x in (priors, deltas))
-    scores, indices = F.pad(scores, (0, nms_pre), value=NO_SCORE).topk(nms_pre)
+    scores, indices = best_of_level(scores, nms_pre)
     return take(priors, indices), take(deltas, indices), scores
 
 
