@@ -117,7 +117,7 @@ def read_lists(
         results[split] = SplitAnnotations(coco, resolver.locations, resolver.folder, watched, has_sizes=has_sizes)
     if resolve_names:
         resolve_names(results, report, request)
-    drop_masks_of_boxes([a for result in results.values() for a in result.coco['annotations']])
+    drop_masks_of_boxes(results)
     number_categories(results)
     return results
 

@@ -13,19 +13,20 @@ from .createml import is_createml, parse_createml
 from .diagnostics import Report
 from .files import read_ends
 from .find_yolo import find_yolo, yolo_split
+from .geometry import drop_masks_of_boxes
 from .image_folder import SUFFIXES as METADATA_SUFFIXES
 from .image_folder import is_image_folder, name_numbers, parse_image_folder
-from .label_files import label_split
+from .label_files import find_label_files, label_split, read_label_files
 from .label_studio import is_label_studio, parse_label_studio
-from .labelme import find_labelme, is_labelme, read_labelme
+from .labelme import is_labelme, parse_labelme
 from .layouts import HEADER_BYTES, FolderTree, find_annotations
 from .panoptic import find_panoptic, is_panoptic, read_panoptic
 from .read_yolo import read_yolo
 from .request import DatasetRequest
 from .split_annotations import SplitAnnotations
-from .supervisely import find_supervisely, is_supervisely, read_supervisely
+from .supervisely import is_supervisely, parse_supervisely
 from .via import choose_class_attribute, is_via, parse_via
-from .voc import find_voc, is_voc, read_voc
+from .voc import is_voc, parse_voc, shift_to_zero
 
 COCO = 'COCO json'
 
@@ -59,20 +60,22 @@ def _list_format(key: str, suffixes: tuple[str, ...], is_list: Callable, parse: 
     return BoxFormat(key, find, partial(read_lists, parse=parse, **options), is_list, suffixes)
 
 
-def _label_format(key: str, suffix: str, find: Callable, read: Callable, is_label: Callable) -> BoxFormat:
+def _label_format(key: str, suffix: str, is_label: Callable, parse: Callable, finish: Callable) -> BoxFormat:
     """Return the entry of a format with one file per image, as of `label_files`."""
-    return BoxFormat(key, find, read, from_folder=partial(label_split, suffix=suffix, is_label=is_label))
+    files = dict(suffix=suffix, is_label=is_label)
+    read = partial(read_label_files, suffix=suffix, parse=parse, finish=finish)
+    return BoxFormat(key, partial(find_label_files, **files), read, from_folder=partial(label_split, **files))
 
 
 # In the order in which they are looked for.
 BOX_FORMATS = {
     COCO: BoxFormat('coco', find_coco, read_coco_files),
     'YOLO': BoxFormat('yolo', find_yolo, read_yolo, from_folder=yolo_split),
-    'Pascal VOC': _label_format('voc', '.xml', find_voc, read_voc, is_voc),
-    'LabelMe': _label_format('labelme', '.json', find_labelme, read_labelme, is_labelme),
+    'Pascal VOC': _label_format('voc', '.xml', is_voc, parse_voc, shift_to_zero),
+    'LabelMe': _label_format('labelme', '.json', is_labelme, parse_labelme, drop_masks_of_boxes),
     'Label Studio': _list_format('labelstudio', ('.json',), is_label_studio, parse_label_studio),
     'VIA': _list_format('via', ('.json',), is_via, parse_via, resolve_names=choose_class_attribute),
-    'Supervisely': _label_format('supervisely', '.json', find_supervisely, read_supervisely, is_supervisely),
+    'Supervisely': _label_format('supervisely', '.json', is_supervisely, parse_supervisely, drop_masks_of_boxes),
     'CreateML': _list_format('createml', ('.json',), is_createml, parse_createml),
     'ImageFolder': _list_format(
         'imagefolder', METADATA_SUFFIXES, is_image_folder, parse_image_folder, resolve_names=name_numbers

@@ -23,7 +23,6 @@ LABEL_LINE_RE = re.compile(
 )  # fmt: skip
 YAML_MARKS_RE = re.compile(r'^["\']?(names|nc)["\']?\s*:', re.MULTILINE)
 NO_VALUE = ('', '~', 'null', 'none')  # of a key of a YAML file
-LIST_SPLITS = {'train': ('train',), 'val': ('val', 'valid', 'validation'), 'test': ('test',)}  # names of lists
 
 
 class YoloSplit(NamedTuple):
@@ -62,11 +61,7 @@ def find_yolo(tree: FolderTree) -> tuple[str, dict[str, YoloSplit]] | None:
     """
     path = tree.root
     if path.is_file():
-        is_yaml, is_darknet = path.suffix.lower() in YAML_SUFFIXES, _is_obj_data(path)
-        splits = _read_yaml_splits(path) if is_yaml else _read_obj_data(path, tree) if is_darknet else {}
-        if _missing_train(splits):
-            raise UsageError(f'{path}: {_missing_train(splits)}')
-        return (path.name, splits) if splits else None
+        return _read_given_file(tree)
     yamls = [file for file in _files_in(path) if _is_data_yaml(file)]
     if len(yamls) > 1:
         names = ' and '.join(to_one_line(file.name) for file in yamls[:3])
@@ -78,25 +73,43 @@ def find_yolo(tree: FolderTree) -> tuple[str, dict[str, YoloSplit]] | None:
     darknet = next((file for folder in (path, path / 'data') for file in _files_in(folder) if _is_obj_data(file)), None)
     if darknet:
         return darknet.name, _read_obj_data(darknet, tree)
-    if next(_label_folders(tree), None) is None:
-        if missing:
-            raise UsageError(f'{yamls[0]}: {missing}')
-        return None
-    if missing:  # written for another place; it names the classes nevertheless
-        common = next(iter(splits.values()))._asdict() | dict(missing='')
-        del common['images']
-    else:
-        common = _named_classes(tree)
-    lists = {split: tuple(_lists_of(path, split)) for split in SPLITS}
+    has_labels = next(_label_folders(tree), None) is not None
+    if not missing:
+        return _find_images(tree, _named_classes(tree)) if has_labels else None
+    if not has_labels:
+        raise UsageError(f'{yamls[0]}: {missing}')
+    common = next(iter(splits.values()))._asdict() | dict(missing='')  # the file still names the classes
+    del common['images']
+    return _find_images(tree, common, f' ({yamls[0].name}: {missing})')
+
+
+def _read_given_file(tree: FolderTree) -> tuple[str, dict[str, YoloSplit]] | None:
+    """Read the data.yaml or obj.data that the user names; None if it is neither."""
+    file = tree.root
+    is_yaml, is_darknet = file.suffix.lower() in YAML_SUFFIXES, _is_obj_data(file)
+    splits = _read_yaml_splits(file) if is_yaml else _read_obj_data(file, tree) if is_darknet else {}
+    if _missing_train(splits):
+        raise UsageError(f'{file}: {_missing_train(splits)}')
+    return (file.name, splits) if splits else None
+
+
+def _find_images(tree: FolderTree, common: Mapping, note: str = '') -> tuple[str, dict[str, YoloSplit]] | None:
+    """Find the images with labels of each split by lists of them, or by folders.
+
+    Args:
+        tree: folder of the data set.
+        common: arguments of `YoloSplit` that all splits share.
+        note: for the report.
+    """
+    lists = {split: tuple(_lists_of(tree.root, split)) for split in SPLITS}
     if lists['train']:
-        return 'lists of images', {split: YoloSplit(files, **common) for split, files in lists.items() if files}
+        return f'lists of images{note}', {split: YoloSplit(each, **common) for split, each in lists.items() if each}
     by_split = _folders_by_split(tree)
-    if not by_split and not any(is_image(Path(name)) for _, names in tree.folders for name in names):
+    if 'train' in by_split:
+        return f'folders by split{note}', {split: YoloSplit(each, **common) for split, each in by_split.items()}
+    if not any(is_image(Path(name)) for _, names in tree.folders for name in names):
         return None
-    layout = 'folders by split' if 'train' in by_split else 'images with labels'
-    layout += f' ({yamls[0].name}: {missing})' if missing else ''
-    by_split = by_split if 'train' in by_split else {'all': (path,)}
-    return layout, {split: YoloSplit(folders, **common) for split, folders in by_split.items()}
+    return f'images with labels{note}', {'all': YoloSplit((tree.root,), **common)}
 
 
 def yolo_split(labels: FolderTree, images: Path) -> YoloSplit | None:
@@ -259,7 +272,7 @@ def _read_names(file: Path | None) -> tuple[tuple[int, str], ...] | None:
 def _lists_of(root: Path, split: str) -> Iterator[Path]:
     """Iterate over the text files in a folder that are named after a split and hold paths of images."""
     for file in _files_in(root):
-        is_named = file.suffix.lower() == '.txt' and file.stem.lower() in LIST_SPLITS[split]
+        is_named = file.suffix.lower() == '.txt' and file.stem.lower() in SPLIT_DIR_NAMES[split]
         if is_named and is_image(Path(read_start(file, 2**12).split('\n')[0].strip())):
             yield file
 

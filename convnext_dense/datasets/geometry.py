@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from PIL import Image
@@ -70,8 +70,9 @@ def shape_annotation(
     return fields | dict(is_rectangle=is_rectangle)
 
 
-def drop_masks_of_boxes(annotations: Sequence[dict]) -> None:
-    """Remove the masks, in place, if all annotations are rectangles along the sides of their images."""
+def drop_masks_of_boxes(results: Mapping, *_) -> None:
+    """Remove the masks, in place, if all annotations of the splits are rectangles along the sides of their images."""
+    annotations = [a for result in results.values() for a in result.coco['annotations']]
     if all(annotation['is_rectangle'] for annotation in annotations):
         for annotation in annotations:
             del annotation['segmentation']

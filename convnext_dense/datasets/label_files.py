@@ -14,7 +14,7 @@ from .file_names import normalize_spelling
 from .files import read_json, read_text, to_one_line, walk
 from .image_resolver import ImageLocation
 from .layouts import IMAGE_DIR_NAMES, FolderTree, is_image, split_of_folders
-from .request import relative_to_root
+from .request import DatasetRequest, relative_to_root
 from .split_annotations import SplitAnnotations, number_categories, outermost
 
 LIST_DIRS = ('ImageSets/Main', 'ImageSets')
@@ -92,7 +92,13 @@ def label_split(labels: FolderTree, images: Path, suffix: str, is_label: Callabl
 
 
 def read_label_files(
-    root: Path, splits: Mapping[str, LabelSplit], report: Report, suffix: str, parse: Callable
+    root: Path,
+    splits: Mapping[str, LabelSplit],
+    report: Report,
+    request: DatasetRequest,
+    suffix: str,
+    parse: Callable[[str, str, Callable], Label | None],
+    finish: Callable[[Mapping, Report], None],
 ) -> dict[str, SplitAnnotations]:
     """Read the annotation files of each split as COCO.
 
@@ -100,8 +106,10 @@ def read_label_files(
         root: folder of the data set.
         splits: as of `find_label_files`.
         report: to add to.
+        request: of the user.
         suffix: of the files.
         parse: from a file, its path in reports and `add(code, example)` to its `Label`; None if it is unusable.
+        finish: changes the results by split, in place, where all files have to be known.
 
     Raises:
         UsageError: a list cannot be read.
@@ -114,6 +122,7 @@ def read_label_files(
     if not any(source.list_file for source in splits.values()):
         stems = {os.path.basename(name) for source in splits.values() for name in labels_in(source.labels)}
         _report_missing_labels(root, splits, results, stems, images_in, report)
+    finish(results, report)
     number_categories(results)
     return results
 

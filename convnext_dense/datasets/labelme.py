@@ -8,13 +8,10 @@ import base64
 import binascii
 import math
 import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 
-from .diagnostics import Report
 from .geometry import (
     decode_png,
-    drop_masks_of_boxes,
     ellipse,
     flatten_points,
     paste_mask,
@@ -22,18 +19,11 @@ from .geometry import (
     shape_annotation,
     union,
 )
-from .label_files import Label, LabelSplit, find_label_files, read_json_label, read_label_files
-from .layouts import FolderTree
-from .request import DatasetRequest
-from .split_annotations import SplitAnnotations, parse_size
+from .label_files import Label, read_json_label
+from .split_annotations import parse_size
 
 MARKS_RE = re.compile(r'"(points|imagePath|imageData)"\s*:')
 IGNORED_LABELS = ('__ignore__', '_background_')
-
-
-def find_labelme(tree: FolderTree) -> tuple[str, dict[str, LabelSplit]] | None:
-    """Find the JSON files of each split, as `find_label_files`."""
-    return find_label_files(tree, '.json', is_labelme)
 
 
 def is_labelme(start: str) -> bool:
@@ -41,26 +31,8 @@ def is_labelme(start: str) -> bool:
     return '"shapes"' in start and MARKS_RE.search(start) is not None
 
 
-def read_labelme(
-    root: Path, splits: Mapping[str, LabelSplit], report: Report, request: DatasetRequest
-) -> dict[str, SplitAnnotations]:
-    """Read the JSON files of each split as COCO.
-
-    Args:
-        root: folder of the data set.
-        splits: as of `find_labelme`.
-        report: to add to.
-        request: of the user.
-
-    Raises:
-        UsageError: a list cannot be read.
-    """
-    results = read_label_files(root, splits, report, '.json', _read_label)
-    drop_masks_of_boxes([a for result in results.values() for a in result.coco['annotations']])
-    return results
-
-
-def _read_label(file: str, where: str, add: Callable) -> Label | None:
+def parse_labelme(file: str, where: str, add: Callable) -> Label | None:
+    """Return the objects of a file, as `label_files.read_label_files`."""
     content = read_json_label(file, where, add, 'shapes')
     if content is None:
         return None

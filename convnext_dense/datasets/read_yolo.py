@@ -133,9 +133,8 @@ def label_folders(folder: str, root: Path) -> list[str]:
         candidates += ['/'.join([*parts[:at], name, *parts[at + 1 :]]) for name in LABEL_DIR_NAMES]
     candidates.append(folder)
     candidates += [os.path.join(os.path.dirname(folder), name) for name in LABEL_DIR_NAMES]
-    candidates += [os.path.join(name, folder) for name in LABEL_DIR_NAMES] + [
-        os.path.join(folder, name) for name in LABEL_DIR_NAMES
-    ]
+    candidates += [os.path.join(name, folder) for name in LABEL_DIR_NAMES]
+    candidates += [os.path.join(folder, name) for name in LABEL_DIR_NAMES]
     return [path for path in dict.fromkeys(candidates) if os.path.isdir(os.path.join(root, path))]
 
 

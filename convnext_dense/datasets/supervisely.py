@@ -7,33 +7,23 @@ import base64
 import binascii
 import re
 import zlib
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 
 from .check_images import MAX_PIXELS
 from .coco_values import only_dicts
-from .diagnostics import Report
 from .geometry import (
     box_annotation,
     decode_png,
-    drop_masks_of_boxes,
     flatten_points,
     paste_mask,
     polygons_to_rle,
     shape_annotation,
 )
-from .label_files import Label, LabelSplit, find_label_files, read_json_label, read_label_files
-from .layouts import FolderTree
-from .request import DatasetRequest
-from .split_annotations import SplitAnnotations, parse_size
+from .label_files import Label, read_json_label
+from .split_annotations import parse_size
 
 MARKS_RE = re.compile(r'"(classTitle|geometryType)"|"size"\s*:\s*\{\s*"(height|width)"')
 MIN_POINTS = 3
-
-
-def find_supervisely(tree: FolderTree) -> tuple[str, dict[str, LabelSplit]] | None:
-    """Find the JSON files of each split, as `find_label_files`."""
-    return find_label_files(tree, '.json', is_supervisely)
 
 
 def is_supervisely(start: str) -> bool:
@@ -41,16 +31,8 @@ def is_supervisely(start: str) -> bool:
     return '"objects"' in start and MARKS_RE.search(start) is not None
 
 
-def read_supervisely(
-    root: Path, splits: Mapping[str, LabelSplit], report: Report, request: DatasetRequest
-) -> dict[str, SplitAnnotations]:
-    """Read the JSON files of each split as COCO, as `read_label_files`."""
-    results = read_label_files(root, splits, report, '.json', _read_label)
-    drop_masks_of_boxes([a for result in results.values() for a in result.coco['annotations']])
-    return results
-
-
-def _read_label(file: str, where: str, add: Callable) -> Label | None:
+def parse_supervisely(file: str, where: str, add: Callable) -> Label | None:
+    """Return the objects of a file, as `label_files.read_label_files`."""
     content = read_json_label(file, where, add, 'objects')
     if content is None:
         return None

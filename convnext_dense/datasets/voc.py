@@ -6,22 +6,14 @@ crowds of COCO. `truncated`, `occluded`, `pose` and parts of objects are not rea
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from xml.etree import ElementTree
 
 from .diagnostics import Report
 from .files import MAX_LIST_BYTES, read_bytes, to_one_line
-from .label_files import Label, LabelSplit, find_label_files, read_label_files
-from .layouts import FolderTree
-from .request import DatasetRequest
+from .label_files import Label
 from .split_annotations import SplitAnnotations, parse_size
 
 CORNERS = ('xmin', 'ymin', 'xmax', 'ymax')
-
-
-def find_voc(tree: FolderTree) -> tuple[str, dict[str, LabelSplit]] | None:
-    """Find the XML files of each split, as `find_label_files`."""
-    return find_label_files(tree, '.xml', is_voc)
 
 
 def is_voc(start: str) -> bool:
@@ -29,24 +21,16 @@ def is_voc(start: str) -> bool:
     return '<annotation' in start
 
 
-def read_voc(
-    root: Path, splits: Mapping[str, LabelSplit], report: Report, request: DatasetRequest
-) -> dict[str, SplitAnnotations]:
-    """Read the XML files of each split as COCO.
+def shift_to_zero(results: Mapping[str, SplitAnnotations], report: Report) -> None:
+    """Turn corners into boxes, in place.
 
     Coordinates count pixels from 1 and include the last one, as in Pascal VOC; if any is 0 or no integer, they are
     those of points, and are used as they are.
 
     Args:
-        root: folder of the data set.
-        splits: as of `find_voc`.
+        results: by split; boxes are corners.
         report: to add to.
-        request: of the user.
-
-    Raises:
-        UsageError: a list cannot be read.
     """
-    results = read_label_files(root, splits, report, '.xml', _read_xml)
     annotations = [a for result in results.values() for a in result.coco['annotations']]
     corners = [a['bbox'] for a in annotations]
     counts_from_one = all(box[0] >= 1 and box[1] >= 1 and all(map(float.is_integer, box)) for box in corners)
@@ -57,11 +41,10 @@ def read_voc(
         x1, y1, x2, y2 = annotation['bbox']
         w, h = x2 - x1 + first, y2 - y1 + first
         annotation.update(bbox=[x1 - first, y1 - first, w, h], area=w * h)
-    return results
 
 
-def _read_xml(file: str, where: str, add: Callable) -> Label | None:
-    """Return the boxes of an XML file as corners."""
+def parse_voc(file: str, where: str, add: Callable) -> Label | None:
+    """Return the boxes of an XML file as corners, as `label_files.read_label_files`."""
     tree = _parse(file, where, add)
     if tree is None:
         return None
