@@ -329,6 +329,10 @@ class PretrainedConvNeXt:
             )
         self.checkpoint, self.final_norm = checkpoint, final_norm
 
+    def plan(self, module: nn.Module) -> LoadPlan:
+        """Return what would be loaded into a ConvNeXt, as `plan_load` does."""
+        return plan_load(module, self.checkpoint, self.final_norm)
+
     def __call__(self, module: nn.Module) -> None:
         """Load the weights into a ConvNeXt and log the report."""
         print_log(load_backbone(module, self.checkpoint, self.final_norm), logger='current')

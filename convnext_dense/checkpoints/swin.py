@@ -80,9 +80,13 @@ class PretrainedSwin:
             )
         self.checkpoint = checkpoint
 
+    def plan(self, module: nn.Module) -> LoadPlan:
+        """Return what would be loaded into a SwinTransformer, as `plan_swin` does."""
+        return plan_swin(module, self.checkpoint)
+
     def __call__(self, module: nn.Module) -> None:
         """Load the weights into a SwinTransformer and log the report."""
-        plan = plan_swin(module, self.checkpoint)
+        plan = self.plan(module)
         module.load_state_dict(plan.weights, strict=False)
         print_log(str(plan), logger='current')
         if hasattr(module, '_params_init_info'):

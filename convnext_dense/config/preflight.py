@@ -5,14 +5,14 @@ import os
 from collections.abc import Iterator
 from importlib.metadata import distributions
 
-import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 
 from ..checkpoints.hub import is_url, resolve
-from ..checkpoints.pretrained import PretrainedConvNeXt, plan_load
 from ..errors import UsageError, root_message
 from ..models.convnext import ConvNeXt
+from ..models.meta import meta_device
+from ..models.swin import SwinMixin
 from ..type_names import class_of, short_name
 from .launch import is_rank0
 from .tree import as_list, iter_dicts
@@ -50,7 +50,7 @@ def check_installed(library: str) -> None:
 
 
 def check_backbones(model: dict) -> None:
-    """Raise UsageError where a ConvNeXt in a model config cannot be built; on the meta device, without memory."""
+    """Raise UsageError where a ConvNeXt or Swin of a model cannot be built; on the meta device, without memory."""
     for _ in build_backbones(model):
         pass
 
@@ -76,7 +76,7 @@ def check_levels(model: dict) -> None:
 
 
 def check_pretrained(model: dict) -> None:
-    """Raise UsageError where the weights that a ConvNeXt's `init_cfg` names do not exist or do not fit it.
+    """Raise UsageError where the weights that the `init_cfg` of a ConvNeXt or Swin names do not exist or do not fit it.
 
     On the meta device, before data and model take time. Only the first process downloads.
 
@@ -85,9 +85,9 @@ def check_pretrained(model: dict) -> None:
     """
     for backbone in build_backbones(model):
         for cfg in backbone.pretrained:
-            loader = PretrainedConvNeXt(**{k: v for k, v in cfg.items() if k != 'type'})
+            loader = WEIGHT_INITIALIZERS.build(dict(cfg))
             if is_rank0() or not is_url(resolve(loader.checkpoint)):
-                plan_load(backbone, loader.checkpoint, loader.final_norm)
+                loader.plan(backbone)
 
 
 def check_data(config: Config, splits: tuple[str, ...]) -> None:
@@ -106,16 +106,16 @@ def check_data(config: Config, splits: tuple[str, ...]) -> None:
                 _require_path(evaluator['ann_file'], split)
 
 
-def build_backbones(model: dict) -> Iterator[ConvNeXt]:
-    """Build the ConvNeXts in a model config, this package's or derived from it, on the meta device."""
+def build_backbones(model: dict) -> Iterator[ConvNeXt | SwinMixin]:
+    """Build the backbones in a model config that are this package's or derived from them, on the meta device."""
     for holder in iter_dicts({'model': model}):
         for key, cfg in holder.items():
             type_ = cfg.get('type') if isinstance(cfg, dict) else None
             is_ours = short_name(type_) == 'ConvNeXt'
             cls = ConvNeXt if is_ours else class_of(type_, MODELS) if 'backbone' in key else None
-            if cls is not None and issubclass(cls, ConvNeXt):
+            if cls is not None and issubclass(cls, (ConvNeXt, SwinMixin)):
                 try:
-                    with torch.device('meta'):
+                    with meta_device():
                         backbone = cls(**{k: v for k, v in cfg.items() if k not in ('type', '_scope_')})
                 except TypeError as error:
                     raise UsageError(f'backbone: {root_message(error)}') from error

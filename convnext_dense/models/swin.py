@@ -12,10 +12,15 @@ class SwinMixin:
     Here `convnext_dense.checkpoints.swin` loads all or raises an error.
     """
 
+    @property
+    def pretrained(self) -> list[dict]:
+        """The initializer that loads the pretrained weights of `init_cfg`, none without any."""
+        return [{**self.init_cfg, 'type': 'PretrainedSwin'}] if self.init_cfg else []
+
     def init_weights(self) -> None:
         """Load the pretrained weights of `init_cfg`; without any, initialize randomly as the toolbox does."""
-        if self.init_cfg:
-            initialize(self, {**self.init_cfg, 'type': 'PretrainedSwin'})
+        if self.pretrained:
+            initialize(self, self.pretrained)
         else:
             super().init_weights()
 

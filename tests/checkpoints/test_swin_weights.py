@@ -10,6 +10,7 @@ from torch import nn
 from convnext_dense.checkpoints import hub
 from convnext_dense.checkpoints.pretrained import check_state_dict_matches, load_model_weights
 from convnext_dense.checkpoints.swin_naming import rename_swin
+from convnext_dense.config.preflight import check_pretrained
 from convnext_dense.errors import UsageError
 from convnext_dense.models import swin_detection, swin_segmentation
 from convnext_dense.optim.layer_decay import layer_ids
@@ -135,7 +136,10 @@ def test_original_trained_detector_matches_the_recipe(tmp_path):
     ],
 )
 def test_mismatched_weights_are_refused_in_one_line(weights, words, tmp_path):
-    backbone = STRICT[0](**SETTINGS, init_cfg=dict(checkpoint=save(tmp_path / 'w.pth', weights())))
+    init_cfg = dict(checkpoint=save(tmp_path / 'w.pth', weights()))
+    with pytest.raises(UsageError, match=words):  # before anything is built
+        check_pretrained(dict(backbone=dict(type='StrictSwinTransformer', **SETTINGS, init_cfg=init_cfg)))
+    backbone = STRICT[0](**SETTINGS, init_cfg=init_cfg)
     initial = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     with pytest.raises(UsageError, match=words) as error:
         backbone.init_weights()
@@ -145,14 +149,20 @@ def test_mismatched_weights_are_refused_in_one_line(weights, words, tmp_path):
 
 @pytest.mark.parametrize('init_cfg', [dict(type='Pretrained'), dict(checkpoint='w.pth', prefix='backbone.')])
 def test_init_cfg_accepts_only_checkpoint(init_cfg):
-    with pytest.raises(UsageError, match='init_cfg of StrictSwinTransformer takes checkpoint'):
-        STRICT[0](**SETTINGS, init_cfg=init_cfg).init_weights()
+    for check in (
+        STRICT[0](**SETTINGS, init_cfg=init_cfg).init_weights,
+        lambda: check_pretrained(dict(backbone=dict(type='StrictSwinTransformer', **SETTINGS, init_cfg=init_cfg))),
+    ):
+        with pytest.raises(UsageError, match='init_cfg of StrictSwinTransformer takes checkpoint'):
+            check()
 
 
 def test_pretrained_weight_name_is_resolved(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     monkeypatch.setattr(hub, '_download', lambda url, target: torch.save({'model': original_weights()}, target))
-    backbone = STRICT[0](**SETTINGS, init_cfg=dict(type='Pretrained', checkpoint='swin_tiny_patch4_window7_224'))
+    settings = dict(SETTINGS, init_cfg=dict(type='Pretrained', checkpoint='swin_tiny_patch4_window7_224'))
+    check_pretrained(dict(backbone=dict(type='StrictSwinTransformer', **settings)))
+    backbone = STRICT[0](**settings)
     backbone.init_weights()
     assert [path.name for path in (tmp_path / 'checkpoints').glob('*.pth')] == ['swin_tiny_patch4_window7_224.pth']
 
