@@ -1,7 +1,6 @@
 """COCO 2017 with mosaic and mixup at 640 x 640 for all but the last ten epochs, as mmdet's RTMDet; boxes alone."""
 
-dataset_type = 'CocoDataset'
-data_root = '{{$COCO_ROOT:data/coco}}/'
+_base_ = 'coco.py'
 
 crops = [
     dict(type='RandomCrop', crop_size=(640, 640)),
@@ -41,44 +40,12 @@ test_pipeline = [
 ]
 
 train_dataloader = dict(
-    batch_size=32,
-    num_workers=10,
-    persistent_workers=True,
-    pin_memory=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
-    batch_sampler=None,
-    dataset=dict(
-        type=dataset_type,
-        data_root=data_root,
-        ann_file='annotations/instances_train2017.json',
-        data_prefix=dict(img='train2017/'),
-        filter_cfg=dict(filter_empty_gt=True, min_size=32),
-        pipeline=train_pipeline,
-    ),
+    batch_size=32, num_workers=10, pin_memory=True, batch_sampler=None, dataset=dict(pipeline=train_pipeline)
 )
-val_dataloader = dict(
-    batch_size=5,
-    num_workers=10,
-    persistent_workers=True,
-    drop_last=False,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type=dataset_type,
-        data_root=data_root,
-        ann_file='annotations/instances_val2017.json',
-        data_prefix=dict(img='val2017/'),
-        test_mode=True,
-        pipeline=test_pipeline,
-    ),
-)
+val_dataloader = dict(batch_size=5, num_workers=10, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 total_batch = 128  # images per optimizer step, on 4 GPUs
 
-val_evaluator = dict(
-    type='CocoMetric',
-    ann_file=data_root + 'annotations/instances_val2017.json',
-    metric='bbox',
-    proposal_nums=(100, 1, 10),
-)
+val_evaluator = dict(metric='bbox', proposal_nums=(100, 1, 10))
 test_evaluator = val_evaluator
