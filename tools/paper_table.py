@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """The paper's results next to those of your own work dirs.
 
-Below ConvNeXt's thirteen stand the paper's baselines and later publications, with sources in docs/recipes.md.
+Below ConvNeXt's thirteen stand the paper's baselines, later publications and recipes that nobody trained, with sources
+in docs/recipes.md.
 `last` and `best` are evaluations during training, `tested` is by tools/test.py; `difference` is ours minus the paper's.
 Recipes without a run stay empty.
 """
@@ -36,9 +37,8 @@ def table_rows(runs: list[TrainingRun]) -> list[list[str]]:
     """A row for each metric of each result of the paper and each run; runs of other configs come last."""
     rows = []
     for result in RESULTS:
-        metrics = [name for name in MAIN_METRICS if name in result.metrics] or [result.metric_names[0]]
         for run in [run for run in runs if run.paper_result is result] or [None]:
-            rows += [_row(result.recipe, name, result.metrics.get(name, UNTRAINED), run) for name in metrics]
+            rows += [_row(result.recipe, n, result.metrics.get(n, UNTRAINED), run) for n in result.main_metrics]
     for run in runs:
         if run.paper_result is None:
             metrics = [name for name in MAIN_METRICS if run.best(name) is not None or run.last_test(name)]

@@ -12,6 +12,7 @@ from .tree import iter_dicts
 
 # Arguments of transforms and of data preprocessors that are sizes in pixels of the resized image.
 SIZE_KEYS = ('scale', 'scales', 'img_scale', 'img_scales', 'crop_size', 'size', 'random_size_range', 'pad_size')
+SIZE_KEYS += ('max_size',)
 WINDOW_KEYS = ('crop_size', 'stride')  # of a test that slides a window
 MIN_SIZE = 32  # pixels: the stride of the last stage
 

@@ -1,21 +1,24 @@
 """Parameters and FLOPs as the paper counts them (tables 3 and 4), computed from layers without any weights."""
 
+import inspect
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from mmcv.cnn import get_model_complexity_info
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import BaseDataElement
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UsageError
+from ..models.meta import meta_device
 
 NUM_BOX_ROIS, NUM_MASK_ROIS = 1000, 100  # RoIs on which the paper's counts run each box head and each mask head
 # What some of the published counts include and others do not: SyncBN as BatchNorm, LayerNorm, and the two products of
-# attention (queries with keys, weights with values): of mmdet's and mmseg's Swin, padded windows included, and between
-# the queries of DINO.
+# attention (queries with keys, weights with values), of mmdet's and mmseg's Swin with padded windows.
 OPTIONAL_PARTS = ('SyncBN', 'LayerNorm', 'attention')
 
 
@@ -36,7 +39,7 @@ class Complexity:
 
 def build_on_meta(model_cfg: dict) -> nn.Module:
     """Build a model on the meta device, so that nothing is allocated."""
-    with torch.device('meta'), _LinspaceOnCPU():
+    with meta_device():
         return MODELS.build(model_cfg).to('meta')  # what torch.Tensor(2, 3) makes is on the CPU
 
 
@@ -70,16 +73,16 @@ def count_flops(
     attention = _AttentionCounter('attention' in counted)
     with torch.device('meta'):
         parameters = sum(p.numel() for p in model.parameters())
-        flops_model = _FlopsForward(model, attention)
+        flops_model = _FlopsForward(model)
         for module in flops_model.modules():
             _adapt_for_mmcv_counter(module, counted)
-            if type(module).__name__ == 'WindowMSA':
-                module.register_forward_hook(attention.count_windows)
+            attention.watch(module)
         width, height = size
         try:
-            flops, _ = get_model_complexity_info(
-                flops_model, (3, height, width), print_per_layer_stat=False, as_strings=False
-            )
+            with _SizesOnCPU():
+                flops, _ = get_model_complexity_info(
+                    flops_model, (3, height, width), print_per_layer_stat=False, as_strings=False
+                )
         except (RuntimeError, ValueError) as error:
             raise UsageError(
                 f'{type(model).__name__} cannot be counted at {width}x{height}: {str(error).splitlines()[0]}; '
@@ -90,32 +93,57 @@ def count_flops(
     return Complexity(parameters, int(flops) + attention.flops, size)
 
 
-class _LinspaceOnCPU(TorchFunctionMode):
-    """Within `torch.device('meta')`, gives the rates of stochastic depth values: Swin's constructor reads them."""
+class _SizesOnCPU(TorchFunctionMode):
+    """Keeps the sizes of maps readable, which deformable attention takes as tensors on the device of the maps."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return func(*args, **({'device': 'cpu'} if func is torch.linspace else {}), **(kwargs or {}))
+        if func is torch.Tensor.to and args[0].device.type == 'cpu':
+            return args[0]
+        is_division = func in (torch.Tensor.__truediv__, torch.Tensor.div)
+        if is_division and args[0].is_meta and isinstance(args[1], torch.Tensor):
+            args = args[0], args[1].to('meta')
+        return func(*args, **(kwargs or {}))
 
 
 class _AttentionCounter:
-    """FLOPs of attention that mmcv's counter does not see; of its two products if `counts_products`."""
+    """Forward hooks of attentions, of which mmcv's counter sees Linears alone, and of PyTorch's not even these.
+
+    Args:
+        counts_products: Whether the products of queries with keys and of weights with values are counted.
+    """
 
     def __init__(self, counts_products: bool):
         self.flops, self.counts_products = 0, counts_products
 
-    def count_windows(self, module, inputs, output):
-        """Forward hook of WindowMSA."""
+    def watch(self, module: nn.Module) -> None:
+        """Count a module while it runs, if it is an attention."""
+        if type(module).__name__ == 'WindowMSA':
+            module.register_forward_hook(self._window)
+        elif isinstance(module, nn.MultiheadAttention):
+            module.register_forward_hook(self._multi_head, with_kwargs=True)
+        elif type(module).__name__ == 'MultiScaleDeformableAttention':
+            module.forward = partial(_project, module)
+
+    def _window(self, module, inputs, output):
         windows, tokens, channels = inputs[0].shape
-        self._count_products(windows * tokens, tokens, channels)
+        self._add_products(windows * tokens, tokens, channels)
 
-    def count_queries(self, queries: torch.Tensor):
-        """Count torch's MultiheadAttention among (1, n, C) queries, whose four Linears are no modules."""
-        _, n, channels = queries.shape
-        self.flops += 4 * n * channels**2
-        self._count_products(n, n, channels)
+    def _multi_head(self, module, inputs, named_inputs, output):
+        query, key = named_inputs['query'], named_inputs['key']
+        channels, n, tokens = module.embed_dim, query[..., 0].numel(), key[..., 0].numel()
+        self.flops += 2 * (n + tokens) * channels**2  # of queries and the output, of keys and values
+        self._add_products(n, tokens, channels)
 
-    def _count_products(self, queries: int, keys: int, channels: int):
+    def _add_products(self, queries: int, keys: int, channels: int) -> None:
         self.flops += 2 * queries * keys * channels * self.counts_products
+
+
+def _project(module: nn.Module, query, key=None, value=None, **kwargs) -> torch.Tensor:
+    """The Linears of deformable attention without the sampling, whose places are values."""
+    module.value_proj(query if value is None else value)
+    module.sampling_offsets(query)
+    module.attention_weights(query)
+    return module.output_proj(query)
 
 
 class _UncountedLayerNorm(nn.LayerNorm):
@@ -137,9 +165,9 @@ def _adapt_for_mmcv_counter(module: nn.Module, counted: Collection[str]) -> None
 class _FlopsForward(nn.Module):
     """A model as one forward pass from an image; instead of running RoIAlign, heads get a tensor of its shape."""
 
-    def __init__(self, model: nn.Module, attention: _AttentionCounter):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.attention = model, attention
+        self.model = model
         if hasattr(model, 'roi_head'):
             self.forward_heads = self._two_stage
         elif hasattr(model, 'dn_query_generator'):
@@ -148,9 +176,12 @@ class _FlopsForward(nn.Module):
             self.forward_heads = self._one_stage
         elif hasattr(model, 'decode_head'):
             self.forward_heads = self._segmentor
+        elif hasattr(model, 'panoptic_head'):
+            self.forward_heads = self._mask_former
         else:
             raise UsageError(
-                f'{type(model).__name__} cannot be counted: it has no roi_head, bbox_head or decode_head (mmdet, mmseg)'
+                f'{type(model).__name__} cannot be counted: it has no roi_head, bbox_head, panoptic_head or '
+                'decode_head (mmdet, mmseg)'
             )
 
     def forward(self, image):
@@ -178,21 +209,21 @@ class _FlopsForward(nn.Module):
             model.decoder.norm(queries)
 
     def _transformer_layer(self, layer, queries, values):
-        """A layer of Deformable DETR's encoder or decoder, in whose place are only its Linears and norms."""
-        for attention in filter(None, (layer.self_attn, getattr(layer, 'cross_attn', None))):
-            if not hasattr(attention, 'sampling_offsets'):
-                self.attention.count_queries(queries)
-                continue
-            attention.value_proj(values)
-            for linear in (attention.sampling_offsets, attention.attention_weights, attention.output_proj):
-                linear(queries)
+        """A layer of Deformable DETR's encoder or decoder, without what it asks of positions."""
+        layer.self_attn(queries)
+        if hasattr(layer, 'cross_attn'):
+            layer.cross_attn(queries, value=values)
         layer.ffn(queries)
         for norm in layer.norms:
             norm(queries)
 
+    def _mask_former(self, features):
+        self.model.panoptic_head(features, [BaseDataElement(metainfo={})])
+
     def _segmentor(self, features):
         first, *others = _as_list(self.model.decode_head)
-        output = first(features)
+        with_samples = 'batch_data_samples' in inspect.signature(first.forward).parameters
+        output = first(features, *[[BaseDataElement(metainfo={})]] * with_samples)
         for head in others:  # each refines the output of the one before
             output = head(features, output)
 

@@ -2,6 +2,7 @@
 
 `PAPER_RESULTS` are ConvNeXt's thirteen, `BASELINE_RESULTS` those of the backbones that it is compared with,
 `LATER_RESULTS` what others published of ConvNeXt and ConvNeXt V2 afterwards, `DINO_RESULTS` those of detrex.
+`UNTRAINED_RESULTS` have no metrics: nobody published any of these recipes.
 """
 
 from collections.abc import Mapping
@@ -41,7 +42,7 @@ class PaperResult:
     Attributes:
         recipe: Name of the config without its ending, such as 'cascade/convnext_t'.
         arch: Size of the backbone, a key of `ARCHS`.
-        pretraining: ImageNet-'1k' or -'22k'.
+        pretraining: ImageNet-'1k' or -'22k', or 'DINOv3'.
         drop_path_rate: Stochastic depth rate of the last block.
         lr: Base learning rate.
         decay_rate: Rate of the layer-wise or stage-wise learning rate decay.
@@ -69,7 +70,7 @@ class PaperResult:
     @property
     def is_detection(self) -> bool:
         """Whether it is a result on COCO, not on ADE20K."""
-        return not self.recipe.startswith('upernet/')
+        return len(self.values) == len(DETECTION_METRICS)
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -80,6 +81,11 @@ class PaperResult:
     def metrics(self) -> dict[str, float]:
         """AP or mIoU in percent, by `metric_names`, as far as it was published."""
         return {name: value for name, value in zip(self.metric_names, self.values) if value is not None}
+
+    @property
+    def main_metrics(self) -> list[str]:
+        """Of `MAIN_METRICS` those that were published, of an untrained recipe the first."""
+        return [name for name in MAIN_METRICS if name in self.metrics] or [self.metric_names[0]]
 
     @property
     def weights(self) -> str:
@@ -99,11 +105,6 @@ class PaperResult:
         return None if self.is_detection else self.size[1]
 
     @property
-    def crop_key(self) -> str:
-        """Dotted key of the setting of a segmentor that tells the size of its crops."""
-        return 'model.test_cfg.crop_size'
-
-    @property
     def counted(self) -> frozenset[str]:
         """What `gflops` include beyond the default: of `paper.flops.OPTIONAL_PARTS`."""
         return frozenset({'SyncBN'})
@@ -119,17 +120,25 @@ class PaperResult:
         common = self.backbone_identity
         # Classes that are named are not COCO's or ADE20K's own: other data, even if of as many classes.
         common |= {f'{split}_dataloader.dataset.metainfo': None for split in ('train', 'test')}
+        folder = self.recipe.split('/')[0]
         if self.is_detection:
-            model = DETECTOR_TYPES[self.recipe.split('/')[0]]
+            model, num_classes = DETECTORS[folder]
             common |= {'model.type': model, 'train_dataloader.dataset.type': 'CocoDataset'}
-            head = 'bbox_head' if model in ('RTMDet', 'DetrexDINO') else 'roi_head.mask_head'
-            return common | {f'model.{head}.num_classes': 80}
-        common |= {'model.decode_head.type': 'UPerHead', 'train_dataloader.dataset.type': 'ADE20KDataset'}
-        common |= {self.crop_key: (self.crop_size, self.crop_size)}
+            return common | {f'model.{num_classes}': 80}
+        common |= {'model.decode_head.type': SEGMENTOR_HEADS[folder], 'train_dataloader.dataset.type': 'ADE20KDataset'}
+        common |= {'model.data_preprocessor.size': (self.crop_size, self.crop_size)}
         return common | {'model.decode_head.num_classes': 150}
 
 
-DETECTOR_TYPES = {'mask_rcnn': 'MaskRCNN', 'cascade': 'CascadeRCNN', 'rtmdet': 'RTMDet', 'dino': 'DetrexDINO'}
+# By the folder of the recipes: the type of the detector and where it has its number of classes; the segmentor's head.
+DETECTORS = {
+    'mask_rcnn': ('MaskRCNN', 'roi_head.mask_head.num_classes'),
+    'cascade': ('CascadeRCNN', 'roi_head.mask_head.num_classes'),
+    'rtmdet': ('RTMDet', 'bbox_head.num_classes'),
+    'dino': ('DetrexDINO', 'bbox_head.num_classes'),
+    'mask2former': ('Mask2Former', 'panoptic_head.num_things_classes'),
+}
+SEGMENTOR_HEADS = {'upernet': 'UPerHead', 'linear': 'LinearHead', 'mask2former': 'Mask2FormerHead'}
 
 
 @dataclass(frozen=True)
@@ -160,11 +169,6 @@ class BaselineResult(PaperResult):
         return f'{model}_{self.arch}_patch4_window7{"" if self.is_detection else "_512x512"}'
 
     @property
-    def crop_key(self) -> str:
-        """Dotted key of the setting that tells the size of the crops: Swin's test has none."""
-        return 'model.data_preprocessor.size'
-
-    @property
     def counted(self) -> frozenset[str]:
         """What `gflops` include: Swin's authors counted attention, ConvNeXt's, who counted Swin-L, did not."""
         if not self.is_swin:
@@ -186,7 +190,7 @@ class LaterResult(PaperResult):
 
     Attributes:
         weights_name: Name of the pretrained weights; by default the paper's of this size.
-        source: Who published it.
+        source: Who published it; '' if nobody did.
         epochs: Length of a training on COCO; None where it is counted in iterations.
     """
 
@@ -205,6 +209,11 @@ class LaterResult(PaperResult):
         return None
 
     @property
+    def counted(self) -> frozenset[str]:
+        """What `gflops` include; where none were published, what FLOPs of other configs include."""
+        return super().counted | ({'attention'} if self.gflops is None else set())
+
+    @property
     def use_grn(self) -> bool:
         """Whether it is of ConvNeXt V2."""
         return 'v2' in self.recipe
@@ -215,6 +224,8 @@ class LaterResult(PaperResult):
         settings = super().backbone_identity | {'model.backbone.use_grn': True if self.use_grn else None}
         if self.is_detection:
             settings |= {'total_batch': self.total_batch, 'train_cfg.max_epochs': self.epochs}
+        if self.pretraining == 'DINOv3':
+            settings['model.backbone.init_cfg.checkpoint'] = self.weights
         return settings
 
 
@@ -227,11 +238,6 @@ class DINOResult(LaterResult):
         """Name of the checkpoint that detrex released, of those from ImageNet-22K with 384; None of the untrained."""
         weights = '384' if self.pretraining == '22k' else '1k'
         return f'dino_convnext_{self.arch}_{weights}_4scale_12ep' if self.metrics else None
-
-    @property
-    def counted(self) -> frozenset[str]:
-        """What FLOPs of other configs include as well, there being no published ones."""
-        return super().counted | {'attention'}
 
     @property
     def backbone_identity(self) -> dict[str, object]:
@@ -314,6 +320,8 @@ BASELINE_RESULTS = (
 )
 
 VMAMBA, CONVNEXT_V2, MMDET = "VMamba's table", "ConvNeXt V2's table", "mmdet's README"
+MASK2FORMER, DINOV3 = "Mask2Former's PR #34", "DINOv3's model card"
+DINOV3_SIZES = {'t': 'tiny', 's': 'small', 'b': 'base', 'l': 'large'}
 LSJ = dict(total_batch=32, source=CONVNEXT_V2)
 # Where a source does not say what was chosen, drop path, lr and decay rate are this project's choice: each recipe says
 # so. Metrics that a source leaves out are None.
@@ -346,6 +354,16 @@ LATER_RESULTS = (
                 weights_name='convnextv2_large_1k_224_ema', source=CONVNEXT_V2),
     LaterResult('upernet/convnextv2_h', 'huge', '1k', 0.4, 1e-4, 0.9, (None, 55.0), 707, 3272, (2048, 512),
                 weights_name='convnextv2_huge_1k_224_ema', source=CONVNEXT_V2),
+    LaterResult('upernet/convnextv2_h_in22k', 'huge', '22k', 0.4, 1e-4, 0.9, (None, 57.0), 707, 5113, (2560, 640),
+                weights_name='convnextv2_huge_22k_384_ema', source=CONVNEXT_V2),
+    LaterResult('mask2former/convnext_b_in22k_ade20k', 'base', '22k', 0.4, 4e-4, None, (55.06, None), None, None,
+                (2560, 640), 'float32', 64, 'convnext_base_22k_1k_384', MASK2FORMER),
+    *(
+        LaterResult(f'linear/dinov3_convnext_{letter}', DINOV3_SIZES[letter], 'DINOv3', 0.0, 1e-3, None, (miou, None),
+                    None, None, (2048, 512), 'float32',
+                    weights_name=f'hf-hub:timm/convnext_{DINOV3_SIZES[letter]}.dinov3_lvd1689m', source=DINOV3)
+        for letter, miou in dict(t=42.7, s=44.8, b=46.3, l=47.8).items()
+    ),
 )
 # DINO-4scale as detrex trained it, and the same with layer decay and stochastic depth, which nobody has trained.
 DINO = dict(precision='float32', source="detrex's README", epochs=None)
@@ -384,8 +402,24 @@ DINO_RESULTS = (
     DINOResult('dino/convnext_l_in22k_layer_decay', 'large', '22k', 0.7, 1e-4, 0.7, UNTRAINED, None, None,
                weights_name='convnext_large_22k_1k_384', **DINO),
 )
+# Recipes whose combination of backbone, weights and head nobody published a result of.
+UNTRAINED_RESULTS = (
+    LaterResult('mask2former/convnext_b_in22k_coco', 'base', '22k', 0.6, 1e-4, 0.8, UNTRAINED, None, None,
+                precision='float32', weights_name='convnext_base_22k_1k_384', epochs=None),
+    *(
+        DINOResult(f'dino/dinov3_convnext_{letter}', arch, 'DINOv3', 0.0, 1e-4, None, UNTRAINED, None, None,
+                   precision='float32', weights_name=f'hf-hub:timm/convnext_{arch}.dinov3_lvd1689m', epochs=None)
+        for letter, arch in DINOV3_SIZES.items()
+    ),
+    *(
+        LaterResult(f'upernet/dinov3_convnext_{letter}', DINOV3_SIZES[letter], 'DINOv3', drop_path, 1e-4, 0.9,
+                    (None, None), None, None, (2048, 512),
+                    weights_name=f'hf-hub:timm/convnext_{DINOV3_SIZES[letter]}.dinov3_lvd1689m')
+        for letter, drop_path in dict(t=0.4, s=0.3, b=0.4, l=0.4).items()
+    ),
+)
 # fmt: on
-RESULTS = PAPER_RESULTS + BASELINE_RESULTS + LATER_RESULTS + DINO_RESULTS
+RESULTS = PAPER_RESULTS + BASELINE_RESULTS + LATER_RESULTS + DINO_RESULTS + UNTRAINED_RESULTS
 
 
 def to_paper_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -418,5 +452,5 @@ def find_paper_result(config: Config) -> PaperResult | None:
 def _has(config: Config, key: str, expected: object) -> bool:
     value = get_dotted(config, key)
     if key.endswith('.checkpoint'):  # in whatever folder it is
-        value = PurePath(str(value)).stem
+        value, expected = (PurePath(str(name)).name.removesuffix('.pth') for name in (value, expected))
     return is_equal(short_name(value) if key.endswith('.type') else value, expected)

@@ -216,7 +216,7 @@ def test_report_counts_unused_tensors(tmp_path):
 def test_pretrained_weight_names():
     assert {name: hub.resolve(name) for name in WEIGHT_URLS} == {Path(address).stem: address for address in ADDRESSES}
     assert len(WEIGHT_URLS) == len(ADDRESSES) == 86
-    assert {row.weights for row in RESULTS} | {row.released for row in RESULTS} <= {*WEIGHT_URLS, None}
+    assert {row.weights for row in RESULTS} | {row.released for row in RESULTS} <= {*hub.WEIGHTS, None}
     assert len({row.released for row in PAPER_RESULTS}) == 13
 
 
@@ -250,7 +250,7 @@ def test_unreachable_url_gives_a_fix(tmp_path, monkeypatch):
 
 def test_recipes_name_published_weights():
     for path in {*(ROOT / 'configs').glob('[!_]*/*.py')} - {*(ROOT / 'configs').glob('demo/*.py')}:
-        assert Config.fromfile(path).model.backbone.init_cfg.checkpoint in {*WEIGHT_URLS, *WEIGHT_URLS.values()}
+        assert Config.fromfile(path).model.backbone.init_cfg.checkpoint in {*hub.WEIGHTS, *WEIGHT_URLS.values()}
 
 
 @pytest.mark.parametrize(

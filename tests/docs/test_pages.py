@@ -9,7 +9,7 @@ from convnext_dense import ARCHS, ConvNeXt
 from convnext_dense._moved import MOVED
 from convnext_dense.checkpoints import WEIGHT_URLS
 from convnext_dense.cli.arguments import RENAMED_OPTIONS
-from convnext_dense.paper.results import BASELINE_RESULTS, DINO_RESULTS, LATER_RESULTS, RESULTS
+from convnext_dense.paper.results import BASELINE_RESULTS, DINO_RESULTS, LATER_RESULTS, RESULTS, UNTRAINED_RESULTS
 from helpers.pages import PAGES, code_blocks, results_table, tables
 from helpers.paths import ROOT
 
@@ -104,7 +104,7 @@ def test_example_equals_the_readme():
     )
 
 
-@pytest.mark.parametrize('results', [BASELINE_RESULTS, LATER_RESULTS, DINO_RESULTS], ids=['baselines', 'later', 'dino'])
+@pytest.mark.parametrize('results', [BASELINE_RESULTS, LATER_RESULTS, DINO_RESULTS, UNTRAINED_RESULTS])
 def test_tables_of_results(results):
     assert results_table(results, '`{}.py`') in PAGES['docs/recipes.md']
 

@@ -65,6 +65,7 @@ INTEGRATION_TESTS = {
     'paper/test_flops.py::test_nothing_is_allocated',
     'paper/test_later_results.py::test_counts_equal_the_published',
     'paper/test_later_results.py::test_rtmdet_trains_a_step',
+    'paper/test_mask2former.py::test_the_demo_trains',
     'paper/test_pipelines.py',
     'test_package.py',
     'test_platforms.py',

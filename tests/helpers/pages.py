@@ -31,7 +31,7 @@ def results_table(results: Iterable[PaperResult], name: str) -> str:
     rows = [
         [
             name.format(row.recipe),
-            'ImageNet-22K' if row.pretraining == '22k' else 'ImageNet-1K',
+            {'1k': 'ImageNet-1K', '22k': 'ImageNet-22K'}.get(row.pretraining, row.pretraining),
             row.precision,
             *([str(row.metrics.get(metric, '')) for metric in RESULTS_HEADER[3:7]] if row.metrics else UNTRAINED),
             f'{row.params_m}M' if row.params_m else '',

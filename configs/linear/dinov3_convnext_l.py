@@ -1,0 +1,8 @@
+"""A linear head on the frozen ConvNeXt-L of DINOv3, 512 x 512; in DINOv3's model card: 47.8 mIoU."""
+
+_base_ = ['../_base_/linear_40k.py', '../_base_/ade20k_linear.py']
+
+model = dict(
+    backbone=dict(arch='large', init_cfg=dict(checkpoint='hf-hub:timm/convnext_large.dinov3_lvd1689m')),
+    decode_head=dict(in_channels=1536),
+)

@@ -1,0 +1,8 @@
+"""A linear head on the frozen ConvNeXt-T of DINOv3, 512 x 512; in DINOv3's model card: 42.7 mIoU."""
+
+_base_ = ['../_base_/linear_40k.py', '../_base_/ade20k_linear.py']
+
+model = dict(
+    backbone=dict(arch='tiny', init_cfg=dict(checkpoint='hf-hub:timm/convnext_tiny.dinov3_lvd1689m')),
+    decode_head=dict(in_channels=768),
+)

@@ -1,0 +1,5 @@
+"""UperNet, ConvNeXt-S from DINOv3, 512 x 512; untrained: no result was published. All else is convnext_s.py's."""
+
+_base_ = 'convnext_s.py'
+
+model = dict(backbone=dict(init_cfg=dict(checkpoint='hf-hub:timm/convnext_small.dinov3_lvd1689m')))

@@ -1,0 +1,5 @@
+"""UperNet, ConvNeXt-T from DINOv3, 512 x 512; untrained: no result was published. All else is convnext_t.py's."""
+
+_base_ = 'convnext_t.py'
+
+model = dict(backbone=dict(init_cfg=dict(checkpoint='hf-hub:timm/convnext_tiny.dinov3_lvd1689m')))
