@@ -61,7 +61,7 @@ INTEGRATION_TESTS = {
     'paper/test_baselines.py::test_the_demo_trains',
     'paper/test_curves.py::test_layer_lrs_equal_optimizer_lrs',
     'paper/test_dino.py::test_counts',
-    'paper/test_dino.py::test_it_learns',
+    'paper/test_dino.py::test_the_demo_trains',
     'paper/test_flops.py::test_nothing_is_allocated',
     'paper/test_later_results.py::test_counts_equal_the_published',
     'paper/test_later_results.py::test_rtmdet_trains_a_step',
