@@ -75,10 +75,10 @@ def _weight_classes(config: Config) -> str | None:
     if not losses or any(loss.get('class_weight') is not None for loss in losses):
         problem = 'has class_weight already: change it' if losses else 'takes no class_weight: set the weights'
         raise UsageError(f'--balance: the loss of the model {problem} in the config')
-    counted = _count_pixels(config)
-    if counted is None:
+    classes, counts, _ = count_pixels(config)
+    counts = counts[: len(classes)]  # without those that are ignored
+    if not counts.any():
         return None
-    classes, counts = counted
     fractions = counts / counts.sum()
     weights = 1 / np.log(ENET_OFFSET + fractions)
     weights /= (fractions * weights).sum()
@@ -99,24 +99,36 @@ def _iter_weighted_losses(model: dict) -> Iterator[dict]:
                     yield loss
 
 
-def _count_pixels(config: Config) -> tuple[Sequence[str], np.ndarray] | None:
-    """Return the classes of the training set and their numbers of pixels; None where there are none."""
+def count_pixels(config: Config) -> tuple[Sequence[str], np.ndarray, list[tuple[int, int]]]:
+    """Count the pixels of each class in the masks of a segmentation training set, in at most `MAX_MASKS`.
+
+    Args:
+        config: whose data are set.
+
+    Returns:
+        The names of the classes, the number of pixels of each label (256,), and the size (H, W) of each mask; empty
+        where there are no masks; the building of the runner says why.
+
+    Raises:
+        UsageError: there is no single data set that loads masks.
+        UnreadableImageError: a mask cannot be read.
+    """
     leaf = leaf_dataset(config)
     steps = leaf['pipeline'] if leaf else ()
     loaders = [step for step in steps if is_type(step.get('type'), TRANSFORMS, 'LoadAnnotations')]
     if not loaders:
-        raise UsageError('--balance needs a single training data set whose pipeline has LoadAnnotations')
+        raise UsageError('pixels by class need a single training data set whose pipeline has LoadAnnotations')
     inner = Config(dict(train_dataloader=dict(dataset=leaf), default_scope=config.default_scope))
     dataset = build_training_set(inner, pipeline=loaders)
+    counts, sizes = np.zeros(256), []
     if not dataset:
-        return None
+        return (), counts, sizes
     wrap_pipelines(dataset)  # errors name the file
-    classes = dataset.metainfo['classes']
-    counts = np.zeros(256)
-    for i in np.linspace(0, len(dataset) - 1, min(len(dataset), MAX_MASKS)).astype(int):
-        counts += np.bincount(dataset[int(i)]['gt_seg_map'].ravel(), minlength=256)[:256]
-    counts = counts[: len(classes)]  # without those that are ignored
-    return (classes, counts) if counts.any() else None
+    for i in np.linspace(0, len(dataset) - 1, min(len(dataset), MAX_MASKS)).astype(int).tolist():
+        labels = dataset[i]['gt_seg_map']
+        counts += np.bincount(labels.ravel(), minlength=256)[:256]
+        sizes.append(labels.shape)
+    return dataset.metainfo['classes'], counts, sizes
 
 
 def _format_rows(

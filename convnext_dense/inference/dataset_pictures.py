@@ -11,6 +11,7 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.registry import TASK_UTILS, TRANSFORMS
 
+from ..config.class_balance import count_pixels
 from ..config.image_size import resize_scale
 from ..config.training_set import build_training_set, leaf_dataset
 from ..datasets.cache import save_cache
@@ -28,7 +29,6 @@ SIDE = 600  # pixels: longer side of an image in the contact sheet
 GAP = 16  # pixels between two images
 MIN_IOU = 0.5  # of an anchor that meets a box
 SMALL, MEDIUM = 32, 96  # COCO's limits of sizes: square roots of areas
-MAX_MASKS = 1000  # whose pixels are counted, evenly spaced
 NUM_BINS = 24  # of sizes of boxes
 MAX_BARS = 40  # classes in the histogram
 LOADERS = ('LoadImageFromFile', 'LoadAnnotations', 'PackDetInputs', 'PackSegInputs')
@@ -70,7 +70,7 @@ def write_pictures(config: Config, data: CheckedDataset, folder: str) -> list[st
             lines += [_describe_coverage(coverage, config)] if coverage is not None else []
             plot_boxes(boxes, labels, coverage, plain.metainfo['classes'], statistics)
         else:
-            plot_pixels(plain, statistics)
+            plot_pixels(*count_pixels(config), statistics)
     return [*lines, f'pictures: {statistics}: classes and sizes']
 
 
@@ -203,26 +203,20 @@ def plot_boxes(
     figure.savefig(file, dpi=110)
 
 
-def plot_pixels(dataset, file: str) -> None:
+def plot_pixels(classes: Sequence[str], counts: np.ndarray, sizes: Sequence[tuple[int, int]], file: str) -> None:
     """Plot the pixels of each class of a segmentation data set, and the sizes of its images.
 
     Args:
-        dataset: mmseg's, with a pipeline that only reads.
+        classes: names.
+        counts: number of pixels of each label (256,), 255 for those that are ignored.
+        sizes: of the images, (H, W).
         file: path of the picture.
     """
-    classes, counts, sides = dataset.metainfo['classes'], np.zeros(256), []
-    for i in np.linspace(0, len(dataset) - 1, min(len(dataset), MAX_MASKS)).astype(int).tolist():
-        labels = dataset[i]['data_samples'].gt_sem_seg.data.numpy()
-        counts += np.bincount(labels.ravel(), minlength=256)[:256]
-        sides.append(labels.shape[-2:])
     figure, axes = _figure(classes, 2)
-    total = max(counts.sum(), 1)
-    _plot_bars(
-        axes[0], classes, 100 * counts[: len(classes)] / total, f'% of the pixels ({counts[255] / total:.1%} ignored)'
-    )
-    axes[1].scatter(*np.array(sides)[:, ::-1].T, color=COLOR, alpha=0.3)
-    axes[1].set(xlabel='width in pixels', ylabel='height in pixels', title=f'{len(sides):,} images')
-    axes[1].set(xlim=0, ylim=0)
+    percent = 100 * counts / max(counts.sum(), 1)
+    _plot_bars(axes[0], classes, percent[: len(classes)], f'% of the pixels ({percent[255]:.1f}% are ignored)')
+    axes[1].scatter(*np.array(sizes)[:, ::-1].T, color=COLOR, alpha=0.3)
+    axes[1].set(xlabel='width in pixels', ylabel='height in pixels', title=f'{len(sizes):,} images', xlim=0, ylim=0)
     axes[1].grid(alpha=0.3)
     figure.savefig(file, dpi=110)
 
