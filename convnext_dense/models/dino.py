@@ -11,13 +11,13 @@ from ..errors import UsageError
 
 
 class QueryPositionMLP(MLP):
-    """Position of the queries, (..., C), from sines of their boxes, C / 2 of each of the four coordinates.
+    """Position of the queries, (..., C), from sines and cosines of their boxes, C / 2 for each of four coordinates.
 
-    Distributions of mmdet give it other numbers of sines: 128 for every C, or C. Their frequencies include those of
+    Distributions of mmdet give it other numbers of them: 128 for every C, or C. Their frequencies include those of
     C / 2, as every second, fourth, ... pair of a sine and a cosine.
 
     Args:
-        embed_dims (int): C, a multiple of four.
+        embed_dims (int): C, a power of two of at most 256.
     """
 
     def __init__(self, embed_dims: int):
@@ -43,10 +43,10 @@ class DetrexDINO(DINO):
         self.decoder.ref_point_head = QueryPositionMLP(self.embed_dims)
 
     def pre_decoder(self, memory: torch.Tensor, *args, **kwargs) -> tuple[dict, dict]:
-        """Choose the queries out of (N, places, C); an image has to have as many places as there are queries."""
+        """Choose the queries out of the positions of (N, positions, C), of which there have to be as many."""
         if memory.shape[1] < self.num_queries:
             raise UsageError(
-                f'num_queries={self.num_queries} cannot be chosen out of {memory.shape[1]} places of the maps of '
-                'an image: use larger images, or a smaller model.num_queries'
+                f'num_queries={self.num_queries} is more than the {memory.shape[1]} positions of the feature maps: use '
+                'larger images, or a smaller model.num_queries'
             )
         return super().pre_decoder(memory, *args, **kwargs)

@@ -192,7 +192,7 @@ class _FlopsForward(nn.Module):
         self.model.bbox_head(features)
 
     def _dino(self, features):
-        """Every Linear on as many tokens of the maps or queries as it gets; places on a map are none on meta."""
+        """Every Linear on as many tokens of the maps or queries as it gets: there are no positions on meta."""
         model, head, depth = self.model, self.model.bbox_head, self.model.decoder.num_layers
         tokens = torch.cat([feature.flatten(2) for feature in features], 2).mT
         queries = tokens.new_empty(1, model.num_queries, tokens.shape[2])

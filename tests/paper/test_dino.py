@@ -436,12 +436,14 @@ def test_every_parameter_has_a_gradient(num_items):
     assert {name.split('.')[1] for name, _ in model.backbone.named_parameters() if 'stages' in name} == set('0123')
 
 
-def test_images_with_fewer_places_than_queries_are_refused():
+def test_images_with_fewer_positions_than_queries_are_refused():
     config = small_dino()
     config.model.num_queries = 900
     model = build(config)
     data = model.data_preprocessor(batch(), True)
-    with pytest.raises(UsageError, match=r'num_queries=900 .* out of 128 places.*larger images.*model.num_queries'):
+    with pytest.raises(
+        UsageError, match='num_queries=900 is more than the 128 positions.*larger images.*model.num_queries'
+    ):
         model(**data, mode='loss')
 
 
