@@ -15,6 +15,7 @@ from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..models.dino import DetrexDINO
 from .boxes import require, take
 from .sizes import to_tensor
 
@@ -39,7 +40,7 @@ class QueryBased(nn.Module):
 
     def __init__(self, model: DETR):
         super().__init__()
-        require(model, (DINO, DeformableDETR, DETR), METHODS)
+        require(model, (DetrexDINO, DINO, DeformableDETR, DETR), METHODS)
         require(model.bbox_head, (DINOHead, DeformableDETRHead, DETRHead), HEAD_METHODS)
         self.model = model = _with_shared_weights(model)
         for name, child in model.named_children():
@@ -151,6 +152,7 @@ def _trace_deformable(model):
     model.gen_encoder_output_proposals = partial(_encoder_proposals, model)
     model.encoder.get_encoder_reference_points = _encoder_reference_points
     if isinstance(model, DINO):
+        model.pre_decoder = partial(DINO.pre_decoder, model)  # DetrexDINO compares the sizes of maps with a number
         model.forward_decoder = partial(_decode_dino, model)
 
 

@@ -43,7 +43,7 @@ DETRS = {
     'DETR': {},
     'DeformableDETR': dict(num_feature_levels=3),
     'DeformableDETR with proposals': TWO_STAGE,
-    'DINO': dict(TWO_STAGE, dn_cfg=DN),
+    'DINO': dict(TWO_STAGE, type='DetrexDINO', dn_cfg=DN),
 }
 
 
