@@ -9,7 +9,8 @@ from helpers.checkpoints import CLASSES
 from helpers.paths import ROOT
 from helpers.weights import load_random_weights
 
-LEVELS = [8, 16, 32, 64, 128]
+BACKBONE = dict(type='ConvNeXt', arch=dict(depths=(1, 1, 1, 1), channels=(40, 80, 160, 320)))
+LEVELS = [8, 16, 32]
 NMS = dict(type='nms', iou_threshold=0.5)
 TEST_CFG = dict(nms_pre=200, min_bbox_size=0, score_thr=0.05, nms=NMS, max_per_img=50)
 ANCHORS = dict(type='AnchorGenerator', octave_base_scale=4, scales_per_octave=2, ratios=[0.5, 1.0], strides=LEVELS)
@@ -29,7 +30,7 @@ ONE_STAGE = {
     'RetinaNet': dict(HEAD, type='RetinaHead', anchor_generator=ANCHORS),
     'RetinaNet with softmax': dict(HEAD, type='RetinaHead', anchor_generator=ANCHORS, loss_cls=SOFTMAX),
     'ATSS': dict(HEAD, type='ATSSHead', anchor_generator=ONE_ANCHOR, norm_cfg=NORM),
-    'FCOS': dict(HEAD, type='FCOSHead', strides=LEVELS, norm_cfg=NORM, norm_on_bbox=True, centerness_on_reg=True),
+    'FCOS': dict(HEAD, type='FCOSHead', strides=LEVELS, norm_cfg=NORM, centerness_on_reg=True),
     'GFL': dict(HEAD, type='GFLHead', anchor_generator=ONE_ANCHOR, norm_cfg=NORM),
     'FSAF': dict(HEAD, type='FSAFHead', anchor_generator=ONE_ANCHOR, reg_decoded_bbox=True),
     'RTMDet': dict(HEAD, type='RTMDetHead', **RTMDET),
@@ -50,11 +51,11 @@ DETRS = {
 def one_stage(name, **test_cfg):
     """The config of a model of the table, with options of its test."""
     model = Config.fromfile(ROOT / 'configs/demo/mask_rcnn.py').model
-    neck = dict(type='FPN', in_channels=[80, 160, 320], out_channels=64, add_extra_convs='on_output', num_outs=5)
+    neck = dict(type='FPN', in_channels=[80, 160, 320], out_channels=64, num_outs=3)
     return dict(
         type='SingleStageDetector',
         data_preprocessor=dict(model.data_preprocessor, pad_mask=False),
-        backbone=dict(model.backbone, out_indices=[1, 2, 3]),
+        backbone=dict(BACKBONE, out_indices=[1, 2, 3]),
         neck=neck,
         bbox_head=ONE_STAGE[name],
         test_cfg=dict(TEST_CFG, **test_cfg),
@@ -77,9 +78,9 @@ def detr(name, pad_size_divisor=32):
         type=name.partition(' ')[0],
         num_queries=20,
         data_preprocessor=dict(model.data_preprocessor, pad_mask=False, pad_size_divisor=pad_size_divisor),
-        backbone=dict(model.backbone, out_indices=[2, 3][-len(out['in_channels']) :]),
+        backbone=dict(BACKBONE, out_indices=[2, 3][-len(out['in_channels']) :]),
         neck=dict(type='ChannelMapper', kernel_size=1, out_channels=dims, norm_cfg=NORM, act_cfg=None, **out),
-        encoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=encoder, ffn_cfg=ffn)),
+        encoder=dict(num_layers=1, layer_cfg=dict(self_attn_cfg=encoder, ffn_cfg=ffn)),
         decoder=dict(
             num_layers=2,
             return_intermediate=True,
