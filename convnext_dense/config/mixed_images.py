@@ -48,7 +48,10 @@ def set_mosaic(config: Config, enabled: bool) -> str | None:
         )
     scale, epochs = resize_scale(config), config.train_cfg.get('max_epochs')
     if not counts_epochs(config) or epochs < 2:
-        raise UsageError('--mosaic needs a training of at least two epochs, as the last ones are without mosaics')
+        problem = 'one epoch' if counts_epochs(config) else 'iterations instead of epochs'
+        raise UsageError(
+            f'--mosaic needs at least two epochs, as the last are without mosaics: the config has {problem}'
+        )
     if scale is None:
         raise UsageError(
             "--mosaic needs dict(type='Resize', scale=(long, short)) in the test pipeline: it is the size of an image"

@@ -138,10 +138,15 @@ REFUSED = {
         'demo/mask_rcnn',
         lambda config: set_copy_paste(config, True),
     ),
-    '--mosaic needs a training of at least two epochs': (
+    '--mosaic needs at least two epochs, as the last are without mosaics: the config has one epoch': (
         set_mosaic,
         'demo/mask_rcnn',
         lambda config: boxes_only(config).train_cfg.update(max_epochs=1),
+    ),
+    '--mosaic needs at least two epochs, as the last are without mosaics: the config has iterations': (
+        set_mosaic,
+        'dino/convnext_t',
+        None,
     ),
 }
 
