@@ -65,10 +65,12 @@ setup(
             'ruff==0.17.6',
             'tensorboard',
             'rasterio',
+            'tifffile',
             'triton; platform_system == "Linux"',
             *EXPORT,
             *OPENVINO,
         ],
+        'multichannel': ['rasterio'],  # with which TIFF of other channels than RGB is read
         'large-images': ['rasterio'],  # with which predictions in tiles read TIFF and PNG by rows
         'export': EXPORT,  # tools/export.py, and running its ONNX files
         'openvino': OPENVINO,  # its .xml files

@@ -16,6 +16,7 @@ PACKAGE = Path(convnext_dense.__file__).parent
 # From the foundation up. Sub-packages in one entry do not import from each other.
 LAYERS = (
     {'errors'},
+    {'channel_files'},
     {'mmengine_internals'},
     {'type_names', '_moved'},
     {'registry'},

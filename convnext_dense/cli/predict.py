@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..checkpoints.exported_files import is_exported
+from ..config.channels import channel_reader
 from ..config.image_size import add_image_size_argument, set_image_size
 from ..datasets.tiles import add_tile_arguments
 from ..errors import RunInterrupted, UnreadableImageError, UsageError
@@ -104,6 +105,8 @@ def predict(args: argparse.Namespace) -> int:
     source = find_model(args.checkpoint, args.config)
     device = source_device(source, args.device)
     _check_options(source, options, args)
+    if inputs.videos and channel_reader(source.config):
+        raise UsageError(f'{source.file} takes images of other channels than RGB, and no videos: leave them out')
     set_image_size(source.config, args.image_size)
     folder = open_folder(args.out, _settings(source, options, args), args.resume)
     for notice in (*inputs.notices, *source.notices):

@@ -324,6 +324,7 @@ TRAIN_STEPS = (
     ),
     Step('lr_find', _set_lr_find, after=('batch', 'retention', 'overridden')),
 )
+# - visualization: images that are not RGB have a hook of their own.
 # - predictions: the data decide which evaluators there are.
 # - report: replaces the metric that predictions are set at.
 # - overridden: multi-scale testing moves the model into another one, and with it all keys of the options.
@@ -339,7 +340,7 @@ TEST_STEPS = (
     Step('inputs', lambda run, args: adapt_input_channels(run.config), after=('config',)),
     Step('data_files', lambda run, args: _check_data_files(run, ('test',)), after=('config',)),
     Step('data', _use_test_data, after=('image_size', 'inputs', 'checkpoint')),
-    Step('visualization', _visualize, after=('config',)),
+    Step('visualization', _visualize, after=('data',)),
     Step('predictions', lambda run, args: set_prediction_output(run.config, args.out), after=('data',)),
     Step('report', lambda run, args: set_report(run.config, args.report), after=('data', 'predictions')),
     Step('overridden', _report_overridden, after=('image_size', 'data', 'visualization', 'predictions', 'report')),

@@ -12,6 +12,7 @@ from ..engine import progress_bar  # noqa: F401  (registers ProgressBarHook)
 from ..errors import UsageError
 from ..models import multiscale_tta  # noqa: F401  (registers MultiScaleSegmentor)
 from ..type_names import is_type, short_name
+from .channels import channel_reader
 from .options import is_explicit
 from .tree import as_list
 
@@ -148,6 +149,9 @@ def set_report(config: Config, out: str | None) -> None:
             if short_name(evaluator.get('type')) == name and not evaluator.get('format_only'):
                 importlib.import_module(module)
                 evaluator.update(type=report, report_dir=os.path.abspath(out))
+                reader = channel_reader(config)
+                if reader:
+                    evaluator['channels'] = reader._asdict()
                 return
     raise UsageError("--report needs dict(type='CocoMetric') or dict(type='IoUMetric') in test_evaluator")
 

@@ -8,6 +8,7 @@ from mmengine.registry import DATASETS, HOOKS, TRANSFORMS
 
 from ..errors import UsageError
 from ..type_names import is_type, short_name
+from .channels import channel_reader
 from .image_size import resize_scale
 from .recipe import counts_epochs
 from .training_set import leaf_dataset
@@ -42,6 +43,8 @@ def set_mosaic(config: Config, enabled: bool) -> str | None:
     if not enabled:
         return None
     leaf = _unmixed_dataset(config, '--mosaic')
+    if channel_reader(config):
+        raise UsageError("--mosaic is for RGB: mmdet's Mosaic makes images of three channels")
     if _loads_masks(leaf):
         raise UsageError(
             "--mosaic is for boxes: mmdet's Mosaic does not move masks; use --copy-paste to mix images with masks"

@@ -16,6 +16,7 @@ from .find_yolo import find_yolo, yolo_split
 from .geometry import drop_masks_of_boxes
 from .image_folder import SUFFIXES as METADATA_SUFFIXES
 from .image_folder import is_image_folder, name_numbers, parse_image_folder
+from .instance_masks import find_instance_masks, read_instance_masks
 from .label_files import find_label_files, label_split, read_label_files
 from .label_studio import is_label_studio, parse_label_studio
 from .labelme import is_labelme, parse_labelme
@@ -29,6 +30,7 @@ from .via import choose_class_attribute, is_via, parse_via
 from .voc import is_voc, parse_voc, shift_to_zero
 
 COCO = 'COCO json'
+INSTANCES, INSTANCES_KEY = 'instance masks', 'instances'
 
 
 class BoxFormat(NamedTuple):
@@ -81,6 +83,7 @@ BOX_FORMATS = {
         'imagefolder', METADATA_SUFFIXES, is_image_folder, parse_image_folder, resolve_names=name_numbers
     ),
     'COCO panoptic': BoxFormat('panoptic', find_panoptic, read_panoptic, is_panoptic),
+    INSTANCES: BoxFormat(INSTANCES_KEY, find_instance_masks, read_instance_masks),
 }
 FORMAT_KEYS = tuple(box_format.key for box_format in BOX_FORMATS.values())  # values of --format
 
@@ -113,9 +116,11 @@ def find_boxes(path: Path, key: str | None = None) -> BoxSources | None:
     """
     tree, found, error = FolderTree(path), {}, None
     for name, box_format in BOX_FORMATS.items():
-        if key in (None, box_format.key):
+        # Masks are looked for last: as annotations of their own they are rare, and looking takes as long as all others.
+        if key == box_format.key or (key is None and not (found and name == INSTANCES)):
             try:
-                sources = box_format.find(tree)
+                options = dict(is_requested=True) if key == INSTANCES_KEY else {}
+                sources = box_format.find(tree, **options)
             except UsageError as reason:
                 error = error or (None if found else reason)
             else:

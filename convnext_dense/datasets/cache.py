@@ -11,13 +11,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 
-from ..engine.datasets import IMAGE_SUFFIXES
 from ..errors import UsageError
 from .diagnostics import Report
 from .files import read_bytes, walk
+from .layouts import MASK_FILE_SUFFIXES
 from .request import CheckedDataset
 
-CACHE_VERSION = 4  # increase it with any change of the checks or of what is written
+CACHE_VERSION = 5  # increase it with any change of the checks or of what is written
 MAX_MANIFEST_BYTES = 2**28
 MANIFEST = 'data.json'
 BUSY_FILE = 'checking'  # rewritten while a process checks the data set
@@ -133,7 +133,7 @@ def dataset_fingerprint(key: tuple, paths: Sequence[str]) -> str:
             digest.update(_file_state(path))
         for folder, names in walk(path):
             for name in names:
-                if name.lower().endswith(IMAGE_SUFFIXES):
+                if name.lower().endswith(MASK_FILE_SUFFIXES):
                     digest.update(_file_state(os.path.join(folder, name)))
     return digest.hexdigest()
 

@@ -38,6 +38,7 @@ class ImageInfo(NamedTuple):
         exif_swapped (bool): whether that rotation swapped width and height.
         digest (str): hash of the file's bytes.
         problem (str | None): a code of `diagnostics.RULES` if the file cannot be read.
+        moments (object | None): `channels.Moments` of its values, of images that are not read as RGB.
     """
 
     width: int = 0
@@ -45,6 +46,7 @@ class ImageInfo(NamedTuple):
     exif_swapped: bool = False
     digest: str = ''
     problem: str | None = None
+    moments: object | None = None
 
     def oriented_size(self, apply_exif: bool) -> tuple[int, int]:
         """Return width and height as they are read with or without EXIF rotation."""
@@ -61,6 +63,7 @@ class MaskInfo(NamedTuple):
         counts (np.ndarray | None): number of pixels of each label value, (256,).
         palette (bool): whether the file has a palette.
         problem (str | None): a code of `diagnostics.RULES` if the file cannot be read.
+        other_colors (dict | None): number of pixels of each RGB color that is not in the table of a color-coded mask.
     """
 
     width: int = 0
@@ -68,6 +71,7 @@ class MaskInfo(NamedTuple):
     counts: np.ndarray | None = None
     palette: bool = False
     problem: str | None = None
+    other_colors: dict | None = None
 
 
 _large = threading.RLock()
@@ -76,7 +80,7 @@ _large = threading.RLock()
 def inspect_image(path: str | os.PathLike) -> ImageInfo:
     """Read an image as training does, and find out what is wrong if that fails."""
     try:
-        with open_regular(path, MAX_BYTES) as file, _one_at_a_time(size_of(file) > LARGE_BYTES):
+        with open_regular(path, MAX_BYTES) as file, one_at_a_time(size_of(file) > LARGE_BYTES):
             return _inspect_bytes(file.read(size_of(file)))
     except OSError as error:
         return ImageInfo(problem=getattr(error, 'code', 'missing-image'))
@@ -97,7 +101,7 @@ def _inspect_bytes(data: bytes) -> ImageInfo:
         return ImageInfo(problem='truncated-image')
     if size[0] * size[1] > MAX_PIXELS:  # whatever Pillow's limit is set to
         return ImageInfo(problem='image-too-large')
-    with _one_at_a_time(size[0] * size[1] > LARGE_PIXELS):
+    with one_at_a_time(size[0] * size[1] > LARGE_PIXELS):
         return _decode_with_both(data, image)
 
 
@@ -138,7 +142,7 @@ def _full_size(reduced: tuple[int, int], stored: tuple[int, int], has_exif: bool
 def inspect_mask(path: str | os.PathLike) -> MaskInfo:
     """Read a segmentation mask as mmseg does: with Pillow, without EXIF rotation."""
     try:
-        with open_regular(path, MAX_BYTES) as file, _one_at_a_time(size_of(file) > LARGE_BYTES):
+        with open_regular(path, MAX_BYTES) as file, one_at_a_time(size_of(file) > LARGE_BYTES):
             return _count_labels(file)
     except Image.DecompressionBombError:
         return MaskInfo(problem='mask-too-large')
@@ -147,10 +151,10 @@ def inspect_mask(path: str | os.PathLike) -> MaskInfo:
 
 
 def _count_labels(file: BinaryIO) -> MaskInfo:
-    with Image.open(file, formats=FORMATS) as image, _one_at_a_time(image.width * image.height > LARGE_PIXELS):
+    with Image.open(file, formats=FORMATS) as image, one_at_a_time(image.width * image.height > LARGE_PIXELS):
         if image.width * image.height > MAX_PIXELS:  # whatever Pillow's limit is set to
             return MaskInfo(problem='mask-too-large')
-        if _is_lossy(image, file):
+        if is_lossy(image, file):
             return MaskInfo(problem='mask-lossy-format')
         labels, palette = np.asarray(image).squeeze(), image.mode == 'P'
         if 1 in image.size:  # which mmseg reads as a list of pixels
@@ -159,11 +163,15 @@ def _count_labels(file: BinaryIO) -> MaskInfo:
             return MaskInfo(problem='mask-in-color' if labels.ndim > 2 else 'unreadable-mask')
         if labels.dtype.itemsize > 1 and labels.size and not 0 <= labels.min() <= labels.max() <= 255:
             return MaskInfo(problem='mask-not-8-bit')
-        counts = cv2.calcHist([labels.astype(np.uint8)], [0], None, [256], [0, 256]).ravel().astype(int)
-        return MaskInfo(labels.shape[1], labels.shape[0], counts, palette)
+        return MaskInfo(labels.shape[1], labels.shape[0], count_values(labels.astype(np.uint8)), palette)
 
 
-def _is_lossy(image: Image.Image, file: BinaryIO) -> bool:
+def count_values(labels: np.ndarray) -> np.ndarray:
+    """Return how many pixels of a mask (H, W) of uint8 have each value, (256,)."""
+    return cv2.calcHist([labels], [0], None, [256], [0, 256]).ravel().astype(int)
+
+
+def is_lossy(image: Image.Image, file: BinaryIO) -> bool:
     """Return whether an image that Pillow has opened is compressed with loss."""
     if image.format == 'WEBP':
         file.seek(0)
@@ -182,11 +190,6 @@ def decide_exif_handling(annotated_sizes: Iterable[tuple[ImageInfo, tuple]]) -> 
     rotated = [(info, size) for info, size in annotated_sizes if info.exif_swapped and info.width != info.height]
     fits_rotated = any(size == info.oriented_size(True) for info, size in rotated)
     return fits_rotated or not any(size == info.oriented_size(False) for info, size in rotated)
-
-
-def inspect_pair(pair: tuple[os.PathLike, os.PathLike]) -> tuple[ImageInfo, MaskInfo]:
-    """Inspect an image and its segmentation mask."""
-    return inspect_image(pair[0]), inspect_mask(pair[1])
 
 
 def inspect_all(function: Callable, items: Iterable[Hashable], what: str) -> dict:
@@ -220,7 +223,8 @@ def n_threads() -> int:
     return min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1, 16)
 
 
-def _one_at_a_time(large: bool) -> AbstractContextManager:
+def one_at_a_time(large: bool) -> AbstractContextManager:
+    """Return a context manager in which only one thread at a time is, if `large`."""
     return _large if large else nullcontext()
 
 

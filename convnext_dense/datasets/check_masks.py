@@ -13,11 +13,13 @@ from .class_names import KNOWN_DATASETS, class_files, read_classes
 from .diagnostics import Report
 from .files import to_one_line
 from .image_sizes import ResizeLimit, too_thin
+from .mask_encoding import IGNORE_INDEX, total_other_colors
 from .toy_shapes import LABEL_NAMES, PALETTE
 
 BACKGROUND_NAMES = ('background', 'unlabeled', 'unlabelled', 'void', 'ignore')
-IGNORE_INDEX = 255  # mmseg's
 MAX_LISTED_LABELS = 10  # in a message
+# Values between 0 and 255 are those of edges if they are many, each rare, and 0 and 255 most of the pixels.
+MIN_EDGE_VALUES, MAX_EDGE_FRACTION, MIN_ENDS_FRACTION = 8, 0.05, 0.7
 MMSEG_DATASETS = dict(zip(KNOWN_DATASETS, ('ADE20KDataset', 'CityscapesDataset', 'PascalVOCDataset')))
 # Cityscapes' labelIds that are evaluated, in the order of their classes.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
@@ -55,14 +57,21 @@ class LabelSpec(NamedTuple):
     def dataset_kwargs(self) -> dict:
         """Arguments of `PairedSegDataset`: `reduce_zero_label`, and `label_map` for what that does not cover."""
         reduces = self.raw_values is None and 0 in self.ignored
-        others = {label: i for label, i in self.label_to_class.items() if label != IGNORE_INDEX and label >= reduces}
+        others = {label: i for label, i in self.label_to_class.items() if label >= reduces}
+        if IGNORE_INDEX in self.ignored:
+            del others[IGNORE_INDEX]
         # label_map is applied after reduce_zero_label.
         label_map = [[label - reduces, index] for label, index in others.items() if index != label - reduces]
         return dict(reduce_zero_label=reduces, label_map=label_map or None)
 
 
 def infer_label_spec(
-    root: Path, layout: str, mask_suffix: str, classes: str | None, ignore_labels: Sequence[int] | None
+    root: Path,
+    layout: str,
+    mask_suffix: str,
+    classes: str | None,
+    ignore_labels: Sequence[int] | None,
+    table: tuple[list[str], list[list[int]]] | None = None,
 ) -> LabelSpec:
     """Find the classes of a data set.
 
@@ -72,6 +81,7 @@ def infer_label_spec(
         mask_suffix: what names of masks end with, as of `layouts.Pairing`.
         classes: a file, or a key of `MMSEG_DATASETS`; None to look for a file in `root`.
         ignore_labels: label values to ignore in addition to 255.
+        table: names and RGB colors of color-coded masks, which are their classes.
 
     Raises:
         UsageError: a label value is out of range, or the file cannot be read.
@@ -84,8 +94,10 @@ def infer_label_spec(
         classes if classes in MMSEG_DATASETS else None if classes or file else _known_dataset(root, layout, mask_suffix)
     )
     is_toy = (root / 'shapes.json').exists() and not classes
+    if table:
+        return _spec_of_table(*table, ignore_labels or ())
     if known:
-        names, palette = _mmseg_classes(known)
+        names, palette = mmseg_classes(known)
     elif classes:
         names, palette = read_classes(Path(classes))
     elif is_toy:
@@ -97,8 +109,15 @@ def infer_label_spec(
     names_background = names and len(names) > 1 and names[0].strip('_').lower() in BACKGROUND_NAMES
     if not has_zero_ignored and 0 in ignored and names_background:  # the file names the label that is ignored
         names, palette = names[1:], palette and palette[1:]
-    is_label_ids = known == 'cityscapes' and mask_suffix.endswith('labelIds')
+    is_label_ids = known == 'cityscapes' and mask_suffix.endswith(('labelIds', 'instanceIds'))
     return LabelSpec(names, palette, ignored, CITYSCAPES_IDS if is_label_ids else None)
+
+
+def _spec_of_table(names: list[str], colors: list[list[int]], ignore_labels: Sequence[int]) -> LabelSpec:
+    """Return the classes of color-coded masks, whose labels are their places in the table, without ignored ones."""
+    labels = [label for label in range(len(names)) if label not in ignore_labels]
+    names, colors = [names[label] for label in labels], [colors[label] for label in labels]
+    return LabelSpec(names, colors, frozenset({IGNORE_INDEX, *ignore_labels}), labels if ignore_labels else None)
 
 
 def _known_dataset(root: Path, layout: str, mask_suffix: str) -> str | None:
@@ -109,13 +128,33 @@ def _known_dataset(root: Path, layout: str, mask_suffix: str) -> str | None:
     return 'voc' if layout == 'VOC' and re.fullmatch(r'VOC20\d\d', root.resolve().name) else None
 
 
-def _mmseg_classes(known: str) -> tuple[list[str], list[list[int]]]:
+def mmseg_classes(known: str) -> tuple[list[str], list[list[int]]]:
+    """Return the names and the RGB colors of the classes of a key of `MMSEG_DATASETS`."""
     from mmseg.registry import DATASETS  # this module has to import without mmseg
     from mmseg.utils import register_all_modules
 
     register_all_modules(init_default_scope=False)
     meta = DATASETS.get(MMSEG_DATASETS[known]).METAINFO
     return list(meta['classes']), [list(color) for color in meta['palette']]
+
+
+def as_binary(masks: Mapping[Path, MaskInfo], spec: LabelSpec) -> LabelSpec:
+    """Return the classes of masks that have two values, 0 and 255 or 0 and 1; those of others unchanged.
+
+    Of 0 and 255 the latter is no class as long as there are names for more than two; one name is that of 255.
+    """
+    used = np.flatnonzero(sum((info.counts for info in masks.values() if info.counts is not None), np.zeros(256)))
+    names, is_named = spec.names or ['background', 'foreground'], spec.names is not None
+    if 0 in spec.ignored or len(names) > 2 or (is_named and 255 not in used) or used.tolist() not in ([0, 1], [0, 255]):
+        return spec
+    if not is_named and any(info.palette for info in masks.values()):
+        return spec
+    if len(names) == 1:
+        names = [*names, 'foreground'] if names[0].lower() in BACKGROUND_NAMES else ['background', *names]
+    palette = spec.palette if spec.palette and len(spec.palette) == 2 else None
+    if 255 not in used:
+        return spec._replace(names=names, palette=palette)
+    return LabelSpec(names, palette, spec.ignored - {IGNORE_INDEX}, (0, IGNORE_INDEX))
 
 
 def infer_class_count(masks: Mapping[Path, MaskInfo], spec: LabelSpec, root: Path) -> LabelSpec:
@@ -126,6 +165,9 @@ def infer_class_count(masks: Mapping[Path, MaskInfo], spec: LabelSpec, root: Pat
     """
     readable = [m for m in masks.values() if m.counts is not None]
     if not all(m.palette for m in readable):
+        soft = _soft_edges(sum((m.counts for m in readable), np.zeros(256, int)))
+        if soft:
+            raise UsageError(f'{root}: {soft}')
         raise UsageError(
             f'{root} does not name its classes: give --classes FILE with one name per line, in the order of labels'
         )
@@ -147,14 +189,38 @@ def validate_labels(masks: Mapping[Path, MaskInfo], spec: LabelSpec, report: Rep
     counts = sum((info.counts for info in readable.values()), np.zeros(256, int))
     used, label_to_class = np.flatnonzero(counts).tolist(), spec.label_to_class
     unnamed = [label for label in used if label not in label_to_class]
-    if used and len(spec.names) == 1:
+    other_colors, soft = total_other_colors(readable), _soft_edges(counts) if len(spec.names) <= 2 else None
+    if other_colors:
+        report.add('all', 'color-not-in-table', _describe_colors(other_colors, sum(counts)), len(other_colors))
+    elif soft and unnamed:
+        report.add('all', 'mask-soft-edges', soft)
+    elif used and len(spec.names) == 1:
         report.add('all', 'single-class', _single_class_advice(spec, counts))
-    elif IGNORE_INDEX in used and set(used) <= {0, IGNORE_INDEX}:
+    elif IGNORE_INDEX in spec.ignored and IGNORE_INDEX in used and set(used) <= {0, IGNORE_INDEX}:
         report.add('all', 'mask-values-0-and-255', f'the pixels are {_format_fractions(counts, used)}')
     elif unnamed:
         files = [path.name for path, info in readable.items() if info.counts[unnamed].any()]
         where = f'in {files[0]}' if len(files) == 1 else f'in {len(files):,} masks, such as {files[0]}'
         report.add('all', 'label-out-of-range', _unnamed_labels_advice(unnamed, spec, counts, where))
+
+
+def _soft_edges(counts: np.ndarray) -> str | None:
+    """Say that masks of black and white have gray edges; None where they have none."""
+    total, between = counts.sum(), counts[1:IGNORE_INDEX]
+    values, percent = np.count_nonzero(between), 100 * between.sum() / max(total, 1)
+    are_edges = values >= MIN_EDGE_VALUES and between.max() <= MAX_EDGE_FRACTION * total and between[128:].any()
+    if not are_edges or not counts[0] or not counts[IGNORE_INDEX] or percent > 100 * (1 - MIN_ENDS_FRACTION):
+        return None
+    return (
+        f'the masks are black and white with gray edges: {percent:.1f} % of the pixels have {values} values between 0 '
+        'and 255, as JPEG, resizing or anti-aliasing make them: write masks without, or give --mask-threshold 128'
+    )
+
+
+def _describe_colors(colors: Mapping[tuple, int], total: int) -> str:
+    """List RGB colors and the fractions of their pixels."""
+    listed = [f'{r} {g} {b}: {100 * n / total:.2g} %' for (r, g, b), n in colors.items()]
+    return ', '.join(listed[:MAX_LISTED_LABELS]) + ', ...' * (len(listed) > MAX_LISTED_LABELS)
 
 
 def _single_class_advice(spec: LabelSpec, counts: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""Files that name the classes of segmentation masks: text, JSON, or Roboflow's _classes.csv."""
+"""Files that name the classes of segmentation masks, and their colors: text, JSON, CSV."""
 
 import csv
 import json
@@ -8,16 +8,19 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import UsageError
-from .files import is_text, parse_error, read_text, to_one_line
+from .files import folders_in, is_text, parse_error, read_text, to_one_line
 
 MAX_CLASSES = 255  # of 8-bit masks, in which 255 is ignored
 MAX_LINE_LENGTH = 300  # characters of a line of a classes file
 KNOWN_DATASETS = ('ade20k', 'cityscapes', 'voc')  # whose classes mmseg knows
 CLASS_FILES = ('classes.txt', 'classes.json', 'class_names.txt', 'labelmap.txt', 'labels.txt', 'train/_classes.csv')
+CLASS_FILES += ('class_dict.csv', 'class_dict_seg.csv', 'label_colors.txt', 'palette.json', 'palette.txt')
 NUMBER_RE = re.compile(r'-?\d{1,20}(\.\d{1,20})?')
 NUMBERED_LINE_RE = re.compile(r'(-?\d{1,20}) ?[:, ] ?(\D.*)')  # a label and a name
 # A color at the end of a line; CVAT writes more after it.
 COLOR_RE = re.compile(r'[:, ] ?(\d+)[, ]+(\d+)[, ]+(\d+)(:.*)?$')
+# A color and a name, as in CamVid's label_colors.txt; or a color alone.
+COLOR_FIRST_RE = re.compile(r'(\d{1,3})[, ]+(\d{1,3})[, ]+(\d{1,3})(?:[:, ]+(\D.*))?')
 
 
 def class_files(root: Path, given: str | None) -> list[Path]:
@@ -25,12 +28,34 @@ def class_files(root: Path, given: str | None) -> list[Path]:
     return [Path(given)] if given else [root / name for name in CLASS_FILES]
 
 
+def find_color_table(root: Path, given: str | None) -> tuple[Path, list[str], list[list[int]]] | None:
+    """Return the file that gives each class a color, the names and the colors; None if there is none.
+
+    Args:
+        root: folder of the data set, in which and in whose folders the known files are looked for.
+        given: the file that may be it; None to look for one.
+
+    Raises:
+        UsageError: a file cannot be read, or two classes have the same color.
+    """
+    folders = [root] if given else [root, *folders_in(root)]
+    for file in (file for folder in folders for file in class_files(folder, given) if file.exists()):
+        names, colors = read_classes(file)
+        if colors:
+            duplicate = _first_duplicate(map(tuple, colors))
+            if duplicate is not None:
+                first, second, *_ = (name for name, color in zip(names, colors) if tuple(color) == duplicate)
+                raise UsageError(f'{file}: {first} and {second} have the same color: give each class one of its own')
+            return file, names, colors
+    return None
+
+
 def read_classes(path: Path) -> tuple[list[str], list[list[int]] | None]:
     """Read the names and colors of classes.
 
     Args:
-        path: a text file with one name per line, which `: r,g,b` or ` r g b` may follow; JSON, a list of names or a
-            dict of names and labels or colors; or Roboflow's _classes.csv.
+        path: a text file with one name per line, which `: r,g,b` or ` r g b` may follow, or `r g b` begin; JSON, a list
+            of names or a dict of names and labels or colors; CSV of names and colors; or Roboflow's _classes.csv.
 
     Returns:
         The names, and the RGB colors if each class has one.
@@ -111,7 +136,11 @@ def _sort_by_label(pairs: Iterable[tuple[object, object]]) -> list[tuple[object,
 
 
 def _parse_csv(text: str) -> list[tuple[object, object]]:
-    rows = [row for row in list(csv.reader(text.splitlines()))[1:] if row]
+    lines = [row for row in csv.reader(text.splitlines()) if row]
+    if lines and len(lines[-1]) >= 4 and all(value.strip().isdecimal() for value in lines[-1][-3:]):
+        lines = lines if lines[0][-1].strip().isdecimal() else lines[1:]  # a header, such as name,r,g,b
+        return [(row[-4], [value.strip() for value in row[-3:]]) for row in lines if len(row) >= 4]
+    rows = lines[1:]
     if any(len(row) < 2 or not NUMBER_RE.fullmatch(row[0].strip()) for row in rows):
         raise ValueError('its lines are not a value and a name')
     return _sort_by_label([(row[0].strip(), row[1]) for row in rows])
@@ -122,6 +151,9 @@ def _parse_lines(text: str) -> list[tuple[object, object]]:
     if any(len(line) > MAX_LINE_LENGTH for line in lines):
         raise ValueError(f'a line of more than {MAX_LINE_LENGTH} characters')
     lines = [' '.join(line.split()) for line in lines]  # on runs of spaces the patterns take quadratic time
+    begun = [COLOR_FIRST_RE.fullmatch(line) for line in lines]
+    if lines and all(begun):
+        return [(m[4] or f'class {i}', m.groups()[:3]) for i, m in enumerate(begun)]
     numbered = [NUMBERED_LINE_RE.fullmatch(line) for line in lines]
     if lines and all(numbered):
         return _sort_by_label([(m[1], m[2]) for m in numbered])

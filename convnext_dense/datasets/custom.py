@@ -4,16 +4,22 @@ import argparse
 import gc
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from mmengine.config import Config
 
+from ..channel_files import ChannelReader
 from ..checkpoints.exported_files import is_exported, read_exported
 from ..checkpoints.io import find_state_dicts, load_checkpoint
+from ..config.channels import channel_reader, set_channels
+from ..config.resume import checkpoint_config
+from ..config.tree import is_equal
 from ..errors import UsageError
-from .box_formats import FORMAT_KEYS, BoxSources, find_boxes, find_given_boxes
+from .box_formats import FORMAT_KEYS, INSTANCES, BoxSources, find_boxes, find_given_boxes
 from .cache import hold_busy_file, is_local_rank0, load_cached, save_cache, wait_for_cache
+from .channels import AUTO, parse_channels
 from .configure import apply_dataset, check_cfg_options
 from .data_yaml import read_data_yaml
 from .files import folders_in
@@ -21,6 +27,7 @@ from .find_masks import find_mask_folders
 from .foreign_layouts import describe_unsupported
 from .image_sizes import DEFAULT_LIMITS, ResizeLimit, resize_limits
 from .layouts import SplitDirs, find_folders
+from .mask_encoding import convert_masks
 from .read_coco import read_detection
 from .read_masks import read_segmentation
 from .request import CheckedDataset, DatasetRequest, summarize_classes
@@ -28,6 +35,7 @@ from .request import CheckedDataset, DatasetRequest, summarize_classes
 TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation'}  # by the default_scope of a config
 READERS = {'detection': read_detection, 'segmentation': read_segmentation}
 DESCRIPTIONS = {'detection': 'boxes', 'segmentation': 'segmentation masks'}
+INSTANCES_HINT = ', or --format instances if the values of the masks number objects'
 RECIPES = {'detection': 'configs/cascade/convnext_t.py', 'segmentation': 'configs/upernet/convnext_t.py'}
 
 
@@ -55,6 +63,15 @@ def add_data_arguments(parser: argparse.ArgumentParser, strict: bool = True) -> 
     add('--classes', nargs='+', metavar='CLASSES', help=text)
     text = 'segmentation: label values to ignore in addition to 255; with 0, class ids start at 1'
     add('--ignore', type=int, nargs='+', metavar='LABEL', help=text)
+    text = 'segmentation: masks are gray, and a pixel is of the second class from this value on, such as 128'
+    add('--mask-threshold', type=int, metavar='VALUE', help=text)
+    text = 'segmentation: ignore colors of color-coded masks that are in no table'
+    add('--ignore-other-colors', action='store_true', help=text)
+    text = (
+        "numbers of the images' channels, from 1, in the order of the model's input, such as 3,2,1,4 "
+        '(default: RGB, or all channels of images of other types)'
+    )
+    add('--channels', metavar='NUMBERS', help=text)
     text = 'detection: which labels to use of a folder with several (default: the first of these)'
     add('--format', choices=FORMAT_KEYS, help=text)
     text = 'VIA: the attribute of regions that is their class, if they have several'
@@ -76,6 +93,8 @@ def parse_request(args: argparse.Namespace) -> DatasetRequest | None:
     _check_folders(ann_files, image_dirs, mask_dirs)
     options = dict(classes=args.classes, ignore_labels=args.ignore, val_fraction=args.val_fraction)
     options |= dict(format=args.format, class_attribute=args.class_attribute, strict=strict or None)
+    options |= dict(mask_threshold=args.mask_threshold, ignore_other_colors=args.ignore_other_colors or None)
+    options |= dict(channels=parse_channels(args.channels))
     options = {name: value for name, value in options.items() if value is not None}
     if not args.data and not ann_files and not mask_dirs:
         for option in options:
@@ -145,6 +164,8 @@ def _find_by_task(request: DatasetRequest, task: str | None = None) -> dict[str,
         raise UsageError(f'{request.path} holds no labels of this format: leave out --format {request.format}')
     if not boxes and not masks:
         raise UsageError(f'{request.path} {describe_unsupported(path)}')
+    if task is None and boxes and boxes.format == INSTANCES and not boxes.layout.startswith('maps'):
+        masks = None  # masks of objects are none of classes
     sources = dict(detection=boxes, segmentation=masks)
     return {task: found for task, found in sources.items() if found}
 
@@ -160,7 +181,7 @@ def find_sources(request: DatasetRequest, task: str) -> BoxSources | tuple[str, 
         other = next(iter(sources))
         raise UsageError(
             f'{request.root} holds {DESCRIPTIONS[other]}, but {task} needs {DESCRIPTIONS[task]}: '
-            f'use a {other} recipe, such as {RECIPES[other]}'
+            f'use a {other} recipe, such as {RECIPES[other]}' + INSTANCES_HINT * (task == 'detection')
         )
     return sources[task]
 
@@ -171,6 +192,7 @@ def read_data(
     splits: Sequence[str],
     classes: Sequence[str] | None = None,
     limits: Mapping[str, ResizeLimit] | None = None,
+    trained: ChannelReader | str | None = AUTO,
 ) -> CheckedDataset:
     """Find, read and check a data set.
 
@@ -180,6 +202,7 @@ def read_data(
         splits: of 'train', 'val', 'test'; those that do not exist are left out.
         classes: of a trained model, which then are the data set's, in this order.
         limits: of image sizes by split (default: those of the recipes).
+        trained: how a trained model reads images, None if as RGB (default: as the images are).
 
     Returns:
         The usable part of the data set; problems are in its report.
@@ -191,7 +214,7 @@ def read_data(
     gc_was_enabled = gc.isenabled()
     gc.disable()  # the millions of values of a large JSON file have no cycles; walking them outlasts the checks
     try:
-        data = READERS[task](request, *sources, splits, classes, limits or DEFAULT_LIMITS[task])
+        data = READERS[task](request, *sources, splits, classes, limits or DEFAULT_LIMITS[task], trained)
         for path in request.paths_outside:
             data.report.add('all', 'images-outside-folder', path)
         return data
@@ -235,7 +258,8 @@ def apply_custom_data(
         raise UsageError(f"--data: the config's default_scope is {config.get('default_scope')}, not mmdet or mmseg")
     classes, keep_mask_branch = checkpoint_classes(checkpoint) if checkpoint else (None, None)
     fixed_classes = classes if 'train' not in splits else None
-    data, files = _load_or_check(config, request, task, splits, fixed_classes, ratio)
+    trained = _trained_channels(checkpoint, request) if checkpoint else AUTO
+    data, files = _load_or_check(config, request, task, splits, fixed_classes, ratio, trained)
     if 'train' in splits and 'train' not in files:
         raise UsageError(f'{request.root} has no training data: give --train-ann, or a folder with a train split')
     data.report.raise_if_errors(request.strict)
@@ -252,11 +276,33 @@ def apply_custom_data(
     if task == 'detection' and not keep_mask_branch and has_mask_branch:
         lines.append("data: boxes without masks; the recipe's mask branch is removed")
     apply_dataset(config, replace(data, has_masks=data.has_masks and keep_mask_branch), files, keep_mask_branch)
+    if data.channels:
+        lines.append(f'data: {set_channels(config, ChannelReader(**data.channels))}')
     return lines
 
 
+def _trained_channels(checkpoint: str, request: DatasetRequest) -> ChannelReader | None:
+    """Return how the model of a checkpoint reads images, None if as RGB; UsageError if the request says otherwise."""
+    saved = None
+    if not is_exported(checkpoint):
+        with suppress(UsageError):  # a config that is no data
+            saved = checkpoint_config(checkpoint)
+    trained = channel_reader(saved) if saved else None
+    known = tuple(trained.channels) if trained else None
+    if request.channels and request.channels != known:
+        text = f'channels {",".join(map(str, known))}' if known else 'RGB'
+        raise UsageError(f'--channels: {checkpoint} was trained on {text}: leave it out')
+    return trained
+
+
 def _load_or_check(
-    config: Config, request: DatasetRequest, task: str, splits: Sequence[str], classes: list | None, ratio: float
+    config: Config,
+    request: DatasetRequest,
+    task: str,
+    splits: Sequence[str],
+    classes: list | None,
+    ratio: float,
+    trained: ChannelReader | str | None,
 ) -> tuple[CheckedDataset, dict[str, str]]:
     """Return the data set, checked now or before, and the file of each split."""
     folder, limits = os.path.join(config.work_dir, 'data'), resize_limits(config, ratio)
@@ -265,12 +311,18 @@ def _load_or_check(
     if not is_local_rank0(config.launcher):
         return wait_for_cache(folder, key)
     cached = load_cached(folder, key)
-    if cached:
+    if cached and _reads_as(cached[0], trained):
         return cached
     with hold_busy_file(folder):
-        data = read_data(request, task, splits, classes, limits)
-    data.report.raise_if_errors(request.strict)
+        data = read_data(request, task, splits, classes, limits, trained)
+        data.report.raise_if_errors(request.strict)
+        convert_masks(data, folder)
     return data, save_cache(folder, key, data)
+
+
+def _reads_as(data: CheckedDataset, trained: ChannelReader | str | None) -> bool:
+    """Return whether images of a data set are read as by a trained model, or there is none."""
+    return trained == AUTO or is_equal([*(data.channels or {}).values()], [*(trained or ())])
 
 
 def checkpoint_classes(file: str) -> tuple[list[str] | None, bool]:

@@ -9,8 +9,8 @@
       annotations: val.json
     classes: [car, truck=vehicle]
 
-Other keys are as the flags `--format`, `--class-attribute`, `--ignore` and `--val-fraction`. Unlike in a data.yaml of
-YOLO, `train` and `val` are mappings.
+Other keys are as the flags `--format`, `--class-attribute`, `--ignore`, `--val-fraction`, `--channels`,
+`--mask-threshold` and `--ignore-other-colors`. Unlike in a data.yaml of YOLO, `train` and `val` are mappings.
 """
 
 import difflib
@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import UsageError
+from .channels import parse_channels
 from .files import read_yaml, to_one_line
 from .request import DatasetRequest
 
@@ -26,6 +27,7 @@ SPLITS = ('train', 'val')
 # What a split has, and the flags in whose place it stands.
 PLACES = {'images': 'image_dirs', 'annotations': 'ann_files', 'masks': 'mask_dirs'}
 OPTIONS = ('classes', 'format', 'class_attribute', 'ignore', 'val_fraction')
+OPTIONS += ('channels', 'mask_threshold', 'ignore_other_colors')
 YOLO_KEYS = ('names', 'nc')
 FILE_NAMES = ('data.yaml', 'data.yml')
 SUFFIXES = ('.yaml', '.yml')
@@ -99,8 +101,17 @@ def _with_options(request: DatasetRequest, options: Mapping, file: Path) -> Data
             None if ignore is None else [int(value) for value in (ignore if isinstance(ignore, list) else [ignore])]
         )
         fraction = None if options.get('val_fraction') is None else float(options['val_fraction'])
+        threshold = None if options.get('mask_threshold') is None else int(options['mask_threshold'])
     except (TypeError, ValueError) as error:
-        raise UsageError(f'{file}: ignore is a list of integers, val_fraction a number: correct it') from error
+        text = 'ignore is a list of integers, val_fraction and mask_threshold are numbers: correct it'
+        raise UsageError(f'{file}: {text}') from error
+    channels = options.get('channels')
+    channels = ','.join(map(str, channels)) if isinstance(channels, list) else channels
+    try:
+        request.channels = parse_channels(None if channels is None else str(channels))
+    except UsageError as error:
+        raise UsageError(f'{file}: {error}') from error
+    request.mask_threshold, request.ignore_other_colors = threshold, bool(options.get('ignore_other_colors'))
     request.classes, request.ignore_labels, request.val_fraction = classes, ignore, fraction
     request.format, request.class_attribute = options.get('format'), options.get('class_attribute')
     return request

@@ -19,13 +19,14 @@ from .file_names import normalize_spelling
 from .files import open_regular, to_one_line, walk
 from .layouts import (
     IMAGE_DIR_NAMES,
-    IMAGE_NAME_SUFFIX,
     MASK_DIR_NAMES,
-    MASK_SUFFIXES,
+    MASK_FILE_SUFFIXES,
     MAX_DEPTH,
     SPLIT_DIR_NAMES,
     SplitDirs,
-    is_image,
+    infer_mask_suffix,
+    is_array,
+    strip_image_suffix,
 )
 
 MAX_FOLDERS = 100  # with images; more are those of a classification
@@ -53,7 +54,7 @@ def find_mask_folders(root: Path) -> tuple[str, dict[str, SplitDirs]] | None:
     """
     folders = {}
     for folder, names in islice(walk(root, MAX_DEPTH, hidden=False), MAX_FOLDERS * 20):
-        images = [name for name in names if is_image(Path(name)) and not name.startswith('.')]
+        images = [name for name in names if name.lower().endswith(MASK_FILE_SUFFIXES) and not name.startswith('.')]
         if images:
             folders[Path(folder)] = images
     if not 2 <= len(folders) <= MAX_FOLDERS:
@@ -68,7 +69,7 @@ def find_mask_folders(root: Path) -> tuple[str, dict[str, SplitDirs]] | None:
             for folder in (images, masks):
                 if folder not in likeness:
                     likeness[folder] = _mask_likeness(folder, root, folders[folder])
-            splits = {_split_of(folder, root) for folder in (images, masks)} - {None}
+            splits = {split_of(folder, root) for folder in (images, masks)} - {None}
             if likeness[masks] > max(likeness[images], 0) and len(splits) < 2:
                 pairs.setdefault(next(iter(splits), 'all'), set()).add(_common_tops(images, masks, root))
     if 'train' in pairs:
@@ -98,7 +99,7 @@ def _masks_beside_images(root: Path, folders: dict) -> tuple[str, dict[str, Spli
     for folder, names in folders.items():
         stems = {os.path.splitext(name)[0] for name in names}
         if any(stem.endswith('_mask') and stem.removesuffix('_mask') in stems for stem in stems):
-            split = _split_of(folder, root) or 'all'
+            split = split_of(folder, root) or 'all'
             if split in dirs:
                 raise UsageError(f'{root}: {_list_choices(split, [dirs[split][:2], (folder, folder)])}')
             dirs[split] = SplitDirs(folder, folder)
@@ -111,9 +112,8 @@ def _stem(name: str) -> str:
 
 def _match(images: Collection[str], masks: Collection[str]) -> bool:
     """Return whether at least half of some images have a mask of their name, with any one of the suffixes."""
-    sampled = [stem.removesuffix(IMAGE_NAME_SUFFIX.lower()) for stem in islice(images, MAX_NAMES_SAMPLED)]
-    counts = (sum(stem + suffix.lower() in masks for stem in sampled) for suffix in MASK_SUFFIXES)
-    return any(count >= MIN_MATCHING * len(sampled) for count in counts)
+    sampled = [strip_image_suffix(stem) for stem in islice(images, MAX_NAMES_SAMPLED)]
+    return infer_mask_suffix(sampled, masks)[1] >= MIN_MATCHING * len(sampled)
 
 
 def _mask_likeness(folder: Path, root: Path, names: Sequence[str]) -> int:
@@ -126,6 +126,9 @@ def _mask_likeness(folder: Path, root: Path, names: Sequence[str]) -> int:
 
 def _has_few_colors(file: Path) -> bool:
     try:
+        if is_array(file):
+            array = np.load(file, mmap_mode='r', allow_pickle=False)
+            return array.ndim == 2 and len(np.unique(array[::4, ::4])) <= MAX_COLORS
         with open_regular(file, MAX_BYTES) as opened, Image.open(opened, formats=FORMATS) as image:
             if image.format in LOSSY_FORMATS or image.width * image.height > MAX_PIXELS:
                 return False
@@ -145,7 +148,8 @@ def _words(folder: Path, root: Path) -> Iterator[str]:
         yield part.lower()
 
 
-def _split_of(folder: Path, root: Path) -> str | None:
+def split_of(folder: Path, root: Path) -> str | None:
+    """Return the split that the path of a folder below the root names; None if it names none."""
     return next((SPLIT_WORDS[word] for word in _words(folder, root) if word in SPLIT_WORDS), None)
 
 

@@ -2,13 +2,16 @@
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
+from ..channel_files import ARRAY_SUFFIX
 from ..engine.datasets import IMAGE_SUFFIXES
 from ..errors import UsageError
 from . import SPLITS
@@ -30,11 +33,18 @@ ANNOTATION_PATTERNS = {
 # Names of folders in lower case.
 IMAGE_DIR_NAMES = ('images', 'image', 'imgs', 'img', 'img_dir', 'jpegimages', 'leftimg8bit')
 MASK_DIR_NAMES = ('labels', 'label', 'annotations', 'masks', 'mask', 'ann_dir', 'gtfine', 'segmentationclass', 'gt')
-SPLIT_DIR_NAMES = {'train': ('train', 'training'), 'val': ('val', 'valid', 'validation'), 'test': ('test', 'testing')}
+SPLIT_DIR_NAMES = {
+    'train': ('train', 'training', 'train_data', 'training_data'),
+    'val': ('val', 'valid', 'validation', 'val_data', 'validation_data'),
+    'test': ('test', 'testing', 'test_data'),
+}
 SPLIT_OF_NAME = {name: split for split, names in SPLIT_DIR_NAMES.items() for name in names}
-# What follows the image's name in the name of its mask, before the file suffix; and Cityscapes' suffix of images.
+# What follows the image's name in the name of its mask, before the file suffix; and what follows it in its own.
 MASK_SUFFIXES = ('', '_gtFine_labelTrainIds', '_gtFine_labelIds', '_mask', '_label', '_labels', '_seg')
-IMAGE_NAME_SUFFIX = '_leftImg8bit'
+MASK_SUFFIXES += ('_gtFine_instanceIds', '_gtFine_color')
+IMAGE_NAME_SUFFIXES = ('_leftImg8bit', '_sat')
+MASK_FILE_SUFFIXES = (*IMAGE_SUFFIXES, '.gif', ARRAY_SUFFIX)
+MAX_SUFFIXES = 5  # of masks of an image that are compared
 HEADER_BYTES = 2**16  # of a file, by which its format is recognized
 OTHER_KEYS_RE = re.compile(r'"(shapes|regions|caption|keypoints|result|classTitle|coordinates)"\s*:')  # not of COCO
 MAX_DEPTH = 4  # levels of folders in which annotations are searched
@@ -184,16 +194,14 @@ def pair_files(dirs: SplitDirs, mask_suffix: str | None = None) -> Pairing:
     """
     images, duplicates, listed = {}, [], NameMatches()
     for path in list_images(dirs.images):
-        stem = _stem(path, dirs.images).removesuffix(IMAGE_NAME_SUFFIX)
+        stem = strip_image_suffix(_stem(path, dirs.images))
         duplicates += [path] if images.setdefault(stem, path) is not path else []
-    masks = {_stem(path, dirs.labels): path for path in list_images(dirs.labels)}
+    masks = {_stem(path, dirs.labels): path for path in list_images(dirs.labels, MASK_FILE_SUFFIXES)}
     if dirs.images == dirs.labels:
         images = {stem: path for stem, path in images.items() if not stem.endswith('_mask')}
         masks = {stem: path for stem, path in masks.items() if stem.endswith('_mask')}
     if mask_suffix is None:
-        stems = [normalize_spelling(stem) for stem in images]
-        mask_stems = {normalize_spelling(stem) for stem in masks}
-        mask_suffix = max(MASK_SUFFIXES, key=lambda suffix: sum(stem + suffix.lower() in mask_stems for stem in stems))
+        mask_suffix = infer_mask_suffix([normalize_spelling(stem) for stem in images], masks)[0]
     if dirs.names is not None:
         names = [_listed_stem(line, dirs.images, images) for line in dirs.names]
         listed = match_names(names, images)
@@ -219,9 +227,43 @@ def pair_files(dirs: SplitDirs, mask_suffix: str | None = None) -> Pairing:
     return Pairing(pairs, problems, mask_suffix)
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Return all image files in and below a folder, by their suffixes."""
-    return sorted(p for p in _iter_files(folder, None) if is_image(p) and not p.name.startswith('.'))
+def infer_mask_suffix(stems: Collection[str], masks: Iterable[str]) -> tuple[str, int]:
+    """Return what follows the name of an image in that of its mask, and how many images have one.
+
+    Args:
+        stems: of the images, as of `normalize_spelling`.
+        masks: stems of the masks.
+
+    Returns:
+        The best of `MASK_SUFFIXES`; if no image has a mask of such a name, the most frequent other ending.
+    """
+    spelled = {normalize_spelling(mask): mask for mask in masks}
+    counts = Counter({suffix: sum(stem + suffix.lower() in spelled for stem in stems) for suffix in MASK_SUFFIXES})
+    if stems and not any(counts.values()):
+        ordered = sorted(spelled)
+        for stem in stems:
+            for mask in islice(ordered, at := bisect_left(ordered, stem), at + MAX_SUFFIXES):
+                if mask.startswith(stem) and not mask[len(stem)].isalnum():
+                    counts[spelled[mask][len(stem) - len(mask) :]] += 1
+    return max(counts.items(), key=lambda item: item[1])
+
+
+def list_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[Path]:
+    """Return all image files in and below a folder, by their suffixes; arrays (.npy) only where nothing else is."""
+    files = [path for path in _iter_files(folder, None) if not path.name.startswith('.')]
+    images = [path for path in files if path.name.lower().endswith(suffixes) and not is_array(path)]
+    return sorted(images or filter(is_array, files))
+
+
+def is_array(path: Path) -> bool:
+    """Return whether a file has the suffix of an array, which may be an image or a mask."""
+    return path.suffix.lower() == ARRAY_SUFFIX
+
+
+def strip_image_suffix(stem: str) -> str:
+    """Return the stem of an image without what its mask has not, such as Cityscapes' _leftImg8bit."""
+    lower = stem.lower()
+    return next((stem[: -len(end)] for end in IMAGE_NAME_SUFFIXES if lower.endswith(end.lower())), stem)
 
 
 def is_image(path: Path) -> bool:
@@ -241,7 +283,11 @@ def find_dir(folder: Path | None, names: tuple[str, ...]) -> Path | None:
 def _find_mask_dir(folder: Path | None) -> Path | None:
     """Return the folder of masks in a folder; other folders may have such names, too."""
     dirs = (find_dir(folder, (name,)) for name in MASK_DIR_NAMES)
-    return next((child for child in dirs if child and any(map(is_image, _iter_files(child)))), None)
+    return next((child for child in dirs if child and any(map(_may_be_mask, _iter_files(child)))), None)
+
+
+def _may_be_mask(path: Path) -> bool:
+    return path.name.lower().endswith(MASK_FILE_SUFFIXES)
 
 
 def _matches_pattern(path: Path, pattern: str) -> bool:

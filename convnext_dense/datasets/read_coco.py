@@ -4,10 +4,12 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+from ..channel_files import ChannelReader
 from ..errors import UsageError
 from . import check_coco as checks
 from .box_formats import BOX_FORMATS, COCO
-from .check_images import ImageInfo, decide_exif_handling, inspect_all, inspect_image
+from .channels import AUTO, inspect_images, measure, select_channels
+from .check_images import ImageInfo, decide_exif_handling
 from .diagnostics import Report
 from .request import CheckedDataset, DatasetRequest, select_splits, split_by_hash, summarize_classes
 from .select_classes import check_selection, parse_entries, select_classes
@@ -23,6 +25,7 @@ def read_detection(
     splits: Sequence,
     classes: Sequence | None,
     limits: Mapping,
+    trained: ChannelReader | str | None,
 ) -> CheckedDataset:
     """Read and check a detection data set; its sources as of `BoxSources`, the rest as of `custom.read_data`."""
     root, report = request.root, Report()
@@ -30,6 +33,8 @@ def read_detection(
         report.add('all', 'other-format', f'{other}: --format {BOX_FORMATS[other].key}')
     if request.ignore_labels is not None:
         raise UsageError('--ignore is for segmentation masks; of boxes --classes selects some')
+    if request.mask_threshold is not None or request.ignore_other_colors:
+        raise UsageError('--mask-threshold and --ignore-other-colors are for segmentation masks: leave them out')
     selected = parse_entries(request.classes) if request.classes else None
     if 'val' in request.ann_files or 'test' not in splits:  # a given file takes precedence over one that is found
         sources.pop('test', None)
@@ -57,8 +62,12 @@ def read_detection(
     report.facts.append(f'{root}: {format}, layout {layout}{split_note}')
 
     locations = {split: part.locations for split, part in parts.items()}
-    paths = {locations[split][name].path for split, coco in cocos.items() for name in checks.image_names(coco)}
-    infos = inspect_all(lambda path: inspect_image(os.path.join(root, path)), sorted(paths - {None}), 'images')
+    paths = {split: {locations[split][n].path for n in checks.image_names(coco)} for split, coco in cocos.items()}
+    full_paths = {path: os.path.join(root, path) for path in sorted(set().union(*paths.values()) - {None})}
+    train_paths = sorted(paths.get('train', set()) - {None})
+    file_layout, channels = select_channels(map(full_paths.get, train_paths), request.channels, trained, report)
+    by_full_path = inspect_images([*full_paths.values()], file_layout, channels)
+    infos = {path: by_full_path[full] for path, full in full_paths.items()}
     apply_exif = decide_exif_handling(
         (
             infos.get(locations[split][image['file_name']].path, ImageInfo()),
@@ -92,4 +101,8 @@ def read_detection(
     report.facts.append(f'{summarize_classes(classes)}; boxes {"and" if has_masks else "without"} masks')
     watched = list(dict.fromkeys(path for part in parts.values() for path in part.watched_paths))
     settings = dict(apply_exif=apply_exif, has_masks=has_masks, watched_paths=watched)
+    if file_layout:
+        train_infos = [infos[image['file_name']] for image in contents.get('train', {}).get('images', ())]
+        reader = measure(file_layout, channels, train_infos, report) if trained == AUTO else trained
+        settings['channels'] = reader._asdict()
     return CheckedDataset('detection', str(root), classes, contents, report, **settings)

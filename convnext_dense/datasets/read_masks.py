@@ -2,20 +2,39 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
+from ..channel_files import ChannelReader
 from ..errors import UsageError
-from .check_images import decide_exif_handling, inspect_all, inspect_pair
-from .check_masks import LabelSpec, infer_class_count, infer_label_spec, validate_labels, validate_pairs
-from .class_names import class_files
+from .channels import AUTO, inspect_images, measure, select_channels
+from .check_images import MaskInfo, decide_exif_handling, inspect_all, inspect_mask
+from .check_masks import (
+    MMSEG_DATASETS,
+    LabelSpec,
+    as_binary,
+    infer_class_count,
+    infer_label_spec,
+    mmseg_classes,
+    validate_labels,
+    validate_pairs,
+)
+from .class_names import class_files, find_color_table
 from .diagnostics import Report
 from .layouts import Pairing, pair_files
+from .mask_encoding import DECODED_CODES, IGNORE_INDEX, MaskEncoding, inspect_encoded, is_decodable
 from .request import CheckedDataset, DatasetRequest, relative_to_root, select_splits, split_by_hash, summarize_classes
 
 
 def read_segmentation(
-    request: DatasetRequest, layout: str, split_dirs: dict, splits: Sequence, classes: Sequence | None, limits: Mapping
+    request: DatasetRequest,
+    layout: str,
+    split_dirs: dict,
+    splits: Sequence,
+    classes: Sequence | None,
+    limits: Mapping,
+    trained: ChannelReader | str | None,
 ) -> CheckedDataset:
     """Read and check a segmentation data set; folders as of `find_folders`, the rest as of `custom.read_data`."""
     root, report = request.root, Report()
@@ -26,7 +45,10 @@ def read_segmentation(
     pairings = {split: pair_files(dirs, mask_suffix) for split, dirs in split_dirs.items()}
     if mask_suffix.startswith('_gtFine') and 'val' in pairings:
         pairings.pop('test', None)  # Cityscapes does not publish the masks of its test split
-    spec = infer_label_spec(root, layout, mask_suffix, request.classes, request.ignore_labels)
+    infer_spec = partial(infer_label_spec, root, layout, mask_suffix, request.classes, request.ignore_labels)
+    spec = infer_spec()
+    if request.mask_threshold is not None and not 1 <= request.mask_threshold <= 255:
+        raise UsageError(f'--mask-threshold {request.mask_threshold}: give a gray value from 1 to 255, such as 128')
     split_note = ''
     if request.needs_val_split(pairings):
         pairing = pairings[main_split]
@@ -38,17 +60,20 @@ def read_segmentation(
     report.facts.append(f'{root}: segmentation masks, layout {layout}{split_note}')
 
     pairs = [pair for pairing in pairings.values() for pair in pairing.pairs]
-    infos = inspect_all(inspect_pair, pairs, 'images and segmentation masks')
-    image_infos = {image: info for (image, _), (info, _) in infos.items()}
-    mask_infos = {mask: info for (_, mask), (_, info) in infos.items()}
-    if spec.names is None:
-        spec = spec._replace(names=list(classes)) if classes else infer_class_count(mask_infos, spec, root)
+    train_images = [image for image, _ in pairings.get('train', Pairing([], [], '')).pairs]
+    file_layout, channels = select_channels(train_images, request.channels, trained, report)
+    image_infos = inspect_images([image for image, _ in pairs], file_layout, channels)
+    mask_infos = inspect_all(inspect_mask, [mask for _, mask in pairs], 'segmentation masks')
+    table = _color_table(request, mask_infos, report)
+    encoding = _decode(request, mask_infos, table, report)
+    spec = infer_spec(table) if table else _name_classes(spec, mask_infos, classes, root, report)
     if classes and list(classes) != spec.names:
         raise UsageError(
             f"{root} has {summarize_classes(spec.names)}; the checkpoint's are {summarize_classes(classes)}"
         )
     validate_labels(mask_infos, spec, report)
-    apply_exif = decide_exif_handling((image, (mask.width, mask.height)) for image, mask in infos.values())
+    sizes = ((image_infos[image], mask_infos[mask]) for image, mask in pairs)
+    apply_exif = decide_exif_handling((image, (mask.width, mask.height)) for image, mask in sizes)
     contents, used = {}, {}
     for split, pairing in pairings.items():
         add = partial(report.add, split)
@@ -67,12 +92,63 @@ def read_segmentation(
     report.facts.append(_describe_labels(spec))
     watched = [*class_files(root, request.classes), *{path for dirs in split_dirs.values() for path in dirs[:2]}]
     settings = dict(palette=spec.palette, apply_exif=apply_exif, dataset_kwargs=spec.dataset_kwargs)
+    settings['mask_encoding'] = encoding and encoding._asdict()
+    if file_layout:
+        used_images = {image for image, _ in contents.get('train', ())}
+        train_infos = [image_infos[image] for image in train_images if relative_to_root(image, root) in used_images]
+        reader = measure(file_layout, channels, train_infos, report) if trained == AUTO else trained
+        settings['channels'] = reader._asdict()
     return CheckedDataset('segmentation', str(root), spec.names, contents, report, watched_paths=watched, **settings)
+
+
+def _name_classes(
+    spec: LabelSpec, masks: Mapping[Path, MaskInfo], classes: Sequence | None, root: Path, report: Report
+) -> LabelSpec:
+    """Return the classes of masks that are not color-coded, by their values if nothing else names them."""
+    if spec.names is None and classes:
+        spec = spec._replace(names=list(classes))
+    spec = as_binary(masks, spec)
+    if IGNORE_INDEX in (spec.raw_values or ()):
+        report.add('all', 'mask-0-and-255', spec.names[1], len(masks))
+    return infer_class_count(masks, spec, root) if spec.names is None else spec
+
+
+def _color_table(
+    request: DatasetRequest, masks: Mapping[Path, MaskInfo], report: Report
+) -> tuple[list[str], list[list[int]]] | None:
+    """Return the names and colors of the classes of color-coded masks; None if there are none, or no table."""
+    if request.mask_threshold is not None or not any(info.problem == 'mask-in-color' for info in masks.values()):
+        return None
+    if request.classes in MMSEG_DATASETS:
+        return mmseg_classes(request.classes)
+    found = find_color_table(request.root, request.classes)
+    if found is None:
+        return None
+    file, *table = found
+    report.facts.append(f'colors of the classes: {file}')
+    return tuple(table)
+
+
+def _decode(
+    request: DatasetRequest, masks: dict[Path, MaskInfo], table: tuple | None, report: Report
+) -> MaskEncoding | None:
+    """Decode the masks that mmseg cannot read, in place; return how they have to be converted, None if none was."""
+    encoding = MaskEncoding(table and table[1], request.ignore_other_colors, request.mask_threshold)
+    before = {path: info.problem for path, info in masks.items() if is_decodable(path, info, encoding)}
+    if not before:
+        return None
+    masks |= inspect_all(partial(inspect_encoded, encoding=encoding), before, 'segmentation masks to be converted')
+    decoded = {path: problem for path, problem in before.items() if not masks[path].problem}
+    for path, problem in decoded.items():
+        is_color = problem == 'mask-in-color' and table
+        code = 'mask-color-coded' if is_color else DECODED_CODES[problem or 'mask-lossy-format']
+        report.add('all', code, path.name)
+    return encoding if decoded else None
 
 
 def _describe_labels(spec: LabelSpec) -> str:
     """Return the classes, the labels of the first and the last one, and the ignored labels."""
     ends = {spec.labels[0]: spec.names[0], spec.labels[-1]: spec.names[-1]}
     labels = ', '.join(f'label {label} is {name}' for label, name in ends.items())
-    ignored = ', '.join(map(str, sorted(spec.ignored)))
+    ignored = ', '.join(map(str, sorted(spec.ignored))) or 'none'
     return f'{summarize_classes(spec.names)}; {labels}; ignored labels: {ignored}'

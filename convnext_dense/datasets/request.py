@@ -33,6 +33,10 @@ class DatasetRequest:
         class_attribute (str | None): detection: the attribute of VIA's regions that is the class; None if it is the
             only one.
         data_yaml (str | None): the data.yaml that says all of this, in which `path` is the root.
+        mask_threshold (int | None): segmentation: gray value of the masks from which on a pixel is of the second class.
+        ignore_other_colors (bool): segmentation: whether colors of the masks that are in no table are ignored.
+        channels (tuple[int, ...] | None): numbers of the channels of the images, from 1, in the order of the model's
+            input; None for RGB, or all channels of images that are not RGB.
     """
 
     path: str | None = None
@@ -46,6 +50,9 @@ class DatasetRequest:
     mask_dirs: dict[str, str] = field(default_factory=dict)
     class_attribute: str | None = None
     data_yaml: str | None = None
+    mask_threshold: int | None = None
+    ignore_other_colors: bool = False
+    channels: tuple[int, ...] | None = None
 
     @property
     def root(self) -> Path:
@@ -92,6 +99,8 @@ class CheckedDataset:
         apply_exif (bool): whether images are rotated as EXIF says.
         has_masks (bool): detection: whether annotations have masks.
         dataset_kwargs (dict): segmentation: arguments of `PairedSegDataset` that map labels to classes.
+        mask_encoding (dict | None): segmentation: fields of `MaskEncoding` if masks have to be converted.
+        channels (dict | None): fields of `ChannelReader` if images are not read as RGB.
         watched_paths (list[str]): files, folders of images and `folder/*.suffix` whose changes invalidate the cache.
     """
 
@@ -104,6 +113,8 @@ class CheckedDataset:
     apply_exif: bool = True
     has_masks: bool = True
     dataset_kwargs: dict = field(default_factory=dict)
+    mask_encoding: dict | None = None
+    channels: dict | None = None
     watched_paths: list[str] = field(default_factory=list)
 
     def __post_init__(self):

@@ -6,11 +6,10 @@ import shutil
 from pathlib import Path
 
 import cv2
-import numpy as np
 from PIL import Image
 
 from .request import CheckedDataset
-from .write_tiles import JPEG_QUALITY, JPEG_SUFFIXES, UniqueNames, class_table, read_image, write_class_names
+from .write_tiles import JPEG_QUALITY, JPEG_SUFFIXES, UniqueNames, read_class_indices, read_image, write_class_names
 
 EXIF_ORIENTATION = 0x0112
 
@@ -49,12 +48,11 @@ def _write_coco(data: CheckedDataset, split: str, out: Path) -> str:
 
 
 def _write_masks(data: CheckedDataset, split: str, out: Path) -> str:
-    table, new_name = class_table(data), UniqueNames()
+    new_name = UniqueNames()
     (out / 'masks' / split).mkdir(parents=True, exist_ok=True)
     for image, mask in data.splits[split]:
         name = _copy_image(data, image, out / 'images' / split, new_name)
-        labels = table[np.asarray(Image.open(os.path.join(data.root, mask))).astype(np.uint8)]
-        Image.fromarray(labels).save(out / 'masks' / split / f'{Path(name).stem}.png')
+        Image.fromarray(read_class_indices(data, mask)).save(out / 'masks' / split / f'{Path(name).stem}.png')
     return f'{len(data.splits[split]):,} images with segmentation masks'
 
 

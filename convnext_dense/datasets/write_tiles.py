@@ -13,6 +13,7 @@ from PIL import Image
 from ..errors import UnreadableImageError, UsageError
 from .check_images import MAX_BYTES
 from .files import read_bytes
+from .mask_encoding import MaskEncoding, decode_mask
 from .request import CheckedDataset
 from .tiles import Window, clip_annotations, tile_windows
 
@@ -52,7 +53,10 @@ def write_tiles(data: CheckedDataset, tile: int, overlap: float, out: str) -> li
 
     Raises:
         UnreadableImageError: An image can no longer be read.
+        UsageError: Images are not RGB.
     """
+    if data.channels:
+        raise UsageError('--tile writes images of 8 bits and three channels, and these have others: cut them by GDAL')
     write = _write_coco if data.task == 'detection' else _write_masks
     if data.task == 'segmentation':
         write_class_names(data, out)
@@ -85,16 +89,22 @@ def _write_coco(data: CheckedDataset, split: str, tile: int, overlap: float, out
 
 
 def _write_masks(data: CheckedDataset, split: str, tile: int, overlap: float, out: Path) -> str:
-    table, names, n_tiles = class_table(data), UniqueNames(), 0
+    names, n_tiles = UniqueNames(), 0
     (out / 'masks' / split).mkdir(parents=True, exist_ok=True)
     for image, mask in data.splits[split]:
-        labels = table[np.asarray(Image.open(os.path.join(data.root, mask))).astype(np.uint8)]
+        labels = read_class_indices(data, mask)
         for window, name in _write_image(data, image, labels.shape, tile, overlap, out / 'images' / split, names):
             left, top, right, bottom = window
             path = out / 'masks' / split / f'{Path(name).stem}.png'
             Image.fromarray(np.ascontiguousarray(labels[top:bottom, left:right])).save(path)
             n_tiles += 1
     return f'{n_tiles:,} tiles of {len(data.splits[split]):,} images with segmentation masks'
+
+
+def read_class_indices(data: CheckedDataset, mask: str) -> np.ndarray:
+    """Read a segmentation mask of a data set as class indices (H, W), 255 where it is ignored."""
+    encoding = MaskEncoding(**data.mask_encoding or {})
+    return class_table(data)[decode_mask(os.path.join(data.root, mask), encoding)[0]]
 
 
 def class_table(data: CheckedDataset) -> np.ndarray:

@@ -5,11 +5,13 @@ from mmengine.dataset import BaseDataset, ClassBalancedDataset, RepeatDataset
 from mmengine.fileio import get as read_bytes
 from mmengine.registry import DATASETS
 
-from ..errors import UnreadableImageError
+from ..channel_files import ARRAY_SUFFIX, TIFF_SUFFIXES, explain_errors, read_channels
+from ..errors import UnreadableImageError, UsageError
 from .seeding import SeededIndex, seed_everything
 
 FILE_KEYS = ('img_path', 'seg_map_path')  # of a sample's info: the files that its pipeline reads
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.jpe', '.jp2', '.ppm', '.pgm', '.pbm')
+CHANNEL_SUFFIXES = (*TIFF_SUFFIXES, ARRAY_SUFFIX)  # of files that `channel_files` reads
 MAX_RESAMPLES = 20  # attempts to replace an unreadable image, each with another random one
 
 
@@ -101,6 +103,8 @@ def read_error(path: str) -> str | None:
         content = read_bytes(path)
         if not content:
             return 'the file is empty'
+        if path.lower().endswith(CHANNEL_SUFFIXES):
+            return _channels_error(path)
         if not path.lower().endswith(IMAGE_SUFFIXES):
             return None  # read by a pipeline of its own
         return None if mmcv.imfrombytes(content, flag='unchanged') is not None else 'not a valid image'
@@ -108,6 +112,18 @@ def read_error(path: str) -> str | None:
         return error.strerror or str(error)
     except Exception as error:  # decoders raise what they like
         return f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'
+
+
+def _channels_error(path: str) -> str | None:
+    """The reason why a TIFF or an array cannot be read; None where rasterio, which would say it, is not installed."""
+    try:
+        with explain_errors():
+            read_channels(path)
+    except UnreadableImageError as error:
+        return str(error)
+    except UsageError:
+        pass
+    return None
 
 
 def count_images(dataset) -> int:

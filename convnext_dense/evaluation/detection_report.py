@@ -37,12 +37,13 @@ class DetectionReport(CocoMetric):
 
     Args:
         report_dir: Folder for the report.
+        channels: Fields of `ChannelReader` if images are not RGB.
         **kwargs: Of CocoMetric.
     """
 
-    def __init__(self, report_dir: str, **kwargs):
+    def __init__(self, report_dir: str, channels: dict | None = None, **kwargs):
         super().__init__(**kwargs)
-        self.report_dir = Path(report_dir)
+        self.report_dir, self.channels = Path(report_dir), channels
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         """Keep predictions as CocoMetric does, with the paths of their images."""
@@ -123,7 +124,7 @@ class DetectionReport(CocoMetric):
         def draw(rank: int, file: Path) -> bool:
             image_id = worst[rank]
             size = (images[image_id]['height'], images[image_id]['width'])
-            image = read_rgb(paths[image_id], size, self.backend_args)
+            image = read_rgb(paths[image_id], size, self.backend_args, self.channels)
             if image is None:
                 return False
             _, correct, wrong, false, missed = rows[image_id]

@@ -44,12 +44,13 @@ class SegmentationReport(IoUMetric):
 
     Args:
         report_dir: Folder for the report.
+        channels: Fields of `ChannelReader` if images are not RGB.
         **kwargs: Of IoUMetric.
     """
 
-    def __init__(self, report_dir: str, **kwargs):
+    def __init__(self, report_dir: str, channels: dict | None = None, **kwargs):
         super().__init__(**kwargs)
-        self.report_dir = Path(report_dir)
+        self.report_dir, self.channels = Path(report_dir), channels
         self._worst = []  # heap of (-mIoU, index in self.results): only these keep their maps
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
@@ -125,7 +126,7 @@ class SegmentationReport(IoUMetric):
 
         def draw(place: int, file: Path) -> bool:
             label, pred = map(_from_png, worst[place].maps)
-            image = read_rgb(worst[place].path, label.shape)
+            image = read_rgb(worst[place].path, label.shape, channels=self.channels)
             if image is None:
                 return False
             title = f'{Path(worst[place].path).name}: mIoU {percent(worst[place].miou):.1f}'

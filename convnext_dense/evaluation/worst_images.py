@@ -8,6 +8,8 @@ import numpy as np
 from mmengine.fileio import get
 from mmengine.logging import print_log
 
+from ..channel_files import ChannelReader, to_rgb
+from ..errors import UnreadableImageError
 from .coco_matches import Pair
 
 MAX_SIDE = 1000  # pixels of a panel's longer side
@@ -15,19 +17,27 @@ PANEL_INCHES = 6.5  # of a panel's longer side
 RIGHT, WRONG_CLASS, WRONG = '#2ca02c', '#ff8c00', '#e0162b'
 
 
-def read_rgb(path: str, size: tuple[int, int], backend_args: dict | None = None) -> np.ndarray | None:
+def read_rgb(
+    path: str, size: tuple[int, int], backend_args: dict | None = None, channels: dict | None = None
+) -> np.ndarray | None:
     """Read an image as it was tested: turned as EXIF says if only then it has that size.
 
     Args:
         path: Of the image.
         size: Height and width of the image in the test.
         backend_args: Of the storage that the path belongs to.
+        channels: Fields of `ChannelReader` if the image is not RGB, of which the first three channels are shown.
 
     Returns:
         Image (H, W, 3) in RGB; None if it cannot be read so.
     """
     from mmcv import imfrombytes
 
+    if channels:
+        try:
+            return to_rgb(ChannelReader(**channels).read(path))
+        except UnreadableImageError:
+            return None
     try:
         content = get(path, backend_args)
         for flag in ('color', 'color_ignore_orientation'):

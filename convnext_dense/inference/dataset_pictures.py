@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -11,11 +12,14 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.registry import TASK_UTILS, TRANSFORMS
 
+from ..channel_files import ChannelReader
+from ..config.channels import set_channels
 from ..config.class_balance import count_pixels
 from ..config.image_size import resize_scale
 from ..config.training_set import build_training_set, leaf_dataset
 from ..datasets.cache import save_cache
 from ..datasets.configure import apply_dataset
+from ..datasets.mask_encoding import convert_masks
 from ..datasets.request import CheckedDataset
 from ..engine.dry_run import stack_rows
 from ..engine.seeding import seed_everything
@@ -50,8 +54,12 @@ def write_pictures(config: Config, data: CheckedDataset, folder: str) -> list[st
         UsageError: the recipe cannot be used with the data set.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
+    data = replace(data, splits=deepcopy(data.splits))
     with tempfile.TemporaryDirectory() as cache:
+        convert_masks(data, cache)
         apply_dataset(config, data, save_cache(cache, ('pictures',), data), data.has_masks)
+        if data.channels:
+            set_channels(config, ChannelReader(**data.channels))
         dataset = build_training_set(config)
         leaf = leaf_dataset(config)
         if not dataset or not leaf:

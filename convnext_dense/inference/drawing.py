@@ -11,6 +11,7 @@ import torch
 from mmengine.structures import BaseDataElement, InstanceData
 from PIL import Image, ImageDraw, ImageFont
 
+from ..channel_files import to_rgb
 from .colors import Color, class_colors, text_color
 from .cropped_mask import decode_window
 from .mask_writer import IGNORED
@@ -119,7 +120,13 @@ def font_size(size: tuple[int, int]) -> int:
 
 
 def to_bgr(image: np.ndarray) -> np.ndarray:
-    """Return an image of any number of channels and type as (H, W, 3) of uint8, to be looked at."""
+    """Return an image of any number of channels and type as (H, W, 3) of uint8, to be looked at.
+
+    Of float32 and with negative values it is one of a `ChannelReader`, whose first three channels are shown as red,
+    green and blue.
+    """
+    if image.dtype == np.float32 and image.min(initial=0) < 0:
+        return np.ascontiguousarray(to_rgb(image)[..., ::-1])
     image = image if image.ndim == 3 else image[..., None]
     image = image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, 2)
     if image.dtype != np.uint8:

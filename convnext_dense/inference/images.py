@@ -8,13 +8,15 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..channel_files import ChannelReader
 from ..datasets.check_images import FORMATS, MAX_BYTES
-from ..datasets.files import read_bytes
+from ..datasets.files import open_regular, read_bytes
 from ..errors import UnreadableImageError, UsageError
 
 BACKGROUND = 255  # white, on which transparent images are shown
 ORIENTATION = 0x0112  # tag of EXIF
 COLOR_TYPES = ('color', 'grayscale', 'unchanged')  # as mmcv reads files
+ColorType = str | ChannelReader  # one of these, or the channels of files that are not RGB
 CHANNEL_ORDERS = ('rgb', 'bgr')
 
 
@@ -23,7 +25,7 @@ class LoadedImage(NamedTuple):
 
     Attributes:
         pixels (np.ndarray): (H, W, C) BGR of uint8, or (H, W) where the model takes grayscale; unchanged files as they
-            are.
+            are; other channels as of `ChannelReader.read`.
         note (str): What the user is told of it, such as that it is the first of several frames; '' for nothing.
     """
 
@@ -31,19 +33,23 @@ class LoadedImage(NamedTuple):
     note: str = ''
 
 
-def read_image(path: str | Path, color_type: str = 'color') -> LoadedImage:
+def read_image(path: str | Path, color_type: ColorType = 'color') -> LoadedImage:
     """Read an image file.
 
     Colors are read as training reads them, by OpenCV, but upright as EXIF says, and transparent pixels on white.
 
     Args:
         path: Of the file.
-        color_type: 'color', 'grayscale' or 'unchanged', as the `LoadImageFromFile` of the config has it.
+        color_type: 'color', 'grayscale' or 'unchanged', as the `LoadImageFromFile` of the config has it, or how other
+            channels are read.
 
     Raises:
         UnreadableImageError: If it cannot be read; the message is the reason alone.
     """
     try:
+        if isinstance(color_type, ChannelReader):
+            open_regular(path, MAX_BYTES).close()
+            return LoadedImage(color_type.read(path))
         data = read_bytes(path, MAX_BYTES)
     except OSError as error:
         raise UnreadableImageError(error.strerror or str(error)) from error
@@ -60,9 +66,11 @@ def read_image(path: str | Path, color_type: str = 'color') -> LoadedImage:
         raise UnreadableImageError(f'it is damaged ({_reason(error)})') from error
 
 
-def from_pil(image: Image.Image, color_type: str = 'color') -> np.ndarray:
+def from_pil(image: Image.Image, color_type: ColorType = 'color') -> np.ndarray:
     """Return the pixels of a PIL image, upright as its EXIF says, as `read_image` does those of a file."""
     image = ImageOps.exif_transpose(image)
+    if isinstance(color_type, ChannelReader):
+        return _from_channels(np.asarray(image), color_type)
     if color_type == 'unchanged':
         pixels = np.asarray(image)
         return pixels[..., ::-1] if pixels.ndim == 3 and pixels.shape[2] == 3 else pixels
@@ -77,11 +85,12 @@ def from_pil(image: Image.Image, color_type: str = 'color') -> np.ndarray:
     return cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY) if color_type == 'grayscale' else bgr
 
 
-def from_array(array: np.ndarray, channel_order: str | None, color_type: str = 'color') -> np.ndarray:
+def from_array(array: np.ndarray, channel_order: str | None, color_type: ColorType = 'color') -> np.ndarray:
     """Return the pixels of an array as the model takes them.
 
     Args:
-        array: (H, W) or (H, W, C) of uint8 or uint16; four channels are color and opacity.
+        array: (H, W) or (H, W, C) of uint8 or uint16; four channels are color and opacity. Of a model of other
+            channels: all channels of a file, or those of the model in its order.
         channel_order: 'rgb' or 'bgr'; needed for color.
         color_type: As for `read_image`; with 'unchanged' the array is taken as it is.
 
@@ -90,6 +99,8 @@ def from_array(array: np.ndarray, channel_order: str | None, color_type: str = '
     """
     if array.ndim not in (2, 3) or 0 in array.shape:
         raise UsageError(f'an array of shape {array.shape} is no image: give (height, width, channels)')
+    if isinstance(color_type, ChannelReader):
+        return _from_channels(array, color_type)
     if color_type == 'unchanged':
         return array
     if array.dtype not in (np.uint8, np.uint16):
@@ -107,6 +118,18 @@ def from_array(array: np.ndarray, channel_order: str | None, color_type: str = '
         array = _on_background(array)
     bgr = array if channel_order == 'bgr' else np.ascontiguousarray(array[..., ::-1])
     return cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY) if color_type == 'grayscale' else bgr
+
+
+def _from_channels(array: np.ndarray, reader: ChannelReader) -> np.ndarray:
+    """Return the pixels of an array as `ChannelReader.read` does those of a file."""
+    array = array if array.ndim == 3 else array[..., None]
+    num_channels = array.shape[2]
+    if num_channels == reader.num_channels:
+        array = array[..., [channel - 1 for channel in reader.channels]]
+    elif num_channels != len(reader.channels):
+        counts = ' or '.join(map(str, sorted({reader.num_channels, len(reader.channels)})))
+        raise UsageError(f'an image of {num_channels} channels: the model takes {counts}')
+    return reader.normalize(array.astype(np.float32))
 
 
 def _decode(data: bytes, image: Image.Image, color_type: str) -> LoadedImage:

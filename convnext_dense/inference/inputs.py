@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from ..channel_files import ARRAY_SUFFIX
 from ..datasets.files import read_text, walk
 from ..engine.datasets import IMAGE_SUFFIXES
 from ..errors import UsageError
@@ -117,13 +118,18 @@ def _lines(text: str) -> list[str]:
 
 
 def _images_below(folder: str, notices: list[str]) -> Iterator[_Candidate]:
-    n_videos = 0
+    n_videos, n_images, arrays = 0, 0, []
     for parent, names in walk(folder, hidden=False):
         n_parts = 1 + (0 if os.path.samefile(parent, folder) else len(Path(os.path.relpath(parent, folder)).parts))
         for file_name in sorted(names):
             n_videos += file_name.lower().endswith(VIDEO_SUFFIXES)
             if file_name.lower().endswith(SUFFIXES):
+                n_images += 1
                 yield _Candidate(os.path.join(parent, file_name), n_parts)
+            elif file_name.lower().endswith(ARRAY_SUFFIX):
+                arrays.append(_Candidate(os.path.join(parent, file_name), n_parts))
+    if not n_images:  # else arrays are something else, such as features or labels
+        yield from arrays
     if n_videos:
         notices.append(f'{folder}: {n_videos} videos are left out: name them one by one')
 

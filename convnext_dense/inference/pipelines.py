@@ -3,8 +3,10 @@
 from mmengine.config import Config
 from mmengine.registry import TRANSFORMS
 
+from ..config.channels import channel_reader
 from ..errors import UsageError
 from ..type_names import is_type
+from .images import ColorType
 
 
 def is_resize(step: dict) -> bool:
@@ -12,14 +14,14 @@ def is_resize(step: dict) -> bool:
     return is_type(step.get('type'), TRANSFORMS, 'Resize') and isinstance(step.get('scale'), (tuple, list))
 
 
-def test_steps(config: Config) -> tuple[str, list[dict]]:
+def test_steps(config: Config) -> tuple[ColorType, list[dict]]:
     """Return how the test pipeline of a config reads files, and its steps for an image that was read.
 
     Args:
         config: With `test_dataloader`.
 
     Returns:
-        'color', 'grayscale' or 'unchanged', and the steps without those that read image and labels.
+        How files are read, and the steps without those that read image and labels.
 
     Raises:
         UsageError: If the pipeline reads no image.
@@ -29,7 +31,7 @@ def test_steps(config: Config) -> tuple[str, list[dict]]:
     loader = next((step for step in steps if is_type(step['type'], TRANSFORMS, 'LoadImageFromFile')), None)
     if loader is None:
         raise UsageError("the test pipeline of the config has no dict(type='LoadImageFromFile')")
-    color_type = loader.get('color_type', 'color').removesuffix('_ignore_orientation')
+    color_type = channel_reader(config) or loader.get('color_type', 'color').removesuffix('_ignore_orientation')
     steps = [step for step in steps if not is_type(step['type'], TRANSFORMS, 'LoadImageFromFile', 'LoadAnnotations')]
     if loader.get('to_float32'):
         steps.insert(0, dict(type='LoadImageFromNDArray', to_float32=True))

@@ -5,18 +5,20 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ..channel_files import ChannelReader, to_rgb
 from .drawing import picture_size, to_bgr
+from .images import ColorType
 from .row_reader import open_rows
 
 ROWS = 256  # of the picture that are made at a time
 
 
-def read_reduced(path: str | Path, color_type: str = 'color') -> tuple[np.ndarray, tuple[int, int]]:
+def read_reduced(path: str | Path, color_type: ColorType = 'color') -> tuple[np.ndarray, tuple[int, int]]:
     """Read an image at the size at which predictions are drawn onto it, by rows where the file allows it.
 
     Args:
         path: Of the file.
-        color_type: 'color', 'grayscale' or 'unchanged'.
+        color_type: 'color', 'grayscale' or 'unchanged', or how other channels are read.
 
     Returns:
         (h, w, 3) BGR of uint8, and the size (H, W) of the image.
@@ -24,16 +26,18 @@ def read_reduced(path: str | Path, color_type: str = 'color') -> tuple[np.ndarra
     Raises:
         UnreadableImageError: If it cannot be read; the message is the reason alone.
     """
-    reader = open_rows(path, color_type)
+    reader, show = open_rows(path, color_type), to_bgr
+    if isinstance(color_type, ChannelReader):
+        show = lambda rows: np.ascontiguousarray(to_rgb(rows)[..., ::-1])  # noqa: E731
     try:
         height, (small_height, small_width) = reader.size[0], picture_size(reader.size)
         if small_height >= height:
-            return to_bgr(reader.read(0, height)), reader.size
+            return show(reader.read(0, height)), reader.size
         result = np.empty((small_height, small_width, 3), np.uint8)
         for top in range(0, small_height, ROWS):
             bottom = min(top + ROWS, small_height)
             rows = reader.read(top * height // small_height, -(-bottom * height // small_height))
-            cv2.resize(to_bgr(rows), (small_width, bottom - top), result[top:bottom], interpolation=cv2.INTER_AREA)
+            cv2.resize(show(rows), (small_width, bottom - top), result[top:bottom], interpolation=cv2.INTER_AREA)
         return result, reader.size
     finally:
         reader.close()

@@ -6,8 +6,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..channel_files import (
+    TIFF_SUFFIXES,
+    ChannelReader,
+    describe_file,
+    explain_errors,
+    open_tiff,
+    read_bands,
+)
 from ..errors import UnreadableImageError
-from .images import ORIENTATION, from_array, read_image
+from .images import ORIENTATION, ColorType, from_array, read_image
 
 WINDOWED_SUFFIXES = ('.tif', '.tiff', '.png')  # whose files rasterio reads by rows
 LARGE = 4096 * 4096  # pixels from which the user is told that an image is read whole
@@ -111,21 +119,60 @@ class RasterRowReader(RowReader):
         self.env.__exit__()
 
 
-def open_rows(image: np.ndarray | str | Path, color_type: str = 'color') -> RowReader:
+class ChannelRowReader(RasterRowReader):
+    """A TIFF of any number of channels of which only the rows in use are in memory.
+
+    Args:
+        path: Of the file.
+        color_type: How its channels are read.
+
+    Raises:
+        UnreadableImageError: If it cannot be read, or has other channels than the model takes.
+    """
+
+    color_type: ChannelReader
+
+    def _palette(self) -> None:
+        """Values are those of the channels."""
+
+    def _bands(self, alpha) -> list[int]:
+        return list(self.color_type.channels)
+
+    def _allocate(self, n_rows: int) -> np.ndarray:
+        return np.empty((n_rows, self.size[1], len(self.bands)), np.float32)
+
+    def _read(self, top: int, bottom: int) -> np.ndarray:
+        with explain_errors():
+            pixels = read_bands(self.file, self.bands, ((top, bottom), (0, self.size[1])))
+        return self.color_type.normalize(pixels)
+
+
+def open_rows(image: np.ndarray | str | Path, color_type: ColorType = 'color') -> RowReader:
     """Open an image to be read by rows.
 
     Args:
         image: The pixels, or the path of a file: TIFF and PNG are read by rows if rasterio is installed, others whole.
-        color_type: 'color', 'grayscale' or 'unchanged'.
+        color_type: 'color', 'grayscale' or 'unchanged', or how other channels are read.
 
     Raises:
         UnreadableImageError: If it cannot be read; the message is the reason alone.
     """
     if isinstance(image, np.ndarray):
         return RowReader(image)
+    if isinstance(color_type, ChannelReader):
+        return _open_channels(image, color_type)
     if _is_windowed(image) and color_type != 'unchanged' and _is_plain(image):
         return RasterRowReader(image, color_type)
     return RowReader(read_image(image, color_type).pixels)
+
+
+def _open_channels(path: str | Path, reader: ChannelReader) -> RowReader:
+    if Path(path).suffix.lower() not in TIFF_SUFFIXES:
+        return RowReader(read_image(path, reader).pixels)
+    with explain_errors(), open_tiff(path) as file:
+        has_pages = len(file.subdatasets) > 1
+        reader.check(describe_file(path))
+    return RowReader(read_image(path, reader).pixels) if has_pages else ChannelRowReader(path, reader)
 
 
 def whole_image_note(path: str | Path) -> str:

@@ -338,7 +338,7 @@ SEGMENTATION = {
     'mask-size-mismatch': (change_labels(lambda labels: labels[:60]), '64 x 60, its image 64 x 64'),
     'mask-all-ignored': (change_labels(lambda labels: labels * 0), '000001.png'),
     'mask-in-color': (change_labels(lambda labels: np.dstack([labels, labels + 1, labels])), '000001.png'),
-    'mask-not-8-bit': (change_labels(lambda labels: labels.astype(np.uint16) * 1000), '000001.png'),
+    'mask-not-8-bit': (change_labels(lambda labels: labels.astype(np.uint16) * 300), '000001.png'),
     'label-out-of-range': (change_labels(invalid_label), 'label 77 is used and has no name (under 0.1 % of the'),
     'class-never-annotated': (without_crosses_at_all, 'cross'),
     'class-not-in-train': (without_crosses, 'cross'),
@@ -421,17 +421,25 @@ def test_each_code_is_tested():
         'label-odd-polygon', 'label-sixth-number', 'label-too-short', 'label-with-commas', 'missing-split',
         'unmatched-label', 'unreadable-label',
     }  # fmt: skip
+    tested_elsewhere |= {  # test_mask_encodings.py
+        'color-not-in-table', 'mask-0-and-255', 'mask-array', 'mask-color-coded', 'mask-gray-as-color',
+        'mask-instance-ids', 'mask-soft-edges', 'mask-thresholded',
+    }  # fmt: skip
+    tested_elsewhere |= {  # test_channels.py
+        'channel-count-mismatch', 'constant-channel', 'fourth-channel', 'value-type-mismatch',
+    }  # fmt: skip
+    tested_elsewhere |= {'instances-of-one-class', 'mask-without-object'}  # test_instance_masks.py
     assert len(tested) >= 25 and set(RULES) == tested | tested_elsewhere
     assert all(re.fullmatch(r'[a-z0-9]+(-[a-z0-9]+)*', code) for code in RULES)
 
 
-def test_masks_of_0_and_255_are_an_error(tmp_path):
+def test_masks_of_0_and_255_with_three_classes_are_an_error(tmp_path):
     for n in range(4):
         for folder, image in (('images', np.full((40, 40, 3), 60 * n)), ('labels', np.eye(40) * 255)):
             path = tmp_path / f'{folder}/train/{n}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
             cv2.imwrite(str(path), image.astype(np.uint8))
-    (tmp_path / 'classes.txt').write_text('background\ncrack\n')
+    (tmp_path / 'classes.txt').write_text('background\ncrack\npothole\n')
     codes = codes_of(read_data(DatasetRequest(str(tmp_path)), 'segmentation', ('train',)).report)
     assert 'mask-values-0-and-255' in codes and RULES['mask-values-0-and-255'].action == ERROR
 

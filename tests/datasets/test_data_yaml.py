@@ -76,6 +76,9 @@ def test_masks_and_folders_of_labels(toy_dataset, tmp_path):
         write_masks(toy_dataset, split, tmp_path / 'm' / split)
     text = f'train: {{images: {toy_dataset}/train, masks: m/train}}\nval: {{images: {toy_dataset}/val, masks: m/val}}\n'
     (tmp_path / 'names.txt').write_text('\n'.join(LABEL_NAMES))
+    options = 'channels: [3, 1]\nmask-threshold: 9\nignore-other-colors: true\n'
+    request = request_of('--data', write(tmp_path, text + options))
+    assert (request.channels, request.mask_threshold, request.ignore_other_colors) == ((3, 1), 9, True)
     file = write(tmp_path, text + 'classes: names.txt\n')
     assert detect_tasks(request_of('--data', file)) == ['segmentation']
     data = read(request_of('--data', file), 'segmentation')[0]
@@ -125,6 +128,7 @@ MISTAKES = {  # the text, or what is replaced in that of boxes -> the message
                              'val needs images'),
     'both tasks': (('annotations: annotations/instances_val.json', 'masks: val'), 'are for different tasks'),
     'words': (('path:', 'ignore: [a]\npath:'), 'ignore is a list of integers'),
+    'channels': (('path:', 'channels: [1, 1]\npath:'), 'a channel is named twice'),
     'no YAML': (('path:', '"'), 'is not valid YAML'),
 }  # fmt: skip
 

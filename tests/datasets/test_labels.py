@@ -46,7 +46,6 @@ def advice(root, kind, **request):
 
 
 SINGLE = {  # the labels of the maps, what is asked for, and what is said
-    '0 and 255': ([0, 0, 0, 255], {}, '255, which is ignored, as 1'),
     '0 and 1': ([0, 0, 0, 1], {}, '2 names, for labels 0 and 1'),
     '0 and 1, 0 ignored': ([0, 0, 0, 1], dict(ignore_labels=[0]), '2 names, for labels 0 and 1, without --ignore 0'),
     '0 and 255, 0 ignored': ([0, 255], dict(ignore_labels=[0]), '255, which is ignored, as 1, without --ignore 0'),
@@ -150,7 +149,7 @@ def test_pixel_fractions_cover_all_masks(tmp_path):
     assert 'in 2 masks, such as 1.png' in advice(tmp_path, 'label-out-of-range')
 
 
-@pytest.mark.parametrize('n, ignore', [(2, None), (21, None), (2, [0])])
+@pytest.mark.parametrize('n, ignore', [(3, None), (21, None), (2, [0])])
 def test_masks_of_0_and_255_report_pixel_fractions(n, ignore, tmp_path):
     names = [f'class {i}' for i in range(n)]
     write(tmp_path, [0, 0, 0, 255], classes=names)

@@ -1,0 +1,261 @@
+"""Image files of any number of channels and any type of values: TIFF and GeoTIFF, arrays (.npy), and common formats.
+
+Channels are numbered from 1, as GDAL numbers bands. Values of a channel are normalized by the mean and the standard
+deviation that were measured on the training images, as the file is read; pixels without a value become the mean.
+"""
+
+import importlib.util
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from .errors import UnreadableImageError, UsageError
+
+TIFF_SUFFIXES = ('.tif', '.tiff')
+ARRAY_SUFFIX = '.npy'
+EXTRA = 'multichannel'  # of setup.py, with rasterio
+DISPLAY_RANGE = 2.0  # standard deviations around the mean that a picture shows from black to white
+
+
+class FileLayout(NamedTuple):
+    """What an image file holds.
+
+    Attributes:
+        height (int): in pixels.
+        width (int): likewise.
+        num_channels (int): of the file.
+        dtype (str): of its values, as NumPy names it.
+        is_rgb (bool): whether it is gray or RGB of 8 bits, with or without opacity, as any image viewer reads it.
+    """
+
+    height: int
+    width: int
+    num_channels: int
+    dtype: str
+    is_rgb: bool = False
+
+
+class ChannelReader(NamedTuple):
+    """How images are read whose channels are not those of RGB.
+
+    Attributes:
+        channels (Sequence[int]): numbers of the channels, from 1, in the order of the model's input.
+        mean (Sequence[float]): of each of these.
+        std (Sequence[float]): likewise.
+        num_channels (int): of the files.
+        dtype (str): of the values in the files.
+    """
+
+    channels: Sequence[int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    num_channels: int
+    dtype: str
+
+    def read(self, path: str | Path) -> np.ndarray:
+        """Read an image.
+
+        Args:
+            path: of the file.
+
+        Returns:
+            (H, W, C) of float32, normalized.
+
+        Raises:
+            UnreadableImageError: it cannot be read, or has other channels; the message is the reason alone.
+        """
+        with explain_errors():
+            self.check(describe_file(path))
+            return self.normalize(read_channels(path, self.channels))
+
+    def check(self, layout: FileLayout) -> None:
+        """Raise UnreadableImageError where a file has another number of channels or another type of values."""
+        if (layout.num_channels, layout.dtype) != (self.num_channels, self.dtype):
+            raise UnreadableImageError(
+                f'it has {layout.num_channels} channels of {layout.dtype}, the model takes files of '
+                f'{self.num_channels} of {self.dtype}'
+            )
+
+    def normalize(self, pixels: np.ndarray) -> np.ndarray:
+        """Normalize the values of channels (..., C), in which pixels without a value are not finite."""
+        pixels = (pixels - np.float32(self.mean)) / np.float32(self.std)
+        return np.nan_to_num(pixels, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def to_rgb(pixels: np.ndarray) -> np.ndarray:
+    """Return the first three channels of a normalized image (H, W, C), or the first one, as a picture.
+
+    Returns:
+        (H, W, 3) of uint8.
+    """
+    pixels = pixels if pixels.ndim == 3 else pixels[..., None]
+    pixels = pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, 2)
+    scaled = (pixels + DISPLAY_RANGE) * (255 / (2 * DISPLAY_RANGE))
+    return np.ascontiguousarray(np.clip(scaled, 0, 255).astype(np.uint8))
+
+
+def describe_file(path: str | Path) -> FileLayout:
+    """Return what an image file holds, by its header.
+
+    Raises:
+        UsageError: it is a TIFF, and rasterio is not installed.
+        Exception: it cannot be read; libraries raise what they like.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ARRAY_SUFFIX:
+        array = _load_array(path)
+        return FileLayout(*array.shape, str(array.dtype))
+    if suffix in TIFF_SUFFIXES:
+        with open_tiff(path) as file:
+            return _describe_tiff(file)
+    pixels = _decode(path)
+    return FileLayout(*pixels.shape, str(pixels.dtype), is_rgb=pixels.shape[2] in (1, 3, 4))
+
+
+def read_channels(path: str | Path, channels: Sequence[int] | None = None) -> np.ndarray:
+    """Read channels of an image.
+
+    Args:
+        path: of the file.
+        channels: their numbers, from 1; None for all.
+
+    Returns:
+        (H, W, C) of float32, in which pixels that the file marks as without a value are NaN.
+
+    Raises:
+        UsageError: it is a TIFF, and rasterio is not installed.
+        Exception: it cannot be read; libraries raise what they like.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in TIFF_SUFFIXES:
+        with open_tiff(path) as file:
+            if len(file.subdatasets) < 2:
+                return read_bands(file, channels or range(1, file.count + 1))
+            pixels = _read_pages(file)
+    else:
+        pixels = _load_array(path) if suffix == ARRAY_SUFFIX else _decode(path)
+    if channels:
+        pixels = pixels[..., [channel - 1 for channel in channels]]
+    return np.ascontiguousarray(pixels, np.float32)
+
+
+@contextmanager
+def open_tiff(path: str | Path) -> Iterator:
+    """Open a TIFF by rasterio.
+
+    Raises:
+        UsageError: rasterio is not installed.
+    """
+    if importlib.util.find_spec('rasterio') is None:
+        raise UsageError(f"TIFF of other channels than RGB needs rasterio: pip install 'convnext_dense[{EXTRA}]'")
+    import rasterio
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', rasterio.errors.NotGeoreferencedWarning)
+        file = rasterio.open(path, driver='GTiff')  # other formats may name other files
+    try:
+        yield file
+    finally:
+        file.close()
+
+
+def read_bands(file, channels: Sequence[int], window: tuple | None = None) -> np.ndarray:
+    """Read channels of an open TIFF.
+
+    Args:
+        file: as of `open_tiff`.
+        channels: their numbers, from 1.
+        window: first row and that after the last, first column and that after the last; None for all.
+
+    Returns:
+        (H, W, C) of float32, with NaN where the file has no value.
+    """
+    pixels = np.moveaxis(file.read(list(channels), window=window), 0, -1).astype(np.float32)
+    for i, channel in enumerate(channels):
+        nodata = file.nodatavals[channel - 1]
+        if nodata is not None:
+            pixels[pixels[..., i] == np.float32(nodata), i] = np.nan
+    return np.ascontiguousarray(pixels)
+
+
+@contextmanager
+def explain_errors() -> Iterator[None]:
+    """Context manager that turns what libraries raise for a broken file into UnreadableImageError with the reason."""
+    try:
+        yield
+    except (UsageError, UnreadableImageError):
+        raise
+    except OSError as error:
+        raise UnreadableImageError(error.strerror or str(error).splitlines()[0]) from error
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UnreadableImageError(f'it is damaged ({reason})') from error
+
+
+def _describe_tiff(file) -> FileLayout:
+    dtypes = set(file.dtypes)
+    if len(dtypes) > 1:
+        raise ValueError(f'its channels have several types: {", ".join(sorted(dtypes))}')
+    (dtype,) = dtypes
+    if dtype.startswith('complex'):
+        raise ValueError('its values are complex numbers')
+    if len(file.subdatasets) > 1:
+        height, width, count = _pages_shape(file)
+        return FileLayout(height, width, count, dtype, is_rgb=dtype == 'uint8')  # of which viewers show the first
+    names = [kind.name for kind in file.colorinterp]
+    is_rgb = dtype == 'uint8' and (file.count in (1, 3) or (file.count in (2, 4) and names[-1] == 'alpha'))
+    return FileLayout(file.height, file.width, file.count, dtype, is_rgb)
+
+
+def _pages_shape(file) -> tuple[int, int, int]:
+    """Return height, width and number of channels of pages of one channel each."""
+    return _channels_last_shape((len(file.subdatasets), file.height, file.width))
+
+
+def _read_pages(file) -> np.ndarray:
+    pages = []
+    # Names are GTIFF_DIR:NUMBER:PATH, and sorted as texts.
+    for name in sorted(file.subdatasets, key=lambda name: int(name.split(':')[1])):
+        with open_tiff(name) as page:
+            if (page.count, page.height, page.width) != (1, file.height, file.width):
+                raise ValueError('its pages differ in size or have several channels')
+            pages.append(page.read(1))
+    return _channels_last(np.stack(pages))
+
+
+def _load_array(path: str | Path) -> np.ndarray:
+    """Return an array (H, W, C), in memory as far as it is read."""
+    array = np.load(path, mmap_mode='r', allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or 0 in array.shape:
+        raise ValueError('an image is an array of two or three dimensions')
+    if array.dtype.kind not in 'buif':
+        raise ValueError(f'its values are {array.dtype}, not numbers')
+    return _channels_last(array)
+
+
+def _channels_last(array: np.ndarray) -> np.ndarray:
+    """Return an array as (H, W, C); the first axis is that of the channels if it is shorter than the last one."""
+    if array.ndim == 2:
+        return array[..., None]
+    return np.moveaxis(array, 0, 2) if array.shape[0] < array.shape[2] else array
+
+
+def _channels_last_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    return (*shape[1:], shape[0]) if shape[0] < shape[2] else shape
+
+
+def _decode(path: str | Path) -> np.ndarray:
+    """Decode a file of a common format: gray, RGB or RGBA as (H, W, C), turned as its EXIF says."""
+    data = np.fromfile(path, np.uint8)
+    is_png = data[:4].tobytes() == b'\x89PNG'  # which may have a fourth channel
+    pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED if is_png else cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
+    if pixels is None:
+        raise ValueError('it is not an image')
+    if pixels.ndim == 2:
+        return pixels[..., None]
+    return pixels[..., [2, 1, 0, *range(3, pixels.shape[2])]] if pixels.shape[2] >= 3 else pixels

@@ -1,0 +1,265 @@
+"""Instances in mask files, as COCO: one mask per object (folders or numbered files), or maps of instance ids.
+
+In a map of 16 bits, ids are class * 1000 + number, as in Cityscapes, if that is what all of them can be; else each is
+an object of the same class. Maps of 8 bits may be classes, so they are read as ids only where `--format` says so.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ..errors import UsageError
+from .check_images import inspect_all
+from .class_names import class_files, read_classes
+from .diagnostics import Report
+from .file_names import normalize_spelling
+from .files import open_regular
+from .find_masks import find_mask_folders, split_of
+from .image_resolver import ImageLocation
+from .layouts import (
+    IMAGE_DIR_NAMES,
+    MASK_DIR_NAMES,
+    MASK_FILE_SUFFIXES,
+    FolderTree,
+    SplitDirs,
+    find_folders,
+    is_array,
+    list_images,
+    pair_files,
+    strip_image_suffix,
+)
+from .mask_encoding import INSTANCE_FACTOR, MaskError, read_values
+from .request import DatasetRequest, relative_to_root
+from .split_annotations import SplitAnnotations
+
+CITYSCAPES_SUFFIX = '_gtFine_instanceIds'
+# Cityscapes' classes with instances that are evaluated.
+CITYSCAPES_CLASSES = {24: 'person', 25: 'rider', 26: 'car', 27: 'truck', 28: 'bus', 31: 'train', 32: 'motorcycle'}
+CITYSCAPES_CLASSES |= {33: 'bicycle'}
+DEFAULT_NAME = 'object'
+MAX_SAMPLED = 3  # maps that are opened to see whether they hold ids
+MAX_LABEL = 255
+MIN_MATCHING = 0.5  # fraction of the images that have masks of their own
+# What follows the name of an image in the names of its masks: a folder, or a number.
+OWN_MASK_RE = re.compile(r'/.+|[-_. ](?:[A-Za-z]+[-_. ]?)?\d+')
+
+
+class InstanceMasks(NamedTuple):
+    """The masks of a split.
+
+    Attributes:
+        masks (dict[Path, list[Path]]): of each image its masks, one per object, or one map of ids.
+        are_maps (bool): whether they are maps of ids.
+        folders (list[Path]): that hold images and masks.
+        is_cityscapes (bool): whether ids are those of Cityscapes.
+    """
+
+    masks: dict[Path, list[Path]]
+    are_maps: bool
+    folders: list[Path]
+    is_cityscapes: bool = False
+
+
+def find_instance_masks(tree: FolderTree, is_requested: bool = False) -> tuple[str, dict[str, InstanceMasks]] | None:
+    """Find masks of single objects, or maps of instance ids.
+
+    Args:
+        tree: of the data set.
+        is_requested: whether maps of 8 bits are ids, too.
+
+    Returns:
+        The layout and the masks of each split ('train', 'val', 'test' or 'all'); None if there are none.
+    """
+    path = tree.root
+    if not path.is_dir():
+        return None
+    by_image = _folders_per_image(tree)
+    if by_image:
+        return 'a folder per image', by_image
+    found = find_folders(path)
+    if found is None:
+        with suppress(UsageError):
+            found = find_mask_folders(path)
+    if found is None:
+        return None
+    own = {split: _own_masks(dirs) for split, dirs in found[1].items()}
+    if any(own.values()):
+        return 'masks of single objects', {split: masks for split, masks in own.items() if masks}
+    maps = {split: _id_maps(dirs) for split, dirs in found[1].items()}
+    maps = {split: each for split, each in maps.items() if each.masks}
+    samples = [masks[0] for each in maps.values() for masks in [*each.masks.values()][:MAX_SAMPLED]]
+    if maps and (is_requested or any(each.is_cityscapes for each in maps.values()) or any(map(_holds_ids, samples))):
+        return f'maps of instance ids, {found[0]}', maps
+    return None
+
+
+def _folders_per_image(tree: FolderTree) -> dict[str, InstanceMasks]:
+    """Find folders of one image and its masks, such as those of the Data Science Bowl 2018."""
+    root, children = tree.root, defaultdict(dict)
+    for path, names in tree.folders:
+        files = [path / name for name in names if name.lower().endswith(MASK_FILE_SUFFIXES)]
+        for kind, dir_names in (('images', IMAGE_DIR_NAMES), ('masks', MASK_DIR_NAMES)):
+            if files and path.name.lower() in dir_names:
+                children[path.parent][kind] = files
+    per_image = {parent: kinds for parent, kinds in children.items() if len(kinds.get('images', ())) == 1}
+    if len(per_image) < 2 or not any(len(kinds.get('masks', ())) > 1 for kinds in per_image.values()):
+        return {}
+    splits: dict[str, dict[Path, list[Path]]] = defaultdict(dict)
+    for parent, kinds in per_image.items():
+        if 'masks' in kinds or split_of(parent, root) != 'test':
+            splits[split_of(parent, root) or 'all'][kinds['images'][0]] = kinds.get('masks', [])
+    return {split: InstanceMasks(masks, False, [root]) for split, masks in splits.items() if any(masks.values())}
+
+
+def _own_masks(dirs: SplitDirs) -> InstanceMasks | None:
+    """Return the masks that are named after an image and a number, or lie in a folder of its name."""
+    images = {strip_image_suffix(_stem(path, dirs.images)): path for path in list_images(dirs.images)}
+    masks = {_stem(path, dirs.labels): path for path in list_images(dirs.labels, MASK_FILE_SUFFIXES)}
+    if dirs.images == dirs.labels:
+        return None
+    by_image: dict[Path, list[Path]] = {path: [] for path in images.values()}
+    for stem, mask in masks.items():
+        if stem in images:  # a mask of the whole image
+            return None
+        ends = [m.start() for m in re.finditer(r'[-_. /]', stem)]
+        owner = next((stem[:end] for end in reversed(ends) if stem[:end] in images), None)
+        if owner and OWN_MASK_RE.fullmatch(stem[len(owner) :]):
+            by_image[images[owner]].append(mask)
+    counts = [len(own) for own in by_image.values()]
+    if sum(map(bool, counts)) < MIN_MATCHING * len(counts) or max(counts, default=0) < 2:
+        return None
+    return InstanceMasks(by_image, False, [dirs.images, dirs.labels])
+
+
+def _id_maps(dirs: SplitDirs) -> InstanceMasks:
+    is_cityscapes = any(CITYSCAPES_SUFFIX in path.name for path in list_images(dirs.labels, MASK_FILE_SUFFIXES))
+    pairs = pair_files(dirs, CITYSCAPES_SUFFIX if is_cityscapes else None).pairs
+    return InstanceMasks({image: [mask] for image, mask in pairs}, True, [dirs.images, dirs.labels], is_cityscapes)
+
+
+def _holds_ids(path: Path) -> bool:
+    """Return whether a map has values beyond those of classes."""
+    try:
+        if not is_array(path):
+            with open_regular(path, 2**63) as file, Image.open(file) as image:
+                if not image.mode.startswith('I'):
+                    return False
+        values = read_values(path)
+        return values.ndim == 2 and bool(values.max() > MAX_LABEL)
+    except Exception:  # a broken file can fail in any way; the check reports it
+        return False
+
+
+def read_instance_masks(
+    root: Path, splits: Mapping[str, InstanceMasks], report: Report, request: DatasetRequest
+) -> dict[str, SplitAnnotations]:
+    """Read the masks of each split as COCO with RLEs.
+
+    Args:
+        root: folder of the data set.
+        splits: as of `find_instance_masks`.
+        report: to add to.
+        request: not used.
+    """
+    are_maps = any(source.are_maps for source in splits.values())
+    read = partial(_read_mask, are_maps=are_maps)
+    files = [mask for source in splits.values() for masks in source.masks.values() for mask in masks]
+    objects = inspect_all(read, files, 'instance masks')
+    ids = {id_ for found in objects.values() if isinstance(found, list) for id_, _ in found}
+    names = _class_names(root, ids, splits) if are_maps else {None: _single_name(root)}
+    class_ids = {key: i + 1 for i, key in enumerate(names)}
+    categories = [dict(id=class_ids[key], name=name) for key, name in names.items()]
+    results = {}
+    for split, source in splits.items():
+        images, annotations, locations = [], [], {}
+        for image, masks in source.masks.items():
+            name = relative_to_root(image, root)
+            rles = [rle for mask in masks if isinstance(objects[mask], list) for _, rle in objects[mask]]
+            size = dict(zip(('height', 'width'), rles[0]['segmentation']['size'])) if rles else {}
+            images.append(dict(id=len(images) + 1, file_name=name, **size))
+            locations[name] = ImageLocation(name)
+            for mask in masks:
+                where, found = relative_to_root(mask, root), objects[mask]
+                if isinstance(found, str):
+                    report.add(split, found, where)
+                    continue
+                if not found and not are_maps:
+                    report.add(split, 'mask-without-object', where)
+                for id_, rle in found:
+                    key, is_crowd = _class_of(id_, names)
+                    if key in class_ids:
+                        fields = dict(image_id=len(images), category_id=class_ids[key], iscrowd=int(is_crowd))
+                        annotations.append(dict(id=f'{where}:{id_}', **fields, **rle))
+        coco = dict(images=images, annotations=annotations, categories=categories)
+        results[split] = SplitAnnotations(coco, locations, source.folders[0], source.folders)
+    if any(name == DEFAULT_NAME for name in names.values()):
+        report.add('all', 'instances-of-one-class', DEFAULT_NAME)
+    return results
+
+
+def _read_mask(path: Path, are_maps: bool) -> list[tuple[int, dict]] | str:
+    """Return id, and mask, box and area, of the objects in a file; or the code of a problem."""
+    try:
+        values = read_values(path, allow_lossy=not are_maps)
+    except MaskError as error:
+        return str(error)
+    except Exception as error:  # a broken file can fail in any way
+        return getattr(error, 'code', 'unreadable-mask')
+    if values.ndim == 3:
+        if are_maps and not (values == values[..., :1]).all():  # a color per object
+            values = values.astype(np.int64) @ (2**16, 2**8, 1)
+        else:
+            values = values.max(2)
+    if not are_maps:
+        high = values.max(initial=0)
+        return [(1, _encode(values > high / 2))] if high else []
+    return [(id_, _encode(values == id_)) for id_ in np.unique(values).tolist() if id_ > 0]
+
+
+def _encode(mask: np.ndarray) -> dict:
+    from pycocotools import mask as coco_mask  # with mmdet alone
+
+    rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    box, area = coco_mask.toBbox(rle).tolist(), int(coco_mask.area(rle))
+    return dict(segmentation=dict(size=rle['size'], counts=rle['counts'].decode()), bbox=box, area=area)
+
+
+def _single_name(root: Path) -> str:
+    names = _listed_names(root)
+    return names[-1] if 1 <= len(names) <= 2 else DEFAULT_NAME  # of two the first is the background
+
+
+def _listed_names(root: Path) -> list[str]:
+    file = next((file for file in class_files(root, None) if file.exists()), None)
+    return read_classes(file)[0] if file else []
+
+
+def _class_names(root: Path, ids: Iterable[int], splits: Mapping[str, InstanceMasks]) -> dict[int | None, str]:
+    """Return the names of the classes by the thousands of the ids; by None if all objects are of one class."""
+    if any(source.is_cityscapes for source in splits.values()):
+        return dict(CITYSCAPES_CLASSES)
+    ids = [*ids]
+    classes = sorted({id_ // INSTANCE_FACTOR for id_ in ids if id_ >= INSTANCE_FACTOR})
+    has_classes = classes and classes[-1] <= MAX_LABEL and not any(MAX_LABEL < id_ < INSTANCE_FACTOR for id_ in ids)
+    if not has_classes:
+        return {None: _single_name(root)}
+    names = _listed_names(root)
+    return {c: names[c] if c < len(names) else f'class {c}' for c in classes}
+
+
+def _class_of(id_: int, names: Mapping[int | None, str]) -> tuple[int | None, bool]:
+    """Return the class of an id, and whether it is a group of objects that are not told apart."""
+    if None in names:
+        return None, False
+    return (id_, True) if id_ < INSTANCE_FACTOR else (id_ // INSTANCE_FACTOR, False)
+
+
+def _stem(path: Path, folder: Path) -> str:
+    return normalize_spelling(path.relative_to(folder).with_suffix('').as_posix())

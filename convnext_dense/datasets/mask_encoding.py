@@ -1,0 +1,215 @@
+"""Segmentation masks that are not 8-bit index images: how their values become labels, and their conversion.
+
+Color-coded masks, 16-bit instance maps, masks in .npy, and masks whose gray values are thresholded.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ..channel_files import ARRAY_SUFFIX
+from .check_images import (
+    FORMATS,
+    LARGE_PIXELS,
+    MAX_BYTES,
+    MAX_PIXELS,
+    MaskInfo,
+    count_values,
+    inspect_all,
+    is_lossy,
+    one_at_a_time,
+)
+from .files import UnusableFileError, open_regular
+from .request import CheckedDataset
+
+IGNORE_INDEX = 255  # mmseg's
+INSTANCE_FACTOR = 1000  # of the class in an instance id, as in Cityscapes
+MASKS_DIR = 'masks'  # of converted masks, below `data` of the work dir
+# Problems of a mask as mmseg would read it, and what is reported where it is decoded instead.
+DECODED_CODES = {
+    'mask-in-color': 'mask-gray-as-color',
+    'mask-not-8-bit': 'mask-instance-ids',
+    'unreadable-mask': 'mask-array',
+    'mask-lossy-format': 'mask-thresholded',
+}
+
+
+class MaskEncoding(NamedTuple):
+    """How the values of mask files become labels.
+
+    Attributes:
+        colors (Sequence[Sequence[int]] | None): RGB color of each label; None where no table is known.
+        ignores_other_colors (bool): whether colors that are not among them are ignored.
+        threshold (int | None): gray value from which on a pixel is label 1, others are 0.
+    """
+
+    colors: Sequence[Sequence[int]] | None = None
+    ignores_other_colors: bool = False
+    threshold: int | None = None
+
+
+class MaskError(Exception):
+    """A mask cannot be decoded; the message is a code of `diagnostics.RULES`."""
+
+
+def is_decodable(path: str | os.PathLike, info: MaskInfo, encoding: MaskEncoding) -> bool:
+    """Return whether a mask that mmseg cannot read can be decoded, or is to be thresholded."""
+    if encoding.threshold is not None:
+        return info.problem is None or info.problem in DECODED_CODES
+    is_array = os.fspath(path).lower().endswith(ARRAY_SUFFIX)
+    return info.problem in ('mask-in-color', 'mask-not-8-bit') or (is_array and info.problem == 'unreadable-mask')
+
+
+def inspect_encoded(path: str | os.PathLike, encoding: MaskEncoding) -> MaskInfo:
+    """Decode a mask, and count its labels and the colors that are in no table."""
+    try:
+        labels, other_colors = decode_mask(path, encoding)
+    except MaskError as error:
+        return MaskInfo(problem=str(error))
+    except Exception as error:  # a broken file can fail in any way
+        return MaskInfo(problem=error.code if isinstance(error, UnusableFileError) else 'unreadable-mask')
+    if 1 in labels.shape:
+        return MaskInfo(problem='mask-single-row')
+    counts = count_values(labels)
+    if encoding.ignores_other_colors:
+        other_colors = {}
+    return MaskInfo(labels.shape[1], labels.shape[0], counts, other_colors=other_colors)
+
+
+def decode_mask(path: str | os.PathLike, encoding: MaskEncoding) -> tuple[np.ndarray, dict[tuple, int]]:
+    """Read a mask of any encoding.
+
+    Args:
+        path: of the file.
+        encoding: of its values.
+
+    Returns:
+        Labels (H, W) of uint8, and the number of pixels of each color that is not in the table; these are 255.
+
+    Raises:
+        MaskError: the values cannot become labels.
+        OSError: the file cannot be read.
+    """
+    values = read_values(path, allow_lossy=encoding.threshold is not None)
+    if encoding.threshold is not None:
+        gray = values if values.ndim == 2 else values.mean(2)
+        return (gray >= encoding.threshold).astype(np.uint8), {}
+    if values.ndim == 2:
+        return _fold_instance_ids(values), {}
+    if encoding.colors is not None:
+        return _match_colors(values, encoding.colors)
+    if (values == values[..., :1]).all():
+        return _fold_instance_ids(values[..., 0]), {}
+    raise MaskError('mask-in-color')
+
+
+def read_values(path: str | os.PathLike, allow_lossy: bool = False) -> np.ndarray:
+    """Read a mask as it is stored.
+
+    Args:
+        path: of the file.
+        allow_lossy: whether it may be compressed with loss.
+
+    Returns:
+        (H, W) of integers, or (H, W, 3) RGB.
+
+    Raises:
+        MaskError: it is too large, lossy, or of fractions.
+        OSError: it cannot be read.
+    """
+    with open_regular(path, MAX_BYTES) as file:
+        if os.fspath(path).lower().endswith(ARRAY_SUFFIX):
+            values = _as_image(np.load(file, allow_pickle=False))
+        else:
+            with Image.open(file, formats=FORMATS) as image, one_at_a_time(image.width * image.height > LARGE_PIXELS):
+                if image.width * image.height > MAX_PIXELS:  # whatever Pillow's limit is set to
+                    raise MaskError('mask-too-large')
+                if is_lossy(image, file) and not allow_lossy:
+                    raise MaskError('mask-lossy-format')
+                is_color = image.mode not in ('1', 'L', 'P') and not image.mode.startswith(('I', 'F'))
+                values = np.asarray(image.convert('RGB') if is_color else image)
+    if values.shape[0] * values.shape[1] > MAX_PIXELS:
+        raise MaskError('mask-too-large')
+    if not np.issubdtype(values.dtype, np.integer):
+        if values.dtype != bool and not (values == np.rint(values)).all():
+            raise MaskError('mask-not-8-bit')
+        values = values.astype(np.int64)
+    return values
+
+
+def _as_image(array: np.ndarray) -> np.ndarray:
+    """Return an array as (H, W) or (H, W, 3)."""
+    array = array.squeeze() if array.ndim > 2 else array
+    if array.ndim == 3 and array.shape[0] == 3 != array.shape[2]:
+        array = np.moveaxis(array, 0, 2)
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[2] != 3):
+        raise MaskError('unreadable-mask')
+    return array
+
+
+def _fold_instance_ids(values: np.ndarray) -> np.ndarray:
+    """Return labels of at most 255: of class * 1000 + number the class; -1 is ignored, as in Cityscapes."""
+    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    if low < 0:
+        values = np.where(values == -1, IGNORE_INDEX, values)
+    if high > IGNORE_INDEX:
+        values = np.where(values >= INSTANCE_FACTOR, values // INSTANCE_FACTOR, values)
+    if values.size and not 0 <= values.min() <= values.max() <= IGNORE_INDEX:
+        raise MaskError('mask-not-8-bit')
+    return values.astype(np.uint8)
+
+
+def _match_colors(pixels: np.ndarray, colors: Sequence) -> tuple[np.ndarray, dict[tuple, int]]:
+    """Return the label of each color (H, W), and the pixels of those without one."""
+    shifts = np.array([2**16, 2**8, 1])
+    table, codes = np.array(colors, np.int64) @ shifts, pixels.astype(np.int64) @ shifts
+    order = np.argsort(table)
+    nearest = order[np.searchsorted(table, codes, sorter=order).clip(max=len(table) - 1)]
+    has_label = table[nearest] == codes
+    others, counts = np.unique(codes[~has_label], return_counts=True)
+    other_colors = {(c >> 16, c >> 8 & 255, c & 255): n for c, n in zip(others.tolist(), counts.tolist())}
+    return np.where(has_label, nearest, IGNORE_INDEX).astype(np.uint8), other_colors
+
+
+def convert_masks(data: CheckedDataset, folder: str | os.PathLike) -> None:
+    """Write the masks of a data set as index PNGs, which then take their place in its splits.
+
+    Args:
+        data: with masks that mmseg cannot read, if any.
+        folder: in which they are written, in a folder of their own.
+    """
+    if data.mask_encoding is None:
+        return
+    top = Path(folder, MASKS_DIR).absolute()
+    shutil.rmtree(top, ignore_errors=True)
+    targets = {}
+    for split, pairs in data.splits.items():
+        for number, pair in enumerate(pairs):
+            target = top / split / f'{number:06d}_{Path(pair[1]).stem}.png'
+            targets[os.path.join(data.root, pair[1]), target] = pair
+        (top / split).mkdir(parents=True)
+    write = partial(_convert_mask, encoding=MaskEncoding(**data.mask_encoding))
+    inspect_all(write, targets, 'segmentation masks, to convert them')
+    for (_, target), pair in targets.items():
+        pair[1] = str(target)
+    data.watched_paths.append(str(top))
+
+
+def _convert_mask(paths: tuple[str, Path], encoding: MaskEncoding) -> None:
+    source, target = paths
+    Image.fromarray(decode_mask(source, encoding)[0]).save(target)
+
+
+def total_other_colors(masks: Mapping[Path, MaskInfo]) -> dict[tuple, int]:
+    """Return the pixels of each color that is in no table, the most frequent first."""
+    total: dict[tuple, int] = {}
+    for info in masks.values():
+        for color, count in (info.other_colors or {}).items():
+            total[color] = total.get(color, 0) + count
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
