@@ -1,6 +1,6 @@
 # Each target does all its own set-up in .venv (the classic distribution's in .venv-classic):
 #   make demo                   draw the data, train a small detector, evaluate it, predict images without labels
-#                               (TASK=mask_rcnn, cascade or upernet)
+#                               (TASK=mask_rcnn, cascade, upernet, upernet_swin, dino or mask2former)
 #   make test                   run the tests
 #   make benchmark              the backbone next to other libraries', which get an environment of their own (.venv-baselines)
 #   make benchmark-gpu          on a machine with a GPU: the GPU tests, and the tables of docs/performance.md

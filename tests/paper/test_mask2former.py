@@ -21,6 +21,7 @@ from convnext_dense.checkpoints import WEIGHT_URLS
 from convnext_dense.config.image_size import set_image_size
 from convnext_dense.config.recipe import training_precision
 from convnext_dense.datasets import toy_shapes
+from convnext_dense.datasets.configure import set_num_classes
 from convnext_dense.paper.flops import build_on_meta, count_flops
 from convnext_dense.paper.recipe_diff import diff_from_recipe
 from convnext_dense.paper.results import RESULTS, find_paper_result
@@ -212,6 +213,16 @@ def backbone_flops(config: Config) -> int:
                 num_classes=1)  # fmt: skip
     segmentor = dict(type='EncoderDecoder', backbone=config.model.backbone, decode_head=head)
     return count_flops(Config(dict(default_scope='mmseg', model=segmentor)), (64, 64), ()).flops
+
+
+@BOTH
+def test_classes_follow_a_custom_data_set(name):
+    model = load(name).model
+    set_num_classes(model, 3)
+    key = 'decode_head' if name == ADE20K else 'panoptic_head'
+    assert build_on_meta(model[key]).cls_embed.out_features == 4
+    assert model[key].loss_cls.class_weight == [1.0] * 3 + [0.1] and model[key].out_channels == 256
+    assert name == ADE20K or model.panoptic_fusion_head.num_things_classes == 3
 
 
 def test_the_demo_trains(tmp_path, monkeypatch):
