@@ -21,7 +21,7 @@ from .label_files import find_label_files, label_split, read_label_files
 from .label_studio import is_label_studio, parse_label_studio
 from .labelme import is_labelme, parse_labelme
 from .layouts import HEADER_BYTES, FolderTree, find_annotations
-from .panoptic import find_panoptic, is_panoptic, read_panoptic
+from .panoptic import PANOPTIC, find_panoptic, is_panoptic, read_panoptic
 from .read_yolo import read_yolo
 from .request import DatasetRequest
 from .split_annotations import SplitAnnotations
@@ -82,7 +82,7 @@ BOX_FORMATS = {
     'ImageFolder': _list_format(
         'imagefolder', METADATA_SUFFIXES, is_image_folder, parse_image_folder, resolve_names=name_numbers
     ),
-    'COCO panoptic': BoxFormat('panoptic', find_panoptic, read_panoptic, is_panoptic),
+    PANOPTIC: BoxFormat('panoptic', find_panoptic, read_panoptic, is_panoptic),
     INSTANCES: BoxFormat(INSTANCES_KEY, find_instance_masks, read_instance_masks),
 }
 FORMAT_KEYS = tuple(box_format.key for box_format in BOX_FORMATS.values())  # values of --format

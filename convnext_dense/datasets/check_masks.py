@@ -69,7 +69,7 @@ def infer_label_spec(
     root: Path,
     layout: str,
     mask_suffix: str,
-    classes: str | None,
+    classes: str | Sequence[str] | None,
     ignore_labels: Sequence[int] | None,
     table: tuple[list[str], list[list[int]]] | None = None,
 ) -> LabelSpec:
@@ -79,7 +79,7 @@ def infer_label_spec(
         root: folder of the data set.
         layout: as of `layouts.find_folders`.
         mask_suffix: what names of masks end with, as of `layouts.Pairing`.
-        classes: a file, or a key of `MMSEG_DATASETS`; None to look for a file in `root`.
+        classes: names, a file, or a key of `MMSEG_DATASETS`; None to look for a file in `root`.
         ignore_labels: label values to ignore in addition to 255.
         table: names and RGB colors of color-coded masks, which are their classes.
 
@@ -90,16 +90,16 @@ def infer_label_spec(
     if invalid is not None:
         raise UsageError(f'--ignore {to_one_line(invalid, 20)}: labels are 0 to {IGNORE_INDEX}')
     file = next((f for f in class_files(root, None) if f.exists()), None)
-    known = (
-        classes if classes in MMSEG_DATASETS else None if classes or file else _known_dataset(root, layout, mask_suffix)
-    )
+    known = classes if classes in [*MMSEG_DATASETS] else None
+    if not classes and not file:
+        known = _known_dataset(root, layout, mask_suffix)
     is_toy = (root / 'shapes.json').exists() and not classes
     if table:
         return _spec_of_table(*table, ignore_labels or ())
     if known:
         names, palette = mmseg_classes(known)
     elif classes:
-        names, palette = read_classes(Path(classes))
+        names, palette = read_classes(Path(classes)) if isinstance(classes, str) else (list(classes), None)
     elif is_toy:
         names, palette = list(LABEL_NAMES), PALETTE
     else:

@@ -4,7 +4,7 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..errors import UsageError
@@ -23,9 +23,9 @@ COLOR_RE = re.compile(r'[:, ] ?(\d+)[, ]+(\d+)[, ]+(\d+)(:.*)?$')
 COLOR_FIRST_RE = re.compile(r'(\d{1,3})[, ]+(\d{1,3})[, ]+(\d{1,3})(?:[:, ]+(\D.*))?')
 
 
-def class_files(root: Path, given: str | None) -> list[Path]:
-    """Return the files that may name the classes: the `given` one, or those known in the root."""
-    return [Path(given)] if given else [root / name for name in CLASS_FILES]
+def class_files(root: Path, given: str | Sequence[str] | None) -> list[Path]:
+    """Return the files that may name the classes: the `given` one, or those known in the root; none for names."""
+    return [Path(given)] if isinstance(given, str) else [] if given else [root / name for name in CLASS_FILES]
 
 
 def find_color_table(root: Path, given: str | None) -> tuple[Path, list[str], list[list[int]]] | None:

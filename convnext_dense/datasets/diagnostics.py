@@ -122,6 +122,7 @@ NOTES = {
         'class-names-missing': 'no data.yaml, classes.txt or obj.names names the classes, so they are numbered',
         'several-annotations': 'only the newest of a task is used, of those marked as ground truth if there are any',
         'class-attribute-missing': 'no attribute is the class, so all are object; --classes object=NAME renames it',
+        'mask-of-segments': 'values are ids of segments, whose categories are the classes; other pixels are ignored',
         'mask-color-coded': 'colors are classes as the table has them',
         'mask-gray-as-color': 'its three channels are equal, and one is used',
         'mask-instance-ids': 'class * 1000 + number, as in Cityscapes; the class is used',

@@ -26,6 +26,7 @@ from .check_images import (
     one_at_a_time,
 )
 from .files import UnusableFileError, open_regular
+from .panoptic import decode_segments
 from .request import CheckedDataset
 
 IGNORE_INDEX = 255  # mmseg's
@@ -47,11 +48,13 @@ class MaskEncoding(NamedTuple):
         colors (Sequence[Sequence[int]] | None): RGB color of each label; None where no table is known.
         ignores_other_colors (bool): whether colors that are not among them are ignored.
         threshold (int | None): gray value from which on a pixel is label 1, others are 0.
+        panoptic (Mapping[str, str] | None): as of `panoptic.label_map_files`, if values are ids of segments.
     """
 
     colors: Sequence[Sequence[int]] | None = None
     ignores_other_colors: bool = False
     threshold: int | None = None
+    panoptic: Mapping[str, str] | None = None
 
 
 class MaskError(Exception):
@@ -60,6 +63,8 @@ class MaskError(Exception):
 
 def is_decodable(path: str | os.PathLike, info: MaskInfo, encoding: MaskEncoding) -> bool:
     """Return whether a mask that mmseg cannot read can be decoded, or is to be thresholded."""
+    if encoding.panoptic:
+        return True
     if encoding.threshold is not None:
         return info.problem is None or info.problem in DECODED_CODES
     is_array = os.fspath(path).lower().endswith(ARRAY_SUFFIX)
@@ -96,6 +101,11 @@ def decode_mask(path: str | os.PathLike, encoding: MaskEncoding) -> tuple[np.nda
         MaskError: the values cannot become labels.
         OSError: the file cannot be read.
     """
+    if encoding.panoptic:
+        labels = decode_segments(path, encoding.panoptic)
+        if isinstance(labels, str):
+            raise MaskError(labels)
+        return labels, {}
     values = read_values(path, allow_lossy=encoding.threshold is not None)
     if encoding.threshold is not None:
         gray = values if values.ndim == 2 else values.mean(2)

@@ -1,8 +1,9 @@
 """COCO panoptic: JSON with the segments of each image, and PNGs in which a pixel is the id of its segment."""
 
 import os
+import re
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,20 @@ from PIL import Image
 from ..errors import UsageError
 from .annotation_lists import ListSplit, find_lists
 from .check_images import MAX_BYTES, MAX_PIXELS, inspect_all
-from .coco_values import only_dicts, parse_id
+from .class_names import MAX_CLASSES
+from .coco_values import category_name, only_dicts, parse_id
 from .diagnostics import Report
-from .files import open_regular, read_json, to_one_line, walk
+from .files import open_regular, read_ends, read_json, to_one_line, walk
 from .geometry import encode
 from .image_resolver import ImageResolver
-from .layouts import MAX_DEPTH, FolderTree
+from .layouts import HEADER_BYTES, MAX_DEPTH, FolderTree, SplitDirs
 from .request import DatasetRequest
 from .split_annotations import SplitAnnotations
 
+PANOPTIC = 'COCO panoptic'
 KEYS = ('images', 'annotations', 'categories')
+FILE_NAME_RE = re.compile(r'"file_name"\s*:\s*"([^"]+)"')
+NO_LABEL = 255  # ignored by mmseg
 ID_WEIGHTS = np.array([1, 256, 65536])  # of red, green and blue
 
 
@@ -51,10 +56,89 @@ def read_panoptic(
     return {split: _read_split(root, split, source, partial(report.add, split)) for split, source in splits.items()}
 
 
-def _read_split(root: Path, split: str, source: ListSplit, add) -> SplitAnnotations:
-    content = read_json(source.file)
+def find_label_maps(tree: FolderTree) -> tuple[str, dict[str, SplitDirs]] | None:
+    """Find the images and the PNGs of each split, as `layouts.find_folders`.
+
+    The JSON, which may be large, is read only if the PNGs are in no folder of its name.
+
+    Raises:
+        UsageError: several files could be a split's, or its PNGs or images are not there.
+    """
+    found, dirs = find_panoptic(tree), {}
+    for split, source in found[1].items() if found else ():
+        names = FILE_NAME_RE.findall(read_ends(source.file, HEADER_BYTES))
+        is_usual = source.file.with_suffix('').is_dir()
+        annotations = [] if is_usual else only_dicts(_read_lists(source.file)['annotations'])
+        folder = _png_folder(source.file, tree.root, annotations)
+        resolver = ImageResolver(source.file, tree.root, names[:1], source.images, split, excluded=folder)
+        dirs[split] = SplitDirs(resolver.folder, folder)
+    return (PANOPTIC, dirs) if dirs else None
+
+
+def label_map_files(root: Path, dirs: Mapping[str, SplitDirs]) -> dict[str, str]:
+    """Return the JSON of each folder of PNGs, of splits as of `find_label_maps`."""
+    splits = find_panoptic(FolderTree(root))[1]
+    return {os.path.abspath(dirs[split].labels): os.path.abspath(source.file) for split, source in splits.items()}
+
+
+def class_table(file: str) -> tuple[list[str], list[list[int]]]:
+    """Return names and RGB colors of the categories, things and stuff, in the order of the file.
+
+    Raises:
+        UsageError: it cannot be read, or a name occurs twice.
+    """
+    categories = only_dicts(_read_lists(Path(file))['categories'])
+    names = [category_name(c) or f'class {number}' for number, c in enumerate(categories)]
+    if len(names) > MAX_CLASSES or len({*names}) < len(names):
+        raise UsageError(f'{file}: segmentation needs up to {MAX_CLASSES} categories of different names')
+    colors = (c.get('color') for c in categories)
+    colors = [c if isinstance(c, list) and len(c) == 3 and {*map(type, c)} == {int} else None for c in colors]
+    return names, [c or [37 * i % 256, 91 * i % 256, 151 * i % 256] for i, c in enumerate(colors)]
+
+
+def decode_segments(path: str | os.PathLike, files: Mapping[str, str]) -> np.ndarray | str:
+    """Return the labels of a PNG (H, W) of uint8, 255 where there is no segment, or the code of what is wrong with it.
+
+    Args:
+        path: of the PNG.
+        files: as of `label_map_files`.
+    """
+    ids = _read_ids(Path(path))
+    if isinstance(ids, str):
+        return ids
+    folder, name = os.path.split(os.path.abspath(path))
+    labels = _segment_labels(files[folder]).get(name, {})
+    existing, inverse = np.unique(ids, return_inverse=True)
+    return np.array([labels.get(i, NO_LABEL) for i in existing.tolist()], np.uint8)[inverse].reshape(ids.shape)
+
+
+@lru_cache(maxsize=4)
+def _segment_labels(file: str) -> dict[str, dict[int, int]]:
+    """Return the label of each segment id by the names of PNGs."""
+    content = _read_lists(Path(file))
+    label_of = {parse_id(c.get('id')): label for label, c in enumerate(only_dicts(content['categories']))}
+    labels = {}
+    for annotation in only_dicts(content['annotations']):
+        infos = annotation.get('segments_info')
+        ids = {parse_id(s.get('id')): label_of.get(parse_id(s.get('category_id'))) for s in _dicts_of(infos)}
+        labels[annotation.get('file_name')] = {i: label for i, label in ids.items() if label is not None}
+    return labels
+
+
+def _read_lists(file: Path) -> dict:
+    """Return the content of a file of panoptic segmentation; UsageError if it is none."""
+    content = read_json(file)
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in KEYS):
-        raise UsageError(f'{source.file} is not of panoptic segmentation: it needs {", ".join(KEYS)}')
+        raise UsageError(f'{file} is not of panoptic segmentation: it needs {", ".join(KEYS)}')
+    return content
+
+
+def _dicts_of(values: object) -> list[dict]:
+    return only_dicts(values) if isinstance(values, list) else []
+
+
+def _read_split(root: Path, split: str, source: ListSplit, add) -> SplitAnnotations:
+    content = _read_lists(source.file)
     images, annotations, categories = (only_dicts(content[key]) for key in KEYS)
     things = [c for c in categories if c.get('isthing', 1)]
     thing_ids = {parse_id(c.get('id')) for c in things}
@@ -78,8 +162,7 @@ def _read_split(root: Path, split: str, source: ListSplit, add) -> SplitAnnotati
 
 def _segments(annotation: dict, thing_ids: set) -> dict[int, dict]:
     """Return the segments of an image that are of things, by id."""
-    values = annotation.get('segments_info')
-    segments = only_dicts(values if isinstance(values, list) else [])
+    segments = _dicts_of(annotation.get('segments_info'))
     things = (s for s in segments if parse_id(s.get('category_id')) in thing_ids)
     return {segment_id: s for s in things if isinstance(segment_id := parse_id(s.get('id')), int)}
 
@@ -122,8 +205,8 @@ def _png_folder(file: Path, root: Path, annotations: list[dict]) -> Path:
     own = file.with_suffix('')
     if not annotations or own.is_dir():
         return own
-    name, infos = annotations[0]['file_name'], annotations[0].get('segments_info')
-    expected = {parse_id(info.get('id')) for info in only_dicts(infos if isinstance(infos, list) else [])}
+    name = annotations[0]['file_name']
+    expected = {parse_id(info.get('id')) for info in _dicts_of(annotations[0].get('segments_info'))}
     for folder in (Path(folder) for folder, _ in walk(root, MAX_DEPTH + 1, hidden=False)):
         ids = _read_ids(folder / name) if os.path.isfile(folder / name) else ''
         if not isinstance(ids, str) and expected & set(np.unique(ids).tolist()):

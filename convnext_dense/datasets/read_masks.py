@@ -24,6 +24,7 @@ from .class_names import class_files, find_color_table
 from .diagnostics import Report
 from .layouts import Pairing, pair_files
 from .mask_encoding import DECODED_CODES, IGNORE_INDEX, MaskEncoding, inspect_encoded, is_decodable
+from .panoptic import PANOPTIC, class_table, label_map_files
 from .request import CheckedDataset, DatasetRequest, relative_to_root, select_splits, split_by_hash, summarize_classes
 
 
@@ -38,7 +39,7 @@ def read_segmentation(
 ) -> CheckedDataset:
     """Read and check a segmentation data set; folders as of `find_folders`, the rest as of `custom.read_data`."""
     root, report = request.root, Report()
-    if request.classes is not None and not isinstance(request.classes, str):
+    if isinstance(request.classes, list) and not request.data_yaml:
         raise UsageError('--classes: for segmentation masks give one file, or one of ade20k, cityscapes, voc')
     main_split = next(split for split in ('train', 'all', *split_dirs) if split in split_dirs)
     mask_suffix = pair_files(split_dirs[main_split]).mask_suffix
@@ -64,8 +65,9 @@ def read_segmentation(
     file_layout, channels = select_channels(train_images, request.channels, trained, report)
     image_infos = inspect_images([image for image, _ in pairs], file_layout, channels)
     mask_infos = inspect_all(inspect_mask, [mask for _, mask in pairs], 'segmentation masks')
-    table = _color_table(request, mask_infos, report)
-    encoding = _decode(request, mask_infos, table, report)
+    panoptic = label_map_files(root, split_dirs) if layout == PANOPTIC else None
+    table = class_table(next(iter(panoptic.values()))) if panoptic else _color_table(request, mask_infos, report)
+    encoding = _decode(request, mask_infos, table, panoptic, report)
     spec = infer_spec(table) if table else _name_classes(spec, mask_infos, classes, root, report)
     if classes and list(classes) != spec.names:
         raise UsageError(
@@ -91,6 +93,7 @@ def read_segmentation(
     report.add_duplicates(image_names, {relative_to_root(path, root): i for path, i in image_infos.items()})
     report.facts.append(_describe_labels(spec))
     watched = [*class_files(root, request.classes), *{path for dirs in split_dirs.values() for path in dirs[:2]}]
+    watched += (panoptic or {}).values()
     settings = dict(palette=spec.palette, apply_exif=apply_exif, dataset_kwargs=spec.dataset_kwargs)
     settings['mask_encoding'] = encoding and encoding._asdict()
     if file_layout:
@@ -119,6 +122,8 @@ def _color_table(
     """Return the names and colors of the classes of color-coded masks; None if there are none, or no table."""
     if request.mask_threshold is not None or not any(info.problem == 'mask-in-color' for info in masks.values()):
         return None
+    if isinstance(request.classes, list):
+        return None
     if request.classes in MMSEG_DATASETS:
         return mmseg_classes(request.classes)
     found = find_color_table(request.root, request.classes)
@@ -130,18 +135,19 @@ def _color_table(
 
 
 def _decode(
-    request: DatasetRequest, masks: dict[Path, MaskInfo], table: tuple | None, report: Report
+    request: DatasetRequest, masks: dict[Path, MaskInfo], table: tuple | None, panoptic: Mapping | None, report: Report
 ) -> MaskEncoding | None:
     """Decode the masks that mmseg cannot read, in place; return how they have to be converted, None if none was."""
-    encoding = MaskEncoding(table and table[1], request.ignore_other_colors, request.mask_threshold)
+    encoding = MaskEncoding(table and table[1], request.ignore_other_colors, request.mask_threshold, panoptic)
     before = {path: info.problem for path, info in masks.items() if is_decodable(path, info, encoding)}
     if not before:
         return None
     masks |= inspect_all(partial(inspect_encoded, encoding=encoding), before, 'segmentation masks to be converted')
     decoded = {path: problem for path, problem in before.items() if not masks[path].problem}
     for path, problem in decoded.items():
-        is_color = problem == 'mask-in-color' and table
-        code = 'mask-color-coded' if is_color else DECODED_CODES[problem or 'mask-lossy-format']
+        code = 'mask-of-segments' if panoptic else DECODED_CODES[problem or 'mask-lossy-format']
+        if problem == 'mask-in-color' and table and not panoptic:
+            code = 'mask-color-coded'
         report.add('all', code, path.name)
     return encoding if decoded else None
 

@@ -412,8 +412,8 @@ def test_each_code_is_tested():
         'label-without-name', 'missing-label', 'other-format', 'pixels-from-one',
     }  # fmt: skip
     tested_elsewhere |= {  # test_label_studio.py, test_other_formats.py
-        'class-attribute-missing', 'region-of-rotated-image', 'segment-without-pixels', 'several-annotations',
-        'task-without-annotation',
+        'class-attribute-missing', 'mask-of-segments', 'region-of-rotated-image', 'segment-without-pixels',
+        'several-annotations', 'task-without-annotation',
     }  # fmt: skip
     tested_elsewhere |= {  # test_yolo.py
         'boxes-and-polygons', 'class-count-mismatch', 'class-index-out-of-range', 'class-names-missing',

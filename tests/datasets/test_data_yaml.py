@@ -81,6 +81,10 @@ def test_masks_and_folders_of_labels(toy_dataset, tmp_path):
     assert (request.channels, request.mask_threshold, request.ignore_other_colors) == ((3, 1), 9, True)
     file = write(tmp_path, text + 'classes: names.txt\n')
     assert detect_tasks(request_of('--data', file)) == ['segmentation']
+    names = read(request_of('--data', file), 'segmentation')[0].classes
+    assert names == list(LABEL_NAMES)
+    file = write(tmp_path, text + f'classes: {["a", "b", "c", "d", "e"]}\n')
+    assert read(request_of('--data', file), 'segmentation')[0].classes == ['a', 'b', 'c', 'd', 'e']
     data = read(request_of('--data', file), 'segmentation')[0]
     assert {split: len(pairs) for split, pairs in data.splits.items()} == {'train': 5, 'val': 3}
     as_supervisely(toy_dataset, tmp_path / 's')

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from convnext_dense.datasets.custom import DatasetRequest, detect_tasks, read_data
+from convnext_dense.datasets.custom import DatasetRequest, apply_custom_data, detect_tasks, read_data
 from helpers.box_formats import (
     FORMATS,
     as_createml,
@@ -23,7 +23,7 @@ from helpers.box_formats import (
     objects_of,
     supervisely_bitmap,
 )
-from helpers.datasets import check_dataset, write_json
+from helpers.datasets import check_dataset, load_recipe, write_json
 from helpers.files import error_message
 
 BOXES_ONLY = ('CreateML', 'ImageFolder')
@@ -392,3 +392,29 @@ def test_files_and_folders_are_given(toy_dataset, tmp_path):
     assert 'the folder holds no labels of one of YOLO, Pascal VOC, LabelMe, Supervisely' in error_message(
         read_data, request, 'detection', ('train',)
     )
+
+
+def test_panoptic_pngs_become_label_maps(toy_dataset, tmp_path, monkeypatch):
+    as_panoptic(toy_dataset, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert detect_tasks(DatasetRequest('.')) == ['detection', 'segmentation']
+    config = load_recipe('demo/upernet')
+    config.work_dir = str(tmp_path / 'run')
+    apply_custom_data(config, DatasetRequest('.'))
+    dataset = config.val_dataloader.dataset
+    names = list(dataset.metainfo.classes)
+    content = json.loads((tmp_path / 'annotations/panoptic_val2017.json').read_text())
+    assert names == [c['name'] for c in content['categories']]
+    labels = {c['id']: names.index(c['name']) for c in content['categories']}
+    pairs = json.loads(Path(dataset.ann_file).read_text())
+    assert len(pairs) == 3
+    for image, mask in pairs:
+        stem = Path(image).stem
+        a = next(a for a in content['annotations'] if a['file_name'] == f'{stem}.png')
+        bgr = cv2.imread(str(tmp_path / f'annotations/panoptic_val2017/{stem}.png')).astype(int)
+        ids = bgr[..., 2] + 256 * bgr[..., 1] + 65536 * bgr[..., 0]
+        expected = np.full(ids.shape, 255)
+        for info in a['segments_info']:
+            expected[ids == info['id']] = labels[info['category_id']]
+        assert np.array_equal(cv2.imread(str(Path(dataset.data_root, mask)), cv2.IMREAD_UNCHANGED), expected)
+        assert Path(image).parts[-2] == 'val2017'
