@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ..errors import UsageError
 from .file_names import FileIndex, normalize_spelling, split_machine_prefix
 from .files import files_below, folders_in, is_below, to_one_line
-from .layouts import IMAGE_DIR_NAMES, MASK_DIR_NAMES, SPLIT_DIR_NAMES
+from .layouts import IMAGE_DIR_NAMES, MASK_DIR_NAMES, SPLIT_DIR_NAMES, SPLIT_OF_NAME
 from .request import relative_to_root
 
 MAX_NAMES_TRIED = 50  # to find the folder in which names begin
@@ -63,7 +63,7 @@ class ImageResolver:
         image_dir: folder of the images, if it is known.
         split: of the images; None for all.
         hint: what to do if no image is found.
-        excluded: folder in which no images are, but files with their names; None if there is none.
+        is_excluded: whether a folder holds no images, but files with their names.
 
     Attributes:
         folder (Path): in which names begin.
@@ -81,7 +81,7 @@ class ImageResolver:
         image_dir: str | None = None,
         split: str | None = None,
         hint: str = 'give --train-images and --val-images',
-        excluded: Path | None = None,
+        is_excluded: Callable[[Path], bool] = lambda folder: False,
     ):
         names = list(dict.fromkeys(names))
         self._root, self._split = root, None if image_dir else split
@@ -90,8 +90,7 @@ class ImageResolver:
         tried = names[:: max(1, len(names) // MAX_NAMES_TRIED)]
         # Masks have the names of their images. The folder of the annotations is one of masks by its name alone.
         candidates = [f for f in folders if f == ann_file.parent or not _is_mask_folder(f, root)]
-        if excluded:
-            split_dirs, candidates = ([f for f in each if f != excluded] for each in (split_dirs, candidates))
+        split_dirs, candidates = ([f for f in each if not is_excluded(f)] for each in (split_dirs, candidates))
         best = _best_folder(candidates, tried)
         self.folder, self._is_folder_known = best or self._tops[0], best is not None
         self._prefix = self._path_prefix(self.folder)
@@ -301,10 +300,10 @@ def _candidate_folders(ann_file: Path, root: Path) -> tuple[list[Path], list[Pat
     def is_of_split(folder: Path) -> bool:
         return split is not None and any(name in folder.name.lower() for name in SPLIT_DIR_NAMES[split])
 
-    def score(folder: Path) -> tuple[bool, int]:
+    def score(folder: Path) -> tuple[bool, int, bool]:
         names = {path.name.lower() for path in (folder, folder.parent)}
         kind = bool(names & {*IMAGE_DIR_NAMES}) - bool(names & {*MASK_DIR_NAMES})
-        return folder.name.lower() == ann_file.stem.lower(), kind
+        return folder.name.lower() == ann_file.stem.lower(), kind, folder.name.lower() in SPLIT_OF_NAME
 
     near = [ann_file.parent, ann_file.parent / 'images', root / 'images', root]
     below = [*folders_in(root), *folders_in(_base_folder(ann_file))]

@@ -70,8 +70,8 @@ def find_label_maps(tree: FolderTree) -> tuple[str, dict[str, SplitDirs]] | None
         is_usual = source.file.with_suffix('').is_dir()
         annotations = [] if is_usual else only_dicts(_read_lists(source.file)['annotations'])
         folder = _png_folder(source.file, tree.root, annotations)
-        resolver = ImageResolver(source.file, tree.root, names[:1], source.images, split, excluded=folder)
-        dirs[split] = SplitDirs(resolver.folder, folder)
+        images = _find_images(tree.root, split, source, names[:1], folder)
+        dirs[split] = SplitDirs(images.folder, folder)
     return (PANOPTIC, dirs) if dirs else None
 
 
@@ -146,7 +146,7 @@ def _read_split(root: Path, split: str, source: ListSplit, add) -> SplitAnnotati
     folder = _png_folder(source.file, root, annotations)
     images = [image for image in images if isinstance(image.get('file_name'), str)]
     names = [image['file_name'] for image in images]
-    resolver = ImageResolver(source.file, root, names, source.images, split, excluded=folder)
+    resolver = _find_images(root, split, source, names, folder)
     segments = {a['file_name']: (a.get('image_id'), _segments(a, thing_ids)) for a in annotations}
     decode = partial(_decode, folder=folder, segments=segments)
     objects = []
@@ -198,6 +198,15 @@ def _read_ids(file: Path) -> np.ndarray | str:
             return np.asarray(image.convert('RGB')) @ ID_WEIGHTS
     except Exception:  # a broken file can fail in any way
         return 'unreadable-mask'
+
+
+def _find_images(root: Path, split: str, source: ListSplit, names: list[str], pngs: Path) -> ImageResolver:
+    """Find images, whose names PNGs may have as well: of segments, and segmentation masks that were made of them."""
+
+    def is_of_labels(folder: Path) -> bool:
+        return folder == pngs or ('panoptic' in folder.name.lower() and folder != root)
+
+    return ImageResolver(source.file, root, names, source.images, split, is_excluded=is_of_labels)
 
 
 def _png_folder(file: Path, root: Path, annotations: list[dict]) -> Path:

@@ -3,6 +3,7 @@ the same objects, and masks with the same pixels."""
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import cv2
@@ -313,7 +314,12 @@ def test_pngs_elsewhere_are_found(toy_dataset, tmp_path):
     (tmp_path / 'segments').mkdir()
     for split in ('train', 'val'):
         os.rename(tmp_path / f'annotations/panoptic_{split}2017', tmp_path / f'segments/{split}')
-    assert len(check_dataset(tmp_path)[0].splits['train']['annotations'])
+        shutil.copytree(tmp_path / f'segments/{split}', tmp_path / f'panoptic_semseg_{split}')  # as panopticapi makes
+        for path in (tmp_path / f'panoptic_semseg_{split}').iterdir():
+            cv2.imwrite(str(path), np.zeros((64, 64), np.uint8))
+    data = check_dataset(tmp_path)[0]
+    assert len(data.splits['train']['annotations'])
+    assert {Path(i['file_name']).parent.name for i in data.splits['train']['images']} == {'train2017'}
     for file in tmp_path.glob('segments/*/*'):
         file.rename(file.with_suffix('.x'))
     for file in tmp_path.glob('val2017/*'):
