@@ -157,14 +157,14 @@ def _find_by_task(request: DatasetRequest, task: str | None = None) -> dict[str,
         return {'segmentation': ('of the given folders', pairs)}
     path = Path(request.path)
     boxes = find_boxes(path, request.format) if path.exists() else None
+    if request.format and not boxes:
+        raise UsageError(f'{request.path} holds no labels of this format: leave out --format {request.format}')
     masks = find_folders(path) if path.is_dir() else None
     if path.is_dir() and not masks and (task == 'segmentation' or not boxes or boxes.format == PANOPTIC):
         masks = find_label_maps(FolderTree(path))
     if path.is_dir() and not masks and (task == 'segmentation' or not boxes):
         is_level_above = any(map(find_folders, folders_in(path)))  # whose labels and classes are known one level below
         masks = None if is_level_above else find_mask_folders(path)
-    if request.format and not boxes:
-        raise UsageError(f'{request.path} holds no labels of this format: leave out --format {request.format}')
     if not boxes and not masks:
         raise UsageError(f'{request.path} {describe_unsupported(path)}')
     if task is None and boxes and boxes.format == INSTANCES and not boxes.layout.startswith('maps'):
