@@ -3,8 +3,6 @@
 import cv2
 import numpy as np
 import pytest
-import rasterio
-import tifffile
 from PIL import Image
 
 from convnext_dense.channel_files import (
@@ -18,19 +16,14 @@ from convnext_dense.channel_files import (
 from convnext_dense.engine.channel_transforms import LoadImageChannels, RandomBrightnessContrast
 from convnext_dense.engine.datasets import read_error
 from convnext_dense.errors import UnreadableImageError, UsageError
+from helpers.channels import save_tiff
+
+tifffile = pytest.importorskip('tifffile')
 
 RNG = np.random.RandomState(0)
 PIXELS = RNG.randint(0, 2**16, (40, 50, 5)).astype(np.uint16)
 BYTES = PIXELS.astype(np.uint8)
 FLOATS = RNG.normal(size=(40, 50, 5)).astype(np.float32)
-
-
-def write_geotiff(path, pixels, **profile):
-    height, width, count = pixels.shape
-    with rasterio.open(
-        path, 'w', driver='GTiff', height=height, width=width, count=count, dtype=pixels.dtype, **profile
-    ) as file:
-        file.write(np.moveaxis(pixels, -1, 0))
 
 
 def contiguous(path, pixels):
@@ -52,9 +45,9 @@ FILES = {  # how a file is written, its suffix, what it holds, and its type of v
     'rows as pages': (lambda path: tifffile.imwrite(path, PIXELS), '.tif', PIXELS),
     'floats': (lambda path: contiguous(path, FLOATS), '.tif', FLOATS),
     'one channel': (lambda path: tifffile.imwrite(path, PIXELS[..., 0]), '.tif', PIXELS[..., :1]),
-    'GeoTIFF, LZW': (lambda path: write_geotiff(path, PIXELS, compress='lzw', predictor=2), '.tif', PIXELS),
+    'GeoTIFF, LZW': (lambda path: save_tiff(path, PIXELS, compress='lzw', predictor=2), '.tif', PIXELS),
     'GeoTIFF, tiled': (
-        lambda path: write_geotiff(path, FLOATS, compress='deflate', tiled=True, blockxsize=16, blockysize=16),
+        lambda path: save_tiff(path, FLOATS, compress='deflate', tiled=True, blockxsize=16, blockysize=16),
         '.tif', FLOATS,
     ),
     'array': (lambda path: np.save(path, PIXELS), '.npy', PIXELS),
@@ -110,7 +103,7 @@ def test_what_is_rgb(kind, tmp_path):
 def test_pixels_without_a_value_become_the_mean(tmp_path):
     pixels = FLOATS.copy()
     pixels[3, 4, 1], pixels[5, 6], pixels[7, 8, 0], pixels[9, 9, 2] = -9999, -9999, np.nan, np.inf
-    write_geotiff(tmp_path / 'x.tif', pixels, nodata=-9999)
+    save_tiff(tmp_path / 'x.tif', pixels, nodata=-9999)
     reader = ChannelReader((2, 1, 3), (1.0, 2.0, 3.0), (4.0, 5.0, 6.0), 5, 'float32')
     image = reader.read(tmp_path / 'x.tif')
     expected = (FLOATS[..., [1, 0, 2]] - (1, 2, 3)) / (4, 5, 6)

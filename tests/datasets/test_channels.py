@@ -5,7 +5,6 @@ from importlib import import_module
 import cv2
 import numpy as np
 import pytest
-import tifffile
 import torch
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from PIL import Image
@@ -128,7 +127,7 @@ def test_a_fourth_channel_may_be_opacity(tmp_path):
     write_channels(tmp_path)
     for path in tmp_path.rglob('*.tif'):
         pixels = made_image(0)[0][..., :4].astype(np.uint8)
-        tifffile.imwrite(path, pixels, photometric='rgb', extrasamples=['unassalpha'])
+        save_tiff(path, pixels, photometric='RGB', alpha='YES')
     data, codes = check_dataset(tmp_path, 'segmentation')
     assert codes['fourth-channel'].count == 1 and data.channels is None and not data.report.problems
     data, codes = check_dataset(tmp_path, 'segmentation', channels=(1, 2, 3, 4))

@@ -1,10 +1,12 @@
 """Data sets of images that are not RGB."""
 
 import json
+import warnings
 
 import numpy as np
-import tifffile
+import rasterio
 from PIL import Image
+from rasterio.errors import NotGeoreferencedWarning
 
 SIDE = 64
 MEANS, STDS = np.arange(1, 6) * 1000.0, np.arange(1, 6) * 150.0
@@ -19,10 +21,15 @@ def made_image(seed, side=SIDE, corner=(8, 20), channels=5):
     return pixels.clip(0, 65535).astype(np.uint16), mask
 
 
-def save_tiff(path, pixels, **options):
-    """Write (H, W, C) with its channels as samples of each pixel."""
+def save_tiff(path, pixels, **profile):
+    """Write an image (H, W, C)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tifffile.imwrite(path, pixels, planarconfig='contig', photometric='minisblack', **options)
+    height, width, count = pixels.shape
+    profile |= dict(driver='GTiff', height=height, width=width, count=count, dtype=pixels.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', NotGeoreferencedWarning)
+        with rasterio.open(path, 'w', **profile) as file:
+            file.write(np.moveaxis(pixels, -1, 0))
 
 
 def write_channels(root, n_train=4, n_val=2, channels=5):

@@ -25,7 +25,7 @@ READER = ChannelReader((4, 1, 3), tuple(MEANS[[3, 0, 2]]), tuple(STDS[[3, 0, 2]]
 def tiff(tmp_path_factory):
     path = tmp_path_factory.mktemp('channels') / 'image.tif'
     pixels = made_image(0, side=200)[0]
-    save_tiff(path, pixels, tile=(32, 32))
+    save_tiff(path, pixels, tiled=True, blockxsize=32, blockysize=32)
     return path, pixels
 
 
