@@ -26,8 +26,8 @@ class OneStage(nn.Module):
 
     def __init__(self, model: SingleStageDetector):
         super().__init__()
-        self.model, self.head, self.test_cfg = model, model.bbox_head, model.bbox_head.test_cfg
         require(model, (SingleStageDetector,), ('predict', 'extract_feat'))
+        self.model, self.head, self.test_cfg = model, model.bbox_head, model.bbox_head.test_cfg
         require(self.head, (GFLHead, BaseDenseHead), METHODS)
         require_nms(self.test_cfg)
         if self.test_cfg.get('nms_pre', -1) <= 0:

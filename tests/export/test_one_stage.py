@@ -1,6 +1,8 @@
 """One-stage detectors as functions of images compute what mmdet computes, as modules and in files."""
 
 import pytest
+import torch
+from mmdet.models import Mask2Former
 
 from convnext_dense.errors import UsageError
 from convnext_dense.export.detector import ExportableDetector
@@ -65,6 +67,13 @@ def test_heads_with_another_way_to_results_are_named(changes, message):
     cfg['bbox_head'] = dict(cfg['bbox_head'], **changes)
     with pytest.raises(UsageError, match=message):
         ExportableDetector(build_predictor(cfg).model)
+
+
+def test_detectors_with_another_way_to_results_are_named():
+    model = Mask2Former.__new__(Mask2Former)
+    torch.nn.Module.__init__(model)
+    with pytest.raises(UsageError, match='Mask2Former cannot be exported: its predict is not that of SingleStageDet'):
+        ExportableDetector(model)
 
 
 def test_heads_without_a_number_of_candidates_are_refused():
