@@ -83,9 +83,18 @@ def trace(predictor: Predictor, options: ExportOptions, recipe: str | None = Non
         except UsageError:
             raise
         except Exception as error:  # what user code can raise while torch traces it
-            name = type(predictor.model).__name__
-            raise UsageError(f'{name} cannot be exported, torch.export stops at: {one_line(error)[:300]}') from error
+            reason = custom_operators(module) or f'torch.export stops at: {one_line(error)[:300]}'
+            raise UsageError(f'{type(predictor.model).__name__} cannot be exported, {reason}') from error
     return Traced(module, program, tuple(module.output_names), _meta(predictor, options, module, recipe))
+
+
+def custom_operators(model: nn.Module) -> str:
+    """Name the first module of mmcv's that has kernels of its own, which torch cannot trace; '' if there is none."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith('mmcv.ops.') and type(module).__name__ != 'RoIAlign':
+            place = name.rpartition('model.')[2]
+            return f'torch.export does not know {type(module).__name__} of mmcv.ops, which is its {place}'
+    return ''
 
 
 def image_channels(predictor: Predictor) -> int:

@@ -102,19 +102,21 @@ def random_boxes():
 def test_nms_of_a_batch_is_that_of_each_image(cfg):
     (boxes, scores), groups = random_boxes(), torch.arange(400).reshape(2, 200) % 3
     candidates = torch.where(scores > 0.3, scores, -1)
-    actual = padded_nms(boxes, candidates, groups, cfg, 20)
-    for i in range(2):
-        indices = (scores[i] > 0.3).nonzero().flatten()
-        kept, order = batched_nms(boxes[i][indices], scores[i][indices], groups[i][indices], cfg)
-        expected = torch.full((200,), -1.0).scatter(0, indices[order[:20]], kept[:20, 4])
-        torch.testing.assert_close(actual[i], expected, rtol=0, atol=1e-6)
+    for limit in (20, 200):
+        actual = padded_nms(boxes, candidates, groups, cfg, limit)
+        for i in range(2):
+            indices = (scores[i] > 0.3).nonzero().flatten()
+            kept, order = batched_nms(boxes[i][indices], scores[i][indices], groups[i][indices], cfg)
+            expected = torch.full((200,), -1.0).scatter(0, indices[order[:limit]], kept[:limit, 4])
+            torch.testing.assert_close(actual[i], expected, rtol=0, atol=1e-6)
     nothing = padded_nms(boxes, torch.full_like(scores, -1), groups, cfg, 20)
     assert nothing.shape == (2, 200) and (nothing == -1).all()
 
 
 class SoftNMS(torch.nn.Module):
     def forward(self, boxes, scores):
-        return [soft_nms(boxes, scores, 0.4, 0.3, 20, method, 0.3, 0.05) for method in ('linear', 'gaussian', 'naive')]
+        limits = dict(linear=20, gaussian=150, naive=150)
+        return [soft_nms(boxes, scores, 0.4, 0.3, limits[method], method, 0.3, 0.05) for method in limits]
 
 
 def test_soft_nms_in_files(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from mmcv.ops import DeformConv2d, RoIAlign
 from torch import nn
 
 from convnext_dense.checkpoints.exported_files import read_exported
@@ -16,7 +17,7 @@ from convnext_dense.datasets import toy_shapes
 from convnext_dense.errors import UsageError
 from convnext_dense.export import check
 from convnext_dense.export.files import WRITERS, write_onnx
-from convnext_dense.export.program import Traced
+from convnext_dense.export.program import Traced, custom_operators
 from helpers.tools import one_line_error
 
 
@@ -103,6 +104,12 @@ def test_operator_without_a_form_in_onnx_is_named(tmp_path):
     message = r'the operator convnext_dense_tests.strange.default of neck \(StrangeNeck\) has no ONNX form'
     with pytest.raises(UsageError, match=message):
         write_onnx(Traced(Model(), program, ('logits',), None), tmp_path / 'f.onnx')
+
+
+def test_module_of_mmcv_that_cannot_be_traced_is_named():
+    neck = nn.Sequential(nn.Conv2d(3, 3, 1), DeformConv2d(3, 3, 1))
+    assert custom_operators(neck) == 'torch.export does not know DeformConv2d of mmcv.ops, which is its 1'
+    assert custom_operators(nn.Sequential(RoIAlign(7))) == ''
 
 
 @pytest.mark.parametrize(
