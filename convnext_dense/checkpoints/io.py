@@ -158,9 +158,9 @@ def _load_shards(index: Path) -> dict:
             {tensor for tensor, shard_of_tensor in shards.items() if shard_of_tensor == name},
         )
         if shard.keys() != expected:
-            other = sorted(shard.keys() ^ expected)[0]
+            mismatched_name = sorted(shard.keys() ^ expected)[0]
             raise UsageError(
-                f'{index} and its shard {name} do not contain the same tensors ({other}): get all files again'
+                f'{index} and its shard {name} do not contain the same tensors ({mismatched_name}): get all files again'
             )
         tensors.update(shard)
     return tensors

@@ -266,8 +266,8 @@ def load_model_weights(content: dict, file: str | Path, model: nn.Module) -> dic
     tensors, parsed = next(iter(convnexts.values()))
     prefix, backbone = backbones[0]
     if all(name.startswith(DINOV3_DUPLICATE_PREFIX) for name in parsed.other_names):
-        plan, own = plan_load(backbone, file), backbone.state_dict()
-        weights = plan.weights | {name: own[name] for name in plan.kept_init}
+        plan, state = plan_load(backbone, file), backbone.state_dict()
+        weights = plan.weights | {name: state[name] for name in plan.kept_init}
         return {f'{prefix}{name}': tensor for name, tensor in weights.items()}
     outer_prefix = parsed.prefix.partition(prefix)[0] if prefix in parsed.prefix else ''  # of a Lightning module, say
     weights = {}

@@ -114,24 +114,26 @@ def find_boxes(path: Path, key: str | None = None) -> BoxSources | None:
     Raises:
         UsageError: several files could be a split's, or they contradict the disk.
     """
-    tree, found, error = FolderTree(path), {}, None
+    tree, sources_by_format, error = FolderTree(path), {}, None
     for name, box_format in BOX_FORMATS.items():
         # Masks are looked for last: as annotations of their own they are rare, and looking takes as long as all others.
-        if key == box_format.key or (key is None and not (found and name == INSTANCES)):
+        if key == box_format.key or (key is None and not (sources_by_format and name == INSTANCES)):
             try:
                 options = dict(is_requested=True) if key == INSTANCES_KEY else {}
                 sources = box_format.find(tree, **options)
             except UsageError as reason:
-                error = error or (None if found else reason)
+                error = error or (None if sources_by_format else reason)
             else:
-                found |= {name: sources} if sources else {}
+                sources_by_format |= {name: sources} if sources else {}
     if error:
-        others = [BOX_FORMATS[name].key for name in found]
-        raise UsageError(f'{error}, or use the other labels in {path} by --format {others[0]}') if others else error
-    if not found:
+        other_keys = [BOX_FORMATS[name].key for name in sources_by_format]
+        if other_keys:
+            raise UsageError(f'{error}, or use the other labels in {path} by --format {other_keys[0]}')
+        raise error
+    if not sources_by_format:
         return None
-    first, *others = found
-    return BoxSources(first, *found[first], tuple(others))
+    first_format, *other_keys = sources_by_format
+    return BoxSources(first_format, *sources_by_format[first_format], tuple(other_keys))
 
 
 def find_given_boxes(request: DatasetRequest) -> BoxSources:

@@ -192,20 +192,20 @@ def decide_exif_handling(annotated_sizes: Iterable[tuple[ImageInfo, tuple]]) -> 
     return fits_rotated or not any(size == info.oriented_size(False) for info, size in rotated)
 
 
-def inspect_all(function: Callable, items: Iterable[Hashable], what: str) -> dict:
+def inspect_all(function: Callable, items: Iterable[Hashable], item_name: str) -> dict:
     """Apply a function to each item, in one thread per core (decoding releases the GIL).
 
     Args:
         function: such as `inspect_image`.
         items: its arguments; duplicates are inspected once.
-        what: the items are, for the progress bar (on a terminal) or line.
+        item_name: name of the items, for the progress bar (on a terminal) or line.
 
     Returns:
         The results by item.
     """
     items = list(dict.fromkeys(items))
-    print(f'reading {len(items):,} {what}', file=sys.stderr)
-    before = cv2.getNumThreads()
+    print(f'reading {len(items):,} {item_name}', file=sys.stderr)
+    num_threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     pool = ThreadPoolExecutor(n_threads())
     try:
@@ -215,7 +215,7 @@ def inspect_all(function: Callable, items: Iterable[Hashable], what: str) -> dic
         return dict(results)
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for thousands of images
-        cv2.setNumThreads(before)
+        cv2.setNumThreads(num_threads)
 
 
 def n_threads() -> int:

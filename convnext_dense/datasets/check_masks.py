@@ -43,8 +43,8 @@ class LabelSpec(NamedTuple):
     @property
     def labels(self) -> Sequence[int]:
         """The label value of each class."""
-        first = 1 if 0 in self.ignored else 0
-        return range(first, first + len(self.names)) if self.raw_values is None else self.raw_values
+        first_label = 1 if 0 in self.ignored else 0
+        return range(first_label, first_label + len(self.names)) if self.raw_values is None else self.raw_values
 
     @property
     def label_to_class(self) -> dict[int, int]:
@@ -57,11 +57,11 @@ class LabelSpec(NamedTuple):
     def dataset_kwargs(self) -> dict:
         """Arguments of `PairedSegDataset`: `reduce_zero_label`, and `label_map` for what that does not cover."""
         reduces = self.raw_values is None and 0 in self.ignored
-        others = {label: i for label, i in self.label_to_class.items() if label >= reduces}
+        labels = {label: i for label, i in self.label_to_class.items() if label >= reduces}
         if IGNORE_INDEX in self.ignored:
-            del others[IGNORE_INDEX]
+            del labels[IGNORE_INDEX]
         # label_map is applied after reduce_zero_label.
-        label_map = [[label - reduces, index] for label, index in others.items() if index != label - reduces]
+        label_map = [[label - reduces, index] for label, index in labels.items() if index != label - reduces]
         return dict(reduce_zero_label=reduces, label_map=label_map or None)
 
 
@@ -200,8 +200,8 @@ def validate_labels(masks: Mapping[Path, MaskInfo], spec: LabelSpec, report: Rep
         report.add('all', 'mask-values-0-and-255', f'the pixels are {_format_fractions(counts, used)}')
     elif unnamed:
         files = [path.name for path, info in readable.items() if info.counts[unnamed].any()]
-        where = f'in {files[0]}' if len(files) == 1 else f'in {len(files):,} masks, such as {files[0]}'
-        report.add('all', 'label-out-of-range', _unnamed_labels_advice(unnamed, spec, counts, where))
+        location = f'in {files[0]}' if len(files) == 1 else f'in {len(files):,} masks, such as {files[0]}'
+        report.add('all', 'label-out-of-range', _unnamed_labels_advice(unnamed, spec, counts, location))
 
 
 def _soft_edges(counts: np.ndarray) -> str | None:
@@ -227,24 +227,24 @@ def _single_class_advice(spec: LabelSpec, counts: np.ndarray) -> str:
     """Say how to fix a set of one class, by the pixels of each label value."""
     used = np.flatnonzero(counts).tolist()
     labels = [label for label in used if label != IGNORE_INDEX]
-    other = 'the classes' if spec.names[0].lower() in BACKGROUND_NAMES else 'the background'
+    missing_names = 'the classes' if spec.names[0].lower() in BACKGROUND_NAMES else 'the background'
     if len(used) == 1:
         fix = f'all pixels are {used[0]}: give masks that show at least two classes'
     elif len(labels) > MAX_LISTED_LABELS:
         fix = 'name a class for each label, if these are segmentation masks'
     elif labels == list(range(len(labels))) and len(labels) > 1:
-        fix = f'name {other}, too: {len(labels)} names, for labels {_join(labels)}'
+        fix = f'name {missing_names}, too: {len(labels)} names, for labels {_join(labels)}'
     elif len(labels) > 1:
-        fix = f'name {other}, too, and write the labels {_join(labels)} as 0 to {len(labels) - 1}'
+        fix = f'name {missing_names}, too, and write the labels {_join(labels)} as 0 to {len(labels) - 1}'
     else:
         change = f'{labels[0]} and 255, which is ignored, as 0 and 1'
         change = f'255, which is ignored, as {1 - labels[0]}' if labels[0] < 2 else change
-        fix = f'name {other}, too: two names, for labels 0 and 1, and write {change}'
+        fix = f'name {missing_names}, too: two names, for labels 0 and 1, and write {change}'
     fix += ', without --ignore 0' if 0 in spec.ignored and 0 in labels and len(used) > 1 else ''
     return f'{spec.names[0]} alone, where the pixels are {_format_fractions(counts, used)}: {fix}'
 
 
-def _unnamed_labels_advice(unnamed: list[int], spec: LabelSpec, counts: np.ndarray, where: str) -> str:
+def _unnamed_labels_advice(unnamed: list[int], spec: LabelSpec, counts: np.ndarray, location: str) -> str:
     """Say which labels have no name and how to fix it, by the pixels of each label value."""
     num_classes, label_to_class, ignored = len(spec.names), spec.label_to_class, spec.ignored - {IGNORE_INDEX}
     named = [v for v in np.flatnonzero(counts).tolist() if label_to_class.get(v, IGNORE_INDEX) != IGNORE_INDEX]
@@ -261,9 +261,9 @@ def _unnamed_labels_advice(unnamed: list[int], spec: LabelSpec, counts: np.ndarr
         fix = f'name {classes} in --classes FILE, or --ignore {with_unnamed}'
         fix += f', or, if 0 is no class, --ignore {with_zero}' if is_next else ''
     if len(unnamed) > 1:
-        fractions = f'{_format_fractions(counts, unnamed)} of the pixels, {where}'
+        fractions = f'{_format_fractions(counts, unnamed)} of the pixels, {location}'
         return f'{len(unnamed)} labels are used and have no names ({fractions}): {fix}'
-    fractions = f'{_format_fraction(counts, unnamed[0])} of the pixels, {where}'
+    fractions = f'{_format_fraction(counts, unnamed[0])} of the pixels, {location}'
     fractions += f'; label 0 has {_format_fraction(counts, 0)}' if counts[0] and 0 not in ignored else ''
     return f'label {unnamed[0]} is used and has no name ({fractions}): {fix}'
 

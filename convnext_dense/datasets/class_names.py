@@ -23,9 +23,9 @@ COLOR_RE = re.compile(r'[:, ] ?(\d+)[, ]+(\d+)[, ]+(\d+)(:.*)?$')
 COLOR_FIRST_RE = re.compile(r'(\d{1,3})[, ]+(\d{1,3})[, ]+(\d{1,3})(?:[:, ]+(\D.*))?')
 
 
-def class_files(root: Path, given: str | Sequence[str] | None) -> list[Path]:
-    """Return the files that may name the classes: the `given` one, or those known in the root; none for names."""
-    return [Path(given)] if isinstance(given, str) else [] if given else [root / name for name in CLASS_FILES]
+def class_files(root: Path, file: str | Sequence[str] | None) -> list[Path]:
+    """Return the files that may name the classes: `file`, or those known in the root; none for names."""
+    return [Path(file)] if isinstance(file, str) else [] if file else [root / name for name in CLASS_FILES]
 
 
 def find_color_table(root: Path, given: str | None) -> tuple[Path, list[str], list[list[int]]] | None:

@@ -116,15 +116,15 @@ def clip_box(box: list[float], width: int, height: int) -> list[float]:
     return [x1, y1, x2 - x1, y2 - y1]
 
 
-def box_iou(first: list[float], second: list[float]) -> float:
+def box_iou(a: list[float], b: list[float]) -> float:
     """Return the intersection over union of two boxes."""
-    intersection = _intersection(first, second)
-    union = first[2] * first[3] + second[2] * second[3] - intersection
+    intersection = _intersection(a, b)
+    union = a[2] * a[3] + b[2] * b[3] - intersection
     return intersection / union if union > 0 else 0.0
 
 
-def _intersection(first: list[float], second: list[float]) -> float:
-    (left, top, right, bottom), (x1, y1, x2, y2) = _corners(first), _corners(second)
+def _intersection(a: list[float], b: list[float]) -> float:
+    (left, top, right, bottom), (x1, y1, x2, y2) = _corners(a), _corners(b)
     return max(min(right, x2) - max(left, x1), 0) * max(min(bottom, y2) - max(top, y1), 0)
 
 

@@ -191,7 +191,7 @@ def _unwrap_dataset(settings: Mapping) -> Mapping:
     return settings
 
 
-def _dataset(settings: dict, data: CheckedDataset, file: str, where: str) -> dict:
+def _dataset(settings: dict, data: CheckedDataset, file: str, loader: str) -> dict:
     """Return a dataset config with the recipe's pipeline, filter and wrappers (RepeatDataset, ...) on the data set.
 
     Concatenated datasets become one if they differ only in their data.
@@ -199,21 +199,21 @@ def _dataset(settings: dict, data: CheckedDataset, file: str, where: str) -> dic
     Raises:
         UsageError: a wrapper or a transform cannot be used with the data set.
     """
-    _fill_pipeline(settings.get('pipeline'), data, where)
+    _fill_pipeline(settings.get('pipeline'), data, loader)
     if settings.get('datasets'):
-        parts = [_dataset(part, data, file, where) for part in settings['datasets']]
+        parts = [_dataset(part, data, file, loader) for part in settings['datasets']]
         if any(part != parts[0] for part in parts):
             raise UsageError(
-                f'{where}: {short_name(settings.get("type"))} concatenates datasets with different pipelines or '
+                f'{loader}: {short_name(settings.get("type"))} concatenates datasets with different pipelines or '
                 'filters, but --data gives one data set: keep one of them in the config'
             )
         return parts[0]
     if isinstance(settings.get('dataset'), dict):
         if data.task == 'segmentation' and is_type(settings.get('type'), DATASETS, 'ClassBalancedDataset'):
             raise UsageError(
-                f'{where}: ClassBalancedDataset needs classes per image, but segmentation masks have them per pixel'
+                f'{loader}: ClassBalancedDataset needs classes per image, but segmentation masks have them per pixel'
             )
-        return {**settings, 'dataset': _dataset(settings['dataset'], data, file, where)}
+        return {**settings, 'dataset': _dataset(settings['dataset'], data, file, loader)}
     recipe = {k: settings[k] for k in RECIPE_KEYS if k in settings}
     meta = dict(classes=tuple(data.classes)) | (dict(palette=data.palette) if data.palette else {})
     common = dict(data_root=data.root, ann_file=os.path.abspath(file), metainfo=meta)
@@ -223,16 +223,18 @@ def _dataset(settings: dict, data: CheckedDataset, file: str, where: str) -> dic
     return dict(type='PairedSegDataset', **common, data_prefix=prefix, **data.dataset_kwargs, **recipe)
 
 
-def _fill_pipeline(steps, data: CheckedDataset, where: str) -> None:
+def _fill_pipeline(steps, data: CheckedDataset, loader: str) -> None:
     for step in iter_dicts(steps):
         type_ = step.get('type')
-        loads = next((what for name, what in UNSUPPORTED_LOADERS.items() if is_type(type_, TRANSFORMS, name)), None)
+        loads = next(
+            (content for name, content in UNSUPPORTED_LOADERS.items() if is_type(type_, TRANSFORMS, name)), None
+        )
         is_loader = is_type(type_, TRANSFORMS, 'LoadAnnotations')
         if is_loader and step.get('with_seg') and data.task == 'detection':
             loads = 'segmentation of stuff (with_seg=True)'
         if loads:
             raise UsageError(
-                f'{where}: {short_name(type_)} loads {loads}, but --data gives {data.task}: use another recipe'
+                f'{loader}: {short_name(type_)} loads {loads}, but --data gives {data.task}: use another recipe'
             )
         for key, has_key in (('with_mask', is_loader), ('by_mask', is_type(type_, TRANSFORMS, 'FilterAnnotations'))):
             if has_key and step.get(key):

@@ -170,7 +170,7 @@ def _find_by_task(request: DatasetRequest, task: str | None = None) -> dict[str,
     if task is None and boxes and boxes.format == INSTANCES and not boxes.layout.startswith('maps'):
         masks = None  # masks of objects are none of classes
     sources = dict(detection=boxes, segmentation=masks)
-    return {task: found for task, found in sources.items() if found}
+    return {task: source for task, source in sources.items() if source}
 
 
 def find_sources(request: DatasetRequest, task: str) -> BoxSources | tuple[str, dict]:
@@ -181,10 +181,10 @@ def find_sources(request: DatasetRequest, task: str) -> BoxSources | tuple[str, 
     """
     sources = _find_by_task(request, task)
     if task not in sources:
-        other = next(iter(sources))
+        other_task = next(iter(sources))
         raise UsageError(
-            f'{request.root} holds {DESCRIPTIONS[other]}, but {task} needs {DESCRIPTIONS[task]}: '
-            f'use a {other} recipe, such as {RECIPES[other]}' + INSTANCES_HINT * (task == 'detection')
+            f'{request.root} holds {DESCRIPTIONS[other_task]}, but {task} needs {DESCRIPTIONS[task]}: '
+            f'use a {other_task} recipe, such as {RECIPES[other_task]}' + INSTANCES_HINT * (task == 'detection')
         )
     return sources[task]
 

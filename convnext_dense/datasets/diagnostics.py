@@ -298,6 +298,6 @@ class Report:
         errors = self.by_action(ERROR) or (self.problems if strict else [])
         if not errors:
             return
-        others = len(self.diagnostics) - 1
-        more = f' (tools/check_data.py lists {others} more finding{"s" * (others > 1)})' if others else ''
+        num_others = len(self.diagnostics) - 1
+        more = f' (tools/check_data.py lists {num_others} more finding{"s" * (num_others > 1)})' if num_others else ''
         raise UsageError(f'data set: {errors[0] if strict else errors[0].describe()}{more}')

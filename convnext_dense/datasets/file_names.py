@@ -42,8 +42,8 @@ class FileIndex:
         keys, key = self._sorted[0], _reversed_parts(path)
         position = bisect_left(keys, key)
         neighbors = keys[max(position - 1, 0) : position + 1]
-        parts = [other.split('\0')[:-1] for other in neighbors]
-        n = max((len(commonprefix([key.split('\0'), other])) for other in parts), default=0)  # noqa: RUF071, of lists
+        parts = [neighbor.split('\0')[:-1] for neighbor in neighbors]
+        n = max((len(commonprefix([key.split('\0'), neighbor])) for neighbor in parts), default=0)  # noqa: RUF071, of lists
         common = '\0'.join([*key.split('\0')[:n], ''])
         return n, self._between(common, chr(sys.maxunicode)) if n else []
 

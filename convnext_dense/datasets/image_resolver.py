@@ -233,8 +233,8 @@ def _contradicts(folders: Sequence[str], file: str, split: str | None) -> bool:
     file_folders = normalize_spelling(file).split('/')[:-1]
     name_splits, file_splits = _splits_in(folders) or {split} & {*SPLIT_DIR_NAMES}, _splits_in(file_folders)
 
-    def patterns(own: Sequence[str], other: Sequence[str]) -> set[str]:
-        return {DIGITS_RE.sub('#', folder) for folder in own if folder not in other}
+    def patterns(a: Sequence[str], b: Sequence[str]) -> set[str]:
+        return {DIGITS_RE.sub('#', folder) for folder in a if folder not in b}
 
     differ_by_number = patterns(folders, file_folders) & patterns(file_folders, folders)
     return bool(name_splits and file_splits and not name_splits & file_splits) or bool(differ_by_number)

@@ -108,8 +108,8 @@ def _drop_larger_scales(scales: list[tuple[int, int]]) -> tuple[tuple[int, int],
 
 def _pads_to_stride(preprocessor: dict, split: str, steps: list[dict]) -> bool:
     """Return whether images are padded to the stride before they reach the backbone."""
-    own = preprocessor if split == 'train' else preprocessor.get('test_cfg') or {}
-    sides = [*as_list(own.get('size')), own.get('size_divisor'), preprocessor.get('pad_size_divisor')]
+    pad_cfg = preprocessor if split == 'train' else preprocessor.get('test_cfg') or {}
+    sides = [*as_list(pad_cfg.get('size')), pad_cfg.get('size_divisor'), preprocessor.get('pad_size_divisor')]
     return any(side and side >= STRIDE for side in sides) or any(
         is_type(step.get('type'), TRANSFORMS, 'Pad') for step in steps if step.get('type')
     )

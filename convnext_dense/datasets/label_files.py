@@ -218,12 +218,12 @@ def _images_by_stem(folder: Path) -> dict[str, list[str]]:
 
 def _image_of(label: str, images: Sequence[str]) -> str | None:
     """Return the image of an annotation file among those of its name, of which others are masks or of another split."""
-    own = set(normalize_spelling(os.path.dirname(label)).split('/'))
+    label_folders = set(normalize_spelling(os.path.dirname(label)).split('/'))
 
     def score(image: str) -> tuple[bool, bool, int]:
         folders = {*normalize_spelling(os.path.dirname(image)).split('/')}
         is_beside = os.path.dirname(image) == os.path.dirname(label)
-        return is_beside, bool(folders & {*IMAGE_DIR_NAMES}), len(own & folders)
+        return is_beside, bool(folders & {*IMAGE_DIR_NAMES}), len(label_folders & folders)
 
     return images[0] if len(images) == 1 else max(images, key=score, default=None)
 

@@ -21,7 +21,7 @@ def read_detection(
     format: str,
     layout: str,
     sources: dict,
-    others: Sequence[str],
+    other_formats: Sequence[str],
     splits: Sequence,
     classes: Sequence | None,
     limits: Mapping,
@@ -29,8 +29,8 @@ def read_detection(
 ) -> CheckedDataset:
     """Read and check a detection data set; its sources as of `BoxSources`, the rest as of `custom.read_data`."""
     root, report = request.root, Report()
-    for other in others:
-        report.add('all', 'other-format', f'{other}: --format {BOX_FORMATS[other].key}')
+    for name in other_formats:
+        report.add('all', 'other-format', f'{name}: --format {BOX_FORMATS[name].key}')
     if request.ignore_labels is not None:
         raise UsageError('--ignore is for segmentation masks; of boxes --classes selects some')
     if request.mask_threshold is not None or request.ignore_other_colors:

@@ -79,14 +79,14 @@ def select_classes(coco: dict, selected: Mapping[str, Sequence[str]], add: Calla
         if ids:
             categories.append(dict(id=ids[0], name=target))
             new_ids |= dict.fromkeys(ids, ids[0])
-    others = {category_id: name for name, ids in ids_by_name.items() for category_id in ids}
+    unselected = {category_id: name for name, ids in ids_by_name.items() for category_id in ids}
     annotations, counts = [], dict.fromkeys(ids_by_name, 0)
     for annotation in coco['annotations']:
         category_id = parse_id(annotation.get('category_id')) if isinstance(annotation, dict) else None
         if category_id in new_ids:
             annotations.append({**annotation, 'category_id': new_ids[category_id]})
-        elif category_id is not None and category_id in others:
-            counts[others[category_id]] += 1
+        elif category_id is not None and category_id in unselected:
+            counts[unselected[category_id]] += 1
         else:  # invalid, as will be reported
             annotations.append(annotation)
     for name, count in counts.items():

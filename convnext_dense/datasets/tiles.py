@@ -70,8 +70,8 @@ def clip_annotations(
         part = clip_annotation(annotation, window)
         if part is None:
             continue
-        whole = _area(annotation, size)
-        if part['area'] > 0 and (annotation.get('iscrowd') or part['area'] >= min_visible * whole):
+        full_area = _area(annotation, size)
+        if part['area'] > 0 and (annotation.get('iscrowd') or part['area'] >= min_visible * full_area):
             yield part
 
 

@@ -316,11 +316,11 @@ def main() -> int:
             write_unlabeled(root, n_unlabeled, request['seed'], request['size'])
             print(f'drew {n_unlabeled} images without labels into {root}')
             return 0
-        done = 'drew the toy data set into' if write(root, **request) else 'the toy data set is already in'
+        message = 'drew the toy data set into' if write(root, **request) else 'the toy data set is already in'
     except UsageError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    print(f'{done} {root} ({_format_request(request)})')
+    print(f'{message} {root} ({_format_request(request)})')
     return 0
 
 

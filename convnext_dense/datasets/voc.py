@@ -36,11 +36,11 @@ def shift_to_zero(results: Mapping[str, SplitAnnotations], report: Report) -> No
     counts_from_one = all(box[0] >= 1 and box[1] >= 1 and all(map(float.is_integer, box)) for box in corners)
     if counts_from_one and corners:
         report.add('all', 'pixels-from-one', f'{len(corners):,} boxes')
-    first = int(counts_from_one)
+    offset = int(counts_from_one)
     for annotation in annotations:
         x1, y1, x2, y2 = annotation['bbox']
-        w, h = x2 - x1 + first, y2 - y1 + first
-        annotation.update(bbox=[x1 - first, y1 - first, w, h], area=w * h)
+        w, h = x2 - x1 + offset, y2 - y1 + offset
+        annotation.update(bbox=[x1 - offset, y1 - offset, w, h], area=w * h)
 
 
 def parse_voc(file: str, where: str, add: Callable) -> Label | None:

@@ -29,7 +29,7 @@ class Tolerance:
         score: Of detections.
         mask_iou: Least overlap of the masks of a detection.
         unmatched: Share of detections without a partner: of scores that tie, either may come first.
-        pixels: Least share of equal pixels in label maps.
+        pixels: Minimum fraction of equal pixels in label maps.
         logits: Part of the largest logit.
     """
 
@@ -196,36 +196,36 @@ def _compare(images, actual, expected, options, tolerance) -> Difference:
 def _compare_detections(actual, expected, options, tolerance, difference):
     difference.detections, difference.unmatched, difference.box, difference.score = 0, 0, 0.0, 0.0
     for i, sample in enumerate(expected):
-        theirs = sample.pred_instances
+        reference = sample.pred_instances
         count = int((actual['labels'][i] >= 0).sum())
         pairs = match(
             (actual['boxes'][i, :count], actual['scores'][i, :count], actual['labels'][i, :count]),
-            (theirs.bboxes.numpy(), theirs.scores.numpy(), theirs.labels.numpy()),
+            (reference.bboxes.numpy(), reference.scores.numpy(), reference.labels.numpy()),
             tolerance,
         )
-        difference.detections += len(theirs)
-        difference.unmatched += len(theirs) - len(pairs) + count - len(pairs)
+        difference.detections += len(reference)
+        difference.unmatched += len(reference) - len(pairs) + count - len(pairs)
         for a, b in pairs:
-            distance = np.abs(actual['boxes'][i, a] - theirs.bboxes[b].numpy()).max()
+            distance = np.abs(actual['boxes'][i, a] - reference.bboxes[b].numpy()).max()
             difference.box = max(difference.box, float(distance))
-            difference.score = max(difference.score, float(abs(actual['scores'][i, a] - theirs.scores[b].numpy())))
+            difference.score = max(difference.score, float(abs(actual['scores'][i, a] - reference.scores[b].numpy())))
         if 'masks' in actual and options.masks == 'image':
-            ious = [_mask_iou(actual['masks'][i, a], theirs.masks[b].numpy()) for a, b in pairs]
+            ious = [_mask_iou(actual['masks'][i, a], reference.masks[b].numpy()) for a, b in pairs]
             difference.mask_iou = min([difference.mask_iou or 1.0, *ious])
 
 
-def match(ours: tuple, theirs: tuple, tolerance: Tolerance) -> list[tuple[int, int]]:
+def match(actual: tuple, expected: tuple, tolerance: Tolerance) -> list[tuple[int, int]]:
     """Pairs of detections, given as boxes (n, 4), scores (n,) and labels (n,), that agree; each is in one pair."""
-    distance = np.abs(ours[0][:, None] - theirs[0][None]).max(-1, initial=0)
+    distance = np.abs(actual[0][:, None] - expected[0][None]).max(-1, initial=0)
     agree = distance <= tolerance.box
-    agree &= np.abs(ours[1][:, None] - theirs[1][None]) <= tolerance.score
-    agree &= ours[2][:, None] == theirs[2][None]
-    pairs, taken = [], set()
+    agree &= np.abs(actual[1][:, None] - expected[1][None]) <= tolerance.score
+    agree &= actual[2][:, None] == expected[2][None]
+    pairs, matched = [], set()
     for a in range(len(agree)):
-        partners = [b for b in np.flatnonzero(agree[a]) if b not in taken]
+        partners = [b for b in np.flatnonzero(agree[a]) if b not in matched]
         if partners:
             best = min(partners, key=lambda b: distance[a, b])
-            taken.add(best)
+            matched.add(best)
             pairs.append((a, int(best)))
     return pairs
 

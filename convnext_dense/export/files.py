@@ -29,7 +29,7 @@ def write_onnx(traced: Traced, path: Path) -> None:
     """Write a model as ONNX, of standard operators alone.
 
     Raises:
-        UsageError: If a package is missing, or an operator has no form in ONNX.
+        UsageError: If a package is missing, or an operator is not supported by ONNX.
     """
     for name in ('onnx', 'onnxscript'):
         _import(name, 'export')
@@ -64,7 +64,7 @@ def _n_inputs(traced: Traced) -> int:
 
 
 def _missing_operator(traced: Traced, error: Exception) -> str:
-    """Which operator has no ONNX form, and the module that calls it."""
+    """The operator that ONNX does not support, and the module that calls it."""
     causes, cause = [], error
     while cause is not None:
         causes.append(str(cause))
@@ -78,7 +78,7 @@ def _missing_operator(traced: Traced, error: Exception) -> str:
         if stack and str(node.target) == operator:
             name, cls = [*stack.values()][-1]
             place = f' of {name.rpartition("model.")[2]} ({getattr(cls, "__name__", cls).rpartition(".")[2]})'
-    return f'the operator {operator}{place} has no ONNX form, so the model cannot be exported'
+    return f'the operator {operator}{place} is not supported by ONNX, so the model cannot be exported'
 
 
 def write_openvino(traced: Traced, path: Path) -> None:

@@ -64,7 +64,7 @@ class ExportableSegmentor(nn.Module):
             output_size = known_size(output_size)
         with exportable_operators():
             inputs = self.preprocess(images).to(next(self.model.parameters()).dtype)
-            logits = (self._slide if self.mode == 'slide' else self._whole)(inputs, size, output_size)
+            logits = (self._slide if self.mode == 'slide' else self._run_whole)(inputs, size, output_size)
         return self._finish(logits)
 
     def _finish(self, logits: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ class ExportableSegmentor(nn.Module):
             return logits
         return labels.to(torch.uint8 if logits.shape[1] <= MAX_UINT8_CLASSES else torch.int32)
 
-    def _whole(self, inputs: torch.Tensor, size: tuple[int, int], output_size: list[int] | None) -> torch.Tensor:
+    def _run_whole(self, inputs: torch.Tensor, size: tuple[int, int], output_size: list[int] | None) -> torch.Tensor:
         """Logits of inputs (N, C, H, W), of which `size` is no padding, resized to `output_size`."""
         logits = self._encode_decode(inputs).float()[:, :, : size[0], : size[1]]
         if output_size is None:
@@ -120,8 +120,8 @@ def resizes_last(model: nn.Module) -> bool:
     from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 
     head = type(model.decode_head)
-    own = type(model).encode_decode, getattr(head, 'predict', None), getattr(head, 'predict_by_feat', None)
-    return own == (EncoderDecoder.encode_decode, BaseDecodeHead.predict, BaseDecodeHead.predict_by_feat)
+    methods = type(model).encode_decode, getattr(head, 'predict', None), getattr(head, 'predict_by_feat', None)
+    return methods == (EncoderDecoder.encode_decode, BaseDecodeHead.predict, BaseDecodeHead.predict_by_feat)
 
 
 class WindowAxis:

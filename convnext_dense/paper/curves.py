@@ -91,10 +91,10 @@ def _curves_of(run: TrainingRun) -> TrainingCurves:
 
 
 def _add_session(curves: TrainingCurves, session: Session) -> None:
-    last = curves.losses[-1][0] if curves.losses else 0.0
+    last_x = curves.losses[-1][0] if curves.losses else 0.0
     for i, record in enumerate(map(_strip_prefix, session.records)):
         is_training = 'loss' in record or 'lr' in record
-        x = last = _x_value(record, is_training, session, last)
+        x = last_x = _x_value(record, is_training, session, last_x)
         if i == 0:  # a later session resumed the run before what it logs first
             _drop_overlap(curves, x, is_training)
         if is_training:
@@ -112,8 +112,8 @@ def _report_undrawn(curves: TrainingCurves) -> None:
     if undrawn:
         x, name, value = undrawn[0]
         name = f'lr of layer {name}' if isinstance(name, int) else name
-        others = f', nor are {len(undrawn) - 1} more values' if len(undrawn) > 1 else ''
-        curves.run.issues.append(f'{name} {value:g} at {x:g} {curves.unit} is not drawn{others}')
+        more_values = f', nor are {len(undrawn) - 1} more values' if len(undrawn) > 1 else ''
+        curves.run.issues.append(f'{name} {value:g} at {x:g} {curves.unit} is not drawn{more_values}')
 
 
 def _is_drawn(value: float) -> bool:
@@ -138,7 +138,7 @@ def _drop_overlap(curves: TrainingCurves, x: float, is_training: bool) -> None:
         setattr(curves, name, [point for point in points if point[0] < x or (keep_x and point[0] == x)])
 
 
-def _x_value(record: dict, is_training: bool, session: Session, last: float) -> float:
+def _x_value(record: dict, is_training: bool, session: Session, last_x: float) -> float:
     """Progress at a record.
 
     Of evaluations mmengine logs the epoch as their step, unless its logger hook is set otherwise; where the length is
@@ -151,7 +151,7 @@ def _x_value(record: dict, is_training: bool, session: Session, last: float) -> 
     step_is_epoch = logger.get('log_metric_by_epoch', True)
     if session.by_epoch:
         return step if step_is_epoch else step / session.min_iters_per_epoch
-    return last if step_is_epoch else step / session.facts.accumulation_steps
+    return last_x if step_is_epoch else step / session.facts.accumulation_steps
 
 
 def layer_lrs(record: dict, scales: dict[int, float], config: Config) -> dict[int | str, float]:
@@ -170,15 +170,15 @@ def layer_lrs(record: dict, scales: dict[int, float], config: Config) -> dict[in
     """
     if 'lr' not in record:
         return {}
-    lr, first = record['lr'], next(iter(scales.values()), None)
-    if not first:
+    lr, first_scale = record['lr'], next(iter(scales.values()), None)
+    if not first_scale:
         differs = 'base_lr' in record and record['base_lr'] != lr
         return {'lr': lr} | ({'base_lr': record['base_lr']} if differs else {})
-    if first == 1:
+    if first_scale == 1:
         return dict.fromkeys(scales, lr)
     scaled_later = (config.get('auto_scale_lr') or {}).get('enable')  # by mmengine, which leaves base_lr as it was
-    base = lr / first if scaled_later else record.get('base_lr', lr / first)
-    return {layer: base + (lr - base) * (1 - scale) / (1 - first) for layer, scale in scales.items()}
+    base = lr / first_scale if scaled_later else record.get('base_lr', lr / first_scale)
+    return {layer: base + (lr - base) * (1 - scale) / (1 - first_scale) for layer, scale in scales.items()}
 
 
 def _losses(record: dict) -> dict[str, float]:
@@ -288,9 +288,9 @@ def _draw_group(
 def _panel_names(group: Sequence[TrainingCurves]) -> list[str]:
     """Names of the panels; of metrics that are not the paper's the first two, means before others."""
     metrics = list(dict.fromkeys(name for curves in group for _, values in curves.metrics for name in values))
-    others = sorted(metrics, key=lambda name: not name.split('/')[-1].startswith('m'))[:2]
+    other_metrics = sorted(metrics, key=lambda name: not name.split('/')[-1].startswith('m'))[:2]
     lr = ['lr'] if any(lrs for curves in group for _, lrs in curves.lrs) else []
-    return ['loss', *lr, *([name for name in MAIN_METRICS if name in metrics] or others)]
+    return ['loss', *lr, *([name for name in MAIN_METRICS if name in metrics] or other_metrics)]
 
 
 def _line(points: Sequence[tuple[float, dict]], name) -> tuple[list[float], list[float]]:
@@ -397,9 +397,9 @@ def _style_axis(axis, group: Sequence[TrainingCurves]) -> None:
     unit = group[0].unit
     is_iteration = all(session.facts.accumulation_steps == 1 for c in group for session in c.run.sessions)
     axis.set_xlabel('iterations' if unit == 'optimizer steps' and is_iteration else unit)
-    last = max(x for c in group for x, _ in c.losses + c.metrics)
-    axis.set_xlim(0, 1.02 * last)
-    if last >= 10_000:
+    max_x = max(x for c in group for x, _ in c.losses + c.metrics)
+    axis.set_xlim(0, 1.02 * max_x)
+    if max_x >= 10_000:
         axis.xaxis.set_major_formatter(lambda x, _: f'{x / 1000:g}k' if x else '0')
     axis.grid(color='0.9', lw=0.8)
     axis.set_axisbelow(True)

@@ -162,10 +162,10 @@ class TrainingRun:
             Ours minus the paper's in percentage points, None where one is missing; and 'within tolerance', 'below' or
             'above', or '' where the training differs from the recipe or is not finished.
         """
-        paper, ours, record = self.paper_result, self.final(metric), self._final_test(metric)
-        if ours is None or paper is None or metric not in paper.metrics:
+        paper, value, record = self.paper_result, self.final(metric), self._final_test(metric)
+        if value is None or paper is None or metric not in paper.metrics:
             return None, ''
-        difference = round(round(ours, 1) - paper.metrics[metric], 1)
+        difference = round(round(value, 1) - paper.metrics[metric], 1)
         is_released = record is not None and record.is_released
         if not is_released and (not self.is_finished or self.deviations()):
             return difference, ''
@@ -219,15 +219,15 @@ def read_runs(work_dir: Path) -> list[TrainingRun]:
         elif log_dir.parent == work_dir:
             _read_training(run, log_dir)
     _check_last_checkpoint(run)
-    others: dict[tuple, TrainingRun] = {}
+    runs_of_origin: dict[tuple, TrainingRun] = {}
     for record in eval_records:
         if run.has_training and record.paper_result is run.paper_result and not record.is_released:
             run.eval_records.append(record)
         else:
             origin = (record.paper_result and record.paper_result.recipe, record.checkpoint)
-            other = others.setdefault(origin, TrainingRun(work_dir / EVAL_DIR, record.config))
-            other.eval_records.append(record)
-    return [*([run] if run.has_training or run.issues else []), *others.values()]
+            other_run = runs_of_origin.setdefault(origin, TrainingRun(work_dir / EVAL_DIR, record.config))
+            other_run.eval_records.append(record)
+    return [*([run] if run.has_training or run.issues else []), *runs_of_origin.values()]
 
 
 def _read_training(run: TrainingRun, log_dir: Path) -> None:

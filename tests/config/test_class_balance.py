@@ -57,13 +57,13 @@ def test_images_of_a_rare_class_are_repeated(detection):
     assert detection.train_dataloader.dataset.dataset.type == 'ClassBalancedDataset'
 
 
-def test_a_config_that_balances_itself_is_refused(detection):
+def test_config_with_class_balanced_dataset_is_refused(detection):
     balance_classes(detection, True)
     with pytest.raises(UsageError, match='--balance: the config has a ClassBalancedDataset already'):
         balance_classes(detection, True)
 
 
-def test_nothing_is_repeated_where_no_class_is_rare(detection, tmp_path):
+def test_without_rare_classes_nothing_is_repeated(detection, tmp_path):
     file = tmp_path / 'annotations/instances_train.json'
     content = json.loads(file.read_text())
     content['annotations'] = [a for a in content['annotations'] if a['category_id'] < 4]
@@ -104,7 +104,7 @@ def test_rare_classes_have_more_weight(segmentation):
         balance_classes(segmentation, True)
 
 
-def test_a_model_without_class_weights_is_refused(segmentation):
+def test_model_without_class_weights_is_refused(segmentation):
     for head in (segmentation.model.decode_head, segmentation.model.auxiliary_head):
         head.loss_decode = dict(type='DiceLoss')
     with pytest.raises(UsageError, match='--balance: the loss of the model takes no class_weight'):

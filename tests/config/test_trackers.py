@@ -19,7 +19,7 @@ from helpers.tools import DEMO, TRAIN, WITH, one_line_error
 WANDB = importlib.util.find_spec('wandb') is not None
 
 
-def logged(folder) -> dict[str, list[tuple[int, float]]]:
+def read_scalars(folder) -> dict[str, list[tuple[int, float]]]:
     """The run's own log: (step, value) by name."""
     (file,) = folder.glob('*/vis_data/scalars.json')
     actual = {}
@@ -38,7 +38,7 @@ def test_trackers_log_what_local_log_has(run_tool, data, short, tmp_path):
     env = dict(SHAPES_ROOT=data, WANDB_MODE='offline', WANDB_SILENT='true', WANDB_DIR='')
     process = run_tool(*arguments, WITH, *options, **env)
     assert process.returncode == 0, process.stderr[-3000:]
-    expected = logged(tmp_path / 'run')
+    expected = read_scalars(tmp_path / 'run')
     assert {'loss', 'lr', 'base_lr', 'mIoU', 'decode.loss_ce'} < set(expected) and len(expected['loss']) == 2
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -58,21 +58,21 @@ def test_trackers_log_what_local_log_has(run_tool, data, short, tmp_path):
         assert offline['iters'] == [1, 2, 2]  # the evaluation's, too
 
 
-def records(file):
-    """Of W&B's file: a header, then LevelDB's log, blocks of 32 KiB with parts of records (crc, length, kind)."""
-    content, position, whole = file.read_bytes(), 7, b''
+def iter_records(file):
+    """Records of a W&B file: a header, then a LevelDB log: 32 KiB blocks with parts of records (crc, length, kind)."""
+    content, position, record = file.read_bytes(), 7, b''
     assert content.startswith(b':W&B')
     while position < len(content):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
+        block_bytes = 32768 - position % 32768
+        if block_bytes < 7:
+            position += block_bytes
             continue
         length, kind = struct.unpack('<HB', content[position + 4 : position + 7])
-        whole += content[position + 7 : position + 7 + length]
+        record += content[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # all of it, or the last part
-            yield whole
-            whole = b''
+            yield record
+            record = b''
 
 
 def read_offline(file) -> dict:
@@ -80,7 +80,7 @@ def read_offline(file) -> dict:
     from wandb.proto.wandb_internal_pb2 import Record
 
     actual = dict(history={}, iters=[], files=[])
-    for content in records(file):
+    for content in iter_records(file):
         record = Record()
         record.ParseFromString(content)
         kind = record.WhichOneof('record_type')
@@ -97,7 +97,7 @@ def read_offline(file) -> dict:
     return actual
 
 
-def types(config: Config) -> list[str]:
+def backend_types(config: Config) -> list[str]:
     return [backend['type'] for backend in config.visualizer.vis_backends]
 
 
@@ -113,29 +113,34 @@ def test_existing_backends_are_kept(no_wandb, monkeypatch, tmp_path):
     config = load('cascade/convnext_t')
     config.work_dir = 'work_dirs/a'
     add_trackers(config, [])
-    assert types(config) == ['LocalVisBackend']
+    assert backend_types(config) == ['LocalVisBackend']
     add_trackers(config, ['wandb', 'tensorboard', 'wandb'])
     assert config.visualizer.type == 'DetLocalVisualizer'
-    assert types(config) == ['LocalVisBackend', 'NoCodeWandbVisBackend', 'TensorboardVisBackend']
+    assert backend_types(config) == ['LocalVisBackend', 'NoCodeWandbVisBackend', 'TensorboardVisBackend']
     init = config.visualizer.vis_backends[1].init_kwargs
     assert (init.project, init.name, init.resume) == ('cascade-convnext_t', 'a', 'allow')
-    before = copy.deepcopy(config.to_dict())
+    original = copy.deepcopy(config.to_dict())
     add_trackers(config, ['tensorboard', 'wandb'])
-    assert config.to_dict() == before
+    assert config.to_dict() == original
 
     monkeypatch.setenv('WANDB_PROJECT', 'mine')
     (tmp_path / 'my.py').write_text("work_dir = 'x'")
-    bare = Config.fromfile(tmp_path / 'my.py')
-    add_trackers(bare, ['wandb'])
-    assert bare.visualizer.type == 'Visualizer' and types(bare) == ['LocalVisBackend', 'NoCodeWandbVisBackend']
-    assert 'project' not in bare.visualizer.vis_backends[1].init_kwargs
-    own = Config(dict(visualizer=dict(type='Visualizer', vis_backends=[dict(type='WandbVisBackend', commit=False)])))
-    add_trackers(own, ['wandb'])
-    assert own.visualizer.vis_backends == [dict(type='WandbVisBackend', commit=False)]
+    minimal = Config.fromfile(tmp_path / 'my.py')
+    add_trackers(minimal, ['wandb'])
+    assert minimal.visualizer.type == 'Visualizer' and backend_types(minimal) == [
+        'LocalVisBackend',
+        'NoCodeWandbVisBackend',
+    ]
+    assert 'project' not in minimal.visualizer.vis_backends[1].init_kwargs
+    user_config = Config(
+        dict(visualizer=dict(type='Visualizer', vis_backends=[dict(type='WandbVisBackend', commit=False)]))
+    )
+    add_trackers(user_config, ['wandb'])
+    assert user_config.visualizer.vis_backends == [dict(type='WandbVisBackend', commit=False)]
 
 
 def test_resumed_run_continues_wandb_run(no_wandb, tmp_path):
-    def started(resumed: bool) -> str:
+    def start_run(resumed: bool) -> str:
         config = load('upernet/convnext_t')
         config.work_dir = str(tmp_path)
         add_trackers(config, ['wandb'], resumed)
@@ -144,13 +149,13 @@ def test_resumed_run_continues_wandb_run(no_wandb, tmp_path):
         config.dump(folder / 'config.py')
         return config.visualizer.vis_backends[1].init_kwargs.id
 
-    first = started(False)
-    assert started(True) == first
-    other = started(False)
-    assert other != first and started(True) == other
+    run_id = start_run(False)
+    assert start_run(True) == run_id
+    new_run_id = start_run(False)
+    assert new_run_id != run_id and start_run(True) == new_run_id
     (tmp_path / '20260105_120000/vis_data').mkdir(parents=True)
     (tmp_path / '20260105_120000/vis_data/config.py').write_text('visualizer = dict(')
-    assert started(True) == other
+    assert start_run(True) == new_run_id
 
 
 class Package(type(sys)):
@@ -207,8 +212,8 @@ def test_other_trackers_get_the_numbers(name, monkeypatch, tmp_path):
     actual_args, actual_kwargs = calls[start][0]
     assert actual_args == args and kwargs.items() <= actual_kwargs.items()
     assert 'mode' not in actual_kwargs or 'mode' in kwargs
-    logged = repr(calls[log])
-    assert '0.5' in logged and '41.5' in logged
+    read_scalars = repr(calls[log])
+    assert '0.5' in read_scalars and '41.5' in read_scalars
     assert '.pth' not in settings.get('artifact_suffix', ())
 
 

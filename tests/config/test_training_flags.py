@@ -32,7 +32,7 @@ def stock(name):
     return Config.fromfile(STOCK / f'{name}.py')
 
 
-def test_early_stopping_watches_the_main_metric():
+def test_early_stopping_monitors_the_main_metric():
     for recipe, metric, delta in (('demo/mask_rcnn', 'coco/bbox_mAP', 0.001), ('demo/upernet', 'mIoU', 0.1)):
         config = load(recipe)
         set_early_stopping(config, 4)
@@ -69,14 +69,14 @@ def optimizer_of(config):
     return {names[id(p)]: (g['lr'], g['weight_decay']) for g in groups for p in g['params']}
 
 
-def test_backbone_lr_multiplies_layer_decay_and_nothing_else():
-    plain, scaled = load('demo/mask_rcnn'), load('demo/mask_rcnn')
-    scale_backbone_lr(scaled, 0.1)
-    before, after = optimizer_of(plain), optimizer_of(scaled)
-    assert before.keys() == after.keys()
-    for name, (lr, decay) in before.items():
+def test_backbone_lr_scales_backbone_groups_only():
+    config, scaled_config = load('demo/mask_rcnn'), load('demo/mask_rcnn')
+    scale_backbone_lr(scaled_config, 0.1)
+    groups, scaled_groups = optimizer_of(config), optimizer_of(scaled_config)
+    assert groups.keys() == scaled_groups.keys()
+    for name, (lr, decay) in groups.items():
         is_backbone = name.startswith(('backbone.stages', 'backbone.downsample'))
-        assert after[name] == (pytest.approx(lr * (0.1 if is_backbone else 1), rel=1e-9), decay), name
+        assert scaled_groups[name] == (pytest.approx(lr * (0.1 if is_backbone else 1), rel=1e-9), decay), name
 
 
 def test_backbone_lr_of_other_constructors():
@@ -109,7 +109,7 @@ def test_frozen_stages(stages, number):
         assert config.model.backbone.frozen_stages == number
 
 
-def test_negatives():
+def test_training_on_images_without_objects():
     config = load('mask_rcnn/convnext_t')
     set_negatives(config, 'keep')
     assert config.train_dataloader.dataset.filter_cfg == dict(filter_empty_gt=False, min_size=32)
@@ -134,7 +134,7 @@ BAD = {
 
 
 @pytest.mark.parametrize('message', BAD)
-def test_bad_values_are_refused(message):
+def test_invalid_values_are_refused(message):
     function, value = BAD[message]
     config = load('demo/upernet')
     with pytest.raises(UsageError) as error:
@@ -142,13 +142,13 @@ def test_bad_values_are_refused(message):
     assert str(error.value).startswith(message) and '\n' not in str(error.value)
 
 
-def test_a_training_with_all_of_them(run_tool, tmp_path):
+def test_training_with_all_flags(run_tool, tmp_path):
     """The backbone stays, heads and output norms are trained, with layer decay on; an image has no objects."""
     data = tmp_path / 'shapes'
     toy_shapes.write(data, train=4, val=2, size=64)
     content = json.loads((data / 'annotations/instances_train.json').read_text())
-    first = content['images'][0]['id']
-    content['annotations'] = [a for a in content['annotations'] if a['image_id'] != first]
+    first_id = content['images'][0]['id']
+    content['annotations'] = [a for a in content['annotations'] if a['image_id'] != first_id]
     (data / 'annotations/instances_train.json').write_text(json.dumps(content))
     aids = ('--early-stop', 5, '--ema', 0.9, '--freeze', 'all', '--backbone-lr', 0.5, '--negatives', 'keep')
     args = ('--work-dir', 'run', '--epochs', 2, '--image-size', 64, *aids)
@@ -156,13 +156,13 @@ def test_a_training_with_all_of_them(run_tool, tmp_path):
     process = run_tool('train.py', DETECTOR, *args, '--cfg-options', *options, SHAPES_ROOT=data)
     assert process.returncode == 0, process.stderr[-3000:]
     assert 'training on 4 images: 4 optimizer steps in 2 epochs' in process.stdout
-    first, second = (torch.load(tmp_path / f'run/epoch_{i}.pth', weights_only=False) for i in (1, 2))
-    assert 'ema_state_dict' in second
-    first, second = (state['state_dict'] for state in (first, second))
-    for name in first:
+    first_id, state2 = (torch.load(tmp_path / f'run/epoch_{i}.pth', weights_only=False) for i in (1, 2))
+    assert 'ema_state_dict' in state2
+    first_id, state2 = (state['state_dict'] for state in (first_id, state2))
+    for name in first_id:
         is_frozen = name.startswith(('backbone.stages', 'backbone.downsample'))
         if is_frozen or name.endswith(('fc_cls.weight', 'norm3.weight')):
-            assert torch.equal(first[name], second[name]) == is_frozen, name
+            assert torch.equal(first_id[name], state2[name]) == is_frozen, name
     process = run_tool('test.py', DETECTOR, 'run/epoch_2.pth', '--cfg-options', *WITHOUT_WORKERS, SHAPES_ROOT=data)
     assert process.returncode == 0, process.stderr[-3000:]
     one_line_error(run_tool('train.py', DETECTOR, '--freeze', 9, '--work-dir', 'x'), '--freeze 9: the backbone has 4')

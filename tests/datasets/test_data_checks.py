@@ -36,7 +36,7 @@ from helpers.datasets import (
 from helpers.files import png_bytes
 
 
-def first(**values):
+def set_first(**values):
     """Update the first annotation of train."""
     return edit_coco(lambda coco: coco['annotations'][0].update(values))
 
@@ -211,45 +211,47 @@ DETECTION = {  # kind: what is done to the data, and what the report names
     'class-never-annotated': (edit_coco(lambda c: c['categories'].append(dict(id=9, name='star'))), 'star'),
     'category-id-gaps': (edit_coco(lambda c: c['categories'].append(dict(id=90, name='star'))), '5 ids up to 90'),
     'supercategory-not-text': (edit_coco(lambda c: c['categories'][0].update(supercategory=['a'])), 'disc'),
-    'id-not-integer': (first(image_id='1'), "id 1: image_id '1'"),
+    'id-not-integer': (set_first(image_id='1'), "id 1: image_id '1'"),
     'image-id-renumbered': (edit_coco(text_id), 'first'),
-    'orphan-annotation': (first(image_id=77), 'id 1: image 77'),
-    'unknown-category': (first(category_id=77), 'id 1: category 77'),
+    'orphan-annotation': (set_first(image_id=77), 'id 1: image 77'),
+    'unknown-category': (set_first(category_id=77), 'id 1: category 77'),
     'not-an-annotation': (edit_coco(lambda c: c['annotations'].append('text')), 'number'),
     'duplicate-annotation': (duplicated('annotations', id=99), 'id 99'),
     'duplicate-annotation-id': (edit_coco(lambda c: c['annotations'][1].update(id=1)), 'id 1'),
     'box-from-mask': (without('bbox'), 'id 1'),
     'crowd': (rle(iscrowd=1), 'id 1'),
-    'box-not-four-numbers': (first(bbox=[1, 2, 3]), 'id 1'),
-    'box-not-finite': (first(bbox=[1, 2, float('nan'), 4]), 'id 1'),
-    'box-without-area': (first(bbox=[1, 2, 0, 4]), 'id 1'),
-    'box-below-one-pixel': (first(bbox=[1, 2, 0.5, 4], segmentation=[[1, 2, 1.5, 2, 1.5, 6, 1, 6]], area=2), 'id 1'),
-    'box-outside-image': (first(bbox=[64, 2, 10, 4]), 'id 1'),
-    'box-far-outside-image': (first(bbox=[50, 2, 10**30, 4]), 'id 1'),
+    'box-not-four-numbers': (set_first(bbox=[1, 2, 3]), 'id 1'),
+    'box-not-finite': (set_first(bbox=[1, 2, float('nan'), 4]), 'id 1'),
+    'box-without-area': (set_first(bbox=[1, 2, 0, 4]), 'id 1'),
+    'box-below-one-pixel': (
+        set_first(bbox=[1, 2, 0.5, 4], segmentation=[[1, 2, 1.5, 2, 1.5, 6, 1, 6]], area=2), 'id 1',
+    ),
+    'box-outside-image': (set_first(bbox=[64, 2, 10, 4]), 'id 1'),
+    'box-far-outside-image': (set_first(bbox=[50, 2, 10**30, 4]), 'id 1'),
     'box-partly-outside-image': (
-        first(bbox=[50, 2, 30, 4], segmentation=[[50, 2, 80, 2, 80, 6, 50, 6]], area=120),
+        set_first(bbox=[50, 2, 30, 4], segmentation=[[50, 2, 80, 2, 80, 6, 50, 6]], area=120),
         'id 1',
     ),
     'box-as-corners': (edit_coco(first_as_corners), 'id 1'),
     'most-boxes-as-corners': (edit_coco(all_as_corners), 'id 1'),
-    'box-mask-unrelated': (first(bbox=[50, 50, 9, 9], segmentation=[square(5, 5)]), 'id 1'),
-    'box-mask-mismatch': (first(bbox=[5, 5, 30, 30], segmentation=[square(5, 5)]), 'id 1'),
-    'implausible-area': (first(area=10**400), 'id 1: 1000000'),
+    'box-mask-unrelated': (set_first(bbox=[50, 50, 9, 9], segmentation=[square(5, 5)]), 'id 1'),
+    'box-mask-mismatch': (set_first(bbox=[5, 5, 30, 30], segmentation=[square(5, 5)]), 'id 1'),
+    'implausible-area': (set_first(area=10**400), 'id 1: 1000000'),
     'missing-area': (without('area'), 'id 1'),
-    'missing-mask': (first(segmentation=[]), 'id 1'),
-    'mask-format-unknown': (first(segmentation='abc'), 'id 1'),
-    'polygon-under-3-points': (first(segmentation=[[1, 1, 20, 20]]), 'id 1'),
-    'polygon-odd-length': (first(segmentation=[[1, 1, 20, 20, 5, 5, 5]]), 'id 1'),
-    'polygon-not-numeric': (first(segmentation=[[1, 1, None, 20, 5, 5]]), 'id 1'),
-    'polygon-outside-image': (first(segmentation=[square(70, 70)]), 'id 1'),
-    'polygon-far-outside-image': (first(segmentation=[[*square(5, 5), 5, 1e12]]), 'id 1'),
-    'polygon-outline-too-long': (first(segmentation=[[0, 0, 600, 5] * 9000]), 'id 1'),
-    'polygon-not-nested': (first(segmentation=square(5, 5)), 'id 1'),
+    'missing-mask': (set_first(segmentation=[]), 'id 1'),
+    'mask-format-unknown': (set_first(segmentation='abc'), 'id 1'),
+    'polygon-under-3-points': (set_first(segmentation=[[1, 1, 20, 20]]), 'id 1'),
+    'polygon-odd-length': (set_first(segmentation=[[1, 1, 20, 20, 5, 5, 5]]), 'id 1'),
+    'polygon-not-numeric': (set_first(segmentation=[[1, 1, None, 20, 5, 5]]), 'id 1'),
+    'polygon-outside-image': (set_first(segmentation=[square(70, 70)]), 'id 1'),
+    'polygon-far-outside-image': (set_first(segmentation=[[*square(5, 5), 5, 1e12]]), 'id 1'),
+    'polygon-outline-too-long': (set_first(segmentation=[[0, 0, 600, 5] * 9000]), 'id 1'),
+    'polygon-not-nested': (set_first(segmentation=square(5, 5)), 'id 1'),
     'rle-size-mismatch': (rle(lambda rle: {**rle, 'size': [64, 65]}), 'id 1'),
     'rle-length-mismatch': (rle(lambda rle: {**rle, 'counts': rle['counts'][:-2]}), 'id 1'),
-    'crowd-with-polygons': (first(iscrowd=1), 'id 1'),
-    'iscrowd-as-text': (first(iscrowd='False'), "id 1: iscrowd 'False'"),
-    'iscrowd-invalid': (first(iscrowd=2), 'id 1: iscrowd 2'),
+    'crowd-with-polygons': (set_first(iscrowd=1), 'id 1'),
+    'iscrowd-as-text': (set_first(iscrowd='False'), "id 1: iscrowd 'False'"),
+    'iscrowd-invalid': (set_first(iscrowd=2), 'id 1: iscrowd 2'),
     'nothing-to-evaluate': (edit_coco(lambda c: c.update(annotations=[]), VAL), 'val'),
     'nothing-to-train-on': (
         edit_coco(lambda c: c.update(annotations=c['annotations'][:1]) or drop_first_box(c)), 'train',
@@ -710,13 +712,13 @@ def test_check_data_tool(dataset_root, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert out.startswith('detection\n') and '\n\nsegmentation\n' in out and out.count('no problems found') == 2
     (dataset_root / 'train/000001.png').write_bytes(b'')
-    before = {path: path.stat().st_mtime_ns for path in Path('.').rglob('*')}
+    mtimes = {path: path.stat().st_mtime_ns for path in Path('.').rglob('*')}
     assert run('check_data.py', '--data', 'my_data', '--task', 'detection', '--json') == 1
     problems = json.loads(capsys.readouterr().out)
     assert problems['detection']['diagnostics'] == [
         dict(split='train', code='empty-file', action='dropped', count=1, examples=['000001.png'])
     ]
-    assert {path: path.stat().st_mtime_ns for path in Path('.').rglob('*')} == before
+    assert {path: path.stat().st_mtime_ns for path in Path('.').rglob('*')} == mtimes
     assert run('check_data.py', '--data', 'gone') == 2
     assert capsys.readouterr().err == 'error: gone does not exist\n'
     assert run('check_data.py') == 2 and run('check_data.py', '--data', 'my_data', '--train-images', 'my_data') == 2
@@ -789,14 +791,14 @@ def test_random_values_are_reported_or_one_error(dataset_root, monkeypatch, seed
     content['images'], content['annotations'] = content['images'][:3], content['annotations'][:6]
     for _ in range(3):
         paths = [path_of_keys for path_of_keys in iter_paths(content) if len(path_of_keys) > 1]
-        *path, last = paths[rng.randint(len(paths))]
+        *path, last_key = paths[rng.randint(len(paths))]
         holder = content
         for key in path:
             holder = holder[key]
         if rng.randint(4) or isinstance(holder, list):
-            holder[last] = INVALID_VALUES[rng.randint(len(INVALID_VALUES))]
+            holder[last_key] = INVALID_VALUES[rng.randint(len(INVALID_VALUES))]
         else:
-            del holder[last]
+            del holder[last_key]
     (dataset_root / file).write_text(json.dumps(content))
     config = load_recipe('demo/mask_rcnn')
     try:

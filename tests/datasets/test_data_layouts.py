@@ -295,15 +295,18 @@ def test_train_and_test_with_other_numbers_of_classes(tmp_path, monkeypatch, rec
 @pytest.mark.parametrize('recipe', ['mask_rcnn/convnext_t', 'cascade/convnext_b', 'upernet/convnext_b_in22k'])
 def test_paper_recipes_adapt_to_a_custom_dataset(toy_dataset, tmp_path, monkeypatch, recipe):
     monkeypatch.chdir(tmp_path)
-    config, before = load_recipe(recipe), load_recipe(recipe)
+    config, original = load_recipe(recipe), load_recipe(recipe)
     assert find_paper_result(config)
     lines = apply_custom_data(config, DatasetRequest(str(toy_dataset)))
     n = 5 if 'upernet' in recipe else 4
-    assert class_counts(config) == {n} and len(class_counts(before) & {80, 150}) == 1
+    assert class_counts(config) == {n} and len(class_counts(original) & {80, 150}) == 1
     assert any(f'{n} classes: ' in line for line in lines) and lines[-1] == 'data: no problems found'
     for split in ('train', 'val', 'test'):
-        dataset, theirs = (c[f'{split}_dataloader'].dataset for c in (config, before))
-        assert (dataset.pipeline, dataset.get('filter_cfg')) == (theirs.pipeline, theirs.get('filter_cfg'))
+        dataset, original_dataset = (c[f'{split}_dataloader'].dataset for c in (config, original))
+        assert (dataset.pipeline, dataset.get('filter_cfg')) == (
+            original_dataset.pipeline,
+            original_dataset.get('filter_cfg'),
+        )
         assert len(dataset.metainfo.classes) == n
     init_default_scope(config.default_scope)
     config.model.backbone.init_cfg = None
@@ -505,11 +508,11 @@ def test_annotated_test_split_is_preferred_to_val(toy_dataset, tmp_path, monkeyp
 def test_unchanged_dataset_is_read_from_the_cache(toy_dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(toy_dataset, 'my_data')
-    first = apply_custom_data(load_recipe('demo/upernet'), DatasetRequest('my_data'))
+    first_summary = apply_custom_data(load_recipe('demo/upernet'), DatasetRequest('my_data'))
     calls = []
     monkeypatch.setattr('convnext_dense.datasets.custom.read_data', lambda *a: calls.append(a) or read_data(*a))
     config = load_recipe('demo/upernet')
-    assert apply_custom_data(config, DatasetRequest('my_data')) == first and not calls
+    assert apply_custom_data(config, DatasetRequest('my_data')) == first_summary and not calls
     assert config.train_dataloader.dataset.reduce_zero_label
     path = next(Path('my_data/train').iterdir())
     path.write_bytes(path.read_bytes()[:1000])
@@ -528,15 +531,15 @@ def test_unchanged_dataset_is_read_from_the_cache(toy_dataset, tmp_path, monkeyp
 def test_other_ranks_wait_for_local_rank_0(toy_dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('convnext_dense.datasets.cache.POLL_SECONDS', 0.01)
-    first, second = load_recipe('demo/mask_rcnn'), load_recipe('demo/mask_rcnn')
-    first.launcher, second.launcher = 'pytorch', 'slurm'
+    config0, config1 = load_recipe('demo/mask_rcnn'), load_recipe('demo/mask_rcnn')
+    config0.launcher, config1.launcher = 'pytorch', 'slurm'
     monkeypatch.setenv('LOCAL_RANK', '0')
     monkeypatch.setenv('SLURM_LOCALID', '3')
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(apply_custom_data, second, DatasetRequest(str(toy_dataset)))
+        waiting = pool.submit(apply_custom_data, config1, DatasetRequest(str(toy_dataset)))
         assert not waiting.done()
-        assert apply_custom_data(first, DatasetRequest(str(toy_dataset))) == waiting.result(timeout=60)
-    assert first.val_dataloader == second.val_dataloader
+        assert apply_custom_data(config0, DatasetRequest(str(toy_dataset))) == waiting.result(timeout=60)
+    assert config0.val_dataloader == config1.val_dataloader
 
 
 def test_ranks_wait_only_while_rank_0_is_busy(tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def write(folder, text, name='data.yaml'):
     return folder / name
 
 
-def test_it_says_what_flags_say(toy_dataset, tmp_path):
+def test_yaml_equals_flags(toy_dataset, tmp_path):
     file = write(tmp_path, BOXES.format(root=toy_dataset) + 'classes: [cross, disc=round]\n')
     flags = [f'--{s}-ann={toy_dataset}/annotations/instances_{s}.json' for s in ('train', 'val')]
     flags += [f'--{s}-images={toy_dataset}/{s}' for s in ('train', 'val')]
@@ -61,7 +61,7 @@ def test_it_says_what_flags_say(toy_dataset, tmp_path):
     assert read(request_of('--data', file, '--classes', 'disc'))[0].classes == ['disc']
 
 
-def test_paths_outside_its_folder_are_used_and_said_once(toy_dataset, tmp_path):
+def test_paths_outside_its_folder_are_used_and_reported_once(toy_dataset, tmp_path):
     text = BOXES.format(root='.').replace(' annotations/', f' {toy_dataset}/annotations/')
     for split in ('train', 'val'):
         text = text.replace(f'images: {split}\n', f'images: {os.path.relpath(toy_dataset, tmp_path)}/{split}\n')
@@ -97,7 +97,7 @@ def test_masks_and_folders_of_labels(toy_dataset, tmp_path):
     assert ': VIA, layout' in read(request_of('--data', file))[0].report.facts[0]
 
 
-def test_labels_of_yolo_in_another_folder(tmp_path, toy_dataset):
+def test_yolo_labels_in_another_folder(tmp_path, toy_dataset):
     for split in ('train', 'val'):
         shutil.copytree(toy_dataset / split, tmp_path / 'photos' / split)
         for path in (tmp_path / 'photos' / split).iterdir():
@@ -112,7 +112,7 @@ def test_labels_of_yolo_in_another_folder(tmp_path, toy_dataset):
     assert boxes == [[24, 16, 16, 32]] * 8
 
 
-def test_that_of_yolo_is_left_to_yolo(tmp_path):
+def test_yolo_yaml_is_read_by_the_yolo_reader(tmp_path):
     file = write(tmp_path, YOLO.format(root=tmp_path))
     request = request_of('--data', file)
     assert request.data_yaml is None and 'its train is images/train, which is not there' in error_message(read, request)
@@ -138,7 +138,7 @@ MISTAKES = {  # the text, or what is replaced in that of boxes -> the message
 
 
 @pytest.mark.parametrize('kind', MISTAKES)
-def test_mistakes_are_one_line(kind, toy_dataset, tmp_path):
+def test_mistakes_are_one_line_errors(kind, toy_dataset, tmp_path):
     (old, new), message = MISTAKES[kind]
     text = BOXES.format(root=toy_dataset)
     assert old in text
@@ -146,13 +146,13 @@ def test_mistakes_are_one_line(kind, toy_dataset, tmp_path):
     assert message in line and 'data.yaml' in line
 
 
-def test_flags_of_places_contradict_it(toy_dataset, tmp_path):
+def test_path_flags_contradict_the_yaml(toy_dataset, tmp_path):
     file = write(tmp_path, BOXES.format(root=toy_dataset))
     line = error_message(request_of, '--data', file, '--train-ann', toy_dataset / 'annotations/instances_train.json')
     assert 'data.yaml says where everything is: leave out --train-ann' in line
 
 
-def test_training_reads_it_again_only_if_it_changes(toy_dataset, tmp_path, monkeypatch):
+def test_changed_yaml_is_read_again(toy_dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = write(tmp_path, BOXES.format(root=toy_dataset))
 
@@ -164,7 +164,7 @@ def test_training_reads_it_again_only_if_it_changes(toy_dataset, tmp_path, monke
 
     assert len(classes()) == 4
     manifest = tmp_path / 'run/data/data.json'
-    before = manifest.stat().st_mtime_ns
-    assert len(classes()) == 4 and manifest.stat().st_mtime_ns == before
+    mtime = manifest.stat().st_mtime_ns
+    assert len(classes()) == 4 and manifest.stat().st_mtime_ns == mtime
     write(tmp_path, BOXES.format(root=toy_dataset) + 'classes: [disc]\n')
     assert classes() == ('disc',)

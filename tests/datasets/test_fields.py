@@ -70,11 +70,13 @@ def check(annotations, images=None, categories=None, masks=True):
 
 def check_one(**extra):
     """Check one annotation among valid ones: return it (None if dropped) and the examples of the problems by code."""
-    others = [annotation(i, (5 * i, 40, 20 + i, 30)) for i in range(2, 8)]
-    valid, problems = check([annotation(1, **extra), *others], masks=extra.get('segmentation', 1) is not None)
-    first = valid[0] if len(valid) == 7 else None
-    assert len(valid) - (first is not None) == 6
-    return first, problems
+    other_annotations = [annotation(i, (5 * i, 40, 20 + i, 30)) for i in range(2, 8)]
+    valid, problems = check(
+        [annotation(1, **extra), *other_annotations], masks=extra.get('segmentation', 1) is not None
+    )
+    annotation_or_none = valid[0] if len(valid) == 7 else None
+    assert len(valid) - (annotation_or_none is not None) == 6
+    return annotation_or_none, problems
 
 
 CROWDS = [  # what is written, whether it is a crowd, None where that is unclear, and whether it is said
@@ -176,18 +178,20 @@ def test_corner_boxes_are_detected_by_masks(masks):
     boxes = [annotation(i, box, bbox=corners(box), segmentation=base(box)) for i, box in enumerate(BOXES)]
     problems = check(boxes)[1]
     assert problems['most-boxes-as-corners'] == ['id 0', 'id 1', 'id 2'] and 'box-as-corners' not in problems
-    others = [(x, y, w - 1, h - n) for n in (1, 2) for x, y, w, h in BOXES]
-    valid, problems = check([*boxes, *(annotation(9 + i, box, segmentation=base(box)) for i, box in enumerate(others))])
+    other_boxes = [(x, y, w - 1, h - n) for n in (1, 2) for x, y, w, h in BOXES]
+    valid, problems = check(
+        [*boxes, *(annotation(9 + i, box, segmentation=base(box)) for i, box in enumerate(other_boxes))]
+    )
     assert 'most-boxes-as-corners' not in problems and problems['box-as-corners'] == ['id 0', 'id 1', 'id 2']
-    assert [tuple(a['bbox']) for a in valid] == [(0, 0, 30, 20), *others]  # the first is the same either way
+    assert [tuple(a['bbox']) for a in valid] == [(0, 0, 30, 20), *other_boxes]  # the first is the same either way
 
 
 def test_corner_boxes_are_detected_by_areas():
     near = [(2, 3, 20, 10), (5, 5, 10, 20), (10, 2, 20, 25), (1, 9, 30, 11), (7, 7, 9, 30), (12, 3, 15, 5)]
     boxes = [annotation(i, box, bbox=corners(box), segmentation=None) for i, box in enumerate(near)]
     assert check(boxes, masks=False)[1]['most-boxes-as-corners'][0].startswith('id ')
-    others = [annotation(9 + i, box, segmentation=None) for i, box in enumerate(BOXES)]
-    assert 'most-boxes-as-corners' not in check([*boxes[:3], *others], masks=False)[1]
+    other_annotations = [annotation(9 + i, box, segmentation=None) for i, box in enumerate(BOXES)]
+    assert 'most-boxes-as-corners' not in check([*boxes[:3], *other_annotations], masks=False)[1]
 
 
 @pytest.mark.parametrize('area', [None, 'of its own'])

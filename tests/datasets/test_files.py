@@ -38,17 +38,17 @@ IRREGULAR_FILES = {
 }
 
 
-@pytest.mark.parametrize('what', IRREGULAR_FILES)
-def test_only_regular_files_are_read(what, tmp_path):
+@pytest.mark.parametrize('file_type', IRREGULAR_FILES)
+def test_only_regular_files_are_read(file_type, tmp_path):
     path = tmp_path / 'odd'
-    IRREGULAR_FILES[what](path)
+    IRREGULAR_FILES[file_type](path)
 
     def problems():
         with pytest.raises(OSError) as caught:
             open_regular(path, 2**40)
         return caught.value.strerror, inspect_image(str(path)).problem, inspect_mask(str(path)).problem
 
-    assert run_limited(problems) == (f'is {what}, not a regular file', 'not-a-regular-file', 'not-a-regular-file')
+    assert run_limited(problems) == (f'is {file_type}, not a regular file', 'not-a-regular-file', 'not-a-regular-file')
 
 
 @pytest.mark.parametrize('name', ['gone', 'a\0b', '\ud800', 'a' * 5000])
@@ -96,13 +96,13 @@ READERS = {
 
 
 @pytest.mark.parametrize('name', READERS)
-@pytest.mark.parametrize('what', ['a pipe', 'a device'])
-def test_lists_and_json_must_be_regular_files(name, what, toy_dataset, tmp_path):
+@pytest.mark.parametrize('file_type', ['a pipe', 'a device'])
+def test_lists_and_json_must_be_regular_files(name, file_type, toy_dataset, tmp_path):
     root = tmp_path / 'my_data'
     shutil.copytree(toy_dataset, root)
     (root / 'shapes.json').unlink()  # which would name the classes
     (root / name).unlink(missing_ok=True)
-    IRREGULAR_FILES[what](root / name)
+    IRREGULAR_FILES[file_type](root / name)
 
     def end():
         try:
@@ -111,14 +111,14 @@ def test_lists_and_json_must_be_regular_files(name, what, toy_dataset, tmp_path)
             return f'{error.filename} {error.strerror}'
 
     line = run_limited(end)
-    assert line is None if name == 'data.json' else (name in line and f'is {what}, not a regular file' in line)
+    assert line is None if name == 'data.json' else (name in line and f'is {file_type}, not a regular file' in line)
 
 
-@pytest.mark.parametrize('what', ['a pipe', 'a device'])
+@pytest.mark.parametrize('file_type', ['a pipe', 'a device'])
 @pytest.mark.parametrize('name', ['a.json', 'train.json', 'a.xml', 'a.csv', 'labels/a.txt', 'a.jpg', 'data.zip', 'a'])
-def test_pipes_and_devices_do_not_block_recognition(name, what, tmp_path):
+def test_pipes_and_devices_do_not_block_recognition(name, file_type, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
-    IRREGULAR_FILES[what](tmp_path / name)
+    IRREGULAR_FILES[file_type](tmp_path / name)
 
     def end():
         return describe_unsupported(tmp_path), error_message(detect_tasks, DatasetRequest(str(tmp_path)))
@@ -127,20 +127,20 @@ def test_pipes_and_devices_do_not_block_recognition(name, what, tmp_path):
     assert kind.startswith(('holds', 'looks like')) and (name == 'train.json' or str(tmp_path) in line)
 
 
-@pytest.mark.parametrize('what', ['a pipe', 'a device'])
-def test_image_list_must_be_a_regular_file(what, toy_dataset, tmp_path):
+@pytest.mark.parametrize('file_type', ['a pipe', 'a device'])
+def test_image_list_must_be_a_regular_file(file_type, toy_dataset, tmp_path):
     as_voc(toy_dataset, tmp_path)
     path = tmp_path / 'VOC2012/ImageSets/Segmentation/train.txt'
     path.unlink()
-    IRREGULAR_FILES[what](path)
-    assert f'train.txt: is {what}' in run_limited(
+    IRREGULAR_FILES[file_type](path)
+    assert f'train.txt: is {file_type}' in run_limited(
         error_message, detect_tasks, DatasetRequest(str(tmp_path / 'VOC2012'))
     )
 
 
-@pytest.mark.parametrize('what', ['a pipe', 'a device', 'a socket'])
-def test_data_path_must_be_a_folder(what, tmp_path):
-    IRREGULAR_FILES[what](tmp_path / 'odd')
+@pytest.mark.parametrize('file_type', ['a pipe', 'a device', 'a socket'])
+def test_data_path_must_be_a_folder(file_type, tmp_path):
+    IRREGULAR_FILES[file_type](tmp_path / 'odd')
     assert 'neither a folder nor a file' in run_limited(
         error_message, detect_tasks, DatasetRequest(str(tmp_path / 'odd'))
     )
@@ -292,9 +292,9 @@ def test_names_that_are_not_utf8_are_read(toy_dataset, tmp_path):
     shutil.copy(root + b'/train/000001.png', root + b'/train/caf\xe9.png')
     data = read_data(DatasetRequest(os.fsdecode(root), val_fraction=None), 'detection', ('train', 'val'))
     assert all(line.isprintable() for line in data.report.lines())
-    before = dataset_fingerprint(('key',), [os.fsdecode(root)])
+    fingerprint = dataset_fingerprint(('key',), [os.fsdecode(root)])
     os.remove(root + b'/train/caf\xe9.png')
-    assert before != dataset_fingerprint(('key',), [os.fsdecode(root)])
+    assert fingerprint != dataset_fingerprint(('key',), [os.fsdecode(root)])
 
 
 def test_invalid_cache_is_ignored(tmp_path):

@@ -40,8 +40,8 @@ def write_tree(toy_dataset, root, tree):
 def test_folders_are_found(kind, toy_dataset, tmp_path):
     write_tree(toy_dataset, tmp_path, TREES[kind])
     assert detect_tasks(DatasetRequest(str(tmp_path))) == ['segmentation']
-    found = {split: dirs[:2] for split, dirs in find_mask_folders(tmp_path)[1].items()}
-    assert found == {split: (tmp_path / a, tmp_path / b) for split, (a, b) in TREES[kind].items()}
+    dirs_of_split = {split: dirs[:2] for split, dirs in find_mask_folders(tmp_path)[1].items()}
+    assert dirs_of_split == {split: (tmp_path / a, tmp_path / b) for split, (a, b) in TREES[kind].items()}
     data = read_data(DatasetRequest(str(tmp_path)), 'segmentation', ('train', 'val'))
     assert not [d.code for d in data.report.problems] and data.classes == list(toy_shapes.LABEL_NAMES)
     for split, (images, masks) in TREES[kind].items():
@@ -164,5 +164,5 @@ def test_bad_options(kind, tmp_path, monkeypatch, capsys):
 def test_masks_of_another_folder_of_names(toy_dataset, tmp_path):
     """Names that match those of other splits decide nothing."""
     write_tree(toy_dataset, tmp_path, {'train': ('train/a', 'train/b'), 'val': ('val/a', 'val/b')})
-    found = find_mask_folders(tmp_path)[1]
-    assert {split: dirs.labels.parent.name for split, dirs in found.items()} == {'train': 'train', 'val': 'val'}
+    dirs_of_split = find_mask_folders(tmp_path)[1]
+    assert {split: dirs.labels.parent.name for split, dirs in dirs_of_split.items()} == {'train': 'train', 'val': 'val'}

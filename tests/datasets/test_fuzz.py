@@ -89,7 +89,7 @@ def damaged_content(content, rng):
     content = json.loads(json.dumps(content))
     paths = list(iter_paths(content))
     for _ in range(rng.randint(1, 5)):
-        place, other = (paths[rng.randint(len(paths))] for _ in range(2))
+        place, other_place = (paths[rng.randint(len(paths))] for _ in range(2))
         try:
             holder, key, value = holder_of(content, place), place[-1], holder_of(content, place)[place[-1]]
             action = rng.randint(12)
@@ -102,7 +102,7 @@ def damaged_content(content, rng):
             elif action == 9 and isinstance(holder, list):
                 holder.append(json.loads(json.dumps(value)))
             elif action == 10:
-                holder[key] = json.loads(json.dumps(holder_of(content, other)[other[-1]]))
+                holder[key] = json.loads(json.dumps(holder_of(content, other_place)[other_place[-1]]))
             elif isinstance(value, (int, float)) and not isinstance(value, bool):
                 holder[key] = (str(value), float(value), value + 1, -value, value * 1000)[rng.randint(5)]
         except (LookupError, TypeError, ValueError, OverflowError):  # what was there is no more, or holds itself

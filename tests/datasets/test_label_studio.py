@@ -53,8 +53,8 @@ def test_ellipses(tmp_path):
     value = dict(x=50, y=50, radiusX=25, radiusY=20, rotation=30)
     _, annotations, _ = read(tmp_path, [region(value, 'ellipselabels')])
     drawn = cv2.ellipse(np.zeros(SIZE[::-1], np.uint8), (40, 30), (20, 12), 30, 0, 360, 1, -1).astype(bool)
-    ours = decode(annotations[0]['segmentation'], SIZE)
-    assert (drawn & ours).sum() / (drawn | ours).sum() > 0.85
+    mask = decode(annotations[0]['segmentation'], SIZE)
+    assert (drawn & mask).sum() / (drawn | mask).sum() > 0.85
     assert math.isclose(annotations[0]['area'], math.pi * 20 * 12, rel_tol=0.05)
 
 
@@ -82,27 +82,27 @@ def test_brush_masks_are_decoded(sizes, runs):
 
 @pytest.mark.parametrize('data', [None, 'abc', [], [1, 2], [999], [-1], {'a': 1}])
 def test_broken_brush_masks_are_none(data):
-    good = encode_brush(np.ones(SIZE[::-1], bool))
-    assert decode_brush(data, SIZE) is None and decode_brush(good[:-3], SIZE) is None
-    assert decode_brush(good, (81, 60)) is None
+    valid_data = encode_brush(np.ones(SIZE[::-1], bool))
+    assert decode_brush(data, SIZE) is None and decode_brush(valid_data[:-3], SIZE) is None
+    assert decode_brush(valid_data, (81, 60)) is None
 
 
 def test_brush_masks_are_read_pixel_by_pixel(tmp_path):
     pixels = np.random.RandomState(0).rand(*SIZE[::-1]) > 0.6
-    bad = region(dict(format='rle', rle=[1, 2, 3]), 'brushlabels')
+    invalid_region = region(dict(format='rle', rle=[1, 2, 3]), 'brushlabels')
     _, annotations, findings = read(
-        tmp_path, [region(dict(format='rle', rle=encode_brush(pixels)), 'brushlabels'), bad]
+        tmp_path, [region(dict(format='rle', rle=encode_brush(pixels)), 'brushlabels'), invalid_region]
     )
     for a in annotations:
         assert np.array_equal(coco_mask.decode(a['segmentation']), pixels) and a['area'] == pixels.sum()
     assert len(annotations) == 2 and findings['mask-format-unknown'].count == 2
 
 
-def test_shape_and_label_of_one_id_are_one_region_and_two_labels_two_objects(tmp_path):
+def test_regions_are_merged_by_id_and_split_by_label(tmp_path):
     shape = ls_result(RECT, 'rectangle', SIZE, id='x')
     label = ls_result(RECT | dict(labels=['dog']), 'labels', SIZE, id='x')
-    both = ls_result(RECT | dict(x=5, rectanglelabels=['cat', 'dog']), 'rectanglelabels', SIZE, id='y')
-    data, annotations, _ = read(tmp_path, [shape, label, both, ls_result(dict(choices=['ok']), 'choices', SIZE)])
+    two_labels = ls_result(RECT | dict(x=5, rectanglelabels=['cat', 'dog']), 'rectanglelabels', SIZE, id='y')
+    data, annotations, _ = read(tmp_path, [shape, label, two_labels, ls_result(dict(choices=['ok']), 'choices', SIZE)])
     assert data.classes == ['cat', 'dog']
     assert [(data.classes[a['category_id'] - 1], a['bbox'][0]) for a in annotations[:3]] == [
         ('dog', 20),
@@ -125,13 +125,13 @@ def annotation(number, **more):
         ([annotation(3, skipped=True), annotation(2)], 2, None),
     ],
 )
-def test_the_annotation_that_counts(annotations, chosen, code, tmp_path):
-    _, found, findings = read(tmp_path, [], annotations=annotations)
-    assert [a['bbox'][0] for a in found] == [chosen * 0.8] * 2
+def test_selected_annotation_of_a_task(annotations, chosen, code, tmp_path):
+    _, annotations_read, findings = read(tmp_path, [], annotations=annotations)
+    assert [a['bbox'][0] for a in annotations_read] == [chosen * 0.8] * 2
     assert set(findings) == {'name-matched-by-suffix', *([code] if code else [])}
 
 
-def test_skipped_tasks_are_left_out_and_empty_ones_are_negatives(tmp_path):
+def test_skipped_tasks_and_tasks_without_objects(tmp_path):
     read(tmp_path, [region(RECT)])
     file = tmp_path / 'project.json'
     tasks = json.loads(file.read_text())

@@ -33,8 +33,8 @@ def write_split(toy_dataset, split, images, labels):
     coco = load_coco(toy_dataset, split)
     names = {c['id']: c['name'] for c in coco['categories']}
     for image in coco['images']:
-        own = (a for a in coco['annotations'] if a['image_id'] == image['id'])
-        polygons = [(names[a['category_id']], a['segmentation']) for a in own]
+        annotations = (a for a in coco['annotations'] if a['image_id'] == image['id'])
+        polygons = [(names[a['category_id']], a['segmentation']) for a in annotations]
         shapes = [
             shape(name, np.array(polygon).reshape(-1, 2).tolist(), group_id=number if len(parts) > 1 else None)
             for number, (name, parts) in enumerate(polygons)
@@ -88,9 +88,9 @@ def write_set(root, texts):
             (root / f'{stem}.json').write_text(text)
 
 
-def read_objects(root, shapes, others=()):
+def read_objects(root, shapes, other_shapes=()):
     """Return the annotations of two images with these shapes (by class), and the findings."""
-    write_set(root, {'a': label_text([*shapes]), 'b': label_text([*(others or shapes)])})
+    write_set(root, {'a': label_text([*shapes]), 'b': label_text([*(other_shapes or shapes)])})
     data, findings = check_dataset(root)
     return data, [a for content in data.splits.values() for a in content['annotations']], findings
 
@@ -141,20 +141,20 @@ def test_masks_are_read_pixel_by_pixel(tmp_path):
 
 
 def test_groups_are_one_object(tmp_path):
-    other = [[50, 10], [70, 10], [70, 30], [50, 30]]
+    second_part = [[50, 10], [70, 10], [70, 30], [50, 30]]
     mask = shape('cat', [[50, 10], [69, 29]], 'mask', mask=png_text(np.ones((20, 20))), group_id=2)
     shapes = [
-        shape('cat', SQUARE, group_id=1), shape('cat', other, group_id=1), shape('dog', other, group_id=1),
+        shape('cat', SQUARE, group_id=1), shape('cat', second_part, group_id=1), shape('dog', second_part, group_id=1),
         shape('cat', SQUARE, group_id=2), mask,
     ]  # fmt: skip
     data, annotations, findings = read_objects(tmp_path / 'set', shapes)
     assert not findings and data.classes == ['cat', 'dog']
-    first = annotations[:3]
-    assert [(a['bbox'], a['area']) for a in first] == [
+    group = annotations[:3]
+    assert [(a['bbox'], a['area']) for a in group] == [
         ([10, 10, 60, 20], 800), ([50, 10, 20, 20], 400), ([10, 10, 60, 20], 800),
     ]  # fmt: skip
-    assert [len(a['segmentation']) for a in first[:2]] == [2, 1]
-    assert coco_mask.area(first[2]['segmentation']) == 800
+    assert [len(a['segmentation']) for a in group[:2]] == [2, 1]
+    assert coco_mask.area(group[2]['segmentation']) == 800
 
 
 GOOD = shape('cat', SQUARE)
@@ -179,8 +179,8 @@ BAD = {  # a shape -> what is reported
 
 @pytest.mark.parametrize('kind', BAD)
 def test_bad_shapes_are_reported(kind, tmp_path):
-    bad, code = BAD[kind]
-    _, annotations, findings = read_objects(tmp_path / 'set', [GOOD, bad], [GOOD, bad])
+    shape_dict, code = BAD[kind]
+    _, annotations, findings = read_objects(tmp_path / 'set', [GOOD, shape_dict], [GOOD, shape_dict])
     assert [a['bbox'] for a in annotations] == [[10, 10, 20, 20]] * 2
     assert set(findings) - {'missing-mask'} == {code} and '.json:2' in findings[code].examples[0]
 
@@ -222,9 +222,9 @@ def test_changed_files_are_read_again_and_others_are_not_watched(toy_dataset, tm
 
     assert classes() == sorted(toy_shapes.CLASSES)
     manifest = tmp_path / 'work_dirs/run/data/data.json'
-    before = manifest.stat().st_mtime_ns
+    mtime = manifest.stat().st_mtime_ns
     classes()
-    assert manifest.stat().st_mtime_ns == before  # what the run itself writes below the root counts for nothing
+    assert manifest.stat().st_mtime_ns == mtime  # what the run itself writes below the root counts for nothing
     (tmp_path / 'train/000001.json').write_text(label_text([shape('ring', SQUARE)], (64, 64)))
     assert 'ring' in classes()
     paths = [f'{tmp_path}/gone/*.json'], [f'{tmp_path}/val/*.txt']  # neither has a file

@@ -158,7 +158,7 @@ CASES = {
 def test_names_are_located(kind, tmp_path):
     files, expected = CASES[kind]
     touch(tmp_path, *files)
-    if not any(path or said == AMBIGUOUS for path, said in expected.values()):
+    if not any(path or problem == AMBIGUOUS for path, problem in expected.values()):
         with pytest.raises(UsageError, match=r'none of its images \(such as .*give --train-images and --val-images'):
             locate(tmp_path, list(expected), split='train')
         return
@@ -382,12 +382,12 @@ def test_validation_split_is_the_same_in_any_locale():
     ) < 60
 
 
-@pytest.mark.parametrize('name, other', [
+@pytest.mark.parametrize('name, normalized', [
     (LATIN, 'caf\u00e9.png'), (os.fsdecode(b'CAF\xc9.png'), 'caf\u00e9.png'), ('\udcc3\udca9', '\u00e9'),
     ('\u65e5/\udce9', '\u65e5/\u00e9'), ('%E9', '\u00e9'), ('\ud800', '\ud800'), ('\udce9\ud800', '\u00e9\ud800'),
 ])  # fmt: skip
-def test_undecoded_bytes_are_normalized(name, other):
-    assert normalize_spelling(name) == normalize_spelling(other)
+def test_undecoded_bytes_are_normalized(name, normalized):
+    assert normalize_spelling(name) == normalize_spelling(normalized)
 
 
 def test_respelled_masks_are_reported(toy_dataset, tmp_path):

@@ -33,19 +33,19 @@ BOXES_ONLY = ('CreateML', 'ImageFolder')
 @pytest.mark.parametrize('write', FORMATS, ids=lambda write: write.__name__)
 def test_each_format_is_read(write, toy_dataset, tmp_path):
     write(toy_dataset, tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
+    mtimes = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
     assert detect_tasks(DatasetRequest(str(tmp_path)))[0] == 'detection'
     data, findings = check_dataset(tmp_path)
     assert {f.code for f in findings.values() if f.action in ('error', 'dropped')} == set()
     assert f': {FORMATS[write]}, layout ' in data.report.facts[0]
     assert data.has_masks != (FORMATS[write] in BOXES_ONLY)
-    found = {split: objects_in(data, split) for split in ('train', 'val')}
+    actual = {split: objects_in(data, split) for split in ('train', 'val')}
     if 'random validation split' in data.report.facts[0]:
-        compare(found['train'] | found['val'], dict(objects_of(toy_dataset, 'train')), data.has_masks)
+        compare(actual['train'] | actual['val'], dict(objects_of(toy_dataset, 'train')), data.has_masks)
     else:
-        for split in found:
-            compare(found[split], dict(objects_of(toy_dataset, split)), data.has_masks)
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
+        for split in actual:
+            compare(actual[split], dict(objects_of(toy_dataset, split)), data.has_masks)
+    assert mtimes == {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
 
 
 def objects_in(data, split):
@@ -58,9 +58,9 @@ def objects_in(data, split):
     return objects
 
 
-def compare(found, expected, has_masks):
-    assert found.keys() == expected.keys()
-    for name, objects in found.items():
+def compare(actual, expected, has_masks):
+    assert actual.keys() == expected.keys()
+    for name, objects in actual.items():
         assert sorted(label for label, _ in objects) == sorted(label for label, _ in expected[name])
         rest = list(expected[name])
         for label, a in objects:
@@ -134,8 +134,8 @@ def test_shapes_of_via(shape, points, tmp_path):
     _, annotations, findings = annotations_of(tmp_path)
     assert not findings and len(annotations) == 2
     drawn = cv2.fillPoly(np.zeros((60, 80), np.uint8), [np.round(points).astype(int)], 1).astype(bool)
-    ours = decode(annotations[0]['segmentation'], (80, 60))
-    assert (drawn & ours).sum() / (drawn | ours).sum() > 0.85
+    mask = decode(annotations[0]['segmentation'], (80, 60))
+    assert (drawn & mask).sum() / (drawn | mask).sum() > 0.85
     assert np.isclose(annotations[0]['area'], cv2.contourArea(points.astype(np.float32)), rtol=0.05)
     assert np.allclose(annotations[0]['bbox'], box_of(points), atol=1)
 
@@ -149,7 +149,7 @@ def test_rectangles_alone_are_boxes_and_circles_beside_them_are_masks(tmp_path):
     assert data.has_masks and decode(annotations[0]['segmentation'], (80, 60)).sum() == 450
 
 
-def test_the_class_attribute_of_via(tmp_path):
+def test_class_attribute_of_via(tmp_path):
     write_via(tmp_path / 'a', [via(RECT, kind='car', colour='red'), via(RECT | dict(x=1), kind='bus', colour='red')])
     line = error_message(check_dataset, tmp_path / 'a')
     assert (
@@ -190,7 +190,7 @@ def test_bad_regions_are_reported(kind, tmp_path):
 # CreateML and ImageFolder
 
 
-def test_numbers_of_classes_are_numbered_names(toy_dataset, tmp_path):
+def test_numeric_classes_get_numbered_names(toy_dataset, tmp_path):
     as_image_folder(toy_dataset, tmp_path)
     labels = sorted(
         {label for split in ('train', 'val') for _, each in objects_of(toy_dataset, split) for label, _ in each}
@@ -206,10 +206,11 @@ def test_numbers_of_classes_are_numbered_names(toy_dataset, tmp_path):
 
 def test_bad_rows_and_boxes(tmp_path):
     write_images(tmp_path, 'a.png', 'b.png')
-    good = dict(bbox=[[10, 20, 30, 15]], categories=['cat'])
+    valid = dict(bbox=[[10, 20, 30, 15]], categories=['cat'])
     rows = [
-        dict(file_name='a.png', objects=good), dict(file_name='b.png', objects=good), dict(objects=good),
-        dict(file_name='c.png', objects=good), dict(file_name='a.png', objects=dict(bbox=[[1, 2]], categories=['cat'])),
+        dict(file_name='a.png', objects=valid), dict(file_name='b.png', objects=valid), dict(objects=valid),
+        dict(file_name='c.png', objects=valid),
+        dict(file_name='a.png', objects=dict(bbox=[[1, 2]], categories=['cat'])),
         dict(file_name='a.png', objects=dict(bbox=[[1, 2, 3, 4]], categories=[])),
     ]  # fmt: skip
     (tmp_path / 'metadata.jsonl').write_text('\n'.join(map(json.dumps, rows)))
@@ -223,9 +224,9 @@ def test_bad_rows_and_boxes(tmp_path):
 
 def test_bad_objects_of_createml(tmp_path):
     write_images(tmp_path, 'a.png', 'b.png')
-    good = dict(label='cat', coordinates=dict(x=25, y=27.5, width=30, height=15))
-    bad = [dict(good, label=''), dict(good, coordinates=dict(x=1, y=2)), dict(label='cat'), 5]
-    write_json([dict(image=n, annotations=[good, *bad]) for n in ('a.png', 'b.png')], tmp_path / 'labels.json')
+    valid = dict(label='cat', coordinates=dict(x=25, y=27.5, width=30, height=15))
+    invalid = [dict(valid, label=''), dict(valid, coordinates=dict(x=1, y=2)), dict(label='cat'), 5]
+    write_json([dict(image=n, annotations=[valid, *invalid]) for n in ('a.png', 'b.png')], tmp_path / 'labels.json')
     _, annotations, findings = annotations_of(tmp_path)
     assert [a['bbox'] for a in annotations] == [[10, 20, 30, 15]] * 2
     assert set(findings) == {'label-without-name', 'label-not-numbers'}
@@ -281,8 +282,8 @@ BAD_FIGURES = {
 
 @pytest.mark.parametrize('kind', BAD_FIGURES)
 def test_bad_figures_are_reported(kind, tmp_path):
-    good = figure('rectangle', points=dict(exterior=[[10, 20], [39, 34]]))
-    write_supervisely(tmp_path, [good, BAD_FIGURES[kind][0]])
+    valid_figure = figure('rectangle', points=dict(exterior=[[10, 20], [39, 34]]))
+    write_supervisely(tmp_path, [valid_figure, BAD_FIGURES[kind][0]])
     _, annotations, findings = annotations_of(tmp_path)
     assert len(annotations) == 2 and set(findings) == {BAD_FIGURES[kind][1]}
 
@@ -297,16 +298,16 @@ def test_panoptic_crowds_stuff_and_broken_pngs(toy_dataset, tmp_path):
     infos = [info for a in content['annotations'] for info in a['segments_info'] if info['category_id'] != 99]
     infos[0]['iscrowd'] = 1
     content['annotations'][1]['segments_info'].append(dict(id=5, category_id=infos[0]['category_id'], iscrowd=0))
-    last = content['annotations'][-1]
-    (tmp_path / 'annotations/panoptic_train2017' / last['file_name']).write_bytes(b'no PNG')
+    last_annotation = content['annotations'][-1]
+    (tmp_path / 'annotations/panoptic_train2017' / last_annotation['file_name']).write_bytes(b'no PNG')
     write_json(content, file)
     data, findings = check_dataset(tmp_path)
     assert 'ground' not in data.classes
-    expected = len(infos) - sum(info['category_id'] != 99 for info in last['segments_info'])
+    expected = len(infos) - sum(info['category_id'] != 99 for info in last_annotation['segments_info'])
     annotations = data.splits['train']['annotations']
     assert len(annotations) == expected and sum(a['iscrowd'] for a in annotations) == 1
     assert findings['segment-without-pixels'].examples == ['000002.png: 5']
-    assert findings['unreadable-mask'].examples == [last['file_name']]
+    assert findings['unreadable-mask'].examples == [last_annotation['file_name']]
 
 
 def test_pngs_elsewhere_are_found(toy_dataset, tmp_path):
@@ -341,14 +342,14 @@ def test_two_formats_in_one_folder(toy_dataset, tmp_path):
 
 def test_several_files_are_listed_with_the_flag_that_chooses(toy_dataset, tmp_path):
     as_via_1(toy_dataset, tmp_path)
-    first = tmp_path / 'train/via_region_data.json'
-    (tmp_path / 'train/via_export.json').write_text(first.read_text())  # the same bytes are the same file
+    file = tmp_path / 'train/via_region_data.json'
+    (tmp_path / 'train/via_export.json').write_text(file.read_text())  # the same bytes are the same file
     assert ', layout train/via_export.json, val/via_region_data.json' in check_dataset(tmp_path)[0].report.facts[0]
-    (tmp_path / 'train/via_export.json').write_text(first.read_text().replace('1234', '1235'))
+    (tmp_path / 'train/via_export.json').write_text(file.read_text().replace('1234', '1235'))
     line = error_message(check_dataset, tmp_path)
     assert 'train/via_export.json and train/via_region_data.json could both be those of the train split' in line
     assert f'--train-ann {tmp_path}/train/via_export.json' in line
-    files = dict(train=str(first), val=str(tmp_path / 'val/via_region_data.json'))
+    files = dict(train=str(file), val=str(tmp_path / 'val/via_region_data.json'))
     data = read_data(DatasetRequest(ann_files=files), 'detection', ('train', 'val'))
     assert len(data.splits['val']['images']) == 3
 
@@ -386,7 +387,7 @@ def test_ten_thousand_classes_and_names_that_repeat(tmp_path):
     assert len(data.classes) == 10_000 and data.report.facts[-1].startswith('10000 classes: n0, n1')
 
 
-def test_files_and_folders_are_given(toy_dataset, tmp_path):
+def test_files_and_folders_by_flags(toy_dataset, tmp_path):
     as_supervisely(toy_dataset, tmp_path)
     os.rename(tmp_path / 'train/img', tmp_path / 'photos')
     request = DatasetRequest(

@@ -63,14 +63,14 @@ def test_polygons_are_clipped_exactly(seed):
     polygon = np.stack([65 + radius * np.cos(angle), 45 + radius * np.sin(angle)], 1).ravel().tolist()
     parts = {window: clip_polygon(polygon, window) for window in partition()}
     assert sum(polygon_area(part) for part in parts.values() if part) == pytest.approx(polygon_area(polygon))
-    whole = coco_mask.decode(coco_mask.frPyObjects([polygon], *SIZE))[..., 0]
+    full_mask = coco_mask.decode(coco_mask.frPyObjects([polygon], *SIZE))[..., 0]
     for left, top, right, bottom in parts:
         annotation = dict(bbox=[0, 0, *SIZE[::-1]], segmentation=[polygon], iscrowd=0)
         drawn = np.zeros((bottom - top, right - left), np.uint8)
         for part in clip_annotations([annotation], (left, top, right, bottom), SIZE, min_visible=0):
             rles = coco_mask.frPyObjects(part['segmentation'], bottom - top, right - left)
             drawn = coco_mask.decode(coco_mask.merge(rles))
-        expected = whole[top:bottom, left:right]
+        expected = full_mask[top:bottom, left:right]
         edge = cv2.dilate(expected, np.ones((3, 3))) - cv2.erode(expected, np.ones((3, 3)), borderValue=1)
         assert not ((drawn != expected) & (edge == 0)).any()
 
@@ -115,23 +115,25 @@ def test_detection_is_written_and_read_again(large, tmp_path):
     data = read_data(DatasetRequest(str(root)), 'detection', ('train', 'val'))
     out = tmp_path / 'tiles'
     lines = write_tiles(data, 80, 0.25, str(out))
-    again = read_data(DatasetRequest(str(out)), 'detection', ('train', 'val'))
-    assert not again.report.problems and again.classes == names == data.classes and again.has_masks
+    tiled_data = read_data(DatasetRequest(str(out)), 'detection', ('train', 'val'))
+    assert not tiled_data.report.problems and tiled_data.classes == names == data.classes and tiled_data.has_masks
     for split in ('train', 'val'):
-        before, after = data.splits[split], again.splits[split]
-        sizes = [(image['height'], image['width']) for image in before['images']]
-        assert len(after['images']) == sum(len(tile_windows(size, 80, 0.25)) for size in sizes)
-        for image in after['images']:
+        split_data, tiled_split = data.splits[split], tiled_data.splits[split]
+        sizes = [(image['height'], image['width']) for image in split_data['images']]
+        assert len(tiled_split['images']) == sum(len(tile_windows(size, 80, 0.25)) for size in sizes)
+        for image in tiled_split['images']:
             stem, left, top = image['file_name'].split('/')[-1].removesuffix('.png').rsplit('_', 2)
-            source = next(i for i in before['images'] if i['file_name'].replace('/', '_').removesuffix('.png') == stem)
-            whole = cv2.imread(str(root / source['file_name']))
+            source = next(
+                i for i in split_data['images'] if i['file_name'].replace('/', '_').removesuffix('.png') == stem
+            )
+            source_image = cv2.imread(str(root / source['file_name']))
             window = np.s_[int(top) : int(top) + image['height'], int(left) : int(left) + image['width']]
-            assert (cv2.imread(str(out / image['file_name'])) == whole[window]).all()
-            covered = mask_of(before, source)[window]
-            assert (mask_of(after, image) != covered).mean() < 0.02  # slivers
+            assert (cv2.imread(str(out / image['file_name'])) == source_image[window]).all()
+            covered = mask_of(split_data, source)[window]
+            assert (mask_of(tiled_split, image) != covered).mean() < 0.02  # slivers
     assert any('train: ' in line and 'tiles of 3 images' in line for line in lines)
-    annotated = {a['image_id'] for a in again.splits['train']['annotations']}
-    assert 0 < len(annotated) < len(again.splits['train']['images'])  # tiles without objects are there too
+    annotated = {a['image_id'] for a in tiled_data.splits['train']['annotations']}
+    assert 0 < len(annotated) < len(tiled_data.splits['train']['images'])  # tiles without objects are there too
 
 
 def mask_of(coco, image):
@@ -150,8 +152,8 @@ def test_segmentation_is_written_and_read_again(large, tmp_path, ignore):
     data = read_data(request, 'segmentation', ('train', 'val'))
     out = tmp_path / 'tiles'
     write_tiles(data, 50, 0, str(out))
-    again = read_data(DatasetRequest(str(out)), 'segmentation', ('train', 'val'))
-    assert again.classes == data.classes
+    tiled_data = read_data(DatasetRequest(str(out)), 'segmentation', ('train', 'val'))
+    assert tiled_data.classes == data.classes
     for split in ('train', 'val'):
         for image, mask in data.splits[split]:
             labels = np.asarray(Image.open(root / mask))

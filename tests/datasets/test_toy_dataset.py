@@ -239,27 +239,27 @@ def test_images_depend_only_on_seed_split_and_index(small, tmp_path):
     assert all((tmp_path / 'more' / name).read_bytes() == content for name, content in images.items())
     assert all((tmp_path / 'other' / name).read_bytes() != content for name, content in images.items())
     assert len(set(images.values())) == len(images)
-    first, larger = (
+    original, larger_dataset = (
         json.loads((root / 'annotations/instances_train.json').read_bytes()) for root in (small, tmp_path / 'more')
     )
-    assert first['annotations'] == larger['annotations'][: len(first['annotations'])]
+    assert original['annotations'] == larger_dataset['annotations'][: len(original['annotations'])]
 
 
 def test_existing_dataset_is_unchanged(small, monkeypatch, capsys):
-    before = {path: path.stat().st_mtime_ns for path in [small, *small.rglob('*')]}
+    mtimes = {path: path.stat().st_mtime_ns for path in [small, *small.rglob('*')]}
     assert toy_shapes.write(small, **SMALL) is False
     code, out, err = run(monkeypatch, capsys, small, '--train', 3, '--val', 2)
     assert (code, err, out.count('\n')) == (0, '', 1)
     assert 'already' in out and str(small) in out
-    assert {path: path.stat().st_mtime_ns for path in [small, *small.rglob('*')]} == before
+    assert {path: path.stat().st_mtime_ns for path in [small, *small.rglob('*')]} == mtimes
 
 
 @pytest.mark.parametrize('change', (dict(seed=1), dict(train=4), dict(val=0), dict(size=96)))
 def test_other_arguments_for_an_existing_dataset_are_an_error(small, change):
-    before = sha256(small)
+    digest = sha256(small)
     with pytest.raises(UsageError, match='remove it or choose another folder'):
         toy_shapes.write(small, **{**SMALL, **change})
-    assert sha256(small) == before
+    assert sha256(small) == digest
 
 
 @pytest.mark.parametrize('content', (None, '', '[]', '{"format": 0, "seed": 0, "train": 3, "val": 2, "size": 128}'))

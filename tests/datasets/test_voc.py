@@ -89,7 +89,7 @@ LAYOUTS = {
 def test_each_layout_is_read(layout, toy_dataset, tmp_path):
     root = tmp_path / 'my data'
     LAYOUTS[layout](toy_dataset, root)
-    before = {path: path.read_bytes() for path in root.rglob('*') if path.is_file()}
+    content_of_file = {path: path.read_bytes() for path in root.rglob('*') if path.is_file()}
     data, findings = check_dataset(root)
     assert set(findings) == {'pixels-from-one', 'difficult'}
     assert data.classes == CLASSES and not data.has_masks
@@ -109,7 +109,7 @@ def test_each_layout_is_read(layout, toy_dataset, tmp_path):
         assert actual == expected
         assert {a['iscrowd'] for a in content['annotations']} == {0, 1}
         assert all(a.get('difficult', 0) == a['iscrowd'] for a in content['annotations'])
-    assert before == {path: path.read_bytes() for path in root.rglob('*') if path.is_file()}
+    assert content_of_file == {path: path.read_bytes() for path in root.rglob('*') if path.is_file()}
 
 
 def test_boxes_are_those_of_mmdet(toy_dataset, tmp_path):
@@ -118,13 +118,13 @@ def test_boxes_are_those_of_mmdet(toy_dataset, tmp_path):
     as_voc_devkit(toy_dataset, root)
     for path in (root / 'JPEGImages').iterdir():
         path.rename(path.with_suffix('.jpg'))
-    theirs = XMLDataset(
+    mmdet_dataset = XMLDataset(
         data_root=f'{root}/', ann_file='ImageSets/Main/train.txt', img_subdir='JPEGImages', ann_subdir='Annotations',
         data_prefix=dict(sub_data_root=''), metainfo=dict(classes=CLASSES),
     )  # fmt: skip
     expected = sorted(
         (item['img_path'].rsplit('/', 1)[1], i['bbox_label'], i['ignore_flag'], x1, y1, x2 + 1, y2 + 1)
-        for item in theirs
+        for item in mmdet_dataset
         for i in item['instances']
         for x1, y1, x2, y2 in [i['bbox']]
     )

@@ -21,7 +21,7 @@ def damage(content):
         annotation.pop('area')
 
 
-def test_boxes_are_written_without_what_is_dropped(toy_dataset, tmp_path, capsys):
+def test_dropped_annotations_are_not_written(toy_dataset, tmp_path, capsys):
     root, out = tmp_path / 'set', tmp_path / 'clean'
     shutil.copytree(toy_dataset, root)
     edit_coco(damage)(root)
@@ -55,20 +55,20 @@ def test_boxes_are_written_without_what_is_dropped(toy_dataset, tmp_path, capsys
 
 
 @pytest.mark.parametrize('ignore', [None, [0]])
-def test_masks_are_written_as_indices_of_classes(toy_dataset, tmp_path, ignore):
+def test_masks_are_written_as_class_indices(toy_dataset, tmp_path, ignore):
     request = DatasetRequest(str(toy_dataset), ignore_labels=ignore)
     data = read_data(request, 'segmentation', ('train', 'val'))
     write_clean(data, str(tmp_path / 'clean'))
-    again, problems = check_dataset(tmp_path / 'clean', 'segmentation')
-    assert again.classes == data.classes and not problems and not any(again.dataset_kwargs.values())
-    for (original, mask), (image, written) in zip(data.splits['train'], again.splits['train'], strict=True):
+    clean_data, problems = check_dataset(tmp_path / 'clean', 'segmentation')
+    assert clean_data.classes == data.classes and not problems and not any(clean_data.dataset_kwargs.values())
+    for (original, mask), (image, written) in zip(data.splits['train'], clean_data.splits['train'], strict=True):
         labels = np.asarray(Image.open(toy_dataset / mask)).astype(int)
         expected = np.where(labels == 0, 255, labels - 1)  # the toy data set's classes begin at 1
         assert np.array_equal(np.asarray(Image.open(tmp_path / 'clean' / written)), expected)
         assert (tmp_path / 'clean' / image).read_bytes() == (toy_dataset / original).read_bytes()
 
 
-def test_images_of_one_name_in_two_folders_stay_two(tmp_path):
+def test_equal_image_names_in_two_folders_stay_separate(tmp_path):
     for folder in ('a', 'b'):
         (tmp_path / 'set' / folder).mkdir(parents=True)
         image = Image.fromarray(np.full((40, 40, 3), dict(a=99, b=200)[folder], np.uint8))

@@ -178,16 +178,16 @@ def expected_objects(toy_dataset, split, polygons):
 
 def assert_same_objects(actual, expected):
     assert len(actual) == len(expected)
-    for one, other in zip(sorted(actual), sorted(expected)):
-        assert one[:2] == other[:2]
-        assert np.allclose(one[2:], other[2:], atol=1e-3)
+    for a, b in zip(sorted(actual), sorted(expected)):
+        assert a[:2] == b[:2]
+        assert np.allclose(a[2:], b[2:], atol=1e-3)
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_each_layout_is_read(layout, toy_dataset, tmp_path):
     root = tmp_path / 'my data'
     LAYOUTS[layout](toy_dataset, root)
-    before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    content_of_file = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
     data, findings = check_dataset(root)
     assert set(findings) == REPORTED.get(layout, set())
     assert data.classes == CLASSES and data.has_masks == (layout == 'polygons')
@@ -195,7 +195,7 @@ def test_each_layout_is_read(layout, toy_dataset, tmp_path):
         assert_same_objects(
             objects(data.splits[split], root), expected_objects(toy_dataset, split, layout == 'polygons')
         )
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    assert content_of_file == {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
 
 
 def test_training_starts_from_a_data_yaml(toy_dataset, tmp_path, monkeypatch, capsys):
@@ -404,8 +404,8 @@ PLACES = {  # image, label, and other files of a data set without a data.yaml
 
 @pytest.mark.parametrize('kind', PLACES)
 def test_labels_are_found(kind, tmp_path):
-    image, label, others = PLACES[kind]
-    for name, text in {label: f'{GOOD}\n1 0.5 0.5 0.25 0.25', **others}.items():
+    image, label, other_files = PLACES[kind]
+    for name, text in {label: f'{GOOD}\n1 0.5 0.5 0.25 0.25', **other_files}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     for path in (tmp_path / image, tmp_path / image.replace('.png', '2.png')):

@@ -14,7 +14,7 @@ from helpers.tools import DEMO, DETECTOR, one_line_error
 
 
 @pytest.mark.parametrize('config, images', [(DETECTOR, 2), (DEMO, 4)])
-def test_a_dry_run_shows_what_would_run(run_tool, tmp_path, data, config, images):
+def test_dry_run_output(run_tool, tmp_path, data, config, images):
     args = ('--dry-run', '--work-dir', 'run', '--image-size', 64, '--data', data, '--seed', 0)
     process = run_tool('train.py', config, *args, '--cfg-options', *WITHOUT_WORKERS)
     assert process.returncode == 0, process.stderr[-3000:]
@@ -31,26 +31,26 @@ def test_a_dry_run_shows_what_would_run(run_tool, tmp_path, data, config, images
     assert 'wandb' not in (tmp_path / f'run/{config.name}').read_text()
 
 
-@pytest.mark.parametrize('slow, steps', [(0, 1), (1e9, 2)])
-def test_slow_iterations_are_not_repeated(tmp_path, monkeypatch, slow, steps):
-    monkeypatch.setattr(dry_run, 'SLOW_ITERATION', slow)
+@pytest.mark.parametrize('slow_iteration, steps', [(0, 1), (1e9, 2)])
+def test_slow_iterations_are_not_repeated(tmp_path, monkeypatch, slow_iteration, steps):
+    monkeypatch.setattr(dry_run, 'SLOW_ITERATION', slow_iteration)
     monkeypatch.setattr(dry_run, 'draw_batch', lambda *_: [np.zeros((8, 8, 3), np.uint8)])
-    run, trained, original = planned_run([1.0] * 8, tmp_path), [], LossByPlan.train_step
+    run, train_steps, original = planned_run([1.0] * 8, tmp_path), [], LossByPlan.train_step
     monkeypatch.setattr(
-        LossByPlan, 'train_step', lambda *args, **kwargs: trained.append(1) or original(*args, **kwargs)
+        LossByPlan, 'train_step', lambda *args, **kwargs: train_steps.append(1) or original(*args, **kwargs)
     )
     dry_run.dry_run(run, draw=None)
-    assert len(trained) == steps
+    assert len(train_steps) == steps
     (picture,) = tmp_path.glob('*/batches.png')
     assert cv2.imread(str(picture)).shape == (16, 8, 3) and not [*tmp_path.rglob('*.pth')]
 
 
-def test_bad_input_ends_it_in_one_line(run_tool, tmp_path):
+def test_bad_input_is_a_one_line_error(run_tool, tmp_path):
     process = run_tool('train.py', DETECTOR, '--dry-run', '--data', 'nowhere', '--work-dir', 'run')
     one_line_error(process, 'nowhere does not exist')
 
 
-def test_it_is_not_silent(monkeypatch, capsys):
+def test_heartbeat(monkeypatch, capsys):
     monkeypatch.setattr(dry_run, 'HEARTBEAT_SECONDS', 0.05)
     for enabled in (True, False):
         with dry_run.heartbeat(enabled):
@@ -59,7 +59,7 @@ def test_it_is_not_silent(monkeypatch, capsys):
         assert (len(lines) >= 2) == enabled and all(line.startswith('dry run: at work for') for line in lines)
 
 
-def test_images_side_by_side():
+def test_stack_rows():
     rows = [[np.full((2, 3, 3), value, np.uint8) for value in (1, 2)], [np.full((1, 2, 3), 3, np.uint8)]]
     picture = dry_run.stack_rows(rows)
     assert picture.shape == (4, 6, 3) and (picture[:2, 3:] == 2).all()

@@ -44,7 +44,7 @@ def sweep(folder, accumulation=1, hooks=()):
 
 
 @pytest.mark.parametrize('accumulation', [1, 2])
-def test_the_lr_rises_exponentially_and_multipliers_stay(tmp_path, accumulation):
+def test_lr_rises_exponentially_with_constant_multipliers(tmp_path, accumulation):
     record = GroupLrs()
     rows = sweep(tmp_path, accumulation, [record])
     lrs = [row['lr'] for row in rows]
@@ -58,12 +58,12 @@ def test_the_lr_rises_exponentially_and_multipliers_stay(tmp_path, accumulation)
     assert cv2.imread(str(tmp_path / 'lr_find.png')).std() > 5 and not [*tmp_path.rglob('*.pth')]
 
 
-def test_two_sweeps_with_a_seed_are_the_same(tmp_path):
+def test_sweeps_with_equal_seeds_are_equal(tmp_path):
     assert sweep(tmp_path / 'a') == sweep(tmp_path / 'b')
 
 
 @pytest.mark.parametrize('value', [math.nan, 100.0])
-def test_it_ends_where_the_loss_diverges(tmp_path, monkeypatch, value):
+def test_sweep_ends_when_the_loss_diverges(tmp_path, monkeypatch, value):
     steps, original = [], LossByPlan.forward
 
     def forward(self, *args, **kwargs):
@@ -76,7 +76,7 @@ def test_it_ends_where_the_loss_diverges(tmp_path, monkeypatch, value):
     assert len(steps) == 21 and len(rows) == (20 if math.isnan(value) else 21)
 
 
-def test_what_is_suggested():
+def test_suggested_lr():
     hook = LRFinderHook()
     hook.lrs = [10 ** (-7 + 7 * i / 99) for i in range(100)]
     hook.smoothed = [abs(i - 60) for i in range(100)]
@@ -94,7 +94,7 @@ def test_several_optimizers_are_refused():
         set_lr_find(config, True, 1)
 
 
-def test_a_sweep_of_a_recipe(run_tool, tmp_path, data):
+def test_sweep_of_a_recipe(run_tool, tmp_path, data):
     args = ('--lr-find', '--work-dir', 'run', '--image-size', 64, '--batch-size', 2, '--seed', 0, '--max-keep-ckpts', 1)
     process = run_tool('train.py', DEMO, *args, '--cfg-options', 'total_batch=2', *WITHOUT_WORKERS, SHAPES_ROOT=data)
     assert process.returncode == 0, process.stderr[-3000:]
@@ -106,7 +106,7 @@ def test_a_sweep_of_a_recipe(run_tool, tmp_path, data):
 
 
 @pytest.mark.parametrize('checkpoint, resume', [('epoch_1.pth', None), (None, 'last')])
-def test_a_resumed_run_is_refused(checkpoint, resume):
+def test_resumed_runs_are_refused(checkpoint, resume):
     (step,) = [step for step in TRAIN_STEPS if step.name == 'lr_find']
     with pytest.raises(UsageError, match='--lr-find is for the start of a training: leave out --resume'):
         step.apply(PreparedRun(checkpoint=checkpoint), Namespace(lr_find=True, resume=resume, launcher='none'))

@@ -80,11 +80,11 @@ def run(folder, config, kill=None, load_from=None, workers=0):
 
 
 @pytest.mark.parametrize('name, kills', [('mosaic', (7, 15)), ('copy-paste', (7,))])
-def test_killed_runs_end_as_others_do(name, kills, data, tmp_path, monkeypatch):
+def test_killed_runs_end_as_uninterrupted_ones(name, kills, data, tmp_path, monkeypatch):
     """Runs of sixteen iterations, killed within an epoch; with another number of workers."""
     register_checkpoint_loader()
     config = mixed(name, data, monkeypatch)
-    whole, shapes = run(tmp_path / 'whole', config, workers=2)
+    uninterrupted, shapes = run(tmp_path / 'whole', config, workers=2)
     if name == 'mosaic':  # 128 is the test size, 64 that of the images
         assert [{*shapes[epoch]} for epoch in range(4)] == [{(128, 128)}] * 2 + [{(64, 64)}] * 2
     for kill in kills:
@@ -92,7 +92,7 @@ def test_killed_runs_end_as_others_do(name, kills, data, tmp_path, monkeypatch):
         with pytest.raises(RuntimeError, match='killed'):
             run(folder, config, kill)
         resumed, _ = run(folder, config, None, (folder / 'last_checkpoint').read_text())
-        assert torch.equal(resumed, whole) and not torch.equal(whole, torch.ones(2))
+        assert torch.equal(resumed, uninterrupted) and not torch.equal(uninterrupted, torch.ones(2))
 
 
 def instance(size, box, value, label):
@@ -111,7 +111,7 @@ def instance(size, box, value, label):
 
 
 @pytest.mark.parametrize('size', [(40, 60), (80, 30), (50, 50)])
-def test_objects_are_pasted_from_an_image_of_another_size(size):
+def test_copy_paste_from_an_image_of_another_size(size):
     """Pixels, masks and boxes agree, and what is hidden is no longer in the mask below."""
     from convnext_dense.datasets.copy_paste import AnySizeCopyPaste
 
@@ -152,20 +152,20 @@ REFUSED = {
 
 
 @pytest.mark.parametrize('message', REFUSED)
-def test_what_does_not_fit_is_refused(message):
+def test_unsupported_configs_are_refused(message):
     function, name, change = REFUSED[message]
     config = load(name)
     if change:
         change(config)
-    before = config.to_dict()
+    original = config.to_dict()
     with pytest.raises(UsageError) as error:
         function(config, True)
-    assert str(error.value).startswith(message) and '\n' not in str(error.value) and config.to_dict() == before
+    assert str(error.value).startswith(message) and '\n' not in str(error.value) and config.to_dict() == original
     assert function(config, False) is None
 
 
 @pytest.mark.parametrize('name, thresholds', [('mask_rcnn/convnext_t', (10, 300)), ('demo/mask_rcnn', (1, 5))])
-def test_hidden_objects_are_left_out_by_the_size_of_images(name, thresholds):
+def test_thresholds_of_hidden_objects_scale_with_the_image_size(name, thresholds):
     """mmdet's thresholds are for 1333 x 800; of 128 x 128 it is an eighth of the side."""
     config = load(name)
     set_copy_paste(config, True)
@@ -173,7 +173,7 @@ def test_hidden_objects_are_left_out_by_the_size_of_images(name, thresholds):
     assert (step.bbox_occluded_thr, step.mask_occluded_thr) == thresholds
 
 
-def test_images_without_objects_are_kept_where_they_are_mixed():
+def test_images_without_objects_are_kept_for_mixing():
     """mmdet's wrapper would end the training at one."""
     config = load('mask_rcnn/convnext_b_lsj')
     set_copy_paste(config, True)

@@ -21,7 +21,7 @@ from convnext_dense.export.program import ExportOptions
 from convnext_dense.export.two_stage import extract
 from convnext_dense.inference.sessions import session_class
 from convnext_dense.ops.export_ops import nms_mask, pyramid_roi_align, soft_nms
-from helpers.detections import assert_same_detections, assert_session_detects_the_same, photo
+from helpers.detections import assert_same_detections, assert_session_detects_the_same, make_photo
 
 # Larger than what is traced, portrait, odd, and less than two cells of the coarsest map.
 SIZES = [(224, 288), (300, 411), (257, 129), (97, 211), (64, 64), (40, 50)]
@@ -30,11 +30,11 @@ F32 = dict(INFERENCE_PRECISION_HINT='f32')  # left alone, OpenVINO takes bfloat1
 
 
 @pytest.mark.parametrize('recipe', RECIPES)
-def test_module_detects_what_mmdet_does(recipe, predictors):
+def test_module_equals_mmdet(recipe, predictors):
     predictor = predictors[recipe]
     detector = ExportableDetector(predictor.model)
     for size in SIZES:
-        image, output_size = photo(*size), (size[0] * 2 // 3, size[1] * 5 // 4)
+        image, output_size = make_photo(*size), (size[0] * 2 // 3, size[1] * 5 // 4)
         with torch.no_grad():
             outputs = detector(image[None], torch.tensor(output_size))
         assert outputs[3].shape[2:] == output_size
@@ -43,12 +43,15 @@ def test_module_detects_what_mmdet_does(recipe, predictors):
 
 @pytest.mark.parametrize('suffix', WRITERS)
 @pytest.mark.parametrize('recipe', RECIPES)
-def test_file_detects_what_mmdet_does(recipe, suffix, predictors, files):
+def test_exported_file_equals_mmdet(recipe, suffix, predictors, files):
     """At other sizes than the traced one, of one image and of a batch."""
     path = files(recipe)[suffix]
     session = session_class(path)(str(path), torch.device('cpu'))
     for size in SIZES:
-        images, output_size = torch.stack([photo(*size), photo(*size, seed=1)]), (size[0] * 2, size[1] * 5 // 4)
+        images, output_size = (
+            torch.stack([make_photo(*size), make_photo(*size, seed=1)]),
+            (size[0] * 2, size[1] * 5 // 4),
+        )
         for batch in (images[:1], images):
             assert_session_detects_the_same(predictors[recipe], session, batch, output_size)
 
@@ -99,7 +102,7 @@ def random_boxes():
     ],
     ids=str,
 )
-def test_nms_of_a_batch_is_that_of_each_image(cfg):
+def test_batched_nms_equals_single_images(cfg):
     (boxes, scores), groups = random_boxes(), torch.arange(400).reshape(2, 200) % 3
     candidates = torch.where(scores > 0.3, scores, -1)
     for limit in (20, 200):
@@ -135,7 +138,7 @@ def test_soft_nms_in_files(tmp_path):
                 torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=0, atol=1e-4)
 
 
-def test_roi_features_are_mmdets():
+def test_roi_features_equal_mmdet():
     generator = torch.Generator().manual_seed(0)
     feats = tuple(torch.randn(2, 16, 64 // 2**i, 80 // 2**i, generator=generator) for i in range(4))
     corners = torch.rand(40, 2, generator=generator) * 150
@@ -165,10 +168,10 @@ def test_operators_pass_torch_checks():
 # ---- options and refusals --------------------------------------------------------------------------------------------
 
 
-def test_raw_images_and_masks_of_boxes(predictors):
+def test_raw_inputs_and_box_masks(predictors):
     from convnext_dense.export.preprocessing import Preprocess
 
-    predictor, image = predictors['mask_rcnn'], photo(100, 130)[None]
+    predictor, image = predictors['mask_rcnn'], make_photo(100, 130)[None]
     prepared = Preprocess(predictor.model.data_preprocessor)(image)
     with torch.no_grad():
         boxes, scores, labels, masks = ExportableDetector(predictor.model, raw=True, masks='box')(prepared)
@@ -199,7 +202,7 @@ def build_detector(**changes):
         ({'model.roi_head.bbox_roi_extractor.type': 'GenericRoIExtractor'}, 'GenericRoIExtractor cannot be exported'),
     ],
 )
-def test_unknown_parts_are_refused(changes, message):
+def test_unsupported_modules_are_refused(changes, message):
     with pytest.raises(UsageError, match=message):
         ExportableDetector(build_detector(**changes))
 

@@ -57,7 +57,7 @@ def test_file_that_differs_is_not_kept(export, checkpoints, tmp_path):
     assert not [*(tmp_path / 'out').iterdir()]
 
 
-def test_wrong_masks_and_label_maps_are_seen():
+def test_wrong_masks_and_label_maps_are_detected():
     equal = check.Difference((1, 9, 9), detections=3, unmatched=0, box=0.0, score=0.0, mask_iou=1.0)
     check._check_tolerance([equal], check.FULL, check.Path('f'))
     for change in (dict(mask_iou=0.99), dict(unmatched=3), dict(pixels=0.9), dict(logits=0.1)):
@@ -65,7 +65,7 @@ def test_wrong_masks_and_label_maps_are_seen():
             check._check_tolerance([equal, check.Difference(**{**vars(equal), **change})], check.FULL, check.Path('f'))
 
 
-def test_integers_of_eight_bits(export, checkpoints, files, tmp_path, capsys, monkeypatch):
+def test_int8(export, checkpoints, files, tmp_path, capsys, monkeypatch):
     """The file in float32 is proven equal first; of made weights, which find much in noise, most is found again."""
     toy_shapes.write_unlabeled(tmp_path / 'photos', 4, size=64)
     monkeypatch.setattr(cli, 'write_onnx', lambda traced, path: shutil.copy(files('mask_rcnn')['.onnx'], path))
@@ -79,11 +79,11 @@ def test_integers_of_eight_bits(export, checkpoints, files, tmp_path, capsys, mo
     assert {'QuantizeLinear', 'DequantizeLinear'} <= kinds
     assert read_exported(tmp_path / 'd.onnx').meta == read_exported(original).meta
     rows = json.loads((tmp_path / 'd.onnx.check.json').read_text())
-    found = sum(row['detections'] for row in rows)
-    assert sum(row['unmatched'] for row in rows) < found  # of 2 x found
+    n_detections = sum(row['detections'] for row in rows)
+    assert sum(row['unmatched'] for row in rows) < n_detections  # of 2 x found
 
 
-def test_operator_without_a_form_in_onnx_is_named(tmp_path):
+def test_operator_without_onnx_support_is_reported(tmp_path):
     torch.library.define('convnext_dense_tests::strange', '(Tensor x) -> Tensor')
     torch.library.impl('convnext_dense_tests::strange', 'CompositeExplicitAutograd', torch.clone)
     torch.library.register_fake('convnext_dense_tests::strange', torch.empty_like)
@@ -101,7 +101,7 @@ def test_operator_without_a_form_in_onnx_is_named(tmp_path):
             return self.neck(images) + 1
 
     program = torch.export.export(Model(), (torch.zeros(1, 3, 8, 8),))
-    message = r'the operator convnext_dense_tests.strange.default of neck \(StrangeNeck\) has no ONNX form'
+    message = r'the operator convnext_dense_tests.strange.default of neck \(StrangeNeck\) is not supported by ONNX'
     with pytest.raises(UsageError, match=message):
         write_onnx(Traced(Model(), program, ('logits',), None), tmp_path / 'f.onnx')
 
@@ -115,14 +115,14 @@ def test_module_of_mmcv_that_cannot_be_traced_is_named():
 @pytest.mark.parametrize(
     'suffix, package, extra', [('.onnx', 'onnxscript', 'export'), ('.xml', 'openvino', 'openvino')]
 )
-def test_missing_package_is_named(suffix, package, extra, monkeypatch, tmp_path):
+def test_missing_package_is_reported(suffix, package, extra, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UsageError, match=rf"{package} is not installed .*: pip install 'convnext_dense\[{extra}\]'"):
         WRITERS[suffix](None, tmp_path / f'd{suffix}')
     assert not [*tmp_path.iterdir()]
 
 
-def test_an_exported_model_is_not_exported_again(tmp_path):
+def test_exported_models_are_refused(tmp_path):
     arguments = cli.make_export_parser('').parse_args(['a.onnx', str(tmp_path / 'b.xml')])
     with pytest.raises(UsageError, match=r'a.onnx is exported already: give the checkpoint'):
         cli.export(arguments)
@@ -149,12 +149,12 @@ def test_bad_arguments(run_tool, checkpoints, tmp_path, args, message):
     assert (tmp_path / 'there.onnx').read_text() == 'mine'
 
 
-def test_one_pixel_of_a_small_mask_is_rounding():
+def test_mask_iou_tolerates_one_pixel():
     """Of 400 pixels one is 0.25 %, of which an IoU of 0.999 would allow none."""
     mask = np.zeros((40, 40), bool)
     mask[:20, :20] = True
     for count, is_equal in ((0, True), (1, True), (2, False), (20, False)):
-        other = mask.copy()
-        other[20, :count] = True
-        assert (check._mask_iou(mask, other) >= check.FULL.mask_iou) == is_equal
+        other_mask = mask.copy()
+        other_mask[20, :count] = True
+        assert (check._mask_iou(mask, other_mask) >= check.FULL.mask_iou) == is_equal
     assert check._mask_iou(mask, ~mask) == 0

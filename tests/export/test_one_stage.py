@@ -6,8 +6,8 @@ from mmdet.models import Mask2Former
 
 from convnext_dense.errors import UsageError
 from convnext_dense.export.detector import ExportableDetector
-from helpers.detections import assert_file_detects_the_same, assert_module_detects_the_same
-from helpers.made_detectors import ONE_STAGE, build_predictor, one_stage
+from helpers.detections import assert_file_detects_the_same, assert_module_equals_mmdet
+from helpers.small_detectors import ONE_STAGE, build_predictor, one_stage
 
 SIZES = [(160, 224), (131, 97), (64, 64)]
 
@@ -17,8 +17,8 @@ def build(name, **test_cfg):
 
 
 @pytest.mark.parametrize('name', ONE_STAGE)
-def test_module_detects_what_mmdet_does(name):
-    assert assert_module_detects_the_same(build(name), SIZES) > 30
+def test_module_equals_mmdet(name):
+    assert assert_module_equals_mmdet(build(name), SIZES) > 30
 
 
 @pytest.mark.parametrize(
@@ -32,13 +32,13 @@ def test_module_detects_what_mmdet_does(name):
     ],
     ids=str,
 )
-def test_options_of_the_test(test_cfg):
-    assert assert_module_detects_the_same(build('ATSS', **test_cfg), SIZES[1:]) > 5
+def test_test_cfg_options(test_cfg):
+    assert assert_module_equals_mmdet(build('ATSS', **test_cfg), SIZES[1:]) > 5
 
 
-def test_image_in_which_nothing_is_found():
+def test_image_without_detections():
     predictor = build('RetinaNet', score_thr=0.9999)
-    assert assert_module_detects_the_same(predictor, SIZES[:1]) == 0
+    assert assert_module_equals_mmdet(predictor, SIZES[:1]) == 0
 
 
 FILES = [
@@ -48,7 +48,7 @@ FILES = [
 
 
 @pytest.mark.parametrize('name, suffix', FILES)
-def test_file_detects_what_mmdet_does(name, suffix, tmp_path):
+def test_exported_file_equals_mmdet(name, suffix, tmp_path):
     assert_file_detects_the_same(build(name), tmp_path / f'detector{suffix}', SIZES[1:])
 
 
@@ -62,7 +62,7 @@ def test_file_detects_what_mmdet_does(name, suffix, tmp_path):
         ),
     ],
 )
-def test_heads_with_another_way_to_results_are_named(changes, message):
+def test_heads_with_other_postprocessing_are_refused(changes, message):
     cfg = one_stage('ATSS')
     cfg['bbox_head'] = dict(cfg['bbox_head'], **changes)
     with pytest.raises(UsageError, match=message):

@@ -31,7 +31,7 @@ PREPROCESSORS = {
 SIZES = ((64, 96), (65, 33), (33, 127), (70, 90))
 
 
-def own_result(preprocessor, images):
+def reference_result(preprocessor, images):
     """What the preprocessor makes of images whose colors are in the order of cv2.imread."""
     samples = [(SegDataSample if isinstance(preprocessor, SegDataPreProcessor) else DetDataSample)() for _ in images]
     images = images.flip(1) if images.shape[1] == 3 else images
@@ -46,23 +46,23 @@ def case(request):
 
 
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.float32])
-def test_equals_the_models_own(case, dtype):
-    own, preprocess, channels = case
+def test_equals_the_models_preprocessor(case, dtype):
+    preprocessor, preprocess, channels = case
     for i, size in enumerate(SIZES):
         images = torch.randint(0, 256, (2, channels, *size), generator=torch.Generator().manual_seed(i)).to(dtype)
-        expected, actual = own_result(own, images), preprocess(images)
+        expected, actual = reference_result(preprocessor, images), preprocess(images)
         assert actual.dtype == torch.float32 and torch.equal(actual, expected)
 
 
 def test_one_graph_for_all_sizes(case):
-    own, preprocess, channels = case
+    preprocessor, preprocess, channels = case
     batch, height, width = torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC
     images = torch.zeros(2, channels, 64, 50, dtype=torch.uint8)
     shapes = ({0: batch, 2: height, 3: width},)
     graph = torch.export.export(preprocess, (images,), dynamic_shapes=shapes, strict=False).module()
     for i, size in enumerate(SIZES):
         images = torch.randint(0, 256, (3, channels, *size), generator=torch.Generator().manual_seed(i)).byte()
-        assert torch.equal(graph(images), own_result(own, images))
+        assert torch.equal(graph(images), reference_result(preprocessor, images))
 
 
 class OtherPreprocessor(SegDataPreProcessor):
@@ -70,10 +70,10 @@ class OtherPreprocessor(SegDataPreProcessor):
         return super().forward(data, training)
 
 
-def test_what_is_refused():
-    for other in (OtherPreprocessor(), BaseDataPreprocessor()):
-        with pytest.raises(UsageError, match=f'the data_preprocessor {type(other).__name__} cannot be exported'):
-            Preprocess(other)
+def test_unsupported_preprocessors_are_refused():
+    for unsupported in (OtherPreprocessor(), BaseDataPreprocessor()):
+        with pytest.raises(UsageError, match=f'the data_preprocessor {type(unsupported).__name__} cannot be exported'):
+            Preprocess(unsupported)
     with pytest.raises(UsageError, match='images of 1 channels: the data_preprocessor takes 3'):
         Preprocess(DetDataPreprocessor(**RGB))(torch.zeros(1, 1, 32, 32))
     with pytest.raises(UsageError, match='images of 4 channels: the data_preprocessor takes 1 or 3'):

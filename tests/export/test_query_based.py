@@ -4,20 +4,20 @@ import pytest
 
 from convnext_dense.errors import UsageError
 from convnext_dense.export.detector import ExportableDetector
-from helpers.detections import assert_file_detects_the_same, assert_module_detects_the_same
-from helpers.made_detectors import DETRS, build_predictor, detr
+from helpers.detections import assert_file_detects_the_same, assert_module_equals_mmdet
+from helpers.small_detectors import DETRS, build_predictor, detr
 
 SIZES = [(160, 224), (131, 97)]
 
 
 @pytest.mark.parametrize('divisor', [1, 32])
 @pytest.mark.parametrize('name', DETRS)
-def test_module_detects_what_mmdet_does(name, divisor):
+def test_module_equals_mmdet(name, divisor):
     """With images that are padded, and with others."""
-    assert assert_module_detects_the_same(build_predictor(detr(name, divisor)), SIZES) == 30
+    assert assert_module_equals_mmdet(build_predictor(detr(name, divisor)), SIZES) == 30
 
 
-def test_the_model_stays_as_it_was():
+def test_export_does_not_change_the_model():
     model = build_predictor(detr('DINO')).model
     before = {name: (type(module), {*vars(module)}) for name, module in model.named_modules()}
     detector = ExportableDetector(model)
@@ -34,11 +34,11 @@ FILES = [
 
 
 @pytest.mark.parametrize('name, suffix', FILES)
-def test_file_detects_what_mmdet_does(name, suffix, tmp_path):
+def test_exported_file_equals_mmdet(name, suffix, tmp_path):
     assert_file_detects_the_same(build_predictor(detr(name)), tmp_path / f'detector{suffix}', SIZES)
 
 
-def test_successors_with_other_computations_are_named():
+def test_subclasses_with_other_computations_are_refused():
     cfg = dict(detr('DETR'), type='ConditionalDETR')
     cfg['bbox_head'] = dict(cfg['bbox_head'], type='ConditionalDETRHead', loss_cls=dict(type='FocalLoss'))
     with pytest.raises(UsageError, match='ConditionalDETR cannot be exported: its forward_decoder is not that of DETR'):

@@ -60,7 +60,7 @@ def build(decode_head=None, test_cfg=SLIDE, data_preprocessor=None, **backbone):
     return balance_classes(model)
 
 
-def draw(shape, channels=3):
+def random_images(shape, channels=3):
     n, height, width = shape
     rng = np.random.RandomState(height * width)
     images = np.stack([draw_photo(rng, height, width) for _ in range(n)])
@@ -77,7 +77,7 @@ def mmseg_result(model, images, output_size):
     return logits, torch.cat([sample.pred_sem_seg.data for sample in samples]).numpy()
 
 
-def check(actual, expected, returns_logits):
+def assert_equal_result(actual, expected, returns_logits):
     logits, labels = expected
     if returns_logits:
         assert actual.dtype == np.float32 and actual.shape == logits.shape
@@ -119,29 +119,29 @@ def test_equals_mmseg(name):
     if name == 'optimized':
         optimize(model)
     for shape, size in (TRACED, *OTHERS):
-        images = draw(shape, settings.get('in_channels', 3))
+        images = random_images(shape, settings.get('in_channels', 3))
         expected = mmseg_result(model, images, size)
         classes |= {*np.unique(expected[1])}
         for logits in (True, False):
             exportable = ExportableSegmentor(model, logits=logits)
-            check(exportable(images, torch.tensor(size)).numpy(), expected, logits)
+            assert_equal_result(exportable(images, torch.tensor(size)).numpy(), expected, logits)
     assert len(classes) > 1
 
 
 @torch.no_grad()
-def test_raw_and_the_size_of_the_images():
+def test_raw_inputs_and_image_size():
     model = build()
-    images = draw((1, 97, 151))
+    images = random_images((1, 97, 151))
     logits, labels = mmseg_result(model, images, (97, 151))
     assert (ExportableSegmentor(model)(images).numpy() == labels).mean() > 0.9999
     inputs = model.data_preprocessor(dict(inputs=list(images.flip(1))))['inputs']
     raw = ExportableSegmentor(model, raw=True, logits=True)(inputs)
-    check(raw.numpy(), (logits, None), True)
+    assert_equal_result(raw.numpy(), (logits, None), True)
 
 
 @torch.no_grad()
-def test_more_classes_than_a_byte_has():
-    images = draw((1, 64, 64))
+def test_more_than_256_classes():
+    images = random_images((1, 64, 64))
     for n, dtype in ((255, torch.uint8), (256, torch.int32)):
         model = build(head('FCNHead', num_classes=n, num_convs=1), WHOLE)
         labels = ExportableSegmentor(model)(images)
@@ -149,7 +149,7 @@ def test_more_classes_than_a_byte_has():
         assert (labels.numpy() == mmseg_result(model, images, (64, 64))[1]).mean() > 0.9999
 
 
-def test_an_unknown_way_of_testing():
+def test_unknown_test_mode_is_refused():
     model = build()
     model.test_cfg.mode = 'panorama'
     with pytest.raises(UsageError, match="test_cfg.mode 'panorama' cannot be exported: give one of whole, slide"):
@@ -161,7 +161,7 @@ DYNAMIC = torch.export.Dim.DYNAMIC
 
 @pytest.mark.parametrize('name', ['optimized FPNHead', 'of one size'])
 @torch.no_grad()
-def test_a_program_equals_mmseg_at_every_size(name):
+def test_program_equals_mmseg_at_every_size(name):
     sizes, dims = (TRACED, *OTHERS), {0: DYNAMIC, 2: DYNAMIC, 3: DYNAMIC}
     if name == 'of one size':
         model, dims = build(head('FCNHead', num_convs=1)), {0: DYNAMIC}
@@ -169,20 +169,20 @@ def test_a_program_equals_mmseg_at_every_size(name):
     else:
         inputs = dict(in_channels=CHANNELS, in_index=[0, 1], feature_strides=[4, 8])
         model = optimize(build(head('FPNHead', align_corners=True, **inputs), WHOLE))
-    args = draw((2, *TRACED[0][1:])), torch.tensor(TRACED[1])
+    args = random_images((2, *TRACED[0][1:])), torch.tensor(TRACED[1])
     exportable = ExportableSegmentor(model)
     assert exportable.output_names == ['segmentation']
     program = torch.export.export(exportable, args, dynamic_shapes=(dims, None), strict=False)
     assert not any('convnext_dense' in str(node.target) for node in program.graph.nodes)  # this package's operators
     program = program.module()
     for shape, size in sizes:
-        images = draw(shape)
-        check(program(images, torch.tensor(size)).numpy(), mmseg_result(model, images, size), False)
+        images = random_images(shape)
+        assert_equal_result(program(images, torch.tensor(size)).numpy(), mmseg_result(model, images, size), False)
 
 
 def export(model, path, **settings):
     """Write an ONNX file of a model, traced with one image of one window, which a tracer might take for granted."""
-    args = draw((1, 45, 37)), torch.tensor(TRACED[1])
+    args = random_images((1, 45, 37)), torch.tensor(TRACED[1])
     shapes = {0: 'batch', 2: 'height', 3: 'width'}, None
     options = dict(dynamo=True, opset_version=18, verbose=False, dynamic_shapes=shapes)
     torch.onnx.export(ExportableSegmentor(model, **settings), args, path, **options)
@@ -217,15 +217,15 @@ def run_openvino(path):
 
 
 @pytest.mark.parametrize('runtime', [run_onnxruntime, run_openvino])
-def test_a_file_equals_mmseg_at_every_size(runtime, exported):
+def test_exported_file_equals_mmseg_at_every_size(runtime, exported):
     model, path, logits = exported
     run = runtime(path)
     for shape, size in (TRACED, *OTHERS):
-        images = draw(shape)
-        check(run(images.numpy(), np.array(size)), mmseg_result(model, images, size), logits)
+        images = random_images(shape)
+        assert_equal_result(run(images.numpy(), np.array(size)), mmseg_result(model, images, size), logits)
 
 
-def test_a_file_has_standard_operators_alone(exported):
+def test_exported_file_has_only_standard_operators(exported):
     file = onnx.load(exported[1])
     assert {node.domain for node in file.graph.node} == {''} and not file.functions
     assert {node.op_type for node in file.graph.node}.isdisjoint({'Loop', 'If', 'ScatterND'})

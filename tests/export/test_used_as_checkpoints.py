@@ -51,7 +51,7 @@ def photos():
 
 
 @pytest.mark.parametrize('suffix', [*SUFFIXES, '.pt2'])
-def test_detections_equal_those_of_the_checkpoint(suffix, detectors, photos):
+def test_detections_equal_the_checkpoint(suffix, detectors, photos):
     expected, actual = (
         load_model(detectors[s], device='cpu').predict(photos, channel_order='bgr', score_thr=0.01, batch_size=2)
         for s in ('.pth', suffix)
@@ -64,14 +64,14 @@ def test_detections_equal_those_of_the_checkpoint(suffix, detectors, photos):
         distance[a.labels[:, None] != b.labels[None]] = np.inf
         nearest = distance.min(1)
         assert (nearest.values > 1).sum() <= 1  # one of scores that tie
-        same = nearest.values <= 1
-        masks = a.masks[same], b.masks[nearest.indices[same]]
+        is_equal = nearest.values <= 1
+        masks = a.masks[is_equal], b.masks[nearest.indices[is_equal]]
         overlap, union = (masks[0] & masks[1]).sum((1, 2)), (masks[0] | masks[1]).sum((1, 2))
         assert (union - overlap).sum() <= 1e-3 * union.sum() and (overlap >= 0.99 * union - 2).all()
 
 
 @pytest.mark.parametrize('suffix', [*SUFFIXES, pytest.param('.pt2', marks=pytest.mark.slow)])
-def test_label_maps_equal_those_of_the_checkpoint(suffix, segmentors, photos):
+def test_label_maps_equal_the_checkpoint(suffix, segmentors, photos):
     expected, actual = (
         load_model(segmentors[s], device='cpu').predict(photos, channel_order='bgr') for s in ('.pth', suffix)
     )
@@ -102,7 +102,7 @@ def measure(recipe, file, folder):
     return json.loads(path.read_text())
 
 
-def test_the_ap_of_the_files_is_that_of_the_checkpoint(detectors, data, tmp_path):
+def test_ap_equals_the_checkpoint(detectors, data, tmp_path):
     predict(detectors['.pth'], data / 'val', '--out', tmp_path / 'out')
     predictions = json.loads((tmp_path / 'out/predictions.json').read_text())
     predictions_as_labels(predictions, data / 'annotations/instances_val.json')
@@ -122,7 +122,7 @@ def test_the_ap_of_the_files_is_that_of_the_checkpoint(detectors, data, tmp_path
     assert areas[0] == pytest.approx(areas[1], rel=1e-3)
 
 
-def test_the_miou_of_the_files_is_that_of_the_checkpoint(segmentors, data, tmp_path):
+def test_miou_equals_the_checkpoint(segmentors, data, tmp_path):
     predict(segmentors['.pth'], data / 'val', '--out', tmp_path / 'out')
     for path in (data / 'labels/val').iterdir():
         mask = np.asarray(Image.open(tmp_path / f'out/masks/{path.name}'))
@@ -137,7 +137,7 @@ def test_the_miou_of_the_files_is_that_of_the_checkpoint(segmentors, data, tmp_p
         assert (np.asarray(Image.open(path)) == expected).mean() >= 0.999
 
 
-def test_the_tool_in_a_process_of_its_own(run_tool, segmentors, data, tmp_path):
+def test_predict_tool_with_an_exported_model(run_tool, segmentors, data, tmp_path):
     """Which imports nothing but what the tool does."""
     config = ROOT / 'configs/demo/upernet.py'
     process = run_tool('test.py', config, segmentors['.onnx'], '--work-dir', 'run', WITH, *WITHOUT_WORKERS)

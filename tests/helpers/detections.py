@@ -11,7 +11,7 @@ from convnext_dense.inference.sessions import session_class
 from helpers.checkpoints import draw_photo
 
 
-def photo(height, width, seed=0):
+def make_photo(height, width, seed=0):
     """(3, H, W), RGB."""
     return torch.from_numpy(draw_photo(np.random.RandomState(seed), height, width)).permute(2, 0, 1).contiguous()
 
@@ -22,19 +22,19 @@ def assert_same_detections(predictor, image, output_size, outputs, index=0):
     boxes, scores, labels = (np.asarray(value[index]) for value in outputs[:3])
     count = int((labels >= 0).sum())
     assert (labels[count:] == -1).all() and (scores[count:] == 0).all()
-    theirs = (expected.bboxes.numpy(), expected.scores.numpy(), expected.labels.numpy())
-    pairs = check.match((boxes[:count], scores[:count], labels[:count]), theirs, check.FULL)
+    reference = (expected.bboxes.numpy(), expected.scores.numpy(), expected.labels.numpy())
+    pairs = check.match((boxes[:count], scores[:count], labels[:count]), reference, check.FULL)
     assert abs(count - len(expected)) <= 1 and len(pairs) >= 0.98 * len(expected)
-    for ours, other in pairs if len(outputs) > 3 else []:
-        assert (np.asarray(outputs[3][index][ours]) != expected.masks[other].numpy()).mean() < 1e-3
+    for i, j in pairs if len(outputs) > 3 else []:
+        assert (np.asarray(outputs[3][index][i]) != expected.masks[j].numpy()).mean() < 1e-3
     return len(expected)
 
 
-def assert_module_detects_the_same(predictor, sizes):
+def assert_module_equals_mmdet(predictor, sizes):
     """The module detects what mmdet does in images of some sizes; returns the number of detections."""
     detector, count = ExportableDetector(predictor.model), 0
     for height, width in sizes:
-        image, output_size = photo(height, width), (height * 2 // 3, width * 5 // 4)
+        image, output_size = make_photo(height, width), (height * 2 // 3, width * 5 // 4)
         with torch.no_grad():
             outputs = detector(image[None], torch.tensor(output_size))
         count += assert_same_detections(predictor, image, output_size, outputs)
@@ -46,7 +46,10 @@ def assert_file_detects_the_same(predictor, path, sizes):
     WRITERS[path.suffix](trace(predictor, ExportOptions()), path)
     session = session_class(path)(str(path), torch.device('cpu'))
     for size in sizes:
-        images, output_size = torch.stack([photo(*size), photo(*size, seed=1)]), (size[0] * 2, size[1] * 5 // 4)
+        images, output_size = (
+            torch.stack([make_photo(*size), make_photo(*size, seed=1)]),
+            (size[0] * 2, size[1] * 5 // 4),
+        )
         for batch in (images[:1], images):
             assert_session_detects_the_same(predictor, session, batch, output_size)
 

@@ -10,7 +10,7 @@ def dump(config: Config, file) -> None:
     file.write_text('\n'.join(f'{key} = {value!r}' for key, value in config.to_dict().items()))
 
 
-def start(folder, config: Config, records=(), world_size=8, timestamp='20260101_120000', tail='') -> None:
+def write_session(folder, config: Config, records=(), world_size=8, timestamp='20260101_120000', tail='') -> None:
     """Write the files of a training session: config, scalars, text log."""
     session_dir = folder / timestamp
     (session_dir / 'vis_data').mkdir(parents=True)

@@ -15,7 +15,7 @@ from helpers.recipes import load
 
 
 @pytest.mark.parametrize('scale', [8, 1])  # of 1, boxes at the border are beyond the center of the last anchor
-def test_coverage_equals_that_of_all_anchors(scale):
+def test_coverage_equals_all_anchors(scale):
     """Of boxes within an image and at its borders, of all sizes."""
     model = load('mask_rcnn/convnext_t').model
     model.rpn_head.anchor_generator.scales = [scale]
@@ -38,7 +38,7 @@ class Dataset(list):
         return self[i]
 
 
-def test_boxes_are_those_at_the_test_size():
+def test_boxes_are_scaled_to_the_test_size():
     """An image of 100 x 400 in (1333, 800) becomes 333 x 1333; crowds are left out."""
     instances = [dict(bbox=[10, 20, 30, 60], bbox_label=2, ignore_flag=i) for i in (0, 1)]
     boxes, sizes, labels = read_boxes(Dataset([dict(height=100, width=400, instances=instances)]), (1333, 800))
@@ -47,7 +47,7 @@ def test_boxes_are_those_at_the_test_size():
     assert sizes == pytest.approx(np.array([[100, 400]]) * ratio)
 
 
-def test_annotations_are_drawn_where_they_are():
+def test_annotations_are_drawn_at_their_positions():
     from mmdet.structures.bbox import HorizontalBoxes
     from mmdet.structures.mask import BitmapMasks
 
@@ -68,7 +68,7 @@ def test_annotations_are_drawn_where_they_are():
 
 
 @pytest.mark.parametrize('task, config', [('detection', DETECTOR), ('segmentation', SEGMENTOR)])
-def test_the_tool_draws_a_data_set(task, config, data, tmp_path, capsys):
+def test_tool_draws_a_dataset(task, config, data, tmp_path, capsys):
     args = ('--data', data, '--task', task, '--config', config, '--pictures', tmp_path / 'out', '--image-size', 96)
     assert run('check_data.py', *args) == 0
     out = capsys.readouterr().out
@@ -79,7 +79,7 @@ def test_the_tool_draws_a_data_set(task, config, data, tmp_path, capsys):
     init_default_scope('mmdet')
 
 
-def test_options_that_need_another(capsys):
+def test_options_that_need_another_option(capsys):
     for args, words in (
         (('--config', DETECTOR), '--config needs --pictures'),
         (('--fix', 'x', '--tile', 9), '--fix and --tile'),

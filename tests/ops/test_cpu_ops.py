@@ -59,12 +59,12 @@ def fast_blocks(monkeypatch):
     """For each block that ran: whether a fast backend ran it."""
     ran, block = [], dispatch.block_forward
 
-    def watched(*args):
+    def recorded_forward(*args):
         out = block(*args)
         ran.append(out is not None)
         return out
 
-    monkeypatch.setattr(dispatch, 'block_forward', watched)
+    monkeypatch.setattr(dispatch, 'block_forward', recorded_forward)
     return ran
 
 
@@ -81,13 +81,13 @@ def features_and_grads(model, image, precision='float32'):
         model, image = copy.deepcopy(model).bfloat16(), image.detach().bfloat16().requires_grad_()
     torch.manual_seed(1)
     with torch.autocast('cpu', torch.bfloat16, enabled=precision == AUTOCAST):
-        maps = model(image)
+        feats = model(image)
     torch.manual_seed(2)
-    sum((m.double() * torch.randn(m.shape)).sum() for m in maps).backward()
+    sum((m.double() * torch.randn(m.shape)).sum() for m in feats).backward()
     gradients = {name: p.grad for name, p in model.named_parameters()} | {'image': image.grad}
     for p in model.parameters():
         p.grad = None
-    return [m.detach() for m in maps], gradients
+    return [m.detach() for m in feats], gradients
 
 
 def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -241,10 +241,10 @@ def test_stem_downsampling_and_output_norms(in_channels, memory, fast_ends, monk
 
     def gradients():
         model.zero_grad()
-        maps = model(image)
+        feats = model(image)
         torch.manual_seed(1)
-        sum((m * torch.randn(m.shape)).sum() for m in maps).backward()
-        return [*maps, *(p.grad for p in model.parameters())]
+        sum((m * torch.randn(m.shape)).sum() for m in feats).backward()
+        return [*feats, *(p.grad for p in model.parameters())]
 
     actual = gradients()
     assert fast_ends == ENDS
@@ -326,8 +326,8 @@ def test_models_in_several_threads_do_not_interfere():
     with ThreadPoolExecutor(2) as pool:
         for _ in range(5):
             jobs = [pool.submit(lambda m, i: [x.detach() for x in m(i)], m, i) for m, i in zip(models, images)]
-            for job, (maps, _) in zip(jobs, expected):
-                for f, e in zip(job.result(), maps):
+            for job, (feats, _) in zip(jobs, expected):
+                for f, e in zip(job.result(), feats):
                     assert distance(f, e) < 1e-6
 
 
@@ -604,17 +604,17 @@ def test_output_norm_reuses_an_unused_buffer(monkeypatch):
     if not avx512.dtypes():
         pytest.skip('the kernels are not for this machine, or not compiled')
     model = ConvNeXt(dict(depths=(2, 3), channels=(32, 64)), out_indices=(0, 1)).eval()
-    maps, call = [], avx512.KernelCall
+    buffers, call = [], avx512.KernelCall
 
-    def watched(name, arguments, tensors):
-        maps.extend(t.data_ptr() for t in tensors if t is not None and t.ndim == 4 and t.shape[0] == 2)
+    def recorded_forward(name, arguments, tensors):
+        buffers.extend(t.data_ptr() for t in tensors if t is not None and t.ndim == 4 and t.shape[0] == 2)
         return call(name, arguments, tensors)
 
-    monkeypatch.setattr(avx512, 'KernelCall', watched)
+    monkeypatch.setattr(avx512, 'KernelCall', recorded_forward)
     with torch.no_grad():
         actual = model(torch.randn(2, 3, 64, 80))
-    assert len(set(maps)) == 1 + 2 + 2  # the image, and two of each stage
-    assert {m.data_ptr() for m in actual} < set(maps) and all(m.is_contiguous() for m in actual)
+    assert len(set(buffers)) == 1 + 2 + 2  # the image, and two of each stage
+    assert {m.data_ptr() for m in actual} < set(buffers) and all(m.is_contiguous() for m in actual)
 
 
 def saved_activation_bytes(model, image) -> int:
@@ -944,9 +944,9 @@ def test_checkpoint_deepcopy_and_retain_graph(backend, fast_blocks):
     expected = features_and_grads(copy.deepcopy(model), image.detach())[1]
     torch.manual_seed(2)
     for attempt in range(2):
-        maps = checkpoint(model, image, use_reentrant=False) if attempt else model(image)
+        feats = checkpoint(model, image, use_reentrant=False) if attempt else model(image)
         torch.manual_seed(2)
-        loss = sum((m.double() * torch.randn(m.shape)).sum() for m in maps)
+        loss = sum((m.double() * torch.randn(m.shape)).sum() for m in feats)
         for repeat in range(1 if attempt else 2):
             image.grad = None
             loss.backward(retain_graph=not attempt and not repeat)

@@ -95,11 +95,11 @@ def set_param_view(model, name, view) -> None:
 def features_and_grads(model, image, view=None):
     """Features, and gradients of the parameters; `view` is applied to the gradients of the features."""
     model.zero_grad()
-    maps = model(image)
+    feats = model(image)
     torch.manual_seed(1)
-    grads = [torch.randn(m.shape).to(m.dtype) for m in maps]  # the same numbers in each dtype
-    torch.autograd.backward(maps, [VIEWS[view](g) if view else g for g in grads])
-    return [m.detach() for m in maps] + [p.grad for p in model.parameters()]
+    grads = [torch.randn(m.shape).to(m.dtype) for m in feats]  # the same numbers in each dtype
+    torch.autograd.backward(feats, [VIEWS[view](g) if view else g for g in grads])
+    return [m.detach() for m in feats] + [p.grad for p in model.parameters()]
 
 
 def assert_equals_the_reference(model, image, view=None):
@@ -191,10 +191,10 @@ def test_saved_tensors_of_a_whole_model_may_come_back_as_views(view):
 def test_batched_gradients_equal_single_gradients(widths):
     """As in vectorized Jacobians: such a gradient has no storage."""
     model, image = build_model(widths), torch.randn(2, 4, 19, 27)
-    maps, parameters = model(image), list(model.parameters())
-    grads = [torch.randn(3, *m.shape) for m in maps]
-    batched = torch.autograd.grad(maps, parameters, grads, is_grads_batched=True, retain_graph=True)
-    single = [torch.autograd.grad(maps, parameters, [g[i] for g in grads], retain_graph=True) for i in range(3)]
+    feats, parameters = model(image), list(model.parameters())
+    grads = [torch.randn(3, *m.shape) for m in feats]
+    batched = torch.autograd.grad(feats, parameters, grads, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(feats, parameters, [g[i] for g in grads], retain_graph=True) for i in range(3)]
     for f, e in zip(batched, map(torch.stack, zip(*single))):
         torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-3)
 
@@ -400,13 +400,13 @@ def run_case(r: random.Random) -> None:
         no_grad_outputs = output()
         with dispatch.disabled():
             expected, exact = output(), output(copy.deepcopy(module).double(), x.double())
-    maps = output()
-    for out in (no_grad_outputs, maps):
+    feats = output()
+    for out in (no_grad_outputs, feats):
         for f, e, t in zip(out, expected, exact, strict=True):
             assert (f - t).norm() <= 10 * (e - t).norm() + 3e-3 * t.norm(), (module, x.shape)
-    if maps[-1].requires_grad:
+    if feats[-1].requires_grad:
         view = r.choice([*VIEWS.values()])
-        torch.autograd.backward(maps, [view(torch.randn_like(m)) for m in maps])
+        torch.autograd.backward(feats, [view(torch.randn_like(m)) for m in feats])
 
 
 if __name__ == '__main__':

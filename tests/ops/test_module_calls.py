@@ -61,12 +61,12 @@ class Twin(nn.Module):
         self.norm0, self.norm1 = TwinNorm(channels0), TwinNorm(channels1)
 
     def forward(self, x):
-        maps = []
+        feats = []
         for i in range(2):
             x = self.downsample_layers[i](x)
             x = self.stages[i](x)
-            maps.append(getattr(self, f'norm{i}')(x))
-        return tuple(maps)
+            feats.append(getattr(self, f'norm{i}')(x))
+        return tuple(feats)
 
 
 def model_and_twin(widths, with_cp=False) -> tuple[ConvNeXt, Twin]:
@@ -120,9 +120,9 @@ def hook_calls(model, names, kind, train=True):
     for name in names:
         register_hook(model.get_submodule(name), kind, calls, name)
     with torch.set_grad_enabled(train):
-        maps = model(torch.linspace(-1, 1, 2 * 3 * 35 * 44).sin().view(IMAGE))
+        feats = model(torch.linspace(-1, 1, 2 * 3 * 35 * 44).sin().view(IMAGE))
         if train:
-            sum(m.pow(2).mean() for m in maps).backward()
+            sum(m.pow(2).mean() for m in feats).backward()
     return calls
 
 
@@ -206,12 +206,12 @@ def test_only_a_modified_module_falls_back(train, monkeypatch):
     fast_calls = []
 
     def watch(name, function):
-        def watched(*args):
+        def recorded(*args):
             out = function(*args)
             fast_calls.extend([name] if out is not None else [])
             return out
 
-        monkeypatch.setattr(dispatch, f'{name}_forward', watched)
+        monkeypatch.setattr(dispatch, f'{name}_forward', recorded)
 
     for name in ('stage', 'patch_embed', 'block', 'norm'):
         watch(name, getattr(dispatch, f'{name}_forward'))

@@ -72,7 +72,7 @@ WRONG_GFLOPS = {'upernet/swin_b_in22k': 1840}
 
 
 @pytest.mark.parametrize('name', RECIPES)
-def test_a_recipe_has_the_settings_of_its_result(name):
+def test_recipe_settings_equal_its_result(name):
     config, result = load(name), RECIPES[name]
     assert find_paper_result(config) is result and diff_from_recipe(config, result) == []
     assert training_precision(config) == result.precision
@@ -94,7 +94,7 @@ def test_no_config_has_two_results():
 
 
 @pytest.mark.parametrize('name', SWIN)
-def test_swin_is_as_in_its_source(name):
+def test_swin_settings_equal_the_source(name):
     (embed_dims, depths, num_heads), drop_path_rate, lr, weight_decay, weights, precision = SOURCE[name]
     config = load(name)
     backbone = config.model.backbone
@@ -153,12 +153,12 @@ def swin_layer(path: list[str]) -> int:
         return 0
     if path[:2] != ['backbone', 'stages']:
         return 25
-    stage, last = int(path[2]), (2, 4, 22, 24)[int(path[2])]
-    return last if path[3] == 'downsample' else (0, 2, 4, 22)[stage] + 1 + int(path[4])
+    stage, last_layer = int(path[2]), (2, 4, 22, 24)[int(path[2])]
+    return last_layer if path[3] == 'downsample' else (0, 2, 4, 22)[stage] + 1 + int(path[4])
 
 
 @pytest.mark.parametrize('name', [name for name in RECIPES if not name.startswith('upernet')])
-def test_detectors_are_convnexts_but_for_backbone_and_optimizer(name):
+def test_detectors_differ_from_convnexts_in_backbone_and_optimizer_only(name):
     """Heads, images, augmentations, test settings and batch: test_recipes.py compares ConvNeXt's with the paper."""
     config = load(name)
     reference = load('mask_rcnn/convnext_t' if name.startswith('mask_rcnn') else 'cascade/convnext_t')
@@ -178,7 +178,7 @@ def test_detectors_are_convnexts_but_for_backbone_and_optimizer(name):
 
 
 @pytest.mark.parametrize('name', [name for name in RECIPES if name.startswith('upernet')])
-def test_segmentors_are_convnexts_but_for_backbone_optimizer_and_test(name):
+def test_segmentors_differ_from_convnexts_in_backbone_optimizer_and_test_only(name):
     config = load(name)
     reference = load('upernet/convnext_b_in22k' if 'in22k' in name else 'upernet/convnext_t')
     parts = ('train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator', 'test_evaluator', 'train_cfg')
@@ -196,7 +196,7 @@ def test_segmentors_are_convnexts_but_for_backbone_optimizer_and_test(name):
 
 
 @pytest.mark.parametrize('name', RESNETS)
-def test_resnets_are_mmdets_stock_ones(name):
+def test_resnets_equal_mmdets_configs(name):
     """The backbone of mmdet's own Cascade Mask R-CNN; the optimizer of the Swin paper, A2.2 and table 9."""
     stock_name = {
         'cascade/resnet50': 'r50',
@@ -206,9 +206,9 @@ def test_resnets_are_mmdets_stock_ones(name):
     file = f'{mmdet.__path__[0]}/.mim/configs/cascade_rcnn/cascade-mask-rcnn_{stock_name}_fpn_ms-3x_coco.py'
     stock = Config.fromfile(file).model
     config = load(name)
-    ours, theirs = dict(config.model.backbone), dict(stock.backbone)
-    del ours['init_cfg'], theirs['init_cfg']
-    assert ours == {**theirs, 'norm_eval': True}  # the default of the class
+    backbone, stock_backbone = dict(config.model.backbone), dict(stock.backbone)
+    del backbone['init_cfg'], stock_backbone['init_cfg']
+    assert backbone == {**stock_backbone, 'norm_eval': True}  # the default of the class
     assert config.model.neck.in_channels == stock.neck.in_channels
     assert config.optim_wrapper == dict(
         type='AmpOptimWrapper', optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05)
@@ -216,7 +216,7 @@ def test_resnets_are_mmdets_stock_ones(name):
 
 
 @pytest.mark.parametrize('name', RECIPES)
-def test_counts_equal_the_published(name):
+def test_counts_equal_published_values(name):
     result = RECIPES[name]
     complexity = count_flops(load(name), result.size, result.counted)
     gflops, parameters = COUNTS[name]
@@ -250,7 +250,7 @@ def test_differences_between_recipes_are_lines():
     ]
 
 
-def test_the_demo_trains(tmp_path, monkeypatch):
+def test_demo_trains(tmp_path, monkeypatch):
     """The UperNet recipe with a small Swin on the embedded data set: the loss falls."""
     toy_shapes.write(tmp_path / 'shapes', train=16, val=2, size=128)
     monkeypatch.setenv('SHAPES_ROOT', str(tmp_path / 'shapes'))
@@ -265,13 +265,13 @@ def test_the_demo_trains(tmp_path, monkeypatch):
     wrapper = build_optim_wrapper(model, wrapper_cfg)
     config.train_dataloader.update(num_workers=0, persistent_workers=False, batch_size=4)
     batches = iter(Runner.build_dataloader(config.train_dataloader, seed=0))
-    before = {name: parameter.clone() for name, parameter in model.backbone.named_parameters()}
+    initial = {name: parameter.clone() for name, parameter in model.backbone.named_parameters()}
     losses = [model.train_step(next(batches), wrapper)['loss'].item() for _ in range(40)]
     assert sum(losses[-10:]) < 0.75 * sum(losses[:10]), losses
-    assert all(not torch.equal(p, before[name]) for name, p in model.backbone.named_parameters())
+    assert all(not torch.equal(p, initial[name]) for name, p in model.backbone.named_parameters())
 
 
-def test_released_names_are_those_of_swins_authors():
+def test_released_names_equal_the_swin_authors():
     assert {result.released for result in BASELINE_RESULTS if result.released} == {
         name for name, entry in WEIGHTS.items() if entry.backbone == 'Swin' and '_224' not in name
     }

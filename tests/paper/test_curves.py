@@ -21,7 +21,7 @@ from convnext_dense.paper.curves import ema, format_progress, layer_lrs, plot, r
 from convnext_dense.paper.session import parse_lr_scales
 from helpers.recipes import load
 from helpers.tools import one_line_error
-from helpers.work_dirs import coco, start, write_run_info
+from helpers.work_dirs import coco, write_run_info, write_session
 
 ARCH = dict(depths=(1, 1, 2, 1), channels=(4, 8, 12, 16))
 
@@ -135,7 +135,7 @@ def test_lr_scales_of_other_logs():
     assert parse_lr_scales(table, None) == {0: 1.0}
 
 
-def train(step, **more):
+def train_record(step, **more):
     return dict(loss=step / 1000, lr=1e-4, iter=step, step=step, **more)
 
 
@@ -143,11 +143,17 @@ def test_resumed_sessions_are_merged(tmp_path):
     """The first start ends at 900, the second goes on from 500, is killed at 700 and leaves a half-written line, the
     third logs nothing, the fourth goes on from 500 again."""
     config = load('upernet/convnext_t')
-    start(tmp_path, config, [*map(train, range(50, 501, 50)), dict(mIoU=1.0, step=500), train(550), train(900)])
-    second = [train(550), train(600), dict(mIoU=2.0, step=600), train(700)]
-    start(tmp_path, config, second, timestamp='20260102_120000', tail='\n{"loss": 0.1, "st')
-    start(tmp_path, config, timestamp='20260103_120000')
-    start(tmp_path, config, [train(550), train(600), dict(mIoU=3.0, step=600)], timestamp='20260104_120000')
+    write_session(
+        tmp_path,
+        config,
+        [*map(train_record, range(50, 501, 50)), dict(mIoU=1.0, step=500), train_record(550), train_record(900)],
+    )
+    resumed_records = [train_record(550), train_record(600), dict(mIoU=2.0, step=600), train_record(700)]
+    write_session(tmp_path, config, resumed_records, timestamp='20260102_120000', tail='\n{"loss": 0.1, "st')
+    write_session(tmp_path, config, timestamp='20260103_120000')
+    write_session(
+        tmp_path, config, [train_record(550), train_record(600), dict(mIoU=3.0, step=600)], timestamp='20260104_120000'
+    )
     (curves,) = read_curves([tmp_path])
     assert [x for x, _ in curves.losses] == list(range(50, 601, 50)) and curves.unit == 'optimizer steps'
     assert curves.metrics == [(500, {'mIoU': 1.0}), (600, {'mIoU': 3.0})]
@@ -157,12 +163,14 @@ def test_resumed_sessions_are_merged(tmp_path):
 
 def test_session_that_starts_with_evaluation(tmp_path):
     config = load('cascade/convnext_t')
-    start(tmp_path / 'epochs', config, [train(10, epoch=1), train(20, epoch=2)])
-    start(tmp_path / 'epochs', config, [coco(0.1, 0.1, 2), train(30, epoch=3)], timestamp='20260102_120000')
+    write_session(tmp_path / 'epochs', config, [train_record(10, epoch=1), train_record(20, epoch=2)])
+    write_session(
+        tmp_path / 'epochs', config, [coco(0.1, 0.1, 2), train_record(30, epoch=3)], timestamp='20260102_120000'
+    )
     config = load('upernet/convnext_t')
     config.default_hooks.logger.pop('log_metric_by_epoch')  # then it gives no step
-    start(tmp_path / 'iters', config, [train(10), train(20)])
-    start(tmp_path / 'iters', config, [dict(mIoU=1.0, step=0), train(30)], timestamp='20260102_120000')
+    write_session(tmp_path / 'iters', config, [train_record(10), train_record(20)])
+    write_session(tmp_path / 'iters', config, [dict(mIoU=1.0, step=0), train_record(30)], timestamp='20260102_120000')
     for name, xs in {'epochs': [1, 2, 3], 'iters': [10, 20, 30]}.items():
         (curves,) = read_curves([tmp_path / name])
         assert [x for x, _ in curves.losses] == xs and [x for x, _ in curves.metrics] == xs[1:2]
@@ -171,11 +179,17 @@ def test_session_that_starts_with_evaluation(tmp_path):
 def test_units(tmp_path):
     """Epochs by the log's iterations of one, also where it has none; optimizer steps under accumulation."""
     config = load('cascade/convnext_t')
-    records = [train(20, epoch=1), train(40, epoch=1), coco(0.1, 0.2, 1), train(70, epoch=2), train(90, epoch=2)]
-    start(tmp_path / 'logged', config, records)
+    records = [
+        train_record(20, epoch=1),
+        train_record(40, epoch=1),
+        coco(0.1, 0.2, 1),
+        train_record(70, epoch=2),
+        train_record(90, epoch=2),
+    ]
+    write_session(tmp_path / 'logged', config, records)
     log = tmp_path / 'logged/20260101_120000/20260101_120000.log'
     log.write_text(log.read_text() + '- mmengine - INFO - Epoch(train)  [ 1][ 20/50]  base_lr: 1e-4\n')
-    start(tmp_path / 'not_logged', config, records)
+    write_session(tmp_path / 'not_logged', config, records)
     logged, not_logged = read_curves([tmp_path])
     assert [x for x, _ in logged.losses] == [0.4, 0.8, 1.4, 1.8] and [x for x, _ in logged.metrics] == [1]
     assert logged.metrics[0][1]['box AP'] == pytest.approx(10) and logged.unit == 'epochs'
@@ -183,10 +197,10 @@ def test_units(tmp_path):
 
     config = load('upernet/convnext_t')
     scale_batch(config, 1)
-    start(tmp_path / 'optimizer steps', config, [train(800), dict(mIoU=5.0, step=800)], 1)
+    write_session(tmp_path / 'optimizer steps', config, [train_record(800), dict(mIoU=5.0, step=800)], 1)
     # Loops that count iterations under a logger that does not know it: the step of an evaluation is none.
     config.default_hooks.logger.pop('log_metric_by_epoch')
-    start(tmp_path / 'unknowing', config, [train(800), dict(mIoU=5.0, step=0)], 1)
+    write_session(tmp_path / 'unknowing', config, [train_record(800), dict(mIoU=5.0, step=0)], 1)
     for name in ('optimizer steps', 'unknowing'):
         (curves,) = read_curves([tmp_path / name])
         assert [x for x, _ in curves.losses] == [x for x, _ in curves.metrics] == [100]
@@ -194,7 +208,9 @@ def test_units(tmp_path):
 
 def test_units_and_layers_by_run_json(tmp_path):
     """Epochs, progress and the lr of each layer by the file, where text log and config say nothing or otherwise."""
-    start(tmp_path / 'epochs', load('cascade/convnext_t'), [train(5, epoch=1), train(25, epoch=3)])
+    write_session(
+        tmp_path / 'epochs', load('cascade/convnext_t'), [train_record(5, epoch=1), train_record(25, epoch=3)]
+    )
     groups = [dict(name=f'layer_{i}_decay', layer_id=i, lr=1e-4 * scale, lr_scale=scale, weight_decay=0.0, num_params=1)
               for i, scale in enumerate((0.25, 1.0))]  # fmt: skip
     write_run_info(tmp_path / 'epochs/20260101_120000', param_groups=groups)
@@ -202,7 +218,7 @@ def test_units_and_layers_by_run_json(tmp_path):
     assert [x for x, _ in curves.losses] == [0.5, 2.5]
     assert curves.lrs[0][1] == pytest.approx({0: 1e-4, 1: 4e-4})
     assert format_progress(curves.run) == '2.5 of 36 epochs' and curves.run.issues == []
-    start(tmp_path / 'steps', load('upernet/convnext_t'), [train(800)])
+    write_session(tmp_path / 'steps', load('upernet/convnext_t'), [train_record(800)])
     write_run_info(tmp_path / 'steps/20260101_120000', accumulation_steps=8, by_epoch=False, max_epochs=None)
     (curves,) = read_curves([tmp_path / 'steps'])
     assert [x for x, _ in curves.losses] == [100] and format_progress(curves.run).startswith('100 of ')
@@ -213,8 +229,12 @@ def test_isolated_points_have_markers(tmp_path):
     import matplotlib.figure
 
     config = load('upernet/convnext_t')
-    start(tmp_path / 'one', config, [train(50), dict(mIoU=20.0, step=50)])
-    start(tmp_path / 'more', config, [*map(train, (50, 100)), train(150) | dict(loss=math.nan), train(200)])
+    write_session(tmp_path / 'one', config, [train_record(50), dict(mIoU=20.0, step=50)])
+    write_session(
+        tmp_path / 'more',
+        config,
+        [*map(train_record, (50, 100)), train_record(150) | dict(loss=math.nan), train_record(200)],
+    )
     markers = {}
 
     def record(figure, file):
@@ -238,31 +258,31 @@ def test_parts_of_the_loss_and_other_evaluators(tmp_path):
     parts = {'loss_rpn_cls': 0.1, 's0.loss_cls': 0.2, 's1.loss_cls': 0.3, 's0.acc': 90.0, 'decode.loss_ce': 0.4}
     records = [{f'train/{k}': v for k, v in dict(loss=1.0, lr=1e-4, **parts).items()} | dict(epoch=1, iter=1, step=1)]
     records += [{'val/pascal_voc/mAP': 0.5, 'val/pascal_voc/AP50': 0.6, 'val/time': 1.0, 'step': 1}]
-    start(tmp_path, Config(dict(train_cfg=dict(max_epochs=2))), records)
+    write_session(tmp_path, Config(dict(train_cfg=dict(max_epochs=2))), records)
     (curves,) = read_curves([tmp_path])
     assert curves.losses == [(1, {'loss': 1.0, 'loss_rpn_cls': 0.1, 'loss_cls': 0.5, 'decode.loss_ce': 0.4})]
     assert curves.metrics == [(1, {'pascal_voc/mAP': 0.5, 'pascal_voc/AP50': 0.6})]
     assert plot([curves], tmp_path / 'run') == tmp_path / 'run.png' and (tmp_path / 'run.png').exists()
-    assert texts(curves)[:4] == ['loss', 'lr', 'pascal_voc/mAP', 'pascal_voc/AP50']
+    assert panel_texts(curves)[:4] == ['loss', 'lr', 'pascal_voc/mAP', 'pascal_voc/AP50']
 
 
-def texts(*curves, smooth=0.0) -> list[str]:
+def panel_texts(*curves, smooth=0.0) -> list[str]:
     """Titles of the panels, then all other text in the plot."""
     import matplotlib.figure
 
-    seen = []
+    labels = []
 
     def look(figure, file):
-        seen.append([axis.get_title() for axis in figure.axes if axis.get_title()])
-        seen.append([t.get_text() for axis in figure.axes for t in axis.texts])
-        seen.append([t.get_text() for holder in [*figure.axes, figure] for t in legend_of(holder)])
+        labels.append([axis.get_title() for axis in figure.axes if axis.get_title()])
+        labels.append([t.get_text() for axis in figure.axes for t in axis.texts])
+        labels.append([t.get_text() for holder in [*figure.axes, figure] for t in legend_of(holder)])
 
     save, matplotlib.figure.Figure.savefig = matplotlib.figure.Figure.savefig, look
     try:
         plot(curves, 'x.png', smooth)
     finally:
         matplotlib.figure.Figure.savefig = save
-    return [text for some in seen for text in some]
+    return [text for some in labels for text in some]
 
 
 def legend_of(holder):
@@ -279,11 +299,13 @@ def test_ema():
 
 def test_command_line_tool(run_tool, tmp_path):
     det = load('cascade/convnext_t')
-    records = [r for e in range(1, 5) for r in (train(e * 10, epoch=e), coco(e / 10, e / 20, e))]
-    start(tmp_path / 'work_dirs/cascade/a', det, records)
-    start(tmp_path / 'work_dirs/cascade/b', det, [*records[:4], train(30, epoch=3) | {'loss': math.nan}])
-    start(tmp_path / 'work_dirs/upernet/c', load('upernet/convnext_t'), [train(50), dict(mIoU=20.0, step=50)])
-    start(tmp_path / 'quiet', load('upernet/convnext_t'), [train(50), train(100)])
+    records = [r for e in range(1, 5) for r in (train_record(e * 10, epoch=e), coco(e / 10, e / 20, e))]
+    write_session(tmp_path / 'work_dirs/cascade/a', det, records)
+    write_session(tmp_path / 'work_dirs/cascade/b', det, [*records[:4], train_record(30, epoch=3) | {'loss': math.nan}])
+    write_session(
+        tmp_path / 'work_dirs/upernet/c', load('upernet/convnext_t'), [train_record(50), dict(mIoU=20.0, step=50)]
+    )
+    write_session(tmp_path / 'quiet', load('upernet/convnext_t'), [train_record(50), train_record(100)])
 
     process = run_tool('plot_run.py', 'work_dirs/cascade/a')
     assert process.returncode == 0, process.stderr
@@ -302,18 +324,18 @@ def test_command_line_tool(run_tool, tmp_path):
     assert svg.startswith('<?xml') and not (tmp_path / 'runs.png').exists()
 
     curves = read_curves([tmp_path / 'work_dirs'])
-    labels = texts(*curves)
+    labels = panel_texts(*curves)
     assert labels[:4] == ['detection: loss', labels[1], 'detection: box AP', 'detection: mask AP']
     assert [t for t in labels if t.startswith('segmentation: ')][::2] == ['segmentation: loss', 'segmentation: mIoU']
     assert {'paper 50.4', 'paper 43.7', 'paper 46.0', '40.0', 'cascade/a', 'cascade/b', 'upernet/c'} <= set(labels)
-    assert 'paper 46.0' not in texts(*read_curves([tmp_path / 'quiet']))
-    assert texts(curves[0])[:4] == ['loss', 'lr', 'box AP', 'mask AP']
+    assert 'paper 46.0' not in panel_texts(*read_curves([tmp_path / 'quiet']))
+    assert panel_texts(curves[0])[:4] == ['loss', 'lr', 'box AP', 'mask AP']
 
 
 def test_bad_input(run_tool, tmp_path):
     (tmp_path / 'empty').mkdir()
-    start(tmp_path / 'begun', load('upernet/convnext_t'))
-    start(tmp_path / 'run', load('upernet/convnext_t'), [train(50)])
+    write_session(tmp_path / 'begun', load('upernet/convnext_t'))
+    write_session(tmp_path / 'run', load('upernet/convnext_t'), [train_record(50)])
     one_line_error(run_tool('plot_run.py', 'run', '--out', 'run.xyz'), 'run.xyz', 'png')
     one_line_error(run_tool('plot_run.py', 'run', '--out', 'gone/run.png'), 'gone/run.png')
     one_line_error(run_tool('plot_run.py', 'run', '--smooth', '1'), '--smooth 1')
@@ -362,12 +384,12 @@ def test_values_that_cannot_be_drawn_are_reported(tmp_path, case, single_run):
     """The rest is drawn, alone and with another run, and what is not drawn is reported."""
     scalars, log, words = MALFORMED[case]
     config = Config(dict(train_cfg=dict(max_epochs=3), optim_wrapper=dict(optimizer=dict(lr=1.0))))
-    start(tmp_path / 'a', config, [train(1, epoch=1)])
+    write_session(tmp_path / 'a', config, [train_record(1, epoch=1)])
     place = tmp_path / 'a/20260101_120000'
     (place / 'vis_data/scalars.json').write_text(f'{scalars}\n{{"loss":2.0,"lr":0.5,"epoch":2,"step":2}}\n')
     (place / '20260101_120000.log').write_text(log)
     if not single_run:
-        start(tmp_path / 'b', config, [train(1, epoch=1)])
+        write_session(tmp_path / 'b', config, [train_record(1, epoch=1)])
     curves = read_curves([tmp_path])
     assert plot(curves, tmp_path / 'x.png', 0.5).read_bytes().startswith(b'\x89PNG')
     assert words in '; '.join(curves[0].run.issues) and bool(words) == bool(curves[0].run.issues)

@@ -112,7 +112,7 @@ def test_every_result_has_a_source():
 
 
 @pytest.mark.parametrize('name', RESULTS)
-def test_a_recipe_has_the_values_of_its_source(name):
+def test_recipe_values_equal_the_source(name):
     arch, weights, ap = TRAINED[name.removesuffix('_layer_decay')]
     config, result = load(name), RESULTS[name]
     assert find_paper_result(config) is result and diff_from_recipe(config, result) == []
@@ -128,20 +128,20 @@ def test_a_recipe_has_the_values_of_its_source(name):
 
 
 @pytest.mark.parametrize('name', UNTRAINED)
-def test_variants_differ_in_drop_path_and_layer_decay_alone(name):
+def test_variants_differ_in_drop_path_and_layer_decay_only(name):
     like, drop_path_rate, decay_rate = UNTRAINED[name]
-    config, plain, paper = load(name), load(name.removesuffix('_layer_decay')), load(like)
+    config, base, paper = load(name), load(name.removesuffix('_layer_decay')), load(like)
     assert config.model.backbone.drop_path_rate == paper.model.backbone.drop_path_rate == drop_path_rate
     assert config.optim_wrapper.paramwise_cfg == paper.optim_wrapper.paramwise_cfg
     assert config.optim_wrapper.paramwise_cfg == dict(decay_type='layer_wise', decay_rate=decay_rate)
     assert config.optim_wrapper.pop('constructor') == paper.optim_wrapper.constructor
     config.model.backbone.drop_path_rate = 0.0
-    config.optim_wrapper.paramwise_cfg = plain.optim_wrapper.paramwise_cfg
-    assert config.to_dict() == plain.to_dict()
+    config.optim_wrapper.paramwise_cfg = base.optim_wrapper.paramwise_cfg
+    assert config.to_dict() == base.to_dict()
     assert f'{like}.py' in (ROOT / 'configs' / f'{name}.py').read_text()
 
 
-def test_the_model_has_detrexs_values():
+def test_model_values_equal_detrex():
     """projects/dino/configs/models/dino_r50.py, and the defaults of what it builds."""
     model = load('dino/convnext_t').model
     assert model.num_queries == 900 and model.num_feature_levels == 4
@@ -180,18 +180,18 @@ def test_the_model_has_detrexs_values():
 
 
 @pytest.mark.parametrize('name', TRAINED)
-def test_sizes_differ_in_backbone_and_neck_alone(name):
+def test_sizes_differ_in_backbone_and_neck_only(name):
     config, tiny = load(name), load('dino/convnext_t')
     config.model.backbone, config.model.neck.in_channels = tiny.model.backbone, tiny.model.neck.in_channels
     assert config.to_dict() == tiny.to_dict()
 
 
-def test_the_model_is_mmdets_but_for():
+def test_differences_from_mmdets_model():
     """What was changed to have detrex's values; the rest are defaults that are written out."""
     stock = Config.fromfile(Path(mmdet.__path__[0], '.mim/configs/dino/dino-4scale_r50_8xb2-12e_coco.py')).model
-    ours = load('dino/convnext_t').model
+    model = load('dino/convnext_t').model
     stock.type = 'DetrexDINO'
-    stock.backbone, stock.neck.in_channels = ours.backbone, ours.neck.in_channels
+    stock.backbone, stock.neck.in_channels = model.backbone, model.neck.in_channels
     stock.neck.bias = True
     stock.positional_encoding.update(offset=-0.5, temperature=10000)
     for attention in (stock.encoder.layer_cfg.self_attn_cfg, stock.decoder.layer_cfg.cross_attn_cfg):
@@ -199,10 +199,10 @@ def test_the_model_is_mmdets_but_for():
     stock.dn_cfg.group_cfg.pop('num_groups')
     stock.num_feature_levels, stock.bbox_head.embed_dims = 4, 256
     stock.train_cfg.assigner.match_costs[0].update(alpha=0.25, gamma=2.0)
-    assert stock == ours
+    assert stock == model
 
 
-def test_images_are_detrexs():
+def test_image_pipeline_equals_detrex():
     """configs/common/data/coco_detr.py; mmdet's own DINO has the same augmentation, but also images without objects."""
     config = load('dino/convnext_t')
     loader = config.train_dataloader
@@ -210,9 +210,9 @@ def test_images_are_detrexs():
     assert loader.dataset.pipeline == config.train_pipeline
     assert boxes == dict(type='LoadAnnotations', with_bbox=True) and flip == dict(type='RandomFlip', prob=0.5)
     resize = dict(type='RandomChoiceResize', scales=[(side, 1333) for side in SHORT_SIDES], keep_ratio=True)
-    before = dict(type='RandomChoiceResize', scales=[(side, 4200) for side in (400, 500, 600)], keep_ratio=True)
+    first_resize = dict(type='RandomChoiceResize', scales=[(side, 4200) for side in (400, 500, 600)], keep_ratio=True)
     crop = dict(type='RandomCrop', crop_type='absolute_range', crop_size=(384, 600), allow_negative_crop=True)
-    assert choice == dict(type='RandomChoice', transforms=[[resize], [before, crop, resize]])
+    assert choice == dict(type='RandomChoice', transforms=[[resize], [first_resize, crop, resize]])
     stock = Config.fromfile(Path(mmdet.__path__[0], '.mim/configs/dino/dino-4scale_r50_8xb2-12e_coco.py'))
     assert [{k: v for k, v in step.items() if k != 'backend_args'} for step in stock.train_pipeline] == (
         config.train_pipeline
@@ -343,8 +343,8 @@ def test_flops_by_hand():
     assert with_products == queries * query + 2 * 2 * c * (40**2 - 20**2)
 
 
-@pytest.mark.parametrize('given', [128, 256, 64])
-def test_sines_of_a_query_are_those_of_detrex(given):
+@pytest.mark.parametrize('query', [128, 256, 64])
+def test_sine_embedding_equals_detrex(query):
     """Of C / 2 sines for each coordinate, whatever number of them a distribution of mmdet gives."""
     from mmdet.models.layers.transformer.utils import coordinate_to_encoding
 
@@ -358,7 +358,7 @@ def test_sines_of_a_query_are_those_of_detrex(given):
     for layer in mlp.layers[:1]:
         expected = layer(expected).relu()
     expected = mlp.layers[1](expected)
-    torch.testing.assert_close(mlp(coordinate_to_encoding(boxes, num_feats=given)), expected)
+    torch.testing.assert_close(mlp(coordinate_to_encoding(boxes, num_feats=query)), expected)
 
 
 def detrex_weights(reference) -> dict[str, torch.Tensor]:
@@ -415,12 +415,12 @@ def test_losses_and_outputs_are_detrexs(tmp_path):
     np.testing.assert_allclose(boxes[-1], reference['boxes'], rtol=0, atol=1e-4)
 
 
-def test_a_config_is_built_twice():
+def test_building_does_not_change_the_config():
     config = small_dino()
-    before = copy.deepcopy(config.model)
+    original = copy.deepcopy(config.model)
     MODELS.build(config.model)
     MODELS.build(config.model)
-    assert config.model == before
+    assert config.model == original
 
 
 @pytest.mark.parametrize('num_items', [(3, 2), (0, 0)], ids=['objects', 'none'])
@@ -447,7 +447,7 @@ def test_images_with_fewer_positions_than_queries_are_refused():
         model(**data, mode='loss')
 
 
-def test_initialization_is_detrexs():
+def test_initialization_equals_detrex():
     model = build(small_dino())
     for branch in model.bbox_head.cls_branches:
         torch.testing.assert_close(branch.bias, torch.full((3,), -torch.tensor(99.0).log().item()))
@@ -466,7 +466,7 @@ def test_initialization_is_detrexs():
     assert 0.8 < model.level_embed.std() < 1.2 and 0.7 < model.dn_query_generator.label_embedding.weight.std() < 1.3
 
 
-def test_the_demo_trains(tmp_path, monkeypatch):
+def test_demo_trains(tmp_path, monkeypatch):
     """On the embedded data set: the loss falls, and every parameter of the backbone takes part."""
     toy_shapes.write(tmp_path / 'shapes', train=16, val=2, size=96)
     monkeypatch.setenv('SHAPES_ROOT', str(tmp_path / 'shapes'))
@@ -492,8 +492,8 @@ def test_weights_load_without_the_norm_of_an_unused_stage(tmp_path):
             torch.testing.assert_close(value, weights[name], rtol=0, atol=0)
     assert sorted({name.split('.')[0] for name in loaded if name.startswith('norm')}) == ['norm1', 'norm2', 'norm3']
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'dino.pth')
-    again = build_with_weights(tmp_path / 'dino.pth')
-    for name, value in again.backbone.state_dict().items():
+    reloaded = build_with_weights(tmp_path / 'dino.pth')
+    for name, value in reloaded.backbone.state_dict().items():
         torch.testing.assert_close(value, loaded[name], rtol=0, atol=0)
 
 

@@ -83,7 +83,7 @@ def test_every_result_has_a_source():
 
 
 @pytest.mark.parametrize('name', SOURCES)
-def test_a_recipe_has_the_values_of_its_source(name):
+def test_recipe_values_equal_the_source(name):
     arch, is_v2, drop_path_rate, lr, decay_rate, weights, values, *_ = SOURCES[name]
     config, result = load(name), RESULTS[name]
     assert find_paper_result(config) is result and diff_from_recipe(config, result) == []
@@ -105,7 +105,7 @@ def test_a_recipe_has_the_values_of_its_source(name):
 
 
 @pytest.mark.parametrize('name', [name for name in SOURCES if not name.startswith('rtmdet')])
-def test_counts_equal_the_published(name):
+def test_counts_equal_published_values(name):
     *_, gflops, parameters = SOURCES[name]
     result = RESULTS[name]
     complexity = count_flops(load(name), result.size, result.counted)
@@ -139,20 +139,32 @@ def test_lr_and_weight_decay_of_every_parameter(name):
 def test_schedule_of_detectors(name):
     """Linear warmup over 500 iterations from 0.001, steps of 0.1 after epochs 8 and 11 of 12, or 27 and 33 of 36."""
     config = load(name)
-    epochs, first, second = (12, 8, 11) if name in ONE_X else (36, 27, 33)
+    epochs, milestone1, milestone2 = (12, 8, 11) if name in ONE_X else (36, 27, 33)
     assert config.train_cfg == dict(type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=1)
     n = 100  # iterations an epoch
-    iterations = [0, 1, 499, 500, first * n - 1, first * n, second * n - 1, second * n, epochs * n - 1]
+    iterations = [
+        0,
+        1,
+        499,
+        500,
+        milestone1 * n - 1,
+        milestone1 * n,
+        milestone2 * n - 1,
+        milestone2 * n,
+        epochs * n - 1,
+    ]
     for iteration, lr in lrs_over_iterations(config, iterations, n).items():
         warmup = 1 - (1 - min(iteration / 500, 1)) * (1 - 1e-3)
-        assert lr == pytest.approx(warmup * 0.1 ** ((iteration >= first * n) + (iteration >= second * n)), rel=1e-9)
+        assert lr == pytest.approx(
+            warmup * 0.1 ** ((iteration >= milestone1 * n) + (iteration >= milestone2 * n)), rel=1e-9
+        )
 
 
 def without_backend(pipeline: list) -> list[dict]:
     return [{key: value for key, value in step.items() if key != 'backend_args'} for step in pipeline]
 
 
-def test_one_x_is_mmdets():
+def test_1x_schedule_equals_mmdet():
     """Images, epochs and steps of mmdet's Mask R-CNN Swin-T 1x, the table's other half."""
     stock = Config.fromfile(STOCK / 'swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py')
     for name in ONE_X:
@@ -165,7 +177,7 @@ def test_one_x_is_mmdets():
         assert config.total_batch == 16 == 8 * config.train_dataloader.batch_size
 
 
-def test_lsj_is_mmdets():
+def test_lsj_equals_mmdet():
     stock = Config.fromfile(STOCK / 'common/lsj-100e_coco-instance.py')
     reference = load('mask_rcnn/convnext_t')
     for name in LSJ:
@@ -182,7 +194,7 @@ def test_lsj_is_mmdets():
         assert config.model.train_cfg == reference.model.train_cfg
 
 
-def test_detectors_differ_in_backbone_schedule_images_and_nms_alone():
+def test_detectors_differ_in_backbone_schedule_images_and_nms_only():
     reference = load('mask_rcnn/convnext_t').model
     for name in ('mask_rcnn/convnext_s', *ONE_X, *LSJ):
         model = load(name).model
@@ -200,15 +212,15 @@ def test_soft_nms_runs():
 
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30]])
     scores = torch.tensor([0.9, 0.8, 0.7])
-    kept, _ = batched_nms(boxes, scores, torch.zeros(3).long(), dict(config.model.test_cfg.rcnn.nms))
-    assert len(kept) == 3 and kept[-1, -1] < 0.2 < 0.7 < kept[1, -1] + 1e-6
+    results, _ = batched_nms(boxes, scores, torch.zeros(3).long(), dict(config.model.test_cfg.rcnn.nms))
+    assert len(results) == 3 and results[-1, -1] < 0.2 < 0.7 < results[1, -1] + 1e-6
     hard, _ = batched_nms(boxes, scores, torch.zeros(3).long(), dict(type='nms', iou_threshold=0.5))
     assert len(hard) == 2
     assert MODELS.build(config.model).roi_head.test_cfg.nms.type == 'soft_nms'
 
 
 @pytest.mark.parametrize('name', UPERNET)
-def test_segmentors_are_the_papers_but_for_the_scales_of_the_test(name):
+def test_segmentors_differ_from_the_paper_in_test_scales_only(name):
     is_larger = name.endswith('in22k')
     config, reference = load(name), load('upernet/convnext_b_in22k' if is_larger else 'upernet/convnext_b')
     for part in ('train_dataloader', 'val_dataloader', 'train_cfg', 'param_scheduler', 'total_batch', 'val_evaluator'):
@@ -226,7 +238,7 @@ def test_segmentors_are_the_papers_but_for_the_scales_of_the_test(name):
     assert [flip['prob'] for flip in flips] == [0.0, 1.0]
 
 
-def test_rtmdet_cosine_begins_at_half():
+def test_rtmdet_cosine_starts_at_half():
     """Constant after a warmup of 1000 iterations, then half a cosine over the last 50 of 100 epochs down to 5 %."""
     config = load('rtmdet/convnext_b')
     assert config.train_cfg.max_epochs == 100 and config.total_batch == 128 == 4 * config.train_dataloader.batch_size
@@ -247,10 +259,10 @@ def test_rtmdet_trains_a_step():
     config.model.bbox_head.update(in_channels=32, feat_channels=32, stacked_convs=1)
     model = MODELS.build(config.model)
     model.init_weights()
-    before = {name: parameter.clone() for name, parameter in model.backbone.named_parameters()}
+    initial = {name: parameter.clone() for name, parameter in model.backbone.named_parameters()}
     inputs = demo_mm_inputs(2, [[3, 64, 64], [3, 64, 64]])
     losses = model.train_step(inputs, build_optim_wrapper(model, copy.deepcopy(config.optim_wrapper)))
     assert all(torch.isfinite(value).all() for value in losses.values())
-    assert 'norm0.weight' not in before
-    still = [name for name, parameter in model.backbone.named_parameters() if torch.equal(parameter, before[name])]
+    assert 'norm0.weight' not in initial
+    still = [name for name, parameter in model.backbone.named_parameters() if torch.equal(parameter, initial[name])]
     assert not still

@@ -38,7 +38,7 @@ BOTH = pytest.mark.parametrize('name', [ADE20K, COCO])
 
 
 @pytest.mark.parametrize('name, drop_path, lr, batch', [(ADE20K, 0.4, 4e-4, 64), (COCO, 0.6, 1e-4, 16)])
-def test_a_recipe_has_the_values_of_its_source(name, drop_path, lr, batch):
+def test_recipe_values_equal_the_source(name, drop_path, lr, batch):
     config = load(name)
     result = next(result for result in RESULTS if result.recipe == name)
     assert find_paper_result(config) is result and diff_from_recipe(config, result) == []
@@ -70,7 +70,7 @@ def parameter_groups(name: str) -> list[tuple[str, torch.nn.Module, str, dict]]:
     ]
 
 
-def test_lr_and_weight_decay_are_those_of_train_net():
+def test_lr_and_weight_decay_equal_train_net():
     """As its build_optimizer: a tenth of the lr in the backbone; norms that PyTorch has and embeddings do not decay.
 
     ConvNeXt's LayerNorm was none of PyTorch's there, and the level embedding of the pixel decoder a parameter.
@@ -119,7 +119,7 @@ def test_schedules():
     assert (steps.type, steps.milestones, steps.gamma, steps.by_epoch) == ('MultiStepLR', [327778, 355092], 0.1, False)
 
 
-def test_images_of_ade20k():
+def test_ade20k_pipelines():
     config = load(ADE20K)
     resize, crop, *others = config.train_dataloader.dataset.pipeline[2:]
     assert resize == dict(
@@ -145,7 +145,7 @@ def without(value, *keys: str):
 
 
 @BOTH
-def test_the_head_is_the_toolboxes(name):
+def test_head_equals_mmdet_and_mmseg(name):
     """Modules, numbers of weights, losses, matching and points of mmseg's and mmdet's own config."""
     config, stock = load(name), Config.fromfile(STOCK[name], import_custom_modules=False)
     key = 'decode_head' if name == ADE20K else 'panoptic_head'
@@ -165,7 +165,7 @@ def test_the_head_is_the_toolboxes(name):
     assert costs[0] == costs[1]
 
 
-def test_instances_are_trained_and_tested_as_in_mmdet():
+def test_instance_recipe_equals_mmdet():
     config, stock = load(COCO), Config.fromfile(STOCK[COCO], import_custom_modules=False)
     unimportant = ('backend_args', 'to_float32', 'resize_type')
     assert without(config.train_pipeline, *unimportant) == without(stock.train_pipeline, *unimportant)
@@ -225,7 +225,7 @@ def test_classes_follow_a_custom_data_set(name):
     assert name == ADE20K or model.panoptic_fusion_head.num_things_classes == 3
 
 
-def test_the_demo_trains(tmp_path, monkeypatch):
+def test_demo_trains(tmp_path, monkeypatch):
     """On the embedded data set the loss falls, and every stage of the backbone learns."""
     toy_shapes.write(tmp_path / 'shapes', train=16, val=2, size=128)
     monkeypatch.setenv('SHAPES_ROOT', str(tmp_path / 'shapes'))

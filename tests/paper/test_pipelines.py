@@ -97,12 +97,12 @@ def test_coco_train_pipeline_follows_paper(size, n):
     assert_fraction(len(flipped), n, 1 / 2)
     assert all(d['flip'] == (d['flipping'][1] != [0, 0]) and d['flipping'][0] == size for d in draws)
 
-    whole = [d for d in draws if 'crop' not in d]
-    assert_fraction(len(whole), n, 1 / 2)
-    for shape in {d['img_shape'] for d in whole} | {resized(size, side) for side in SIDES}:
+    uncropped_draws = [d for d in draws if 'crop' not in d]
+    assert_fraction(len(uncropped_draws), n, 1 / 2)
+    for shape in {d['img_shape'] for d in uncropped_draws} | {resized(size, side) for side in SIDES}:
         fraction = sum(resized(size, side) == shape for side in SIDES) / len(SIDES)
-        assert_fraction(sum(d['img_shape'] == shape for d in whole), len(whole), fraction)
-    for d in whole:
+        assert_fraction(sum(d['img_shape'] == shape for d in uncropped_draws), len(uncropped_draws), fraction)
+    for d in uncropped_draws:
         box = d['gt_bboxes'].tensor[0] / torch.tensor(d['img_shape'][::-1] * 2)
         assert torch.allclose(box, torch.tensor([1 - part, 0, 1, part] if d['flip'] else [0, 0, part, part]))
 
@@ -111,12 +111,12 @@ def test_coco_train_pipeline_follows_paper(size, n):
         fraction = sum(resized(size, side) == shape for side in (400, 500, 600)) / 3
         assert_fraction(sum(d['uncropped'] == shape for d in crops), len(crops), fraction)
     for axis in range(2):
-        before = np.array([d['uncropped'][axis] for d in crops])
-        after = np.array([d['crop'][0][axis] for d in crops])
-        start, last = (np.array([d['crop'][i][axis] for d in crops]) for i in (1, 2))
-        assert_uniform(after, np.minimum(before, 384), np.minimum(before, 600))
-        assert_uniform(start, 0, before - after)
-        assert (last - start == after - 1).all()
+        uncropped = np.array([d['uncropped'][axis] for d in crops])
+        crop_sizes = np.array([d['crop'][0][axis] for d in crops])
+        start, ends = (np.array([d['crop'][i][axis] for d in crops]) for i in (1, 2))
+        assert_uniform(crop_sizes, np.minimum(uncropped, 384), np.minimum(uncropped, 600))
+        assert_uniform(start, 0, uncropped - crop_sizes)
+        assert (ends - start == crop_sizes - 1).all()
     # The fraction of a side in what is left: each draw counts for the sides that it may come from.
     fractions = dict.fromkeys(SIDES, 0)
     for d in crops:
@@ -129,8 +129,8 @@ def test_coco_train_pipeline_follows_paper(size, n):
     objects = [len(d['gt_bboxes']) for d in crops]
     for d, count in zip(crops, objects):  # the object is there if and only if the crop reaches its corner
         (_, (top, left), (_, right)), (high, wide) = d['crop'], d['uncropped']
-        seen = right + 1 > wide * (1 - part) if d['flip'] else left < wide * part
-        assert count == (seen and top < high * part)
+        is_visible = right + 1 > wide * (1 - part) if d['flip'] else left < wide * part
+        assert count == (is_visible and top < high * part)
     assert set(objects) == {0, 1}
 
 
@@ -144,7 +144,7 @@ def test_ade20k_train_pipeline_follows_paper(name, side):
         zeros = np.zeros(size, np.uint8)
         results = steps(dict(img=zeros, gt_seg_map=zeros, seg_fields=['gt_seg_map']))
         places = results['img']
-        expected = tuple(min(before, side) for before in results['uncropped'])
+        expected = tuple(min(side_before, side) for side_before in results['uncropped'])
         assert results['uncropped'] == resized(size, min(results['uncropped']), 4 * side)
         assert places.shape[:2] == results['gt_seg_map'].shape == results['img_shape'] == expected
         flips.append(places[0, 0, 1] > places[0, -1, 1])
@@ -171,7 +171,7 @@ def test_ade20k_long_side_of_a_wide_image(name, long):
 
 
 @pytest.mark.parametrize('name, side', [('upernet/convnext_t', 512), ('upernet/convnext_b_in22k', 640)])
-@pytest.mark.parametrize('kind', ['one class', 'halves', 'labelled in part', 'many classes'])
+@pytest.mark.parametrize('kind', ['one class', 'halves', 'labeled in part', 'many classes'])
 def test_ade20k_crops_of_one_class_are_resampled(name, side, kind):
     """Ten crops are looked at for one of which no class has 75%; the eleventh is taken as it comes."""
     crop = TRANSFORMS.build(load(name).train_pipeline[3])
@@ -179,10 +179,10 @@ def test_ade20k_crops_of_one_class_are_resampled(name, side, kind):
     room = width - side  # the crop's first column is uniform over 0 to this
     columns = np.arange(width)
     halves = columns // (width // 2)
-    labels, good = {  # and how many first columns make a good crop
+    labels, n_good = {  # and how many first columns make a good crop
         'one class': (columns * 0, 0),
         'halves': (halves, side // 2 - 1),
-        'labelled in part': (np.where(columns % 8 == 0, halves, 255), side // 2 - 8),
+        'labeled in part': (np.where(columns % 8 == 0, halves, 255), side // 2 - 8),
         'many classes': (columns % 150, room + 1),
     }[kind]
     labels = np.tile(labels.astype(np.uint8), (8, 1))
@@ -197,17 +197,17 @@ def test_ade20k_crops_of_one_class_are_resampled(name, side, kind):
         passing = [j for j in range(10) if _largest_fraction(labels[:, stream[j] : stream[j] + side]) < 0.75]
         chosen[passing[0] if passing else 10] += 1
         assert starts[-1] == stream[passing[0] if passing else 10]
-    p = good / (room + 1)
+    p = n_good / (room + 1)
     for j, count in enumerate(chosen):
         assert_fraction(count, n, (1 - p) ** j * (p if j < 10 else 1))
-    bad = sum(_largest_fraction(labels[:, start : start + side]) >= 0.75 for start in starts)
-    assert_fraction(bad, n, (1 - p) ** 11)  # of halves a seventh; without drawing again five of six
+    n_bad = sum(_largest_fraction(labels[:, start : start + side]) >= 0.75 for start in starts)
+    assert_fraction(n_bad, n, (1 - p) ** 11)  # of halves a seventh; without drawing again five of six
     if kind in ('one class', 'many classes'):
         assert_uniform(starts, 0, room)
 
 
 def _largest_fraction(labels: np.ndarray) -> float:
-    """The fraction of the most frequent class among labelled pixels; 1 where there is one class."""
+    """The fraction of the most frequent class among labeled pixels; 1 where there is one class."""
     counts = np.bincount(labels.ravel(), minlength=256)[:255]
     return counts.max() / counts.sum()
 
@@ -230,9 +230,9 @@ def test_ade20k_batch_is_padded(name, side):
     assert batch['inputs'].shape == (4, 3, side, side)
     mean = torch.tensor([123.675, 116.28, 103.53])[:, None, None]
     std = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
-    for image, before, sample, ground_truth in zip(batch['inputs'], raw, batch['data_samples'], ground_truths):
-        height, width = before.shape[1:]
-        assert torch.allclose(image[:, :height, :width], (before.flip(0) - mean) / std, atol=1e-5)
+    for image, raw_image, sample, ground_truth in zip(batch['inputs'], raw, batch['data_samples'], ground_truths):
+        height, width = raw_image.shape[1:]
+        assert torch.allclose(image[:, :height, :width], (raw_image.flip(0) - mean) / std, atol=1e-5)
         assert (image[:, height:] == 0).all() and (image[:, :, width:] == 0).all()
         padded = sample.gt_sem_seg.data
         assert padded.shape == (1, side, side) and (padded[:, :height, :width] == ground_truth).all()
@@ -260,18 +260,18 @@ for name in ('mask_rcnn', 'upernet'):
 """
 
 
-def test_a_seed_gives_the_same_first_batch_in_two_processes(tmp_path):
+def test_equal_seeds_give_equal_batches_in_two_processes(tmp_path):
     toy_shapes.write(tmp_path / 'shapes', train=8, val=2, size=64)
     command = [sys.executable, '-c', FIRST_BATCHES, str(ROOT)]
     env = {**os.environ, 'SHAPES_ROOT': str(tmp_path / 'shapes')}
     processes = [subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE) for _ in range(2)]
     printed = [process.communicate(timeout=300)[0].splitlines() for process in processes]
-    first, second = ([line.split() for line in lines if line.startswith('batch ')] for lines in printed)
-    assert first == second
-    assert [line[1:4] for line in first] == [
+    batches0, batches1 = ([line.split() for line in lines if line.startswith('batch ')] for lines in printed)
+    assert batches0 == batches1
+    assert [line[1:4] for line in batches0] == [
         ['mask_rcnn', '0', '2'],
         ['mask_rcnn', '1', '2'],
         ['upernet', '0', '8'],
         ['upernet', '1', '8'],
     ]
-    assert len({line[4] for line in first}) == 4
+    assert len({line[4] for line in batches0}) == 4

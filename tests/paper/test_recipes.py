@@ -50,7 +50,7 @@ def test_every_result_has_a_recipe_and_every_recipe_a_result():
 
 
 @pytest.mark.parametrize('result', PAPER_RESULTS, **result_ids)
-def test_a_recipe_has_the_settings_of_its_result(result):
+def test_recipe_settings_equal_its_result(result):
     config = load(result.recipe)
     assert find_paper_result(config) is result and diff_from_recipe(config, result) == []
     assert training_precision(config) == result.precision
@@ -77,7 +77,7 @@ def test_other_configs_have_no_paper_result():
     )
 
 
-def test_changed_settings_are_named():
+def test_changed_settings_are_reported():
     config = load('upernet/convnext_s')
     config.optim_wrapper.optimizer.lr = 2e-4
     config.train_cfg.max_iters = 320_000
@@ -89,7 +89,7 @@ def test_changed_settings_are_named():
 
 
 @pytest.mark.parametrize('result', PAPER_RESULTS, **result_ids)
-def test_parameters_are_the_originals(result):
+def test_parameters_equal_the_original_code(result):
     model = build(load(result.recipe))
     n_parameters = sum(p.numel() for p in model.parameters())
     assert (n_parameters, len(model.state_dict())) == SIZES[result.recipe]
@@ -123,7 +123,7 @@ def test_lr_and_weight_decay_of_every_parameter(result):
     assert head_lrs == {result.lr}
 
 
-def same_in_all(names: list[str], *keys: str) -> Config:
+def assert_equal_keys(names: list[str], *keys: str) -> Config:
     """The config of the first recipe, once the others are seen to have the same under these keys."""
     first, *others = map(load, names)
     for other in others:
@@ -134,7 +134,7 @@ def same_in_all(names: list[str], *keys: str) -> Config:
 
 def test_coco_schedule():
     """Linear warmup over 500 iterations from 0.001, steps of 0.1 after epochs 27 and 33 of 36."""
-    config = same_in_all(DETECTION, 'param_scheduler', 'train_cfg', 'default_hooks')
+    config = assert_equal_keys(DETECTION, 'param_scheduler', 'train_cfg', 'default_hooks')
     assert config.train_cfg == dict(type='EpochBasedTrainLoop', max_epochs=36, val_interval=1)
     length = 40  # iterations an epoch; 7330 on COCO
     iterations = [0, 1, 250, 499, 500, 501, 27 * length - 1, 27 * length, 33 * length - 1, 33 * length, 36 * length - 1]
@@ -146,7 +146,7 @@ def test_coco_schedule():
 
 def test_ade20k_schedule():
     """Poly of power 1 to 0 over 160,000 iterations, times linear warmup over 1500 from 1e-6."""
-    config = same_in_all(SEGMENTATION, 'param_scheduler', 'train_cfg', 'default_hooks')
+    config = assert_equal_keys(SEGMENTATION, 'param_scheduler', 'train_cfg', 'default_hooks')
     assert config.train_cfg == dict(type='IterBasedTrainLoop', max_iters=160_000, val_interval=16_000)
     iterations = [0, 1, 250, 1499, 1500, 1501, 80_000, 159_999]
     for iteration, lr in lrs_over_iterations(config, iterations).items():
@@ -190,7 +190,7 @@ def test_differences_between_the_two_detectors():
         assert (head.type, head.num_shared_convs, head.num_shared_fcs) == ('FP32ConvFCBBoxHead', 4, 1)
 
 
-def test_cascades_differ_in_backbone_alone():
+def test_cascades_differ_in_backbone_only():
     cascade, *others = (load(name).model for name in DETECTION[1:])
     for other in others:
         other.update(backbone=cascade.backbone, neck=cascade.neck)
@@ -198,7 +198,7 @@ def test_cascades_differ_in_backbone_alone():
 
 
 def test_coco_data():
-    config = same_in_all(DETECTION, 'train_pipeline', 'train_dataloader', 'test_dataloader', 'test_evaluator')
+    config = assert_equal_keys(DETECTION, 'train_pipeline', 'train_dataloader', 'test_dataloader', 'test_evaluator')
     _, _, flip, choice, _ = config.train_pipeline
     assert flip == dict(type='RandomFlip', prob=0.5)
     sides = [(side, 1333) for side in range(480, 801, 32)]
@@ -242,7 +242,7 @@ def test_upernet_model_and_data(name):
 
 
 @pytest.mark.parametrize('name', EVERY_CONFIG)
-def test_every_config_builds_all_its_parts(name):
+def test_every_config_builds(name):
     config = load(name)
     assert build(config)
     for split in ('train', 'val', 'test'):
@@ -251,7 +251,7 @@ def test_every_config_builds_all_its_parts(name):
     assert config.custom_imports.imports[0] == 'convnext_dense'
 
 
-def test_used_from_any_folder_as_a_base(tmp_path, monkeypatch):
+def test_base_config_from_any_folder(tmp_path, monkeypatch):
     """`convnext_dense::` finds the recipe, and what comes by it builds in mmdet's scope, from the root or a child."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'mine.py').write_text(

@@ -203,16 +203,18 @@ def expected_differences(result: PaperResult) -> dict[str, tuple]:
             'optim_wrapper.optimizer.lr': (2e-4, result.lr),
             'optim_wrapper.paramwise_cfg.decay_rate': (0.7, result.decay_rate),
         }
-    return {key: (theirs, own) for key, (theirs, own) in expected.items() if theirs != own}
+    return {
+        key: (stock_value, our_value) for key, (stock_value, our_value) in expected.items() if stock_value != our_value
+    }
 
 
 @pytest.fixture(autouse=True)
-def data_at_its_default_place(monkeypatch):
+def default_data_root(monkeypatch):
     for name in ('COCO_ROOT', 'ADE20K_ROOT', 'SHAPES_ROOT'):
         monkeypatch.delenv(name, raising=False)
 
 
-def flat(value, key: str = '') -> dict[str, object]:
+def flatten(value, key: str = '') -> dict[str, object]:
     """Nested dicts and lists of them as one dict by dotted keys; lists of plain values, and what is empty, whole."""
     if isinstance(value, dict) and value:
         items = value.items()
@@ -220,13 +222,13 @@ def flat(value, key: str = '') -> dict[str, object]:
         items = enumerate(value)
     else:
         return {key: value}
-    return {k: v for name, item in items for k, v in flat(item, f'{key}.{name}'.lstrip('.')).items()}
+    return {k: v for name, item in items for k, v in flatten(item, f'{key}.{name}'.lstrip('.')).items()}
 
 
 def settings(file: Path, defaults: Mapping[str, type] = MappingProxyType({})) -> dict[str, object]:
     """A config's settings by dotted key, without those that merely repeat a default."""
     config = Config.fromfile(file, import_custom_modules=False).to_dict()
-    flat_config = flat({part: config[part] for part in PARTS if part in config})
+    flat_config = flatten({part: config[part] for part in PARTS if part in config})
     for key, owner in defaults.items():
         default = inspect.signature(owner).parameters[key.split('.')[-1]].default
         if key in flat_config and flat_config[key] == default:
@@ -236,17 +238,19 @@ def settings(file: Path, defaults: Mapping[str, type] = MappingProxyType({})) ->
 
 def differences(stock: dict, ours: dict) -> dict[str, tuple]:
     pairs = {key: (stock.get(key, ABSENT), ours.get(key, ABSENT)) for key in {**stock, **ours}}
-    return {key: (theirs, own) for key, (theirs, own) in pairs.items() if theirs != own}
+    return {
+        key: (stock_value, our_value) for key, (stock_value, our_value) in pairs.items() if stock_value != our_value
+    }
 
 
 @pytest.mark.parametrize('result', PAPER_RESULTS, ids=lambda result: result.recipe)
-def test_recipe_is_the_stock_config_but_for(result):
+def test_differences_from_the_stock_config(result):
     stock, ours = stock_and_ours(result, f'convnext/{STOCK[result.recipe][0]}.py')
     assert differences(stock, ours) == expected_differences(result)
 
 
 @pytest.mark.parametrize('result', [r for r in BASELINE_RESULTS if r.recipe in SWIN_STOCK], ids=lambda r: r.recipe)
-def test_swin_recipe_is_the_stock_config_but_for(result):
+def test_differences_of_swin_from_the_stock_config(result):
     """Cascade Mask R-CNN with Swin is in neither: test_baselines.py compares it with the original."""
     name, weights, expected = SWIN_STOCK[result.recipe]
     stock, ours = stock_and_ours(result, f'swin/{name}.py')
@@ -254,7 +258,7 @@ def test_swin_recipe_is_the_stock_config_but_for(result):
     assert differences(stock, ours) == expected
 
 
-def test_rtmdet_is_the_stock_config_but_for():
+def test_differences_of_rtmdet_from_the_stock_config():
     result = next(result for result in LATER_RESULTS if result.recipe == 'rtmdet/convnext_b')
     stock, ours = stock_and_ours(result, 'rtmdet/rtmdet_l_convnext_b_4xb32-100e_coco.py')
     expected = {
@@ -290,7 +294,7 @@ def stock_and_ours(result: PaperResult, stock_file: str) -> tuple[dict, dict]:
     return stock, ours
 
 
-def test_shapes_detection_is_coco_but_for():
+def test_differences_of_toy_detection_from_coco():
     """Data and classes of its own, smaller, in one process."""
     sides = [(96, 128), (112, 128), (128, 128)]
     choice = 'train_dataloader.dataset.pipeline.3.transforms'
@@ -313,10 +317,10 @@ def test_shapes_detection_is_coco_but_for():
         expected[f'{split}_evaluator.ann_file'] = 'data/shapes/annotations/instances_val.json'
     coco = settings(ROOT / 'configs/_base_/coco.py')
     shared = {key: value for key, value in coco.items() if '.scales.' not in key and key != 'total_batch'}
-    assert settings(ROOT / 'configs/_base_/shapes_detection.py') == shared | flat(expected)
+    assert settings(ROOT / 'configs/_base_/shapes_detection.py') == shared | flatten(expected)
 
 
-def test_shapes_segmentation_is_ade20k_but_for():
+def test_differences_of_toy_segmentation_from_ade20k():
     """Data and classes of its own, smaller, in one process."""
     expected = {
         'train_dataloader.batch_size': 8,
@@ -338,13 +342,13 @@ def test_shapes_segmentation_is_ade20k_but_for():
         }
     shared = settings(ROOT / 'configs/_base_/ade20k.py')
     del shared['total_batch']
-    assert settings(ROOT / 'configs/_base_/shapes_segmentation.py') == shared | flat(expected)
+    assert settings(ROOT / 'configs/_base_/shapes_segmentation.py') == shared | flatten(expected)
 
 
 @pytest.mark.parametrize(
     'base, recipe', [('cascade_mask_rcnn_3x', 'cascade/convnext_t'), ('upernet_160k', 'upernet/convnext_t')]
 )
-def test_base_is_that_of_convnext_t(base, recipe):
+def test_base_configs_equal_convnext_t(base, recipe):
     """What a base says and each recipe says again is, where a config of somebody's own leaves it, Tiny's."""
     base_settings, tiny = settings(ROOT / f'configs/_base_/{base}.py'), settings(ROOT / f'configs/{recipe}.py')
     assert {key: tiny.get(key, ABSENT) for key in base_settings} == base_settings

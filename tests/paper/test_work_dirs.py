@@ -11,60 +11,61 @@ from convnext_dense.paper.results import RESULTS, find_paper_result
 from convnext_dense.paper.work_dirs import find_runs, read_runs
 from helpers.recipes import load
 from helpers.tools import one_line_error
-from helpers.work_dirs import coco, dump, start, write_run_info
+from helpers.work_dirs import coco, dump, write_run_info, write_session
 
 
-def test_result(folder, config, metrics, load_from, multiscale=False, timestamp='20260102_120000') -> None:
-    """Write what tools/test.py leaves in a work dir."""
-    place = folder / 'test' / timestamp
-    place.mkdir(parents=True)
-    (place / f'{timestamp}.json').write_text(json.dumps(metrics))
+def write_test_result(folder, config, metrics, load_from, multiscale=False, timestamp='20260102_120000') -> None:
+    """Write the files of tools/test.py into a work dir."""
+    log_dir = folder / 'test' / timestamp
+    log_dir.mkdir(parents=True)
+    (log_dir / f'{timestamp}.json').write_text(json.dumps(metrics))
     if multiscale:
         set_multiscale(config)
     config.load_from = load_from
-    dump(config, place / 'config.py')
+    dump(config, log_dir / 'config.py')
 
 
-test_result.__test__ = False
-
-
-def train(loss=1.0, **where):
-    return dict(loss=loss, lr=1e-4, **where)
+def train_record(loss=1.0, **kwargs):
+    return dict(loss=loss, lr=1e-4, **kwargs)
 
 
 @pytest.fixture
 def runs(tmp_path):
     folder = tmp_path / 'work_dirs'
-    records = [r for e in range(1, 37) for r in (train(epoch=e, step=e * 10), coco(0.3 + e / 200, 0.2 + e / 200, e))]
+    records = [
+        r for e in range(1, 37) for r in (train_record(epoch=e, step=e * 10), coco(0.3 + e / 200, 0.2 + e / 200, e))
+    ]
     records[-3] = coco(0.515, 0.437, 35)
     records[-1] = coco(0.5062, 0.432, 36)
-    start(folder / 'finished', load('cascade/convnext_t'), records)
+    write_session(folder / 'finished', load('cascade/convnext_t'), records)
     (folder / 'finished/last_checkpoint').write_text('/elsewhere/epoch_36.pth')
 
     half = load('upernet/convnext_s')
     scale_batch(half, 4)
     half.optim_wrapper.optimizer.lr = 2e-4
-    start(folder / 'half', half, [train(step=50), dict(mIoU=30.0, step=32_000)], 4)
-    start(folder / 'half', half, [dict(mIoU=44.0, step=128_000), train(step=160_000)], 4, '20260102_120000')
+    write_session(folder / 'half', half, [train_record(step=50), dict(mIoU=30.0, step=32_000)], 4)
+    write_session(
+        folder / 'half', half, [dict(mIoU=44.0, step=128_000), train_record(step=160_000)], 4, '20260102_120000'
+    )
 
-    crashed = [train(epoch=1, step=50), coco(0.1, 0.1, 1), train(float('nan'), epoch=2, step=60)]
-    start(folder / 'crashed', load('mask_rcnn/convnext_t'), crashed, 3, tail='\n{"loss": 1.0, "ep')
+    crashed = [train_record(epoch=1, step=50), coco(0.1, 0.1, 1), train_record(float('nan'), epoch=2, step=60)]
+    write_session(folder / 'crashed', load('mask_rcnn/convnext_t'), crashed, 3, tail='\n{"loss": 1.0, "ep')
     (folder / 'crashed/last_checkpoint').write_text(str(folder / 'crashed/epoch_1.pth'))
     (folder / 'crashed/epoch_1.pth').write_bytes(b'PK\x03\x04 half of a checkpoint')
 
     released = folder / 'released'
     file, recipe = '/hub/upernet_convnext_tiny_1k_512x512.pth', 'upernet/convnext_t'
-    test_result(released, load(recipe), dict(mIoU=46.02), file)
-    test_result(released, load(recipe), dict(mIoU=46.9), file, True, '20260103_120000')
+    write_test_result(released, load(recipe), dict(mIoU=46.02), file)
+    write_test_result(released, load(recipe), dict(mIoU=46.9), file, True, '20260103_120000')
 
-    start(folder / 'other', load('demo/upernet'), [dict(mIoU=90.15, step=400)], 1)
-    start(folder / 'at_once', load('cascade/convnext_b'))
+    write_session(folder / 'other', load('demo/upernet'), [dict(mIoU=90.15, step=400)], 1)
+    write_session(folder / 'at_once', load('cascade/convnext_b'))
     return folder
 
 
 def test_read_runs(runs):
     names = ('finished', 'half', 'crashed', 'released', 'other', 'at_once')
-    (finished,), (half,), (crashed,), (released,), (other,), (at_once,) = (read_runs(runs / name) for name in names)
+    (finished,), (half,), (crashed,), (released,), (other_run,), (at_once,) = (read_runs(runs / name) for name in names)
     assert {run.work_dir for run in find_runs([runs])} == {runs / n for n in names if n != 'released'} | {
         runs / 'released/test'
     }
@@ -97,14 +98,14 @@ def test_read_runs(runs):
     ) == (0.2, 'above')
     assert released.last('mIoU') is None
 
-    assert other.paper_result is None and other.is_finished and other.compare_to_paper('mIoU') == (None, '')
+    assert other_run.paper_result is None and other_run.is_finished and other_run.compare_to_paper('mIoU') == (None, '')
     assert at_once.done == 0 and at_once.issues == ['20260101_120000: no iteration was logged']
 
 
 def test_run_with_deviations_gets_no_verdict(runs):
     config = load('cascade/convnext_t')
     config.optim_wrapper.type = 'OptimWrapper'
-    start(runs / 'changed', config, [coco(0.504, 0.437, 36)], 1)
+    write_session(runs / 'changed', config, [coco(0.504, 0.437, 36)], 1)
     (run,) = read_runs(runs / 'changed')
     assert run.compare_to_paper('box AP') == (0.0, '') and run.deviations() == ['precision', 'batch']
 
@@ -131,7 +132,7 @@ def test_every_deviation_from_the_recipe_is_reported(tmp_path, change, name):
     assert diff_from_recipe(config, find_paper_result(config)) == []
     change(config)
     assert name in diff_from_recipe(config, find_paper_result(config))
-    start(tmp_path / 'run', config, [dict(mIoU=46.0, step=1_280_000)], 1)
+    write_session(tmp_path / 'run', config, [dict(mIoU=46.0, step=1_280_000)], 1)
     (run,) = read_runs(tmp_path / 'run')
     assert run.is_finished and run.compare_to_paper('mIoU') == (0.0, '')
 
@@ -139,12 +140,16 @@ def test_every_deviation_from_the_recipe_is_reported(tmp_path, change, name):
 def test_tests_are_assigned_to_their_runs(tmp_path):
     """Tests of other recipes, of the released model and of early checkpoints are not the final metric of the run."""
     folder, config = tmp_path / 'run', load('upernet/convnext_t')
-    start(folder, config, [dict(mIoU=46.1, step=160_000)])
-    test_result(folder, load('upernet/convnext_b'), dict(mIoU=49.0), 'x/iter_160000.pth', timestamp='20260102_000001')
-    test_result(
+    write_session(folder, config, [dict(mIoU=46.1, step=160_000)])
+    write_test_result(
+        folder, load('upernet/convnext_b'), dict(mIoU=49.0), 'x/iter_160000.pth', timestamp='20260102_000001'
+    )
+    write_test_result(
         folder, config, dict(mIoU=46.0), 'hub/upernet_convnext_tiny_1k_512x512.pth', timestamp='20260102_000002'
     )
-    test_result(folder, load('upernet/convnext_t'), dict(mIoU=31.0), 'run/iter_16000.pth', timestamp='20260102_000003')
+    write_test_result(
+        folder, load('upernet/convnext_t'), dict(mIoU=31.0), 'run/iter_16000.pth', timestamp='20260102_000003'
+    )
     run, base, released = read_runs(folder)
     assert (
         run.has_training
@@ -157,11 +162,13 @@ def test_tests_are_assigned_to_their_runs(tmp_path):
 
 def test_resumed_run_and_run_without_evaluation(tmp_path):
     config = load('mask_rcnn/convnext_t')
-    start(tmp_path / 'a', config, [coco(0.3, 0.2, 1), coco(0.9, 0.9, 2)])
-    start(tmp_path / 'a', config, [coco(0.31, 0.2, 2)], timestamp='20260103_120000')  # again from epoch 1 on
+    write_session(tmp_path / 'a', config, [coco(0.3, 0.2, 1), coco(0.9, 0.9, 2)])
+    write_session(tmp_path / 'a', config, [coco(0.31, 0.2, 2)], timestamp='20260103_120000')  # again from epoch 1 on
     (run,) = read_runs(tmp_path / 'a')
     assert run.best('box AP') == run.last('box AP') == 31.0 and run.done == 2
-    start(tmp_path / 'test', config, [train(epoch=36, step=9)])  # a work dir of that name is a run all the same
+    write_session(
+        tmp_path / 'test', config, [train_record(epoch=36, step=9)]
+    )  # a work dir of that name is a run all the same
     (tmp_path / 'test/last_checkpoint').write_text('epoch_36.pth')
     (run,) = [run for run in find_runs([tmp_path]) if run.work_dir.name == 'test']
     assert run.is_finished and run.issues == ['epoch_36.pth is missing']
@@ -169,7 +176,7 @@ def test_resumed_run_and_run_without_evaluation(tmp_path):
 
 def test_run_json_takes_precedence_over_log(tmp_path):
     """The log says 8 GPUs, the config no accumulation; a damaged file is reported and the log counts."""
-    start(tmp_path / 'a', load('cascade/convnext_t'), [train(epoch=3, step=25)])
+    write_session(tmp_path / 'a', load('cascade/convnext_t'), [train_record(epoch=3, step=25)])
     log_dir = tmp_path / 'a/20260101_120000'
     write_run_info(log_dir, world_size=2, batch_size=3, accumulation_steps=4)
     (run,) = read_runs(tmp_path / 'a')
@@ -187,13 +194,13 @@ def test_run_json_takes_precedence_over_log(tmp_path):
 
 
 def test_truncated_files_are_reported(tmp_path):
-    start(
+    write_session(
         tmp_path / 'a',
         load('upernet/convnext_t'),
-        [dict(mIoU=None, step=1), *[train(float('inf'), step=i) for i in (2, 3)]],
+        [dict(mIoU=None, step=1), *[train_record(float('inf'), step=i) for i in (2, 3)]],
     )
     (tmp_path / 'a/20260101_120000/vis_data/config.py').write_text('model = dict(')
-    test_result(tmp_path / 'a', load('upernet/convnext_t'), {}, 'x.pth')
+    write_test_result(tmp_path / 'a', load('upernet/convnext_t'), {}, 'x.pth')
     (tmp_path / 'a/test/20260102_120000/20260102_120000.json').write_text('{"mIoU": 4')
     (run,) = read_runs(tmp_path / 'a')
     assert run.paper_result is None and run.eval_records == [] and run.evaluations == {}
