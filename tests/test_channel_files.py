@@ -116,7 +116,13 @@ def broken_files(folder):
     contiguous(folder / 'cut.tif', PIXELS)
     content = (folder / 'cut.tif').read_bytes()
     (folder / 'cut.tif').write_bytes(content[: len(content) // 2])
-    (folder / 'vrt.tif').write_text('<VRTDataset rasterXSize="4" rasterYSize="4"></VRTDataset>')
+    band = (
+        '<VRTRasterBand dataType="UInt16" band="1"><SimpleSource><SourceFilename>{}</SourceFilename>'
+        '</SimpleSource></VRTRasterBand>'
+    )
+    contiguous(folder.parent / 'secret.tif', PIXELS)  # which a file that names others does not reach
+    vrt = f'<VRTDataset rasterXSize="50" rasterYSize="40">{band.format(folder.parent / "secret.tif")}</VRTDataset>'
+    (folder / 'vrt.tif').write_text(vrt)
     np.save(folder / 'objects.npy', np.array([{}], object))
     np.save(folder / 'complex.npy', np.ones((4, 4), complex))
     np.save(folder / 'line.npy', np.ones(4))
@@ -127,7 +133,8 @@ def broken_files(folder):
 
 
 def test_broken_files_are_named(tmp_path):
-    for path in broken_files(tmp_path):
+    (tmp_path / 'files').mkdir()
+    for path in broken_files(tmp_path / 'files'):
         with pytest.raises(UnreadableImageError), explain_errors():
             read_channels(path)
         assert read_error(str(path)), path
