@@ -20,7 +20,7 @@ def test_readme_is_short_and_in_order():
         'Use the backbone in your config',
         'Pretrained weights',
         'Train on your data',
-        'Predict',
+        'Predict and export',
         'Results reported in the paper',
         'Demo',
         'Limits',
