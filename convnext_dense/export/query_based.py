@@ -4,11 +4,9 @@ Transformer and head are mmdet's own. Replaced is what takes shapes of maps as t
 images: a tracer has to know these shapes.
 """
 
-import copy
 from functools import partial
 
 import torch
-from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention, multi_scale_deformable_attn_pytorch
 from mmdet.models import DETR, DINO, DeformableDETR
 from mmdet.models.dense_heads import DeformableDETRHead, DETRHead, DINOHead
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
@@ -17,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..models.dino import DetrexDINO
 from .boxes import require, take
+from .deformable import Levels, cell_centers, copy_with_shared_weights, use_traceable_attention
 from .sizes import to_tensor
 
 METHODS = ('predict', 'extract_feat', 'forward_transformer', 'pre_transformer', 'forward_encoder', 'pre_decoder')
@@ -42,7 +41,7 @@ class QueryBased(nn.Module):
         super().__init__()
         require(model, (DetrexDINO, DINO, DeformableDETR, DETR), METHODS)
         require(model.bbox_head, (DINOHead, DeformableDETRHead, DETRHead), HEAD_METHODS)
-        self.model = model = _with_shared_weights(model)
+        self.model = model = copy_with_shared_weights(model)
         for name, child in model.named_children():
             if name not in ('backbone', 'neck'):
                 child.float()
@@ -69,11 +68,6 @@ class QueryBased(nn.Module):
         size = to_tensor(shape, images.device).flip(0).repeat(2)
         boxes = bbox_cxcywh_to_xyxy(take(boxes, indices)) * size
         return torch.minimum(boxes, size).clamp(min=0) * scale, scores, labels
-
-
-def _with_shared_weights(model):
-    """A copy of a model that can be changed, with the same parameters."""
-    return copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
 
 
 # ---- padding ---------------------------------------------------------------------------------------------------------
@@ -107,47 +101,12 @@ def _flatten_map(model, feats, shapes):
     return encoder_inputs, dict(memory_mask=mask, memory_pos=position)
 
 
-# ---- deformable attention --------------------------------------------------------------------------------------------
-
-
-class Levels(list):
-    """Heights and widths of the maps, in the place of mmdet's tensor; `valid` are those of them without the padding."""
-
-    def __init__(self, feats, lines):
-        super().__init__(tuple(feat.shape[-2:]) for feat in feats)
-        self.valid = [tuple(line.sum() for line in pair) for pair in lines]
-
-
-class DeformableAttention(MultiScaleDeformableAttention):
-    """mmcv's attention in its form for PyTorch alone, of maps whose shapes are `Levels`."""
-
-    def forward(
-        self, query, value=None, query_pos=None, key_padding_mask=None, reference_points=None, spatial_shapes=(), **_
-    ):
-        """Attend, as mmcv's does where the batch is first."""
-        identity, value = query, self.value_proj(query if value is None else value)
-        query = query if query_pos is None else query + query_pos
-        if key_padding_mask is not None:
-            value = value.masked_fill(key_padding_mask[..., None], 0.0)
-        shape = *query.shape[:2], self.num_heads, self.num_levels, self.num_points
-        offsets = self.sampling_offsets(query).view(*shape, 2)
-        weights = self.attention_weights(query).view(*shape[:3], -1).softmax(-1).view(shape)
-        points = reference_points[:, :, None, :, None]
-        if points.shape[-1] == 2:
-            sizes = torch.stack([to_tensor(size, query.device).flip(0) for size in spatial_shapes])
-            locations = points + offsets / sizes[:, None]
-        else:
-            locations = points[..., :2] + offsets / self.num_points * points[..., 2:] * 0.5
-        value = value.unflatten(2, (self.num_heads, -1))
-        output = multi_scale_deformable_attn_pytorch(value, spatial_shapes, locations, weights)
-        return self.output_proj(output) + identity
+# ---- maps of several sizes ------------------------------------------------------------------------------------------
 
 
 def _trace_deformable(model):
     """Replace what takes the shapes of maps as a tensor."""
-    for module in model.modules():
-        if type(module) is MultiScaleDeformableAttention:
-            module.__class__ = DeformableAttention
+    use_traceable_attention(model)
     model.pre_transformer = partial(_flatten_maps, model)
     model.gen_encoder_output_proposals = partial(_encoder_proposals, model)
     model.encoder.get_encoder_reference_points = _encoder_reference_points
@@ -173,21 +132,15 @@ def _flatten_maps(model, feats, shapes):
     return encoder_inputs | common, dict(memory_mask=mask) | common
 
 
-def _grid(level, valid):
-    """Centers (h * w, 2), x and y, of the cells of a map, as parts of the image."""
-    y, x = ((torch.arange(n, device=part.device) + 0.5) / part for n, part in zip(level, valid))
-    return torch.stack([x.expand(*level), y[:, None].expand(*level)], -1).flatten(0, 1)
-
-
 def _encoder_reference_points(spatial_shapes, valid_ratios, device):
     """Replace `DeformableDetrTransformerEncoder.get_encoder_reference_points`."""
-    points = torch.cat([_grid(*level) for level in zip(spatial_shapes, spatial_shapes.valid)])
+    points = torch.cat([cell_centers(*level) for level in zip(spatial_shapes, spatial_shapes.valid)])
     return points[None, :, None] * valid_ratios[:, None]
 
 
 def _encoder_proposals(model, memory, memory_mask, spatial_shapes):
     """Replace `DeformableDETR.gen_encoder_output_proposals`."""
-    centers = [_grid(*level) for level in zip(spatial_shapes, spatial_shapes.valid)]
+    centers = [cell_centers(*level) for level in zip(spatial_shapes, spatial_shapes.valid)]
     proposals = torch.cat([torch.cat([x, torch.full_like(x, 0.05 * 2.0**i)], 1) for i, x in enumerate(centers)])
     dropped = ~((proposals > 0.01) & (proposals < 0.99)).all(-1, keepdim=True)[None]
     if memory_mask is not None:

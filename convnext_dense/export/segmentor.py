@@ -30,6 +30,10 @@ class ExportableSegmentor(nn.Module):
 
     def __init__(self, model: nn.Module, *, raw: bool = False, logits: bool = False):
         super().__init__()
+        if hasattr(model.decode_head, 'pixel_decoder'):
+            from .mask2former import traceable_segmentor  # needs mmdet, as mmseg's head does
+
+            model = traceable_segmentor(model)
         self.model = model
         self.preprocess = nn.Identity() if raw else Preprocess(model.data_preprocessor)
         self.returns_logits = logits

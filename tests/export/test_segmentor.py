@@ -8,13 +8,18 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmseg.models import UPerHead
+from mmseg.models.decode_heads import Mask2FormerHead
 from mmseg.structures import SegDataSample
 from onnxruntime import InferenceSession
 
 from convnext_dense.errors import UsageError
+from convnext_dense.export.check import FULL, compare_file
+from convnext_dense.export.files import write_onnx
+from convnext_dense.export.program import ExportOptions, trace
 from convnext_dense.export.segmentor import ExportableSegmentor
+from convnext_dense.inference.model import load_model
 from convnext_dense.models.optimize import optimize
-from helpers.checkpoints import balance_classes, draw_photo
+from helpers.checkpoints import balance_classes, draw_photo, save_checkpoint
 from helpers.paths import ROOT
 from helpers.weights import random_weights
 
@@ -229,3 +234,41 @@ def test_exported_file_has_only_standard_operators(exported):
     file = onnx.load(exported[1])
     assert {node.domain for node in file.graph.node} == {''} and not file.functions
     assert {node.op_type for node in file.graph.node}.isdisjoint({'Loop', 'If', 'ScatterND'})
+
+
+@pytest.fixture
+def mask2former():
+    config = Config.fromfile(ROOT / 'configs/demo/mask2former.py')
+    init_default_scope('mmseg')
+    model = MODELS.build(config.model).eval()
+    model.load_state_dict(random_weights({name: tuple(value.shape) for name, value in model.state_dict().items()}))
+    return model
+
+
+@torch.no_grad()
+def test_mask2former_equals_mmseg(mask2former):
+    exportable = ExportableSegmentor(mask2former, logits=True)
+    for shape, size in (((2, 96, 150), (70, 131)), OTHERS[2]):
+        images = random_images(shape)
+        expected = mmseg_result(mask2former, images, size)
+        assert np.abs(expected[0]).max() > 0.1
+        assert_equal_result(exportable(images, torch.tensor(size)).numpy(), expected, True)
+    assert 'forward' not in vars(mask2former.decode_head.pixel_decoder)  # the model is as it was
+
+
+def test_mask2former_with_other_predictions_is_refused(mask2former):
+    class OtherHead(Mask2FormerHead):
+        def predict(self, x, batch_img_metas, test_cfg):
+            return super().predict(x, batch_img_metas, test_cfg) * 2
+
+    mask2former.decode_head.__class__ = OtherHead
+    with pytest.raises(UsageError, match='OtherHead cannot be exported: its predict is not that of Mask2FormerHead'):
+        ExportableSegmentor(mask2former)
+
+
+@pytest.mark.slow
+def test_exported_mask2former_equals_the_model(tmp_path):
+    predictor = load_model(save_checkpoint('mask2former', tmp_path / 'model.pth'), device='cpu')
+    write_onnx(trace(predictor, ExportOptions()), tmp_path / 'model.onnx')
+    for difference in compare_file(tmp_path / 'model.onnx', predictor, ExportOptions(), FULL):
+        assert difference.pixels >= 0.9999

@@ -14,6 +14,7 @@ CLASSES = {
     'mask_rcnn': ('disc', 'square', 'triangle', 'cross'),
     'cascade': ('disc', 'square', 'triangle', 'cross'),
     'upernet': ('ground', 'disc', 'square', 'triangle', 'cross'),
+    'mask2former': ('ground', 'disc', 'square', 'triangle', 'cross'),
 }
 
 
@@ -27,7 +28,7 @@ def save_checkpoint(recipe: str, path, **model_settings):
     if recipe == 'upernet':
         model = balance_classes(model)
     meta = dict(cfg=config.pretty_text, dataset_meta=dict(classes=CLASSES[recipe]))
-    if recipe == 'upernet':
+    if config.default_scope == 'mmseg':
         meta['dataset_meta']['palette'] = [[90, 90, 90], [220, 60, 50], [140, 220, 60], [60, 200, 200], [150, 60, 220]]
     torch.save(dict(state_dict=model.state_dict(), meta=meta), path)
     return path
