@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import UsageError
+from .box_formats import FORMAT_KEYS
 from .channels import parse_channels
 from .files import read_yaml, to_one_line
 from .request import DatasetRequest
@@ -28,6 +29,7 @@ SPLITS = ('train', 'val')
 PLACES = {'images': 'image_dirs', 'annotations': 'ann_files', 'masks': 'mask_dirs'}
 OPTIONS = ('classes', 'format', 'class_attribute', 'ignore', 'val_fraction')
 OPTIONS += ('channels', 'mask_threshold', 'ignore_other_colors')
+SWITCHES = {'true': True, 'yes': True, 'false': False, 'no': False, '': False}  # every value is read as text
 YOLO_KEYS = ('names', 'nc')
 FILE_NAMES = ('data.yaml', 'data.yml')
 SUFFIXES = ('.yaml', '.yml')
@@ -91,7 +93,14 @@ def _split_paths(value: object, root: Path, where: str) -> dict[str, str]:
 
 def _with_options(request: DatasetRequest, options: Mapping, file: Path) -> DatasetRequest:
     """Set the options of a request as those of the command line are."""
-    classes = options.get('classes')
+    classes, format, switch = (options.get(key) for key in ('classes', 'format', 'ignore_other_colors'))
+    is_list = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if classes is not None and not is_list and not isinstance(classes, str):
+        raise UsageError(f'{file}: classes has to be a list of names, such as [car, truck=vehicle], or a file of them')
+    if format is not None and format not in FORMAT_KEYS:
+        raise UsageError(f"{file}: format '{to_one_line(format, 40)}' is unknown: give one of {', '.join(FORMAT_KEYS)}")
+    if switch is not None and not (isinstance(switch, str) and switch.lower() in SWITCHES):
+        raise UsageError(f'{file}: ignore_other_colors has to be true or false')
     if isinstance(classes, str):
         near = request.root / classes
         classes = str(near) if near.is_file() else classes
@@ -111,9 +120,9 @@ def _with_options(request: DatasetRequest, options: Mapping, file: Path) -> Data
         request.channels = parse_channels(None if channels is None else str(channels))
     except UsageError as error:
         raise UsageError(f'{file}: {error}') from error
-    request.mask_threshold, request.ignore_other_colors = threshold, bool(options.get('ignore_other_colors'))
+    request.mask_threshold, request.ignore_other_colors = threshold, SWITCHES[(switch or '').lower()]
     request.classes, request.ignore_labels, request.val_fraction = classes, ignore, fraction
-    request.format, request.class_attribute = options.get('format'), options.get('class_attribute')
+    request.format, request.class_attribute = format, options.get('class_attribute')
     return request
 
 

@@ -79,6 +79,9 @@ def test_masks_and_folders_of_labels(toy_dataset, tmp_path):
     options = 'channels: [3, 1]\nmask-threshold: 9\nignore-other-colors: true\n'
     request = request_of('--data', write(tmp_path, text + options))
     assert (request.channels, request.mask_threshold, request.ignore_other_colors) == ((3, 1), 9, True)
+    for word in ('false', 'no'):
+        file = write(tmp_path, text + f'ignore-other-colors: {word}\n')
+        assert request_of('--data', file).ignore_other_colors is False
     file = write(tmp_path, text + 'classes: names.txt\n')
     assert detect_tasks(request_of('--data', file)) == ['segmentation']
     names = read(request_of('--data', file), 'segmentation')[0].classes
@@ -132,6 +135,10 @@ MISTAKES = {  # the text, or what is replaced in that of boxes -> the message
                              'val needs images'),
     'both tasks': (('annotations: annotations/instances_val.json', 'masks: val'), 'are for different tasks'),
     'words': (('path:', 'ignore: [a]\npath:'), 'ignore is a list of integers'),
+    'nested classes': (('path:', 'classes: [[disc, cross]]\npath:'), 'classes has to be a list of names'),
+    'numbered classes': (('path:', 'classes: {0: disc}\npath:'), 'classes has to be a list of names'),
+    'no format': (('path:', 'format: [via]\npath:'), 'is unknown: give one of coco, yolo'),
+    'no switch': (('path:', 'ignore-other-colors: 1\npath:'), 'ignore_other_colors has to be true or false'),
     'channels': (('path:', 'channels: [1, 1]\npath:'), 'a channel is named twice'),
     'no YAML': (('path:', '"'), 'is not valid YAML'),
 }  # fmt: skip
