@@ -21,7 +21,7 @@ def parse_entries(classes: str | Sequence[str]) -> dict[str, list[str]]:
             classes, `a,b=c` is the class c of both.
 
     Raises:
-        UsageError: an entry has no name, or a name occurs twice.
+        UsageError: an entry has no name, more than one after the `=`, or a name occurs twice.
     """
     entries = [classes] if isinstance(classes, str) else list(classes)
     if len(entries) == 1 and (os.path.isfile(entries[0]) or entries[0].lower().endswith(FILE_SUFFIXES)):
@@ -33,6 +33,9 @@ def parse_entries(classes: str | Sequence[str]) -> dict[str, list[str]]:
         target = target.strip()
         if not names or ('=' in entry and not target):
             raise UsageError(f"--classes '{to_one_line(entry, 60)}': give names such as car,bus or car,truck=vehicle")
+        if ',' in target or '=' in target:
+            text = 'put a space, not a comma, after a new name, such as car=vehicle man=person dog'
+            raise UsageError(f"--classes '{to_one_line(entry, 60)}': {text}")
         for name in names:
             selected.setdefault(target or name, []).append(name)
     names = [name for sources in selected.values() for name in sources]

@@ -21,6 +21,7 @@ PARSED = {
     ('a,b=a', 'c'): {'a': ['a', 'b'], 'c': ['c']},
 }
 BAD = {'': 'give names such as', 'a=': 'give names such as', '=b': 'give names such as', 'a,a': "names 'a' twice"}
+BAD |= dict.fromkeys(['a=x,b=y', 'a=x,b', ('c', 'a=b=x')], 'put a space, not a comma, after a new name')
 
 
 @pytest.mark.parametrize('classes', PARSED)
