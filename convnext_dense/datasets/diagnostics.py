@@ -54,6 +54,8 @@ NOTES = {
         'mask-lossy-format': 'JPEG and the like change label values; write PNGs from the original masks, or '
         'give --mask-threshold 128 if they are black and white',
         'mask-in-color': 'no table says which color is which class; give --classes FILE with lines NAME R G B',
+        'mask-not-gray': 'it has colors, which --mask-threshold cannot tell apart: leave it out; for masks in color '
+        'give --classes FILE with lines NAME R G B',
         'mask-not-8-bit': 'values beyond 0 to 255 are no classes; if they number objects, use a detection recipe',
         'color-not-in-table': 'no class has this color; add it to the table, or give --ignore-other-colors',
         'mask-soft-edges': '',

@@ -30,6 +30,7 @@ from .panoptic import decode_segments
 from .request import CheckedDataset
 
 IGNORE_INDEX = 255  # mmseg's
+MAX_GRAY_SPREAD = 16  # of the channels of a pixel; gray images in color can be slightly tinted
 INSTANCE_FACTOR = 1000  # of the class in an instance id, as in Cityscapes
 MASKS_DIR = 'masks'  # of converted masks, below `data` of the work dir
 # Problems of a mask as mmseg would read it, and what is reported where it is decoded instead.
@@ -108,6 +109,8 @@ def decode_mask(path: str | os.PathLike, encoding: MaskEncoding) -> tuple[np.nda
         return labels, {}
     values = read_values(path, allow_lossy=encoding.threshold is not None)
     if encoding.threshold is not None:
+        if values.ndim == 3 and np.ptp(values, axis=2).max(initial=0) > MAX_GRAY_SPREAD:
+            raise MaskError('mask-not-gray')
         gray = values if values.ndim == 2 else values.mean(2)
         return (gray >= encoding.threshold).astype(np.uint8), {}
     if values.ndim == 2:

@@ -425,7 +425,7 @@ def test_each_code_is_tested():
     }  # fmt: skip
     tested_elsewhere |= {  # test_mask_encodings.py
         'color-not-in-table', 'mask-0-and-255', 'mask-array', 'mask-color-coded', 'mask-gray-as-color',
-        'mask-instance-ids', 'mask-soft-edges', 'mask-thresholded',
+        'mask-instance-ids', 'mask-not-gray', 'mask-soft-edges', 'mask-thresholded',
     }  # fmt: skip
     tested_elsewhere |= {  # test_channels.py
         'channel-count-mismatch', 'constant-channel', 'fourth-channel', 'value-type-mismatch',

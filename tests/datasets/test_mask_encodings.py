@@ -212,6 +212,15 @@ def test_soft_edges_are_refused_or_thresholded(suffix, tmp_path):
     assert np.array_equal(labels, stored >= threshold)
 
 
+def test_masks_in_color_have_no_threshold(tmp_path):
+    write(tmp_path, [colored(labels_of(4))] * 2)
+    (tmp_path / 'class_dict.csv').write_text(TABLES['class_dict.csv'])
+    data, codes = check_dataset(tmp_path, 'segmentation', mask_threshold=128)
+    assert codes['mask-not-gray'].action == 'error' and 'leave it out' in error_message(data.report.raise_if_errors)
+    Image.fromarray(np.dstack([BINARY * 250 + i for i in range(3)])).save(tmp_path / 'tinted.png')
+    assert np.array_equal(decode_mask(tmp_path / 'tinted.png', MaskEncoding(threshold=128))[0], BINARY)
+
+
 def test_plain_instance_ids_are_no_classes(tmp_path):
     ids = (np.arange(SIDE * SIDE) // 4).reshape(SIDE, SIDE).astype(np.uint16)
     write(tmp_path, [ids, ids])
