@@ -10,12 +10,12 @@ from ..channel_files import ChannelReader
 from ..errors import UsageError
 from ..models.convnext import ConvNeXt
 from ..type_names import class_of, is_type, short_name
-from .inputs import EXTRA_PIPELINE_KEYS, RGB_TRANSFORMS
+from .inputs import CHANNEL_LOADER, EXTRA_PIPELINE_KEYS, RGB_TRANSFORMS
 from .options import argument_names
 from .tree import as_list, iter_dicts
 
 MODULES = ('convnext_dense.engine.channel_transforms', 'convnext_dense.engine.channel_visualization_hook')
-LOADER, DISTORTION, HOOK = 'LoadImageChannels', 'RandomBrightnessContrast', 'ChannelVisualizationHook'
+DISTORTION, HOOK = 'RandomBrightnessContrast', 'ChannelVisualizationHook'
 # Transforms of colors that become `DISTORTION`; the others of `RGB_TRANSFORMS` are left out.
 DISTORTIONS = ('PhotoMetricDistortion', 'YOLOXHSVRandomAug')
 PIPELINE_KEYS = ('train_dataloader', 'val_dataloader', 'test_dataloader', *EXTRA_PIPELINE_KEYS)
@@ -24,7 +24,7 @@ PIPELINE_KEYS = ('train_dataloader', 'val_dataloader', 'test_dataloader', *EXTRA
 def channel_reader(config: Config) -> ChannelReader | None:
     """Return how the test pipeline of a config reads channels; None if it reads RGB."""
     for step in iter_dicts(config.get('test_dataloader') or {}):
-        if short_name(step.get('type')) == LOADER:
+        if short_name(step.get('type')) == CHANNEL_LOADER:
             return ChannelReader(**{name: step[name] for name in ChannelReader._fields})
     return None
 
@@ -49,7 +49,7 @@ def set_channels(config: Config, reader: ChannelReader) -> str:
             for i, step in reversed([*enumerate(steps)]):
                 kind = step.get('type') if isinstance(step, dict) else None
                 if is_type(kind, TRANSFORMS, 'LoadImageFromFile'):
-                    steps[i] = dict(type=LOADER, **settings)
+                    steps[i] = dict(type=CHANNEL_LOADER, **settings)
                 elif is_type(kind, TRANSFORMS, *DISTORTIONS):
                     steps[i] = dict(type=DISTORTION)
                     replaced.add(short_name(kind))

@@ -10,6 +10,7 @@ from .tree import iter_dicts
 
 # Keys of a config that hold pipelines besides those of its data sets; a hook may switch to another pipeline.
 EXTRA_PIPELINE_KEYS = ('custom_hooks', 'default_hooks', 'tta_pipeline')
+CHANNEL_LOADER = 'LoadImageChannels'  # reads the channels that the backbone takes
 # Transforms that need colors, and those that need three channels: grayscale images may have them repeated.
 COLOR_TRANSFORMS = ('PhotoMetricDistortion', 'YOLOXHSVRandomAug', 'MixUp', 'CachedMixUp')
 RGB_TRANSFORMS = (*COLOR_TRANSFORMS, 'Mosaic', 'CachedMosaic')
@@ -25,12 +26,14 @@ def adapt_input_channels(config: Config) -> str | None:
         config: changed in place.
 
     Returns:
-        One line that says what changed; None for RGB, or where the config was adapted before.
+        One line that says what changed; None for RGB, or where the config was adapted before, also by `set_channels`.
     """
     n = config.model.get('backbone', {}).get('in_channels', 3)
     preprocessor = config.model.get('data_preprocessor') or {}
     means = len(preprocessor.get('mean') or [])
     if n == 3 or means not in (0, 3):
+        return None
+    if any(short_name(step.get('type')) == CHANNEL_LOADER for step in iter_dicts(config.get('test_dataloader') or {})):
         return None
     for key in ('mean', 'std') if means else ():
         preprocessor[key] = [sum(preprocessor[key]) / 3]

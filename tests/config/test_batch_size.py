@@ -11,7 +11,9 @@ import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from convnext_dense.channel_files import ChannelReader
 from convnext_dense.config.batch_size import check_accumulation_unchanged, choose_batch, scale_batch
+from convnext_dense.config.channels import set_channels
 from convnext_dense.config.inputs import adapt_input_channels
 from convnext_dense.config.launch import world_size_from_env
 from convnext_dense.config.literal import parse_config_literal
@@ -195,6 +197,14 @@ def test_grayscale_input(name):
         assert pipeline[0] == dict(type='LoadImageFromFile', color_type='grayscale')
         assert 'PhotoMetricDistortion' not in str(pipeline)
     assert adapt_input_channels(config) is None  # a second call changes nothing
+
+
+@pytest.mark.parametrize('channels', [(2,), (1, 4)])
+def test_inputs_of_chosen_channels_stay(channels):
+    config = load('upernet/convnext_t')
+    set_channels(config, ChannelReader(channels, [0.0], [1.0], 4, 'uint8'))
+    expected = config.to_dict()
+    assert adapt_input_channels(config) is None and config.to_dict() == expected
 
 
 @pytest.mark.parametrize('name', ['mask_rcnn/convnext_t', 'upernet/convnext_t'])
