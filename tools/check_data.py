@@ -19,8 +19,8 @@ from convnext_dense.cli.arguments import ArgumentParser
 from convnext_dense.cli.exit import exit_on_error
 from convnext_dense.config.image_size import add_image_size_argument, set_image_size
 from convnext_dense.config.load import load_config
-from convnext_dense.datasets.custom import RECIPES, add_data_arguments, detect_tasks, parse_request, read_data
-from convnext_dense.datasets.request import CheckedDataset
+from convnext_dense.datasets.custom import RECIPES, TASKS, add_data_arguments, detect_tasks, parse_request, read_data
+from convnext_dense.datasets.request import CheckedDataset, DatasetRequest
 from convnext_dense.datasets.tiles import add_tile_arguments
 from convnext_dense.datasets.write_clean import write_clean
 from convnext_dense.datasets.write_tiles import check_output_folder, check_tile_options, write_tiles
@@ -68,9 +68,22 @@ def _write(args, data: CheckedDataset) -> list[str]:
         from convnext_dense.inference.dataset_pictures import write_pictures  # with mmdet or mmseg, which take seconds
 
         config = load_config(args.config or str(Path(__file__).parents[1] / RECIPES[data.task]), {})
+        if TASKS.get(config.get('default_scope')) != data.task:
+            raise UsageError(
+                f'--config {args.config} is not for {data.task}: give a recipe such as {RECIPES[data.task]}'
+            )
         set_image_size(config, args.image_size)
         lines += write_pictures(config, data, args.pictures)
     return lines
+
+
+def _read(request: DatasetRequest, tasks: list[str]) -> dict[str, CheckedDataset]:
+    """Read and check a data set for each task."""
+    try:
+        return {task: read_data(request, task, ('train', 'val', 'test')) for task in tasks}
+    except UsageError as error:
+        hint = f'; --task {" or --task ".join(tasks)} checks one task alone' if len(tasks) > 1 else ''
+        raise UsageError(f'{error}{hint}') from error
 
 
 def main():
@@ -78,6 +91,8 @@ def main():
     with exit_on_error(), redirect_stdout(sys.stderr):  # libraries print as they are imported
         request = parse_request(args)
         tasks = [args.task] if args.task else detect_tasks(request)
+        if len(tasks) > 1 and args.format:  # of boxes
+            tasks = ['detection']
         if len(tasks) > 1 and (args.classes or args.ignore is not None):  # names of the classes of masks, most often
             tasks = ['segmentation']
         if args.tile is not None:
@@ -87,7 +102,7 @@ def main():
         option = '--tile' if args.tile is not None else '--fix' if args.fix else '--config' if args.config else None
         if option and len(tasks) > 1:
             raise UsageError(f'{option}: {args.data} is for {" and ".join(tasks)}: choose one of them with --task')
-        data = {task: read_data(request, task, ('train', 'val', 'test')) for task in tasks}
+        data = _read(request, tasks)
         reports = {task: each.report for task, each in data.items()}
         written = {task: _write(args, each) for task, each in data.items()}
     if args.json:

@@ -126,6 +126,15 @@ def test_maps_of_8_bits_are_ids_where_that_is_said(tmp_path):
     assert data.classes == ['cell'] and len(found_objects(data)) == 8 and 'instances-of-one-class' not in codes
 
 
+def test_a_check_of_maps_without_names_of_classes(tmp_path, capsys):
+    """They could be segmentation masks as well, which need names."""
+    save_maps(tmp_path, 'images/{}.png', 'masks/{}.png', PALETTE)
+    assert run('check_data.py', '--data', tmp_path) == 2
+    assert 'does not name its classes' in (line := capsys.readouterr().err) and '--task detection or' in line
+    assert run('check_data.py', '--data', tmp_path, '--format', 'instances', '--classes', 'object=cell') == 0
+    assert 'cell; boxes and masks' in capsys.readouterr().out
+
+
 def test_class_times_1000_plus_number(tmp_path):
     save_maps(tmp_path, 'images/{}.png', 'masks/{}.png', (2001, 2002, 3001))
     save(tmp_path / 'images/group.png', np.zeros((SIDE, SIDE, 3), np.uint8))

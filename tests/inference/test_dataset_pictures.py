@@ -79,6 +79,12 @@ def test_tool_draws_a_dataset(task, config, data, tmp_path, capsys):
     init_default_scope('mmdet')
 
 
+def test_a_config_for_the_other_task(data, tmp_path, capsys):
+    args = ('--data', data, '--task', 'segmentation', '--config', DETECTOR, '--pictures', tmp_path / 'out')
+    assert run('check_data.py', *args) == 2
+    assert 'is not for segmentation: give a recipe such as configs/upernet/' in capsys.readouterr().err
+
+
 def test_options_that_need_another_option(capsys):
     for args, words in (
         (('--config', DETECTOR), '--config needs --pictures'),
