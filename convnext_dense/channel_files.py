@@ -19,6 +19,7 @@ from .errors import UnreadableImageError, UsageError
 TIFF_SUFFIXES = ('.tif', '.tiff')
 ARRAY_SUFFIX = '.npy'
 EXTRA = 'multichannel'  # of setup.py, with rasterio
+UNKNOWN_FORMAT = 'not recognized as being in a supported file format'  # how GDAL says it, after the path
 DISPLAY_RANGE = 2.0  # standard deviations around the mean that a picture shows from black to white
 
 
@@ -191,7 +192,8 @@ def explain_errors() -> Iterator[None]:
     except (UsageError, UnreadableImageError):
         raise
     except OSError as error:
-        raise UnreadableImageError(error.strerror or str(error).splitlines()[0]) from error
+        reason = error.strerror or str(error).splitlines()[0]
+        raise UnreadableImageError('not a valid image' if UNKNOWN_FORMAT in reason else reason) from error
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UnreadableImageError(f'it is damaged ({reason})') from error

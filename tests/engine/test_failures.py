@@ -110,8 +110,8 @@ def test_read_error_for_every_image_suffix(suffix, tmp_path):
     for name in (f'a{suffix}', f'b{suffix.upper()}'):
         (tmp_path / name).write_bytes(b'no image')
         assert read_error(str(tmp_path / name)) == 'not a valid image'
-    (tmp_path / 'c.npy').write_bytes(b'no image')
-    assert read_error(str(tmp_path / 'c.npy')) is None  # read by a pipeline of its own
+    (tmp_path / 'c.pkl').write_bytes(b'no image')
+    assert read_error(str(tmp_path / 'c.pkl')) is None  # read by a pipeline of its own
 
 
 def test_unreadable_evaluation_image_is_an_error(train, data):
