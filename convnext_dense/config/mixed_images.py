@@ -122,7 +122,7 @@ def _unmixed_dataset(config: Config, flag: str) -> dict:
     if leaf is None or not any(_is_transform(step, 'LoadAnnotations') for step in leaf['pipeline']):
         raise UsageError(f'{flag} needs a single training data set whose pipeline has LoadAnnotations')
     if config.model.get('backbone', {}).get('in_channels', 3) != 3:
-        raise UsageError(f'{flag} needs images of three channels')
+        raise UsageError(f'{flag} needs images of three channels: leave it out')
     return leaf
 
 

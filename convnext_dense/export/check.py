@@ -248,4 +248,7 @@ def _check_tolerance(differences: list[Difference], tolerance: Tolerance, path: 
     }
     wrong = [name for name, is_wrong in worst.items() if is_wrong]
     if wrong:
-        raise UsageError(f'{path.name} does not compute what the model does ({", ".join(wrong)}): it was not kept')
+        hint = 'train longer if the model has hardly been trained, or write it unchecked by --no-check'
+        raise UsageError(
+            f'{path.name} does not compute what the model does ({", ".join(wrong)}), and is not kept: {hint}'
+        )

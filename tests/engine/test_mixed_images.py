@@ -138,6 +138,11 @@ REFUSED = {
         'demo/mask_rcnn',
         lambda config: set_copy_paste(config, True),
     ),
+    '--copy-paste needs images of three channels: leave it out': (
+        set_copy_paste,
+        'demo/mask_rcnn',
+        lambda config: config.model.backbone.update(in_channels=2),
+    ),
     '--mosaic needs at least two epochs, as the last are without mosaics: the config has one epoch': (
         set_mosaic,
         'demo/mask_rcnn',
