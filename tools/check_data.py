@@ -79,11 +79,17 @@ def _write(args, data: CheckedDataset) -> list[str]:
 
 def _read(request: DatasetRequest, tasks: list[str]) -> dict[str, CheckedDataset]:
     """Read and check a data set for each task."""
-    try:
-        return {task: read_data(request, task, ('train', 'val', 'test')) for task in tasks}
-    except UsageError as error:
-        hint = f'; --task {" or --task ".join(tasks)} checks one task alone' if len(tasks) > 1 else ''
-        raise UsageError(f'{error}{hint}') from error
+    data, errors = {}, []
+    for task in tasks:
+        try:
+            data[task] = read_data(request, task, ('train', 'val', 'test'))
+        except UsageError as error:
+            errors.append(error)
+    if errors and data:
+        raise UsageError(f'{errors[0]}; --task {next(iter(data))} checks the rest') from errors[0]
+    if errors:
+        raise errors[0]
+    return data
 
 
 def main():

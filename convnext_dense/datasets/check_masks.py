@@ -14,6 +14,7 @@ from .diagnostics import Report
 from .files import to_one_line
 from .image_sizes import ResizeLimit, too_thin
 from .mask_encoding import IGNORE_INDEX, total_other_colors
+from .request import summarize_classes
 from .toy_shapes import LABEL_NAMES, PALETTE
 
 BACKGROUND_NAMES = ('background', 'unlabeled', 'unlabelled', 'void', 'ignore')
@@ -116,6 +117,8 @@ def infer_label_spec(
 def _spec_of_table(names: list[str], colors: list[list[int]], ignore_labels: Sequence[int]) -> LabelSpec:
     """Return the classes of color-coded masks, whose labels are their places in the table, without ignored ones."""
     labels = [label for label in range(len(names)) if label not in ignore_labels]
+    if not labels:
+        raise UsageError(f'--ignore leaves none of {summarize_classes(names)}: name fewer labels')
     names, colors = [names[label] for label in labels], [colors[label] for label in labels]
     return LabelSpec(names, colors, frozenset({IGNORE_INDEX, *ignore_labels}), labels if ignore_labels else None)
 

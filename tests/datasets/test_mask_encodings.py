@@ -108,6 +108,8 @@ def test_ignored_labels_of_a_table_are_no_classes(tmp_path):
     data, _ = check_dataset(tmp_path, 'segmentation', ignore_labels=[1])
     assert data.classes == ['road', 'car', 'sky'] and data.palette == [COLORS[i] for i in (0, 2, 3)]
     assert sorted(data.dataset_kwargs['label_map']) == [[1, 255], [2, 1], [3, 2]]
+    line = error_message(lambda: check_dataset(tmp_path, 'segmentation', ignore_labels=[0, 1, 2, 3]))
+    assert line.startswith('--ignore leaves none of 4 classes: road')
 
 
 def test_two_classes_of_one_color_are_refused(tmp_path):
