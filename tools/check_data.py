@@ -20,6 +20,7 @@ from convnext_dense.cli.exit import exit_on_error
 from convnext_dense.config.image_size import add_image_size_argument, set_image_size
 from convnext_dense.config.load import load_config
 from convnext_dense.datasets.custom import RECIPES, TASKS, add_data_arguments, detect_tasks, parse_request, read_data
+from convnext_dense.datasets.files import is_below
 from convnext_dense.datasets.request import CheckedDataset, DatasetRequest
 from convnext_dense.datasets.tiles import add_tile_arguments
 from convnext_dense.datasets.write_clean import write_clean
@@ -105,6 +106,9 @@ def main():
             check_tile_options(args.tile, args.overlap, args.out)
         if args.fix:
             check_output_folder('--fix', args.fix)
+        out = args.fix or args.out
+        if out and args.data and is_below(out, args.data):
+            raise UsageError(f"'{out}' lies in the data set, whose images would be others then: choose another folder")
         option = '--tile' if args.tile is not None else '--fix' if args.fix else '--config' if args.config else None
         if option and len(tasks) > 1:
             raise UsageError(f'{option}: {args.data} is for {" and ".join(tasks)}: choose one of them with --task')

@@ -175,6 +175,9 @@ def test_the_command_writes_a_data_set_that_the_command_accepts(large, tmp_path,
     out = tmp_path / 'tiles'
     assert run('check_data.py', '--data', root, '--tile', 80, '--out', out) == 2
     assert 'choose one of them with --task' in capsys.readouterr().err
+    for args in (('--tile', 80, '--out', root / 'train/tiles'), ('--fix', root / 'clean')):
+        assert run('check_data.py', '--data', root, '--task', 'detection', *args) == 2
+        assert 'lies in the data set' in capsys.readouterr().err
     assert run('check_data.py', '--data', root, '--task', 'detection', '--tile', 80, '--out', out) == 0
     assert f'{out}: train: ' in capsys.readouterr().out
     assert run('check_data.py', '--data', out) == 0
