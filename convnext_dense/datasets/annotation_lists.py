@@ -103,7 +103,11 @@ def read_lists(
     results = {}
     for split, source in splits.items():
         where = relative_to_root(source.file, root)
-        listed = [image for image in parse(source.file, partial(report.add, split)) if image.name]
+        entries = [*parse(source.file, partial(report.add, split))]
+        listed = [image for image in entries if image.name]
+        for number, image in enumerate(entries, 1):
+            if not image.name:
+                report.add(split, 'image-without-id-or-name', f'{where}: entry {number}')
         resolver = ImageResolver(source.file, root, [image.name for image in listed], source.images, split)
         images, annotations = [], []
         for image_id, image in enumerate(listed, 1):

@@ -46,6 +46,11 @@ def only_dicts(values: list) -> list[dict]:
     return [value for value in values if isinstance(value, dict)]
 
 
+def as_dicts(values: list) -> list[dict]:
+    """Return the values of a list, an empty dict for each that is none: what it lacks is reported as of others."""
+    return [value if isinstance(value, dict) else {} for value in values]
+
+
 def format_size(size: Sequence) -> str:
     """Return 'width x height'."""
     return ' x '.join(map(str, size))

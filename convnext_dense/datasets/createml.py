@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .annotation_lists import ListedImage
-from .coco_values import only_dicts
+from .coco_values import as_dicts
 from .files import read_json
 from .geometry import are_numbers, box_annotation
 
@@ -25,11 +25,11 @@ def parse_createml(file: Path, add: Callable) -> Iterator[ListedImage]:
     content = read_json(file)
     if not isinstance(content, list):
         raise UsageError(f'{file} is not CreateML: it holds no list of images')
-    for entry in only_dicts(content):
+    for entry in as_dicts(content):
         name = next((entry[key] for key in NAME_KEYS if isinstance(entry.get(key), str)), '')
         objects = entry.get('annotations', entry.get('annotation'))
         annotations = []
-        for number, item in enumerate(only_dicts(objects if isinstance(objects, list) else []), 1):
+        for number, item in enumerate(as_dicts(objects if isinstance(objects, list) else []), 1):
             label, box = item.get('label'), item.get('coordinates')
             box = [box.get(side) for side in SIDES] if isinstance(box, dict) else None
             if not isinstance(label, str) or not label.strip():

@@ -186,6 +186,8 @@ def find_sources(request: DatasetRequest, task: str) -> BoxSources | tuple[str, 
             f'{request.root} holds {DESCRIPTIONS[other_task]}, but {task} needs {DESCRIPTIONS[task]}: '
             f'use a {other_task} recipe, such as {RECIPES[other_task]}' + INSTANCES_HINT * (task == 'detection')
         )
+    if request.class_attribute is not None and getattr(sources[task], 'format', None) != 'VIA':
+        raise UsageError(f'--class-attribute is for labels of VIA, which {request.root} has not: leave it out')
     return sources[task]
 
 

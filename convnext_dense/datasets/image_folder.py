@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .annotation_lists import ListedImage
-from .coco_values import is_number, only_dicts
+from .coco_values import as_dicts, is_number
 from .diagnostics import Report
 from .files import MAX_JSON_BYTES, parse_error, read_bytes, to_one_line
 from .geometry import are_numbers, box_annotation
@@ -36,7 +36,7 @@ def parse_image_folder(file: Path, add: Callable) -> Iterator[ListedImage]:
             continue
         objects = row.get('objects', row)
         if isinstance(objects, list):
-            pairs = [(_first(item, BOX_KEYS), _first(item, CLASS_KEYS)) for item in only_dicts(objects)]
+            pairs = [(_first(item, BOX_KEYS), _first(item, CLASS_KEYS)) for item in as_dicts(objects)]
         elif isinstance(objects, dict):
             boxes, names = _first(objects, BOX_KEYS) or [], _first(objects, CLASS_KEYS) or []
             boxes, names = (values if isinstance(values, list) else [] for values in (boxes, names))

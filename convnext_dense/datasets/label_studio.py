@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import UsageError
 from .annotation_lists import ListedImage
 from .check_images import MAX_PIXELS
-from .coco_values import only_dicts
+from .coco_values import as_dicts, only_dicts
 from .files import read_json
 from .geometry import are_numbers, box_annotation, ellipse, encode, flatten_points, rectangle, shape_annotation
 from .layouts import is_image
@@ -35,7 +35,7 @@ def parse_label_studio(file: Path, add: Callable) -> Iterator[ListedImage]:
     content = read_json(file)
     if not isinstance(content, list):
         raise UsageError(f'{file} is not JSON of Label Studio: it holds no list of tasks')
-    for task in only_dicts(content):
+    for task in as_dicts(content):
         results = task.get('annotations', task.get('completions'))
         if isinstance(results, list):
             name = _image_name(task.get('data'), results)

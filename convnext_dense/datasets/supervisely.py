@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable
 
 from .check_images import MAX_PIXELS
-from .coco_values import only_dicts
+from .coco_values import as_dicts
 from .geometry import (
     box_annotation,
     decode_png,
@@ -39,7 +39,7 @@ def parse_supervisely(file: str, where: str, add: Callable) -> Label | None:
     size = content.get('size')
     size = parse_size(size.get('width'), size.get('height')) if isinstance(size, dict) else None
     annotations = []
-    for number, figure in enumerate(only_dicts(content['objects']), 1):
+    for number, figure in enumerate(as_dicts(content['objects']), 1):
         name = figure.get('classTitle')
         name = name.strip() if isinstance(name, str) else ''
         problem, annotation = ('label-without-name', None) if not name else _annotation(number, name, figure, size)

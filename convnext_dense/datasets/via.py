@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .annotation_lists import ListedImage
-from .coco_values import is_number, only_dicts
+from .coco_values import as_dicts, is_number
 from .diagnostics import Report
 from .files import read_json, to_one_line
 from .geometry import are_numbers, box_annotation, ellipse, shape_annotation
@@ -41,12 +41,12 @@ def parse_via(file: Path, add: Callable) -> Iterator[ListedImage]:
         content = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(content, list):
         raise UsageError(f'{file} is not a file of VIA: it has no images')
-    for entry in only_dicts(content):
+    for entry in as_dicts(content):
         name, regions = entry.get('filename'), entry.get('regions')
         name = name if isinstance(name, str) else ''
         regions = list(regions.values()) if isinstance(regions, dict) else regions
         annotations = []
-        for number, region in enumerate(only_dicts(regions if isinstance(regions, list) else []), 1):
+        for number, region in enumerate(as_dicts(regions if isinstance(regions, list) else []), 1):
             shape, attributes = region.get('shape_attributes'), region.get('region_attributes')
             attributes = attributes if isinstance(attributes, dict) else {}
             problem, annotation = _annotation(number, attributes, shape if isinstance(shape, dict) else {})

@@ -12,6 +12,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from convnext_dense.datasets.custom import DatasetRequest, apply_custom_data, detect_tasks, read_data
+from convnext_dense.errors import UsageError
 from helpers.box_formats import (
     FORMATS,
     as_createml,
@@ -105,6 +106,21 @@ RECT = dict(name='rect', x=10, y=20, width=30, height=15)
 def write_via(root, regions):
     write_images(root, 'a.png', 'b.png')
     write_json({n: dict(filename=n, size=1, regions=regions) for n in ('a.png', 'b.png')}, root / 'via.json')
+
+
+def test_entries_without_an_image_or_a_shape_are_reported(tmp_path):
+    write_via(tmp_path, [via(RECT, name='cat'), 'no region'])
+    content = json.loads((tmp_path / 'via.json').read_text())
+    write_json(content | dict(c=dict(filename=None, regions=[]), d='no image'), tmp_path / 'via.json')
+    _, annotations, findings = annotations_of(tmp_path)
+    assert len(annotations) == 2
+    assert findings['image-without-id-or-name'].examples == ['via.json: entry 3', 'via.json: entry 4']
+    assert findings['shape-without-area'].count == 2
+
+
+def test_class_attribute_of_other_labels_is_refused(toy_dataset):
+    with pytest.raises(UsageError, match='--class-attribute is for labels of VIA, which .* has not: leave it out'):
+        check_dataset(toy_dataset, class_attribute='kind')
 
 
 ANGLE = np.linspace(0, 2 * np.pi, 400)
