@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from mmengine.visualization import Visualizer
 
 from ..channel_files import ChannelReader, to_rgb
 
@@ -44,7 +43,7 @@ class ChannelVisualizationHook(Hook):
                 continue
             name = os.path.splitext(os.path.basename(sample.img_path))[0]
             file = self.test_out_dir and os.path.join(self.test_out_dir, f'{name}.png')
-            Visualizer.get_current_instance().add_datasample(
+            runner.visualizer.add_datasample(
                 name,
                 to_rgb(self.reader.read(sample.img_path)),
                 sample,
