@@ -1,6 +1,5 @@
 """Images whose channels are not those of RGB: how a config reads, augments and draws them, and its backbone's input."""
 
-import importlib
 from collections.abc import Iterator
 
 from mmengine.config import Config
@@ -12,7 +11,7 @@ from ..models.convnext import ConvNeXt
 from ..type_names import class_of, is_type, short_name
 from .inputs import CHANNEL_LOADER, EXTRA_PIPELINE_KEYS, RGB_TRANSFORMS
 from .options import argument_names
-from .tree import as_list, iter_dicts
+from .tree import add_custom_imports, iter_dicts
 
 MODULES = ('convnext_dense.engine.channel_transforms', 'convnext_dense.engine.channel_visualization_hook')
 DISTORTION, HOOK = 'RandomBrightnessContrast', 'ChannelVisualizationHook'
@@ -63,10 +62,7 @@ def set_channels(config: Config, reader: ChannelReader) -> str:
     hook = (config.get('default_hooks') or {}).get('visualization')
     if hook:
         config.default_hooks['visualization'] = dict(type=HOOK, reader=settings)
-    imports = config.setdefault('custom_imports', dict(imports=[], allow_failed_imports=False))
-    imports['imports'] = [*dict.fromkeys([*as_list(imports['imports']), *MODULES])]
-    for module in MODULES:
-        importlib.import_module(module)
+    add_custom_imports(config, *MODULES)
     line = f'{len(reader.channels)} input channels, normalized by their mean and std{stem}'
     if replaced:
         line += f', {DISTORTION} for {", ".join(sorted(replaced))}'

@@ -1,6 +1,5 @@
 """Training images made of several: mosaics of four images, and objects that are copied from another image."""
 
-import importlib
 import math
 
 from mmengine.config import Config
@@ -12,7 +11,7 @@ from .channels import channel_reader
 from .image_size import resize_scale
 from .recipe import counts_epochs
 from .training_set import leaf_dataset
-from .tree import as_list, iter_dicts
+from .tree import add_custom_imports, as_list, iter_dicts
 
 MIX_TRANSFORMS = ('Mosaic', 'MixUp', 'CachedMixUp', 'CopyPaste')  # and those derived from them
 MOSAIC_STEPS = ('Mosaic', 'RandomAffine')  # left out in the last epochs
@@ -101,9 +100,7 @@ def set_copy_paste(config: Config, enabled: bool) -> str | None:
     ratio = min(1.0, math.sqrt(scale[0] * scale[1]) / COPY_PASTE_SIDE) if scale else 1.0
     thresholds = {key: max(1, round(value * ratio**power)) for key, (value, power) in OCCLUSION_THRESHOLDS.items()}
     _mix_images(config, leaf, len(leaf['pipeline']) - 1, [dict(type='AnySizeCopyPaste', **thresholds)])
-    imports = config.setdefault('custom_imports', dict(imports=[], allow_failed_imports=False))
-    imports['imports'] = [*dict.fromkeys([*as_list(imports['imports']), COPY_PASTE])]
-    importlib.import_module(COPY_PASTE)
+    add_custom_imports(config, COPY_PASTE)
     return 'objects are copied from another image into each image'
 
 

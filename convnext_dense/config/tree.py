@@ -1,7 +1,10 @@
-"""Walking through the nested dicts and lists of a config."""
+"""The nested dicts and lists of a config: walking through them, and the modules that it imports."""
 
+import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from mmengine.config import Config
 
 
 def iter_dicts(value: object) -> Iterator[dict]:
@@ -59,3 +62,16 @@ def is_equal(a: object, b: object) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(is_equal, a, b))
     return a == b or (a != a and b != b)
+
+
+def add_custom_imports(config: Config, *modules: str) -> None:
+    """Have a config import modules that register its parts, and import them now.
+
+    Args:
+        config: changed in place.
+        *modules: their full names.
+    """
+    imports = config.setdefault('custom_imports', dict(imports=[], allow_failed_imports=False))
+    imports['imports'] = [*dict.fromkeys([*as_list(imports['imports']), *modules])]
+    for module in modules:
+        importlib.import_module(module)

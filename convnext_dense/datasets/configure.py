@@ -1,6 +1,5 @@
 """Adapting a config to a checked data set: datasets, evaluators, classes and their number in every head."""
 
-import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -9,7 +8,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, MODELS, TRANSFORMS
 
 from ..config.inputs import EXTRA_PIPELINE_KEYS
-from ..config.tree import as_list, flatten, iter_dicts
+from ..config.tree import add_custom_imports, as_list, flatten, iter_dicts
 from ..errors import UsageError
 from ..type_names import class_of, is_type, short_name
 from . import SPLITS
@@ -64,9 +63,7 @@ def apply_dataset(config: Config, data: CheckedDataset, files: Mapping[str, str]
         _fill_pipeline(config.get(part), data, part)
     set_num_classes(config.model, len(data.classes))
     if data.task == 'segmentation':
-        imports = config.setdefault('custom_imports', dict(imports=[], allow_failed_imports=False))
-        imports['imports'] = [*dict.fromkeys([*as_list(imports['imports']), PAIRED_DATASET])]
-        importlib.import_module(PAIRED_DATASET)
+        add_custom_imports(config, PAIRED_DATASET)
     if not keep_mask_branch:
         for part in MASK_BRANCH_KEYS:
             (config.model.get('roi_head') or {}).pop(part, None)
