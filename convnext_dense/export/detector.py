@@ -5,18 +5,24 @@ stay, so that every shape follows from that of the images.
 """
 
 import torch
-from mmdet.models import SingleStageDetector, TwoStageDetector
+from mmdet.models import MaskFormer, SingleStageDetector, TwoStageDetector
 from mmdet.models.detectors.base_detr import DetectionTransformer
 from torch import nn
 
 from ..errors import UsageError
+from .mask2former import QueriedInstances
 from .one_stage import OneStage
 from .preprocessing import Preprocess
 from .query_based import QueryBased
 from .sizes import known_size, to_tensor, with_unknown_size
 from .two_stage import TwoStage
 
-KINDS = {TwoStageDetector: TwoStage, SingleStageDetector: OneStage, DetectionTransformer: QueryBased}
+KINDS = {  # MaskFormer is derived from SingleStageDetector
+    MaskFormer: QueriedInstances,
+    TwoStageDetector: TwoStage,
+    SingleStageDetector: OneStage,
+    DetectionTransformer: QueryBased,
+}
 
 
 class ExportableDetector(nn.Module):
@@ -34,13 +40,15 @@ class ExportableDetector(nn.Module):
     def __init__(self, model: nn.Module, raw: bool = False, masks: str = 'image'):
         super().__init__()
         self.detect = _kind(model)(model)
+        if masks == 'box' and self.detect.mask_form == 'image':
+            raise UsageError(f'{type(model).__name__} has no masks in boxes: its masks are those of the image')
         self.preprocess = nn.Identity() if raw else Preprocess(model.data_preprocessor)
         self.raw, self.masks, self.dtype = raw, masks, next(model.backbone.parameters()).dtype
 
     @property
     def output_names(self) -> list[str]:
         """Names of what `forward` returns."""
-        return ['boxes', 'scores', 'labels', *(['masks'] if self.detect.with_mask else [])]
+        return ['boxes', 'scores', 'labels', *(['masks'] if self.detect.mask_form else [])]
 
     def forward(self, images: torch.Tensor, output_size: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """Detect the objects of a batch of images.
@@ -57,11 +65,14 @@ class ExportableDetector(nn.Module):
         images = with_unknown_size(images)
         shape = images.shape[-2:]
         scale = torch.ones(4, device=images.device) if self.raw else _scale(shape, output_size)
-        boxes, scores, labels, *masks = self.detect(self.preprocess(images).to(self.dtype), shape, scale)
-        if masks and self.masks == 'image':
-            size = shape if self.raw else known_size(output_size)
-            masks = [paste_masks(masks[0], boxes, size) >= self.detect.test_cfg.mask_thr_binary]
-        return boxes, scores, labels, *masks
+        images = self.preprocess(images).to(self.dtype)
+        if not self.detect.mask_form or self.masks == 'box':
+            return self.detect(images, shape, scale)
+        size = shape if self.raw else known_size(output_size)
+        if self.detect.mask_form == 'image':
+            return self.detect(images, shape, scale, size)
+        boxes, scores, labels, masks = self.detect(images, shape, scale)
+        return boxes, scores, labels, paste_masks(masks, boxes, size) >= self.detect.test_cfg.mask_thr_binary
 
 
 def _kind(model):

@@ -22,7 +22,7 @@ class OneStage(nn.Module):
         UsageError: If its head is of a class whose computation is not known here.
     """
 
-    with_mask = False
+    mask_form = None
 
     def __init__(self, model: SingleStageDetector):
         super().__init__()

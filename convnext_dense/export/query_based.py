@@ -35,7 +35,7 @@ class QueryBased(nn.Module):
         UsageError: If it is another detector of their kind, or has another head.
     """
 
-    with_mask = False
+    mask_form = None
 
     def __init__(self, model: DETR):
         super().__init__()

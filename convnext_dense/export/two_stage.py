@@ -45,7 +45,7 @@ class TwoStage(nn.Module):
     def __init__(self, model: TwoStageDetector):
         super().__init__()
         _require_parts(model)
-        self.model, self.with_mask = model, model.roi_head.with_mask
+        self.model, self.mask_form = model, 'box' if model.roi_head.with_mask else None
         self.rpn = RegionProposals(model.rpn_head, model.test_cfg.rpn)
         self.roi_head = (CascadeHead if isinstance(model.roi_head, CascadeRoIHead) else RoIHead)(model.roi_head)
         self.test_cfg = self.roi_head.test_cfg
@@ -66,11 +66,11 @@ class TwoStage(nn.Module):
         proposals, proposal_scores = self.rpn(feats, shape)
         boxes, scores = self.roi_head.classify(feats, proposals, shape)
         is_candidate = (proposal_scores[..., None] > NO_SCORE) & (scores > self.test_cfg.score_thr)
-        if not self.with_mask:  # mmdet scales boxes before NMS where there are no masks
+        if not self.mask_form:  # mmdet scales boxes before NMS where there are no masks
             boxes = boxes * scale
         boxes, scores, labels = _by_class(boxes, torch.where(is_candidate, scores, NO_SCORE))
         boxes, scores, labels = best_detections(boxes, scores, labels, self.test_cfg)
-        if not self.with_mask:
+        if not self.mask_form:
             return boxes, scores, labels
         return boxes * scale, scores, labels, self.roi_head.segment(feats, boxes, labels.clamp(min=0))
 

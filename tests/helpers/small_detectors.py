@@ -47,6 +47,8 @@ DETRS = {
     'DINO': dict(TWO_STAGE, type='DetrexDINO', dn_cfg=DN),
 }
 
+M2F_PARTS = 'pixel_decoder', 'positional_encoding', 'transformer_decoder'
+
 
 def one_stage(name, **test_cfg):
     """The config of a model of the table, with options of its test."""
@@ -92,6 +94,19 @@ def detr(name, pad_size_divisor=32):
         test_cfg=dict(max_per_img=15),
     )
     return cfg | DETRS[name]
+
+
+def mask2former():
+    """The config of the recipe of Mask2Former for instances, with the sizes of the demo."""
+    model = Config.fromfile(ROOT / 'configs/mask2former/convnext_b_in22k_coco.py').model
+    sizes = Config.fromfile(ROOT / 'configs/demo/mask2former.py').model.decode_head
+    model.backbone, head = BACKBONE, model.panoptic_head
+    for key in ('in_channels', 'feat_channels', 'out_channels', 'num_queries', *M2F_PARTS):
+        head[key] = sizes[key]
+    head.loss_cls.class_weight = [1.0] * 4 + [0.1]
+    head.num_things_classes = model.panoptic_fusion_head.num_things_classes = 4
+    model.test_cfg.max_per_image = 30
+    return model
 
 
 def build_predictor(model_cfg, recipe='mask_rcnn'):
