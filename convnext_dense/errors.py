@@ -21,6 +21,11 @@ class Notice(NamedTuple):
     level: int = logging.INFO
 
 
+def count(n: int, noun: str, plural: str = '') -> str:
+    """Return a number with its noun, such as '1 image' or '1,200 images'."""
+    return f'{n:,} {noun if n == 1 else plural or f"{noun}s"}'
+
+
 class UsageError(ValueError):
     """Bad input. The message is one line: what is wrong and how to fix it. The tools print it and exit with code 2."""
 

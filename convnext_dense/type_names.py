@@ -3,6 +3,7 @@
 from mmengine.registry import DefaultScope, Registry, root
 
 SCOPES = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'convnext_dense')
+TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation'}  # by the default_scope of a config
 REGISTRIES = [registry for registry in vars(root).values() if isinstance(registry, Registry)]
 
 

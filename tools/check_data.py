@@ -19,13 +19,14 @@ from convnext_dense.cli.arguments import ArgumentParser
 from convnext_dense.cli.exit import exit_on_error
 from convnext_dense.config.image_size import add_image_size_argument, set_image_size
 from convnext_dense.config.load import load_config
-from convnext_dense.datasets.custom import RECIPES, TASKS, add_data_arguments, detect_tasks, parse_request, read_data
+from convnext_dense.datasets.custom import RECIPES, add_data_arguments, detect_tasks, parse_request, read_data
 from convnext_dense.datasets.files import is_below
 from convnext_dense.datasets.request import CheckedDataset, DatasetRequest
 from convnext_dense.datasets.tiles import add_tile_arguments
 from convnext_dense.datasets.write_clean import write_clean
 from convnext_dense.datasets.write_tiles import check_output_folder, check_tile_options, write_tiles
 from convnext_dense.errors import UsageError
+from convnext_dense.type_names import TASKS
 
 
 def parse_args():

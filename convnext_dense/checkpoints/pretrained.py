@@ -309,35 +309,53 @@ def check_state_dict_matches(
         raise UsageError(f'{file} does not fit the config: {problems}; give the config that it was trained with')
 
 
-@WEIGHT_INITIALIZERS.register_module()
-class PretrainedConvNeXt:
-    """mmengine initializer that `init_cfg=dict(type='Pretrained', ...)` of the backbone stands for.
+class StrictInitializer:
+    """Base of mmengine initializers that load a checkpoint completely or raise an error; subclasses define `plan`.
 
     Args:
         checkpoint (str): A pretrained weight name, a path or a URL.
-        final_norm (str): 'drop' or 'reuse', as for `plan_load`. Defaults to 'drop'.
 
     Raises:
         UsageError: If another argument is given, or no checkpoint.
     """
 
-    def __init__(self, checkpoint: str | None = None, final_norm: str = 'drop', **unknown):
+    backbone, arguments = '', 'checkpoint (a pretrained weight name, a path or a URL)'
+
+    def __init__(self, checkpoint: str | None = None, **unknown):
         if not isinstance(checkpoint, str) or unknown:
             raise UsageError(
-                f'init_cfg of ConvNeXt takes checkpoint (a pretrained weight name, a path or a URL) and final_norm, '
-                f'not {", ".join(unknown) or repr(checkpoint)}: prefixes and wrappers are detected in the file'
+                f'init_cfg of {self.backbone} takes {self.arguments}, not {", ".join(unknown) or repr(checkpoint)}: '
+                'prefixes and wrappers are detected in the file'
             )
-        self.checkpoint, self.final_norm = checkpoint, final_norm
+        self.checkpoint = checkpoint
+
+    def __call__(self, module: nn.Module) -> None:
+        """Load the weights into a backbone and log the report."""
+        plan = self.plan(module)
+        module.load_state_dict(plan.weights, strict=False)
+        print_log(str(plan), logger='current')
+        if hasattr(module, '_params_init_info'):
+            update_init_info(module, init_info=f'loaded from {self.checkpoint}')
+
+
+@WEIGHT_INITIALIZERS.register_module()
+class PretrainedConvNeXt(StrictInitializer):
+    """mmengine initializer that `init_cfg=dict(type='Pretrained', ...)` of the backbone stands for.
+
+    Args:
+        checkpoint (str): A pretrained weight name, a path or a URL.
+        final_norm (str): 'drop' or 'reuse', as for `plan_load`. Defaults to 'drop'.
+    """
+
+    backbone, arguments = 'ConvNeXt', f'{StrictInitializer.arguments} and final_norm'
+
+    def __init__(self, checkpoint: str | None = None, final_norm: str = 'drop', **unknown):
+        super().__init__(checkpoint, **unknown)
+        self.final_norm = final_norm
 
     def plan(self, module: nn.Module) -> LoadPlan:
         """Return what would be loaded into a ConvNeXt, as `plan_load` does."""
         return plan_load(module, self.checkpoint, self.final_norm)
-
-    def __call__(self, module: nn.Module) -> None:
-        """Load the weights into a ConvNeXt and log the report."""
-        print_log(load_backbone(module, self.checkpoint, self.final_norm), logger='current')
-        if hasattr(module, '_params_init_info'):
-            update_init_info(module, init_info=f'loaded from {self.checkpoint}')
 
 
 def describe_mismatch(expected: dict[str, tuple], actual: dict[str, tuple], max_names: int = 3) -> str:

@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-from mmengine.logging import print_log
-from mmengine.model import update_init_info
 from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import nn
 
@@ -12,7 +10,7 @@ from ..errors import UsageError
 from .hub import download
 from .io import find_state_dicts, load_checkpoint
 from .naming import OUTPUT_NORM_RE
-from .pretrained import LoadPlan, check_values, describe_mismatch
+from .pretrained import LoadPlan, StrictInitializer, check_values, describe_mismatch
 from .swin_naming import PREFIX_RE, rename_swin
 
 CLASSIFIER_RE = re.compile(r'^(?:head|norm)\.')
@@ -62,32 +60,11 @@ def plan_swin(backbone: nn.Module, source: str | Path) -> LoadPlan:
 
 
 @WEIGHT_INITIALIZERS.register_module()
-class PretrainedSwin:
-    """mmengine initializer that `init_cfg` of a `StrictSwinTransformer` stands for.
+class PretrainedSwin(StrictInitializer):
+    """mmengine initializer that `init_cfg` of a `StrictSwinTransformer` stands for."""
 
-    Args:
-        checkpoint (str): A pretrained weight name, a path or a URL.
-
-    Raises:
-        UsageError: If another argument is given, or no checkpoint.
-    """
-
-    def __init__(self, checkpoint: str | None = None, **unknown):
-        if not isinstance(checkpoint, str) or unknown:
-            raise UsageError(
-                'init_cfg of StrictSwinTransformer takes checkpoint (a pretrained weight name, a path or a URL), not '
-                f'{", ".join(unknown) or repr(checkpoint)}'
-            )
-        self.checkpoint = checkpoint
+    backbone = 'StrictSwinTransformer'
 
     def plan(self, module: nn.Module) -> LoadPlan:
         """Return what would be loaded into a SwinTransformer, as `plan_swin` does."""
         return plan_swin(module, self.checkpoint)
-
-    def __call__(self, module: nn.Module) -> None:
-        """Load the weights into a SwinTransformer and log the report."""
-        plan = self.plan(module)
-        module.load_state_dict(plan.weights, strict=False)
-        print_log(str(plan), logger='current')
-        if hasattr(module, '_params_init_info'):
-            update_init_info(module, init_info=f'loaded from {self.checkpoint}')

@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmengine.registry import HOOKS
 from torch import nn
 
-from ..errors import Notice, UsageError
+from ..errors import Notice, UsageError, count
 from ..type_names import is_type, short_name
 from .literal import parse_config_literal
 from .options import is_explicit
@@ -97,9 +97,9 @@ def scale_batch(
             'batch norm needs at least two images per iteration: set train_dataloader.batch_size=2 or use more GPUs'
         )
     total = per_iter * accumulation
-    factors = [_count(world_size, 'process', 'es'), _count(loader.batch_size, 'image')]
+    factors = [count(world_size, 'process', 'processes'), count(loader.batch_size, 'image')]
     if accumulation > 1:
-        factors.append(_count(accumulation, 'gradient accumulation step'))
+        factors.append(count(accumulation, 'gradient accumulation step'))
     line = f'total batch {total} = {" x ".join(factors)}'
     if total != target:
         line += f"; the recipe's is {target}: results may differ from the paper"
@@ -107,12 +107,8 @@ def scale_batch(
         max_iters = config.train_cfg.max_iters
         line += f', so {max_iters} iterations are {max_iters // accumulation} optimizer steps'
     if per_iter < target and _has_sync_bn(config.model):
-        line += f'; batch norm sees {_count(per_iter, "image")} per iteration, {target} in the recipe'
+        line += f'; batch norm sees {count(per_iter, "image")} per iteration, {target} in the recipe'
     return Notice(line, logging.INFO if total == target else logging.WARNING)
-
-
-def _count(n: int, noun: str, plural: str = 's') -> str:
-    return f'{n} {noun}' if n == 1 else f'{n} {noun}{plural}'
 
 
 def check_accumulation_unchanged(config: Config, meta: dict, checkpoint: str) -> None:
@@ -130,7 +126,7 @@ def check_accumulation_unchanged(config: Config, meta: dict, checkpoint: str) ->
     new = accumulative_counts(config)
     if old != new:
         raise UsageError(
-            f'{checkpoint} comes from a run with {_count(old, "gradient accumulation step")}, this run has {new}: '
+            f'{checkpoint} comes from a run with {count(old, "gradient accumulation step")}, this run has {new}: '
             f'resume on as many GPUs as before, or choose train_dataloader.batch_size so that it has {old}'
         )
 

@@ -1,7 +1,5 @@
 """Images whose channels are not those of RGB: how a config reads, augments and draws them, and its backbone's input."""
 
-from collections.abc import Iterator
-
 from mmengine.config import Config
 from mmengine.registry import MODELS, TRANSFORMS
 
@@ -9,15 +7,14 @@ from ..channel_files import ChannelReader
 from ..errors import UsageError
 from ..models.convnext import ConvNeXt
 from ..type_names import class_of, is_type, short_name
-from .inputs import CHANNEL_LOADER, EXTRA_PIPELINE_KEYS, RGB_TRANSFORMS
+from .inputs import CHANNEL_LOADER, RGB_TRANSFORMS, describe_removed, remove_transforms
 from .options import argument_names
-from .tree import add_custom_imports, iter_dicts
+from .tree import PIPELINE_KEYS, add_custom_imports, iter_dicts
 
 MODULES = ('convnext_dense.engine.channel_transforms', 'convnext_dense.engine.channel_visualization_hook')
 DISTORTION, HOOK = 'RandomBrightnessContrast', 'ChannelVisualizationHook'
 # Transforms of colors that become `DISTORTION`; the others of `RGB_TRANSFORMS` are left out.
 DISTORTIONS = ('PhotoMetricDistortion', 'YOLOXHSVRandomAug')
-PIPELINE_KEYS = ('train_dataloader', 'val_dataloader', 'test_dataloader', *EXTRA_PIPELINE_KEYS)
 
 
 def channel_reader(config: Config) -> ChannelReader | None:
@@ -43,20 +40,19 @@ def set_channels(config: Config, reader: ChannelReader) -> str:
     """
     settings = {name: list(v) if isinstance(v, tuple) else v for name, v in reader._asdict().items()}
     replaced, removed = set(), set()
-    for key in PIPELINE_KEYS:
-        for steps in _pipelines(config.get(key)):
-            for i, step in reversed([*enumerate(steps)]):
-                kind = step.get('type') if isinstance(step, dict) else None
-                if is_type(kind, TRANSFORMS, 'LoadImageFromFile'):
-                    steps[i] = dict(type=CHANNEL_LOADER, **settings)
-                elif is_type(kind, TRANSFORMS, *DISTORTIONS):
-                    steps[i] = dict(type=DISTORTION)
-                    replaced.add(short_name(kind))
-                elif is_type(kind, TRANSFORMS, *RGB_TRANSFORMS):
-                    del steps[i]
-                    removed.add(short_name(kind))
-                elif is_type(kind, TRANSFORMS, 'Pad') and isinstance(step.get('pad_val'), dict):
-                    step['pad_val']['img'] = 0.0  # the mean
+    for part in map(config.get, PIPELINE_KEYS):
+        for step in iter_dicts(part):
+            type_ = step.get('type')
+            if is_type(type_, TRANSFORMS, 'LoadImageFromFile'):
+                step.clear()
+                step.update(type=CHANNEL_LOADER, **settings)
+            elif is_type(type_, TRANSFORMS, *DISTORTIONS):
+                step.clear()
+                step.update(type=DISTORTION)
+                replaced.add(short_name(type_))
+            elif is_type(type_, TRANSFORMS, 'Pad') and isinstance(step.get('pad_val'), dict):
+                step['pad_val']['img'] = 0.0  # the mean
+        removed |= set(remove_transforms(part, RGB_TRANSFORMS))
     _set_preprocessor(config.model)
     stem = _set_input(config.model, len(reader.channels))
     hook = (config.get('default_hooks') or {}).get('visualization')
@@ -66,9 +62,7 @@ def set_channels(config: Config, reader: ChannelReader) -> str:
     line = f'{len(reader.channels)} input channels, normalized by their mean and std{stem}'
     if replaced:
         line += f', {DISTORTION} for {", ".join(sorted(replaced))}'
-    if removed:
-        line += f', without {", ".join(sorted(removed))}, which need{"s" * (len(removed) == 1)} RGB'
-    return line
+    return line + describe_removed(removed)
 
 
 def _set_preprocessor(model: dict) -> None:
@@ -104,11 +98,3 @@ def _set_input(model: dict, num_channels: int) -> str:
     if num_channels == 1:
         return ', the pretrained stem summed over RGB'
     return f', the pretrained stem repeats RGB times 3/{num_channels}, as in timm'
-
-
-def _pipelines(value: object) -> Iterator[list]:
-    """Iterate over the lists in a part of a config that hold transforms, the inner ones first."""
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
-        yield from _pipelines(item)
-    if isinstance(value, list):
-        yield value

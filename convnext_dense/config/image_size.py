@@ -7,8 +7,7 @@ from mmengine.registry import TRANSFORMS
 
 from ..errors import UsageError
 from ..type_names import is_type
-from .inputs import EXTRA_PIPELINE_KEYS
-from .tree import iter_dicts
+from .tree import PIPELINE_KEYS, iter_dicts
 
 # Arguments of transforms and of data preprocessors that are sizes in pixels of the resized image.
 SIZE_KEYS = ('scale', 'scales', 'img_scale', 'img_scales', 'crop_size', 'size', 'random_size_range', 'pad_size')
@@ -52,14 +51,9 @@ def set_image_size(config: Config, size: int | None) -> str | None:
     old = scale[1]
     if size == old:
         return None
-    parts = [config.get(f'{split}_dataloader') for split in ('train', 'val', 'test')]
-    parts += [config.get(key) for key in (*EXTRA_PIPELINE_KEYS, 'test_pipeline')]
-    parts.append(config.model.get('data_preprocessor'))
-    scaled = {}  # of which some configs hold the same object twice
-    for holder in iter_dicts(parts):
-        if id(holder) not in scaled:
-            scaled[id(holder)] = holder
-            _scale(holder, SIZE_KEYS, size / old)
+    parts = [*map(config.get, (*PIPELINE_KEYS, 'test_pipeline')), config.model.get('data_preprocessor')]
+    for part in {id(part): part for part in iter_dicts(parts)}.values():  # some configs hold the same dict twice
+        _scale(part, SIZE_KEYS, size / old)
     if (config.model.get('test_cfg') or {}).get('mode') == 'slide':
         _scale(config.model.test_cfg, WINDOW_KEYS, size / old)
     return f'image size {size} instead of {old}: all sizes of the recipe times {size / old:.3g}'

@@ -1,15 +1,13 @@
 """Backbones whose input is not RGB: how images are read and normalized."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from mmengine.config import Config
 from mmengine.registry import TRANSFORMS
 
 from ..type_names import is_type, short_name
-from .tree import iter_dicts
+from .tree import PIPELINE_KEYS, iter_dicts
 
-# Keys of a config that hold pipelines besides those of its data sets; a hook may switch to another pipeline.
-EXTRA_PIPELINE_KEYS = ('custom_hooks', 'default_hooks', 'tta_pipeline')
 CHANNEL_LOADER = 'LoadImageChannels'  # reads the channels that the backbone takes
 # Transforms that need colors, and those that need three channels: grayscale images may have them repeated.
 COLOR_TRANSFORMS = ('PhotoMetricDistortion', 'YOLOXHSVRandomAug', 'MixUp', 'CachedMixUp')
@@ -40,28 +38,30 @@ def adapt_input_channels(config: Config) -> str | None:
     if 'bgr_to_rgb' in preprocessor:
         preprocessor.bgr_to_rgb = False
     unsuitable = COLOR_TRANSFORMS if n == 1 else RGB_TRANSFORMS
-    removed = {}
-    for key in ('train_dataloader', 'val_dataloader', 'test_dataloader', *EXTRA_PIPELINE_KEYS):
-        part = config.get(key)
+    removed = set()
+    for part in map(config.get, PIPELINE_KEYS):
         for transform in iter_dicts(part):
             if is_type(transform.get('type'), TRANSFORMS, 'LoadImageFromFile'):
                 transform['color_type'] = 'grayscale' if n == 1 else 'unchanged'
-        removed |= dict.fromkeys(_remove_transforms(part, unsuitable))
+        removed |= set(remove_transforms(part, unsuitable))
     line = (
         '1 input channel: images are read as grayscale' if n == 1 else f'{n} input channels: images are read unchanged'
     )
     if means:
         line += f', normalized with mean {preprocessor.mean[0]:.2f} and std {preprocessor.std[0]:.2f}'
-    if removed:
-        line += f', without {", ".join(sorted(removed))}, which need{"s" * (len(removed) == 1)} RGB'
-    return line
+    return line + describe_removed(removed)
 
 
-def _remove_transforms(value: object, names: tuple[str, ...]) -> Iterator[str]:
-    """Remove the transforms of these types from all lists in a config's value, and return their names."""
+def describe_removed(names: Collection[str]) -> str:
+    """Return the end of a line that names the transforms that were removed; '' if none were."""
+    return f', without {", ".join(sorted(names))}, which need{"s" * (len(names) == 1)} RGB' if names else ''
+
+
+def remove_transforms(value: object, names: tuple[str, ...]) -> Iterator[str]:
+    """Remove the transforms of these types from all lists in a part of a config, and yield their names."""
     items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     for item in [*items]:
         if isinstance(value, list) and isinstance(item, dict) and is_type(item.get('type'), TRANSFORMS, *names):
             value.remove(item)
             yield str(short_name(item['type']))
-        yield from _remove_transforms(item, names)
+        yield from remove_transforms(item, names)

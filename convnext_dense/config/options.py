@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from ..errors import UsageError
 from ..optim.layer_decay import DEFAULT_CONSTRUCTOR_KEYS
 from ..type_names import class_of
-from .tree import get_dotted, is_equal
+from .tree import LOADERS, get_dotted, is_equal
 
 # What mmengine's runner and this package's tools read from a config besides the runner's own arguments.
 TOP_LEVEL_KEYS = {'custom_imports', 'runner_type', 'find_unused_parameters', 'model_wrapper_cfg', 'compile', 'sync_bn'}
@@ -27,7 +27,6 @@ TOP_LEVEL_KEYS |= {'activation_checkpointing', 'env_cfg', 'randomness', 'experim
 TOP_LEVEL_KEYS |= {'total_batch', 'max_unreadable', 'health_check', 'schedule_fit'}
 RENAMED_KEYS = {'max_bad_images': 'max_unreadable'}  # of the top level: old name -> name
 # Parts of a config that name no type, and the classes and functions whose arguments they are.
-LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 BUILT_WITHOUT_TYPE = dict.fromkeys(LOADERS, (DataLoader,)) | {
     'train_cfg': (EpochBasedTrainLoop, IterBasedTrainLoop),
     'randomness': (set_random_seed,),

@@ -121,10 +121,6 @@ def _run_name(config: Config) -> str:
     return Path(config.work_dir).name
 
 
-def _no_settings(config: Config, resumed: bool) -> dict:
-    return {}
-
-
 def _wandb_settings(config: Config, resumed: bool) -> dict:
     init_kwargs = dict(name=_run_name(config), id=secrets.token_hex(4), resume='allow')
     if resumed:
@@ -185,7 +181,7 @@ def _neptune_settings(config: Config, resumed: bool) -> dict:
 
 
 TRACKERS = {
-    'tensorboard': Tracker(('torch.utils.tensorboard',), 'tensorboard', 'TensorboardVisBackend', _no_settings),
+    'tensorboard': Tracker(('torch.utils.tensorboard',), 'tensorboard', 'TensorboardVisBackend', lambda *_: {}),
     'wandb': Tracker(('wandb',), 'wandb', 'WandbVisBackend', _wandb_settings),
     'mlflow': Tracker(('mlflow',), 'mlflow', 'MLflowVisBackend', _mlflow_settings),
     'clearml': Tracker(('clearml',), 'clearml', 'ClearMLVisBackend', _clearml_settings),

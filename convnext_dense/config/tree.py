@@ -6,6 +6,11 @@ from typing import Any
 
 from mmengine.config import Config
 
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+# Keys that hold pipelines besides those of the data sets; a hook may switch to another pipeline.
+EXTRA_PIPELINE_KEYS = ('custom_hooks', 'default_hooks', 'tta_pipeline')
+PIPELINE_KEYS = (*LOADERS, *EXTRA_PIPELINE_KEYS)
+
 
 def iter_dicts(value: object) -> Iterator[dict]:
     """Iterate over all dicts in a config's value, itself included, from the outside in."""

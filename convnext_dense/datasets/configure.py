@@ -7,8 +7,7 @@ from itertools import chain
 from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, MODELS, TRANSFORMS
 
-from ..config.inputs import EXTRA_PIPELINE_KEYS
-from ..config.tree import add_custom_imports, as_list, flatten, iter_dicts
+from ..config.tree import EXTRA_PIPELINE_KEYS, add_custom_imports, as_list, flatten, iter_dicts
 from ..errors import UsageError
 from ..type_names import class_of, is_type, short_name
 from . import SPLITS

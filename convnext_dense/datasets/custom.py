@@ -17,6 +17,7 @@ from ..config.channels import channel_reader, set_channels
 from ..config.resume import checkpoint_config
 from ..config.tree import is_equal
 from ..errors import UsageError
+from ..type_names import TASKS
 from .box_formats import FORMAT_KEYS, INSTANCES, BoxSources, find_boxes, find_given_boxes
 from .cache import hold_busy_file, is_local_rank0, load_cached, save_cache, wait_for_cache
 from .channels import AUTO, parse_channels
@@ -33,7 +34,6 @@ from .read_coco import read_detection
 from .read_masks import read_segmentation
 from .request import CheckedDataset, DatasetRequest, summarize_classes
 
-TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation'}  # by the default_scope of a config
 READERS = {'detection': read_detection, 'segmentation': read_segmentation}
 DESCRIPTIONS = {'detection': 'boxes', 'segmentation': 'segmentation masks'}
 INSTANCES_HINT = ', or --format instances if the values of the masks number objects'

@@ -3,6 +3,7 @@
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
+from ..errors import count
 from ..mmengine_internals import accumulation_steps
 from .datasets import count_images, leaf_datasets
 
@@ -38,15 +39,15 @@ def summarize_training(runner) -> str:
     loop, accumulation = runner.train_loop, accumulation_steps(runner.optim_wrapper)
     by_epoch = isinstance(loop, EpochBasedTrainLoop)
     steps = -(-loop.max_iters // accumulation)
-    epochs = f' in {_count(loop.max_epochs, "epoch")}' if by_epoch else ''
-    parts = [f'training on {count_images(loop.dataloader.dataset):,} images: {_count(steps, "optimizer step")}{epochs}']
+    epochs = f' in {count(loop.max_epochs, "epoch")}' if by_epoch else ''
+    parts = [f'training on {count_images(loop.dataloader.dataset):,} images: {count(steps, "optimizer step")}{epochs}']
     schedulers = runner.param_schedulers or []
     schedulers = schedulers if isinstance(schedulers, list) else [s for each in schedulers.values() for s in each]
     warmup = max((_warmup_steps(s, len(loop.dataloader) / accumulation) for s in schedulers), default=0)
     parts.append(f'{warmup:,} of them warmup')
     if runner.val_loop is not None:
         length = loop.max_epochs if by_epoch else loop.max_iters
-        parts.append(_count(_num_evaluations(length, loop.val_interval, loop.val_begin), 'evaluation'))
+        parts.append(count(_num_evaluations(length, loop.val_interval, loop.val_begin), 'evaluation'))
     return ', '.join(parts)
 
 
@@ -80,7 +81,7 @@ def describe_small_evaluation(dataset) -> str | None:
         objects += sum(not instance.get('ignore_flag') for instance in info.get('instances') or ())
     if images >= MIN_IMAGES and (objects >= MIN_OBJECTS or not has_objects):
         return None
-    return _count(images, 'image') + (f' and {_count(objects, "object")}' if has_objects else '')
+    return count(images, 'image') + (f' and {count(objects, "object")}' if has_objects else '')
 
 
 def _mark_metrics(runner, dataset) -> None:
@@ -88,7 +89,3 @@ def _mark_metrics(runner, dataset) -> None:
     size = describe_small_evaluation(dataset)
     if size:
         runner.logger.warning(f'These metrics come from only {size}: differences between models are mostly chance')
-
-
-def _count(n: int, noun: str) -> str:
-    return f'{n:,} {noun}' if n == 1 else f'{n:,} {noun}s'

@@ -22,10 +22,9 @@ from ..config.tree import iter_dicts
 from ..config.work_dir import find_resume_checkpoint
 from ..errors import UsageError
 from ..paper.results import RESULTS
-from ..type_names import REGISTRIES, SCOPES, class_of
+from ..type_names import REGISTRIES, SCOPES, TASKS, class_of
 from .pipelines import innermost_dataset
 
-TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation'}  # by default scope
 # In the names of parameters that only models of a task have.
 HEAD_RE = {
     'detection': re.compile(r'(?<![^.])(roi_head|rpn_head|bbox_head)\.'),

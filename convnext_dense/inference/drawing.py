@@ -15,6 +15,7 @@ from ..channel_files import to_rgb
 from .colors import Color, class_colors, text_color
 from .cropped_mask import decode_window
 from .mask_writer import IGNORED
+from .merging import intersections
 
 MIN_SIDE, MAX_SIDE = 320, 4096  # of a picture's longer side: smaller images are enlarged, larger ones reduced
 SCORE_THR = 0.3  # least score of what is drawn, unless the user asks for another
@@ -203,7 +204,8 @@ def _draw_labels(picture: np.ndarray, texts: Sequence[str], boxes: np.ndarray, c
         places = np.array([_clipped(place, size, (width, height)) for place in _label_places(boxes[i], size)])
         other_boxes = np.delete(boxes, i, 0)
         # Another label is unreadable below this one; an object is only partly hidden.
-        costs = 10 * _overlap(places, label_boxes) + _overlap(places, other_boxes) + _overlap(places, boxes[i : i + 1])
+        hidden = [intersections(places, each).sum(1) for each in (label_boxes, other_boxes, boxes[i : i + 1])]
+        costs = 10 * hidden[0] + hidden[1] + hidden[2]
         x, y = places[int(costs.argmin())][:2]
         label = Image.new('RGB', tuple(map(int, size)), colors[i])  # of its own: a picture may take 50 MB
         ImageDraw.Draw(label).text((pad - left, pad - top), text, fill=text_color(colors[i]), font=font)
@@ -232,13 +234,6 @@ def _clipped(place: tuple[int, int], size: tuple[int, int], picture: tuple[int, 
     """The rectangle of a label, moved into the picture."""
     x, y = (max(min(p, limit - s), 0) for p, s, limit in zip(place, size, picture))
     return x, y, x + size[0], y + size[1]
-
-
-def _overlap(places: np.ndarray, rectangles: np.ndarray) -> np.ndarray:
-    """The area that each place (P, 4) has in common with rectangles (R, 4), summed up: (P,)."""
-    low = np.maximum(places[:, None, :2], rectangles[None, :, :2])
-    high = np.minimum(places[:, None, 2:], rectangles[None, :, 2:])
-    return np.prod(np.clip(high - low, 0, None), -1).sum(-1)
 
 
 def _draw_segmentation(

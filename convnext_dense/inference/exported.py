@@ -135,7 +135,9 @@ class ExportedModel(nn.Module):
         """
         samples = list(data['data_samples'])
         if self.task == 'detection':
-            _boxes_to_tensors(samples)
+            from mmdet.models.utils import samplelist_boxtype2tensor
+
+            samplelist_boxtype2tensor(samples)  # boxes of the ground truth, as mmdet's data preprocessor does
         groups: dict[tuple, list[int]] = {}
         for i, (image, sample) in enumerate(zip(data['inputs'], samples)):
             groups.setdefault((tuple(image.shape), tuple(sample.ori_shape[:2])), []).append(i)
@@ -203,40 +205,30 @@ class ExportedModel(nn.Module):
         masks = masks.bool()
         if geometry.is_identity:
             return masks
-        height, width = geometry.visible()
-        masks = masks[:, :height, :width]
-        if masks.shape[1:] == geometry.original:
-            return masks
         result = torch.zeros(len(masks), *geometry.original, dtype=torch.bool)
         for target, mask in zip(result, masks):
-            target[:] = interpolate(mask[None, None].float(), geometry.original, mode='bilinear')[0, 0] >= 0.5
+            target[:] = _to_original(mask[None], geometry, 'bilinear')[0] >= 0.5
         return result
 
     def _segmentation(self, tensors: dict[str, torch.Tensor], geometry: Geometry) -> dict[str, PixelData]:
         if 'logits' not in tensors:
-            labels = tensors['segmentation'][None].long()
-            if not geometry.is_identity:
-                height, width = geometry.visible()
-                labels = labels[:, :height, :width]
-                if labels.shape[1:] != geometry.original:
-                    labels = interpolate(labels[None].float(), geometry.original, mode='nearest')[0].long()
+            labels = _to_original(tensors['segmentation'][None], geometry, 'nearest').long()
             return dict(pred_sem_seg=PixelData(data=labels))
-        logits = tensors['logits'].float()
-        if not geometry.is_identity:
-            height, width = geometry.visible()
-            logits = logits[:, :height, :width]
-            if logits.shape[1:] != geometry.original:
-                logits = interpolate(logits[None], geometry.original, mode='bilinear')[0]
+        logits = _to_original(tensors['logits'].float(), geometry, 'bilinear')
         is_one = len(logits) == 1  # of which the file, as mmseg, returns probabilities
         labels = (logits > self.decode_head.threshold).to(logits) if is_one else logits.argmax(0, keepdim=True)
         return dict(seg_logits=PixelData(data=logits), pred_sem_seg=PixelData(data=labels))
 
 
-def _boxes_to_tensors(samples: list[BaseDataElement]) -> None:
-    """Turn boxes of the ground truth into tensors, as mmdet's data preprocessor does."""
-    from mmdet.models.utils import samplelist_boxtype2tensor
-
-    samplelist_boxtype2tensor(samples)
+def _to_original(maps: torch.Tensor, geometry: Geometry, mode: str) -> torch.Tensor:
+    """Crop maps (C, h, w) of a result to the image, and resize them to its original size."""
+    if geometry.is_identity:
+        return maps
+    height, width = geometry.visible()
+    maps = maps[:, :height, :width]
+    if maps.shape[1:] == geometry.original:
+        return maps
+    return interpolate(maps[None].float(), geometry.original, mode=mode)[0]
 
 
 def _content(shape: tuple[int, int], sample: BaseDataElement) -> tuple[int, int]:

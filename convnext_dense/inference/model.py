@@ -32,6 +32,7 @@ from .options import PredictOptions, class_indices
 from .pipelines import is_resize, test_steps
 from .results import select_classes, select_instances
 from .sessions import session_device
+from .tiling import predict_tiled
 from .views import DetectionViews, SegmentationViews
 
 AMP_DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16, 'float32': None}
@@ -60,7 +61,8 @@ def load_model(
     Raises:
         UsageError: If there is no such checkpoint, config or device, or if they do not fit together.
     """
-    check_precision(amp_dtype)
+    if amp_dtype not in AMP_DTYPES:
+        raise UsageError(f"amp_dtype '{amp_dtype}': give one of {', '.join(AMP_DTYPES)}")
     if not is_exported(checkpoint):
         check_device(device)
     source = find_model(checkpoint, config)
@@ -82,12 +84,6 @@ def check_device(name: str | None) -> torch.device:
         available = f'cpu and cuda:0 to cuda:{n - 1}' if n > 1 else 'cpu and cuda' if n else 'cpu'
         raise UsageError(f"no device '{name}' ({root_message(error)}): this machine has {available}") from error
     return device
-
-
-def check_precision(amp_dtype: str) -> None:
-    """Raise UsageError where a precision is not known."""
-    if amp_dtype not in AMP_DTYPES:
-        raise UsageError(f"amp_dtype '{amp_dtype}': give one of {', '.join(AMP_DTYPES)}")
 
 
 def build_predictor(
@@ -236,7 +232,7 @@ class Predictor:
         options = PredictOptions(**options)
         self.check_options(options, with_logits)
         if options.tile:
-            samples = [self.predict_in_tiles(image, options, with_logits) for image in images]
+            samples = [predict_tiled(self, image, options, with_logits) for image in images]
         elif options.multiscale:
             samples = [self.predict_views(image, with_logits) for image in images]
         else:
@@ -259,14 +255,6 @@ class Predictor:
         outputs = self.model.session.outputs
         if self.task == 'segmentation' and 'logits' not in outputs and (with_logits or options.tile):
             raise UsageError(f'{self.model.file.path}: {"tile" if options.tile else "seg_logits"} {NEEDS_LOGITS}')
-
-    def predict_in_tiles(
-        self, image: np.ndarray | str | Path, options: PredictOptions, with_logits: bool = False
-    ) -> BaseDataElement:
-        """Predict an image, or a file that need not fit into memory, in the tiles that the options ask for."""
-        from .tiling import predict_tiled
-
-        return predict_tiled(self, image, options, with_logits)
 
     @torch.inference_mode()
     def predict_views(self, image: np.ndarray, with_logits: bool = False) -> BaseDataElement:

@@ -47,18 +47,16 @@ class Session:
         self.check_device(path, device)
         module = self.import_package(path)
         try:
-            self.load(module, device, amp_dtype)
+            self._load(module, device, amp_dtype)
         except UsageError:
             raise
         except Exception as error:  # a damaged file can end a runtime in any way
             raise UsageError(f'{path} cannot be loaded by {self.runtime} ({_reason(error)}): {AGAIN}') from error
 
-    def load(self, module: ModuleType, device: torch.device, amp_dtype: str) -> None:
-        """Load the file."""
+    def _load(self, module: ModuleType, device: torch.device, amp_dtype: str) -> None:
         raise NotImplementedError
 
-    def infer(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run the model."""
+    def _infer(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         raise NotImplementedError
 
     def run(self, images: np.ndarray, output_size: Sequence[int] | None = None) -> dict[str, np.ndarray]:
@@ -78,7 +76,7 @@ class Session:
         if output_size is not None:
             inputs['output_size'] = np.array(output_size, np.int64)
         try:
-            return self.infer(inputs)
+            return self._infer(inputs)
         except Exception as error:
             height, width = images.shape[2:]
             raise TrainingError(
@@ -120,8 +118,7 @@ class OnnxSession(Session):
     runtime, package, extra = 'ONNX Runtime', 'onnxruntime', 'export'
     device_types = ('cpu', 'cuda')
 
-    def load(self, module: ModuleType, device: torch.device, amp_dtype: str) -> None:
-        """Load the file."""
+    def _load(self, module: ModuleType, device: torch.device, amp_dtype: str) -> None:
         options = module.SessionOptions()
         options.log_severity_level = 3  # errors; its warnings are about its own optimizations
         providers: list = ['CPUExecutionProvider']
@@ -136,8 +133,7 @@ class OnnxSession(Session):
             self.batch, self.size = _fixed_sides([n if isinstance(n, int) else None for n in images.shape])
             self.dtype = {'tensor(uint8)': 'uint8', 'tensor(float16)': 'float16'}.get(images.type, 'float32')
 
-    def infer(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run the model."""
+    def _infer(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return dict(zip(self.outputs, self.session.run(None, inputs)))
 
     @classmethod
@@ -165,8 +161,7 @@ class OpenVinoSession(Session):
     runtime, package, extra = 'OpenVINO', 'openvino', 'openvino'
     amp_dtypes = ('float32', 'bfloat16')
 
-    def load(self, module: ModuleType, device: torch.device, amp_dtype: str) -> None:
-        """Load the file."""
+    def _load(self, module: ModuleType, device: torch.device, amp_dtype: str) -> None:
         # Left alone, OpenVINO takes bfloat16 where the processor has it.
         precision = dict(float32='f32', bfloat16='bf16')[amp_dtype]
         model = module.Core().read_model(self.path)
@@ -178,8 +173,7 @@ class OpenVinoSession(Session):
             self.batch, self.size = _fixed_sides([n.get_length() if n.is_static else None for n in shape])
             self.dtype = images.element_type.to_dtype().name
 
-    def infer(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run the model."""
+    def _infer(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         result = self.model(inputs)
         return {name: result[name] for name in self.outputs}
 
@@ -190,8 +184,7 @@ class TorchSession(Session):
     runtime, package, extra = 'PyTorch', 'torch', 'export'
     device_types = ('cpu', 'cuda')
 
-    def load(self, module: ModuleType, device: torch.device, amp_dtype: str) -> None:
-        """Load the file."""
+    def _load(self, module: ModuleType, device: torch.device, amp_dtype: str) -> None:
         check_pt2(self.path)
         self.device = device
         program = module.export.load(self.path)
@@ -207,8 +200,7 @@ class TorchSession(Session):
         self.outputs = tuple(spec.context) if spec.type is dict else _positional_names(results)
 
     @torch.no_grad()
-    def infer(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run the model."""
+    def _infer(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         result = self.module(*(torch.from_numpy(array).to(self.device) for array in inputs.values()))
         tensors = [result] if isinstance(result, torch.Tensor) else result
         tensors = tensors.values() if isinstance(tensors, dict) else tensors

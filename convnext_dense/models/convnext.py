@@ -254,10 +254,11 @@ class ConvNeXt(BaseModule):
         use_grn = _resolve_use_grn(use_grn, grn)
         with_cp, cp_scope = _resolve_cp(with_cp, cp_scope)
         n_stages = max(self.out_indices) + 1
+        is_rate = _is_number(drop_path_rate) and 0 <= drop_path_rate < 1
         for name, value, valid, expected in (
             ('in_channels', in_channels, _is_int(in_channels, 1), 'a positive int'),
             ('kernel_size', kernel_size, _is_int(kernel_size, 1) and kernel_size % 2, 'an odd int, such as 7'),
-            ('drop_path_rate', drop_path_rate, _is_rate(drop_path_rate), 'a number in [0, 1)'),
+            ('drop_path_rate', drop_path_rate, is_rate, 'a number in [0, 1)'),
             (
                 'layer_scale_init_value',
                 layer_scale_init_value,
@@ -533,7 +534,3 @@ def _is_number(value) -> bool:
 
 def _is_int(value, low: int, high: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _is_rate(value) -> bool:
-    return _is_number(value) and 0 <= value < 1

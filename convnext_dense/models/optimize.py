@@ -104,14 +104,15 @@ def _roi_extractors(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
     for module in model.modules():
         for kind in ('bbox', 'mask'):
             extractors, heads = (
-                _as_list(getattr(module, f'{kind}_{part}', None)) for part in ('roi_extractor', 'head')
+                as_modules(getattr(module, f'{kind}_{part}', None)) for part in ('roi_extractor', 'head')
             )
             for extractor, head in zip(extractors, heads):
                 if hasattr(type(extractor), 'channels_last'):
                     yield extractor, kind == 'mask' or getattr(head, 'num_shared_convs', 0) > 0
 
 
-def _as_list(module: nn.Module | None) -> list[nn.Module]:
+def as_modules(module: nn.Module | None) -> list[nn.Module]:
+    """Return the modules of a ModuleList, or a single module, as a list; [] for None."""
     return [*module] if isinstance(module, nn.ModuleList) else [module] if isinstance(module, nn.Module) else []
 
 

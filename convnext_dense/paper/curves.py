@@ -13,11 +13,11 @@ from mmengine.config import Config
 
 from ..config.work_dir import TIMESTAMP_GLOB
 from ..errors import UsageError
+from ..type_names import TASKS
 from .results import MAIN_METRICS, to_paper_metrics
 from .session import Session
 from .work_dirs import TrainingRun, find_runs
 
-TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation'}
 NOT_METRICS = ('step', 'iter', 'epoch', 'time', 'data_time', 'memory')  # logged next to an evaluation's metrics
 MAX_DRAWN = 1e100  # matplotlib has no tick labels for much larger values
 MAX_MARKERS = 60  # a longer curve is drawn without markers

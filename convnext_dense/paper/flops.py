@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import UsageError
 from ..models.meta import meta_device
+from ..models.optimize import as_modules
 
 NUM_BOX_ROIS, NUM_MASK_ROIS = 1000, 100  # RoIs on which the paper's counts run each box head and each mask head
 # What some of the published counts include and others do not: SyncBN as BatchNorm, LayerNorm, and the two products of
@@ -221,7 +222,7 @@ class _FlopsForward(nn.Module):
         self.model.panoptic_head(features, [BaseDataElement(metainfo={})])
 
     def _segmentor(self, features):
-        first, *others = _as_list(self.model.decode_head)
+        first, *others = as_modules(self.model.decode_head)
         with_samples = 'batch_data_samples' in inspect.signature(first.forward).parameters
         output = first(features, *[[BaseDataElement(metainfo={})]] * with_samples)
         for head in others:  # each refines the output of the one before
@@ -231,13 +232,7 @@ class _FlopsForward(nn.Module):
         self.model.rpn_head(features)
         roi_head = self.model.roi_head
         for kind, num_rois in (('bbox', NUM_BOX_ROIS), ('mask', NUM_MASK_ROIS)):
-            extractors = _as_list(getattr(roi_head, f'{kind}_roi_extractor', None))
-            for extractor, head in zip(extractors, _as_list(getattr(roi_head, f'{kind}_head', None))):
+            extractors = as_modules(getattr(roi_head, f'{kind}_roi_extractor', None))
+            for extractor, head in zip(extractors, as_modules(getattr(roi_head, f'{kind}_head', None))):
                 side = extractor.roi_layers[0].output_size
                 head(features[0].new_empty(num_rois, extractor.out_channels, *side))
-
-
-def _as_list(module) -> list:
-    if module is None:
-        return []
-    return list(module) if isinstance(module, nn.ModuleList) else [module]
