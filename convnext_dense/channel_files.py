@@ -27,11 +27,11 @@ class FileLayout(NamedTuple):
     """What an image file holds.
 
     Attributes:
-        height (int): in pixels.
-        width (int): likewise.
-        num_channels (int): of the file.
-        dtype (str): of its values, as NumPy names it.
-        is_rgb (bool): whether it is gray or RGB of 8 bits, with or without opacity, as any image viewer reads it.
+        height (int): In pixels.
+        width (int): Likewise.
+        num_channels (int): Of the file.
+        dtype (str): Of its values, as NumPy names it.
+        is_rgb (bool): Whether it is gray or RGB of 8 bits, with or without opacity, as any image viewer reads it.
     """
 
     height: int
@@ -45,11 +45,11 @@ class ChannelReader(NamedTuple):
     """How images are read whose channels are not those of RGB.
 
     Attributes:
-        channels (Sequence[int]): numbers of the channels, from 1, in the order of the model's input.
-        mean (Sequence[float]): of each of these.
-        std (Sequence[float]): likewise.
-        num_channels (int): of the files.
-        dtype (str): of the values in the files.
+        channels (Sequence[int]): Numbers of the channels, from 1, in the order of the model's input.
+        mean (Sequence[float]): Of each of these.
+        std (Sequence[float]): Likewise.
+        num_channels (int): Of the files.
+        dtype (str): Of the values in the files.
     """
 
     channels: Sequence[int]
@@ -62,20 +62,20 @@ class ChannelReader(NamedTuple):
         """Read an image.
 
         Args:
-            path: of the file.
+            path: Of the file.
 
         Returns:
             (H, W, C) of float32, normalized.
 
         Raises:
-            UnreadableImageError: it cannot be read, or has other channels; the message is the reason alone.
+            UnreadableImageError: If it cannot be read, or has other channels; the message is the reason alone.
         """
         with explain_errors():
             self.check(describe_file(path))
             return self.normalize(read_channels(path, self.channels))
 
     def check(self, layout: FileLayout) -> None:
-        """Raise UnreadableImageError where a file has another number of channels or another type of values."""
+        """Raise UnreadableImageError if a file has another number of channels or another type of values."""
         if (layout.num_channels, layout.dtype) != (self.num_channels, self.dtype):
             raise UnreadableImageError(
                 f'it has {layout.num_channels} channels of {layout.dtype}, the model takes files of '
@@ -104,8 +104,8 @@ def describe_file(path: str | Path) -> FileLayout:
     """Return what an image file holds, by its header.
 
     Raises:
-        UsageError: it is a TIFF, and rasterio is not installed.
-        Exception: it cannot be read; libraries raise what they like.
+        UsageError: If it is a TIFF, and rasterio is not installed.
+        Exception: If it cannot be read; libraries raise what they like.
     """
     suffix = Path(path).suffix.lower()
     if suffix == ARRAY_SUFFIX:
@@ -122,15 +122,15 @@ def read_channels(path: str | Path, channels: Sequence[int] | None = None) -> np
     """Read channels of an image.
 
     Args:
-        path: of the file.
-        channels: their numbers, from 1; None for all.
+        path: Of the file.
+        channels: Their numbers, from 1; None for all.
 
     Returns:
         (H, W, C) of float32, in which pixels that the file marks as without a value are NaN.
 
     Raises:
-        UsageError: it is a TIFF, and rasterio is not installed.
-        Exception: it cannot be read; libraries raise what they like.
+        UsageError: If it is a TIFF, and rasterio is not installed.
+        Exception: If it cannot be read; libraries raise what they like.
     """
     suffix = Path(path).suffix.lower()
     if suffix in TIFF_SUFFIXES:
@@ -150,7 +150,7 @@ def open_tiff(path: str | Path) -> Iterator:
     """Open a TIFF by rasterio.
 
     Raises:
-        UsageError: rasterio is not installed.
+        UsageError: If rasterio is not installed.
     """
     if importlib.util.find_spec('rasterio') is None:
         raise UsageError(f"TIFF of other channels than RGB needs rasterio: pip install 'convnext_dense[{EXTRA}]'")
@@ -169,9 +169,9 @@ def read_bands(file, channels: Sequence[int], window: tuple | None = None) -> np
     """Read channels of an open TIFF.
 
     Args:
-        file: as of `open_tiff`.
-        channels: their numbers, from 1.
-        window: first row and that after the last, first column and that after the last; None for all.
+        file: As of `open_tiff`.
+        channels: Their numbers, from 1.
+        window: First row and that after the last, first column and that after the last; None for all.
 
     Returns:
         (H, W, C) of float32, with NaN where the file has no value.

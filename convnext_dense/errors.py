@@ -1,4 +1,4 @@
-"""What a tool tells its user in one line: notices, and the errors that end it."""
+"""One-line messages to the user: notices, and errors that end a tool."""
 
 import logging
 import os
@@ -44,7 +44,7 @@ class RunInterrupted(TrainingError):
 
     Args:
         message: One line for the user.
-        signum: Number of the signal; the exit code is 128 plus it, as shells have it.
+        signum: Number of the signal; the exit code is 128 + signum, as in shells.
     """
 
     def __init__(self, message: str, signum: int = 15):
@@ -53,10 +53,10 @@ class RunInterrupted(TrainingError):
 
 
 class UnreadableImageError(TrainingError):
-    """An image or segmentation mask that cannot be read. The message is its path and the reason."""
+    """An image or segmentation mask that cannot be read. The message is the reason, with the path if it is known."""
 
 
-# Packages whose errors are about their input, wherever they are installed.
+# Packages whose errors are caused by their input, wherever they are installed.
 LIBRARY_PACKAGES = {'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'torch', 'convnext_dense', '__main__'}
 INSTALL_PREFIXES = tuple(
     os.path.realpath(path) + os.sep
@@ -65,11 +65,11 @@ INSTALL_PREFIXES = tuple(
 
 
 def is_user_code_error(error: BaseException, config: str = '') -> bool:
-    """Whether an error comes out of the user's own code, such as a module that a config imports.
+    """Whether an error comes from the user's own code, such as a module that a config imports.
 
     Args:
         error: The error, with its traceback.
-        config: Path of the config file, which is input and not code.
+        config: Path of the config file, which counts as input, not as code.
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         file = os.path.realpath(frame.f_code.co_filename)
@@ -84,17 +84,17 @@ def is_user_code_error(error: BaseException, config: str = '') -> bool:
 
 
 def package_of_frame(frame: FrameType) -> str:
-    """The top-level package whose code a frame runs, or the module if it is in none."""
+    """Return the top-level package of the code of a frame, or the module if it is in no package."""
     return (frame.f_globals.get('__name__') or '').split('.')[0]
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error as one line, also of one that a DataLoader worker raised."""
+    """Return the message of an error as one line, also if a DataLoader worker raised it."""
     return re.sub(r'^[\w.]*(Error|Image): ', '', str(error).strip().splitlines()[-1]) or type(error).__name__
 
 
 def root_message(error: BaseException) -> str:
-    """The first line of the root cause of an error: mmengine wraps a failed import in a long text of its own."""
+    """Return the first line of the root cause of an error, because mmengine wraps failed imports in a long text."""
     while error.__cause__ or (isinstance(error, ImportError) and isinstance(error.__context__, ImportError)):
         error = error.__cause__ or error.__context__
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)

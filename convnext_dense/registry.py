@@ -1,4 +1,4 @@
-"""The scope `convnext_dense`, which mmengine looks for in this module.
+"""The scope `convnext_dense`, which mmengine expects in this module.
 
 All classes of this package are in mmengine's root registries. But configs inherited through `convnext_dense::` get
 `_scope_='convnext_dense'`, and mmengine then looks up *every* type in that scope, including those of mmdet and mmseg.
@@ -18,7 +18,7 @@ class ScopedView(Registry):
     """Registry of the scope `convnext_dense`: this package's classes, then those of the surrounding scope."""
 
     def get(self, key: str) -> object:
-        """Return the class or function that is registered under a name; None where there is none."""
+        """Return the class or function that is registered under a name; None if there is none."""
         own_class = self.root.module_dict.get(key)
         if own_class is not None and own_class.__module__.split('.')[0] == SCOPE:
             return own_class

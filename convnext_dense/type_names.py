@@ -1,4 +1,4 @@
-"""Types as configs name them: with or without a scope, as classes, or derived from another."""
+"""Resolve the `type` of a config: a name with or without scope, a class, or a subclass."""
 
 from mmengine.registry import DefaultScope, Registry, root
 
@@ -11,10 +11,10 @@ def short_name(type_: object) -> object:
     """Return the name of a type without its scope or module.
 
     Args:
-        type_: a config's `type`: 'mmdet.CocoMetric', the class, or its full path, as a dumped config has it.
+        type_: `type` in a config: 'mmdet.CocoMetric', the class, or its full path, as in a dumped config.
 
     Returns:
-        'CocoMetric'; the value itself where it is no type or belongs to another package.
+        'CocoMetric'; the value itself if it is not a type or belongs to another package.
     """
     if isinstance(type_, type):
         type_ = f'{type_.__module__}.{type_.__name__}'
@@ -24,14 +24,14 @@ def short_name(type_: object) -> object:
 
 
 def is_type(type_: object, registry: Registry, *names: str) -> bool:
-    """Whether a config's `type` is one of some classes or derived from one.
+    """Whether a config's `type` is one of several classes or a subclass of one.
 
-    A class that is not registered, such as one of the user's that nothing has imported, is compared by name only.
+    A class that is not registered, such as a user's class that is not imported yet, is compared by name only.
 
     Args:
-        type_: a name, with or without scope, or a class.
-        registry: in which a name is looked up.
-        names: of the classes, without scope.
+        type_: A name, with or without scope, or a class.
+        registry: Registry in which a name is looked up.
+        names: Names of the classes, without scope.
     """
     if short_name(type_) in names:
         return True
@@ -40,14 +40,14 @@ def is_type(type_: object, registry: Registry, *names: str) -> bool:
 
 
 def class_of(type_: object, *registries: Registry) -> type | None:
-    """Return the class that a config's `type` stands for in the default scope.
+    """Return the class that a config's `type` refers to in the default scope.
 
     Args:
-        type_: a name, with or without scope, or a class.
-        registries: in which a name is looked up; all of `REGISTRIES` if none is given.
+        type_: A name, with or without scope, or a class.
+        registries: Registries in which a name is looked up. Defaults to all of `REGISTRIES`.
 
     Returns:
-        The class; None where none is registered under the name.
+        The class; None if no class is registered under the name.
     """
     if isinstance(type_, type):
         return type_

@@ -1,4 +1,4 @@
-"""Any ConvNeXt checkpoint -> this backbone, or an error that says why not."""
+"""Load any ConvNeXt checkpoint into the backbone, or raise an error that says why it does not fit."""
 
 from .hub import WEIGHT_URLS, download
 from .io import load_checkpoint

@@ -1,4 +1,4 @@
-"""Convert ConvNeXt weights to the names of another source, without loss."""
+"""Convert ConvNeXt weights losslessly to the parameter names of another code base."""
 
 import os
 from collections import Counter
@@ -10,7 +10,7 @@ from ..errors import UsageError
 from .naming import ORIGINAL, TIMM, TRANSFORMERS, NamingScheme
 from .pretrained import check_values, open_checkpoint
 
-# The naming scheme of an export format, and the key of the state dict in the file.
+# By export format: the naming scheme, and the key of the state dict in the file (None for the top level).
 EXPORT_FORMATS: dict[str, tuple[NamingScheme, str | None]] = {
     'ours': (ORIGINAL, 'state_dict'),
     'original': (ORIGINAL, 'model'),
@@ -21,19 +21,19 @@ EXPORT_FORMATS: dict[str, tuple[NamingScheme, str | None]] = {
 
 
 def convert(source: str | Path, out: str | Path, export_format: str) -> int:
-    """Write ConvNeXt weights to a file in the names of another source.
+    """Write ConvNeXt weights to a file with the parameter names of another code base.
 
     Args:
         source: A pretrained weight name, a path or a URL.
-        out: The file to write; in safetensors where it ends in .safetensors or `export_format` is 'safetensors'.
+        out: File to write; in safetensors format if it ends in .safetensors or `export_format` is 'safetensors'.
         export_format: A key of `EXPORT_FORMATS`.
 
     Returns:
-        The number of tensors.
+        The number of tensors written.
 
     Raises:
-        UsageError: If the source cannot be read, contains more than a ConvNeXt or a parameter that the format has no
-            name for, or if `out` exists or cannot be written.
+        UsageError: If the source cannot be read or contains more than a ConvNeXt, if the format has no name for a
+            parameter, or if `out` exists or cannot be written.
     """
     out = Path(out)
     if out.exists():
@@ -61,13 +61,15 @@ def convert(source: str | Path, out: str | Path, export_format: str) -> int:
 
 
 def _write_checkpoint(tensors: dict[str, torch.Tensor], key: str | None, out: Path, safetensors: bool) -> None:
-    """Write the whole file or none."""
+    """Write the file atomically; remove the partial file after an error."""
     partial = out.with_name(f'{out.name}.part')
     try:
         if safetensors:
             from safetensors.torch import save_file
 
-            shared = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())  # which it refuses
+            shared = Counter(
+                tensor.untyped_storage().data_ptr() for tensor in tensors.values()
+            )  # it refuses these
             for name, tensor in tensors.items():
                 if shared[tensor.untyped_storage().data_ptr()] > 1:
                     tensors[name] = tensor.clone()

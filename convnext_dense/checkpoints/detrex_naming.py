@@ -1,12 +1,12 @@
-"""Names of the parameters of detrex's DINO as those of mmdet's."""
+"""Rename the parameters of detrex's DINO to those of mmdet's."""
 
 import re
 from collections.abc import Mapping
 
 import torch
 
-MARK = 'transformer.tgt_embed.weight'  # which no other code has
-# Names of detrex -> of mmdet; the first pattern that fits a name is its.
+MARK = 'transformer.tgt_embed.weight'  # a name that only detrex has
+# (pattern of detrex's name, mmdet's name); the first match applies.
 RENAMES = (
     (r'neck\.((?:extra_)?convs\.\d+)\.norm\.', r'neck.\1.gn.'),
     (r'transformer\.((?:en|de)coder\.layers\.\d+)\.attentions\.0\.', r'\1.self_attn.'),
@@ -24,11 +24,11 @@ RENAMES = (
     (r'bbox_embed\.(\d+)\.layers\.2\.', r'bbox_head.reg_branches.\1.4.'),
     (r'label_enc\.', 'dn_query_generator.label_embedding.'),
 )
-DUPLICATE_RE = re.compile(r'transformer\.decoder\.(?:class|bbox)_embed\.')  # of the heads, which the decoder holds too
+DUPLICATE_RE = re.compile(r'transformer\.decoder\.(?:class|bbox)_embed\.')  # copies of the heads in the decoder
 
 
 def rename_detrex(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename the parameters of detrex's DINO to those of mmdet's; a state dict of another model stays as it is."""
+    """Rename the parameters of detrex's DINO to those of mmdet's; state dicts of other models are unchanged."""
     if MARK not in tensors:
         return dict(tensors)
     return {_rename(name): tensor for name, tensor in tensors.items() if not DUPLICATE_RE.match(name)}

@@ -22,9 +22,9 @@ class ExportedFile:
     """An exported model before it is loaded.
 
     Attributes:
-        path: Of the file.
-        meta: What it says of itself.
-        outputs: Names of what it returns; None where only the loaded model tells.
+        path: Path of the file.
+        meta: Metadata in the file.
+        outputs: Names of the outputs; None if they are known only once the model is loaded.
     """
 
     path: str

@@ -23,15 +23,15 @@ class ExportedMeta:
         task: 'detection' or 'segmentation'.
         classes: Names of the classes, in the order of the model's outputs.
         config: Text of the config of the model and of its test pipeline, as checkpoints hold it.
-        palette: RGB color of each class; empty where none is known.
+        palette: RGB color of each class; empty if none is known.
         input: What `images` holds: 'uint8' or 'float32', RGB from 0 to 255, or 'raw', normalized and padded float32 in
             the model's order of channels.
         size: Height and width of `images` where they are fixed.
         masks: Detection: 'image', masks in the pixels of the image; 'box', probabilities in the box; None without any.
-        mean: That the model subtracts from each channel, in its order of channels.
-        std: By which it then divides.
+        mean: Mean that the model subtracts from each channel, in its channel order.
+        std: Standard deviation by which it then divides each channel.
         recipe: Name of the recipe, such as 'mask_rcnn/convnext_t', if it is one.
-        versions: Of the packages that wrote the file, by name.
+        versions: Versions of the packages that wrote the file, by package name.
     """
 
     task: str
@@ -55,7 +55,7 @@ class ExportedMeta:
         """Read the text out of a file's metadata.
 
         Args:
-            text: The text; None where the file has none.
+            text: The text; None if the file has none.
             file: Path of the file, for messages.
 
         Raises:

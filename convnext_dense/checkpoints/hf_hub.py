@@ -1,4 +1,4 @@
-"""Weights of models on the Hugging Face Hub by timm's spelling, `hf-hub:owner/name`, through huggingface_hub."""
+"""Download weights from the Hugging Face Hub with huggingface_hub, named like in timm: `hf-hub:owner/name`."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from ..errors import UsageError
 
 HF_PREFIX = 'hf-hub:'
 HF_SITE = 'https://huggingface.co'
-# The files of a model, as timm and transformers save them, in the order in which they are tried.
+# Weight files as timm and transformers save them, in the order in which they are tried.
 WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')
 NAME_RE = re.compile(r'[\w.-]+/[\w.-]+(?:@[\w./-]+)?')
 LICENSE_RE = re.compile(r'^license(_name|_link)?:[ \t]*(\S.*?)[ \t]*$', re.MULTILINE)
@@ -17,20 +17,20 @@ _announced = set()  # models whose license this process has logged
 
 
 def is_hf_name(source: str) -> bool:
-    """Return whether a checkpoint is named as a model of the Hugging Face Hub."""
+    """Return whether a checkpoint is the name of a model on the Hugging Face Hub."""
     return str(source).startswith(HF_PREFIX)
 
 
 def download_from_hf(source: str) -> Path:
-    """Return the local file of the weights of a model on the Hugging Face Hub, and log its license once.
+    """Download the weights of a model on the Hugging Face Hub, and log its license once.
 
-    huggingface_hub keeps it in its cache, from which it is taken without a network (`HF_HUB_OFFLINE=1`).
+    huggingface_hub caches the file; with `HF_HUB_OFFLINE=1` no network is needed.
 
     Args:
         source: 'hf-hub:owner/name', or 'hf-hub:owner/name@revision'.
 
     Returns:
-        The path in the cache.
+        The path of the file in the cache.
 
     Raises:
         UsageError: If the name is invalid, huggingface_hub is not installed, there is no such model, it is gated, or
@@ -49,7 +49,7 @@ def download_from_hf(source: str) -> Path:
         try:
             path = Path(huggingface_hub.hf_hub_download(repo, file, revision=revision or None))
         except (OSError, ValueError) as error:
-            # By name: where these classes are, and what they derive from, differs between versions.
+            # Compared by name, because modules and bases of these classes differ between versions.
             names = {cls.__name__ for cls in type(error).__mro__}
             if 'EntryNotFoundError' in names and 'LocalEntryNotFoundError' not in names and file != WEIGHT_FILES[-1]:
                 continue
@@ -60,7 +60,7 @@ def download_from_hf(source: str) -> Path:
 
 
 def _describe(names: set[str], source: str, repo: str, error: Exception) -> str:
-    """What is wrong, by the names of the classes of an error of huggingface_hub, and what to do."""
+    """Describe an error of huggingface_hub, by the names of its classes, with a hint."""
     if 'GatedRepoError' in names:
         return f"'{source}' is gated: accept its terms at {HF_SITE}/{repo} and log in with hf auth login"
     if 'RepositoryNotFoundError' in names:
@@ -75,7 +75,7 @@ def _describe(names: set[str], source: str, repo: str, error: Exception) -> str:
 
 
 def _announce_license(huggingface_hub, source: str, repo: str, revision: str) -> None:
-    """Log the license that the model's page names."""
+    """Log the license in the README of the model."""
     if (repo, revision) in _announced:
         return
     _announced.add((repo, revision))

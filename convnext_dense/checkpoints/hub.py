@@ -16,7 +16,7 @@ from .hf_hub import HF_PREFIX, HF_SITE, download_from_hf, is_hf_name
 from .io import clear_cache, load_checkpoint
 
 ORIGINAL = 'https://dl.fbaipublicfiles.com/convnext'
-# What a file name may end in, as torch's own do: the start of its SHA-256 (...-21b726bb.pth). Digits alone are a date.
+# Beginning of the SHA-256 at the end of a file name, as in torch.hub (...-21b726bb.pth). Only digits would be a date.
 HASH_SUFFIX_RE = re.compile(r'-(?!\d+\.)([0-9a-f]{8,})\.\w+$')
 
 
@@ -25,11 +25,11 @@ class WeightEntry:
     """A published checkpoint.
 
     Attributes:
-        url (str, optional): Its address; None where its owner gives it out only on request, or huggingface_hub has it.
-        training (str): What it was trained on.
+        url (str, optional): URL of the file; None if it is only sent on request, or is on the Hugging Face Hub.
+        training (str): The data that it was trained on.
         license (str): Its license.
-        request_url (str): Where to request it, or its page, if it has no `url`.
-        backbone (str): Of which backbone it is: 'ConvNeXt', or one that the paper compares it with.
+        request_url (str): URL at which to request it, or its page, if it has no `url`.
+        backbone (str): Type of the backbone: 'ConvNeXt', or one of the paper's baselines.
     """
 
     url: str | None
@@ -44,8 +44,8 @@ DINOV3_SITE = 'https://ai.meta.com/resources/models-and-libraries/dinov3-downloa
 DINOV3_HASHES = dict(tiny='21b726bb', small='296db49d', base='801f2ba9', large='61fa432d')  # in the names of the files
 V2_SIZES = 'atto femto pico nano tiny base large huge'
 V2_22K = 'FCMAE, then ImageNet-22K, then 1K'
-# Files below the original's folder, what the braces in their names stand for, what they were trained on, the license:
-# as the authors' own READMEs give them. The first are those from which the paper's dense results start, not the EMA's.
+# (file below the original's folder, values for the braces, training data, license), from the authors' READMEs. The
+# paper's dense results start from the first ones, not from the EMA weights.
 PUBLISHED_FILES = (
     ('convnext_{}_1k_224.pth', 'tiny small base', 'ImageNet-1K', MIT),
     ('convnext_{}_22k_224.pth', 'tiny small base large xlarge', 'ImageNet-22K', MIT),
@@ -66,8 +66,8 @@ PUBLISHED_FILES = (
     ('convnextv2/im22k/convnextv2_{}_22k_384_ema.pt', 'nano tiny base large huge', V2_22K, CC_BY_NC),
     ('convnextv2/im22k/convnextv2_{}_22k_512_ema.pt', 'huge', V2_22K, CC_BY_NC),
 )
-# detrex's DINO with ConvNeXt, and the backbones that the paper compares ConvNeXt with: whole addresses. The last three
-# are torchvision's, and what mmdet calls open-mmlab://resnext101_...
+# detrex's DINO with ConvNeXt, and the paper's baselines, by full URL. The last three are torchvision's ResNet-50 and
+# the weights that mmdet calls open-mmlab://resnext101_...
 DETREX_STORAGE = 'https://github.com/IDEA-Research/detrex-storage/releases/download/v0.4.0'
 SWIN_STORAGE = 'https://github.com/SwinTransformer/storage/releases/download'
 OTHER_FILES = (
@@ -102,7 +102,7 @@ WEIGHTS = (
         for part in parts.split()
     }
 )
-# timm's copies on the Hugging Face Hub, which are not gated.
+# timm's ungated copies on the Hugging Face Hub.
 HF_FILES = (
     ('dinov3_lvd1689m', 'tiny small base large', 'DINOv3, 1.7 G images', 'DINOv3 License'),
     ('eupe_lvd1689m', 'tiny small base', 'EUPE, 1.7 G images', 'FAIR Noncommercial Research License'),
@@ -115,17 +115,17 @@ WEIGHTS |= {
     for size in sizes.split()
 }
 WEIGHT_URLS = {name: entry.url for name, entry in WEIGHTS.items() if entry.url}
-EXAMPLE_NAMES = tuple(WEIGHTS)[:8]  # named in errors
+EXAMPLE_NAMES = tuple(WEIGHTS)[:8]  # names in error messages
 
 
 def resolve(source: str) -> str:
-    """Return the path or URL of a checkpoint; nothing is downloaded.
+    """Return the path or URL of a checkpoint without downloading it.
 
     Args:
         source: A pretrained weight name, a path, a URL or 'hf-hub:owner/name'.
 
     Returns:
-        The path of an existing file, a URL, or 'hf-hub:owner/name' as it is.
+        The path of an existing file, a URL, or 'hf-hub:owner/name' unchanged.
 
     Raises:
         UsageError: If it is not a pretrained weight name, a URL or an existing file, or if its weights are not public.
@@ -149,9 +149,9 @@ def resolve(source: str) -> str:
 
 
 def download(source: str) -> Path:
-    """Return the local file of a checkpoint, downloaded into torch's hub folder unless it is there.
+    """Return the local file of a checkpoint; if necessary, download it into torch's hub folder.
 
-    Of several processes that need the same file one downloads it, and the others wait.
+    If several processes need the same file, one downloads it and the others wait.
 
     Args:
         source: A pretrained weight name, a path, a URL or 'hf-hub:owner/name'.
@@ -160,7 +160,7 @@ def download(source: str) -> Path:
         The path of the file.
 
     Raises:
-        UsageError: As `resolve`, or if the download fails or is no complete checkpoint.
+        UsageError: As for `resolve`, or if the download fails or is not a complete checkpoint.
     """
     location = resolve(source)
     if is_hf_name(location):
@@ -168,7 +168,7 @@ def download(source: str) -> Path:
     if not is_url(location):
         return Path(location)
     name = PurePosixPath(urlparse(location).path)
-    # Other people's files are often called epoch_12.pth: a hash of their address goes into the name.
+    # Other files are often called epoch_12.pth, so a hash of their URL becomes part of the name.
     url_hash = '' if source in WEIGHT_URLS else f'-{hashlib.sha256(location.encode()).hexdigest()[:8]}'
     path = Path(torch.hub.get_dir(), 'checkpoints', f'{name.stem}{url_hash}{name.suffix}')
     if not path.exists():
@@ -194,7 +194,7 @@ def _download(url: str, path: Path) -> None:
             f'cannot download {url} ({error}): download it elsewhere and save it as {path}, or give its path '
             'as init_cfg.checkpoint'
         ) from error
-    try:  # torch.hub does not notice a connection that ends early
+    try:  # torch.hub does not notice a truncated download
         load_checkpoint(partial)
     except UsageError as error:
         partial.unlink()

@@ -1,4 +1,4 @@
-"""Read checkpoint files of any format without running code from them."""
+"""Read checkpoint files in any format without running code from them."""
 
 import copy
 import json
@@ -12,19 +12,19 @@ from ..errors import UsageError
 from . import torch_files
 from .unpickler import UnsafeCheckpointError
 
-# Keys of what else a checkpoint contains, and of weights averaged over training.
+# Keys of other content of a checkpoint than weights, and of weights averaged over training.
 NON_WEIGHT_KEY_RE = re.compile(
     r'(?<![a-z])(optim|optimizers?|schedulers?|scaler)(?![a-z])|^(meta|message_hub)$', re.IGNORECASE
 )
 EMA_KEY_RE = re.compile('(?<![a-z])(ema|swa|avg|averaged?)(?![a-z])', re.IGNORECASE)
-MAX_NESTING = 3  # of dicts in one another in which weights are searched
-# Where checkpoints keep weights; the first one is loaded.
+MAX_NESTING = 3  # depth of nested dicts that are searched for weights
+# Keys under which checkpoints keep weights; the first one is loaded.
 STATE_DICT_KEYS = ('state_dict', 'model', 'model_ema', 'state_dict_ema')
-# What DistributedDataParallel, torch.compile and activation checkpointing insert into names.
+# Parts of names that DistributedDataParallel, torch.compile and activation checkpointing insert.
 WRAPPER_PREFIX_RE = re.compile(r'(?<![^.])(module|_orig_mod|_checkpoint_wrapped_module)\.')
-MAX_HEADER_BYTES = 100_000_000  # of a header or an index of safetensors
-SHARD_INDEX_SUFFIX = '.index.json'  # of the file that tells which shard a tensor is in
-# How files that are not checkpoints begin.
+MAX_HEADER_BYTES = 100_000_000  # maximum size of a header or an index of safetensors
+SHARD_INDEX_SUFFIX = '.index.json'  # suffix of the file that maps tensors to shards
+# First bytes of files that are not checkpoints.
 MAGIC_BYTES = {
     b'\x1f\x8b': 'a gzip archive: unpack it first',
     b'7z\xbc\xaf': 'a 7z archive: unpack it first',
@@ -39,28 +39,28 @@ MAGIC_BYTES = {
 }
 
 
-MAX_CACHED = 2  # a run opens the pretrained weights and the checkpoint that it resumes, each several times
+MAX_CACHED = 2  # a run opens the pretrained weights and the checkpoint to resume, each several times
 
 
 def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
     """Read a checkpoint without running code from it.
 
-    The last `MAX_CACHED` checkpoints are cached until their file changes or `clear_cache` is called.
+    The last `MAX_CACHED` checkpoints are cached until the file changes or `clear_cache` is called.
 
     Args:
         path: A file of `torch.save` or of safetensors, or the .index.json of sharded safetensors.
-        mmap: Leave tensors on disk until they are used; the result is shared and must not be changed. False returns a
-            copy, which stays as it is when the file is overwritten. Defaults to True.
+        mmap: Whether to leave tensors on disk until they are used; the result is shared and must not be changed. False
+            returns a copy, which is independent of the file. Defaults to True.
 
     Returns:
         The content of the file, with tensors on the CPU.
 
     Raises:
-        UsageError: If it is not a checkpoint, is damaged, or would have to run code.
+        UsageError: If the file is not a checkpoint, is damaged, or could only be read by running code from it.
     """
     path = Path(path).absolute()
     status = path.stat()
-    is_sharded = path.name.endswith(SHARD_INDEX_SUFFIX)  # several files, whose changes its own state does not show
+    is_sharded = path.name.endswith(SHARD_INDEX_SUFFIX)  # not cached: the state of the index does not cover the shards
     state = (status.st_ino, status.st_size, status.st_mtime_ns)
     content = _load_uncached(path) if is_sharded else _load_cached(path, state)
     return content if mmap else copy.deepcopy(content)
@@ -85,7 +85,7 @@ def _load_uncached(path: Path) -> dict:
         content = _load_shards(path) if path.name.endswith(SHARD_INDEX_SUFFIX) else _load_file(path)
     except (UsageError, FileNotFoundError, PermissionError):
         raise
-    except Exception as error:  # a damaged file can end a reader in any way
+    except Exception as error:  # readers raise any exception for a damaged file
         fix = (getattr(error, 'fix', None) or 'download or save it again').format(file=path)
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()[:300]
         raise UsageError(f'{path} cannot be read safely as a checkpoint ({reason}): {fix}') from error
@@ -98,12 +98,12 @@ def find_state_dicts(checkpoint: dict) -> dict[str, dict[str, torch.Tensor]]:
     """Return all dicts of tensors in a checkpoint.
 
     Args:
-        checkpoint: The content of the file.
+        checkpoint: Content of the file.
 
     Returns:
-        The dicts, without what training wrappers add to names, by the dotted keys that lead to them ('' for the
-        checkpoint itself). The order is that of preference: the usual keys first, then the checkpoint itself, then
-        others, averages over training last.
+        State dicts by dotted key ('' for the checkpoint itself), without the prefixes that training wrappers add to
+        names. They are in order of preference: the usual keys, the checkpoint itself, other keys, and averages over
+        training last.
     """
     state_dicts, queue = {}, [('', checkpoint)]
     for key, content in queue:

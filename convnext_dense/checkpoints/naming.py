@@ -1,7 +1,7 @@
-"""How each source names ConvNeXt weights, one `NamingScheme` per source.
+"""Parameter names of ConvNeXt in each code base, one `NamingScheme` per code base.
 
-The canonical names are those of the original code, which the backbone has too. A new source is a new entry in
-`NAMING_SCHEMES`; names are built from it for the depths of a file, so that renaming works in both directions.
+The canonical names are those of the original code, which the backbone also uses. A new code base is a new entry in
+`NAMING_SCHEMES`; names are generated from it for the depths of a file, so that renaming works in both directions.
 """
 
 import re
@@ -15,31 +15,31 @@ from ..errors import UsageError
 OUTPUT_NORM_RE = re.compile(r'norm\d+\.(weight|bias)')
 TRUNK_RE = re.compile(r'(downsample_layers|stages)\.(\d+)\.')
 VECTOR_PARAMS = ('gamma', 'grn.gamma', 'grn.beta')
-DINOV3_DUPLICATE_PREFIX = 'norms.'  # files of DINOv3 by Meta contain the final norm twice
+DINOV3_DUPLICATE_PREFIX = 'norms.'  # Meta's files of DINOv3 contain the final norm twice
 BLOCK_LAYERS = ('dwconv', 'norm', 'pwconv1', 'pwconv2')  # the layers of a block with weight and bias
 STEM, FIRST_BLOCK = 'downsample_layers.0.0.weight', 'stages.0.0.dwconv.weight'
 
 
 @dataclass(frozen=True)
 class NamingScheme:
-    """How a source names parameters.
+    """Naming scheme of a code base.
 
     Templates may contain {i}, the stage, {b}, the block, {j}, the first or second layer of stem and downsampling,
     {even}, {odd} and {next}, 2i, 2i + 1 and i + 1, and {embedding}, transformers' name of a layer of the stem.
 
     Attributes:
-        key (str): Short name of the source.
-        title (str): Name of the source in messages.
+        key (str): Short name of the code base.
+        title (str): Name of the code base in messages.
         stem (str): Template of the stem's layers.
         downsample (str): Template of the downsampling layers.
         block (str): Template of a block.
-        block_params (dict[str, str]): The source's name of a layer or parameter of a block by the canonical name; what
-            is not in it does not exist in the source.
+        block_params (dict[str, str]): Name of each layer or parameter of a block by canonical name; those that are
+            missing do not exist in the code base.
         norm (str): Name of the final norm.
         head (str): Name of the classifier.
-        output_norms (str, optional): Template of the output norms, where the source has such.
+        output_norms (str, optional): Template of the output norms, if the code base has them.
         shapes (dict[str, tuple[int, ...]]): Shapes that differ from the canonical ones, by `block_params`.
-        prefix (str): What precedes the names of trunk and final norm in exported files; any prefix is read.
+        prefix (str): Prefix of the names of trunk and final norm in exported files; on reading, any prefix is accepted.
         final_norm_as_output (bool): Whether the final norm may have the name of the last output norm.
     """
 
@@ -57,7 +57,7 @@ class NamingScheme:
     final_norm_as_output: bool = False
 
     def to_source_name(self, name: str) -> str | None:
-        """Return the source's name, without prefix, for a canonical name; None where the source has none."""
+        """Return the name in this scheme, without prefix, for a canonical name; None if there is none."""
         root, *rest = name.split('.')
         if root in ('norm', 'head'):
             return '.'.join([getattr(self, root), *rest])
@@ -72,25 +72,25 @@ class NamingScheme:
         return f'{_fill_template(self.block, i, b=j)}.{param}' if param else None
 
     def is_trunk_name(self, source_name: str) -> bool:
-        """Return whether a name, without prefix, starts like those of stem, downsampling, blocks and output norms."""
+        """Return whether a name without prefix starts like those of stem, downsampling, blocks and output norms."""
         templates = (self.stem, self.downsample, self.block, self.output_norms or self.stem)
         roots = tuple(re.match(r'\w+', template)[0] for template in templates)
         return source_name.startswith(roots) and not source_name.startswith(DINOV3_DUPLICATE_PREFIX)
 
     def to_source_shape(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor of canonical shape and name in the source's shape."""
+        """Reshape a tensor of canonical shape and name to the shape in this scheme."""
         return tensor.reshape(self.shapes.get(_param_kind(name), tensor.shape))
 
 
 def to_canonical_shape(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Remove the dimensions of size 1 that some sources add to vectors and to the weights of Linears.
+    """Remove the dimensions of size 1 that some code bases add to vectors and to the weights of Linears.
 
     Args:
         name: Canonical name of the parameter.
-        tensor: Its value in the shape of any source.
+        tensor: Value in the shape of any code base.
 
     Returns:
-        The tensor in the backbone's shape; unchanged where it cannot be had by removing such dimensions.
+        The tensor in the backbone's shape, or unchanged if removing such dimensions does not give it.
     """
     kind = _param_kind(name)
     if kind in VECTOR_PARAMS:
@@ -101,7 +101,7 @@ def to_canonical_shape(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def canonical_names(depths: Sequence[int]) -> Iterator[str]:
-    """Yield all names that a file of a ConvNeXt, V1 or V2, of these depths may have, with classifier and norms."""
+    """Yield all canonical names of a ConvNeXt (V1 or V2) of these depths, with classifier and norms."""
     modules = [f'downsample_layers.{i}.{j}' for i in range(len(depths)) for j in range(2)]
     blocks = [f'stages.{i}.{b}' for i, depth in enumerate(depths) for b in range(depth)]
     modules += [f'{block}.{layer}' for block in blocks for layer in BLOCK_LAYERS]
@@ -112,15 +112,15 @@ def canonical_names(depths: Sequence[int]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class ParsedNames:
-    """The parameter names of a file, sorted.
+    """Parsed parameter names of a file.
 
     Attributes:
-        scheme (NamingScheme): Whose names they are.
-        prefix (str): What precedes the names of the trunk.
+        scheme (NamingScheme): The scheme that the names follow.
+        prefix (str): Prefix of the names of the trunk.
         depths (tuple[int, ...]): Number of blocks per stage.
         names (dict[str, str]): Canonical names by the names in the file.
-        unknown (list[str]): Names that look like the trunk's, but are not.
-        other_names (list[str]): Names that belong to no ConvNeXt.
+        unknown (list[str]): Names that look like parameters of the trunk but match none.
+        other_names (list[str]): Names that do not belong to a ConvNeXt.
     """
 
     scheme: NamingScheme
@@ -132,13 +132,13 @@ class ParsedNames:
 
 
 def detect_scheme(names: Iterable[str]) -> ParsedNames | None:
-    """Find out whose names the names of a file are.
+    """Detect the naming scheme of a file.
 
     Args:
         names: The parameter names in the file.
 
     Returns:
-        The parsed names; None where they are of no known source.
+        The parsed names; None if they match no scheme.
 
     Raises:
         UsageError: If the file contains several ConvNeXts.
@@ -164,7 +164,7 @@ def _parse_names(scheme: NamingScheme, prefix: str, names: list[str]) -> ParsedN
     depths = _count_blocks(scheme, bare.values())
     canonical = {scheme.to_source_name(name): name for name in canonical_names(depths)}
     parsed = {n: canonical[b] for n, b in bare.items() if b in canonical}
-    for name in ('head.weight', 'head.bias', 'norm.weight', 'norm.bias'):  # may stand outside the prefix
+    for name in ('head.weight', 'head.bias', 'norm.weight', 'norm.bias'):  # may lack the prefix
         if name not in parsed.values() and scheme.to_source_name(name) in names:
             parsed[scheme.to_source_name(name)] = name
     output_norms = {name for name in parsed.values() if OUTPUT_NORM_RE.fullmatch(name)}
@@ -202,7 +202,7 @@ _GRN_4D = {'grn.gamma': (1, 1, 1, -1), 'grn.beta': (1, 1, 1, -1)}
 
 
 def _block(*source_names: str) -> dict[str, str]:
-    """The names of a source in the order of ours; those at the end may be missing."""
+    """Map the canonical names of a block's parts to those of a code base, in order; the last ones may be missing."""
     return dict(zip((*BLOCK_LAYERS, *VECTOR_PARAMS), source_names))
 
 

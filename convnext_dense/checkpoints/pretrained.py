@@ -1,4 +1,4 @@
-"""Load weights of any source into the backbone: detect the source, rename, compare with the backbone, report."""
+"""Load weights of any code base into the backbone: detect the naming scheme, rename, compare, report."""
 
 import difflib
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from .naming import (
 )
 from .swin_naming import rename_swin
 
-PREFERRED_KEYS = ('', *STATE_DICT_KEYS)  # the first of them with a ConvNeXt is loaded, whatever else there is
+PREFERRED_KEYS = ('', *STATE_DICT_KEYS)  # the first of these with a ConvNeXt is loaded, whatever else there is
 FINAL_NORM_POLICIES = ('drop', 'reuse')
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -38,11 +38,11 @@ class Checkpoint:
     """An open file of ConvNeXt weights.
 
     Attributes:
-        name (str): The pretrained weight name, path or URL that was asked for.
+        name (str): The pretrained weight name, path or URL that was opened.
         file (Path): The local file.
-        parsed (ParsedNames): Its parameter names.
-        weights (dict[str, Tensor]): The ConvNeXt's weights by canonical names, classifier and final norm included.
-        unused_keys (list[str]): Keys under which the file contains other ConvNeXt weights, such as an average's.
+        parsed (ParsedNames): Parsed parameter names.
+        weights (dict[str, Tensor]): Weights of the ConvNeXt by canonical name, with classifier and final norm.
+        unused_keys (list[str]): Keys under which the file contains other ConvNeXt weights, such as an average.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Checkpoint:
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Channels of the stages; 0 where the file does not show them."""
+        """Channels of the stages; 0 if the file does not tell them."""
         names = (f'stages.{i}.0.dwconv.weight' for i in range(len(self.parsed.depths)))
         return tuple(self.weights[n].shape[0] if n in self.weights else 0 for n in names)
 
@@ -64,12 +64,12 @@ class Checkpoint:
 
     @property
     def arch(self) -> str:
-        """The name of its arch, otherwise its depths and channels."""
+        """Name of the arch, or its depths and channels if it has none."""
         return arch_name(self.parsed.depths, self.channels, self.use_grn)
 
     @property
     def title(self) -> str:
-        """The source in words."""
+        """Description of the origin of the weights for messages."""
         title = self.parsed.scheme.title
         if 'norms.3.weight' in self.parsed.other_names:
             title = 'DINOv3 by Meta'
@@ -78,12 +78,12 @@ class Checkpoint:
 
     @property
     def extra_names(self) -> list[str]:
-        """Names in the file that belong to no ConvNeXt."""
+        """Names in the file that do not belong to the ConvNeXt."""
         return [name for name in self.parsed.other_names if not name.startswith(DINOV3_DUPLICATE_PREFIX)]
 
 
 def arch_name(depths: tuple[int, ...], channels: tuple[int, ...], use_grn: bool) -> str:
-    """Return what messages call an arch, such as 'ConvNeXt V2 atto'."""
+    """Return the name of an arch in messages, such as 'ConvNeXt V2 atto'."""
     name = next((n for n, a in ARCHS.items() if (a['depths'], a['channels']) == (depths, channels)), None)
     return f'ConvNeXt{" V2" if use_grn else ""} {name or f"depths {depths}, channels {channels}"}'
 
@@ -95,7 +95,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         source: A pretrained weight name, a path or a URL.
 
     Returns:
-        The checkpoint, whose tensors are read when they are used.
+        The checkpoint; its tensors are read when they are used.
 
     Raises:
         UsageError: If the file cannot be found, downloaded or read, or contains no ConvNeXt, or several.
@@ -118,10 +118,10 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
 
 def _find_convnexts(content: dict, file: str | Path) -> dict[str, tuple[dict[str, torch.Tensor], ParsedNames]]:
-    """Return the state dicts of a checkpoint that contain a ConvNeXt, by their keys; the first one is to be loaded.
+    """Return the state dicts of a checkpoint that contain a ConvNeXt, by key; the first one is to be loaded.
 
     Raises:
-        UsageError: If there are several, and nothing says which to load.
+        UsageError: If there are several and it is ambiguous which one to load.
     """
     convnexts = {}
     for key, tensors in find_state_dicts(content).items():
@@ -141,15 +141,15 @@ def _find_convnexts(content: dict, file: str | Path) -> dict[str, tuple[dict[str
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What a checkpoint gives a backbone.
+    """The weights that a checkpoint would load into a backbone.
 
     Attributes:
-        title (str): The checkpoint and its source, in words.
-        weights (dict[str, Tensor]): Weights to load, by the backbone's names.
-        total (int): Number of tensors of the backbone.
-        kept_init (list[str]): Names of the backbone that keep their initialization: output norms.
+        title (str): Description of the checkpoint and its origin.
+        weights (dict[str, Tensor]): Weights to load, by the backbone's parameter names.
+        total (int): Number of tensors in the backbone.
+        kept_init (list[str]): Parameters that keep their initialization: output norms.
         unused (list[str]): Names in the file that are not loaded.
-        notes (list[str]): What was changed to make the weights fit.
+        notes (list[str]): Changes that were made so that the weights fit.
     """
 
     title: str
@@ -171,15 +171,15 @@ def load_backbone(backbone: ConvNeXt, source: str | Path, final_norm: str = 'dro
     """Load pretrained weights into a backbone.
 
     Args:
-        backbone: The backbone, whose parameters are changed in place, all at once or not at all.
+        backbone: The backbone. Either all of its parameters are changed in place, or none.
         source: A pretrained weight name, a path or a URL.
         final_norm: 'drop' or 'reuse', as for `plan_load`.
 
     Returns:
-        A report of one line: how many tensors were loaded, kept at initialization and unused.
+        One line with the number of tensors that were loaded, kept at initialization and unused.
 
     Raises:
-        UsageError: As `plan_load`.
+        UsageError: As for `plan_load`.
     """
     plan = plan_load(backbone, source, final_norm)
     backbone.load_state_dict(plan.weights, strict=False)
@@ -189,9 +189,9 @@ def load_backbone(backbone: ConvNeXt, source: str | Path, final_norm: str = 'dro
 def plan_load(backbone: ConvNeXt, source: str | Path | Checkpoint, final_norm: str = 'drop') -> LoadPlan:
     """Compare a checkpoint with a backbone and return what it would load; nothing is changed.
 
-    Only output norms may keep their initialization, all of them, because ImageNet weights have none. What the file
-    contains beyond the trunk (its classifier, stages that `out_indices` leaves out) is unused. An RGB stem is adapted
-    to other inputs: summed for one channel, otherwise repeated and rescaled.
+    Only the output norms may keep their initialization, because ImageNet weights do not have them. Content beyond the
+    trunk (the classifier, stages that `out_indices` excludes) is unused. An RGB stem is adapted to other numbers of
+    input channels: summed for one channel, otherwise repeated and rescaled.
 
     Args:
         backbone: The backbone to compare with.
@@ -203,7 +203,8 @@ def plan_load(backbone: ConvNeXt, source: str | Path | Checkpoint, final_norm: s
         The plan.
 
     Raises:
-        UsageError: As `open_checkpoint`; if a tensor of the trunk is missing, of another shape, unknown or not finite.
+        UsageError: As for `open_checkpoint`, or if a tensor of the trunk is missing, unknown, not finite or of another
+            shape.
     """
     if final_norm not in FINAL_NORM_POLICIES:
         raise UsageError(f"final_norm='{final_norm}' is unknown: give {' or '.join(FINAL_NORM_POLICIES)}")
@@ -224,7 +225,7 @@ def plan_load(backbone: ConvNeXt, source: str | Path | Checkpoint, final_norm: s
     if STEM in weights and _needs_stem_adaptation(weights[STEM], state[STEM]):
         weights[STEM] = adapt_input_conv(weights[STEM], state[STEM].shape[1])
         notes.append(f'the stem is adapted from 3 to {state[STEM].shape[1]} input channels')
-    # A file has all output norms or none.
+    # A file contains either all output norms or none.
     kept_init = [] if has_output_norms else [n for n in state if OUTPUT_NORM_RE.fullmatch(n) and n not in weights]
     problems = describe_mismatch(
         {n: tuple(t.shape) for n, t in state.items() if n not in kept_init},
@@ -243,19 +244,19 @@ def plan_load(backbone: ConvNeXt, source: str | Path | Checkpoint, final_norm: s
 
 
 def load_model_weights(content: dict, file: str | Path, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the weights of a checkpoint of any source by the names of a whole model.
+    """Return the weights of a checkpoint with the parameter names of a whole model.
 
     Args:
-        content: The loaded checkpoint.
-        file: Its path, for messages.
-        model: The model whose names are used.
+        content: Content of the checkpoint.
+        file: Path of the checkpoint, for messages.
+        model: Model with the target names.
 
     Returns:
-        The weights: of a trained detector or segmentor those of its ConvNeXt or Swin renamed, of detrex's DINO all, and
-        the others as they are; of a ConvNeXt alone those that `plan_load` returns for the model's.
+        The weights. In a trained detector or segmentor, the parameters of its ConvNeXt or Swin are renamed (in detrex's
+        DINO, all parameters); for a checkpoint of only a backbone, they are those of `plan_load`.
 
     Raises:
-        UsageError: If the file contains several ConvNeXts, or one alone that does not fit.
+        UsageError: If the file contains several ConvNeXts, or only a backbone that does not fit.
     """
     convnexts = _find_convnexts(content, file)
     backbones = [(f'{name}.', module) for name, module in model.named_modules() if isinstance(module, ConvNeXt)]
@@ -269,7 +270,7 @@ def load_model_weights(content: dict, file: str | Path, model: nn.Module) -> dic
         plan, state = plan_load(backbone, file), backbone.state_dict()
         weights = plan.weights | {name: state[name] for name in plan.kept_init}
         return {f'{prefix}{name}': tensor for name, tensor in weights.items()}
-    outer_prefix = parsed.prefix.partition(prefix)[0] if prefix in parsed.prefix else ''  # of a Lightning module, say
+    outer_prefix = parsed.prefix.partition(prefix)[0] if prefix in parsed.prefix else ''  # such as a Lightning module's
     weights = {}
     for name, tensor in tensors.items():
         canonical = parsed.names.get(name, '')
@@ -281,7 +282,7 @@ def load_model_weights(content: dict, file: str | Path, model: nn.Module) -> dic
 
 
 def naming_scheme_of(content: dict, file: str | Path) -> str | None:
-    """Return the key of the naming scheme of a checkpoint's ConvNeXt; None where it has none."""
+    """Return the key of the naming scheme of the ConvNeXt in a checkpoint; None if there is none."""
     convnexts = _find_convnexts(content, file)
     return next(iter(convnexts.values()))[1].scheme.key if convnexts else None
 
@@ -292,9 +293,9 @@ def check_state_dict_matches(
     """Check that weights have exactly the names and shapes of a model.
 
     Args:
-        model: The model to compare with.
-        weights: The weights by name.
-        file: The checkpoint, for messages.
+        model: Model to compare with.
+        weights: Weights by name.
+        file: Path of the checkpoint, for messages.
         prefixes: Only names that start with one of these are compared. Defaults to all.
 
     Raises:
@@ -340,7 +341,7 @@ class StrictInitializer:
 
 @WEIGHT_INITIALIZERS.register_module()
 class PretrainedConvNeXt(StrictInitializer):
-    """mmengine initializer that `init_cfg=dict(type='Pretrained', ...)` of the backbone stands for.
+    """Initializer for `init_cfg=dict(type='Pretrained', ...)` of the ConvNeXt backbone.
 
     Args:
         checkpoint (str): A pretrained weight name, a path or a URL.
@@ -354,15 +355,15 @@ class PretrainedConvNeXt(StrictInitializer):
         self.final_norm = final_norm
 
     def plan(self, module: nn.Module) -> LoadPlan:
-        """Return what would be loaded into a ConvNeXt, as `plan_load` does."""
+        """Return what would be loaded into a ConvNeXt; see `plan_load`."""
         return plan_load(module, self.checkpoint, self.final_norm)
 
 
 def describe_mismatch(expected: dict[str, tuple], actual: dict[str, tuple], max_names: int = 3) -> str:
-    """Describe in short how names and shapes differ, with the most similar unknown name of one that is missing.
+    """Describe briefly how names and shapes differ, with the most similar unknown name for each missing one.
 
     Returns:
-        The description, empty where nothing differs.
+        The description; '' if nothing differs.
     """
     reshaped = [f'{n} is {actual[n]}, not {expected[n]}' for n in expected if actual.get(n, expected[n]) != expected[n]]
     missing = [n for n in expected if n not in actual]
@@ -379,7 +380,7 @@ def describe_mismatch(expected: dict[str, tuple], actual: dict[str, tuple], max_
 
 
 def _is_unused_stage(name: str, backbone: ConvNeXt) -> bool:
-    """Return whether a name belongs to a stage or an output norm of the arch that `out_indices` leaves out."""
+    """Return whether a name belongs to a stage or an output norm that `out_indices` excludes."""
     built, depth = len(backbone.stages), len(backbone.depths)
     trunk = TRUNK_RE.match(name)
     if trunk:
@@ -392,7 +393,7 @@ def _needs_stem_adaptation(weight: torch.Tensor, current: torch.Tensor) -> bool:
 
 
 def adapt_input_conv(weight: torch.Tensor, in_channels: int) -> torch.Tensor:
-    """Adapt the weight of an RGB stem to another number of input channels, with a response of about the same size.
+    """Adapt the weight of an RGB stem to another number of input channels, preserving the scale of its output.
 
     Args:
         weight: Weight of shape (C, 3, k, k).
@@ -417,7 +418,7 @@ def check_values(file: Path, weights: dict[str, torch.Tensor]) -> None:
         if tensor.dtype not in FLOAT_DTYPES:
             kind = 'complex' if tensor.is_complex() else 'quantized'
             raise UsageError(f'{file}: {name} is {tensor.dtype}: {kind} weights cannot be loaded, give fp16 to fp64')
-        # A sum is finite only where all is, and needs no copy; of finite values it may overflow.
+        # If the sum is finite, so are all values, and it needs no copy; a sum of finite values may overflow, though.
         total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
         if not total.isfinite() and not tensor.isfinite().all():
             raise UsageError(f'{file}: {name} contains NaN or Inf: the training that wrote it had failed')

@@ -35,11 +35,11 @@ KNOWN_FUNCTIONS = {
 
 
 def check_pt2(path: str) -> None:
-    """Raise UsageError where loading a file of torch.export could run code.
+    """Raise UsageError if loading a file of torch.export could run code.
 
     Args:
-        path: Of the file. It may have tensors, graphs of registered operators and expressions of sizes, and example
-            inputs that `torch.load(weights_only=True)` reads.
+        path: Path of the file. It may contain tensors, graphs of registered operators, size expressions, and example
+            inputs that `torch.load(weights_only=True)` can read.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -1,4 +1,4 @@
-"""Load weights into a SwinTransformer of mmdet or mmseg, in the names of the original code or of these."""
+"""Load Swin weights of the original code, mmdet or mmseg into a SwinTransformer of mmdet or mmseg."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from .pretrained import LoadPlan, StrictInitializer, check_values, describe_mism
 from .swin_naming import PREFIX_RE, rename_swin
 
 CLASSIFIER_RE = re.compile(r'^(?:head|norm)\.')
-BUFFER_NAMES = ('relative_position_index', 'attn_mask')  # follow from the sizes of window and image
+BUFFER_NAMES = ('relative_position_index', 'attn_mask')  # computed from the sizes of window and image
 
 
 def plan_swin(backbone: nn.Module, source: str | Path) -> LoadPlan:
@@ -25,11 +25,11 @@ def plan_swin(backbone: nn.Module, source: str | Path) -> LoadPlan:
         source: A pretrained weight name, a path or a URL.
 
     Returns:
-        The plan. Only output norms may keep their initialization, all of them.
+        The plan. Only the output norms may keep their initialization.
 
     Raises:
-        UsageError: If the file cannot be read or contains no Swin, or a tensor is missing, unknown, of another shape
-            (of another window, for example) or not finite.
+        UsageError: If the file cannot be read or contains no Swin, or a tensor is missing, unknown, not finite or of
+            another shape (such as of another window size).
     """
     file = download(str(source))
     renamed = (rename_swin(tensors) for tensors in find_state_dicts(load_checkpoint(file)).values())
@@ -61,10 +61,10 @@ def plan_swin(backbone: nn.Module, source: str | Path) -> LoadPlan:
 
 @WEIGHT_INITIALIZERS.register_module()
 class PretrainedSwin(StrictInitializer):
-    """mmengine initializer that `init_cfg` of a `StrictSwinTransformer` stands for."""
+    """Initializer for `init_cfg` of a `StrictSwinTransformer`."""
 
     backbone = 'StrictSwinTransformer'
 
     def plan(self, module: nn.Module) -> LoadPlan:
-        """Return what would be loaded into a SwinTransformer, as `plan_swin` does."""
+        """Return what would be loaded into a SwinTransformer; see `plan_swin`."""
         return plan_swin(module, self.checkpoint)

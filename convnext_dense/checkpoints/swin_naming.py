@@ -1,11 +1,11 @@
-"""Names of Swin weights: those of the original code as those of mmdet and mmseg."""
+"""Rename Swin weights of the original code to the names of mmdet and mmseg."""
 
 import re
 from collections.abc import Mapping
 
 import torch
 
-# Names of the original code -> of mmdet and mmseg.
+# (pattern of the original's name, name in mmdet and mmseg)
 RENAMES = (
     (re.compile(r'^layers\.'), 'stages.'),
     (re.compile(r'^patch_embed\.proj\.'), 'patch_embed.projection.'),
@@ -24,8 +24,8 @@ def rename_swin(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] 
         tensors: A state dict of a backbone, or of a model that contains one.
 
     Returns:
-        The same tensors, those of the Swin by the new names behind its prefix and in mmdet's order; None where the
-        names are of no Swin of the original, mmdet or mmseg.
+        The same tensors; those of the Swin are renamed behind its prefix and reordered as in mmdet. None if the names
+        are not those of a Swin of the original code, mmdet or mmseg.
     """
     prefix = next((match[1] for match in map(PREFIX_RE.match, tensors) if match), None)
     if prefix is None:
@@ -51,6 +51,6 @@ def _to_unfold_order(tensor: torch.Tensor) -> torch.Tensor:
     """
     *leading, channels = tensor.shape
     if channels % 4:
-        return tensor  # of no Swin: its shape is named later
+        return tensor  # not a Swin; the wrong shape is reported later
     pixels = tensor.reshape(*leading, 2, 2, channels // 4)  # column, row, channel
     return pixels.transpose(-3, -2).flatten(-3, -2).transpose(-2, -1).flatten(-2)

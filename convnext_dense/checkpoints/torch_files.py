@@ -1,6 +1,6 @@
 """Read files of `torch.save`: zip archives since torch 1.6, and the format before that.
 
-Where a tensor lies, and how long it is, is checked against the file before any of it is read.
+Offset and length of each tensor are checked against the file before it is read.
 """
 
 import io
@@ -16,27 +16,27 @@ import torch
 
 from .unpickler import Storage, StorageType, Unpickler, UnsafeCheckpointError
 
-ZIP_MAGIC = b'PK\x03\x04'  # what an archive begins with
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first of the pickles in an older file
+ZIP_MAGIC = b'PK\x03\x04'  # first bytes of an archive
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in an older file
 PICKLE_FIX = (
     "where you trust it: weights = pickle.load(open('{file}', 'rb'))['model']; "
     "torch.save({{name: torch.as_tensor(array) for name, array in weights.items()}}, 'weights.pth')"
 )
-MAX_RATIO, MAX_UNPACKED = 20, 2**28  # compressed entries may unpack to so many times the file's size, or so many bytes
+MAX_RATIO, MAX_UNPACKED = 20, 2**28  # limits of unpacked entries: multiple of the file's size, or bytes
 
 
 def load(file: Path) -> object:
     """Read a file of `torch.save`.
 
     Args:
-        file: The file.
+        file: Path of the file.
 
     Returns:
-        Its content, with tensors on the CPU; those that lie uncompressed and aligned stay on disk until they are used.
+        Its content, with tensors on the CPU. Uncompressed and aligned tensors stay on disk until they are used.
 
     Raises:
-        UnsafeCheckpointError: If it asks for what no weights need, or contradicts itself.
-        Exception: If it is damaged, which can show in any way.
+        UnsafeCheckpointError: If the file requests anything that weights do not need, or contradicts itself.
+        Exception: If the file is damaged; any exception is possible.
     """
     with open(file, 'rb') as f:
         memory = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -76,8 +76,8 @@ def _load_zip(file: Path, memory: mmap.mmap) -> object:
 def _check_entries(archive: zipfile.ZipFile, memory: mmap.mmap) -> dict[str, zipfile.ZipInfo]:
     """Return the entries of an archive by name, after checking them.
 
-    Each is there once, none lies beyond the file or over another one, none unpacks without bound, and all agree with
-    their checksums, which torch does not look at (`ZipFile.read` does where it unpacks).
+    Names are unique, no entry overlaps another one or exceeds the file, none unpacks without bound, and all match their
+    checksums, which torch does not verify (`ZipFile.read` does for compressed entries).
     """
     listed = archive.infolist()
     entries = {entry.filename: entry for entry in listed}
@@ -90,7 +90,7 @@ def _check_entries(archive: zipfile.ZipFile, memory: mmap.mmap) -> dict[str, zip
     for entry in listed:
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.flag_bits & 1:
             raise UnsafeCheckpointError(f'its zip entry {entry.filename} is encrypted or compressed in a rare way')
-        if entry.compress_type == zipfile.ZIP_STORED and entry.CRC:  # 0 where a writer left it out
+        if entry.compress_type == zipfile.ZIP_STORED and entry.CRC:  # some writers leave it at 0
             start = _data_offset(memory, entry)
             with memoryview(memory) as view, view[start : start + entry.file_size] as content:
                 if zlib.crc32(content) != entry.CRC:
@@ -99,9 +99,9 @@ def _check_entries(archive: zipfile.ZipFile, memory: mmap.mmap) -> dict[str, zip
 
 
 def _data_offset(memory: mmap.mmap, entry: zipfile.ZipInfo) -> int:
-    """Return where the content of an uncompressed entry begins.
+    """Return the offset of the content of an uncompressed entry.
 
-    The header before it tells, and has to agree with the archive's list of entries.
+    It follows from the local header, which has to match the central directory.
     """
     at = entry.header_offset
     method = int.from_bytes(memory[at + 8 : at + 10], 'little')
@@ -115,7 +115,7 @@ def _data_offset(memory: mmap.mmap, entry: zipfile.ZipInfo) -> int:
 
 
 def _archive_root(entries: dict[str, zipfile.ZipInfo]) -> str:
-    """Return the folder in an archive that contains the checkpoint."""
+    """Return the folder of the checkpoint in an archive."""
     roots = [name.removesuffix('data.pkl') for name in entries if name.split('/')[-1] == 'data.pkl']
     if len(roots) != 1:
         raise UnsafeCheckpointError(
@@ -135,7 +135,7 @@ def _read_record(archive: zipfile.ZipFile, memory: mmap.mmap, entry: zipfile.Zip
 
 
 class StorageLocation(NamedTuple):
-    """Where a storage of an older file lies, in bytes, and how many values it has."""
+    """Offset of a storage in an older file in bytes, its number of values, and their dtype."""
 
     start: int
     numel: int
@@ -174,7 +174,7 @@ def _load_legacy(file: Path, memory: mmap.mmap) -> object:
                 _swap_bytes(storages[key], kind.dtype)
         if view is None:
             return Storage(kind.dtype, storages[key])
-        _, view_start, length = view  # a part of it that tensors are counted from
+        _, view_start, length = view  # the part of it to which offsets of tensors refer
         if not 0 <= view_start <= view_start + length <= numel:
             raise UnsafeCheckpointError(f'it holds a view beyond its storage {key}')
         return Storage(kind.dtype, storages[key][view_start * size : (view_start + length) * size])
@@ -186,7 +186,7 @@ def _load_legacy(file: Path, memory: mmap.mmap) -> object:
 def _storage_locations(
     memory: mmap.mmap, keys: list[str], expected: dict[str, StorageLocation]
 ) -> dict[str, StorageLocation]:
-    """Return where the storages lie that follow the pickles, each after its number of values."""
+    """Return the locations of the storages after the pickles, each of which follows its number of values."""
     if sorted(keys) != sorted(expected):
         raise UnsafeCheckpointError('its list of storages is not that of its tensors')
     places = {}
@@ -206,7 +206,7 @@ def _refuse_storage(*_) -> Storage:
 
 
 def _load_storage(memory: mmap.mmap | bytearray, start: int, size: int, dtype: torch.dtype) -> torch.UntypedStorage:
-    """Return `size` bytes from `start` on: mapped where values are aligned there, otherwise a copy."""
+    """Return `size` bytes from offset `start`: mapped if the values are aligned there, otherwise copied."""
     if not size:
         return torch.UntypedStorage(0)
     mapped = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=start)
@@ -214,6 +214,6 @@ def _load_storage(memory: mmap.mmap | bytearray, start: int, size: int, dtype: t
 
 
 def _swap_bytes(storage: torch.UntypedStorage, dtype: torch.dtype) -> None:
-    """Reverse the bytes of each value, which a machine of the other byte order wrote."""
+    """Reverse the bytes of each value in a file from a machine with the other byte order."""
     if dtype.itemsize > 1 and storage.nbytes():
         storage.byteswap(dtype)

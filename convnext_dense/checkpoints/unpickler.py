@@ -1,10 +1,10 @@
-"""The pickle inside a checkpoint, read without trusting it.
+"""Read the pickle inside a checkpoint without trusting it.
 
-`torch.load(weights_only=True)` runs no code of a file either, but it calls what the file names with the arguments that
-the file gives: `bytearray(2**40)`, `_codecs.encode(text, 'punycode')`, which takes quadratic time, a storage of more
-bytes than the file has, and what one allows for mmengine's sake: a numpy dtype made of an array of made-up pointers.
-Here a name in a file stands for a function of this module, which checks its arguments before torch or numpy sees them,
-and only the opcodes of plain values, which `torch.save` writes by any protocol, are known.
+`torch.load(weights_only=True)` does not run code from a file either, but it calls a list of functions with arguments
+from the file: `bytearray(2**40)`, `_codecs.encode(text, 'punycode')` in quadratic time, a storage with more bytes than
+the file, and, with the classes that mmengine needs, a NumPy dtype made of an array of forged pointers. Here, every name
+in a file maps to a function of this module that checks its arguments before torch or NumPy sees them, and only the
+opcodes of plain values, which `torch.save` writes with any protocol, are supported.
 """
 
 import io
@@ -20,27 +20,27 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
-# Protocol 2, torch.save's own, and those after it that a user may ask it for.
+# Opcodes of protocol 2, the default of torch.save, and of later protocols.
 OPCODES = """
     PROTO STOP GLOBAL REDUCE BUILD NEWOBJ BINPERSID MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1
     BINFLOAT BINUNICODE BINSTRING SHORT_BINSTRING EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS
     EMPTY_DICT SETITEM SETITEMS BINPUT LONG_BINPUT BINGET LONG_BINGET
     BINBYTES SHORT_BINBYTES FRAME MEMOIZE STACK_GLOBAL SHORT_BINUNICODE BINUNICODE8 BINBYTES8 EMPTY_SET ADDITEMS LONG4
 """
-# What makes files with objects of other people's classes readable; it runs their code.
+# Hint for files with objects of unknown classes; it runs code from the file.
 OBJECT_FIX = "where you trust it: torch.save(torch.load('{{file}}', weights_only=False){part}, 'weights.pth')"
 KEYS_OF_WEIGHTS = ('state_dict', 'model', 'model_state_dict', 'net', 'weights')
-KEYS = (str, int, float, bool, bytes, type(None))  # types of keys: the hash of nested tuples overflows the stack
-MAX_EXPANSION = 2**20  # elements that a tensor may have whatever its storage holds, as views of `Tensor.expand` do
-MAX_SIZE = 2**48  # of a dimension, a stride or an offset
-NUMBERS_AND_TEXT = re.compile(r'[biufc](1|2|4|8|16)|[SU][1-9]\d{0,5}')  # typecodes of numpy
+KEYS = (str, int, float, bool, bytes, type(None))  # types of dict keys; hashing nested tuples overflows the stack
+MAX_EXPANSION = 2**20  # elements that a tensor may have beyond its storage, as in views from `Tensor.expand`
+MAX_SIZE = 2**48  # limit of a dimension, a stride or an offset
+NUMBERS_AND_TEXT = re.compile(r'[biufc](1|2|4|8|16)|[SU][1-9]\d{0,5}')  # NumPy typecodes
 
 
 class UnsafeCheckpointError(pickle.UnpicklingError):
-    """A checkpoint asks for what no weights need, or contradicts itself.
+    """A checkpoint requests anything that weights do not need, or contradicts itself.
 
     Attributes:
-        fix (str, optional): What makes the file readable, where that is known, with {file} for its path.
+        fix (str, optional): Hint that makes the file readable, if one is known, with {file} for its path.
     """
 
     def __init__(self, message: str, fix: str | None = None):
@@ -50,13 +50,13 @@ class UnsafeCheckpointError(pickle.UnpicklingError):
 
 @dataclass(frozen=True, eq=False)
 class GlobalName:
-    """What a global of the file stands for.
+    """Meaning of a global name in the file.
 
     Attributes:
         path (str): Module and name in the file.
-        call (Callable, optional): Builds a value from arguments that it checks; None where the file may not call it.
-        new (Callable, optional): Builds an empty object whose state follows; None where the file may not do so.
-        allowed (Callable, optional): The class or function itself where the user allows it by
+        call (Callable, optional): Function that checks its arguments and builds a value; None if calls are refused.
+        new (Callable, optional): Function that builds an empty object whose state follows; None if that is refused.
+        allowed (Callable, optional): The class or function itself, if the user allows it with
             `torch.serialization.add_safe_globals`.
     """
 
@@ -68,21 +68,21 @@ class GlobalName:
 
 @dataclass(frozen=True, eq=False)
 class StorageType:
-    """A class of torch's storages, by the dtype of their elements."""
+    """A storage class of torch, by the dtype of its elements."""
 
     dtype: torch.dtype
 
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """A storage of the file. `data` is None while a reader only asks which storages a file needs."""
+    """A storage in the file. `data` is None while the reader only collects which storages a file needs."""
 
     dtype: torch.dtype
     data: torch.UntypedStorage | None
 
 
 class DType:
-    """A numpy dtype of numbers or of text of a fixed length."""
+    """A NumPy dtype of numbers or fixed-length text."""
 
     __slots__ = ('dtype',)
 
@@ -93,11 +93,11 @@ class DType:
 
 
 class Unpickler(pickle._Unpickler):
-    """Python's unpickler for a few opcodes and names. The one in C would allocate memory for any index of its memo.
+    """Python's unpickler for a few opcodes and names. The C version would allocate memory for any memo index.
 
     Args:
         file: A BytesIO or an mmap.
-        find_storage: A function from the arguments of a persistent id of torch to a `Storage`.
+        find_storage: Function from the arguments of a persistent id of torch to a `Storage`.
     """
 
     def __init__(self, file, find_storage: Callable[..., Storage]):
@@ -109,17 +109,17 @@ class Unpickler(pickle._Unpickler):
         """Return the object in the file."""
         try:
             return super().load()
-        except KeyError as error:  # of the dispatch table or the memo
+        except KeyError as error:  # from the dispatch table or the memo
             raise UnsafeCheckpointError(f'its pickle holds what torch.save does not write: {error}') from error
 
     def find_class(self, module: str, name: str):
-        """Return what a global of the file stands for."""
+        """Return the meaning of a global name in the file."""
         path = f'{module}.{name}'
         known = NAMES.get(path, self.user_names.get(path))
         if known is None and path in UNSUPPORTED:
             raise UnsafeCheckpointError(f'it holds {UNSUPPORTED[path]}')
         if known is None:
-            is_top_level = not self.stack and not self.metastack  # it is not part of anything
+            is_top_level = not self.stack and not self.metastack
             raise UnsafeCheckpointError(
                 f'it {"is" if is_top_level else "needs"} {path}',
                 OBJECT_FIX.format(part='.state_dict()' if is_top_level else self._key()),
@@ -127,7 +127,7 @@ class Unpickler(pickle._Unpickler):
         return known
 
     def _key(self) -> str:
-        """Return an index into the dict in the file that leads to its weights, by the texts in the file."""
+        """Guess the index expression that leads to the weights in the file, from the strings in it."""
         content = self.file.getvalue() if isinstance(self.file, io.BytesIO) else self.file
         for key in KEYS_OF_WEIGHTS:
             sizes = b'X' + len(key).to_bytes(4, 'little'), b'\x8c' + len(key).to_bytes(1, 'little')
@@ -136,7 +136,7 @@ class Unpickler(pickle._Unpickler):
         return '[KEY_OF_ITS_WEIGHTS]'
 
     def persistent_load(self, pid):
-        """Return the storage of a persistent id."""
+        """Return the storage for a persistent id."""
         if type(pid) is not tuple or len(pid) < 5 or pid[0] != 'storage' or type(pid[1]) is not StorageType:
             raise UnsafeCheckpointError('it refers to something that is no storage')
         return self.find_storage(*pid[1:])
@@ -243,14 +243,14 @@ def _ordered_dict(items: list = ()) -> OrderedDict:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Bytes as pickles of protocol 2 hold them."""
+    """Decode bytes in the form of pickle protocol 2."""
     if encoding != 'latin1':
         raise UnsafeCheckpointError(f'it encodes text as {str(encoding)[:40]!r}')
     return _expect(text, str).encode('latin1')
 
 
 def _method_name(owner: object, name: str) -> None:
-    """`getattr`, by which an mmengine HistoryBuffer names its own methods: it has them anyway."""
+    """Replace `getattr`, with which an mmengine HistoryBuffer refers to its own methods; it has them anyway."""
     if owner is not NAMES[HISTORY] or name not in STATISTICS:
         raise UnsafeCheckpointError(f'it calls getattr for {str(name)[:40]!r}')
 
@@ -259,12 +259,12 @@ def _method_name(owner: object, name: str) -> None:
 
 
 def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> torch.Tensor | None:
-    """A tensor that lies in its storage, as `torch._utils._rebuild_tensor_v2` makes one."""
+    """Build a tensor within its storage, as `torch._utils._rebuild_tensor_v2` does."""
     return _in_storage(_expect(storage, Storage), storage.dtype, offset, size, stride, requires_grad, metadata)
 
 
 def _tensor_of_dtype(storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None) -> torch.Tensor | None:
-    """The same for dtypes without a class of storages, `torch._utils._rebuild_tensor_v3`."""
+    """Build a tensor of a dtype without a storage class, as `torch._utils._rebuild_tensor_v3` does."""
     return _in_storage(_expect(storage, Storage), dtype, offset, size, stride, requires_grad, metadata)
 
 
@@ -298,7 +298,7 @@ def _parameter(data: torch.Tensor | None, requires_grad, hooks, state=None) -> t
 
 
 def _tensor_with_attributes(function: GlobalName, kind: GlobalName, args: tuple, state: object) -> torch.Tensor | None:
-    """A plain tensor or parameter on which somebody set attributes, which are left out."""
+    """Build a plain tensor or parameter with custom attributes, which are dropped."""
     if kind not in (NAMES['torch.Tensor'], NAMES['torch.nn.parameter.Parameter']):
         raise UnsafeCheckpointError('it holds tensors of a class of their own')
     return _expect(function, GlobalName).call(*args)
@@ -308,7 +308,7 @@ def _tensor_with_attributes(function: GlobalName, kind: GlobalName, args: tuple,
 
 
 def _empty_array(kind: GlobalName, shape: tuple, code: bytes) -> np.ndarray:
-    """`numpy.core.multiarray._reconstruct`: an array whose state follows."""
+    """Build an array whose state follows, as `numpy.core.multiarray._reconstruct` does."""
     if kind is not NAMES['numpy.ndarray']:
         raise UnsafeCheckpointError('it holds numpy arrays of a class of their own')
     return np.empty(0)
@@ -345,7 +345,7 @@ def _scalar(dtype: DType, content: object) -> np.generic:
 
 
 def _fill_history(history: HistoryBuffer, state: dict) -> None:
-    """A history of one logged value. The methods that the file registers with it are left out."""
+    """Fill the history of a logged value; the methods that the file registers with it are dropped."""
     values, counts = (_expect(state[key], np.ndarray) for key in ('_log_history', '_count_history'))
     if any(array.ndim != 1 or array.dtype.kind not in 'biuf' for array in (values, counts)):
         raise UnsafeCheckpointError('it holds a history of values that are no numbers')
@@ -357,7 +357,7 @@ def _fill_namespace(namespace: Namespace, state: dict) -> None:
 
 
 def _fill_ordered_dict(ordered: OrderedDict, state: dict) -> None:
-    """The versions of modules, which `Module.state_dict` keeps beside the tensors."""
+    """Keep the versions of modules, which `Module.state_dict` stores next to the tensors."""
     metadata = _expect(state, dict).get('_metadata')
     if isinstance(metadata, dict):
         ordered._metadata = metadata
@@ -367,7 +367,7 @@ def _new(kind: type) -> Callable[..., object]:
     return lambda *args: kind.__new__(kind, *args)
 
 
-# What checkpoints of torch, mmengine and the original code hold, by the names in their pickles.
+# Contents of checkpoints of torch, mmengine and the original code, by the names in their pickles.
 HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
 STATISTICS = ('min', 'max', 'current', 'mean')
 FUNCTIONS = {
@@ -390,10 +390,10 @@ FUNCTIONS = {
 FUNCTIONS |= {f'numpy.{core}.multiarray._reconstruct': _empty_array for core in ('core', '_core')}
 FUNCTIONS |= {f'numpy.{core}.multiarray.scalar': _scalar for core in ('core', '_core')}
 FUNCTIONS |= {path.replace('__builtin__', 'builtins'): function for path, function in FUNCTIONS.items()}
-# Objects whose state follows. Namespace: the arguments that the original's training code saves beside the weights.
+# Objects whose state follows. Namespace: arguments that the original training code saves next to the weights.
 OBJECTS = {HISTORY: HistoryBuffer, 'argparse.Namespace': Namespace}
 CLASSES = ('torch.Tensor', 'torch.nn.parameter.Parameter', 'numpy.ndarray')
-CLASSES += tuple(f'{HISTORY}.{name}' for name in STATISTICS)  # as pickles of protocol 4 name them
+CLASSES += tuple(f'{HISTORY}.{name}' for name in STATISTICS)  # their names in pickle protocol 4
 STORAGES = dict(
     Double=torch.float64, Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16, Long=torch.int64,
     Int=torch.int32, Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool,

@@ -11,7 +11,7 @@ from ..config.launch import is_rank0
 from ..config.options import KeyValueAction
 from .exit import DEBUG_VARIABLE, printable
 
-# Old spelling of an option -> its name. The old one is accepted with a warning by each parser that has the new one.
+# Old spelling of an option -> its name. Every parser that has the new option accepts the old one with a warning.
 RENAMED_OPTIONS = {
     '--as-is': '--no-auto-batch',
     '--keep': '--max-keep-ckpts',
@@ -66,7 +66,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
-    """Return a type for arguments that are integers in a range, both ends included."""
+    """Return an argparse type for integers in a range, both ends included."""
 
     def parse(text: str) -> int:
         value = int(text) if re.fullmatch('-?[0-9]+', text) else None
@@ -82,8 +82,8 @@ def make_config_parser(description: str, **config) -> ArgumentParser:
     """Return a parser with the arguments of every tool that reads a config.
 
     Args:
-        description: of the tool.
-        config: settings for the positional argument `config`, such as nargs='?'.
+        description: Description of the tool, for its help.
+        config: Settings of the positional argument `config`, such as nargs='?'.
     """
     parser = ArgumentParser(description=description)
     parser.add_argument('config', help='config file, such as configs/cascade/convnext_t.py', **config)

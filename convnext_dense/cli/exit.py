@@ -1,4 +1,4 @@
-"""How a tool exits: bad input with one line and code 2, a failed run with its own code, a bug with its traceback."""
+"""How tools exit: bad input with one line and code 2, a failed run with its own code, a bug with a traceback."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from ..engine.console import detach_stdout, warn_once
 from ..errors import RunInterrupted, TrainingError, UsageError, is_user_code_error, one_line
 
 MAX_MESSAGE_CHARS = 2000  # names in a file can be of any length
-DEBUG_VARIABLE = 'CONVNEXT_DENSE_DEBUG'  # set to 1, it does what --debug does
+DEBUG_VARIABLE = 'CONVNEXT_DENSE_DEBUG'  # 1 has the same effect as --debug
 TOOLS_WITH_WORK_DIR = ('train.py', 'test.py')
 
 
@@ -23,13 +23,13 @@ TOOLS_WITH_WORK_DIR = ('train.py', 'test.py')
 def exit_on_error() -> Iterator[None]:
     """Context manager that turns errors into one line and an exit code.
 
-    Bad input exits with code 2, a training that cannot continue with a code of its own. A bug, in this project or in a
-    module of the user's, keeps its traceback; with `--debug` or CONVNEXT_DENSE_DEBUG=1 all errors do.
+    Bad input exits with code 2, a training that cannot continue with the code of its error. A bug, in this package or
+    in a module of the user's, keeps its traceback; with `--debug` or CONVNEXT_DENSE_DEBUG=1 all errors show it.
     """
     _open_streams()
     try:
         yield
-    except BrokenPipeError:  # `| head`: the reader has seen enough
+    except BrokenPipeError:  # as after `| head`
         detach_stdout()
         sys.exit(141)
     except (Exception, KeyboardInterrupt) as error:
@@ -71,7 +71,7 @@ def _message_and_code(error: BaseException) -> tuple[str, int] | None:
 
 
 def _is_config_argument_error(error: BaseException) -> bool:
-    """Whether a config passes a wrong argument to a class, or lacks a required one; some are built late."""
+    """Whether a config passes a wrong argument to a class, or lacks a required one; some objects are built late."""
     if not re.search(r'__init__\(\) (got an unexpected|missing \d+ required)', str(error)) or is_user_code_error(error):
         return False
     calls = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
@@ -86,7 +86,7 @@ def printable(text: str) -> str:
 
 
 def _open_streams() -> None:
-    """Make the output streams accept everything: closed ones drop it, unknown characters are escaped."""
+    """Make the output streams accept everything: closed streams drop it, unknown characters are escaped."""
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115

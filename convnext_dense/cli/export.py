@@ -58,7 +58,7 @@ def export(args: argparse.Namespace) -> None:
     """Export what the arguments name.
 
     Args:
-        args: As `make_export_parser` defines them.
+        args: Arguments as `make_export_parser` defines them.
 
     Raises:
         UsageError: If an argument cannot be used, or the file does not compute what the model does; no file is written

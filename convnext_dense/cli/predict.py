@@ -1,4 +1,4 @@
-"""What tools/predict.py does: check everything, then build the model, then predict."""
+"""The command tools/predict.py: check everything, then build the model, then predict."""
 
 import argparse
 import os
@@ -30,7 +30,7 @@ from ..inference.views import check_scales
 from .arguments import ArgumentParser
 from .exit import printable
 
-DETECTION_OPTIONS = ('score_thr', 'max_per_image')  # that segmentation does not have
+DETECTION_OPTIONS = ('score_thr', 'max_per_image')  # not for segmentation
 
 
 def make_predict_parser(description: str) -> ArgumentParser:
@@ -81,13 +81,13 @@ def predict(args: argparse.Namespace) -> int:
     """Predict what the arguments name.
 
     Args:
-        args: As `make_predict_parser` defines them.
+        args: Arguments as `make_predict_parser` defines them.
 
     Returns:
         The exit code: 1 if an image was skipped.
 
     Raises:
-        UsageError: If an argument cannot be used; no model is built then.
+        UsageError: If an argument cannot be used; this is known before the model is built.
     """
     options = PredictOptions(
         score_thr=args.score_thr,
@@ -156,7 +156,7 @@ def _check_options(source: ModelSource, options: PredictOptions, args: argparse.
 
 
 def _settings(source: ModelSource, options: PredictOptions, args: argparse.Namespace) -> dict[str, object]:
-    """What the results depend on, by the names of the command line."""
+    """The settings on which the results depend, by command-line name."""
     status = os.stat(source.file)
     values = {name: value for name, value in vars(options).items() if name != 'batch_size'}
     return {
@@ -224,10 +224,10 @@ def _summary(report: RunReport, task: str) -> str:
 
 
 def _make_viewer() -> Callable[[np.ndarray], None]:
-    """Return a function that shows a picture until a key is pressed; Esc ends showing.
+    """Return a function that shows a picture until a key is pressed; after Esc it shows no more.
 
     Raises:
-        UsageError: If there is no display, or OpenCV has no windows.
+        UsageError: If there is no display, or OpenCV was built without windows.
     """
     import cv2
 

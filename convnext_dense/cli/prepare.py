@@ -1,4 +1,4 @@
-"""From parsed arguments to a runner: the steps by which the command line changes a config, in order."""
+"""From parsed arguments to a runner: the ordered steps by which the command line changes a config."""
 
 import argparse
 import logging
@@ -55,11 +55,11 @@ class PreparedRun:
     """A run that is ready to be built.
 
     Attributes:
-        config: with all that the command line changes in it.
-        checkpoint: the file of the checkpoint to resume, or of the model to test; None for a new training.
-        notices: what the user is told once the runner, and with it the log, exists.
-        options: the settings of `--cfg-options`, without the plus of new ones.
-        request: the custom data set that the arguments ask for, if any.
+        config: The config, with the changes that the command line asks for.
+        checkpoint: Path of the checkpoint to resume or test; None for a new training.
+        notices: Lines to log once the runner, and with it the log file, exists.
+        options: The settings of `--cfg-options` by dotted key, without a leading plus.
+        request: The custom data set that the arguments name, if any.
     """
 
     config: Config = field(default_factory=Config)
@@ -69,7 +69,7 @@ class PreparedRun:
     request: DatasetRequest | None = None
 
 
-# What a step returns: nothing, a line, or several; a line without a level is an information.
+# What a step returns: nothing, a line, or several; a line without a level is logged as info.
 Lines = None | str | Notice | Iterable[str | Notice]
 
 
@@ -77,9 +77,9 @@ class Step(NamedTuple):
     """One of the steps that make a config what a run needs.
 
     Attributes:
-        name: of the step, as `after` of others names it.
-        apply: changes or checks the run by the arguments, and returns what is to be said of it.
-        after: names of steps whose result this one reads or must not be changed by.
+        name: Name of the step, to which `after` of other steps refers.
+        apply: Function that changes or checks the run according to the arguments, and returns lines for the log.
+        after: Names of the steps that have to come before this one.
     """
 
     name: str
@@ -91,14 +91,14 @@ def prepare(args: argparse.Namespace, steps: Iterable[Step]) -> PreparedRun:
     """Apply the steps of a tool (`TRAIN_STEPS` or `TEST_STEPS`) to the config that its arguments name.
 
     Args:
-        args: as `make_run_parser` and the tool define them.
-        steps: in the order in which they are applied.
+        args: Arguments as `make_run_parser` and the tool define them.
+        steps: The steps, in the order in which they are applied.
 
     Returns:
-        The run, which `build_runner` builds.
+        The run, for `build_runner`.
 
     Raises:
-        UsageError: the config, an argument or something that they name cannot be used.
+        UsageError: If the config, an argument, or a file that they name cannot be used.
     """
     run = PreparedRun()
     for step in steps:
@@ -112,11 +112,11 @@ def build_runner(run: PreparedRun, compile_blocks: bool = False) -> Runner:
     """Build the runner of a prepared run and log the notices.
 
     Args:
-        run: as `prepare` returns it.
-        compile_blocks: whether the backbone's blocks are compiled when they first run.
+        run: The run that `prepare` returned.
+        compile_blocks: Whether to compile the blocks of the backbone with torch.compile.
 
     Raises:
-        UsageError: the config cannot be built, or the checkpoint does not fit its model.
+        UsageError: If the config cannot be built, or the checkpoint does not fit its model.
     """
     runner = make_runner(run.config, run.checkpoint)
     for message, level in run.notices:
@@ -127,7 +127,7 @@ def build_runner(run: PreparedRun, compile_blocks: bool = False) -> Runner:
 
 
 def _load(run: PreparedRun, args: argparse.Namespace, required: tuple[str, ...], subfolder: str = '') -> None:
-    """Load the config, with its launcher, its work dir or a folder in it, and the data set that is asked for."""
+    """Load the config, and set its launcher, its work dir (or a subfolder) and the requested data set."""
     survive_closed_stdout()
     if args.launcher == 'mpi':
         os.environ.setdefault('LOCAL_RANK', os.environ.get('OMPI_COMM_WORLD_LOCAL_RANK', '0'))
@@ -146,7 +146,7 @@ def _load(run: PreparedRun, args: argparse.Namespace, required: tuple[str, ...],
         )
 
 
-# Arguments that are settings of a config: they have the same effect as `--cfg-options KEY=VALUE`.
+# Arguments that set a config key, as `--cfg-options KEY=VALUE` does.
 FLAG_KEYS = {'batch_size': 'train_dataloader.batch_size', 'seed': 'randomness.seed'}
 
 
@@ -169,7 +169,7 @@ def _set_accumulation(run: PreparedRun, args: argparse.Namespace) -> Lines:
 
 
 def _add_loggers(run: PreparedRun, args: argparse.Namespace) -> None:
-    if not args.dry_run and not args.lr_find:  # which no tracker is to know of
+    if not args.dry_run and not args.lr_find:  # these runs are not tracked
         add_trackers(run.config, args.loggers, args.resume is not None)
 
 
@@ -198,7 +198,7 @@ def _find_checkpoint_to_test(run: PreparedRun, args: argparse.Namespace) -> None
 
 
 def _check_exported(run: PreparedRun, args: argparse.Namespace) -> None:
-    """Refuse what an exported model cannot do."""
+    """Refuse options that an exported model does not support."""
     if not is_exported(run.checkpoint):
         return
     read_exported(run.checkpoint)
@@ -213,7 +213,7 @@ def _check_exported(run: PreparedRun, args: argparse.Namespace) -> None:
 
 
 def _use_model(run: PreparedRun, args: argparse.Namespace) -> Lines:
-    """Load the checkpoint into the model, or have the exported model in its place."""
+    """Set the checkpoint to load, or replace the model by the exported one."""
     if not is_exported(run.checkpoint):
         run.config.load_from = run.checkpoint
         return None
@@ -246,7 +246,7 @@ def _fit_schedule(run: PreparedRun, args: argparse.Namespace) -> Lines:
         return None
     record = (checkpoint_config(run.checkpoint) or {}).get('schedule_fit') if run.checkpoint else None
     num_images = count_training_images(run.config)
-    if not num_images or (run.checkpoint and not record):  # a run whose schedule was not fitted continues as it is
+    if not num_images or (run.checkpoint and not record):  # a resumed run whose schedule was not fitted
         return None
     has_length = args.epochs is not None or args.iters is not None
     has_batch = args.no_auto_batch or bool(args.accumulate)
@@ -278,18 +278,17 @@ def _warnings(*lines: str | None) -> list[Notice]:
 
 
 # Why a step comes after others:
-# - data: which images are too small follows from the image size; grayscale input and EXIF orientation are both in
-#   `color_type`; the prepared annotations are written into the locked work dir; their classes must be those of the
-#   checkpoint.
-# - schedule: parts of the model that the data remove have nothing to scale.
-# - balance: the classes of the images that are trained on decide what is rare.
-# - mosaic: in the last of the epochs that were asked for there are none. Copied objects need masks, which decide about
-#   both, and an image is mixed once.
-# - fit: the images of a custom data set and the length that was asked for decide what is left to fit.
-# - batch: accumulation multiplies the length that was asked for, and all that counts iterations with it.
-# - compare: with the checkpoint, of what the run will really be.
-# - overridden: what does not hold in the end.
-# - lr_find: has no schedule and no checkpoints, whatever the options say of them.
+# - data: the image size decides which images are too small; grayscale input and EXIF orientation share the setting
+#   `color_type`; the prepared annotations are written into the locked work dir; their classes must be the checkpoint's.
+# - schedule: the data may remove parts of the model, which must not be scaled.
+# - balance: the frequency of a class depends on the training images.
+# - mosaic: it is off in the last epochs, so the length must be known. It excludes copy-paste, because an image is mixed
+#   only once.
+# - fit: depends on the number of images and on the length that the user sets.
+# - batch: accumulation multiplies the final length and everything else that counts iterations.
+# - compare: the checkpoint is compared with the settings that the run will really have.
+# - overridden: reports the options that do not hold in the final config.
+# - lr_find: removes schedule and checkpoints, whatever the options say.
 TRAIN_STEPS = (
     Step('config', partial(_load, required=('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'))),
     Step('image_size', lambda run, args: set_image_size(run.config, args.image_size), after=('config',)),
@@ -357,10 +356,10 @@ def format_metrics(metrics: dict[str, float]) -> str:
     """Format an evaluation in one line.
 
     Args:
-        metrics: as an evaluator returns them.
+        metrics: Metrics as an evaluator returns them.
 
     Returns:
-        Box and mask AP (percent, as the paper gives them) or mIoU, or all metrics where none of these is there.
+        Box and mask AP (in percent, as in the paper) or mIoU; all metrics if there is none of these.
     """
     parts = [
         f'{name} {value:.2f}' if name == 'mIoU' else f'{name} {value:.1f}'

@@ -23,31 +23,31 @@ def choose_batch(world_size: int, max_per_gpu: int, target: int, min_per_gpu: in
     """Choose the batch on each GPU for a total batch size nearest to `target`.
 
     Args:
-        world_size: number of processes, one per GPU.
-        max_per_gpu: most images per GPU.
-        target: total batch size, in images per optimizer step.
-        min_per_gpu: fewest images per GPU.
+        world_size: Number of processes, one per GPU.
+        max_per_gpu: Maximum number of images per GPU.
+        target: Total batch size, in images per optimizer step.
+        min_per_gpu: Minimum number of images per GPU.
 
     Returns:
-        Images per GPU and gradient accumulation steps; of equally near choices the one with the fewest steps.
+        Images per GPU, and gradient accumulation steps. Among equally near choices, the one with the fewest steps.
     """
     choices = [(n, k) for n in range(min_per_gpu, max_per_gpu + 1) for k in range(1, target + 1)]
     return min(choices, key=lambda choice: (abs(world_size * choice[0] * choice[1] - target), choice[1], -choice[0]))
 
 
 def set_accumulation(config: Config, world_size: int, steps: int | None) -> Notice | None:
-    """Set the total batch that so many gradient accumulation steps give; `scale_batch` then accumulates them.
+    """Set the total batch size that results from a number of gradient accumulation steps, for `scale_batch`.
 
     Args:
-        config: changed in place.
-        world_size: number of processes, one per GPU.
-        steps: iterations per optimizer step; None for what follows from the total batch.
+        config: Config; it is changed in place.
+        world_size: Number of processes, one per GPU.
+        steps: Iterations per optimizer step; None to keep the total batch size of the config.
 
     Returns:
-        A warning where the total batch is not the recipe's.
+        A warning if the total batch size differs from the recipe's.
 
     Raises:
-        UsageError: the config accumulates itself.
+        UsageError: If the config sets gradient accumulation itself.
     """
     if steps is None:
         return None
@@ -65,22 +65,22 @@ def set_accumulation(config: Config, world_size: int, steps: int | None) -> Noti
 def scale_batch(
     config: Config, world_size: int, keep_config: bool = False, options: Mapping[str, object] | None = None
 ) -> Notice | None:
-    """Adapt a config that names its `total_batch` to a number of GPUs.
+    """Adapt a config that has a `total_batch` to a number of GPUs.
 
-    With few GPUs gradients are accumulated, with many each takes fewer images; all settings that count iterations are
-    scaled with the accumulation steps.
+    With few GPUs, gradients are accumulated; with many, each GPU takes fewer images. All settings that count iterations
+    are multiplied by the accumulation steps.
 
     Args:
-        config: changed in place.
-        world_size: number of processes, one per GPU.
-        keep_config: whether batch and accumulation stay as the config has them.
-        options: settings of the command line; a batch size among them stays.
+        config: Config; it is changed in place.
+        world_size: Number of processes, one per GPU.
+        keep_config: Whether to keep the batch size and accumulation of the config.
+        options: Settings from the command line; a batch size among them is kept.
 
     Returns:
-        The total batch size, as a warning where it is not the recipe's; None for configs that name no total batch.
+        The total batch size, as a warning if it differs from the recipe's; None for configs without `total_batch`.
 
     Raises:
-        UsageError: a schedule of the config cannot be scaled, or a setting has the wrong type.
+        UsageError: If a schedule of the config cannot be scaled, or a setting has the wrong type.
     """
     if not config.get('total_batch'):
         return None
@@ -112,15 +112,14 @@ def scale_batch(
 
 
 def check_accumulation_unchanged(config: Config, meta: dict, checkpoint: str) -> None:
-    """Raise UsageError where the run of a checkpoint accumulated gradients over another number of iterations.
+    """Raise UsageError if a checkpoint was trained with another number of gradient accumulation steps.
 
-    Its iteration counter would mean something else here. Only for checkpoints that do not say how their batches were
-    partitioned.
+    Its iteration counter would have another meaning. Used only for checkpoints without a batch partition.
 
     Args:
-        config: of the run that resumes.
-        meta: of the checkpoint.
-        checkpoint: its file, for the message.
+        config: Config of the run that resumes.
+        meta: Metadata of the checkpoint.
+        checkpoint: Path of the checkpoint, for the message.
     """
     old = accumulative_counts(parse_config_literal(meta['cfg'])) if meta.get('cfg') else 1
     new = accumulative_counts(config)
@@ -134,8 +133,7 @@ def check_accumulation_unchanged(config: Config, meta: dict, checkpoint: str) ->
 def _apply_accumulation(config: Config, n: int) -> None:
     """Accumulate gradients over `n` iterations.
 
-    An iteration-based loop runs n times as many iterations; schedules stay as they are and step at every optimizer
-    step.
+    An iteration-based loop runs n times as many iterations; schedules are unchanged and step once per optimizer step.
     """
     for scheduler in as_list(config.get('param_scheduler')):
         if scheduler.get('convert_to_iter_based'):

@@ -1,4 +1,4 @@
-"""Images whose channels are not those of RGB: how a config reads, augments and draws them, and its backbone's input."""
+"""Adapt a config to images with other channels than RGB: reading, augmentation, drawing, backbone input."""
 
 from mmengine.config import Config
 from mmengine.registry import MODELS, TRANSFORMS
@@ -13,12 +13,12 @@ from .tree import PIPELINE_KEYS, add_custom_imports, iter_dicts
 
 MODULES = ('convnext_dense.engine.channel_transforms', 'convnext_dense.engine.channel_visualization_hook')
 DISTORTION, HOOK = 'RandomBrightnessContrast', 'ChannelVisualizationHook'
-# Transforms of colors that become `DISTORTION`; the others of `RGB_TRANSFORMS` are left out.
+# Color transforms that are replaced by `DISTORTION`; the other `RGB_TRANSFORMS` are removed.
 DISTORTIONS = ('PhotoMetricDistortion', 'YOLOXHSVRandomAug')
 
 
 def channel_reader(config: Config) -> ChannelReader | None:
-    """Return how the test pipeline of a config reads channels; None if it reads RGB."""
+    """Return the channel reader of a config's test pipeline; None if it reads RGB."""
     for step in iter_dicts(config.get('test_dataloader') or {}):
         if short_name(step.get('type')) == CHANNEL_LOADER:
             return ChannelReader(**{name: step[name] for name in ChannelReader._fields})
@@ -26,17 +26,17 @@ def channel_reader(config: Config) -> ChannelReader | None:
 
 
 def set_channels(config: Config, reader: ChannelReader) -> str:
-    """Adapt a config to images whose channels are not those of RGB.
+    """Adapt a config to images with other channels than RGB.
 
     Args:
-        config: changed in place.
-        reader: how images are read.
+        config: Config; it is changed in place.
+        reader: Reader of the images.
 
     Returns:
         One line that says what changed.
 
     Raises:
-        UsageError: the backbone cannot take these channels, or its pretrained weights cannot be adapted to them.
+        UsageError: If the backbone cannot take these channels, or its pretrained weights cannot be adapted to them.
     """
     settings = {name: list(v) if isinstance(v, tuple) else v for name, v in reader._asdict().items()}
     replaced, removed = set(), set()
@@ -66,7 +66,7 @@ def set_channels(config: Config, reader: ChannelReader) -> str:
 
 
 def _set_preprocessor(model: dict) -> None:
-    """Leave normalization to the reader, and the order of channels as it is."""
+    """Remove normalization, which the reader does, and the reordering of channels."""
     preprocessor = model.get('data_preprocessor') or {}
     for key in ('mean', 'std'):
         preprocessor.pop(key, None)
@@ -76,7 +76,7 @@ def _set_preprocessor(model: dict) -> None:
 
 
 def _set_input(model: dict, num_channels: int) -> str:
-    """Set the input channels of the backbone; return what is said of its pretrained stem."""
+    """Set the input channels of the backbone; return a note on its pretrained stem for the log."""
     backbone = model.get('backbone') or {}
     if backbone.get('in_channels', 3) == num_channels:
         return ''

@@ -17,8 +17,8 @@ from .tree import as_list, iter_dicts
 
 RARE = 0.5  # a class is rare if it is in fewer images than this fraction of those of the median class
 ENET_OFFSET = 1.02  # Paszke et al. 2016, ENet: weight 1 / ln(1.02 + p), from 1.4 to 50
-MAX_MASKS = 1000  # that are counted, evenly spaced
-MAX_ROWS = 40  # of a table: the rarest classes
+MAX_MASKS = 1000  # masks that are counted, evenly spaced
+MAX_ROWS = 40  # rows of a table: the rarest classes
 
 
 def balance_classes(config: Config, enabled: bool) -> str | None:
@@ -26,18 +26,18 @@ def balance_classes(config: Config, enabled: bool) -> str | None:
 
     In detection, images with rare classes are repeated, by mmdet's `ClassBalancedDataset` (Gupta et al. 2019, LVIS):
     rare is a class in fewer than half as many images as the median class. In segmentation, where most images have most
-    classes, the loss has class weights (Paszke et al. 2016, ENet, 5.2) that depend on the fraction p of pixels and are
-    bounded, 1 / ln(1.02 + p), scaled so that a pixel weighs 1 on average.
+    classes, the loss gets class weights 1 / ln(1.02 + p) (Paszke et al. 2016, ENet, 5.2) that depend on the fraction p
+    of pixels and are bounded, scaled so that a pixel weighs 1 on average.
 
     Args:
-        config: changed in place, after its data are set.
-        enabled: False for no change.
+        config: Config with its training data; it is changed in place.
+        enabled: Whether to balance; without, the config is unchanged.
 
     Returns:
-        A table with the frequency of each class, and how often its images are repeated or how much its pixels weigh.
+        A table of the frequency of each class and how often its images are repeated, or the weight of its pixels.
 
     Raises:
-        UsageError: the config balances classes itself, or its data set or model has no place for it.
+        UsageError: If the config balances classes itself, or its data set or model does not support it.
     """
     if not enabled:
         return None
@@ -52,7 +52,7 @@ def _repeat_rare_images(config: Config) -> str | None:
         if is_type(part.get('type'), DATASETS, 'ClassBalancedDataset'):
             raise UsageError('--balance: the config has a ClassBalancedDataset already: change it there')
     dataset = build_training_set(config)
-    if not dataset:  # the building of the runner says why
+    if not dataset:  # building the runner reports why
         return None
     if not hasattr(dataset, 'get_cat_ids'):
         raise UsageError(f'--balance: {type(dataset).__name__} does not tell the classes of an image (get_cat_ids)')
@@ -90,7 +90,7 @@ def _weight_classes(config: Config) -> str | None:
 
 
 def _iter_weighted_losses(model: dict) -> Iterator[dict]:
-    """Iterate over the losses per pixel of a segmentor that take class weights."""
+    """Iterate over the pixel-wise losses of a segmentor that accept class weights."""
     for name in ('decode_head', 'auxiliary_head'):
         for head in as_list(model.get(name)):
             for loss in as_list(head.get('loss_decode')) if head.get('out_channels') != 1 else ():
@@ -100,18 +100,18 @@ def _iter_weighted_losses(model: dict) -> Iterator[dict]:
 
 
 def count_pixels(config: Config) -> tuple[Sequence[str], np.ndarray, list[tuple[int, int]]]:
-    """Count the pixels of each class in the masks of a segmentation training set, in at most `MAX_MASKS`.
+    """Count the pixels of each class in at most `MAX_MASKS` masks of a segmentation training set.
 
     Args:
-        config: whose data are set.
+        config: Config whose training data are set.
 
     Returns:
-        The names of the classes, the number of pixels of each label (256,), and the size (H, W) of each mask; empty
-        where there are no masks; the building of the runner says why.
+        The names of the classes, the number of pixels of each label (256,), and the size (H, W) of each mask. They are
+        empty if there are no masks; building the runner then reports why.
 
     Raises:
-        UsageError: there is no single data set that loads masks.
-        UnreadableImageError: a mask cannot be read.
+        UsageError: If there is no single data set that loads masks.
+        UnreadableImageError: If a mask cannot be read.
     """
     leaf = leaf_dataset(config)
     steps = leaf['pipeline'] if leaf else ()
@@ -134,7 +134,7 @@ def count_pixels(config: Config) -> tuple[Sequence[str], np.ndarray, list[tuple[
 def _format_rows(
     unit: str, what: str, classes: Sequence[str], fractions: Sequence[float], values: Sequence[float]
 ) -> list[str]:
-    """Return a table of classes, the rarest first."""
+    """Format a table of classes, the rarest first."""
     rows = sorted(zip(fractions, classes, values))
     shown, width = rows[:MAX_ROWS], max(len(name) for name in ['class', *classes])
     lines = [f'  {"class":{width}}  {unit:>7}  {what:>8}']

@@ -16,12 +16,12 @@ from ..type_names import SCOPES
 DATA_SUFFIXES = ('.yaml', '.yml', '.json')
 TYPE_KEYS = ('type', 'constructor', 'runner_type')  # keys whose values mmengine looks up to build something
 WEIGHT_KEYS = ('init_cfg', 'pretrained')  # keys whose values say where a model's weights are
-# Words, numbers, and names of types with their scope; no calls, paths, addresses and names of pickles.
+# Words, numbers, and type names with their scope; no calls, paths, URLs or names of pickle files.
 PLAIN_STRING = re.compile(
     r'(?!(.*\.)?(pkl|pickle)$)'
     r'([\w \[\]+,-]*(\.\d[\w +,-]*)*|(mmengine|mmcv|mmdet|mmseg|mmpretrain|convnext_dense)\.\w+)'
 )
-MAX_CONFIG_VALUES = 1_000_000  # in a YAML file, counted as often as its aliases repeat them
+MAX_CONFIG_VALUES = 1_000_000  # in a YAML file, with every repetition by an alias
 
 
 class _YamlLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
@@ -34,10 +34,10 @@ _YamlLoader.add_constructor(
 
 
 class SafeYamlHandler(YamlHandler):
-    """YAML handler whose loader builds plain values only; that of mmengine can call what a file names."""
+    """YAML handler that builds plain values only; mmengine's can call whatever a file names."""
 
     def load_from_fileobj(self, file, **kwargs) -> object:
-        """Load an open YAML file; UsageError where its aliases repeat one another without an end."""
+        """Load an open YAML file; raise UsageError if its aliases expand without end."""
         content = yaml.load(file, Loader=_YamlLoader)
         if sum(1 for _, _ in zip(range(MAX_CONFIG_VALUES + 1), _iter_values(content))) > MAX_CONFIG_VALUES:
             raise UsageError(f'it has more than {MAX_CONFIG_VALUES:,} values: remove aliases that repeat one another')
@@ -50,13 +50,13 @@ def register_safe_yaml() -> None:
 
 
 def check_type_names(config: Config, path: str) -> None:
-    """Raise UsageError where a YAML or JSON config names anything but registered types.
+    """Raise UsageError if a YAML or JSON config names anything but registered types.
 
     mmengine imports a type that is written as a path, such as `subprocess.Popen`, and calls it.
 
     Args:
-        config: as it was read.
-        path: of its file; a Python config may name anything.
+        config: The config as it was read.
+        path: Path of its file; a config in Python may name anything.
     """
     if not path.lower().endswith(DATA_SUFFIXES):
         return
@@ -70,14 +70,14 @@ def check_type_names(config: Config, path: str) -> None:
 
 
 def check_plain_strings(value: object, file: str, hint: str) -> None:
-    """Raise UsageError where a model or a pipeline that is read as data has a string that could be more than a name.
+    """Raise UsageError if a model or pipeline that is read as data contains a string that could be more than a name.
 
-    Some classes of OpenMMLab evaluate an argument, or load a pickle from where it says: mmdet's
+    Some classes of OpenMMLab evaluate a string argument as code, or load a pickle from that path: mmdet's
     CameraMotionCompensation, mmcv's NMS, the class weights of losses.
 
     Args:
-        value: Part of a config. Its weights (`init_cfg`, `pretrained`) are not looked at.
-        file: Where it came from, for the message.
+        value: Part of a config. Its `init_cfg` and `pretrained` are not checked.
+        file: File that it came from, for the message.
         hint: What to do instead, for the message.
     """
     if isinstance(value, dict):
@@ -90,10 +90,10 @@ def check_plain_strings(value: object, file: str, hint: str) -> None:
 
 
 def _is_function_of(scope: str, name: str) -> bool:
-    """Whether a name such as `mmengine.dump` is a path too, which mmengine calls where no type is registered so."""
+    """Whether a name such as `mmengine.dump` is also an import path, which mmengine calls if no type is registered."""
     try:
         value = getattr(import_module(scope), name.rpartition('.')[2], None)
-    except ImportError:  # then there is nothing to call either
+    except ImportError:  # nothing that could be called
         return False
     return value is not None and not isinstance(value, type)
 

@@ -1,4 +1,4 @@
-"""Settings of a test from the command line: visualizations, predictions, reports, multi-scale testing."""
+"""Options of a test: visualizations, predictions, reports, multi-scale testing."""
 
 import importlib
 import os
@@ -16,7 +16,7 @@ from .channels import channel_reader
 from .options import is_explicit
 from .tree import as_list
 
-SCALE_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the paper's multi-scale test
+SCALE_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # scales of the paper's multi-scale test
 
 
 def multiscale_factors(config: Config) -> tuple[float, ...]:
@@ -30,12 +30,12 @@ def set_multiscale(config: Config, options: Mapping[str, object] | None = None) 
     Each image is tested as a whole at `multiscale_factors` of the config's own test scale, with and without flip.
 
     Args:
-        config: changed in place.
-        options: settings of the command line, which may not ask for another test.
+        config: Config; it is changed in place.
+        options: Settings from the command line, which must not ask for another test.
 
     Raises:
-        UsageError: it is no segmentation config, its test pipeline does not resize to a scale, or `options` ask for
-            another test.
+        UsageError: If it is not a segmentation config, its test pipeline does not resize to a scale, or `options` ask
+            for another test.
     """
     for key, value in (('model.test_cfg.mode', 'whole'), ('test_dataloader.batch_size', 1)):
         if (options or {}).get(key, value) != value:
@@ -66,17 +66,17 @@ def set_multiscale(config: Config, options: Mapping[str, object] | None = None) 
 def set_visualization(
     config: Config, folder: str | None, show: bool, wait_time: float, options: Mapping[str, object] | None = None
 ) -> None:
-    """Have the library's visualization hook draw predictions next to the ground truth.
+    """Have mmdet's or mmseg's visualization hook draw predictions next to the ground truth.
 
     Args:
-        config: changed in place.
-        folder: that the images are written into, if any.
-        show: whether they are shown in a window.
-        wait_time: seconds that each is shown.
-        options: settings of the command line; an interval of the hook among them stays.
+        config: Config; it is changed in place.
+        folder: Folder into which the images are written; None for no files.
+        show: Whether to show the images in a window.
+        wait_time: Seconds for which each image is shown.
+        options: Settings from the command line; an `interval` of the hook among them is kept.
 
     Raises:
-        UsageError: the config has no such hook, or the folder exists.
+        UsageError: If the config has no such hook, or the folder is not empty.
     """
     if not (folder or show):
         return
@@ -98,11 +98,11 @@ def set_visualization(
 
 
 def set_prediction_output(config: Config, out: str | None) -> None:
-    """Have the predictions of a test written.
+    """Have a test write its predictions.
 
     Args:
-        config: changed in place.
-        out: a folder for segmentation masks, or a pickle file for detections; None for neither.
+        config: Config; it is changed in place.
+        out: Folder for segmentation masks, or pickle file for detections; None for neither.
 
     Raises:
         UsageError: `out` exists or has the wrong suffix, or no evaluator can write masks.
@@ -122,7 +122,7 @@ def set_prediction_output(config: Config, out: str | None) -> None:
         config.test_evaluator = [*evaluators, dict(type='DumpDetResults', out_file_path=out)]
 
 
-# Metric of the libraries -> the one that also writes a report, and the module that registers it.
+# By metric of mmdet and mmseg: the metric that also writes a report, and the module that registers it.
 REPORTS = {
     'CocoMetric': ('DetectionReport', 'convnext_dense.evaluation.detection_report'),
     'IoUMetric': ('SegmentationReport', 'convnext_dense.evaluation.segmentation_report'),
@@ -133,11 +133,11 @@ def set_report(config: Config, out: str | None) -> None:
     """Have the metric of a test write a report.
 
     Args:
-        config: changed in place.
-        out: folder for the report; '' for one in the work dir, None for no report.
+        config: Config; it is changed in place.
+        out: Folder for the report; '' for one in the work dir; None for no report.
 
     Raises:
-        UsageError: `out` exists, or the config has no metric that there are reports of.
+        UsageError: `out` exists, or the config has no metric with a report.
     """
     if out is None:
         return
@@ -157,6 +157,6 @@ def set_report(config: Config, out: str | None) -> None:
 
 
 def _require_absent(path: str, option: str) -> None:
-    """Raise UsageError where a result would overwrite something."""
+    """Raise UsageError if a path exists that a result would overwrite."""
     if os.path.isfile(path) or (os.path.isdir(path) and os.listdir(path)):
         raise UsageError(f"{option} '{path}' already exists: choose another path")

@@ -1,4 +1,4 @@
-"""Another image size than the recipe's, for training, test and prediction: all sizes in it in proportion."""
+"""Change the image size of a recipe; all sizes in its config are scaled in proportion."""
 
 import argparse
 
@@ -9,10 +9,10 @@ from ..errors import UsageError
 from ..type_names import is_type
 from .tree import PIPELINE_KEYS, iter_dicts
 
-# Arguments of transforms and of data preprocessors that are sizes in pixels of the resized image.
+# Arguments of transforms and data preprocessors that are sizes of the resized image, in pixels.
 SIZE_KEYS = ('scale', 'scales', 'img_scale', 'img_scales', 'crop_size', 'size', 'random_size_range', 'pad_size')
 SIZE_KEYS += ('max_size',)
-WINDOW_KEYS = ('crop_size', 'stride')  # of a test that slides a window
+WINDOW_KEYS = ('crop_size', 'stride')  # in the test_cfg of a sliding window
 MIN_SIZE = 32  # pixels: the stride of the last stage
 
 
@@ -30,14 +30,14 @@ def set_image_size(config: Config, size: int | None) -> str | None:
     """Scale all image sizes of a config so that the shorter side of its test scale is `size`.
 
     Args:
-        config: changed in place.
-        size: in pixels; None for the config's own.
+        config: Config; it is changed in place.
+        size: Shorter side of the test scale in pixels; None to keep the config's.
 
     Returns:
-        One line that says so, None where nothing changes.
+        One line for the log; None if nothing changed.
 
     Raises:
-        UsageError: the size is too small, or the test pipeline does not resize to a scale.
+        UsageError: If the size is too small, or the test pipeline does not resize to a scale.
     """
     if size is None:
         return None
@@ -60,7 +60,7 @@ def set_image_size(config: Config, size: int | None) -> str | None:
 
 
 def resize_scale(config: Config) -> tuple[int, int] | None:
-    """Return the (long, short) sides in pixels into which the test resizes images; None where it does not."""
+    """Return the scale (long side, short side) of the test pipeline in pixels; None if it does not resize."""
     for loader in ('test_dataloader', 'val_dataloader'):
         for step in iter_dicts(config.get(loader)):
             scale = step.get('scale')
@@ -77,7 +77,7 @@ def _scale(holder: dict, keys: tuple[str, ...], ratio: float) -> None:
 
 
 def _scaled(value: object, ratio: float) -> object:
-    """Scale a size, or each in a sequence; fractions, such as of a relative crop, and -1 stay."""
+    """Scale a size, or each one in a sequence; fractions, such as of a relative crop, and -1 are kept."""
     if isinstance(value, (list, tuple)):
         return type(value)(_scaled(item, ratio) for item in value)
     is_size = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 1

@@ -1,4 +1,4 @@
-"""Backbones whose input is not RGB: how images are read and normalized."""
+"""Adapt a config to a backbone with another number of input channels than three."""
 
 from collections.abc import Collection, Iterator
 
@@ -8,8 +8,8 @@ from mmengine.registry import TRANSFORMS
 from ..type_names import is_type, short_name
 from .tree import PIPELINE_KEYS, iter_dicts
 
-CHANNEL_LOADER = 'LoadImageChannels'  # reads the channels that the backbone takes
-# Transforms that need colors, and those that need three channels: grayscale images may have them repeated.
+CHANNEL_LOADER = 'LoadImageChannels'  # transform that reads the channels that the backbone takes
+# Transforms that need colors, and all that need three channels (which grayscale images may repeat).
 COLOR_TRANSFORMS = ('PhotoMetricDistortion', 'YOLOXHSVRandomAug', 'MixUp', 'CachedMixUp')
 RGB_TRANSFORMS = (*COLOR_TRANSFORMS, 'Mosaic', 'CachedMosaic')
 
@@ -17,14 +17,14 @@ RGB_TRANSFORMS = (*COLOR_TRANSFORMS, 'Mosaic', 'CachedMosaic')
 def adapt_input_channels(config: Config) -> str | None:
     """Adapt a config to a backbone with another number of input channels than three.
 
-    Images are read as grayscale or unchanged, and normalized by the average of the RGB values, if at all: mmengine's
-    preprocessors take one value or three.
+    Images are read as grayscale or unchanged. If they are normalized, it is with the average of the RGB values, because
+    mmengine's preprocessors take one value or three.
 
     Args:
-        config: changed in place.
+        config: Config; it is changed in place.
 
     Returns:
-        One line that says what changed; None for RGB, or where the config was adapted before, also by `set_channels`.
+        One line for the log; None for RGB, or if the config was adapted before (also by `set_channels`).
     """
     n = config.model.get('backbone', {}).get('in_channels', 3)
     preprocessor = config.model.get('data_preprocessor') or {}

@@ -1,4 +1,4 @@
-"""The processes that a launcher started: how many they are, and which this one is."""
+"""The processes that a launcher started: their number, and the rank of this one."""
 
 import os
 
@@ -7,7 +7,7 @@ from mmengine.device import get_device
 
 from ..errors import UsageError
 
-# Launcher -> the environment variable in which it gives the number of processes, and its command.
+# By launcher: the environment variable with the number of processes, and the command that sets it.
 WORLD_SIZE_VARIABLES = {
     'pytorch': ('WORLD_SIZE', 'torchrun'),
     'slurm': ('SLURM_NTASKS', 'srun'),
@@ -23,7 +23,7 @@ def world_size_from_env(launcher: str) -> int:
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
 
     Raises:
-        UsageError: the launcher did not start this process.
+        UsageError: If the launcher did not start this process.
     """
     if launcher == 'none':
         return 1
@@ -39,16 +39,16 @@ def world_size_from_env(launcher: str) -> int:
 
 
 def is_rank0() -> bool:
-    """Whether this is the first process, by the environment: no process group is needed."""
+    """Whether this process has rank 0 according to the environment; no process group is needed."""
     ranks = (os.environ[name] for name in RANK_VARIABLES if name in os.environ)
     return next(ranks, '0') == '0'
 
 
 def check_launcher(config: Config, launcher: str) -> None:
-    """Raise UsageError where a launcher did not start this process, or its processes cannot connect.
+    """Raise UsageError if a launcher did not start this process, or its processes cannot connect.
 
     Args:
-        config: whose `env_cfg` names the backend.
+        config: Config, whose `env_cfg` names the backend.
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
     """
     world_size_from_env(launcher)

@@ -1,4 +1,4 @@
-"""Configs that mmengine wrote into checkpoints and logs, parsed as data: nothing in them is executed."""
+"""Parse the configs that mmengine writes into checkpoints and logs, without executing them."""
 
 import ast
 
@@ -14,10 +14,10 @@ def parse_config_literal(text: str) -> Config:
     """Parse the text of a config as data.
 
     Args:
-        text: assignments `key = value`, where values are literals or calls such as dict(...).
+        text: Assignments `key = value`, with literals or calls such as dict(...) as values.
 
     Raises:
-        UsageError: the text contains anything else.
+        UsageError: If the text contains anything else.
     """
     try:
         statements = ast.parse(text).body

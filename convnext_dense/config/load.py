@@ -1,4 +1,4 @@
-"""Loading a config file and merging the settings of the command line into it."""
+"""Load a config file and merge the settings from the command line into it."""
 
 import importlib
 import importlib.util
@@ -17,10 +17,10 @@ def resolve_config_path(name: str) -> str:
     """Return the path of a config file.
 
     Args:
-        name: a path, or PACKAGE::NAME as configs write it in `_base_`.
+        name: A path, or PACKAGE::NAME as configs write it in `_base_`.
 
     Raises:
-        UsageError: the file or the package does not exist.
+        UsageError: If the file or the package does not exist.
     """
     package, separator, rest = name.partition('::')
     path = Path(name)
@@ -35,21 +35,21 @@ def resolve_config_path(name: str) -> str:
 
 
 def load_config(path: str, options: dict, required: tuple[str, ...] = ('model',)) -> Config:
-    """Load a config file and merge the settings of the command line into it.
+    """Load a config file and merge the settings from the command line into it.
 
     Args:
-        path: of the file, or PACKAGE::NAME.
-        options: values by dotted key, as `KeyValueAction` parses them.
-        required: top-level keys that the config must have.
+        path: Path of the file, or PACKAGE::NAME.
+        options: Values by dotted key, as `KeyValueAction` parses them.
+        required: Top-level keys that the config must have.
 
     Raises:
-        UsageError: the config cannot be read or lacks a key, an option is wrong, or a package is not installed.
+        UsageError: If the config cannot be read or lacks a key, an option is wrong, or a package is not installed.
     """
     path = resolve_config_path(str(path))
     register_safe_yaml()
     try:
         config = Config.fromfile(path)
-    except Exception as error:  # a config is a program: it can fail in any way
+    except Exception as error:  # a config is a program and can raise anything
         if is_user_code_error(error, path) and not isinstance(error, (ImportError, SyntaxError)):
             raise
         raise UsageError(f'{path}: {_read_failure(error, path)}') from error

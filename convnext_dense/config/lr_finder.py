@@ -1,4 +1,4 @@
-"""A config for a sweep over learning rates."""
+"""Turn a training config into a learning rate range test."""
 
 import math
 
@@ -11,17 +11,17 @@ from .training_set import count_training_images
 
 
 def set_lr_find(config: Config, enabled: bool, world_size: int) -> None:
-    """Make a training a sweep over learning rates: no schedule, no evaluation, no checkpoints, and as long as needed.
+    """Turn a training into a learning rate range test: no schedule, no evaluation, no checkpoints.
 
-    Values that are not finite are not checked: they are where the sweep ends.
+    The health checks of values are switched off, because the test ends where the loss diverges.
 
     Args:
-        config: changed in place, after gradients are accumulated.
-        enabled: False for no change.
-        world_size: number of processes, one per GPU.
+        config: Config with its gradient accumulation; it is changed in place.
+        enabled: Whether to run the test; without, the config is unchanged.
+        world_size: Number of processes, one per GPU.
 
     Raises:
-        UsageError: the config has no optimizer whose lr can be set.
+        UsageError: If the config has no optimizer with an lr.
     """
     if not enabled:
         return
@@ -36,7 +36,7 @@ def set_lr_find(config: Config, enabled: bool, world_size: int) -> None:
     iters = NUM_STEPS * accumulative_counts(config)
     if counts_epochs(config):
         per_iter = world_size * config.train_dataloader.batch_size
-        images = count_training_images(config) or per_iter  # what is wrong with them, the building of the runner says
+        images = count_training_images(config) or per_iter  # building the runner reports what is wrong
         config.train_cfg.max_epochs = math.ceil(iters / max(images // per_iter, 1))
     else:
         config.train_cfg.max_iters = iters

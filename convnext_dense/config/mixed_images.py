@@ -1,4 +1,4 @@
-"""Training images made of several: mosaics of four images, and objects that are copied from another image."""
+"""Mixed training images: mosaics of four images, and copy-paste of objects from another image."""
 
 import math
 
@@ -13,31 +13,31 @@ from .recipe import counts_epochs
 from .training_set import leaf_dataset
 from .tree import add_custom_imports, as_list, iter_dicts
 
-MIX_TRANSFORMS = ('Mosaic', 'MixUp', 'CachedMixUp', 'CopyPaste')  # and those derived from them
+MIX_TRANSFORMS = ('Mosaic', 'MixUp', 'CachedMixUp', 'CopyPaste')  # and their subclasses
 MOSAIC_STEPS = ('Mosaic', 'RandomAffine')  # left out in the last epochs
-FRACTION_WITHOUT_MOSAICS = 0.1  # of the epochs, at their end; as in mmdet's RTMDet of 100 epochs
-# Of objects that pasted ones hide: pixels by which their box shrinks, and those of the mask that are left; mmdet's, for
-# images of 1024 x 1024. With the power of the image's side by which they are less in smaller images.
+FRACTION_WITHOUT_MOSAICS = 0.1  # last part of the epochs; mmdet's RTMDet with 100 epochs has the same
+# mmdet's thresholds for objects that a pasted one hides (change of the box in pixels, remaining mask area), for images
+# of 1024 x 1024, and the power of the image's side with which they are scaled for smaller images.
 OCCLUSION_THRESHOLDS = dict(bbox_occluded_thr=(10, 1), mask_occluded_thr=(300, 2))
 COPY_PASTE_SIDE = 1024
-COPY_PASTE = 'convnext_dense.datasets.copy_paste'  # imports mmdet, as this module must not
+COPY_PASTE = 'convnext_dense.datasets.copy_paste'  # imports mmdet, which this module must not
 
 
 def set_mosaic(config: Config, enabled: bool) -> str | None:
-    """Train a detector on mosaics of four images in all but the last epochs, with mmdet's `Mosaic`, as YOLOX does.
+    """Train a detector on mosaics of four images in all but the last epochs, as YOLOX does, with mmdet's `Mosaic`.
 
-    A mosaic takes the place of the image before the recipe's own augmentations. mmdet's cached variant would be faster,
-    but its cache would not survive a resumed run.
+    The mosaic replaces the image before the recipe's own augmentations. mmdet's cached variant would be faster, but a
+    resumed run would lose its cache.
 
     Args:
-        config: changed in place, after its data and its length are set.
-        enabled: False for no change.
+        config: Config with its data and length; it is changed in place.
+        enabled: Whether to use mosaics; without, the config is unchanged.
 
     Returns:
-        One line that says so.
+        One line for the log; None without a change.
 
     Raises:
-        UsageError: the config is not for boxes alone, does not count epochs, or mixes images itself.
+        UsageError: If the config also trains on masks, is iteration-based, or mixes images itself.
     """
     if not enabled:
         return None
@@ -72,19 +72,19 @@ def set_mosaic(config: Config, enabled: bool) -> str | None:
 
 
 def set_copy_paste(config: Config, enabled: bool) -> str | None:
-    """Copy objects from another image into each training image, after the recipe's augmentations of both.
+    """Copy objects from another image into each training image, after the recipe's augmentations of both images.
 
-    With mmdet's `CopyPaste` (Ghiasi et al. 2021, Simple Copy-Paste).
+    Uses mmdet's `CopyPaste` (Ghiasi et al. 2021, Simple Copy-Paste).
 
     Args:
-        config: changed in place, after its data are set.
-        enabled: False for no change.
+        config: Config with its data; it is changed in place.
+        enabled: Whether to copy objects; without, the config is unchanged.
 
     Returns:
-        One line that says so.
+        One line for the log; None without a change.
 
     Raises:
-        UsageError: the config is not for masks of objects, or mixes images itself.
+        UsageError: If the config does not train on instance masks, or mixes images itself.
     """
     if not enabled:
         return None
@@ -105,7 +105,7 @@ def set_copy_paste(config: Config, enabled: bool) -> str | None:
 
 
 def _unmixed_dataset(config: Config, flag: str) -> dict:
-    """Return the config of the only training data set within its wrappers, after checks that are common to both."""
+    """Return the config of the single training data set inside its wrappers, after the checks that both flags share."""
     if config.get('default_scope') != 'mmdet':
         raise UsageError(f'{flag} is for detection, not for segmentation')
     parts = [*iter_dicts(config.train_dataloader.dataset)]
@@ -133,16 +133,16 @@ def _loads_masks(leaf: dict) -> bool:
 
 
 def _mix_images(config: Config, leaf: dict, index: int, steps: list[dict]) -> None:
-    """Insert steps that mix images at an index of the pipeline of a data set; what follows sees mixed images.
+    """Insert transforms that mix images into the pipeline of a data set; later transforms see mixed images.
 
-    Where nothing is left of an image, mmdet's wrapper ends the training instead of taking another one; so images that
-    lost their objects are kept.
+    mmdet's wrapper raises an error if an image loses all of its objects instead of taking another one, so such images
+    are kept.
     """
     pipeline = leaf['pipeline']
     leaf['pipeline'], after = pipeline[:index], [*steps, *pipeline[index:]]
     for step in iter_dicts(after):
         if _is_transform(step, 'FilterAnnotations'):
-            step['keep_empty'] = False  # mmdet's name for: an image without boxes is kept
+            step['keep_empty'] = False  # which in mmdet means that an image without boxes is kept
         elif _is_transform(step, 'RandomCrop'):
             step['allow_negative_crop'] = True
     loader = config.train_dataloader

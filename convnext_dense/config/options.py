@@ -1,7 +1,7 @@
-"""Settings of the command line (`--cfg-options KEY=VALUE`).
+"""Settings from the command line (`--cfg-options KEY=VALUE`).
 
-Keys that nothing reads are refused. What follows from another argument or from the number of GPUs gives way to the
-settings that the user gives.
+Keys that nothing reads are refused. The user's settings take precedence over values that are derived from other
+arguments or from the number of GPUs.
 """
 
 import difflib
@@ -21,18 +21,18 @@ from ..optim.layer_decay import DEFAULT_CONSTRUCTOR_KEYS
 from ..type_names import class_of
 from .tree import LOADERS, get_dotted, is_equal
 
-# What mmengine's runner and this package's tools read from a config besides the runner's own arguments.
+# Top-level keys that mmengine's runner and this package's tools read besides the runner's own arguments.
 TOP_LEVEL_KEYS = {'custom_imports', 'runner_type', 'find_unused_parameters', 'model_wrapper_cfg', 'compile', 'sync_bn'}
 TOP_LEVEL_KEYS |= {'activation_checkpointing', 'env_cfg', 'randomness', 'experiment_name'}
 TOP_LEVEL_KEYS |= {'total_batch', 'max_unreadable', 'health_check', 'schedule_fit'}
-RENAMED_KEYS = {'max_bad_images': 'max_unreadable'}  # of the top level: old name -> name
-# Parts of a config that name no type, and the classes and functions whose arguments they are.
+RENAMED_KEYS = {'max_bad_images': 'max_unreadable'}  # old name -> name, at the top level
+# Parts of a config without a type, and the classes and functions that take them as arguments.
 BUILT_WITHOUT_TYPE = dict.fromkeys(LOADERS, (DataLoader,)) | {
     'train_cfg': (EpochBasedTrainLoop, IterBasedTrainLoop),
     'randomness': (set_random_seed,),
     'optim_wrapper.clip_grad': (clip_grad_norm_,),
 }
-# Keys that mmengine looks up in parts of a config besides the arguments of what they build.
+# Keys that mmengine reads from parts of a config besides the arguments of what they build.
 EXTRA_KEYS = {loader: {'dataset', 'num_batch_per_epoch'} for loader in LOADERS} | {
     'train_cfg': {'by_epoch'},
     'env_cfg': {'cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit'},
@@ -44,21 +44,21 @@ EXTRA_KEYS = {loader: {'dataset', 'num_batch_per_epoch'} for loader in LOADERS} 
     'default_hooks': {'timer', 'logger', 'param_scheduler', 'checkpoint'}
     | {'sampler_seed', 'runtime_info', 'visualization'},
 }
-DEFAULT_TYPES = {'optim_wrapper': 'OptimWrapper'}  # of parts that need not name theirs
-_MISSING = object()  # stands for a key that the config does not have
-MMENGINE_KEYS = {'type', '_delete_', '_scope_'}  # of mmengine, in any part
+DEFAULT_TYPES = {'optim_wrapper': 'OptimWrapper'}  # of parts whose type is optional
+_MISSING = object()  # value of a key that the config does not have
+MMENGINE_KEYS = {'type', '_delete_', '_scope_'}  # keys that mmengine reads in any part
 
 
 class KeyValueAction(DictAction):
-    """Action for KEY=VALUE arguments: mmengine's, with +KEY=VALUE for new keys and an error for anything else."""
+    """mmengine's action for KEY=VALUE arguments, with +KEY=VALUE for new keys and an error for anything else."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        """Parse the values into a dict by key; exit with code 2 where one is malformed."""
+        """Parse the values into a dict by key; exit with code 2 if one is malformed."""
         malformed = next((value for value in values if not re.match(r'\+?[^+=][^=]*=', value)), None)
         if malformed is not None:
             parser.error(f"{option_string} '{malformed}': give KEY=VALUE, such as train_cfg.max_epochs=12")
         with_dict = next((value for value in values if value.partition('=')[2].lstrip('[( ')[:1] == '{'), None)
-        if with_dict is not None:  # mmengine would take it for a string
+        if with_dict is not None:  # mmengine would parse it as a string
             parser.error(
                 f'{option_string} {with_dict}: a dict cannot be given here: give KEY.SUBKEY=VALUE, or use a config file'
             )
@@ -70,10 +70,10 @@ class KeyValueAction(DictAction):
 
 
 def rename_old_keys(settings: Config | dict, source: str) -> None:
-    """Give top-level keys that were renamed (`RENAMED_KEYS`) their new name, with a warning.
+    """Rename top-level keys with an old name (`RENAMED_KEYS`), with a warning.
 
     Args:
-        settings: A config, or the options of the command line; changed in place.
+        settings: A config, or settings from the command line; changed in place.
         source: Where they come from, for the warning.
     """
     for old, new in RENAMED_KEYS.items():
@@ -84,17 +84,17 @@ def rename_old_keys(settings: Config | dict, source: str) -> None:
 
 
 def merge_options(config: Config, options: Mapping[str, object]) -> dict[str, object]:
-    """Merge settings of the command line into a config.
+    """Merge settings from the command line into a config.
 
     Args:
-        config: changed in place.
-        options: values by dotted key; a key that begins with + may be a new one.
+        config: Config; it is changed in place.
+        options: Values by dotted key; a key with a leading + may be new.
 
     Returns:
-        The settings by their keys without the plus.
+        The values by key without the leading plus.
 
     Raises:
-        UsageError: nothing reads a key, or its value does not fit.
+        UsageError: If nothing reads a key, or a value does not fit.
     """
     for key in options:
         if not key.startswith('+'):
@@ -103,7 +103,7 @@ def merge_options(config: Config, options: Mapping[str, object]) -> dict[str, ob
     options = {key.removeprefix('+'): value for key, value in options.items()}
     try:
         config.merge_from_dict(options)
-    except (TypeError, KeyError) as error:  # a dict in the place of a value, an index that is not there
+    except (TypeError, KeyError) as error:  # a dict where a value is expected, an index out of range
         raise UsageError(f'--cfg-options: {str(error.args[0]).splitlines()[0]}') from error
     return options
 
@@ -112,8 +112,8 @@ def check_key(config: Config, key: str) -> None:
     """Raise UsageError for a dotted key that is neither in the config nor an argument of what the config builds.
 
     Args:
-        config: that the key is to be set in.
-        key: such as 'optim_wrapper.optimizer.lr'.
+        config: Config in which the key would be set.
+        key: Dotted key, such as 'optim_wrapper.optimizer.lr'.
     """
     parts, node = key.split('.'), config
     for i, part in enumerate(parts):
@@ -131,19 +131,19 @@ def check_key(config: Config, key: str) -> None:
         else:
             node = node[part] if hasattr(node, 'get') and part in node else None
         if node is None and path not in EXTRA_KEYS and path not in BUILT_WITHOUT_TYPE:
-            return  # an argument that the config leaves at its default: its keys are not known
+            return  # an argument that the config leaves at its default; its keys are unknown
         node = {} if node is None else node
 
 
 def _check_replaceable(config: Config, key: str, value: object) -> None:
-    """Raise UsageError where a number or a string would replace a whole part of the config."""
+    """Raise UsageError if a number or a string would replace a whole part of the config."""
     old = get_dotted(config, key)
     if hasattr(old, 'keys') and isinstance(value, (int, float, str)) and ('.' not in key or 'type' in old):
         raise UsageError(f'--cfg-options {key}={value!r}: {key} is a dict: give {key}.KEY=VALUE')
 
 
 def _valid_keys(node: object, path: str) -> Collection[str]:
-    """Return the keys that may stand below a part of a config: its own, and the arguments of what it builds."""
+    """Return the valid keys of a part of a config: its own, and the arguments of what it builds."""
     if isinstance(node, (list, tuple)):
         return [str(i) for i in range(len(node))]
     if not hasattr(node, 'keys'):
@@ -166,7 +166,7 @@ def argument_names(function: Callable) -> frozenset[str]:
     """Return the names of the arguments of a function or class.
 
     Args:
-        function: of a class, the arguments that `**kwargs` pass on to its base classes count as well.
+        function: The function or class. The arguments that a class passes to its bases as `**kwargs` count too.
     """
     names, classes = set(), function.__mro__ if isinstance(function, type) else (function,)
     for each in classes:
@@ -181,7 +181,7 @@ def argument_names(function: Callable) -> frozenset[str]:
 
 
 def _unknown_key_message(config: Config, parts: list[str], i: int, valid: Collection[str]) -> str:
-    """Say that part `i` of a key is unknown, and suggest the nearest key that is not."""
+    """Format the message for an unknown part `i` of a key, with the nearest known key."""
     known = [key for key, _ in _iter_items(config) if key.split('.')[0] in _top_level_keys()]
     key, parent = '.'.join(parts), '.'.join(parts[:i])
     siblings = ['.'.join([*parts[:i], name, *parts[i + 1 :]]) for name in difflib.get_close_matches(parts[i], valid, 1)]
@@ -192,7 +192,7 @@ def _unknown_key_message(config: Config, parts: list[str], i: int, valid: Collec
 
 
 def _config_variable_message(config: Config, name: str, rest: list[str]) -> str:
-    """Say which key is read in the place of a variable of a config file."""
+    """Format the message for a variable of a config file, with the key that is read instead."""
     value = config[name]
     items = ((key, item) for key, item in _iter_items(config) if '.' in key)
     users = [key for key, item in items if type(item) is type(value) and item == value]
@@ -209,24 +209,24 @@ def _iter_items(node: object, prefix: str = '') -> Iterator[tuple[str, object]]:
 
 
 def is_explicit(options: Collection[str], *keys: str) -> bool:
-    """Whether one of these keys, or a part of the config that it is in, is set on the command line."""
+    """Whether one of these keys, or a part of the config that contains it, is set on the command line."""
     return any(key == option or key.startswith(f'{option}.') for key in keys for option in options)
 
 
 def reapply_options(config: Config, options: Mapping[str, object], *prefixes: str) -> None:
-    """Set the user's settings that begin with one of `prefixes` again, after other settings were derived."""
+    """Apply the user's settings with one of these prefixes again, after other settings were derived."""
     config.merge_from_dict({key: value for key, value in options.items() if key.startswith(prefixes)})
 
 
 def overridden_options(config: Config, options: Mapping[str, object]) -> list[str]:
-    """Find settings of the command line that do not hold in the final config.
+    """Find settings from the command line that the final config overrides.
 
     Args:
-        config: as it is run.
-        options: values by dotted key.
+        config: The final config.
+        options: Settings from the command line by dotted key.
 
     Returns:
-        One line for each setting that another argument, the data or the number of GPUs changed.
+        One line per setting that another argument, the data or the number of GPUs changed.
     """
     lines = []
     for key, value in options.items():

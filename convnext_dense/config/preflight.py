@@ -1,4 +1,4 @@
-"""Checks before anything is built: installed packages, backbone, pretrained weights, data files."""
+"""Checks before a model is built: installed packages, backbone, pretrained weights, data files."""
 
 import importlib
 import os
@@ -17,16 +17,16 @@ from ..type_names import class_of, short_name
 from .launch import is_rank0
 from .tree import as_list, iter_dicts
 
-# The distributions of OpenMMLab, which have the same import names: that of mmengine -> our extra, its mmcv.
+# The distributions of OpenMMLab, which share import names: name of its mmengine -> (extra of this package, its mmcv).
 OPENMMLAB_DISTS = {'onedl-mmengine': ('onedl', 'onedl-mmcv==2.3.6'), 'mmengine': ('openmmlab', 'mmcv==2.1.0')}
 
 
 def check_installed(library: str) -> None:
-    """Raise UsageError where the packages that a config needs are not installed.
+    """Raise UsageError if a package that a config needs is not installed.
 
     Args:
-        library: 'mmdet', 'mmseg' or 'mmengine'; mmcv with its operators is needed too, and not both distributions of
-            OpenMMLab.
+        library: 'mmdet', 'mmseg' or 'mmengine'. mmcv with its compiled operators is required as well, and only one
+            distribution of OpenMMLab may be installed.
     """
     dists = [name for name in OPENMMLAB_DISTS if [*distributions(name=name)]]
     if len(dists) > 1:
@@ -50,18 +50,18 @@ def check_installed(library: str) -> None:
 
 
 def check_backbones(model: dict) -> None:
-    """Raise UsageError where a ConvNeXt or Swin of a model cannot be built; on the meta device, without memory."""
+    """Raise UsageError if a ConvNeXt or Swin of a model cannot be built; it is built on the meta device."""
     for _ in build_backbones(model):
         pass
 
 
 def check_levels(model: dict) -> None:
-    """Raise UsageError where a head has anchors for another number of feature levels than the neck returns.
+    """Raise UsageError if a head has anchors for another number of feature levels than the neck returns.
 
-    mmdet notices at the first image, in an AssertionError without a message.
+    mmdet would only fail at the first image, with an AssertionError without a message.
 
     Args:
-        model: config of a detector.
+        model: Config of a model.
     """
     neck = (as_list(model.get('neck')) or [{}])[-1]
     for name in ('rpn_head', 'bbox_head'):
@@ -76,12 +76,12 @@ def check_levels(model: dict) -> None:
 
 
 def check_pretrained(model: dict) -> None:
-    """Raise UsageError where the weights that the `init_cfg` of a ConvNeXt or Swin names do not exist or do not fit it.
+    """Raise UsageError if the pretrained weights of a ConvNeXt or Swin do not exist or do not fit it.
 
-    On the meta device, before data and model take time. Only the first process downloads.
+    This is checked on the meta device, before loading data and model takes time. Only rank 0 downloads.
 
     Args:
-        model: config of the whole model.
+        model: Config of the whole model.
     """
     for backbone in build_backbones(model):
         for cfg in backbone.pretrained:
@@ -91,11 +91,11 @@ def check_pretrained(model: dict) -> None:
 
 
 def check_data(config: Config, splits: tuple[str, ...]) -> None:
-    """Raise UsageError for the first folder or annotation file that does not exist.
+    """Raise UsageError for the first data folder or annotation file that does not exist.
 
     Args:
-        config: whose data loaders and evaluators name them.
-        splits: of 'train', 'val' and 'test'.
+        config: Config with data loaders and evaluators.
+        splits: Splits to check, of 'train', 'val' and 'test'.
     """
     for split in splits:
         for dataset in iter_dicts(config.get(f'{split}_dataloader') or {}):
@@ -107,7 +107,7 @@ def check_data(config: Config, splits: tuple[str, ...]) -> None:
 
 
 def build_backbones(model: dict) -> Iterator[ConvNeXt | SwinMixin]:
-    """Build the backbones in a model config that are this package's or derived from them, on the meta device."""
+    """Build the ConvNeXt and strict Swin backbones of a model config, subclasses included, on the meta device."""
     for holder in iter_dicts({'model': model}):
         for key, cfg in holder.items():
             type_ = cfg.get('type') if isinstance(cfg, dict) else None
@@ -123,7 +123,7 @@ def build_backbones(model: dict) -> Iterator[ConvNeXt | SwinMixin]:
 
 
 def _iter_data_paths(dataset: dict) -> Iterator[str]:
-    """Iterate over the folders and files that a data set config names, joined as mmengine's BaseDataset does."""
+    """Iterate over the folders and files of a data set config, joined as mmengine's BaseDataset joins them."""
     if not ({'data_root', 'ann_file', 'data_prefix'} & set(dataset)) or dataset.get('backend_args'):
         return
     root = dataset.get('data_root') or ''
@@ -144,7 +144,7 @@ def _require_path(path: str, split: str) -> None:
 
 
 def _looks_like_complete_json(path: str) -> bool:
-    """Whether a file begins and ends as JSON, as a broken download does not; COCO's are too large to parse twice."""
+    """Whether a file begins and ends like JSON, unlike a truncated download; COCO's are too large to parse twice."""
     with open(path, 'rb') as file:
         first_byte = file.read(64).lstrip()[:1]
         file.seek(max(os.path.getsize(path) - 64, 0))

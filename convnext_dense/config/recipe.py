@@ -1,4 +1,4 @@
-"""What a config says about its training: recipe name, length, gradient accumulation, precision."""
+"""Facts of a training config: recipe name, length, gradient accumulation, precision."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from mmengine.config import Config
 
 from ..type_names import short_name
 
-# Settings, by their last names, that belong to the machine and the place of the data, not to the recipe.
+# Last parts of the keys of settings that depend on the machine and the location of the data, not on the recipe.
 MACHINE_KEYS = ('batch_size', 'num_workers', 'persistent_workers', 'prefetch_factor', 'pin_memory')
 MACHINE_KEYS += ('accumulative_counts', 'data_root', 'ann_file', 'img', 'img_path', 'seg_map_path', 'backend_args')
 MACHINE_KEYS += ('dtype', 'loss_scale', 'checkpoint')
@@ -16,10 +16,10 @@ def recipe_id(path: str) -> tuple[str, ...]:
     """Return the parts of a config's path that identify it.
 
     Args:
-        path: of the config, such as .../configs/cascade/convnext_t.py.
+        path: Path of the config, such as .../configs/cascade/convnext_t.py.
 
     Returns:
-        ('cascade', 'convnext_t'); the name of the file alone where it is not in a folder `configs`.
+        ('cascade', 'convnext_t'); only the name of the file if it is not below a folder `configs`.
     """
     parts = Path(path).absolute().with_suffix('').parts
     folders = parts[:-1][::-1]
@@ -27,7 +27,7 @@ def recipe_id(path: str) -> tuple[str, ...]:
 
 
 def training_length(config: Config) -> float:
-    """Return the length of a training in epochs, or in optimizer steps where the config counts iterations."""
+    """Return the length of a training in epochs, or in optimizer steps if the config is iteration-based."""
     if counts_epochs(config):
         return config['train_cfg']['max_epochs']
     return (config.get('train_cfg') or {}).get('max_iters', 0) / accumulative_counts(config)

@@ -1,4 +1,4 @@
-"""Resuming: which checkpoint a run continues from, and which of its settings may have changed."""
+"""Resuming: find the checkpoint that a run continues from, and compare its settings."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ from .recipe import MACHINE_KEYS, accumulative_counts, training_length
 from .tree import flatten, is_equal
 from .work_dir import TIMESTAMP_GLOB, find_resume_checkpoint
 
-# Parts of a config whose values the state in a checkpoint has as well, and would override.
+# Parts of a config whose values are also in the state of a checkpoint, which would override them.
 STATE_KEYS = ('optim_wrapper.optimizer', 'optim_wrapper.paramwise_cfg', 'optim_wrapper.constructor', 'param_scheduler')
 STATE_KEYS += ('auto_scale_lr', 'randomness.seed')
 UNCHANGEABLE_KEYS = (
@@ -27,31 +27,31 @@ UNCHANGEABLE_KEYS = (
     'optim_wrapper.constructor',
     'optim_wrapper.paramwise_cfg.decay_type',
 )
-# Parts of a config that make the training what it is.
+# Parts of a config that determine the training.
 COMPARED_KEYS = ('model', 'optim_wrapper', 'param_scheduler', 'train_cfg', 'train_dataloader', 'custom_hooks')
 COMPARED_KEYS += ('auto_scale_lr', 'randomness')
-# Of MACHINE_KEYS, those that are compared all the same.
+# Exceptions from MACHINE_KEYS, which are compared nevertheless.
 PATH_KEYS = ('data_root', 'ann_file', 'img', 'img_path', 'seg_map_path', 'dtype')
-# What gradient accumulation multiplies: the length of the run is compared instead.
+# Settings that gradient accumulation multiplies; the length of the run is compared instead.
 ITERATION_KEYS = ('max_iters', 'val_interval', 'val_begin', 'dynamic_intervals', 'begin_iter', 'interval')
 LENGTH_KEYS = ('train_cfg.max_epochs', 'train_cfg.max_iters')  # compared as `length`
-MAX_LISTED = 8  # changed settings that a message names
+MAX_LISTED = 8  # changed settings in a message
 
 
 def set_resume(config: Config, resume: str | None) -> str | None:
     """Apply `--resume [CHECKPOINT]` to a config.
 
     Args:
-        config: changed in place: `resume` and `load_from`.
-        resume: a checkpoint; 'last' for the last one in the work dir; 'auto' for the same, or a new run where there is
-            none; None for a new run, or what the config's own `resume` and `load_from` say.
+        config: Config, whose `resume` and `load_from` are changed in place.
+        resume: A checkpoint; 'last' for the latest one in the work dir; 'auto' for the latest one or, without any, a
+            new run; None for a new run, or for the config's own `resume` and `load_from`.
 
     Returns:
         The checkpoint that the run continues from, None for a new run.
 
     Raises:
-        UsageError: the checkpoint does not exist, the work dir contains no run to resume, or it contains one that was
-            not to be resumed.
+        UsageError: If the checkpoint does not exist, or the work dir contains no run although it is to be resumed, or
+            one although it is not.
     """
     work_dir = Path(config.work_dir)
     has_run = (work_dir / LAST_CKPT_FILE).is_file() or any(work_dir.glob('*.pth'))
@@ -73,7 +73,7 @@ def set_resume(config: Config, resume: str | None) -> str | None:
         raise UsageError(
             f'{work_dir} contains checkpoints but no last_checkpoint: choose the one to resume with --resume CHECKPOINT'
         )
-    elif resume == 'last' and not any(work_dir.glob(TIMESTAMP_GLOB)):  # the logs of a run that was not saved yet
+    elif resume == 'last' and not any(work_dir.glob(TIMESTAMP_GLOB)):  # logs of a run without a checkpoint yet
         raise UsageError(
             f'{work_dir} contains no run to resume: leave out --resume to start one, or use --resume auto, which '
             'starts one if there is none'
@@ -90,17 +90,17 @@ def check_resume(
     """Compare a run with the checkpoint that it resumes from.
 
     Args:
-        config: of the run.
-        checkpoint: its file; None for a new run.
-        length_changed: whether the command line sets the length of the run.
-        override: whether the settings of the config replace those in the checkpoint's state.
+        config: Config of the run.
+        checkpoint: Path of the checkpoint; None for a new run.
+        length_changed: Whether the command line sets the length of the run.
+        override: Whether the settings of the config replace those in the state of the checkpoint.
 
     Returns:
-        One line that names the settings that changed; None where none did.
+        One line that names the settings that changed; None if none did.
 
     Raises:
-        UsageError: the checkpoint is not that of a training, counts iterations otherwise, or has other settings than
-            the config; or `override` is set for a new run.
+        UsageError: If the checkpoint has no training state, counts iterations in another way, or has other settings
+            than the config; or if `override` is set for a new run.
     """
     if override and (not checkpoint or 'runner_type' in config):
         raise UsageError('--override needs --resume' + ('' if not checkpoint else ' and a config without runner_type'))
@@ -137,11 +137,7 @@ def check_resume(
 
 
 def checkpoint_config(checkpoint: str) -> Config | None:
-    """Return the config in a checkpoint, None where it has none.
-
-    Args:
-        checkpoint: its file.
-    """
+    """Return the config in a checkpoint file; None if it contains none."""
     text = (load_checkpoint(checkpoint).get('meta') or {}).get('cfg')
     return parse_config_literal(text) if text else None
 
@@ -150,16 +146,16 @@ def compare_settings(old: Config, new: Config, checkpoint: str, override: bool) 
     """Compare the settings of a run with those that it resumes with.
 
     Args:
-        old: the config in the checkpoint.
-        new: the config of the run.
-        checkpoint: its file, for the messages.
-        override: whether settings that are part of the checkpoint's state may change, and then replace it.
+        old: Config in the checkpoint.
+        new: Config of the run.
+        checkpoint: Path of the checkpoint, for the messages.
+        override: Whether settings in the state of the checkpoint may change; the config's then replace them.
 
     Returns:
-        One line that names the settings that changed; None where none did.
+        One line that names the settings that changed; None if none did.
 
     Raises:
-        UsageError: a setting changed that the checkpoint's state would override, or that no state fits.
+        UsageError: If a setting changed that the checkpoint would override, or that does not fit any of its state.
     """
     changes = {key: (a, b) for key, a, b in _iter_changes(old, new)}
     unchangeable = {key: values for key, values in changes.items() if key in UNCHANGEABLE_KEYS}
@@ -203,7 +199,7 @@ def _comparable(name: str, value: object) -> object:
     if name in ('type', 'constructor'):
         return short_name(value)
     if name == 'ann_file' and isinstance(value, str) and '/data/' in value:
-        return value.rsplit('/data/', 1)[-1]  # of a custom data set: in the work dir, which may have moved
+        return value.rsplit('/data/', 1)[-1]  # of a custom data set, below the work dir, which may have moved
     return value
 
 

@@ -1,4 +1,4 @@
-"""Another length of training: warmup, milestones, decay, evaluation and checkpoints are scaled with it."""
+"""Change the length of a training; warmup, milestones, decay, evaluation and checkpoints are scaled with it."""
 
 from collections.abc import Mapping
 from itertools import accumulate
@@ -12,14 +12,14 @@ from .options import is_explicit, reapply_options
 from .tree import as_list, iter_dicts
 from .value_types import check_value_types
 
-# Settings of hooks and of models that count epochs or iterations, and the defaults that classes have for them.
+# Settings of hooks and models in epochs or iterations, and the defaults of the classes that have them.
 HOOK_START_KEYS = ('begin_epoch', 'begin_iter', 'switch_epoch', 'num_last_epochs')
-MODEL_WARMUP_KEYS = ('initial_epoch', 'warmup_iters')  # of TOOD and BoxInst
+MODEL_WARMUP_KEYS = ('initial_epoch', 'warmup_iters')  # in TOOD and BoxInst
 IMPLICIT_DEFAULTS = {
     'YOLOXModeSwitchHook': (HOOKS, 'num_last_epochs', 15),
     'BoxInstMaskHead': (MODELS, 'warmup_iters', 10_000),
 }
-# Schedulers that multiply by a factor where they begin and divide by it at a later step.
+# Schedulers that multiply the value by a factor at their begin and divide it by the factor at a later step.
 FACTOR_SCHEDULERS = ('LinearParamScheduler', 'ConstantParamScheduler')
 UNIT_NAMES = {'epochs': 'epochs', 'iters': 'iterations'}
 
@@ -29,19 +29,19 @@ def scale_schedule(
 ) -> str | None:
     """Change the length of a training and scale all that depends on it proportionally.
 
-    Warmup, milestones, decay, evaluation and checkpoint intervals are scaled, except those that the command line sets.
+    Warmup, milestones, decay, evaluation and checkpoint intervals are scaled unless the command line sets them.
 
     Args:
-        config: changed in place.
-        epochs: new length of an epoch-based training.
-        iters: new length of an iteration-based training; at most one of the two is given.
-        options: settings of the command line.
+        config: Config; it is changed in place.
+        epochs: New length of an epoch-based training.
+        iters: New length of an iteration-based training. At most one of the two may be set.
+        options: Settings from the command line.
 
     Returns:
-        One line that says so; None where no length is given.
+        One line for the log; None without a new length.
 
     Raises:
-        UsageError: the config counts in the other unit, or the length is not positive.
+        UsageError: If the config uses the other unit, or the length is not positive.
     """
     if epochs is None and iters is None:
         return None
@@ -68,7 +68,7 @@ def scale_schedule(
 
 
 def _check_length(config: Config, unit: str, length: int, options: Mapping[str, object]) -> int:
-    """Return the length of a config; UsageError where it cannot be changed to another one."""
+    """Return the length of a config; raise UsageError if it cannot be changed."""
     if is_explicit(options, f'train_cfg.max_{unit}'):
         raise UsageError(f'--{unit} {length} and --cfg-options train_cfg.max_{unit}: give one of them')
     check_value_types(config)
@@ -91,7 +91,7 @@ def _scale_intervals(config: Config, ratio: float, length: int) -> None:
     for holder, key in counts:
         if isinstance(holder.get(key), (int, float)) and holder[key] > 0:
             holder[key] = max(1, round(holder[key] * ratio))
-            if key in ('begin_epoch', 'switch_epoch'):  # counted from 0: one epoch is left for what begins there
+            if key in ('begin_epoch', 'switch_epoch'):  # counted from 0; leaves one epoch for what begins there
                 holder[key] = min(holder[key], max(1, length - 1))
     if train_cfg.get('dynamic_intervals'):
         train_cfg.dynamic_intervals = [
@@ -100,7 +100,7 @@ def _scale_intervals(config: Config, ratio: float, length: int) -> None:
 
 
 def _remove_ineffective_schedulers(config: Config, length: int) -> list[str]:
-    """Remove the schedulers of which nothing is left, and return the names of their types."""
+    """Remove the schedulers that have no effect any more, and return the names of their types."""
     schedulers = as_list(config.get('param_scheduler'))
     removed = [scheduler for scheduler in schedulers if not _has_effect(scheduler, length)]
     if removed:
@@ -109,7 +109,7 @@ def _remove_ineffective_schedulers(config: Config, length: int) -> list[str]:
 
 
 def _fill_implicit_defaults(config: Config) -> None:
-    """Set counts that classes have by default (`IMPLICIT_DEFAULTS`), so that they can be scaled."""
+    """Write the defaults of classes (`IMPLICIT_DEFAULTS`) into the config, so that they can be scaled."""
     for name, (registry, key, default) in IMPLICIT_DEFAULTS.items():
         for part in iter_dicts([config.get('custom_hooks'), config.get('model')]):
             if is_type(part.get('type'), registry, name):
@@ -117,14 +117,13 @@ def _fill_implicit_defaults(config: Config) -> None:
 
 
 def _scale_param_scheduler(scheduler: dict, ratio: float, epochs: int | None) -> None:
-    """Scale where a scheduler begins, steps and ends, in a training of `epochs` (None: of iterations).
+    """Scale begin, steps and end of a scheduler in a training of `epochs` (None if it is iteration-based).
 
-    mmengine counts `end - begin - 1` iterations, and as many steps of factors, so that their `end` is one more than
-    what it means.
+    mmengine counts `end - begin - 1` iterations, and as many steps of factors, so their `end` is one too large.
     """
     by_epoch = scheduler.get('by_epoch', True)
     extra = end_offset(scheduler)
-    minimum = 0 if by_epoch and epochs == 1 else 1  # in a single epoch only the longest scheduler has a part
+    minimum = 0 if by_epoch and epochs == 1 else 1  # in a single epoch only the longest scheduler remains
     old_duration = _duration(scheduler, extra)
     if scheduler.get('begin'):
         scheduler['begin'] = max(minimum, round(scheduler['begin'] * ratio))
@@ -134,7 +133,7 @@ def _scale_param_scheduler(scheduler: dict, ratio: float, epochs: int | None) ->
             scheduler['end'] = min(scheduler['end'], epochs)
     duration = _duration(scheduler, extra)
     if old_duration and duration and duration > 0:
-        ratio = duration / old_duration  # what follows is counted from its own begin
+        ratio = duration / old_duration  # the settings below are relative to `begin`
     for key in ('T_max', 'step_size', 'total_steps'):
         if scheduler.get(key):
             scheduler[key] = max(1, round(scheduler[key] * ratio))
@@ -145,7 +144,7 @@ def _scale_param_scheduler(scheduler: dict, ratio: float, epochs: int | None) ->
 
 
 def _scale_periods(scheduler: dict, ratio: float) -> None:
-    """Scale the periods of a scheduler with restarts, and remove those of which nothing is left."""
+    """Scale the periods of a scheduler with restarts, and remove those that become empty."""
     ends = [round(end * ratio) for end in accumulate(scheduler['periods'])]
     ends[-1] = max(ends[-1], 1)
     periods = [end - begin for begin, end in zip([0, *ends], ends)]
@@ -157,7 +156,7 @@ def _scale_periods(scheduler: dict, ratio: float) -> None:
 
 
 def _duration(scheduler: dict, extra: int) -> int | None:
-    """Return how long a scheduler lasts; None where it has no end."""
+    """Return the duration of a scheduler; None if it has no end."""
     return scheduler['end'] - extra - scheduler.get('begin', 0) if 'end' in scheduler else None
 
 
@@ -167,11 +166,11 @@ def _has_effect(scheduler: dict, length: int) -> bool:
     if end is None or end <= begin:
         return end is None
     has_steps = end - begin > 1 or not _is_factor(scheduler) or not scheduler.get('by_epoch', True)
-    return has_steps or (begin > 0 and end >= length)  # otherwise its factor would stay
+    return has_steps or (begin > 0 and end >= length)  # otherwise its factor would never be undone
 
 
 def end_offset(scheduler: dict) -> int:
-    """Return by how much the `end` of a scheduler in mmengine is more than what it means."""
+    """Return by how much mmengine's `end` of a scheduler exceeds its last epoch or iteration."""
     return 1 if not scheduler.get('by_epoch', True) or _is_factor(scheduler) else 0
 
 

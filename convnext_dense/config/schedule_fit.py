@@ -1,7 +1,7 @@
-"""A recipe's schedule on a custom data set: fitted to the number of optimizer steps that its images give.
+"""Fit the schedule of a recipe to the size of a custom data set.
 
-Recipes count in epochs of COCO or in iterations of ADE20K. With a few images 36 epochs are over before warmup is, and
-160,000 iterations see each image thousands of times.
+The recipes' lengths are for COCO (epochs) and ADE20K (iterations). With a few images, 36 epochs would end before the
+warmup, and 160,000 iterations would see each image thousands of times.
 """
 
 import logging
@@ -20,16 +20,16 @@ from .training_set import wrap_training_set
 from .tree import as_list
 from .value_types import check_value_types
 
-MIN_STEPS = 1000  # optimizer steps of a training whose length is not given
-TOO_FEW_STEPS = 200  # below, there is a warning
-MAX_PASSES = 200  # over the images in an iteration-based training, unless these are less than MIN_STEPS
-MAX_WARMUP = 0.1  # of all optimizer steps
-MAX_EVALUATIONS = 20  # and checkpoints, unless more than MIN_STEPS lie between two
-MIN_STEPS_PER_EPOCH = 8  # with fewer, the total batch is halved
+MIN_STEPS = 1000  # optimizer steps of a training whose length the user does not set
+TOO_FEW_STEPS = 200  # optimizer steps below which there is a warning
+MAX_PASSES = 200  # passes over the images in an iteration-based training, unless they are less than MIN_STEPS
+MAX_WARMUP = 0.1  # fraction of the optimizer steps
+MAX_EVALUATIONS = 20  # evaluations and checkpoints, unless more than MIN_STEPS lie between two
+MIN_STEPS_PER_EPOCH = 8  # optimizer steps; with fewer, the total batch is halved
 MIN_TOTAL_BATCH = 4
 BATCH_KEYS = ('total_batch', 'train_dataloader.batch_size', 'optim_wrapper.accumulative_counts')
 WARMUP_TYPES = ('LinearParamScheduler', 'ConstantParamScheduler', 'QuadraticWarmupParamScheduler')
-# lr in proportion to the square root of the batch; with others to the batch
+# Optimizers whose lr is scaled with the square root of the batch size; with others it is proportional to it.
 ADAPTIVE_OPTIMIZERS = ('Adam', 'Adamax', 'NAdam', 'RAdam', 'AdamW', 'LAMB')
 
 
@@ -42,23 +42,23 @@ def fit_schedule(
     fixed_batch: bool = False,
     record: Mapping[str, int] | None = None,
 ) -> list[Notice]:
-    """Fit total batch, length, warmup, evaluations and checkpoints of a training to the number of its images.
+    """Fit total batch, length, warmup, evaluations and checkpoints of a training to its number of images.
 
-    What the command line sets stays. The same images give the same schedule on any number of GPUs if the config names
-    its `total_batch`.
+    Settings from the command line are kept. If the config has a `total_batch`, the same images give the same schedule
+    on any number of GPUs.
 
     Args:
-        config: changed in place, before gradients are accumulated.
-        num_images: of the training set.
-        world_size: number of processes, one per GPU.
-        options: settings of the command line.
-        fixed_length: whether the command line sets the length.
-        fixed_batch: whether images per GPU and accumulation stay as the config has them.
-        record: `schedule_fit` of the config in the checkpoint that is resumed, whose schedule continues though the
-            length or the number of GPUs is another.
+        config: Config without gradient accumulation; it is changed in place.
+        num_images: Number of images in the training set.
+        world_size: Number of processes, one per GPU.
+        options: Settings from the command line.
+        fixed_length: Whether the command line sets the length.
+        fixed_batch: Whether to keep the config's images per GPU and accumulation.
+        record: `schedule_fit` of the config in the checkpoint to resume, whose schedule continues even if the length or
+            the number of GPUs changed.
 
     Returns:
-        One line on what changed, and a warning where there are too few optimizer steps to learn from.
+        One line about the changes, and a warning if there are too few optimizer steps to learn from.
     """
     check_value_types(config)
     options = options or {}
@@ -102,7 +102,7 @@ def _total_batch(config: Config, world_size: int) -> int:
 
 
 def _fit_batch(config: Config, num_images: int, old: int, options: Mapping[str, object]) -> list[str]:
-    """Halve the total batch until an epoch has `MIN_STEPS_PER_EPOCH`, with the lr that belongs to it."""
+    """Halve the total batch until an epoch has `MIN_STEPS_PER_EPOCH`, and scale the lr accordingly."""
     optimizer = config.optim_wrapper.get('optimizer')
     batch = old
     while batch > MIN_TOTAL_BATCH and batch * MIN_STEPS_PER_EPOCH > num_images:
@@ -113,8 +113,8 @@ def _fit_batch(config: Config, num_images: int, old: int, options: Mapping[str, 
     changes = [f'total batch {batch} instead of {old}']
     lr, is_scaled = optimizer.get('lr'), (config.get('auto_scale_lr') or {}).get('enable')
     if isinstance(lr, (int, float)) and not is_scaled and not is_explicit(options, 'optim_wrapper.optimizer.lr'):
-        # With Adam, step size and noise of the gradients agree at the square root (Malladi et al. 2022, On the SDEs and
-        # Scaling Rules for Adaptive Gradient Algorithms).
+        # With Adam, the square root preserves the noise scale (Malladi et al. 2022, On the SDEs and Scaling Rules for
+        # Adaptive Gradient Algorithms).
         is_adaptive = str(optimizer.get('type')).split('.')[-1] in ADAPTIVE_OPTIMIZERS
         optimizer['lr'] = float(f'{lr * (math.sqrt(batch / old) if is_adaptive else batch / old):.3g}')
         changes.append(f'lr {optimizer["lr"]:g} instead of {lr:g}')
@@ -122,7 +122,7 @@ def _fit_batch(config: Config, num_images: int, old: int, options: Mapping[str, 
 
 
 def _repeat_dataset(config: Config, times: int) -> list[str]:
-    """Have an epoch pass over the training set several times."""
+    """Repeat the training set several times per epoch."""
     if times == 1:
         return []
     wrap_training_set(config, type='RepeatDataset', times=times)
@@ -130,7 +130,7 @@ def _repeat_dataset(config: Config, times: int) -> list[str]:
 
 
 def _fit_iterations(config: Config, num_images: int, total_batch: int, options: Mapping[str, object]) -> list[str]:
-    """Make an iteration-based training of at least `MIN_STEPS`, and of at most `MAX_PASSES` over the images."""
+    """Limit an iteration-based training to `MAX_PASSES` over the images, but to no less than `MIN_STEPS`."""
     old, accumulation = int(config.train_cfg.max_iters), accumulative_counts(config)
     most = max(MIN_STEPS, math.ceil(MAX_PASSES * num_images / total_batch))
     iters = min(max(old, MIN_STEPS * accumulation), most * accumulation)
@@ -155,7 +155,7 @@ def _duration(scheduler: Mapping) -> int:
 
 
 def _fit_warmup(config: Config, steps: int, durations: Mapping[int, int], options: Mapping[str, object]) -> list[str]:
-    """Let warmups last as long as in the recipe (`durations`, by index), but at most `MAX_WARMUP` of the training."""
+    """Keep the duration of warmups in the recipe (`durations`, by index), up to `MAX_WARMUP` of the training."""
     changes, schedulers = [], _schedulers(config)
     for i, old in durations.items():
         is_there = i < len(schedulers) and _is_warmup(schedulers[i])
@@ -164,7 +164,7 @@ def _fit_warmup(config: Config, steps: int, durations: Mapping[int, int], option
         by_epoch = schedulers[i].get('by_epoch', True)
         new = min(old, max(1, int(MAX_WARMUP * (config.train_cfg.max_epochs if by_epoch else steps))))
         shift = new - _duration(schedulers[i])
-        for scheduler in schedulers:  # what begins where warmup ends begins where it ends now
+        for scheduler in schedulers:  # a scheduler that follows the warmup moves with its end
             is_next = scheduler.get('begin') and scheduler['begin'] + 1 >= schedulers[i]['end'] >= scheduler['begin']
             if is_next and scheduler.get('by_epoch', True) == by_epoch:
                 scheduler['begin'] += shift
@@ -177,7 +177,7 @@ def _fit_warmup(config: Config, steps: int, durations: Mapping[int, int], option
 
 
 def _fit_intervals(config: Config, steps: int, options: Mapping[str, object]) -> list[str]:
-    """Evaluate and save at most `MAX_EVALUATIONS` times, unless more than `MIN_STEPS` lie between two."""
+    """Limit evaluations and checkpoints to `MAX_EVALUATIONS`, unless more than `MIN_STEPS` lie between two."""
     by_epoch = counts_epochs(config)
     unit, length = ('epochs', config.train_cfg.max_epochs) if by_epoch else ('iterations', config.train_cfg.max_iters)
     saving, changes = (config.get('default_hooks') or {}).get('checkpoint') or {}, []
@@ -195,7 +195,7 @@ def _fit_intervals(config: Config, steps: int, options: Mapping[str, object]) ->
 
 
 def _too_few_steps(config: Config, images_per_epoch: int, total_batch: int, steps: int) -> str:
-    """Say that a training has too few optimizer steps, and which arguments give it enough."""
+    """Format the warning about too few optimizer steps, with arguments that give enough of them."""
     if counts_epochs(config):
         enough = f'--epochs {math.ceil(MIN_STEPS / math.ceil(images_per_epoch / total_batch)):,}'.replace(',', '')
     else:

@@ -20,7 +20,7 @@ from .recipe import recipe_id
 from .tree import as_list
 from .work_dir import TIMESTAMP_GLOB, read_log_text
 
-# What MLflow gets of a config as parameters; all of it is in the file config.py.
+# Parts of a config that MLflow gets as parameters; the complete config is in the artifact config.py.
 TRACKED_KEYS = ('model', 'optim_wrapper', 'param_scheduler', 'train_cfg', 'train_dataloader', 'total_batch')
 
 
@@ -28,11 +28,11 @@ class Tracker(NamedTuple):
     """An experiment tracker.
 
     Attributes:
-        modules: that must be importable.
-        package: that has them, as pip names it.
+        modules: Modules that must be importable.
+        package: Name of the package on PyPI that provides them.
         backend: mmengine's visualization backend.
-        settings: returns the arguments of the backend, or of one derived from it, which then has a `type`; from the
-            config of a run and whether that is resumed.
+        settings: Function of the config of a run, and of whether it is resumed, that returns the arguments of the
+            backend; a `type` among them names a subclass to use instead.
     """
 
     modules: tuple[str, ...]
@@ -41,7 +41,7 @@ class Tracker(NamedTuple):
     settings: Callable[[Config, bool], dict]
 
 
-@VISBACKENDS.register_module(name=['NoCodeWandbVisBackend', 'RunWandbVisBackend'])  # old configs name the second one
+@VISBACKENDS.register_module(name=['NoCodeWandbVisBackend', 'RunWandbVisBackend'])  # the second name is in old configs
 class NoCodeWandbVisBackend(OverridableWandbVisBackend):
     """W&B backend that does not upload source code.
 
@@ -50,13 +50,13 @@ class NoCodeWandbVisBackend(OverridableWandbVisBackend):
     """
 
     def start(self) -> None:
-        """Import wandb and start its run; UsageError where it cannot."""
+        """Import wandb and start its run; raise UsageError if it cannot start."""
         wandb = importlib.import_module('wandb')
         with _wandb_errors(wandb):
             super().start()
 
     def add_config(self, config: Config, **kwargs) -> None:
-        """Log the config, and no code."""
+        """Log the config, but no code."""
         self.experiment.config.update(config.to_dict(), allow_val_change=True)
 
 
@@ -66,15 +66,15 @@ RunWandbVisBackend = NoCodeWandbVisBackend  # its name before
 def add_trackers(config: Config, names: Iterable[str], resumed: bool = False) -> None:
     """Add experiment trackers to the visualization backends of a config.
 
-    A run is named after the work dir, in a project or an experiment that is named after the recipe.
+    A run is named after its work dir, its project or experiment after the recipe.
 
     Args:
-        config: changed in place; backends that it has stay as they are.
-        names: of `TRACKERS`.
-        resumed: whether the run is resumed; a W&B run is then continued.
+        config: Config; it is changed in place, except for the backends that it has already.
+        names: Keys of `TRACKERS`.
+        resumed: Whether the run is resumed; a W&B run then continues.
 
     Raises:
-        UsageError: the package of a tracker is not installed, or W&B is online and nobody is logged in.
+        UsageError: If the package of a tracker is not installed, or W&B is online and nobody is logged in.
     """
     names = list(dict.fromkeys(names))
     for name in names:
@@ -146,8 +146,8 @@ def _previous_run_id(work_dir: Path) -> str | None:
 
 
 def _mlflow_settings(config: Config, resumed: bool) -> dict:
-    # mmengine reads neither of MLflow's own variables, and logs every setting and file of the work dir into folders,
-    # which MLflow 3 refuses; the file is MLflow's own default.
+    # mmengine ignores MLflow's own environment variables, and by default logs every setting and all files of the work
+    # dir, which MLflow 3 refuses; mlflow.db is MLflow's own default.
     return dict(
         tracking_uri=os.environ.get('MLFLOW_TRACKING_URI') or 'sqlite:///mlflow.db',
         exp_name=os.environ.get('MLFLOW_EXPERIMENT_NAME') or _project(config),
@@ -175,7 +175,7 @@ def _aim_settings(config: Config, resumed: bool) -> dict:
 
 
 def _neptune_settings(config: Config, resumed: bool) -> dict:
-    # As mmengine does without arguments: what is not sent is kept in .neptune.
+    # As in mmengine without arguments: offline, the data are kept in .neptune.
     mode = {} if {'NEPTUNE_API_TOKEN', 'NEPTUNE_PROJECT'} <= set(os.environ) else dict(mode='offline')
     return dict(init_kwargs=dict(name=_run_name(config), tags=[_project(config)], source_files=[], **mode))
 

@@ -1,4 +1,4 @@
-"""Settings of a training from the command line: precision, checkpoint retention, unreadable images."""
+"""Options of a training: precision, checkpoint retention, unreadable images."""
 
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -8,18 +8,18 @@ from ..errors import UsageError
 from ..type_names import is_type
 from .tree import as_list, iter_dicts
 
-NO_AMP_DEVICES = ('cpu', 'mps')  # mmengine's AmpOptimWrapper refuses these
+NO_AMP_DEVICES = ('cpu', 'mps')  # devices that mmengine's AmpOptimWrapper refuses
 
 
 def set_precision(config: Config, amp_dtype: str | None) -> None:
     """Set the precision of training.
 
     Args:
-        config: changed in place.
-        amp_dtype: 'float16' or 'bfloat16' for mixed precision, 'float32' for none; None for the config's own.
+        config: Config; it is changed in place.
+        amp_dtype: 'float16' or 'bfloat16' for mixed precision, 'float32' for none; None to keep the config's.
 
     Raises:
-        UsageError: mixed precision without a GPU.
+        UsageError: If mixed precision is asked for without a GPU.
     """
     wrapper = config.optim_wrapper
     if amp_dtype == 'float32':
@@ -41,11 +41,11 @@ def set_checkpoint_retention(config: Config, max_keep_ckpts: int | None) -> None
     """Keep the last checkpoints and the one of the best evaluation.
 
     Args:
-        config: changed in place.
-        max_keep_ckpts: how many of the last; None for what the config says.
+        config: Config; it is changed in place.
+        max_keep_ckpts: Number of latest checkpoints to keep; None to keep the config's setting.
 
     Raises:
-        UsageError: the number is not positive.
+        UsageError: If the number is not positive.
     """
     if max_keep_ckpts is None:
         return
@@ -59,13 +59,13 @@ def set_checkpoint_retention(config: Config, max_keep_ckpts: int | None) -> None
 
 
 def best_metric(evaluator: object) -> str:
-    """Return the metric that decides which checkpoint is the best.
+    """Return the name of the metric by which the best checkpoint is chosen.
 
     Args:
-        evaluator: config of one, or a list of them.
+        evaluator: Config of an evaluator, or a list of them.
 
     Returns:
-        Box AP or mIoU; 'auto' for the first metric of another evaluator.
+        The name of box AP or mIoU; 'auto', the first metric, for any other evaluator.
     """
     for metric in iter_dicts(evaluator):
         if is_type(metric.get('type'), METRICS, 'CocoMetric') and 'bbox' in as_list(metric.get('metric', 'bbox')):
@@ -79,11 +79,11 @@ def set_max_unreadable(config: Config, limit: str | None) -> None:
     """Set how many unreadable training images are replaced by others before the training stops.
 
     Args:
-        config: changed in place.
-        limit: a number of images, or a percentage such as '0.5%'; None for the default of 0.1%.
+        config: Config; it is changed in place.
+        limit: A number of images, or a percentage such as '0.5%'; None for the default, 0.1%.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: If the limit is neither.
     """
     if limit is None:
         return

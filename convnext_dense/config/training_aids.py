@@ -1,4 +1,4 @@
-"""What helps a training and is a flag: early stopping, averaged weights, frozen stages, images without objects."""
+"""Training aids behind flags: early stopping, weight averaging, frozen stages, images without objects."""
 
 import argparse
 
@@ -15,13 +15,13 @@ from .training import best_metric
 from .tree import as_list, iter_dicts
 
 EMA_DECAY = 0.999
-EMA_GAMMA = 10  # after n steps the average reaches back over a tenth of them, at most over 1 / (1 - decay)
-MIN_IMPROVEMENT = {'mIoU': 0.1}  # of a metric in percent; of AP in a fraction it is
+EMA_GAMMA = 10  # after n steps the average spans n / 10 of them, at most 1 / (1 - decay)
+MIN_IMPROVEMENT = {'mIoU': 0.1}  # a tenth of a point: mIoU is in percent, AP is a fraction
 DEFAULT_MIN_IMPROVEMENT = 0.001
 
 
 def add_training_aids(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that this module, `class_balance` and `mixed_images` apply."""
+    """Add the flags of this module, `class_balance` and `mixed_images`."""
     add = parser.add_argument_group('training aids').add_argument
     text = 'stop after this many evaluations in a row that are not better by a tenth of a point'
     add('--early-stop', type=int, metavar='PATIENCE', help=text)
@@ -42,14 +42,14 @@ def add_training_aids(parser: argparse.ArgumentParser) -> None:
 
 
 def set_early_stopping(config: Config, patience: int | None) -> None:
-    """Stop a training whose box AP or mIoU does not improve.
+    """Stop a training when its box AP or mIoU no longer improves.
 
     Args:
-        config: changed in place.
-        patience: evaluations in a row without improvement; None for no change.
+        config: Config; it is changed in place.
+        patience: Consecutive evaluations without improvement; None for no early stopping.
 
     Raises:
-        UsageError: the number is not positive, or the config evaluates neither box AP nor mIoU.
+        UsageError: If the number is not positive, or the config evaluates neither box AP nor mIoU.
     """
     if patience is None:
         return
@@ -70,11 +70,11 @@ def set_ema(config: Config, decay: float | None) -> None:
     """Evaluate and save an exponential moving average of the weights.
 
     Args:
-        config: changed in place, before gradients are accumulated.
-        decay: of the average, in a long training; None for no change.
+        config: Config without gradient accumulation; it is changed in place.
+        decay: Decay of the average, which it reaches after a while; None for no averaging.
 
     Raises:
-        UsageError: the decay is not between 0 and 1, or the config averages weights itself.
+        UsageError: If the decay is not between 0 and 1, or the config averages weights itself.
     """
     if decay is None:
         return
@@ -87,14 +87,14 @@ def set_ema(config: Config, decay: float | None) -> None:
 
 
 def freeze_backbone(config: Config, stages: str | None) -> None:
-    """Freeze the first stages of the backbone; its output norms, which no pretrained weights fill, are trained.
+    """Freeze the first stages of the backbone; its output norms, which have no pretrained weights, are trained.
 
     Args:
-        config: changed in place.
-        stages: how many; '0' for the stem alone, 'all' for all; None for no change.
+        config: Config; it is changed in place.
+        stages: Number of stages; '0' for only the stem, 'all' for all stages; None for no freezing.
 
     Raises:
-        UsageError: it is neither, or the backbone cannot be frozen.
+        UsageError: If the value is neither, or the backbone cannot be frozen.
     """
     if stages is None:
         return
@@ -117,11 +117,11 @@ def scale_backbone_lr(config: Config, factor: float | None) -> None:
     """Multiply the learning rates of the backbone.
 
     Args:
-        config: changed in place.
-        factor: for all of the backbone, in addition to layer-wise decay; None for no change.
+        config: Config; it is changed in place.
+        factor: Factor for the whole backbone, in addition to layer-wise decay; None for no change.
 
     Raises:
-        UsageError: the factor is not positive, or the constructor of the optimizer has no place for it.
+        UsageError: If the factor is not positive, or the optimizer wrapper constructor has no setting for it.
     """
     if factor is None:
         return
@@ -130,7 +130,7 @@ def scale_backbone_lr(config: Config, factor: float | None) -> None:
     wrapper = config.optim_wrapper
     settings = wrapper['paramwise_cfg'] = wrapper.get('paramwise_cfg') or {}
     constructor = wrapper.get('constructor') or 'DefaultOptimWrapperConstructor'
-    # A parameter with a key of its own follows that alone: one more key would take these settings from the backbone.
+    # A parameter that matches one of custom_keys ignores the other multipliers, so a new key would disable them.
     adds_key = 'backbone' not in settings.get('custom_keys', {})
     if short_name(constructor) == LayerDecayOptimWrapperConstructor.__name__:
         settings['backbone_lr_mult'] = factor
@@ -151,11 +151,11 @@ def set_negatives(config: Config, negatives: str | None) -> None:
     """Train on images without objects, or leave them out.
 
     Args:
-        config: changed in place, before its images are counted.
-        negatives: 'keep' or 'drop'; None for no change.
+        config: Config whose images are not counted yet; it is changed in place.
+        negatives: 'keep' or 'drop'; None for the config's setting.
 
     Raises:
-        UsageError: it is no detection config.
+        UsageError: If the config is not for detection.
     """
     if negatives is None:
         return
@@ -167,7 +167,7 @@ def set_negatives(config: Config, negatives: str | None) -> None:
             part['filter_cfg'] = {**(part.get('filter_cfg') or {}), 'filter_empty_gt': not keeps}
     for part in iter_dicts([config.train_dataloader, config.get('custom_hooks')]):
         if is_type(part.get('type'), TRANSFORMS, 'FilterAnnotations'):
-            part['keep_empty'] = not keeps  # mmdet's name for: an image without boxes is left out
+            part['keep_empty'] = not keeps  # True in mmdet means that an image without boxes is dropped
         elif is_type(part.get('type'), TRANSFORMS, 'RandomCrop') and 'allow_negative_crop' in part and keeps:
             part['allow_negative_crop'] = True
 

@@ -1,4 +1,4 @@
-"""The training set of a config: built to look at its images, and wrapped in others."""
+"""The training set of a config: build it to inspect its images, or wrap it."""
 
 import contextlib
 import io
@@ -12,13 +12,13 @@ from .tree import iter_dicts
 
 
 def build_training_set(config: Config, **settings) -> object | None:
-    """Return the training set, filters and wrappers included; None where it cannot be built.
+    """Build the training set with its filters and wrappers; return None if it cannot be built.
 
-    Why it cannot be, the building of the runner says.
+    Building the runner then reports the reason.
 
     Args:
-        config: whose data set names existing files.
-        **settings: of the outermost data set, in place of the config's.
+        config: Config with a training set of existing files.
+        **settings: Settings of the outermost data set that override the config's.
     """
     cfg = {**config.train_dataloader.dataset, 'lazy_init': False, **settings}
     try:
@@ -34,17 +34,17 @@ def build_training_set(config: Config, **settings) -> object | None:
 
 
 def count_training_images(config: Config) -> int | None:
-    """Return the length of the training set; None where it is empty or cannot be built."""
+    """Return the number of training images; None if there are none or the training set cannot be built."""
     dataset = build_training_set(config)
     return None if dataset is None else len(dataset) or None
 
 
 def wrap_training_set(config: Config, **wrapper) -> None:
-    """Put the training set of a config into a wrapper, but within one that mixes images, which hooks expect outermost.
+    """Wrap the training set of a config, below a wrapper that mixes images, which hooks expect to be the outermost.
 
     Args:
-        config: changed in place.
-        **wrapper: config of the wrapper, without its `dataset`.
+        config: Config; it is changed in place.
+        **wrapper: Config of the wrapper, without its `dataset`.
     """
     holder = config.train_dataloader
     while is_type(holder['dataset'].get('type'), DATASETS, 'MultiImageMixDataset'):
@@ -53,6 +53,6 @@ def wrap_training_set(config: Config, **wrapper) -> None:
 
 
 def leaf_dataset(config: Config) -> dict | None:
-    """Return the config of the data set that reads images, within its wrappers; None if there are several."""
+    """Return the config of the data set that reads images, inside its wrappers; None if there are several."""
     leaves = [part for part in iter_dicts(config.train_dataloader.dataset) if isinstance(part.get('pipeline'), list)]
     return leaves[0] if len(leaves) == 1 else None

@@ -1,4 +1,4 @@
-"""The nested dicts and lists of a config: walking through them, and the modules that it imports."""
+"""Helpers for the nested dicts and lists of a config, and for its custom imports."""
 
 import importlib
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ PIPELINE_KEYS = (*LOADERS, *EXTRA_PIPELINE_KEYS)
 
 
 def iter_dicts(value: object) -> Iterator[dict]:
-    """Iterate over all dicts in a config's value, itself included, from the outside in."""
+    """Iterate over a value and all dicts nested in it, from the outside in."""
     if isinstance(value, dict):
         yield value
         value = list(value.values())
@@ -23,17 +23,17 @@ def iter_dicts(value: object) -> Iterator[dict]:
 
 
 def as_list(value: object) -> list:
-    """Return a setting that may be one or a list of them as a list, an empty one for None."""
+    """Return a setting that may be a single item or a list as a list; [] for None."""
     return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
 
 
 def get_dotted(config: object, key: str, default: Any = None) -> Any:
-    """Return the value of a dotted key, in which items of lists are numbers.
+    """Return the value of a dotted key, in which list items are numbers.
 
     Args:
-        config: a config, or a dict or list in it.
-        key: such as 'param_scheduler.0.type'.
-        default: returned where there is no such key.
+        config: A config, or a dict or list in it.
+        key: Dotted key, such as 'param_scheduler.0.type'.
+        default: Value to return if there is no such key.
     """
     for part in key.split('.'):
         if isinstance(config, (list, tuple)) and part.isdigit() and int(part) < len(config):
@@ -46,11 +46,11 @@ def get_dotted(config: object, key: str, default: Any = None) -> Any:
 
 
 def flatten(key: str, value: object) -> Iterator[tuple[str, object]]:
-    """Iterate over the values in a part of a config by dotted keys; a list of plain values is one value.
+    """Iterate over the dotted keys and values of a part of a config; a list of plain values counts as one value.
 
     Args:
-        key: of the part, which begins all keys.
-        value: of the part.
+        key: Key of the part, which is the prefix of all keys.
+        value: Value of the part.
     """
     if isinstance(value, Mapping):
         for name, item in value.items():
@@ -63,18 +63,18 @@ def flatten(key: str, value: object) -> Iterator[tuple[str, object]]:
 
 
 def is_equal(a: object, b: object) -> bool:
-    """Whether two settings are the same; a list and a tuple of the same items are, and so are two NaNs."""
+    """Whether two settings are equal; a list equals a tuple of the same items, and NaN equals NaN."""
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(is_equal, a, b))
     return a == b or (a != a and b != b)
 
 
 def add_custom_imports(config: Config, *modules: str) -> None:
-    """Have a config import modules that register its parts, and import them now.
+    """Add modules to the custom imports of a config, and import them now.
 
     Args:
-        config: changed in place.
-        *modules: their full names.
+        config: Config; it is changed in place.
+        *modules: Full names of the modules.
     """
     imports = config.setdefault('custom_imports', dict(imports=[], allow_failed_imports=False))
     imports['imports'] = [*dict.fromkeys([*as_list(imports['imports']), *modules])]

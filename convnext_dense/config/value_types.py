@@ -1,4 +1,4 @@
-"""The types of the settings from which batch and schedule are computed, checked before anything is computed."""
+"""Checks of the types of settings from which batch size and schedule are computed."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -9,12 +9,12 @@ from ..errors import UsageError
 
 
 class ValueType(NamedTuple):
-    """What a value has to be.
+    """Expected type of a value.
 
     Attributes:
-        description: for the message.
-        is_valid: tests a value.
-        optional: whether it may be None.
+        description: Description for the error message.
+        is_valid: Function that tells whether a value has the type.
+        optional: Whether the value may be None.
     """
 
     description: str
@@ -46,7 +46,7 @@ PAIRS = ValueType(
     lambda value: _is_list(value, lambda pair: _is_list(pair, STEPS.is_valid) and len(pair) == 2),
     True,
 )
-# By dotted key, from the outside in; `*` is every item of a list, or the single one that stands in its place.
+# By dotted key, outer keys first; `*` is every item of a list, or a single item in place of a list.
 EXPECTED_TYPES = {
     'total_batch': COUNT._replace(optional=True),
     'train_dataloader': DICT,
@@ -84,8 +84,8 @@ def find_wrong_types(config: Config, expected: Mapping[str, ValueType]) -> Itera
     """Find the settings in a config that have the wrong type.
 
     Args:
-        config: whose settings are checked where they are there.
-        expected: types by dotted key.
+        config: Config whose settings are checked; missing ones are skipped.
+        expected: Expected types by dotted key.
 
     Yields:
         Their keys, values and expected types.
@@ -97,7 +97,7 @@ def find_wrong_types(config: Config, expected: Mapping[str, ValueType]) -> Itera
 
 
 def _iter_matches(node: object, parts: list[str], path: tuple[str, ...] = ()) -> Iterator[tuple[str, object]]:
-    """Iterate over the values that a dotted key with `*` matches, each with its own key."""
+    """Iterate over the keys and values that match a dotted key with `*`."""
     if not parts:
         yield '.'.join(path), node
     elif parts[0] == '*' and isinstance(node, (list, tuple)):

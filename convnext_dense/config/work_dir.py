@@ -11,11 +11,11 @@ from ..engine.work_dir_lock import lock_work_dir
 from .launch import is_rank0
 from .recipe import recipe_id
 
-TIMESTAMP_GLOB = '[0-9]' * 8 + '_' + '[0-9]' * 6  # the folder of one session
+TIMESTAMP_GLOB = '[0-9]' * 8 + '_' + '[0-9]' * 6  # name of the log folder of a session
 
 
 def hold_work_dir(config: Config) -> None:
-    """Lock the work dir for this run; UsageError where another run uses it."""
+    """Lock the work dir for this run; raise UsageError if another run uses it."""
     if is_rank0():
         lock_work_dir(config.work_dir)
 
@@ -24,11 +24,11 @@ def find_resume_checkpoint(work_dir: Path) -> str | None:
     """Find the checkpoint from which the run in a work dir continues.
 
     Args:
-        work_dir: may have been moved since the run.
+        work_dir: The work dir, which may have been moved since the run.
 
     Returns:
-        The checkpoint that `last_checkpoint` names. Without that file, as a kill after the first checkpoint leaves it,
-        the complete checkpoint with the most iterations; None where there is none.
+        The checkpoint that `last_checkpoint` names. Without that file (after a kill during the first checkpoint), the
+        complete checkpoint with the most iterations; None if there is none.
     """
     if (work_dir / LAST_CKPT_FILE).exists():
         path = (work_dir / LAST_CKPT_FILE).read_text().strip()
@@ -42,10 +42,10 @@ def find_resume_checkpoint(work_dir: Path) -> str | None:
 
 
 def default_work_dir(config: str) -> Path:
-    """Return work_dirs/cascade/convnext_t for .../configs/cascade/convnext_t.py: file names alone are not unique."""
+    """Return work_dirs/cascade/convnext_t for .../configs/cascade/convnext_t.py; file names alone are not unique."""
     return Path('work_dirs', *recipe_id(config))
 
 
 def read_log_text(file: Path) -> str:
-    """Return the text of a log that may be missing or cut off, '' where it is missing."""
+    """Return the text of a log file; '' if it is missing."""
     return file.read_text(encoding='utf-8', errors='replace') if file.is_file() else ''

@@ -18,14 +18,14 @@ class DiskFullError(OSError):
 
 
 def write_atomic(path: str | Path, content: bytes) -> None:
-    """Write a file so that at any instant either the old content or the new one is complete on disk.
+    """Write a file so that at any time either its old or its new content is completely on disk.
 
     Args:
-        path: The file. Its folder has to exist.
-        content: The new content.
+        path: Path of the file. Its folder has to exist.
+        content: New content of the file.
 
     Raises:
-        DiskFullError: The disk or the quota is full; the old file is unchanged.
+        DiskFullError: If the disk or the quota is full; the old file is unchanged.
     """
     path = Path(path)
     tmp_path = path.with_name(path.name + TMP_SUFFIX)
@@ -35,7 +35,7 @@ def write_atomic(path: str | Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(tmp_path, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name is on disk when its folder is
+        folder = os.open(path.parent, os.O_RDONLY)  # syncing the folder puts the new name on disk
         try:
             os.fsync(folder)
         finally:
@@ -47,7 +47,7 @@ def write_atomic(path: str | Path, content: bytes) -> None:
         free = shutil.disk_usage(path.parent).free
         missing = len(content) - free
         need = f'needs {_format_mb(missing)} more' if missing > 0 else f'needs {_format_mb(len(content))}'
-        reason = '' if missing > 0 else f' ({error.strerror})'  # a quota, of which the free space says nothing
+        reason = '' if missing > 0 else f' ({error.strerror})'  # a quota, which the free space does not show
         raise DiskFullError(f'Disk full: {path} {need}{reason}') from error
 
 
@@ -56,26 +56,26 @@ def _format_mb(size: int) -> str:
 
 
 class AtomicLocalBackend(LocalBackend):
-    """mmengine's file backend for local disks with atomic writes, whose deletions wait for `flush_deletes`.
+    """mmengine's backend for local files with atomic writes, and with deletions that wait for `flush_deletes`.
 
     Attributes:
-        pending_deletes (list[str]): Files to delete once what replaces them is written.
+        pending_deletes (list[str]): Files to delete once their replacements are written.
     """
 
     def __init__(self):
         self.pending_deletes: list[str] = []
 
     def put(self, obj: bytes, filepath) -> None:
-        """Write a file atomically, and the folders above it."""
+        """Write a file atomically; missing folders are created."""
         os.makedirs(os.path.dirname(filepath) or '.', exist_ok=True)
         write_atomic(filepath, obj)
 
     def remove(self, filepath) -> None:
-        """Have a file deleted by the next `flush_deletes`."""
+        """Schedule a file for deletion by the next `flush_deletes`."""
         self.pending_deletes.append(str(filepath))
 
     def flush_deletes(self) -> None:
-        """Delete the files whose deletion was asked for."""
+        """Delete all scheduled files."""
         while self.pending_deletes:
             Path(self.pending_deletes.pop()).unlink(missing_ok=True)
 
@@ -86,7 +86,7 @@ register_backend(ATOMIC_BACKEND, AtomicLocalBackend, force=True)
 
 @contextmanager
 def warn_on_disk_full(runner) -> Iterator[None]:
-    """Context manager that turns the error of a full disk into a warning: losing a log is better than losing a run."""
+    """Context manager that turns a disk-full error into a warning: losing a log is better than losing a run."""
     try:
         yield
     except OSError as error:

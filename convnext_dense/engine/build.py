@@ -22,7 +22,7 @@ from .runner import ResumableRunner
 
 
 def compile_backbones(model: nn.Module) -> None:
-    """Compile the blocks of every ConvNeXt in a model with `torch.compile`, when they first run."""
+    """Have `torch.compile` compile the blocks of every ConvNeXt in a model when they first run."""
     for module in model.modules():
         if isinstance(module, ConvNeXt):
             module.compile_blocks()
@@ -33,14 +33,14 @@ def make_runner(config: Config, checkpoint: str | None = None) -> Runner:
 
     Args:
         config: The config.
-        checkpoint: A checkpoint of the whole model, to resume or to test. Without it, the config's `load_from` is
-            checked, whose heads may differ (other classes) while its backbone may not.
+        checkpoint: Checkpoint of the whole model, to resume or test. Without it, the config's `load_from` is checked:
+            its heads may differ (other classes), its backbone may not.
 
     Returns:
         The runner; the checkpoint is loaded when it trains or tests.
 
     Raises:
-        UsageError: The config cannot be built, or the checkpoint is of another model.
+        UsageError: If the config cannot be built, or the checkpoint does not fit the model.
     """
     if not checkpoint and config.get('load_from'):
         config.load_from = str(download(config.load_from))
@@ -66,19 +66,19 @@ def make_runner(config: Config, checkpoint: str | None = None) -> Runner:
 
 
 def register_checkpoint_loader(models_by_file: Mapping[str, nn.Module] | None = None) -> None:
-    """Have mmengine load all checkpoints, from wherever, without unpickling arbitrary objects.
+    """Have mmengine load all checkpoints (files, URLs, ...) without unpickling arbitrary objects.
 
-    The config in a file, which mmengine would execute on resuming, is left out.
+    The config in a checkpoint, which mmengine would execute on resuming, is dropped.
 
     Args:
-        models_by_file: Models by the files whose weights are to be renamed to their parameter names.
+        models_by_file: By checkpoint file, the model to whose parameter names its weights are renamed.
     """
 
     def load(filename: str, map_location=None) -> dict:
         if filename.startswith('torchvision://'):
             filename = get_torchvision_models()[filename.removeprefix('torchvision://')]
         content = load_checkpoint(download(filename), mmap=False)
-        clear_cache()  # the run holds its own copy from here on
+        clear_cache()  # from here on the run holds its own copy
         if models_by_file and filename in models_by_file:
             content['state_dict'] = load_model_weights(content, filename, models_by_file[filename])
         if isinstance(content.get('meta'), dict):

@@ -1,4 +1,4 @@
-"""Transforms of images of any number of channels."""
+"""Transforms for images with any number of channels."""
 
 from collections.abc import Sequence
 
@@ -14,14 +14,14 @@ from ..errors import UnreadableImageError
 
 @TRANSFORMS.register_module()
 class LoadImageChannels(LoadImageFromFile):
-    """Read channels of an image of any type, normalized.
+    """Read and normalize channels of an image of any data type.
 
     Args:
-        channels: numbers of the channels, from 1, in the order of the model's input.
-        mean: of each of these, as measured on the training images.
-        std: likewise.
-        num_channels: of the files.
-        dtype: of the values in the files.
+        channels: Channel numbers, from 1, in the order of the model's input.
+        mean: Mean of each of these channels over the training images.
+        std: Standard deviation of each of these channels over the training images.
+        num_channels: Number of channels of the files.
+        dtype: NumPy data type of the files.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class LoadImageChannels(LoadImageFromFile):
         self.reader = ChannelReader(tuple(channels), tuple(mean), tuple(std), num_channels, dtype)
 
     def transform(self, results: dict) -> dict:
-        """Read the image of `img_path` as `img`, (H, W, C) of float32."""
+        """Read the image at `img_path` as `img`, float32 of shape (H, W, C)."""
         try:
             image = self.reader.read(results['img_path'])
         except UnreadableImageError as error:
@@ -45,14 +45,14 @@ class LoadImageChannels(LoadImageFromFile):
 
 @TRANSFORMS.register_module()
 class RandomBrightnessContrast(BaseTransform):
-    """Change brightness and contrast of a normalized image of any number of channels.
+    """Change brightness and contrast of a normalized image with any number of channels.
 
-    What mmseg's PhotoMetricDistortion does to these two, in standard deviations: each with a probability of one half,
-    and equally in all channels. Hue and saturation are those of colors, and stay.
+    Like these two steps of mmseg's PhotoMetricDistortion, but in standard deviations: each with a probability of one
+    half, and equally in all channels. There is no change of hue and saturation, which need colors.
 
     Args:
-        brightness_delta: largest amount that is added, in standard deviations. Defaults to 0.5, about 32 of 255.
-        contrast_range: least and greatest factor of the distance from the mean. Defaults to (0.5, 1.5).
+        brightness_delta: Maximum absolute summand, in standard deviations. Defaults to 0.5, about 32 of 255.
+        contrast_range: Minimum and maximum factor of the distance from the mean. Defaults to (0.5, 1.5).
     """
 
     def __init__(self, brightness_delta: float = 0.5, contrast_range: Sequence[float] = (0.5, 1.5)):
@@ -60,14 +60,14 @@ class RandomBrightnessContrast(BaseTransform):
 
     @cache_randomness
     def _draw(self) -> tuple[float, float]:
-        """Draw what is added, and the factor."""
+        """Draw a random summand and factor."""
         adds, scales = np.random.randint(2, size=2)
         delta = np.random.uniform(-self.brightness_delta, self.brightness_delta)
         factor = np.random.uniform(*self.contrast_range)
         return delta * adds, factor if scales else 1.0
 
     def transform(self, results: dict) -> dict:
-        """Change `img`."""
+        """Change `img`, float32 of shape (H, W, C)."""
         delta, factor = self._draw()
         results['img'] = (results['img'] * factor + delta).astype(np.float32)
         return results

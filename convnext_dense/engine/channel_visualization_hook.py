@@ -1,4 +1,4 @@
-"""Pictures of predictions on images of any number of channels."""
+"""Visualization of predictions on images with any number of channels."""
 
 import os
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from ..channel_files import ChannelReader, to_rgb
 
 @HOOKS.register_module()
 class ChannelVisualizationHook(Hook):
-    """Draws predictions of a test, as mmdet's and mmseg's hooks do, onto the first three channels.
+    """Draws the predictions of a test onto the first three channels, as mmdet's and mmseg's hooks do for RGB.
 
     Args:
-        draw: whether to draw.
-        interval: of the images that are drawn.
-        show: whether they are shown in a window.
-        wait_time: seconds that each is shown.
-        test_out_dir: folder for the pictures.
-        reader: arguments of `ChannelReader`.
+        reader: Arguments of `ChannelReader`.
+        draw: Whether to draw.
+        interval: Draw every `interval`-th image.
+        show: Whether to show the images in a window.
+        wait_time: Seconds for which each image is shown.
+        test_out_dir: Folder for the images; None for no files.
     """
 
     def __init__(

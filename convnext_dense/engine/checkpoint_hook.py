@@ -1,4 +1,4 @@
-"""Checkpoints that are written atomically, where an optimizer step ends, with all that a run needs to continue."""
+"""Checkpoints that are written atomically, at the end of an optimizer step, with everything needed to resume."""
 
 import copy
 import os
@@ -15,26 +15,26 @@ from ..mmengine_internals import OverridableCheckpointHook
 from .atomic_files import ATOMIC_BACKEND, TMP_SUFFIX, AtomicLocalBackend, DiskFullError, write_atomic
 from .progress import PARTITION_KEY, batch_partition, broadcast_from_rank0, is_step_end, next_step_end
 
-INTERRUPTED_CKPT = 'interrupted.pth'  # between regular checkpoints; deleted once the next of these is written
+INTERRUPTED_CKPT = 'interrupted.pth'  # between regular checkpoints; deleted once the next regular one is written
 LAST_CKPT_FILE = 'last_checkpoint'  # in the work dir: the path of the checkpoint to resume
-PENDING_DELETES_KEY = 'outdated_ckpts'  # in the message hub, and by that in checkpoints
+PENDING_DELETES_KEY = 'outdated_ckpts'  # in the message hub, and therefore in checkpoints
 CKPT_STATE_KEYS = ('keep_ckpt_ids', 'last_ckpt', 'best_ckpt_path', 'best_ckpt_path_dict')  # attributes of the hook
 
 
 class AtomicCheckpointHook(OverridableCheckpointHook):
     """mmengine's hook with checkpoints from which a run continues as if it had not stopped.
 
-    Every file is complete or not there. Nothing is lost when the disk is full: what was there stays, and training
-    continues. Under gradient accumulation a checkpoint is written where an optimizer step ends, so that it never holds
-    partial gradients: one that is due between two steps is written at the end of the first of them. Until then only
-    gradients are accumulated, so its weights are those that the evaluation after it sees.
+    Every file is complete or absent. When the disk is full, existing files are kept and training continues. Under
+    gradient accumulation, checkpoints are written at the end of an optimizer step, so that they never need partial
+    gradients: one that is due between two steps is written at the end of the first. Its weights are those that the
+    evaluation after it sees, because only gradients change in between.
     """
 
     _is_writing = False
-    saved_iter = -1  # iterations that the latest regular or interrupted checkpoint holds
+    saved_iter = -1  # finished iterations in the latest regular or interrupted checkpoint
 
     def before_train(self, runner) -> None:
-        """Clean up what a killed run left, and find the best checkpoint in a work dir that has moved."""
+        """Remove leftovers of a killed run, and find the best checkpoint in a work dir that was moved."""
         super().before_train(runner)
         if type(self.file_backend) is LocalBackend:
             self.backend_args, self.file_backend = dict(backend=ATOMIC_BACKEND), AtomicLocalBackend()
@@ -43,18 +43,18 @@ class AtomicCheckpointHook(OverridableCheckpointHook):
                 path.unlink()
             for path in runner.message_hub.runtime_info.get(PENDING_DELETES_KEY, ()):  # from a kill before deleting
                 Path(path).unlink(missing_ok=True)
-            # The list itself: a checkpoint then holds which files it makes obsolete.
+            # The list object itself, so that every checkpoint contains the files that it makes obsolete.
             runner.message_hub.update_info(PENDING_DELETES_KEY, self.file_backend.pending_deletes)
         if getattr(self, 'best_ckpt_path', None):
             self.best_ckpt_path = self.file_backend.join_path(self.out_dir, os.path.basename(self.best_ckpt_path))
 
     def after_train_epoch(self, runner) -> None:
-        """Write the checkpoint of an epoch, unless `after_train_iter` did because no optimizer step ends here."""
+        """Write the checkpoint of an epoch, unless `after_train_iter` has written it at the last optimizer step."""
         if is_step_end(runner):
             super().after_train_epoch(runner)
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Where an optimizer step ends, write what is due here or before the next one ends."""
+        """At the end of an optimizer step, write a checkpoint that is due now or before the next step ends."""
         if not is_step_end(runner):
             return
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
@@ -68,7 +68,7 @@ class AtomicCheckpointHook(OverridableCheckpointHook):
             self.write_regular(runner, step, dict(epoch=runner.epoch, iter=iters))
 
     def _step_due_early(self, runner, iters: int) -> int | None:
-        """The number in the name of a checkpoint that is due before the next optimizer step ends; None if none is.
+        """The number of the checkpoint that is due before the next optimizer step ends; None if there is none.
 
         Args:
             runner: The runner.
@@ -109,7 +109,7 @@ class AtomicCheckpointHook(OverridableCheckpointHook):
         checkpoint['meta'][PARTITION_KEY] = asdict(batch_partition(runner))
 
     def write_regular(self, runner, step: int, meta: dict) -> None:
-        """As in mmengine, but files are deleted only once the new one is written."""
+        """Write a regular checkpoint as mmengine does, but delete files only once the new one is written."""
         if not is_step_end(runner):
             return  # after an evaluation between two steps: resuming repeats it, with the best checkpoint
         with self._transaction(runner) as transaction:
@@ -129,7 +129,7 @@ class AtomicCheckpointHook(OverridableCheckpointHook):
             self.saved_iter = meta['iter']
 
     def write_best(self, runner, metrics: dict) -> None:
-        """As in mmengine, and all or nothing."""
+        """Write the best checkpoint as mmengine does, but completely or not at all."""
         if self.save_best:
             with self._transaction(runner):
                 super().write_best(runner, metrics)
@@ -158,13 +158,13 @@ class AtomicCheckpointHook(OverridableCheckpointHook):
 
     @contextmanager
     def _transaction(self, runner) -> Iterator[dict]:
-        """Write files on rank 0; if the disk is full, warn and restore the state of before on all ranks.
+        """Write files on rank 0; if the disk is full, warn and restore the previous state on all ranks.
 
         Yields:
-            A dict whose 'ok' says afterwards whether all was written.
+            A dict whose 'ok' is True afterwards if all files were written.
         """
         transaction = dict(ok=True)
-        if self._is_writing:  # the best checkpoint has the last one written again
+        if self._is_writing:  # writing the best checkpoint writes the last one again
             yield transaction
             return
         hub = runner.message_hub.runtime_info

@@ -1,16 +1,16 @@
-"""Console and log output whose loss does not end a training."""
+"""Console and log output that cannot end a training."""
 
 import logging
 import os
 import sys
 from functools import partial
 
-# How mmengine's messages for the file alone begin: the environment, the full config, the order of the hooks.
+# Beginnings of mmengine's messages that only go to the file: environment, full config, order of the hooks.
 FILE_ONLY = ('\n' + '-' * 60 + '\nSystem environment:', 'Config:\n', 'Hooks will be executed in the following order:')
 
 
 class UnbrokenStream:
-    """Standard output that drops what cannot be written (closed pipe, full disk) instead of ending a run."""
+    """Standard output that drops text that cannot be written (closed pipe, full disk) instead of raising an error."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -19,11 +19,11 @@ class UnbrokenStream:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write text, or drop it; returns its length as streams do."""
+        """Write text, or drop it; return its length as streams do."""
         return self._call_or_detach('write', text) or len(text)
 
     def flush(self) -> None:
-        """Flush what can be written."""
+        """Flush the stream if it can be written."""
         self._call_or_detach('flush')
 
     def _call_or_detach(self, method: str, *args):
@@ -41,7 +41,7 @@ def survive_closed_stdout() -> None:
 
 
 def silence_disk_full(logger: logging.Logger) -> None:
-    """Have handlers that cannot write (full disk, closed pipe) warn once, instead of with a traceback per line.
+    """Have handlers that cannot write (full disk, closed pipe) warn once instead of printing a traceback per line.
 
     Args:
         logger: The logger of a run.
@@ -51,10 +51,10 @@ def silence_disk_full(logger: logging.Logger) -> None:
 
 
 def log_details_to_file_only(logger: logging.Logger) -> None:
-    """Keep hundreds of lines that are for looking up (environment, config, hooks) off the console.
+    """Keep hundreds of lines for reference (environment, config, hooks) off the console.
 
     Args:
-        logger (logging.Logger): mmengine's logger of a run. Without a log file it is left as it is.
+        logger: mmengine's logger of a run. It is unchanged if it has no log file.
     """
     files = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
     for handler in logger.handlers if files else []:
@@ -67,7 +67,7 @@ def log_details_to_file_only(logger: logging.Logger) -> None:
 def warn_once(handler: logging.Handler, record: logging.LogRecord) -> None:
     """Print that a handler cannot write, the first time it fails; called while its error is handled."""
     error, file = sys.exc_info()[1], getattr(handler, 'baseFilename', None)
-    if file is None and isinstance(error, OSError):  # `| head`: what else is printed must not end the run
+    if file is None and isinstance(error, OSError):  # as after `| head`; later output must not end the run
         detach_stdout()
     if not getattr(handler, 'has_warned', False):
         handler.has_warned = True

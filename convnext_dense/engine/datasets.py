@@ -9,16 +9,16 @@ from ..channel_files import ARRAY_SUFFIX, TIFF_SUFFIXES, explain_errors, read_ch
 from ..errors import UnreadableImageError, UsageError
 from .seeding import SeededIndex, seed_everything
 
-FILE_KEYS = ('img_path', 'seg_map_path')  # of a sample's info: the files that its pipeline reads
+FILE_KEYS = ('img_path', 'seg_map_path')  # keys of a sample's info: the files that its pipeline reads
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.jpe', '.jp2', '.ppm', '.pgm', '.pbm')
-CHANNEL_SUFFIXES = (*TIFF_SUFFIXES, ARRAY_SUFFIX)  # of files that `channel_files` reads
+CHANNEL_SUFFIXES = (*TIFF_SUFFIXES, ARRAY_SUFFIX)  # files that `channel_files` reads
 MAX_RESAMPLES = 20  # attempts to replace an unreadable image, each with another random one
 
 
 class SeededDataset:
     """Wraps a data set: a `SeededIndex` seeds the augmentations of its sample, and unreadable images are replaced.
 
-    A replaced sample lists the errors of the images that could not be read in its metainfo `replaced`.
+    The sample that replaces others has their errors in its metainfo `replaced`.
 
     Args:
         dataset: Config of the data set.
@@ -28,16 +28,16 @@ class SeededDataset:
         self.dataset = DATASETS.build(dataset)
 
     def __getattr__(self, name):
-        if name == 'dataset':  # asked for while unpickled
+        if name == 'dataset':  # requested during unpickling
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
-    def __setattr__(self, name, value):  # mmdet's hooks set a pipeline, or what follows the epoch
+    def __setattr__(self, name, value):  # mmdet's hooks set the pipeline, among others
         if name == 'dataset':
             super().__setattr__(name, value)
         else:
             dataset = self.dataset
-            while isinstance(dataset, (RepeatDataset, ClassBalancedDataset)):  # whose attributes nothing reads
+            while isinstance(dataset, (RepeatDataset, ClassBalancedDataset)):  # nothing reads their attributes
                 dataset = dataset.dataset
             setattr(dataset, name, PathReportingPipeline(value) if name == 'pipeline' else value)
 
@@ -76,7 +76,7 @@ class PathReportingPipeline:
         return getattr(self.pipeline, name)
 
     def __call__(self, info: dict):
-        """Transform the info of a sample; raises UnreadableImageError where one of its files cannot be read."""
+        """Transform the info of a sample; raise UnreadableImageError if one of its files cannot be read."""
         paths = [info[key] for key in FILE_KEYS if isinstance(info.get(key), str)]
         try:
             return self.pipeline(info)
@@ -89,15 +89,15 @@ class PathReportingPipeline:
 
 
 def read_error(path: str) -> str | None:
-    """The reason why an image cannot be read.
+    """Return the reason why an image cannot be read.
 
     Args:
         path: Path or URL of the file.
 
     Returns:
-        The reason, None if it can be read or is no image by its suffix.
+        The reason; None if the image can be read or does not have the suffix of an image.
     """
-    import mmcv  # beside the backbone nothing needs mmcv at import
+    import mmcv  # the backbone can be imported without mmcv
 
     try:
         content = read_bytes(path)
@@ -106,16 +106,16 @@ def read_error(path: str) -> str | None:
         if path.lower().endswith(CHANNEL_SUFFIXES):
             return _channels_error(path)
         if not path.lower().endswith(IMAGE_SUFFIXES):
-            return None  # read by a pipeline of its own
+            return None  # a file for a custom pipeline
         return None if mmcv.imfrombytes(content, flag='unchanged') is not None else 'not a valid image'
     except OSError as error:
         return error.strerror or str(error)
-    except Exception as error:  # decoders raise what they like
+    except Exception as error:  # decoders raise any exception
         return f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'
 
 
 def _channels_error(path: str) -> str | None:
-    """The reason why a TIFF or an array cannot be read; None where rasterio, which would say it, is not installed."""
+    """The reason why a TIFF or an array cannot be read; None if rasterio, which would tell it, is not installed."""
     try:
         with explain_errors():
             read_channels(path)
@@ -127,19 +127,19 @@ def _channels_error(path: str) -> str | None:
 
 
 def count_images(dataset) -> int:
-    """The number of different samples in a data set, without the repetitions of wrappers."""
+    """Return the number of different samples in a data set, without repetitions by wrappers."""
     return sum(map(len, leaf_datasets(dataset)))
 
 
 def leaf_datasets(dataset) -> list:
-    """The data sets that read images, inside those that wrap, repeat or concatenate them."""
+    """Return the data sets that read images, inside those that wrap, repeat or concatenate them."""
     single = getattr(dataset, 'dataset', None)
     inner = getattr(dataset, 'datasets', None) or ([] if single is None else [single])
     return [leaf for each in inner for leaf in leaf_datasets(each)] if inner else [dataset]
 
 
 def wrap_pipelines(dataset) -> None:
-    """Wrap the pipelines of a data set and of all it consists of in `PathReportingPipeline`."""
+    """Wrap the pipelines of a data set, and of all data sets inside it, in `PathReportingPipeline`."""
     for leaf in leaf_datasets(dataset):
         if isinstance(leaf, BaseDataset) and not isinstance(leaf.pipeline, PathReportingPipeline):
             leaf.pipeline = PathReportingPipeline(leaf.pipeline)

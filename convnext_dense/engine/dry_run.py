@@ -1,4 +1,4 @@
-"""A training that ends after two iterations: the picture of their batches, time and memory, and nothing is saved."""
+"""Dry run: train for two iterations, draw their batches, and report time and memory; nothing is saved."""
 
 import os
 import sys
@@ -18,17 +18,17 @@ from mmengine.structures import BaseDataElement
 from .progress import broadcast_from_rank0
 
 NUM_ITERS = 2
-SLOW_ITERATION = 30  # seconds, after which the second batch is drawn, but not trained on
-MAX_IMAGES = 8  # of a batch that are drawn
-SIDE = 600  # pixels: longer side of an image in the picture
-HEARTBEAT_SECONDS = 8  # between signs of life
+SLOW_ITERATION = 30  # seconds; if the first iteration takes longer, the second batch is drawn but not trained on
+MAX_IMAGES = 8  # images that are drawn of a batch
+SIDE = 600  # longer side of an image in the plot, in pixels
+HEARTBEAT_SECONDS = 8  # seconds between two lines
 PICTURE = 'batches.png'  # in the log folder
 
 Draw = Callable[[np.ndarray, BaseDataElement, Sequence[str], Sequence, int], np.ndarray]
 
 
 class TrialEnd(BaseException):
-    """Ends a trial run; no error, so that nothing saves or explains it."""
+    """Ends a trial run. It is not an Exception, so that no handler saves or diagnoses it."""
 
 
 class DryRunHook(Hook):
@@ -40,7 +40,7 @@ class DryRunHook(Hook):
         self.draw, self.rows, self.seconds = draw, [], []
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
-        """Draw a batch as the model will see it."""
+        """Draw a batch as the model receives it; after a slow iteration, end the run."""
         if is_main_process():
             self.rows.append(draw_batch(self.draw, data_batch, runner.train_dataloader.dataset.metainfo))
         if self.seconds and broadcast_from_rank0(self.seconds[0] > SLOW_ITERATION, runner):
@@ -48,7 +48,7 @@ class DryRunHook(Hook):
         self.start = time.perf_counter()
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Measure the iteration, and end the run after the last one."""
+        """Measure the iteration; end the run after the last one."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.start)
@@ -78,9 +78,9 @@ def dry_run(runner, draw: Draw) -> None:
     """Train for two iterations and report on them; nothing is saved.
 
     Args:
-        runner: of the training.
-        draw: returns the picture of an image (H, W, C) with the annotations of its data sample, from both, the names of
-            the classes, their palette, and the longer side of the picture.
+        runner: Runner of the training.
+        draw: Function that draws annotations: (image (H, W, C) BGR, data sample, class names, palette, longer side of
+            the plot in pixels) -> (h, w, 3) BGR.
     """
     runner.register_hook(DryRunHook(draw))
     with suppress(TrialEnd):
@@ -89,10 +89,10 @@ def dry_run(runner, draw: Draw) -> None:
 
 @contextmanager
 def heartbeat(enabled: bool) -> Iterator[None]:
-    """Print a sign of life every few seconds while something takes long.
+    """Context manager that prints a line every few seconds, so that a long start does not look stuck.
 
     Args:
-        enabled: False to print nothing.
+        enabled: Whether to print.
     """
     finished, start = threading.Event(), time.monotonic()
 
@@ -116,11 +116,11 @@ def draw_batch(draw: Draw, data_batch: dict, meta: Mapping) -> list[np.ndarray]:
 
     Args:
         draw: See `dry_run`.
-        data_batch: as the DataLoader returns it, before the data preprocessor.
-        meta: with the `classes` and the `palette` of the data set, if it names them.
+        data_batch: Batch as the DataLoader returns it, before the data preprocessor.
+        meta: Metainfo of the data set, with `classes` and `palette` if it has them.
 
     Returns:
-        BGR images, at most `MAX_IMAGES`.
+        At most `MAX_IMAGES` images (h, w, 3), BGR of uint8.
     """
     classes = meta.get('classes') or [*map(str, range(256))]
     samples = list(zip(data_batch['inputs'], data_batch['data_samples']))[:MAX_IMAGES]
@@ -131,7 +131,7 @@ def draw_batch(draw: Draw, data_batch: dict, meta: Mapping) -> list[np.ndarray]:
 
 
 def stack_rows(rows: list[list[np.ndarray]]) -> np.ndarray:
-    """Put images into one picture, those of a row side by side, on white."""
+    """Arrange images (h, w, 3) in a grid on white, one list per row: (H, W, 3) of uint8."""
     height, width = (max(image.shape[i] for row in rows for image in row) for i in (0, 1))
     columns = max(map(len, rows))
     picture = np.full((len(rows) * height, columns * width, 3), 255, np.uint8)
@@ -145,8 +145,8 @@ def _peak_memory() -> str:
     if torch.cuda.is_available():
         return f'{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory'
     try:
-        import resource  # of Unix alone
+        import resource  # only on Unix
     except ImportError:
-        return 'an amount of memory that this system does not tell'
+        return 'an unknown amount of memory'
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == 'darwin' else 1)
     return f'{kilobytes / 2**20:.1f} GiB of memory'

@@ -1,4 +1,4 @@
-"""Early stopping that a resumed run does where the run would have stopped by itself."""
+"""Early stopping at the same evaluation, whether a run was resumed or not."""
 
 import json
 from pathlib import Path
@@ -15,14 +15,14 @@ SCORES_FILE = 'early_stopping.json'  # in the work dir: [progress, score] of eac
 
 
 class ResumableEarlyStoppingHook(EarlyStoppingHook):
-    """mmengine's hook, which counts the evaluations of the run before it was resumed too.
+    """mmengine's hook, which also counts evaluations before the run was resumed.
 
-    A checkpoint is written before the evaluation that belongs to it. So scores are kept in a file of the work dir, and
-    those up to the checkpoint are counted anew on resuming. The run is saved where it stops.
+    Scores are kept in a file in the work dir, because a checkpoint is written before the evaluation that belongs to it.
+    On resuming, those up to the checkpoint are counted again. A checkpoint is written where the run stops.
     """
 
     def before_train(self, runner) -> None:
-        """Count the scores up to the progress of the run; a run that had stopped does not go on."""
+        """Count the scores up to the progress of the run; a run that had stopped early stays stopped."""
         scores = broadcast_from_rank0(_read_scores(runner) if is_main_process() else None, runner)
         self.scores = {progress: score for progress, score in scores if progress <= progress_of(runner)}
         for score in self.scores.values():
@@ -32,7 +32,7 @@ class ResumableEarlyStoppingHook(EarlyStoppingHook):
                 runner.train_loop.stop_training = True
 
     def after_val_epoch(self, runner, metrics: dict) -> None:
-        """Count the score of an evaluation, once, and stop the training where it is the last of too many."""
+        """Count the score of an evaluation once, and stop the training if the patience is exhausted."""
         progress = progress_of(runner)
         if self.monitor in metrics and progress not in self.scores:
             self.scores[progress] = float(metrics[self.monitor])
@@ -49,7 +49,7 @@ class ResumableEarlyStoppingHook(EarlyStoppingHook):
 
 
 def _read_scores(runner) -> list[tuple[int, float]]:
-    """The scores that a resumed run has in its work dir; none if they are damaged, or the run is new."""
+    """Return (progress, score) of earlier evaluations of a resumed run; [] if the file is damaged or the run is new."""
     try:
         scores = json.loads(Path(runner.work_dir, SCORES_FILE).read_text()) if progress_of(runner) else []
         return sorted((int(progress), float(score)) for progress, score in scores)
@@ -61,7 +61,7 @@ def _read_scores(runner) -> list[tuple[int, float]]:
 
 
 def _save(runner) -> None:
-    """Write a regular checkpoint, unless this iteration has one."""
+    """Write a regular checkpoint unless there is one of this iteration."""
     by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
     for hook in runner.hooks:
         if isinstance(hook, AtomicCheckpointHook) and hook.saved_iter != runner.iter and hook.interval > 0:

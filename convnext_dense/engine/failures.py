@@ -33,8 +33,8 @@ def diagnose(error: Exception, model: torch.nn.Module | None = None, input_shape
         input_shape: Shape (N, C, H, W) of its last batch, for the same.
 
     Returns:
-        One line with the cause and a hint; None if the error is not one that torch words for its own developers (out of
-        memory, a dead DataLoader worker, a lost connection).
+        One line with the cause and a hint; None if the error is neither out of memory, nor a dead DataLoader worker,
+        nor a lost connection, whose own messages help little.
     """
     text = str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
@@ -48,7 +48,7 @@ def diagnose(error: Exception, model: torch.nn.Module | None = None, input_shape
             f'a DataLoader worker was killed ({sign}), usually because the machine ran out of memory: use fewer '
             'train_dataloader.num_workers, more shared memory (/dev/shm) or more memory for the job'
         )
-    # No OSError comes from another rank: torch has errors of its own.
+    # An OSError never comes from another rank: torch has its own errors.
     from_peer = isinstance(error, torch.distributed.DistError) or re.search(CONNECTION_LOST_RE, text)
     if get_world_size() > 1 and from_peer and not isinstance(error, OSError):
         return PEER_LOST_MESSAGE
@@ -56,7 +56,7 @@ def diagnose(error: Exception, model: torch.nn.Module | None = None, input_shape
 
 
 def _diagnose_connection(error: Exception) -> str | None:
-    """Explain an error that comes from a lost connection, such as to a storage or a tracker; None for any other."""
+    """Explain an error that comes from a lost connection, such as to a storage or a tracker; None for other errors."""
     cause = error
     while not isinstance(cause, (ConnectionError, TimeoutError)) and not re.search(CONNECTION_LOST_RE, str(cause)):
         cause = cause.__cause__ or cause.__context__
@@ -73,7 +73,7 @@ def _diagnose_connection(error: Exception) -> str | None:
 def _is_worker_disconnect(error: Exception) -> bool:
     """Whether the connection to a DataLoader worker was lost.
 
-    torch raises that as it is where the worker has ended but does not count as dead yet.
+    torch passes the error on unchanged if the worker has ended but is not yet known to be dead.
     """
     is_disconnect = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))  # the last: its socket
     calls = (frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__))
@@ -81,7 +81,7 @@ def _is_worker_disconnect(error: Exception) -> bool:
 
 
 def _memory_advice(model: torch.nn.Module | None, input_shape: tuple | None) -> str:
-    """Settings that save memory, and how much of the activations that the backbone saves for its backward pass."""
+    """Settings that save memory, and how much of the backbone's saved activations each of them saves."""
     backbone = next((m for m in model.modules() if isinstance(m, ConvNeXt)), None) if model is not None else None
     if backbone is None or input_shape is None:
         return ''
@@ -101,7 +101,7 @@ def _memory_advice(model: torch.nn.Module | None, input_shape: tuple | None) -> 
 
 
 def saved_activation_bytes(backbone: ConvNeXt, input_shape: tuple, cp_scope: str | None = None) -> int:
-    """The memory of the activations that a backbone saves for its backward pass. Nothing is computed.
+    """Return the memory of the activations that a backbone saves for its backward pass. Nothing is computed.
 
     Args:
         backbone: The backbone. Its reference implementation in float32 is assumed.
@@ -115,10 +115,10 @@ def saved_activation_bytes(backbone: ConvNeXt, input_shape: tuple, cp_scope: str
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        storages[id(storage)] = storage  # which is held here, so that no other one gets its id
+        storages[id(storage)] = storage  # kept alive so that no other storage gets its id
         return tensor
 
-    # Copied onto the meta device, tensor by tensor: this is asked for when memory has run out.
+    # Copied to the meta device tensor by tensor, because this runs when memory is full.
     memo = {
         id(p): torch.nn.Parameter(torch.empty_like(p, device='meta'), p.requires_grad) for p in backbone.parameters()
     }

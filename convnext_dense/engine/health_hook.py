@@ -22,7 +22,7 @@ from .seeding import seed_everything
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MAX_CONSECUTIVE_NONFINITE = 3  # optimizer steps in a row that may be skipped
-MAX_ZERO_LOSS_STEPS = 50  # optimizer steps in a row with a loss of 0 that are no coincidence
+MAX_ZERO_LOSS_STEPS = 50  # optimizer steps in a row with a loss of 0, which is no coincidence
 MAX_LISTED_IMAGES = 4  # images that a message names
 ZERO_LOSS_CAUSES = (
     'all labels are ignored (255, or 0 with reduce_zero_label), there is a single class, or all boxes are filtered out '
@@ -37,13 +37,13 @@ NONFINITE_CAUSES = (
 class HealthCheckHook(Hook):
     """Checks every training iteration, on all ranks together.
 
-    It checks before other hooks run, so that none of them keeps a bad value; `HealthActionHook` lets it act when all of
-    them are done. Used as a context manager around the training, which restores signal handlers.
+    It checks before other hooks run, so that none of them uses a bad value; `HealthActionHook` makes it act after all
+    other hooks. It is a context manager around the training, which restores the signal handlers.
 
     Args:
-        max_unreadable: Images that may be unreadable, as a fraction of the training set (below 1) or as a number.
-        check_values: Whether losses, gradients and buffers are checked. Without, signals and unreadable images are
-            still handled, and values that are not finite reach the weights.
+        max_unreadable: Maximum number of unreadable images, or a fraction of the training set if below 1.
+        check_values: Whether to check losses, gradients and buffers. If False, non-finite values reach the weights;
+            signals and unreadable images are still handled.
     """
 
     priority = 'VERY_HIGH'
@@ -88,13 +88,13 @@ class HealthCheckHook(Hook):
                 self._handlers[signum] = signal.signal(signum, self._on_signal)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        """Seed the iteration and remember what a bad batch would change."""
+        """Seed the iteration, and copy the buffers, which a bad batch would change."""
         seed_everything(runner.seed, runner.iter, get_rank(), 1)  # drop path, dropout: whatever ran before
         self._buffer_copies = [b.clone() for b in self._buffers]
         self.input_shape = _input_shape(data_batch)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        """Check the iteration on all ranks, and undo what a bad batch changed in the buffers."""
+        """Check the iteration on all ranks, and restore the buffers after a bad batch."""
         loss = _loss_magnitude(outputs) if self.check_values else 1.0
         replaced = [line for sample in _data_samples(data_batch) for line in sample.metainfo.get('replaced', ())]
         reasons = dict(line.rsplit(': ', 1) for line in replaced)
@@ -116,7 +116,7 @@ class HealthCheckHook(Hook):
                 buffer.copy_(saved)
 
     def apply(self, runner) -> None:
-        """Count what was found, and stop the run if it must; it is stopped where an optimizer step ends."""
+        """Count the findings, and stop the run if necessary, at the end of an optimizer step."""
         if self._any_new_unreadable:
             self._record_unreadable(runner)
         if not is_step_end(runner):
@@ -129,11 +129,11 @@ class HealthCheckHook(Hook):
             self._stop(runner, runner.iter + 1)
 
     def before_val_epoch(self, runner) -> None:
-        """Find the number of batches that all ranks have; some may have one more."""
+        """Determine the number of batches that all ranks have; some may have one more."""
         self._common_batches = min(self._all_gather(len(runner.val_dataloader)))
 
     def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        """Stop during an evaluation, if the state of the run can be saved there or is saved already."""
+        """Stop during an evaluation if the state of the run can be saved there or is saved already."""
         if batch_idx >= self._common_batches or not self._all_reduce_sum(self._requested_signal())[0]:
             return
         if not is_step_end(runner) and not self._is_last_step_saved(runner):
@@ -147,19 +147,19 @@ class HealthCheckHook(Hook):
 
     def _on_signal(self, signum, frame) -> None:
         if self.signum == signal.SIGINT == signum:
-            raise KeyboardInterrupt  # pressed twice: exit at once
+            raise KeyboardInterrupt  # Ctrl-C pressed twice: exit at once
         self.signum = signum
 
     def _requested_signal(self) -> int:
-        """The signal that asks this rank to stop, 0 if there is none.
+        """Return the signal that asks this rank to stop, 0 if there is none.
 
-        It is SIGHUP if torchrun died, which would have stopped its ranks.
+        SIGHUP stands for the death of torchrun, which would have stopped its ranks.
         """
         orphaned = self._launcher_pid is not None and os.getppid() != self._launcher_pid
         return self.signum or (signal.SIGHUP if orphaned else 0)
 
     def _announce_wait(self, runner) -> None:
-        """Say, once, that a requested stop waits for the end of an optimizer step."""
+        """Log once that a requested stop waits for the end of an optimizer step."""
         if self._stop_requested and not self._wait_announced:
             self._wait_announced = True
             runner.logger.info(
@@ -168,21 +168,21 @@ class HealthCheckHook(Hook):
             )
 
     def _is_last_step_saved(self, runner) -> bool:
-        """Whether a checkpoint holds the run as it was where the last optimizer step ended."""
+        """Whether a checkpoint contains the run at the end of the last optimizer step."""
         last_step_end = runner.iter - runner.iter % accumulation_steps(runner.optim_wrapper)
         return self._checkpoint_hook is not None and self._checkpoint_hook.saved_iter == last_step_end
 
     def _check_gradients(self, optimizer, args, kwargs) -> None:
-        """Skip an optimizer step with gradients that are not finite, which are the same on all ranks."""
+        """Skip an optimizer step with non-finite gradients, which are the same on all ranks."""
         if getattr(optimizer, 'found_inf', None) is not None:
-            return  # a fused optimizer does so itself, and the gradients still have the scale of mixed precision
+            return  # a fused optimizer skips it itself, and its gradients are still scaled for mixed precision
         grads = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
         self._skipped_step = bool(grads) and not bool(gradient_norms(grads).isfinite().all())
         if self._skipped_step:
             optimizer.zero_grad(set_to_none=True)
 
     def _all_reduce_sum(self, *numbers: int) -> list[int]:
-        """The sum of each of some integers over all ranks."""
+        """Return the sum of each number over all ranks."""
         if self._group is None:
             return [int(number) for number in numbers]
         sums = torch.tensor([int(number) for number in numbers])
@@ -190,7 +190,7 @@ class HealthCheckHook(Hook):
         return sums.tolist()
 
     def _all_gather(self, value) -> list:
-        """The values that all ranks have, in their order."""
+        """Return the values of all ranks, in rank order."""
         if self._group is None:
             return [value]
         values = [None] * get_world_size()
@@ -215,7 +215,7 @@ class HealthCheckHook(Hook):
             )
 
     def _check_nonfinite(self, runner) -> None:
-        """Count skipped optimizer steps; the weights stayed as they were."""
+        """Count skipped optimizer steps, which left the weights unchanged."""
         images = []
         if self._nonfinite:
             images = [name for names in self._all_gather(self._nonfinite_images) for name in names]

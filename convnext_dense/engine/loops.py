@@ -11,15 +11,15 @@ from .samplers import EMPTY_LOADER_MESSAGE
 class ResumableEpochLoop(EpochBasedTrainLoop):
     """mmengine's epoch-based loop, which resumes in the middle of an epoch."""
 
-    _iters_done = 0  # of the epoch that comes next
+    _iters_done = 0  # finished iterations of the next epoch
 
     def run(self) -> torch.nn.Module:
-        """Train from where the run is to its end."""
+        """Train from the current iteration to the end of the run."""
         self._iters_done = self.iter - self.epoch * len(self.dataloader)
         return super().run()
 
     def run_epoch(self) -> None:
-        """Train one epoch, or the rest of the one that the run stopped in."""
+        """Train one epoch, or the rest of the epoch in which the run stopped."""
         iters_done, self._iters_done = self._iters_done, 0
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
@@ -31,12 +31,12 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
 
 
 class ResumableIterLoop(IterBasedTrainLoop):
-    """mmengine's iteration-based loop, which on resuming skips batches without reading them."""
+    """mmengine's iteration-based loop, which skips batches without reading them when it resumes."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.dataloader_iterator = ResumableBatchIterator(self)
-        self.fast_forward_on_resume = False  # as it costs nothing here
+        self.fast_forward_on_resume = False  # not needed, skipping costs nothing here
 
 
 LOOP_OVERRIDES = {'EpochBasedTrainLoop': ResumableEpochLoop, 'IterBasedTrainLoop': ResumableIterLoop}
@@ -54,7 +54,7 @@ class ResumableBatchIterator:
         self.skipped, self.epoch, self.batches = 0, 0, None
 
     def skip_iter(self, n: int) -> None:
-        """Skip `n` batches. mmengine calls this from 0.10.12 on; earlier versions take as many and drop them."""
+        """Skip `n` batches. mmengine calls this since 0.10.12; earlier versions request the batches and drop them."""
         self.skipped = n
 
     def __iter__(self):

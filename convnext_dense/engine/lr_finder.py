@@ -1,4 +1,4 @@
-"""A short training with a learning rate that rises exponentially, to see which ones it learns with."""
+"""Learning rate range test: a short training with an exponentially rising learning rate."""
 
 import csv
 import io
@@ -15,22 +15,21 @@ from .progress import is_step_end
 
 NUM_STEPS = 100  # optimizer steps
 MIN_LR, MAX_LR = 1e-7, 1.0
-SMOOTHING = 0.9  # of the exponential moving average of the loss
-DIVERGED = 4  # times the lowest smoothed loss, beyond which the sweep ends; fastai's
-SAFETY = 10  # the suggestion is this much below the lr with the lowest loss, beyond which it rises
-FILE = 'lr_find'  # .csv and .png, in the work dir
+SMOOTHING = 0.9  # factor of the exponential moving average of the loss
+DIVERGED = 4  # the test ends at this multiple of the lowest smoothed loss, as in fastai
+SAFETY = 10  # the lr with the lowest loss is divided by this
+FILE = 'lr_find'  # name of the .csv and the .png in the work dir
 
 
 class LRFinderHook(Hook):
-    """Raises the learning rate from step to step, records the loss, and ends the run.
+    """Raises the learning rate from step to step, records the loss, and ends the run (Smith 2017, section 3.3).
 
-    Smith 2017, Cyclical Learning Rates, 3.3. The ratios of the learning rates of parameter groups, such as those of
-    layer-wise decay, stay.
+    The ratios between the learning rates of parameter groups, as of layer-wise decay, are preserved.
 
     Attributes:
-        lrs (list[float]): Learning rate of each optimizer step, as `optimizer.lr` of a config gives it.
+        lrs (list[float]): Learning rate of each optimizer step, in terms of `optimizer.lr` of the config.
         losses (list[float]): Mean loss of the iterations of each step, over all ranks.
-        smoothed (list[float]): Its moving average.
+        smoothed (list[float]): Exponential moving average of `losses`.
     """
 
     priority = 'LOWEST'
@@ -39,7 +38,7 @@ class LRFinderHook(Hook):
         self.lrs, self.losses, self.smoothed, self._window, self._average = [], [], [], [], 0.0
 
     def before_train(self, runner) -> None:
-        """Keep the learning rates of the config."""
+        """Store the learning rates of the config."""
         optimizer = runner.optim_wrapper.optimizer
         self.config_lr = optimizer.defaults['lr']
         self._multipliers = [group['lr'] / self.config_lr for group in optimizer.param_groups]
@@ -51,7 +50,7 @@ class LRFinderHook(Hook):
             group['lr'] = self._lr * multiplier
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Record the loss; end the run after the last step, or where the loss diverges."""
+        """Record the loss; end the run after the last step, or if the loss diverges."""
         loss = outputs['loss'].detach().clone()
         all_reduce(loss, 'mean')
         self._window.append(float(loss))
@@ -70,13 +69,13 @@ class LRFinderHook(Hook):
         self.smoothed.append(self._average / (1 - SMOOTHING ** len(self.lrs)))
 
     def best_lr(self) -> float | None:
-        """Return the learning rate with the lowest smoothed loss; None where the loss only rises, or hardly began."""
+        """Return the learning rate with the lowest smoothed loss; None if the loss rises from the start."""
         best = min(range(len(self.lrs)), key=self.smoothed.__getitem__, default=0)
         return self.lrs[best] if best >= NUM_STEPS // 10 else None
 
 
 def find_lr(runner) -> None:
-    """Train a few steps with a rising learning rate, write the curve, and log a suggestion; no checkpoint is saved."""
+    """Run the test, write its curve, and log a suggestion; no checkpoint is saved."""
     hook = LRFinderHook()
     runner.register_hook(hook)
     with suppress(TrialEnd):
@@ -118,7 +117,7 @@ def _plot(hook: LRFinderHook, path: Path) -> None:
     best = hook.best_lr()
     if best is not None:
         axes.axvline(best / SAFETY, color='#d1495b', linestyle='--', label=f'suggestion: {best / SAFETY:.2g}')
-    if hook.smoothed:  # single losses, and those at the end, may be far above
+    if hook.smoothed:  # single losses and the last ones may be far above
         axes.set_ylim(0.9 * min(hook.smoothed), 1.1 * max([hook.smoothed[0], *hook.smoothed[:-3]]))
     axes.set(xscale='log', xlabel='learning rate (optimizer.lr)', ylabel='loss')
     axes.grid(alpha=0.3)

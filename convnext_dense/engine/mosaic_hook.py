@@ -1,4 +1,4 @@
-"""The end of mosaics in the last epochs of a training."""
+"""A hook that switches mosaics off in the last epochs."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ from ..mmengine_internals import restart_workers
 
 @HOOKS.register_module()
 class MosaicOffHook(Hook):
-    """Leaves transforms of a `MultiImageMixDataset` out in the last epochs, as mmdet's `YOLOXModeSwitchHook` does.
+    """Skips transforms of a `MultiImageMixDataset` in the last epochs, as mmdet's `YOLOXModeSwitchHook` does.
 
-    mmdet's also switches a loss of YOLOX's head. This one is for all detectors.
+    mmdet's hook also switches a loss of YOLOX's head; this one works with every detector.
 
     Args:
-        num_last_epochs: Epochs at the end of the training.
-        skip_type_keys: Types of the transforms.
+        num_last_epochs: Number of epochs at the end of the training.
+        skip_type_keys: Types of the transforms to skip.
     """
 
     def __init__(self, num_last_epochs: int, skip_type_keys: Sequence[str] = ('Mosaic', 'RandomAffine')):
@@ -24,7 +24,7 @@ class MosaicOffHook(Hook):
         self._is_off = False
 
     def before_train_epoch(self, runner) -> None:
-        """Leave the transforms out from the first of the last epochs on, also of a resumed run."""
+        """Skip the transforms from the first of the last epochs on, also if the run was resumed there."""
         if self._is_off or runner.epoch < runner.max_epochs - self.num_last_epochs:
             return
         self._is_off = True

@@ -1,4 +1,4 @@
-"""How far a run is in epochs, iterations and optimizer steps, and how its data are divided into batches."""
+"""Progress of a run in epochs, iterations and optimizer steps, and its partition of the data into batches."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from ..mmengine_internals import accumulation_steps
 from .datasets import count_images
 from .samplers import order_digest
 
-PARTITION_KEY = 'batch_partition'  # in the meta of a checkpoint
-OLD_PARTITION_KEY = 'layout'  # its name until version 0.1, with these names
+PARTITION_KEY = 'batch_partition'  # key in the meta of a checkpoint
+OLD_PARTITION_KEY = 'layout'  # its name until version 0.1, with the old names of its fields below
 OLD_NAMES = dict(processes='world_size', images='batch_size', accumulation='accumulation_steps')
 OLD_NAMES |= dict(batches='iters_per_epoch', samples='num_images', order='order_digest')
 
@@ -27,7 +27,7 @@ class BatchPartition:
         accumulation_steps: Iterations per optimizer step.
         iters_per_epoch: Iterations per epoch.
         num_images: Images in the data set.
-        order_digest: See `samplers.order_digest`; '' where it is not known.
+        order_digest: Digest of `samplers.order_digest`; '' if it is unknown.
     """
 
     world_size: int
@@ -49,9 +49,9 @@ class BatchPartition:
 
 
 def batch_partition(runner) -> BatchPartition:
-    """The batch partition of a runner that trains."""
+    """Return the batch partition of a runner that trains."""
     loader = runner.train_loop.dataloader
-    if not hasattr(runner, 'order_digest'):  # it reads the names of all images: once per run
+    if not hasattr(runner, 'order_digest'):  # computed once per run, from the names of all images
         runner.order_digest = order_digest(loader.dataset)
     return BatchPartition(
         world_size=get_world_size(),
@@ -64,7 +64,7 @@ def batch_partition(runner) -> BatchPartition:
 
 
 def load_partition(meta: Mapping) -> BatchPartition | None:
-    """The batch partition in the meta of a checkpoint, None if another tool wrote it."""
+    """Return the batch partition in the meta of a checkpoint; None if another tool wrote it."""
     if PARTITION_KEY in meta:
         return BatchPartition(**meta[PARTITION_KEY])
     old = meta.get(OLD_PARTITION_KEY)
@@ -78,7 +78,7 @@ def is_step_end(runner) -> bool:
 
 
 def next_step_end(runner, iters: int) -> int:
-    """The number of iterations after which the next optimizer step ends.
+    """Return the number of iterations after which the next optimizer step ends.
 
     Args:
         runner: The runner.
@@ -89,13 +89,13 @@ def next_step_end(runner, iters: int) -> int:
 
 
 def progress_of(runner) -> int:
-    """The progress of a run, in epochs or, in an iteration-based loop, in optimizer steps; on any number of ranks."""
+    """Return the progress of a run in epochs, or in optimizer steps if its loop is iteration-based."""
     by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
     return runner.epoch if by_epoch else runner.iter // accumulation_steps(runner.optim_wrapper)
 
 
 def broadcast_from_rank0(value, runner):
-    """The value that rank 0 has, which may be any object."""
+    """Return the value of rank 0, which may be any picklable object, on all ranks."""
     if get_world_size() == 1:
         return value
     box = [value]

@@ -1,4 +1,4 @@
-"""A progress bar for tests in which one image takes long."""
+"""A progress bar for tests that take long per image."""
 
 import sys
 
@@ -10,7 +10,7 @@ from mmengine.utils import ProgressBar
 
 @HOOKS.register_module()
 class ProgressBarHook(Hook):
-    """Shows how many images were tested, over all ranks."""
+    """Shows the number of tested images over all ranks."""
 
     def before_test(self, runner) -> None:
         """Show an empty bar."""
@@ -18,7 +18,7 @@ class ProgressBarHook(Hook):
             self.bar = ProgressBar(len(runner.test_dataloader.dataset), file=sys.stderr)
 
     def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        """Advance by the images of the batch, on each rank."""
+        """Advance by the images of the batch on all ranks."""
         if is_main_process():
             remaining = self.bar.task_num - self.bar.completed  # the last round may be padded with repeated images
             self.bar.update(max(min(len(outputs) * get_world_size(), remaining), 1))

@@ -1,4 +1,4 @@
-"""What mmengine's resuming leaves out: another batch partition, an interrupted evaluation, settings that override."""
+"""What mmengine's resuming lacks: other batch partitions, interrupted evaluations, overriding settings."""
 
 import warnings
 from dataclasses import replace
@@ -15,21 +15,21 @@ from .atomic_files import warn_on_disk_full, write_atomic
 from .param_scheduler_hook import UpdateParamSchedulerHook
 from .progress import BatchPartition, batch_partition, load_partition, progress_of
 
-OVERRIDE_KEY = 'override_resumed'  # key of a config whose own settings take the place of the checkpoint's
+OVERRIDE_KEY = 'override_resumed'  # config key: whether its settings replace those of the checkpoint
 LAST_EVAL_FILE = 'last_evaluation'  # in the work dir: the progress of the run at the last finished evaluation
 
 
 def use_config_settings(optim_wrapper: OptimWrapper, checkpoint: dict) -> None:
-    """Replace the optimizer settings in a checkpoint by those of a freshly built optimizer.
+    """Replace the optimizer settings in a checkpoint by those of a newly built optimizer.
 
-    Its schedules are dropped; `replay_schedules` restores them.
+    The schedules in it are dropped; `replay_schedules` advances those of the config.
 
     Args:
-        optim_wrapper: The optimizer wrapper with the config's settings.
-        checkpoint: The checkpoint, which is changed in place.
+        optim_wrapper: Optimizer wrapper with the config's settings.
+        checkpoint: Checkpoint; it is changed in place.
 
     Raises:
-        UsageError: The parameter groups are not the same.
+        UsageError: If the parameter groups are not the same.
     """
     current, saved = optim_wrapper.state_dict(), checkpoint['optimizer']
     sizes = [[len(group['params']) for group in state.get('param_groups', ())] for state in (current, saved)]
@@ -43,7 +43,7 @@ def use_config_settings(optim_wrapper: OptimWrapper, checkpoint: dict) -> None:
 
 
 def replay_schedules(runner) -> None:
-    """Step the parameter schedulers of a runner as often as its progress asks for."""
+    """Step the parameter schedulers of a new runner until they match its progress."""
     by_step = any(isinstance(hook, UpdateParamSchedulerHook) for hook in runner.hooks)
     interval = accumulation_steps(runner.optim_wrapper) if by_step else 1
     by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
@@ -59,8 +59,8 @@ def replay_schedules(runner) -> None:
 class ResumeHook(Hook):
     """Completes mmengine's resuming.
 
-    It converts the iteration counter to another batch partition, applies the config's settings where they are to
-    override the checkpoint's, and repeats an evaluation that was interrupted.
+    It converts the iteration counter to another batch partition, lets the config's settings override the checkpoint's
+    if asked to, and repeats an interrupted evaluation.
     """
 
     priority = 'LOWEST'
@@ -103,7 +103,7 @@ class ResumeHook(Hook):
                 runner.val_loop.run()
 
     def after_val_epoch(self, runner, metrics=None) -> None:
-        """Remember that the evaluation at this progress is finished."""
+        """Record that the evaluation at this progress is finished."""
         if is_main_process():
             with warn_on_disk_full(runner):
                 write_atomic(self.last_eval_file, str(progress_of(runner)).encode())
@@ -114,20 +114,20 @@ def convert_progress(
 ) -> tuple[int, str | None]:
     """Convert the iteration counter of a checkpoint to the batch partition with which its run resumes.
 
-    With an unchanged total batch, an optimizer step sees the same images as it would have before.
+    With an unchanged total batch, each optimizer step sees the same images as before.
 
     Args:
         epoch: Finished epochs.
         iteration: Finished iterations.
-        old: The batch partition of the checkpoint.
-        new: The batch partition of the resumed run.
+        old: Batch partition of the checkpoint.
+        new: Batch partition of the resumed run.
         by_epoch: Whether the loop is epoch-based.
 
     Returns:
-        The iteration in the new partition, and a warning or None.
+        The iteration in the new partition, and a warning (or None).
 
     Raises:
-        UsageError: The data set has another size, or the new partition has no batch that begins there.
+        UsageError: If the data set has another size, or no batch of the new partition begins at that image.
     """
     note = None
     if old.order_digest and new.order_digest and old.order_digest != new.order_digest:
@@ -177,7 +177,7 @@ def _convert_iters(
         )
     if not by_epoch or steps_fill_epochs:
         message += ', each optimizer step sees the same images unless they are grouped by aspect ratio'
-    else:  # a step that spans two epochs has other images on another number of ranks
+    else:  # the images of a step across two epochs depend on the number of ranks
         message += '; optimizer steps at the end of an epoch see other images than before'
     return images // new.global_batch, message
 

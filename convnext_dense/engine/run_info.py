@@ -1,4 +1,4 @@
-"""`run.json`: the facts of a training session that plots and tables need, written as data.
+"""`run.json`: the facts about a training session that plots and tables need.
 
 Every session (a start or a resume) writes its own file into its log folder, `WORK_DIR/TIMESTAMP/run.json`, before its
 first iteration. `read_run_info` reads it back.
@@ -21,22 +21,22 @@ from ..errors import UsageError
 from ..mmengine_internals import accumulation_steps
 from .atomic_files import warn_on_disk_full, write_atomic
 
-RUN_INFO_FILE = 'run.json'  # in the log folder of a session
+RUN_INFO_FILE = 'run.json'  # name of the file in the log folder of a session
 POSITIVE = ('world_size', 'batch_size', 'accumulation_steps', 'iters_per_epoch')
 VERSIONED_PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'convnext_dense')
 
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Parameters that are trained with the same settings.
+    """Parameters with the same optimizer settings.
 
     Attributes:
         name: 'layer_3_decay' or 'layer_3_no_decay' under layer-wise learning rate decay, else 'decay' or 'no_decay'.
-        layer_id: 0 for the stem up to N + 1 for everything outside the backbone; None without layer-wise decay.
-        lr: Base learning rate, as it is before warmup and schedules.
+        layer_id: From 0, the stem, to N + 1, everything outside the backbone; None without layer-wise decay.
+        lr: Base learning rate, before warmup and schedules.
         lr_scale: `lr` divided by the learning rate of the optimizer.
         weight_decay: Weight decay.
-        num_params: Number of trainable scalars.
+        num_params: Number of trainable parameters.
     """
 
     name: str
@@ -52,19 +52,19 @@ class RunInfo:
     """The content of `run.json`; the keys of the file are the attributes.
 
     Attributes:
-        config_file: Path of the config that the session was started with; None where it came from no file.
+        config_file: Path of the session's config; None if it did not come from a file.
         world_size: Number of processes.
         batch_size: Images per GPU and iteration.
         accumulation_steps: Iterations per optimizer step.
         precision: 'float32', 'float16' or 'bfloat16'.
         by_epoch: Whether the length of the run is counted in epochs.
-        max_epochs: Length in epochs; None where it is counted in iterations.
+        max_epochs: Length in epochs; None if it is counted in iterations.
         max_iters: Length in iterations.
-        iters_per_epoch: Batches that each process takes from the data set in an epoch.
+        iters_per_epoch: Batches per epoch and process.
         start_epoch: Finished epochs when the session started; 0 for a new run.
         start_iter: Finished iterations when the session started; 0 for a new run.
         param_groups: Parameter groups, by layer.
-        versions: Version by package, 'python' among them; only packages that are loaded.
+        versions: Version of Python ('python') and of each package that is loaded, by name.
     """
 
     config_file: str | None
@@ -88,7 +88,7 @@ class RunInfo:
 
     @property
     def layer_lr_scales(self) -> dict[int, float]:
-        """The learning rate scale by layer id; empty without layer-wise decay."""
+        """Learning rate scale by layer id; empty without layer-wise decay."""
         return {group.layer_id: group.lr_scale for group in self.param_groups if group.layer_id is not None}
 
 
@@ -99,10 +99,10 @@ def read_run_info(log_dir: str | Path) -> RunInfo | None:
         log_dir: The session's log folder, `WORK_DIR/TIMESTAMP`.
 
     Returns:
-        The facts; None where the session wrote none (it is older, or ended before its first iteration).
+        The facts; None if the session wrote none (it is older, or ended before its first iteration).
 
     Raises:
-        UsageError: The file is damaged.
+        UsageError: If the file is damaged.
     """
     file = Path(log_dir, RUN_INFO_FILE)
     if not file.is_file():
@@ -116,7 +116,7 @@ def read_run_info(log_dir: str | Path) -> RunInfo | None:
 
 
 def _checked(cls: type, content: dict) -> dict:
-    """The attributes of a dataclass out of a file, each of its type; keys of later versions are left out."""
+    """Check the types of a dataclass's attributes from a file, and return them; keys of later versions are dropped."""
     values = {field.name: content[field.name] for field in dataclasses.fields(cls)}
     for field in dataclasses.fields(cls):
         value = values[field.name]
@@ -132,7 +132,7 @@ def _checked(cls: type, content: dict) -> dict:
 class RunInfoHook(Hook):
     """Writes `run.json` before the first iteration."""
 
-    priority = 'LOWEST'  # after a resumed run has found its place
+    priority = 'LOWEST'  # after a resumed run has restored its progress
 
     def before_train(self, runner) -> None:
         """Write the file on rank 0."""
@@ -143,7 +143,7 @@ class RunInfoHook(Hook):
 
 
 def collect_run_info(runner) -> RunInfo:
-    """The facts of a training session whose model, optimizer and loop are built."""
+    """Return the facts of a training session whose model, optimizer and loop are built."""
     loop = runner.train_loop
     loader = loop.dataloader
     by_epoch = isinstance(loop, EpochBasedTrainLoop)
@@ -171,7 +171,7 @@ def _precision(optim_wrapper: OptimWrapper) -> str:
 
 
 def _param_groups(optim_wrapper: OptimWrapper | OptimWrapperDict) -> list[ParamGroup]:
-    """The parameter groups of an optimizer; equal ones, as of constructors with a group per parameter, are merged."""
+    """Return the parameter groups of an optimizer; groups with the same settings are merged."""
     wrappers = optim_wrapper.values() if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]
     counts = {}
     for wrapper in wrappers:
@@ -188,7 +188,7 @@ def _param_groups(optim_wrapper: OptimWrapper | OptimWrapperDict) -> list[ParamG
 
 
 def _layer_id(group: dict) -> int | None:
-    """The layer of a parameter group of ours, or of mmdet's and mmseg's constructors, which have it in a name."""
+    """Return the layer id of a parameter group; mmdet's and mmseg's constructors have it in the name of the group."""
     name = re.match(r'(?:layer|stage)_(\d+)_', str(group.get('group_name', '')))
     return group.get('layer_id', int(name[1]) if name else None)
 

@@ -1,4 +1,4 @@
-"""mmengine's runner for runs that can be killed at any time and resumed as the same run."""
+"""mmengine's runner for runs that can be killed at any time and resumed without a difference."""
 
 import copy
 from functools import partial
@@ -49,23 +49,22 @@ HOOK_OVERRIDES = {
 class ResumableRunner(Runner):
     """mmengine's runner with seeded training batches, atomic checkpoints and health checks.
 
-    It takes the configs that mmengine's runner takes, and reads three keys more: `max_unreadable` (see
-    `HealthCheckHook`), `health_check` (False: losses, gradients and buffers are not checked) and `override_resumed`.
-    mmengine's loops and hooks are replaced by those of this package; the user's own are kept, and have to give these
-    guarantees themselves.
+    It accepts the configs of mmengine's runner, and three more keys: `max_unreadable` (see `HealthCheckHook`),
+    `health_check` (False: losses, gradients and buffers are not checked) and `override_resumed`. mmengine's loops and
+    hooks are replaced by those of this package. The user's own are kept, without these guarantees.
     """
 
     def train(self) -> torch.nn.Module:
-        """Train the model, from the checkpoint that is to be resumed if there is one.
+        """Train the model, continuing from the checkpoint to resume if there is one.
 
         Returns:
             The model.
 
         Raises:
-            TrainingError: The run cannot continue; the message says why, and what was saved.
+            TrainingError: If the run cannot continue; the message says why and what was saved.
         """
         self._restore_seed()
-        # Beside the group of the GPUs: it does not wait for them, and notices at once when a rank is gone.
+        # A second group besides that of the GPUs: it does not wait for them, and notices a lost rank at once.
         self.cpu_group = torch.distributed.new_group(backend='gloo') if get_world_size() > 1 else None
         health_check = HealthCheckHook(self.cfg.get('max_unreadable', 0.001), self.cfg.get('health_check', True))
         self.register_hook(health_check)
@@ -85,12 +84,12 @@ class ResumableRunner(Runner):
             raise
 
     def _explain(self, error: Exception, input_shape: tuple | None) -> str | None:
-        """Explain, for all ranks, the error that ended the run in one line; None if it has no diagnosis."""
+        """Explain the error that ended the run on any rank in one line; None if it has no diagnosis."""
         message = diagnose(error, self.model, input_shape)
         return collect_rank_errors(Path(self.log_dir), message, error) if get_world_size() > 1 else message
 
     def _restore_seed(self) -> None:
-        """Use the seed of the checkpoint to resume, before the order of the data is drawn from it."""
+        """Use the seed of the checkpoint to resume, before it determines the order of the data."""
         if not is_resuming(self) or not checkpoint_to_load(self):
             return
         seed = load_checkpoint(checkpoint_to_load(self)).get('meta', {}).get('seed')
@@ -121,11 +120,11 @@ class ResumableRunner(Runner):
     def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
         """Scale learning rates to the total batch.
 
-        mmengine compares `base_batch_size` with the images per iteration; under gradient accumulation an optimizer step
-        sees more.
+        mmengine compares `base_batch_size` with the images per iteration, but under gradient accumulation an optimizer
+        step sees more images.
 
         Args:
-            optim_wrapper: The optimizer wrapper, which is changed.
+            optim_wrapper: Optimizer wrapper; it is changed in place.
             auto_scale_lr: `dict(enable=..., base_batch_size=...)` or None.
         """
         steps = accumulation_steps(optim_wrapper)
@@ -147,7 +146,7 @@ class ResumableRunner(Runner):
         return loader
 
     def call_hook(self, fn_name: str, **kwargs) -> None:
-        """Call a method of all hooks; unlike in mmengine, a TypeError in one keeps its traceback."""
+        """Call a method of all hooks; unlike in mmengine, a TypeError in a hook keeps its traceback."""
         for hook in self.hooks:
             if hasattr(hook, fn_name):
                 getattr(hook, fn_name)(self, **kwargs)
@@ -159,16 +158,16 @@ class ResumableRunner(Runner):
         super().register_hook(hook, priority)
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
-        """Register mmengine's default hooks, and the one that sums up a training and marks metrics of few images."""
+        """Register mmengine's default hooks and `SummaryHook`."""
         super().register_default_hooks(hooks)
         self.register_hook(SummaryHook())
 
 
 def _mmengine_class_name(kind) -> str | None:
-    """The name of a loop or hook class of mmengine, None for other packages' classes.
+    """Return the name of a loop or hook class of mmengine; None for classes of other packages.
 
     Args:
-        kind: What a config's `type` may be: the name with or without a scope, the path of the class, or itself.
+        kind: `type` in a config: the name with or without scope, the path of the class, or the class.
     """
     cls = class_of(kind, LOOPS, HOOKS)
     return cls.__name__ if cls is not None and cls.__module__.startswith('mmengine.') else None

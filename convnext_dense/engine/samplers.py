@@ -25,12 +25,12 @@ EMPTY_LOADER_MESSAGE = (
 
 
 class SeededSampler(Sampler):
-    """Wraps a sampler: yields its indices in its order, each with a seed key of seed, epoch and global position.
+    """Wraps a sampler: yields its indices in its order, each with a seed key (seed, epoch, global position).
 
     Args:
-        dataset: The data set.
+        dataset: Data set.
         sampler: Config of the sampler.
-        seed: Seed of the run; the sampler's own takes its place.
+        seed: Seed of the run; a seed of the sampler itself overrides it.
     """
 
     def __init__(self, dataset, sampler: dict, seed: int | None = None):
@@ -48,7 +48,7 @@ class SeededSampler(Sampler):
         return len(self.sampler)
 
     def set_epoch(self, epoch: int) -> None:
-        """Use the order of this epoch from the next iteration on."""
+        """Use the order of this epoch when the next iterator is created."""
         self.epoch = epoch
         if hasattr(self.sampler, 'set_epoch'):
             self.sampler.set_epoch(epoch)
@@ -61,9 +61,9 @@ class ResumableBatchSampler(Sampler):
         sampler: Sampler of the indices.
         batch_size: Images per batch.
         batch_sampler: Config of the batch sampler; torch's `BatchSampler` by default.
-        drop_last: Whether a last, smaller batch is dropped; read by torch's `BatchSampler` alone.
-        started: If False, there are no batches until `skip` is called: mmengine 0.10.7 starts the workers of a loader
-            before it resumes.
+        drop_last: Whether a last, smaller batch is dropped; only used by torch's `BatchSampler`.
+        started: If False, there are no batches before `skip` is called, because mmengine 0.10.7 starts the workers of a
+            loader before it resumes.
     """
 
     def __init__(
@@ -77,16 +77,16 @@ class ResumableBatchSampler(Sampler):
         self._next = None
 
     def skip(self, n: int) -> int:
-        """Let the next iteration begin after `n` batches.
+        """Start the next iteration after `n` batches.
 
         Args:
-            n: Batches to skip; may be more than a pass over the data set has.
+            n: Number of batches to skip; may be more than one pass over the data set has.
 
         Returns:
             The number of complete passes that were skipped.
 
         Raises:
-            UsageError: A pass has no batch.
+            UsageError: If the data set has less than one batch.
         """
         passes, self._next, self.started = 0, iter(self.batches), True
         while n:
@@ -103,7 +103,7 @@ class ResumableBatchSampler(Sampler):
     def __iter__(self) -> Iterator[list[SeededIndex]]:
         if not self.started:
             return
-        # A generator: torch's loader asks for two iterators and uses the second.
+        # Not started before it is used: torch's loader creates two iterators and uses the second.
         batches, self._next = self._next, None
         yield from iter(self.batches) if batches is None else batches
 
@@ -112,13 +112,13 @@ class ResumableBatchSampler(Sampler):
 
 
 def order_digest(dataset) -> str:
-    """A digest of a data set's image names in their order, which tells whether a resumed run sees the same data.
+    """Return a digest of the image names of a data set in their order, to detect that a resumed run sees other data.
 
     Args:
         dataset: A data set, or a wrapper of others.
 
     Returns:
-        The digest in hexadecimal digits; '' if a data set does not tell its image paths.
+        The digest in hexadecimal; '' if a data set does not expose its image paths.
     """
     digest = hashlib.blake2b(digest_size=16)
     for part in leaf_datasets(dataset):
@@ -134,7 +134,7 @@ def make_resumable_dataloader_cfg(dataloader: dict, started: bool) -> dict:
     """Wrap data set, sampler and batch sampler in the config of a training DataLoader.
 
     Args:
-        dataloader: The config, as mmengine takes it.
+        dataloader: Config for mmengine.
         started: See `ResumableBatchSampler`.
 
     Returns:

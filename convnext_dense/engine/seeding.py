@@ -10,8 +10,7 @@ def seed_everything(*key: int) -> None:
     """Seed Python's, NumPy's and torch's random number generators.
 
     Args:
-        *key: Non-negative integers. Keys that differ in any way, such as those of neighboring samples, give independent
-            random numbers.
+        *key: Non-negative integers. Different keys, even of neighboring samples, give independent random numbers.
     """
     state = np.random.SeedSequence(key).generate_state(8)
     random.seed(int(state[0]) << 32 | int(state[1]))
@@ -23,7 +22,7 @@ class SeededIndex(int):
     """An index into a data set with the key that seeds the augmentations of its sample.
 
     Attributes:
-        seed_key: What `seed_everything` takes.
+        seed_key: Arguments for `seed_everything`.
     """
 
     def __new__(cls, index: int, seed_key: tuple[int, ...]):

@@ -1,4 +1,4 @@
-"""How much a training learns from, in one line before it starts, and a mark on metrics of too few images."""
+"""A summary of a training before it starts, and a warning about metrics from too few images."""
 
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
@@ -7,35 +7,31 @@ from ..errors import count
 from ..mmengine_internals import accumulation_steps
 from .datasets import count_images, leaf_datasets
 
-MIN_IMAGES, MIN_OBJECTS = 20, 50  # below, differences between metrics are mostly chance
-WARMUP_RULES = ('Linear', 'Constant', 'QuadraticWarmup')  # what the names of schedulers begin with
+MIN_IMAGES, MIN_OBJECTS = 20, 50  # with fewer, differences between metrics are mostly chance
+WARMUP_RULES = ('Linear', 'Constant', 'QuadraticWarmup')  # prefixes of the class names of schedulers
 
 
 class SummaryHook(Hook):
-    """Logs images, optimizer steps, warmup and evaluations before a training, and marks metrics of few images."""
+    """Logs images, optimizer steps, warmup and evaluations before a training, and warns about unreliable metrics."""
 
     priority = 'LOWEST'  # after the metrics are logged
 
     def before_train(self, runner) -> None:
         """Log the summary of the training."""
-        if isinstance(runner.train_loop, (EpochBasedTrainLoop, IterBasedTrainLoop)):  # others count as they like
+        if isinstance(runner.train_loop, (EpochBasedTrainLoop, IterBasedTrainLoop)):  # others may count differently
             runner.logger.info(summarize_training(runner))
 
     def after_val_epoch(self, runner, metrics=None) -> None:
-        """Mark the metrics of an evaluation during the training."""
+        """Warn about unreliable metrics of an evaluation during the training."""
         _mark_metrics(runner, runner.val_dataloader.dataset)
 
     def after_test_epoch(self, runner, metrics=None) -> None:
-        """Mark the metrics of a test."""
+        """Warn about unreliable metrics of a test."""
         _mark_metrics(runner, runner.test_dataloader.dataset)
 
 
 def summarize_training(runner) -> str:
-    """Return a line with images, optimizer steps, those of warmup, and evaluations of a training.
-
-    Args:
-        runner: whose training loop is built.
-    """
+    """Return a line with the images, optimizer steps, warmup steps and evaluations of a training."""
     loop, accumulation = runner.train_loop, accumulation_steps(runner.optim_wrapper)
     by_epoch = isinstance(loop, EpochBasedTrainLoop)
     steps = -(-loop.max_iters // accumulation)
@@ -52,7 +48,7 @@ def summarize_training(runner) -> str:
 
 
 def _warmup_steps(scheduler, steps_per_epoch: float) -> int:
-    """The optimizer steps in which a scheduler warms up; 0 if it does something else."""
+    """Return the number of warmup steps of a scheduler; 0 if it is not a warmup."""
     falls = getattr(scheduler, 'start_factor', 0) >= getattr(scheduler, 'end_factor', 1)
     if scheduler.begin > 0 or falls or not type(scheduler).__name__.startswith(WARMUP_RULES):
         return 0
@@ -60,19 +56,19 @@ def _warmup_steps(scheduler, steps_per_epoch: float) -> int:
 
 
 def _num_evaluations(length: int, interval: int, begin: int) -> int:
-    """How often a loop evaluates: at multiples of an interval and at its end."""
+    """Return the number of evaluations of a loop: at multiples of an interval and at its end."""
     interval, num_skipped = int(min(interval, length)), max(begin - 1, 0)
     return max(length // interval - num_skipped // interval, 0) + (length % interval > 0)
 
 
 def describe_small_evaluation(dataset) -> str | None:
-    """Return what an evaluation has too little of, such as '4 images and 17 objects'; None if it is enough.
+    """Describe an evaluation that is too small, such as '4 images and 17 objects'; None if it is large enough.
 
     Args:
-        dataset: that is evaluated on; only detection counts objects.
+        dataset: Data set of the evaluation; objects are only counted in detection.
     """
     images, objects = len(dataset), 0
-    if images >= MIN_OBJECTS:  # an object in each
+    if images >= MIN_OBJECTS:  # with at least one object in each
         return None
     leaves = [leaf for leaf in leaf_datasets(dataset) if hasattr(leaf, 'get_data_info')]
     infos = [leaf.get_data_info(i) for leaf in leaves for i in range(len(leaf))]
@@ -85,7 +81,7 @@ def describe_small_evaluation(dataset) -> str | None:
 
 
 def _mark_metrics(runner, dataset) -> None:
-    """Warn where metrics come from too few images or objects."""
+    """Warn if metrics come from too few images or objects."""
     size = describe_small_evaluation(dataset)
     if size:
         runner.logger.warning(f'These metrics come from only {size}: differences between models are mostly chance')

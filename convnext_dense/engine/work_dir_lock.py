@@ -1,4 +1,4 @@
-"""A lock that keeps two trainings from using the same work dir."""
+"""A lock that prevents two trainings from using the same work dir."""
 
 import errno
 import os
@@ -11,19 +11,19 @@ try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None
-LOCK_FILE = '.lock'  # in a work dir; says which process trains there
+LOCK_FILE = '.lock'  # name of the file in a work dir; it names the process that trains there
 
-_held_locks = []  # open files, which the process closes when it ends
+_held_locks = []  # open files, which are closed when the process ends
 
 
 def lock_work_dir(work_dir: str | Path) -> None:
-    """Lock a work dir until this process ends. Does nothing on file systems without locks and on Windows.
+    """Lock a work dir until this process ends; does nothing on Windows and on file systems without locks.
 
     Args:
-        work_dir: The folder, which is created if needed.
+        work_dir: The folder; it is created if it does not exist.
 
     Raises:
-        UsageError: Another process holds the lock.
+        UsageError: If another process holds the lock.
     """
     if fcntl is None:
         return

@@ -1,4 +1,4 @@
-"""DataLoader workers: which signals end them."""
+"""Signal handling and exit of DataLoader workers."""
 
 import multiprocessing
 import os
@@ -16,15 +16,15 @@ def worker_init(init_fn, worker_id: int) -> None:
     (from launchers, terminals, schedulers) is handled by the main process. A worker also exits when its parent dies.
 
     Args:
-        init_fn: The `worker_init_fn` of the config, which is called last; may be None.
+        init_fn: `worker_init_fn` of the config, which is called last; None if there is none.
         worker_id: Index of the worker.
     """
     parent = multiprocessing.parent_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, 'sigwaitinfo'):  # not on macOS, where a signal to the process group ends a run without saving
+    if hasattr(signal, 'sigwaitinfo'):  # not on macOS: there, a signal to the group ends a run without a checkpoint
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_exit_on_parent_sigterm, args=(parent.pid,), daemon=True).start()
-    # After the mask: a thread without it would end the process on a signal to the group.
+    # Started after the mask is set: a thread without the mask would end the process on a signal to the group.
     threading.Thread(target=_exit_without_parent, args=(parent,), daemon=True).start()
     if init_fn:
         init_fn(worker_id)
@@ -33,11 +33,11 @@ def worker_init(init_fn, worker_id: int) -> None:
 def _exit_without_parent(parent) -> None:
     """Exit when the parent is gone.
 
-    Workers do not notice when it is killed: they would wait for a queue of which they hold both ends, and keep its
-    sockets open, so that the other ranks would wait, too. Watching their pipe is not enough, as workers that were
-    forked later hold its other end as well.
+    Workers do not notice that it was killed: they would wait for a queue whose both ends they hold, and keep the
+    parent's sockets open, so that other ranks would wait too. Watching the pipe to the parent is not enough, because
+    workers that were forked later hold its other end as well.
     """
-    is_child = os.getppid() == parent.pid  # not where a fork server stands between them
+    is_child = os.getppid() == parent.pid  # False with a fork server in between
     while parent.is_alive() and (os.getppid() == parent.pid or not is_child):
         time.sleep(PARENT_POLL_S)
     os._exit(1)

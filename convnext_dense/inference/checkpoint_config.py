@@ -1,4 +1,4 @@
-"""Which checkpoint or exported model a user means, and the config that belongs to it, read as data."""
+"""Find the checkpoint or exported model that a user names, and its config, which is read as data."""
 
 import importlib
 import inspect
@@ -25,7 +25,7 @@ from ..paper.results import RESULTS
 from ..type_names import REGISTRIES, SCOPES, TASKS, class_of
 from .pipelines import innermost_dataset
 
-# In the names of parameters that only models of a task have.
+# Patterns of parameter names that only models for one task have.
 HEAD_RE = {
     'detection': re.compile(r'(?<![^.])(roi_head|rpn_head|bbox_head)\.'),
     'segmentation': re.compile(r'(?<![^.])decode_head\.'),
@@ -36,16 +36,16 @@ CONFIG_HINT = 'give the config that it was trained with as --config'
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A checkpoint or an exported model, and what is known of the model before that is built.
+    """A checkpoint or an exported model, and facts about the model before it is built.
 
     Attributes:
         file: Path of the checkpoint or exported model.
         config: Config of the model and of its test pipeline.
         task: 'detection' or 'segmentation'.
         classes: Names of the classes, in the order of the model's outputs.
-        palette: RGB color of each class; empty where none is known.
-        notices: What the user is told, one line each.
-        exported: The file if it is an exported model.
+        palette: RGB color of each class; empty if unknown.
+        notices: Lines to show to the user.
+        exported: Metadata of the file if it is an exported model.
     """
 
     file: str
@@ -58,19 +58,19 @@ class ModelSource:
 
 
 def find_model(checkpoint: str | Path, config: str | Path | Config | None = None) -> ModelSource:
-    """Find the checkpoint that a user means and its config; nothing is built.
+    """Find the checkpoint that a user names and its config; no model is built.
 
     Args:
-        checkpoint: A file, a work dir (its best checkpoint, else its last one), a URL or the name of released weights;
-            or the file of an exported model.
-        config: Path of the config, or the config; None for that in the file or of the recipe whose weights the
-            authors released under this name.
+        checkpoint: A file, a work dir (its best checkpoint, else its last one), a URL, the name of released weights, or
+            the file of an exported model.
+        config: Path of the config, or the config; None for the config in the file, or that of the recipe to which
+            released weights belong.
 
     Returns:
-        The source of the model.
+        The model source.
 
     Raises:
-        UsageError: If there is no checkpoint or no config, or if they belong to different tasks.
+        UsageError: If there is no checkpoint or no config, or if they are for different tasks.
     """
     file = _find_file(str(checkpoint))
     exported = read_exported(file) if is_exported(file) else None
@@ -89,13 +89,13 @@ def find_model(checkpoint: str | Path, config: str | Path | Config | None = None
 
 
 def _as_checkpoint(exported: ExportedFile) -> dict:
-    """What an exported model says of itself, as checkpoints have it."""
+    """Return the metadata of an exported model in the form of a checkpoint."""
     meta = exported.meta
     return dict(meta=dict(cfg=meta.config, dataset_meta=dict(classes=meta.classes, palette=meta.palette or None)))
 
 
 def check_exported_fits(exported: ExportedFile, config: Config) -> None:
-    """Raise UsageError where an exported model is for another task or number of classes than a config."""
+    """Raise UsageError if an exported model has another task or number of classes than a config."""
     meta, task = exported.meta, TASKS.get(config.get('default_scope'))
     if meta.task != task:
         raise UsageError(f'{exported.path} is a model for {meta.task}, the config is for {task}: {CONFIG_HINT}')
@@ -144,7 +144,7 @@ def _load_config(config: str | Path | Config | None, file: str, name: str, conte
 
 
 def _prepared(config: Config, name: str) -> Config:
-    """Return a config that came without a file after the checks of `load_config`, with what it imports imported."""
+    """Check a config that does not come from a file as `load_config` does, import what it imports, and return it."""
     scope = config.get('default_scope') or 'mmengine'
     if scope in TASKS:
         check_installed(scope)
@@ -161,7 +161,7 @@ def _prepared(config: Config, name: str) -> Config:
 
 
 def _check_types(config: Config, file: str) -> None:
-    """Refuse a config out of a file that names anything but registered types: mmengine would import and call it."""
+    """Refuse a config from a checkpoint that names anything but registered types: mmengine would import and call it."""
     ops = importlib.import_module('mmcv.ops')
     operators = {name for name in ops.__all__ if name.isidentifier()}
     for part in (config.model, config.test_dataloader):
@@ -188,7 +188,7 @@ def _is_registered(name: object) -> bool:
 
 
 def _convnext_scope(cls: object) -> Iterator[str]:
-    """The scope of this package, whose classes are in mmengine's root registries."""
+    """Yield the scope of this package for its classes, which are in mmengine's root registries."""
     module = inspect.getmodule(cls)
     if module is not None and module.__name__.partition('.')[0] == 'convnext_dense':
         yield 'convnext_dense'
@@ -201,7 +201,7 @@ def _descendants(registry) -> Iterator:
 
 
 def _check_task(content: Mapping, file: str, task: str) -> None:
-    """Refuse the checkpoint of a detector with the config of a segmentor, and the reverse."""
+    """Refuse the checkpoint of a detector with the config of a segmentor, and vice versa."""
     names = [name for tensors in find_state_dicts(content).values() for name in tensors]
     has = {t: any(map(pattern.search, names)) for t, pattern in HEAD_RE.items()}
     other_task = next(other_task for other_task in TASKS.values() if other_task != task)
@@ -210,7 +210,7 @@ def _check_task(content: Mapping, file: str, task: str) -> None:
 
 
 def dataset_classes(config: Config) -> tuple[str, ...]:
-    """Return the names of the classes of a config's test data; empty where none are known."""
+    """Return the class names of a config's test data; empty if they are unknown."""
     return _names(_dataset_meta(config))
 
 
@@ -226,7 +226,7 @@ def _names(meta: Mapping) -> tuple[str, ...]:
 
 
 def _find_classes(content: Mapping, config: Config) -> tuple[tuple, tuple]:
-    """Return names and colors of the classes: those in the checkpoint, else those of the config's data set."""
+    """Return class names and palette: those in the checkpoint, else those of the config's data set."""
     meta = content.get('meta') if isinstance(content.get('meta'), dict) else {}
     meta_values = {str(k).lower(): v for k, v in {**meta, **(meta.get('dataset_meta') or {})}.items()}
     config_meta = _dataset_meta(config)

@@ -1,4 +1,4 @@
-"""Detections as COCO JSON, written image by image, so that a run can be interrupted and memory does not grow."""
+"""Write detections as COCO JSON image by image, so that runs can be interrupted and memory does not grow."""
 
 import json
 import os
@@ -15,25 +15,27 @@ from ..errors import UsageError
 FORMATS = ('coco', 'results')
 N_COCO_IDS = 90
 UNUSED_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
-COCO_IDS = [i for i in range(1, N_COCO_IDS + 1) if i not in UNUSED_COCO_IDS]  # of COCO's 80 classes, which have gaps
+COCO_IDS = [i for i in range(1, N_COCO_IDS + 1) if i not in UNUSED_COCO_IDS]  # category ids of COCO's 80 classes
 
 
 def category_ids(classes: Sequence[str]) -> list[int]:
-    """Return the COCO id of each class: from 1 in their order, for COCO's own classes COCO's ids."""
+    """Return the category id of each class: counted from 1, but COCO's own ids for COCO's classes."""
     from mmdet.datasets import CocoDataset
 
     return COCO_IDS if tuple(classes) == CocoDataset.METAINFO['classes'] else list(range(1, len(classes) + 1))
 
 
 def to_annotations(instances: InstanceData, ids: Sequence[int]) -> list[dict]:
-    """Return detections as COCO annotations without ids.
+    """Convert detections to COCO annotations without ids.
 
     Args:
-        instances: With `bboxes` (N, 4) xyxy, `scores`, `labels` and perhaps `masks`, (N, H, W) or N COCO RLEs.
-        ids: COCO id of each class.
+        instances: Detections with `bboxes` (N, 4) xyxy, `scores` (N,), `labels` (N,) and optionally `masks`, (N, H, W)
+            or N COCO RLEs.
+        ids: Category id of each class.
 
     Returns:
-        One dict per detection: category_id, bbox (x, y, width, height), score, area, iscrowd, segmentation (RLE).
+        One dict per detection: category_id, bbox (x, y, width, height) in pixels, score, area, iscrowd, and
+            segmentation (COCO RLE).
     """
     boxes, scores = instances.bboxes.double().tolist(), instances.scores.double().tolist()
     rles = encode_masks(instances.masks) if 'masks' in instances else [None] * len(scores)
@@ -50,7 +52,7 @@ def to_annotations(instances: InstanceData, ids: Sequence[int]) -> list[dict]:
 
 
 def encode_masks(masks: torch.Tensor | np.ndarray | Sequence[dict]) -> list[dict]:
-    """Return instance masks (N, H, W), or what are COCO RLEs already, as COCO RLEs."""
+    """Encode instance masks (N, H, W) as COCO RLEs; COCO RLEs are returned unchanged."""
     if isinstance(masks, (list, tuple)) and all(isinstance(mask, dict) for mask in masks):
         return list(masks)
     return [
@@ -62,18 +64,18 @@ def encode_masks(masks: torch.Tensor | np.ndarray | Sequence[dict]) -> list[dict
 class CocoWriter:
     """Writer of `predictions.json`.
 
-    Each image is a line of `predictions.jsonl` as soon as it is done; `finish` makes the JSON file of the lines.
+    Each finished image is appended to `predictions.jsonl` as one line; `finish` writes the JSON file from these lines.
 
     Args:
-        folder: Of both files.
+        folder: Folder of both files.
         classes: Names of the classes.
-        name: Of the files, without suffix.
-        format: 'coco' for a data set (images, categories, annotations), 'results' for the bare list of results.
-        description: Of the data set.
+        name: Name of the files without suffix.
+        format: 'coco' for a data set (images, categories, annotations), 'results' for a list of COCO results.
+        description: Description of the data set.
 
     Attributes:
-        path (Path): Of the JSON file.
-        done (dict[str, int]): Image ids by file name, of what was written before this run.
+        path (Path): Path of the JSON file.
+        done (dict[str, int]): Image id by file name of the images that an earlier run has written.
     """
 
     def __init__(self, folder: Path, classes: Sequence[str], name='predictions', format='coco', description=''):
@@ -89,7 +91,7 @@ class CocoWriter:
         self._ids: dict[str, int] = {}
 
     def use_numbers_of(self, file_names: Iterable[str]) -> None:
-        """Number images as their files are, as COCO's are (000000000139.jpg), if all are; otherwise from 1."""
+        """Use the numbers in the file names as image ids, as in COCO (000000000139.jpg), if every name is a number."""
         stems = {name: os.path.splitext(os.path.basename(name))[0] for name in (*self.done, *file_names)}
         numbers = {name: int(stem) for name, stem in stems.items() if stem.isascii() and stem.isdigit()}
         is_kept = all(numbers.get(name) == i for name, i in self.done.items())
@@ -97,17 +99,17 @@ class CocoWriter:
             self._ids = numbers
 
     def annotations_of(self, sample: BaseDataElement) -> list[dict]:
-        """Return the annotations of a prediction; in any thread."""
+        """Return the annotations of a prediction; thread-safe."""
         return to_annotations(sample.pred_instances, self.category_ids)
 
     def add(self, file_name: str, size: tuple[int, int], annotations: list[dict], **fields) -> None:
-        """Write an image.
+        """Append an image.
 
         Args:
-            file_name: Of the image.
-            size: (H, W).
-            annotations: As of `annotations_of`.
-            **fields: Further ones of the image.
+            file_name: File name of the image.
+            size: (H, W) of the image.
+            annotations: Annotations from `annotations_of`.
+            **fields: Additional fields of the image.
         """
         image = dict(id=self._ids.get(file_name, self._next_id), file_name=file_name, height=size[0], width=size[1])
         self._next_id = max(self._next_id, image['id']) + 1
@@ -117,7 +119,7 @@ class CocoWriter:
         self._file.flush()
 
     def finish(self) -> None:
-        """Write the JSON file; the old one stays until the new one is complete."""
+        """Write the JSON file; an old one is kept until the new one is complete."""
         self.close()
         tmp_path = self.path.with_name(f'{self.path.name}.part')
         with open(tmp_path, 'w', encoding='ascii') as file:
@@ -125,7 +127,7 @@ class CocoWriter:
         os.replace(tmp_path, self.path)
 
     def close(self) -> None:
-        """Close the file of lines."""
+        """Close the .jsonl file."""
         if self._file:
             self._file.close()
             self._file = None
@@ -149,7 +151,7 @@ class CocoWriter:
                 yield {'image_id': image['id'], **annotation}
 
     def iter_lines(self) -> Iterator[tuple[dict, list[dict]]]:
-        """Iterate over the images that are written, each with its annotations."""
+        """Iterate over the written images, each with its annotations."""
         if not self.lines_path.exists():
             return
         with open(self.lines_path, encoding='ascii') as file:
@@ -161,7 +163,7 @@ class CocoWriter:
 
 
 def _cut_off_partial_line(path: Path) -> None:
-    """Cut off what a run that was killed wrote of its last image."""
+    """Remove the incomplete last line that a killed run may have left."""
     if path.exists():
         with open(path, 'rb') as file:
             size = sum(len(line) for line in file if line.endswith(b'\n'))

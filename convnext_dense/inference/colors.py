@@ -1,4 +1,4 @@
-"""Colors of classes that can be told apart."""
+"""Distinguishable colors for classes."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 
 Color = tuple[int, int, int]  # RGB
-LEVELS = 9  # of red, green and blue, from which colors are chosen
-LIGHTNESS, MIN_CHROMA = (30, 85), 25  # in CIELAB: neither black nor white nor gray, which images are full of
+LEVELS = 9  # values of red, green and blue from which colors are chosen
+LIGHTNESS, MIN_CHROMA = (30, 85), 25  # in CIELAB; excludes black, white and gray, which are frequent in images
 
 
 def class_colors(n: int, palette: Sequence[Color] = ()) -> list[Color]:
@@ -16,7 +16,7 @@ def class_colors(n: int, palette: Sequence[Color] = ()) -> list[Color]:
 
     Args:
         n: Number of classes.
-        palette: Of the data set; used if it has a different color for each class.
+        palette: RGB palette of the data set; it is used if it has a different color for each class.
 
     Returns:
         RGB colors.
@@ -28,14 +28,14 @@ def class_colors(n: int, palette: Sequence[Color] = ()) -> list[Color]:
 
 
 def text_color(background: Color) -> Color:
-    """Return black or white, whichever is easier to read on a color (luma of ITU-R BT.601)."""
+    """Return black or white, whichever is more legible on a color (luma of ITU-R BT.601)."""
     red, green, blue = background
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)
 
 
 @cache
 def _distinct_colors(n: int = 256) -> list[Color]:
-    """Colors, each as different as possible from all before it: farthest points in CIELAB, from red on."""
+    """Return colors, each as different as possible from all earlier ones: farthest points in CIELAB, from red on."""
     levels = np.linspace(0, 255, LEVELS).round()
     rgb = np.stack(np.meshgrid(levels, levels, levels, indexing='ij'), -1).reshape(-1, 3).astype(np.float32)
     lab = cv2.cvtColor(rgb[None] / 255, cv2.COLOR_RGB2LAB)[0]

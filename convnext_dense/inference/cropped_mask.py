@@ -1,4 +1,4 @@
-"""Instance masks that take no more memory than their objects, in images of any size."""
+"""Instance masks that are stored only within the bounding box of their object."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,11 +10,11 @@ from ..datasets.coco_masks import decode_rle_runs
 
 
 class CroppedMask(NamedTuple):
-    """The part of an instance mask that holds its object.
+    """The part of an instance mask within the bounding box of its object.
 
     Attributes:
-        left: Of the part, in the image.
-        top: Of the part, in the image.
+        left: Left edge of the part in the image, in pixels.
+        top: Top edge of the part in the image, in pixels.
         rle: The part as COCO RLE.
     """
 
@@ -24,7 +24,7 @@ class CroppedMask(NamedTuple):
 
     @classmethod
     def from_bitmap(cls, bitmap: np.ndarray, left: int = 0, top: int = 0) -> 'CroppedMask':
-        """Crop a mask (H, W) whose first pixel lies at (left, top) of the image."""
+        """Crop a mask (H, W) whose upper left pixel is at (left, top) in the image."""
         rows, columns = (np.flatnonzero(bitmap.any(axis)) for axis in (1, 0))
         if len(rows):
             bitmap = bitmap[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -35,12 +35,12 @@ class CroppedMask(NamedTuple):
 
     @property
     def window(self) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom of the part."""
+        """Left, top, right and bottom of the part in the image."""
         height, width = self.rle['size']
         return self.left, self.top, self.left + width, self.top + height
 
     def bitmap(self, window: Sequence[int] | None = None) -> np.ndarray:
-        """Return the mask in a window (left, top, right, bottom) of the image, by default in its own."""
+        """Return the mask in a window (left, top, right, bottom) of the image, by default its own: (h, w) of uint8."""
         bits = coco_mask.decode(self.rle)
         if window is None:
             return bits
@@ -54,7 +54,7 @@ class CroppedMask(NamedTuple):
         return result
 
     def in_image(self, size: tuple[int, int]) -> dict:
-        """Return the mask as COCO RLE of an image (H, W), which is never allocated."""
+        """Return the mask as COCO RLE in an image of size (H, W), without allocating that image."""
         height, width = size
         bits = np.pad(self.bitmap().T, ((0, 0), (1, 1))).astype(np.int8)  # columns first, as RLE counts
         change = np.diff(bits, axis=1)
@@ -62,20 +62,23 @@ class CroppedMask(NamedTuple):
         starts = (self.left + columns) * height + self.top + rows
         columns, rows = np.nonzero(change < 0)
         ends = (self.left + columns) * height + self.top + rows
-        is_new = np.append(True, starts[1:] != ends[:-1])[: len(starts)]  # a full column goes on in the next
+        is_new = np.append(True, starts[1:] != ends[:-1])[: len(starts)]  # a run may continue in the next column
         starts, ends = starts[is_new], ends[np.append(is_new[1:], True)[: len(ends)]]
         edges = np.stack([starts, ends], 1).ravel()
         counts = np.diff(np.concatenate([[0], edges, [height * width]])).tolist()
-        counts = counts[:-1] if counts[-1] == 0 else counts  # as pycocotools, which counts no pixels after the last
+        counts = counts[:-1] if counts[-1] == 0 else counts  # pycocotools has no empty last run either
         return coco_mask.frPyObjects(dict(size=[height, width], counts=counts), height, width)
 
 
 def decode_window(rle: dict, window: Sequence[int]) -> np.ndarray:
-    """Decode a part of a COCO RLE, (h, w) of uint8; of the image no more than its columns is allocated.
+    """Decode a window of a COCO RLE without allocating more than the columns of the window.
 
     Args:
-        rle: Of an instance mask.
-        window: Left, top, right and bottom of the part.
+        rle: COCO RLE of an instance mask.
+        window: Left, top, right and bottom of the window in pixels.
+
+    Returns:
+        The mask in the window, (h, w) of uint8.
     """
     (height, _), (left, top, right, bottom) = rle['size'], window
     counts = rle['counts']
@@ -95,7 +98,7 @@ def unite(masks: Sequence[CroppedMask]) -> CroppedMask:
 
 
 def combine(masks: Sequence[CroppedMask], weights: Sequence[float], threshold: float) -> CroppedMask:
-    """Return the pixels whose masks have weights of at least a threshold together."""
+    """Return the mask of the pixels at which the weights of the masks add up to at least a threshold."""
     windows = np.array([mask.window for mask in masks])
     window = (*windows[:, :2].min(0), *windows[:, 2:].max(0))
     total = sum(weight * mask.bitmap(window) for mask, weight in zip(masks, weights))

@@ -1,4 +1,4 @@
-"""Pictures of a data set as a training will see it: annotated images, classes, sizes, and what anchors meet."""
+"""Visualize a data set as a training will see it: annotated images, classes, sizes, and anchor coverage."""
 
 import os
 import tempfile
@@ -27,13 +27,13 @@ from ..errors import UsageError
 from ..type_names import is_type
 from .drawing import draw_ground_truth, write_caption
 
-MAX_IMAGES = 12  # in the contact sheet, evenly spaced
+MAX_IMAGES = 12  # images in the contact sheet, evenly spaced
 PAIRS_PER_ROW = 2
 SIDE = 600  # pixels: longer side of an image in the contact sheet
 GAP = 16  # pixels between two images
-MIN_IOU = 0.5  # of an anchor that meets a box
-SMALL, MEDIUM = 32, 96  # COCO's limits of sizes: square roots of areas
-NUM_BINS = 24  # of sizes of boxes
+MIN_IOU = 0.5  # minimum IoU of an anchor that covers a box
+SMALL, MEDIUM = 32, 96  # COCO's size limits: square roots of areas, in pixels
+NUM_BINS = 24  # bins of box sizes
 MAX_BARS = 40  # classes in the histogram
 LOADERS = ('LoadImageFromFile', 'LoadAnnotations', 'PackDetInputs', 'PackSegInputs')
 COLOR = '#0b6fb8'
@@ -43,15 +43,15 @@ def write_pictures(config: Config, data: CheckedDataset, folder: str) -> list[st
     """Write a contact sheet and histograms of a checked data set.
 
     Args:
-        config: of the recipe that would train on it, which is changed.
-        data: the data set, of the recipe's task.
-        folder: is created; files are named after the task.
+        config: Config of the recipe that would train on it; it is changed in place.
+        data: The data set, for the recipe's task.
+        folder: Folder for the files, which are named after the task; it is created.
 
     Returns:
-        What was written, and how many boxes an anchor meets where the detector has anchors; one line each.
+        Lines for the user: the written files and, for a detector with anchors, the fraction of boxes that they cover.
 
     Raises:
-        UsageError: the recipe cannot be used with the data set.
+        UsageError: If the recipe cannot be used with the data set.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     data = replace(data, splits=deepcopy(data.splits))
@@ -86,8 +86,8 @@ def draw_contact_sheet(plain, augmented, palette: Sequence) -> np.ndarray:
     """Draw images of a data set with their annotations, each before and after augmentation.
 
     Args:
-        plain: the data set with a pipeline that only reads.
-        augmented: the same with the pipeline of the training; it may repeat or mix images.
+        plain: The data set with a pipeline that only loads images and annotations.
+        augmented: The data set with the training pipeline; it may repeat or mix images.
         palette: RGB colors of the classes; empty for the default.
 
     Returns:
@@ -102,18 +102,18 @@ def draw_contact_sheet(plain, augmented, palette: Sequence) -> np.ndarray:
             height, width = image.shape[:2]
             picture = draw_ground_truth(image, sample['data_samples'], plain.metainfo['classes'], palette, SIDE)
             picture = write_caption(picture, f'{what}, {width} x {height}')
-            gap = GAP if what == 'in training' else 1  # the pictures of an image stand together
+            gap = GAP if what == 'in training' else 1  # the two pictures of an image are adjacent
             cells.append(cv2.copyMakeBorder(picture, 0, GAP, 0, gap, cv2.BORDER_CONSTANT, value=(255, 255, 255)))
     row = 2 * PAIRS_PER_ROW
     return stack_rows([cells[start : start + row] for start in range(0, len(cells), row)])
 
 
 def read_boxes(dataset, scale: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the boxes of a detection data set as the test resizes its images, without crowds.
+    """Return the boxes of a detection data set at the test scale, without crowds.
 
     Args:
-        dataset: mmdet's.
-        scale: (long, short) sides that images are resized into; None for images as they are.
+        dataset: Detection data set of mmdet.
+        scale: (long, short) sides of the test scale in pixels; None for the original size.
 
     Returns:
         Boxes (N, 4) as x1, y1, x2, y2, the sizes (N, 2) of their images as (H, W), and labels (N,).
@@ -132,12 +132,12 @@ def read_boxes(dataset, scale: tuple[int, int] | None) -> tuple[np.ndarray, np.n
 
 
 def anchor_coverage(model: dict, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray | None:
-    """Return the IoU of each box with the anchor that fits it best.
+    """Return the IoU of each box with its best anchor.
 
-    Of the anchors of one size, that one fits best whose center is nearest.
+    Among anchors of the same size, the best one is that with the nearest center.
 
     Args:
-        model: config of a detector.
+        model: Config of a detector.
         boxes: (N, 4) as x1, y1, x2, y2, in pixels of the resized image.
         sizes: (N, 2) of the images, (H, W).
 
@@ -147,7 +147,7 @@ def anchor_coverage(model: dict, boxes: np.ndarray, sizes: np.ndarray) -> np.nda
     heads = [head for name in ('rpn_head', 'bbox_head') if isinstance(head := model.get(name), dict)]
     cfg = next((head['anchor_generator'] for head in heads if 'anchor_generator' in head), None)
     generator = None if cfg is None else TASK_UTILS.build(deepcopy(cfg))
-    if not hasattr(generator, 'base_anchors'):  # points are no anchors
+    if not hasattr(generator, 'base_anchors'):  # a generator of points
         return None
     best = np.zeros(len(boxes))
     for anchors, stride in zip(generator.base_anchors, generator.strides):
@@ -161,7 +161,7 @@ def anchor_coverage(model: dict, boxes: np.ndarray, sizes: np.ndarray) -> np.nda
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU of boxes (N, 4) with others, pair by pair."""
+    """IoU (N,) of each box (N, 4) with the box in the same row of another array (N, 4)."""
     inside = np.clip(np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]), 0, None).prod(1)
     areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (a, b)]
     return inside / np.maximum(areas[0] + areas[1] - inside, 1e-12)
@@ -176,14 +176,14 @@ def _describe_coverage(ious: np.ndarray, config: Config) -> str:
 def plot_boxes(
     boxes: np.ndarray, labels: np.ndarray, coverage: np.ndarray | None, classes: Sequence[str], file: str
 ) -> None:
-    """Plot the boxes of each class, their sizes, and the fraction that an anchor meets, by size.
+    """Plot the number of boxes per class, their sizes, and the fraction that anchors cover, by size.
 
     Args:
-        boxes: (N, 4) in pixels of the resized images.
-        labels: (N,)
-        coverage: IoU (N,) with the best anchor; None without anchors.
-        classes: names.
-        file: path of the picture.
+        boxes: (N, 4) as x1, y1, x2, y2, in pixels of the resized images.
+        labels: Class index of each box, (N,).
+        coverage: IoU of each box with its best anchor, (N,); None without anchors.
+        classes: Names of the classes.
+        file: Path of the image.
     """
     figure, axes = _figure(classes, 2 if coverage is None else 3)
     _plot_bars(axes[0], classes, np.bincount(labels, minlength=len(classes)), 'boxes')
@@ -215,10 +215,10 @@ def plot_pixels(classes: Sequence[str], counts: np.ndarray, sizes: Sequence[tupl
     """Plot the pixels of each class of a segmentation data set, and the sizes of its images.
 
     Args:
-        classes: names.
-        counts: number of pixels of each label (256,), 255 for those that are ignored.
-        sizes: of the images, (H, W).
-        file: path of the picture.
+        classes: Names of the classes.
+        counts: Number of pixels of each label, (256,); 255 is ignored.
+        sizes: (H, W) of each image, in pixels.
+        file: Path of the image.
     """
     figure, axes = _figure(classes, 2)
     percent = 100 * counts / max(counts.sum(), 1)

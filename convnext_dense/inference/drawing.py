@@ -1,4 +1,4 @@
-"""Pictures of predictions, legible at any size of the image."""
+"""Draw predictions and annotations, legible at any image size."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -17,11 +17,11 @@ from .cropped_mask import decode_window
 from .mask_writer import IGNORED
 from .merging import intersections
 
-MIN_SIDE, MAX_SIDE = 320, 4096  # of a picture's longer side: smaller images are enlarged, larger ones reduced
-SCORE_THR = 0.3  # least score of what is drawn, unless the user asks for another
-BLENDED_ROWS = 256  # at a time
-OPACITY = 0.45  # of masks over the image
-MAX_DRAWN = 300  # detections in a picture
+MIN_SIDE, MAX_SIDE = 320, 4096  # range of the longer side in pixels, to which other images are resized
+SCORE_THR = 0.3  # default score threshold
+BLENDED_ROWS = 256  # rows that are blended at a time
+OPACITY = 0.45  # opacity of masks
+MAX_DRAWN = 300  # maximum number of detections in a picture
 
 
 def draw(
@@ -36,16 +36,17 @@ def draw(
     """Draw a prediction onto its image.
 
     Args:
-        image: (H, W, C) BGR of uint8, or grayscale; a large one may be reduced already to the size of the picture.
-        sample: With `pred_instances` or `pred_sem_seg`, in the pixels of the image.
+        image: (H, W, C) BGR of uint8, or grayscale; a large image may already be reduced to the size of the picture.
+        sample: Data sample with `pred_instances` or `pred_sem_seg`, in pixels of the original image.
         classes: Names of the classes.
-        palette: RGB color of each class; by default colors that can be told apart.
+        palette: RGB color of each class. Defaults to distinguishable colors.
         score_thr: Detections with lower scores are not drawn.
-        legend: Whether the names of classes stand below the segmentation of an image.
-        size: (H, W) of the image, if what is given of it was reduced to the size of the picture.
+        legend: Whether to add the class names below a segmentation.
+        size: (H, W) of the original image if `image` is reduced.
 
     Returns:
-        (h, w, 3) BGR of uint8: the image's size if its longer side has `MIN_SIDE` to `MAX_SIDE` pixels, and the legend.
+        (h, w, 3) BGR of uint8, in the size of the original image if its longer side has `MIN_SIDE` to `MAX_SIDE`
+        pixels, plus the legend.
     """
     size = size or image.shape[:2]
     scale, picture = picture_scale(size), _resized(to_bgr(image), picture_size(size))
@@ -66,10 +67,10 @@ def draw_ground_truth(
 
     Args:
         image: (H, W, C) BGR of uint8, or grayscale.
-        sample: With `gt_instances` or `gt_sem_seg`, in the pixels of the image.
+        sample: Data sample with `gt_instances` or `gt_sem_seg`, in pixels of the image.
         classes: Names of the classes.
-        palette: RGB color of each class; empty for colors that can be told apart.
-        side: Longer side of the picture in pixels, without the legend of classes below a segmentation.
+        palette: RGB color of each class; empty for distinguishable colors.
+        side: Longer side of the picture in pixels, without the legend.
 
     Returns:
         (h, w, 3) BGR of uint8.
@@ -90,7 +91,7 @@ def draw_ground_truth(
 
 
 def write_caption(picture: np.ndarray, text: str) -> np.ndarray:
-    """Return a picture (H, W, 3) with a line of text above it, cut off where it is too long."""
+    """Return a picture (H, W, 3) with a line of text above it, which is clipped if it is too long."""
     height = font_size(picture.shape[:2])
     band = Image.new('RGB', (picture.shape[1], 2 * height), 'white')
     ImageDraw.Draw(band).text((2, height), text, fill='black', font=_font(height), anchor='lm')
@@ -98,7 +99,7 @@ def write_caption(picture: np.ndarray, text: str) -> np.ndarray:
 
 
 def picture_scale(size: tuple[int, int]) -> float:
-    """Return the factor by which an image of a size (H, W) is resized to be drawn on."""
+    """Return the factor by which an image of size (H, W) is resized before drawing."""
     long_side = max(size)
     if long_side > MAX_SIDE:
         return MAX_SIDE / long_side
@@ -106,25 +107,25 @@ def picture_scale(size: tuple[int, int]) -> float:
 
 
 def picture_size(size: tuple[int, int]) -> tuple[int, int]:
-    """Return the size (h, w) of the picture of an image of a size (H, W), without a legend."""
+    """Return the size (h, w) of the picture of an image of size (H, W), without a legend."""
     return tuple(max(round(side * picture_scale(size)), 1) for side in size)
 
 
 def line_width(size: tuple[int, int]) -> int:
-    """Return the width of lines in a picture of a size (H, W), in pixels."""
+    """Return the line width in a picture of size (H, W), in pixels."""
     return max(1, round(max(size) / 350))
 
 
 def font_size(size: tuple[int, int]) -> int:
-    """Return the height of text in a picture of a size (H, W), in pixels."""
+    """Return the font size in a picture of size (H, W), in pixels."""
     return max(10, round(max(size) / 50))
 
 
 def to_bgr(image: np.ndarray) -> np.ndarray:
-    """Return an image of any number of channels and type as (H, W, 3) of uint8, to be looked at.
+    """Convert an image with any number of channels and data type to (H, W, 3) BGR of uint8 for display.
 
-    Of float32 and with negative values it is one of a `ChannelReader`, whose first three channels are shown as red,
-    green and blue.
+    An image of float32 with negative values is taken as normalized by a `ChannelReader`; its first three channels are
+    shown as red, green and blue.
     """
     if image.dtype == np.float32 and image.min(initial=0) < 0:
         return np.ascontiguousarray(to_rgb(image)[..., ::-1])
@@ -152,7 +153,7 @@ def _draw_instances(
     boxes = np.clip(boxes, 0, [width - 1, height - 1] * 2)
     labels = instances.labels.tolist()
     masks = instances.masks if 'masks' in instances else [None] * len(labels)
-    for i in reversed(range(len(labels))):  # the best on top
+    for i in reversed(range(len(labels))):  # the highest score on top
         bgr = colors[labels[i]][::-1]
         if masks[i] is not None:
             _blend_mask(picture, _mask_in_box(masks[i], boxes[i], scale), boxes[i], bgr, thickness)
@@ -164,7 +165,7 @@ def _draw_instances(
 
 
 def _mask_in_box(mask: torch.Tensor | np.ndarray | dict, box: np.ndarray, scale: float) -> np.ndarray:
-    """The part of an instance mask (H, W), or COCO RLE, that lies in a box of the picture, in the picture's pixels."""
+    """The part of an instance mask, (H, W) or COCO RLE, inside a box of the picture, in pixels of the picture."""
     height, width = mask['size'] if isinstance(mask, dict) else mask.shape
     x1, y1, x2, y2 = box
     window = [int(x1 / scale), int(y1 / scale), math.ceil((x2 + 1) / scale), math.ceil((y2 + 1) / scale)]
@@ -178,7 +179,7 @@ def _mask_in_box(mask: torch.Tensor | np.ndarray | dict, box: np.ndarray, scale:
 
 
 def _blend_mask(picture: np.ndarray, inside: np.ndarray, box: np.ndarray, bgr: Color, thickness: int) -> None:
-    """Draw the part of a mask that lies in its box, with its contour."""
+    """Draw the part of a mask inside its box, with its contour."""
     x1, y1, x2, y2 = box
     area = picture[y1 : y2 + 1, x1 : x2 + 1]
     _blend(area, np.full_like(area, bgr), inside)
@@ -187,12 +188,12 @@ def _blend_mask(picture: np.ndarray, inside: np.ndarray, box: np.ndarray, bgr: C
 
 
 def _blend(picture: np.ndarray, colors: np.ndarray, mask: np.ndarray) -> None:
-    """Lay colors over a picture where the mask is not 0, in place; both (H, W, 3)."""
+    """Blend colors (H, W, 3) into a picture (H, W, 3) in place, where the mask (H, W) is not 0."""
     cv2.copyTo(cv2.addWeighted(picture, 1 - OPACITY, colors, OPACITY, 0), mask, picture)
 
 
 def _draw_labels(picture: np.ndarray, texts: Sequence[str], boxes: np.ndarray, colors: Sequence[Color]) -> np.ndarray:
-    """Write a label at each box, where it hides neither objects nor other labels, as far as there is room."""
+    """Write a label next to each box, at the place where it hides the least of objects and other labels."""
     if not texts:
         return picture
     height, width = picture.shape[:2]
@@ -203,11 +204,11 @@ def _draw_labels(picture: np.ndarray, texts: Sequence[str], boxes: np.ndarray, c
         size = (right - left + 2 * pad, bottom - top + 2 * pad)
         places = np.array([_clipped(place, size, (width, height)) for place in _label_places(boxes[i], size)])
         other_boxes = np.delete(boxes, i, 0)
-        # Another label is unreadable below this one; an object is only partly hidden.
+        # Hiding another label makes it unreadable; an object is only partly hidden.
         hidden = [intersections(places, each).sum(1) for each in (label_boxes, other_boxes, boxes[i : i + 1])]
         costs = 10 * hidden[0] + hidden[1] + hidden[2]
         x, y = places[int(costs.argmin())][:2]
-        label = Image.new('RGB', tuple(map(int, size)), colors[i])  # of its own: a picture may take 50 MB
+        label = Image.new('RGB', tuple(map(int, size)), colors[i])  # not the whole picture, which may have 50 MB
         ImageDraw.Draw(label).text((pad - left, pad - top), text, fill=text_color(colors[i]), font=font)
         area = picture[int(y) : int(y + size[1]), int(x) : int(x + size[0])]
         area[:] = np.asarray(label)[: area.shape[0], : area.shape[1], ::-1]
@@ -216,7 +217,7 @@ def _draw_labels(picture: np.ndarray, texts: Sequence[str], boxes: np.ndarray, c
 
 
 def _label_places(box: np.ndarray, size: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """Upper left corners at which a label may stand, the best first: around the box, then in it."""
+    """Iterate over possible upper left corners of a label, the best first: around the box, then in it."""
     (x1, y1, x2, y2), (width, height) = box.tolist(), size
     yield x1, y1 - height
     yield x1, y2 + 1
@@ -231,7 +232,7 @@ def _label_places(box: np.ndarray, size: tuple[int, int]) -> Iterator[tuple[int,
 
 
 def _clipped(place: tuple[int, int], size: tuple[int, int], picture: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The rectangle of a label, moved into the picture."""
+    """The rectangle (x1, y1, x2, y2) of a label, moved into the picture."""
     x, y = (max(min(p, limit - s), 0) for p, s, limit in zip(place, size, picture))
     return x, y, x + size[0], y + size[1]
 
@@ -250,14 +251,14 @@ def _draw_segmentation(
     height, width = picture.shape[:2]
     result = np.empty((height + len(below), width, 3), np.uint8)
     result[:height], result[height:] = picture, below
-    for top in range(0, height, BLENDED_ROWS):  # a picture has up to 4096 x 4096 pixels
+    for top in range(0, height, BLENDED_ROWS):  # saves memory: a picture has up to 4096 x 4096 pixels
         rows = slice(top, min(top + BLENDED_ROWS, height))
         _blend(result[rows], table[labels[rows]], (labels[rows] != IGNORED).view(np.uint8))
     return result
 
 
 def _legend(size: tuple[int, int], entries: Sequence[tuple[str, Color]]) -> np.ndarray:
-    """Names of classes next to their colors, in rows of a picture's width."""
+    """Draw class names next to their colors, in rows of the picture's width: (h, W, 3) BGR."""
     height, width = font_size(size), size[1]
     font, gap = _font(height), max(2, height // 3)
     places, x, row = [], gap, 0
@@ -277,7 +278,7 @@ def _legend(size: tuple[int, int], entries: Sequence[tuple[str, Color]]) -> np.n
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib, mmengine's own dependency, and knows most alphabets."""
+    """Load DejaVu Sans, which is part of matplotlib (a dependency of mmengine) and covers most alphabets."""
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), 'fonts/ttf/DejaVuSans.ttf')), size)

@@ -1,4 +1,4 @@
-"""An exported model (ONNX, OpenVINO, torch.export) in the place of mmdet's or mmseg's model."""
+"""An exported model (ONNX, OpenVINO, torch.export) with the interface of mmdet's and mmseg's models."""
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
@@ -19,17 +19,17 @@ from .options import PredictOptions
 from .sessions import session_class, session_device
 
 OUTPUTS = {'detection': ({'boxes', 'scores', 'labels'},), 'segmentation': ({'segmentation'}, {'logits'})}
-MASK_THR, BINARY_THR = 0.5, 0.3  # mmdet's and mmseg's own, where the config has none
+MASK_THR, BINARY_THR = 0.5, 0.3  # defaults of mmdet and mmseg for configs without thresholds
 NEEDS_LOGITS = 'needs logits, which the exported model does not return: export it with --logits'
 
 
 def check_exported_options(file: ExportedFile, options: PredictOptions, amp_dtype: str = 'float32') -> None:
-    """Raise UsageError where an exported model cannot do what is asked for; it need not be loaded for that.
+    """Raise UsageError if an exported model, which need not be loaded, does not support the options.
 
     Args:
         file: The model.
-        options: Of the prediction.
-        amp_dtype: As of `load_model`.
+        options: Options of the prediction.
+        amp_dtype: Precision, as for `load_model`.
     """
     session_class(file.path).check_amp_dtype(amp_dtype)
     is_segmentation = file.meta.task == 'segmentation'
@@ -41,12 +41,12 @@ def check_exported_options(file: ExportedFile, options: PredictOptions, amp_dtyp
 
 
 class Geometry(NamedTuple):
-    """Where an image lies in the input and in the results of an exported model; all sizes are (height, width).
+    """Position of an image in the input and in the results of an exported model; all sizes are (height, width).
 
     Attributes:
-        content: Size of the image in the input, whose upper left it fills.
-        canvas: Size of the input.
-        space: In whose pixels the results are.
+        content: Size of the image in the input, of which it fills the upper left.
+        canvas: Size of the input, with padding.
+        space: Size to whose pixels the results refer.
         original: Size of the image as it was read.
     """
 
@@ -57,7 +57,7 @@ class Geometry(NamedTuple):
 
     @property
     def is_identity(self) -> bool:
-        """Whether results are in the pixels of the original image."""
+        """Whether the results are in pixels of the original image."""
         return self.content == self.canvas and self.space == self.original
 
     def visible(self) -> tuple[int, int]:
@@ -69,20 +69,20 @@ class Geometry(NamedTuple):
 class ExportedModel(nn.Module):
     """An exported model with the `test_step` of mmdet's and mmseg's models.
 
-    Of a file of a fixed size, images are padded at the right and at the bottom with the mean that the model subtracts;
-    one that is larger at the scale of the test pipeline is reduced until it fits. Its results equal the checkpoint's
-    only as far as the model does not see the padding, and not where the image had to be reduced. Of a raw file, masks
-    and segmentation are resized from the pixels of the input, which at edges differs from the checkpoint's too.
+    For a file with a fixed input size, images are padded at the right and bottom with the mean that the model
+    subtracts, and images that are larger at the test scale are reduced to fit. Results then differ from the
+    checkpoint's where the model sees the padding, and if the image was reduced. For a raw file, masks and segmentation
+    are resized from the pixels of the input, which differs from the checkpoint's at edges, too.
 
     Args:
         file: The model, or the path of its file.
         model: Config of the model that was exported.
-        data_preprocessor: Its data preprocessor, where that stands beside the model.
+        data_preprocessor: Config of its data preprocessor, if it is not part of `model`.
         device: Such as 'cuda:0'; None for a GPU if the runtime can use one, else the CPU.
         amp_dtype: 'float32', or 'bfloat16' for OpenVINO.
 
     Raises:
-        UsageError: If the file cannot be loaded, or returns something else than its metadata say.
+        UsageError: If the file cannot be loaded, or its outputs do not match its metadata.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class ExportedModel(nn.Module):
             raise UsageError(f'{self.file.path} returns {", ".join(names)}, not those of {self.task}: export it again')
 
     def __deepcopy__(self, memo: dict) -> 'ExportedModel':
-        return self  # runtimes cannot be copied, and nothing here changes
+        return self  # runtimes cannot be copied, and the model has no state
 
     def forward(self, *args, **kwargs):
         """Refuse everything but `test_step`."""
@@ -126,12 +126,12 @@ class ExportedModel(nn.Module):
         """Predict a batch.
 
         Args:
-            data: `inputs`, a list of (C, H, W) or (N, C, H, W), BGR where it has three channels, and `data_samples`
-                with `ori_shape`, as the test pipeline packs them.
+            data: `inputs`, a list of (C, H, W) or a tensor (N, C, H, W), BGR if it has three channels, and
+                `data_samples` with `ori_shape`, as the test pipeline packs them.
 
         Returns:
-            The data samples with `pred_instances` (bboxes, scores, labels, masks), or with `pred_sem_seg` and, where
-            the file returns logits, `seg_logits`; on the CPU, in the pixels of the original images.
+            The data samples with `pred_instances` (bboxes, scores, labels, masks), or with `pred_sem_seg` and, if the
+            file returns logits, `seg_logits`; on the CPU, in pixels of the original images.
         """
         samples = list(data['data_samples'])
         if self.task == 'detection':
@@ -150,7 +150,7 @@ class ExportedModel(nn.Module):
         return samples
 
     def _predict(self, inputs: list[torch.Tensor], samples: list[BaseDataElement], n: int) -> None:
-        """Set the predictions of the first n of images of one size, of which the others fill the batch."""
+        """Set the predictions of the first `n` images of one size; the others only fill the batch."""
         images, geometry = self._prepare(inputs, samples)
         outputs = self.session.run(images, None if self.meta.input == 'raw' else geometry.space)
         for i in range(n):
@@ -161,7 +161,7 @@ class ExportedModel(nn.Module):
                 samples[i].set_data(self._segmentation(tensors, geometry))
 
     def _prepare(self, inputs: list[torch.Tensor], samples: list[BaseDataElement]) -> tuple[np.ndarray, Geometry]:
-        """Return images as the file takes them."""
+        """Return images (N, C, H, W) as the file expects them, and their geometry."""
         original = tuple(map(int, samples[0].ori_shape[:2]))
         inputs = [image.cpu() for image in inputs]
         shape, size = tuple(inputs[0].shape[1:]), self.session.size
@@ -215,13 +215,13 @@ class ExportedModel(nn.Module):
             labels = _to_original(tensors['segmentation'][None], geometry, 'nearest').long()
             return dict(pred_sem_seg=PixelData(data=labels))
         logits = _to_original(tensors['logits'].float(), geometry, 'bilinear')
-        is_one = len(logits) == 1  # of which the file, as mmseg, returns probabilities
+        is_one = len(logits) == 1  # a single class: the file returns probabilities, as mmseg does
         labels = (logits > self.decode_head.threshold).to(logits) if is_one else logits.argmax(0, keepdim=True)
         return dict(seg_logits=PixelData(data=logits), pred_sem_seg=PixelData(data=labels))
 
 
 def _to_original(maps: torch.Tensor, geometry: Geometry, mode: str) -> torch.Tensor:
-    """Crop maps (C, h, w) of a result to the image, and resize them to its original size."""
+    """Crop maps (C, h, w) of a result to the image, and resize them to its original size (C, H, W)."""
     if geometry.is_identity:
         return maps
     height, width = geometry.visible()
@@ -232,7 +232,7 @@ def _to_original(maps: torch.Tensor, geometry: Geometry, mode: str) -> torch.Ten
 
 
 def _content(shape: tuple[int, int], sample: BaseDataElement) -> tuple[int, int]:
-    """Size of the image in its input, which a test pipeline may have padded: RTMDet's does."""
+    """Size of the image inside its input, which a test pipeline may have padded, as RTMDet's does."""
     factors = sample.metainfo.get('scale_factor')
     if factors is None:
         return shape
@@ -241,7 +241,7 @@ def _content(shape: tuple[int, int], sample: BaseDataElement) -> tuple[int, int]
 
 
 def _reduce(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Reduce an image (C, H, W) until it fits into a size, keeping its ratio."""
+    """Reduce an image (C, H, W) to fit into a size (H, W), keeping its aspect ratio."""
     height, width = image.shape[1:]
     factor = min(size[0] / height, size[1] / width)
     new = [max(int(side * factor + 0.5), 1) for side in (width, height)]
@@ -250,7 +250,7 @@ def _reduce(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _pad(images: np.ndarray, size: tuple[int, int] | None, values: Sequence[float]) -> np.ndarray:
-    """Pad images (N, C, H, W) at the right and at the bottom with a value for each channel."""
+    """Pad images (N, C, H, W) at the right and bottom with one value per channel."""
     height, width = images.shape[2:]
     if size is None or (height, width) == tuple(size):
         return images

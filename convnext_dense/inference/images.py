@@ -1,4 +1,4 @@
-"""Images of any file format as a person sees them, and as a model takes them."""
+"""Read images of any file format, upright as a person sees them, and convert them for a model."""
 
 import io
 from pathlib import Path
@@ -13,10 +13,10 @@ from ..datasets.check_images import FORMATS, MAX_BYTES
 from ..datasets.files import open_regular, read_bytes
 from ..errors import UnreadableImageError, UsageError
 
-BACKGROUND = 255  # white, on which transparent images are shown
-ORIENTATION = 0x0112  # tag of EXIF
-COLOR_TYPES = ('color', 'grayscale', 'unchanged')  # as mmcv reads files
-ColorType = str | ChannelReader  # one of these, or the channels of files that are not RGB
+BACKGROUND = 255  # white, behind transparent pixels
+ORIENTATION = 0x0112  # EXIF tag
+COLOR_TYPES = ('color', 'grayscale', 'unchanged')  # mmcv's
+ColorType = str | ChannelReader  # one of these, or a reader for other channels than RGB
 CHANNEL_ORDERS = ('rgb', 'bgr')
 
 
@@ -24,9 +24,9 @@ class LoadedImage(NamedTuple):
     """An image that was read.
 
     Attributes:
-        pixels (np.ndarray): (H, W, C) BGR of uint8, or (H, W) where the model takes grayscale; unchanged files as they
-            are; other channels as of `ChannelReader.read`.
-        note (str): What the user is told of it, such as that it is the first of several frames; '' for nothing.
+        pixels (np.ndarray): (H, W, C) BGR of uint8, or (H, W) for a grayscale model; the values in the file for
+            'unchanged'; the result of `ChannelReader.read` for other channels.
+        note (str): Note for the user, such as that it is the first of several frames; '' for none.
     """
 
     pixels: np.ndarray
@@ -36,15 +36,15 @@ class LoadedImage(NamedTuple):
 def read_image(path: str | Path, color_type: ColorType = 'color') -> LoadedImage:
     """Read an image file.
 
-    Colors are read as training reads them, by OpenCV, but upright as EXIF says, and transparent pixels on white.
+    Colors are read with OpenCV, as in training, but EXIF orientation is applied, and transparent pixels become white.
 
     Args:
-        path: Of the file.
-        color_type: 'color', 'grayscale' or 'unchanged', as the `LoadImageFromFile` of the config has it, or how other
-            channels are read.
+        path: Path of the file.
+        color_type: 'color', 'grayscale' or 'unchanged', as in the config's `LoadImageFromFile`, or the reader of other
+            channels.
 
     Raises:
-        UnreadableImageError: If it cannot be read; the message is the reason alone.
+        UnreadableImageError: If the file cannot be read; the message is the reason without the path.
     """
     try:
         if isinstance(color_type, ChannelReader):
@@ -59,22 +59,22 @@ def read_image(path: str | Path, color_type: ColorType = 'color') -> LoadedImage
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return _decode(data, image, color_type)
     except (UnidentifiedImageError, Image.DecompressionBombError):
-        return LoadedImage(_decode_with_opencv(data, color_type))  # which may know it, and has a limit of its own
+        return LoadedImage(_decode_with_opencv(data, color_type))  # OpenCV may know it, and has its own size limit
     except UnreadableImageError:
         raise
-    except Exception as error:  # a broken file can fail in any way
+    except Exception as error:  # decoders raise any exception for a broken file
         raise UnreadableImageError(f'it is damaged ({_reason(error)})') from error
 
 
 def from_pil(image: Image.Image, color_type: ColorType = 'color') -> np.ndarray:
-    """Return the pixels of a PIL image, upright as its EXIF says, as `read_image` does those of a file."""
+    """Return the pixels of a PIL image in the form of `read_image`, with its EXIF orientation applied."""
     image = ImageOps.exif_transpose(image)
     if isinstance(color_type, ChannelReader):
         return _from_channels(np.asarray(image), color_type)
     if color_type == 'unchanged':
         pixels = np.asarray(image)
         return pixels[..., ::-1] if pixels.ndim == 3 and pixels.shape[2] == 3 else pixels
-    if image.mode.startswith('I'):  # 16 bits, which Pillow would cut off at 255
+    if image.mode.startswith('I'):  # 16 bits, which Pillow would clip at 255
         gray = _to_uint8(np.asarray(image))
         return gray if color_type == 'grayscale' else cv2.cvtColor(gray, cv2.COLOR_GRAY2BGR)
     if _has_alpha(image):
@@ -86,16 +86,16 @@ def from_pil(image: Image.Image, color_type: ColorType = 'color') -> np.ndarray:
 
 
 def from_array(array: np.ndarray, channel_order: str | None, color_type: ColorType = 'color') -> np.ndarray:
-    """Return the pixels of an array as the model takes them.
+    """Return the pixels of an array in the form of `read_image`.
 
     Args:
-        array: (H, W) or (H, W, C) of uint8 or uint16; four channels are color and opacity. Of a model of other
-            channels: all channels of a file, or those of the model in its order.
-        channel_order: 'rgb' or 'bgr'; needed for color.
-        color_type: As for `read_image`; with 'unchanged' the array is taken as it is.
+        array: (H, W) or (H, W, C) of uint8 or uint16; four channels are color and alpha. For a model of other channels
+            than RGB: all channels of a file, or those of the model in its order.
+        channel_order: 'rgb' or 'bgr'; required for color.
+        color_type: As for `read_image`; with 'unchanged', the array is returned unchanged.
 
     Raises:
-        UsageError: If the shape, the type or the order of channels cannot be used.
+        UsageError: If the shape, the data type or the channel order cannot be used.
     """
     if array.ndim not in (2, 3) or 0 in array.shape:
         raise UsageError(f'an array of shape {array.shape} is no image: give (height, width, channels)')
@@ -121,7 +121,7 @@ def from_array(array: np.ndarray, channel_order: str | None, color_type: ColorTy
 
 
 def _from_channels(array: np.ndarray, reader: ChannelReader) -> np.ndarray:
-    """Return the pixels of an array as `ChannelReader.read` does those of a file."""
+    """Return the pixels of an array in the form of `ChannelReader.read`."""
     array = array if array.ndim == 3 else array[..., None]
     num_channels = array.shape[2]
     if num_channels == reader.num_channels:
@@ -133,7 +133,7 @@ def _from_channels(array: np.ndarray, reader: ChannelReader) -> np.ndarray:
 
 
 def _decode(data: bytes, image: Image.Image, color_type: str) -> LoadedImage:
-    """Decode a file that Pillow knows: with OpenCV where both see the same, else with Pillow."""
+    """Decode a file that Pillow knows: with OpenCV if both give the same result, otherwise with Pillow."""
     n_frames = getattr(image, 'n_frames', 1) if image.format in ('GIF', 'WEBP', 'PNG') else 1
     note = f'the first of {n_frames} frames' if n_frames > 1 else ''
     if color_type == 'unchanged':
@@ -141,9 +141,9 @@ def _decode(data: bytes, image: Image.Image, color_type: str) -> LoadedImage:
     oriented = image.format not in ('JPEG', 'TIFF') and image.getexif().get(ORIENTATION, 1) != 1
     if n_frames > 1 or oriented or _has_alpha(image):
         return LoadedImage(from_pil(image, color_type), note)
-    if image.format == 'JPEG':  # decoded at an eighth of the size in a third of the time, but to the end of the file
+    if image.format == 'JPEG':  # decoding at an eighth of the size reads to the end of the file in a third of the time
         image.draft('L', (image.width // 8, image.height // 8))
-    if image.format in ('JPEG', 'PNG'):  # some versions of OpenCV silently fill up what is cut off
+    if image.format in ('JPEG', 'PNG'):  # some versions of OpenCV silently fill in truncated parts
         image.load()
     try:
         return LoadedImage(_decode_with_opencv(data, color_type))
@@ -153,7 +153,7 @@ def _decode(data: bytes, image: Image.Image, color_type: str) -> LoadedImage:
 
 
 def _decode_with_opencv(data: bytes, color_type: str) -> np.ndarray:
-    import mmcv  # beside the backbone nothing needs mmcv at import
+    import mmcv  # the backbone can be imported without mmcv
 
     try:
         pixels = mmcv.imfrombytes(data, flag=color_type)
@@ -169,13 +169,13 @@ def _has_alpha(image: Image.Image) -> bool:
 
 
 def _on_background(array: np.ndarray) -> np.ndarray:
-    """An image with opacity (H, W, 4) on the background, (H, W, 3)."""
+    """Blend an image with alpha (H, W, 4) with the background: (H, W, 3)."""
     alpha = array[..., 3:].astype(np.float32) / 255
     return np.rint(array[..., :3] * alpha + BACKGROUND * (1 - alpha)).astype(np.uint8)
 
 
 def _to_uint8(array: np.ndarray) -> np.ndarray:
-    """The high byte of each 16-bit value, as OpenCV reads 16-bit files."""
+    """Return the high byte of each 16-bit value, as OpenCV reads 16-bit files."""
     return array if array.dtype == np.uint8 else np.clip(array // 256, 0, 255).astype(np.uint8)
 
 

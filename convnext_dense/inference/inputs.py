@@ -1,4 +1,4 @@
-"""Images and videos that a user names: files, folders, patterns, lists of paths."""
+"""Find the images and videos that a user names: files, folders, patterns, lists of paths."""
 
 import glob
 import os
@@ -14,7 +14,7 @@ from ..datasets.files import read_text, walk
 from ..engine.datasets import IMAGE_SUFFIXES
 from ..errors import UsageError
 
-# What a person calls an image, besides what data sets are made of.
+# Suffixes of images; some are not supported in data sets.
 SUFFIXES = (*IMAGE_SUFFIXES, '.gif', '.avif', '.jfif', '.dib', '.tga', '.pcx', '.pnm')
 VIDEO_SUFFIXES = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')
 LIST_SUFFIX = '.txt'
@@ -25,9 +25,9 @@ class InputFile(NamedTuple):
     """An image or a video.
 
     Attributes:
-        path (str): Of the file.
-        file_name (str): Its name in the results: relative to the folder that was given, unique among all inputs.
-        stem (str): The name of its outputs, without suffix, unique too.
+        path (str): Path of the file.
+        file_name (str): Name in the results: the path relative to the input folder, unique among all inputs.
+        stem (str): Name of its output files without suffix, also unique.
     """
 
     path: str
@@ -37,12 +37,12 @@ class InputFile(NamedTuple):
 
 @dataclass
 class Inputs:
-    """What was found.
+    """Images and videos to predict.
 
     Attributes:
-        images: In the order of the inputs, those of a folder sorted by name.
-        videos: Likewise.
-        notices: What the user is told, one line each.
+        images: Images in the order of the inputs, those of a folder sorted by name.
+        videos: Videos in the order of the inputs.
+        notices: Lines to show to the user.
     """
 
     images: list[InputFile] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Inputs:
 
 
 class _Candidate(NamedTuple):
-    """A path, and the number of its last parts that make the file name."""
+    """A path, and the number of its last parts that make up the file name."""
 
     path: str
     n_parts: int
@@ -63,14 +63,14 @@ def find_inputs(inputs: Sequence[str], exclude: str | Path | None = None, stdin:
     Args:
         inputs: Images, folders (searched recursively for images), patterns, text files of paths (.txt, one per line),
             videos, or '-' for paths on standard input.
-        exclude: Folder whose files are left out, that of the output.
-        stdin: Where '-' reads. Defaults to `sys.stdin`.
+        exclude: Folder whose files are ignored: the output folder.
+        stdin: Stream for '-'. Defaults to `sys.stdin`.
 
     Returns:
-        The files, each once.
+        The images and videos, without duplicates.
 
     Raises:
-        UsageError: If an input does not exist, or if there is no image in all of them.
+        UsageError: If an input does not exist, or if there is no image in any of them.
     """
     candidates, notices = [], []
     for name in inputs:
@@ -128,14 +128,14 @@ def _images_below(folder: str, notices: list[str]) -> Iterator[_Candidate]:
                 yield _Candidate(os.path.join(parent, file_name), n_parts)
             elif file_name.lower().endswith(ARRAY_SUFFIX):
                 arrays.append(_Candidate(os.path.join(parent, file_name), n_parts))
-    if not n_images:  # else arrays are something else, such as features or labels
+    if not n_images:  # next to images, arrays are rather features or labels
         yield from arrays
     if n_videos:
         notices.append(f'{folder}: {n_videos} videos are left out: name them one by one')
 
 
 def _name_files(candidates: list[_Candidate]) -> list[InputFile]:
-    """Give each file a name that no other has: with as many of its folders as that takes."""
+    """Give each file a unique name, with as many of its parent folders as necessary."""
     parts = [Path(os.path.abspath(candidate.path)).parts[1:] for candidate in candidates]
     n_parts = [candidate.n_parts for candidate in candidates]
     while True:

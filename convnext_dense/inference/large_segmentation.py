@@ -1,4 +1,4 @@
-"""Segmentation of large images without the logits of all classes at the image's size."""
+"""Segmentation of large images without holding the logits of all classes at the size of the image."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,18 +8,18 @@ from mmengine.structures import BaseDataElement, PixelData
 from torch import nn
 from torch.nn.functional import interpolate
 
-MAX_LOGITS = 2**27  # that may be in memory at the image's size at once: half a gigabyte
+MAX_LOGITS = 2**27  # maximum number of logits at the size of the image in memory: half a gigabyte
 
 
 @contextmanager
 def labels_alone(model: nn.Module) -> Iterator[None]:
     """Context manager in which a segmentor resizes the logits of large images some classes at a time.
 
-    mmseg resizes those of all classes to the size of the image: 150 classes of a photo of 12 megapixels are 7 GB. The
-    labels are the same; such samples have no `seg_logits`.
+    mmseg resizes the logits of all classes at once: 150 classes of a photo of 12 megapixels take 7 GB. The labels are
+    the same; these samples have no `seg_logits`.
 
     Args:
-        model: mmseg's segmentor.
+        model: Segmentor of mmseg.
     """
     postprocess = model.postprocess_result
 
@@ -35,7 +35,7 @@ def labels_alone(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        del model.postprocess_result  # the class has its own
+        del model.postprocess_result  # the method of the class is visible again
 
 
 def _is_large(seg_logits: torch.Tensor, sample: BaseDataElement) -> bool:
@@ -50,7 +50,7 @@ def _without_padding(logits: torch.Tensor, sample: BaseDataElement) -> torch.Ten
 
 
 def _resize_and_decide(logits: torch.Tensor, size: tuple[int, int], align_corners: bool) -> torch.Tensor:
-    """The class (1, H, W) with the largest of the logits (C, h, w) that are resized to a size (H, W)."""
+    """Return the class (1, H, W) with the largest logit after resizing logits (C, h, w) to a size (H, W)."""
     n = max(MAX_LOGITS // (size[0] * size[1]), 1)
     best, labels = None, None
     for start in range(0, len(logits), n):

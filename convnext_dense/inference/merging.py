@@ -1,4 +1,4 @@
-"""Detections of several views of an image, or of its tiles, merged into one set."""
+"""Merge the detections of several views of an image, or of its tiles."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,23 +10,23 @@ from mmengine.structures import BaseDataElement, InstanceData
 
 from .cropped_mask import CroppedMask, combine, overlap, unite
 
-IOU_THR = 0.5  # of detections of one object
-MIN_MASK_CHECK = 0.1  # IoU of boxes in the overlap of two tiles below which masks are not compared
-FRAGMENT_THR = 0.75  # fraction of a part of an object that lies in the object
-MIN_COVER_SCORE = 0.5  # of that object's detection, relative to the part's
-CUT_MARGIN = 0.01  # of a tile's side: a box that comes so near to the edge of its tile may be cut there
+IOU_THR = 0.5  # minimum IoU of detections of one object
+MIN_MASK_CHECK = 0.1  # box IoU in the overlap of two tiles below which masks are not compared
+FRAGMENT_THR = 0.75  # minimum fraction of a fragment that lies inside another detection
+MIN_COVER_SCORE = 0.5  # minimum score of that detection, relative to the fragment's
+CUT_MARGIN = 0.01  # fraction of a tile's side; a box this near to an edge of its tile may be cut there
 MIN_CUT_MARGIN = 4  # pixels
 
 
 @dataclass
 class Detections:
-    """Detections in the pixels of the image.
+    """Detections in pixels of the image.
 
     Attributes:
-        boxes: (N, 4) xyxy, float32.
-        scores: (N,)
-        labels: (N,)
-        masks: N masks; None of a model of boxes.
+        boxes: (N, 4) xyxy in pixels, float32.
+        scores: (N,), float32.
+        labels: Class indices, (N,).
+        masks: N masks; None for a model without masks.
     """
 
     boxes: np.ndarray
@@ -36,7 +36,7 @@ class Detections:
 
     @classmethod
     def from_instances(cls, instances: InstanceData, left: int = 0, top: int = 0) -> 'Detections':
-        """Return the detections of an image, or of a part of it whose first pixel lies at (left, top)."""
+        """Convert mmdet's detections in an image, or in a part of it whose upper left pixel is (left, top)."""
         boxes = instances.bboxes.float().cpu().numpy().reshape(-1, 4) + np.float32([left, top, left, top])
         masks = None
         if 'masks' in instances:
@@ -52,14 +52,14 @@ class Detections:
 
     @staticmethod
     def concatenate(parts: Sequence['Detections']) -> 'Detections':
-        """Return the detections of all parts, of which there is at least one."""
+        """Concatenate at least one set of detections."""
         masks = None if parts[0].masks is None else [mask for part in parts for mask in part.masks]
         return Detections(
             *(np.concatenate([getattr(p, n) for p in parts]) for n in ('boxes', 'scores', 'labels')), masks
         )
 
     def to_instances(self, masks: torch.Tensor | list[dict] | None) -> InstanceData:
-        """Return mmdet's form of the detections, with masks as a tensor or as RLEs."""
+        """Convert to mmdet's InstanceData, with masks as a tensor (N, H, W) or as COCO RLEs."""
         names = ('boxes', 'scores', 'labels')
         boxes, scores, labels = (torch.from_numpy(np.ascontiguousarray(getattr(self, name))) for name in names)
         return InstanceData(bboxes=boxes, scores=scores, labels=labels, **({} if masks is None else dict(masks=masks)))
@@ -70,16 +70,16 @@ def merge_detections(
 ) -> BaseDataElement:
     """Merge the detections of several views of an image.
 
-    Boxes are those of mmdet's `DetTTAModel`: class-wise NMS over all views. The mask of each is a vote of those views
-    whose detection it is or suppresses, weighted by their scores.
+    Boxes are the same as with mmdet's `DetTTAModel`: class-wise NMS over all views. Each mask is a vote, weighted by
+    score, of the views whose detections it is or suppresses.
 
     Args:
-        samples: Of the views, in the pixels of the image; not more than one of them is held in memory.
-        iou_thr: From which two boxes of a class are of one object.
-        max_per_image: Number of detections at most, those with the highest scores; None for any.
+        samples: Data samples of the views, in pixels of the image; only one of them is held in memory at a time.
+        iou_thr: IoU from which two boxes of a class belong to one object.
+        max_per_image: Maximum number of detections, those with the highest scores; None for no limit.
 
     Returns:
-        The sample of the first view, with the merged detections.
+        The data sample of the first view, with the merged detections.
     """
     first_sample, views, device = None, [], None
     for sample in samples:
@@ -101,10 +101,10 @@ def merge_detections(
 
 
 def detector_limits(model) -> tuple[float, int | None]:
-    """Return the IoU of a detector's own NMS, and its number of detections per image at most (None where it has none).
+    """Return the IoU threshold of a detector's NMS and its maximum number of detections per image, None if it has none.
 
     Args:
-        model: mmdet's detector, of one or two stages.
+        model: One-stage or two-stage detector of mmdet.
     """
     test_cfg = getattr(model, 'test_cfg', None) or {}
     test_cfg = test_cfg.get('rcnn') or test_cfg
@@ -112,7 +112,7 @@ def detector_limits(model) -> tuple[float, int | None]:
 
 
 def nms(detections: Detections, iou_thr: float) -> np.ndarray:
-    """Return the indices that class-wise NMS keeps, the highest scores first."""
+    """Return the indices (k,) that class-wise NMS keeps, by descending score."""
     from mmcv.ops import batched_nms
 
     if not len(detections):
@@ -122,7 +122,7 @@ def nms(detections: Detections, iou_thr: float) -> np.ndarray:
 
 
 def _vote(detections: Detections, view_ids: np.ndarray, index: int, iou_thr: float) -> CroppedMask:
-    """The mask of most of the views that have a detection of the same object, the best of each view."""
+    """Return the mask by a weighted majority vote of the views with a detection of the same object (the best each)."""
     ious = box_ious(detections.boxes[index : index + 1], detections.boxes)[0]
     ious[detections.labels != detections.labels[index]] = 0
     ious[index] = 1
@@ -135,21 +135,21 @@ def _vote(detections: Detections, view_ids: np.ndarray, index: int, iou_thr: flo
 
 
 def box_ious(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the IoUs (N, M) of boxes (N, 4) and (M, 4), 0 of empty ones."""
+    """Return the IoUs (N, M) of boxes (N, 4) and (M, 4) xyxy; 0 for empty boxes."""
     inter = intersections(a, b)
     union = box_areas(a)[:, None] + box_areas(b)[None] - inter
     return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
 
 
 def intersections(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the areas (N, M) that boxes (N, 4) and (M, 4) have in common."""
+    """Return the intersection areas (N, M) of boxes (N, 4) and (M, 4) xyxy."""
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, 2:], b[None, :, 2:])
     return (high - low).clip(0).prod(2)
 
 
 def box_areas(boxes: np.ndarray) -> np.ndarray:
-    """Return the areas (N,) of boxes (N, 4)."""
+    """Return the areas (N,) of boxes (N, 4) xyxy."""
     return (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1)
 
 
@@ -159,8 +159,8 @@ class TileDetections:
 
     Attributes:
         window: Left, top, right and bottom of the tile in the image.
-        detections: In the pixels of the image.
-        is_cut: (N,) whether a box comes to an edge at which the tile ends and the image does not.
+        detections: Detections in pixels of the image.
+        is_cut: Whether a box touches an edge of the tile that is not an edge of the image, (N,).
     """
 
     window: tuple[int, int, int, int]
@@ -171,7 +171,7 @@ class TileDetections:
     def from_instances(
         cls, instances: InstanceData, window: tuple[int, int, int, int], size: tuple[int, int]
     ) -> 'TileDetections':
-        """Return the detections of the tile at `window` of an image (H, W), from those in the tile's pixels."""
+        """Convert detections in pixels of the tile at `window` of an image of size (H, W)."""
         detections = Detections.from_instances(instances, *window[:2])
         ends = np.array([window[0] > 0, window[1] > 0, window[2] < size[1], window[3] < size[0]])
         distance = np.abs(detections.boxes - np.float32(window))
@@ -179,23 +179,23 @@ class TileDetections:
 
 
 def cut_margin(window: Sequence[int]) -> float:
-    """Return the distance in pixels from the edge of a tile within which an object may be cut there."""
+    """Return the distance in pixels to the edge of a tile within which an object may be cut off."""
     return max(MIN_CUT_MARGIN, CUT_MARGIN * max(window[2] - window[0], window[3] - window[1]))
 
 
 def merge_tiles(tiles: Sequence[TileDetections], iou_thr: float = IOU_THR) -> Detections:
-    """Merge the detections of overlapping tiles, so that each object is found once, and whole.
+    """Merge the detections of overlapping tiles, so that each object is detected once, and completely.
 
-    Two detections of a class in different tiles are one object if they agree where the tiles overlap. Of one object,
-    what a tile shows as a whole is taken; where all tiles cut it, box and mask are the union of what they show. A part
-    that nothing agrees with is dropped if it lies in another detection. Class-wise NMS comes last.
+    Two detections of a class in different tiles are the same object if they agree where the tiles overlap. If a tile
+    shows the object completely, that detection is used; otherwise, box and mask are the union over the tiles. A
+    fragment that agrees with no other detection is dropped if it lies inside one. Class-wise NMS comes last.
 
     Args:
-        tiles: At least one.
-        iou_thr: From which two detections agree.
+        tiles: Detections of at least one tile.
+        iou_thr: IoU from which two detections agree.
 
     Returns:
-        The detections, the highest scores first.
+        The detections by descending score.
     """
     starts = np.cumsum([0, *(len(tile.detections) for tile in tiles)])
     detections = Detections.concatenate([tile.detections for tile in tiles])
@@ -212,7 +212,7 @@ def merge_tiles(tiles: Sequence[TileDetections], iou_thr: float = IOU_THR) -> De
 
 
 class _Groups:
-    """Disjoint sets of indices."""
+    """Disjoint sets of the indices 0 to n - 1 (union-find)."""
 
     def __init__(self, n: int):
         self.parent = list(range(n))
@@ -246,7 +246,7 @@ def _neighbors(tiles: Sequence[TileDetections]) -> Iterator[tuple[int, int]]:
 
 
 def _matches(a: TileDetections, b: TileDetections, iou_thr: float) -> list[tuple[int, int]]:
-    """Pairs of indices of the detections of two tiles that are one object; each has one partner at most."""
+    """Return pairs of indices of detections in two tiles that are the same object; each has at most one partner."""
     region = np.array([*np.maximum(a.window, b.window)[:2], *np.minimum(a.window, b.window)[2:]])
     margin = max(cut_margin(a.window), cut_margin(b.window))
     parts = [_clip(tile.detections.boxes, region, margin) for tile in (a, b)]
@@ -271,9 +271,9 @@ def _matches(a: TileDetections, b: TileDetections, iou_thr: float) -> list[tuple
 
 
 def _clip(boxes: np.ndarray, region: np.ndarray, margin: float) -> np.ndarray:
-    """The parts of boxes in the overlap of two tiles.
+    """Clip boxes (N, 4) to the overlap of two tiles.
 
-    Where that is hardly wider than a line, boxes that come near to it are compared along the line alone.
+    If the overlap is hardly wider than a line, boxes near it are only compared along the line.
     """
     low, high = np.maximum(boxes[:, :2], region[:2]), np.minimum(boxes[:, 2:], region[2:])
     for axis in range(2):
@@ -285,7 +285,7 @@ def _clip(boxes: np.ndarray, region: np.ndarray, margin: float) -> np.ndarray:
 
 
 def _merge_groups(detections: Detections, is_cut: np.ndarray, groups: Sequence[Sequence[int]]) -> Detections:
-    """One detection of each group: the best whole one, or the union of all parts, with the highest score."""
+    """Merge each group into one detection: the best complete one, or the union of all parts, with the highest score."""
     best = np.zeros(len(groups), np.int64)
     boxes, masks = np.zeros((len(groups), 4), np.float32), []
     scores = np.zeros(len(groups), np.float32)
@@ -303,7 +303,7 @@ def _merge_groups(detections: Detections, is_cut: np.ndarray, groups: Sequence[S
 
 
 def _is_covered(detections: Detections, is_fragment: np.ndarray) -> np.ndarray:
-    """Whether a part of an object lies in a larger detection of its class."""
+    """Whether a fragment lies inside a larger detection of its class, (N,) of bool."""
     covered = np.zeros(len(detections), bool)
     areas = box_areas(detections.boxes)
     for i in np.flatnonzero(is_fragment):

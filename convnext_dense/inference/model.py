@@ -1,4 +1,4 @@
-"""A trained detector or segmentor as one object: `load_model` builds it, `predict` takes images of any kind."""
+"""A trained detector or segmentor as one object: `load_model` builds it, `predict` accepts images in any form."""
 
 import copy
 from collections.abc import Sequence
@@ -48,15 +48,15 @@ def load_model(
     """Load a trained detector or segmentor.
 
     Args:
-        checkpoint: A file, a work dir (its best checkpoint, else its last one), a URL or the name of released weights;
-            or an exported model: .onnx, .xml or .pt2.
-        config: Path of the config; by default that in the file, or of the recipe to which released weights belong.
-        device: Such as 'cuda', 'cuda:1' or 'cpu'; by default a GPU if there is one.
-        amp_dtype: 'float32', or 'float16' or 'bfloat16' for mixed precision; of exported models only those of OpenVINO
-            take 'bfloat16'.
+        checkpoint: A file, a work dir (its best checkpoint, else its last one), a URL, the name of released weights, or
+            an exported model (.onnx, .xml or .pt2).
+        config: The config or its path. Defaults to the config in the file, or of the recipe of released weights.
+        device: Device, such as 'cuda', 'cuda:1' or 'cpu'. Defaults to a GPU if there is one.
+        amp_dtype: 'float32', or 'float16' or 'bfloat16' for mixed precision. Of the exported models, only those of
+            OpenVINO support 'bfloat16', and none 'float16'.
 
     Returns:
-        The model.
+        The predictor.
 
     Raises:
         UsageError: If there is no such checkpoint, config or device, or if they do not fit together.
@@ -70,12 +70,12 @@ def load_model(
 
 
 def source_device(source: ModelSource, name: str | None) -> torch.device:
-    """Return the device for a model by its name (None: a GPU if it can use one); UsageError where it cannot."""
+    """Return the device for a model by name (None: a GPU if it can use one); raise UsageError if it cannot use it."""
     return session_device(source.file, name) if source.exported else check_device(name)
 
 
 def check_device(name: str | None) -> torch.device:
-    """Return a device by its name (None: a GPU if there is one); UsageError where it is not there."""
+    """Return a device by name (None: a GPU if there is one); raise UsageError if it does not exist."""
     try:
         device = torch.device(name or get_device())
         torch.zeros(1, device=device)
@@ -92,13 +92,13 @@ def build_predictor(
     """Build the model of a source and load its weights.
 
     Args:
-        source: The model.
-        device: Where it runs.
-        amp_dtype: As of `load_model`.
-        optimized: Whether modules are replaced by faster ones; otherwise all are mmdet's and mmseg's own.
+        source: The model source.
+        device: Device on which the model runs.
+        amp_dtype: Precision, as for `load_model`.
+        optimized: Whether to replace modules by faster ones; otherwise all are mmdet's and mmseg's.
 
     Raises:
-        UsageError: If the config cannot be built, or the weights do not fit it.
+        UsageError: If the model cannot be built, or the weights do not fit it.
     """
     init_default_scope(source.config.default_scope)
     if source.exported:
@@ -129,15 +129,15 @@ class Predictor:
     """A trained model with its test pipeline.
 
     Attributes:
-        model (nn.Module): mmdet's or mmseg's model, in evaluation mode, with `cfg` and `dataset_meta` as their own
-            inference functions expect them; or an `ExportedModel`.
-        config (Config): Its config.
+        model (nn.Module): Model of mmdet or mmseg in evaluation mode, with `cfg` and `dataset_meta` as their inference
+            functions expect them; or an `ExportedModel`.
+        config (Config): Config of the model.
         task (str): 'detection' or 'segmentation'.
-        classes (tuple[str, ...]): Names of its classes.
-        palette (tuple): RGB color of each class; empty where the data set has none.
-        scale (tuple[int, int] | None): Size to which its test pipeline resizes images; None if it does not.
-        color_type (str): How it reads files: 'color', 'grayscale' or 'unchanged'.
-        device (torch.device): Where it runs.
+        classes (tuple[str, ...]): Names of the classes.
+        palette (tuple): RGB color of each class; empty if the data set has none.
+        scale (tuple[int, int] | None): Test scale (long side, short side) in pixels; None if it does not resize.
+        color_type (str): How files are read: 'color', 'grayscale' or 'unchanged'.
+        device (torch.device): Device on which the model runs.
     """
 
     def __init__(self, model: nn.Module, source: ModelSource, device: torch.device, amp_dtype: str = 'float32'):
@@ -154,13 +154,13 @@ class Predictor:
 
     @cached_property
     def views(self) -> DetectionViews | SegmentationViews:
-        """What `multiscale` does to an image."""
+        """The views of an image for `multiscale`."""
         init_default_scope(self.config.default_scope)  # another model may have been loaded since
         return DetectionViews(self.steps) if self.task == 'detection' else SegmentationViews(self.model, self.steps)
 
     @property
     def scale(self) -> tuple[int, int] | None:
-        """Size (long, short) to which the test pipeline resizes images; None if it does not."""
+        """Test scale (long side, short side) in pixels; None if the test pipeline does not resize."""
         return next((tuple(step['scale']) for step in iter_dicts(self.steps) if is_resize(step)), None)
 
     def predict(
@@ -172,13 +172,13 @@ class Predictor:
         """Predict one image or a list of them.
 
         Args:
-            images: A path, a numpy array, a PIL image, or a list of these.
-            channel_order: 'rgb' or 'bgr'; needed for arrays of color.
-            **options: As of `PredictOptions`.
+            images: A path, a NumPy array, a PIL image, or a list of these.
+            channel_order: 'rgb' or 'bgr'; required for color arrays.
+            **options: Arguments of `PredictOptions`.
 
         Returns:
-            mmdet's DetDataSample with `pred_instances`, or mmseg's SegDataSample with `pred_sem_seg`, in the pixels of
-            the image as it is displayed; on the CPU. A list for a list. With `tile`, masks of detections are COCO RLEs.
+            mmdet's DetDataSample with `pred_instances`, or mmseg's SegDataSample with `pred_sem_seg`, in pixels of the
+            upright image, on the CPU; a list for a list. With `tile`, masks of detections are COCO RLEs.
 
         Raises:
             UsageError: If an option or an image cannot be used.
@@ -199,12 +199,12 @@ class Predictor:
         if not isinstance(image, (str, Path)):
             return self.predict_arrays([self.read(image, channel_order)], **options)[0]
         try:
-            return self.predict_arrays([image], **options)[0]  # which reads the file by rows if it can
+            return self.predict_arrays([image], **options)[0]  # reads the file by rows if possible
         except UnreadableImageError as error:
             raise UsageError(f'{image}: {error}') from error
 
     def read(self, image: ImageInput, channel_order: str | None = None) -> np.ndarray:
-        """Return the pixels of an image as the model takes them: (H, W, C) BGR, (H, W) of a model of grayscale."""
+        """Return the pixels of an image for the model: (H, W, C) BGR, or (H, W) for a grayscale model."""
         if isinstance(image, (str, Path)):
             try:
                 return read_image(image, self.color_type).pixels
@@ -219,15 +219,15 @@ class Predictor:
     def predict_arrays(
         self, images: Sequence[np.ndarray], with_logits: bool = False, **options
     ) -> list[BaseDataElement]:
-        """Predict images that were read.
+        """Predict loaded images.
 
         Args:
-            images: (H, W, C) BGR of uint8 each; as `read` returns them. With `tile` also paths of files.
-            with_logits: Segmentation: also return `seg_logits` (C, H, W).
-            **options: As of `PredictOptions`.
+            images: Images from `read`, (H, W, C) BGR of uint8. With `tile`, also paths of files.
+            with_logits: Whether segmentors also return `seg_logits` (C, H, W).
+            **options: Arguments of `PredictOptions`.
 
         Returns:
-            DetDataSample or SegDataSample of each image, on the CPU.
+            A DetDataSample or SegDataSample per image, on the CPU.
         """
         options = PredictOptions(**options)
         self.check_options(options, with_logits)
@@ -240,7 +240,7 @@ class Predictor:
         return self.finish(samples, options, with_logits)
 
     def predict_prepared(self, prepared: Sequence[dict], with_logits: bool = False, **options) -> list[BaseDataElement]:
-        """Predict images as `prepare` returns them; arguments and result as of `predict_arrays`."""
+        """Predict images from `prepare`; other arguments and the result are those of `predict_arrays`."""
         options = PredictOptions(**options)
         only_labels = self.task == 'segmentation' and not with_logits and not isinstance(self.model, ExportedModel)
         with labels_alone(self.model) if only_labels else nullcontext():
@@ -248,7 +248,7 @@ class Predictor:
         return self.finish(samples, options, with_logits)
 
     def check_options(self, options: PredictOptions, with_logits: bool = False) -> None:
-        """Raise UsageError where the model, being exported, cannot do what is asked for."""
+        """Raise UsageError if an exported model does not support the options."""
         if not isinstance(self.model, ExportedModel):
             return
         check_exported_options(self.model.file, options)
@@ -265,10 +265,10 @@ class Predictor:
             return self.views.predict(self.prepare(image, self.views.pipeline), with_logits)
 
     def prepare(self, image: np.ndarray, pipeline: Compose | None = None) -> dict:
-        """Transform an image as the test pipeline of the config does; runs on the CPU, in any thread.
+        """Apply the test pipeline of the config to an image (H, W, C); runs on the CPU and is thread-safe.
 
         Raises:
-            UnreadableImageError: If its size cannot be resized.
+            UnreadableImageError: If the image is too thin to be resized.
         """
         size = image.shape[:2]
         try:
@@ -281,7 +281,7 @@ class Predictor:
 
     @torch.inference_mode()
     def forward(self, prepared: Sequence[dict], batch_size: int = 1) -> list[BaseDataElement]:
-        """Run the model on prepared images, those of equal size together, so that none is padded for another."""
+        """Run the model on prepared images, batching only images of equal size, so that none is padded."""
         samples: list = [None] * len(prepared)
         by_shape: dict[tuple, list[int]] = {}
         for i, item in enumerate(prepared):
@@ -297,14 +297,14 @@ class Predictor:
         return samples
 
     def autocast(self) -> AbstractContextManager:
-        """Context manager for the precision of the model."""
+        """Return the context manager for the precision of the model."""
         dtype = AMP_DTYPES[self.amp_dtype]
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
     def finish(
         self, samples: Sequence[BaseDataElement], options: PredictOptions, with_logits: bool = False
     ) -> list[BaseDataElement]:
-        """Return samples on the CPU with what was asked for: classes, scores, number of detections."""
+        """Move samples to the CPU and filter them by the classes, scores and number in the options."""
         selected = class_indices(options.classes, self.classes)
         for sample in samples:
             if self.task == 'detection':
@@ -320,14 +320,14 @@ class Predictor:
         """Draw a prediction onto its image.
 
         Args:
-            image: A path, a numpy array or a PIL image.
-            sample: As `predict` returns it.
-            channel_order: 'rgb' or 'bgr'; needed for an array of color.
+            image: A path, a NumPy array or a PIL image.
+            sample: Data sample from `predict`.
+            channel_order: 'rgb' or 'bgr'; required for a color array.
         """
         picture = draw(self.read(image, channel_order), sample, self.classes, self.palette)
         return Image.fromarray(picture[..., ::-1])
 
 
 def _num_classes(model: nn.Module) -> int:
-    """The number of classes of the heads that have one; a region proposal network has a single one."""
+    """Return the largest number of classes of any head; a region proposal network has a single class."""
     return max((m.num_classes for m in model.modules() if isinstance(getattr(m, 'num_classes', None), int)), default=0)

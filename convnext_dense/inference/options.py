@@ -1,4 +1,4 @@
-"""What the user may ask of a prediction, checked before any model is built."""
+"""Options of a prediction, which are checked before a model is built."""
 
 import difflib
 from collections.abc import Sequence
@@ -13,17 +13,18 @@ class PredictOptions:
     """Options of one call of `Predictor.predict`, the same as those of tools/predict.py.
 
     Attributes:
-        score_thr: Detections with lower scores are dropped; None for all that the model returns.
+        score_thr: Detections with lower scores are dropped; None to keep all that the model returns.
         classes: Names of the classes whose detections are returned, or to which segmentation is restricted; None for
             all.
-        max_per_image: Detections per image at most, those with the highest scores; None for the model's own limit.
-        batch_size: Images of equal size that the model takes at a time.
+        max_per_image: Maximum number of detections per image, those with the highest scores; None for the model's
+            limit.
+        batch_size: Images of equal size per batch.
         multiscale: Whether to average over scales and flips (segmentation) or to merge their boxes (detection).
         tile: Side of square tiles in pixels of the image; None for the image as a whole.
-        overlap: Share of a tile's side that it has in common with the next one.
+        overlap: Overlap of neighboring tiles as a fraction of their side.
 
     Raises:
-        UsageError: If a value makes no sense.
+        UsageError: If a value is out of range.
     """
 
     score_thr: float | None = None
@@ -48,17 +49,17 @@ class PredictOptions:
 
 
 def class_indices(names: Sequence[str] | None, classes: Sequence[str]) -> list[int] | None:
-    """Return the indices of classes by their names.
+    """Return the indices of classes by name.
 
     Args:
-        names: Of the classes that are asked for; None for all.
-        classes: Of the model.
+        names: Names of the requested classes; None for all.
+        classes: Names of the model's classes.
 
     Returns:
         Indices in `classes`, None for all.
 
     Raises:
-        UsageError: If the model has no class of that name.
+        UsageError: If the model has no class with one of these names.
     """
     if names is None:
         return None

@@ -1,4 +1,4 @@
-"""The folder of a prediction: what is written for each image, and what an interrupted run left there."""
+"""The output folder of a prediction: results per image, and resuming after an interrupted run."""
 
 import json
 import os
@@ -22,12 +22,12 @@ JPEG_QUALITY = 90
 
 
 class Written(NamedTuple):
-    """What was made of the prediction of an image.
+    """Results of writing the prediction of an image.
 
     Attributes:
         size (tuple): (H, W) of the image.
-        annotations (list[dict]): Detections; empty for segmentation.
-        picture (np.ndarray | None): BGR, if it is to be shown.
+        annotations (list[dict]): Detections as COCO annotations; empty for segmentation.
+        picture (np.ndarray | None): Picture (H, W, 3), BGR, if it is to be shown.
     """
 
     size: tuple[int, int]
@@ -36,18 +36,18 @@ class Written(NamedTuple):
 
 
 class OutputFolder:
-    """Where predictions are written: `predictions.json` or `masks/` and `classes.txt`, `pictures/`, `videos/`.
+    """Folder with predictions: `predictions.json`, or `masks/` and `classes.txt`; `pictures/`, `videos/`.
 
     Args:
-        path: Of the folder.
+        path: Path of the folder.
         task: 'detection' or 'segmentation'.
         classes: Names of the classes.
-        palette: RGB color of each class; empty for colors that can be told apart.
-        format: Of the JSON file: 'coco' or 'results'.
-        pictures: Whether pictures are written.
-        show: Whether pictures are kept to be shown.
-        score_thr: Least score of what is drawn; None for the default.
-        description: Of the data set in the JSON file.
+        palette: RGB color of each class; empty for distinguishable colors.
+        format: Format of the JSON file: 'coco' or 'results'.
+        pictures: Whether to write pictures.
+        show: Whether to return pictures to be shown.
+        score_thr: Score threshold for pictures; None for the default.
+        description: Description of the data set in the JSON file.
     """
 
     def __init__(
@@ -72,21 +72,21 @@ class OutputFolder:
 
     @property
     def draws(self) -> bool:
-        """Whether pictures are made."""
+        """Whether predictions are drawn."""
         return self.pictures or self.show
 
     def is_done(self, file: InputFile) -> bool:
-        """Whether an earlier run has written all of an image."""
+        """Whether an earlier run has written all results of an image."""
         if self.pictures and not self.picture_path(file.stem).exists():
             return False
         return file.file_name in self.coco.done if self.coco else self.mask_path(file.stem).exists()
 
     def picture_path(self, stem: str) -> Path:
-        """Where the picture of an image is written."""
+        """Path of the picture of an image."""
         return self.path / 'pictures' / f'{stem}.jpg'
 
     def mask_path(self, stem: str) -> Path:
-        """Where the segmentation mask of an image is written."""
+        """Path of the segmentation mask of an image."""
         return self.path / 'masks' / f'{stem}.png'
 
     def write(
@@ -96,13 +96,13 @@ class OutputFolder:
         sample: BaseDataElement,
         size: tuple[int, int] | None = None,
     ) -> Written:
-        """Write mask and picture of an image, and encode its detections; in any thread.
+        """Write mask and picture of an image, and encode its detections; thread-safe.
 
         Args:
             file: The image.
-            image: Its pixels; None if no picture is wanted.
+            image: Its pixels (H, W, C); None for no picture.
             sample: Its prediction.
-            size: (H, W) of the image, if its pixels were reduced to the size of the picture.
+            size: (H, W) of the original image if `image` is reduced.
         """
         annotations = self.coco.annotations_of(sample) if self.coco else []
         if not self.coco:
@@ -126,21 +126,21 @@ class OutputFolder:
         legend: bool = True,
         size: tuple[int, int] | None = None,
     ) -> np.ndarray:
-        """Draw the prediction of an image: (H, W, 3), BGR; arguments as of `drawing.draw`."""
+        """Draw the prediction of an image: (H, W, 3), BGR; see `drawing.draw`."""
         return draw(image, sample, self.classes, self.palette, self.score_thr, legend, size)
 
     def record(self, file: InputFile, written: Written) -> None:
-        """Record an image as done; in the order of the images."""
+        """Record an image as done; to be called in the order of the images."""
         if self.coco and file.file_name not in self.coco.done:
             self.coco.add(file.file_name, written.size, written.annotations)
 
     def number(self, files: Iterable[InputFile]) -> None:
-        """Choose the ids of images that will be recorded."""
+        """Choose the ids of the images that will be recorded."""
         if self.coco:
             self.coco.use_numbers_of(file.file_name for file in files)
 
     def finish(self) -> list[str]:
-        """Complete the files; returns what is where, one line each."""
+        """Complete the files; return their paths."""
         results = []
         if self.coco:
             self.coco.finish()
@@ -152,15 +152,15 @@ class OutputFolder:
 
 
 def open_folder(path: str | Path, settings: Mapping[str, object], resume: bool) -> Path:
-    """Make the folder of the output, or check that an earlier run can be resumed there.
+    """Create the output folder, or check that an earlier run can be resumed there.
 
     Args:
-        path: Of the folder.
-        settings: What the results depend on, plain values by the name of the option.
-        resume: Whether to go on after what is there.
+        path: Path of the folder.
+        settings: Settings on which the results depend: plain values by option name.
+        resume: Whether to continue an earlier run.
 
     Raises:
-        UsageError: If the folder has something in it, was made with other settings, or cannot be written.
+        UsageError: If the folder is not empty, has results with other settings, or cannot be written.
     """
     path, settings = Path(path), json.loads(json.dumps(settings))
     try:
@@ -189,7 +189,7 @@ def _check_settings(path: Path, settings: Mapping[str, object]) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file under its name only when it is complete, and the folders above it."""
+    """Write a file that appears under its name only when it is complete; missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp_path = path.with_name(f'{path.name}.part')
     tmp_path.write_bytes(content)
@@ -197,5 +197,5 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def encode_jpeg(picture: np.ndarray) -> bytes:
-    """Encode a picture (H, W, 3), BGR."""
+    """Encode a picture (H, W, 3), BGR, as JPEG."""
     return cv2.imencode('.jpg', picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()

@@ -1,4 +1,4 @@
-"""Reading, the model and writing side by side, in bounded memory."""
+"""Predict files with concurrent reading, inference and writing, in bounded memory."""
 
 import time
 from collections import deque
@@ -26,16 +26,16 @@ from .reduced import read_reduced
 from .row_reader import whole_image_note
 
 T, R = TypeVar('T'), TypeVar('R')
-MAX_WAITING = 4  # results that wait to be written, for each thread that writes
+MAX_WAITING = 4  # results that wait to be written
 
 
 class LoadedInput(NamedTuple):
-    """An image that is ready for the model.
+    """An image that was loaded for the model.
 
     Attributes:
-        pixels (np.ndarray | None): The image; None if the model reads it in tiles.
-        prepared (dict | None): As the test pipeline returns it; None if the model takes several views of it.
-        note (str): What the user is told of the image.
+        pixels (np.ndarray | None): The image (H, W, C); None if the model reads it in tiles.
+        prepared (dict | None): Result of the test pipeline; None if several views are predicted.
+        note (str): Note on the image for the user; '' for none.
     """
 
     pixels: np.ndarray | None
@@ -45,14 +45,14 @@ class LoadedInput(NamedTuple):
 
 @dataclass
 class RunReport:
-    """What became of the images.
+    """Summary of a prediction run.
 
     Attributes:
-        num_done: Images, or frames, that were predicted.
-        num_skipped: Images that could not be.
-        num_detections: Detections in all images.
-        model_seconds: Time that the model took.
-        seconds: Time from the first image to the last.
+        num_done: Number of predicted images or frames.
+        num_skipped: Number of unreadable images.
+        num_detections: Number of detections in all images.
+        model_seconds: Time in the model.
+        seconds: Total time.
     """
 
     num_done: int = 0
@@ -62,7 +62,7 @@ class RunReport:
     seconds: float = field(default=0.0)
 
     def add(self, other: 'RunReport') -> None:
-        """Add another report's numbers to this one."""
+        """Add the numbers of another report."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
@@ -70,7 +70,7 @@ class RunReport:
 def make_recorder(
     output, report: RunReport, progress: Progress, show: Callable[[np.ndarray], None] | None
 ) -> Callable[[object, Written], None]:
-    """What is done with each result once it is written: it is recorded in `output`, counted and shown."""
+    """Return a function that records a written result in `output`, counts it and shows its picture."""
 
     def record(key: object, written: Written) -> None:
         output.record(key, written)
@@ -92,18 +92,18 @@ def predict_files(
 ) -> RunReport:
     """Predict image files and write the results.
 
-    Threads read the next images while the model works, others write the last ones; no more images are in memory than
-    these take. An image that cannot be read is named and skipped.
+    Some threads read the next images while the model runs, others write the last results; the number of images in
+    memory is bounded. An unreadable image is reported and skipped.
 
     Args:
         predictor: The model.
         files: The images.
-        options: Of the prediction.
-        output: Where results are written.
-        show: Called with the picture of each image, in this thread.
+        options: Options of the prediction.
+        output: Output folder.
+        show: Function that is called with the picture of each image, in this thread.
 
     Returns:
-        The numbers of images.
+        A summary of the run.
     """
     report, progress, start = RunReport(), Progress(len(files)), time.monotonic()
     n_readers = 1 if predictor.device.type == 'cpu' else min(n_threads(), 8)
@@ -132,11 +132,11 @@ def predict_files(
 
 
 class OrderedWriting:
-    """Results that threads write, and that are recorded in order, with a bound on how many wait.
+    """Writes results in threads and records them in order, with a bound on the number that wait.
 
     Args:
-        executor: Whose threads write.
-        record: Called with a key and the result of its task, in the order of the tasks, in the calling thread.
+        executor: Executor for the tasks.
+        record: Function that is called with the key and the result of each task, in order, in the calling thread.
     """
 
     def __init__(self, executor: ThreadPoolExecutor, record: Callable):
@@ -144,7 +144,7 @@ class OrderedWriting:
         self.waiting: deque[tuple[object, Future]] = deque()
 
     def submit(self, key: object, function: Callable, *args) -> None:
-        """Have a thread call a function; waits until there is room."""
+        """Have a thread call a function; wait while too many results are pending."""
         self.waiting.append((key, self.executor.submit(function, *args)))
         while self.waiting and (len(self.waiting) > MAX_WAITING or self.waiting[0][1].done()):
             self._record_first()
@@ -162,7 +162,7 @@ class OrderedWriting:
 def prefetch(
     executor: Executor, function: Callable[[T], R], items: Iterable[T], depth: int
 ) -> Iterator[tuple[T, Future]]:
-    """Iterate over items and the futures of a function of each, of which at most `depth` are made ahead."""
+    """Iterate over items and the futures of a function of each, with at most `depth` calls ahead."""
     queue: deque[tuple[T, Future]] = deque()
     for item in items:
         queue.append((item, executor.submit(function, item)))
@@ -174,7 +174,7 @@ def prefetch(
 
 @contextmanager
 def explain_out_of_memory(options: PredictOptions) -> Iterator[None]:
-    """Context manager that turns the error of a full GPU into one line."""
+    """Context manager that turns an out-of-memory error of a GPU into one line."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -197,7 +197,7 @@ def _predict(
     report: RunReport,
     progress: Progress,
 ) -> Iterator[tuple[InputFile, np.ndarray | None, BaseDataElement]]:
-    """Predict images that were loaded; those that cannot be are skipped."""
+    """Predict loaded images; those that turn out to be unreadable are skipped."""
     if images and images[0][1].prepared is not None:
         samples = _timed(report, options, predictor.predict_prepared, [loaded.prepared for _, loaded in images])
         for (file, loaded), sample in zip(images, samples):
@@ -238,7 +238,7 @@ def _skip(file: InputFile, error: Exception, report: RunReport, progress: Progre
 
 @contextmanager
 def pool(n: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that are not waited for when the run ends by an error or Ctrl-C."""
+    """Context manager of a thread pool that cancels pending tasks when it ends."""
     pool = ThreadPoolExecutor(n)
     try:
         yield pool
@@ -248,7 +248,7 @@ def pool(n: int) -> Iterator[ThreadPoolExecutor]:
 
 @contextmanager
 def _single_threaded_opencv() -> Iterator[None]:
-    """OpenCV without threads of its own: these threads are already as many as are useful."""
+    """Context manager that disables OpenCV's own threads, because the pools already use all cores."""
     num_threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:

@@ -1,4 +1,4 @@
-"""The test pipeline of a config, for images that were read."""
+"""The test pipeline of a config, for images that are already loaded."""
 
 from mmengine.config import Config
 from mmengine.registry import TRANSFORMS
@@ -10,21 +10,21 @@ from .images import ColorType
 
 
 def is_resize(step: dict) -> bool:
-    """Whether a step of a pipeline resizes to a scale."""
+    """Whether a transform of a pipeline resizes to a scale."""
     return is_type(step.get('type'), TRANSFORMS, 'Resize') and isinstance(step.get('scale'), (tuple, list))
 
 
 def test_steps(config: Config) -> tuple[ColorType, list[dict]]:
-    """Return how the test pipeline of a config reads files, and its steps for an image that was read.
+    """Split the test pipeline of a config into loading a file and the transforms after it.
 
     Args:
-        config: With `test_dataloader`.
+        config: Config with `test_dataloader`.
 
     Returns:
-        How files are read, and the steps without those that read image and labels.
+        How files are read, and the transforms without those that load image and annotations.
 
     Raises:
-        UsageError: If the pipeline reads no image.
+        UsageError: If the pipeline does not load an image.
     """
     dataset = innermost_dataset(config.test_dataloader.get('dataset') or {})
     steps = [dict(step) for step in dataset.get('pipeline') or ()]
@@ -39,7 +39,7 @@ def test_steps(config: Config) -> tuple[ColorType, list[dict]]:
 
 
 def innermost_dataset(dataset: dict) -> dict:
-    """Return the config of the data set that wrappers (RepeatDataset, ConcatDataset) wrap; of several the first."""
+    """Return the config of the data set inside wrappers (RepeatDataset, ConcatDataset); the first of several."""
     while 'pipeline' not in dataset and (dataset.get('dataset') or dataset.get('datasets')):
         dataset = dataset.get('dataset') or dataset['datasets'][0]
     return dataset

@@ -1,20 +1,20 @@
-"""The progress of a prediction in one line of a terminal."""
+"""A progress bar for predictions."""
 
 import sys
 import time
 from typing import TextIO
 
 BAR_WIDTH = 24  # characters
-LINE_INTERVAL = 30  # seconds between lines where there is no terminal
+LINE_INTERVAL = 30  # seconds between lines if the output is not a terminal
 
 
 class Progress:
-    """Shows how many images are done, how many there are per second, and when it ends.
+    """Shows the number of finished images, the rate and the remaining time.
 
     Args:
-        total: Number of images; 0 if it is not known.
-        unit: What is counted.
-        file: Where it is shown. Defaults to `sys.stderr`.
+        total: Number of images; 0 if unknown.
+        unit: Plural name of what is counted.
+        file: Output stream. Defaults to `sys.stderr`.
     """
 
     def __init__(self, total: int, unit: str = 'images', file: TextIO | None = None):
@@ -29,7 +29,7 @@ class Progress:
         return self.done / max(time.monotonic() - self.start, 1e-9)
 
     def update(self, n: int = 1) -> None:
-        """Count images as done."""
+        """Count `n` images as done."""
         self.done += n
         now = time.monotonic()
         if now - self.shown_at >= (0.1 if self.is_terminal else LINE_INTERVAL) or (
@@ -44,7 +44,7 @@ class Progress:
         self.file.flush()
 
     def close(self) -> None:
-        """End the line of the bar."""
+        """Show the final state and end the line of the bar."""
         if self.is_terminal and self.done:
             self._show()
             self.file.write('\n')

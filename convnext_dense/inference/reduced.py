@@ -1,4 +1,4 @@
-"""Large images at the size of their pictures."""
+"""Read large images at the reduced size at which predictions are drawn."""
 
 from pathlib import Path
 
@@ -10,21 +10,21 @@ from .drawing import picture_size, to_bgr
 from .images import ColorType
 from .row_reader import open_rows
 
-ROWS = 256  # of the picture that are made at a time
+ROWS = 256  # rows of the picture that are computed at a time
 
 
 def read_reduced(path: str | Path, color_type: ColorType = 'color') -> tuple[np.ndarray, tuple[int, int]]:
-    """Read an image at the size at which predictions are drawn onto it, by rows where the file allows it.
+    """Read an image at the size at which predictions are drawn, by rows if the file format allows it.
 
     Args:
-        path: Of the file.
-        color_type: 'color', 'grayscale' or 'unchanged', or how other channels are read.
+        path: Path of the file.
+        color_type: 'color', 'grayscale' or 'unchanged', or the reader of other channels.
 
     Returns:
-        (h, w, 3) BGR of uint8, and the size (H, W) of the image.
+        The image (h, w, 3), BGR of uint8, and the original size (H, W).
 
     Raises:
-        UnreadableImageError: If it cannot be read; the message is the reason alone.
+        UnreadableImageError: If the file cannot be read; the message is the reason without the path.
     """
     reader, show = open_rows(path, color_type), to_bgr
     if isinstance(color_type, ChannelReader):

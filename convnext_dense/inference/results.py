@@ -1,4 +1,4 @@
-"""What is kept of a prediction."""
+"""Filter predictions by score, class and number."""
 
 from collections.abc import Sequence
 
@@ -17,10 +17,10 @@ def select_instances(
     """Drop detections by score, class and number, in place.
 
     Args:
-        sample: With `pred_instances`.
-        score_thr: Least score; None for any.
-        labels: Indices of classes; None for all.
-        max_per_image: Number of detections at most, those with the highest scores; None for any.
+        sample: Data sample with `pred_instances`.
+        score_thr: Minimum score; None for any.
+        labels: Class indices to keep; None for all.
+        max_per_image: Maximum number of detections, those with the highest scores; None for no limit.
 
     Returns:
         The sample.
@@ -41,11 +41,11 @@ def select_instances(
 
 
 def select_classes(sample: BaseDataElement, labels: Sequence[int]) -> BaseDataElement:
-    """Set pixels of other classes to 255, mmseg's value for what is ignored, in place.
+    """Set pixels of other classes to 255, mmseg's ignore_index, in place.
 
     Args:
-        sample: With `pred_sem_seg`.
-        labels: Indices of classes.
+        sample: Data sample with `pred_sem_seg`.
+        labels: Class indices to keep.
 
     Returns:
         The sample.

@@ -1,4 +1,4 @@
-"""Images read by rows, so that large ones need not fit into memory."""
+"""Read images by rows, so that large images need not fit into memory."""
 
 import importlib.util
 from pathlib import Path
@@ -17,27 +17,27 @@ from ..channel_files import (
 from ..errors import UnreadableImageError
 from .images import ORIENTATION, ColorType, from_array, read_image
 
-WINDOWED_SUFFIXES = ('.tif', '.tiff', '.png')  # whose files rasterio reads by rows
-LARGE = 4096 * 4096  # pixels from which the user is told that an image is read whole
+WINDOWED_SUFFIXES = ('.tif', '.tiff', '.png')  # formats that rasterio reads by rows
+LARGE = 4096 * 4096  # pixels from which the user is told that an image is read as a whole
 GDAL_CACHE_BYTES = 16 << 20
-CHUNK_ROWS = 128  # that are converted at a time
+CHUNK_ROWS = 128  # rows that are converted at a time
 
 
 class RowReader:
-    """An image in memory.
+    """Reads rows of an image in memory.
 
     Args:
-        pixels: (H, W, C) or (H, W), as a model takes them.
+        pixels: (H, W, C) or (H, W), in the form of `read_image`.
 
     Attributes:
-        size (tuple[int, int]): Height and width.
+        size (tuple[int, int]): Height and width in pixels.
     """
 
     def __init__(self, pixels: np.ndarray):
         self.pixels, self.size = pixels, pixels.shape[:2]
 
     def read(self, top: int, bottom: int) -> np.ndarray:
-        """Return the rows from `top` to before `bottom`; neither may be smaller than in the call before."""
+        """Return rows `top` to `bottom` (exclusive); neither may be smaller than in the previous call."""
         return self.pixels[top:bottom]
 
     def close(self) -> None:
@@ -45,14 +45,14 @@ class RowReader:
 
 
 class RasterRowReader(RowReader):
-    """A TIFF, GeoTIFF or PNG of which only the rows in use are in memory.
+    """Reads rows of a TIFF, GeoTIFF or PNG, with only the rows in use in memory.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
         color_type: 'color' or 'grayscale'.
 
     Raises:
-        UnreadableImageError: If it cannot be read.
+        UnreadableImageError: If the file cannot be read.
     """
 
     def __init__(self, path: str | Path, color_type: str):
@@ -68,11 +68,11 @@ class RasterRowReader(RowReader):
             raise UnreadableImageError(str(error)) from error
         self.size = self.file.height, self.file.width
         self.bands = self._bands(rasterio.enums.ColorInterp.alpha)
-        # What was read last: the next rows overlap it, and PNG is read forward only.
+        # The rows that were read last: the next rows overlap them, and PNG can only be read forward.
         self.buffer, self.top, self.n_rows = self._allocate(0), 0, 0
 
     def _palette(self) -> np.ndarray | None:
-        """Colors (256, 4) of a file of one band whose values are indices."""
+        """Colors (256, 4) of a file with one band of palette indices; None for other files."""
         try:
             colors = self.file.colormap(1) if self.file.count == 1 else {}
         except ValueError:
@@ -80,7 +80,7 @@ class RasterRowReader(RowReader):
         return np.array([colors.get(i, (0, 0, 0, 255)) for i in range(256)], np.uint8) if colors else None
 
     def _bands(self, alpha) -> list[int]:
-        """Numbers of the bands that are color or gray, and of the one that is opacity."""
+        """Numbers of the color or gray bands, and of the alpha band if there is one."""
         interpretations = self.file.colorinterp
         colors = [i for i, kind in enumerate(interpretations, 1) if kind != alpha]
         opacity = [i for i, kind in enumerate(interpretations, 1) if kind == alpha]
@@ -88,11 +88,11 @@ class RasterRowReader(RowReader):
         return colors + opacity[:1]
 
     def read(self, top: int, bottom: int) -> np.ndarray:
-        """Return the rows from `top` to before `bottom`; the next call overwrites them."""
+        """Return rows `top` to `bottom` (exclusive); the next call overwrites them."""
         overlap = self.buffer[top - self.top : self.n_rows]
         if bottom - top > len(self.buffer):
             self.buffer = self._allocate(bottom - top)
-        self.buffer[: len(overlap)] = overlap  # an overlap that moves up in its own buffer is copied right by numpy
+        self.buffer[: len(overlap)] = overlap  # NumPy handles source and target that overlap
         for start in range(top + len(overlap), bottom, CHUNK_ROWS):
             end = min(start + CHUNK_ROWS, bottom)
             self.buffer[start - top : end - top] = self._read(start, end)
@@ -120,20 +120,20 @@ class RasterRowReader(RowReader):
 
 
 class ChannelRowReader(RasterRowReader):
-    """A TIFF of any number of channels of which only the rows in use are in memory.
+    """Reads rows of a TIFF with any number of channels, with only the rows in use in memory.
 
     Args:
-        path: Of the file.
-        color_type: How its channels are read.
+        path: Path of the file.
+        color_type: Reader of its channels.
 
     Raises:
-        UnreadableImageError: If it cannot be read, or has other channels than the model takes.
+        UnreadableImageError: If the file cannot be read, or has other channels than the model expects.
     """
 
     color_type: ChannelReader
 
     def _palette(self) -> None:
-        """Values are those of the channels."""
+        """No palette: values are those of the channels."""
 
     def _bands(self, alpha) -> list[int]:
         return list(self.color_type.channels)
@@ -151,11 +151,12 @@ def open_rows(image: np.ndarray | str | Path, color_type: ColorType = 'color') -
     """Open an image to be read by rows.
 
     Args:
-        image: The pixels, or the path of a file: TIFF and PNG are read by rows if rasterio is installed, others whole.
-        color_type: 'color', 'grayscale' or 'unchanged', or how other channels are read.
+        image: The pixels, or the path of a file. TIFF and PNG are read by rows if rasterio is installed, other formats
+            as a whole.
+        color_type: 'color', 'grayscale' or 'unchanged', or the reader of other channels.
 
     Raises:
-        UnreadableImageError: If it cannot be read; the message is the reason alone.
+        UnreadableImageError: If the file cannot be read; the message is the reason without the path.
     """
     if isinstance(image, np.ndarray):
         return RowReader(image)
@@ -176,7 +177,7 @@ def _open_channels(path: str | Path, reader: ChannelReader) -> RowReader:
 
 
 def whole_image_note(path: str | Path) -> str:
-    """Return what the user is told of a large image that is read whole; '' for others."""
+    """Return a note for the user on a large image that is read as a whole; '' for other images."""
     if _is_windowed(path):
         return ''
     try:
@@ -184,7 +185,7 @@ def whole_image_note(path: str | Path) -> str:
             n_pixels = image.width * image.height
     except Image.DecompressionBombError:
         n_pixels = LARGE
-    except Exception:  # which reading will name
+    except Exception:  # reading the image will report it
         return ''
     if n_pixels < LARGE:
         return ''
@@ -198,7 +199,7 @@ def _is_windowed(path: str | Path) -> bool:
 
 
 def _is_plain(path: str | Path) -> bool:
-    """Whether an image is stored as it is displayed and of a type that `from_array` takes."""
+    """Whether an image is stored upright and has a data type that `from_array` accepts."""
     import rasterio
 
     try:
@@ -207,7 +208,7 @@ def _is_plain(path: str | Path) -> bool:
                 getattr(image, 'is_animated', False) and image.format == 'PNG'
             ):
                 return False
-    except Exception:  # GeoTIFFs of types or sizes that Pillow does not know
+    except Exception:  # GeoTIFFs with data types or sizes that Pillow does not support
         pass
     try:
         with rasterio.open(path) as file:

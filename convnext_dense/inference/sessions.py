@@ -1,4 +1,4 @@
-"""Exported models in their runtimes: ONNX Runtime, OpenVINO, torch.export."""
+"""Run exported models in their runtimes: ONNX Runtime, OpenVINO, torch.export."""
 
 import importlib
 from collections.abc import Sequence
@@ -16,21 +16,21 @@ AMP_HINT = 'an exported model runs in the precision of its file: export it with 
 
 
 class Session:
-    """An exported model that is loaded.
+    """A loaded exported model.
 
     Args:
-        path: Of the file.
-        device: Where it runs.
-        amp_dtype: 'float32', or another precision that the runtime converts to by itself.
+        path: Path of the file.
+        device: Device on which it runs.
+        amp_dtype: 'float32', or another precision to which the runtime itself converts.
 
     Attributes:
-        batch (int | None): Number of images that it takes at a time; None for any.
-        size (tuple[int, int] | None): Height and width of the images; None for any.
-        dtype (str): Of the images, as numpy calls it.
-        outputs (tuple[str, ...]): Names of what it returns.
+        batch (int | None): Fixed batch size; None for any.
+        size (tuple[int, int] | None): Fixed height and width of the images; None for any.
+        dtype (str): NumPy data type of the images.
+        outputs (tuple[str, ...]): Names of the outputs.
 
     Raises:
-        UsageError: If the runtime is not installed, does not know the device or the precision, or cannot load the file.
+        UsageError: If the runtime is not installed, does not support the device or precision, or cannot load the file.
     """
 
     runtime = package = extra = ''
@@ -50,7 +50,7 @@ class Session:
             self._load(module, device, amp_dtype)
         except UsageError:
             raise
-        except Exception as error:  # a damaged file can end a runtime in any way
+        except Exception as error:  # runtimes raise any exception for a damaged file
             raise UsageError(f'{path} cannot be loaded by {self.runtime} ({_reason(error)}): {AGAIN}') from error
 
     def _load(self, module: ModuleType, device: torch.device, amp_dtype: str) -> None:
@@ -63,8 +63,8 @@ class Session:
         """Run the model.
 
         Args:
-            images: (N, C, H, W), of which the type becomes that of the file's input.
-            output_size: Height and width in whose pixels the results are; None for files without this input.
+            images: Images (N, C, H, W), which are converted to the data type of the input.
+            output_size: Height and width to whose pixels the results refer; None for files without this input.
 
         Returns:
             The outputs by name.
@@ -85,7 +85,7 @@ class Session:
 
     @classmethod
     def import_package(cls, path: str) -> ModuleType:
-        """Import the runtime; UsageError with the extra that brings it where it is not installed."""
+        """Import the runtime; raise UsageError with the extra that installs it if it is missing."""
         try:
             return importlib.import_module(cls.package)
         except ImportError as error:
@@ -95,13 +95,13 @@ class Session:
 
     @classmethod
     def check_amp_dtype(cls, amp_dtype: str) -> None:
-        """Raise UsageError where the runtime does not convert to a precision."""
+        """Raise UsageError if the runtime does not support a precision."""
         if amp_dtype not in cls.amp_dtypes:
             raise UsageError(f'amp_dtype {amp_dtype}: {AMP_HINT}')
 
     @classmethod
     def check_device(cls, path: str, device: torch.device) -> None:
-        """Raise UsageError where the runtime does not run on a device."""
+        """Raise UsageError if the runtime does not support a device."""
         if device.type not in cls.device_types:
             names = ' or '.join(cls.device_types)
             raise UsageError(f"{path} does not run on '{device}': {cls.runtime} runs it on {names}")
@@ -120,7 +120,7 @@ class OnnxSession(Session):
 
     def _load(self, module: ModuleType, device: torch.device, amp_dtype: str) -> None:
         options = module.SessionOptions()
-        options.log_severity_level = 3  # errors; its warnings are about its own optimizations
+        options.log_severity_level = 3  # errors only: warnings are about ONNX Runtime's own optimizations
         providers: list = ['CPUExecutionProvider']
         if device.type == 'cuda':
             providers.insert(0, ('CUDAExecutionProvider', dict(device_id=device.index or 0)))
@@ -138,7 +138,7 @@ class OnnxSession(Session):
 
     @classmethod
     def check_device(cls, path: str, device: torch.device) -> None:
-        """Raise UsageError where ONNX Runtime does not run on a device."""
+        """Raise UsageError if the installed ONNX Runtime does not support a device."""
         super().check_device(path, device)
         if device.type == 'cuda' and not cls.has_cuda():
             raise UsageError(
@@ -148,7 +148,7 @@ class OnnxSession(Session):
 
     @classmethod
     def has_cuda(cls) -> bool:
-        """Whether the installed package is that for GPUs."""
+        """Whether the installed package is the one for GPUs."""
         try:
             return 'CUDAExecutionProvider' in importlib.import_module('onnxruntime').get_available_providers()
         except ImportError:
@@ -162,7 +162,7 @@ class OpenVinoSession(Session):
     amp_dtypes = ('float32', 'bfloat16')
 
     def _load(self, module: ModuleType, device: torch.device, amp_dtype: str) -> None:
-        # Left alone, OpenVINO takes bfloat16 where the processor has it.
+        # By default, OpenVINO uses bfloat16 if the processor supports it.
         precision = dict(float32='f32', bfloat16='bf16')[amp_dtype]
         model = module.Core().read_model(self.path)
         self.model = module.compile_model(model, 'CPU', dict(INFERENCE_PRECISION_HINT=precision))
@@ -224,11 +224,11 @@ def session_device(path: str | Path, name: str | None) -> torch.device:
     """Return the device on which an exported model runs.
 
     Args:
-        path: Of the file.
-        name: Such as 'cuda:1'; None for a GPU if the runtime can use one, else the CPU.
+        path: Path of the file.
+        name: Device name, such as 'cuda:1'; None for a GPU if the runtime can use one, else the CPU.
 
     Raises:
-        UsageError: If the runtime does not run on this device.
+        UsageError: If the runtime does not support this device.
     """
     cls = session_class(path)
     if name is None:
@@ -242,13 +242,13 @@ def session_device(path: str | Path, name: str | None) -> torch.device:
 
 
 def _fixed_sides(shape: list[int | None]) -> tuple[int | None, tuple[int, int] | None]:
-    """Return number and size of the images (N, C, H, W) where they are fixed."""
+    """Return the fixed batch size and (H, W) of an input shape (N, C, H, W); None for dynamic ones."""
     batch, _, height, width = shape
     return batch, (height, width) if height is not None and width is not None else None
 
 
 def _positional_names(outputs: Sequence[torch.Tensor]) -> tuple[str, ...]:
-    """Names of the outputs of a program that returns a tuple, in the order in which tools/export.py has them."""
+    """Return the output names of a program that returns a tuple, in the order of tools/export.py."""
     if len(outputs) > 1:
         return ('boxes', 'scores', 'labels', 'masks')[: len(outputs)]
     return ('logits',) if outputs[0].is_floating_point() else ('segmentation',)

@@ -1,4 +1,4 @@
-"""Images in overlapping tiles: each is an image to the model, and memory does not grow with their number."""
+"""Predict images in overlapping tiles; memory does not grow with the number of tiles."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,16 +14,16 @@ from .merging import TileDetections, detector_limits, merge_tiles
 from .options import PredictOptions
 from .row_reader import RowReader, open_rows
 
-MAX_CARRY_BYTES = 128 << 20  # of logits that wait in memory for the tiles below; others wait in a temporary file
+MAX_CARRY_BYTES = 128 << 20  # logits that wait in memory for the tiles below; more go to a temporary file
 
 
 def blend_weights(starts: Sequence[int], tile: int, length: int) -> list[np.ndarray]:
-    """Return the weights of each tile along one side, which fall where tiles overlap and add up to 1.
+    """Return the blending weights of each tile along one side, which ramp down in overlaps and add up to 1.
 
     Args:
-        starts: As `tile_starts` returns them.
-        tile: Side of a tile.
-        length: Of the side.
+        starts: First pixel of each tile, from `tile_starts`.
+        tile: Side of a tile in pixels.
+        length: Length of the side of the image in pixels.
     """
     sides = [min(tile, length - start) for start in starts]
     ramp = max([1, *(start + side - next_start for (start, next_start), side in zip(pairwise(starts), sides))])
@@ -44,14 +44,14 @@ def predict_tiled(
     """Predict an image in tiles.
 
     Args:
-        predictor: The model, a `Predictor`.
-        image: (H, W, C) as the model takes it, or the path of a file.
-        options: Of the prediction, with `tile` and `overlap`.
-        with_logits: Segmentation: also return `seg_logits` (C, H, W), whose memory grows with the image.
+        predictor: A `Predictor`.
+        image: (H, W, C) in the form of `read_image`, or the path of a file.
+        options: Options of the prediction, with `tile` and `overlap`.
+        with_logits: Whether segmentors also return `seg_logits` (C, H, W), whose memory grows with the image.
 
     Returns:
-        DetDataSample with the merged detections, masks as COCO RLEs; or SegDataSample with `pred_sem_seg` of the
-        smallest integer type that holds all classes.
+        DetDataSample with the merged detections and masks as COCO RLEs, or SegDataSample with `pred_sem_seg` of uint8
+        (int32 for more than 255 classes).
 
     Raises:
         UnreadableImageError: If the file cannot be read.
@@ -66,7 +66,7 @@ def predict_tiled(
 
 
 def _iter_tiles(predictor, reader: RowReader, options: PredictOptions) -> Iterator[tuple[tuple, BaseDataElement]]:
-    """Iterate over the tiles, row by row: left, top, right, bottom, and the prediction in the tile's pixels."""
+    """Iterate over the tiles row by row: (left, top, right, bottom), and the prediction in pixels of the tile."""
     (height, width), side = reader.size, options.tile
     lefts = tile_starts(width, side, options.overlap)
     for top in tile_starts(height, side, options.overlap):
@@ -104,7 +104,7 @@ def _segment(predictor, reader: RowReader, options: PredictOptions, with_logits:
     labels, logits = None, None
     for top, left, block in iter_logits(predictor, reader, options):
         if labels is None:
-            dtype = torch.uint8 if len(block) <= 255 else torch.int32  # 255 is what is ignored
+            dtype = torch.uint8 if len(block) <= 255 else torch.int32  # 255 is the ignore_index
             labels = torch.empty((1, *reader.size), dtype=dtype)
             logits = torch.empty((len(block), *reader.size)) if with_logits else None
         area = (slice(None), slice(top, top + block.shape[1]), slice(left, left + block.shape[2]))
@@ -119,22 +119,22 @@ def _segment(predictor, reader: RowReader, options: PredictOptions, with_logits:
 
 
 def _decide(block: torch.Tensor, model) -> torch.Tensor:
-    """Class indices (1, H, W) of `seg_logits` (C, H, W) as mmseg decides them; of one class these are probabilities."""
+    """Return the class indices (1, H, W) of `seg_logits` (C, H, W) as mmseg does; one class has probabilities."""
     if len(block) > 1:
         return block.argmax(0, keepdim=True)
     return block > model.decode_head.threshold
 
 
 def iter_logits(predictor, reader: RowReader, options: PredictOptions) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Iterate over the blended logits of an image by areas, each pixel once.
+    """Iterate over the blended logits of an image by areas, which cover each pixel once.
 
     Args:
-        predictor: A segmentor.
-        reader: Of the image.
-        options: Of the prediction.
+        predictor: A `Predictor` of a segmentor.
+        reader: Reader of the image.
+        options: Options of the prediction.
 
     Yields:
-        Top, left and logits (C, h, w) of an area; with `multiscale` probabilities.
+        Top, left and logits (C, h, w) of an area; with `multiscale`, probabilities.
     """
     (height, width), side = reader.size, options.tile
     tops, lefts = (tile_starts(length, side, options.overlap) for length in (height, width))
@@ -169,7 +169,7 @@ def _weigh(logits: torch.Tensor, rows: np.ndarray, columns: np.ndarray) -> torch
 
 
 class _Carry:
-    """Logits that wait for the tiles below, by column of tiles: in memory up to a limit, then in a temporary file."""
+    """Logits by tile column that wait for the tiles below: in memory up to a limit, then in a temporary file."""
 
     def __init__(self, limit: int = MAX_CARRY_BYTES):
         self.limit, self.used, self.file = limit, 0, None

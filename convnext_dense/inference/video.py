@@ -1,4 +1,4 @@
-"""Videos: an annotated video, and the predictions of all frames in one JSON file."""
+"""Predict videos: write an annotated video, and the predictions of all frames in one JSON file."""
 
 import itertools
 import json
@@ -22,22 +22,22 @@ from .output import OutputFolder, Written, write_file
 from .pipeline import OrderedWriting, RunReport, explain_out_of_memory, make_recorder, pool, prefetch
 from .progress import Progress
 
-CODEC, SUFFIX = 'mp4v', '.mp4'  # which every build of OpenCV with FFmpeg can write
-DEFAULT_FPS = 25.0  # of videos that do not say theirs
+CODEC, SUFFIX = 'mp4v', '.mp4'  # every build of OpenCV with FFmpeg can write these
+DEFAULT_FPS = 25.0  # for videos without a frame rate
 
 
 class VideoReader:
-    """Frames of a video, upright as its metadata say.
+    """Iterates over the frames of a video, rotated according to its metadata.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
 
     Attributes:
         fps (float): Frames per second.
-        num_frames (int): As the file says, which may be wrong; 0 if it does not say.
+        num_frames (int): Number of frames according to the file, which may be wrong; 0 if unknown.
 
     Raises:
-        UnreadableImageError: If it cannot be read; the message is the reason alone.
+        UnreadableImageError: If the video cannot be read; the message is the reason without the path.
     """
 
     def __init__(self, path: str | Path):
@@ -64,10 +64,10 @@ class VideoReader:
 
 
 class VideoWriter:
-    """Writer of an MP4 file, which gets its name when it is complete.
+    """Writes an MP4 file, which appears under its name when it is complete.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
         fps: Frames per second.
     """
 
@@ -77,8 +77,8 @@ class VideoWriter:
         self._writer = None
 
     def write(self, picture: np.ndarray) -> None:
-        """Append a frame (H, W, 3), BGR; all have the size of the first."""
-        height, width = (side + side % 2 for side in picture.shape[:2])  # the codec takes even sides alone
+        """Append a frame (H, W, 3), BGR; all frames must have the same size."""
+        height, width = (side + side % 2 for side in picture.shape[:2])  # the codec needs even sides
         if self._writer is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             fourcc = cv2.VideoWriter_fourcc(*CODEC)
@@ -96,7 +96,7 @@ class VideoWriter:
 
 
 def is_done(file: InputFile, output: OutputFolder) -> bool:
-    """Whether an earlier run has written all of a video; the JSON file comes last."""
+    """Whether an earlier run has finished a video; the JSON file is written last."""
     return _json_path(file, output).exists()
 
 
@@ -112,12 +112,12 @@ def predict_video(
     Args:
         predictor: The model.
         file: The video.
-        options: Of the prediction.
-        output: Where `videos/NAME.mp4` and `videos/NAME.json` are written, for segmentation `masks/NAME/*.png` too.
-        show: Called with the picture of each frame, in this thread.
+        options: Options of the prediction.
+        output: Output folder for `videos/NAME.mp4` and `videos/NAME.json`, and for segmentation `masks/NAME/*.png`.
+        show: Function that is called with the picture of each frame, in this thread.
 
     Returns:
-        The numbers of frames.
+        A summary of the run, in frames.
 
     Raises:
         UnreadableImageError: If the video cannot be read.
@@ -149,7 +149,7 @@ def predict_video(
 
 
 def _load(predictor: Predictor, frames: Iterator[np.ndarray], options: PredictOptions):
-    """The next frame and what the model takes of it; None at the end."""
+    """Return the next frame and its input for the model; None at the end."""
     frame = next(frames, None)
     if frame is None:
         return None
@@ -168,18 +168,18 @@ def _json_path(file: InputFile, output: OutputFolder) -> Path:
 
 
 class _FrameResults:
-    """What is written of the frames of a video."""
+    """Writes the results of the frames of a video."""
 
     def __init__(self, file: InputFile, output: OutputFolder, fps: float, predictor: Predictor):
         self.file, self.output, self.fps = file, output, fps
         path = _json_path(file, output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix('.jsonl').unlink(missing_ok=True)  # of a run that was interrupted
+        path.with_suffix('.jsonl').unlink(missing_ok=True)  # left by an interrupted run
         self.coco = CocoWriter(path.parent, predictor.classes, path.stem, output.format, output.description)
         self.video = VideoWriter(path.with_suffix(SUFFIX), fps) if output.pictures else None
 
     def make(self, index: int, frame: np.ndarray, sample: BaseDataElement) -> Written:
-        """Write the mask and the picture of a frame; in one thread, in their order."""
+        """Write the mask and the picture of a frame; to be called in one thread, in frame order."""
         is_detection = self.output.coco is not None
         if not is_detection:
             self.output.write_mask(self._frame_stem(index), sample)
@@ -190,7 +190,7 @@ class _FrameResults:
         return Written(frame.shape[:2], annotations, picture if self.output.show else None)
 
     def record(self, index: int, written: Written) -> None:
-        """Record a frame as done; in their order."""
+        """Record a frame as done; to be called in frame order."""
         fields = dict(frame_index=index, timestamp=round(index / self.fps, 6))
         if self.output.coco is None:
             fields['mask'] = f'masks/{self._frame_stem(index)}.png'

@@ -1,4 +1,4 @@
-"""One image at several scales, with and without flip."""
+"""Test-time augmentation: one image at several scales, with and without flip."""
 
 import copy
 from collections.abc import Iterator
@@ -16,21 +16,21 @@ from ..models.multiscale_tta import MultiScaleSegmentor
 from .merging import detector_limits, merge_detections
 from .pipelines import is_resize
 
-DETECTION_SCALE_FACTORS = (0.75, 1.0, 1.25)  # of the model's own test scale
+DETECTION_SCALE_FACTORS = (0.75, 1.0, 1.25)  # relative to the model's test scale
 
 
 def check_scales(steps: list[dict]) -> None:
-    """Raise UsageError where the steps of a test pipeline do not resize to a scale, of which others can be made."""
+    """Raise UsageError if a test pipeline does not resize to a scale, from which the others follow."""
     if not any(map(is_resize, iter_dicts(steps))):
         raise UsageError("multiscale needs dict(type='Resize', scale=(long, short)) in test_dataloader's pipeline")
 
 
 class SegmentationViews:
-    """The paper's multi-scale test of a segmentor: probabilities averaged over six scales and flips.
+    """The paper's multi-scale test of a segmentor: probabilities are averaged over six scales and flips.
 
     Args:
-        model: mmseg's segmentor.
-        steps: Of its test pipeline, for an image that was read.
+        model: Segmentor of mmseg.
+        steps: Transforms of its test pipeline, for a loaded image.
 
     Raises:
         UsageError: If the pipeline does not resize to a scale.
@@ -43,7 +43,7 @@ class SegmentationViews:
         )
         set_multiscale(config)
         self.pipeline = Compose(config.test_dataloader.dataset.pipeline)
-        whole_mode_model = copy.copy(model)  # the same parameters; the model itself goes on to slide a window
+        whole_mode_model = copy.copy(model)  # shares the parameters; the model itself keeps its sliding window
         whole_mode_model.test_cfg = ConfigDict({**(model.test_cfg or {}), 'mode': 'whole'})
         self.model = MultiScaleSegmentor(module=whole_mode_model)
 
@@ -51,17 +51,17 @@ class SegmentationViews:
         """Predict an image.
 
         Args:
-            item: As the pipeline returns it.
-            with_logits: Whether the sample also gets the probabilities, as `seg_logits`.
+            item: Result of `pipeline`.
+            with_logits: Whether the sample also gets the probabilities, as `seg_logits` (C, H, W).
         """
         return self.model.test_step({key: [[view] for view in views] for key, views in item.items()}, with_logits)[0]
 
 
 class DetectionViews:
-    """Scales and flips of a detector, whose detections are merged.
+    """Multi-scale test of a detector: the detections at three scales and flips are merged.
 
     Args:
-        steps: Of its test pipeline, for an image that was read.
+        steps: Transforms of its test pipeline, for a loaded image.
 
     Raises:
         UsageError: If the pipeline does not resize to a scale.
@@ -72,11 +72,11 @@ class DetectionViews:
         self.pipelines = [Compose(_scaled(steps, factor)) for factor in DETECTION_SCALE_FACTORS]
 
     def predict(self, predictor, image: np.ndarray) -> BaseDataElement:
-        """Predict an image (H, W, C) by a `Predictor`."""
+        """Predict an image (H, W, C) with a `Predictor`."""
         return merge_detections(self.iter_samples(predictor, image), *detector_limits(predictor.model))
 
     def iter_samples(self, predictor, image: np.ndarray) -> Iterator[BaseDataElement]:
-        """Iterate over the predictions of all views, in the coordinates of the image."""
+        """Iterate over the predictions of all views, in pixels of the image."""
         for pipeline in self.pipelines:
             yield from predictor.forward([predictor.prepare(image, pipeline)])
             flipped = np.ascontiguousarray(image[:, ::-1])
@@ -92,7 +92,7 @@ def _scaled(steps: list[dict], factor: float) -> list[dict]:
 
 
 def _unflipped(sample: BaseDataElement, width: int) -> BaseDataElement:
-    """The prediction of an image that was flipped from left to right, in the coordinates of the image itself."""
+    """Return the prediction of a horizontally flipped image in pixels of the image itself."""
     instances = sample.pred_instances
     x1, y1, x2, y2 = instances.bboxes.unbind(-1)
     instances.bboxes = torch.stack((width - x2, y1, width - x1, y2), -1)

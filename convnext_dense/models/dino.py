@@ -1,4 +1,4 @@
-"""mmdet's DINO with as many sines of a query's box as its authors' and detrex's code. Importing this needs mmdet."""
+"""mmdet's DINO with the query position encoding of the original code and of detrex. Importing this requires mmdet."""
 
 import copy
 
@@ -11,13 +11,13 @@ from ..errors import UsageError
 
 
 class QueryPositionMLP(MLP):
-    """Position of the queries, (..., C), from sines and cosines of their boxes, C / 2 for each of four coordinates.
+    """Position encoding (..., C) of queries from sines and cosines of their boxes, C / 2 for each of four coordinates.
 
-    Distributions of mmdet give it other numbers of them: 128 for every C, or C. Their frequencies include those of
-    C / 2, as every second, fourth, ... pair of a sine and a cosine.
+    mmdet's distributions pass other numbers of them: 128 for every C, or C. These contain the frequencies of C / 2 as
+    every second, fourth, ... pair of sine and cosine.
 
     Args:
-        embed_dims (int): C, a power of two of at most 256.
+        embed_dims (int): C, a power of two up to 256.
     """
 
     def __init__(self, embed_dims: int):
@@ -25,7 +25,7 @@ class QueryPositionMLP(MLP):
         self.num_pairs = embed_dims // 4
 
     def forward(self, sines: torch.Tensor) -> torch.Tensor:
-        """Select the frequencies of (..., 4 * any number of sines) and run the layers."""
+        """Select the frequencies from (..., 4 * number of sines and cosines) and run the layers."""
         pairs = sines.unflatten(-1, (4, -1, 2))
         step = pairs.shape[-2] // self.num_pairs
         return super().forward(pairs[..., ::step, :].flatten(-3))
@@ -33,7 +33,7 @@ class QueryPositionMLP(MLP):
 
 @MODELS.register_module()
 class DetrexDINO(DINO):
-    """mmdet's DINO, the same in all of its distributions; its arguments are not changed by building it."""
+    """mmdet's DINO with the same result in all of its distributions; building it does not change its arguments."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*copy.deepcopy(args), **copy.deepcopy(kwargs))
@@ -43,7 +43,7 @@ class DetrexDINO(DINO):
         self.decoder.ref_point_head = QueryPositionMLP(self.embed_dims)
 
     def pre_decoder(self, memory: torch.Tensor, *args, **kwargs) -> tuple[dict, dict]:
-        """Choose the queries out of the positions of (N, positions, C), of which there have to be as many."""
+        """Choose the queries from the positions in `memory` (N, positions, C); raise UsageError if they are too few."""
         if memory.shape[1] < self.num_queries:
             raise UsageError(
                 f'num_queries={self.num_queries} is more than the {memory.shape[1]} positions of the feature maps: use '

@@ -1,9 +1,9 @@
-"""What detection needs beyond mmdet: under mixed precision, proposals, RoIs, their features and losses in fp32.
+"""Detection heads with proposals, RoIs, RoI features and losses in fp32 under mixed precision.
 
-Under autocast mmdet makes anchors in the scores' dtype and casts RoIs to the features': in fp16 that is a grid of 1
-pixel above 1024, in bf16 one of 2 to 8. The original kept all of that in fp32. Here what leaves a head's convolutions
-and what enters RoIAlign is fp32, and mmdet's own code behind it then works in fp32. The RoI extractors here also use
-all cores of a CPU. Importing this needs mmdet.
+Under autocast, mmdet creates anchors in the dtype of the scores and casts RoIs to that of the features: above 1024
+pixels this rounds coordinates to 1 pixel in fp16, and to 2 to 8 pixels in bf16. The original code kept them in fp32.
+Here, the outputs of the heads' convolutions and the inputs of RoIAlign are fp32, so that mmdet's code after them works
+in fp32. The RoI extractors also use all cores of a CPU. Importing this module requires mmdet.
 """
 
 import torch
@@ -18,7 +18,7 @@ dispatch.remember_methods(RoIAlign)
 
 
 class FP32OutputMixin:
-    """Mixin for heads: scores, box deltas or masks become fp32, whatever autocast computed them in."""
+    """Mixin for heads that casts scores, box deltas or masks to fp32 under autocast."""
 
     def forward(self, *args, **kwargs):
         """Run the head and cast its outputs to fp32."""
@@ -49,10 +49,10 @@ class FP32FCNMaskHead(FP32OutputMixin, FCNMaskHead):
 class CPURoIExtractor(SingleRoIExtractor):
     """mmdet's SingleRoIExtractor with a RoIAlign that uses all cores of a CPU, forward and backward.
 
-    It is used where it can be, and equals mmcv's to rounding; elsewhere mmcv's runs.
+    Its result equals mmcv's up to rounding. Where it is not supported, mmcv's RoIAlign runs.
 
     Attributes:
-        channels_last (bool): Whether features come out in channels_last; set by `optimize`, before convolutions.
+        channels_last (bool): Whether to return features in channels_last; set by `optimize` if convolutions follow.
     """
 
     channels_last = False
@@ -62,11 +62,11 @@ class CPURoIExtractor(SingleRoIExtractor):
         out = self._forward_on_cpu(feats, rois, roi_scale_factor)
         if out is not None:
             return out
-        # mmcv's RoIAlign reads its input as contiguous without a check: any other layout gives it garbage.
+        # mmcv's RoIAlign assumes contiguous input without a check: any other memory format gives garbage.
         return super().forward([feat.contiguous() for feat in feats], rois, roi_scale_factor)
 
     def _forward_on_cpu(self, feats, rois, roi_scale_factor):
-        """None where mmcv's RoIAlign has to run."""
+        """Return the features; None if mmcv's RoIAlign has to run."""
         layers, rois = self.roi_layers[: len(feats)], rois.float()
         if not all(type(layer) is RoIAlign for layer in layers) or not dispatch.may_replace(*layers):
             return None
@@ -78,7 +78,7 @@ class CPURoIExtractor(SingleRoIExtractor):
         levels = self.map_roi_levels(rois, len(feats)) if len(feats) > 1 else rois.new_zeros(len(rois)).long()
         if roi_scale_factor is not None and len(feats) > 1:
             rois = self.roi_rescale(rois, roi_scale_factor)
-        if not (rois.abs() < MAX_COORDINATE).all():  # NaN and others that mmdet finds no level for
+        if not (rois.abs() < MAX_COORDINATE).all():  # NaN and others for which mmdet finds no level
             return None
         height, width, sampling_ratio, aligned = settings.pop()
         scales = [layer.spatial_scale for layer in layers]
@@ -88,16 +88,16 @@ class CPURoIExtractor(SingleRoIExtractor):
 
 @MODELS.register_module()
 class FP32RoIExtractor(CPURoIExtractor):
-    """CPURoIExtractor on fp32 maps: RoIs keep their coordinates, and the features come out as fp32."""
+    """CPURoIExtractor on fp32 feature maps: RoIs keep their precision, and the RoI features are fp32."""
 
     def forward(self, feats, rois, roi_scale_factor=None):
-        """Extract features of RoIs (n, 5) from maps (N, C, H, W) of any dtype as fp32."""
-        out = self._forward_on_cpu(feats, rois, roi_scale_factor)  # which reads bfloat16 as it is
+        """Extract fp32 features of RoIs (n, 5) from feature maps (N, C, H, W) of any dtype."""
+        out = self._forward_on_cpu(feats, rois, roi_scale_factor)  # accepts bfloat16
         return super().forward([f.float() for f in feats], rois.float(), roi_scale_factor) if out is None else out
 
 
 def _to_fp32(value):
-    """Tensors, also in nested tuples and lists, as fp32."""
+    """Cast tensors, also in nested tuples and lists, to fp32."""
     if isinstance(value, (tuple, list)):
         return type(value)(_to_fp32(v) for v in value)
     return value.float() if isinstance(value, torch.Tensor) else value

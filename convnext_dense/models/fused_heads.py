@@ -1,8 +1,8 @@
-"""Faster CPU implementations of modules of mmcv and mmseg, which `optimize` puts into a model.
+"""Faster CPU implementations of mmcv's ConvModule, which `optimize` inserts into a model.
 
-Each is a subclass of theirs, with the same parameters and names, that computes the same: in evaluation a batch norm and
-a ReLU are folded into the convolution before them, anew in each pass, so that nothing goes stale when weights change.
-Where a module is hooked or trained, on other devices and in other dtypes, theirs runs.
+The subclass has the same parameters, names and results: in evaluation, a batch norm and a ReLU are folded into the
+convolution before them, again in each forward pass, so that nothing becomes stale when weights change. If a module has
+hooks or is trained, and on other devices and dtypes, mmcv's implementation runs.
 """
 
 import torch
@@ -21,10 +21,10 @@ dispatch.remember_methods(ConvModule, nn.Conv2d, nn.ReLU, *NORMS)
 
 
 class FusedConvModule(ConvModule):
-    """mmcv's ConvModule; without gradients its convolution, batch norm and ReLU are one call of oneDNN."""
+    """mmcv's ConvModule that without gradients runs convolution, batch norm and ReLU in a single call of oneDNN."""
 
     def forward(self, x: torch.Tensor, activate: bool = True, norm: bool = True) -> torch.Tensor:
-        """Run the module on a map (N, C, H, W)."""
+        """Run the module on a feature map (N, C, H, W)."""
         folded = fold(self) if activate and norm and is_plain(x) and x.ndim == 4 else None
         if folded is None or not supports_conv(x, folded[0]):
             return super().forward(x, activate, norm)
@@ -37,7 +37,7 @@ dispatch.remember_methods(FusedConvModule)
 
 
 def is_conv_norm_act(module: nn.Module) -> bool:
-    """Whether a module is a convolution, perhaps a batch norm and perhaps a ReLU, which nothing watches or changes."""
+    """Whether a module is an unmodified convolution with an optional batch norm and ReLU, without hooks."""
     if type(module) not in (ConvModule, FusedConvModule) or module.order != ('conv', 'norm', 'act'):
         return False
     children = [*module.children()]
@@ -50,9 +50,9 @@ def is_conv_norm_act(module: nn.Module) -> bool:
 
 
 def fold(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None, bool] | None:
-    """Weight and bias of a convolution with the batch norm behind it, and whether a ReLU follows.
+    """Fold the batch norm of a module into its convolution; return weight, bias and whether a ReLU follows.
 
-    None where gradients are wanted, statistics are those of the batch, or the module is of another kind.
+    Returns None if gradients are enabled, the norm uses batch statistics, or the module is not supported.
     """
     if torch.is_grad_enabled() or not is_conv_norm_act(module):
         return None
@@ -70,9 +70,9 @@ def fold(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None, bool] | 
 
 
 def conv_of_upsampled(module: nn.Module, maps: list[torch.Tensor], align_corners: bool) -> torch.Tensor | None:
-    """A ConvModule of 3 x 3 pixels applied to maps, concatenated in the size of the first.
+    """Apply a 3 x 3 ConvModule to feature maps that are upsampled to the size of the first and concatenated.
 
-    None where the maps have to be upsampled and concatenated.
+    Returns None if this is not supported, so that the maps have to be upsampled and concatenated.
     """
     if not is_conv_norm_act(module):
         return None

@@ -1,6 +1,6 @@
-"""A faster CPU implementation of mmseg's UPerHead, which `optimize` puts into a model.
+"""A faster CPU implementation of mmseg's UPerHead, which `optimize` inserts into a model.
 
-Importing this needs mmseg.
+Importing this requires mmseg.
 """
 
 import torch
@@ -15,13 +15,13 @@ dispatch.remember_methods(PPM)
 
 
 class FusedUPerHead(UPerHead):
-    """mmseg's UPerHead, whose convolutions of upsampled maps run before upsampling; see `ops.upsampled_conv`.
+    """mmseg's UPerHead with convolutions of upsampled feature maps that run before upsampling (`ops.upsampled_conv`).
 
-    They are the bottlenecks of its pyramid pooling and of its feature pyramid, nine tenths of its operations.
+    These are the bottlenecks of its pyramid pooling and its feature pyramid, nine tenths of its operations.
     """
 
     def psp_forward(self, inputs: list[torch.Tensor]) -> torch.Tensor:
-        """Pyramid pooling of the last map."""
+        """Apply pyramid pooling to the last feature map."""
         if type(self.psp_modules) is not PPM or not dispatch.may_replace(self.psp_modules):
             return super().psp_forward(inputs)
         x = inputs[-1]
@@ -29,7 +29,7 @@ class FusedUPerHead(UPerHead):
         return self._bottleneck(self.bottleneck, maps, self.psp_modules.align_corners)
 
     def _forward_feature(self, inputs: list[torch.Tensor]) -> torch.Tensor:
-        """Feature map before the classifier, in the size of the first map."""
+        """Return the feature map before the classifier, in the size of the first input."""
         if not dispatch.may_replace():
             return super()._forward_feature(inputs)
         inputs = self._transform_inputs(inputs)

@@ -1,4 +1,4 @@
-"""Building models on the meta device, where their parameters take no memory."""
+"""Build models on the meta device, where their parameters take no memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +9,13 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def meta_device() -> Iterator[None]:
-    """Build the modules within on the meta device."""
+    """Context manager in which modules are built on the meta device."""
     with torch.device('meta'), _LinspaceOnCPU():
         yield
 
 
 class _LinspaceOnCPU(TorchFunctionMode):
-    """Within `torch.device('meta')`, gives the rates of stochastic depth values: Swin's constructor reads them."""
+    """Keeps results of torch.linspace on the CPU: Swin's constructor reads the values of its stochastic depth rates."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **({'device': 'cpu'} if func is torch.linspace else {}), **(kwargs or {}))

@@ -6,7 +6,7 @@ from mmengine.registry import MODELS
 from mmengine.structures import PixelData
 from torch.nn.functional import interpolate
 
-ROWS_PER_STRIP = 8  # rows of the image that are resized and accumulated at a time
+ROWS_PER_STRIP = 8  # rows of the image that are resized and accumulated at a time, to save memory
 
 
 @MODELS.register_module()
@@ -66,7 +66,7 @@ class MultiScaleSegmentor(BaseTTAModel):
 
 
 def _undo_pad_and_flip(logits: torch.Tensor, meta: dict) -> torch.Tensor:
-    """Logits (C, h, w) without the padding and the flip of the image."""
+    """Remove the padding and the flip of the image from logits (C, h, w)."""
     left, right, top, bottom = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
     logits = logits[:, top : logits.shape[1] - bottom, left : logits.shape[2] - right]
     return logits.flip(2) if meta.get('flip') else logits
@@ -75,9 +75,9 @@ def _undo_pad_and_flip(logits: torch.Tensor, meta: dict) -> torch.Tensor:
 def _resize_rows(
     logits: torch.Tensor, top: int, n_rows: int, size: tuple[int, int], align_corners: bool
 ) -> torch.Tensor:
-    """Rows `top` to `top + n_rows` of logits (C, h, w) resized bilinearly to `size`, as torch computes them."""
+    """Return rows `top` to `top + n_rows` of logits (C, h, w) resized bilinearly to `size`, exactly as torch does."""
     (height, width), h = size, logits.shape[1]
-    # In fp32 and in this order, because torch rounds its positions so.
+    # In fp32 and in this order, to round positions as torch does.
     row = torch.arange(top, top + n_rows, dtype=torch.float32, device=logits.device)
     src = row * ((h - 1) / max(height - 1, 1)) if align_corners else (row + 0.5) * (h / height) - 0.5
     src = src.clamp(0, h - 1)

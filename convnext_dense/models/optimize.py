@@ -1,8 +1,7 @@
 """Faster implementations for whole detectors and segmentors, with the same parameters, names and results.
 
-`optimize` is called where a model is built, for training and for testing. It decides nothing that depends on a device,
-a dtype or weights: what it sets up asks for them in each pass, and falls back to the reference where there is no
-faster one.
+`optimize` is called whenever a model is built, for training and testing. Nothing in it depends on device, dtype or
+weights: the replaced modules check these in each forward pass, and fall back to the reference implementation.
 """
 
 import copy
@@ -13,20 +12,20 @@ from torch import nn
 
 from .convnext import OutputNorm
 
-# Modules of mmdet and mmseg that read maps in any memory format. All of torch, mmcv.cnn and mmengine do.
+# Modules of mmdet and mmseg that accept any memory format, as do all modules of torch, mmcv.cnn and mmengine.
 ANY_FORMAT = {
     *('DetDataPreprocessor', 'FasterRCNN', 'MaskRCNN', 'CascadeRCNN', 'FPN', 'RPNHead', 'StandardRoIHead'),
     *('CascadeRoIHead', 'SingleRoIExtractor', 'ConvFCBBoxHead', 'Shared2FCBBoxHead', 'Shared4Conv1FCBBoxHead'),
     *('FCNMaskHead', 'RoIAlign', 'SegDataPreProcessor', 'EncoderDecoder', 'UPerHead', 'PPM', 'FCNHead'),
 }
-CHECK_NMS_TYPE = {'GARPNHead'}  # heads of mmdet that insist on the name of the type
+CHECK_NMS_TYPE = {'GARPNHead'}  # heads of mmdet that require the NMS type to be a name
 ANY_FORMAT_PACKAGES = ('torch.', 'mmengine.', 'mmcv.cnn.', 'convnext_dense.')
 
 
 def optimize_for_inference(model: nn.Module) -> nn.Module:
     """Optimize a detector or segmentor with a ConvNeXt for inference, and set it to evaluation mode.
 
-    Weights may be loaded before or after it. Detections and segmentations are the same, scores to 1e-4.
+    Weights may be loaded before or after this call. Detections and segmentations stay the same, scores to 1e-4.
 
     Args:
         model: A model of mmdet or mmseg; it is changed in place.
@@ -40,14 +39,14 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
 def optimize(model: nn.Module) -> nn.Module:
     """Optimize a detector or segmentor with a ConvNeXt for training and inference.
 
-    - Where all that follows the backbone reads any memory format, maps of a CPU stay in channels_last from the backbone
-      on; mmcv's RoIAlign, which does not, gets contiguous maps at its own boundary.
-    - RoIAlign and NMS of a CPU run in kernels of `ops`, on all cores, where a model uses mmdet's.
-    - In evaluation on a CPU, batch norms and ReLUs of heads are folded into their convolutions, and UPerHead convolves
-      maps before it upsamples them, also in training.
+    - If all modules after the backbone accept any memory format, feature maps on a CPU stay in channels_last; mmcv's
+      RoIAlign, which does not accept it, gets contiguous maps.
+    - On a CPU, mmdet's RoIAlign and NMS run in kernels of `ops`, on all cores.
+    - In evaluation on a CPU, batch norms and ReLUs of heads are folded into their convolutions. UPerHead convolves
+      feature maps before upsampling them, also in training.
 
     Args:
-        model: A model of mmdet or mmseg; it is changed in place. Modules of other classes stay as they are.
+        model: A model of mmdet or mmseg; it is changed in place. Modules of other classes are unchanged.
 
     Returns:
         The model.
@@ -78,9 +77,9 @@ def _reads_any_format(module: nn.Module) -> bool:
 
 
 def _faster_class(module: nn.Module) -> type | None:
-    """The class to give to a module of exactly one of the classes that there is a faster one for.
+    """Return the faster class for a module; None if there is none for exactly its class.
 
-    Theirs are there where mmcv, mmdet or mmseg was imported, as it was to build the module.
+    The imports succeed, because mmcv, mmdet or mmseg was imported to build the module.
     """
     cls = type(module)
     place = f'{cls.__module__}.{cls.__qualname__}'
@@ -100,7 +99,7 @@ def _faster_class(module: nn.Module) -> type | None:
 
 
 def _roi_extractors(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
-    """RoI extractors that choose their format, and whether a convolution follows them."""
+    """Iterate over the RoI extractors with a choice of memory format, and whether a convolution follows them."""
     for module in model.modules():
         for kind in ('bbox', 'mask'):
             extractors, heads = (
@@ -127,18 +126,18 @@ def nms(
     score_threshold: float = 0,
     max_num: int = -1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace mmcv's `nms`, on a CPU by a kernel of `ops`; `batched_nms` takes it as the type in an NMS config.
+    """Run mmcv's `nms`, on a CPU with a kernel of `ops`; `batched_nms` accepts it as the type in an NMS config.
 
     Args:
-        boxes: (n, 4): x1, y1, x2, y2.
-        scores: (n,).
-        iou_threshold: Overlap above which the box with the lower score goes.
-        offset: 1 where the width of a box is x2 - x1 + 1, otherwise 0.
-        score_threshold: Boxes of at most such a score go first; 0 for none.
-        max_num: Number of boxes that stay at most; -1 for all.
+        boxes: Boxes (n, 4) as x1, y1, x2, y2.
+        scores: Scores (n,).
+        iou_threshold: IoU above which the box with the lower score is removed.
+        offset: 1 if the width of a box is x2 - x1 + 1, otherwise 0.
+        score_threshold: Boxes with at most this score are removed first; 0 for none.
+        max_num: Maximum number of boxes to keep; -1 for all.
 
     Returns:
-        Boxes that stay, with scores, (k, 5), by descending score, and their indices (k,).
+        The remaining boxes with scores (k, 5), by descending score, and their indices (k,).
     """
     from mmcv.ops import nms as mmcv_nms
 
@@ -155,7 +154,7 @@ def nms(
 
 
 def _with_faster_nms(cfg: dict) -> dict:
-    """A copy of a train_cfg or test_cfg in which NMS configs of mmcv's `nms` name the one above."""
+    """Return a copy of a train_cfg or test_cfg with the `nms` above in place of mmcv's."""
     if not any(isinstance(value, (dict, list, tuple)) for value in cfg.values()):
         return cfg
     cfg = copy.deepcopy(cfg)

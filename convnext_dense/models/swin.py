@@ -1,4 +1,4 @@
-"""What mmdet's and mmseg's SwinTransformer lack for the paper's comparisons: strict weights and layer-wise lr decay."""
+"""Strict loading of weights and layer-wise lr decay for Swin, a baseline of the paper, in mmdet and mmseg."""
 
 from mmengine.model import initialize
 
@@ -6,19 +6,19 @@ from ..errors import UsageError
 
 
 class SwinMixin:
-    """Mixin before a SwinTransformer of mmdet or mmseg, which it leaves as it is but for pretrained weights.
+    """Mixin for a SwinTransformer of mmdet or mmseg, which only changes how pretrained weights are loaded.
 
-    They load the weights that fit and say nothing of others, mmseg's none at all of a file in the original's names.
-    Here `convnext_dense.checkpoints.swin` loads all or raises an error.
+    By themselves, both silently skip weights that do not fit; mmseg's skips all weights with the original's names.
+    Here, `convnext_dense.checkpoints.swin` loads all of them or raises an error.
     """
 
     @property
     def pretrained(self) -> list[dict]:
-        """The initializer that loads the pretrained weights of `init_cfg`, none without any."""
+        """The config of the initializer for the pretrained weights in `init_cfg`; [] without any."""
         return [{**self.init_cfg, 'type': 'PretrainedSwin'}] if self.init_cfg else []
 
     def init_weights(self) -> None:
-        """Load the pretrained weights of `init_cfg`; without any, initialize randomly as the toolbox does."""
+        """Load the pretrained weights in `init_cfg`; without any, initialize randomly as mmdet and mmseg do."""
         if self.pretrained:
             initialize(self, self.pretrained)
         else:
@@ -30,18 +30,18 @@ class SwinMixin:
         return sum(len(stage.blocks) for stage in self.stages)
 
     def layer_id(self, name: str, decay_type: str = 'layer_wise') -> int:
-        """Return the layer id of a parameter for layer-wise lr decay, as SimMIM numbers Swin's.
+        """Return the layer id of a parameter for layer-wise lr decay, numbered as in SimMIM.
 
         Args:
             name: Name of a parameter of this backbone.
             decay_type: 'layer_wise'.
 
         Returns:
-            0 for the patch embedding, from 1 on for the blocks in their order, the id of the block before it for a
-            downsampling layer, `num_layers + 1` for output norms.
+            0 for the patch embedding; from 1 on for the blocks in order; for a downsampling layer, the id of the block
+            before it; `num_layers + 1` for output norms.
 
         Raises:
-            UsageError: For another `decay_type`.
+            UsageError: If `decay_type` is another one.
         """
         if decay_type != 'layer_wise':
             raise UsageError(f"decay_type='{decay_type}' is not defined for a SwinTransformer: give 'layer_wise'")

@@ -1,4 +1,4 @@
-"""The Swin backbone of mmdet with strict weights and layer-wise lr decay. Importing this needs mmdet."""
+"""The Swin backbone of mmdet with strict weights and layer-wise lr decay. Importing this requires mmdet."""
 
 from mmdet.models.backbones import SwinTransformer
 from mmdet.registry import MODELS

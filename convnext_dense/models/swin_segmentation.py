@@ -1,4 +1,4 @@
-"""The Swin backbone of mmseg with strict weights and layer-wise lr decay. Importing this needs mmseg."""
+"""The Swin backbone of mmseg with strict weights and layer-wise lr decay. Importing this requires mmseg."""
 
 from mmseg.models.backbones import SwinTransformer
 from mmseg.registry import MODELS

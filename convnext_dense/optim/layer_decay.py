@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import UsageError
 from ..models.convnext import DECAY_TYPES
 
-# Keys of `paramwise_cfg` that mmengine's constructor reads.
+# Keys of `paramwise_cfg` for mmengine's constructor.
 MULT_KEYS = ('bias_lr_mult', 'bias_decay_mult', 'norm_decay_mult', 'flat_decay_mult', 'dwconv_decay_mult')
 MULT_KEYS += ('dcn_offset_lr_mult',)
 DEFAULT_CONSTRUCTOR_KEYS = ('custom_keys', *MULT_KEYS, 'bypass_duplicate')
@@ -25,19 +25,19 @@ LAYER_DECAY_KEYS = ('decay_rate', 'decay_type', 'num_layers', 'backbone_lr_mult'
 def layer_ids(model: nn.Module, decay_type: str) -> tuple[dict[str, int], int]:
     """Return the layer id of every parameter of a model.
 
-    A backbone is any module whose class has `layer_id(name, decay_type)` and `num_layers`, wherever it sits.
+    A backbone is any module, at any place, whose class has `layer_id(name, decay_type)` and `num_layers`.
 
     Args:
-        model: A model that contains one backbone, or several of the same depth N.
+        model: Model that contains one backbone, or several with the same number of layers N.
         decay_type: 'layer_wise' or 'stage_wise'.
 
     Returns:
         The layer ids by parameter name, and N + 1, the id of every parameter outside the backbones.
 
     Raises:
-        UsageError: If the model has no backbone, or several of different depth.
+        UsageError: If the model has no backbone, or several with different numbers of layers.
     """
-    # The class is asked, not the object: wrappers such as torch.compile's pass unknown attributes on.
+    # Checked on the class, not on the object: wrappers such as torch.compile's forward unknown attributes.
     backbones = [module for module in model.modules() if hasattr(type(module), 'layer_id')]
     depths = {backbone.num_layers for backbone in backbones}
     if len(depths) != 1:
@@ -47,7 +47,7 @@ def layer_ids(model: nn.Module, decay_type: str) -> tuple[dict[str, int], int]:
             "parameters, such as type='ConvNeXt' of convnext_dense"
         )
     head_layer_id = depths.pop() + 1
-    # By object, not by name: a model may hold a part of its backbone under another name too.
+    # By object, not by name: a model may also hold a part of its backbone under another name.
     backbone_ids = {
         id(p): backbone.layer_id(name, decay_type) for backbone in backbones for name, p in backbone.named_parameters()
     }
@@ -61,16 +61,16 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     The lr of a parameter is `lr * lr_mult * decay_rate ** (N + 1 - layer_id)`, where `lr_mult` is 1 unless one of
     mmengine's keys sets it. As in the paper, biases and parameters of fewer than two dimensions have no weight decay
     unless one of mmengine's keys says otherwise. Parameters with the same settings share a parameter group, which also
-    tells its `layer_id` and `lr_scale`, the factor of the layer decay.
+    has its `layer_id` and `lr_scale`, the factor of the layer decay.
 
     Args:
         optim_wrapper_cfg (dict): As for `DefaultOptimWrapperConstructor`; `optimizer` needs an `lr`.
         paramwise_cfg (dict): Fields of its own are
 
-            - `decay_rate` (float): In (0, 1], required.
-            - `decay_type` (str): 'layer_wise' or 'stage_wise', required.
-            - `backbone_lr_mult` (float): Multiplies the lr of the backbone, all of its layers alike. Defaults to 1.
-            - `num_layers` (int): Not needed, since N follows from the backbone; where it is given it has to be N.
+            - `decay_rate` (float): Factor between layers, in (0, 1]. Required.
+            - `decay_type` (str): 'layer_wise' or 'stage_wise'. Required.
+            - `backbone_lr_mult` (float): Factor for the lr of all layers of the backbone. Defaults to 1.
+            - `num_layers` (int): Optional, because N follows from the backbone; a given value has to equal N.
 
             and those of `DefaultOptimWrapperConstructor` with their meaning there: `custom_keys`, `bias_lr_mult`,
             `bias_decay_mult`, `norm_decay_mult`, `flat_decay_mult`, `dwconv_decay_mult`, `dcn_offset_lr_mult` and
@@ -108,7 +108,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         """Build the optimizer of a model and its wrapper.
 
         Args:
-            model: The model whose parameters are optimized; those that need no gradient are left out.
+            model: Model whose parameters are optimized; those that need no gradient are skipped.
 
         Returns:
             The optimizer wrapper.
@@ -211,7 +211,7 @@ def _is_number(value: object) -> bool:
 
 @contextmanager
 def _silent_logger() -> Iterator[None]:
-    """Drop what is logged: mmengine logs a line for every setting of every parameter, before layer decay."""
+    """Silence the logger: mmengine logs a line for every setting of every parameter, before layer decay."""
     logger = MMLogger.get_current_instance()
     disabled, logger.disabled = logger.disabled, True
     try:
@@ -221,7 +221,7 @@ def _silent_logger() -> Iterator[None]:
 
 
 def _format_param_groups(groups: list[dict], decay_type: str, decay_rate: float) -> str:
-    """Return a table of the lr and the number of parameters of every layer; of several lrs in a layer, the range."""
+    """Format a table of the lr (a range if there are several) and the number of parameters of each layer."""
     lrs, counts = defaultdict(set), defaultdict(int)
     for group in groups:
         lrs[group['layer_id']].add(group['lr'])

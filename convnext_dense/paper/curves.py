@@ -1,4 +1,4 @@
-"""Curves of trainings, read from mmengine's logs: losses, learning rates by layer and metrics, drawn as one plot."""
+"""Training curves from mmengine's logs: losses, learning rates by layer and metrics, drawn as one plot."""
 
 import math
 import os
@@ -26,16 +26,16 @@ COLORS = ('#0b6fb8', '#d1495b', '#2e8b57', '#e08e1a', '#7a4fa3', '#8c564b', '#17
 
 @dataclass
 class TrainingCurves:
-    """What a training logged, by its progress x. What a resumed run repeats replaces what it repeats.
+    """Logged values of a training by progress x. Values that a resumed run repeats replace the earlier ones.
 
     Attributes:
         run: The training.
-        unit: Unit of x: 'epochs', or 'optimizer steps' where the length is counted in iterations.
-        losses: (x, the total loss and its parts by name).
-        lrs: (x, learning rate by layer id), or by mmengine's names ('lr', 'base_lr') where the scales of the layers
-            are not known.
-        metrics: (x, metrics of an evaluation): the paper's in percent, others as they are.
-        resume_points: x at which later sessions resumed the training.
+        unit: Unit of x: 'epochs', or 'optimizer steps' if the training is iteration-based.
+        losses: (x, total loss and its parts by name).
+        lrs: (x, learning rate by layer id), or by mmengine's names ('lr', 'base_lr') if the scales of the layers are
+            unknown.
+        metrics: (x, metrics of an evaluation): the paper's in percent, others as logged.
+        resume_points: Values of x at which later sessions resumed the training.
     """
 
     run: TrainingRun
@@ -47,7 +47,7 @@ class TrainingCurves:
 
     @property
     def panel_key(self) -> tuple[str, str]:
-        """Task and unit of x: curves with the same key share their panels."""
+        """Task and unit of x; curves with the same key share panels."""
         scope = self.run.config.get('default_scope', '')
         return TASKS.get(scope, scope), self.unit
 
@@ -59,10 +59,10 @@ def read_curves(folders: Iterable[str | Path]) -> list[TrainingCurves]:
         folders: Work dirs, or folders that contain them.
 
     Returns:
-        The curves; trainings that have logged no iteration yet are left out.
+        The curves; trainings without a logged iteration are skipped.
 
     Raises:
-        UsageError: A folder does not exist or holds no training that has logged anything.
+        UsageError: If a folder does not exist or contains no training with a logged iteration.
     """
     by_work_dir = {}
     for folder in folders:
@@ -95,7 +95,7 @@ def _add_session(curves: TrainingCurves, session: Session) -> None:
     for i, record in enumerate(map(_strip_prefix, session.records)):
         is_training = 'loss' in record or 'lr' in record
         x = last_x = _x_value(record, is_training, session, last_x)
-        if i == 0:  # a later session resumed the run before what it logs first
+        if i == 0:  # a later session resumed the run before its first record
             _drop_overlap(curves, x, is_training)
         if is_training:
             curves.losses.append((x, _losses(record)))
@@ -105,7 +105,7 @@ def _add_session(curves: TrainingCurves, session: Session) -> None:
 
 
 def _report_undrawn(curves: TrainingCurves) -> None:
-    """Add the values that cannot be drawn to the issues of the run, which has non-finite losses already."""
+    """Add values that cannot be drawn to the issues of the run, which contain non-finite losses already."""
     points = [*curves.losses, *curves.lrs, *curves.metrics]
     undrawn = [(x, name, v) for x, values in points for name, v in values.items() if not _is_drawn(v)]
     undrawn = [(x, name, v) for x, name, v in undrawn if name != 'loss' or math.isfinite(v)]
@@ -117,18 +117,18 @@ def _report_undrawn(curves: TrainingCurves) -> None:
 
 
 def _is_drawn(value: float) -> bool:
-    return abs(value) <= MAX_DRAWN  # which is false for NaN
+    return abs(value) <= MAX_DRAWN  # False for NaN
 
 
 def _strip_prefix(record: dict) -> dict:
-    """A record without the prefixes that `log_with_hierarchy` adds."""
+    """Return a record without the prefixes that `log_with_hierarchy` adds."""
     return {re.sub('^(train|val)/', '', key): value for key, value in record.items()}
 
 
 def _drop_overlap(curves: TrainingCurves, x: float, is_training: bool) -> None:
-    """Remove what lies at or after the first record of a later session, at `x`.
+    """Remove the values at or after the first record of a later session, at `x`.
 
-    Where that record is an evaluation, the training up to `x` stays.
+    If that record is an evaluation, training values at `x` are kept.
     """
     if curves.losses:
         curves.resume_points = [r for r in curves.resume_points if r < x] + [x]
@@ -139,10 +139,10 @@ def _drop_overlap(curves: TrainingCurves, x: float, is_training: bool) -> None:
 
 
 def _x_value(record: dict, is_training: bool, session: Session, last_x: float) -> float:
-    """Progress at a record.
+    """Return the progress at a record.
 
-    Of evaluations mmengine logs the epoch as their step, unless its logger hook is set otherwise; where the length is
-    counted in iterations that step means nothing, and they lie at the last training record.
+    By default, mmengine logs the epoch as the step of an evaluation. In an iteration-based training that step is
+    meaningless, so the evaluation gets the progress of the last training record.
     """
     if is_training:
         return session.progress_at(record)
@@ -157,8 +157,8 @@ def _x_value(record: dict, is_training: bool, session: Session, last_x: float) -
 def layer_lrs(record: dict, scales: dict[int, float], config: Config) -> dict[int | str, float]:
     """Compute the learning rate of each layer at a logged iteration.
 
-    mmengine logs two learning rates: `lr` of the first parameter group and `base_lr`, that of scale 1. Schedules apply
-    the same affine map to all groups (a factor, and with `eta_min` a summand), which these two determine.
+    mmengine logs two learning rates: `lr` of the first parameter group, and `base_lr` for a scale of 1. Schedules apply
+    the same affine map to all groups (a factor and, with `eta_min`, a summand), which these two values determine.
 
     Args:
         record: Logged numbers by name.
@@ -166,7 +166,7 @@ def layer_lrs(record: dict, scales: dict[int, float], config: Config) -> dict[in
         config: Config of the session.
 
     Returns:
-        Learning rate by layer id; where `scales` is empty, what was logged.
+        Learning rate by layer id; the logged values if `scales` is empty.
     """
     if 'lr' not in record:
         return {}
@@ -176,13 +176,13 @@ def layer_lrs(record: dict, scales: dict[int, float], config: Config) -> dict[in
         return {'lr': lr} | ({'base_lr': record['base_lr']} if differs else {})
     if first_scale == 1:
         return dict.fromkeys(scales, lr)
-    scaled_later = (config.get('auto_scale_lr') or {}).get('enable')  # by mmengine, which leaves base_lr as it was
+    scaled_later = (config.get('auto_scale_lr') or {}).get('enable')  # mmengine does not scale base_lr
     base = lr / first_scale if scaled_later else record.get('base_lr', lr / first_scale)
     return {layer: base + (lr - base) * (1 - scale) / (1 - first_scale) for layer, scale in scales.items()}
 
 
 def _losses(record: dict) -> dict[str, float]:
-    """The total loss and its parts; those of a cascade's stages or a decoder's layers (`s0.loss_cls`) are summed."""
+    """Return the total loss and its parts, summed over cascade stages and decoder layers (`s0.loss_cls`)."""
     losses = {}
     for key, value in record.items():
         if 'loss' in key.split('.')[-1] and isinstance(value, (int, float)):
@@ -198,14 +198,14 @@ def _metrics(record: dict) -> dict[str, float]:
 
 
 def ema(values: Sequence[float], factor: float) -> list[float]:
-    """Compute the exponential moving average, corrected for its bias toward the first value (as in Adam).
+    """Compute the bias-corrected exponential moving average (as in Adam).
 
     Args:
-        values: Values in order; non-finite ones stay as they are and are left out of the average.
-        factor: Weight of the average so far, in [0, 1).
+        values: Values in order; non-finite ones are kept and do not enter the average.
+        factor: Weight of the previous average, in [0, 1).
 
     Returns:
-        As many values.
+        The averages, one per value.
     """
     mean, weight, averages = 0.0, 0.0, []
     for value in values:
@@ -227,21 +227,21 @@ def format_progress(run: TrainingRun) -> str:
 
 
 def plot(curves: Sequence[TrainingCurves], file: str | Path, smooth: float = 0.0) -> Path:
-    """Draw trainings: for each task and unit a panel of the loss, one of the learning rate, and one for each metric.
+    """Plot trainings: for each task and unit, one panel for the loss, one for the learning rate, and one per metric.
 
-    A single run is drawn with the parts of its loss and the learning rate of every layer, several with their total
+    A single run is drawn with the parts of its loss and the learning rates of all layers; several runs with their total
     loss and the learning rates of the first layer and the heads.
 
     Args:
         curves: Curves of one or more trainings.
-        file: Path of the image; without an ending it is a PNG.
+        file: Path of the image. A path without suffix gets .png.
         smooth: Factor of the exponential moving average of losses, in [0, 1).
 
     Returns:
-        Path of the image.
+        The path of the image.
 
     Raises:
-        UsageError: matplotlib cannot write files with that ending.
+        UsageError: If matplotlib does not support the suffix.
     """
     from matplotlib.backend_bases import FigureCanvasBase
     from matplotlib.figure import Figure
@@ -270,7 +270,7 @@ def plot(curves: Sequence[TrainingCurves], file: str | Path, smooth: float = 0.0
 def _draw_group(
     figure, grid, row: int, group: Sequence[TrainingCurves], title: str, colors: dict, smooth: float, single_run: bool
 ) -> None:
-    """The panels of runs of one task and unit, two in a row of the grid."""
+    """Draw the panels of runs with the same task and unit, two per row of the grid."""
     panels = _panel_names(group)
     for i, name in enumerate(panels):
         full_width = i % 2 == 0 and i == len(panels) - 1
@@ -286,7 +286,7 @@ def _draw_group(
 
 
 def _panel_names(group: Sequence[TrainingCurves]) -> list[str]:
-    """Names of the panels; of metrics that are not the paper's the first two, means before others."""
+    """Return the names of the panels; of metrics that are not the paper's, only two, means first."""
     metrics = list(dict.fromkeys(name for curves in group for _, values in curves.metrics for name in values))
     other_metrics = sorted(metrics, key=lambda name: not name.split('/')[-1].startswith('m'))[:2]
     lr = ['lr'] if any(lrs for curves in group for _, lrs in curves.lrs) else []
@@ -299,7 +299,7 @@ def _line(points: Sequence[tuple[float, dict]], name) -> tuple[list[float], list
 
 
 def _plot_line(axis, xs: Sequence[float], values: Sequence[float], **style) -> None:
-    """Draw a curve; where a value has no neighbors no line would be seen, so that it gets a marker."""
+    """Draw a curve; values without neighbors get a marker, because there is no line to see."""
     drawn = [math.isfinite(value) for value in values]
     single = [i for i, ok in enumerate(drawn) if ok and not any(drawn[max(i - 1, 0) : i] + drawn[i + 1 : i + 2])]
     axis.plot(xs, values, **{'marker': 'o', 'ms': 4, 'markevery': single, **style})
@@ -334,14 +334,14 @@ def _draw_lrs(axis, group: Sequence[TrainingCurves], colors: dict, single_run: b
                 _plot_line(axis, *_line(curves.lrs, layer), color=colors[id(curves)], lw=1.4, ls=line_style)
         axis.set_title(f'{axis.get_title()} of the heads, of the first layer dashed', fontsize=11)
     highest = max((value for line in axis.lines for value in line.get_ydata() if value > 0), default=0)
-    if highest > 0:  # the beginning of a warmup and the end of a poly schedule would take most of the panel
+    if highest > 0:  # the start of a warmup and the end of a poly schedule would dominate the panel
         lowest = min((v for line in axis.lines for v in line.get_ydata() if v > 0), default=highest)
         axis.set_yscale('log')
         axis.set_ylim(max(lowest, 1e-4 * highest) / 1.5, highest * 1.5)
 
 
 def _layers(curves: TrainingCurves) -> list[int | str]:
-    """Layer ids in order; mmengine's names come before them."""
+    """Return the layer ids in order, after mmengine's names."""
     layers = dict.fromkeys(layer for _, lrs in curves.lrs for layer in lrs)
     return sorted(layers, key=lambda layer: layer if isinstance(layer, int) else -1)
 
@@ -407,7 +407,7 @@ def _style_axis(axis, group: Sequence[TrainingCurves]) -> None:
 
 
 def _names(work_dirs: Sequence[Path]) -> list[str]:
-    """Work dirs without the part of their paths that all have in common."""
+    """Return the paths of work dirs without their common part."""
     if len(work_dirs) == 1:
         return [str(work_dirs[0])]
     paths = [work_dir.resolve() for work_dir in work_dirs]

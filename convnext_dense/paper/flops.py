@@ -1,4 +1,4 @@
-"""Parameters and FLOPs as the paper counts them (tables 3 and 4), computed from layers without any weights."""
+"""Count parameters and FLOPs as the paper does (tables 3 and 4), without allocating weights."""
 
 import inspect
 from collections.abc import Collection
@@ -17,9 +17,9 @@ from ..errors import UsageError
 from ..models.meta import meta_device
 from ..models.optimize import as_modules
 
-NUM_BOX_ROIS, NUM_MASK_ROIS = 1000, 100  # RoIs on which the paper's counts run each box head and each mask head
-# What some of the published counts include and others do not: SyncBN as BatchNorm, LayerNorm, and the two products of
-# attention (queries with keys, weights with values), of mmdet's and mmseg's Swin with padded windows.
+NUM_BOX_ROIS, NUM_MASK_ROIS = 1000, 100  # RoIs per box head and mask head in the paper's counts
+# Parts that only some published counts include: SyncBN (as BatchNorm), LayerNorm, and the two matmuls of attention
+# (queries with keys, weights with values), for Swin with the padded windows of mmdet and mmseg.
 OPTIONAL_PARTS = ('SyncBN', 'LayerNorm', 'attention')
 
 
@@ -28,8 +28,8 @@ class Complexity:
     """Size and cost of a model.
 
     Attributes:
-        parameters: Parameters of the whole model.
-        flops: Multiply-accumulates (MACs) of one image.
+        parameters: Number of parameters of the whole model.
+        flops: Multiply-accumulates (MACs) for one image.
         size: (width, height) of the image.
     """
 
@@ -39,31 +39,31 @@ class Complexity:
 
 
 def build_on_meta(model_cfg: dict) -> nn.Module:
-    """Build a model on the meta device, so that nothing is allocated."""
+    """Build a model on the meta device, where its parameters take no memory."""
     with meta_device():
-        return MODELS.build(model_cfg).to('meta')  # what torch.Tensor(2, 3) makes is on the CPU
+        return MODELS.build(model_cfg).to('meta')  # torch.Tensor(2, 3) still creates tensors on the CPU
 
 
 def count_flops(
     config: Config, size: tuple[int, int], counted: Collection[str] = frozenset({'SyncBN', 'attention'})
 ) -> Complexity:
-    """Count a detector or segmentor on the meta device, so that nothing is allocated.
+    """Count the parameters and FLOPs of a detector or segmentor on the meta device.
 
-    FLOPs are those of convolutions, Linears, batch norms, ReLUs and poolings, and of `counted`; GELU, RoIAlign and
-    interpolation, also that of deformable attention, count 0. A two-stage detector is counted with every box head on
-    1000 and every mask head on 100 RoIs, DINO without denoising queries, a segmentor without its auxiliary heads (which
-    its parameters include).
+    FLOPs include convolutions, Linears, batch norms, ReLUs and poolings, and `counted`. GELU, RoIAlign and
+    interpolation (also in deformable attention) count 0. In a two-stage detector, every box head runs on 1000 RoIs and
+    every mask head on 100. DINO is counted without denoising queries, a segmentor without its auxiliary heads (although
+    its parameters include them).
 
     Args:
         config: Config of the model.
         size: (width, height) of the image.
-        counted: What else to count, of `OPTIONAL_PARTS`. Published counts differ in it: `PaperResult.counted`.
+        counted: Which of `OPTIONAL_PARTS` to count; published counts differ in this (`PaperResult.counted`).
 
     Returns:
         Parameters and FLOPs.
 
     Raises:
-        UsageError: The model is of another kind, or the size is too small for it.
+        UsageError: If the model is not supported, or the image is too small for it.
     """
     init_default_scope(config.get('default_scope', 'mmengine'))
     model_cfg = {key: value for key, value in config.model.items() if key != 'pretrained'}
@@ -95,7 +95,7 @@ def count_flops(
 
 
 class _SizesOnCPU(TorchFunctionMode):
-    """Keeps the sizes of maps readable, which deformable attention takes as tensors on the device of the maps."""
+    """Keeps tensors of feature map sizes on the CPU, because deformable attention reads their values."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.to and args[0].device.type == 'cpu':
@@ -107,17 +107,17 @@ class _SizesOnCPU(TorchFunctionMode):
 
 
 class _AttentionCounter:
-    """Forward hooks of attentions, of which mmcv's counter sees Linears alone, and of PyTorch's not even these.
+    """Counts attention with forward hooks; mmcv's counter only sees Linears, and none in nn.MultiheadAttention.
 
     Args:
-        counts_products: Whether the products of queries with keys and of weights with values are counted.
+        counts_products: Whether to count the matmuls of queries with keys and of weights with values.
     """
 
     def __init__(self, counts_products: bool):
         self.flops, self.counts_products = 0, counts_products
 
     def watch(self, module: nn.Module) -> None:
-        """Count a module while it runs, if it is an attention."""
+        """Count a module when it runs, if it is an attention."""
         if type(module).__name__ == 'WindowMSA':
             module.register_forward_hook(self._window)
         elif isinstance(module, nn.MultiheadAttention):
@@ -132,7 +132,7 @@ class _AttentionCounter:
     def _multi_head(self, module, inputs, named_inputs, output):
         query, key = named_inputs['query'], named_inputs['key']
         channels, n, tokens = module.embed_dim, query[..., 0].numel(), key[..., 0].numel()
-        self.flops += 2 * (n + tokens) * channels**2  # of queries and the output, of keys and values
+        self.flops += 2 * (n + tokens) * channels**2  # projections of queries and output, of keys and values
         self._add_products(n, tokens, channels)
 
     def _add_products(self, queries: int, keys: int, channels: int) -> None:
@@ -140,7 +140,7 @@ class _AttentionCounter:
 
 
 def _project(module: nn.Module, query, key=None, value=None, **kwargs) -> torch.Tensor:
-    """The Linears of deformable attention without the sampling, whose places are values."""
+    """Run the Linears of deformable attention without the sampling, which needs the values of its offsets."""
     module.value_proj(query if value is None else value)
     module.sampling_offsets(query)
     module.attention_weights(query)
@@ -156,15 +156,15 @@ class _UncountedSyncBN(nn.BatchNorm2d):
 
 
 def _adapt_for_mmcv_counter(module: nn.Module, counted: Collection[str]) -> None:
-    """The counter of mmcv goes by exact types: by itself it misses SyncBatchNorm, and counts LayerNorm."""
-    if isinstance(module, nn.SyncBatchNorm):  # which does not run on the meta device
+    """Change the class of a norm so that mmcv's counter, which goes by exact types, counts it or not."""
+    if isinstance(module, nn.SyncBatchNorm):  # does not run on the meta device
         module.__class__ = nn.BatchNorm2d if 'SyncBN' in counted else _UncountedSyncBN
     elif type(module) is nn.LayerNorm and 'LayerNorm' not in counted:
         module.__class__ = _UncountedLayerNorm
 
 
 class _FlopsForward(nn.Module):
-    """A model as one forward pass from an image; instead of running RoIAlign, heads get a tensor of its shape."""
+    """A model as a single forward pass from an image; instead of RoIAlign's result, heads get a tensor of its shape."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -193,7 +193,7 @@ class _FlopsForward(nn.Module):
         self.model.bbox_head(features)
 
     def _dino(self, features):
-        """Every Linear on as many tokens of the maps or queries as it gets: there are no positions on meta."""
+        """Run every Linear on its number of tokens or queries; on meta there are no positions."""
         model, head, depth = self.model, self.model.bbox_head, self.model.decoder.num_layers
         tokens = torch.cat([feature.flatten(2) for feature in features], 2).mT
         queries = tokens.new_empty(1, model.num_queries, tokens.shape[2])
@@ -210,7 +210,7 @@ class _FlopsForward(nn.Module):
             model.decoder.norm(queries)
 
     def _transformer_layer(self, layer, queries, values):
-        """A layer of Deformable DETR's encoder or decoder, without what it asks of positions."""
+        """Run a layer of Deformable DETR's encoder or decoder without its use of positions."""
         layer.self_attn(queries)
         if hasattr(layer, 'cross_attn'):
             layer.cross_attn(queries, value=values)
@@ -225,7 +225,7 @@ class _FlopsForward(nn.Module):
         first, *others = as_modules(self.model.decode_head)
         with_samples = 'batch_data_samples' in inspect.signature(first.forward).parameters
         output = first(features, *[[BaseDataElement(metainfo={})]] * with_samples)
-        for head in others:  # each refines the output of the one before
+        for head in others:  # each refines the output of the previous one
             output = head(features, output)
 
     def _two_stage(self, features):

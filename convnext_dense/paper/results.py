@@ -1,8 +1,8 @@
 """The dense prediction results of the paper as data ("A ConvNet for the 2020s", tables 3, 4 and 11).
 
-`PAPER_RESULTS` are ConvNeXt's thirteen, `BASELINE_RESULTS` those of the backbones that it is compared with,
-`LATER_RESULTS` what others published of ConvNeXt and ConvNeXt V2 afterwards, `DINO_RESULTS` those of detrex.
-`UNTRAINED_RESULTS` have no metrics: nobody published any of these recipes.
+`PAPER_RESULTS` are the thirteen of ConvNeXt, `BASELINE_RESULTS` those of the paper's baselines, `LATER_RESULTS` later
+results of ConvNeXt and ConvNeXt V2 by others, `DINO_RESULTS` those of detrex. `UNTRAINED_RESULTS` have no metrics,
+because nobody has published results of these recipes.
 """
 
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from mmengine.config import Config
 from ..config.tree import get_dotted, is_equal
 from ..type_names import short_name
 
-TOTAL_BATCH = 16  # images per optimizer step, of every recipe of the paper (appendix A.3)
-# Metrics of a detection result in the order in which the paper prints them, and of a segmentation result.
+TOTAL_BATCH = 16  # images per optimizer step in every recipe of the paper (appendix A.3)
+# Metrics of detection results, in the order of the paper, and of segmentation results.
 DETECTION_METRICS = ('box AP', 'box AP50', 'box AP75', 'mask AP', 'mask AP50', 'mask AP75')
 SEGMENTATION_METRICS = ('mIoU', 'mIoU multi-scale')
 MAIN_METRICS = ('box AP', 'mask AP', *SEGMENTATION_METRICS)
@@ -30,25 +30,25 @@ EVALUATOR_KEYS = {
     'mask AP75': ('coco/segm_mAP_75', 100),
     'mIoU': ('mIoU', 1),
 }
-# How far from the paper's metric, in percentage points, a faithful retraining and the released weights may lie.
+# Tolerance in percentage points for the difference to the paper, of a faithful retraining and of the released weights.
 RETRAIN_TOLERANCE = {'box AP': 0.3, 'mask AP': 0.3, 'mIoU': 0.5, 'mIoU multi-scale': 0.5}
 RELEASED_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
 class PaperResult:
-    """One result of the paper, with the settings by which its recipe differs from the others.
+    """A result of the paper, with the settings in which its recipe differs from the others.
 
     Attributes:
-        recipe: Name of the config without its ending, such as 'cascade/convnext_t'.
+        recipe: Name of the config without suffix, such as 'cascade/convnext_t'.
         arch: Size of the backbone, a key of `ARCHS`.
         pretraining: ImageNet-'1k' or -'22k', or 'DINOv3'.
         drop_path_rate: Stochastic depth rate of the last block.
         lr: Base learning rate.
         decay_rate: Rate of the layer-wise or stage-wise learning rate decay.
         values: AP or mIoU in percent, in the order of `DETECTION_METRICS` or `SEGMENTATION_METRICS`.
-        params_m: Parameters of the whole model in millions, as published; None where they were not.
-        gflops: Multiply-accumulates of an image of `size` in billions, as published; None where they were not.
+        params_m: Published number of parameters of the whole model, in millions; None if unpublished.
+        gflops: Published multiply-accumulates for an image of `size`, in billions; None if unpublished.
         size: (width, height) at which `gflops` are counted.
         precision: 'float16' (mixed precision) or 'float32'.
         total_batch: Images per optimizer step.
@@ -79,12 +79,12 @@ class PaperResult:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """AP or mIoU in percent, by `metric_names`, as far as it was published."""
+        """Published AP or mIoU in percent, by `metric_names`."""
         return {name: value for name, value in zip(self.metric_names, self.values) if value is not None}
 
     @property
     def main_metrics(self) -> list[str]:
-        """Of `MAIN_METRICS` those that were published, of an untrained recipe the first."""
+        """Those of `MAIN_METRICS` that were published; the first metric of an untrained recipe."""
         return [name for name in MAIN_METRICS if name in self.metrics] or [self.metric_names[0]]
 
     @property
@@ -94,7 +94,7 @@ class PaperResult:
 
     @property
     def released(self) -> str | None:
-        """Name of the checkpoint that the authors released; None where they released none."""
+        """Name of the checkpoint that the authors released; None if there is none."""
         model = self.recipe.split('/')[0].replace('cascade', 'cascade_mask_rcnn')
         schedule = '3x' if self.is_detection else f'{self.crop_size}x{self.crop_size}'
         return f'{model}_convnext_{self.arch}_{self.pretraining}_{schedule}'
@@ -106,19 +106,19 @@ class PaperResult:
 
     @property
     def counted(self) -> frozenset[str]:
-        """What `gflops` include beyond the default: of `paper.flops.OPTIONAL_PARTS`."""
+        """The `paper.flops.OPTIONAL_PARTS` that `gflops` include."""
         return frozenset({'SyncBN'})
 
     @property
     def backbone_identity(self) -> dict[str, object]:
-        """The settings of the backbone and its training that only the recipe of this result has."""
+        """The settings of the backbone and its training that identify the recipe of this result."""
         return {'model.backbone.arch': self.arch, 'model.backbone.drop_path_rate': self.drop_path_rate}
 
     @cached_property
     def identity(self) -> dict[str, object]:
-        """The settings of a config, by dotted key, that only the recipe of this result has."""
+        """The settings of a config, by dotted key, that identify the recipe of this result."""
         common = self.backbone_identity
-        # Classes that are named are not COCO's or ADE20K's own: other data, even if of as many classes.
+        # A config with class names is for other data than COCO or ADE20K, even with the same number of classes.
         common |= {f'{split}_dataloader.dataset.metainfo': None for split in ('train', 'test')}
         folder = self.recipe.split('/')[0]
         if self.is_detection:
@@ -130,7 +130,7 @@ class PaperResult:
         return common | {'model.decode_head.num_classes': 150}
 
 
-# By the folder of the recipes: the type of the detector and where it has its number of classes; the segmentor's head.
+# By folder of the recipes: type of the detector and key of its number of classes; type of the segmentor's head.
 DETECTORS = {
     'mask_rcnn': ('MaskRCNN', 'roi_head.mask_head.num_classes'),
     'cascade': ('CascadeRCNN', 'roi_head.mask_head.num_classes'),
@@ -143,9 +143,9 @@ SEGMENTOR_HEADS = {'upernet': 'UPerHead', 'linear': 'LinearHead', 'mask2former':
 
 @dataclass(frozen=True)
 class BaselineResult(PaperResult):
-    """A result of Swin, ResNet-50 or ResNeXt-101 that the paper compares ConvNeXt's with.
+    """A result of a baseline of the paper: Swin, ResNet-50 or ResNeXt-101.
 
-    `arch` is a key of `BASELINE_BACKBONES`, `decay_rate` is None without layer-wise lr decay.
+    `arch` is a key of `BASELINE_BACKBONES`; `decay_rate` is None without layer-wise lr decay.
     """
 
     @property
@@ -155,14 +155,14 @@ class BaselineResult(PaperResult):
 
     @property
     def weights(self) -> str:
-        """Name of the pretrained weights of the backbone, or their file without its ending."""
+        """Name of the pretrained weights of the backbone, or of their file without suffix."""
         if not self.is_swin:
             return RESNET_WEIGHTS[self.arch]
         return f'{self.arch}_patch4_window7_224{"_22k" if self.pretraining == "22k" else ""}'
 
     @property
     def released(self) -> str | None:
-        """Name of the checkpoint that Swin's authors released; None where there is none."""
+        """Name of the checkpoint that Swin's authors released; None if there is none."""
         if not self.is_swin or self.pretraining == '22k':
             return None
         model = self.recipe.split('/')[0].replace('cascade', 'cascade_mask_rcnn')
@@ -170,14 +170,14 @@ class BaselineResult(PaperResult):
 
     @property
     def counted(self) -> frozenset[str]:
-        """What `gflops` include: Swin's authors counted attention, ConvNeXt's, who counted Swin-L, did not."""
+        """Parts that `gflops` include. Swin's authors counted attention; ConvNeXt's, who counted Swin-L, did not."""
         if not self.is_swin:
             return super().counted
         return frozenset({'LayerNorm'} if self.arch == 'swin_large' else {'LayerNorm', 'attention'})
 
     @property
     def backbone_identity(self) -> dict[str, object]:
-        """The settings of the backbone and its training that only the recipe of this result has."""
+        """The settings of the backbone and its training that identify the recipe of this result."""
         settings = {f'model.backbone.{key}': value for key, value in BASELINE_BACKBONES[self.arch].items()}
         if self.is_swin:
             settings['model.backbone.drop_path_rate'] = self.drop_path_rate
@@ -190,8 +190,8 @@ class LaterResult(PaperResult):
 
     Attributes:
         weights_name: Name of the pretrained weights; by default the paper's of this size.
-        source: Who published it; '' if nobody did.
-        epochs: Length of a training on COCO; None where it is counted in iterations.
+        source: Publication of the result; '' if it is unpublished.
+        epochs: Length of a training on COCO; None for iteration-based trainings.
     """
 
     weights_name: str = ''
@@ -205,22 +205,22 @@ class LaterResult(PaperResult):
 
     @property
     def released(self) -> str | None:
-        """None: whole models are not released, or in mmdet's names of a ConvNeXt alone."""
+        """None, because whole models were not released in a usable form."""
         return None
 
     @property
     def counted(self) -> frozenset[str]:
-        """What `gflops` include; where none were published, what FLOPs of other configs include."""
+        """The parts that `gflops` include; without published ones, the default of `count_flops`."""
         return super().counted | ({'attention'} if self.gflops is None else set())
 
     @property
     def use_grn(self) -> bool:
-        """Whether it is of ConvNeXt V2."""
+        """Whether the backbone is a ConvNeXt V2."""
         return 'v2' in self.recipe
 
     @property
     def backbone_identity(self) -> dict[str, object]:
-        """The settings of the backbone and its training that only the recipe of this result has."""
+        """The settings of the backbone and its training that identify the recipe of this result."""
         settings = super().backbone_identity | {'model.backbone.use_grn': True if self.use_grn else None}
         if self.is_detection:
             settings |= {'total_batch': self.total_batch, 'train_cfg.max_epochs': self.epochs}
@@ -241,7 +241,7 @@ class DINOResult(LaterResult):
 
     @property
     def backbone_identity(self) -> dict[str, object]:
-        """The settings of the backbone and its training that only the recipe of this result has."""
+        """The settings of the backbone and its training that identify the recipe of this result."""
         settings = super().backbone_identity | {'optim_wrapper.paramwise_cfg.decay_rate': self.decay_rate}
         if self.pretraining == '22k':  # in nothing else it differs from the one from ImageNet-1K
             settings['model.backbone.init_cfg.checkpoint'] = self.weights
@@ -429,7 +429,7 @@ def to_paper_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
         metrics: Results by the keys of mmdet's `CocoMetric` or mmseg's `IoUMetric`.
 
     Returns:
-        Metrics in percent by the paper's names; others are left out.
+        Metrics in percent by the paper's names; other metrics are dropped.
     """
     values = {name: (metrics.get(key), factor) for name, (key, factor) in EVALUATOR_KEYS.items()}
     return {name: factor * value for name, (value, factor) in values.items() if value is not None}
@@ -442,15 +442,15 @@ def find_paper_result(config: Config) -> PaperResult | None:
         config: Config of a model, such as mmengine keeps in a work dir.
 
     Returns:
-        The result; None where the config is no recipe of the paper.
+        The result; None if the config is not a recipe.
     """
-    # The later ones have more settings of their own.
+    # Later results have more specific settings, so they come first.
     results = (r for r in reversed(RESULTS) if all(_has(config, *setting) for setting in r.identity.items()))
     return next(results, None)
 
 
 def _has(config: Config, key: str, expected: object) -> bool:
     value = get_dotted(config, key)
-    if key.endswith('.checkpoint'):  # in whatever folder it is
+    if key.endswith('.checkpoint'):  # in any folder
         value, expected = (PurePath(str(name)).name.removesuffix('.pth') for name in (value, expected))
     return is_equal(short_name(value) if key.endswith('.type') else value, expected)

@@ -1,7 +1,7 @@
-"""What one session (a start or a resume) of a training left in its log folder.
+"""The log folder of one session (a start or a resume) of a training.
 
-Facts come from `run.json`. Sessions of earlier versions and of mmdet's and mmseg's own tools have none: of these the
-text log says what it can.
+Facts come from `run.json`. Sessions of earlier versions and of mmdet's and mmseg's own tools do not have that file;
+their facts are parsed from the text log as far as possible.
 """
 
 import json
@@ -21,9 +21,9 @@ from ..engine.run_info import RunInfo, read_run_info
 from ..errors import UsageError
 
 SCALARS_FILE = 'vis_data/scalars.json'
-COUNT_KEYS = ('step', 'epoch', 'iter')  # of a record; whole numbers
+COUNT_KEYS = ('step', 'epoch', 'iter')  # integer keys of a record
 MAX_COUNT = 2**53
-# The layers' learning rates in text logs: the table of this package's constructor, and what mmdet's constructor prints.
+# Learning rates by layer in text logs: the table of this package's constructor, and the output of mmdet's.
 LR_TABLE = re.compile(r'\w+_wise lr decay, rate ([\d.e-]+):\n +id +lr +parameters\n((?: +\d+ +[\d.e+-]+ +[\d,]+\n)+)')
 LR_GROUP = re.compile(r'"layer_(\d+)_(?:no_)?decay": \{.*?"lr_scale": ([\d.e+-]+)', re.DOTALL)
 EPOCH_LINE = re.compile(r'Epoch\(train\) *\[ *\d+\]\[ *\d+/(\d+)\]')  # Epoch(train)  [3][ 50/7330]
@@ -31,15 +31,14 @@ GPU_LINE = re.compile(r'GPU number: (\d+)')
 
 
 class LoggedFacts(NamedTuple):
-    """The facts of `RunInfo` that a text log and a config may hold, under the same names.
+    """The facts of `RunInfo` that a text log and a config may contain, under the same names.
 
     Attributes:
-        world_size: Number of processes; None where it is not known.
-        batch_size: Images per GPU and iteration; 0 where it is not known.
+        world_size: Number of processes; None if unknown.
+        batch_size: Images per GPU and iteration; 0 if unknown.
         accumulation_steps: Iterations per optimizer step.
-        iters_per_epoch: Iterations of an epoch; None where it is not known.
-        layer_lr_scales: Learning rate scale of each layer id, in the order of the parameter groups; {} where it is not
-            known.
+        iters_per_epoch: Iterations per epoch; None if unknown.
+        layer_lr_scales: Learning rate scale by layer id, in the order of the parameter groups; {} if unknown.
     """
 
     world_size: int | None
@@ -54,9 +53,9 @@ class Session:
     """One session of a training.
 
     Attributes:
-        log_dir: Its log folder, `WORK_DIR/TIMESTAMP`.
-        config: Its config.
-        issues: What could not be read, one sentence each.
+        log_dir: Log folder, `WORK_DIR/TIMESTAMP`.
+        config: Config of the session.
+        issues: Problems while reading, one sentence each.
     """
 
     log_dir: Path
@@ -65,7 +64,7 @@ class Session:
 
     @cached_property
     def facts(self) -> RunInfo | LoggedFacts:
-        """Content of `run.json`, or what text log and config say where there is none."""
+        """Content of `run.json`; without it, the facts in the text log and the config."""
         try:
             info = read_run_info(self.log_dir)
         except UsageError as error:
@@ -76,7 +75,7 @@ class Session:
 
     @cached_property
     def records(self) -> list[dict[str, float]]:
-        """The logged numbers in order, each record by name; [] where nothing was logged yet."""
+        """The logged records in order, each with numbers by name; [] if nothing was logged yet."""
         return list(read_records(self.log_dir / SCALARS_FILE, self.issues))
 
     @property
@@ -86,13 +85,13 @@ class Session:
 
     @cached_property
     def min_iters_per_epoch(self) -> int:
-        """`facts.iters_per_epoch`, or the lowest number that fits the records."""
+        """`facts.iters_per_epoch`, or the smallest number that is consistent with the records."""
         records = [record for record in self.records if record.get('epoch') and record.get('step')]
         lowest = max((math.ceil(record['step'] / record['epoch']) for record in records), default=1)
         return self.facts.iters_per_epoch or lowest
 
     def progress_at(self, record: dict[str, float]) -> float:
-        """Progress at a training record: epochs, or optimizer steps where the length is counted in iterations."""
+        """Return the progress at a training record: epochs, or optimizer steps if the training is iteration-based."""
         step = record.get('step', 0)
         if not self.by_epoch:
             return step / self.facts.accumulation_steps
@@ -102,10 +101,10 @@ class Session:
 
 
 def read_records(scalars: Path, issues: list[str]) -> Iterator[dict[str, float]]:
-    """Read the log of numbers that mmengine writes, one JSON object per line.
+    """Read mmengine's log of scalars, one JSON object per line.
 
     Args:
-        scalars: The file; one that does not exist has no records.
+        scalars: Path of the file, which may be missing.
         issues: List to which truncated lines and values that are not numbers are added.
 
     Yields:
@@ -125,7 +124,7 @@ def read_records(scalars: Path, issues: list[str]) -> Iterator[dict[str, float]]
 
 
 def is_number(value: object, is_count: bool = False) -> bool:
-    """Whether a value out of a JSON file is a number that a run may have logged, or a count."""
+    """Whether a value from a JSON file is a number that a run may have logged (a non-negative integer for counts)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     if isinstance(value, float):
@@ -152,7 +151,7 @@ def parse_lr_scales(log: str, base_lr: float | None) -> dict[int, float]:
         base_lr: Learning rate of the optimizer.
 
     Returns:
-        Scales by layer id, in the order of the parameter groups; {} where the log does not hold them.
+        Scales by layer id, in the order of the parameter groups; {} if the log does not contain them.
     """
     table = LR_TABLE.search(log)
     try:
@@ -167,5 +166,5 @@ def _scales_of_table(rate: float, lines: Iterable[str], base_lr: float | None) -
     lrs = {int(line.split()[0]): float(line.split()[1]) for line in lines}
     if rate == 1 or not base_lr:
         return dict.fromkeys(lrs, 1.0) if rate == 1 else {}
-    # Learning rates in the table are rounded; the depth that they stand for is a whole number.
+    # Learning rates in the table are rounded, but the depth that they follow from is an integer.
     return {layer: rate ** round(math.log(lr / base_lr) / math.log(rate)) for layer, lr in lrs.items()}

@@ -1,4 +1,4 @@
-"""What work dirs hold: the progress of each run, its metrics, and in what it deviates from its recipe."""
+"""Read work dirs: progress of each run, its metrics, and its deviations from its recipe."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from .results import (
 )
 from .session import SCALARS_FILE, Session, is_number
 
-# Types of the parts of a config that are read here, where they are set.
+# Expected types of the parts of a config that are read here; all are optional.
 CONFIG_TYPES = dict.fromkeys(
     ('train_cfg', 'model', 'optim_wrapper', 'optim_wrapper.optimizer', 'train_dataloader', 'default_hooks',
      'default_hooks.logger', 'auto_scale_lr', 'model.backbone', 'visualizer'), DICT._replace(optional=True),
@@ -35,7 +35,7 @@ CONFIG_TYPES = dict.fromkeys(
     ('train_cfg.max_epochs', 'train_cfg.max_iters', 'optim_wrapper.accumulative_counts', 'train_dataloader.batch_size'),
     COUNT._replace(optional=True),
 ) | {'default_scope': TEXT._replace(optional=True)}  # fmt: skip
-EVAL_DIR = 'test'  # the folder of tools/test.py in a work dir
+EVAL_DIR = 'test'  # folder of tools/test.py in a work dir
 
 
 @dataclass
@@ -45,7 +45,7 @@ class EvalRecord:
     Attributes:
         metrics: Metrics in percent, by the paper's names.
         config: Config of the test.
-        checkpoint: File name of the tested checkpoint without its ending.
+        checkpoint: File name of the tested checkpoint without suffix.
     """
 
     metrics: dict[str, float]
@@ -54,7 +54,7 @@ class EvalRecord:
 
     @property
     def paper_result(self) -> PaperResult | None:
-        """The paper's result of this recipe."""
+        """The paper's result for this recipe; None if the config is not a recipe."""
         return find_paper_result(self.config)
 
     @property
@@ -68,17 +68,17 @@ class TrainingRun:
     """A training, or tests of a model that was not trained in this work dir.
 
     Attributes:
-        work_dir: Its work dir.
+        work_dir: The work dir.
         config: Config of its last session.
-        done: Finished epochs, or optimizer steps where the length is counted in iterations.
-        progress: As `done`, with the fraction of an epoch.
+        done: Finished epochs, or optimizer steps if the training is iteration-based.
+        progress: `done` plus the fraction of the current epoch.
         evaluations: Metrics of the evaluations during training, by step.
         eval_records: Tests by tools/test.py.
-        last_logged: When the logs of the training last grew; None without a training.
-        issues: What could not be read, one sentence each.
-        sessions: Sessions of the training that logged anything, in order.
-        world_size: Number of processes; None where it is not known.
-        total_batch: Images per optimizer step; None where it is not known.
+        last_logged: Time of the last change of the training's logs; None without a training.
+        issues: Problems while reading, one sentence each.
+        sessions: Sessions of the training with logged iterations, in order.
+        world_size: Number of processes; None if unknown.
+        total_batch: Images per optimizer step; None if unknown.
     """
 
     work_dir: Path
@@ -95,12 +95,12 @@ class TrainingRun:
 
     @property
     def paper_result(self) -> PaperResult | None:
-        """The paper's result of this recipe."""
+        """The paper's result for this recipe; None if the config is not a recipe."""
         return find_paper_result(self.config)
 
     @property
     def length(self) -> float:
-        """Epochs, or optimizer steps where the length is counted in iterations."""
+        """Length of the training in epochs, or in optimizer steps if it is iteration-based."""
         return training_length(self.config)
 
     @property
@@ -125,29 +125,29 @@ class TrainingRun:
 
     @property
     def final_checkpoint(self) -> str:
-        """File name, without its ending, of the checkpoint at the end of the training."""
+        """File name without suffix of the checkpoint at the end of the training."""
         train_cfg = self.config.get('train_cfg') or {}
         return f'epoch_{train_cfg["max_epochs"]}' if self.unit == 'epochs' else f'iter_{train_cfg.get("max_iters")}'
 
     def last(self, metric: str) -> float | None:
-        """The metric at the last evaluation during training, in percent."""
+        """Return the metric at the last evaluation during training, in percent."""
         return next((e[metric] for _, e in sorted(self.evaluations.items(), reverse=True) if metric in e), None)
 
     def best(self, metric: str) -> float | None:
-        """The best value of the metric during training, in percent."""
+        """Return the best value of the metric during training, in percent."""
         return max((e[metric] for e in self.evaluations.values() if metric in e), default=None)
 
     def last_test(self, metric: str) -> EvalRecord | None:
-        """The last test that has this metric."""
+        """Return the last test that has this metric."""
         return next((record for record in reversed(self.eval_records) if metric in record.metrics), None)
 
     def final(self, metric: str) -> float | None:
-        """The metric of the finished training, or of the tested model that was not trained here, in percent."""
+        """Return the metric of the finished training, or of a tested model of other origin, in percent."""
         record = self._final_test(metric)
         return record.metrics[metric] if record else self.last(metric) if self.is_finished else None
 
     def deviations(self) -> list[str]:
-        """The settings in which the training differs from the recipe of its paper result."""
+        """List the settings in which the training differs from the recipe of its paper result."""
         deviations = diff_from_recipe(self.config, self.paper_result)
         deviations += ['precision'] if self.precision != self.paper_result.precision else []
         return deviations + (['batch'] if self.total_batch not in (None, self.paper_result.total_batch) else [])
@@ -159,8 +159,8 @@ class TrainingRun:
             metric: Name of the metric, such as 'box AP'.
 
         Returns:
-            Ours minus the paper's in percentage points, None where one is missing; and 'within tolerance', 'below' or
-            'above', or '' where the training differs from the recipe or is not finished.
+            This metric minus the paper's in percentage points (None if one is missing), and 'within tolerance', 'below'
+            or 'above' ('' if the training differs from the recipe or is not finished).
         """
         paper, value, record = self.paper_result, self.final(metric), self._final_test(metric)
         if value is None or paper is None or metric not in paper.metrics:
@@ -190,7 +190,7 @@ def find_runs(folders: Iterable[str | Path]) -> list[TrainingRun]:
         The runs, sorted by path.
 
     Raises:
-        UsageError: A folder does not exist.
+        UsageError: If a folder does not exist.
     """
     work_dirs = set()
     for folder in map(Path, folders):
@@ -204,13 +204,13 @@ def find_runs(folders: Iterable[str | Path]) -> list[TrainingRun]:
 
 
 def read_runs(work_dir: Path) -> list[TrainingRun]:
-    """Read a work dir in whatever state it is.
+    """Read a work dir in any state.
 
     Args:
-        work_dir: The work dir; what cannot be read in it is listed in the `issues` of its run.
+        work_dir: The work dir. Problems while reading are listed in the `issues` of its run.
 
     Returns:
-        The training, if there is one, and a run for each model of other origin that was tested there.
+        The training, if there is one, and one run for each model of other origin that was tested there.
     """
     run, eval_records = TrainingRun(work_dir), []
     for log_dir in [*sorted((work_dir / EVAL_DIR).glob(TIMESTAMP_GLOB)), *sorted(work_dir.glob(TIMESTAMP_GLOB))]:
@@ -247,7 +247,7 @@ def _read_training(run: TrainingRun, log_dir: Path) -> None:
         non_finite += [f'{name} {value} at step {step}' for name, value in metrics.items() if not math.isfinite(value)]
         if not math.isfinite(record.get('loss') or 0):
             non_finite.append(f'loss {record["loss"]} at step {step}')
-        if metrics:  # what a resumed run repeats replaces what it repeats
+        if metrics:  # evaluations that a resumed run repeats replace the earlier ones
             run.evaluations = {s: e for s, e in run.evaluations.items() if s < step} | {step: _finite(metrics)}
         _update_progress(run, session, record, is_evaluation=bool(metrics))
     if non_finite:
@@ -286,7 +286,7 @@ def _read_test(run: TrainingRun, log_dir: Path) -> list[EvalRecord]:
 
 
 def _read_config(run: TrainingRun, log_dir: Path) -> Config | None:
-    """The config of a session: that of our tests, or the one that mmengine writes next to its visualizations."""
+    """Read the config of a session: from tools/test.py, or the one that mmengine writes next to its visualizations."""
     file = next((f for f in (log_dir / 'config.py', log_dir / 'vis_data/config.py') if f.exists()), None)
     try:
         config = file and parse_config_literal(read_log_text(file))
