@@ -12,6 +12,7 @@ from ..ops.export_ops import NO_SCORE, nms_mask, soft_nms
 NMS_OPTIONS = dict(iou_threshold=None, class_agnostic=False, split_thr=None)
 SOFT_NMS_OPTIONS = dict(NMS_OPTIONS, iou_threshold=0.3, sigma=0.5, min_score=1e-3, method='linear')
 NMS_TYPES = {'nms': NMS_OPTIONS, faster_nms: NMS_OPTIONS, 'soft_nms': SOFT_NMS_OPTIONS}
+ALL = 2**31 - 1  # boxes of an image at most, where there is no limit
 
 
 def require(module: nn.Module, known: tuple[type, ...], methods: tuple[str, ...]) -> None:
@@ -95,6 +96,15 @@ def best_of_level(scores: torch.Tensor, limit: int) -> tuple[torch.Tensor, torch
     return scores, torch.where(scores > NO_SCORE, indices, 0)
 
 
+def by_class(boxes: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Boxes (N, n, classes or 1, 4) and scores (N, n, classes) as boxes (N, n * classes, 4), scores and labels."""
+    n, _, classes = scores.shape
+    boxes = boxes.expand(-1, -1, classes, 4).reshape(n, -1, 4)
+    scores = scores.reshape(n, -1)
+    labels = torch.arange(classes, device=scores.device).repeat(scores.shape[1] // classes)[None].expand(n, -1)
+    return boxes, scores, labels
+
+
 def drop_small(boxes: torch.Tensor, scores: torch.Tensor, test_cfg: dict) -> torch.Tensor:
     """Scores (N, n) in which boxes (N, n, 4) of at most `min_bbox_size` have none."""
     limit = test_cfg.get('min_bbox_size', -1)
@@ -110,25 +120,28 @@ def top_boxes(boxes: torch.Tensor, scores: torch.Tensor, limit: int) -> tuple[to
 
 
 def best_detections(
-    boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, test_cfg: dict
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, test_cfg: dict, *rows: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     """The best boxes after NMS of each class.
 
     Args:
         boxes: (N, n, 4).
         scores: (N, n), -1 of boxes that are none.
         labels: (N, n).
-        test_cfg: With `nms` and `max_per_img`.
+        test_cfg: With `nms` and, where the number of boxes has a limit, `max_per_img`.
+        *rows: (N, n, C), whatever else belongs to the boxes.
 
     Returns:
-        Of K boxes, the most that an image has: boxes (N, K, 4), scores (N, K) in descending order, and labels (N, K),
-        which are -1 where an image has fewer.
+        Of K boxes, the most that an image has: boxes (N, K, 4), scores (N, K) in descending order, labels (N, K), which
+        are -1 where an image has fewer, and rows (N, K, C).
     """
-    limit = test_cfg.max_per_img
-    scores, indices = batched_nms(boxes, scores, labels, test_cfg.nms, limit).topk(min(limit, scores.shape[1]))
+    limit, n = test_cfg.get('max_per_img'), scores.shape[1]
+    scores = batched_nms(boxes, scores, labels, test_cfg['nms'], ALL if limit is None else limit)
+    scores, indices = scores.topk(n if limit is None else min(limit, n))
     most = (scores > NO_SCORE).sum(1).amax(0).clamp(min=1).item()  # of an image: masks are made of these alone
     torch._check(most <= scores.shape[1])
     scores, indices = scores[:, :most], indices[:, :most]
     is_box = scores > NO_SCORE
     boxes = take(boxes, indices) * is_box[..., None]
-    return boxes, scores.clamp(min=0), torch.where(is_box, labels.gather(1, indices), -1)
+    labels = torch.where(is_box, labels.gather(1, indices), -1)
+    return boxes, scores.clamp(min=0), labels, *(take(x, indices) for x in rows)

@@ -18,6 +18,7 @@ from .boxes import (
     batched_nms,
     best_detections,
     best_of_level,
+    by_class,
     decode,
     drop_small,
     flatten_map,
@@ -68,7 +69,7 @@ class TwoStage(nn.Module):
         is_candidate = (proposal_scores[..., None] > NO_SCORE) & (scores > self.test_cfg.score_thr)
         if not self.mask_form:  # mmdet scales boxes before NMS where there are no masks
             boxes = boxes * scale
-        boxes, scores, labels = _by_class(boxes, torch.where(is_candidate, scores, NO_SCORE))
+        boxes, scores, labels = by_class(boxes, torch.where(is_candidate, scores, NO_SCORE))
         boxes, scores, labels = best_detections(boxes, scores, labels, self.test_cfg)
         if not self.mask_form:
             return boxes, scores, labels
@@ -90,15 +91,6 @@ def _require_parts(model):
             require(module, (known,), METHODS)
     for cfg in (model.test_cfg.rpn, model.test_cfg.rcnn):
         require_nms(cfg)
-
-
-def _by_class(boxes, scores):
-    """Boxes (N, n, classes or 1, 4) and scores (N, n, classes) as boxes (N, n * classes, 4), scores and labels."""
-    n, _, classes = scores.shape
-    boxes = boxes.expand(-1, -1, classes, 4).reshape(n, -1, 4)
-    scores = scores.reshape(n, -1)
-    labels = torch.arange(classes, device=scores.device).repeat(scores.shape[1] // classes)[None].expand(n, -1)
-    return boxes, scores, labels
 
 
 # ---- region proposals ------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def _soft_nms(
         score, index = left.max(1, keepdim=True)
         is_best = (positions == index) & (score > NO_SCORE)
         taken = torch.where(is_best, score, taken)
-        iou = _iou(boxes.gather(1, index[..., None].expand(-1, -1, 4)), boxes)
+        iou = box_iou(boxes.gather(1, index[..., None].expand(-1, -1, 4)), boxes)
         if method == 'gaussian':
             weight = (-iou * iou / sigma).exp()
         else:
@@ -84,8 +84,8 @@ def _soft_nms(
     return result.scatter(1, order, taken)
 
 
-def _iou(box: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """IoU (N, n) of a box (N, 1, 4) with boxes (N, n, 4)."""
+def box_iou(box: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """IoU of boxes (..., 4), of which one may stand for many: (N, n) of (N, 1, 4) and (N, n, 4)."""
     overlap = torch.minimum(box[..., 2:], boxes[..., 2:]) - torch.maximum(box[..., :2], boxes[..., :2])
     overlap = overlap.clamp(min=0).prod(-1)
     area, areas = ((x[..., 2:] - x[..., :2]).prod(-1) for x in (box, boxes))

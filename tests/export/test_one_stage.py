@@ -1,12 +1,15 @@
 """One-stage detectors as functions of images compute what mmdet computes, as modules and in files."""
 
 import pytest
+import torch
 from mmdet.models import SingleStageDetector
+from mmdet.registry import MODELS
 
 from convnext_dense.errors import UsageError
 from convnext_dense.export.detector import ExportableDetector
+from convnext_dense.export.program import custom_operators
 from helpers.detections import assert_file_detects_the_same, assert_module_equals_mmdet
-from helpers.small_detectors import ONE_STAGE, build_predictor, one_stage
+from helpers.small_detectors import HEAD, LEVELS, NORM, ONE_ANCHOR, ONE_STAGE, build_predictor, one_stage
 
 SIZES = [(160, 224), (131, 97), (64, 64)]
 
@@ -35,9 +38,9 @@ def test_test_cfg_options(test_cfg):
     assert assert_module_equals_mmdet(build('ATSS', **test_cfg), SIZES[1:]) > 5
 
 
-def test_image_without_detections():
-    predictor = build('RetinaNet', score_thr=0.9999)
-    assert assert_module_equals_mmdet(predictor, SIZES[:1]) == 0
+@pytest.mark.parametrize('name', ['RetinaNet', 'YOLOX', 'PAA with score voting'])
+def test_image_without_detections(name):
+    assert assert_module_equals_mmdet(build(name, score_thr=0.9999), SIZES[:1]) == 0
 
 
 FILES = [
@@ -51,21 +54,43 @@ def test_exported_file_equals_mmdet(name, suffix, tmp_path):
     assert_file_detects_the_same(build(name), tmp_path / f'detector{suffix}', SIZES[1:])
 
 
-@pytest.mark.parametrize(
-    'changes, message',
-    [
-        (dict(type='PAAHead'), 'PAAHead cannot be exported: its predict_by_feat is not that of BaseDenseHead'),
-        (
-            dict(type='TOODHead', initial_loss_cls=dict(type='FocalLoss')),
-            'TOODHead cannot be exported: its _predict_by',
-        ),
-    ],
-)
-def test_heads_with_other_postprocessing_are_refused(changes, message):
-    cfg = one_stage('ATSS')
-    cfg['bbox_head'] = dict(cfg['bbox_head'], **changes)
-    with pytest.raises(UsageError, match=message):
-        ExportableDetector(build_predictor(cfg).model)
+BASE = 'is not that of BaseDenseHead'
+REFUSED = {
+    'TOODHead': 'its deform_sampling is deform_conv2d of mmcv.ops, which torch.export does not know',
+    'FoveaHead': f'its _predict_by_feat_single {BASE}',
+    'RepPointsHead': f'its _predict_by_feat_single {BASE}',
+    **dict.fromkeys(('SABLRetinaHead', 'GARetinaHead', 'YOLOV3Head', 'CenterNetHead'), f'its predict_by_feat {BASE}'),
+}
+
+
+@pytest.mark.parametrize('head', REFUSED)
+def test_heads_with_other_results_are_refused(head):
+    model = empty(SingleStageDetector)
+    model.bbox_head = empty(MODELS.get(head))
+    model.bbox_head.test_cfg = {}
+    with pytest.raises(UsageError, match=f'^{head} cannot be exported: {REFUSED[head]}$'):
+        ExportableDetector(model)
+
+
+def empty(cls):
+    """A module without its parts."""
+    module = cls.__new__(cls)
+    torch.nn.Module.__init__(module)
+    return module
+
+
+DEFORMABLE = {
+    'VFNetHead': 'DeformConv2d of mmcv.ops, which is its bbox_head.vfnet_reg_refine_dconv',
+    'NASFCOSHead': 'ModulatedDeformConv2dPack of mmcv.ops, which is its bbox_head.cls_convs.0.conv',
+    'DDODHead': 'DeformConv2dPack of mmcv.ops, which is its bbox_head.cls_convs.0.conv',
+}
+
+
+@pytest.mark.parametrize('head', DEFORMABLE)
+def test_deformable_convolutions_are_named(head):
+    priors = dict(anchor_generator=ONE_ANCHOR) if head == 'DDODHead' else dict(strides=LEVELS)
+    cfg = dict(one_stage('ATSS'), bbox_head=dict(HEAD, type=head, norm_cfg=NORM, **priors))
+    assert custom_operators(build_predictor(cfg).model) == f'torch.export does not know {DEFORMABLE[head]}'
 
 
 def test_detectors_with_another_way_to_results_are_named():
@@ -73,10 +98,8 @@ def test_detectors_with_another_way_to_results_are_named():
         def predict(self, *args, **kwargs):
             """What it does is not known."""
 
-    model = build('FCOS').model
-    model.__class__ = OtherDetector
     with pytest.raises(UsageError, match='OtherDetector cannot be exported: its predict is not that of SingleStageDet'):
-        ExportableDetector(model)
+        ExportableDetector(empty(OtherDetector))
 
 
 def test_heads_without_a_number_of_candidates_are_refused():

@@ -35,7 +35,44 @@ ONE_STAGE = {
     'FSAF': dict(HEAD, type='FSAFHead', anchor_generator=ONE_ANCHOR, reg_decoded_bbox=True),
     'RTMDet': dict(HEAD, type='RTMDetHead', **RTMDET),
     'RTMDet with its own norms': dict(HEAD, type='RTMDetSepBNHead', exp_on_reg=True, **RTMDET),
+    'RetinaNet with its own norms': dict(
+        HEAD, type='RetinaSepBNHead', num_ins=3, norm_cfg=dict(type='BN'), anchor_generator=ANCHORS
+    ),
+    'FreeAnchor': dict(HEAD, type='FreeAnchorRetinaHead', anchor_generator=ANCHORS),
+    'PISA': dict(HEAD, type='PISARetinaHead', anchor_generator=ANCHORS),
+    'AutoAssign': dict(HEAD, type='AutoAssignHead', strides=LEVELS, norm_cfg=NORM),
+    'CenterNet': dict(HEAD, type='CenterNetUpdateHead', strides=LEVELS, norm_cfg=NORM),
+    'DDOD': dict(HEAD, type='DDODHead', use_dcn=False, anchor_generator=ONE_ANCHOR, norm_cfg=NORM),
+    'LD': dict(
+        HEAD,
+        type='LDHead',
+        anchor_generator=ONE_ANCHOR,
+        norm_cfg=NORM,
+        loss_ld=dict(type='KnowledgeDistillationKLDivLoss', T=10),
+    ),
+    'YOLOF': dict(
+        type='YOLOFHead',
+        num_classes=4,
+        in_channels=64,
+        anchor_generator=dict(type='AnchorGenerator', ratios=[1.0], scales=[1, 2, 4], strides=[32]),
+        bbox_coder=dict(type='DeltaXYWHBBoxCoder', add_ctr_clamp=True, ctr_clamp=32),
+    ),
+    'YOLOX': dict(HEAD, type='YOLOXHead', strides=LEVELS),
+    'PAA': dict(HEAD, type='PAAHead', anchor_generator=ONE_ANCHOR, norm_cfg=NORM, score_voting=False),
+    'PAA with score voting': dict(HEAD, type='PAAHead', anchor_generator=ONE_ANCHOR, norm_cfg=NORM),
+    'LAD': dict(HEAD, type='LADHead', anchor_generator=ONE_ANCHOR, norm_cfg=NORM),
 }
+ONE_LEVEL = dict(  # of YOLOF
+    backbone=dict(BACKBONE, out_indices=[3]),
+    neck=dict(
+        type='DilatedEncoder',
+        in_channels=320,
+        out_channels=64,
+        block_mid_channels=32,
+        num_residual_blocks=2,
+        block_dilations=[2, 4],
+    ),
+)
 
 
 DN = dict(label_noise_scale=0.5, box_noise_scale=1.0, group_cfg=dict(dynamic=True, num_dn_queries=10))
@@ -54,7 +91,7 @@ def one_stage(name, **test_cfg):
     """The config of a model of the table, with options of its test."""
     model = Config.fromfile(ROOT / 'configs/demo/mask_rcnn.py').model
     neck = dict(type='FPN', in_channels=[80, 160, 320], out_channels=64, num_outs=3)
-    return dict(
+    cfg = dict(
         type='SingleStageDetector',
         data_preprocessor=dict(model.data_preprocessor, pad_mask=False),
         backbone=dict(BACKBONE, out_indices=[1, 2, 3]),
@@ -62,6 +99,7 @@ def one_stage(name, **test_cfg):
         bbox_head=ONE_STAGE[name],
         test_cfg=dict(TEST_CFG, **test_cfg),
     )
+    return cfg | ONE_LEVEL if name == 'YOLOF' else cfg
 
 
 def detr(name, pad_size_divisor=32):
@@ -116,5 +154,7 @@ def build_predictor(model_cfg, recipe='mask_rcnn'):
     config.model = model_cfg
     model = MODELS.build(config.model).eval()
     load_random_weights(model)
+    if hasattr(getattr(model, 'bbox_head', None), 'conv_reg'):
+        model.bbox_head.conv_reg.bias.data += 2  # distances, of which some heads clamp negative ones
     source = ModelSource(file='made.pth', config=config, task='detection', classes=CLASSES[recipe], palette=())
     return Predictor(model, source, 'cpu')
