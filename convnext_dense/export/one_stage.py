@@ -43,8 +43,8 @@ class OneStage(nn.Module):
         self.model, self.head, self.test_cfg = model, model.bbox_head, model.bbox_head.test_cfg
         if isinstance(self.head, TOODHead):
             raise UsageError(
-                'TOODHead cannot be exported: its deform_sampling is deform_conv2d of mmcv.ops, which torch.export does '
-                'not know'
+                'TOODHead cannot be exported: its deform_sampling is deform_conv2d of mmcv.ops, which torch.export '
+                'does not know'
             )
         require(self.head, self.heads, self.methods)
         require_nms(self.test_cfg)
