@@ -208,6 +208,6 @@ def test_unsupported_modules_are_refused(changes, message):
 
 
 def test_other_kinds_of_detectors_are_refused():
-    message = 'Identity cannot be exported: only TwoStageDetector or SingleStageDetector or DetectionTransformer can'
-    with pytest.raises(UsageError, match=message):
+    names = 'MaskFormer or TwoStageDetector or SingleStageDetector or DetectionTransformer'
+    with pytest.raises(UsageError, match=f'Identity cannot be exported: only {names} can'):
         ExportableDetector(torch.nn.Identity())
