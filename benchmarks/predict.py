@@ -19,7 +19,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from convnext_dense.inference import pipeline
+from convnext_dense.inference import batch_prediction
 from convnext_dense.inference.inputs import find_inputs
 from convnext_dense.inference.model import Predictor, load_model
 from convnext_dense.inference.options import PredictOptions
@@ -63,7 +63,7 @@ def run_command(predictor: Predictor, photos: Path, out: Path, pictures: bool = 
     files = find_inputs([str(photos)]).images
     output = OutputFolder(out, predictor.task, predictor.classes, predictor.palette, pictures=pictures)
     start = seconds()
-    report = pipeline.predict_files(predictor, files, PredictOptions(), output)
+    report = batch_prediction.predict_files(predictor, files, PredictOptions(), output)
     output.finish()
     assert report.num_done == len(files)
     return seconds() - start

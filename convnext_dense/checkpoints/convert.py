@@ -67,9 +67,7 @@ def _write_checkpoint(tensors: dict[str, torch.Tensor], key: str | None, out: Pa
         if safetensors:
             from safetensors.torch import save_file
 
-            shared = Counter(
-                tensor.untyped_storage().data_ptr() for tensor in tensors.values()
-            )  # it refuses these
+            shared = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())  # it refuses these
             for name, tensor in tensors.items():
                 if shared[tensor.untyped_storage().data_ptr()] > 1:
                     tensors[name] = tensor.clone()

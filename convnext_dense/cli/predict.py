@@ -14,6 +14,7 @@ from ..config.image_size import add_image_size_argument, set_image_size
 from ..datasets.tiles import add_tile_arguments
 from ..errors import RunInterrupted, UnreadableImageError, UsageError
 from ..inference import video
+from ..inference.batch_prediction import RunReport, predict_files
 from ..inference.checkpoint_config import ModelSource, find_model
 from ..inference.coco_writer import FORMATS
 from ..inference.exported import check_exported_options
@@ -22,8 +23,7 @@ from ..inference.mask_writer import check_num_classes
 from ..inference.model import AMP_DTYPES, Predictor, build_predictor, check_device, source_device
 from ..inference.options import PredictOptions, class_indices
 from ..inference.output import OutputFolder, open_folder
-from ..inference.pipeline import RunReport, predict_files
-from ..inference.pipelines import test_steps
+from ..inference.preprocessing import split_test_pipeline
 from ..inference.progress import Progress
 from ..inference.sessions import session_class
 from ..inference.views import check_scales
@@ -145,7 +145,7 @@ def _check_options(source: ModelSource, options: PredictOptions, args: argparse.
         unused += ['--format results'] if args.format != FORMATS[0] else []
         if unused:
             raise UsageError(f'{unused[0]} is for detection, {source.file} is a model for segmentation: leave it out')
-    _, steps = test_steps(source.config)
+    _, steps = split_test_pipeline(source.config)
     if options.multiscale:
         check_scales(steps)
     if source.exported:

@@ -30,13 +30,7 @@ from ..config.schedule import scale_schedule
 from ..config.schedule_fit import fit_schedule
 from ..config.trackers import add_trackers
 from ..config.training import set_checkpoint_retention, set_max_unreadable, set_precision
-from ..config.training_aids import (
-    freeze_backbone,
-    scale_backbone_lr,
-    set_early_stopping,
-    set_ema,
-    set_negatives,
-)
+from ..config.training_aids import freeze_backbone, scale_backbone_lr, set_early_stopping, set_ema, set_negatives
 from ..config.training_set import count_training_images
 from ..config.work_dir import default_work_dir, hold_work_dir
 from ..datasets.configure import check_classes

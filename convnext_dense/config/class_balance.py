@@ -132,11 +132,11 @@ def count_pixels(config: Config) -> tuple[Sequence[str], np.ndarray, list[tuple[
 
 
 def _format_rows(
-    unit: str, what: str, classes: Sequence[str], fractions: Sequence[float], values: Sequence[float]
+    unit: str, value_name: str, classes: Sequence[str], fractions: Sequence[float], values: Sequence[float]
 ) -> list[str]:
     """Format a table of classes, the rarest first."""
     rows = sorted(zip(fractions, classes, values))
     shown, width = rows[:MAX_ROWS], max(len(name) for name in ['class', *classes])
-    lines = [f'  {"class":{width}}  {unit:>7}  {what:>8}']
+    lines = [f'  {"class":{width}}  {unit:>7}  {value_name:>8}']
     lines += [f'  {name:{width}}  {fraction:7.2%}  {value:8.4g}' for fraction, name, value in shown]
     return lines + ([f'  and {len(rows) - len(shown)} more, less rare'] if rows[MAX_ROWS:] else [])

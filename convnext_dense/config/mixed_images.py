@@ -65,10 +65,11 @@ def set_mosaic(config: Config, enabled: bool) -> str | None:
     ]
     last_loader = max(i for i, step in enumerate(leaf['pipeline']) if _is_transform(step, 'LoadAnnotations'))
     _mix_images(config, leaf, last_loader + 1, steps)
-    last = max(1, round(FRACTION_WITHOUT_MOSAICS * epochs))
-    hook = dict(type='MosaicOffHook', num_last_epochs=last, skip_type_keys=list(MOSAIC_STEPS))
+    num_last_epochs = max(1, round(FRACTION_WITHOUT_MOSAICS * epochs))
+    hook = dict(type='MosaicOffHook', num_last_epochs=num_last_epochs, skip_type_keys=list(MOSAIC_STEPS))
     config.custom_hooks = [*(config.get('custom_hooks') or []), hook]
-    return f'mosaics of four images, but not in the last {f"{last} epochs" if last > 1 else "epoch"}'
+    last_epochs = f'{num_last_epochs} epochs' if num_last_epochs > 1 else 'epoch'
+    return f'mosaics of four images, but not in the last {last_epochs}'
 
 
 def set_copy_paste(config: Config, enabled: bool) -> str | None:
@@ -139,11 +140,11 @@ def _mix_images(config: Config, leaf: dict, index: int, steps: list[dict]) -> No
     are kept.
     """
     pipeline = leaf['pipeline']
-    leaf['pipeline'], after = pipeline[:index], [*steps, *pipeline[index:]]
-    for step in iter_dicts(after):
+    leaf['pipeline'], mixing_steps = pipeline[:index], [*steps, *pipeline[index:]]
+    for step in iter_dicts(mixing_steps):
         if _is_transform(step, 'FilterAnnotations'):
             step['keep_empty'] = False  # which in mmdet means that an image without boxes is kept
         elif _is_transform(step, 'RandomCrop'):
             step['allow_negative_crop'] = True
     loader = config.train_dataloader
-    loader['dataset'] = dict(type='MultiImageMixDataset', dataset=loader['dataset'], pipeline=after)
+    loader['dataset'] = dict(type='MultiImageMixDataset', dataset=loader['dataset'], pipeline=mixing_steps)

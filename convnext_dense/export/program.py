@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from ..checkpoints.exported_meta import ExportedMeta
 from ..errors import UsageError, one_line
 from ..inference.model import Predictor
-from ..inference.pipelines import innermost_dataset
+from ..inference.preprocessing import innermost_dataset
 
 EXAMPLE_SIZE = 224, 288  # of the images that are traced: neither square nor small, and quick
 CONFIG_KEYS = ('default_scope', 'custom_imports', 'model')

@@ -23,7 +23,7 @@ from ..config.work_dir import find_resume_checkpoint
 from ..errors import UsageError
 from ..paper.results import RESULTS
 from ..type_names import REGISTRIES, SCOPES, TASKS, class_of
-from .pipelines import innermost_dataset
+from .preprocessing import innermost_dataset
 
 # Patterns of parameter names that only models for one task have.
 HEAD_RE = {

@@ -85,9 +85,10 @@ def decode_window(rle: dict, window: Sequence[int]) -> np.ndarray:
     counts = decode_rle_runs(counts.decode() if isinstance(counts, bytes) else counts)
     ends = np.cumsum(counts)
     runs = np.stack([ends[:-1:2], ends[1::2]], 1) if len(ends) > 1 else np.zeros((0, 2), np.int64)
-    first, last = left * height, right * height  # pixels are counted by columns
-    columns = np.zeros(last - first, np.uint8)
-    for start, end in np.clip(runs[(runs[:, 1] > first) & (runs[:, 0] < last)], first, last) - first:
+    start_pixel, end_pixel = left * height, right * height  # pixels are counted by columns
+    columns = np.zeros(end_pixel - start_pixel, np.uint8)
+    is_inside = (runs[:, 1] > start_pixel) & (runs[:, 0] < end_pixel)
+    for start, end in np.clip(runs[is_inside], start_pixel, end_pixel) - start_pixel:
         columns[start:end] = 1
     return np.ascontiguousarray(columns.reshape(right - left, height)[:, top:bottom].T)
 

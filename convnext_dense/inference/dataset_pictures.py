@@ -67,42 +67,42 @@ def write_pictures(config: Config, data: CheckedDataset, folder: str) -> list[st
                 '--pictures: the recipe cannot train on this data set: start train.py --dry-run to see why'
             )
         steps = [step for step in leaf['pipeline'] if is_type(step.get('type'), TRANSFORMS, *LOADERS)]
-        plain_config = Config(dict(train_dataloader=dict(dataset=leaf), default_scope=config.default_scope))
-        plain = build_training_set(plain_config, pipeline=deepcopy(steps))
+        unaugmented_config = Config(dict(train_dataloader=dict(dataset=leaf), default_scope=config.default_scope))
+        unaugmented = build_training_set(unaugmented_config, pipeline=deepcopy(steps))
         sheet, statistics = (os.path.join(folder, f'{data.task}_{name}.png') for name in ('images', 'statistics'))
-        cv2.imwrite(sheet, draw_contact_sheet(plain, dataset, data.palette or ()))
+        cv2.imwrite(sheet, draw_contact_sheet(unaugmented, dataset, data.palette or ()))
         lines = [f'pictures: {sheet}: images as they are, and as the training sees them']
         if data.task == 'detection':
-            boxes, sizes, labels = read_boxes(plain, resize_scale(config))
+            boxes, sizes, labels = read_boxes(unaugmented, resize_scale(config))
             coverage = anchor_coverage(config.model, boxes, sizes)
             lines += [_describe_coverage(coverage, config)] if coverage is not None else []
-            plot_boxes(boxes, labels, coverage, plain.metainfo['classes'], statistics)
+            plot_boxes(boxes, labels, coverage, unaugmented.metainfo['classes'], statistics)
         else:
             plot_pixels(*count_pixels(config), statistics)
     return [*lines, f'pictures: {statistics}: classes and sizes']
 
 
-def draw_contact_sheet(plain, augmented, palette: Sequence) -> np.ndarray:
+def draw_contact_sheet(unaugmented, augmented, palette: Sequence) -> np.ndarray:
     """Draw images of a data set with their annotations, each before and after augmentation.
 
     Args:
-        plain: The data set with a pipeline that only loads images and annotations.
+        unaugmented: The data set with a pipeline that only loads images and annotations.
         augmented: The data set with the training pipeline; it may repeat or mix images.
         palette: RGB colors of the classes; empty for the default.
 
     Returns:
         (H, W, 3) BGR of uint8.
     """
-    names, cells = {plain.get_data_info(i)['img_path']: i for i in range(len(plain))}, []
-    for i in np.linspace(0, len(augmented) - 1, min(len(plain), MAX_IMAGES)).astype(int).tolist():
+    names, cells = {unaugmented.get_data_info(i)['img_path']: i for i in range(len(unaugmented))}, []
+    for i in np.linspace(0, len(augmented) - 1, min(len(unaugmented), MAX_IMAGES)).astype(int).tolist():
         path = augmented.get_data_info(i)['img_path']
         seed_everything(0, i)
-        for sample, what in ((plain[names[path]], os.path.basename(path)), (augmented[i], 'in training')):
+        for sample, title in ((unaugmented[names[path]], os.path.basename(path)), (augmented[i], 'in training')):
             image = sample['inputs'].permute(1, 2, 0).numpy()
             height, width = image.shape[:2]
-            picture = draw_ground_truth(image, sample['data_samples'], plain.metainfo['classes'], palette, SIDE)
-            picture = write_caption(picture, f'{what}, {width} x {height}')
-            gap = GAP if what == 'in training' else 1  # the two pictures of an image are adjacent
+            picture = draw_ground_truth(image, sample['data_samples'], unaugmented.metainfo['classes'], palette, SIDE)
+            picture = write_caption(picture, f'{title}, {width} x {height}')
+            gap = GAP if title == 'in training' else 1  # the two pictures of an image are adjacent
             cells.append(cv2.copyMakeBorder(picture, 0, GAP, 0, gap, cv2.BORDER_CONSTANT, value=(255, 255, 255)))
     row = 2 * PAIRS_PER_ROW
     return stack_rows([cells[start : start + row] for start in range(0, len(cells), row)])
@@ -152,10 +152,10 @@ def anchor_coverage(model: dict, boxes: np.ndarray, sizes: np.ndarray) -> np.nda
     best = np.zeros(len(boxes))
     for anchors, stride in zip(generator.base_anchors, generator.strides):
         step = np.array(stride, float)  # (x, y)
-        last = np.ceil(sizes[:, ::-1] / step) - 1  # of the feature map
+        max_index = np.ceil(sizes[:, ::-1] / step) - 1  # of the feature map
         for anchor in anchors.numpy().astype(float):
             offset = (boxes[:, :2] + boxes[:, 2:] - anchor[:2] - anchor[2:]) / 2
-            shift = np.clip(np.round(offset / step), 0, last) * step
+            shift = np.clip(np.round(offset / step), 0, max_index) * step
             best = np.maximum(best, _iou(boxes, anchor + np.tile(shift, 2)))
     return best
 

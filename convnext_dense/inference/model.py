@@ -29,7 +29,7 @@ from .exported import NEEDS_LOGITS, ExportedModel, check_exported_options
 from .images import from_array, from_pil, read_image
 from .large_segmentation import labels_alone
 from .options import PredictOptions, class_indices
-from .pipelines import is_resize, test_steps
+from .preprocessing import is_resize, split_test_pipeline
 from .results import select_classes, select_instances
 from .sessions import session_device
 from .tiling import predict_tiled
@@ -149,7 +149,7 @@ class Predictor:
         self.palette, self.device, self.amp_dtype = source.palette, device, amp_dtype
         model.cfg = source.config
         model.dataset_meta = dict(classes=self.classes, palette=[list(color) for color in source.palette] or 'random')
-        self.color_type, self.steps = test_steps(source.config)
+        self.color_type, self.steps = split_test_pipeline(source.config)
         self.pipeline = Compose(self.steps)
 
     @cached_property

@@ -6,14 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..channel_files import (
-    TIFF_SUFFIXES,
-    ChannelReader,
-    describe_file,
-    explain_errors,
-    open_tiff,
-    read_bands,
-)
+from ..channel_files import TIFF_SUFFIXES, ChannelReader, describe_file, explain_errors, open_tiff, read_bands
 from ..errors import UnreadableImageError
 from .images import ORIENTATION, ColorType, from_array, read_image
 

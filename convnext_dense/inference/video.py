@@ -13,13 +13,13 @@ import numpy as np
 from mmengine.structures import BaseDataElement
 
 from ..errors import UnreadableImageError
+from .batch_prediction import OrderedWriting, RunReport, explain_out_of_memory, make_recorder, pool, prefetch
 from .coco_writer import CocoWriter
 from .images import from_array
 from .inputs import InputFile
 from .model import Predictor
 from .options import PredictOptions
 from .output import OutputFolder, Written, write_file
-from .pipeline import OrderedWriting, RunReport, explain_out_of_memory, make_recorder, pool, prefetch
 from .progress import Progress
 
 CODEC, SUFFIX = 'mp4v', '.mp4'  # every build of OpenCV with FFmpeg can write these

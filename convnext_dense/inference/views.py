@@ -14,7 +14,7 @@ from ..config.tree import iter_dicts
 from ..errors import UsageError
 from ..models.multiscale_tta import MultiScaleSegmentor
 from .merging import detector_limits, merge_detections
-from .pipelines import is_resize
+from .preprocessing import is_resize
 
 DETECTION_SCALE_FACTORS = (0.75, 1.0, 1.25)  # relative to the model's test scale
 

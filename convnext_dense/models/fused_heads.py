@@ -41,10 +41,10 @@ def is_conv_norm_act(module: nn.Module) -> bool:
     if type(module) not in (ConvModule, FusedConvModule) or module.order != ('conv', 'norm', 'act'):
         return False
     children = [*module.children()]
-    convolution, *others = children
+    convolution, *norm_and_act = children
     if type(convolution) is not nn.Conv2d or convolution.padding_mode != 'zeros' or module.with_explicit_padding:
         return False
-    if not isinstance(convolution.padding, tuple) or not all(type(m) in (*NORMS, nn.ReLU) for m in others):
+    if not isinstance(convolution.padding, tuple) or not all(type(m) in (*NORMS, nn.ReLU) for m in norm_and_act):
         return False
     return dispatch.may_replace(module, *children)
 

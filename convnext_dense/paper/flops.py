@@ -222,10 +222,10 @@ class _FlopsForward(nn.Module):
         self.model.panoptic_head(features, [BaseDataElement(metainfo={})])
 
     def _segmentor(self, features):
-        first, *others = as_modules(self.model.decode_head)
-        with_samples = 'batch_data_samples' in inspect.signature(first.forward).parameters
-        output = first(features, *[[BaseDataElement(metainfo={})]] * with_samples)
-        for head in others:  # each refines the output of the previous one
+        first_head, *refining_heads = as_modules(self.model.decode_head)
+        with_samples = 'batch_data_samples' in inspect.signature(first_head.forward).parameters
+        output = first_head(features, *[[BaseDataElement(metainfo={})]] * with_samples)
+        for head in refining_heads:  # each refines the output of the previous one
             output = head(features, output)
 
     def _two_stage(self, features):

@@ -34,8 +34,8 @@ def diff_from_recipe(config: Config, result: PaperResult) -> list[str]:
     Returns:
         Short keys such as 'optimizer.lr', 'length' or 'weights', without duplicates.
     """
-    ours, theirs = (dict(_flatten_settings(c)) for c in (config, load_recipe(result)))
-    changed = [key for key in {**theirs, **ours} if not is_equal(ours.get(key), theirs.get(key))]
+    settings, expected = (dict(_flatten_settings(c)) for c in (config, load_recipe(result)))
+    changed = [key for key in {**expected, **settings} if not is_equal(settings.get(key), expected.get(key))]
     return list(dict.fromkeys(map(_shorten, changed)))
 
 

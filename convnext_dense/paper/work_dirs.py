@@ -18,13 +18,7 @@ from ..config.work_dir import TIMESTAMP_GLOB, read_log_text
 from ..engine.checkpoint_hook import LAST_CKPT_FILE
 from ..errors import UsageError
 from .recipe_diff import diff_from_recipe
-from .results import (
-    RELEASED_TOLERANCE,
-    RETRAIN_TOLERANCE,
-    PaperResult,
-    find_paper_result,
-    to_paper_metrics,
-)
+from .results import RELEASED_TOLERANCE, RETRAIN_TOLERANCE, PaperResult, find_paper_result, to_paper_metrics
 from .session import SCALARS_FILE, Session, is_number
 
 # Expected types of the parts of a config that are read here; all are optional.

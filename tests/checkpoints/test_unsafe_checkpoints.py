@@ -475,11 +475,11 @@ def mutate_file(file: Path, rng: random.Random) -> bytes:
     return target.getvalue()
 
 
-def read_all_values(value, seen: set) -> None:
+def read_all_values(value, visited_ids: set) -> None:
     """Read every value of every tensor and array."""
-    if id(value) in seen:
+    if id(value) in visited_ids:
         return
-    seen.add(id(value))
+    visited_ids.add(id(value))
     if isinstance(value, torch.Tensor):
         value.detach().clone().reshape(-1).to(torch.complex64 if value.is_complex() else torch.float64).sum()
     elif isinstance(value, np.ndarray):
@@ -487,12 +487,12 @@ def read_all_values(value, seen: set) -> None:
         value.copy().tobytes()
     elif isinstance(value, (dict, Namespace)):
         for item in (vars(value) if isinstance(value, Namespace) else value).items():
-            read_all_values(item, seen)
+            read_all_values(item, visited_ids)
     elif isinstance(value, (list, tuple, set)):
         for item in value:
-            read_all_values(item, seen)
+            read_all_values(item, visited_ids)
     elif isinstance(value, HistoryBuffer):
-        read_all_values(list(value.data), seen)
+        read_all_values(list(value.data), visited_ids)
 
 
 def fuzz(folder: Path, first_seed: int, end_seed: int) -> None:

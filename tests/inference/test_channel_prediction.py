@@ -31,16 +31,16 @@ def tiff(tmp_path_factory):
 
 def test_rows_are_those_of_the_whole_image(tiff):
     path, pixels = tiff
-    whole = read_image(path, READER).pixels
-    assert np.array_equal(whole, (pixels[..., [3, 0, 2]] - np.float32(READER.mean)) / np.float32(READER.std))
+    image = read_image(path, READER).pixels
+    assert np.array_equal(image, (pixels[..., [3, 0, 2]] - np.float32(READER.mean)) / np.float32(READER.std))
     reader = open_rows(path, READER)
     assert type(reader) is ChannelRowReader and reader.size == (200, 200)
     for top, bottom in ((0, 90), (40, 130), (150, 200)):
-        assert np.array_equal(reader.read(top, bottom), whole[top:bottom])
+        assert np.array_equal(reader.read(top, bottom), image[top:bottom])
     reader.close()
     np.save(path.with_suffix('.npy'), pixels)
     reader = open_rows(path.with_suffix('.npy'), READER)
-    assert type(reader) is RowReader and np.array_equal(reader.read(0, 200), whole)
+    assert type(reader) is RowReader and np.array_equal(reader.read(0, 200), image)
 
 
 def test_other_files_are_refused(tiff, tmp_path):
@@ -55,10 +55,10 @@ def test_other_files_are_refused(tiff, tmp_path):
 def test_pictures(tiff):
     """The first three channels, from red to blue; reduced in strips as at once."""
     path, _ = tiff
-    whole = read_image(path, READER).pixels
-    assert np.array_equal(to_bgr(whole), to_rgb(whole)[..., ::-1])
+    image = read_image(path, READER).pixels
+    assert np.array_equal(to_bgr(image), to_rgb(image)[..., ::-1])
     picture, size = read_reduced(path, READER)
-    assert size == (200, 200) and np.array_equal(picture, to_bgr(whole))
+    assert size == (200, 200) and np.array_equal(picture, to_bgr(image))
 
 
 def test_arrays_in_folders_without_images(tmp_path):
@@ -94,18 +94,19 @@ def test_permuted_channels_and_stem_give_the_same(task, tiff, tmp_path):
     model, weights = build(tmp_path, task, READER)
     order = [0, 2, 1]
     permuted = ChannelReader(*(tuple(values[i] for i in order) for values in READER[:3]), *READER[3:])
-    other, _ = build(tmp_path / 'other', task, permuted, weights)
+    permuted_model, _ = build(tmp_path / 'other', task, permuted, weights)
     path, pixels = tiff
     key = 'pred_sem_seg' if task == 'segmentation' else 'pred_instances'
     options = {} if task == 'segmentation' else dict(max_per_image=5)
-    ours, theirs = (getattr(m.predict(str(path), **options), key) for m in (model, other))
+    result, permuted_result = (getattr(m.predict(str(path), **options), key) for m in (model, permuted_model))
     if task == 'segmentation':
-        assert ours.data.unique().numel() > 1 and (ours.data == theirs.data).float().mean() > 0.999
+        assert result.data.unique().numel() > 1 and (result.data == permuted_result.data).float().mean() > 0.999
     else:
-        assert len(ours) == 5 and torch.allclose(ours.scores, theirs.scores, atol=1e-4)
+        assert len(result) == 5 and torch.allclose(result.scores, permuted_result.scores, atol=1e-4)
     for array in (pixels, pixels[..., [3, 0, 2]]):  # all channels of the files, or those of the model
-        again = getattr(model.predict(array, **options), key)
-        assert torch.equal(again.data, ours.data) if task == 'segmentation' else torch.equal(again.bboxes, ours.bboxes)
+        array_result = getattr(model.predict(array, **options), key)
+        name = 'data' if task == 'segmentation' else 'bboxes'
+        assert torch.equal(getattr(array_result, name), getattr(result, name))
     sample = model.predict(str(path), tile=128, **options)
     assert sample.ori_shape == (200, 200) and model.draw(str(path), sample).size[0] >= 200
     with pytest.raises(UsageError, match='an image of 4 channels: the model takes 3 or 5'):

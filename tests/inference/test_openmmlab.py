@@ -10,25 +10,29 @@ from convnext_dense.inference.model import load_model
 from helpers.paths import ROOT
 
 
-def assert_equal_instances(ours, theirs):
-    assert len(ours) == len(theirs)
-    torch.testing.assert_close(ours.bboxes, theirs.bboxes, rtol=0, atol=1e-3)
-    torch.testing.assert_close(ours.scores, theirs.scores, rtol=0, atol=1e-6)
-    assert torch.equal(ours.labels, theirs.labels)
-    assert torch.equal(torch.as_tensor(ours.masks), torch.as_tensor(theirs.masks))
+def assert_equal_instances(actual, expected):
+    assert len(actual) == len(expected)
+    torch.testing.assert_close(actual.bboxes, expected.bboxes, rtol=0, atol=1e-3)
+    torch.testing.assert_close(actual.scores, expected.scores, rtol=0, atol=1e-6)
+    assert torch.equal(actual.labels, expected.labels)
+    assert torch.equal(torch.as_tensor(actual.masks), torch.as_tensor(expected.masks))
 
 
-def count_missing(ours, theirs) -> int:
+def count_missing(actual, expected) -> int:
     """How many of their detections are not among ours, in any order: boxes to 0.01 pixels, scores to 1e-4."""
     missing = 0
-    for i in range(len(theirs)):
-        distance = (ours.bboxes - theirs.bboxes[i]).abs().amax(1)
-        near = (distance < 1e-2) & ((ours.scores - theirs.scores[i]).abs() < 1e-4) & (ours.labels == theirs.labels[i])
+    for i in range(len(expected)):
+        distance = (actual.bboxes - expected.bboxes[i]).abs().amax(1)
+        near = (
+            (distance < 1e-2)
+            & ((actual.scores - expected.scores[i]).abs() < 1e-4)
+            & (actual.labels == expected.labels[i])
+        )
         if not near.any():
             missing += 1
             continue
         j = distance.masked_fill(~near, float('inf')).argmin()
-        assert (torch.as_tensor(ours.masks)[j] != torch.as_tensor(theirs.masks)[i]).float().mean() < 1e-3
+        assert (torch.as_tensor(actual.masks)[j] != torch.as_tensor(expected.masks)[i]).float().mean() < 1e-3
     return missing
 
 
@@ -55,12 +59,12 @@ def test_detections_equal_mmdet(recipe, checkpoints, predictors, photos, load_st
     stock = load_stock(recipe)
     n_detections = n_missing = 0
     for path in photos:
-        theirs = inference_detector(detector, str(path)).pred_instances
-        ours = predictors[recipe].predict(path)
-        assert ours.img_path == str(path)
-        n_missing += count_missing(ours.pred_instances, theirs)
-        assert_equal_instances(stock.predict(path).pred_instances, theirs)
-        n_detections += len(theirs)
+        expected = inference_detector(detector, str(path)).pred_instances
+        sample = predictors[recipe].predict(path)
+        assert sample.img_path == str(path)
+        n_missing += count_missing(sample.pred_instances, expected)
+        assert_equal_instances(stock.predict(path).pred_instances, expected)
+        n_detections += len(expected)
     assert n_detections > 500 and n_missing <= 0.01 * n_detections
 
 
@@ -72,12 +76,12 @@ def test_segmentation_equals_mmseg(checkpoints, predictors, photos, load_stock):
     stock = load_stock('upernet')
     labels = set()
     for path in photos:
-        theirs = inference_model(segmentor, str(path)).pred_sem_seg.data
-        ours = predictors['upernet'].predict(path)
-        assert 'seg_logits' not in ours  # they would be the largest part of a result
-        assert (ours.pred_sem_seg.data != theirs).float().mean() < 1e-4
-        assert torch.equal(stock.predict(path).pred_sem_seg.data, theirs)
-        labels |= set(theirs.unique().tolist())
+        expected = inference_model(segmentor, str(path)).pred_sem_seg.data
+        sample = predictors['upernet'].predict(path)
+        assert 'seg_logits' not in sample  # they would be the largest part of a result
+        assert (sample.pred_sem_seg.data != expected).float().mean() < 1e-4
+        assert torch.equal(stock.predict(path).pred_sem_seg.data, expected)
+        labels |= set(expected.unique().tolist())
     assert len(labels) > 2
 
 
@@ -97,8 +101,8 @@ def test_mmdet_functions_accept_the_model(predictors, photos):
 
     predictor = predictors['mask_rcnn']
     init_default_scope('mmdet')  # the last model that was loaded is mmseg's
-    theirs = inference_detector(predictor.model, str(photos[0]))
-    assert_equal_instances(predictor.predict(photos[0]).pred_instances, theirs.pred_instances)
+    expected = inference_detector(predictor.model, str(photos[0]))
+    assert_equal_instances(predictor.predict(photos[0]).pred_instances, expected.pred_instances)
 
 
 @pytest.fixture

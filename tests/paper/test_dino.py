@@ -475,10 +475,10 @@ def test_demo_trains(tmp_path, monkeypatch):
     wrapper = build_optim_wrapper(model, copy.deepcopy(config.optim_wrapper))
     config.train_dataloader.update(num_workers=0, persistent_workers=False, batch_size=2)
     batches = iter(Runner.build_dataloader(config.train_dataloader, seed=0))
-    before = {name: parameter.clone() for name, parameter in model.backbone.named_parameters()}
+    initial_weights = {name: parameter.clone() for name, parameter in model.backbone.named_parameters()}
     losses = [model.train_step(next(batches), wrapper)['loss'].item() for _ in range(30)]
     assert sum(losses[-8:]) < 0.75 * sum(losses[:8]), losses
-    assert all(not torch.equal(p, before[name]) for name, p in model.backbone.named_parameters())
+    assert all(not torch.equal(p, initial_weights[name]) for name, p in model.backbone.named_parameters())
 
 
 def test_weights_load_without_the_norm_of_an_unused_stage(tmp_path):

@@ -107,13 +107,13 @@ def test_the_head_alone_learns(tmp_path):
         in_head = name.startswith('decode_head.')
         assert settings.get(id(p), (0, 0)) == ((1e-3, 1e-3) if in_head else (0, 0)), name
         assert p.requires_grad or name.startswith(('backbone.stages', 'backbone.downsample'))
-    before = {name: p.clone() for name, p in model.named_parameters()}
+    initial_weights = {name: p.clone() for name, p in model.named_parameters()}
     wrapper = build_optim_wrapper(model, copy.deepcopy(config.optim_wrapper))
     samples = [sample(64) for _ in range(2)]
     data = dict(inputs=[torch.randint(0, 255, (3, 64, 64)).byte() for _ in range(2)], data_samples=samples)
     model.train_step(data, wrapper)
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == {name for name in before if name.startswith('decode_head.')}
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, initial_weights[name])}
+    assert changed == {name for name in initial_weights if name.startswith('decode_head.')}
 
 
 def sample(side: int):

@@ -121,13 +121,13 @@ def test_schedules():
 
 def test_ade20k_pipelines():
     config = load(ADE20K)
-    resize, crop, *others = config.train_dataloader.dataset.pipeline[2:]
+    resize, crop, *final_transforms = config.train_dataloader.dataset.pipeline[2:]
     assert resize == dict(
         type='RandomChoiceResize', scales=[int(x * 0.1 * 640) for x in range(5, 21)], resize_type='ResizeShortestEdge',
         max_size=2560,
     )  # fmt: skip
     assert crop == dict(type='RandomCrop', crop_size=(640, 640))  # any share of a class: SINGLE_CATEGORY_MAX_AREA 1.0
-    assert [step.type for step in others] == ['RandomFlip', 'PhotoMetricDistortion', 'PackSegInputs']
+    assert [step.type for step in final_transforms] == ['RandomFlip', 'PhotoMetricDistortion', 'PackSegInputs']
     assert config.train_pipeline == config.train_dataloader.dataset.pipeline
     for loader in (config.val_dataloader, config.test_dataloader):
         assert loader.dataset.pipeline[1] == dict(type='Resize', scale=(2560, 640), keep_ratio=True)
@@ -149,15 +149,15 @@ def test_head_equals_mmdet_and_mmseg(name):
     """Modules, numbers of weights, losses, matching and points of mmseg's and mmdet's own config."""
     config, stock = load(name), Config.fromfile(STOCK[name], import_custom_modules=False)
     key = 'decode_head' if name == ADE20K else 'panoptic_head'
-    ours, theirs = config.model[key], stock.model[key]
-    theirs.in_channels = ours.in_channels
-    heads = [build_on_meta(head) for head in (copy.deepcopy(ours), copy.deepcopy(theirs))]
+    head, stock_head = config.model[key], stock.model[key]
+    stock_head.in_channels = head.in_channels
+    heads = [build_on_meta(head) for head in (copy.deepcopy(head), copy.deepcopy(stock_head))]
     ours_text, theirs_text = (str(head).replace('Dropout(p=0.0, inplace=False)', 'Identity()') for head in heads)
     assert ours_text == theirs_text
     shapes = [{n: tuple(p.shape) for n, p in head.state_dict().items()} for head in heads]
     assert shapes[0] == shapes[1]
     for loss in ('loss_cls', 'loss_mask', 'loss_dice'):
-        assert {**ours[loss], 'type': 0} == {**theirs[loss], 'type': 0}
+        assert {**head[loss], 'type': 0} == {**stock_head[loss], 'type': 0}
     holder = (lambda c: c.model.decode_head) if name == ADE20K else (lambda c: c.model)
     points = [holder(c).train_cfg for c in (config, stock)]
     assert without(points[0], 'type') == without(points[1], 'type')
@@ -173,8 +173,8 @@ def test_instance_recipe_equals_mmdet():
     assert config.test_dataloader == load('mask_rcnn/convnext_t').test_dataloader
     assert config.model.data_preprocessor == without(stock.model.data_preprocessor, 'seg_pad_value')
     assert config.model.test_cfg == {**stock.model.test_cfg, 'panoptic_on': False}
-    ours, theirs = config.model.panoptic_fusion_head, stock.model.panoptic_fusion_head
-    assert {**ours, 'init_cfg': None} == theirs
+    head, stock_head = config.model.panoptic_fusion_head, stock.model.panoptic_fusion_head
+    assert {**head, 'init_cfg': None} == stock_head
     assert config.train_cfg.max_iters == stock.train_cfg.max_iters
     assert config.param_scheduler[0].milestones == stock.param_scheduler.milestones
 
@@ -236,10 +236,10 @@ def test_demo_trains(tmp_path, monkeypatch):
     wrapper = build_optim_wrapper(model, copy.deepcopy(config.optim_wrapper))
     config.train_dataloader.update(num_workers=0, persistent_workers=False, batch_size=2)
     batches = iter(Runner.build_dataloader(config.train_dataloader, seed=0))
-    before = {name: parameter.clone() for name, parameter in model.backbone.named_parameters()}
+    initial_weights = {name: parameter.clone() for name, parameter in model.backbone.named_parameters()}
     losses = [model.train_step(next(batches), wrapper)['loss'].item() for _ in range(30)]
     assert sum(losses[-5:]) < 0.75 * sum(losses[:5]), losses
-    assert all(not torch.equal(p, before[name]) for name, p in model.backbone.named_parameters())
+    assert all(not torch.equal(p, initial_weights[name]) for name, p in model.backbone.named_parameters())
 
 
 @pytest.fixture(autouse=True)

@@ -125,11 +125,11 @@ def test_lr_and_weight_decay_of_every_parameter(result):
 
 def assert_equal_keys(names: list[str], *keys: str) -> Config:
     """The config of the first recipe, once the others are seen to have the same under these keys."""
-    first, *others = map(load, names)
-    for other in others:
+    config, *other_configs = map(load, names)
+    for other_config in other_configs:
         for key in keys:
-            assert other[key] == first[key], key
-    return first
+            assert other_config[key] == config[key], key
+    return config
 
 
 def test_coco_schedule():
@@ -191,10 +191,10 @@ def test_differences_between_the_two_detectors():
 
 
 def test_cascades_differ_in_backbone_only():
-    cascade, *others = (load(name).model for name in DETECTION[1:])
-    for other in others:
-        other.update(backbone=cascade.backbone, neck=cascade.neck)
-        assert other == cascade
+    cascade, *other_configs = (load(name).model for name in DETECTION[1:])
+    for other_config in other_configs:
+        other_config.update(backbone=cascade.backbone, neck=cascade.neck)
+        assert other_config == cascade
 
 
 def test_coco_data():

@@ -236,8 +236,8 @@ def settings(file: Path, defaults: Mapping[str, type] = MappingProxyType({})) ->
     return flat_config
 
 
-def differences(stock: dict, ours: dict) -> dict[str, tuple]:
-    pairs = {key: (stock.get(key, ABSENT), ours.get(key, ABSENT)) for key in {**stock, **ours}}
+def differences(stock: dict, recipe: dict) -> dict[str, tuple]:
+    pairs = {key: (stock.get(key, ABSENT), recipe.get(key, ABSENT)) for key in {**stock, **recipe}}
     return {
         key: (stock_value, our_value) for key, (stock_value, our_value) in pairs.items() if stock_value != our_value
     }
@@ -245,22 +245,22 @@ def differences(stock: dict, ours: dict) -> dict[str, tuple]:
 
 @pytest.mark.parametrize('result', PAPER_RESULTS, ids=lambda result: result.recipe)
 def test_differences_from_the_stock_config(result):
-    stock, ours = stock_and_ours(result, f'convnext/{STOCK[result.recipe][0]}.py')
-    assert differences(stock, ours) == expected_differences(result)
+    stock, recipe = stock_and_ours(result, f'convnext/{STOCK[result.recipe][0]}.py')
+    assert differences(stock, recipe) == expected_differences(result)
 
 
 @pytest.mark.parametrize('result', [r for r in BASELINE_RESULTS if r.recipe in SWIN_STOCK], ids=lambda r: r.recipe)
 def test_differences_of_swin_from_the_stock_config(result):
     """Cascade Mask R-CNN with Swin is in neither: test_baselines.py compares it with the original."""
     name, weights, expected = SWIN_STOCK[result.recipe]
-    stock, ours = stock_and_ours(result, f'swin/{name}.py')
+    stock, recipe = stock_and_ours(result, f'swin/{name}.py')
     expected = expected | {'model.backbone.init_cfg.checkpoint': (f'{weights}.pth', result.weights)}
-    assert differences(stock, ours) == expected
+    assert differences(stock, recipe) == expected
 
 
 def test_differences_of_rtmdet_from_the_stock_config():
     result = next(result for result in LATER_RESULTS if result.recipe == 'rtmdet/convnext_b')
-    stock, ours = stock_and_ours(result, 'rtmdet/rtmdet_l_convnext_b_4xb32-100e_coco.py')
+    stock, recipe = stock_and_ours(result, 'rtmdet/rtmdet_l_convnext_b_4xb32-100e_coco.py')
     expected = {
         **COMMON,
         'total_batch': (ABSENT, 128),
@@ -278,20 +278,20 @@ def test_differences_of_rtmdet_from_the_stock_config():
         'optim_wrapper.paramwise_cfg.bypass_duplicate': (True, ABSENT),
         'custom_hooks.1.switch_pipeline.0.backend_args': (None, ABSENT),
     }
-    assert differences(stock, ours) == expected
+    assert differences(stock, recipe) == expected
 
 
 def stock_and_ours(result: PaperResult, stock_file: str) -> tuple[dict, dict]:
     package, defaults = (mmdet, COCO_DEFAULTS) if result.is_detection else (mmseg, ADE20K_DEFAULTS)
     stock = settings(Path(package.__path__[0], '.mim/configs', stock_file), defaults)
-    ours = settings(ROOT / 'configs' / f'{result.recipe}.py', defaults)
+    recipe = settings(ROOT / 'configs' / f'{result.recipe}.py', defaults)
     # The mirror that a release of mmdet or mmseg downloads from is its own business.
     place = 'model.backbone.init_cfg.checkpoint'
     stock[place] = PurePosixPath(stock[place]).name
     # mmseg writes the preprocessor a second time, for models that have none.
     for key in [key for key in stock if key.startswith('data_preprocessor.')]:
         assert stock.pop(key) == stock[f'model.{key}']
-    return stock, ours
+    return stock, recipe
 
 
 def test_differences_of_toy_detection_from_coco():

@@ -14,7 +14,7 @@ def is_resize(step: dict) -> bool:
     return is_type(step.get('type'), TRANSFORMS, 'Resize') and isinstance(step.get('scale'), (tuple, list))
 
 
-def test_steps(config: Config) -> tuple[ColorType, list[dict]]:
+def split_test_pipeline(config: Config) -> tuple[ColorType, list[dict]]:
     """Split the test pipeline of a config into loading a file and the transforms after it.
 
     Args:

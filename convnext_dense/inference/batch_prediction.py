@@ -61,9 +61,9 @@ class RunReport:
     model_seconds: float = 0.0
     seconds: float = field(default=0.0)
 
-    def add(self, other: 'RunReport') -> None:
+    def add(self, report: 'RunReport') -> None:
         """Add the numbers of another report."""
-        for name, value in vars(other).items():
+        for name, value in vars(report).items():
             setattr(self, name, getattr(self, name) + value)
 
 

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from convnext_dense.errors import TrainingError
+from convnext_dense.inference.batch_prediction import MAX_WAITING, OrderedWriting, explain_out_of_memory, prefetch
 from convnext_dense.inference.options import PredictOptions
-from convnext_dense.inference.pipeline import MAX_WAITING, OrderedWriting, explain_out_of_memory, prefetch
 from convnext_dense.inference.progress import Progress
 
 
