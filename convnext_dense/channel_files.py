@@ -88,6 +88,12 @@ class ChannelReader(NamedTuple):
         return np.nan_to_num(pixels, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
 
 
+def denormalize(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Return the values (..., C, H, W), of float32, whose normalized ones are given."""
+    mean, std = (np.float64(values)[:, None, None] for values in (mean, std))
+    return (images * std + mean).astype(np.float32)
+
+
 def to_rgb(pixels: np.ndarray) -> np.ndarray:
     """Return the first three channels of a normalized image (H, W, C), or the first one, as a picture.
 

@@ -11,7 +11,8 @@ from ..errors import UsageError
 KEY = 'convnext_dense'
 FORMAT = 1
 TASKS = ('detection', 'segmentation')
-INPUTS = ('uint8', 'float32', 'raw')
+CHANNELS = 'channels'
+INPUTS = ('uint8', 'float32', CHANNELS, 'raw')
 MASKS = (None, 'image', 'box')
 
 
@@ -24,14 +25,16 @@ class ExportedMeta:
         classes: Names of the classes, in the order of the model's outputs.
         config: Text of the config of the model and of its test pipeline, as checkpoints hold it.
         palette: RGB color of each class; empty if none is known.
-        input: What `images` holds: 'uint8' or 'float32', RGB from 0 to 255, or 'raw', normalized and padded float32 in
-            the model's order of channels.
+        input: What `images` holds: 'uint8' or 'float32', RGB from 0 to 255; 'channels', float32 values of the channels
+            of an image file that `LoadImageChannels` of the config names, in its order; or 'raw', normalized and padded
+            float32 in the model's order of channels.
         size: Height and width of `images` where they are fixed.
         masks: Detection: 'image', masks in the pixels of the image; 'box', probabilities in the box; None without any.
         mean: Mean that the model subtracts from each channel, in its channel order.
         std: Standard deviation by which it then divides each channel.
         recipe: Name of the recipe, such as 'mask_rcnn/convnext_t', if it is one.
         versions: Versions of the packages that wrote the file, by package name.
+        channels: Number of channels of `images`; None in files of earlier versions.
     """
 
     task: str
@@ -45,6 +48,7 @@ class ExportedMeta:
     std: tuple[float, ...] = ()
     recipe: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    channels: int | None = None
 
     def to_json(self) -> str:
         """Return the text for the file's metadata."""
@@ -114,4 +118,5 @@ CHECKS = {
     'std': _tuple_of(_is_number),
     'recipe': lambda value: value is None or isinstance(value, str),
     'versions': lambda v: isinstance(v, dict) and all(map(_is_text, v.values())),
+    'channels': lambda value: value is None or _is_int(1, 2**16)(value),
 }

@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 
 from ..checkpoints.exported_files import is_exported
-from ..config.channels import channel_reader
 from ..errors import UsageError
 from ..export.check import INT8, check_file, compare_file, write_differences
 from ..export.files import WRITERS, files_of, onnx_to_openvino, write_onnx
@@ -88,8 +87,6 @@ def export(args: argparse.Namespace) -> None:
         raise UsageError('--int8 is for .onnx and .xml files without --half')
     calibration = [file.path for file in find_inputs(args.int8).images] if args.int8 else []
     source = find_model(args.checkpoint, args.config)
-    if channel_reader(source.config):
-        raise UsageError(f'{source.file} takes images of other channels than RGB, which exported files do not')
     predictor = build_predictor(source, check_device('cpu'), optimized=False)
     traced = trace(predictor, options, recipe=_recipe(args))
     with tempfile.TemporaryDirectory(dir=out.parent, prefix='.export-') as folder:

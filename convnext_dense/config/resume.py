@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from ..checkpoints.exported_files import is_exported, read_exported
 from ..checkpoints.hub import download
 from ..checkpoints.io import load_checkpoint
 from ..checkpoints.pretrained import naming_scheme_of
@@ -137,7 +138,9 @@ def check_resume(
 
 
 def checkpoint_config(checkpoint: str) -> Config | None:
-    """Return the config in a checkpoint file; None if it contains none."""
+    """Return the config in the file of a checkpoint or exported model; None if it contains none."""
+    if is_exported(checkpoint):
+        return parse_config_literal(read_exported(checkpoint).meta.config)
     text = (load_checkpoint(checkpoint).get('meta') or {}).get('cfg')
     return parse_config_literal(text) if text else None
 

@@ -289,9 +289,8 @@ def apply_custom_data(
 def _trained_channels(checkpoint: str, request: DatasetRequest) -> ChannelReader | None:
     """Return how the model of a checkpoint reads images, None if as RGB; UsageError if the request says otherwise."""
     saved = None
-    if not is_exported(checkpoint):
-        with suppress(UsageError):  # a config that is no data
-            saved = checkpoint_config(checkpoint)
+    with suppress(UsageError):  # a config that is no data
+        saved = checkpoint_config(checkpoint)
     trained = channel_reader(saved) if saved else None
     known = tuple(trained.channels) if trained else None
     if request.channels and request.channels != known:

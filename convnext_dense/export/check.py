@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from mmengine.structures import BaseDataElement
 
+from ..channel_files import denormalize
+from ..config.channels import channel_reader
 from ..datasets.toy_shapes import draw
 from ..errors import UsageError
 from ..inference.model import Predictor
 from ..inference.sessions import session_class
 from .preprocessing import Preprocess
-from .program import EXAMPLE_SIZE, ExportOptions, image_channels
+from .program import EXAMPLE_SIZE, ExportOptions, image_channels, input_dtype
 
 # Odd, portrait, larger than what was traced.
 SIZES = EXAMPLE_SIZE, (255, 317), (352, 208), (416, 544)
@@ -109,7 +111,8 @@ def compare_file(
         predictor: The model, in float32.
         options: With which it was exported.
         tolerance: Within which detections are partners.
-        batches: Images (N, C, H, W) of uint8, RGB; by default of several sizes, and a black one.
+        batches: Images (N, C, H, W) of uint8, RGB, or of the values of other channels; by default of several sizes, and
+            one that is black, or has no values.
     """
     session = session_class(path)(str(path), torch.device('cpu'))
     differences = []
@@ -129,16 +132,18 @@ def write_differences(differences: list[Difference], path: Path) -> None:
 
 
 def _default_batches(predictor: Predictor, options: ExportOptions) -> Iterator[np.ndarray]:
-    """Batches of images (N, C, H, W) of uint8: of the sizes, then a black one."""
+    """Batches of images (N, C, H, W) as files hold them: of the sizes, then a black one, or one without values."""
     rng = np.random.RandomState(0)
     crop = predictor.model.test_cfg.get('crop_size')
     sizes = [options.size] if options.size else [*SIZES, *([(crop[0] * 5 // 4, crop[1])] if crop else [])]
-    channels = image_channels(predictor)
+    channels, reader = image_channels(predictor), channel_reader(predictor.config)
     for i, (height, width) in enumerate(sizes):
         pictures = [draw(rng, max(height, width)).image[:height, :width] for _ in range(2 if i == 0 else 1)]
         images = np.stack(pictures).transpose(0, 3, 1, 2)
-        yield images[:, [c % 3 for c in range(channels)]]
-    yield np.zeros((1, channels, *sizes[0]), np.uint8)
+        images = images[:, [c % 3 for c in range(channels)]]
+        yield denormalize(images / 64 - 2, reader.mean, reader.std) if reader else images
+    shape = 1, channels, *sizes[0]
+    yield np.full(shape, np.nan, np.float32) if reader else np.zeros(shape, np.uint8)
 
 
 def _output_size(images: np.ndarray) -> tuple[int, int]:
@@ -147,11 +152,15 @@ def _output_size(images: np.ndarray) -> tuple[int, int]:
 
 
 def as_input(images: np.ndarray, predictor: Predictor, options: ExportOptions) -> np.ndarray:
-    """Return images (N, C, H, W) of uint8 as the exported file takes them."""
+    """Return images (N, C, H, W) as the exported file takes them."""
+    tensor = torch.from_numpy(images)
     if options.input == 'raw':
-        array = Preprocess(predictor.model.data_preprocessor)(torch.from_numpy(images)).numpy()
-        return array.astype(np.float16) if options.half else array
-    return images.astype(options.input)
+        tensor = _preprocess(tensor, predictor)
+    return tensor.to(input_dtype(predictor, options)).numpy()
+
+
+def _preprocess(images: torch.Tensor, predictor: Predictor) -> torch.Tensor:
+    return Preprocess(predictor.model.data_preprocessor, channel_reader(predictor.config))(images)
 
 
 @torch.inference_mode()
@@ -165,7 +174,7 @@ def predict(
     else:
         from mmseg.structures import SegDataSample as DataSample
     if output_size is None:
-        tensor = Preprocess(predictor.model.data_preprocessor)(tensor[None])[0]
+        tensor = _preprocess(tensor[None], predictor)[0]
     shape = tuple(tensor.shape[1:])
     original = output_size or shape
     scale = (shape[1] / original[1], shape[0] / original[0])
@@ -173,8 +182,16 @@ def predict(
     if output_size is None:
         sample.set_metainfo(dict(batch_input_shape=shape))
         return predictor.model.predict(tensor[None], [sample])[0]
-    bgr = tensor.flip(0) if len(tensor) == 3 else tensor
-    return predictor.model.test_step(dict(inputs=[bgr], data_samples=[sample]))[0]
+    packed = _as_packed(image, predictor)
+    return predictor.model.test_step(dict(inputs=[packed], data_samples=[sample]))[0]
+
+
+def _as_packed(image: np.ndarray, predictor: Predictor) -> torch.Tensor:
+    """An image (C, H, W) as the test pipeline packs it."""
+    reader = channel_reader(predictor.config)
+    if reader:
+        return torch.from_numpy(np.moveaxis(reader.normalize(np.moveaxis(image, 0, -1)), -1, 0))
+    return torch.from_numpy(image).flip(0) if len(image) == 3 else torch.from_numpy(image)
 
 
 # ---- differences -----------------------------------------------------------------------------------------------------

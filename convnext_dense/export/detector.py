@@ -9,6 +9,7 @@ from mmdet.models import MaskFormer, SingleStageDetector, TwoStageDetector
 from mmdet.models.detectors.base_detr import DetectionTransformer
 from torch import nn
 
+from ..channel_files import ChannelReader
 from ..errors import UsageError
 from .mask2former import QueriedInstances
 from .one_stage import PAA, YOLOX, OneStage
@@ -39,17 +40,18 @@ class ExportableDetector(nn.Module):
         model: mmdet's model, in evaluation mode.
         raw: Whether images are as the data preprocessor returns them, and results are in their pixels.
         masks: 'image' for masks in the size of the image, 'box' for those of the mask head.
+        reader: As of `Preprocess`.
 
     Raises:
         UsageError: If a part of the model is of a class whose computation is not known here.
     """
 
-    def __init__(self, model: nn.Module, raw: bool = False, masks: str = 'image'):
+    def __init__(self, model: nn.Module, raw: bool = False, masks: str = 'image', reader: ChannelReader | None = None):
         super().__init__()
         self.detect = _kind(model)(model)
         if masks == 'box' and self.detect.mask_form == 'image':
             raise UsageError(f'{type(model).__name__} has no masks in boxes: its masks are those of the image')
-        self.preprocess = nn.Identity() if raw else Preprocess(model.data_preprocessor)
+        self.preprocess = nn.Identity() if raw else Preprocess(model.data_preprocessor, reader)
         self.raw, self.masks, self.dtype = raw, masks, next(model.backbone.parameters()).dtype
 
     @property
@@ -61,7 +63,7 @@ class ExportableDetector(nn.Module):
         """Detect the objects of a batch of images.
 
         Args:
-            images: (N, 3, H, W), RGB from 0 to 255, uint8 or float32; with `raw` normalized and padded.
+            images: (N, C, H, W) as `Preprocess` takes them; with `raw` normalized and padded.
             output_size: (2,), int64: height and width of the images that these were resized from. Not with `raw`.
 
         Returns:

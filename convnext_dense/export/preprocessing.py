@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..channel_files import ChannelReader
 from ..errors import UsageError
 
 # Whose `forward` is known; of a class derived from one of them it may be another one.
@@ -16,12 +17,13 @@ class Preprocess(nn.Module):
 
     Args:
         data_preprocessor: mmdet's DetDataPreprocessor, mmseg's SegDataPreProcessor or mmengine's ImgDataPreprocessor.
+        reader: How the test pipeline reads and normalizes images of other channels than RGB; None if it does not.
 
     Raises:
         UsageError: If it is of a class that does something else.
     """
 
-    def __init__(self, data_preprocessor: nn.Module):
+    def __init__(self, data_preprocessor: nn.Module, reader: ChannelReader | None = None):
         super().__init__()
         forward = type(data_preprocessor).forward.__qualname__
         if forward not in (*DET_FORWARDS, *SEG_FORWARDS):
@@ -32,7 +34,9 @@ class Preprocess(nn.Module):
         is_seg = forward in SEG_FORWARDS
         # Without the underscore: mmseg before it was derived from mmengine's ImgDataPreprocessor.
         name = 'channel_conversion' if hasattr(data_preprocessor, 'channel_conversion') else '_channel_conversion'
-        self.is_bgr = not getattr(data_preprocessor, name)
+        converts = getattr(data_preprocessor, name)
+        self.flips = converts == (reader is not None)  # images of a reader come in the order of the test pipeline
+        self.normalize_channels = NormalizeChannels(reader) if reader else nn.Identity()
         self.normalizes = data_preprocessor._enable_normalize
         n_means = 1
         if self.normalizes:
@@ -42,7 +46,7 @@ class Preprocess(nn.Module):
         self.channels = None  # any number
         if is_seg and n_means == 3:
             self.channels = (1, 3)  # mmseg repeats a grayscale image
-        elif not is_seg and (n_means == 3 or not self.is_bgr):
+        elif not is_seg and (n_means == 3 or converts):
             self.channels = (3,)
         test_padding = (
             (data_preprocessor.test_cfg or {}) if is_seg else dict(size_divisor=data_preprocessor.pad_size_divisor)
@@ -55,7 +59,7 @@ class Preprocess(nn.Module):
 
         Args:
             images: (N, C, H, W), uint8 or float in 0 to 255; RGB where they have three channels, otherwise in the order
-                in which the files have them.
+                in which the files have them. With `reader`, the values of its channels in its order.
 
         Returns:
             What the model takes, (N, C, H', W') of float32, padded at the right and at the bottom.
@@ -67,7 +71,8 @@ class Preprocess(nn.Module):
         if self.channels and channels not in self.channels:
             allowed = ' or '.join(map(str, self.channels))
             raise UsageError(f'images of {channels} channels: the data_preprocessor takes {allowed}')
-        if channels == 3 and self.is_bgr:
+        images = self.normalize_channels(images)
+        if channels == 3 and self.flips:
             images = images[:, [2, 1, 0]]
         images = images.float()
         if self.normalizes:
@@ -83,3 +88,22 @@ class Preprocess(nn.Module):
         else:
             return images
         return F.pad(images, (0, right, 0, bottom), value=self.pad_value)
+
+
+class NormalizeChannels(nn.Module):
+    """What `ChannelReader.normalize` does.
+
+    Args:
+        reader: With mean and standard deviation of each channel.
+    """
+
+    def __init__(self, reader: ChannelReader):
+        super().__init__()
+        for name in ('mean', 'std'):
+            values = torch.tensor(getattr(reader, name), dtype=torch.float32)
+            self.register_buffer(name, values[:, None, None], persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalize values (N, C, H, W); those that are not finite become the mean."""
+        images = (images.float() - self.mean) / self.std
+        return torch.where(images.isfinite(), images, torch.zeros_like(images))

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import mmengine
+import numpy as np
 import torch
 from mmengine.config import Config
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from ..checkpoints.exported_meta import ExportedMeta
+from ..checkpoints.exported_meta import CHANNELS, ExportedMeta
+from ..config.channels import channel_reader
 from ..errors import UsageError, one_line
 from ..inference.model import Predictor
 from ..inference.preprocessing import innermost_dataset
@@ -30,7 +32,7 @@ class ExportOptions:
 
     Attributes:
         input: What `images` holds: 'uint8' or 'float32', RGB from 0 to 255, or 'raw': what the model's own data
-            preprocessor returns.
+            preprocessor returns. Of models of other channels than RGB, what is not raw is their values, as float32.
         size: Height and width of the images; None for any.
         masks: Detection: 'image' for masks in the size of the image, 'box' for the mask head's own.
         logits: Segmentation: whether the file returns `logits` in the place of `segmentation`.
@@ -72,7 +74,8 @@ def trace(predictor: Predictor, options: ExportOptions, recipe: str | None = Non
         UsageError: If a part of the model cannot be exported.
     """
     module = _exportable(predictor, options).eval()
-    images = torch.zeros(2, image_channels(predictor), *(options.size or EXAMPLE_SIZE), dtype=_dtype(options))
+    shape = 2, image_channels(predictor), *(options.size or EXAMPLE_SIZE)
+    images = torch.zeros(shape, dtype=input_dtype(predictor, options))
     any_size = {} if options.size else {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     args, dynamic_shapes = (images,), ({0: Dim.DYNAMIC, **any_size},)
     if options.input != 'raw':
@@ -98,26 +101,32 @@ def custom_operators(model: nn.Module) -> str:
 
 
 def image_channels(predictor: Predictor) -> int:
-    """Channels of the images that a model takes."""
-    mean = getattr(predictor.model.data_preprocessor, 'mean', None)
-    return 1 if predictor.color_type == 'grayscale' else 3 if mean is None else max(mean.numel(), 1)
+    """Number of channels of the images that a model takes."""
+    reader = channel_reader(predictor.config)
+    if reader:
+        return len(reader.channels)
+    if predictor.color_type == 'grayscale':
+        return 1
+    return predictor.config.model.get('backbone', {}).get('in_channels', 3)
 
 
 def _exportable(predictor: Predictor, options: ExportOptions) -> nn.Module:
     model = copy.deepcopy(predictor.model).half() if options.half else predictor.model
+    shared = dict(raw=options.input == 'raw', reader=channel_reader(predictor.config))
     if predictor.task == 'segmentation':
         from .segmentor import ExportableSegmentor
 
-        return ExportableSegmentor(model, raw=options.input == 'raw', logits=options.logits)
+        return ExportableSegmentor(model, logits=options.logits, **shared)
     from .detector import ExportableDetector
 
-    return ExportableDetector(model, raw=options.input == 'raw', masks=options.masks)
+    return ExportableDetector(model, masks=options.masks, **shared)
 
 
-def _dtype(options: ExportOptions) -> torch.dtype:
+def input_dtype(predictor: Predictor, options: ExportOptions) -> torch.dtype:
+    """Type of the images that an exported file takes."""
     if options.input == 'raw':
         return torch.float16 if options.half else torch.float32
-    return torch.uint8 if options.input == 'uint8' else torch.float32
+    return torch.float32 if options.input == 'float32' or channel_reader(predictor.config) else torch.uint8
 
 
 def _meta(predictor: Predictor, options: ExportOptions, module: nn.Module, recipe: str | None) -> ExportedMeta:
@@ -126,11 +135,8 @@ def _meta(predictor: Predictor, options: ExportOptions, module: nn.Module, recip
     dataset = innermost_dataset(config['test_dataloader']['dataset'])
     dataset = {key: dataset[key] for key in ('type', 'pipeline') if key in dataset}
     config = {key: config[key] for key in CONFIG_KEYS if key in config} | dict(test_dataloader=dict(dataset=dataset))
-    preprocessor = predictor.model.data_preprocessor
-    mean, std = (
-        tuple(getattr(preprocessor, name).flatten().tolist()) if hasattr(preprocessor, name) else ()
-        for name in ('mean', 'std')
-    )
+    reader, preprocessor = channel_reader(predictor.config), predictor.model.data_preprocessor
+    mean, std = (tuple(np.ravel(getattr(reader or preprocessor, name, ())).tolist()) for name in ('mean', 'std'))
     from .. import __version__
 
     return ExportedMeta(
@@ -138,13 +144,14 @@ def _meta(predictor: Predictor, options: ExportOptions, module: nn.Module, recip
         predictor.classes,
         Config(config).pretty_text,
         predictor.palette,
-        options.input,
+        CHANNELS if reader and options.input != 'raw' else options.input,
         options.size,
         options.masks if 'masks' in module.output_names else None,
         mean,
         std,
         recipe,
         dict(convnext_dense=__version__, torch=torch.__version__, mmengine=mmengine.__version__),
+        image_channels(predictor),
     )
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..channel_files import denormalize
+from ..config.channels import channel_reader
 from ..errors import UsageError
 from ..inference.model import Predictor
 from .check import as_input
@@ -27,13 +29,17 @@ def calibration_inputs(
     Raises:
         UsageError: If an image cannot be read, or is not of the size that the model takes.
     """
+    reader = channel_reader(predictor.config)
     for path in paths[:MAX_IMAGES]:
         pixels = predictor.read(path)
         image = predictor.prepare(pixels)['inputs'].numpy()
         if options.size and image.shape[1:] != tuple(options.size):
             height, width = image.shape[1:]
             raise UsageError(f'{path} is {height} x {width} at the scale of the test pipeline, not as --size says')
-        image = image[::-1] if len(image) == 3 else image
+        if reader:
+            image = denormalize(image, reader.mean, reader.std)
+        elif len(image) == 3:
+            image = image[::-1]
         inputs = dict(images=as_input(np.ascontiguousarray(image)[None], predictor, options))
         yield inputs if options.input == 'raw' else inputs | dict(output_size=np.int64(pixels.shape[:2]))
 

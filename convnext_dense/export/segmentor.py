@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..channel_files import ChannelReader
 from ..errors import UsageError
 from .preprocessing import Preprocess
 from .sizes import known_size, unknown, with_unknown_size
@@ -23,19 +24,22 @@ class ExportableSegmentor(nn.Module):
         model: mmseg's EncoderDecoder or one derived from it, optimized or not; it is set to evaluation mode.
         raw: Whether images come as `data_preprocessor` returns them, and the result stays at their size.
         logits: Whether to return logits, or labels.
+        reader: As of `Preprocess`.
 
     Raises:
         UsageError: If it is a model or a way of testing that cannot be exported.
     """
 
-    def __init__(self, model: nn.Module, *, raw: bool = False, logits: bool = False):
+    def __init__(
+        self, model: nn.Module, *, raw: bool = False, logits: bool = False, reader: ChannelReader | None = None
+    ):
         super().__init__()
         if hasattr(model.decode_head, 'pixel_decoder'):
             from .mask2former import traceable_segmentor  # needs mmdet, as mmseg's head does
 
             model = traceable_segmentor(model)
         self.model = model
-        self.preprocess = nn.Identity() if raw else Preprocess(model.data_preprocessor)
+        self.preprocess = nn.Identity() if raw else Preprocess(model.data_preprocessor, reader)
         self.returns_logits = logits
         test_cfg = model.test_cfg or {}
         self.mode = test_cfg.get('mode', 'whole')

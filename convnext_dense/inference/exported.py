@@ -13,7 +13,9 @@ from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from torch import nn
 from torch.nn.functional import interpolate
 
+from ..channel_files import denormalize
 from ..checkpoints.exported_files import ExportedFile, read_exported
+from ..checkpoints.exported_meta import CHANNELS
 from ..errors import UsageError
 from .options import PredictOptions
 from .sessions import session_class, session_device
@@ -102,7 +104,9 @@ class ExportedModel(nn.Module):
         head = head[-1] if isinstance(head, (list, tuple)) else head
         self.decode_head = SimpleNamespace(threshold=head.get('threshold') or BINARY_THR)
         preprocessor = model.get('data_preprocessor') or data_preprocessor or {}
-        self.is_rgb = bool(preprocessor.get('bgr_to_rgb'))
+        self.has_channels = meta.input == CHANNELS
+        keeps_order = self.has_channels or preprocessor.get('bgr_to_rgb')
+        self.mean = (meta.mean if keeps_order else meta.mean[::-1]) or [0.0]  # in the order of `images`
         self.preprocessor = MODELS.build(preprocessor) if meta.input == 'raw' else None
         device = session_device(self.file.path, device and str(device))
         self.session = session_class(self.file.path)(self.file.path, device, amp_dtype)
@@ -126,7 +130,7 @@ class ExportedModel(nn.Module):
         """Predict a batch.
 
         Args:
-            data: `inputs`, a list of (C, H, W) or a tensor (N, C, H, W), BGR if it has three channels, and
+            data: `inputs`, a list of (C, H, W) or a tensor (N, C, H, W), BGR or other channels, normalized, and
                 `data_samples` with `ori_shape`, as the test pipeline packs them.
 
         Returns:
@@ -164,6 +168,8 @@ class ExportedModel(nn.Module):
         """Return images (N, C, H, W) as the file expects them, and their geometry."""
         original = tuple(map(int, samples[0].ori_shape[:2]))
         inputs = [image.cpu() for image in inputs]
+        if len(inputs[0]) != (self.meta.channels or len(inputs[0])):
+            raise UsageError(f'images of {len(inputs[0])} channels: {self.file.path} takes {self.meta.channels}')
         shape, size = tuple(inputs[0].shape[1:]), self.session.size
         content = _content(shape, samples[0]) if self.task == 'detection' else shape
         if size and (shape[0] > size[0] or shape[1] > size[1]):
@@ -175,12 +181,14 @@ class ExportedModel(nn.Module):
             images = _pad(images.numpy(), size, [0.0])
             return images, Geometry(content, images.shape[2:], images.shape[2:], original)
         images = torch.stack(inputs).numpy()
-        images = images[:, ::-1] if images.shape[1] == 3 else images
-        dtype = np.dtype(self.meta.input)
+        if self.has_channels:
+            images = denormalize(images, self.meta.mean, self.meta.std)
+        elif images.shape[1] == 3:
+            images = images[:, ::-1]
+        dtype = np.dtype('float32' if self.has_channels else self.meta.input)
         if images.dtype != dtype:
             images = (images.round().clip(0, 255) if dtype == np.uint8 else images).astype(dtype)
-        mean = self.meta.mean if self.is_rgb else self.meta.mean[::-1]
-        images = _pad(images, size, mean or [0.0])
+        images = _pad(images, size, self.mean)
         canvas = images.shape[2:]
         space = tuple(max(round(s * o / c), o) for s, o, c in zip(canvas, original, content))
         return images, Geometry(content, canvas, space, original)

@@ -20,6 +20,7 @@ META = ExportedMeta(
     std=(58.395, 57.12, 57.375),
     recipe='mask_rcnn/convnext_t',
     versions={'torch': '2.13.0'},
+    channels=3,
 )
 
 
@@ -28,7 +29,7 @@ def test_round_trip():
     assert ExportedMeta.from_json(text, 'a.onnx') == META
     minimal = ExportedMeta('segmentation', ('a',), 'model = dict()')
     assert ExportedMeta.from_json(minimal.to_json(), 'a.onnx') == minimal
-    names = 'format task classes palette config input size masks mean std recipe versions'  # a public format
+    names = 'format task classes palette config input size masks mean std recipe versions channels'  # a public format
     assert json.loads(text) == json.loads(json.dumps({'format': 1, **dataclasses.asdict(META)}))
     assert set(json.loads(text)) == set(names.split())
 
@@ -64,6 +65,7 @@ INVALID_VALUES = {
     'std': [None, [True]],
     'recipe': [5],
     'versions': [None, ['torch'], {'torch': 2}],
+    'channels': [0, '3', 3.5, True],
 }
 
 

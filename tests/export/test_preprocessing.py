@@ -1,5 +1,6 @@
 """Images are prepared in the graph as mmdet's and mmseg's own data preprocessors do it."""
 
+import numpy as np
 import pytest
 import torch
 from mmdet.models import DetDataPreprocessor
@@ -8,8 +9,10 @@ from mmengine.model import BaseDataPreprocessor, ImgDataPreprocessor
 from mmseg.models import SegDataPreProcessor
 from mmseg.structures import SegDataSample
 
+from convnext_dense.channel_files import ChannelReader
 from convnext_dense.errors import UsageError
 from convnext_dense.export.preprocessing import Preprocess
+from helpers.channels import MEANS, STDS, made_image
 
 RGB = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])
 GRAY = dict(mean=[114.5], std=[57.6])
@@ -78,3 +81,13 @@ def test_unsupported_preprocessors_are_refused():
         Preprocess(DetDataPreprocessor(**RGB))(torch.zeros(1, 1, 32, 32))
     with pytest.raises(UsageError, match='images of 4 channels: the data_preprocessor takes 1 or 3'):
         Preprocess(SegDataPreProcessor(**RGB))(torch.zeros(1, 4, 32, 32))
+
+
+@pytest.mark.parametrize('channels', [1, 3, 5])
+def test_channels_are_normalized_as_their_reader_does(channels):
+    reader = ChannelReader(range(1, channels + 1), MEANS[:channels], STDS[:channels], channels, 'uint16')
+    pixels = made_image(0, channels=channels)[0].astype(np.float32)
+    pixels[3:9, 5:9, 0], pixels[20, 20, -1] = np.nan, np.inf
+    preprocess = Preprocess(SegDataPreProcessor(bgr_to_rgb=False, size=(64, 64)), reader)
+    actual = preprocess(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
+    assert torch.equal(actual.permute(1, 2, 0), torch.from_numpy(reader.normalize(pixels)))

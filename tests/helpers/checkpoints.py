@@ -7,6 +7,8 @@ from mmengine.config import Config
 from mmengine.model.utils import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 
+from convnext_dense.channel_files import ChannelReader
+from convnext_dense.config.channels import set_channels
 from helpers.paths import ROOT
 from helpers.weights import load_random_weights
 
@@ -18,11 +20,13 @@ CLASSES = {
 }
 
 
-def save_checkpoint(recipe: str, path, **model_settings):
+def save_checkpoint(recipe: str, path, reader: ChannelReader | None = None, **model_settings):
     """Save a checkpoint as a training of a demo recipe does; its detector detects something in noise."""
     config = Config.fromfile(ROOT / f'configs/demo/{recipe}.py')
     config.merge_from_dict(model_settings)
     init_default_scope(config.default_scope)
+    if reader:
+        set_channels(config, reader)
     model = MODELS.build(config.model)
     load_random_weights(model)
     if recipe == 'upernet':
