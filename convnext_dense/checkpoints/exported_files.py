@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 from xml.etree import ElementTree
@@ -15,6 +16,7 @@ from .exported_meta import KEY, ExportedMeta
 
 AGAIN = 'export or copy it again'
 MAX_META_BYTES = 64 << 20
+MAX_CACHED = 2  # tools read one several times
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ def is_exported(path: str | Path) -> bool:
 def read_exported(path: str | Path) -> ExportedFile:
     """Read what an exported model says of itself; nothing in the file is executed.
 
+    The last `MAX_CACHED` are cached until their file changes.
+
     Args:
         path: .onnx, .xml or .pt2 file.
 
@@ -51,6 +55,12 @@ def read_exported(path: str | Path) -> ExportedFile:
         raise UsageError(f'{path} is not a regular file: give the file of a model')
     if not os.path.getsize(path):
         raise UsageError(f'{path} is empty: {AGAIN}')
+    status = os.stat(path)
+    return _read_cached(os.path.abspath(path), (status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(MAX_CACHED)
+def _read_cached(path: str, state: tuple[int, ...]) -> ExportedFile:
     text, outputs = READERS[Path(path).suffix.lower()](path)
     return ExportedFile(path, ExportedMeta.from_json(text, path), outputs)
 

@@ -60,6 +60,17 @@ def test_only_metadata_is_read_from_onnx_files(tmp_path, monkeypatch):
     tracemalloc.stop()
 
 
+def test_a_file_is_read_once(tmp_path, monkeypatch):
+    path, opened = save_segmentor(tmp_path / 'a.onnx'), []
+    read = exported_files.READERS['.onnx']
+    monkeypatch.setitem(exported_files.READERS, '.onnx', lambda file: opened.append(file) or read(file))
+    monkeypatch.chdir(tmp_path)
+    for name in (path, 'a.onnx'):
+        assert read_exported(name).meta.task == 'segmentation' and len(opened) == 1
+    save_detector(path)
+    assert read_exported(path).meta.task == 'detection' and len(opened) == 2
+
+
 def error_message(path):
     with pytest.raises(UsageError) as error:
         file = read_exported(path)
