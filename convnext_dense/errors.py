@@ -33,7 +33,7 @@ class UsageError(ValueError):
 class TrainingError(RuntimeError):
     """A run that cannot continue.
 
-    The message is one line: the cause, what was saved and how to go on. The tools print it and exit with `exit_code`.
+    The message is one line: cause, what was saved and how to continue. The tools print it and exit with `exit_code`.
     """
 
     exit_code = 1

@@ -48,7 +48,7 @@ def read_exported(path: str | Path) -> ExportedFile:
         path: .onnx, .xml or .pt2 file.
 
     Raises:
-        UsageError: If it is cut off, no such model, or not one that tools/export.py wrote.
+        UsageError: If the file is truncated, not a model, or not written by tools/export.py.
     """
     path = str(path)
     if not os.path.isfile(path):
@@ -82,9 +82,9 @@ def _read_onnx(path: str) -> tuple[str | None, tuple[str, ...]]:
                     has_graph = True
                     outputs += [_first_text(f, a, b) for n, a, b in _iter_fields(f, start, end) if n == GRAPH_OUTPUT]
     except ValueError as error:  # UnicodeDecodeError is one
-        raise UsageError(f'{path} is no ONNX model, or is cut off: {AGAIN}') from error
+        raise UsageError(f'{path} is not an ONNX model, or is truncated: {AGAIN}') from error
     if not has_graph:
-        raise UsageError(f'{path} is no ONNX model, or is cut off: {AGAIN}')
+        raise UsageError(f'{path} is not an ONNX model, or is truncated: {AGAIN}')
     return metadata.get(KEY), tuple(outputs)
 
 
@@ -138,9 +138,9 @@ def _read_openvino(path: str) -> tuple[str | None, tuple[str, ...] | None]:
     try:
         root = ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: of its encoding
-        raise UsageError(f'{path} is no OpenVINO model, or is cut off: {AGAIN}') from error
+        raise UsageError(f'{path} is not an OpenVINO model, or is truncated: {AGAIN}') from error
     if root.tag != 'net':
-        raise UsageError(f'{path} is no OpenVINO model: {AGAIN}')
+        raise UsageError(f'{path} is not an OpenVINO model: {AGAIN}')
     weights = Path(path).with_suffix('.bin')
     if not weights.is_file():
         raise UsageError(f'{path} needs its weights, {weights.name}, next to it: copy both files')
@@ -158,7 +158,7 @@ def _read_pt2(path: str) -> tuple[str | None, None]:
                 raise ValueError('too long for a text')
             return (archive.read(entries[0]).decode() if entries else None), None
     except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, RuntimeError) as error:
-        raise UsageError(f'{path} is no file of torch.export, or is cut off: {AGAIN}') from error
+        raise UsageError(f'{path} is not a torch.export file, or is truncated: {AGAIN}') from error
 
 
 READERS = {'.onnx': _read_onnx, '.xml': _read_openvino, '.pt2': _read_pt2}

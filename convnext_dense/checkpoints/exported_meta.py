@@ -70,7 +70,7 @@ class ExportedMeta:
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{file}: the metadata '{KEY}' are no JSON: export the model again") from error
+            raise UsageError(f"{file}: the metadata '{KEY}' are not valid JSON: export the model again") from error
         number = values.get('format') if isinstance(values, dict) else None
         if number != FORMAT:
             raise UsageError(

@@ -45,7 +45,7 @@ def check_pt2(path: str) -> None:
         with zipfile.ZipFile(path) as archive:
             reason = next(_dangers(archive), None)
     except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, RuntimeError, RecursionError) as error:
-        raise UsageError(f'{path} is no file of torch.export, or is cut off: export or copy it again') from error
+        raise UsageError(f'{path} is not a torch.export file, or is truncated: export or copy it again') from error
     if reason:
         reason = ' '.join(reason[:200].split())
         raise UsageError(f'{path} is not loaded, since it could run code ({reason}): export the model yourself')

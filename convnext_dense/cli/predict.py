@@ -73,7 +73,7 @@ def make_predict_parser(description: str) -> ArgumentParser:
     add_tile_arguments(parser, 'predict')
     parser.add_argument('--show', action='store_true', help='show each picture in a window; Esc ends that')
     parser.add_argument('--no-pictures', action='store_true', help='write no pictures')
-    parser.add_argument('--resume', action='store_true', help='go on in --out after what is there')
+    parser.add_argument('--resume', action='store_true', help='continue an earlier run in --out')
     return parser
 
 
@@ -106,7 +106,7 @@ def predict(args: argparse.Namespace) -> int:
     device = source_device(source, args.device)
     _check_options(source, options, args)
     if inputs.videos and channel_reader(source.config):
-        raise UsageError(f'{source.file} takes images of other channels than RGB, and no videos: leave them out')
+        raise UsageError(f'{source.file} needs other channels than RGB, which videos do not have: leave the videos out')
     set_image_size(source.config, args.image_size)
     folder = open_folder(args.out, _settings(source, options, args), args.resume)
     for notice in (*inputs.notices, *source.notices):
@@ -173,7 +173,7 @@ def _settings(source: ModelSource, options: PredictOptions, args: argparse.Names
 def _report_resumed(inputs: Inputs, todo: Inputs) -> None:
     total, num_left = len(inputs.images + inputs.videos), len(todo.images + todo.videos)
     if num_left < total:
-        print(f'{total - num_left:,} of {total:,} were predicted before', file=sys.stderr)
+        print(f'{total - num_left:,} of {total:,} were predicted by an earlier run', file=sys.stderr)
 
 
 def _run(
@@ -192,7 +192,7 @@ def _run(
             report.add(_predict_video(predictor, file, options, output, show))
     except KeyboardInterrupt:
         raise RunInterrupted(
-            f'interrupted; what is complete is in {output.path}: go on with --resume', signal.SIGINT
+            f'interrupted; what is complete is in {output.path}: continue with --resume', signal.SIGINT
         ) from None
     return report
 

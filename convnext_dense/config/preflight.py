@@ -111,8 +111,8 @@ def build_backbones(model: dict) -> Iterator[ConvNeXt | SwinMixin]:
     for holder in iter_dicts({'model': model}):
         for key, cfg in holder.items():
             type_ = cfg.get('type') if isinstance(cfg, dict) else None
-            is_ours = short_name(type_) == 'ConvNeXt'
-            cls = ConvNeXt if is_ours else class_of(type_, MODELS) if 'backbone' in key else None
+            is_convnext = short_name(type_) == 'ConvNeXt'
+            cls = ConvNeXt if is_convnext else class_of(type_, MODELS) if 'backbone' in key else None
             if cls is not None and issubclass(cls, (ConvNeXt, SwinMixin)):
                 try:
                     with meta_device():

@@ -109,13 +109,13 @@ def read_run_info(log_dir: str | Path) -> RunInfo | None:
         return None
     try:
         content = json.loads(file.read_text(encoding='utf-8'))
-        groups = [ParamGroup(**_checked(ParamGroup, group)) for group in content['param_groups']]
-        return RunInfo(**_checked(RunInfo, content) | dict(param_groups=groups))
+        groups = [ParamGroup(**_check_types(ParamGroup, group)) for group in content['param_groups']]
+        return RunInfo(**_check_types(RunInfo, content) | dict(param_groups=groups))
     except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
         raise UsageError(f'{file} is damaged ({type(error).__name__}: {error}): remove it') from error
 
 
-def _checked(cls: type, content: dict) -> dict:
+def _check_types(cls: type, content: dict) -> dict:
     """Check the types of a dataclass's attributes from a file, and return them; keys of later versions are dropped."""
     values = {field.name: content[field.name] for field in dataclasses.fields(cls)}
     for field in dataclasses.fields(cls):

@@ -98,7 +98,7 @@ def from_array(array: np.ndarray, channel_order: str | None, color_type: ColorTy
         UsageError: If the shape, the data type or the channel order cannot be used.
     """
     if array.ndim not in (2, 3) or 0 in array.shape:
-        raise UsageError(f'an array of shape {array.shape} is no image: give (height, width, channels)')
+        raise UsageError(f'an array of shape {array.shape} is not an image: give (height, width, channels)')
     if isinstance(color_type, ChannelReader):
         return _from_channels(array, color_type)
     if color_type == 'unchanged':

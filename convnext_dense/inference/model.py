@@ -214,7 +214,7 @@ class Predictor:
             return from_pil(image, self.color_type)
         if isinstance(image, np.ndarray):
             return from_array(image, channel_order, self.color_type)
-        raise UsageError(f'a {type(image).__name__} is no image: give a path, a numpy array or a PIL image')
+        raise UsageError(f'a {type(image).__name__} is not an image: give a path, a numpy array or a PIL image')
 
     def predict_arrays(
         self, images: Sequence[np.ndarray], with_logits: bool = False, **options

@@ -39,9 +39,9 @@ class PredictOptions:
         if self.score_thr is not None and not 0 <= self.score_thr <= 1:
             raise UsageError(f'score_thr {self.score_thr}: give a number from 0 to 1')
         if self.max_per_image is not None and self.max_per_image < 1:
-            raise UsageError(f'max_per_image {self.max_per_image}: give a number from 1')
+            raise UsageError(f'max_per_image {self.max_per_image}: give at least 1')
         if self.batch_size < 1:
-            raise UsageError(f'batch_size {self.batch_size}: give a number from 1')
+            raise UsageError(f'batch_size {self.batch_size}: give at least 1')
         if self.tile is not None and self.tile < 1:
             raise UsageError(f'tile {self.tile}: give the side of a tile in pixels')
         if not 0 <= self.overlap < 1:

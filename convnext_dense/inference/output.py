@@ -166,7 +166,7 @@ def open_folder(path: str | Path, settings: Mapping[str, object], resume: bool) 
     try:
         is_used = path.is_dir() and any(path.iterdir())
         if is_used and not resume:
-            raise UsageError(f"--out '{path}' already exists: choose another one, or go on there with --resume")
+            raise UsageError(f"--out '{path}' already exists: choose another one, or continue there with --resume")
         if is_used:
             _check_settings(path, settings)
         path.mkdir(parents=True, exist_ok=True)

@@ -183,8 +183,8 @@ def whole_image_note(path: str | Path) -> str:
     if n_pixels < LARGE:
         return ''
     if Path(path).suffix.lower() in WINDOWED_SUFFIXES:
-        return 'read whole, because rasterio is not installed (pip install rasterio)'
-    return 'read whole: only TIFF and PNG can be read by rows'
+        return 'read as a whole, because rasterio is not installed (pip install rasterio)'
+    return 'read as a whole: only TIFF and PNG can be read by rows'
 
 
 def _is_windowed(path: str | Path) -> bool:

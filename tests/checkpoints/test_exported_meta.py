@@ -37,8 +37,8 @@ def test_round_trip():
 INVALID_TEXTS = {
     'no key': (None, 'is not a model that tools/export.py wrote: its metadata have no convnext_dense'),
     'empty': ('', 'is not a model that tools/export.py wrote'),
-    'not JSON': ('{format: 1}', "the metadata 'convnext_dense' are no JSON"),
-    'nested too deeply': ('[' * 100_000, 'are no JSON'),
+    'not JSON': ('{format: 1}', "the metadata 'convnext_dense' are not valid JSON"),
+    'nested too deeply': ('[' * 100_000, 'are not valid JSON'),
     'a list': ('[1]', 'have the format None, this version reads 1'),
     'no format': ('{}', 'have the format None, this version reads 1'),
     'another format': (json.dumps({'format': 2}), 'have the format 2, this version reads 1: export the model again'),

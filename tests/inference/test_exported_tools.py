@@ -160,7 +160,7 @@ BAD_TEST_INPUT = {
     'compile': ('detector', DETECTOR, ['--compile'], '--compile does not work with an exported model'),
     'model': ('detector', DETECTOR, [WITH, 'model.test_cfg.rcnn.score_thr=0.1'], 'model.test_cfg.rcnn.score_thr does'),
     'task': ('segmentor', DETECTOR, [], 'is a model for segmentation, the config is for detection'),
-    'file': ('text', DETECTOR, [], 'is no ONNX model, or is cut off'),
+    'file': ('text', DETECTOR, [], 'is not an ONNX model, or is truncated'),
     'none': ('absent', DETECTOR, [], "no checkpoint 'absent.onnx'"),
     'classes': ('three', DETECTOR, [], 'has 3 classes, the config has 4'),
 }

@@ -100,7 +100,7 @@ def test_output_is_not_overwritten_and_can_be_resumed(photos, checkpoints, tmp_p
     out, (photo_a, photo_b, photo_c) = tmp_path / 'out', photos[:3]
     assert predict(checkpoints['mask_rcnn'], photo_a, photo_b, '--out', out) == 0
     content_of_file = {path: path.read_bytes() for path in out.rglob('*') if path.is_file()}
-    with pytest.raises(UsageError, match='already exists: choose another one, or go on there with --resume'):
+    with pytest.raises(UsageError, match='already exists: choose another one, or continue there with --resume'):
         predict(checkpoints['mask_rcnn'], photo_c, '--out', out)
     with pytest.raises(UsageError, match=r'was made with score_thr None, not 0.5'):
         predict(checkpoints['mask_rcnn'], photo_c, '--out', out, '--resume', '--score-thr', 0.5)

@@ -51,8 +51,8 @@ def test_options_equal_the_command_line(predictors, photos):
     for options, words in (
         (dict(score_thr=2), 'from 0 to 1'),
         (dict(classes=['disk']), 'did you mean disc'),
-        (dict(batch_size=0), 'from 1'),
-        (dict(max_per_image=0), 'from 1'),
+        (dict(batch_size=0), 'at least 1'),
+        (dict(max_per_image=0), 'at least 1'),
         (dict(tile=0), 'side of a tile'),
     ):
         with pytest.raises(UsageError, match=words):
@@ -63,7 +63,7 @@ def test_options_equal_the_command_line(predictors, photos):
 
 def test_invalid_images_are_refused(predictors, tmp_path):
     (tmp_path / 'text.jpg').write_text('hello')
-    for image, words in ((tmp_path / 'text.jpg', 'text.jpg: it is not an image'), (5, 'a int is no image')):
+    for image, words in ((tmp_path / 'text.jpg', 'text.jpg: it is not an image'), (5, 'a int is not an image')):
         with pytest.raises(UsageError, match=words):
             predictors['mask_rcnn'].predict(image)
     with pytest.raises(UsageError, match='channel_order'):
