@@ -153,10 +153,8 @@ def _load_shards(index: Path) -> dict:
             raise UsageError(
                 f"{index} names the shard '{name}', which is not next to it: get all files of the checkpoint"
             )
-        shard, expected = (
-            _load_file(index.parent / name),
-            {tensor for tensor, shard_of_tensor in shards.items() if shard_of_tensor == name},
-        )
+        shard = _load_file(index.parent / name)
+        expected = {tensor for tensor, shard_name in shards.items() if shard_name == name}
         if shard.keys() != expected:
             mismatched_name = sorted(shard.keys() ^ expected)[0]
             raise UsageError(

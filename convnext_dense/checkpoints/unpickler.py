@@ -278,10 +278,8 @@ def _in_storage(storage, dtype, offset, size, stride, requires_grad, metadata) -
         raise UnsafeCheckpointError('it holds a tensor of an impossible shape')
     if storage.data is None:
         return None
-    num_values, last_index = (
-        storage.data.nbytes() // dtype.itemsize,
-        offset + sum((n - 1) * s for n, s in zip(size, stride)),
-    )
+    num_values = storage.data.nbytes() // dtype.itemsize
+    last_index = offset + sum((n - 1) * s for n, s in zip(size, stride))
     if (last_index >= num_values and 0 not in size) or prod(size) > max(num_values, MAX_EXPANSION):
         raise UnsafeCheckpointError(
             f'a tensor of shape {tuple(size)} is larger than its storage of {num_values} values'

@@ -167,12 +167,26 @@ def _add_loggers(run: PreparedRun, args: argparse.Namespace) -> None:
         add_trackers(run.config, args.loggers, args.resume is not None)
 
 
+# Argument -> what it does to the config if it is set.
+TRAINING_AIDS = dict(early_stop=set_early_stopping, ema=set_ema, freeze=freeze_backbone)
+TRAINING_AIDS |= dict(backbone_lr=scale_backbone_lr, negatives=set_negatives)
+
+
 def _apply_training_aids(run: PreparedRun, args: argparse.Namespace) -> None:
-    set_early_stopping(run.config, args.early_stop)
-    set_ema(run.config, args.ema)
-    freeze_backbone(run.config, args.freeze)
-    scale_backbone_lr(run.config, args.backbone_lr)
-    set_negatives(run.config, args.negatives)
+    for name, function in TRAINING_AIDS.items():
+        _apply(name, function)(run, args)
+
+
+def _apply(name: str, function: Callable[..., Lines]) -> Callable[[PreparedRun, argparse.Namespace], Lines]:
+    """Return a step that passes the config, and the value if it is no switch, to a function if an argument is set."""
+
+    def apply(run: PreparedRun, args: argparse.Namespace) -> Lines:
+        value = getattr(args, name)
+        if value is None or value is False:
+            return None
+        return function(run.config) if value is True else function(run.config, value)
+
+    return apply
 
 
 def _check_data_files(run: PreparedRun, splits: tuple[str, ...]) -> None:
@@ -258,9 +272,11 @@ def _compare_with_checkpoint(run: PreparedRun, args: argparse.Namespace) -> Line
 
 
 def _set_lr_find(run: PreparedRun, args: argparse.Namespace) -> None:
-    if args.lr_find and (run.checkpoint or args.resume is not None):
+    if not args.lr_find:
+        return
+    if run.checkpoint or args.resume is not None:
         raise UsageError('--lr-find is for the start of a training: leave out --resume')
-    set_lr_find(run.config, args.lr_find, world_size_from_env(args.launcher))
+    set_lr_find(run.config, world_size_from_env(args.launcher))
 
 
 def _report_overridden(run: PreparedRun, args: argparse.Namespace) -> Lines:
@@ -301,15 +317,15 @@ TRAIN_STEPS = (
     ),
     Step('classes', lambda run, args: check_classes(run.config), after=('data',)),
     Step('schedule', lambda run, args: scale_schedule(run.config, args.epochs, args.iters, run.options), ('data',)),
-    Step('balance', lambda run, args: balance_classes(run.config, args.balance), after=('data',)),
-    Step('mosaic', lambda run, args: set_mosaic(run.config, args.mosaic), after=('data', 'schedule', 'balance')),
-    Step('copy_paste', lambda run, args: set_copy_paste(run.config, args.copy_paste), after=('data', 'mosaic')),
+    Step('balance', _apply('balance', balance_classes), after=('data',)),
+    Step('mosaic', _apply('mosaic', set_mosaic), after=('data', 'schedule', 'balance')),
+    Step('copy_paste', _apply('copy_paste', set_copy_paste), after=('data', 'mosaic')),
     Step('accumulation', _set_accumulation, after=('config',)),
     Step('fit', _fit_schedule, after=('data', 'schedule', 'balance', 'mosaic', 'copy_paste', 'accumulation')),
     Step('batch', _scale_batch, after=('aids', 'schedule', 'accumulation', 'fit')),
     Step('compare', _compare_with_checkpoint, after=('precision', 'resume', 'data', 'schedule', 'fit', 'batch')),
-    Step('retention', lambda run, args: set_checkpoint_retention(run.config, args.max_keep_ckpts), after=('config',)),
-    Step('unreadable', lambda run, args: set_max_unreadable(run.config, args.max_unreadable), after=('config',)),
+    Step('retention', _apply('max_keep_ckpts', set_checkpoint_retention), after=('config',)),
+    Step('unreadable', _apply('max_unreadable', set_max_unreadable), after=('config',)),
     Step(
         'overridden',
         _report_overridden,
@@ -334,7 +350,7 @@ TEST_STEPS = (
     Step('data_files', lambda run, args: _check_data_files(run, ('test',)), after=('config',)),
     Step('data', _use_test_data, after=('image_size', 'inputs', 'checkpoint')),
     Step('visualization', _visualize, after=('data',)),
-    Step('predictions', lambda run, args: set_prediction_output(run.config, args.out), after=('data',)),
+    Step('predictions', _apply('out', set_prediction_output), after=('data',)),
     Step('report', lambda run, args: set_report(run.config, args.report), after=('data', 'predictions')),
     Step('overridden', _report_overridden, after=('image_size', 'data', 'visualization', 'predictions', 'report')),
     Step(

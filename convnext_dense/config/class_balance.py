@@ -21,7 +21,7 @@ MAX_MASKS = 1000  # masks that are counted, evenly spaced
 MAX_ROWS = 40  # rows of a table: the rarest classes
 
 
-def balance_classes(config: Config, enabled: bool) -> str | None:
+def balance_classes(config: Config) -> str | None:
     """Balance the classes of a training.
 
     In detection, images with rare classes are repeated, by mmdet's `ClassBalancedDataset` (Gupta et al. 2019, LVIS):
@@ -31,7 +31,6 @@ def balance_classes(config: Config, enabled: bool) -> str | None:
 
     Args:
         config: Config with its training data; it is changed in place.
-        enabled: Whether to balance; without, the config is unchanged.
 
     Returns:
         A table of the frequency of each class and how often its images are repeated, or the weight of its pixels.
@@ -39,8 +38,6 @@ def balance_classes(config: Config, enabled: bool) -> str | None:
     Raises:
         UsageError: If the config balances classes itself, or its data set or model does not support it.
     """
-    if not enabled:
-        return None
     balance = {'mmdet': _repeat_rare_images, 'mmseg': _weight_classes}.get(config.get('default_scope'))
     if balance is None:
         raise UsageError('--balance needs a config of mmdet or mmseg')

@@ -97,18 +97,16 @@ def set_visualization(
         hook.test_out_dir = folder
 
 
-def set_prediction_output(config: Config, out: str | None) -> None:
+def set_prediction_output(config: Config, out: str) -> None:
     """Have a test write its predictions.
 
     Args:
         config: Config; it is changed in place.
-        out: Folder for segmentation masks, or pickle file for detections; None for neither.
+        out: Folder for segmentation masks, or pickle file for detections.
 
     Raises:
         UsageError: `out` exists or has the wrong suffix, or no evaluator can write masks.
     """
-    if out is None:
-        return
     _require_absent(out, '--out')
     evaluators = as_list(config.test_evaluator)
     if config.get('default_scope') == 'mmseg':

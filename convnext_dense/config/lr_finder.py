@@ -10,21 +10,18 @@ from .recipe import accumulative_counts, counts_epochs
 from .training_set import count_training_images
 
 
-def set_lr_find(config: Config, enabled: bool, world_size: int) -> None:
+def set_lr_find(config: Config, world_size: int) -> None:
     """Turn a training into a learning rate range test: no schedule, no evaluation, no checkpoints.
 
     The health checks of values are switched off, because the test ends where the loss diverges.
 
     Args:
         config: Config with its gradient accumulation; it is changed in place.
-        enabled: Whether to run the test; without, the config is unchanged.
         world_size: Number of processes, one per GPU.
 
     Raises:
         UsageError: If the config has no optimizer with an lr.
     """
-    if not enabled:
-        return
     if not (config.optim_wrapper.get('optimizer') or {}).get('lr'):
         raise UsageError('--lr-find needs a single optimizer with an lr: optim_wrapper.optimizer.lr')
     for key in ('param_scheduler', 'val_cfg', 'val_dataloader', 'val_evaluator'):

@@ -23,7 +23,7 @@ COPY_PASTE_SIDE = 1024
 COPY_PASTE = 'convnext_dense.datasets.copy_paste'  # imports mmdet, which this module must not
 
 
-def set_mosaic(config: Config, enabled: bool) -> str | None:
+def set_mosaic(config: Config) -> str:
     """Train a detector on mosaics of four images in all but the last epochs, as YOLOX does, with mmdet's `Mosaic`.
 
     The mosaic replaces the image before the recipe's own augmentations. mmdet's cached variant would be faster, but a
@@ -31,16 +31,13 @@ def set_mosaic(config: Config, enabled: bool) -> str | None:
 
     Args:
         config: Config with its data and length; it is changed in place.
-        enabled: Whether to use mosaics; without, the config is unchanged.
 
     Returns:
-        One line for the log; None without a change.
+        One line for the log.
 
     Raises:
         UsageError: If the config also trains on masks, is iteration-based, or mixes images itself.
     """
-    if not enabled:
-        return None
     leaf = _unmixed_dataset(config, '--mosaic')
     if channel_reader(config):
         raise UsageError("--mosaic is for RGB: mmdet's Mosaic makes images of three channels")
@@ -72,23 +69,20 @@ def set_mosaic(config: Config, enabled: bool) -> str | None:
     return f'mosaics of four images, but not in the last {last_epochs}'
 
 
-def set_copy_paste(config: Config, enabled: bool) -> str | None:
+def set_copy_paste(config: Config) -> str:
     """Copy objects from another image into each training image, after the recipe's augmentations of both images.
 
     Uses mmdet's `CopyPaste` (Ghiasi et al. 2021, Simple Copy-Paste).
 
     Args:
         config: Config with its data; it is changed in place.
-        enabled: Whether to copy objects; without, the config is unchanged.
 
     Returns:
-        One line for the log; None without a change.
+        One line for the log.
 
     Raises:
         UsageError: If the config does not train on instance masks, or mixes images itself.
     """
-    if not enabled:
-        return None
     leaf = _unmixed_dataset(config, '--copy-paste')
     if not _loads_masks(leaf):
         raise UsageError(

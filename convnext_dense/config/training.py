@@ -37,18 +37,16 @@ def set_precision(config: Config, amp_dtype: str | None) -> None:
         )
 
 
-def set_checkpoint_retention(config: Config, max_keep_ckpts: int | None) -> None:
+def set_checkpoint_retention(config: Config, max_keep_ckpts: int) -> None:
     """Keep the last checkpoints and the one of the best evaluation.
 
     Args:
         config: Config; it is changed in place.
-        max_keep_ckpts: Number of latest checkpoints to keep; None to keep the config's setting.
+        max_keep_ckpts: Number of latest checkpoints to keep.
 
     Raises:
         UsageError: If the number is not positive.
     """
-    if max_keep_ckpts is None:
-        return
     if max_keep_ckpts < 1:
         raise UsageError(f'--max-keep-ckpts {max_keep_ckpts}: give a positive number of checkpoints')
     if not config.get('default_hooks'):
@@ -75,18 +73,16 @@ def best_metric(evaluator: object) -> str:
     return 'auto'
 
 
-def set_max_unreadable(config: Config, limit: str | None) -> None:
+def set_max_unreadable(config: Config, limit: str) -> None:
     """Set how many unreadable training images are replaced by others before the training stops.
 
     Args:
         config: Config; it is changed in place.
-        limit: A number of images, or a percentage such as '0.5%'; None for the default, 0.1%.
+        limit: A number of images, or a percentage such as '0.5%'.
 
     Raises:
         UsageError: If the limit is neither.
     """
-    if limit is None:
-        return
     try:
         value = float(limit.removesuffix('%')) / 100 if limit.endswith('%') else float(limit)
     except ValueError:

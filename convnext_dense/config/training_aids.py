@@ -41,18 +41,16 @@ def add_training_aids(parser: argparse.ArgumentParser) -> None:
     add('--copy-paste', action='store_true', help=text)
 
 
-def set_early_stopping(config: Config, patience: int | None) -> None:
+def set_early_stopping(config: Config, patience: int) -> None:
     """Stop a training when its box AP or mIoU no longer improves.
 
     Args:
         config: Config; it is changed in place.
-        patience: Consecutive evaluations without improvement; None for no early stopping.
+        patience: Consecutive evaluations without improvement.
 
     Raises:
         UsageError: If the number is not positive, or the config evaluates neither box AP nor mIoU.
     """
-    if patience is None:
-        return
     if patience < 1:
         raise UsageError(f'--early-stop {patience}: give a positive number of evaluations')
     _check_no_hook(config, 'EarlyStoppingHook', '--early-stop')
@@ -66,18 +64,16 @@ def set_early_stopping(config: Config, patience: int | None) -> None:
     config.custom_hooks = [*(config.get('custom_hooks') or []), hook]
 
 
-def set_ema(config: Config, decay: float | None) -> None:
+def set_ema(config: Config, decay: float) -> None:
     """Evaluate and save an exponential moving average of the weights.
 
     Args:
         config: Config without gradient accumulation; it is changed in place.
-        decay: Decay of the average, which it reaches after a while; None for no averaging.
+        decay: Decay of the average, which it reaches after a while.
 
     Raises:
         UsageError: If the decay is not between 0 and 1, or the config averages weights itself.
     """
-    if decay is None:
-        return
     if not 0 < decay < 1:
         raise UsageError(f'--ema {decay:g}: give a decay between 0 and 1, such as {EMA_DECAY}')
     _check_no_hook(config, 'EMAHook', '--ema')
@@ -86,18 +82,16 @@ def set_ema(config: Config, decay: float | None) -> None:
     config.custom_hooks = [*(config.get('custom_hooks') or []), dict(**hook, update_buffers=True)]
 
 
-def freeze_backbone(config: Config, stages: str | None) -> None:
+def freeze_backbone(config: Config, stages: str) -> None:
     """Freeze the first stages of the backbone; its output norms, which have no pretrained weights, are trained.
 
     Args:
         config: Config; it is changed in place.
-        stages: Number of stages; '0' for only the stem, 'all' for all stages; None for no freezing.
+        stages: Number of stages; '0' for only the stem, 'all' for all stages.
 
     Raises:
         UsageError: If the value is neither, or the backbone cannot be frozen.
     """
-    if stages is None:
-        return
     backbone = config.model.get('backbone') or {}
     cls = class_of(backbone.get('type'), MODELS)
     if cls is None or 'frozen_stages' not in argument_names(cls):
@@ -113,18 +107,16 @@ def freeze_backbone(config: Config, stages: str | None) -> None:
     backbone['frozen_stages'] = number
 
 
-def scale_backbone_lr(config: Config, factor: float | None) -> None:
+def scale_backbone_lr(config: Config, factor: float) -> None:
     """Multiply the learning rates of the backbone.
 
     Args:
         config: Config; it is changed in place.
-        factor: Factor for the whole backbone, in addition to layer-wise decay; None for no change.
+        factor: Factor for the whole backbone, in addition to layer-wise decay.
 
     Raises:
         UsageError: If the factor is not positive, or the optimizer wrapper constructor has no setting for it.
     """
-    if factor is None:
-        return
     if not 0 < factor < float('inf'):
         raise UsageError(f'--backbone-lr {factor:g}: give a positive factor; --freeze all does not train the backbone')
     wrapper = config.optim_wrapper
@@ -147,18 +139,16 @@ def scale_backbone_lr(config: Config, factor: float | None) -> None:
                 key['lr_mult'] = factor * key.get('lr_mult', 1.0)
 
 
-def set_negatives(config: Config, negatives: str | None) -> None:
+def set_negatives(config: Config, negatives: str) -> None:
     """Train on images without objects, or leave them out.
 
     Args:
         config: Config whose images are not counted yet; it is changed in place.
-        negatives: 'keep' or 'drop'; None for the config's setting.
+        negatives: 'keep' or 'drop'.
 
     Raises:
         UsageError: If the config is not for detection.
     """
-    if negatives is None:
-        return
     if config.get('default_scope') != 'mmdet':
         raise UsageError('--negatives is for detection: segmentation trains on all images')
     keeps = negatives == 'keep'

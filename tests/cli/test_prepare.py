@@ -1,10 +1,11 @@
 """The steps by which the command line changes a config: their order and their dependencies."""
 
 import logging
+from argparse import Namespace
 
 import pytest
 
-from convnext_dense.cli.prepare import TEST_STEPS, TRAIN_STEPS, Step, prepare
+from convnext_dense.cli.prepare import TEST_STEPS, TRAIN_STEPS, PreparedRun, Step, _apply, prepare
 from convnext_dense.config.recipe import accumulative_counts
 from convnext_dense.errors import Notice, UsageError
 from helpers.tools import DEMO
@@ -123,6 +124,13 @@ def test_error_in_a_step_ends_the_preparation(parse):
     with pytest.raises(UsageError, match='^no$'):
         prepare(parse('train.py', DEMO), steps)
     assert not calls
+
+
+@pytest.mark.parametrize('value, arguments', [(None, None), (False, None), (True, ()), (0, (0,)), ('', ('',))])
+def test_functions_of_unset_arguments_are_not_called(value, arguments):
+    calls, run = [], PreparedRun()
+    _apply('flag', lambda *args: calls.append(args))(run, Namespace(flag=value))
+    assert calls == ([] if arguments is None else [(run.config, *arguments)])
 
 
 def test_messages_of_steps_become_notices():

@@ -38,7 +38,7 @@ def detection(tmp_path, monkeypatch):
 
 
 def test_images_of_a_rare_class_are_repeated(detection):
-    table = balance_classes(detection, True).splitlines()
+    table = balance_classes(detection).splitlines()
     # the median class is in (8 + 6) / 2 of ten images, rare is less than 0.35; ceil(sqrt(0.35 / 0.1)) is 2
     assert detection.train_dataloader.dataset.type == 'ClassBalancedDataset'
     assert detection.train_dataloader.dataset.oversample_thr == 0.35 and '(oversample_thr=0.35)' in table[0]
@@ -53,14 +53,14 @@ def test_images_of_a_rare_class_are_repeated(detection):
     dataset = DATASETS.build(detection.train_dataloader.dataset)
     names = [dataset.get_data_info(i)['img_path'].rsplit('/', 1)[-1] for i in range(11)]
     assert names.count('5.png') == 2 and len({*names}) == 10
-    set_copy_paste(detection, True)
+    set_copy_paste(detection)
     assert detection.train_dataloader.dataset.dataset.type == 'ClassBalancedDataset'
 
 
 def test_config_with_class_balanced_dataset_is_refused(detection):
-    balance_classes(detection, True)
+    balance_classes(detection)
     with pytest.raises(UsageError, match='--balance: the config has a ClassBalancedDataset already'):
-        balance_classes(detection, True)
+        balance_classes(detection)
 
 
 def test_without_rare_classes_nothing_is_repeated(detection, tmp_path):
@@ -68,7 +68,7 @@ def test_without_rare_classes_nothing_is_repeated(detection, tmp_path):
     content = json.loads(file.read_text())
     content['annotations'] = [a for a in content['annotations'] if a['category_id'] < 4]
     file.write_text(json.dumps(content))
-    assert 'nothing is repeated' in balance_classes(detection, True)
+    assert 'nothing is repeated' in balance_classes(detection)
     assert detection.train_dataloader.dataset.type == 'CocoDataset'
 
 
@@ -92,7 +92,7 @@ def segmentation(tmp_path, monkeypatch):
 
 
 def test_rare_classes_have_more_weight(segmentation):
-    table = balance_classes(segmentation, True)
+    table = balance_classes(segmentation)
     fractions = [1400 / 1900, 400 / 1900, 100 / 1900, 0, 0]
     enet = [1 / math.log(1.02 + p) for p in fractions]
     mean = sum(p * weight for p, weight in zip(fractions, enet))
@@ -101,11 +101,11 @@ def test_rare_classes_have_more_weight(segmentation):
     assert segmentation.model.auxiliary_head.loss_decode.class_weight == weights
     assert f'73.68%  {weights[0]:8.4g}' in table and len(table.splitlines()) == 7
     with pytest.raises(UsageError, match='has class_weight already'):
-        balance_classes(segmentation, True)
+        balance_classes(segmentation)
 
 
 def test_model_without_class_weights_is_refused(segmentation):
     for head in (segmentation.model.decode_head, segmentation.model.auxiliary_head):
         head.loss_decode = dict(type='DiceLoss')
     with pytest.raises(UsageError, match='--balance: the loss of the model takes no class_weight'):
-        balance_classes(segmentation, True)
+        balance_classes(segmentation)

@@ -227,4 +227,4 @@ def test_pictures_of_the_data_set(tmp_path):
 def test_mosaics_are_for_rgb():
     config = load_recipe('demo/mask_rcnn')
     set_channels(config, ChannelReader((1, 2, 3), (1.0,) * 3, (2.0,) * 3, 3, 'uint16'))
-    assert '--mosaic is for RGB' in error_message(set_mosaic, config, True)
+    assert '--mosaic is for RGB' in error_message(set_mosaic, config)

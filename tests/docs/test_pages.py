@@ -14,6 +14,12 @@ from helpers.pages import PAGES, code_blocks, results_table, tables
 from helpers.paths import ROOT
 
 ALL_PAGES = pytest.mark.parametrize('name', PAGES)
+# Options of pip, torchrun, Slurm, TensorBoard, mkdocs, mmseg and trtexec.
+EXTERNAL_OPTIONS = """
+    --no-build-isolation --nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --rdzv_id --gres --ntasks
+    --ntasks-per-node --cpus-per-task --kill-on-bad-exit --launcher --nodes --partition --time --gpus-per-task
+    --gpu-bind --signal --logdir --strict --tta --onnx --fp16 --saveEngine --minShapes --optShapes --maxShapes
+"""
 
 
 @ALL_PAGES
@@ -37,42 +43,7 @@ def test_mentioned_files_exist(name):
 def test_mentioned_options_exist(name):
     folders = ['tools', 'convnext_dense', 'benchmarks']
     sources = ''.join(path.read_text() for folder in folders for path in (ROOT / folder).rglob('*.py'))
-    external_options = {
-        '--no-build-isolation',
-        '--nproc_per_node',
-        '--nnodes',
-        '--rdzv_backend',
-        '--rdzv_endpoint',
-        '--rdzv_id',
-    }
-    external_options |= {
-        '--gres',
-        '--ntasks',
-        '--ntasks-per-node',
-        '--cpus-per-task',
-        '--kill-on-bad-exit',
-        '--launcher',
-    }
-    external_options |= {
-        '--nodes',
-        '--logdir',
-        '--partition',
-        '--time',
-        '--gpus-per-task',
-        '--gpu-bind',
-        '--signal',
-        '--strict',
-    }
-    external_options |= {
-        '--tta',
-        '--onnx',
-        '--fp16',
-        '--saveEngine',
-        '--minShapes',
-        '--optShapes',
-        '--maxShapes',
-    }  # trtexec's
-    for option in set(re.findall(r'(?<![\w-])--[a-z][\w-]+', PAGES[name])) - external_options:
+    for option in set(re.findall(r'(?<![\w-])--[a-z][\w-]+', PAGES[name])) - set(EXTERNAL_OPTIONS.split()):
         assert f"'{option}'" in sources, option
 
 

@@ -91,7 +91,7 @@ def test_several_optimizers_are_refused():
     config = load('demo/upernet')
     config.optim_wrapper = dict(constructor='Own', generator=dict())
     with pytest.raises(UsageError, match='--lr-find needs a single optimizer'):
-        set_lr_find(config, True, 1)
+        set_lr_find(config, 1)
 
 
 def test_sweep_of_a_recipe(run_tool, tmp_path, data):

@@ -52,11 +52,11 @@ def mixed(name, data, monkeypatch):
     monkeypatch.setenv('SHAPES_ROOT', data)
     config = load('demo/mask_rcnn')
     if name == 'mosaic':
-        line = set_mosaic(boxes_only(config), True)
+        line = set_mosaic(boxes_only(config))
         assert line == 'mosaics of four images, but not in the last epoch'
         config.custom_hooks[0].num_last_epochs = 2
     else:
-        set_copy_paste(config, True)
+        set_copy_paste(config)
     dataset = config.train_dataloader.dataset
     dataset.pipeline = [
         step for step in dataset.pipeline if step.type in ('Mosaic', 'RandomAffine', 'AnySizeCopyPaste')
@@ -136,7 +136,7 @@ REFUSED = {
     '--copy-paste: the config has AnySizeCopyPaste already': (
         set_copy_paste,
         'demo/mask_rcnn',
-        lambda config: set_copy_paste(config, True),
+        set_copy_paste,
     ),
     '--copy-paste needs images of three channels: leave it out': (
         set_copy_paste,
@@ -164,16 +164,15 @@ def test_unsupported_configs_are_refused(message):
         change(config)
     original = config.to_dict()
     with pytest.raises(UsageError) as error:
-        function(config, True)
+        function(config)
     assert str(error.value).startswith(message) and '\n' not in str(error.value) and config.to_dict() == original
-    assert function(config, False) is None
 
 
 @pytest.mark.parametrize('name, thresholds', [('mask_rcnn/convnext_t', (10, 300)), ('demo/mask_rcnn', (1, 5))])
 def test_thresholds_of_hidden_objects_scale_with_the_image_size(name, thresholds):
     """mmdet's thresholds are for 1333 x 800; of 128 x 128 it is an eighth of the side."""
     config = load(name)
-    set_copy_paste(config, True)
+    set_copy_paste(config)
     step = config.train_dataloader.dataset.pipeline[0]
     assert (step.bbox_occluded_thr, step.mask_occluded_thr) == thresholds
 
@@ -181,11 +180,11 @@ def test_thresholds_of_hidden_objects_scale_with_the_image_size(name, thresholds
 def test_images_without_objects_are_kept_for_mixing():
     """mmdet's wrapper would end the training at one."""
     config = load('mask_rcnn/convnext_b_lsj')
-    set_copy_paste(config, True)
+    set_copy_paste(config)
     inner, outer = config.train_dataloader.dataset.dataset.pipeline, config.train_dataloader.dataset.pipeline
     assert [step.type for step in outer] == ['AnySizeCopyPaste', 'PackDetInputs']
     assert [step.type for step in inner][-2:] == ['FilterAnnotations', 'RandomFlip']  # whose wrapper takes another one
     config = boxes_only(load('mask_rcnn/convnext_b_lsj'))
-    set_mosaic(config, True)
+    set_mosaic(config)
     steps = {step.type: step for step in config.train_dataloader.dataset.pipeline}
     assert steps['FilterAnnotations'].keep_empty is False and steps['RandomCrop'].allow_negative_crop

@@ -8,6 +8,7 @@ import pytest
 
 from convnext_dense.inference.model import load_model
 from helpers.checkpoints import CLASSES, draw_photo, save_checkpoint
+from helpers.exported import save_detector, save_segmentor
 
 
 @pytest.fixture(scope='session')
@@ -31,3 +32,18 @@ def photos(tmp_path_factory):
         height, width = rng.randint(60, 160, 2)
         cv2.imwrite(os.path.join(folder, f'photo {i:02}.{("jpg", "png")[i % 2]}'), draw_photo(rng, height, width))
     return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp('exported')
+
+
+@pytest.fixture(scope='module')
+def detector(folder):
+    return save_detector(folder / 'detector.onnx')
+
+
+@pytest.fixture(scope='module')
+def segmentor(folder):
+    return save_segmentor(folder / 'segmentor.onnx')

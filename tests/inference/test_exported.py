@@ -28,21 +28,6 @@ pytest.importorskip('onnxruntime')
 SIZES = [(60, 90), (131, 77), (64, 64)]  # height and width of photos; the test pipeline resizes to 128
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp('exported')
-
-
-@pytest.fixture(scope='module')
-def detector(folder):
-    return save_detector(folder / 'detector.onnx')
-
-
-@pytest.fixture(scope='module')
-def segmentor(folder):
-    return save_segmentor(folder / 'segmentor.onnx')
-
-
 def make_photo(height, width, red=51):
     """An RGB image, blue on the left and green on the right, with a constant red channel."""
     image = np.zeros((height, width, 3), np.uint8)

@@ -20,21 +20,6 @@ pytest.importorskip('onnxruntime')
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp('exported')
-
-
-@pytest.fixture(scope='module')
-def detector(folder):
-    return save_detector(folder / 'detector.onnx')
-
-
-@pytest.fixture(scope='module')
-def segmentor(folder):
-    return save_segmentor(folder / 'segmentor.onnx')
-
-
-@pytest.fixture(scope='module')
 def images(folder):
     (folder / 'photos').mkdir()
     for i, (height, width) in enumerate([(60, 90), (90, 60), (60, 90)]):
