@@ -227,7 +227,7 @@ def _compare_detections(actual, expected, options, tolerance, difference):
             difference.box = max(difference.box, float(distance))
             difference.score = max(difference.score, float(abs(actual['scores'][i, a] - reference.scores[b].numpy())))
         if 'masks' in actual and options.masks == 'image':
-            ious = [_mask_iou(actual['masks'][i, a], reference.masks[b].numpy()) for a, b in pairs]
+            ious = [mask_iou(actual['masks'][i, a], reference.masks[b].numpy()) for a, b in pairs]
             difference.mask_iou = min([difference.mask_iou or 1.0, *ious])
 
 
@@ -247,7 +247,7 @@ def match(actual: tuple, expected: tuple, tolerance: Tolerance) -> list[tuple[in
     return pairs
 
 
-def _mask_iou(a: np.ndarray, b: np.ndarray) -> float:
+def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
     """IoU of two masks; 1 if they differ in one pixel, which rounding may flip and which is 0.1 % of a small mask."""
     if (a ^ b).sum() <= 1:
         return 1.0

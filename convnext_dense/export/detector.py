@@ -15,6 +15,7 @@ from .mask2former import QueriedInstances
 from .one_stage import PAA, YOLOX, OneStage
 from .preprocessing import Preprocess
 from .query_based import QueryBased
+from .rtmdet_ins import RTMDetIns
 from .sizes import known_size, to_tensor, with_unknown_size
 from .two_stage import TwoStage
 
@@ -22,7 +23,7 @@ from .two_stage import TwoStage
 def one_stage(model: SingleStageDetector) -> OneStage:
     """A one-stage detector by its head, which decides how it comes to results."""
     head = getattr(model, 'bbox_head', None)
-    return next((kind for kind in (YOLOX, PAA) if isinstance(head, kind.heads)), OneStage)(model)
+    return next((kind for kind in (YOLOX, PAA, RTMDetIns) if isinstance(head, kind.heads)), OneStage)(model)
 
 
 KINDS = {  # MaskFormer is derived from SingleStageDetector

@@ -29,6 +29,6 @@ def known_size(output_size: torch.Tensor) -> list[int]:
     return [known_positive(n) for n in output_size.tolist()]
 
 
-def to_tensor(sizes: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Numbers, which a tracer may know by a symbol, as a tensor (n,) of float32."""
-    return torch.stack([torch.full((), n, dtype=torch.float32, device=device) for n in sizes])
+def to_tensor(sizes: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Numbers, which a tracer may know by a symbol, as a tensor (n,)."""
+    return torch.stack([torch.full((), n, dtype=dtype, device=device) for n in sizes])

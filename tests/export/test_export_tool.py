@@ -156,5 +156,5 @@ def test_mask_iou_tolerates_one_pixel():
     for count, is_equal in ((0, True), (1, True), (2, False), (20, False)):
         other_mask = mask.copy()
         other_mask[20, :count] = True
-        assert (check._mask_iou(mask, other_mask) >= check.FULL.mask_iou) == is_equal
-    assert check._mask_iou(mask, ~mask) == 0
+        assert (check.mask_iou(mask, other_mask) >= check.FULL.mask_iou) == is_equal
+    assert check.mask_iou(mask, ~mask) == 0

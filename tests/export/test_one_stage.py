@@ -1,5 +1,8 @@
 """One-stage detectors as functions of images compute what mmdet computes, as modules and in files."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from mmdet.models import SingleStageDetector
@@ -8,6 +11,7 @@ from mmdet.registry import MODELS
 from convnext_dense.errors import UsageError
 from convnext_dense.export.detector import ExportableDetector
 from convnext_dense.export.program import custom_operators
+from convnext_dense.export.rtmdet_ins import scaled_ceil
 from helpers.detections import assert_file_detects_the_same, assert_module_equals_mmdet
 from helpers.small_detectors import HEAD, LEVELS, NORM, ONE_ANCHOR, ONE_STAGE, build_predictor, one_stage
 
@@ -38,15 +42,44 @@ def test_test_cfg_options(test_cfg):
     assert assert_module_equals_mmdet(build('ATSS', **test_cfg), SIZES[1:]) > 5
 
 
-@pytest.mark.parametrize('name', ['RetinaNet', 'YOLOX', 'PAA with score voting'])
+@pytest.mark.parametrize('name', ['RetinaNet', 'YOLOX', 'PAA with score voting', 'RTMDet-Ins'])
 def test_image_without_detections(name):
     assert assert_module_equals_mmdet(build(name, score_thr=0.9999), SIZES[:1]) == 0
 
 
-FILES = [
+@pytest.mark.parametrize('name', ['ATSS', 'YOLOX', 'PAA with score voting', 'RTMDet-Ins'])
+def test_batch_of_two(name):
+    assert assert_module_equals_mmdet(build(name, score_thr=0.2), SIZES[1:2], batch=2) > 30
+
+
+def test_masks_are_resized_as_float64_rounds():
+    """Of each side one that mmdet takes for a pixel longer."""
+    height, width = (next(n for n in range(300, 999) if math.ceil(side * (1 / (side / n))) > n) for side in SIZES[0])
+    assert assert_module_equals_mmdet(build('RTMDet-Ins'), SIZES[:1], (height, width)) > 30
+
+
+def test_ceiling_is_that_of_float64():
+    rng = np.random.RandomState(0)
+    n, n_result = rng.randint(16, 2048, 50000), rng.randint(16, 4096, 50000)
+    for padded in (n, n * 2, (n + 31) // 32 * 32):
+        expected = [math.ceil(a * (1 / (b / c))) for a, b, c in zip(*(x.tolist() for x in (padded, n, n_result)))]
+        assert scaled_ceil(*map(torch.from_numpy, (padded, n, n_result))).tolist() == expected
+
+
+def test_masks_in_boxes_are_refused():
+    with pytest.raises(UsageError, match='SingleStageDetector has no masks in boxes: its masks are those of the image'):
+        ExportableDetector(build('RTMDet-Ins').model, masks='box')
+
+
+FAST = [
     ('RTMDet with its own norms', '.onnx'),
-    *(pytest.param(name, suffix, marks=pytest.mark.slow) for name in ONE_STAGE for suffix in ('.xml', '.pt2')),
+    ('YOLOX', '.pt2'),
+    ('PAA with score voting', '.pt2'),
+    ('RTMDet-Ins', '.pt2'),
 ]
+SLOW = [(name, suffix) for name in ONE_STAGE for suffix in ('.xml', '.pt2') if (name, suffix) not in FAST]
+SLOW += [(name, '.onnx') for name in ('YOLOX', 'PAA with score voting', 'RTMDet-Ins')]
+FILES = [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
 
 @pytest.mark.parametrize('name, suffix', FILES)

@@ -1,5 +1,6 @@
 """Small detectors of mmdet on a ConvNeXt with made weights, which find something in noise."""
 
+import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
@@ -12,7 +13,7 @@ from helpers.weights import load_random_weights
 BACKBONE = dict(type='ConvNeXt', arch=dict(depths=(1, 1, 1, 1), channels=(40, 80, 160, 320)))
 LEVELS = [8, 16, 32]
 NMS = dict(type='nms', iou_threshold=0.5)
-TEST_CFG = dict(nms_pre=200, min_bbox_size=0, score_thr=0.05, nms=NMS, max_per_img=50)
+TEST_CFG = dict(nms_pre=200, min_bbox_size=0, score_thr=0.05, nms=NMS, max_per_img=50, mask_thr_binary=0.5)
 ANCHORS = dict(type='AnchorGenerator', octave_base_scale=4, scales_per_octave=2, ratios=[0.5, 1.0], strides=LEVELS)
 ONE_ANCHOR = dict(ANCHORS, scales_per_octave=1, octave_base_scale=8, ratios=[1.0])
 NORM = dict(type='GN', num_groups=8)
@@ -35,6 +36,8 @@ ONE_STAGE = {
     'FSAF': dict(HEAD, type='FSAFHead', anchor_generator=ONE_ANCHOR, reg_decoded_bbox=True),
     'RTMDet': dict(HEAD, type='RTMDetHead', **RTMDET),
     'RTMDet with its own norms': dict(HEAD, type='RTMDetSepBNHead', exp_on_reg=True, **RTMDET),
+    'RTMDet-Ins': dict(HEAD, type='RTMDetInsHead', **RTMDET),
+    'RTMDet-Ins with its own norms': dict(HEAD, type='RTMDetInsSepBNHead', **RTMDET),
     'RetinaNet with its own norms': dict(
         HEAD, type='RetinaSepBNHead', num_ins=3, norm_cfg=dict(type='BN'), anchor_generator=ANCHORS
     ),
@@ -156,5 +159,17 @@ def build_predictor(model_cfg, recipe='mask_rcnn'):
     load_random_weights(model)
     if hasattr(getattr(model, 'bbox_head', None), 'conv_reg'):
         model.bbox_head.conv_reg.bias.data += 2  # distances, of which some heads clamp negative ones
+    if hasattr(getattr(model, 'bbox_head', None), 'rtm_kernel'):
+        _predict_diamonds(model.bbox_head)
     source = ModelSource(file='made.pth', config=config, task='detection', classes=CLASSES[recipe], palette=())
     return Predictor(model, source, 'cpu')
+
+
+def _predict_diamonds(head):
+    """Let an RTMDetInsHead predict masks of some pixels around the prior; weights change them."""
+    first = torch.zeros(8, 10)
+    first[:4, :2] = torch.tensor([[1, 0], [-1, 0], [0, 1], [0, -1]])  # of the distance, and ReLU
+    parts = first, torch.eye(8), torch.tensor([-1.0] * 4 + [0] * 4), torch.zeros(16), torch.tensor([0.5])
+    convs = head.rtm_kernel if isinstance(head.rtm_kernel, torch.nn.ModuleList) else [head.rtm_kernel]
+    for conv in convs:
+        conv.bias.data = torch.cat([part.flatten() for part in parts])
