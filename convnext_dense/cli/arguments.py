@@ -79,12 +79,7 @@ def integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
 
 
 def make_config_parser(description: str, **config) -> ArgumentParser:
-    """Return a parser with the arguments of every tool that reads a config.
-
-    Args:
-        description: Description of the tool, for its help.
-        config: Settings of the positional argument `config`, such as nargs='?'.
-    """
+    """Return a parser with the arguments of every tool that reads a config, whose settings are `**config`."""
     parser = ArgumentParser(description=description)
     parser.add_argument('config', help='config file, such as configs/cascade/convnext_t.py', **config)
     parser.add_argument(

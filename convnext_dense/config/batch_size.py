@@ -115,11 +115,6 @@ def check_accumulation_unchanged(config: Config, meta: dict, checkpoint: str) ->
     """Raise UsageError if a checkpoint was trained with another number of gradient accumulation steps.
 
     Its iteration counter would have another meaning. Used only for checkpoints without a batch partition.
-
-    Args:
-        config: Config of the run that resumes.
-        meta: Metadata of the checkpoint.
-        checkpoint: Path of the checkpoint, for the message.
     """
     old = accumulative_counts(parse_config_literal(meta['cfg'])) if meta.get('cfg') else 1
     new = accumulative_counts(config)

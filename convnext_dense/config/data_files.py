@@ -50,13 +50,9 @@ def register_safe_yaml() -> None:
 
 
 def check_type_names(config: Config, path: str) -> None:
-    """Raise UsageError if a YAML or JSON config names anything but registered types.
+    """Raise UsageError if a YAML or JSON config names anything but registered types; one in Python may do so.
 
     mmengine imports a type that is written as a path, such as `subprocess.Popen`, and calls it.
-
-    Args:
-        config: The config as it was read.
-        path: Path of its file; a config in Python may name anything.
     """
     if not path.lower().endswith(DATA_SUFFIXES):
         return

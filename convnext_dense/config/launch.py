@@ -45,12 +45,7 @@ def is_rank0() -> bool:
 
 
 def check_launcher(config: Config, launcher: str) -> None:
-    """Raise UsageError if a launcher did not start this process, or its processes cannot connect.
-
-    Args:
-        config: Config, whose `env_cfg` names the backend.
-        launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
-    """
+    """Raise UsageError if a launcher did not start this process, or its processes cannot connect by the config."""
     world_size_from_env(launcher)
     backend = ((config.get('env_cfg') or {}).get('dist_cfg') or {}).get('backend', 'nccl')
     if launcher != 'none' and backend == 'nccl' and get_device() == 'cpu':

@@ -70,12 +70,7 @@ class KeyValueAction(DictAction):
 
 
 def rename_old_keys(settings: Config | dict, source: str) -> None:
-    """Rename top-level keys with an old name (`RENAMED_KEYS`), with a warning.
-
-    Args:
-        settings: A config, or settings from the command line; changed in place.
-        source: Where they come from, for the warning.
-    """
+    """Rename top-level keys with an old name (`RENAMED_KEYS`) in place, with a warning that names their source."""
     for old, new in RENAMED_KEYS.items():
         for plus in ('', '+'):
             if plus + old in settings:
@@ -109,12 +104,7 @@ def merge_options(config: Config, options: Mapping[str, object]) -> dict[str, ob
 
 
 def check_key(config: Config, key: str) -> None:
-    """Raise UsageError for a dotted key that is neither in the config nor an argument of what the config builds.
-
-    Args:
-        config: Config in which the key would be set.
-        key: Dotted key, such as 'optim_wrapper.optimizer.lr'.
-    """
+    """Raise UsageError for a dotted key that is neither in the config nor an argument of what the config builds."""
     parts, node = key.split('.'), config
     for i, part in enumerate(parts):
         parent, path = '.'.join(parts[:i]), '.'.join(parts[: i + 1])

@@ -91,12 +91,7 @@ def check_pretrained(model: dict) -> None:
 
 
 def check_data(config: Config, splits: tuple[str, ...]) -> None:
-    """Raise UsageError for the first data folder or annotation file that does not exist.
-
-    Args:
-        config: Config with data loaders and evaluators.
-        splits: Splits to check, of 'train', 'val' and 'test'.
-    """
+    """Raise UsageError for the first data folder or annotation file of some splits that does not exist."""
     for split in splits:
         for dataset in iter_dicts(config.get(f'{split}_dataloader') or {}):
             for path in _iter_data_paths(dataset):

@@ -13,14 +13,7 @@ MACHINE_KEYS += ('dtype', 'loss_scale', 'checkpoint')
 
 
 def recipe_id(path: str) -> tuple[str, ...]:
-    """Return the parts of a config's path that identify it.
-
-    Args:
-        path: Path of the config, such as .../configs/cascade/convnext_t.py.
-
-    Returns:
-        ('cascade', 'convnext_t'); only the name of the file if it is not below a folder `configs`.
-    """
+    """Return ('cascade', 'convnext_t') for .../configs/cascade/convnext_t.py; only the file name outside `configs`."""
     parts = Path(path).absolute().with_suffix('').parts
     folders = parts[:-1][::-1]
     return parts[len(parts) - 1 - folders.index('configs') :] if 'configs' in folders else parts[-1:]

@@ -40,12 +40,7 @@ def count_training_images(config: Config) -> int | None:
 
 
 def wrap_training_set(config: Config, **wrapper) -> None:
-    """Wrap the training set of a config, below a wrapper that mixes images, which hooks expect to be the outermost.
-
-    Args:
-        config: Config; it is changed in place.
-        **wrapper: Config of the wrapper, without its `dataset`.
-    """
+    """Wrap the training set of a config in place, below a wrapper that mixes images, which hooks expect outermost."""
     holder = config.train_dataloader
     while is_type(holder['dataset'].get('type'), DATASETS, 'MultiImageMixDataset'):
         holder = holder['dataset']

@@ -70,12 +70,7 @@ def is_equal(a: object, b: object) -> bool:
 
 
 def add_custom_imports(config: Config, *modules: str) -> None:
-    """Add modules to the custom imports of a config, and import them now.
-
-    Args:
-        config: Config; it is changed in place.
-        *modules: Full names of the modules.
-    """
+    """Add modules, by full name, to the custom imports of a config in place, and import them now."""
     imports = config.setdefault('custom_imports', dict(imports=[], allow_failed_imports=False))
     imports['imports'] = [*dict.fromkeys([*as_list(imports['imports']), *modules])]
     for module in modules:

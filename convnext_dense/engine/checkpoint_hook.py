@@ -68,12 +68,7 @@ class AtomicCheckpointHook(OverridableCheckpointHook):
             self.write_regular(runner, step, dict(epoch=runner.epoch, iter=iters))
 
     def _step_due_early(self, runner, iters: int) -> int | None:
-        """The number of the checkpoint that is due before the next optimizer step ends; None if there is none.
-
-        Args:
-            runner: The runner.
-            iters: Finished iterations.
-        """
+        """Return the number of the checkpoint due before the next optimizer step ends; None if there is none."""
         upcoming = range(iters + 1, next_step_end(runner, iters))
         if not self.by_epoch:
             return iters if any(map(self._is_due, upcoming)) else None

@@ -41,21 +41,13 @@ def survive_closed_stdout() -> None:
 
 
 def silence_disk_full(logger: logging.Logger) -> None:
-    """Have handlers that cannot write (full disk, closed pipe) warn once instead of printing a traceback per line.
-
-    Args:
-        logger: The logger of a run.
-    """
+    """Have handlers that cannot write (full disk, closed pipe) warn once instead of printing a traceback per line."""
     for handler in logger.handlers:
         handler.handleError = partial(warn_once, handler)
 
 
 def log_details_to_file_only(logger: logging.Logger) -> None:
-    """Keep hundreds of lines for reference (environment, config, hooks) off the console.
-
-    Args:
-        logger: mmengine's logger of a run. It is unchanged if it has no log file.
-    """
+    """Keep hundreds of lines for reference (environment, config, hooks) off the console if there is a log file."""
     files = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
     for handler in logger.handlers if files else []:
         if handler not in files:

@@ -89,11 +89,7 @@ def dry_run(runner, draw: Draw) -> None:
 
 @contextmanager
 def heartbeat(enabled: bool) -> Iterator[None]:
-    """Context manager that prints a line every few seconds, so that a long start does not look stuck.
-
-    Args:
-        enabled: Whether to print.
-    """
+    """Context manager that prints a line every few seconds if enabled, so that a long start does not look stuck."""
     finished, start = threading.Event(), time.monotonic()
 
     def beat() -> None:

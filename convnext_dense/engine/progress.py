@@ -78,12 +78,7 @@ def is_step_end(runner) -> bool:
 
 
 def next_step_end(runner, iters: int) -> int:
-    """Return the number of iterations after which the next optimizer step ends.
-
-    Args:
-        runner: The runner.
-        iters: Finished iterations.
-    """
+    """Return the number of iterations, more than `iters`, after which the next optimizer step ends."""
     steps = accumulation_steps(runner.optim_wrapper)
     return min((iters // steps + 1) * steps, runner.max_iters)
 

@@ -164,10 +164,6 @@ class ResumableRunner(Runner):
 
 
 def _mmengine_class_name(kind) -> str | None:
-    """Return the name of a loop or hook class of mmengine; None for classes of other packages.
-
-    Args:
-        kind: `type` in a config: the name with or without scope, the path of the class, or the class.
-    """
+    """Return the name of mmengine's loop or hook class that a config's `type` means; None for other packages."""
     cls = class_of(kind, LOOPS, HOOKS)
     return cls.__name__ if cls is not None and cls.__module__.startswith('mmengine.') else None

@@ -7,11 +7,7 @@ import torch
 
 
 def seed_everything(*key: int) -> None:
-    """Seed Python's, NumPy's and torch's random number generators.
-
-    Args:
-        *key: Non-negative integers. Different keys, even of neighboring samples, give independent random numbers.
-    """
+    """Seed Python, NumPy and torch with a key of non-negative integers; different keys give independent numbers."""
     state = np.random.SeedSequence(key).generate_state(8)
     random.seed(int(state[0]) << 32 | int(state[1]))
     np.random.seed(state[2:6])

@@ -21,12 +21,7 @@ def check_num_classes(n: int) -> None:
 
 
 def encode_mask(labels: np.ndarray, palette: Sequence[Color]) -> bytes:
-    """Encode a segmentation mask as an indexed PNG.
-
-    Args:
-        labels: Class index of each pixel, (H, W).
-        palette: RGB color of each class.
-    """
+    """Encode class indices (H, W) as an indexed PNG with the RGB palette of the classes."""
     image = Image.fromarray(np.ascontiguousarray(labels.astype(np.uint8, copy=False)))
     values = [value for color in palette for value in color]
     image.putpalette(values + [0] * (768 - len(values)))  # Pillow writes no more bits than a short palette needs

@@ -101,11 +101,7 @@ def merge_detections(
 
 
 def detector_limits(model) -> tuple[float, int | None]:
-    """Return the IoU threshold of a detector's NMS and its maximum number of detections per image, None if it has none.
-
-    Args:
-        model: One-stage or two-stage detector of mmdet.
-    """
+    """Return the NMS threshold of an mmdet detector and its maximum number of detections per image (None if unset)."""
     test_cfg = getattr(model, 'test_cfg', None) or {}
     test_cfg = test_cfg.get('rcnn') or test_cfg
     return float((test_cfg.get('nms') or {}).get('iou_threshold', IOU_THR)), test_cfg.get('max_per_img')

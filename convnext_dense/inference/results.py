@@ -41,15 +41,7 @@ def select_instances(
 
 
 def select_classes(sample: BaseDataElement, labels: Sequence[int]) -> BaseDataElement:
-    """Set pixels of other classes to 255, mmseg's ignore_index, in place.
-
-    Args:
-        sample: Data sample with `pred_sem_seg`.
-        labels: Class indices to keep.
-
-    Returns:
-        The sample.
-    """
+    """Set pixels of `pred_sem_seg` with other labels to 255, mmseg's ignore_index, in place; return the sample."""
     pred = sample.pred_sem_seg.data
     is_other = ~torch.isin(pred, torch.as_tensor(labels, dtype=pred.dtype, device=pred.device))
     sample.pred_sem_seg.data = pred.masked_fill(is_other, IGNORED)

@@ -371,14 +371,7 @@ class ConvNeXt(BaseModule):
             initialize(self, self.pretrained)
 
     def train(self, mode: bool = True) -> 'ConvNeXt':
-        """Set training mode; frozen modules stay in eval mode.
-
-        Args:
-            mode: Whether to set training mode (True) or evaluation mode (False).
-
-        Returns:
-            The backbone itself.
-        """
+        """Set training mode, or evaluation mode if not `mode`; frozen modules stay in evaluation mode."""
         super().train(mode)
         for module in self._frozen_modules():
             module.eval()

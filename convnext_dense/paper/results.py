@@ -436,14 +436,7 @@ def to_paper_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def find_paper_result(config: Config) -> PaperResult | None:
-    """Find the paper's result whose recipe a config is, whatever file it came from.
-
-    Args:
-        config: Config of a model, such as mmengine keeps in a work dir.
-
-    Returns:
-        The result; None if the config is not a recipe.
-    """
+    """Return the paper's result whose recipe a config is, from whatever file; None if it is not a recipe."""
     # Later results have more specific settings, so they come first.
     results = (r for r in reversed(RESULTS) if all(_has(config, *setting) for setting in r.identity.items()))
     return next(results, None)
