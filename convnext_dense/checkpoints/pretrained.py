@@ -101,7 +101,11 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         UsageError: If the file cannot be found, downloaded or read, or contains no ConvNeXt, or several.
     """
     file = download(str(source))
-    content = load_checkpoint(file)
+    return _parse_checkpoint(load_checkpoint(file), str(source), file)
+
+
+def _parse_checkpoint(content: dict, name: str, file: Path) -> Checkpoint:
+    """Find the ConvNeXt weights in the content of a checkpoint."""
     convnexts = _find_convnexts(content, file)
     if not convnexts:
         names = [name for tensors in find_state_dicts(content).values() for name in tensors] or list(map(str, content))
@@ -110,11 +114,11 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             f'{", ".join(scheme.title for scheme in NAMING_SCHEMES)}'
         )
     tensors, parsed = next(iter(convnexts.values()))
-    for name in parsed.names:
-        if tensors[name].layout != torch.strided or tensors[name].is_meta or not tensors[name].ndim:
-            raise UsageError(f'{file}: {name} is not a tensor of weights: it is sparse, empty or a single number')
-    weights = {canonical: to_canonical_shape(canonical, tensors[name]) for name, canonical in parsed.names.items()}
-    return Checkpoint(str(source), file, parsed, weights, list(convnexts)[1:])
+    for key in parsed.names:
+        if tensors[key].layout != torch.strided or tensors[key].is_meta or not tensors[key].ndim:
+            raise UsageError(f'{file}: {key} is not a tensor of weights: it is sparse, empty or a single number')
+    weights = {canonical: to_canonical_shape(canonical, tensors[key]) for key, canonical in parsed.names.items()}
+    return Checkpoint(name, file, parsed, weights, list(convnexts)[1:])
 
 
 def _find_convnexts(content: dict, file: str | Path) -> dict[str, tuple[dict[str, torch.Tensor], ParsedNames]]:
@@ -267,7 +271,8 @@ def load_model_weights(content: dict, file: str | Path, model: nn.Module) -> dic
     tensors, parsed = next(iter(convnexts.values()))
     prefix, backbone = backbones[0]
     if all(name.startswith(DINOV3_DUPLICATE_PREFIX) for name in parsed.other_names):
-        plan, state = plan_load(backbone, file), backbone.state_dict()
+        plan = plan_load(backbone, _parse_checkpoint(content, str(file), Path(file)))
+        state = backbone.state_dict()
         weights = plan.weights | {name: state[name] for name in plan.kept_init}
         return {f'{prefix}{name}': tensor for name, tensor in weights.items()}
     outer_prefix = parsed.prefix.partition(prefix)[0] if prefix in parsed.prefix else ''  # such as a Lightning module's

@@ -14,6 +14,7 @@ from mmengine.runner import save_checkpoint
 
 from convnext_dense import load_backbone
 from convnext_dense.checkpoints import WEIGHT_URLS, hub, io, load_checkpoint
+from convnext_dense.checkpoints.pretrained import load_model_weights
 from convnext_dense.errors import UsageError
 from convnext_dense.models.convnext import ConvNeXt
 from convnext_dense.paper.results import PAPER_RESULTS, RESULTS
@@ -111,6 +112,17 @@ def test_wrappers_prefixes_and_trained_detectors(tmp_path, wrap):
     torch.testing.assert_close(
         model.stages[3][0].dwconv.weight, weights['stages.3.0.dwconv.weight'], rtol=2e-3, atol=1e-4
     )
+
+
+def test_backbone_weights_for_a_whole_model_come_from_the_opened_checkpoint(tmp_path):
+    """The file is not opened again: here it is gone."""
+    content = load_checkpoint(save_original(tmp_path / 'w.pth'), mmap=False)
+    (tmp_path / 'w.pth').unlink()
+    model = torch.nn.ModuleDict(dict(backbone=ConvNeXt(ARCH)))
+    weights = load_model_weights(content, tmp_path / 'w.pth', model)
+    assert weights.keys() == model.state_dict().keys()
+    name = 'stages.3.0.dwconv.weight'
+    assert torch.equal(weights[f'backbone.{name}'], content['model'][name])
 
 
 def test_checkpoint_is_cached_until_overwritten(tmp_path, monkeypatch):
