@@ -15,6 +15,7 @@ from .tree import add_custom_imports, as_list, iter_dicts
 
 MIX_TRANSFORMS = ('Mosaic', 'MixUp', 'CachedMixUp', 'CopyPaste')  # and their subclasses
 MOSAIC_STEPS = ('Mosaic', 'RandomAffine')  # left out in the last epochs
+MASK_KEYS = ('mask_head', 'loss_mask')  # of the parts of a model that are trained on masks
 FRACTION_WITHOUT_MOSAICS = 0.1  # last part of the epochs; mmdet's RTMDet with 100 epochs has the same
 # mmdet's thresholds for objects that a pasted one hides (change of the box in pixels, remaining mask area), for images
 # of 1024 x 1024, and the power of the image's side with which they are scaled for smaller images.
@@ -41,7 +42,7 @@ def set_mosaic(config: Config) -> str:
     leaf = _unmixed_dataset(config, '--mosaic')
     if channel_reader(config):
         raise UsageError("--mosaic is for RGB: mmdet's Mosaic makes images of three channels")
-    if _loads_masks(leaf):
+    if _loads_masks(leaf) and any(key in part for part in iter_dicts(config.model) for key in MASK_KEYS):
         raise UsageError(
             "--mosaic is for boxes: mmdet's Mosaic does not move masks; use --copy-paste to mix images with masks"
         )
@@ -60,6 +61,8 @@ def set_mosaic(config: Config) -> str:
         dict(type='Mosaic', img_scale=(size, size), pad_val=114.0),
         dict(type='RandomAffine', border=(-size // 2, -size // 2)),  # as large as one image of the four
     ]
+    for loader in _annotation_loaders(leaf):
+        loader['with_mask'] = False  # the model is trained on boxes
     last_loader = max(i for i, step in enumerate(leaf['pipeline']) if _is_transform(step, 'LoadAnnotations'))
     _mix_images(config, leaf, last_loader + 1, steps)
     num_last_epochs = max(1, round(FRACTION_WITHOUT_MOSAICS * epochs))
@@ -88,9 +91,8 @@ def set_copy_paste(config: Config) -> str:
         raise UsageError(
             '--copy-paste needs the masks of objects, and here are boxes alone; use --mosaic to mix images with boxes'
         )
-    for step in iter_dicts(leaf['pipeline']):
-        if _is_transform(step, 'LoadAnnotations'):
-            step['poly2mask'] = True
+    for loader in _annotation_loaders(leaf):
+        loader['poly2mask'] = True
     scale = resize_scale(config)
     ratio = min(1.0, math.sqrt(scale[0] * scale[1]) / COPY_PASTE_SIDE) if scale else 1.0
     thresholds = {key: max(1, round(value * ratio**power)) for key, (value, power) in OCCLUSION_THRESHOLDS.items()}
@@ -122,9 +124,12 @@ def _is_transform(step: dict, *names: str) -> bool:
     return is_type(step.get('type'), TRANSFORMS, *names)
 
 
+def _annotation_loaders(leaf: dict) -> list[dict]:
+    return [step for step in iter_dicts(leaf['pipeline']) if _is_transform(step, 'LoadAnnotations')]
+
+
 def _loads_masks(leaf: dict) -> bool:
-    loaders = [step for step in iter_dicts(leaf['pipeline']) if _is_transform(step, 'LoadAnnotations')]
-    return any(loader.get('with_mask') for loader in loaders)
+    return any(loader.get('with_mask') for loader in _annotation_loaders(leaf))
 
 
 def _mix_images(config: Config, leaf: dict, index: int, steps: list[dict]) -> None:
