@@ -95,7 +95,7 @@ def _with_options(request: DatasetRequest, options: Mapping, file: Path) -> Data
     """Set the options of a request as those of the command line are."""
     classes, format, switch = (options.get(key) for key in ('classes', 'format', 'ignore_other_colors'))
     is_list = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    if classes is not None and not is_list and not isinstance(classes, str):
+    if classes is not None and not (classes and (is_list or isinstance(classes, str))):
         raise UsageError(f'{file}: classes has to be a list of names, such as [car, truck=vehicle], or a file of them')
     if format is not None and format not in FORMAT_KEYS:
         raise UsageError(f"{file}: format '{to_one_line(format, 40)}' is unknown: give one of {', '.join(FORMAT_KEYS)}")

@@ -35,6 +35,20 @@ UNITS = ((2**30, 'GiB'), (2**20, 'MiB'))
 FILE_TYPES = {'d': 'a folder', 'p': 'a pipe', 'c': 'a device', 'b': 'a device', 's': 'a socket'}  # as in `ls -l`
 
 
+class _TextLoader(yaml.BaseLoader):
+    """Loads YAML in which all values are texts, and refuses keys that are given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Return the dict of a node, as the base class does."""
+        first_lines: dict[str, int] = {}
+        for key, _ in node.value:
+            first_line = first_lines.setdefault(str(key.value), key.start_mark.line)
+            if first_line != key.start_mark.line:
+                problem = f"the key '{key.value}' is given in line {first_line + 1} already"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 class UnusableFileError(OSError):
     """A path does not lead to a regular file whose content is there and not too large.
 
@@ -121,10 +135,10 @@ def read_yaml(path: Path) -> object:
     """Read a YAML file; all its values are texts, so that a class may be called `no` or `1`.
 
     Raises:
-        UsageError: it cannot be read, or is not valid YAML.
+        UsageError: it cannot be read, is not valid YAML, or has a key twice.
     """
     try:
-        return yaml.load(read_bytes(path, MAX_YAML_BYTES), yaml.BaseLoader)
+        return yaml.load(read_bytes(path, MAX_YAML_BYTES), _TextLoader)
     except OSError as error:
         raise UsageError(f'{path}: {error.strerror}') from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -140,6 +140,10 @@ MISTAKES = {  # the text, or what is replaced in that of boxes -> the message
     'no format': (('path:', 'format: [via]\npath:'), 'is unknown: give one of coco, yolo'),
     'no switch': (('path:', 'ignore-other-colors: 1\npath:'), 'ignore_other_colors has to be true or false'),
     'channels': (('path:', 'channels: [1, 1]\npath:'), 'a channel is named twice'),
+    'no classes': (('path:', 'classes: []\npath:'), 'classes has to be a list of names'),
+    'a blank': (('path:', 'classes:\npath:'), 'classes has to be a list of names'),
+    'a key twice': (('val:', 'train:'), "line 5: the key 'train' is given in line 2 already"),
+    'a key of a split twice': (('  images: val', '  images: val\n  images: train'), "line 7: the key 'images' is"),
     'no YAML': (('path:', '"'), 'is not valid YAML'),
 }  # fmt: skip
 
