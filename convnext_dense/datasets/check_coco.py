@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from .check_images import ImageInfo
-from .coco_boxes import CornerVotes, box_mask_difference, box_problem, clip_box, reaches_out
+from .coco_boxes import BoxVotes, box_mask_difference, box_problem, clip_box, reaches_out
 from .coco_masks import is_implausible_area, mask_area, mask_to_box, validate_mask
 from .coco_values import category_name, format_size, is_finite, is_number, is_positive, only_dicts, parse_id
 from .diagnostics import Report
@@ -218,7 +218,7 @@ def validate_annotations(
     """
     dropped_images = {parse_id(image.get('id')) for image in coco['images']} - set(images)
     category_ids = {parse_id(c.get('id')) for c in only_dicts(coco['categories'])} - {None}
-    ids, keys, usable, corner_votes, add = set(), set(), [], CornerVotes(), partial(report.add, split)
+    ids, keys, usable, votes, add = set(), set(), [], BoxVotes(), partial(report.add, split)
     for i, annotation in enumerate(coco['annotations']):
         if not isinstance(annotation, dict):
             add('not-an-annotation', f'number {i}')
@@ -236,7 +236,7 @@ def validate_annotations(
         elif category_id not in category_ids:
             add_here('unknown-category', f': category {to_one_line(annotation.get("category_id"))}')
         elif class_indices.get(category_id) is not None:
-            fields = _validate_annotation(annotation, images[image_id], use_masks, corner_votes, add_here)
+            fields = _validate_annotation(annotation, images[image_id], use_masks, votes, add_here)
             if fields is None:
                 continue
             key = (image_id, category_id, *fields['bbox'], str(fields.get('segmentation')))
@@ -251,13 +251,11 @@ def validate_annotations(
             ids.add(annotation_id)
             new_ids = (len(usable) + 1, images[image_id]['id'], class_indices[category_id] + 1)
             usable.append(dict(zip(ID_KEYS, new_ids)) | fields)
-    corner_votes.report(split, report)
+    votes.report(split, report)
     return usable
 
 
-def _validate_annotation(
-    annotation: dict, image: dict, use_masks: bool, corner_votes: CornerVotes, add: Callable
-) -> dict | None:
+def _validate_annotation(annotation: dict, image: dict, use_masks: bool, votes: BoxVotes, add: Callable) -> dict | None:
     """Return bbox, area, iscrowd and (if masks are used) segmentation of a usable annotation, else None."""
     width, height = image['width'], image['height']
     iscrowd, mask = _parse_iscrowd(annotation, add), annotation.get('segmentation')
@@ -266,7 +264,7 @@ def _validate_annotation(
     mask = validate_mask(mask, width, height, add) if use_masks else None
     if iscrowd is None or (use_masks and mask is None):
         return None
-    box = _validate_box(annotation, mask, width, height, bool(iscrowd), corner_votes, add)
+    box = _validate_box(annotation, mask, width, height, bool(iscrowd), votes, add)
     if box is None:
         return None
     area = _validate_area(annotation.get('area'), mask, box, (height, width), iscrowd, add)
@@ -278,7 +276,7 @@ def _validate_annotation(
 
 
 def _validate_box(
-    annotation: dict, mask: object, width: int, height: int, iscrowd: bool, votes: CornerVotes, add: Callable
+    annotation: dict, mask: object, width: int, height: int, iscrowd: bool, votes: BoxVotes, add: Callable
 ) -> list[float] | None:
     """Return the box of an annotation, or that of its mask; None if it is unusable."""
     mask_box = mask_to_box(mask) if mask else None

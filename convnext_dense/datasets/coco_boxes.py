@@ -53,23 +53,25 @@ def box_mask_difference(box: list[float], mask_box: list[float]) -> str | None:
     return 'box-mask-mismatch' if iou < DIFFERENT_IOU else None
 
 
-class CornerVotes:
-    """Evidence on whether the boxes of a file are x1, y1, x2, y2 instead of x, y, width, height.
+class BoxVotes:
+    """Evidence on whether the boxes of a file are fractions or corners, instead of x, y, width, height in pixels.
 
-    Masks tell it best, then areas, then the borders of images.
+    Masks tell corners best, then areas, then the borders of images.
 
     Attributes:
         by_mask (Counter): number of boxes by how they fit their masks, as `IS_CORNERS`.
         by_area (Counter): likewise by area, of boxes without masks.
-        examples (list[str]): ids of the first boxes that are probably corners.
+        corners (list[str]): ids of the first boxes that are probably corners.
+        fractions (list[str]): ids of the first boxes that are probably fractions of the sides of their images.
         num_boxes (int): all boxes.
+        num_fractions (int): those that are probably fractions.
         num_valid_corners (int): those that are boxes within the image if they are corners.
         num_reaching_out (int): those that reach out of the image if they are not.
     """
 
     def __init__(self) -> None:
-        self.by_mask, self.by_area, self.examples = Counter(), Counter(), []
-        self.num_boxes = self.num_valid_corners = self.num_reaching_out = 0
+        self.by_mask, self.by_area, self.corners, self.fractions = Counter(), Counter(), [], []
+        self.num_boxes = self.num_fractions = self.num_valid_corners = self.num_reaching_out = 0
 
     def add(self, annotation: dict, mask_box: list[float] | None, width: int, height: int) -> bool:
         """Count a box; return whether its mask, with the box `mask_box`, shows that it is corners."""
@@ -86,8 +88,11 @@ class CornerVotes:
         elif is_number(area) and is_finite(area) and area > 0:
             fits = (_is_area(area, right * bottom), is_ordered and _is_area(area, as_corners[2] * as_corners[3]))
             self.by_area[fits] += 1
-        if (fits == IS_CORNERS or is_outside) and len(self.examples) < MAX_EXAMPLES:
-            self.examples.append(f'id {to_one_line(annotation.get("id"))}')
+        is_fraction = max(box) <= 1 and not all(float(value).is_integer() for value in box)
+        self.num_fractions += is_fraction
+        for applies, examples in ((fits == IS_CORNERS or is_outside, self.corners), (is_fraction, self.fractions)):
+            if applies and len(examples) < MAX_EXAMPLES:
+                examples.append(f'id {to_one_line(annotation.get("id"))}')
         return mask_box is not None and fits == IS_CORNERS
 
     @property
@@ -102,12 +107,17 @@ class CornerVotes:
         return self.num_valid_corners == self.num_boxes and self.num_reaching_out >= min_reaching_out
 
     def report(self, split: str, report: Report) -> None:
-        """Report a file of which most boxes are corners, instead of its single boxes."""
-        if self.most_are_corners:
+        """Report a file of which most boxes are fractions or corners, the latter instead of its single boxes."""
+        if 2 * self.num_fractions > self.num_boxes:
+            code, examples = 'most-boxes-as-fractions', self.fractions
+        elif self.most_are_corners:
             single = report.diagnostics.pop((split, 'box-as-corners'), None)
-            for example in single.examples if single else self.examples:
-                report.add(split, 'most-boxes-as-corners', example, count=0)
-            report.diagnostics[split, 'most-boxes-as-corners'].count = self.num_boxes
+            code, examples = 'most-boxes-as-corners', single.examples if single else self.corners
+        else:
+            return
+        for example in examples:
+            report.add(split, code, example, count=0)
+        report.diagnostics[split, code].count = self.num_boxes
 
 
 def clip_box(box: list[float], width: int, height: int) -> list[float]:

@@ -33,7 +33,7 @@ TOO_LARGE = f'over {MAX_PIXELS:,} pixels, which Pillow does not open; cut it int
 # Of problems that are dropped, where no more is to be said.
 SELF_EXPLANATORY_CODES = (
     'missing-image empty-file not-an-image truncated-image image-without-id-or-name name-outside-root '
-    'image-size-mismatch orphan-annotation unknown-category not-an-annotation missing-box box-not-four-numbers '
+    'orphan-annotation unknown-category not-an-annotation missing-box box-not-four-numbers '
     'box-not-finite box-without-area box-outside-image box-far-outside-image polygon-under-3-points '
     'polygon-not-numeric polygon-outside-image polygon-far-outside-image rle-size-mismatch rle-length-mismatch '
     'unreadable-mask mask-size-mismatch mask-all-ignored unreadable-label label-not-numbers'
@@ -49,6 +49,7 @@ NOTES = {
         'category-without-id-or-name': 'give each category a name and an id that is not true or false',
         'category-name-mismatch': 'the same id has another name in train; give it the same name, or another id',
         'most-boxes-as-corners': 'most are x1, y1, x2, y2; write x, y, width, height',
+        'most-boxes-as-fractions': 'most are from 0 to 1, as fractions of the sides of the image; write pixels',
         'mask-values-0-and-255': '255 is ignored, so there is nothing to learn; write 255 as 1 if it is a class',
         'single-class': 'the loss of a single class is always 0',
         'mask-lossy-format': 'JPEG and the like change label values; write PNGs from the original masks, or '
@@ -63,6 +64,8 @@ NOTES = {
     },
     DROPPED: {
         **dict.fromkeys(SELF_EXPLANATORY_CODES.split(), ''),
+        'image-size-mismatch': 'its annotations are of an image of another size; give the images that were annotated, '
+        'or write sizes and coordinates of these',
         'not-a-regular-file': 'a folder, a device or a pipe has its name',
         'file-too-large': f'over {format_bytes(MAX_BYTES)}',
         'git-lfs-pointer': 'its content was not fetched; run git lfs pull in the repository it is from',
@@ -87,7 +90,7 @@ NOTES = {
         'duplicate-stem': 'a segmentation mask belongs to one image; the later one is dropped',
         'unmatched-mask': 'no image has its name',
         'missing-label': 'no annotation file has its name; one without objects makes an image a negative',
-        'task-without-annotation': 'skipped or cancelled in Label Studio; an image without objects needs an empty one',
+        'task-without-annotation': 'not annotated, skipped or cancelled; an image without objects needs an empty one',
         'region-of-rotated-image': 'the image was rotated in Label Studio, and its coordinates are of that view',
         'segment-without-pixels': 'no pixel of its PNG has its id',
         'ignored-region': 'LabelMe marks it to be ignored, which boxes cannot say',
@@ -232,6 +235,8 @@ class Report:
         causes = causes or [d for d in diagnostics if d.code == 'image-without-annotations']
         causes.sort(key=lambda diagnostic: diagnostic.count, reverse=True)
         summary = '; '.join(cause.in_short() for cause in causes[:MAX_CAUSES]) or 'no images'
+        if len(causes) == 1 and causes[0].action == DROPPED and (note := RULES[causes[0].code].note):
+            summary += f': {note}'
         self.add(split, 'nothing-to-train-on' if split == 'train' else 'nothing-to-evaluate', f'{folder}: {summary}')
 
     def add_duplicates(self, names: Mapping[str, Sequence[str]], infos: Mapping[str, ImageInfo]) -> None:

@@ -19,15 +19,18 @@ from .geometry import are_numbers, box_annotation, ellipse, encode, flatten_poin
 from .layouts import is_image
 from .split_annotations import parse_size
 
-# Of a task with annotations; or of a region, in the short form.
+# Of a task with annotations, or of a region in the short form; and both of a task without any, in either form.
 MARKS_RE = re.compile(r'"(annotations|completions)"\s*:\s*\[[\s\S]*"result"\s*:|"original_width"\s*:')
+EMPTY_MARKS_RE = re.compile(r'"(annotations|completions)"\s*:\s*\[\s*\]'), re.compile(r'"data"\s*:\s*\{')
+EMPTY_SHORT_MARKS_RE = re.compile(r'"annotator"\s*:'), re.compile(r'"annotation_id"\s*:')
 RECTANGLE, ELLIPSE = ('x', 'y', 'width', 'height'), ('x', 'y', 'radiusX', 'radiusY')
 CHANNELS = 4  # of a brush mask: red, green, blue and alpha, which is the mask
 
 
 def is_label_studio(start: str) -> bool:
     """Return whether a JSON file is Label Studio's own, by its start."""
-    return MARKS_RE.search(start) is not None
+    marks = ((MARKS_RE,), EMPTY_MARKS_RE, EMPTY_SHORT_MARKS_RE)
+    return any(all(mark.search(start) for mark in alternative) for alternative in marks)
 
 
 def parse_label_studio(file: Path, add: Callable) -> Iterator[ListedImage]:

@@ -50,6 +50,8 @@ def read_detection(
     classes = [*(classes or checks.class_names(train, add))]
     if not classes:
         if format != COCO:
+            for name in checks.image_names(train):
+                add('image-without-annotations', name)
             report.add_if_empty('train' if main_split == 'all' else main_split, 0, root)
         report.raise_if_errors()
         raise UsageError(f'{sources[main_split]} has no categories, so there is nothing to learn')

@@ -415,7 +415,7 @@ def test_each_code_is_tested():
     }  # fmt: skip
     tested_elsewhere |= {  # test_label_studio.py, test_other_formats.py
         'class-attribute-missing', 'mask-of-segments', 'region-of-rotated-image', 'segment-without-pixels',
-        'several-annotations', 'task-without-annotation',
+        'several-annotations', 'task-without-annotation', 'most-boxes-as-fractions',
     }  # fmt: skip
     tested_elsewhere |= {  # test_yolo.py
         'boxes-and-polygons', 'class-count-mismatch', 'class-index-out-of-range', 'class-names-missing',

@@ -12,6 +12,7 @@ from pycocotools import mask as coco_mask
 from convnext_dense.datasets.label_studio import decode_brush
 from helpers.box_formats import decode, ls_result, ls_task
 from helpers.datasets import check_dataset, write_json
+from helpers.files import error_message
 
 SIZE = (80, 60)
 RECT = dict(x=25, y=50, width=37.5, height=25, rotation=0)  # 20, 30, 30, 15 in pixels
@@ -146,6 +147,27 @@ def test_skipped_tasks_and_tasks_without_objects(tmp_path):
     assert names == ['images/a.png', 'images/b.png', 'images/e.png']
     assert findings['task-without-annotation'].count == 2
     assert findings['image-without-annotations'].examples == ['images/e.png']
+
+
+EMPTY = {
+    'tasks': dict(id=1, annotations=[], data=dict(image='/data/upload/1/a.png'), total_annotations=0),
+    'the short form': dict(id=1, image='/data/upload/1/a.png', annotator=1, annotation_id=2, lead_time=3.5),
+}
+
+
+@pytest.mark.parametrize('kind', EMPTY)
+def test_exports_without_annotations(kind, tmp_path):
+    cv2.imwrite(str(tmp_path / 'a.png'), np.zeros((*SIZE[::-1], 3), np.uint8))
+    write_json([EMPTY[kind]] * 2, tmp_path / 'project.json')
+    line = error_message(check_dataset, tmp_path)
+    assert ('task-without-annotation, 2' if kind == 'tasks' else 'image-without-annotations, 2') in line
+
+
+def test_images_of_another_size_than_the_annotated_ones(tmp_path):
+    result = ls_result(RECT | dict(rectanglelabels=['cat']), 'rectanglelabels', (160, 120))
+    data, _, findings = read(tmp_path, [result])
+    assert findings['image-size-mismatch'].examples[0].endswith('.png: 160 x 120, its image 80 x 60')
+    assert 'of an image of another size; give the images' in error_message(data.report.raise_if_errors)
 
 
 BAD = {

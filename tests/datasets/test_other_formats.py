@@ -248,6 +248,20 @@ def test_bad_objects_of_createml(tmp_path):
     assert set(findings) == {'label-without-name', 'label-not-numbers'}
 
 
+def test_fractions_instead_of_pixels(toy_dataset, tmp_path):
+    as_createml(toy_dataset, tmp_path)
+    for file in tmp_path.glob('*/*.json'):
+        entries = json.loads(file.read_text())
+        for item in (item for entry in entries for item in entry['annotations']):
+            item['coordinates'] = {side: value / 64 for side, value in item['coordinates'].items()}
+        write_json(entries, file)
+    data, findings = check_dataset(tmp_path)
+    finding = findings['most-boxes-as-fractions']
+    assert finding.count == len(data.splits['val']['annotations']) and finding.action == 'error'
+    line = error_message(data.report.raise_if_errors)
+    assert 'most-boxes-as-fractions' in line and 'as fractions of the sides of the image; write pixels' in line
+
+
 # Supervisely
 
 
