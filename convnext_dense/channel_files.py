@@ -14,7 +14,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from .errors import UnreadableImageError, UsageError
+from .errors import UnreadableImageError, UsageError, count
 
 TIFF_SUFFIXES = ('.tif', '.tiff')
 ARRAY_SUFFIX = '.npy'
@@ -78,7 +78,7 @@ class ChannelReader(NamedTuple):
         """Raise UnreadableImageError if a file has another number of channels or another type of values."""
         if (layout.num_channels, layout.dtype) != (self.num_channels, self.dtype):
             raise UnreadableImageError(
-                f'it has {layout.num_channels} channels of {layout.dtype}, the model takes files of '
+                f'it has {count(layout.num_channels, "channel")} of {layout.dtype}, the model takes files of '
                 f'{self.num_channels} of {self.dtype}'
             )
 
@@ -213,8 +213,8 @@ def _describe_tiff(file) -> FileLayout:
     if dtype.startswith('complex'):
         raise ValueError('its values are complex numbers')
     if len(file.subdatasets) > 1:
-        height, width, count = _pages_shape(file)
-        return FileLayout(height, width, count, dtype, is_rgb=dtype == 'uint8')  # of which viewers show the first
+        height, width, num_channels = _pages_shape(file)
+        return FileLayout(height, width, num_channels, dtype, is_rgb=dtype == 'uint8')  # of which viewers show the first
     names = [kind.name for kind in file.colorinterp]
     is_rgb = dtype == 'uint8' and (file.count in (1, 3) or (file.count in (2, 4) and names[-1] == 'alpha'))
     return FileLayout(file.height, file.width, file.count, dtype, is_rgb)

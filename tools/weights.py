@@ -14,7 +14,7 @@ from convnext_dense.checkpoints.naming import FIRST_BLOCK, STEM
 from convnext_dense.checkpoints.pretrained import Checkpoint
 from convnext_dense.cli.arguments import ArgumentParser
 from convnext_dense.cli.exit import exit_on_error
-from convnext_dense.errors import UsageError
+from convnext_dense.errors import UsageError, count
 from convnext_dense.models.convnext import ARCHS, ConvNeXt
 from convnext_dense.paper.tables import format_table
 
@@ -46,7 +46,7 @@ def inspect(args) -> None:
         'arch': f'{checkpoint.arch} (depths {checkpoint.parsed.depths}, channels {checkpoint.channels})',
         'tensors': f'{len(weights)} of {", ".join(f"{dtype} ({n})" for dtype, n in dtypes.items())}',
         'parameters': f'{sum(tensor.numel() for tensor in weights):,}',
-        'input': f'{stem.shape[1]} channels' if stem.ndim == 4 else 'unknown',
+        'input': count(stem.shape[1], 'channel') if stem.ndim == 4 else 'unknown',
         'classifier': f'{len(checkpoint.weights["head.weight"])} classes'
         if 'head.weight' in checkpoint.weights
         else 'none',

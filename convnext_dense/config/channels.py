@@ -4,7 +4,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, TRANSFORMS
 
 from ..channel_files import ChannelReader
-from ..errors import UsageError
+from ..errors import UsageError, count
 from ..models.convnext import ConvNeXt
 from ..type_names import class_of, is_type, short_name
 from .inputs import CHANNEL_LOADER, RGB_TRANSFORMS, describe_removed, remove_transforms
@@ -59,7 +59,7 @@ def set_channels(config: Config, reader: ChannelReader) -> str:
     if hook:
         config.default_hooks['visualization'] = dict(type=HOOK, reader=settings)
     add_custom_imports(config, *MODULES)
-    line = f'{len(reader.channels)} input channels, normalized by their mean and std{stem}'
+    line = f'{count(len(reader.channels), "input channel")}, normalized by their mean and std{stem}'
     if replaced:
         line += f', {DISTORTION} for {", ".join(sorted(replaced))}'
     return line + describe_removed(removed)

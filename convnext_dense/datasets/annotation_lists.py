@@ -11,9 +11,9 @@ from typing import NamedTuple
 from ..errors import UsageError
 from .diagnostics import Report
 from .files import is_below, to_one_line
-from .geometry import drop_masks_of_boxes
 from .image_resolver import ImageResolver
 from .layouts import FolderTree, split_of_folders
+from .objects import drop_masks_of_boxes
 from .request import DatasetRequest, relative_to_root
 from .split_annotations import SplitAnnotations, number_categories
 

@@ -13,7 +13,6 @@ from .createml import is_createml, parse_createml
 from .diagnostics import Report
 from .files import read_ends
 from .find_yolo import find_yolo, yolo_split
-from .geometry import drop_masks_of_boxes
 from .image_folder import SUFFIXES as METADATA_SUFFIXES
 from .image_folder import is_image_folder, name_numbers, parse_image_folder
 from .instance_masks import find_instance_masks, read_instance_masks
@@ -21,6 +20,7 @@ from .label_files import find_label_files, label_split, read_label_files
 from .label_studio import is_label_studio, parse_label_studio
 from .labelme import is_labelme, parse_labelme
 from .layouts import HEADER_BYTES, FolderTree, find_annotations
+from .objects import drop_masks_of_boxes
 from .panoptic import PANOPTIC, find_panoptic, is_panoptic, read_panoptic
 from .read_yolo import read_yolo
 from .request import DatasetRequest

@@ -166,7 +166,7 @@ def validate_images(
         size = info.oriented_size(apply_exif)
         annotated_size = (image.get('width'), image.get('height'))
         has_size = all(map(is_positive, annotated_size))
-        problem, example = info.problem, name
+        problem, example = info.problem, info.describe(name)
         if image_id in usable:
             problem = 'duplicate-image-id'
         elif location.path is None:

@@ -5,9 +5,9 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import BinaryIO, NamedTuple
 
 import cv2
@@ -15,7 +15,7 @@ import numpy as np
 from mmengine.utils import track_iter_progress
 from PIL import Image, UnidentifiedImageError
 
-from .files import UnusableFileError, open_regular, size_of
+from .files import DataError, open_regular, size_of
 
 MAX_BYTES = 2**30  # of an image or a mask
 MAX_PIXELS = 178_956_970  # Pillow's own limit, which mmseg's reading of masks has
@@ -25,6 +25,7 @@ LARGE_BYTES, LARGE_PIXELS = 2**26, 2**25
 FORMATS = ('JPEG', 'PNG', 'BMP', 'DIB', 'TIFF', 'WEBP', 'JPEG2000', 'PPM', 'GIF', 'AVIF', 'PCX', 'TGA')
 Image.init()
 FORMATS = tuple(name for name in FORMATS if name in Image.OPEN)
+UNREADABLE = 'unreadable-mask'  # code of a mask that cannot be read for no other reason
 LOSSY_FORMATS = ('JPEG', 'MPO', 'JPEG2000', 'AVIF')
 LOSSY_TIFF = ('jpeg', 'tiff_jpeg', 'webp')  # compressions of TIFF as Pillow names them
 
@@ -39,6 +40,7 @@ class ImageInfo(NamedTuple):
         digest (str): hash of the file's bytes.
         problem (str | None): a code of `diagnostics.RULES` if the file cannot be read.
         moments (object | None): `channels.Moments` of its values, of images that are not read as RGB.
+        detail (str): more about the problem.
     """
 
     width: int = 0
@@ -47,6 +49,11 @@ class ImageInfo(NamedTuple):
     digest: str = ''
     problem: str | None = None
     moments: object | None = None
+    detail: str = ''
+
+    def describe(self, name: str) -> str:
+        """Return the name of the image and what more is known of its problem."""
+        return f'{name}: {self.detail}' if self.detail else name
 
     def oriented_size(self, apply_exif: bool) -> tuple[int, int]:
         """Return width and height as they are read with or without EXIF rotation."""
@@ -142,28 +149,50 @@ def _full_size(reduced: tuple[int, int], stored: tuple[int, int], has_exif: bool
 def inspect_mask(path: str | os.PathLike) -> MaskInfo:
     """Read a segmentation mask as mmseg does: with Pillow, without EXIF rotation."""
     try:
-        with open_regular(path, MAX_BYTES) as file, one_at_a_time(size_of(file) > LARGE_BYTES):
-            return _count_labels(file)
-    except Image.DecompressionBombError:
-        return MaskInfo(problem='mask-too-large')
+        with open_mask(path) as image:
+            labels, palette = np.asarray(image).squeeze(), image.mode == 'P'
+            if 1 in image.size:  # which mmseg reads as a list of pixels
+                raise DataError('mask-single-row')
+            if labels.ndim != 2:
+                raise DataError('mask-in-color' if labels.ndim > 2 else 'unreadable-mask')
+            if labels.dtype.itemsize > 1 and labels.size and not 0 <= labels.min() <= labels.max() <= 255:
+                raise DataError('mask-not-8-bit')
+            return MaskInfo(labels.shape[1], labels.shape[0], count_values(labels.astype(np.uint8)), palette)
     except Exception as error:  # a broken file can fail in any way
-        return MaskInfo(problem=error.code if isinstance(error, UnusableFileError) else 'unreadable-mask')
+        return MaskInfo(problem=mask_problem(error))
 
 
-def _count_labels(file: BinaryIO) -> MaskInfo:
-    with Image.open(file, formats=FORMATS) as image, one_at_a_time(image.width * image.height > LARGE_PIXELS):
+@contextmanager
+def open_mask(
+    path: str | os.PathLike, allow_lossy: bool = False, formats: Sequence[str] | None = None
+) -> Iterator[Image.Image]:
+    """Open an image whose exact values count, by Pillow; large ones are open one at a time.
+
+    Args:
+        path: of the file.
+        allow_lossy: whether it may be compressed with loss.
+        formats: of the file, as Pillow names them (default: `FORMATS`).
+
+    Raises:
+        DataError: it is too large, or compressed with loss.
+        Exception: it cannot be read; Pillow raises what it likes.
+    """
+    with (
+        open_regular(path, MAX_BYTES) as file,
+        one_at_a_time(size_of(file) > LARGE_BYTES),
+        Image.open(file, formats=formats or FORMATS) as image,
+        one_at_a_time(image.width * image.height > LARGE_PIXELS),
+    ):
         if image.width * image.height > MAX_PIXELS:  # whatever Pillow's limit is set to
-            return MaskInfo(problem='mask-too-large')
-        if is_lossy(image, file):
-            return MaskInfo(problem='mask-lossy-format')
-        labels, palette = np.asarray(image).squeeze(), image.mode == 'P'
-        if 1 in image.size:  # which mmseg reads as a list of pixels
-            return MaskInfo(problem='mask-single-row')
-        if labels.ndim != 2:
-            return MaskInfo(problem='mask-in-color' if labels.ndim > 2 else 'unreadable-mask')
-        if labels.dtype.itemsize > 1 and labels.size and not 0 <= labels.min() <= labels.max() <= 255:
-            return MaskInfo(problem='mask-not-8-bit')
-        return MaskInfo(labels.shape[1], labels.shape[0], count_values(labels.astype(np.uint8)), palette)
+            raise DataError('mask-too-large')
+        if not allow_lossy and _is_lossy(image, file):
+            raise DataError('mask-lossy-format')
+        yield image
+
+
+def mask_problem(error: Exception) -> str:
+    """Return the code of what is wrong with a mask that cannot be read."""
+    return 'mask-too-large' if isinstance(error, Image.DecompressionBombError) else getattr(error, 'code', UNREADABLE)
 
 
 def count_values(labels: np.ndarray) -> np.ndarray:
@@ -171,7 +200,7 @@ def count_values(labels: np.ndarray) -> np.ndarray:
     return cv2.calcHist([labels], [0], None, [256], [0, 256]).ravel().astype(int)
 
 
-def is_lossy(image: Image.Image, file: BinaryIO) -> bool:
+def _is_lossy(image: Image.Image, file: BinaryIO) -> bool:
     """Return whether an image that Pillow has opened is compressed with loss."""
     if image.format == 'WEBP':
         file.seek(0)

@@ -306,7 +306,7 @@ def validate_pairs(
     for image, mask in pairs:
         image_info, mask_info = images[image], masks[mask]
         size = image_info.oriented_size(apply_exif)
-        code, example = image_info.problem, image.name
+        code, example = image_info.problem, image_info.describe(image.name)
         if not code and mask_info.problem:
             code, example = mask_info.problem, mask.name
         if not code and size != (mask_info.width, mask_info.height):

@@ -116,7 +116,7 @@ def decode_rle_runs(counts: str) -> list[int]:
 def mask_to_box(mask: list | dict) -> list[float]:
     """Return the bounding box of a valid mask; of polygons as they are given, without drawing them."""
     if isinstance(mask, dict):
-        return _pycocotools_mask().toBbox(_compress_rle(mask)).tolist()
+        return mask_api().toBbox(_compress_rle(mask)).tolist()
     x, y = [v for polygon in mask for v in polygon[::2]], [v for polygon in mask for v in polygon[1::2]]
     return [min(x), min(y), max(x) - min(x), max(y) - min(y)]
 
@@ -162,17 +162,34 @@ def _count_pixels(mask: list | dict, size: tuple[int, int]) -> float:
     """Return the pixels of a mask, or the area of polygons that take too long to draw."""
     if isinstance(mask, list) and sum(map(_outline_length, mask)) > MAX_DRAWN_OUTLINE:
         return sum(map(_polygon_area, mask))
-    api = _pycocotools_mask()
-    if isinstance(mask, list):
-        return int(api.area(api.merge(api.frPyObjects(mask, *size))))
-    return int(api.area(_compress_rle(mask)))
+    api = mask_api()
+    rle = api.merge(api.frPyObjects(mask, *size)) if isinstance(mask, list) else _compress_rle(mask)
+    return int(api.area(rle))
 
 
 def _compress_rle(rle: dict) -> dict:
-    return _pycocotools_mask().frPyObjects(rle, *rle['size']) if isinstance(rle['counts'], list) else rle
+    return mask_api().frPyObjects(rle, *rle['size']) if isinstance(rle['counts'], list) else rle
 
 
-def _pycocotools_mask():
-    from pycocotools import mask  # a dependency of mmdet, without which this module has to import
+def decode_rle(rle: dict) -> np.ndarray:
+    """Return the pixels of a valid RLE, (H, W) of uint8."""
+    return mask_api().decode(_compress_rle(rle))
+
+
+def encode_mask(pixels: np.ndarray) -> dict:
+    """Return the RLE of a mask (H, W), as JSON holds it."""
+    rle = mask_api().encode(np.asfortranarray(pixels, np.uint8))
+    return dict(size=list(map(int, rle['size'])), counts=rle['counts'].decode())
+
+
+def mask_fields(pixels: np.ndarray) -> dict:
+    """Return segmentation (an RLE), bbox and area of an object by its mask (H, W)."""
+    rle = encode_mask(pixels)
+    return dict(segmentation=rle, bbox=mask_to_box(rle), area=int(np.count_nonzero(pixels)))
+
+
+def mask_api():
+    """Return pycocotools.mask, which comes with mmdet and without which this module has to import."""
+    from pycocotools import mask
 
     return mask

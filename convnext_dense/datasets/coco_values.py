@@ -41,14 +41,19 @@ def category_name(category: dict) -> str | None:
     return name if isinstance(name, str) and name.strip() and is_text(name) else None
 
 
-def only_dicts(values: list) -> list[dict]:
-    """Return those values of a list that are dicts."""
-    return [value for value in values if isinstance(value, dict)]
+def only_dicts(values: object) -> list[dict]:
+    """Return those values of a list that are dicts; none of anything else."""
+    return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
 
 
-def as_dicts(values: list) -> list[dict]:
+def as_dicts(values: object) -> list[dict]:
     """Return the values of a list, an empty dict for each that is none: what it lacks is reported as of others."""
-    return [value if isinstance(value, dict) else {} for value in values]
+    return list(map(as_dict, values)) if isinstance(values, list) else []
+
+
+def as_dict(value: object) -> dict:
+    """Return a dict, an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
 
 
 def format_size(size: Sequence) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .annotation_lists import ListedImage
-from .coco_values import as_dicts
+from .coco_values import as_dict, as_dicts
 from .files import read_json
-from .geometry import are_numbers, box_annotation
+from .objects import box_annotation, parse_name, parse_numbers, parse_objects
 
 NAME_KEYS = ('image', 'imagefilename', 'imageFilename')
 SIDES = ('x', 'y', 'width', 'height')
@@ -27,16 +27,11 @@ def parse_createml(file: Path, add: Callable) -> Iterator[ListedImage]:
         raise UsageError(f'{file} is not CreateML: it holds no list of images')
     for entry in as_dicts(content):
         name = next((entry[key] for key in NAME_KEYS if isinstance(entry.get(key), str)), '')
-        objects = entry.get('annotations', entry.get('annotation'))
-        annotations = []
-        for number, item in enumerate(as_dicts(objects if isinstance(objects, list) else []), 1):
-            label, box = item.get('label'), item.get('coordinates')
-            box = [box.get(side) for side in SIDES] if isinstance(box, dict) else None
-            if not isinstance(label, str) or not label.strip():
-                add('label-without-name', f'{name}:{number}')
-            elif not are_numbers(box):
-                add('label-not-numbers', f'{name}:{number}')
-            else:
-                x, y, w, h = box
-                annotations.append(box_annotation(number, label.strip(), [x - w / 2, y - h / 2, w, h]))
-        yield ListedImage(name, annotations)
+        boxes = entry.get('annotations', entry.get('annotation'))
+        yield ListedImage(name, parse_objects(boxes, name, add, _parse_box))
+
+
+def _parse_box(number: int, item: dict) -> dict:
+    name, box = parse_name(item.get('label')), as_dict(item.get('coordinates'))
+    x, y, w, h = parse_numbers([box.get(side) for side in SIDES])
+    return box_annotation(number, name, [x - w / 2, y - h / 2, w, h])

@@ -139,6 +139,7 @@ NOTES = {
     },
     INFO: {
         'constant-channel': 'all of its values are equal, so that nothing can be learned from it',
+        'channels-read-as-rgb': 'kept: read as RGB of 8 bits, as the first image is',
         'fourth-channel': 'the fourth channel of these TIFF is called opacity and left out; --channels 1,2,3,4 uses it',
         'duplicate-image': 'kept: the same bytes under two names',
         'train-image-in-val': 'kept: the same bytes in both, so metrics on val are too good',

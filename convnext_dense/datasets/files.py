@@ -61,6 +61,18 @@ class UnusableFileError(OSError):
         self.code = code
 
 
+class DataError(ValueError):
+    """What a file holds cannot be used.
+
+    Attributes:
+        code (str): of `diagnostics.RULES`.
+    """
+
+    def __init__(self, code: str):
+        super().__init__(code)
+        self.code = code
+
+
 def open_regular(path: str | os.PathLike, max_bytes: int) -> BinaryIO:
     """Open a regular file, or a link to one, for reading.
 

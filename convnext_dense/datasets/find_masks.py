@@ -14,9 +14,9 @@ from PIL import Image
 
 from ..errors import UsageError
 from . import SPLITS
-from .check_images import FORMATS, LOSSY_FORMATS, MAX_BYTES, MAX_PIXELS
+from .check_images import open_mask
 from .file_names import normalize_spelling
-from .files import open_regular, to_one_line, walk
+from .files import to_one_line, walk
 from .layouts import (
     IMAGE_DIR_NAMES,
     MASK_DIR_NAMES,
@@ -129,9 +129,7 @@ def _has_few_colors(file: Path) -> bool:
         if is_array(file):
             array = np.load(file, mmap_mode='r', allow_pickle=False)
             return array.ndim == 2 and len(np.unique(array[::4, ::4])) <= MAX_COLORS
-        with open_regular(file, MAX_BYTES) as opened, Image.open(opened, formats=FORMATS) as image:
-            if image.format in LOSSY_FORMATS or image.width * image.height > MAX_PIXELS:
-                return False
+        with open_mask(file) as image:
             pixels = np.asarray(image.resize((SAMPLE_SIDE, SAMPLE_SIDE), Image.Resampling.NEAREST))
     except Exception:  # a broken file can fail in any way; the check reports it
         return False

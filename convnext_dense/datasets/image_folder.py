@@ -7,14 +7,15 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 
 from ..errors import UsageError
 from .annotation_lists import ListedImage
-from .coco_values import as_dicts, is_number
+from .coco_values import is_number
 from .diagnostics import Report
-from .files import MAX_JSON_BYTES, parse_error, read_bytes, to_one_line
-from .geometry import are_numbers, box_annotation
+from .files import MAX_JSON_BYTES, DataError, parse_error, read_bytes, to_one_line
+from .objects import box_annotation, parse_name, parse_numbers, parse_objects
 
 SUFFIXES = ('.jsonl', 'metadata.csv')
 BOX_KEYS = ('bbox', 'bboxes', 'boxes', 'box')
@@ -35,24 +36,19 @@ def parse_image_folder(file: Path, add: Callable) -> Iterator[ListedImage]:
             add('image-without-id-or-name', f'{file.name}:{line}')
             continue
         objects = row.get('objects', row)
-        if isinstance(objects, list):
-            pairs = [(_first(item, BOX_KEYS), _first(item, CLASS_KEYS)) for item in as_dicts(objects)]
-        elif isinstance(objects, dict):
-            boxes, names = _first(objects, BOX_KEYS) or [], _first(objects, CLASS_KEYS) or []
+        if isinstance(objects, dict):  # a list of boxes, and one of classes
+            boxes, names = (_first(objects, keys) for keys in (BOX_KEYS, CLASS_KEYS))
             boxes, names = (values if isinstance(values, list) else [] for values in (boxes, names))
-            pairs = list(zip(boxes, [*names, *[None] * len(boxes)]))
-        else:
-            pairs = [(None, None)]
-        annotations = []
-        for number, (box, label) in enumerate(pairs, 1):
-            label = label.strip() if isinstance(label, str) else label
-            if not are_numbers(box) or len(box) != 4:
-                add('label-not-numbers', f'{file.name}:{line}:{number}')
-            elif label in (None, '') or not isinstance(label, (str, int)):
-                add('label-without-name', f'{file.name}:{line}:{number}')
-            else:
-                annotations.append(box_annotation(number, label, box))
-        yield ListedImage(name, annotations)
+            objects = [dict(bbox=box, label=label) for box, label in zip_longest(boxes, names[: len(boxes)])]
+        objects = objects if isinstance(objects, list) else [{}]
+        yield ListedImage(name, parse_objects(objects, f'{file.name}:{line}', add, _parse_box))
+
+
+def _parse_box(number: int, item: dict) -> dict:
+    box, label = parse_numbers(_first(item, BOX_KEYS)), _first(item, CLASS_KEYS)
+    if len(box) != 4:
+        raise DataError('label-not-numbers')
+    return box_annotation(number, label if isinstance(label, int) else parse_name(label), box)
 
 
 def name_numbers(results: Mapping, report: Report, _) -> None:

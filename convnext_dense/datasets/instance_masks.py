@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from ..errors import UsageError
-from .check_images import inspect_all
+from .check_images import inspect_all, mask_problem
 from .class_names import class_files, read_classes
+from .coco_masks import mask_fields
 from .diagnostics import Report
 from .file_names import normalize_spelling
-from .files import open_regular
 from .find_masks import find_mask_folders, split_of
 from .image_resolver import ImageLocation
 from .layouts import (
@@ -30,12 +29,11 @@ from .layouts import (
     FolderTree,
     SplitDirs,
     find_folders,
-    is_array,
     list_images,
     pair_files,
     strip_image_suffix,
 )
-from .mask_encoding import INSTANCE_FACTOR, MaskError, read_values
+from .mask_encoding import INSTANCE_FACTOR, read_values
 from .request import DatasetRequest, relative_to_root
 from .split_annotations import SplitAnnotations
 
@@ -147,10 +145,6 @@ def _id_maps(dirs: SplitDirs) -> InstanceMasks:
 def _holds_ids(path: Path) -> bool:
     """Return whether a map has values beyond those of classes."""
     try:
-        if not is_array(path):
-            with open_regular(path, 2**63) as file, Image.open(file) as image:
-                if not image.mode.startswith('I'):
-                    return False
         values = read_values(path)
         return values.ndim == 2 and bool(values.max() > MAX_LABEL)
     except Exception:  # a broken file can fail in any way; the check reports it
@@ -208,10 +202,8 @@ def _read_mask(path: Path, are_maps: bool) -> list[tuple[int, dict]] | str:
     """Return id, and mask, box and area, of the objects in a file; or the code of a problem."""
     try:
         values = read_values(path, allow_lossy=not are_maps)
-    except MaskError as error:
-        return str(error)
     except Exception as error:  # a broken file can fail in any way
-        return getattr(error, 'code', 'unreadable-mask')
+        return mask_problem(error)
     if values.ndim == 3:
         if are_maps and not (values == values[..., :1]).all():  # a color per object
             values = values.astype(np.int64) @ (2**16, 2**8, 1)
@@ -219,16 +211,8 @@ def _read_mask(path: Path, are_maps: bool) -> list[tuple[int, dict]] | str:
             values = values.max(2)
     if not are_maps:
         high = values.max(initial=0)
-        return [(1, _encode(values > high / 2))] if high else []
-    return [(id_, _encode(values == id_)) for id_ in np.unique(values).tolist() if id_ > 0]
-
-
-def _encode(mask: np.ndarray) -> dict:
-    from pycocotools import mask as coco_mask  # with mmdet alone
-
-    rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-    box, area = coco_mask.toBbox(rle).tolist(), int(coco_mask.area(rle))
-    return dict(segmentation=dict(size=rle['size'], counts=rle['counts'].decode()), bbox=box, area=area)
+        return [(1, mask_fields(values > high / 2))] if high else []
+    return [(id_, mask_fields(values == id_)) for id_ in np.unique(values).tolist() if id_ > 0]
 
 
 def _single_name(root: Path) -> str:

@@ -6,6 +6,7 @@ newest is used, of those marked as ground truth if there are any; cancelled ones
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ import numpy as np
 from ..errors import UsageError
 from .annotation_lists import ListedImage
 from .check_images import MAX_PIXELS
+from .coco_masks import encode_mask
 from .coco_values import as_dicts, only_dicts
-from .files import read_json
-from .geometry import are_numbers, box_annotation, ellipse, encode, flatten_points, rectangle, shape_annotation
+from .files import DataError, read_json
+from .geometry import ellipse, rectangle
 from .layouts import is_image
+from .objects import box_annotation, parse_numbers, parse_objects, parse_points, shape_annotation
 from .split_annotations import parse_size
 
 # Of a task with annotations, or of a region in the short form; and both of a task without any, in either form.
@@ -47,14 +50,9 @@ def parse_label_studio(file: Path, add: Callable) -> Iterator[ListedImage]:
                 continue
         else:
             name, regions = _image_name(task, []), _short_regions(task)
-        size, annotations = None, []
-        for number, region in enumerate(regions, 1):
-            problem, found, region_size = _annotations(number, region)
-            size = region_size or size
-            annotations += found
-            if problem:
-                add(problem, f'{name}:{number}')
-        yield ListedImage(name, annotations, size)
+        annotations = parse_objects(regions, name, add, _parse_region)
+        size = next(filter(None, map(_size_of, reversed(regions))), None)
+        yield ListedImage(name, [*chain(*annotations)], size)
 
 
 def decode_brush(data: object, size: tuple[int, int]) -> np.ndarray | None:
@@ -97,7 +95,7 @@ def _image_name(data: object, results: Sequence) -> str:
     """Return the image among the data of a task: that to which regions belong, or the first."""
     texts = {k: v for k, v in data.items() if isinstance(v, str)} if isinstance(data, dict) else {}
     images = {k: v for k, v in texts.items() if is_image(Path(v.split('?')[0])) or is_image(Path(v))}
-    regions = (region for result in only_dicts(results) for region in _list_of(result, 'result'))
+    regions = (region for result in only_dicts(results) for region in only_dicts(result.get('result')))
     targets = (region['to_name'] for region in regions if isinstance(region.get('to_name'), str))
     target = next((name for name in targets if name in images), next(iter(images), None))
     return images[target] if target else ''
@@ -116,7 +114,7 @@ def _choose_annotation(results: Sequence[dict], name: str, add: Callable) -> lis
         return bool(each.get('ground_truth')), str(each.get('updated_at') or each.get('created_at') or '')
 
     regions: dict[object, dict] = {}  # shape and labels may be two entries with one id
-    for number, region in enumerate(_list_of(max(usable, key=rank), 'result')):
+    for number, region in enumerate(only_dicts(max(usable, key=rank).get('result'))):
         value = region.get('value')
         key = region.get('id') if isinstance(region.get('id'), str) else number
         merged = regions.setdefault(key, dict(region, value={}))
@@ -126,55 +124,47 @@ def _choose_annotation(results: Sequence[dict], name: str, add: Callable) -> lis
 
 def _short_regions(task: dict) -> list[dict]:
     """Return the regions of a task of the short form, whose values are those of regions."""
-    values = (value for key in task for value in _list_of(task, key))
+    values = (value for values in task.values() for value in only_dicts(values))
     return [value | dict(value=value) for value in values if 'original_width' in value]
 
 
-def _list_of(item: dict, key: str) -> list[dict]:
-    values = item.get(key)
-    return only_dicts(values) if isinstance(values, list) else []
+def _size_of(region: dict) -> tuple[int, int] | None:
+    """Return the size (width, height) of the image of a region."""
+    return parse_size(region.get('original_width'), region.get('original_height'))
 
 
-def _annotations(number: int, region: dict) -> tuple[str | None, list[dict], tuple[int, int] | None]:
-    """Return the code of what is wrong with a region, its annotations, one per label, and the size of its image."""
-    value = region['value']
-    is_shape = any(key in value for key in ('x', 'points', 'rle', 'vertices'))
-    if not is_shape:
-        return None, [], None  # choices, texts or relations
-    size = parse_size(region.get('original_width'), region.get('original_height'))
+def _parse_region(number: int, region: dict) -> list[dict]:
+    """Return the annotations of a region, one per label; none for choices, texts and relations."""
+    value, size = region['value'], _size_of(region)
+    if not any(key in value for key in ('x', 'points', 'rle', 'vertices')):
+        return []
+    if size is None:
+        raise DataError('label-not-numbers')
+    if region.get('image_rotation'):
+        raise DataError('region-of-rotated-image')
     lists = (names for key, names in value.items() if key.endswith('labels') and isinstance(names, list))
     names = [name.strip() for names in lists for name in names if isinstance(name, str) and name.strip()]
-    problem = None if names else 'label-without-name'
-    if size is None or region.get('image_rotation'):
-        problem = 'label-not-numbers' if size is None else 'region-of-rotated-image'
-    if problem:
-        return problem, [], size
-    box, mask = _shape_of(value, size)
-    if box:
-        return None, [box_annotation(number, name, box) for name in names], size
-    if isinstance(mask, str):
-        return mask, [], size
-    return None, [shape_annotation(number, name, mask, size) for name in names], size
+    if not names:
+        raise DataError('label-without-name')
+    box, mask = _parse_shape(value, size)
+    return [box_annotation(number, n, box) if box else shape_annotation(number, n, mask, size) for n in names]
 
 
-def _shape_of(value: dict, size: tuple[int, int]) -> tuple[list[float] | None, list | dict | str | None]:
-    """Return the box of a region if it is one; else its polygons or RLE, or the code of what is wrong."""
-    scale_x, scale_y = size[0] / 100, size[1] / 100
+def _parse_shape(value: dict, size: tuple[int, int]) -> tuple[list[float] | None, list | dict | None]:
+    """Return the box of a region if it is one, else its polygons or RLE."""
+    scales = (size[0] / 100, size[1] / 100)
     if 'rle' in value:
         pixels = decode_brush(value['rle'], size)
-        return None, 'mask-format-unknown' if pixels is None else encode(np.asfortranarray(pixels))
+        if pixels is None:
+            raise DataError('mask-format-unknown')
+        return None, encode_mask(pixels)
     if 'points' in value:
-        points = flatten_points(value['points'])
-        if points is None:
-            return None, 'label-not-numbers'
-        return None, [[v * (scale_y if i % 2 else scale_x) for i, v in enumerate(points)]]
+        return None, [[v * scales[i % 2] for i, v in enumerate(parse_points(value['points']))]]
     keys = ELLIPSE if 'radiusX' in value else RECTANGLE
     if not all(key in value for key in keys):
-        return None, 'shape-without-area'
-    numbers, degrees = [value[key] for key in keys], value.get('rotation') or 0
-    if not are_numbers([*numbers, degrees]):
-        return None, 'label-not-numbers'
-    numbers = [v * scale for v, scale in zip(numbers, (scale_x, scale_y) * 2)]
+        raise DataError('shape-without-area')
+    *numbers, degrees = parse_numbers([*(value[key] for key in keys), value.get('rotation') or 0])
+    numbers = [v * scale for v, scale in zip(numbers, scales * 2)]
     if keys == ELLIPSE:
         return None, [ellipse(*numbers, degrees)]
     return (None, [rectangle(*numbers, degrees)]) if degrees % 360 else (numbers, None)

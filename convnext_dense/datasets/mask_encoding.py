@@ -15,17 +15,15 @@ from PIL import Image
 
 from ..channel_files import ARRAY_SUFFIX
 from .check_images import (
-    FORMATS,
-    LARGE_PIXELS,
     MAX_BYTES,
     MAX_PIXELS,
     MaskInfo,
     count_values,
     inspect_all,
-    is_lossy,
-    one_at_a_time,
+    mask_problem,
+    open_mask,
 )
-from .files import UnusableFileError, open_regular
+from .files import DataError, open_regular
 from .panoptic import decode_segments
 from .request import CheckedDataset
 
@@ -58,10 +56,6 @@ class MaskEncoding(NamedTuple):
     panoptic: Mapping[str, str] | None = None
 
 
-class MaskError(Exception):
-    """A mask cannot be decoded; the message is a code of `diagnostics.RULES`."""
-
-
 def is_decodable(path: str | os.PathLike, info: MaskInfo, encoding: MaskEncoding) -> bool:
     """Return whether a mask that mmseg cannot read can be decoded, or is to be thresholded."""
     if encoding.panoptic:
@@ -76,16 +70,12 @@ def inspect_encoded(path: str | os.PathLike, encoding: MaskEncoding) -> MaskInfo
     """Decode a mask, and count its labels and the colors that are in no table."""
     try:
         labels, other_colors = decode_mask(path, encoding)
-    except MaskError as error:
-        return MaskInfo(problem=str(error))
     except Exception as error:  # a broken file can fail in any way
-        return MaskInfo(problem=error.code if isinstance(error, UnusableFileError) else 'unreadable-mask')
+        return MaskInfo(problem=mask_problem(error))
     if 1 in labels.shape:
         return MaskInfo(problem='mask-single-row')
-    counts = count_values(labels)
-    if encoding.ignores_other_colors:
-        other_colors = {}
-    return MaskInfo(labels.shape[1], labels.shape[0], counts, other_colors=other_colors)
+    other_colors = {} if encoding.ignores_other_colors else other_colors
+    return MaskInfo(labels.shape[1], labels.shape[0], count_values(labels), other_colors=other_colors)
 
 
 def decode_mask(path: str | os.PathLike, encoding: MaskEncoding) -> tuple[np.ndarray, dict[tuple, int]]:
@@ -99,18 +89,15 @@ def decode_mask(path: str | os.PathLike, encoding: MaskEncoding) -> tuple[np.nda
         Labels (H, W) of uint8, and the number of pixels of each color that is not in the table; these are 255.
 
     Raises:
-        MaskError: the values cannot become labels.
+        DataError: the values cannot become labels.
         OSError: the file cannot be read.
     """
     if encoding.panoptic:
-        labels = decode_segments(path, encoding.panoptic)
-        if isinstance(labels, str):
-            raise MaskError(labels)
-        return labels, {}
+        return decode_segments(path, encoding.panoptic), {}
     values = read_values(path, allow_lossy=encoding.threshold is not None)
     if encoding.threshold is not None:
         if values.ndim == 3 and np.ptp(values, axis=2).max(initial=0) > MAX_GRAY_SPREAD:
-            raise MaskError('mask-not-gray')
+            raise DataError('mask-not-gray')
         gray = values if values.ndim == 2 else values.mean(2)
         return (gray >= encoding.threshold).astype(np.uint8), {}
     if values.ndim == 2:
@@ -119,7 +106,7 @@ def decode_mask(path: str | os.PathLike, encoding: MaskEncoding) -> tuple[np.nda
         return _match_colors(values, encoding.colors)
     if (values == values[..., :1]).all():
         return _fold_instance_ids(values[..., 0]), {}
-    raise MaskError('mask-in-color')
+    raise DataError('mask-in-color')
 
 
 def read_values(path: str | os.PathLike, allow_lossy: bool = False) -> np.ndarray:
@@ -133,25 +120,21 @@ def read_values(path: str | os.PathLike, allow_lossy: bool = False) -> np.ndarra
         (H, W) of integers, or (H, W, 3) RGB.
 
     Raises:
-        MaskError: it is too large, lossy, or of fractions.
+        DataError: it is too large, lossy, or of fractions.
         OSError: it cannot be read.
     """
-    with open_regular(path, MAX_BYTES) as file:
-        if os.fspath(path).lower().endswith(ARRAY_SUFFIX):
+    if os.fspath(path).lower().endswith(ARRAY_SUFFIX):
+        with open_regular(path, MAX_BYTES) as file:
             values = _as_image(np.load(file, allow_pickle=False))
-        else:
-            with Image.open(file, formats=FORMATS) as image, one_at_a_time(image.width * image.height > LARGE_PIXELS):
-                if image.width * image.height > MAX_PIXELS:  # whatever Pillow's limit is set to
-                    raise MaskError('mask-too-large')
-                if is_lossy(image, file) and not allow_lossy:
-                    raise MaskError('mask-lossy-format')
-                is_color = image.mode not in ('1', 'L', 'P') and not image.mode.startswith(('I', 'F'))
-                values = np.asarray(image.convert('RGB') if is_color else image)
+    else:
+        with open_mask(path, allow_lossy) as image:
+            is_color = image.mode not in ('1', 'L', 'P') and not image.mode.startswith(('I', 'F'))
+            values = np.asarray(image.convert('RGB') if is_color else image)
     if values.shape[0] * values.shape[1] > MAX_PIXELS:
-        raise MaskError('mask-too-large')
+        raise DataError('mask-too-large')
     if not np.issubdtype(values.dtype, np.integer):
         if values.dtype != bool and not (values == np.rint(values)).all():
-            raise MaskError('mask-not-8-bit')
+            raise DataError('mask-not-8-bit')
         values = values.astype(np.int64)
     return values
 
@@ -162,7 +145,7 @@ def _as_image(array: np.ndarray) -> np.ndarray:
     if array.ndim == 3 and array.shape[0] == 3 != array.shape[2]:
         array = np.moveaxis(array, 0, 2)
     if array.ndim != 2 and (array.ndim != 3 or array.shape[2] != 3):
-        raise MaskError('unreadable-mask')
+        raise DataError('unreadable-mask')
     return array
 
 
@@ -174,7 +157,7 @@ def _fold_instance_ids(values: np.ndarray) -> np.ndarray:
     if high > IGNORE_INDEX:
         values = np.where(values >= INSTANCE_FACTOR, values // INSTANCE_FACTOR, values)
     if values.size and not 0 <= values.min() <= values.max() <= IGNORE_INDEX:
-        raise MaskError('mask-not-8-bit')
+        raise DataError('mask-not-8-bit')
     return values.astype(np.uint8)
 
 

@@ -2,21 +2,21 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ..errors import UsageError
 from .annotation_lists import ListSplit, find_lists
-from .check_images import MAX_BYTES, MAX_PIXELS, inspect_all
+from .check_images import inspect_all, mask_problem, open_mask
 from .class_names import MAX_CLASSES
+from .coco_masks import mask_fields
 from .coco_values import category_name, only_dicts, parse_id
 from .diagnostics import Report
-from .files import open_regular, read_ends, read_json, to_one_line, walk
-from .geometry import encode
+from .files import read_ends, read_json, to_one_line, walk
 from .image_resolver import ImageResolver
 from .layouts import HEADER_BYTES, MAX_DEPTH, FolderTree, SplitDirs
 from .request import DatasetRequest
@@ -96,16 +96,18 @@ def class_table(file: str) -> tuple[list[str], list[list[int]]]:
     return names, [c or [37 * i % 256, 91 * i % 256, 151 * i % 256] for i, c in enumerate(colors)]
 
 
-def decode_segments(path: str | os.PathLike, files: Mapping[str, str]) -> np.ndarray | str:
-    """Return the labels of a PNG (H, W) of uint8, 255 where there is no segment, or the code of what is wrong with it.
+def decode_segments(path: str | os.PathLike, files: Mapping[str, str]) -> np.ndarray:
+    """Return the labels of a PNG (H, W) of uint8, 255 where there is no segment.
 
     Args:
         path: of the PNG.
         files: as of `label_map_files`.
+
+    Raises:
+        DataError: the PNG is too large.
+        Exception: it cannot be read; Pillow raises what it likes.
     """
-    ids = _read_ids(Path(path))
-    if isinstance(ids, str):
-        return ids
+    ids = _read_ids(path)
     folder, name = os.path.split(os.path.abspath(path))
     labels = _segment_labels(files[folder]).get(name, {})
     existing, inverse = np.unique(ids, return_inverse=True)
@@ -119,8 +121,8 @@ def _segment_labels(file: str) -> dict[str, dict[int, int]]:
     label_of = {parse_id(c.get('id')): label for label, c in enumerate(only_dicts(content['categories']))}
     labels = {}
     for annotation in only_dicts(content['annotations']):
-        infos = annotation.get('segments_info')
-        ids = {parse_id(s.get('id')): label_of.get(parse_id(s.get('category_id'))) for s in _dicts_of(infos)}
+        infos = only_dicts(annotation.get('segments_info'))
+        ids = {parse_id(s.get('id')): label_of.get(parse_id(s.get('category_id'))) for s in infos}
         labels[annotation.get('file_name')] = {i: label for i, label in ids.items() if label is not None}
     return labels
 
@@ -133,11 +135,7 @@ def _read_lists(file: Path) -> dict:
     return content
 
 
-def _dicts_of(values: object) -> list[dict]:
-    return only_dicts(values) if isinstance(values, list) else []
-
-
-def _read_split(root: Path, split: str, source: ListSplit, add) -> SplitAnnotations:
+def _read_split(root: Path, split: str, source: ListSplit, add: Callable) -> SplitAnnotations:
     content = _read_lists(source.file)
     images, annotations, categories = (only_dicts(content[key]) for key in KEYS)
     things = [c for c in categories if c.get('isthing', 1)]
@@ -150,54 +148,43 @@ def _read_split(root: Path, split: str, source: ListSplit, add) -> SplitAnnotati
     segments = {a['file_name']: (a.get('image_id'), _segments(a, thing_ids)) for a in annotations}
     decode = partial(_decode, folder=folder, segments=segments)
     objects = []
-    for name, (problem, found) in inspect_all(decode, segments, 'PNGs of segments').items():
+    for name, (problem, decoded) in inspect_all(decode, segments, 'PNGs of segments').items():
         if problem:
             add(problem, name)
-        for segment_id in set(segments[name][1]) - {each['id'] for each in found} if not problem else ():
+            continue
+        for segment_id in set(segments[name][1]) - {each['id'] for each in decoded}:
             add('segment-without-pixels', f'{name}: {segment_id}')
-        objects += [each | dict(id=f'{name}: {each["id"]}') for each in found]
+        objects += [each | dict(id=f'{name}: {each["id"]}') for each in decoded]
     coco, watched = dict(images=images, annotations=objects, categories=things), [source.file, folder / '*.png']
     return SplitAnnotations(coco, resolver.locations, resolver.folder, [*watched, *resolver.searched_folders])
 
 
 def _segments(annotation: dict, thing_ids: set) -> dict[int, dict]:
     """Return the segments of an image that are of things, by id."""
-    segments = _dicts_of(annotation.get('segments_info'))
-    things = (s for s in segments if parse_id(s.get('category_id')) in thing_ids)
-    return {segment_id: s for s in things if isinstance(segment_id := parse_id(s.get('id')), int)}
+    segments = only_dicts(annotation.get('segments_info'))
+    of_things = (s for s in segments if parse_id(s.get('category_id')) in thing_ids)
+    return {segment_id: s for s in of_things if isinstance(segment_id := parse_id(s.get('id')), int)}
 
 
 def _decode(name: str, folder: Path, segments: Mapping) -> tuple[str | None, list[dict]]:
     """Return the code of what is wrong with a PNG, and the annotations of its segments."""
     image_id, infos = segments[name]
-    ids = _read_ids(folder / name)
-    if isinstance(ids, str):
-        return ids, []
+    try:
+        ids = _read_ids(folder / name)
+    except Exception as error:  # a broken file can fail in any way
+        return mask_problem(error), []
     existing, annotations = set(np.unique(ids).tolist()), []
     for segment_id, info in infos.items():
-        if segment_id not in existing:
-            continue
-        rows, columns = np.nonzero((ids == segment_id).any(1))[0], np.nonzero((ids == segment_id).any(0))[0]
-        y, x, h, w = (int(v) for v in (rows[0], columns[0], rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1))
-        pixels = np.asfortranarray(ids == segment_id, np.uint8)
-        annotations.append(
-            dict(
-                id=segment_id, image_id=image_id, category_id=info.get('category_id'), segmentation=encode(pixels),
-                bbox=[x, y, w, h], area=int(pixels.sum()), iscrowd=info.get('iscrowd', 0),
-            )
-        )  # fmt: skip
+        if segment_id in existing:
+            fields = dict(id=segment_id, image_id=image_id, category_id=info.get('category_id'))
+            annotations.append(fields | dict(iscrowd=info.get('iscrowd', 0)) | mask_fields(ids == segment_id))
     return None, annotations
 
 
-def _read_ids(file: Path) -> np.ndarray | str:
-    """Return the ids of the segments of a PNG, (H, W), or the code of what is wrong with it."""
-    try:
-        with open_regular(file, MAX_BYTES) as opened, Image.open(opened, formats=('PNG',)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return 'mask-too-large'
-            return np.asarray(image.convert('RGB')) @ ID_WEIGHTS
-    except Exception:  # a broken file can fail in any way
-        return 'unreadable-mask'
+def _read_ids(file: str | os.PathLike) -> np.ndarray:
+    """Return the ids of the segments of a PNG, (H, W)."""
+    with open_mask(file, formats=('PNG',)) as image:
+        return np.asarray(image.convert('RGB')) @ ID_WEIGHTS
 
 
 def _find_images(root: Path, split: str, source: ListSplit, names: list[str], pngs: Path) -> ImageResolver:
@@ -211,13 +198,13 @@ def _find_images(root: Path, split: str, source: ListSplit, names: list[str], pn
 
 def _png_folder(file: Path, root: Path, annotations: list[dict]) -> Path:
     """Return the folder of the PNGs of a file: that of its name, or another one whose first PNG has the right ids."""
-    own = file.with_suffix('')
-    if not annotations or own.is_dir():
-        return own
+    usual = file.with_suffix('')
+    if not annotations or usual.is_dir():
+        return usual
     name = annotations[0]['file_name']
-    expected = {parse_id(info.get('id')) for info in _dicts_of(annotations[0].get('segments_info'))}
+    expected = {parse_id(info.get('id')) for info in only_dicts(annotations[0].get('segments_info'))}
     for folder in (Path(folder) for folder, _ in walk(root, MAX_DEPTH + 1, hidden=False)):
-        ids = _read_ids(folder / name) if os.path.isfile(folder / name) else ''
-        if not isinstance(ids, str) and expected & set(np.unique(ids).tolist()):
-            return folder
-    raise UsageError(f'{file}: its PNGs (such as {to_one_line(name)}) are not in {root}: put them into {own}')
+        with suppress(Exception):  # a broken file can fail in any way, and there may be none
+            if expected & set(np.unique(_read_ids(folder / name)).tolist()):
+                return folder
+    raise UsageError(f'{file}: its PNGs (such as {to_one_line(name)}) are not in {root}: put them into {usual}')

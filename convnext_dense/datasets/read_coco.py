@@ -8,7 +8,7 @@ from ..channel_files import ChannelReader
 from ..errors import UsageError
 from . import check_coco as checks
 from .box_formats import BOX_FORMATS, COCO
-from .channels import AUTO, inspect_images, measure, select_channels
+from .channels import select_channels
 from .check_images import ImageInfo, decide_exif_handling
 from .diagnostics import Report
 from .request import CheckedDataset, DatasetRequest, select_splits, split_by_hash, summarize_classes
@@ -67,8 +67,8 @@ def read_detection(
     paths = {split: {locations[split][n].path for n in checks.image_names(coco)} for split, coco in cocos.items()}
     full_paths = {path: os.path.join(root, path) for path in sorted(set().union(*paths.values()) - {None})}
     train_paths = sorted(paths.get('train', set()) - {None})
-    file_layout, channels = select_channels(map(full_paths.get, train_paths), request.channels, trained, report)
-    by_full_path = inspect_images([*full_paths.values()], file_layout, channels)
+    selection = select_channels(map(full_paths.get, train_paths), request, trained, report)
+    by_full_path = selection.inspect([*full_paths.values()], report)
     infos = {path: by_full_path[full] for path, full in full_paths.items()}
     apply_exif = decide_exif_handling(
         (
@@ -102,9 +102,7 @@ def read_detection(
     report.add_duplicates({split: checks.image_names(coco) for split, coco in contents.items()}, infos)
     report.facts.append(f'{summarize_classes(classes)}; boxes {"and" if has_masks else "without"} masks')
     watched = list(dict.fromkeys(path for part in parts.values() for path in part.watched_paths))
+    train_infos = [infos[image['file_name']] for image in contents.get('train', {}).get('images', ())]
     settings = dict(apply_exif=apply_exif, has_masks=has_masks, watched_paths=watched)
-    if file_layout:
-        train_infos = [infos[image['file_name']] for image in contents.get('train', {}).get('images', ())]
-        reader = measure(file_layout, channels, train_infos, report) if trained == AUTO else trained
-        settings['channels'] = reader._asdict()
+    settings['channels'] = selection.measure(train_infos, report)
     return CheckedDataset('detection', str(root), classes, contents, report, **settings)

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..channel_files import ChannelReader
 from ..errors import UsageError
-from .channels import AUTO, inspect_images, measure, select_channels
+from .channels import select_channels
 from .check_images import MaskInfo, decide_exif_handling, inspect_all, inspect_mask
 from .check_masks import (
     MMSEG_DATASETS,
@@ -62,8 +62,8 @@ def read_segmentation(
 
     pairs = [pair for pairing in pairings.values() for pair in pairing.pairs]
     train_images = [image for image, _ in pairings.get('train', Pairing([], [], '')).pairs]
-    file_layout, channels = select_channels(train_images, request.channels, trained, report)
-    image_infos = inspect_images([image for image, _ in pairs], file_layout, channels)
+    selection = select_channels(train_images, request, trained, report)
+    image_infos = selection.inspect([image for image, _ in pairs], report)
     mask_infos = inspect_all(inspect_mask, [mask for _, mask in pairs], 'segmentation masks')
     panoptic = label_map_files(root, split_dirs) if layout == PANOPTIC else None
     table = class_table(next(iter(panoptic.values()))) if panoptic else _color_table(request, mask_infos, report)
@@ -96,11 +96,9 @@ def read_segmentation(
     watched += (panoptic or {}).values()
     settings = dict(palette=spec.palette, apply_exif=apply_exif, dataset_kwargs=spec.dataset_kwargs)
     settings['mask_encoding'] = encoding and encoding._asdict()
-    if file_layout:
-        used_images = {image for image, _ in contents.get('train', ())}
-        train_infos = [image_infos[image] for image in train_images if relative_to_root(image, root) in used_images]
-        reader = measure(file_layout, channels, train_infos, report) if trained == AUTO else trained
-        settings['channels'] = reader._asdict()
+    used_images = {image for image, _ in contents.get('train', ())}
+    train_infos = [image_infos[image] for image in train_images if relative_to_root(image, root) in used_images]
+    settings['channels'] = selection.measure(train_infos, report)
     return CheckedDataset('segmentation', str(root), spec.names, contents, report, watched_paths=watched, **settings)
 
 

@@ -3,23 +3,17 @@
 Corners of rectangles are the first and the last pixel, as in Supervisely's own SDK.
 """
 
-import base64
-import binascii
 import re
 import zlib
 from collections.abc import Callable
+from functools import partial
 
 from .check_images import MAX_PIXELS
-from .coco_values import as_dicts
-from .geometry import (
-    box_annotation,
-    decode_png,
-    flatten_points,
-    paste_mask,
-    polygons_to_rle,
-    shape_annotation,
-)
+from .coco_values import as_dict
+from .files import DataError
+from .geometry import decode_part, polygons_to_rle
 from .label_files import Label, read_json_label
+from .objects import box_annotation, parse_name, parse_objects, parse_points, shape_annotation
 from .split_annotations import parse_size
 
 MARKS_RE = re.compile(r'"(classTitle|geometryType)"|"size"\s*:\s*\{\s*"(height|width)"')
@@ -36,55 +30,35 @@ def parse_supervisely(file: str, where: str, add: Callable) -> Label | None:
     content = read_json_label(file, where, add, 'objects')
     if content is None:
         return None
-    size = content.get('size')
-    size = parse_size(size.get('width'), size.get('height')) if isinstance(size, dict) else None
-    annotations = []
-    for number, figure in enumerate(as_dicts(content['objects']), 1):
-        name = figure.get('classTitle')
-        name = name.strip() if isinstance(name, str) else ''
-        problem, annotation = ('label-without-name', None) if not name else _annotation(number, name, figure, size)
-        if problem:
-            add(problem, f'{where}:{number}')
-        else:
-            annotations.append(annotation)
-    return Label(size, annotations)
+    size = as_dict(content.get('size'))
+    size = parse_size(size.get('width'), size.get('height'))
+    return Label(size, parse_objects(content['objects'], where, add, partial(_parse_figure, size=size)))
 
 
-def _annotation(number: int, name: str, figure: dict, size: tuple[int, int] | None) -> tuple[str | None, dict | None]:
-    """Return the code of what is wrong with a figure, or its annotation."""
+def _parse_figure(number: int, figure: dict, size: tuple[int, int] | None) -> dict:
+    """Return the annotation of a figure in an image of a size (width, height)."""
+    name = parse_name(figure.get('classTitle'))
     kind = figure.get('geometryType') or ('bitmap' if figure.get('bitmap') else 'polygon')
     if kind in ('bitmap', 'alpha_mask'):
-        rle = _decode_bitmap(figure.get('bitmap'), size)
-        return (None, shape_annotation(number, name, rle, size)) if rle else ('mask-format-unknown', None)
+        bitmap = as_dict(figure.get('bitmap'))  # a PNG, compressed, of the part of the image that begins at its origin
+        mask = decode_part(bitmap.get('data'), bitmap.get('origin'), size, _decompress)
+        return shape_annotation(number, name, mask, size)
     if kind not in ('rectangle', 'polygon'):
-        return 'shape-without-area', None
-    points = figure.get('points')
-    points = points if isinstance(points, dict) else {}
-    exterior, holes = flatten_points(points.get('exterior')), points.get('interior')
-    holes = [flatten_points(hole) for hole in holes] if isinstance(holes, list) else []
-    if exterior is None or None in holes:
-        return 'label-not-numbers', None
+        raise DataError('shape-without-area')
+    points = as_dict(figure.get('points'))
+    exterior, holes = parse_points(points.get('exterior')), points.get('interior')
+    holes = [parse_points(hole) for hole in holes] if isinstance(holes, list) else []
     if kind == 'rectangle':
         if len(exterior) != 4:
-            return 'label-not-numbers', None
+            raise DataError('label-not-numbers')
         (x1, x2), (y1, y2) = sorted(exterior[::2]), sorted(exterior[1::2])
         last = int(all(map(float.is_integer, exterior)))
-        return None, box_annotation(number, name, [x1, y1, x2 - x1 + last, y2 - y1 + last])
+        return box_annotation(number, name, [x1, y1, x2 - x1 + last, y2 - y1 + last])
     mask = [exterior]
     if holes and size and size[0] * size[1] <= MAX_PIXELS and min(map(len, [exterior, *holes])) >= 2 * MIN_POINTS:
         mask = polygons_to_rle([exterior], holes, size)
-    return None, shape_annotation(number, name, mask, size)
+    return shape_annotation(number, name, mask, size)
 
 
-def _decode_bitmap(bitmap: object, size: tuple[int, int] | None) -> dict | None:
-    """Return the RLE of a bitmap: a PNG, compressed, of the part of the image that begins at its origin."""
-    data, origin = (bitmap.get('data'), bitmap.get('origin')) if isinstance(bitmap, dict) else (None, None)
-    corner = flatten_points([origin])
-    if not isinstance(data, str) or corner is None or size is None:
-        return None
-    try:
-        png = zlib.decompressobj().decompress(base64.b64decode(data, validate=True), MAX_PIXELS)
-    except (binascii.Error, ValueError, zlib.error):
-        return None
-    part = decode_png(png)
-    return None if part is None else paste_mask(part, round(corner[0]), round(corner[1]), size)
+def _decompress(data: bytes) -> bytes:
+    return zlib.decompressobj().decompress(data, MAX_PIXELS)

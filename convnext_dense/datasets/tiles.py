@@ -3,9 +3,7 @@
 import argparse
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
-from .coco_masks import mask_area, mask_to_box
+from .coco_masks import decode_rle, encode_mask, mask_area, mask_to_box
 
 DEFAULT_OVERLAP = 0.25  # fraction of a tile's side that it has in common with the next
 MIN_VISIBLE = 0.1  # fraction of an object's area below which its part in a tile is left out
@@ -99,15 +97,9 @@ def _area(annotation: dict, size: tuple[int, int]) -> float:
 
 
 def _clip_rle(rle: dict, window: Window) -> dict | None:
-    from pycocotools import mask as coco_mask
-
     left, top, right, bottom = window
-    rle = coco_mask.frPyObjects(rle, *rle['size']) if isinstance(rle['counts'], list) else rle
-    part = coco_mask.decode(rle)[top:bottom, left:right]
-    if not part.any():
-        return None
-    part = coco_mask.encode(np.asfortranarray(part))
-    return {**part, 'counts': part['counts'].decode()}
+    part = decode_rle(rle)[top:bottom, left:right]
+    return encode_mask(part) if part.any() else None
 
 
 def _clip_all(polygons: Sequence[Sequence[float]], window: Window) -> list[list[float]]:

@@ -10,16 +10,17 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .annotation_lists import ListedImage
-from .coco_values import as_dicts, is_number
+from .coco_values import as_dict, as_dicts, is_number
 from .diagnostics import Report
-from .files import read_json, to_one_line
-from .geometry import are_numbers, box_annotation, ellipse, shape_annotation
+from .files import DataError, read_json, to_one_line
+from .geometry import ellipse
+from .objects import box_annotation, parse_numbers, parse_objects, shape_annotation
 from .request import DatasetRequest
 
 MARKS_RE = re.compile(r'"(regions|_via_img_metadata)"\s*:')
 NAME_WITHOUT_ATTRIBUTE = 'object'
 # What the values of a shape are called.
-NUMBERS = {
+SHAPE_KEYS = {
     'rect': ('x', 'y', 'width', 'height'),
     'circle': ('cx', 'cy', 'r'),
     'ellipse': ('cx', 'cy', 'rx', 'ry'),
@@ -37,24 +38,17 @@ def parse_via(file: Path, add: Callable) -> Iterator[ListedImage]:
     """Iterate over the images of a file, as `annotation_lists.read_lists`; `category_id` is a dict of attributes."""
     content = read_json(file)
     if isinstance(content, dict):
-        content = content.get('_via_img_metadata', content)
-        content = list(content.values()) if isinstance(content, dict) else content
+        content = _without_keys(content.get('_via_img_metadata', content))
     if not isinstance(content, list):
         raise UsageError(f'{file} is not a file of VIA: it has no images')
     for entry in as_dicts(content):
-        name, regions = entry.get('filename'), entry.get('regions')
-        name = name if isinstance(name, str) else ''
-        regions = list(regions.values()) if isinstance(regions, dict) else regions
-        annotations = []
-        for number, region in enumerate(as_dicts(regions if isinstance(regions, list) else []), 1):
-            shape, attributes = region.get('shape_attributes'), region.get('region_attributes')
-            attributes = attributes if isinstance(attributes, dict) else {}
-            problem, annotation = _annotation(number, attributes, shape if isinstance(shape, dict) else {})
-            if problem:
-                add(problem, f'{name}:{number}')
-            else:
-                annotations.append(annotation)
-        yield ListedImage(name, annotations)
+        name = entry['filename'] if isinstance(entry.get('filename'), str) else ''
+        yield ListedImage(name, parse_objects(_without_keys(entry.get('regions')), name, add, _parse_region))
+
+
+def _without_keys(items: object) -> object:
+    """Return the values of a dict, which stands for a list in version 1."""
+    return list(items.values()) if isinstance(items, dict) else items
 
 
 def choose_class_attribute(results: Mapping, report: Report, request: DatasetRequest) -> None:
@@ -106,26 +100,24 @@ def _class_names(value: object) -> list[str]:
     return [value.strip()] if isinstance(value, str) and value.strip() else []
 
 
-def _annotation(number: int, attributes: dict, shape: dict) -> tuple[str | None, dict | None]:
-    """Return the code of what is wrong with a region, or its annotation."""
+def _parse_region(number: int, region: dict) -> dict:
+    """Return the annotation of a region, whose class is a dict of attributes."""
+    shape, attributes = as_dict(region.get('shape_attributes')), as_dict(region.get('region_attributes'))
     kind = shape.get('name')
-    if kind in NUMBERS:
-        values = [shape.get(key) for key in NUMBERS[kind]]
-        if not are_numbers(values):
-            return 'label-not-numbers', None
+    if kind in (*SHAPE_KEYS,):
+        values = parse_numbers([shape.get(key) for key in SHAPE_KEYS[kind]])
         if kind == 'rect':
-            return None, box_annotation(number, attributes, values)
-        radians = shape.get('theta') if are_numbers([shape.get('theta')]) else 0.0
+            return box_annotation(number, attributes, values)
+        radians = shape['theta'] if is_number(shape.get('theta')) and math.isfinite(shape['theta']) else 0.0
         polygon = ellipse(*values, values[-1]) if kind == 'circle' else ellipse(*values, math.degrees(radians))
-        return None, shape_annotation(number, attributes, [polygon], None)
+        return shape_annotation(number, attributes, [polygon], None)
     if kind not in ('polygon', 'polyline'):
-        return 'shape-without-area', None
-    x, y = shape.get('all_points_x'), shape.get('all_points_y')
-    if not are_numbers(x) or not are_numbers(y) or len(x) != len(y):
-        return 'label-not-numbers', None
+        raise DataError('shape-without-area')
+    x, y = (parse_numbers(shape.get(key)) for key in ('all_points_x', 'all_points_y'))
+    if len(x) != len(y):
+        raise DataError('label-not-numbers')
     points = list(zip(x, y))
     length = sum(map(math.dist, points, points[1:]))
     if kind == 'polyline' and math.dist(points[0], points[-1]) > MAX_GAP * length:
-        return 'shape-without-area', None
-    polygon = [float(value) for point in points for value in point]
-    return None, shape_annotation(number, attributes, [polygon], None)
+        raise DataError('shape-without-area')
+    return shape_annotation(number, attributes, [[float(value) for point in points for value in point]], None)

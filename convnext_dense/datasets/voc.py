@@ -5,15 +5,16 @@ crowds of COCO. `truncated`, `occluded`, `pose` and parts of objects are not rea
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from xml.etree import ElementTree
 
 from .diagnostics import Report
 from .files import MAX_LIST_BYTES, read_bytes, to_one_line
 from .label_files import Label
+from .objects import parse_name, parse_numbers, parse_objects
 from .split_annotations import SplitAnnotations, parse_size
 
-CORNERS = ('xmin', 'ymin', 'xmax', 'ymax')
+CORNERS = ('bndbox/xmin', 'bndbox/ymin', 'bndbox/xmax', 'bndbox/ymax')
 
 
 def is_voc(start: str) -> bool:
@@ -49,7 +50,16 @@ def parse_voc(file: str, where: str, add: Callable) -> Label | None:
     if tree is None:
         return None
     size = parse_size(*(_number(tree.findtext(f'size/{side}')) for side in ('width', 'height')))
-    return Label(size, list(_objects(tree, where, add)))
+    keys = ('name', 'difficult', *CORNERS)
+    objects = [{key: element.findtext(key) for key in keys} for element in tree.findall('object')]
+    return Label(size, parse_objects(objects, where, add, _parse_object))
+
+
+def _parse_object(number: int, texts: dict) -> dict:
+    """Return the annotation of an object, whose box is corners."""
+    name, corners = parse_name(texts['name']), parse_numbers([_number(texts[key]) for key in CORNERS])
+    annotation = dict(number=number, category_id=name, bbox=corners, iscrowd=0)
+    return annotation | (dict(ignore=1, difficult=1) if _number(texts['difficult']) else {})
 
 
 def _parse(file: str, where: str, add: Callable) -> ElementTree.Element | None:
@@ -69,21 +79,6 @@ def _parse(file: str, where: str, add: Callable) -> ElementTree.Element | None:
         problem = f'not valid XML, {to_one_line(error, 60)}'
     add('unreadable-label', f'{where}: {problem}')
     return None
-
-
-def _objects(tree: ElementTree.Element, where: str, add: Callable) -> Iterator[dict]:
-    """Iterate over the objects of an image; those without a name or a box are reported."""
-    for number, element in enumerate(tree.findall('object'), 1):
-        name = (element.findtext('name') or '').strip()
-        corners = [_number(element.findtext(f'bndbox/{key}')) for key in CORNERS]
-        if not name or None in corners:
-            problem = 'label-without-name' if not name else 'label-not-numbers'
-            add(problem, f'{where}:{number}')
-            continue
-        annotation = dict(number=number, category_id=name, bbox=corners, iscrowd=0)
-        if _number(element.findtext('difficult')):
-            annotation |= dict(ignore=1, difficult=1)
-        yield annotation
 
 
 def _number(text: str | None) -> float | None:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..channel_files import ChannelReader
-from ..errors import UsageError
+from ..errors import UsageError, count
 
 # Whose `forward` is known; of a class derived from one of them it may be another one.
 DET_FORWARDS = ('ImgDataPreprocessor.forward', 'DetDataPreprocessor.forward')
@@ -70,7 +70,7 @@ class Preprocess(nn.Module):
         channels = images.shape[1]
         if self.channels and channels not in self.channels:
             allowed = ' or '.join(map(str, self.channels))
-            raise UsageError(f'images of {channels} channels: the data_preprocessor takes {allowed}')
+            raise UsageError(f'images of {count(channels, "channel")}: the data_preprocessor takes {allowed}')
         images = self.normalize_channels(images)
         if channels == 3 and self.flips:
             images = images[:, [2, 1, 0]]

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..channel_files import ChannelReader
 from ..datasets.check_images import FORMATS, MAX_BYTES
 from ..datasets.files import open_regular, read_bytes
-from ..errors import UnreadableImageError, UsageError
+from ..errors import UnreadableImageError, UsageError, count
 
 BACKGROUND = 255  # white, behind transparent pixels
 ORIENTATION = 0x0112  # EXIF tag
@@ -128,7 +128,7 @@ def _from_channels(array: np.ndarray, reader: ChannelReader) -> np.ndarray:
         array = array[..., [channel - 1 for channel in reader.channels]]
     elif num_channels != len(reader.channels):
         counts = ' or '.join(map(str, sorted({reader.num_channels, len(reader.channels)})))
-        raise UsageError(f'an image of {num_channels} channels: the model takes {counts}')
+        raise UsageError(f'an image of {count(num_channels, "channel")}: the model takes {counts}')
     return reader.normalize(array.astype(np.float32))
 
 

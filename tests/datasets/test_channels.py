@@ -118,8 +118,37 @@ def test_other_files_are_dropped(tmp_path):
     (tmp_path / 'images/train/3.tif').write_bytes(b'no image')
     _, codes = check_dataset(tmp_path, 'segmentation')
     assert {c: codes[c].examples for c in ('channel-count-mismatch', 'value-type-mismatch', 'truncated-image')} == {
-        'channel-count-mismatch': ['1.tif'], 'value-type-mismatch': ['2.tif'], 'truncated-image': ['3.tif'],
+        'channel-count-mismatch': ['1.tif: 4 channels of uint16, 0.tif has 5 channels of uint16'],
+        'value-type-mismatch': ['2.tif: 5 channels of float32, 0.tif has 5 channels of uint16'],
+        'truncated-image': ['3.tif'],
     }  # fmt: skip
+
+
+def test_other_files_among_rgb_are_named(tmp_path):
+    """Five channels, which OpenCV cannot read, are dropped; 16 bits are read as 8 bits."""
+    write_channels(tmp_path)
+    for path in tmp_path.rglob('*.tif'):
+        save_tiff(path, made_image(0)[0][..., :3].astype(np.uint8))
+    save_tiff(tmp_path / 'images/train/1.tif', made_image(1)[0].astype(np.uint8))
+    save_tiff(tmp_path / 'images/train/2.tif', made_image(2)[0][..., :3])
+    save_tiff(tmp_path / 'images/train/3.tif', made_image(3)[0][..., :1].astype(np.float32))
+    for task in ('segmentation', 'detection'):
+        data, codes = check_dataset(tmp_path, task)
+        names = ('channel-count-mismatch', 'value-type-mismatch', 'channels-read-as-rgb')
+        assert {name: codes[name].examples[0].rsplit('/')[-1] for name in names} == {
+            'channel-count-mismatch': '1.tif: 5 channels of uint8, 0.tif is RGB of 8 bits',
+            'value-type-mismatch': '3.tif: 1 channel of float32, 0.tif is RGB of 8 bits',
+            'channels-read-as-rgb': '2.tif: 3 channels of uint16, 0.tif is RGB of 8 bits',
+        }
+        assert data.channels is None and len(data.report.problems) == 2
+
+
+def test_a_single_channel(tmp_path):
+    write_channels(tmp_path, channels=1)
+    data, _ = check_dataset(tmp_path, 'segmentation')
+    assert any(fact.startswith('images of 1 channel of uint16; channels 1, ') for fact in data.report.facts)
+    config = load_recipe('demo/upernet')
+    assert set_channels(config, ChannelReader(**data.channels)).startswith('1 input channel, normalized')
 
 
 def test_a_fourth_channel_may_be_opacity(tmp_path):

@@ -413,6 +413,7 @@ def test_each_code_is_tested():
         'class-not-selected', 'difficult', 'ignored-region', 'shape-without-area',
         'label-without-name', 'missing-label', 'other-format', 'pixels-from-one',
     }  # fmt: skip
+    tested_elsewhere |= {'channels-read-as-rgb'}  # test_channels.py
     tested_elsewhere |= {  # test_label_studio.py, test_other_formats.py
         'class-attribute-missing', 'mask-of-segments', 'region-of-rotated-image', 'segment-without-pixels',
         'several-annotations', 'task-without-annotation', 'most-boxes-as-fractions',

@@ -11,7 +11,8 @@ from PIL import Image
 
 from convnext_dense.datasets.class_names import read_classes
 from convnext_dense.datasets.custom import DatasetRequest, apply_custom_data
-from convnext_dense.datasets.mask_encoding import MaskEncoding, MaskError, decode_mask
+from convnext_dense.datasets.files import DataError
+from convnext_dense.datasets.mask_encoding import MaskEncoding, decode_mask
 from convnext_dense.datasets.write_clean import write_clean
 from convnext_dense.datasets.write_tiles import write_tiles
 from convnext_dense.errors import UsageError
@@ -237,7 +238,7 @@ def test_broken_arrays(tmp_path):
     np.save(tmp_path / 'c.npy', np.zeros((4, 4, 4, 4)))
     np.save(tmp_path / 'd.npy', np.full((4, 4), 0.5))
     for name in 'abcd':
-        with pytest.raises((ValueError, EOFError, MaskError)):
+        with pytest.raises((ValueError, EOFError, DataError)):
             decode_mask(tmp_path / f'{name}.npy', MaskEncoding())
 
 

@@ -77,7 +77,7 @@ def test_unsupported_preprocessors_are_refused():
     for unsupported in (OtherPreprocessor(), BaseDataPreprocessor()):
         with pytest.raises(UsageError, match=f'the data_preprocessor {type(unsupported).__name__} cannot be exported'):
             Preprocess(unsupported)
-    with pytest.raises(UsageError, match='images of 1 channels: the data_preprocessor takes 3'):
+    with pytest.raises(UsageError, match='images of 1 channel: the data_preprocessor takes 3'):
         Preprocess(DetDataPreprocessor(**RGB))(torch.zeros(1, 1, 32, 32))
     with pytest.raises(UsageError, match='images of 4 channels: the data_preprocessor takes 1 or 3'):
         Preprocess(SegDataPreProcessor(**RGB))(torch.zeros(1, 4, 32, 32))
