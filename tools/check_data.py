@@ -101,7 +101,7 @@ def main():
         tasks = [args.task] if args.task else detect_tasks(request)
         if len(tasks) > 1 and args.format:  # of boxes
             tasks = ['detection']
-        if len(tasks) > 1 and (args.classes or args.ignore is not None):  # names of the classes of masks, most often
+        if len(tasks) > 1 and (args.classes or args.ignore_labels is not None):  # which are of masks, most often
             tasks = ['segmentation']
         if args.tile is not None:
             check_tile_options(args.tile, args.overlap, args.out)

@@ -2,7 +2,6 @@
 
 import filecmp
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,12 +11,10 @@ from ..errors import UsageError
 from .diagnostics import Report
 from .files import is_below, to_one_line
 from .image_resolver import ImageResolver
-from .layouts import FolderTree, split_of_folders
+from .layouts import WORD_RE, FolderTree, split_of_folders
 from .objects import drop_masks_of_boxes
 from .request import DatasetRequest, relative_to_root
-from .split_annotations import SplitAnnotations, number_categories
-
-WORD_RE = re.compile('[a-z]+')
+from .split_annotations import SplitAnnotations, add_image, number_categories
 
 
 class ListSplit(NamedTuple):
@@ -32,13 +29,13 @@ class ListedImage(NamedTuple):
 
     Attributes:
         name (str): as the file has it.
-        annotations (list[dict]): as of `label_files.Label`.
         size (tuple[int, int] | None): width and height; None if they are not given.
+        annotations (list[dict]): as of `label_files.Label`.
     """
 
     name: str
+    size: tuple[int, int] | None
     annotations: list[dict]
-    size: tuple[int, int] | None = None
 
 
 def find_lists(
@@ -86,13 +83,13 @@ def read_lists(
     parse: Callable[[Path, Callable], Iterable[ListedImage]],
     resolve_names: Callable | None = None,
 ) -> dict[str, SplitAnnotations]:
-    """Read the annotation files of each split as COCO.
+    """Read the annotation files of each split as COCO; the first four arguments as `BoxFormat.read`.
 
     Args:
         root: folder of the data set.
-        splits: as of `find_lists`.
-        report: to add to.
-        request: of the user.
+        splits: result of `find_lists`.
+        report: report to add to.
+        request: what the user asks for.
         parse: from a file and `add(code, example)` to its images.
         resolve_names: from the results by split, `report` and `request`: replaces what stands for the names of classes
             in `category_id`, if it has to be known of all files.
@@ -109,14 +106,9 @@ def read_lists(
             if not image.name:
                 report.add(split, 'image-without-id-or-name', f'{where}: entry {number}')
         resolver = ImageResolver(source.file, root, [image.name for image in listed], source.images, split)
-        images, annotations = [], []
-        for image_id, image in enumerate(listed, 1):
-            size = dict(zip(('width', 'height'), image.size)) if image.size else {}
-            images.append(dict(id=image_id, file_name=image.name, **size))
-            for annotation in image.annotations:
-                annotation_id = f'{where}: {to_one_line(image.name, 60)}:{annotation.pop("number")}'
-                annotations.append(dict(annotation, id=annotation_id, image_id=image_id))
-        coco, watched = dict(images=images, annotations=annotations), [source.file, *resolver.searched_folders]
+        coco, watched = dict(images=[], annotations=[]), [source.file, *resolver.searched_folders]
+        for image in listed:
+            add_image(coco, *image, f'{where}: {to_one_line(image.name, 60)}')
         has_sizes = any(image.size for image in listed)
         results[split] = SplitAnnotations(coco, resolver.locations, resolver.folder, watched, has_sizes=has_sizes)
     if resolve_names:

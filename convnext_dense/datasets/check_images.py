@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .files import DataError, open_regular, size_of
 
+IGNORE_INDEX = 255  # label of pixels that mmseg ignores
 MAX_BYTES = 2**30  # of an image or a mask
 MAX_PIXELS = 178_956_970  # Pillow's own limit, which mmseg's reading of masks has
 # Larger files are decoded one at a time, so that memory does not grow with the number of cores.

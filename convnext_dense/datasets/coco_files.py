@@ -46,13 +46,7 @@ def read_coco(path: Path, split: str = 'train') -> dict:
 def read_coco_files(
     root: Path, files: Mapping[str, Path], report: Report, request: DatasetRequest
 ) -> dict[str, SplitAnnotations]:
-    """Read COCO json and find its images.
-
-    Args:
-        root: folder of the data set.
-        files: by split.
-        report: to add to; nothing is.
-        request: names the folders of images.
+    """Read COCO json and find its images; arguments as `BoxFormat.read`.
 
     Raises:
         UsageError: a file is no COCO json, or none of its images is there.

@@ -28,7 +28,7 @@ def parse_createml(file: Path, add: Callable) -> Iterator[ListedImage]:
     for entry in as_dicts(content):
         name = next((entry[key] for key in NAME_KEYS if isinstance(entry.get(key), str)), '')
         boxes = entry.get('annotations', entry.get('annotation'))
-        yield ListedImage(name, parse_objects(boxes, name, add, _parse_box))
+        yield ListedImage(name, None, parse_objects(boxes, name, add, _parse_box))
 
 
 def _parse_box(number: int, item: dict) -> dict:

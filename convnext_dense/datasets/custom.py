@@ -34,6 +34,9 @@ from .read_coco import read_detection
 from .read_masks import read_segmentation
 from .request import CheckedDataset, DatasetRequest, summarize_classes
 
+# Arguments of the command line that are fields of `DatasetRequest`.
+OPTIONS = ('classes', 'ignore_labels', 'val_fraction', 'format', 'class_attribute', 'strict', 'channels')
+OPTIONS += ('mask_threshold', 'ignore_other_colors')
 READERS = {'detection': read_detection, 'segmentation': read_segmentation}
 DESCRIPTIONS = {'detection': 'boxes', 'segmentation': 'segmentation masks'}
 INSTANCES_HINT = ', or --format instances if the values of the masks number objects'
@@ -63,7 +66,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, strict: bool = True) -> 
     )
     add('--classes', nargs='+', metavar='CLASSES', help=text)
     text = 'segmentation: label values to ignore in addition to 255; with 0, class ids start at 1'
-    add('--ignore', type=int, nargs='+', metavar='LABEL', help=text)
+    add('--ignore', dest='ignore_labels', type=int, nargs='+', metavar='LABEL', help=text)
     text = 'segmentation: masks are gray, and a pixel is of the second class from this value on, such as 128'
     add('--mask-threshold', type=int, metavar='VALUE', help=text)
     text = 'segmentation: ignore colors of color-coded masks that are in no table'
@@ -87,25 +90,23 @@ def parse_request(args: argparse.Namespace) -> DatasetRequest | None:
     Raises:
         UsageError: an argument needs another one, or names something that does not exist.
     """
-    ann_files = {split: file for split in ('train', 'val') if (file := getattr(args, f'{split}_ann'))}
-    image_dirs = {split: folder for split in ('train', 'val') if (folder := getattr(args, f'{split}_images'))}
-    strict = getattr(args, 'strict', False)
-    mask_dirs = {split: folder for split in ('train', 'val') if (folder := getattr(args, f'{split}_masks'))}
-    _check_folders(ann_files, image_dirs, mask_dirs)
-    options = dict(classes=args.classes, ignore_labels=args.ignore, val_fraction=args.val_fraction)
-    options |= dict(format=args.format, class_attribute=args.class_attribute, strict=strict or None)
-    options |= dict(mask_threshold=args.mask_threshold, ignore_other_colors=args.ignore_other_colors or None)
-    options |= dict(channels=parse_channels(args.channels))
-    options = {name: value for name, value in options.items() if value is not None}
-    if not args.data and not ann_files and not mask_dirs:
+    places = {
+        field: {split: path for split in ('train', 'val') if (path := getattr(args, f'{split}_{kind}'))}
+        for field, kind in (('ann_files', 'ann'), ('image_dirs', 'images'), ('mask_dirs', 'masks'))
+    }
+    _check_folders(**places)
+    values = {name: getattr(args, name, None) for name in OPTIONS}
+    options = {name: value for name, value in values.items() if value is not None and value is not False}
+    if not args.data and not places['ann_files'] and not places['mask_dirs']:
         for option in options:
             raise UsageError(f'--{option.removesuffix("_labels").replace("_", "-")} needs --data PATH')
         return None
+    if 'channels' in options:
+        options['channels'] = parse_channels(args.channels)
     if args.data and not os.path.exists(args.data):  # before weights are downloaded
         raise UsageError(f'{args.data} does not exist')
     if len(options.get('classes', ())) == 1:
         options['classes'] = args.classes[0]
-    places = dict(ann_files=ann_files, image_dirs=image_dirs, mask_dirs=mask_dirs)
     described = read_data_yaml(Path(args.data)) if args.data else None
     if described is None:
         return DatasetRequest(args.data, **places, **options)

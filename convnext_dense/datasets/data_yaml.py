@@ -18,6 +18,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..config.tree import as_list
 from ..errors import UsageError
 from .box_formats import FORMAT_KEYS
 from .channels import parse_channels
@@ -27,12 +28,37 @@ from .request import DatasetRequest
 SPLITS = ('train', 'val')
 # What a split has, and the flags in whose place it stands.
 PLACES = {'images': 'image_dirs', 'annotations': 'ann_files', 'masks': 'mask_dirs'}
-OPTIONS = ('classes', 'format', 'class_attribute', 'ignore', 'val_fraction')
-OPTIONS += ('channels', 'mask_threshold', 'ignore_other_colors')
 SWITCHES = {'true': True, 'yes': True, 'false': False, 'no': False, '': False}  # every value is read as text
 YOLO_KEYS = ('names', 'nc')
 FILE_NAMES = ('data.yaml', 'data.yml')
 SUFFIXES = ('.yaml', '.yml')
+
+
+def _parse_names(value: object) -> list[str] | str:
+    if not value or not all(isinstance(name, str) and name for name in as_list(value)):
+        raise ValueError(value)
+    return value
+
+
+def _parse_integers(value: object) -> list[int]:
+    return [int(number) for number in as_list(value)]
+
+
+def _parse_numbers_of_channels(value: object) -> tuple[int, ...]:
+    return parse_channels(','.join(map(str, as_list(value))))
+
+
+# By key: a function that parses the value or raises ValueError or the like, and what the value has to be.
+OPTIONS = {
+    'classes': (_parse_names, 'has to be a list of names, such as [car, truck=vehicle], or a file of them'),
+    'format': ({key: key for key in FORMAT_KEYS}.__getitem__, f'is unknown: give one of {", ".join(FORMAT_KEYS)}'),
+    'class_attribute': (str, 'has to be a name'),
+    'ignore': (_parse_integers, 'is a list of integers: correct it'),
+    'val_fraction': (float, 'is a number: correct it'),
+    'channels': (_parse_numbers_of_channels, 'is a list of numbers: correct it'),
+    'mask_threshold': (int, 'is a number: correct it'),
+    'ignore_other_colors': (lambda text: SWITCHES[text.lower()], 'has to be true or false'),
+}
 
 
 def read_data_yaml(path: Path) -> DatasetRequest | None:
@@ -68,8 +94,7 @@ def read_data_yaml(path: Path) -> DatasetRequest | None:
                 places[PLACES[key]][split] = value
     if not places['ann_files'].keys().isdisjoint(places['mask_dirs']) or (places['ann_files'] and places['mask_dirs']):
         raise UsageError(f'{file}: annotations and masks are for different tasks: give one of them')
-    request = DatasetRequest(str(root), **places, data_yaml=str(file))
-    return _with_options(request, options, file)
+    return DatasetRequest(str(root), **places, data_yaml=str(file), **_parse_options(options, root, file))
 
 
 def _split_paths(value: object, root: Path, where: str) -> dict[str, str]:
@@ -91,39 +116,25 @@ def _split_paths(value: object, root: Path, where: str) -> dict[str, str]:
     return paths
 
 
-def _with_options(request: DatasetRequest, options: Mapping, file: Path) -> DatasetRequest:
-    """Set the options of a request as those of the command line are."""
-    classes, format, switch = (options.get(key) for key in ('classes', 'format', 'ignore_other_colors'))
-    is_list = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    if classes is not None and not (classes and (is_list or isinstance(classes, str))):
-        raise UsageError(f'{file}: classes has to be a list of names, such as [car, truck=vehicle], or a file of them')
-    if format is not None and format not in FORMAT_KEYS:
-        raise UsageError(f"{file}: format '{to_one_line(format, 40)}' is unknown: give one of {', '.join(FORMAT_KEYS)}")
-    if switch is not None and not (isinstance(switch, str) and switch.lower() in SWITCHES):
-        raise UsageError(f'{file}: ignore_other_colors has to be true or false')
-    if isinstance(classes, str):
-        near = request.root / classes
-        classes = str(near) if near.is_file() else classes
-    try:
-        ignore = options.get('ignore')
-        ignore = (
-            None if ignore is None else [int(value) for value in (ignore if isinstance(ignore, list) else [ignore])]
-        )
-        fraction = None if options.get('val_fraction') is None else float(options['val_fraction'])
-        threshold = None if options.get('mask_threshold') is None else int(options['mask_threshold'])
-    except (TypeError, ValueError) as error:
-        text = 'ignore is a list of integers, val_fraction and mask_threshold are numbers: correct it'
-        raise UsageError(f'{file}: {text}') from error
-    channels = options.get('channels')
-    channels = ','.join(map(str, channels)) if isinstance(channels, list) else channels
-    try:
-        request.channels = parse_channels(None if channels is None else str(channels))
-    except UsageError as error:
-        raise UsageError(f'{file}: {error}') from error
-    request.mask_threshold, request.ignore_other_colors = threshold, SWITCHES[(switch or '').lower()]
-    request.classes, request.ignore_labels, request.val_fraction = classes, ignore, fraction
-    request.format, request.class_attribute = format, options.get('class_attribute')
-    return request
+def _parse_options(options: Mapping, root: Path, file: Path) -> dict:
+    """Return the fields of `DatasetRequest` that options set.
+
+    Raises:
+        UsageError: the value of one is of the wrong kind.
+    """
+    fields = {}
+    for key, (parse, requirement) in OPTIONS.items():
+        if key not in options:
+            continue
+        try:
+            fields['ignore_labels' if key == 'ignore' else key] = parse(options[key])
+        except UsageError as error:
+            raise UsageError(f'{file}: {error}') from error
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise UsageError(f'{file}: {key} {requirement}') from error
+    if isinstance(fields.get('classes'), str) and (root / fields['classes']).is_file():
+        fields['classes'] = str(root / fields['classes'])
+    return fields
 
 
 def _text(value: object, where: object, key: str) -> str:

@@ -22,7 +22,8 @@ from .layouts import (
     MASK_DIR_NAMES,
     MASK_FILE_SUFFIXES,
     MAX_DEPTH,
-    SPLIT_DIR_NAMES,
+    SPLIT_OF_NAME,
+    WORD_RE,
     SplitDirs,
     infer_mask_suffix,
     is_array,
@@ -37,10 +38,8 @@ MAX_COLORS = 64  # of a mask; photographs have more
 SAMPLE_SIDE = 128  # pixels to which a file is sampled, in order to count its colors
 MASK_WORDS = {*MASK_DIR_NAMES, 'annot', 'annots', 'annotation', 'seg', 'segmentation', 'groundtruth', 'segmentations'}
 IMAGE_WORDS = {*IMAGE_DIR_NAMES, 'original', 'originals', 'photo', 'photos', 'rgb', 'input', 'inputs', 'data'}
-SPLIT_WORDS = {name: split for split, names in SPLIT_DIR_NAMES.items() for name in names}
-WORD_RE = re.compile('[a-z]+')
 # Words that are written as one, such as trainannot.
-JOINED_RE = re.compile(f'({"|".join(sorted(SPLIT_WORDS, key=len, reverse=True))})(?=({"|".join(MASK_WORDS)})s?$)')
+JOINED_RE = re.compile(f'({"|".join(sorted(SPLIT_OF_NAME, key=len, reverse=True))})(?=({"|".join(MASK_WORDS)})s?$)')
 
 
 def find_mask_folders(root: Path) -> tuple[str, dict[str, SplitDirs]] | None:
@@ -148,11 +147,11 @@ def _words(folder: Path, root: Path) -> Iterator[str]:
 
 def split_of(folder: Path, root: Path) -> str | None:
     """Return the split that the path of a folder below the root names; None if it names none."""
-    return next((SPLIT_WORDS[word] for word in _words(folder, root) if word in SPLIT_WORDS), None)
+    return next((SPLIT_OF_NAME[word] for word in _words(folder, root) if word in SPLIT_OF_NAME), None)
 
 
 def _common_tops(images: Path, masks: Path, root: Path) -> tuple[Path, Path]:
     """Return the folders above two folders from which on they are named alike; one of a split stays."""
-    while images.name == masks.name and images.name.lower() not in SPLIT_WORDS and root not in (images, masks):
+    while images.name == masks.name and images.name.lower() not in SPLIT_OF_NAME and root not in (images, masks):
         images, masks = images.parent, masks.parent
     return images, masks

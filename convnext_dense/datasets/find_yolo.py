@@ -13,7 +13,7 @@ from ..errors import UsageError
 from . import SPLITS
 from .file_names import split_machine_prefix
 from .files import MAX_YAML_BYTES, read_start, read_text, read_yaml, to_one_line
-from .layouts import IMAGE_DIR_NAMES, MASK_DIR_NAMES, SPLIT_DIR_NAMES, FolderTree, is_image, split_of_folders
+from .layouts import SPLIT_DIR_NAMES, SPLIT_OF_NAME, FolderTree, are_of_masks, is_image, split_of_folders
 
 YAML_SUFFIXES = ('.yaml', '.yml')
 NAMES_FILES = ('classes.txt', 'obj.names', 'classes.names', 'data.names', '_darknet.labels', 'names.txt')
@@ -198,9 +198,8 @@ def _resolve(entry: str, bases: Sequence[Path]) -> Path | None:
         if _exists(path):
             return path
     parts = [part for part in split_machine_prefix(text)[0].split('/') if part not in ('..', '.')]
-    is_split = [any(part.lower() in names for names in SPLIT_DIR_NAMES.values()) for part in parts]
     # Without the name of its split, a path may mean the images of another one.
-    last_start = max((i for i, named in enumerate(is_split) if named), default=len(parts) - 1)
+    last_start = max((i for i, part in enumerate(parts) if part.lower() in SPLIT_OF_NAME), default=len(parts) - 1)
     for start in range(last_start + 1):
         for base in bases:
             path = base.joinpath(*parts[start:])
@@ -283,7 +282,7 @@ def _folders_by_split(tree: FolderTree) -> dict[str, tuple[Path, ...]]:
     for folder, files in tree.folders:
         parts = folder.relative_to(tree.root).parts
         named = split_of_folders(parts)
-        if named is None or not any(is_image(Path(file)) for file in files) or is_among_labels(parts):
+        if named is None or not any(is_image(Path(file)) for file in files) or are_of_masks(parts):
             continue
         top = tree.root.joinpath(*parts[: named[1] + 1])
         folders = by_split.setdefault(named[0], [])
@@ -292,12 +291,6 @@ def _folders_by_split(tree: FolderTree) -> dict[str, tuple[Path, ...]]:
     depth = min((len(top.parts) for folders in by_split.values() for top in folders), default=0)
     by_split = {split: tuple(top for top in by_split.get(split, ()) if len(top.parts) == depth) for split in SPLITS}
     return {split: folders for split, folders in by_split.items() if folders}
-
-
-def is_among_labels(folders: Sequence[str]) -> bool:
-    """Return whether some folders have the names of ones of labels, whose images are masks."""
-    names = {folder.lower() for folder in folders}
-    return bool(names & {*MASK_DIR_NAMES}) and not names & {*IMAGE_DIR_NAMES}
 
 
 def _label_folders(tree: FolderTree) -> Iterator[Path]:

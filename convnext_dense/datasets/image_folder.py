@@ -41,7 +41,7 @@ def parse_image_folder(file: Path, add: Callable) -> Iterator[ListedImage]:
             boxes, names = (values if isinstance(values, list) else [] for values in (boxes, names))
             objects = [dict(bbox=box, label=label) for box, label in zip_longest(boxes, names[: len(boxes)])]
         objects = objects if isinstance(objects, list) else [{}]
-        yield ListedImage(name, parse_objects(objects, f'{file.name}:{line}', add, _parse_box))
+        yield ListedImage(name, None, parse_objects(objects, f'{file.name}:{line}', add, _parse_box))
 
 
 def _parse_box(number: int, item: dict) -> dict:

@@ -13,13 +13,13 @@ from typing import NamedTuple
 from ..errors import UsageError
 from .file_names import FileIndex, normalize_spelling, split_machine_prefix
 from .files import files_below, folders_in, is_below, to_one_line
-from .layouts import IMAGE_DIR_NAMES, MASK_DIR_NAMES, SPLIT_DIR_NAMES, SPLIT_OF_NAME
+from .layouts import IMAGE_DIR_NAMES, MASK_DIR_NAMES, SPLIT_DIR_NAMES, SPLIT_OF_NAME, WORD_RE, are_of_masks
 from .request import relative_to_root
 
 MAX_NAMES_TRIED = 50  # to find the folder in which names begin
 MAX_NAME_LENGTH = 4096  # characters; no system has longer ones
 UPLOAD_RE = re.compile('(?<=/)[0-9a-f]{8}-(?=[^/]+$)')  # before the name of a file that was uploaded to Label Studio
-DIGITS_RE, WORDS_RE = re.compile('[0-9]+'), re.compile('[a-z]+')
+DIGITS_RE = re.compile('[0-9]+')
 
 
 class ImageLocation(NamedTuple):
@@ -241,14 +241,13 @@ def _contradicts(folders: Sequence[str], file: str, split: str | None) -> bool:
 
 
 def _splits_in(folders: Sequence[str]) -> set[str]:
-    words = {word for folder in folders for word in WORDS_RE.findall(folder)}
-    return {split for split, names in SPLIT_DIR_NAMES.items() if words & set(names)}
+    words = (word for folder in folders for word in WORD_RE.findall(folder))
+    return {SPLIT_OF_NAME[word] for word in words if word in SPLIT_OF_NAME}
 
 
 def _is_among_masks(file: str) -> bool:
     """Return whether a file lies in a folder that has the name of one of masks."""
-    folders = set(normalize_spelling(file).split('/')[:-1])
-    return bool(folders & set(MASK_DIR_NAMES)) and not folders & set(IMAGE_DIR_NAMES)
+    return are_of_masks(normalize_spelling(file).split('/')[:-1])
 
 
 def _is_mask_folder(folder: Path, root: Path) -> bool:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..engine.datasets import IMAGE_SUFFIXES
 from ..errors import UsageError
 from .check_images import inspect_all, mask_problem
 from .class_names import class_files, read_classes
@@ -31,6 +32,7 @@ from .layouts import (
     find_folders,
     list_images,
     pair_files,
+    stem_in,
     strip_image_suffix,
 )
 from .mask_encoding import INSTANCE_FACTOR, read_values
@@ -116,12 +118,16 @@ def _folders_per_image(tree: FolderTree) -> dict[str, InstanceMasks]:
     return {split: InstanceMasks(masks, False, [root]) for split, masks in splits.items() if any(masks.values())}
 
 
+def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    return {normalize_spelling(stem_in(path, folder)): path for path in list_images(folder, suffixes)}
+
+
 def _own_masks(dirs: SplitDirs) -> InstanceMasks | None:
     """Return the masks that are named after an image and a number, or lie in a folder of its name."""
-    images = {strip_image_suffix(_stem(path, dirs.images)): path for path in list_images(dirs.images)}
-    masks = {_stem(path, dirs.labels): path for path in list_images(dirs.labels, MASK_FILE_SUFFIXES)}
     if dirs.images == dirs.labels:
         return None
+    images = {strip_image_suffix(stem): path for stem, path in _by_stem(dirs.images, IMAGE_SUFFIXES).items()}
+    masks = _by_stem(dirs.labels, MASK_FILE_SUFFIXES)
     by_image: dict[Path, list[Path]] = {path: [] for path in images.values()}
     for stem, mask in masks.items():
         if stem in images:  # a mask of the whole image
@@ -154,14 +160,7 @@ def _holds_ids(path: Path) -> bool:
 def read_instance_masks(
     root: Path, splits: Mapping[str, InstanceMasks], report: Report, request: DatasetRequest
 ) -> dict[str, SplitAnnotations]:
-    """Read the masks of each split as COCO with RLEs.
-
-    Args:
-        root: folder of the data set.
-        splits: as of `find_instance_masks`.
-        report: to add to.
-        request: not used.
-    """
+    """Read the masks of each split as COCO with RLEs, as `BoxFormat.read`."""
     are_maps = any(source.are_maps for source in splits.values())
     read = partial(_read_mask, are_maps=are_maps)
     files = [mask for source in splits.values() for masks in source.masks.values() for mask in masks]
@@ -243,7 +242,3 @@ def _class_of(id_: int, names: Mapping[int | None, str]) -> tuple[int | None, bo
     if None in names:
         return None, False
     return (id_, True) if id_ < INSTANCE_FACTOR else (id_ // INSTANCE_FACTOR, False)
-
-
-def _stem(path: Path, folder: Path) -> str:
-    return normalize_spelling(path.relative_to(folder).with_suffix('').as_posix())

@@ -15,7 +15,7 @@ from .files import read_json, read_text, to_one_line, walk
 from .image_resolver import ImageLocation
 from .layouts import IMAGE_DIR_NAMES, FolderTree, is_image, split_of_folders
 from .request import DatasetRequest, relative_to_root
-from .split_annotations import SplitAnnotations, number_categories, outermost
+from .split_annotations import SplitAnnotations, add_image, number_categories, outermost
 
 LIST_DIRS = ('ImageSets/Main', 'ImageSets')
 LIST_NAMES = {'train': ('train', 'trainval'), 'val': ('val', 'valid'), 'test': ('test',)}
@@ -151,7 +151,7 @@ def _read_split(
 ) -> SplitAnnotations:
     """Return the annotations of a split, whose categories are names."""
     names = list(labels) if source.list_file is None else _read_list(source.list_file)
-    images, annotations, locations = [], [], {}
+    coco, locations = dict(images=[], annotations=[]), {}
     for name in names:
         file = labels.get(name)
         image = file and _image_of(file, photos.get(os.path.basename(name), ()))
@@ -163,15 +163,11 @@ def _read_split(
         label = parse(file, where, add)
         if label is None:
             continue
-        images.append(dict(id=len(images) + 1, file_name=file_name))
-        images[-1] |= dict(zip(('width', 'height'), label.size)) if label.size else {}
         locations[file_name] = ImageLocation(file_name)
-        for annotation in label.annotations:
-            annotation['id'], annotation['image_id'] = f'{where}:{annotation.pop("number")}', len(images)
-            annotations.append(annotation)
+        add_image(coco, file_name, *label, where)
     watched = [source.images, *([source.list_file] if source.list_file else [])]
     watched += [folder / f'*{suffix}' for folder in source.labels]
-    return SplitAnnotations(dict(images=images, annotations=annotations), locations, source.images, watched)
+    return SplitAnnotations(coco, locations, source.images, watched)
 
 
 def _report_missing_labels(

@@ -52,7 +52,7 @@ def parse_label_studio(file: Path, add: Callable) -> Iterator[ListedImage]:
             name, regions = _image_name(task, []), _short_regions(task)
         annotations = parse_objects(regions, name, add, _parse_region)
         size = next(filter(None, map(_size_of, reversed(regions))), None)
-        yield ListedImage(name, [*chain(*annotations)], size)
+        yield ListedImage(name, size, [*chain(*annotations)])
 
 
 def decode_brush(data: object, size: tuple[int, int]) -> np.ndarray | None:

@@ -39,6 +39,7 @@ SPLIT_DIR_NAMES = {
     'test': ('test', 'testing', 'test_data'),
 }
 SPLIT_OF_NAME = {name: split for split, names in SPLIT_DIR_NAMES.items() for name in names}
+WORD_RE = re.compile('[a-z]+')  # in the name of a file or folder
 # What follows the image's name in the name of its mask, before the file suffix; and what follows it in its own.
 MASK_SUFFIXES = ('', '_gtFine_labelTrainIds', '_gtFine_labelIds', '_mask', '_label', '_labels', '_seg')
 MASK_SUFFIXES += ('_gtFine_instanceIds', '_gtFine_color')
@@ -194,9 +195,9 @@ def pair_files(dirs: SplitDirs, mask_suffix: str | None = None) -> Pairing:
     """
     images, duplicates, listed = {}, [], NameMatches()
     for path in list_images(dirs.images):
-        stem = strip_image_suffix(_stem(path, dirs.images))
+        stem = strip_image_suffix(stem_in(path, dirs.images))
         duplicates += [path] if images.setdefault(stem, path) is not path else []
-    masks = {_stem(path, dirs.labels): path for path in list_images(dirs.labels, MASK_FILE_SUFFIXES)}
+    masks = {stem_in(path, dirs.labels): path for path in list_images(dirs.labels, MASK_FILE_SUFFIXES)}
     if dirs.images == dirs.labels:
         images = {stem: path for stem, path in images.items() if not stem.endswith('_mask')}
         masks = {stem: path for stem, path in masks.items() if stem.endswith('_mask')}
@@ -271,6 +272,12 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
+def are_of_masks(folders: Iterable[str]) -> bool:
+    """Return whether one of some folders is named as those of masks or labels are, and none as those of images."""
+    names = {folder.lower() for folder in folders}
+    return not names.isdisjoint(MASK_DIR_NAMES) and names.isdisjoint(IMAGE_DIR_NAMES)
+
+
 def find_dir(folder: Path | None, names: tuple[str, ...]) -> Path | None:
     """Return the first folder in a folder that has one of the names, in any case."""
     if folder is None:
@@ -333,7 +340,8 @@ def _listed_stem(line: str, folder: Path, images: Collection[str]) -> str:
     return stem if stem in images else stem_of(line.split()[0])
 
 
-def _stem(path: Path, folder: Path) -> str:
+def stem_in(path: Path, folder: Path) -> str:
+    """Return the path of a file below a folder, without the suffix."""
     return path.relative_to(folder).with_suffix('').as_posix()
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..channel_files import ARRAY_SUFFIX
 from .check_images import (
+    IGNORE_INDEX,
     MAX_BYTES,
     MAX_PIXELS,
     MaskInfo,
@@ -27,7 +28,6 @@ from .files import DataError, open_regular
 from .panoptic import decode_segments
 from .request import CheckedDataset
 
-IGNORE_INDEX = 255  # mmseg's
 MAX_GRAY_SPREAD = 16  # of the channels of a pixel; gray images in color can be slightly tinted
 INSTANCE_FACTOR = 1000  # of the class in an instance id, as in Cityscapes
 MASKS_DIR = 'masks'  # of converted masks, below `data` of the work dir

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import UsageError
 from .annotation_lists import ListSplit, find_lists
-from .check_images import inspect_all, mask_problem, open_mask
+from .check_images import IGNORE_INDEX, inspect_all, mask_problem, open_mask
 from .class_names import MAX_CLASSES
 from .coco_masks import mask_fields
 from .coco_values import category_name, only_dicts, parse_id
@@ -25,7 +25,6 @@ from .split_annotations import SplitAnnotations
 PANOPTIC = 'COCO panoptic'
 KEYS = ('images', 'annotations', 'categories')
 FILE_NAME_RE = re.compile(r'"file_name"\s*:\s*"([^"]+)"')
-NO_LABEL = 255  # ignored by mmseg
 ID_WEIGHTS = np.array([1, 256, 65536])  # of red, green and blue
 
 
@@ -42,13 +41,7 @@ def is_panoptic(start: str) -> bool:
 def read_panoptic(
     root: Path, splits: Mapping[str, ListSplit], report: Report, request: DatasetRequest
 ) -> dict[str, SplitAnnotations]:
-    """Read the segments of each split that are of things, as COCO with RLEs.
-
-    Args:
-        root: folder of the data set.
-        splits: as of `find_panoptic`.
-        report: to add to.
-        request: of the user.
+    """Read the segments of each split that are of things, as COCO with RLEs; arguments as `BoxFormat.read`.
 
     Raises:
         UsageError: a file is not of panoptic segmentation, or its PNGs or images are not there.
@@ -111,7 +104,7 @@ def decode_segments(path: str | os.PathLike, files: Mapping[str, str]) -> np.nda
     folder, name = os.path.split(os.path.abspath(path))
     labels = _segment_labels(files[folder]).get(name, {})
     existing, inverse = np.unique(ids, return_inverse=True)
-    return np.array([labels.get(i, NO_LABEL) for i in existing.tolist()], np.uint8)[inverse].reshape(ids.shape)
+    return np.array([labels.get(i, IGNORE_INDEX) for i in existing.tolist()], np.uint8)[inverse].reshape(ids.shape)
 
 
 @lru_cache(maxsize=4)

@@ -13,9 +13,9 @@ from pathlib import Path
 from ..errors import UsageError
 from .diagnostics import Report
 from .files import is_below, read_start, read_text, to_one_line
-from .find_yolo import NAMES_FILES, YoloSplit, is_among_labels
+from .find_yolo import NAMES_FILES, YoloSplit
 from .image_resolver import ImageLocation, ImageResolver
-from .layouts import IMAGE_DIR_NAMES, is_image, list_images
+from .layouts import IMAGE_DIR_NAMES, are_of_masks, is_image, list_images
 from .request import DatasetRequest, relative_to_root
 from .split_annotations import SplitAnnotations, outermost
 
@@ -28,13 +28,7 @@ LIST_HINT = 'correct the paths, which are relative to the folder of the data set
 def read_yolo(
     root: Path, splits: Mapping[str, YoloSplit], report: Report, request: DatasetRequest
 ) -> dict[str, SplitAnnotations]:
-    """Read the labels of YOLO of each split, as COCO with relative coordinates.
-
-    Args:
-        root: folder of the data set.
-        splits: as of `find_yolo`.
-        report: to add to.
-        request: of the user.
+    """Read the labels of YOLO of each split, as COCO with relative coordinates; arguments as `BoxFormat.read`.
 
     Raises:
         UsageError: a list names no image that exists.
@@ -103,7 +97,7 @@ def _locate_images(root: Path, split: str, source: YoloSplit) -> list[ImageLocat
     for path in source.images:
         if path.is_dir():
             images = list_images(path)
-            photos = [image for image in images if not is_among_labels(image.parent.relative_to(path).parts)]
+            photos = [image for image in images if not are_of_masks(image.parent.relative_to(path).parts)]
             result += [ImageLocation(relative_to_root(image, root)) for image in photos or images]
         elif is_image(path):
             result.append(ImageLocation(relative_to_root(path, root)))

@@ -32,6 +32,23 @@ class SplitAnnotations(NamedTuple):
     has_sizes: bool = True
 
 
+def add_image(coco: dict, name: str, size: tuple[int, int] | None, annotations: Iterable[dict], where: str) -> None:
+    """Add an image and its objects to a COCO dict, in place.
+
+    Args:
+        coco: lists of images and annotations.
+        name: of the image.
+        size: its width and height; None if they are not given.
+        annotations: as of `label_files.Label`.
+        where: what precedes the numbers of the objects in their ids.
+    """
+    image = dict(id=len(coco['images']) + 1, file_name=name)
+    coco['images'].append(image | (dict(zip(('width', 'height'), size)) if size else {}))
+    for annotation in annotations:
+        number = annotation.pop('number')
+        coco['annotations'].append(annotation | dict(id=f'{where}:{number}', image_id=image['id']))
+
+
 def fill_sizes(coco: dict, locations: Mapping, infos: Mapping[str, ImageInfo], apply_exif: bool) -> None:
     """Set the sizes of images without one to those of their files, in place.
 

@@ -43,7 +43,7 @@ def parse_via(file: Path, add: Callable) -> Iterator[ListedImage]:
         raise UsageError(f'{file} is not a file of VIA: it has no images')
     for entry in as_dicts(content):
         name = entry['filename'] if isinstance(entry.get('filename'), str) else ''
-        yield ListedImage(name, parse_objects(_without_keys(entry.get('regions')), name, add, _parse_region))
+        yield ListedImage(name, None, parse_objects(_without_keys(entry.get('regions')), name, add, _parse_region))
 
 
 def _without_keys(items: object) -> object:

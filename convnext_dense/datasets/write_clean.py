@@ -1,15 +1,13 @@
 """Writing the usable part of a checked data set as a clean one of its own, in a layout that other tools read."""
 
-import json
 import os
 import shutil
 from pathlib import Path
 
-import cv2
 from PIL import Image
 
 from .request import CheckedDataset
-from .write_tiles import JPEG_QUALITY, JPEG_SUFFIXES, UniqueNames, read_class_indices, read_image, write_class_names
+from .write_tiles import UniqueNames, read_class_indices, read_image, write_class_names, write_coco, write_image
 
 EXIF_ORIENTATION = 0x0112
 
@@ -41,9 +39,7 @@ def _write_coco(data: CheckedDataset, split: str, out: Path) -> str:
     images = [
         {**image, 'file_name': _copy_image(data, image['file_name'], out / split, new_name)} for image in coco['images']
     ]
-    (out / 'annotations').mkdir(parents=True, exist_ok=True)
-    content = dict(images=images, annotations=coco['annotations'], categories=coco['categories'])
-    (out / 'annotations' / f'instances_{split}.json').write_text(json.dumps(content))
+    write_coco(out, split, images, coco['annotations'], coco['categories'])
     return f'{len(images):,} images, {len(coco["annotations"]):,} annotations'
 
 
@@ -64,10 +60,7 @@ def _copy_image(data: CheckedDataset, file_name: str, folder: Path, new_name: Un
     if not _has_exif_rotation(path):
         shutil.copyfile(path, folder / f'{stem}{suffix}')
         return f'{stem}{suffix}'
-    suffix = '.jpg' if suffix.lower() in JPEG_SUFFIXES else '.png'
-    content = cv2.imencode(suffix, read_image(path, data.apply_exif), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
-    (folder / f'{stem}{suffix}').write_bytes(content.tobytes())
-    return f'{stem}{suffix}'
+    return write_image(read_image(path, data.apply_exif), folder, stem, suffix)
 
 
 def _has_exif_rotation(path: str) -> bool:

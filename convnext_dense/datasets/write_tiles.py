@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UnreadableImageError, UsageError
-from .check_images import MAX_BYTES
+from .check_images import IGNORE_INDEX, MAX_BYTES
 from .files import read_bytes
 from .mask_encoding import MaskEncoding, decode_mask
 from .request import CheckedDataset
@@ -19,7 +19,6 @@ from .tiles import Window, clip_annotations, tile_windows
 
 JPEG_SUFFIXES = ('.jpg', '.jpeg')
 JPEG_QUALITY = 95
-IGNORED = 255
 
 
 def check_tile_options(tile: int, overlap: float, out: str | None) -> None:
@@ -70,6 +69,21 @@ def write_class_names(data: CheckedDataset, out: str) -> None:
     Path(out, 'classes.txt').write_text(names + '\n', encoding='utf-8')
 
 
+def write_coco(out: Path, split: str, images: list[dict], annotations: list[dict], categories: list[dict]) -> None:
+    """Write the COCO json of a split."""
+    (out / 'annotations').mkdir(parents=True, exist_ok=True)
+    content = dict(images=images, annotations=annotations, categories=categories)
+    (out / 'annotations' / f'instances_{split}.json').write_text(json.dumps(content))
+
+
+def write_image(pixels: np.ndarray, folder: Path, stem: str, suffix: str) -> str:
+    """Write an image as JPEG if its source has the suffix of one, else as PNG; return the name of the file."""
+    name = f'{stem}{".jpg" if suffix.lower() in JPEG_SUFFIXES else ".png"}'
+    content = cv2.imencode(Path(name).suffix, pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
+    (folder / name).write_bytes(content.tobytes())
+    return name
+
+
 def _write_coco(data: CheckedDataset, split: str, tile: int, overlap: float, out: Path) -> str:
     coco, names, by_image = data.splits[split], UniqueNames(), defaultdict(list)
     for annotation in coco['annotations']:
@@ -77,14 +91,12 @@ def _write_coco(data: CheckedDataset, split: str, tile: int, overlap: float, out
     images, annotations = [], []
     for image in coco['images']:
         size = image['height'], image['width']
-        for window, name in _write_image(data, image['file_name'], size, tile, overlap, out / split, names):
+        for window, name in _write_parts(data, image['file_name'], size, tile, overlap, out / split, names):
             new = dict(id=len(images) + 1, file_name=name, width=window[2] - window[0], height=window[3] - window[1])
             for part in clip_annotations(by_image[image['id']], window, size):
                 annotations.append({**part, 'id': len(annotations) + 1, 'image_id': new['id']})
             images.append(new)
-    (out / 'annotations').mkdir(parents=True, exist_ok=True)
-    content = dict(images=images, annotations=annotations, categories=coco['categories'])
-    (out / 'annotations' / f'instances_{split}.json').write_text(json.dumps(content))
+    write_coco(out, split, images, annotations, coco['categories'])
     return f'{len(images):,} tiles of {len(coco["images"]):,} images, {len(annotations):,} annotations'
 
 
@@ -93,7 +105,7 @@ def _write_masks(data: CheckedDataset, split: str, tile: int, overlap: float, ou
     (out / 'masks' / split).mkdir(parents=True, exist_ok=True)
     for image, mask in data.splits[split]:
         labels = read_class_indices(data, mask)
-        for window, name in _write_image(data, image, labels.shape, tile, overlap, out / 'images' / split, names):
+        for window, name in _write_parts(data, image, labels.shape, tile, overlap, out / 'images' / split, names):
             left, top, right, bottom = window
             path = out / 'masks' / split / f'{Path(name).stem}.png'
             Image.fromarray(np.ascontiguousarray(labels[top:bottom, left:right])).save(path)
@@ -111,14 +123,14 @@ def class_table(data: CheckedDataset) -> np.ndarray:
     """Return the class index of each label (256,) of a segmentation data set, 255 for those that are ignored."""
     table = np.arange(256)
     if data.dataset_kwargs.get('reduce_zero_label'):  # as mmseg does it
-        table = np.where((table == 0) | (table == IGNORED), IGNORED, table - 1)
+        table = np.where((table == 0) | (table == IGNORE_INDEX), IGNORE_INDEX, table - 1)
     mapped = table.copy()
     for label, index in data.dataset_kwargs.get('label_map') or ():
         mapped[table == label] = index
     return mapped.astype(np.uint8)
 
 
-def _write_image(
+def _write_parts(
     data: CheckedDataset,
     file_name: str,
     size: tuple[int, int],
@@ -134,14 +146,10 @@ def _write_image(
         raise UnreadableImageError(f'{path} has changed: check the data set again')
     folder.mkdir(parents=True, exist_ok=True)
     stem, suffix = os.path.splitext(file_name)
-    suffix = '.jpg' if suffix.lower() in JPEG_SUFFIXES else '.png'
     stem = new_name(stem.strip('/').replace('/', '_').replace(os.sep, '_'))
     for window in tile_windows(size, tile, overlap):
         left, top, right, bottom = window
-        name = f'{stem}_{left}_{top}{suffix}'
-        content = cv2.imencode(suffix, pixels[top:bottom, left:right], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
-        (folder / name).write_bytes(content.tobytes())
-        yield window, name
+        yield window, write_image(pixels[top:bottom, left:right], folder, f'{stem}_{left}_{top}', suffix)
 
 
 def read_image(path: str, apply_exif: bool) -> np.ndarray:
