@@ -62,8 +62,8 @@ def find_lists(
             by_split.setdefault(_split_of(file.relative_to(tree.root)), []).append(file)
     if 'train' in by_split:
         by_split.pop('all', None)
-    for split, (first, *others) in by_split.items():
-        files = [first, *(file for file in others if not filecmp.cmp(first, file, shallow=False))]
+    for split, (first, *duplicates) in by_split.items():
+        files = [first, *(file for file in duplicates if not filecmp.cmp(first, file, shallow=False))]
         if len(files) > 1:
             names = ' and '.join(to_one_line(file.relative_to(tree.root)) for file in files[:2])
             which = 'the annotations' if split == 'all' else f'those of the {split} split'
@@ -72,7 +72,7 @@ def find_lists(
     if not by_split:
         return None
     splits = {split: ListSplit(files[0]) for split, files in by_split.items()}
-    return ', '.join(to_one_line(each.file.relative_to(tree.root), 60) for each in splits.values()), splits
+    return ', '.join(to_one_line(source.file.relative_to(tree.root), 60) for source in splits.values()), splits
 
 
 def read_lists(
@@ -99,17 +99,17 @@ def read_lists(
     """
     results = {}
     for split, source in splits.items():
-        where = relative_to_root(source.file, root)
+        ann_name = relative_to_root(source.file, root)
         entries = [*parse(source.file, partial(report.add, split))]
-        listed = [image for image in entries if image.name]
+        named_images = [image for image in entries if image.name]
         for number, image in enumerate(entries, 1):
             if not image.name:
-                report.add(split, 'image-without-id-or-name', f'{where}: entry {number}')
-        resolver = ImageResolver(source.file, root, [image.name for image in listed], source.images, split)
+                report.add(split, 'image-without-id-or-name', f'{ann_name}: entry {number}')
+        resolver = ImageResolver(source.file, root, [image.name for image in named_images], source.images, split)
         coco, watched = dict(images=[], annotations=[]), [source.file, *resolver.searched_folders]
-        for image in listed:
-            add_image(coco, *image, f'{where}: {to_one_line(image.name, 60)}')
-        has_sizes = any(image.size for image in listed)
+        for image in named_images:
+            add_image(coco, *image, f'{ann_name}: {to_one_line(image.name, 60)}')
+        has_sizes = any(image.size for image in named_images)
         results[split] = SplitAnnotations(coco, resolver.locations, resolver.folder, watched, has_sizes=has_sizes)
     if resolve_names:
         resolve_names(results, report, request)

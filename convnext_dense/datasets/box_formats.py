@@ -149,10 +149,10 @@ def find_given_boxes(request: DatasetRequest) -> BoxSources:
     if len(formats) > 1:
         raise UsageError(f'--train-ann is {formats[0]}, --val-ann is {formats[1]}: give two of one format')
     by_split = {split: source for split, (_, source) in sources.items()}
-    layout, others = f'of {os.path.basename(request.data_yaml)}' if request.data_yaml else 'of the given files', {}
+    layout, other_files = f'of {os.path.basename(request.data_yaml)}' if request.data_yaml else 'of the given files', {}
     if formats[0] == COCO and request.path and not request.data_yaml and len(by_split) < 2:
-        layout, others = find_annotations(Path(request.path), by_split) or (layout, {})
-    return BoxSources(formats[0], layout, others | by_split)
+        layout, other_files = find_annotations(Path(request.path), by_split) or (layout, {})
+    return BoxSources(formats[0], layout, other_files | by_split)
 
 
 def _source(request: DatasetRequest, split: str) -> tuple[str, object]:

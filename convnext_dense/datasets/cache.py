@@ -92,13 +92,13 @@ def wait_for_cache(folder: str, key: tuple) -> tuple[CheckedDataset, dict[str, s
 def hold_busy_file(folder: str) -> Iterator[None]:
     """Rewrite the busy file every few seconds, so that waiting processes know that this one is at work."""
     os.makedirs(folder, exist_ok=True)
-    file, done = Path(folder, BUSY_FILE), threading.Event()
+    file, stop_event = Path(folder, BUSY_FILE), threading.Event()
 
     def heartbeat():
         while True:
             with suppress(OSError):  # disk full: others may give up earlier
                 file.write_text(str(time.time()))
-            if done.wait(HEARTBEAT_SECONDS):
+            if stop_event.wait(HEARTBEAT_SECONDS):
                 return
 
     thread = threading.Thread(target=heartbeat, daemon=True)
@@ -106,7 +106,7 @@ def hold_busy_file(folder: str) -> Iterator[None]:
     try:
         yield
     finally:
-        done.set()
+        stop_event.set()
         thread.join()
         file.unlink(missing_ok=True)
 

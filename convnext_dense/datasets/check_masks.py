@@ -91,26 +91,26 @@ def infer_label_spec(
     if invalid is not None:
         raise UsageError(f'--ignore {to_one_line(invalid, 20)}: labels are 0 to {IGNORE_INDEX}')
     file = next((f for f in class_files(root, None) if f.exists()), None)
-    known = classes if classes in [*MMSEG_DATASETS] else None
+    dataset_key = classes if classes in [*MMSEG_DATASETS] else None
     if not classes and not file:
-        known = _known_dataset(root, layout, mask_suffix)
+        dataset_key = _known_dataset(root, layout, mask_suffix)
     is_toy = (root / 'shapes.json').exists() and not classes
     if table:
         return _spec_of_table(*table, ignore_labels or ())
-    if known:
-        names, palette = mmseg_classes(known)
+    if dataset_key:
+        names, palette = mmseg_classes(dataset_key)
     elif classes:
         names, palette = read_classes(Path(classes)) if isinstance(classes, str) else (list(classes), None)
     elif is_toy:
         names, palette = list(LABEL_NAMES), PALETTE
     else:
         names, palette = read_classes(file) if file else (None, None)
-    has_zero_ignored = known == 'ade20k' or is_toy
+    has_zero_ignored = dataset_key == 'ade20k' or is_toy
     ignored = frozenset({IGNORE_INDEX, *(ignore_labels or []), *([0] if has_zero_ignored else [])})
     names_background = names and len(names) > 1 and names[0].strip('_').lower() in BACKGROUND_NAMES
     if not has_zero_ignored and 0 in ignored and names_background:  # the file names the label that is ignored
         names, palette = names[1:], palette and palette[1:]
-    is_label_ids = known == 'cityscapes' and mask_suffix.endswith(('labelIds', 'instanceIds'))
+    is_label_ids = dataset_key == 'cityscapes' and mask_suffix.endswith(('labelIds', 'instanceIds'))
     return LabelSpec(names, palette, ignored, CITYSCAPES_IDS if is_label_ids else None)
 
 
@@ -131,13 +131,13 @@ def _known_dataset(root: Path, layout: str, mask_suffix: str) -> str | None:
     return 'voc' if layout == 'VOC' and re.fullmatch(r'VOC20\d\d', root.resolve().name) else None
 
 
-def mmseg_classes(known: str) -> tuple[list[str], list[list[int]]]:
+def mmseg_classes(dataset_key: str) -> tuple[list[str], list[list[int]]]:
     """Return the names and the RGB colors of the classes of a key of `MMSEG_DATASETS`."""
     from mmseg.registry import DATASETS  # this module has to import without mmseg
     from mmseg.utils import register_all_modules
 
     register_all_modules(init_default_scope=False)
-    meta = DATASETS.get(MMSEG_DATASETS[known]).METAINFO
+    meta = DATASETS.get(MMSEG_DATASETS[dataset_key]).METAINFO
     return list(meta['classes']), [list(color) for color in meta['palette']]
 
 
@@ -146,16 +146,17 @@ def as_binary(masks: Mapping[Path, MaskInfo], spec: LabelSpec) -> LabelSpec:
 
     Of 0 and 255 the latter is no class as long as there are names for more than two; one name is that of 255.
     """
-    used = np.flatnonzero(sum((info.counts for info in masks.values() if info.counts is not None), np.zeros(256)))
+    values = np.flatnonzero(sum((info.counts for info in masks.values() if info.counts is not None), np.zeros(256)))
     names, is_named = spec.names or ['background', 'foreground'], spec.names is not None
-    if 0 in spec.ignored or len(names) > 2 or (is_named and 255 not in used) or used.tolist() not in ([0, 1], [0, 255]):
+    has_two = values.tolist() == [0, 255] or (values.tolist() == [0, 1] and not is_named)
+    if 0 in spec.ignored or len(names) > 2 or not has_two:
         return spec
     if not is_named and any(info.palette for info in masks.values()):
         return spec
     if len(names) == 1:
         names = [*names, 'foreground'] if names[0].lower() in BACKGROUND_NAMES else ['background', *names]
     palette = spec.palette if spec.palette and len(spec.palette) == 2 else None
-    if 255 not in used:
+    if 255 not in values:
         return spec._replace(names=names, palette=palette)
     return LabelSpec(names, palette, spec.ignored - {IGNORE_INDEX}, (0, IGNORE_INDEX))
 
@@ -176,8 +177,8 @@ def infer_class_count(masks: Mapping[Path, MaskInfo], spec: LabelSpec, root: Pat
         )
     counts = np.sum([m.counts for m in readable], axis=0) if readable else np.zeros(256, int)
     labels = [label for label in np.flatnonzero(counts).tolist() if label not in spec.ignored]
-    first = 1 if 0 in spec.ignored else 0
-    return spec._replace(names=[f'class {i}' for i in range(first, max(labels, default=first) + 1)])
+    first_label = 1 if 0 in spec.ignored else 0
+    return spec._replace(names=[f'class {i}' for i in range(first_label, max(labels, default=first_label) + 1)])
 
 
 def validate_labels(masks: Mapping[Path, MaskInfo], spec: LabelSpec, report: Report) -> None:
@@ -190,17 +191,17 @@ def validate_labels(masks: Mapping[Path, MaskInfo], spec: LabelSpec, report: Rep
     """
     readable = {path: info for path, info in masks.items() if info.counts is not None}
     counts = sum((info.counts for info in readable.values()), np.zeros(256, int))
-    used, label_to_class = np.flatnonzero(counts).tolist(), spec.label_to_class
-    unnamed = [label for label in used if label not in label_to_class]
+    labels, label_to_class = np.flatnonzero(counts).tolist(), spec.label_to_class
+    unnamed = [label for label in labels if label not in label_to_class]
     other_colors, soft = total_other_colors(readable), _soft_edges(counts) if len(spec.names) <= 2 else None
     if other_colors:
         report.add('all', 'color-not-in-table', _describe_colors(other_colors, sum(counts)), len(other_colors))
     elif soft and unnamed:
         report.add('all', 'mask-soft-edges', soft)
-    elif used and len(spec.names) == 1:
+    elif labels and len(spec.names) == 1:
         report.add('all', 'single-class', _single_class_advice(spec, counts))
-    elif IGNORE_INDEX in spec.ignored and IGNORE_INDEX in used and set(used) <= {0, IGNORE_INDEX}:
-        report.add('all', 'mask-values-0-and-255', f'the pixels are {_format_fractions(counts, used)}')
+    elif IGNORE_INDEX in spec.ignored and IGNORE_INDEX in labels and set(labels) <= {0, IGNORE_INDEX}:
+        report.add('all', 'mask-values-0-and-255', f'the pixels are {_format_fractions(counts, labels)}')
     elif unnamed:
         files = [path.name for path, info in readable.items() if info.counts[unnamed].any()]
         location = f'in {files[0]}' if len(files) == 1 else f'in {len(files):,} masks, such as {files[0]}'
@@ -222,17 +223,17 @@ def _soft_edges(counts: np.ndarray) -> str | None:
 
 def _describe_colors(colors: Mapping[tuple, int], total: int) -> str:
     """List RGB colors and the fractions of their pixels."""
-    listed = [f'{r} {g} {b}: {100 * n / total:.2g} %' for (r, g, b), n in colors.items()]
-    return ', '.join(listed[:MAX_LISTED_LABELS]) + ', ...' * (len(listed) > MAX_LISTED_LABELS)
+    texts = [f'{r} {g} {b}: {100 * n / total:.2g} %' for (r, g, b), n in colors.items()]
+    return ', '.join(texts[:MAX_LISTED_LABELS]) + ', ...' * (len(texts) > MAX_LISTED_LABELS)
 
 
 def _single_class_advice(spec: LabelSpec, counts: np.ndarray) -> str:
     """Say how to fix a set of one class, by the pixels of each label value."""
-    used = np.flatnonzero(counts).tolist()
-    labels = [label for label in used if label != IGNORE_INDEX]
+    all_labels = np.flatnonzero(counts).tolist()
+    labels = [label for label in all_labels if label != IGNORE_INDEX]
     missing_names = 'the classes' if spec.names[0].lower() in BACKGROUND_NAMES else 'the background'
-    if len(used) == 1:
-        fix = f'all pixels are {used[0]}: give masks that show at least two classes'
+    if len(all_labels) == 1:
+        fix = f'all pixels are {all_labels[0]}: give masks that show at least two classes'
     elif len(labels) > MAX_LISTED_LABELS:
         fix = 'name a class for each label, if these are segmentation masks'
     elif labels == list(range(len(labels))) and len(labels) > 1:
@@ -243,19 +244,19 @@ def _single_class_advice(spec: LabelSpec, counts: np.ndarray) -> str:
         change = f'{labels[0]} and 255, which is ignored, as 0 and 1'
         change = f'255, which is ignored, as {1 - labels[0]}' if labels[0] < 2 else change
         fix = f'name {missing_names}, too: two names, for labels 0 and 1, and write {change}'
-    fix += ', without --ignore 0' if 0 in spec.ignored and 0 in labels and len(used) > 1 else ''
-    return f'{spec.names[0]} alone, where the pixels are {_format_fractions(counts, used)}: {fix}'
+    fix += ', without --ignore 0' if 0 in spec.ignored and 0 in labels and len(all_labels) > 1 else ''
+    return f'{spec.names[0]} alone, where the pixels are {_format_fractions(counts, all_labels)}: {fix}'
 
 
 def _unnamed_labels_advice(unnamed: list[int], spec: LabelSpec, counts: np.ndarray, location: str) -> str:
     """Say which labels have no name and how to fix it, by the pixels of each label value."""
     num_classes, label_to_class, ignored = len(spec.names), spec.label_to_class, spec.ignored - {IGNORE_INDEX}
-    named = [v for v in np.flatnonzero(counts).tolist() if label_to_class.get(v, IGNORE_INDEX) != IGNORE_INDEX]
+    named_labels = [v for v in np.flatnonzero(counts).tolist() if label_to_class.get(v, IGNORE_INDEX) != IGNORE_INDEX]
     is_next = unnamed == [num_classes]
-    with_zero, with_unnamed = (' '.join(map(str, sorted({*ignored, *more}))) for more in ([0], unnamed))
-    if is_next and not counts[0] and named:
+    with_zero, with_unnamed = (' '.join(map(str, sorted({*ignored, *added_labels}))) for added_labels in ([0], unnamed))
+    if is_next and not counts[0] and named_labels:
         fix = f'0 is not used: --ignore {with_zero}'
-    elif len(named) < 2:
+    elif len(named_labels) < 2:
         fix = f'write labels as the indices of their classes, {spec.labels[0]} to {spec.labels[-1]}'
     elif len(unnamed) > MAX_LISTED_LABELS:
         fix = 'name their classes in --classes FILE, if these are segmentation masks'
@@ -281,8 +282,8 @@ def _format_fraction(counts: np.ndarray, label: int) -> str:
 
 
 def _format_fractions(counts: np.ndarray, labels: list[int]) -> str:
-    listed = ', '.join(f'{label}: {_format_fraction(counts, label)}' for label in labels[:MAX_LISTED_LABELS])
-    return listed + ', ...' * (len(labels) > MAX_LISTED_LABELS)
+    text = ', '.join(f'{label}: {_format_fraction(counts, label)}' for label in labels[:MAX_LISTED_LABELS])
+    return text + ', ...' * (len(labels) > MAX_LISTED_LABELS)
 
 
 def validate_pairs(

@@ -28,24 +28,24 @@ def class_files(root: Path, file: str | Sequence[str] | None) -> list[Path]:
     return [Path(file)] if isinstance(file, str) else [] if file else [root / name for name in CLASS_FILES]
 
 
-def find_color_table(root: Path, given: str | None) -> tuple[Path, list[str], list[list[int]]] | None:
+def find_color_table(root: Path, given_file: str | None) -> tuple[Path, list[str], list[list[int]]] | None:
     """Return the file that gives each class a color, the names and the colors; None if there is none.
 
     Args:
         root: folder of the data set, in which and in whose folders the known files are looked for.
-        given: the file that may be it; None to look for one.
+        given_file: the file that may be it; None to look for one.
 
     Raises:
         UsageError: a file cannot be read, or two classes have the same color.
     """
-    folders = [root] if given else [root, *folders_in(root)]
-    for file in (file for folder in folders for file in class_files(folder, given) if file.exists()):
+    folders = [root] if given_file else [root, *folders_in(root)]
+    for file in (file for folder in folders for file in class_files(folder, given_file) if file.exists()):
         names, colors = read_classes(file)
         if colors:
             duplicate = _first_duplicate(map(tuple, colors))
             if duplicate is not None:
-                first, second, *_ = (name for name, color in zip(names, colors) if tuple(color) == duplicate)
-                raise UsageError(f'{file}: {first} and {second} have the same color: give each class one of its own')
+                name, other_name, *_ = (name for name, color in zip(names, colors) if tuple(color) == duplicate)
+                raise UsageError(f'{file}: {name} and {other_name} have the same color: give each class one of its own')
             return file, names, colors
     return None
 
@@ -66,8 +66,8 @@ def read_classes(path: Path) -> tuple[list[str], list[list[int]] | None]:
     try:
         text = read_text(path, errors='replace')
     except FileNotFoundError as error:
-        known = ', '.join(KNOWN_DATASETS)
-        raise UsageError(f"no classes file '{path}': give a file with one name per line, or one of {known}") from error
+        keys = ', '.join(KNOWN_DATASETS)
+        raise UsageError(f"no classes file '{path}': give a file with one name per line, or one of {keys}") from error
     except OSError as error:
         raise UsageError(f'{path}: {error.strerror}: give a file with one name per line') from error
     try:
@@ -151,12 +151,12 @@ def _parse_lines(text: str) -> list[tuple[object, object]]:
     if any(len(line) > MAX_LINE_LENGTH for line in lines):
         raise ValueError(f'a line of more than {MAX_LINE_LENGTH} characters')
     lines = [' '.join(line.split()) for line in lines]  # on runs of spaces the patterns take quadratic time
-    begun = [COLOR_FIRST_RE.fullmatch(line) for line in lines]
-    if lines and all(begun):
-        return [(m[4] or f'class {i}', m.groups()[:3]) for i, m in enumerate(begun)]
-    numbered = [NUMBERED_LINE_RE.fullmatch(line) for line in lines]
-    if lines and all(numbered):
-        return _sort_by_label([(m[1], m[2]) for m in numbered])
+    color_matches = [COLOR_FIRST_RE.fullmatch(line) for line in lines]
+    if lines and all(color_matches):
+        return [(m[4] or f'class {i}', m.groups()[:3]) for i, m in enumerate(color_matches)]
+    number_matches = [NUMBERED_LINE_RE.fullmatch(line) for line in lines]
+    if lines and all(number_matches):
+        return _sort_by_label([(m[1], m[2]) for m in number_matches])
     colors = [COLOR_RE.search(line, 1) for line in lines]
     return [
         (line[: m.start()].rstrip(), m.groups()[:3]) if m else (line.rstrip(':') or line, None)

@@ -293,9 +293,9 @@ def _trained_channels(checkpoint: str, request: DatasetRequest) -> ChannelReader
     with suppress(UsageError):  # a config that is no data
         saved = checkpoint_config(checkpoint)
     trained = channel_reader(saved) if saved else None
-    known = tuple(trained.channels) if trained else None
-    if request.channels and request.channels != known:
-        text = f'channels {",".join(map(str, known))}' if known else 'RGB'
+    numbers = tuple(trained.channels) if trained else None
+    if request.channels and request.channels != numbers:
+        text = f'channels {",".join(map(str, numbers))}' if numbers else 'RGB'
         raise UsageError(f'--channels: {checkpoint} was trained on {text}: leave it out')
     return trained
 

@@ -74,7 +74,7 @@ def read_data_yaml(path: Path) -> DatasetRequest | None:
         UsageError: a key or a path is missing, unknown or of the wrong kind.
     """
     candidates = [path / name for name in FILE_NAMES] if path.is_dir() else [path]
-    file = next((each for each in candidates if each.suffix.lower() in SUFFIXES and each.is_file()), None)
+    file = next((path for path in candidates if path.suffix.lower() in SUFFIXES and path.is_file()), None)
     content = read_yaml(file) if file else None
     if not isinstance(content, dict) or not any(isinstance(content.get(split), dict) for split in SPLITS):
         return None
@@ -97,22 +97,22 @@ def read_data_yaml(path: Path) -> DatasetRequest | None:
     return DatasetRequest(str(root), **places, data_yaml=str(file), **_parse_options(options, root, file))
 
 
-def _split_paths(value: object, root: Path, where: str) -> dict[str, str]:
+def _split_paths(value: object, root: Path, place: str) -> dict[str, str]:
     """Return the paths of a split."""
     if not isinstance(value, dict):
-        raise UsageError(f'{where} has to be a mapping of images and annotations (or masks)')
-    _check_keys(value, tuple(PLACES), where)
+        raise UsageError(f'{place} has to be a mapping of images and annotations (or masks)')
+    _check_keys(value, tuple(PLACES), place)
     paths = {}
     for key, text in value.items():
-        paths[key] = os.path.normpath(root / os.path.expanduser(_text(text, where, key)))
+        paths[key] = os.path.normpath(root / os.path.expanduser(_text(text, place, key)))
         exists = os.path.exists(paths[key]) if key == 'annotations' else os.path.isdir(paths[key])
         if not exists:
             kind = 'does not exist' if key == 'annotations' else 'is no folder'
-            raise UsageError(f"{where}: {key} '{to_one_line(paths[key])}' {kind}")
+            raise UsageError(f"{place}: {key} '{to_one_line(paths[key])}' {kind}")
     if not {'annotations', 'masks'} & paths.keys():
-        raise UsageError(f'{where} needs annotations (a file, or a folder of labels) or masks')
+        raise UsageError(f'{place} needs annotations (a file, or a folder of labels) or masks')
     if 'masks' in paths and 'images' not in paths:
-        raise UsageError(f'{where} needs images')
+        raise UsageError(f'{place} needs images')
     return paths
 
 
@@ -137,15 +137,15 @@ def _parse_options(options: Mapping, root: Path, file: Path) -> dict:
     return fields
 
 
-def _text(value: object, where: object, key: str) -> str:
+def _text(value: object, place: object, key: str) -> str:
     if not isinstance(value, str) or not value:
-        raise UsageError(f'{where}: {key} has to be a path')
+        raise UsageError(f'{place}: {key} has to be a path')
     return value
 
 
-def _check_keys(content: Mapping, known: tuple[str, ...], where: str) -> None:
-    unknown = next((key for key in content if key not in known), None)
+def _check_keys(content: Mapping, known_keys: tuple[str, ...], place: str) -> None:
+    unknown = next((key for key in content if key not in known_keys), None)
     if unknown is not None:
-        near = difflib.get_close_matches(unknown, known, 1)
-        hint = f'did you mean {near[0]}?' if near else f'the keys are {", ".join(known)}'
-        raise UsageError(f"{where}: unknown key '{to_one_line(unknown, 40)}': {hint}")
+        close_keys = difflib.get_close_matches(unknown, known_keys, 1)
+        hint = f'did you mean {close_keys[0]}?' if close_keys else f'the keys are {", ".join(known_keys)}'
+        raise UsageError(f"{place}: unknown key '{to_one_line(unknown, 40)}': {hint}")

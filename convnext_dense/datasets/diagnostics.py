@@ -250,23 +250,23 @@ class Report:
         first_by_digest: dict[str, tuple[str, str]] = {}
         for split, names_of_split in names.items():
             for name in names_of_split:
-                first = first_by_digest.setdefault(infos[name].digest, (split, name))
-                if first != (split, name):
-                    code = 'duplicate-image' if first[0] == split else 'train-image-in-val'
-                    self.add(split, code, f'{name} is {first[1]}')
+                first_image = first_by_digest.setdefault(infos[name].digest, (split, name))
+                if first_image != (split, name):
+                    code = 'duplicate-image' if first_image[0] == split else 'train-image-in-val'
+                    self.add(split, code, f'{name} is {first_image[1]}')
 
-    def add_unused_classes(self, used: Mapping[str, set[int]], classes: Sequence[str]) -> None:
+    def add_unused_classes(self, used_indices: Mapping[str, set[int]], classes: Sequence[str]) -> None:
         """Report classes that do not occur, in all splits or in train.
 
         Args:
-            used: indices of the classes that occur, by split.
+            used_indices: indices of the classes that occur, by split.
             classes: names.
         """
         for i, name in enumerate(classes):
-            splits = [split for split, indices in used.items() if i in indices]
+            splits = [split for split, indices in used_indices.items() if i in indices]
             if not splits:
                 self.add('all', 'class-never-annotated', name)
-            elif 'train' in used and 'train' not in splits:
+            elif 'train' in used_indices and 'train' not in splits:
                 self.add(splits[0], 'class-not-in-train', name)
 
     def by_action(self, *actions: str) -> list[Diagnostic]:
@@ -307,5 +307,5 @@ class Report:
         if not errors:
             return
         num_others = len(self.diagnostics) - 1
-        more = f' (tools/check_data.py lists {num_others} more finding{"s" * (num_others > 1)})' if num_others else ''
-        raise UsageError(f'data set: {errors[0] if strict else errors[0].describe()}{more}')
+        hint = f' (tools/check_data.py lists {num_others} more finding{"s" * (num_others > 1)})' if num_others else ''
+        raise UsageError(f'data set: {errors[0] if strict else errors[0].describe()}{hint}')

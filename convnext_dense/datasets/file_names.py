@@ -49,8 +49,8 @@ class FileIndex:
 
     def _between(self, key: str, end: str) -> list[str]:
         keys, paths = self._sorted
-        first = bisect_left(keys, key)
-        return paths[first : min(bisect_right(keys, key + end), first + MAX_CANDIDATES)]
+        start = bisect_left(keys, key)
+        return paths[start : min(bisect_right(keys, key + end), start + MAX_CANDIDATES)]
 
 
 class NameMatches(NamedTuple):
@@ -65,22 +65,22 @@ class NameMatches(NamedTuple):
     ambiguous: Mapping[str, list[str]] = {}
 
 
-def match_names(names: Iterable[str], existing: Collection[str]) -> NameMatches:
+def match_names(names: Iterable[str], existing_names: Collection[str]) -> NameMatches:
     """Match names with existing ones: exactly, or else with the only one that differs just in spelling."""
     names, matches, ambiguous = dict.fromkeys(names), {}, {}
-    matches.update((name, name) for name in names if name in existing)
-    unmatched, free = defaultdict(list), defaultdict(list)
+    matches.update((name, name) for name in names if name in existing_names)
+    unmatched, free_names = defaultdict(list), defaultdict(list)
     for name in names:
         if name not in matches:
             unmatched[normalize_spelling(name)].append(name)
-    for name in existing if unmatched else ():
+    for name in existing_names if unmatched else ():
         if name not in matches:
-            free[normalize_spelling(name)].append(name)
-    for key, alike in unmatched.items():
-        if len(alike) == len(free[key]) == 1:
-            matches[alike[0]] = free[key][0]
-        elif free[key]:
-            ambiguous.update((name, free[key]) for name in alike)
+            free_names[normalize_spelling(name)].append(name)
+    for key, similar_names in unmatched.items():
+        if len(similar_names) == len(free_names[key]) == 1:
+            matches[similar_names[0]] = free_names[key][0]
+        elif free_names[key]:
+            ambiguous.update((name, free_names[key]) for name in similar_names)
     return NameMatches(matches, ambiguous)
 
 

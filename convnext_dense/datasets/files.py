@@ -128,14 +128,14 @@ def read_json(path: Path) -> object:
     """
     try:
         with open_regular(path, MAX_JSON_BYTES) as file:
-            start, size = file.read(HEADER_BYTES), size_of(file)
+            header, size = file.read(HEADER_BYTES), size_of(file)
             file.seek(0)
-            first = start.lstrip(JSON_WHITESPACE)[:1]
-            content = file.read(size) if first in (b'{', b'[') or size <= HEADER_BYTES else None
+            first_byte = header.lstrip(JSON_WHITESPACE)[:1]
+            content = file.read(size) if first_byte in (b'{', b'[') or size <= HEADER_BYTES else None
     except OSError as error:
         raise UsageError(f'{path}: {error.strerror}') from error
     if content is None:
-        raise UsageError(f'{path} is not JSON of a data set: it begins with {to_one_line(start[:20])}')
+        raise UsageError(f'{path} is not JSON of a data set: it begins with {to_one_line(header[:20])}')
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -209,9 +209,9 @@ def walk(root: str | os.PathLike, depth: int | None = None, hidden: bool = True)
     root = os.fspath(root)
     visits, stack = Counter(), [(root, os.path.realpath(root), ())]
     while stack:
-        folder, real, above = stack.pop()
+        folder, real, parents = stack.pop()
         prefix = os.path.join(real, '')
-        if visits[real] == MAX_VISITS or any(path.startswith(prefix) for path in above):
+        if visits[real] == MAX_VISITS or any(path.startswith(prefix) for path in parents):
             continue
         try:
             with os.scandir(folder) as entries:
@@ -221,20 +221,20 @@ def walk(root: str | os.PathLike, depth: int | None = None, hidden: bool = True)
         visits[real] += 1
         folders = {entry.name: entry for entry in entries if is_folder(entry)}
         yield folder, [entry.name for entry in entries if entry.name not in folders]
-        above = (*above, prefix)
-        for name, entry in reversed(folders.items() if len(above) != depth else ()):
+        parents = (*parents, prefix)
+        for name, entry in reversed(folders.items() if len(parents) != depth else ()):
             if hidden or not name.startswith(HIDDEN_PREFIXES):
                 real = os.path.realpath(entry.path) if entry.is_symlink() else prefix + name
-                stack.append((entry.path, real, above))
+                stack.append((entry.path, real, parents))
 
 
 def files_below(root: str | os.PathLike, hidden: bool = True) -> set[str]:
     """Return the paths of the files in and below a folder, relative to it and with forward slashes."""
-    root, found = os.fspath(root), set()
+    root, paths = os.fspath(root), set()
     for folder, names in walk(root, hidden=hidden):
         at = os.path.relpath(folder, root).replace(os.sep, '/')
-        found.update(names if at == '.' else [f'{at}/{name}' for name in names])
-    return found
+        paths.update(names if at == '.' else [f'{at}/{name}' for name in names])
+    return paths
 
 
 def folders_in(folder: str | os.PathLike) -> list[Path]:
@@ -244,8 +244,8 @@ def folders_in(folder: str | os.PathLike) -> list[Path]:
             paths = sorted(e.path for e in entries if is_folder(e) and not e.name.startswith(HIDDEN_PREFIXES))
     except OSError:
         return []
-    own = os.path.realpath(folder)
-    return [Path(path) for path in paths[:MAX_FOLDERS] if not is_below(own, os.path.realpath(path))]
+    real_folder = os.path.realpath(folder)
+    return [Path(path) for path in paths[:MAX_FOLDERS] if not is_below(real_folder, os.path.realpath(path))]
 
 
 def is_below(path: str | os.PathLike, folder: str | os.PathLike) -> bool:

@@ -79,8 +79,8 @@ def find_mask_folders(root: Path) -> tuple[str, dict[str, SplitDirs]] | None:
     dirs = {split: SplitDirs(*next(iter(pairs[split]))) for split in (*SPLITS, 'all') if split in pairs}
     if not dirs:
         return _masks_beside_images(root, folders)
-    first = next(iter(dirs.values()))
-    layout = ', '.join(to_one_line(os.path.relpath(folder, root), 60) for folder in first[:2])
+    first_dirs = next(iter(dirs.values()))
+    layout = ', '.join(to_one_line(os.path.relpath(folder, root), 60) for folder in first_dirs[:2])
     return layout, dirs
 
 

@@ -103,10 +103,10 @@ def _find_images(tree: FolderTree, common: Mapping, note: str = '') -> tuple[str
     """
     lists = {split: tuple(_lists_of(tree.root, split)) for split in SPLITS}
     if lists['train']:
-        return f'lists of images{note}', {split: YoloSplit(each, **common) for split, each in lists.items() if each}
+        return f'lists of images{note}', {split: YoloSplit(paths, **common) for split, paths in lists.items() if paths}
     by_split = _folders_by_split(tree)
     if 'train' in by_split:
-        return f'folders by split{note}', {split: YoloSplit(each, **common) for split, each in by_split.items()}
+        return f'folders by split{note}', {split: YoloSplit(paths, **common) for split, paths in by_split.items()}
     if not any(is_image(Path(name)) for _, names in tree.folders for name in names):
         return None
     return f'images with labels{note}', {'all': YoloSplit((tree.root,), **common)}
@@ -143,9 +143,9 @@ def _read_yaml_splits(file: Path) -> dict[str, YoloSplit]:
             raise UsageError(f'{file}: {split} is neither a path nor a list of paths')
         paths = [_resolve(entry, bases) for entry in entries]
         missing = next((entry for entry, path in zip(entries, paths) if path is None), '')
-        existing = tuple(path for path in paths if path)
+        existing_paths = tuple(path for path in paths if path)
         if entries:
-            splits[split] = YoloSplit(existing, missing=missing, **common)
+            splits[split] = YoloSplit(existing_paths, missing=missing, **common)
     return splits or {'train': YoloSplit((), **common)}
 
 
@@ -248,7 +248,8 @@ def _read_obj_data(file: Path, tree: FolderTree) -> dict[str, YoloSplit]:
 
 def _without_copies(splits: dict[str, YoloSplit]) -> dict[str, YoloSplit]:
     """Leave out splits with the list of train, which darknet's files often name for all."""
-    return {split: each for split, each in splits.items() if split == 'train' or each.images != splits['train'].images}
+    train = splits['train'].images if 'train' in splits else None
+    return {split: source for split, source in splits.items() if split == 'train' or source.images != train}
 
 
 def _find_names_file(tree: FolderTree) -> Path | None:
@@ -281,11 +282,11 @@ def _folders_by_split(tree: FolderTree) -> dict[str, tuple[Path, ...]]:
     by_split: dict[str, list[Path]] = {}
     for folder, files in tree.folders:
         parts = folder.relative_to(tree.root).parts
-        named = split_of_folders(parts)
-        if named is None or not any(is_image(Path(file)) for file in files) or are_of_masks(parts):
+        split_match = split_of_folders(parts)
+        if split_match is None or not any(is_image(Path(file)) for file in files) or are_of_masks(parts):
             continue
-        top = tree.root.joinpath(*parts[: named[1] + 1])
-        folders = by_split.setdefault(named[0], [])
+        top = tree.root.joinpath(*parts[: split_match[1] + 1])
+        folders = by_split.setdefault(split_match[0], [])
         if top not in folders:
             folders.append(top)
     depth = min((len(top.parts) for folders in by_split.values() for top in folders), default=0)

@@ -50,9 +50,9 @@ def describe_unsupported(root: Path) -> str:
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         if _is_dataset(folder):
             return f'holds a data set in its folder {to_one_line(folder.name)}: give {folder}'
-    above = next(filter(_is_dataset, _folders_above(root)), None)
-    if above:
-        return f'is a part of a data set: give {above if root.is_absolute() else os.path.relpath(above)}'
+    parent = next(filter(_is_dataset, _folders_above(root)), None)
+    if parent:
+        return f'is a part of a data set: give {parent if root.is_absolute() else os.path.relpath(parent)}'
 
     def has_text(suffix: str, pattern: str, limit: int | None = 5):
         paths = [path for path in files if path.suffix.lower() == suffix][:limit]

@@ -37,7 +37,7 @@ def parse_image_folder(file: Path, add: Callable) -> Iterator[ListedImage]:
             continue
         objects = row.get('objects', row)
         if isinstance(objects, dict):  # a list of boxes, and one of classes
-            boxes, names = (_first(objects, keys) for keys in (BOX_KEYS, CLASS_KEYS))
+            boxes, names = (_first_value(objects, keys) for keys in (BOX_KEYS, CLASS_KEYS))
             boxes, names = (values if isinstance(values, list) else [] for values in (boxes, names))
             objects = [dict(bbox=box, label=label) for box, label in zip_longest(boxes, names[: len(boxes)])]
         objects = objects if isinstance(objects, list) else [{}]
@@ -45,7 +45,7 @@ def parse_image_folder(file: Path, add: Callable) -> Iterator[ListedImage]:
 
 
 def _parse_box(number: int, item: dict) -> dict:
-    box, label = parse_numbers(_first(item, BOX_KEYS)), _first(item, CLASS_KEYS)
+    box, label = parse_numbers(_first_value(item, BOX_KEYS)), _first_value(item, CLASS_KEYS)
     if len(box) != 4:
         raise DataError('label-not-numbers')
     return box_annotation(number, label if isinstance(label, int) else parse_name(label), box)
@@ -89,5 +89,5 @@ def _rows(file: Path) -> Iterator[tuple[int, dict]]:
         raise UsageError(f'{file}: line {number} is not valid ({reason}): download or write it again') from error
 
 
-def _first(item: Mapping, keys: tuple[str, ...]) -> object:
+def _first_value(item: Mapping, keys: tuple[str, ...]) -> object:
     return next((item[key] for key in keys if item.get(key) is not None), None)

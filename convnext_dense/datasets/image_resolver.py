@@ -87,11 +87,11 @@ class ImageResolver:
         self._root, self._split = root, None if image_dir else split
         split_dirs, folders = ([], [Path(image_dir)]) if image_dir else _candidate_folders(ann_file, root)
         self._tops = [Path(image_dir)] if image_dir else _top_folders(ann_file, root)
-        tried = names[:: max(1, len(names) // MAX_NAMES_TRIED)]
+        sampled_names = names[:: max(1, len(names) // MAX_NAMES_TRIED)]
         # Masks have the names of their images. The folder of the annotations is one of masks by its name alone.
         candidates = [f for f in folders if f == ann_file.parent or not _is_mask_folder(f, root)]
         split_dirs, candidates = ([f for f in each if not is_excluded(f)] for each in (split_dirs, candidates))
-        best = _best_folder(candidates, tried)
+        best = _best_folder(candidates, sampled_names)
         self.folder, self._is_folder_known = best or self._tops[0], best is not None
         self._prefix = self._path_prefix(self.folder)
         self._split_prefixes = tuple(map(self._path_prefix, split_dirs))
@@ -138,11 +138,11 @@ class ImageResolver:
         if machine or path.startswith('../'):
             starts = (os.sep,) if machine else self._starts
             paths = [os.path.normpath(os.path.join(start, path)) for start in starts]
-            inside = [path for path in paths if path.startswith(self._inside)]
-            existing = next(filter(os.path.isfile, inside), None)
-            if existing:
-                return ImageLocation(relative_to_root(existing, self._root))
-            return None if inside or machine else ImageLocation(None, 'name-outside-root', name)
+            inner_paths = [path for path in paths if path.startswith(self._inside)]
+            existing_path = next(filter(os.path.isfile, inner_paths), None)
+            if existing_path:
+                return ImageLocation(relative_to_root(existing_path, self._root))
+            return None if inner_paths or machine else ImageLocation(None, 'name-outside-root', name)
         if not self._is_folder_known:
             return None
         for exact in (self._prefix + name, self._prefix + path):
@@ -207,9 +207,9 @@ def _to_location(name: str, files: list[str], code: str, names: Mapping = Mappin
     """Return the location of an image that may be one of some files; `names` by file must not claim it as well."""
     if len(files) > 1:
         return ImageLocation(None, 'ambiguous-name', f'{name} may be {" or ".join(files[:2])}')
-    others = [other for other in names.get(files[0], ()) if other != name]
-    if others:
-        return ImageLocation(None, 'ambiguous-name', f'{name} and {others[0]} may both be {files[0]}')
+    other_names = [other_name for other_name in names.get(files[0], ()) if other_name != name]
+    if other_names:
+        return ImageLocation(None, 'ambiguous-name', f'{name} and {other_names[0]} may both be {files[0]}')
     return ImageLocation(files[0], code, f'{name} is {files[0]}')
 
 
@@ -304,13 +304,13 @@ def _candidate_folders(ann_file: Path, root: Path) -> tuple[list[Path], list[Pat
         kind = bool(names & {*IMAGE_DIR_NAMES}) - bool(names & {*MASK_DIR_NAMES})
         return folder.name.lower() == ann_file.stem.lower(), kind, folder.name.lower() in SPLIT_OF_NAME
 
-    near = [ann_file.parent, ann_file.parent / 'images', root / 'images', root]
-    below = [*folders_in(root), *folders_in(_base_folder(ann_file))]
-    below += [inner for folder in below for inner in folders_in(folder)]
+    near_folders = [ann_file.parent, ann_file.parent / 'images', root / 'images', root]
+    folders = [*folders_in(root), *folders_in(_base_folder(ann_file))]
+    folders += [inner for folder in folders for inner in folders_in(folder)]
     # Folders of the split come first: file names are often the same in all splits.
-    split_dirs = [folder for folder in below if is_of_split(folder) and not _is_mask_folder(folder, root)]
+    split_dirs = [folder for folder in folders if is_of_split(folder) and not _is_mask_folder(folder, root)]
     split_dirs.sort(key=score, reverse=True)
     # If there are any, images of the same names in the folder of another split are different ones.
-    other_dirs = [f for f in below if not (split_dirs and _splits_in([f.name.lower()]) - {split})]
-    split_dirs = [*filter(is_of_split, near[:1]), *split_dirs]
-    return split_dirs, list(dict.fromkeys([*split_dirs, *near, *other_dirs]))
+    other_dirs = [f for f in folders if not (split_dirs and _splits_in([f.name.lower()]) - {split})]
+    split_dirs = [*filter(is_of_split, near_folders[:1]), *split_dirs]
+    return split_dirs, list(dict.fromkeys([*split_dirs, *near_folders, *other_dirs]))

@@ -98,12 +98,13 @@ def _min_scales(step: dict) -> Iterator[tuple[int, int]]:
 
 def _drop_larger_scales(scales: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """Return the scales that contain no other one."""
-    sides = {scale: sorted(scale) for scale in scales}
 
-    def contains(a: list[int], b: list[int]) -> bool:
+    def contains(a: tuple[int, int], b: tuple[int, int]) -> bool:
+        a, b = sorted(a), sorted(b)
         return a != b and a[0] >= b[0] and a[1] >= b[1]
 
-    return tuple(scale for scale, own in sides.items() if not any(contains(own, other) for other in sides.values()))
+    scales = dict.fromkeys(scales)
+    return tuple(scale for scale in scales if not any(contains(scale, smaller) for smaller in scales))
 
 
 def _pads_to_stride(preprocessor: dict, split: str, steps: list[dict]) -> bool:

@@ -83,20 +83,21 @@ def find_instance_masks(tree: FolderTree, is_requested: bool = False) -> tuple[s
     by_image = _folders_per_image(tree)
     if by_image:
         return 'a folder per image', by_image
-    found = find_folders(path)
-    if found is None:
+    layout_dirs = find_folders(path)
+    if layout_dirs is None:
         with suppress(UsageError):
-            found = find_mask_folders(path)
-    if found is None:
+            layout_dirs = find_mask_folders(path)
+    if layout_dirs is None:
         return None
-    own = {split: _own_masks(dirs) for split, dirs in found[1].items()}
-    if any(own.values()):
-        return 'masks of single objects', {split: masks for split, masks in own.items() if masks}
-    maps = {split: _id_maps(dirs) for split, dirs in found[1].items()}
-    maps = {split: each for split, each in maps.items() if each.masks}
-    samples = [masks[0] for each in maps.values() for masks in [*each.masks.values()][:MAX_SAMPLED]]
-    if maps and (is_requested or any(each.is_cityscapes for each in maps.values()) or any(map(_holds_ids, samples))):
-        return f'maps of instance ids, {found[0]}', maps
+    own_masks = {split: _own_masks(dirs) for split, dirs in layout_dirs[1].items()}
+    if any(own_masks.values()):
+        return 'masks of single objects', {split: masks for split, masks in own_masks.items() if masks}
+    maps = {split: _id_maps(dirs) for split, dirs in layout_dirs[1].items()}
+    maps = {split: id_maps for split, id_maps in maps.items() if id_maps.masks}
+    samples = [files[0] for id_maps in maps.values() for files in [*id_maps.masks.values()][:MAX_SAMPLED]]
+    is_cityscapes = any(id_maps.is_cityscapes for id_maps in maps.values())
+    if maps and (is_requested or is_cityscapes or any(map(_holds_ids, samples))):
+        return f'maps of instance ids, {layout_dirs[0]}', maps
     return None
 
 
@@ -136,7 +137,7 @@ def _own_masks(dirs: SplitDirs) -> InstanceMasks | None:
         owner = next((stem[:end] for end in reversed(ends) if stem[:end] in images), None)
         if owner and OWN_MASK_RE.fullmatch(stem[len(owner) :]):
             by_image[images[owner]].append(mask)
-    counts = [len(own) for own in by_image.values()]
+    counts = [len(masks_of_image) for masks_of_image in by_image.values()]
     if sum(map(bool, counts)) < MIN_MATCHING * len(counts) or max(counts, default=0) < 2:
         return None
     return InstanceMasks(by_image, False, [dirs.images, dirs.labels])
@@ -165,7 +166,7 @@ def read_instance_masks(
     read = partial(_read_mask, are_maps=are_maps)
     files = [mask for source in splits.values() for masks in source.masks.values() for mask in masks]
     objects = inspect_all(read, files, 'instance masks')
-    ids = {id_ for found in objects.values() if isinstance(found, list) for id_, _ in found}
+    ids = {id_ for result in objects.values() if isinstance(result, list) for id_, _ in result}
     names = _class_names(root, ids, splits) if are_maps else {None: _single_name(root)}
     class_ids = {key: i + 1 for i, key in enumerate(names)}
     categories = [dict(id=class_ids[key], name=name) for key, name in names.items()]
@@ -179,17 +180,17 @@ def read_instance_masks(
             images.append(dict(id=len(images) + 1, file_name=name, **size))
             locations[name] = ImageLocation(name)
             for mask in masks:
-                where, found = relative_to_root(mask, root), objects[mask]
-                if isinstance(found, str):
-                    report.add(split, found, where)
+                mask_name, result = relative_to_root(mask, root), objects[mask]
+                if isinstance(result, str):
+                    report.add(split, result, mask_name)
                     continue
-                if not found and not are_maps:
-                    report.add(split, 'mask-without-object', where)
-                for id_, rle in found:
+                if not result and not are_maps:
+                    report.add(split, 'mask-without-object', mask_name)
+                for id_, rle in result:
                     key, is_crowd = _class_of(id_, names)
                     if key in class_ids:
                         fields = dict(image_id=len(images), category_id=class_ids[key], iscrowd=int(is_crowd))
-                        annotations.append(dict(id=f'{where}:{id_}', **fields, **rle))
+                        annotations.append(dict(id=f'{mask_name}:{id_}', **fields, **rle))
         coco = dict(images=images, annotations=annotations, categories=categories)
         results[split] = SplitAnnotations(coco, locations, source.folders[0], source.folders)
     if any(name == DEFAULT_NAME for name in names.values()):

@@ -74,10 +74,10 @@ def find_label_files(
     by_split: dict[str, LabelSplit] = {}
     for folder in folders:
         parts = folder.relative_to(path).parts
-        named = split_of_folders(parts)
-        if named:
+        split_match = split_of_folders(parts)
+        if split_match:
             # Of train/annotations the images are in train as well, of annotations/train elsewhere.
-            split, images = named[0], path / parts[0] if named[1] == 0 else path
+            split, images = split_match[0], path / parts[0] if split_match[1] == 0 else path
             source = by_split.get(split, LabelSplit((), images))
             by_split[split] = source._replace(labels=(*source.labels, folder))
     if 'train' in by_split:
@@ -127,16 +127,16 @@ def read_label_files(
     return results
 
 
-def read_json_label(file: str, where: str, add: Callable, key: str) -> dict | None:
+def read_json_label(file: str, label_name: str, add: Callable, key: str) -> dict | None:
     """Return the dict of a JSON file that has a list of objects at a key; None if it has none, which is reported."""
     try:
         content = read_json(Path(file))
     except UsageError as error:
-        add('unreadable-label', f'{where}: {to_one_line(error.__cause__ or error, 60)}')
+        add('unreadable-label', f'{label_name}: {to_one_line(error.__cause__ or error, 60)}')
         return None
     if isinstance(content, dict) and isinstance(content.get(key), list):
         return content
-    add('unreadable-label', f'{where}: it has no list of {key}')
+    add('unreadable-label', f'{label_name}: it has no list of {key}')
     return None
 
 
@@ -159,12 +159,12 @@ def _read_split(
             code, name = ('unmatched-label', relative_to_root(file, root)) if file else ('missing-label', name)
             add(code, name)
             continue
-        where, file_name = relative_to_root(file, root), relative_to_root(image, root)
-        label = parse(file, where, add)
+        label_name, file_name = relative_to_root(file, root), relative_to_root(image, root)
+        label = parse(file, label_name, add)
         if label is None:
             continue
         locations[file_name] = ImageLocation(file_name)
-        add_image(coco, file_name, *label, where)
+        add_image(coco, file_name, *label, label_name)
     watched = [source.images, *([source.list_file] if source.list_file else [])]
     watched += [folder / f'*{suffix}' for folder in source.labels]
     return SplitAnnotations(coco, locations, source.images, watched)
@@ -174,13 +174,13 @@ def _report_missing_labels(
     root: Path, splits: Mapping, results: Mapping, stems: set[str], images_in: Callable, report: Report
 ) -> None:
     """Report images without an annotation file in the folders of those that have one; they may hold objects."""
-    used = {os.path.dirname(name) for result in results.values() for name in result.locations}
+    used_folders = {os.path.dirname(name) for result in results.values() for name in result.locations}
     for folder in outermost(source.images for source in splits.values()):
         images = images_in(folder)
         labeled = {file for stem in stems for file in images.get(stem, ())}
         for file in dict.fromkeys(chain(*images.values())):
             name = relative_to_root(file, root)
-            if file not in labeled and os.path.dirname(name) in used:
+            if file not in labeled and os.path.dirname(name) in used_folders:
                 report.add('all', 'missing-label', name)
 
 

@@ -103,15 +103,15 @@ def _image_name(data: object, results: Sequence) -> str:
 
 def _choose_annotation(results: Sequence[dict], name: str, add: Callable) -> list[dict] | None:
     """Return the regions of the annotation of a task that counts; None if there is none."""
-    usable = [each for each in results if not each.get('was_cancelled') and not each.get('skipped')]
+    usable = [result for result in results if not result.get('was_cancelled') and not result.get('skipped')]
     if not usable:
         add('task-without-annotation', name)
         return None
     if len(usable) > 1:
         add('several-annotations', f'{name}: {len(usable)}')
 
-    def rank(each: dict) -> tuple[bool, str]:
-        return bool(each.get('ground_truth')), str(each.get('updated_at') or each.get('created_at') or '')
+    def rank(result: dict) -> tuple[bool, str]:
+        return bool(result.get('ground_truth')), str(result.get('updated_at') or result.get('created_at') or '')
 
     regions: dict[object, dict] = {}  # shape and labels may be two entries with one id
     for number, region in enumerate(only_dicts(max(usable, key=rank).get('result'))):

@@ -81,10 +81,10 @@ class FolderTree:
         """
         for folder, names in self.folders:
             files = [folder / name for name in names if name.lower().endswith(suffixes)][:MAX_FILES_SAMPLED]
-            like = (file for file in files if is_like(read_ends(file, HEADER_BYTES)))
-            first = next(like, None)
-            if first:
-                yield chain([first], like)
+            matching_files = (file for file in files if is_like(read_ends(file, HEADER_BYTES)))
+            first_file = next(matching_files, None)
+            if first_file:
+                yield chain([first_file], matching_files)
 
 
 def split_of_folders(parts: Sequence[str]) -> tuple[str, int] | None:
@@ -121,12 +121,12 @@ class Pairing(NamedTuple):
     mask_suffix: str
 
 
-def find_annotations(root: Path, given: Collection[str] = ()) -> tuple[str, dict[str, Path]] | None:
+def find_annotations(root: Path, given_splits: Collection[str] = ()) -> tuple[str, dict[str, Path]] | None:
     """Find the COCO json of each split. Files named after a split take precedence over one file for all.
 
     Args:
         root: folder of the data set.
-        given: splits whose files are known; these are not searched.
+        given_splits: splits whose files are known; these are not searched.
 
     Returns:
         The layout and the file of each split ('train', 'val', 'test' or 'all'); None if there is no COCO json.
@@ -141,10 +141,10 @@ def find_annotations(root: Path, given: Collection[str] = ()) -> tuple[str, dict
     for layout, patterns in ANNOTATION_PATTERNS.items():
         file_by_split = {}
         for split, pattern in patterns.items():
-            if split in given or (given and split == 'all'):
+            if split in given_splits or (given_splits and split == 'all'):
                 continue
-            named = [file for file in files if _matches_pattern(file.relative_to(root), pattern)]
-            candidates = [file for file in named if _may_be_coco(file, is_named=Path(pattern).name != '*.json')]
+            named_files = [file for file in files if _matches_pattern(file.relative_to(root), pattern)]
+            candidates = [file for file in named_files if _may_be_coco(file, is_named=Path(pattern).name != '*.json')]
             if len(candidates) > 1:
                 names = f'{candidates[0].name} and {candidates[1].name} are both candidates for the {split} split'
                 raise UsageError(f'{root}: {names}: choose one with --train-ann and --val-ann')
@@ -193,7 +193,7 @@ def pair_files(dirs: SplitDirs, mask_suffix: str | None = None) -> Pairing:
         dirs: folders of the split.
         mask_suffix: that of the train split; None to find out.
     """
-    images, duplicates, listed = {}, [], NameMatches()
+    images, duplicates, listed_matches = {}, [], NameMatches()
     for path in list_images(dirs.images):
         stem = strip_image_suffix(stem_in(path, dirs.images))
         duplicates += [path] if images.setdefault(stem, path) is not path else []
@@ -205,9 +205,9 @@ def pair_files(dirs: SplitDirs, mask_suffix: str | None = None) -> Pairing:
         mask_suffix = infer_mask_suffix([normalize_spelling(stem) for stem in images], masks)[0]
     if dirs.names is not None:
         names = [_listed_stem(line, dirs.images, images) for line in dirs.names]
-        listed = match_names(names, images)
-        images = {name: images.get(listed.matches.get(name), dirs.images / f'{name}.jpg') for name in names}
-    images = {stem: path for stem, path in sorted(images.items()) if stem not in listed.ambiguous}
+        listed_matches = match_names(names, images)
+        images = {name: images.get(listed_matches.matches.get(name), dirs.images / f'{name}.jpg') for name in names}
+    images = {stem: path for stem, path in sorted(images.items()) if stem not in listed_matches.ambiguous}
     matched = match_names([stem + mask_suffix for stem in images], masks)
     pairs, problems = [], []
     for stem, path in images.items():
@@ -220,7 +220,7 @@ def pair_files(dirs: SplitDirs, mask_suffix: str | None = None) -> Pairing:
         unmatched = [path for stem, path in sorted(masks.items()) if stem not in used and stem.endswith(mask_suffix)]
         problems += [('unmatched-mask', path.name) for path in unmatched]
     problems += [('duplicate-stem', path.name) for path in duplicates]
-    for names in (listed, matched):
+    for names in (listed_matches, matched):
         respelled = [f'{name} is {match}' for name, match in names.matches.items() if name != match]
         ambiguous = [f'{name} may be {" or ".join(files[:2])}' for name, files in names.ambiguous.items()]
         problems += [('name-spelling-mismatch', text) for text in respelled]

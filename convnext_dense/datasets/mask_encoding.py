@@ -168,8 +168,8 @@ def _match_colors(pixels: np.ndarray, colors: Sequence) -> tuple[np.ndarray, dic
     order = np.argsort(table)
     nearest = order[np.searchsorted(table, codes, sorter=order).clip(max=len(table) - 1)]
     has_label = table[nearest] == codes
-    others, counts = np.unique(codes[~has_label], return_counts=True)
-    other_colors = {(c >> 16, c >> 8 & 255, c & 255): n for c, n in zip(others.tolist(), counts.tolist())}
+    other_codes, counts = np.unique(codes[~has_label], return_counts=True)
+    other_colors = {(c >> 16, c >> 8 & 255, c & 255): n for c, n in zip(other_codes.tolist(), counts.tolist())}
     return np.where(has_label, nearest, IGNORE_INDEX).astype(np.uint8), other_colors
 
 

@@ -9,12 +9,12 @@ from .files import DataError
 from .geometry import rectangle
 
 
-def parse_objects(items: object, where: str, add: Callable, parse: Callable[[int, dict], object]) -> list:
+def parse_objects(items: object, owner: str, add: Callable, parse: Callable[[int, dict], object]) -> list:
     """Parse the objects of an image, and report those that cannot be used.
 
     Args:
         items: list of dicts; anything else holds no objects.
-        where: the image or its file, for reports.
+        owner: the image or its file, for reports.
         add: reports a problem by its code and an example.
         parse: called with the number of an object, from 1, and its dict; raises DataError.
     """
@@ -23,7 +23,7 @@ def parse_objects(items: object, where: str, add: Callable, parse: Callable[[int
         try:
             results.append(parse(number, item))
         except DataError as error:
-            add(error.code, f'{where}:{number}')
+            add(error.code, f'{owner}:{number}')
     return results
 
 

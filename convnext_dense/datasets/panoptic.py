@@ -57,8 +57,8 @@ def find_label_maps(tree: FolderTree) -> tuple[str, dict[str, SplitDirs]] | None
     Raises:
         UsageError: several files could be a split's, or its PNGs or images are not there.
     """
-    found, dirs = find_panoptic(tree), {}
-    for split, source in found[1].items() if found else ():
+    sources, dirs = find_panoptic(tree), {}
+    for split, source in sources[1].items() if sources else ():
         names = FILE_NAME_RE.findall(read_ends(source.file, HEADER_BYTES))
         is_usual = source.file.with_suffix('').is_dir()
         annotations = [] if is_usual else only_dicts(_read_lists(source.file)['annotations'])
@@ -103,8 +103,8 @@ def decode_segments(path: str | os.PathLike, files: Mapping[str, str]) -> np.nda
     ids = _read_ids(path)
     folder, name = os.path.split(os.path.abspath(path))
     labels = _segment_labels(files[folder]).get(name, {})
-    existing, inverse = np.unique(ids, return_inverse=True)
-    return np.array([labels.get(i, IGNORE_INDEX) for i in existing.tolist()], np.uint8)[inverse].reshape(ids.shape)
+    existing_ids, inverse = np.unique(ids, return_inverse=True)
+    return np.array([labels.get(i, IGNORE_INDEX) for i in existing_ids.tolist()], np.uint8)[inverse].reshape(ids.shape)
 
 
 @lru_cache(maxsize=4)
@@ -141,13 +141,13 @@ def _read_split(root: Path, split: str, source: ListSplit, add: Callable) -> Spl
     segments = {a['file_name']: (a.get('image_id'), _segments(a, thing_ids)) for a in annotations}
     decode = partial(_decode, folder=folder, segments=segments)
     objects = []
-    for name, (problem, decoded) in inspect_all(decode, segments, 'PNGs of segments').items():
+    for name, (problem, segments_of_png) in inspect_all(decode, segments, 'PNGs of segments').items():
         if problem:
             add(problem, name)
             continue
-        for segment_id in set(segments[name][1]) - {each['id'] for each in decoded}:
+        for segment_id in set(segments[name][1]) - {info['id'] for info in segments_of_png}:
             add('segment-without-pixels', f'{name}: {segment_id}')
-        objects += [each | dict(id=f'{name}: {each["id"]}') for each in decoded]
+        objects += [info | dict(id=f'{name}: {info["id"]}') for info in segments_of_png]
     coco, watched = dict(images=images, annotations=objects, categories=things), [source.file, folder / '*.png']
     return SplitAnnotations(coco, resolver.locations, resolver.folder, [*watched, *resolver.searched_folders])
 
@@ -166,9 +166,9 @@ def _decode(name: str, folder: Path, segments: Mapping) -> tuple[str | None, lis
         ids = _read_ids(folder / name)
     except Exception as error:  # a broken file can fail in any way
         return mask_problem(error), []
-    existing, annotations = set(np.unique(ids).tolist()), []
+    existing_ids, annotations = set(np.unique(ids).tolist()), []
     for segment_id, info in infos.items():
-        if segment_id in existing:
+        if segment_id in existing_ids:
             fields = dict(id=segment_id, image_id=image_id, category_id=info.get('category_id'))
             annotations.append(fields | dict(iscrowd=info.get('iscrowd', 0)) | mask_fields(ids == segment_id))
     return None, annotations

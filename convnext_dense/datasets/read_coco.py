@@ -97,8 +97,8 @@ def read_detection(
         report.facts.append(f'{split}: {len(images):,} images, {len(annotations):,} annotations')
         num_trainable = checks.count_trainable(annotations, images.values(), split)
         report.add_if_empty(split, num_trainable, parts[split].folder)
-    used = {split: {a['category_id'] - 1 for a in content['annotations']} for split, content in contents.items()}
-    report.add_unused_classes(used, classes)
+    indices = {split: {a['category_id'] - 1 for a in content['annotations']} for split, content in contents.items()}
+    report.add_unused_classes(indices, classes)
     report.add_duplicates({split: checks.image_names(coco) for split, coco in contents.items()}, infos)
     report.facts.append(f'{summarize_classes(classes)}; boxes {"and" if has_masks else "without"} masks')
     watched = list(dict.fromkeys(path for part in parts.values() for path in part.watched_paths))

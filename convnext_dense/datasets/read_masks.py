@@ -76,19 +76,19 @@ def read_segmentation(
     validate_labels(mask_infos, spec, report)
     sizes = ((image_infos[image], mask_infos[mask]) for image, mask in pairs)
     apply_exif = decide_exif_handling((image, (mask.width, mask.height)) for image, mask in sizes)
-    contents, used = {}, {}
+    contents, used_classes = {}, {}
     for split, pairing in pairings.items():
         add = partial(report.add, split)
         for code, example in pairing.problems:
             add(code, example)
         usable, pixels = validate_pairs(pairing.pairs, image_infos, mask_infos, spec, apply_exif, limits[split], add)
-        used[split] = set(np.flatnonzero(pixels).tolist())
+        used_classes[split] = set(np.flatnonzero(pixels).tolist())
         contents[split] = [[relative_to_root(path, root) for path in pair] for pair in usable]
         report.facts.append(f'{split}: {len(usable):,} images with segmentation masks')
         report.add_if_empty(split, len(usable), root)
-    report.add_unused_classes(used, spec.names)
-    if len(used.get('train', ())) == 1 < len(spec.names):
-        report.add('train', 'single-class-in-train', spec.names[min(used['train'])])
+    report.add_unused_classes(used_classes, spec.names)
+    if len(used_classes.get('train', ())) == 1 < len(spec.names):
+        report.add('train', 'single-class-in-train', spec.names[min(used_classes['train'])])
     image_names = {split: [image for image, _ in content] for split, content in contents.items()}
     report.add_duplicates(image_names, {relative_to_root(path, root): i for path, i in image_infos.items()})
     report.facts.append(_describe_labels(spec))
@@ -124,10 +124,10 @@ def _color_table(
         return None
     if request.classes in MMSEG_DATASETS:
         return mmseg_classes(request.classes)
-    found = find_color_table(request.root, request.classes)
-    if found is None:
+    file_table = find_color_table(request.root, request.classes)
+    if file_table is None:
         return None
-    file, *table = found
+    file, *table = file_table
     report.facts.append(f'colors of the classes: {file}')
     return tuple(table)
 
@@ -137,17 +137,17 @@ def _decode(
 ) -> MaskEncoding | None:
     """Decode the masks that mmseg cannot read, in place; return how they have to be converted, None if none was."""
     encoding = MaskEncoding(table and table[1], request.ignore_other_colors, request.mask_threshold, panoptic)
-    before = {path: info.problem for path, info in masks.items() if is_decodable(path, info, encoding)}
-    if not before:
+    problems = {path: info.problem for path, info in masks.items() if is_decodable(path, info, encoding)}
+    if not problems:
         return None
-    masks |= inspect_all(partial(inspect_encoded, encoding=encoding), before, 'segmentation masks to be converted')
-    decoded = {path: problem for path, problem in before.items() if not masks[path].problem}
-    for path, problem in decoded.items():
+    masks |= inspect_all(partial(inspect_encoded, encoding=encoding), problems, 'segmentation masks to be converted')
+    decoded_masks = {path: problem for path, problem in problems.items() if not masks[path].problem}
+    for path, problem in decoded_masks.items():
         code = 'mask-of-segments' if panoptic else DECODED_CODES[problem or 'mask-lossy-format']
         if problem == 'mask-in-color' and table and not panoptic:
             code = 'mask-color-coded'
         report.add('all', code, path.name)
-    return encoding if decoded else None
+    return encoding if decoded_masks else None
 
 
 def _describe_labels(spec: LabelSpec) -> str:

@@ -46,8 +46,8 @@ def read_yolo(
     names = next((source.names for source in splits.values()), None)
     if names is None:
         num_classes = next((source.num_classes for source in splits.values()), None)
-        used = {a['category_id'] for result in results.values() for a in result.coco['annotations']}
-        names = [(i, f'class {i}') for i in range(num_classes or max(used, default=-1) + 1)]
+        used_indices = {a['category_id'] for result in results.values() for a in result.coco['annotations']}
+        names = [(i, f'class {i}') for i in range(num_classes or max(used_indices, default=-1) + 1)]
         report.add('all', 'class-names-missing', f'{len(names)} classes')
     elif source.num_classes not in (None, len(names)):
         report.add('all', 'class-count-mismatch', f'nc is {source.num_classes}, names has {len(names)}')
@@ -68,7 +68,7 @@ def _read_split(
     """Return the annotations of a split, and the names of the labels of its images by folder, relative to the root."""
     images, annotations, locations, labels = [], [], {}, {}
     label_folders_of = cache(partial(label_folders, root=root))
-    given = [relative_to_root(folder, root) for folder in source.labels]
+    given_folders = [relative_to_root(folder, root) for folder in source.labels]
     for location in _locate_images(root, split, source):
         name = location.path or location.example
         if name in locations:
@@ -79,7 +79,7 @@ def _read_split(
             continue
         parent, image_name = os.path.split(name)
         label_name = f'{os.path.splitext(image_name)[0]}.txt'
-        for folder in given or label_folders_of(parent):
+        for folder in given_folders or label_folders_of(parent):
             names = labels.setdefault(folder, set())
             if os.path.isfile(file := os.path.join(root, folder, label_name)):
                 names.add(label_name)
@@ -139,7 +139,7 @@ def _read_label(file: str, label: str, source: YoloSplit, image_id: int, add: Ca
     except OSError as error:
         add('unreadable-label', f'{label}: {error.strerror}')
         return []
-    annotations, known = [], None if source.names is None else dict(source.names)
+    annotations, names = [], None if source.names is None else dict(source.names)
     has_commas = ',' in text
     for number, line in enumerate(text.split('\n'), 1):
         if has_commas and ',' in line:
@@ -148,18 +148,18 @@ def _read_label(file: str, label: str, source: YoloSplit, image_id: int, add: Ca
         values = line.split()
         if not values:
             continue
-        where = f'{label}:{number}'
-        problem, fields = _parse_line(values, known, source)
+        line_name = f'{label}:{number}'
+        problem, fields = _parse_line(values, names, source)
         if problem:
-            add(problem, f'{where}: {to_one_line(line.strip(), 60)}')
+            add(problem, f'{line_name}: {to_one_line(line.strip(), 60)}')
         if fields:
-            annotations.append(dict(id=where, image_id=image_id, **fields))
+            annotations.append(dict(id=line_name, image_id=image_id, **fields))
     if len({'bbox' in annotation for annotation in annotations}) > 1:
         add('boxes-and-polygons', label)
     return annotations
 
 
-def _parse_line(values: list[str], known: Mapping | None, source: YoloSplit) -> tuple[str | None, dict | None]:
+def _parse_line(values: list[str], names: Mapping | None, source: YoloSplit) -> tuple[str | None, dict | None]:
     """Return the code of a problem of a line, and class and box or mask if it can be used."""
     try:
         index, *numbers = map(float, values)
@@ -176,7 +176,7 @@ def _parse_line(values: list[str], known: Mapping | None, source: YoloSplit) -> 
         problem, numbers = 'label-sixth-number', numbers[:4]
     elif len(numbers) % 2:
         return 'label-odd-polygon', None
-    if known is not None and int(index) not in known:
+    if names is not None and int(index) not in names:
         return 'class-index-out-of-range', None
     if min(numbers) < -MAX_OVERSHOOT or max(numbers) > 1 + MAX_OVERSHOOT:
         return 'coordinates-beyond-one', None
@@ -193,8 +193,8 @@ def _report_unmatched_labels(root: Path, splits: Mapping, labels_of: Mapping, re
         return
     for split, labels in labels_of.items():
         for folder, names in labels.items():
-            others = (each.get(folder, set()) for each in labels_of.values() if each is not labels)
-            for name in sorted({*os.listdir(os.path.join(root, folder))} - names.union(*others)):
+            other_names = (each.get(folder, set()) for each in labels_of.values() if each is not labels)
+            for name in sorted({*os.listdir(os.path.join(root, folder))} - names.union(*other_names)):
                 path = os.path.join(folder, name)
                 if name.endswith('.txt') and name not in NAMES_FILES and _may_be_label(root / path):
                     report.add(split, 'unmatched-label', path)

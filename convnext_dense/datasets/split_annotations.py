@@ -32,7 +32,7 @@ class SplitAnnotations(NamedTuple):
     has_sizes: bool = True
 
 
-def add_image(coco: dict, name: str, size: tuple[int, int] | None, annotations: Iterable[dict], where: str) -> None:
+def add_image(coco: dict, name: str, size: tuple[int, int] | None, annotations: Iterable[dict], owner: str) -> None:
     """Add an image and its objects to a COCO dict, in place.
 
     Args:
@@ -40,13 +40,13 @@ def add_image(coco: dict, name: str, size: tuple[int, int] | None, annotations: 
         name: of the image.
         size: its width and height; None if they are not given.
         annotations: as of `label_files.Label`.
-        where: what precedes the numbers of the objects in their ids.
+        owner: what precedes the numbers of the objects in their ids.
     """
     image = dict(id=len(coco['images']) + 1, file_name=name)
     coco['images'].append(image | (dict(zip(('width', 'height'), size)) if size else {}))
     for annotation in annotations:
         number = annotation.pop('number')
-        coco['annotations'].append(annotation | dict(id=f'{where}:{number}', image_id=image['id']))
+        coco['annotations'].append(annotation | dict(id=f'{owner}:{number}', image_id=image['id']))
 
 
 def fill_sizes(coco: dict, locations: Mapping, infos: Mapping[str, ImageInfo], apply_exif: bool) -> None:

@@ -25,14 +25,14 @@ def is_supervisely(start: str) -> bool:
     return '"objects"' in start and MARKS_RE.search(start) is not None
 
 
-def parse_supervisely(file: str, where: str, add: Callable) -> Label | None:
+def parse_supervisely(file: str, label_name: str, add: Callable) -> Label | None:
     """Return the objects of a file, as `label_files.read_label_files`."""
-    content = read_json_label(file, where, add, 'objects')
+    content = read_json_label(file, label_name, add, 'objects')
     if content is None:
         return None
     size = as_dict(content.get('size'))
     size = parse_size(size.get('width'), size.get('height'))
-    return Label(size, parse_objects(content['objects'], where, add, partial(_parse_figure, size=size)))
+    return Label(size, parse_objects(content['objects'], label_name, add, partial(_parse_figure, size=size)))
 
 
 def _parse_figure(number: int, figure: dict, size: tuple[int, int] | None) -> dict:
@@ -52,8 +52,8 @@ def _parse_figure(number: int, figure: dict, size: tuple[int, int] | None) -> di
         if len(exterior) != 4:
             raise DataError('label-not-numbers')
         (x1, x2), (y1, y2) = sorted(exterior[::2]), sorted(exterior[1::2])
-        last = int(all(map(float.is_integer, exterior)))
-        return box_annotation(number, name, [x1, y1, x2 - x1 + last, y2 - y1 + last])
+        last_pixel = int(all(map(float.is_integer, exterior)))
+        return box_annotation(number, name, [x1, y1, x2 - x1 + last_pixel, y2 - y1 + last_pixel])
     mask = [exterior]
     if holes and size and size[0] * size[1] <= MAX_PIXELS and min(map(len, [exterior, *holes])) >= 2 * MIN_POINTS:
         mask = polygons_to_rle([exterior], holes, size)

@@ -63,33 +63,33 @@ def choose_class_attribute(results: Mapping, report: Report, request: DatasetReq
         for key, value in attributes.items():
             if names := _class_names(value):
                 names_by_key.setdefault(key, set()).update(names)
-    listed = ', '.join(to_one_line(name, 40) for name in [*names_by_key][:MAX_ATTRIBUTES_LISTED])
+    attribute_names = ', '.join(to_one_line(name, 40) for name in [*names_by_key][:MAX_ATTRIBUTES_LISTED])
     keys = [*names_by_key] if request.class_attribute is None else [request.class_attribute]
     if request.class_attribute not in (None, *names_by_key):
-        raise UsageError(f"--class-attribute '{keys[0]}': regions have {listed or 'no attributes'}")
+        raise UsageError(f"--class-attribute '{keys[0]}': regions have {attribute_names or 'no attributes'}")
     if len(keys) > 1 and not _are_one_attribute(names_by_key, annotations):
         raise UsageError(
-            f'{request.root}: regions have the attributes {listed}: say which one is the class, such as '
+            f'{request.root}: regions have the attributes {attribute_names}: say which one is the class, such as '
             f"--class-attribute '{to_one_line(keys[0], 40)}'"
         )
     if not keys and annotations:
         report.add('all', 'class-attribute-missing', f'{len(annotations):,} regions')
     for split, result in results.items():
-        named = []
+        named_annotations = []
         for annotation in result.coco['annotations']:
             names = [name for key in keys for name in _class_names(annotation['category_id'].get(key))]
             names = names if keys else [NAME_WITHOUT_ATTRIBUTE]
-            named += [annotation | dict(category_id=name) for name in names]
+            named_annotations += [annotation | dict(category_id=name) for name in names]
             if not names:
                 report.add(split, 'label-without-name', annotation['id'])
-        result.coco['annotations'] = named
+        result.coco['annotations'] = named_annotations
 
 
 def _are_one_attribute(names_by_key: Mapping[str, set[str]], annotations: Sequence[dict]) -> bool:
     """Return whether several attributes are spellings of one: no region has two, and their values are the same."""
-    first, *others = names_by_key.values()
+    first_names, *other_names = names_by_key.values()
     counts = (sum(bool(_class_names(value)) for value in a['category_id'].values()) for a in annotations)
-    return all(count < 2 for count in counts) and all(first & names for names in others)
+    return all(count < 2 for count in counts) and all(first_names & names for names in other_names)
 
 
 def _class_names(value: object) -> list[str]:

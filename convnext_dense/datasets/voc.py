@@ -44,15 +44,15 @@ def shift_to_zero(results: Mapping[str, SplitAnnotations], report: Report) -> No
         annotation.update(bbox=[x1 - offset, y1 - offset, w, h], area=w * h)
 
 
-def parse_voc(file: str, where: str, add: Callable) -> Label | None:
+def parse_voc(file: str, label_name: str, add: Callable) -> Label | None:
     """Return the boxes of an XML file as corners, as `label_files.read_label_files`."""
-    tree = _parse(file, where, add)
+    tree = _parse(file, label_name, add)
     if tree is None:
         return None
     size = parse_size(*(_number(tree.findtext(f'size/{side}')) for side in ('width', 'height')))
     keys = ('name', 'difficult', *CORNERS)
     objects = [{key: element.findtext(key) for key in keys} for element in tree.findall('object')]
-    return Label(size, parse_objects(objects, where, add, _parse_object))
+    return Label(size, parse_objects(objects, label_name, add, _parse_object))
 
 
 def _parse_object(number: int, texts: dict) -> dict:
@@ -62,7 +62,7 @@ def _parse_object(number: int, texts: dict) -> dict:
     return annotation | (dict(ignore=1, difficult=1) if _number(texts['difficult']) else {})
 
 
-def _parse(file: str, where: str, add: Callable) -> ElementTree.Element | None:
+def _parse(file: str, label_name: str, add: Callable) -> ElementTree.Element | None:
     """Return the root of an XML file, None if it cannot be read or is not one of Pascal VOC."""
     try:
         data = read_bytes(file, MAX_LIST_BYTES)
@@ -77,7 +77,7 @@ def _parse(file: str, where: str, add: Callable) -> ElementTree.Element | None:
         problem = error.strerror
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         problem = f'not valid XML, {to_one_line(error, 60)}'
-    add('unreadable-label', f'{where}: {problem}')
+    add('unreadable-label', f'{label_name}: {problem}')
     return None
 
 

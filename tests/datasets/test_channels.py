@@ -62,8 +62,8 @@ def test_a_config_takes_the_channels(task, tmp_path):
     config.work_dir = str(tmp_path / 'work')
     lines = apply_custom_data(config, DatasetRequest(str(tmp_path / 'data'), channels=(5, 2, 1, 3)))
     assert config.model.backbone.in_channels == 4
-    last = 'data: 4 input channels, normalized by their mean and std'
-    assert lines[-1] == last + ', RandomBrightnessContrast for PhotoMetricDistortion' * (task == 'segmentation')
+    last_line = 'data: 4 input channels, normalized by their mean and std'
+    assert lines[-1] == last_line + ', RandomBrightnessContrast for PhotoMetricDistortion' * (task == 'segmentation')
     reader = channel_reader(config)
     assert reader.channels == [5, 2, 1, 3]
     init_default_scope(config.default_scope)
@@ -77,27 +77,28 @@ def test_a_config_takes_the_channels(task, tmp_path):
     height, width = sample['inputs'].shape[1:]
     assert torch.equal(prepared[0, :, :height, :width], sample['inputs'])  # normalized once, in this order
     manifest = tmp_path / 'work/data/data.json'
-    again = load_recipe('demo/upernet' if task == 'segmentation' else 'demo/mask_rcnn')
-    again.work_dir = str(tmp_path / 'work')
+    second_config = load_recipe('demo/upernet' if task == 'segmentation' else 'demo/mask_rcnn')
+    second_config.work_dir = str(tmp_path / 'work')
     request, written = DatasetRequest(str(tmp_path / 'data'), channels=(5, 2, 1, 3)), manifest.stat().st_mtime_ns
-    apply_custom_data(again, request)  # out of the cache
-    assert channel_reader(again) == reader and manifest.stat().st_mtime_ns == written
+    apply_custom_data(second_config, request)  # out of the cache
+    assert channel_reader(second_config) == reader and manifest.stat().st_mtime_ns == written
     checkpoint = tmp_path / 'model.pth'
-    torch.save(dict(state_dict={}, meta=dict(cfg=again.pretty_text)), checkpoint)
-    apply_custom_data(again, request, checkpoint=str(checkpoint))  # as a training that is resumed
-    assert channel_reader(again) == reader and manifest.stat().st_mtime_ns == written
-    again.merge_from_dict({f'{s}_dataloader.dataset.pipeline.0.mean': [0.0] * 4 for s in ('train', 'val', 'test')})
-    torch.save(dict(state_dict={}, meta=dict(cfg=again.pretty_text)), checkpoint)
-    apply_custom_data(again, request, checkpoint=str(checkpoint))  # trained on other images
-    assert channel_reader(again).mean == [0.0] * 4
+    torch.save(dict(state_dict={}, meta=dict(cfg=second_config.pretty_text)), checkpoint)
+    apply_custom_data(second_config, request, checkpoint=str(checkpoint))  # as a training that is resumed
+    assert channel_reader(second_config) == reader and manifest.stat().st_mtime_ns == written
+    means = {f'{split}_dataloader.dataset.pipeline.0.mean': [0.0] * 4 for split in ('train', 'val', 'test')}
+    second_config.merge_from_dict(means)
+    torch.save(dict(state_dict={}, meta=dict(cfg=second_config.pretty_text)), checkpoint)
+    apply_custom_data(second_config, request, checkpoint=str(checkpoint))  # trained on other images
+    assert channel_reader(second_config).mean == [0.0] * 4
 
 
 def test_rgb_stays_as_it_is(toy_dataset, tmp_path):
     config = load_recipe('demo/upernet')
     config.work_dir = str(tmp_path / 'work')
-    before = config.model.backbone.to_dict(), [dict(step) for step in config.train_dataloader.dataset.pipeline]
+    original = config.model.backbone.to_dict(), [dict(step) for step in config.train_dataloader.dataset.pipeline]
     apply_custom_data(config, DatasetRequest(str(toy_dataset)))
-    assert (config.model.backbone.to_dict(), [dict(s) for s in config.train_dataloader.dataset.pipeline]) == before
+    assert (config.model.backbone.to_dict(), [dict(s) for s in config.train_dataloader.dataset.pipeline]) == original
     assert config.model.data_preprocessor.mean == [123.675, 116.28, 103.53]
     assert channel_reader(config) is None
 

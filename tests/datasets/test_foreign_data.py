@@ -59,13 +59,13 @@ def test_unsupported_folders_are_described(kind, tmp_path):
     assert message in error_message(detect_tasks, DatasetRequest(str(tmp_path)))
 
 
-@pytest.mark.parametrize('given', ['images', 'images/train', 'labels', 'labels/val'])
-def test_the_wrong_level_is_named(given, tmp_path, monkeypatch):
+@pytest.mark.parametrize('folder', ['images', 'images/train', 'labels', 'labels/val'])
+def test_the_wrong_level_is_named(folder, tmp_path, monkeypatch):
     for split in ('train', 'val'):
         write_files(tmp_path, f'images/{split}/a.jpg', (f'labels/{split}/a.txt', '0 0.5 0.5 0.5 0.5\n'))
-    line = error_message(detect_tasks, DatasetRequest(str(tmp_path / given)))
+    line = error_message(detect_tasks, DatasetRequest(str(tmp_path / folder)))
     assert line.endswith(f'give {tmp_path}')
-    monkeypatch.chdir(tmp_path / given)
+    monkeypatch.chdir(tmp_path / folder)
     line = error_message(detect_tasks, DatasetRequest('.'))
     assert line.endswith(f'give {os.path.relpath(tmp_path)}')
 

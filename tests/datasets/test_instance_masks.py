@@ -82,7 +82,7 @@ def expected_objects():
 
 
 def found_objects(data):
-    found = set()
+    objects = set()
     for coco in data.splits.values():
         names = {image['id']: image['file_name'].rpartition('/')[2].rpartition('.')[0] for image in coco['images']}
         for annotation in coco['annotations']:
@@ -90,8 +90,8 @@ def found_objects(data):
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
             box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
             assert annotation['bbox'] == box and annotation['area'] == mask.sum() and not annotation['iscrowd']
-            found.add((names[annotation['image_id']], mask.tobytes()))
-    return found
+            objects.add((names[annotation['image_id']], mask.tobytes()))
+    return objects
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
@@ -99,10 +99,10 @@ def test_instances_are_read(layout, tmp_path):
     LAYOUTS[layout](tmp_path)
     data, codes = check_dataset(tmp_path)
     assert not data.report.problems and data.classes == ['object'] and 'instances-of-one-class' in codes
-    found = found_objects(data)
-    assert len(found) == 8
+    objects = found_objects(data)
+    assert len(objects) == 8
     if layout != 'JPEG' and 'ids' not in layout and layout != 'other names':
-        assert found == expected_objects()
+        assert objects == expected_objects()
     assert 'detection' in detect_tasks(DatasetRequest(str(tmp_path)))
 
 

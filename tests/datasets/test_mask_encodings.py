@@ -65,8 +65,8 @@ def test_color_tables_are_found(table, tmp_path):
     assert data.classes == NAMES and data.palette == COLORS and not data.report.problems
     assert codes['mask-color-coded'].count == 3 and str(tmp_path / table) in data.report.facts[1]
     for i, labels in enumerate(maps):
-        decoded, others = decode_mask(tmp_path / f'masks/train/{i}.png', MaskEncoding(COLORS))
-        assert np.array_equal(decoded, labels) and not others
+        decoded, other_colors = decode_mask(tmp_path / f'masks/train/{i}.png', MaskEncoding(COLORS))
+        assert np.array_equal(decoded, labels) and not other_colors
 
 
 def test_a_table_in_a_folder_or_given(tmp_path):
@@ -99,8 +99,8 @@ def test_other_colors_are_counted_and_refused_or_ignored(tmp_path):
     assert problem.examples == [f'1 2 3: {4000 / 3200:.2g} %, 9 9 9: {1000 / 3200:.2g} %']
     data, codes = check_dataset(tmp_path, 'segmentation', ignore_other_colors=True)
     assert not data.report.problems
-    decoded, others = decode_mask(tmp_path / 'masks/train/0.png', MaskEncoding(COLORS))
-    assert (decoded[:4, :10] == 255).all() and others == {(1, 2, 3): 40, (9, 9, 9): 10}
+    decoded, other_colors = decode_mask(tmp_path / 'masks/train/0.png', MaskEncoding(COLORS))
+    assert (decoded[:4, :10] == 255).all() and other_colors == {(1, 2, 3): 40, (9, 9, 9): 10}
 
 
 def test_ignored_labels_of_a_table_are_no_classes(tmp_path):
@@ -153,9 +153,9 @@ def test_values_become_labels(kind, tmp_path):
     for split in ('train', 'val'):
         write(root, [values], suffix, split, save)
     (root / 'classes.txt').write_text('\n'.join(f'class {i}' for i in range(expected[expected < 255].max() + 1)))
-    before = {path: path.read_bytes() for path in root.rglob('*') if path.is_file()}
+    contents = {path: path.read_bytes() for path in root.rglob('*') if path.is_file()}
     assert np.array_equal(loaded_mask(root, tmp_path / 'work')[0], expected)
-    assert {path: path.read_bytes() for path in root.rglob('*') if path.is_file()} == before
+    assert {path: path.read_bytes() for path in root.rglob('*') if path.is_file()} == contents
     codes = check_dataset(root, 'segmentation')[1]
     assert {'mask-instance-ids', 'mask-array', 'mask-gray-as-color'} & {*codes} == ({code} if code else set())
 
@@ -281,7 +281,7 @@ def test_clean_copies_and_pictures_show_classes(tmp_path):
     for i, labels in enumerate(maps):
         (mask,) = (tmp_path / 'clean/masks/train').glob(f'*{i}.png')
         assert np.array_equal(np.array(Image.open(mask)), np.choose(labels, (0, 255, 1, 2)))
-    before = json.dumps(data.splits)
+    splits = json.dumps(data.splits)
     write_pictures(load_recipe('demo/upernet'), data, str(tmp_path / 'pictures'))
     sheet = cv2.imread(str(tmp_path / 'pictures/segmentation_images.png'))
-    assert sheet.std() > 10 and json.dumps(data.splits) == before
+    assert sheet.std() > 10 and json.dumps(data.splits) == splits

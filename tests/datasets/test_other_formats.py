@@ -63,10 +63,10 @@ def compare(actual, expected, has_masks):
     assert actual.keys() == expected.keys()
     for name, objects in actual.items():
         assert sorted(label for label, _ in objects) == sorted(label for label, _ in expected[name])
-        rest = list(expected[name])
+        remaining = list(expected[name])
         for label, a in objects:
-            box = min((each for each in rest if each[0] == label), key=lambda each: distance(a, each[1]))
-            rest = [each for each in rest if each is not box]
+            box = min((each for each in remaining if each[0] == label), key=lambda each: distance(a, each[1]))
+            remaining = [each for each in remaining if each is not box]
             if isinstance(a.get('segmentation'), dict):  # some pixels are under other objects
                 pixels = coco_mask.decode(a['segmentation'])
                 assert not pixels[~decode([box[1].ravel().tolist()])].any()
@@ -387,7 +387,7 @@ def test_several_files_are_listed_with_the_flag_that_chooses(toy_dataset, tmp_pa
 @pytest.mark.parametrize('write', FORMATS, ids=lambda write: write.__name__)
 def test_links_within_a_data_set_change_nothing(write, toy_dataset, tmp_path):
     write(toy_dataset, tmp_path)
-    before = check_dataset(tmp_path)[0]
+    original = check_dataset(tmp_path)[0]
     folders = [path for path in tmp_path.iterdir() if path.is_dir()]
     for number, folder in enumerate(folders):
         (folder / 'up').symlink_to('..')
@@ -395,10 +395,10 @@ def test_links_within_a_data_set_change_nothing(write, toy_dataset, tmp_path):
         if folder.name not in ('train', 'val'):  # images of another split
             (folder / 'other').symlink_to(folders[number - 1])
     (tmp_path / 'loop').symlink_to('loop')
-    after = check_dataset(tmp_path)[0]
-    assert after.classes == before.classes
+    linked = check_dataset(tmp_path)[0]
+    assert linked.classes == original.classes
     for split in ('train', 'val'):
-        assert len(after.splits[split]['annotations']) == len(before.splits[split]['annotations'])
+        assert len(linked.splits[split]['annotations']) == len(original.splits[split]['annotations'])
 
 
 def test_ten_thousand_classes_and_names_that_repeat(tmp_path):

@@ -15,8 +15,8 @@ from helpers.datasets import TRAIN, check_dataset, edit_coco, load_coco, run
 def damage(content):
     """What is dropped: an image that is missing, a box without area; what is fixed: ids as text, areas."""
     content['images'].append(dict(id=999, file_name='gone.png', width=64, height=64))
-    first = content['annotations'][0]
-    content['annotations'].append({**first, 'id': 900, 'bbox': [1, 1, 0, 5]})
+    annotation_to_copy = content['annotations'][0]
+    content['annotations'].append({**annotation_to_copy, 'id': 900, 'bbox': [1, 1, 0, 5]})
     for annotation in content['annotations']:
         annotation.pop('area')
 
