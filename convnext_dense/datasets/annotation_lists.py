@@ -41,15 +41,7 @@ class ListedImage(NamedTuple):
 def find_lists(
     tree: FolderTree, suffixes: tuple[str, ...], is_list: Callable[[str], bool]
 ) -> tuple[str, dict[str, ListSplit]] | None:
-    """Find the annotation file of each split.
-
-    Args:
-        tree: folder of the data set.
-        suffixes: of the files.
-        is_list: whether a file is one, by its start.
-
-    Returns:
-        The layout and the file of each split ('train', 'val', 'test' or 'all'); None if there is none.
+    """Find the annotation file of each split, as `BoxFormat.find`, by the suffixes and the start of files.
 
     Raises:
         UsageError: several files could be a split's.

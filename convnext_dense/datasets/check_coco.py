@@ -45,22 +45,15 @@ def split_coco(coco: dict, val_names: set[str]) -> tuple[dict, dict]:
         coco: to split. Annotations of no image stay in train, where they are reported.
         val_names: file names of the images of val.
     """
-
-    def is_in_val(image: dict) -> bool:
-        return isinstance(image.get('file_name'), str) and image['file_name'] in val_names
-
-    def is_of_val(annotation: object) -> bool:
-        return isinstance(annotation, dict) and parse_id(annotation.get('image_id')) in val_ids
-
-    val_ids = {parse_id(image.get('id')) for image in filter(is_in_val, coco['images'])}
-    train, val = (
-        dict(
-            images=[image for image in coco['images'] if is_in_val(image) == is_val],
-            annotations=[annotation for annotation in coco['annotations'] if is_of_val(annotation) == is_val],
-        )
-        for is_val in (False, True)
-    )
-    return coco | train, coco | val
+    train, val = (coco | dict(images=[], annotations=[]) for _ in range(2))
+    for image in coco['images']:
+        is_val = isinstance(image.get('file_name'), str) and image['file_name'] in val_names
+        (val if is_val else train)['images'].append(image)
+    val_ids = {parse_id(image.get('id')) for image in val['images']}
+    for annotation in coco['annotations']:
+        is_val = isinstance(annotation, dict) and parse_id(annotation.get('image_id')) in val_ids
+        (val if is_val else train)['annotations'].append(annotation)
+    return train, val
 
 
 def class_names(coco: dict, add: Callable) -> list[str]:

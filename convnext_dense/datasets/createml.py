@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..errors import UsageError
 from .annotation_lists import ListedImage
 from .coco_values import as_dict, as_dicts
 from .files import read_json
@@ -22,10 +21,7 @@ def is_createml(start: str) -> bool:
 
 def parse_createml(file: Path, add: Callable) -> Iterator[ListedImage]:
     """Iterate over the images of a file, as `annotation_lists.read_lists`."""
-    content = read_json(file)
-    if not isinstance(content, list):
-        raise UsageError(f'{file} is not CreateML: it holds no list of images')
-    for entry in as_dicts(content):
+    for entry in as_dicts(read_json(file)):
         name = next((entry[key] for key in NAME_KEYS if isinstance(entry.get(key), str)), '')
         boxes = entry.get('annotations', entry.get('annotation'))
         yield ListedImage(name, None, parse_objects(boxes, name, add, _parse_box))

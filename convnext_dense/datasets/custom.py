@@ -316,18 +316,13 @@ def _load_or_check(
     if not is_local_rank0(config.launcher):
         return wait_for_cache(folder, key)
     cached = load_cached(folder, key)
-    if cached and _reads_as(cached[0], trained):
-        return cached
+    if cached and (trained == AUTO or is_equal([*(cached[0].channels or {}).values()], [*(trained or ())])):
+        return cached  # whose images are read as by the trained model, if there is one
     with hold_busy_file(folder):
         data = read_data(request, task, splits, classes, limits, trained)
         data.report.raise_if_errors(request.strict)
         convert_masks(data, folder)
     return data, save_cache(folder, key, data)
-
-
-def _reads_as(data: CheckedDataset, trained: ChannelReader | str | None) -> bool:
-    """Return whether images of a data set are read as by a trained model, or there is none."""
-    return trained == AUTO or is_equal([*(data.channels or {}).values()], [*(trained or ())])
 
 
 def checkpoint_classes(file: str) -> tuple[list[str] | None, bool]:

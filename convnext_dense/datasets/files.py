@@ -120,6 +120,19 @@ def read_text(path: str | os.PathLike, errors: str = 'surrogateescape') -> str:
     return data.decode('utf-16', 'replace') if is_utf16 else data.decode('utf-8-sig', errors)
 
 
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """Return the lines of a text file that are not empty, without spaces around them.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        lines = [line.strip() for line in read_text(path).split('\n')]
+    except OSError as error:
+        raise UsageError(f'{path}: {error.strerror}') from error
+    return list(filter(None, lines))
+
+
 def read_json(path: Path) -> object:
     """Read a JSON file of any size and encoding.
 

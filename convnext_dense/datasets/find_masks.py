@@ -58,7 +58,7 @@ def find_mask_folders(root: Path) -> tuple[str, dict[str, SplitDirs]] | None:
             folders[Path(folder)] = images
     if not 2 <= len(folders) <= MAX_FOLDERS:
         return _masks_beside_images(root, folders)
-    stems = {folder: set(map(_stem, names)) for folder, names in folders.items()}
+    stems = {f: {normalize_spelling(os.path.splitext(name)[0]) for name in names} for f, names in folders.items()}
     likeness: dict[Path, int] = {}
     pairs: dict[str, set[tuple[Path, Path]]] = {}
     for images in folders:
@@ -103,10 +103,6 @@ def _masks_beside_images(root: Path, folders: dict) -> tuple[str, dict[str, Spli
                 raise UsageError(f'{root}: {_list_choices(split, [dirs[split][:2], (folder, folder)])}')
             dirs[split] = SplitDirs(folder, folder)
     return ('masks next to images', dirs) if dirs else None
-
-
-def _stem(name: str) -> str:
-    return normalize_spelling(os.path.splitext(name)[0])
 
 
 def _match(images: Collection[str], masks: Collection[str]) -> bool:

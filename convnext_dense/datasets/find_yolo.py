@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ..errors import UsageError
 from . import SPLITS
 from .file_names import split_machine_prefix
-from .files import MAX_YAML_BYTES, read_start, read_text, read_yaml, to_one_line
+from .files import MAX_YAML_BYTES, read_lines, read_start, read_text, read_yaml, to_one_line
 from .layouts import SPLIT_DIR_NAMES, SPLIT_OF_NAME, FolderTree, are_of_masks, is_image, split_of_folders
 
 YAML_SUFFIXES = ('.yaml', '.yml')
@@ -48,13 +48,7 @@ class YoloSplit(NamedTuple):
 
 
 def find_yolo(tree: FolderTree) -> tuple[str, dict[str, YoloSplit]] | None:
-    """Find the images with YOLO labels of each split.
-
-    Args:
-        tree: folder of the data set, or its data.yaml or obj.data.
-
-    Returns:
-        What says it, and the images of each split ('train', 'val', 'test' or 'all'); None if there are no YOLO labels.
+    """Find the images with YOLO labels of each split, as `BoxFormat.find`; the tree may be a data.yaml or obj.data.
 
     Raises:
         UsageError: the files of the data set contradict the disk, or there are several.
@@ -195,7 +189,7 @@ def _resolve(entry: str, bases: Sequence[Path]) -> Path | None:
     text = os.path.expanduser(entry.replace('\\', '/'))
     for base in bases:
         path = Path(os.path.normpath(base / text))
-        if _exists(path):
+        if os.path.exists(path):
             return path
     parts = [part for part in split_machine_prefix(text)[0].split('/') if part not in ('..', '.')]
     # Without the name of its split, a path may mean the images of another one.
@@ -203,16 +197,9 @@ def _resolve(entry: str, bases: Sequence[Path]) -> Path | None:
     for start in range(last_start + 1):
         for base in bases:
             path = base.joinpath(*parts[start:])
-            if _exists(path):
+            if os.path.exists(path):
                 return path
     return None
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
 
 
 def _is_data_yaml(file: Path) -> bool:
@@ -230,7 +217,7 @@ def _is_obj_data(file: Path) -> bool:
 def _read_obj_data(file: Path, tree: FolderTree) -> dict[str, YoloSplit]:
     """Read a file of darknet, whose paths are relative to where darknet was started."""
     root = tree.root if tree.root.is_dir() else file.parent
-    pairs = (line.split('=', 1) for line in read_text(file).splitlines() if '=' in line)
+    pairs = (line.split('=', 1) for line in read_lines(file) if '=' in line)
     settings = {key.strip(): value.strip() for key, value in pairs}
     bases, splits = [file.parent, root], {}
     names_file = _resolve(settings.get('names', ''), bases) if settings.get('names') else None

@@ -68,14 +68,9 @@ class InstanceMasks(NamedTuple):
 
 
 def find_instance_masks(tree: FolderTree, is_requested: bool = False) -> tuple[str, dict[str, InstanceMasks]] | None:
-    """Find masks of single objects, or maps of instance ids.
+    """Find masks of single objects, or maps of instance ids, as `BoxFormat.find`.
 
-    Args:
-        tree: of the data set.
-        is_requested: whether maps of 8 bits are ids, too.
-
-    Returns:
-        The layout and the masks of each split ('train', 'val', 'test' or 'all'); None if there are none.
+    Maps of 8 bits are of instance ids only if that `is_requested`.
     """
     path = tree.root
     if not path.is_dir():

@@ -11,7 +11,7 @@ from ..errors import UsageError
 from . import SPLITS
 from .diagnostics import Report
 from .file_names import normalize_spelling
-from .files import read_json, read_text, to_one_line, walk
+from .files import read_json, read_lines, to_one_line, walk
 from .image_resolver import ImageLocation
 from .layouts import IMAGE_DIR_NAMES, FolderTree, is_image, split_of_folders
 from .request import DatasetRequest, relative_to_root
@@ -51,16 +51,7 @@ class Label(NamedTuple):
 def find_label_files(
     tree: FolderTree, suffix: str, is_label: Callable[[str], bool]
 ) -> tuple[str, dict[str, LabelSplit]] | None:
-    """Find the annotation files of each split.
-
-    Args:
-        tree: folder of the data set.
-        suffix: of the files.
-        is_label: whether a file is one, by its first `HEADER_BYTES`.
-
-    Returns:
-        The layout, and where the annotations of each split ('train', 'val', 'test' or 'all') are; None if there are
-        none.
+    """Find the annotation files of each split, as `BoxFormat.find`, by the suffix and the start of files.
 
     Raises:
         UsageError: there are several data sets.
@@ -226,11 +217,8 @@ def _image_of(label: str, images: Sequence[str]) -> str | None:
 
 def _read_list(file: Path) -> list[str]:
     """Return the names in a list; a line may hold more columns, such as 1 or -1 of one class."""
-    try:
-        lines = [line.split() for line in read_text(file).splitlines()]
-    except OSError as error:
-        raise UsageError(f'{file}: {error.strerror}') from error
-    names = (line[0] for line in lines if line and line[1:2] != ['-1'])
+    columns = map(str.split, read_lines(file))
+    names = (name for name, *values in columns if values[:1] != ['-1'])
     return list(dict.fromkeys(os.path.splitext(name)[0] if is_image(Path(name)) else name for name in names))
 
 

@@ -16,7 +16,7 @@ from ..engine.datasets import IMAGE_SUFFIXES
 from ..errors import UsageError
 from . import SPLITS
 from .file_names import NameMatches, match_names, normalize_spelling, split_machine_prefix
-from .files import is_folder, read_ends, read_text, walk
+from .files import is_folder, read_ends, read_lines, walk
 
 # COCO json by layout and split, as lower-case patterns below the root; 'all' is one file for all splits.
 ANNOTATION_PATTERNS = {
@@ -164,7 +164,7 @@ def find_folders(root: Path) -> tuple[str, dict[str, SplitDirs]] | None:
     lists, images, masks = root / 'ImageSets/Segmentation', find_dir(root, IMAGE_DIR_NAMES), _find_mask_dir(root)
     if images and masks and lists.is_dir():
         files = {split: lists / f'{split}.txt' for split in SPLITS}
-        dirs = {split: SplitDirs(images, masks, _read_lines(file)) for split, file in files.items() if file.exists()}
+        dirs = {split: SplitDirs(images, masks, read_lines(file)) for split, file in files.items() if file.exists()}
         if dirs:
             return 'VOC', dirs
     parents = (root, images, masks)
@@ -289,12 +289,10 @@ def find_dir(folder: Path | None, names: tuple[str, ...]) -> Path | None:
 
 def _find_mask_dir(folder: Path | None) -> Path | None:
     """Return the folder of masks in a folder; other folders may have such names, too."""
-    dirs = (find_dir(folder, (name,)) for name in MASK_DIR_NAMES)
-    return next((child for child in dirs if child and any(map(_may_be_mask, _iter_files(child)))), None)
-
-
-def _may_be_mask(path: Path) -> bool:
-    return path.name.lower().endswith(MASK_FILE_SUFFIXES)
+    for child in filter(None, (find_dir(folder, (name,)) for name in MASK_DIR_NAMES)):
+        if any(path.name.lower().endswith(MASK_FILE_SUFFIXES) for path in _iter_files(child)):
+            return child
+    return None
 
 
 def _matches_pattern(path: Path, pattern: str) -> bool:
@@ -314,14 +312,6 @@ def _may_be_coco(path: Path, is_named: bool) -> bool:
     if keys == {'categories'} and len(start) < HEADER_BYTES:  # such as Label Studio's notes.json
         keys = {}
     return is_named or (bool(keys) and start.lstrip().startswith('{'))
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in read_text(path).split('\n')]
-    except OSError as error:
-        raise UsageError(f'{path}: {error.strerror}') from error
-    return list(filter(None, lines))
 
 
 def _listed_stem(line: str, folder: Path, images: Collection[str]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .diagnostics import Report
-from .files import is_below, read_start, read_text, to_one_line
+from .files import is_below, read_lines, read_start, read_text, to_one_line
 from .find_yolo import NAMES_FILES, YoloSplit
 from .image_resolver import ImageLocation, ImageResolver
 from .layouts import IMAGE_DIR_NAMES, are_of_masks, is_image, list_images
@@ -102,7 +102,7 @@ def _locate_images(root: Path, split: str, source: YoloSplit) -> list[ImageLocat
         elif is_image(path):
             result.append(ImageLocation(relative_to_root(path, root)))
         else:
-            names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+            names = read_lines(path)
             resolver = ImageResolver(path, root, names, split=split, hint=LIST_HINT)
             result += [resolver.locations[name] for name in names]
     return result
