@@ -28,9 +28,9 @@ class ListedImage(NamedTuple):
     """An image in an annotation file.
 
     Attributes:
-        name (str): as the file has it.
+        name (str): file name as it is written there.
         size (tuple[int, int] | None): width and height; None if they are not given.
-        annotations (list[dict]): as of `label_files.Label`.
+        annotations (list[dict]): annotations as those of `label_files.Label`.
     """
 
     name: str
@@ -82,9 +82,9 @@ def read_lists(
         splits: result of `find_lists`.
         report: report to add to.
         request: what the user asks for.
-        parse: from a file and `add(code, example)` to its images.
-        resolve_names: from the results by split, `report` and `request`: replaces what stands for the names of classes
-            in `category_id`, if it has to be known of all files.
+        parse: returns the images of a file; its arguments are the file and `add(code, example)`.
+        resolve_names: replaces what stands for the names of classes in `category_id`, if it has to be known of all
+            files; its arguments are the results by split, `report` and `request`.
 
     Raises:
         UsageError: a file cannot be read, or none of its images is there.

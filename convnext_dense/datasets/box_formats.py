@@ -38,14 +38,14 @@ class BoxFormat(NamedTuple):
 
     Attributes:
         key (str): value of `--format`.
-        find (Callable): from a `FolderTree` to what says it (such as a file's name) and the sources of each split
-            ('train', 'val', 'test' or 'all'); None if it is not of this format. It does not read annotations.
-        read (Callable): from the folder of the data set, those sources, the report and the request to
-            `SplitAnnotations` by split.
+        find (Callable): returns what says it (such as a file's name) and the sources of each split ('train', 'val',
+            'test' or 'all') of a `FolderTree`; None if it is not of this format. It does not read annotations.
+        read (Callable): returns `SplitAnnotations` by split; its arguments are the folder of the data set, those
+            sources, the report and the request.
         is_file (Callable | None): whether a file for many images is of this format, by its ends.
         suffixes (tuple[str, ...]): ends of the names of such files.
-        from_folder (Callable | None): from the `FolderTree` of the annotations and the folder of the images to the
-            source of a split; None if there are no such annotations.
+        from_folder (Callable | None): returns the source of a split, None if there are no such annotations; its
+            arguments are the `FolderTree` of the annotations and the folder of the images.
     """
 
     key: str

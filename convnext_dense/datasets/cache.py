@@ -32,7 +32,7 @@ def load_cached(folder: str, key: tuple) -> tuple[CheckedDataset, dict[str, str]
     """Load the result of an earlier check.
 
     Args:
-        folder: of the cache.
+        folder: folder of the cache.
         key: what was requested.
 
     Returns:

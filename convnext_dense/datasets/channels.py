@@ -64,10 +64,10 @@ class ChannelSelection(NamedTuple):
     """What the image files of a data set have to hold, and which of their channels are used.
 
     Attributes:
-        layout (FileLayout | None): that all files have to have; None for RGB.
+        layout (FileLayout | None): layout that all files have to have; None for RGB.
         source (str): what has this layout: the first image, or the model; empty if files need no comparison.
         channels (Sequence[int] | None): numbers of the channels that are used; None for all.
-        reader (ChannelReader | None): of a trained model; None for a new training.
+        reader (ChannelReader | None): reader of a trained model; None for a new training.
     """
 
     layout: FileLayout | None = None
@@ -132,8 +132,8 @@ class ChannelSelection(NamedTuple):
         Mean and standard deviation of each channel are those of all pixels of the training images, or of the model's.
 
         Args:
-            infos: of the training images.
-            report: to add to.
+            infos: what the training images are.
+            report: the report that is added to.
 
         Raises:
             UsageError: no training image can be read.
@@ -164,10 +164,10 @@ def select_channels(
     """Select the channels of images: those that are asked for, of a trained model, or all of images that are not RGB.
 
     Args:
-        paths: of the training images, if there are any.
-        request: of the user.
+        paths: paths of the training images, if there are any.
+        request: what the user asks for.
         trained: how a trained model reads images; None if as RGB; `AUTO` for a new training.
-        report: to add to.
+        report: the report that is added to.
 
     Raises:
         UsageError: images have fewer channels than asked for, or rasterio is needed and not installed.

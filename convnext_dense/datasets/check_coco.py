@@ -42,7 +42,7 @@ def split_coco(coco: dict, val_names: set[str]) -> tuple[dict, dict]:
     """Split a COCO dict into train and val.
 
     Args:
-        coco: to split. Annotations of no image stay in train, where they are reported.
+        coco: COCO dict to split. Annotations of no image stay in train, where they are reported.
         val_names: file names of the images of val.
     """
     train, val = (coco | dict(images=[], annotations=[]) for _ in range(2))
@@ -91,9 +91,9 @@ def match_categories(coco: dict, train: dict, classes: Sequence[str], add: Calla
     """Match the categories of a split with the classes, by name.
 
     Args:
-        coco: of the split.
+        coco: COCO dict of the split.
         train: COCO dict of the train split.
-        classes: names.
+        classes: class names.
         add: reports a problem.
 
     Returns:
@@ -138,7 +138,7 @@ def validate_images(
     """Check the images of a split.
 
     Args:
-        coco: of the split.
+        coco: COCO dict of the split.
         locations: `ImageLocation` of each name.
         infos: what the files are, by path.
         apply_exif: whether images are rotated as EXIF says.
@@ -199,12 +199,12 @@ def validate_annotations(
     """Check the annotations of a split.
 
     Args:
-        coco: of the split.
+        coco: COCO dict of the split.
         images: the usable images by id.
-        class_indices: by category id, as of `match_categories`.
+        class_indices: class index by category id, from `match_categories`.
         use_masks: whether annotations need masks.
         split: name of the split.
-        report: to add to.
+        report: the report that is added to.
 
     Returns:
         The usable annotations, with ids from 1 (pycocotools does not match an annotation of id 0).

@@ -35,8 +35,8 @@ class ImageInfo(NamedTuple):
     """What an image file is.
 
     Attributes:
-        width (int): in pixels, as training reads it: rotated as EXIF says.
-        height (int): likewise.
+        width (int): width in pixels as training reads the image: rotated as EXIF says.
+        height (int): height in pixels, likewise.
         exif_swapped (bool): whether that rotation swapped width and height.
         digest (str): hash of the file's bytes.
         problem (str | None): a code of `diagnostics.RULES` if the file cannot be read.
@@ -66,8 +66,8 @@ class MaskInfo(NamedTuple):
     """What the file of a segmentation mask is.
 
     Attributes:
-        width (int): in pixels, as mmseg reads it: not rotated.
-        height (int): likewise.
+        width (int): width in pixels as mmseg reads the mask: not rotated.
+        height (int): height in pixels, likewise.
         counts (np.ndarray | None): number of pixels of each label value, (256,).
         palette (bool): whether the file has a palette.
         problem (str | None): a code of `diagnostics.RULES` if the file cannot be read.
@@ -170,9 +170,9 @@ def open_mask(
     """Open an image whose exact values count, by Pillow; large ones are open one at a time.
 
     Args:
-        path: of the file.
+        path: path of the file.
         allow_lossy: whether it may be compressed with loss.
-        formats: of the file, as Pillow names them (default: `FORMATS`).
+        formats: formats that the file may have, as Pillow names them (default: `FORMATS`).
 
     Raises:
         DataError: it is too large, or compressed with loss.
@@ -226,7 +226,7 @@ def inspect_all(function: Callable, items: Iterable[Hashable], item_name: str) -
     """Apply a function to each item, in one thread per core (decoding releases the GIL).
 
     Args:
-        function: such as `inspect_image`.
+        function: function to apply, such as `inspect_image`.
         items: its arguments; duplicates are inspected once.
         item_name: name of the items, for the progress bar (on a terminal) or line.
 

@@ -78,7 +78,7 @@ def infer_label_spec(
 
     Args:
         root: folder of the data set.
-        layout: as of `layouts.find_folders`.
+        layout: layout that `layouts.find_folders` returns.
         mask_suffix: what names of masks end with, as of `layouts.Pairing`.
         classes: names, a file, or a key of `MMSEG_DATASETS`; None to look for a file in `root`.
         ignore_labels: label values to ignore in addition to 255.
@@ -187,7 +187,7 @@ def validate_labels(masks: Mapping[Path, MaskInfo], spec: LabelSpec, report: Rep
     Args:
         masks: all masks of the data set by path.
         spec: the classes.
-        report: to add to; examples say how to fix it, by the pixels of all masks.
+        report: the report that is added to; examples say how to fix it, by the pixels of all masks.
     """
     readable = {path: info for path, info in masks.items() if info.counts is not None}
     counts = sum((info.counts for info in readable.values()), np.zeros(256, int))

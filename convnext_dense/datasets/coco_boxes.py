@@ -60,7 +60,7 @@ class BoxVotes:
 
     Attributes:
         by_mask (Counter): number of boxes by how they fit their masks, as `IS_CORNERS`.
-        by_area (Counter): likewise by area, of boxes without masks.
+        by_area (Counter): number of boxes without masks by how they fit their areas.
         corners (list[str]): ids of the first boxes that are probably corners.
         fractions (list[str]): ids of the first boxes that are probably fractions of the sides of their images.
         num_boxes (int): all boxes.

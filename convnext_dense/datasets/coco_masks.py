@@ -25,8 +25,8 @@ def validate_mask(mask: object, width: int, height: int, report: Callable) -> li
 
     Args:
         mask: `segmentation` of an annotation.
-        width: of its image, in pixels.
-        height: likewise.
+        width: width of its image in pixels.
+        height: height of its image in pixels.
         report: called with the code of a problem, and more about it.
 
     Returns:
@@ -132,7 +132,7 @@ def is_implausible_area(
     """Return whether an area is larger than the box, or far from that of the mask.
 
     Args:
-        area: in pixels.
+        area: area in pixels.
         mask: a valid mask. The area of its polygons and the number of its pixels differ where it is thin; either fits.
         box: x, y, width, height. A crowd may be larger than its box, but not than the image.
         size: height and width of the image.

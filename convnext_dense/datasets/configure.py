@@ -42,9 +42,9 @@ def apply_dataset(config: Config, data: CheckedDataset, files: Mapping[str, str]
     """Adapt a config to a checked data set, in place.
 
     Args:
-        config: of a recipe.
+        config: config of a recipe.
         data: the data set.
-        files: with the annotations of each split; a split without one uses val's.
+        files: file with the annotations of each split; a split without one uses val's.
         keep_mask_branch: whether the model keeps its mask branch.
 
     Raises:

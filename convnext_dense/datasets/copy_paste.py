@@ -15,7 +15,7 @@ class AnySizeCopyPaste(CopyPaste):
         """Paste objects of `results['mix_results']` into an image.
 
         Args:
-            results: of an image with boxes and `BitmapMasks`.
+            results: results of an image with boxes and `BitmapMasks`.
         """
         height, width = results['img'].shape[:2]
         crop = RandomCrop(crop_size=(width, height), recompute_bbox=True, allow_negative_crop=True)

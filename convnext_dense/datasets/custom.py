@@ -47,7 +47,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, strict: bool = True) -> 
     """Add the arguments that name a custom data set.
 
     Args:
-        parser: to add to.
+        parser: parser that is added to.
         strict: whether to add `--strict`.
     """
     add = parser.add_argument_group('custom dataset').add_argument
@@ -203,11 +203,11 @@ def read_data(
     """Find, read and check a data set.
 
     Args:
-        request: names the data set.
+        request: the data set as the user names it.
         task: 'detection' or 'segmentation'.
-        splits: of 'train', 'val', 'test'; those that do not exist are left out.
-        classes: of a trained model, which then are the data set's, in this order.
-        limits: of image sizes by split (default: those of the recipes).
+        splits: some of 'train', 'val', 'test'; those that do not exist are left out.
+        classes: classes of a trained model, which then are the data set's, in this order.
+        limits: limits of image sizes by split (default: those of the recipes).
         trained: how a trained model reads images, None if as RGB (default: as the images are).
 
     Returns:
@@ -243,7 +243,7 @@ def apply_custom_data(
     nothing changes, later runs read that.
 
     Args:
-        config: of the recipe, with `work_dir` and `launcher`.
+        config: config of the recipe, with `work_dir` and `launcher`.
         request: the data set; None to do nothing.
         splits: those that are needed; 'test' is val's if the data set has none.
         options: `--cfg-options`, which must not contradict the data set.

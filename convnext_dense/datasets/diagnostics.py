@@ -239,8 +239,8 @@ class Report:
         """Report images with the same bytes, within a split or in train and another one.
 
         Args:
-            names: of the images by split.
-            infos: of the images by name.
+            names: names of the images by split.
+            infos: what the images are, by name.
         """
         first_by_digest: dict[str, tuple[str, str]] = {}
         for split, names_of_split in names.items():
@@ -255,7 +255,7 @@ class Report:
 
         Args:
             used_indices: indices of the classes that occur, by split.
-            classes: names.
+            classes: class names.
         """
         for i, name in enumerate(classes):
             splits = [split for split, indices in used_indices.items() if i in indices]

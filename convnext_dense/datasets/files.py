@@ -53,7 +53,7 @@ class UnusableFileError(OSError):
     """A path does not lead to a regular file whose content is there and not too large.
 
     Attributes:
-        code (str): of `diagnostics.RULES`.
+        code (str): code of the problem in `diagnostics.RULES`.
     """
 
     def __init__(self, code: str, number: int, text: str, path: str | os.PathLike):
@@ -65,7 +65,7 @@ class DataError(ValueError):
     """What a file holds cannot be used.
 
     Attributes:
-        code (str): of `diagnostics.RULES`.
+        code (str): code of the problem in `diagnostics.RULES`.
     """
 
     def __init__(self, code: str):
@@ -79,7 +79,7 @@ def open_regular(path: str | os.PathLike, max_bytes: int) -> BinaryIO:
     Nothing else is opened; a pipe or device that takes its place in the meantime neither blocks nor is read.
 
     Args:
-        path: of the file.
+        path: path of the file.
         max_bytes: largest size.
 
     Raises:
@@ -112,7 +112,7 @@ def read_text(path: str | os.PathLike, errors: str = 'surrogateescape') -> str:
     """Read the text of a regular file; errors as of `open_regular`.
 
     Args:
-        path: of the file, in UTF-8 or the encoding of its byte order mark.
+        path: path of the file, in UTF-8 or the encoding of its byte order mark.
         errors: how invalid UTF-8 is decoded (default: as Python decodes file names).
     """
     data = read_bytes(path, MAX_LIST_BYTES)

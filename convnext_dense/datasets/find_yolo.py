@@ -93,7 +93,7 @@ def _find_images(tree: FolderTree, common: Mapping, note: str = '') -> tuple[str
     Args:
         tree: folder of the data set.
         common: arguments of `YoloSplit` that all splits share.
-        note: for the report.
+        note: note for the report.
     """
     lists = {split: tuple(_lists_of(tree.root, split)) for split in SPLITS}
     if lists['train']:

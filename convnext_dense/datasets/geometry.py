@@ -49,7 +49,7 @@ def decode_part(
         text: the base64.
         corner: x and y of the image at which the part begins.
         size: width and height of the image; None if they are not known.
-        decompress: from the bytes to the PNG.
+        decompress: turns the bytes into the PNG.
 
     Raises:
         DataError: it is no such mask, or begins outside the image.

@@ -27,7 +27,7 @@ class ImageLocation(NamedTuple):
 
     Attributes:
         path (str | None): relative to the data set's root, absolute elsewhere; None if it was not found.
-        code (str | None): of `diagnostics.RULES`: why it was not found, or how it was.
+        code (str | None): code of `diagnostics.RULES` that says why it was not found, or how it was.
         example (str): the name, for the report.
     """
 
@@ -61,12 +61,12 @@ class ImageResolver:
         root: folder of the data set.
         names: file names of the images.
         image_dir: folder of the images, if it is known.
-        split: of the images; None for all.
+        split: split of the images; None for all.
         hint: what to do if no image is found.
         is_excluded: whether a folder holds no images, but files with their names.
 
     Attributes:
-        folder (Path): in which names begin.
+        folder (Path): folder in which names begin.
         locations (dict[str, ImageLocation]): where the image of each name is.
 
     Raises:
@@ -217,10 +217,10 @@ def _is_other_file(match: SuffixMatch, prefixes: Counter, lengths: set[int]) -> 
     """Return whether a name means a file that is missing, and not those that it matches.
 
     Args:
-        match: of the name.
+        match: match of the name.
         prefixes: number of names that match more than the last part of a path, by what precedes the match. If most
             names with the beginning of this one match more of themselves, so would its own file.
-        lengths: of the prefixes.
+        lengths: lengths of the prefixes.
     """
     if match.num_parts < 2:
         return bool(prefixes)

@@ -40,7 +40,7 @@ def resize_limits(config: Config, ratio: float = 1.0) -> dict[str, ResizeLimit]:
     """Return the limit of each split of a config.
 
     Args:
-        config: with pipelines and model.
+        config: config with pipelines and model.
         ratio: smallest scale factor of a multi-scale test.
     """
     limits = {}
@@ -61,7 +61,7 @@ def too_thin(size: tuple[int, int], limit: ResizeLimit) -> tuple[str, str] | Non
 
     Args:
         size: width and height of the image.
-        limit: of its split.
+        limit: limit of its split.
 
     Returns:
         The code of the problem and the sizes before and after; None if there is none.

@@ -55,9 +55,9 @@ class InstanceMasks(NamedTuple):
     """The masks of a split.
 
     Attributes:
-        masks (dict[Path, list[Path]]): of each image its masks, one per object, or one map of ids.
+        masks (dict[Path, list[Path]]): masks of each image, one per object, or one map of ids.
         are_maps (bool): whether they are maps of ids.
-        folders (list[Path]): that hold images and masks.
+        folders (list[Path]): folders that hold images and masks.
         is_cityscapes (bool): whether ids are those of Cityscapes.
     """
 

@@ -27,7 +27,7 @@ class LabelSplit(NamedTuple):
     Attributes:
         labels (tuple[Path, ...]): folders of annotation files.
         images (Path): folder in and below which the images are.
-        list_file (Path | None): with the names of the images of the split; None for all.
+        list_file (Path | None): list of the names of the images of the split; None for all.
     """
 
     labels: tuple[Path, ...]
@@ -40,8 +40,8 @@ class Label(NamedTuple):
 
     Attributes:
         size (tuple[int, int] | None): width and height of the image; None if they are not given.
-        annotations (list[dict]): as of COCO, without `id` and `image_id`; `category_id` is the name of the class, and
-            `number` that of the object in the file.
+        annotations (list[dict]): annotations as those of COCO, without `id` and `image_id`; `category_id` is the name
+            of the class, and `number` that of the object in the file.
     """
 
     size: tuple[int, int] | None
@@ -95,11 +95,11 @@ def read_label_files(
 
     Args:
         root: folder of the data set.
-        splits: as of `find_label_files`.
-        report: to add to.
-        request: of the user.
-        suffix: of the files.
-        parse: from a file, its path in reports and `add(code, example)` to its `Label`; None if it is unusable.
+        splits: sources that `find_label_files` returns.
+        report: the report that is added to.
+        request: what the user asks for.
+        suffix: suffix of the files.
+        parse: returns the `Label` of a file, None if it is unusable; called with the file, its path in reports, `add`.
         finish: changes the results by split, in place, where all files have to be known.
 
     Raises:

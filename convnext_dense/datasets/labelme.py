@@ -24,8 +24,8 @@ class Part(NamedTuple):
     """A shape, which is an object or a part of one.
 
     Attributes:
-        number (int): of the shape in its file.
-        name (str): of its class.
+        number (int): number of the shape in its file.
+        name (str): name of its class.
         group (object): which parts of one object have in common; None for a shape that is an object.
         mask (list | dict): polygons or RLE.
         is_rectangle (bool): whether it is a rectangle.

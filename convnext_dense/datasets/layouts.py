@@ -60,7 +60,7 @@ class FolderTree:
         root: folder of the data set; of a file, there are none.
 
     Attributes:
-        root (Path): likewise.
+        root (Path): the same folder.
     """
 
     def __init__(self, root: Path):
@@ -76,7 +76,7 @@ class FolderTree:
         """Iterate over the folders that have files of a format; of each, over these among its first files.
 
         Args:
-            suffixes: of their names, in lower case.
+            suffixes: suffixes of their names, in lower case.
             is_like: whether a file is of the format, by its first and last `HEADER_BYTES`.
         """
         for folder, names in self.folders:
@@ -191,7 +191,7 @@ def pair_files(dirs: SplitDirs, mask_suffix: str | None = None) -> Pairing:
 
     Args:
         dirs: folders of the split.
-        mask_suffix: that of the train split; None to find out.
+        mask_suffix: suffix of the masks of the train split; None to find out.
     """
     images, duplicates, listed_matches = {}, [], NameMatches()
     for path in list_images(dirs.images):
@@ -232,7 +232,7 @@ def infer_mask_suffix(stems: Collection[str], masks: Iterable[str]) -> tuple[str
     """Return what follows the name of an image in that of its mask, and how many images have one.
 
     Args:
-        stems: of the images, as of `normalize_spelling`.
+        stems: stems of the images, from `normalize_spelling`.
         masks: stems of the masks.
 
     Returns:

@@ -47,7 +47,7 @@ class MaskEncoding(NamedTuple):
         colors (Sequence[Sequence[int]] | None): RGB color of each label; None where no table is known.
         ignores_other_colors (bool): whether colors that are not among them are ignored.
         threshold (int | None): gray value from which on a pixel is label 1, others are 0.
-        panoptic (Mapping[str, str] | None): as of `panoptic.label_map_files`, if values are ids of segments.
+        panoptic (Mapping[str, str] | None): files from `panoptic.label_map_files`, if values are ids of segments.
     """
 
     colors: Sequence[Sequence[int]] | None = None
@@ -82,8 +82,8 @@ def decode_mask(path: str | os.PathLike, encoding: MaskEncoding) -> tuple[np.nda
     """Read a mask of any encoding.
 
     Args:
-        path: of the file.
-        encoding: of its values.
+        path: path of the file.
+        encoding: encoding of its values.
 
     Returns:
         Labels (H, W) of uint8, and the number of pixels of each color that is not in the table; these are 255.
@@ -113,7 +113,7 @@ def read_values(path: str | os.PathLike, allow_lossy: bool = False) -> np.ndarra
     """Read a mask as it is stored.
 
     Args:
-        path: of the file.
+        path: path of the file.
         allow_lossy: whether it may be compressed with loss.
 
     Returns:
@@ -177,8 +177,8 @@ def convert_masks(data: CheckedDataset, folder: str | os.PathLike) -> None:
     """Write the masks of a data set as index PNGs, which then take their place in its splits.
 
     Args:
-        data: with masks that mmseg cannot read, if any.
-        folder: in which they are written, in a folder of their own.
+        data: data set, with masks that mmseg cannot read if it has any.
+        folder: folder below which they are written.
     """
     if data.mask_encoding is None:
         return

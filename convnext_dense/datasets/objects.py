@@ -60,8 +60,8 @@ def shape_annotation(
     """Return the annotation of a shape, as of `label_files.Label`.
 
     Args:
-        number: of the shape in its file.
-        name: of its class, or what stands for it.
+        number: number of the shape in its file.
+        name: name of its class, or what stands for it.
         mask: polygons or RLE.
         size: width and height of the image; None if they are not known, and then the mask is no RLE.
         is_rectangle: whether the mask says no more than the box.

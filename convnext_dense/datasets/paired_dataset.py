@@ -14,7 +14,7 @@ class PairedSegDataset(BaseSegDataset):
     Args:
         label_map: pairs of a label value and its class index, for values that are not the index of their class; 255 is
             ignored. It is applied after `reduce_zero_label`.
-        **kwargs: of `BaseSegDataset`. `ann_file` is JSON, a list of [image, mask] relative to `data_root`.
+        **kwargs: arguments of `BaseSegDataset`. `ann_file` is JSON, a list of [image, mask] relative to `data_root`.
     """
 
     def __init__(self, label_map: list[list[int]] | None = None, **kwargs) -> None:

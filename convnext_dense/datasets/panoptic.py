@@ -93,8 +93,8 @@ def decode_segments(path: str | os.PathLike, files: Mapping[str, str]) -> np.nda
     """Return the labels of a PNG (H, W) of uint8, 255 where there is no segment.
 
     Args:
-        path: of the PNG.
-        files: as of `label_map_files`.
+        path: path of the PNG.
+        files: files that `label_map_files` returns.
 
     Raises:
         DataError: the PNG is too large.

@@ -116,7 +116,7 @@ def label_folders(folder: str, root: Path) -> list[str]:
 
     Args:
         folder: relative to the root, or absolute.
-        root: of the data set.
+        root: folder of the data set.
 
     Returns:
         Those that exist, as `folder`.

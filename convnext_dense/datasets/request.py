@@ -93,7 +93,7 @@ class CheckedDataset:
         task (str): 'detection' or 'segmentation'.
         root (str): absolute path to which file names are relative.
         classes (list[str]): class names, in the order of their indices.
-        splits (dict[str, object]): by split a COCO dict (detection) or a list of [image, segmentation mask].
+        splits (dict[str, object]): COCO dict (detection) or list of [image, segmentation mask] of each split.
         report (Report): what the data set holds, and what is wrong with it.
         palette (list | None): RGB colors of the classes.
         apply_exif (bool): whether images are rotated as EXIF says.
@@ -129,7 +129,7 @@ def split_by_hash(names: Sequence[str], request: DatasetRequest, root: Path | No
     limit change their split.
 
     Args:
-        names: of the images.
+        names: names of the images.
         request: gives the fraction.
         root: if given, names are hashed relative to it.
 

@@ -49,7 +49,7 @@ def check_selection(selected: Mapping[str, Sequence[str]], coco: Mapping) -> Non
     """Check that a data set has the selected categories.
 
     Args:
-        selected: as of `parse_entries`.
+        selected: entries that `parse_entries` returns.
         coco: COCO dict of the training split.
 
     Raises:
@@ -69,8 +69,8 @@ def select_classes(coco: dict, selected: Mapping[str, Sequence[str]], add: Calla
     """Return a COCO dict with the selected classes as categories, without annotations of others.
 
     Args:
-        coco: of a split.
-        selected: as of `parse_entries`.
+        coco: COCO dict of a split.
+        selected: entries that `parse_entries` returns.
         add: reports a problem of the split.
     """
     ids_by_name: dict[str | None, list] = {}

@@ -17,7 +17,7 @@ class SplitAnnotations(NamedTuple):
     Attributes:
         coco (dict): images, annotations and categories. Ids of annotations may be texts, which reports then name.
         locations (Mapping[str, ImageLocation]): where the image of each file name is.
-        folder (Path): of the images, for messages.
+        folder (Path): folder of the images, for messages.
         watched_paths (list[Path]): files, folders of images and `folder/*.suffix` that decide what this is.
         is_relative (bool): whether coordinates are fractions of the image's sides; annotations then have a box or a
             mask, and no area.
@@ -37,9 +37,9 @@ def add_image(coco: dict, name: str, size: tuple[int, int] | None, annotations: 
 
     Args:
         coco: lists of images and annotations.
-        name: of the image.
+        name: name of the image.
         size: its width and height; None if they are not given.
-        annotations: as of `label_files.Label`.
+        annotations: annotations as those of `label_files.Label`.
         owner: what precedes the numbers of the objects in their ids.
     """
     image = dict(id=len(coco['images']) + 1, file_name=name)
@@ -53,8 +53,8 @@ def fill_sizes(coco: dict, locations: Mapping, infos: Mapping[str, ImageInfo], a
     """Set the sizes of images without one to those of their files, in place.
 
     Args:
-        coco: as of `SplitAnnotations`.
-        locations: of the images by file name.
+        coco: COCO dict of `SplitAnnotations`.
+        locations: locations of the images by file name.
         infos: what the files are, by path.
         apply_exif: whether images are rotated as EXIF says.
     """
@@ -82,7 +82,7 @@ def number_categories(results: Mapping[str, SplitAnnotations]) -> None:
     """Replace the names of categories in annotations by their ids, in place: numbers from 1 in the order of the names.
 
     Args:
-        results: by split.
+        results: annotations by split.
     """
     annotations = [a for result in results.values() for a in result.coco['annotations']]
     index = {name: i for i, name in enumerate(sorted({a['category_id'] for a in annotations}), 1)}

@@ -31,7 +31,7 @@ def tile_starts(length: int, tile: int, overlap: float) -> list[int]:
     """Return where tiles start along one side of an image.
 
     Args:
-        length: Of the side, in pixels.
+        length: Length of the side in pixels.
         tile: Side of a tile.
         overlap: Fraction of a tile's side that it has in common with the next one, at least.
 
@@ -59,8 +59,8 @@ def clip_annotations(
     """Iterate over the parts of objects that lie in a tile, in its pixels.
 
     Args:
-        annotations: Valid ones of COCO; crowds stay crowds.
-        window: Of the tile.
+        annotations: Valid annotations of COCO; crowds stay crowds.
+        window: Window of the tile.
         size: Height and width of the image.
         min_visible: Fraction of an object's area below which its part is left out; crowds are kept.
     """

@@ -160,7 +160,7 @@ def write(root: str | Path, seed: int = 0, train: int = 400, val: int = 100, siz
 
     Args:
         root: the folder.
-        seed: of the images.
+        seed: seed of the images.
         train: number of images to train on. With more of them, the first ones stay the same.
         val: number of images to evaluate on; likewise.
         size: side of the images in pixels.
@@ -201,7 +201,7 @@ def write_unlabeled(folder: str | Path, count: int, seed: int = 0, size: int = 1
     Args:
         folder: where the images are written; it may exist, but not with files of their names.
         count: number of images.
-        seed: of the images.
+        seed: seed of the images.
         size: side of the images in pixels.
 
     Raises:

@@ -29,8 +29,8 @@ def shift_to_zero(results: Mapping[str, SplitAnnotations], report: Report) -> No
     those of points, and are used as they are.
 
     Args:
-        results: by split; boxes are corners.
-        report: to add to.
+        results: annotations by split, whose boxes are corners.
+        report: the report that is added to.
     """
     annotations = [a for result in results.values() for a in result.coco['annotations']]
     corners = [a['bbox'] for a in annotations]

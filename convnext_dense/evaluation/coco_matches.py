@@ -1,4 +1,4 @@
-"""Which detections are right, by pycocotools' own matching: AP, best thresholds and confusions by class."""
+"""Matching of detections and objects by pycocotools: AP, best thresholds and confusions by class."""
 
 import contextlib
 import io
@@ -11,21 +11,21 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 MAX_DETS = [100, 1000]  # per image: of AP, as COCO has it, and of all counts
-DEFAULT_THRESHOLD = 0.5  # of a class without a right detection, for which no threshold is the best
+DEFAULT_THRESHOLD = 0.5  # of a class without a correct detection, for which no threshold is the best
 
 
 class ClassResult(NamedTuple):
     """How well a class is detected; NaN where it has no objects.
 
     Attributes:
-        name: Of the class.
-        num_objects: In the ground truth, without crowds.
+        name: Name of the class.
+        num_objects: Number of its objects in the ground truth, without crowds.
         ap: Mean of AP at IoU 0.5, 0.55, ..., 0.95.
         ap50: AP at IoU 0.5.
         threshold: Score at which F1 is the highest, at IoU 0.5.
-        precision: Of the detections with at least that score.
-        recall: Of these.
-        f1: Of these.
+        precision: Precision of the detections with at least that score.
+        recall: Recall of these detections.
+        f1: F1 of these detections.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Pair(NamedTuple):
     """An object and the detection that matches it; either is None where it has no counterpart.
 
     Attributes:
-        image_id: Of COCO.
+        image_id: Id of the image in COCO.
         gt: Annotation of the object.
         dt: Annotation of the detection, with its score.
     """
@@ -52,7 +52,7 @@ class Pair(NamedTuple):
     dt: dict | None
 
     @property
-    def is_right(self) -> bool:
+    def is_correct(self) -> bool:
         """Whether the classes agree."""
         return bool(self.gt and self.dt) and self.gt['category_id'] == self.dt['category_id']
 
@@ -87,9 +87,9 @@ def evaluate_coco(
     Args:
         gt: Ground truth.
         dt: Detections.
-        category_ids: Of the classes.
+        category_ids: Ids of the classes.
         iou_type: 'bbox' or 'segm'.
-        image_ids: Of the images that were tested.
+        image_ids: Ids of the images that were tested.
         use_categories: Whether only objects and detections of the same class match.
     """
     evaluation = COCOeval(gt, dt, iou_type)
@@ -104,7 +104,7 @@ def evaluate_coco(
 
 
 def class_results(evaluation: COCOeval) -> list[ClassResult]:
-    """The results of all classes, in the order of their ids."""
+    """Return the results of all classes, in the order of their ids."""
     by_category = defaultdict(list)
     for image in filter(None, evaluation.evalImgs):
         by_category[image['category_id']].append(image)
@@ -120,7 +120,7 @@ def class_results(evaluation: COCOeval) -> list[ClassResult]:
 
 
 def _best_threshold(images: Sequence[dict], num_objects: int) -> tuple[float, float, float, float]:
-    """Score with the highest F1 at the first IoU, and precision, recall and F1 there."""
+    """Return the score with the highest F1 at the first IoU, and precision, recall and F1 there."""
     if not num_objects:
         return (np.nan,) * 4
     scores = np.concatenate([image['dtScores'] for image in images])
@@ -149,8 +149,8 @@ def match_at_thresholds(evaluation: COCOeval, results: Sequence[ClassResult]) ->
     they hold, are left out.
 
     Args:
-        evaluation: Of all classes.
-        results: Of these, as `class_results` returns them.
+        evaluation: Evaluation of all classes.
+        results: Results of all classes, as `class_results` returns them.
     """
     thresholds = {
         category_id: DEFAULT_THRESHOLD if np.isnan(result.threshold) else result.threshold
@@ -194,8 +194,8 @@ def confusion_matrix(pairs: Sequence[Pair], category_ids: Sequence[int]) -> np.n
     """Count pairs by class.
 
     Args:
-        pairs: As `match_at_thresholds` returns them.
-        category_ids: Of the classes, in the order of rows and columns.
+        pairs: Pairs that `match_at_thresholds` returns.
+        category_ids: Ids of the classes, in the order of rows and columns.
 
     Returns:
         Counts (C + 1, C + 1): rows are classes of objects, columns of detections; the last of either is the background.

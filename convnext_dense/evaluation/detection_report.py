@@ -38,7 +38,7 @@ class DetectionReport(CocoMetric):
     Args:
         report_dir: Folder for the report.
         channels: Fields of `ChannelReader` if images are not RGB.
-        **kwargs: Of CocoMetric.
+        **kwargs: Arguments of CocoMetric.
     """
 
     def __init__(self, report_dir: str, channels: dict | None = None, **kwargs):
@@ -137,8 +137,8 @@ class DetectionReport(CocoMetric):
 
 
 def image_errors(pairs: Sequence[Pair]) -> tuple[float, int, int, int, int]:
-    """F1 of an image (1 where there is nothing), and its pairs: right, of a wrong class, false, missed."""
-    correct = sum(pair.is_right for pair in pairs)
+    """Return the F1 of an image (1 where there is nothing), and its pairs: correct, of a wrong class, false, missed."""
+    correct = sum(pair.is_correct for pair in pairs)
     false, missed = (sum(ann is None for ann in anns) for anns in ([p.gt for p in pairs], [p.dt for p in pairs]))
     wrong = len(pairs) - correct - false - missed
     errors = 2 * wrong + false + missed

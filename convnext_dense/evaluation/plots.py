@@ -15,11 +15,11 @@ def plot_confusion_matrix(
     """Draw a confusion matrix whose rows are shown as percentages of their sums.
 
     Args:
-        counts: (R, C), rows are the ground truth.
-        row_names: Of the classes of the ground truth.
-        column_names: Of the predicted classes.
+        counts: Counts (R, C), whose rows are the ground truth.
+        row_names: Names of the classes of the ground truth.
+        column_names: Names of the predicted classes.
         file: Path of the image.
-        title: Above it.
+        title: Title above the plot.
     """
     from matplotlib.figure import Figure
 
@@ -48,11 +48,12 @@ def plot_pr_curves(precision: np.ndarray, recalls: np.ndarray, names: Sequence[s
     """Draw precision over recall: by class at IoU 0.5, and of their mean at each IoU.
 
     Args:
-        precision: (T, R, C) at IoU 0.5, 0.55, ..., at each recall, by class; negative where a class has no objects.
-        recalls: (R,)
-        names: Of the classes.
+        precision: Precision (T, R, C) at IoU 0.5, 0.55, ..., at each recall, by class; negative for a class without
+            objects.
+        recalls: Recall of each point, (R,).
+        names: Names of the classes.
         file: Path of the image.
-        title: Above it.
+        title: Title above the plot.
     """
     from matplotlib.figure import Figure
 
@@ -83,7 +84,7 @@ def plot_pr_curves(precision: np.ndarray, recalls: np.ndarray, names: Sequence[s
 
 
 def _extremes(precision: np.ndarray, present: Sequence[int], names: Sequence[str]) -> str:
-    """The best and the worst class, of classes that are too many for a legend."""
+    """Return the best and the worst class, where classes are too many for a legend."""
     if len(present) <= MAX_LABELED:
         return ''
     order = sorted(present, key=lambda i: precision[:, i].mean())

@@ -37,5 +37,5 @@ def write_csv(file: Path, header: Sequence[str], rows: Sequence[Sequence[object]
 
 
 def percent(value: float) -> float:
-    """A ratio in percent."""
+    """Return a ratio in percent."""
     return 100 * float(value)

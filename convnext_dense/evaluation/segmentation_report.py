@@ -24,9 +24,9 @@ class ImageResult(NamedTuple):
     """What the report keeps of an image.
 
     Attributes:
-        path: Of the image.
+        path: Path of the image.
         miou: Mean IoU of the classes that the image or its prediction has; NaN where all is ignored.
-        acc: Ratio of right pixels.
+        acc: Ratio of correct pixels.
         cells: Indices of the confusion matrix (flat) that are not 0, and their counts: an image has few classes.
         maps: Ground truth and prediction as PNG, of the worst images only.
     """
@@ -45,7 +45,7 @@ class SegmentationReport(IoUMetric):
     Args:
         report_dir: Folder for the report.
         channels: Fields of `ChannelReader` if images are not RGB.
-        **kwargs: Of IoUMetric.
+        **kwargs: Arguments of IoUMetric.
     """
 
     def __init__(self, report_dir: str, channels: dict | None = None, **kwargs):
@@ -73,7 +73,7 @@ class SegmentationReport(IoUMetric):
         return result._replace(maps=(_to_png(label), _to_png(pred))) if self._is_among_worst(miou, index) else result
 
     def _is_among_worst(self, miou: float, index: int) -> bool:
-        """Whether an image is among the worst so far; drops the maps of one that no longer is."""
+        """Return whether an image is among the worst so far; drop the maps of one that no longer is."""
         if np.isnan(miou) or miou == 1:
             return False
         item = (-miou, -index)
@@ -144,7 +144,7 @@ def count_confusions(
     Args:
         pred: Class indices (H, W).
         label: Class indices (H, W), or `ignore_index`.
-        num_classes: Of the data set.
+        num_classes: Number of classes of the data set.
         ignore_index: Label that is not evaluated.
 
     Returns:
@@ -156,7 +156,7 @@ def count_confusions(
 
 
 def class_ious(cells: np.ndarray, counts: np.ndarray, num_classes: int) -> np.ndarray:
-    """IoU of each class, NaN where neither ground truth nor prediction has it; arguments of `count_confusions`."""
+    """Return the IoU of each class, NaN for one that is nowhere; arguments are the result of `count_confusions`."""
     label, pred = (np.bincount(index, counts, num_classes) for index in np.divmod(cells, num_classes))
     is_correct = cells // num_classes == cells % num_classes
     correct = np.bincount(cells[is_correct] // num_classes, counts[is_correct], num_classes)

@@ -14,7 +14,7 @@ from .coco_matches import Pair
 
 MAX_SIDE = 1000  # pixels of a panel's longer side
 PANEL_INCHES = 6.5  # of a panel's longer side
-RIGHT, WRONG_CLASS, WRONG = '#2ca02c', '#ff8c00', '#e0162b'
+CORRECT, WRONG_CLASS, WRONG = '#2ca02c', '#ff8c00', '#e0162b'
 
 
 def read_rgb(
@@ -23,9 +23,9 @@ def read_rgb(
     """Read an image as it was tested: turned as EXIF says if only then it has that size.
 
     Args:
-        path: Of the image.
+        path: Path of the image.
         size: Height and width of the image in the test.
-        backend_args: Of the storage that the path belongs to.
+        backend_args: Arguments of the storage that the path belongs to.
         channels: Fields of `ChannelReader` if the image is not RGB, of which the first three channels are shown.
 
     Returns:
@@ -53,9 +53,9 @@ def draw_all(paths: Sequence[str], draw: Callable[[int, Path], bool], folder: Pa
     """Draw images in their order into numbered files, and name those that cannot be drawn.
 
     Args:
-        paths: Of the images, the worst first.
-        draw: Called with the place in the order and the file to write; whether it could.
-        folder: For the files.
+        paths: Paths of the images, the worst first.
+        draw: Draws an image, by its place in the order, into a file; returns whether it could.
+        folder: Folder for the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     undrawn = [path for i, path in enumerate(paths) if not draw(i, folder / f'{i + 1:02}_{Path(path).stem[:80]}.jpg')]
@@ -65,18 +65,18 @@ def draw_all(paths: Sequence[str], draw: Callable[[int, Path], bool], folder: Pa
 
 
 def draw_detections(image: np.ndarray, pairs: Sequence[Pair], names: dict[int, str], file: Path, title: str) -> None:
-    """Draw objects on the left and detections on the right: right ones green, of a wrong class orange, others red.
+    """Draw objects on the left and detections on the right: correct ones green, of a wrong class orange, others red.
 
     Args:
-        image: (H, W, 3) in RGB.
-        pairs: Of this image.
-        names: Of the classes by category id.
+        image: Image (H, W, 3) in RGB.
+        pairs: Pairs of this image.
+        names: Names of the classes by category id.
         file: Path of the picture.
-        title: Above it.
+        title: Title above the picture.
     """
     figure, axes = _panels(image, ['ground truth (red: missed)', 'detections (red: false)'], title)
     for pair in pairs:
-        color = RIGHT if pair.is_right else WRONG_CLASS if pair.gt and pair.dt else WRONG
+        color = CORRECT if pair.is_correct else WRONG_CLASS if pair.gt and pair.dt else WRONG
         for axis, ann in zip(axes, (pair.gt, pair.dt)):
             if ann:
                 score = f' {ann["score"]:.2f}' if 'score' in ann else ''
@@ -115,14 +115,14 @@ def draw_segmentation(
     """Draw an image, its ground truth, the prediction, and the pixels at which they differ.
 
     Args:
-        image: (H, W, 3) in RGB.
+        image: Image (H, W, 3) in RGB.
         label: Class indices (H, W), or `ignore_index`.
         pred: Class indices (H, W).
-        names: Of the classes.
+        names: Names of the classes.
         palette: RGB color of each class.
         ignore_index: Label that is not evaluated.
         file: Path of the picture.
-        title: Above it.
+        title: Title above the picture.
     """
     from matplotlib.patches import Patch
 
@@ -152,13 +152,13 @@ def default_palette(num_classes: int) -> list[tuple[int, int, int]]:
 
 
 def _shrink(image: np.ndarray) -> np.ndarray:
-    """Every n-th pixel of an image that is larger than its panel."""
+    """Return every n-th pixel of an image that is larger than its panel."""
     step = max(1, -(-max(image.shape[:2]) // MAX_SIDE))
     return image[::step, ::step]
 
 
 def _panels(image: np.ndarray, titles: Sequence[str], title: str, columns: int = 0):
-    """A figure of panels that all show an image, in its own coordinates."""
+    """Return a figure of panels that all show an image, in its own coordinates."""
     from matplotlib.figure import Figure
 
     height, width = image.shape[:2]
