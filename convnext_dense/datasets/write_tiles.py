@@ -4,6 +4,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -57,9 +58,10 @@ def write_tiles(data: CheckedDataset, tile: int, overlap: float, out: str) -> li
     if data.channels:
         raise UsageError('--tile writes images of 8 bits and three channels, and these have others: cut them by GDAL')
     write = _write_coco if data.task == 'detection' else _write_masks
+    windows_of = partial(tile_windows, tile=tile, overlap=overlap)
     if data.task == 'segmentation':
         write_class_names(data, out)
-    return [f'{out}: {split}: {write(data, split, tile, overlap, Path(out))}' for split in data.splits]
+    return [f'{out}: {split}: {write(data, split, windows_of, Path(out))}' for split in data.splits]
 
 
 def write_class_names(data: CheckedDataset, out: str) -> None:
@@ -84,14 +86,14 @@ def write_image(pixels: np.ndarray, folder: Path, stem: str, suffix: str) -> str
     return name
 
 
-def _write_coco(data: CheckedDataset, split: str, tile: int, overlap: float, out: Path) -> str:
+def _write_coco(data: CheckedDataset, split: str, windows_of: Callable, out: Path) -> str:
     coco, names, by_image = data.splits[split], UniqueNames(), defaultdict(list)
     for annotation in coco['annotations']:
         by_image[annotation['image_id']].append(annotation)
     images, annotations = [], []
     for image in coco['images']:
         size = image['height'], image['width']
-        for window, name in _write_parts(data, image['file_name'], size, tile, overlap, out / split, names):
+        for window, name in _write_parts(data, image['file_name'], size, windows_of, out / split, names):
             new = dict(id=len(images) + 1, file_name=name, width=window[2] - window[0], height=window[3] - window[1])
             for part in clip_annotations(by_image[image['id']], window, size):
                 annotations.append({**part, 'id': len(annotations) + 1, 'image_id': new['id']})
@@ -100,12 +102,12 @@ def _write_coco(data: CheckedDataset, split: str, tile: int, overlap: float, out
     return f'{len(images):,} tiles of {len(coco["images"]):,} images, {len(annotations):,} annotations'
 
 
-def _write_masks(data: CheckedDataset, split: str, tile: int, overlap: float, out: Path) -> str:
+def _write_masks(data: CheckedDataset, split: str, windows_of: Callable, out: Path) -> str:
     names, n_tiles = UniqueNames(), 0
     (out / 'masks' / split).mkdir(parents=True, exist_ok=True)
     for image, mask in data.splits[split]:
         labels = read_class_indices(data, mask)
-        for window, name in _write_parts(data, image, labels.shape, tile, overlap, out / 'images' / split, names):
+        for window, name in _write_parts(data, image, labels.shape, windows_of, out / 'images' / split, names):
             left, top, right, bottom = window
             path = out / 'masks' / split / f'{Path(name).stem}.png'
             Image.fromarray(np.ascontiguousarray(labels[top:bottom, left:right])).save(path)
@@ -131,13 +133,7 @@ def class_table(data: CheckedDataset) -> np.ndarray:
 
 
 def _write_parts(
-    data: CheckedDataset,
-    file_name: str,
-    size: tuple[int, int],
-    tile: int,
-    overlap: float,
-    folder: Path,
-    new_name: Callable[[str], str],
+    data: CheckedDataset, file_name: str, size: tuple[int, int], windows_of: Callable, folder: Path, new_name: Callable
 ) -> Iterator[tuple[Window, str]]:
     """Write the tiles of an image; each window and the name of its file in `folder`."""
     path = os.path.join(data.root, file_name)
@@ -147,7 +143,7 @@ def _write_parts(
     folder.mkdir(parents=True, exist_ok=True)
     stem, suffix = os.path.splitext(file_name)
     stem = new_name(stem.strip('/').replace('/', '_').replace(os.sep, '_'))
-    for window in tile_windows(size, tile, overlap):
+    for window in windows_of(size):
         left, top, right, bottom = window
         yield window, write_image(pixels[top:bottom, left:right], folder, f'{stem}_{left}_{top}', suffix)
 

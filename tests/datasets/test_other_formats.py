@@ -189,6 +189,7 @@ BAD_VIA = {
     'a point': (dict(name='point', cx=1, cy=2), 'shape-without-area'),
     'a line': (dict(name='polyline', all_points_x=[1, 9, 9], all_points_y=[1, 9, 1]), 'shape-without-area'),
     'no shape': (None, 'shape-without-area'),
+    'no name': (dict(name=[]), 'shape-without-area'),
     'words': (dict(name='rect', x='1', y=2, width=3, height=4), 'label-not-numbers'),
     'unpaired': (dict(name='polygon', all_points_x=[1, 9, 9], all_points_y=[1, 9]), 'label-not-numbers'),
     'two points': (dict(name='polygon', all_points_x=[1, 9], all_points_y=[1, 9]), 'polygon-under-3-points'),
@@ -241,7 +242,9 @@ def test_bad_rows_and_boxes(tmp_path):
 def test_bad_objects_of_createml(tmp_path):
     write_images(tmp_path, 'a.png', 'b.png')
     valid = dict(label='cat', coordinates=dict(x=25, y=27.5, width=30, height=15))
+    huge = dict(x=10**400, y=2, width=3, height=4)  # which no float holds
     invalid = [dict(valid, label=''), dict(valid, coordinates=dict(x=1, y=2)), dict(label='cat'), 5]
+    invalid.append(dict(valid, coordinates=huge))
     write_json([dict(image=n, annotations=[valid, *invalid]) for n in ('a.png', 'b.png')], tmp_path / 'labels.json')
     _, annotations, findings = annotations_of(tmp_path)
     assert [a['bbox'] for a in annotations] == [[10, 20, 30, 15]] * 2
