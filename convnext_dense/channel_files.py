@@ -213,8 +213,7 @@ def _describe_tiff(file) -> FileLayout:
     if dtype.startswith('complex'):
         raise ValueError('its values are complex numbers')
     if len(file.subdatasets) > 1:
-        height, width, num_channels = _pages_shape(file)
-        return FileLayout(height, width, num_channels, dtype, is_rgb=dtype == 'uint8')  # of which viewers show the first
+        return FileLayout(*_pages_shape(file), dtype, is_rgb=dtype == 'uint8')  # viewers show the first page
     names = [kind.name for kind in file.colorinterp]
     is_rgb = dtype == 'uint8' and (file.count in (1, 3) or (file.count in (2, 4) and names[-1] == 'alpha'))
     return FileLayout(file.height, file.width, file.count, dtype, is_rgb)
