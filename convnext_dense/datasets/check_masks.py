@@ -14,7 +14,7 @@ from .diagnostics import Report
 from .files import to_one_line
 from .image_sizes import ResizeLimit, too_thin
 from .mask_encoding import IGNORE_INDEX, total_other_colors
-from .request import summarize_classes
+from .request import DatasetRequest, summarize_classes
 from .toy_shapes import LABEL_NAMES, PALETTE
 
 BACKGROUND_NAMES = ('background', 'unlabeled', 'unlabelled', 'void', 'ignore')
@@ -67,27 +67,21 @@ class LabelSpec(NamedTuple):
 
 
 def infer_label_spec(
-    root: Path,
-    layout: str,
-    mask_suffix: str,
-    classes: str | Sequence[str] | None,
-    ignore_labels: Sequence[int] | None,
-    table: tuple[list[str], list[list[int]]] | None = None,
+    request: DatasetRequest, layout: str, mask_suffix: str, table: tuple[list[str], list[list[int]]] | None = None
 ) -> LabelSpec:
     """Find the classes of a data set.
 
     Args:
-        root: folder of the data set.
+        request: its `classes` are names, a file, or a key of `MMSEG_DATASETS`; None to look for a file in the root.
         layout: layout that `layouts.find_folders` returns.
         mask_suffix: what names of masks end with, as of `layouts.Pairing`.
-        classes: names, a file, or a key of `MMSEG_DATASETS`; None to look for a file in `root`.
-        ignore_labels: label values to ignore in addition to 255.
         table: names and RGB colors of color-coded masks, which are their classes.
 
     Raises:
         UsageError: a label value is out of range, or the file cannot be read.
     """
-    invalid = next((label for label in ignore_labels or () if not 0 <= label <= IGNORE_INDEX), None)
+    root, classes, ignore_labels = request.root, request.classes, request.ignore_labels or ()
+    invalid = next((label for label in ignore_labels if not 0 <= label <= IGNORE_INDEX), None)
     if invalid is not None:
         raise UsageError(f'--ignore {to_one_line(invalid, 20)}: labels are 0 to {IGNORE_INDEX}')
     file = next((f for f in class_files(root, None) if f.exists()), None)
@@ -96,7 +90,7 @@ def infer_label_spec(
         dataset_key = _known_dataset(root, layout, mask_suffix)
     is_toy = (root / 'shapes.json').exists() and not classes
     if table:
-        return _spec_of_table(*table, ignore_labels or ())
+        return _spec_of_table(*table, ignore_labels)
     if dataset_key:
         names, palette = mmseg_classes(dataset_key)
     elif classes:
@@ -106,7 +100,7 @@ def infer_label_spec(
     else:
         names, palette = read_classes(file) if file else (None, None)
     has_zero_ignored = dataset_key == 'ade20k' or is_toy
-    ignored = frozenset({IGNORE_INDEX, *(ignore_labels or []), *([0] if has_zero_ignored else [])})
+    ignored = frozenset({IGNORE_INDEX, *ignore_labels, *([0] if has_zero_ignored else [])})
     names_background = names and len(names) > 1 and names[0].strip('_').lower() in BACKGROUND_NAMES
     if not has_zero_ignored and 0 in ignored and names_background:  # the file names the label that is ignored
         names, palette = names[1:], palette and palette[1:]

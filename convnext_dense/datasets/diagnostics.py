@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import UsageError
+from ..errors import UsageError, count
 from .check_images import MAX_BYTES, MAX_PIXELS, ImageInfo
 from .files import format_bytes, to_one_line
 from .image_sizes import STRIDE
@@ -302,5 +302,5 @@ class Report:
         if not errors:
             return
         num_others = len(self.diagnostics) - 1
-        hint = f' (tools/check_data.py lists {num_others} more finding{"s" * (num_others > 1)})' if num_others else ''
+        hint = f' (tools/check_data.py lists {count(num_others, "more finding")})' if num_others else ''
         raise UsageError(f'data set: {errors[0] if strict else errors[0].describe()}{hint}')

@@ -88,7 +88,7 @@ def read_label_files(
     report: Report,
     request: DatasetRequest,
     suffix: str,
-    parse: Callable[[str, str, Callable], Label | None],
+    parse: Callable[[str, str, Callable], Label],
     finish: Callable[[Mapping, Report], None],
 ) -> dict[str, SplitAnnotations]:
     """Read the annotation files of each split as COCO.
@@ -99,7 +99,8 @@ def read_label_files(
         report: the report that is added to.
         request: what the user asks for.
         suffix: suffix of the files.
-        parse: returns the `Label` of a file, None if it is unusable; called with the file, its path in reports, `add`.
+        parse: returns the `Label` of a file; its arguments are the file, its path in reports and `add(code, example)`;
+            raises UsageError, with the reason alone, if the file is unusable.
         finish: changes the results by split, in place, where all files have to be known.
 
     Raises:
@@ -118,17 +119,15 @@ def read_label_files(
     return results
 
 
-def read_json_label(file: str, label_name: str, add: Callable, key: str) -> dict | None:
-    """Return the dict of a JSON file that has a list of objects at a key; None if it has none, which is reported."""
+def read_json_label(file: str, key: str) -> dict:
+    """Return the dict of a JSON file that has a list of objects at a key; UsageError, with the reason alone, if not."""
     try:
         content = read_json(Path(file))
     except UsageError as error:
-        add('unreadable-label', f'{label_name}: {to_one_line(error.__cause__ or error, 60)}')
-        return None
+        raise UsageError(to_one_line(error.__cause__ or error, 60)) from error
     if isinstance(content, dict) and isinstance(content.get(key), list):
         return content
-    add('unreadable-label', f'{label_name}: it has no list of {key}')
-    return None
+    raise UsageError(f'it has no list of {key}')
 
 
 def _read_split(
@@ -151,8 +150,10 @@ def _read_split(
             add(code, name)
             continue
         label_name, file_name = relative_to_root(file, root), relative_to_root(image, root)
-        label = parse(file, label_name, add)
-        if label is None:
+        try:
+            label = parse(file, label_name, add)
+        except UsageError as error:
+            add('unreadable-label', f'{label_name}: {error}')
             continue
         locations[file_name] = ImageLocation(file_name)
         add_image(coco, file_name, *label, label_name)

@@ -43,11 +43,9 @@ def is_labelme(start: str) -> bool:
     return '"shapes"' in start and MARKS_RE.search(start) is not None
 
 
-def parse_labelme(file: str, label_name: str, add: Callable) -> Label | None:
+def parse_labelme(file: str, label_name: str, add: Callable) -> Label:
     """Return the objects of a file, as `label_files.read_label_files`."""
-    content = read_json_label(file, label_name, add, 'shapes')
-    if content is None:
-        return None
+    content = read_json_label(file, 'shapes')
     size = parse_size(content.get('imageWidth'), content.get('imageHeight'))
     objects: dict[object, list[Part]] = {}
     for part in parse_objects(content['shapes'], label_name, add, partial(_parse_shape, size=size)):

@@ -46,8 +46,7 @@ def read_segmentation(
     pairings = {split: pair_files(dirs, mask_suffix) for split, dirs in split_dirs.items()}
     if mask_suffix.startswith('_gtFine') and 'val' in pairings:
         pairings.pop('test', None)  # Cityscapes does not publish the masks of its test split
-    infer_spec = partial(infer_label_spec, root, layout, mask_suffix, request.classes, request.ignore_labels)
-    spec = infer_spec()
+    spec = infer_label_spec(request, layout, mask_suffix)
     if request.mask_threshold is not None and not 1 <= request.mask_threshold <= 255:
         raise UsageError(f'--mask-threshold {request.mask_threshold}: give a gray value from 1 to 255, such as 128')
     split_note = ''
@@ -68,7 +67,10 @@ def read_segmentation(
     panoptic = label_map_files(root, split_dirs) if layout == PANOPTIC else None
     table = class_table(next(iter(panoptic.values()))) if panoptic else _color_table(request, mask_infos, report)
     encoding = _decode(request, mask_infos, table, panoptic, report)
-    spec = infer_spec(table) if table else _name_classes(spec, mask_infos, classes, root, report)
+    if table:
+        spec = infer_label_spec(request, layout, mask_suffix, table)
+    else:
+        spec = _name_classes(spec, mask_infos, classes, root, report)
     if classes and list(classes) != spec.names:
         raise UsageError(
             f"{root} has {summarize_classes(spec.names)}; the checkpoint's are {summarize_classes(classes)}"

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import UsageError, count
 from .diagnostics import Report
 from .file_names import encode_name
 from .files import is_below
@@ -148,10 +148,10 @@ def split_by_hash(names: Sequence[str], request: DatasetRequest, root: Path | No
         digest = hashlib.sha256(encode_name(text)).digest()
         return int.from_bytes(digest[:6], 'big') / 2**48
 
-    count = min(max(round(fraction * len(names)), 1), max(len(names) - 1, 1))
-    val_names = set(sorted(names, key=lambda name: (hash_of(name), name))[:count])
-    count = f'{len(val_names):,} of {len(names):,}'
-    return val_names, f'; random validation split: {count} images, chosen by the hash of the file name'
+    num_val = min(max(round(fraction * len(names)), 1), max(len(names) - 1, 1))
+    val_names = set(sorted(names, key=lambda name: (hash_of(name), name))[:num_val])
+    num_val = f'{len(val_names):,} of {len(names):,}'
+    return val_names, f'; random validation split: {num_val} images, chosen by the hash of the file name'
 
 
 def select_splits(by_split: Mapping, splits: Sequence[str], root: Path) -> dict:
@@ -171,7 +171,7 @@ def select_splits(by_split: Mapping, splits: Sequence[str], root: Path) -> dict:
 def summarize_classes(classes: Sequence[str]) -> str:
     """Return how many classes there are, and the first six names."""
     names = ', '.join(classes[:6]) + (', ...' if len(classes) > 6 else '')
-    return f'{len(classes)} class{"" if len(classes) == 1 else "es"}: {names}'
+    return f'{count(len(classes), "class", "classes")}: {names}'
 
 
 def relative_to_root(path: str | Path, root: Path) -> str:

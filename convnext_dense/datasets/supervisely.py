@@ -25,11 +25,9 @@ def is_supervisely(start: str) -> bool:
     return '"objects"' in start and MARKS_RE.search(start) is not None
 
 
-def parse_supervisely(file: str, label_name: str, add: Callable) -> Label | None:
+def parse_supervisely(file: str, label_name: str, add: Callable) -> Label:
     """Return the objects of a file, as `label_files.read_label_files`."""
-    content = read_json_label(file, label_name, add, 'objects')
-    if content is None:
-        return None
+    content = read_json_label(file, 'objects')
     size = as_dict(content.get('size'))
     size = parse_size(size.get('width'), size.get('height'))
     return Label(size, parse_objects(content['objects'], label_name, add, partial(_parse_figure, size=size)))

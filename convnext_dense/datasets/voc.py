@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from xml.etree import ElementTree
 
+from ..errors import UsageError
 from .diagnostics import Report
 from .files import MAX_LIST_BYTES, read_bytes, to_one_line
 from .label_files import Label
@@ -44,11 +45,9 @@ def shift_to_zero(results: Mapping[str, SplitAnnotations], report: Report) -> No
         annotation.update(bbox=[x1 - offset, y1 - offset, w, h], area=w * h)
 
 
-def parse_voc(file: str, label_name: str, add: Callable) -> Label | None:
+def parse_voc(file: str, label_name: str, add: Callable) -> Label:
     """Return the boxes of an XML file as corners, as `label_files.read_label_files`."""
-    tree = _parse(file, label_name, add)
-    if tree is None:
-        return None
+    tree = _read_xml(file)
     size = parse_size(*(_number(tree.findtext(f'size/{side}')) for side in ('width', 'height')))
     keys = ('name', 'difficult', *CORNERS)
     objects = [{key: element.findtext(key) for key in keys} for element in tree.findall('object')]
@@ -62,23 +61,21 @@ def _parse_object(number: int, texts: dict) -> dict:
     return annotation | (dict(ignore=1, difficult=1) if _number(texts['difficult']) else {})
 
 
-def _parse(file: str, label_name: str, add: Callable) -> ElementTree.Element | None:
-    """Return the root of an XML file, None if it cannot be read or is not one of Pascal VOC."""
+def _read_xml(file: str) -> ElementTree.Element:
+    """Return the root of an XML file; UsageError, with the reason alone, if it is not one of Pascal VOC."""
     try:
         data = read_bytes(file, MAX_LIST_BYTES)
-        if b'<!' in data and (b'<!DOCTYPE' in data or b'<!ENTITY' in data):  # which may expand without end
-            problem = 'it declares a document type'
-        else:
-            tree = ElementTree.fromstring(data)
-            if tree.tag == 'annotation':
-                return tree
-            problem = f'it is <{to_one_line(tree.tag, 20)}>, not <annotation>'
+        has_document_type = b'<!' in data and (b'<!DOCTYPE' in data or b'<!ENTITY' in data)  # may expand without end
+        tree = None if has_document_type else ElementTree.fromstring(data)
     except OSError as error:
-        problem = error.strerror
+        raise UsageError(error.strerror) from error
     except (ElementTree.ParseError, ValueError, LookupError) as error:
-        problem = f'not valid XML, {to_one_line(error, 60)}'
-    add('unreadable-label', f'{label_name}: {problem}')
-    return None
+        raise UsageError(f'not valid XML, {to_one_line(error, 60)}') from error
+    if tree is None:
+        raise UsageError('it declares a document type')
+    if tree.tag != 'annotation':
+        raise UsageError(f'it is <{to_one_line(tree.tag, 20)}>, not <annotation>')
+    return tree
 
 
 def _number(text: str | None) -> float | None:
