@@ -69,7 +69,7 @@ def _label_format(key: str, suffix: str, is_label: Callable, parse: Callable, fi
     return BoxFormat(key, partial(find_label_files, **files), read, from_folder=partial(label_split, **files))
 
 
-# In the order in which they are looked for.
+# Formats are looked for in this order.
 BOX_FORMATS = {
     COCO: BoxFormat('coco', find_coco, read_coco_files),
     'YOLO': BoxFormat('yolo', find_yolo, read_yolo, from_folder=yolo_split),
@@ -116,7 +116,7 @@ def find_boxes(path: Path, key: str | None = None) -> BoxSources | None:
     """
     tree, sources_by_format, error = FolderTree(path), {}, None
     for name, box_format in BOX_FORMATS.items():
-        # Masks are looked for last: as annotations of their own they are rare, and looking takes as long as all others.
+        # Masks come last: they are rarely annotations of their own, and the search takes as long as for all others.
         if key == box_format.key or (key is None and not (sources_by_format and name == INSTANCES)):
             try:
                 options = dict(is_requested=True) if key == INSTANCES_KEY else {}

@@ -17,13 +17,13 @@ from .files import read_bytes, walk
 from .layouts import MASK_FILE_SUFFIXES
 from .request import CheckedDataset
 
-CACHE_VERSION = 5  # increase it with any change of the checks or of what is written
+CACHE_VERSION = 5  # increase it when the checks or the files that they write change
 MAX_MANIFEST_BYTES = 2**28
 MANIFEST = 'data.json'
 BUSY_FILE = 'checking'  # rewritten while a process checks the data set
-POLL_SECONDS = 1  # between looks at the busy file
-HEARTBEAT_SECONDS = 10  # between writes of the busy file
-STALE_SECONDS = 600  # without a write, after which the checking process is taken for dead
+POLL_SECONDS = 1  # between two looks at the busy file
+HEARTBEAT_SECONDS = 10  # between two writes of the busy file
+STALE_SECONDS = 600  # after which a process that does not write is considered dead
 CACHED_FIELDS = [field.name for field in fields(CheckedDataset) if field.name not in ('splits', 'report')]
 LOCAL_RANK_VARIABLES = {'pytorch': 'LOCAL_RANK', 'slurm': 'SLURM_LOCALID', 'mpi': 'OMPI_COMM_WORLD_LOCAL_RANK'}
 
@@ -55,7 +55,7 @@ def load_cached(folder: str, key: tuple) -> tuple[CheckedDataset, dict[str, str]
 def save_cache(folder: str, key: tuple, data: CheckedDataset) -> dict[str, str]:
     """Write the splits of a checked data set, and last the manifest; return the file of each split."""
     os.makedirs(folder, exist_ok=True)
-    Path(folder, MANIFEST).unlink(missing_ok=True)  # no manifest while splits are written
+    Path(folder, MANIFEST).unlink(missing_ok=True)  # there is no manifest while splits are written
     files = {split: os.path.join(folder, f'{split}.json') for split in data.splits}
     for split, file in files.items():
         _write(file, data.splits[split])
@@ -96,7 +96,7 @@ def hold_busy_file(folder: str) -> Iterator[None]:
 
     def heartbeat():
         while True:
-            with suppress(OSError):  # disk full: others may give up earlier
+            with suppress(OSError):  # if the disk is full, other processes may give up earlier
                 file.write_text(str(time.time()))
             if stop_event.wait(HEARTBEAT_SECONDS):
                 return
@@ -152,7 +152,7 @@ def _file_state(path: str) -> bytes:
         state = f'{path} {stat.st_size} {stat.st_mtime_ns}\n'
     except (OSError, ValueError):
         state = f'{path} is missing\n'
-    return state.encode('utf-8', 'surrogatepass')  # names need not be UTF-8
+    return state.encode('utf-8', 'surrogatepass')  # file names need not be UTF-8
 
 
 def _write(file: str, content: object) -> None:

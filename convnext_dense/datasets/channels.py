@@ -23,11 +23,11 @@ from .diagnostics import Report
 from .files import open_regular, size_of
 from .request import DatasetRequest
 
-CHANNEL_SUFFIXES = (*TIFF_SUFFIXES, ARRAY_SUFFIX)  # of images that may have any number of channels
+CHANNEL_SUFFIXES = (*TIFF_SUFFIXES, ARRAY_SUFFIX)  # files that may have any number of channels
 RGB_COUNTS = (1, 3, 4)  # numbers of channels of images that OpenCV reads as RGB
 MAX_PROBED = 20  # images whose headers are read to find one that can be read
-HASH_BYTES = 2**20  # at a time
-AUTO = 'auto'  # channels are found, not those of a trained model
+HASH_BYTES = 2**20  # read at a time
+AUTO = 'auto'  # channels follow from the images, not from a trained model
 
 
 class Moments(NamedTuple):

@@ -16,11 +16,11 @@ from .diagnostics import Report
 from .files import to_one_line
 from .image_sizes import ResizeLimit, too_thin
 
-NO_GROUP = (None, '', 'none')  # supercategory of a category that belongs to none
-ID_KEYS = ('id', 'image_id', 'category_id')  # of an annotation
+NO_GROUP = (None, '', 'none')  # supercategories that stand for none
+ID_KEYS = ('id', 'image_id', 'category_id')  # keys of an annotation that hold ids
 MIN_IMAGE_SIDE = 32  # pixels: filter_cfg.min_size of the recipes
 MAX_EXACT_ID = 2**53  # pycocotools and mmdet convert ids to float64, in which larger ones collide
-CROWD_FLAGS = {'0': 0, 'false': 0, '1': 1, 'true': 1}  # iscrowd as text
+CROWD_FLAGS = {'0': 0, 'false': 0, '1': 1, 'true': 1}  # values of iscrowd that are written as text
 
 
 def count_trainable(annotations: list[dict], images: Iterable[dict], split: str) -> int:

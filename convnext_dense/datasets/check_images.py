@@ -18,15 +18,15 @@ from PIL import Image, UnidentifiedImageError
 from .files import DataError, open_regular, size_of
 
 IGNORE_INDEX = 255  # label of pixels that mmseg ignores
-MAX_BYTES = 2**30  # of an image or a mask
-MAX_PIXELS = 178_956_970  # Pillow's own limit, which mmseg's reading of masks has
+MAX_BYTES = 2**30  # largest file of an image or a mask
+MAX_PIXELS = 178_956_970  # Pillow's own limit, which also applies when mmseg reads masks
 # Larger files are decoded one at a time, so that memory does not grow with the number of cores.
 LARGE_BYTES, LARGE_PIXELS = 2**26, 2**25
-# Formats that Pillow may try; its others hold no photographs or run another program.
+# Pillow may try these formats; its other ones hold no photographs or start another program.
 FORMATS = ('JPEG', 'PNG', 'BMP', 'DIB', 'TIFF', 'WEBP', 'JPEG2000', 'PPM', 'GIF', 'AVIF', 'PCX', 'TGA')
 Image.init()
 FORMATS = tuple(name for name in FORMATS if name in Image.OPEN)
-UNREADABLE = 'unreadable-mask'  # code of a mask that cannot be read for no other reason
+UNREADABLE = 'unreadable-mask'  # code of a mask that cannot be read if no other code applies
 LOSSY_FORMATS = ('JPEG', 'MPO', 'JPEG2000', 'AVIF')
 LOSSY_TIFF = ('jpeg', 'tiff_jpeg', 'webp')  # compressions of TIFF as Pillow names them
 
@@ -118,7 +118,7 @@ def _decode_with_both(data: bytes, image: Image.Image | None) -> ImageInfo:
     stored = image.size if image and image.format != 'TIFF' else None
     is_jpeg = image is not None and image.format == 'JPEG'
     try:
-        if is_jpeg:  # decoded at an eighth of the size in a third of the time, but to the end of the file
+        if is_jpeg:  # decoding at an eighth of the size takes a third of the time, but reads the whole file
             image.draft('L', (image.width // 8, image.height // 8))
         if is_jpeg or (image and image.format == 'PNG'):  # some versions of OpenCV silently fill up what is cut off
             image.load()
@@ -135,7 +135,7 @@ def _decode_with_both(data: bytes, image: Image.Image | None) -> ImageInfo:
         stored = _decoded_size(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     if size[0] * size[1] > MAX_PIXELS:
         return ImageInfo(problem='image-too-large')
-    exif_swapped = stored is not None and size == stored[::-1] != stored  # of TIFFs unknown: always rotated
+    exif_swapped = stored is not None and size == stored[::-1] != stored  # unknown for TIFFs, which are always rotated
     return ImageInfo(*size, exif_swapped, hashlib.blake2b(data, digest_size=16).hexdigest())
 
 
@@ -152,7 +152,7 @@ def inspect_mask(path: str | os.PathLike) -> MaskInfo:
     try:
         with open_mask(path) as image:
             labels, palette = np.asarray(image).squeeze(), image.mode == 'P'
-            if 1 in image.size:  # which mmseg reads as a list of pixels
+            if 1 in image.size:  # mmseg would read it as a list of pixels
                 raise DataError('mask-single-row')
             if labels.ndim != 2:
                 raise DataError('mask-in-color' if labels.ndim > 2 else 'unreadable-mask')

@@ -18,11 +18,11 @@ from .request import DatasetRequest, summarize_classes
 from .toy_shapes import LABEL_NAMES, PALETTE
 
 BACKGROUND_NAMES = ('background', 'unlabeled', 'unlabelled', 'void', 'ignore')
-MAX_LISTED_LABELS = 10  # in a message
-# Values between 0 and 255 are those of edges if they are many, each rare, and 0 and 255 most of the pixels.
+MAX_LISTED_LABELS = 10  # labels that a message names
+# Values between 0 and 255 belong to edges if there are many of them, each is rare, and most pixels are 0 or 255.
 MIN_EDGE_VALUES, MAX_EDGE_FRACTION, MIN_ENDS_FRACTION = 8, 0.05, 0.7
 MMSEG_DATASETS = dict(zip(KNOWN_DATASETS, ('ADE20KDataset', 'CityscapesDataset', 'PascalVOCDataset')))
-# Cityscapes' labelIds that are evaluated, in the order of their classes.
+# The labelIds of Cityscapes that are evaluated, in the order of their classes.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 
@@ -102,7 +102,7 @@ def infer_label_spec(
     has_zero_ignored = dataset_key == 'ade20k' or is_toy
     ignored = frozenset({IGNORE_INDEX, *ignore_labels, *([0] if has_zero_ignored else [])})
     names_background = names and len(names) > 1 and names[0].strip('_').lower() in BACKGROUND_NAMES
-    if not has_zero_ignored and 0 in ignored and names_background:  # the file names the label that is ignored
+    if not has_zero_ignored and 0 in ignored and names_background:  # the file also names the ignored label
         names, palette = names[1:], palette and palette[1:]
     is_label_ids = dataset_key == 'cityscapes' and mask_suffix.endswith(('labelIds', 'instanceIds'))
     return LabelSpec(names, palette, ignored, CITYSCAPES_IDS if is_label_ids else None)
@@ -127,7 +127,7 @@ def _known_dataset(root: Path, layout: str, mask_suffix: str) -> str | None:
 
 def mmseg_classes(dataset_key: str) -> tuple[list[str], list[list[int]]]:
     """Return the names and the RGB colors of the classes of a key of `MMSEG_DATASETS`."""
-    from mmseg.registry import DATASETS  # this module has to import without mmseg
+    from mmseg.registry import DATASETS  # this module must import without mmseg
     from mmseg.utils import register_all_modules
 
     register_all_modules(init_default_scope=False)

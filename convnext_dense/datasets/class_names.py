@@ -10,13 +10,13 @@ from pathlib import Path
 from ..errors import UsageError
 from .files import folders_in, is_text, parse_error, read_text, to_one_line
 
-MAX_CLASSES = 255  # of 8-bit masks, in which 255 is ignored
+MAX_CLASSES = 255  # that 8-bit masks can hold, as 255 is ignored
 MAX_LINE_LENGTH = 300  # characters of a line of a classes file
-KNOWN_DATASETS = ('ade20k', 'cityscapes', 'voc')  # whose classes mmseg knows
+KNOWN_DATASETS = ('ade20k', 'cityscapes', 'voc')  # data sets whose classes mmseg knows
 CLASS_FILES = ('classes.txt', 'classes.json', 'class_names.txt', 'labelmap.txt', 'labels.txt', 'train/_classes.csv')
 CLASS_FILES += ('class_dict.csv', 'class_dict_seg.csv', 'label_colors.txt', 'palette.json', 'palette.txt')
 NUMBER_RE = re.compile(r'-?\d{1,20}(\.\d{1,20})?')
-NUMBERED_LINE_RE = re.compile(r'(-?\d{1,20}) ?[:, ] ?(\D.*)')  # a label and a name
+NUMBERED_LINE_RE = re.compile(r'(-?\d{1,20}) ?[:, ] ?(\D.*)')  # a label and a name in a line
 # A color at the end of a line; CVAT writes more after it.
 COLOR_RE = re.compile(r'[:, ] ?(\d+)[, ]+(\d+)[, ]+(\d+)(:.*)?$')
 # A color and a name, as in CamVid's label_colors.txt; or a color alone.
@@ -150,7 +150,7 @@ def _parse_lines(text: str) -> list[tuple[object, object]]:
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith('#')]
     if any(len(line) > MAX_LINE_LENGTH for line in lines):
         raise ValueError(f'a line of more than {MAX_LINE_LENGTH} characters')
-    lines = [' '.join(line.split()) for line in lines]  # on runs of spaces the patterns take quadratic time
+    lines = [' '.join(line.split()) for line in lines]  # the patterns take quadratic time on runs of spaces
     color_matches = [COLOR_FIRST_RE.fullmatch(line) for line in lines]
     if lines and all(color_matches):
         return [(m[4] or f'class {i}', m.groups()[:3]) for i, m in enumerate(color_matches)]

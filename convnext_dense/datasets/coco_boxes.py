@@ -6,8 +6,8 @@ from .coco_values import is_finite, is_number
 from .diagnostics import MAX_EXAMPLES, Report
 from .files import to_one_line
 
-MAX_COORD_FACTOR = 10  # times the longer side of an image, beyond which coordinates are a mistake
-BORDER_TOLERANCE = 1  # pixels beyond the border that are not reported: rounding, and pixels counted from 0 or 1
+MAX_COORD_FACTOR = 10  # coordinates beyond this multiple of the longer side of an image are a mistake
+BORDER_TOLERANCE = 1  # pixels beyond the border that rounding, or counting from 0 or 1, explains
 # IoU of a box with that of its mask: above the first they are the same, below the second they are reported as
 # different, below the third as unrelated.
 SAME_IOU, DIFFERENT_IOU, UNRELATED_IOU = 0.9, 0.5, 0.1
@@ -15,7 +15,7 @@ EDGE_TOLERANCE = 2  # pixels by which the edges of a box and its mask may differ
 AREA_TOLERANCE = 0.01  # relative
 # What a mask or an area says of a box: whether it fits as (x, y, width, height), and as corners.
 IS_CORNERS, IS_WIDTH_HEIGHT = (False, True), (True, False)
-# Without masks and areas: boxes that reach out of their images, at least and as a fraction of all, if all are corners.
+# If all are corners, at least so many boxes, and this fraction of all, reach out of their images.
 MIN_REACHING_OUT, MIN_FRACTION_REACHING_OUT = 3, 0.2
 
 
@@ -28,7 +28,7 @@ def box_problem(box: object, width: int, height: int) -> str | None:
     x, y, w, h = box
     if max(map(abs, box)) > MAX_COORD_FACTOR * max(width, height):
         return 'box-far-outside-image'
-    if w <= 0 or h <= 0 or w * h <= 0:  # of very small numbers the product is 0
+    if w <= 0 or h <= 0 or w * h <= 0:  # the product of very small numbers is 0
         return 'box-without-area'
     return 'box-outside-image' if x >= width or y >= height or x + w <= 0 or y + h <= 0 else None
 

@@ -13,10 +13,10 @@ from .coco_boxes import MAX_COORD_FACTOR
 from .coco_values import is_finite, is_number
 from .files import to_one_line
 
-MAX_OUTLINE = 10**7  # pixels of the outline of a polygon, beyond which pycocotools takes gigabytes
-MAX_DRAWN_OUTLINE = 10**6  # pixels of polygons that are drawn to count those inside, in about a second
-MAX_RLE_GROUPS = 7  # of five bits in a run
-# An area is implausible beyond the first times the box, or the second times the mask, plus some pixels of rounding.
+MAX_OUTLINE = 10**7  # pixels of an outline, beyond which pycocotools takes gigabytes
+MAX_DRAWN_OUTLINE = 10**6  # pixels of outlines that pycocotools draws in about a second
+MAX_RLE_GROUPS = 7  # groups of five bits in a run
+# An area is implausible beyond the first factor of the box or the second of the mask, with some pixels for rounding.
 MAX_AREA_PER_BOX, MAX_AREA_PER_MASK, AREA_SLACK = 1.5, 5, 4
 
 

@@ -17,7 +17,7 @@ CLASS_AGNOSTIC_HEADS = ('rpn_head', 'semantic_head')  # their num_classes is not
 COUNT_KEYS = ('num_classes', 'num_things_classes', 'num_stuff_classes')  # all classes are things
 COLOR_TYPES = (None, 'color', 'grayscale')  # with which mmcv applies EXIF rotation
 MASK_BRANCH_KEYS = ('mask_head', 'mask_roi_extractor', 'mask_iou_head')
-# Models that cannot be trained without masks, unless they make them from boxes; and such transforms.
+# Models that cannot be trained without masks, unless they make masks from boxes; and transforms that need masks.
 MASK_MODELS = ('SingleStageInstanceSegmentor', 'MaskFormer', 'RTMDetInsHead')
 MASK_MODELS += ('MaskScoringRoIHead', 'PointRendRoIHead', 'SCNetRoIHead')
 MASKS_FROM_BOXES = 'BoxInstDataPreprocessor'
@@ -34,7 +34,7 @@ UNSUPPORTED_LOADERS = {
     'LoadTextAnnotations': 'texts',
     'LoadDepthAnnotation': 'depth',
 }
-PAIRED_DATASET = 'convnext_dense.datasets.paired_dataset'  # imports mmseg, as this module must not
+PAIRED_DATASET = 'convnext_dense.datasets.paired_dataset'  # imports mmseg, which this module must not
 OTHER_COCO_METRICS = ('LVISMetric', 'CocoVideoMetric')  # derived from CocoMetric, for other annotations
 
 
@@ -98,7 +98,7 @@ def set_num_classes(model: dict, num_classes: int) -> None:
         counts_classes = head.get('out_channels') == old_num_classes or (
             head.get('out_channels') == 1 and num_classes > 2
         )
-        if counts_classes and 'num_queries' not in head:  # with queries it is their width
+        if counts_classes and 'num_queries' not in head:  # if there are queries, it is their width
             head['out_channels'] = num_classes
         for holder in iter_dicts(head):
             if isinstance(holder.get('class_weight'), (list, tuple)):

@@ -22,5 +22,5 @@ class AnySizeCopyPaste(CopyPaste):
         results['mix_results'] = [Pad(size=(width, height))(crop(source)) for source in results['mix_results']]
         dtype = results['img'].dtype
         results = super().transform(results)
-        results['img'] = results['img'].astype(dtype)  # mmdet's is int64
+        results['img'] = results['img'].astype(dtype)  # mmdet returns int64
         return results

@@ -103,7 +103,7 @@ def parse_request(args: argparse.Namespace) -> DatasetRequest | None:
         return None
     if 'channels' in options:
         options['channels'] = parse_channels(args.channels)
-    if args.data and not os.path.exists(args.data):  # before weights are downloaded
+    if args.data and not os.path.exists(args.data):  # checked before weights are downloaded
         raise UsageError(f'{args.data} does not exist')
     if len(options.get('classes', ())) == 1:
         options['classes'] = args.classes[0]
@@ -169,7 +169,7 @@ def _find_by_task(request: DatasetRequest, task: str | None = None) -> dict[str,
     if not boxes and not masks:
         raise UsageError(f'{request.path} {describe_unsupported(path)}')
     if task is None and boxes and boxes.format == INSTANCES and not boxes.layout.startswith('maps'):
-        masks = None  # masks of objects are none of classes
+        masks = None  # masks of objects are not masks of classes
     sources = dict(detection=boxes, segmentation=masks)
     return {task: source for task, source in sources.items() if source}
 
@@ -290,7 +290,7 @@ def apply_custom_data(
 def _trained_channels(checkpoint: str, request: DatasetRequest) -> ChannelReader | None:
     """Return how the model of a checkpoint reads images, None if as RGB; UsageError if the request says otherwise."""
     saved = None
-    with suppress(UsageError):  # a config that is no data
+    with suppress(UsageError):  # the config may be code
         saved = checkpoint_config(checkpoint)
     trained = channel_reader(saved) if saved else None
     numbers = tuple(trained.channels) if trained else None
@@ -317,7 +317,7 @@ def _load_or_check(
         return wait_for_cache(folder, key)
     cached = load_cached(folder, key)
     if cached and (trained == AUTO or is_equal([*(cached[0].channels or {}).values()], [*(trained or ())])):
-        return cached  # whose images are read as by the trained model, if there is one
+        return cached  # images are read as the trained model reads them
     with hold_busy_file(folder):
         data = read_data(request, task, splits, classes, limits, trained)
         data.report.raise_if_errors(request.strict)

@@ -26,7 +26,7 @@ from .files import read_yaml, to_one_line
 from .request import DatasetRequest
 
 SPLITS = ('train', 'val')
-# What a split has, and the flags in whose place it stands.
+# Keys of a split, and the fields of `DatasetRequest` that they set.
 PLACES = {'images': 'image_dirs', 'annotations': 'ann_files', 'masks': 'mask_dirs'}
 SWITCHES = {'true': True, 'yes': True, 'false': False, 'no': False, '': False}  # every value is read as text
 YOLO_KEYS = ('names', 'nc')
@@ -48,7 +48,7 @@ def _parse_numbers_of_channels(value: object) -> tuple[int, ...]:
     return parse_channels(','.join(map(str, as_list(value))))
 
 
-# By key: a function that parses the value or raises ValueError or the like, and what the value has to be.
+# Parser of the value of each key, which raises ValueError or the like, and what the value has to be.
 OPTIONS = {
     'classes': (_parse_names, 'has to be a list of names, such as [car, truck=vehicle], or a file of them'),
     'format': ({key: key for key in FORMAT_KEYS}.__getitem__, f'is unknown: give one of {", ".join(FORMAT_KEYS)}'),

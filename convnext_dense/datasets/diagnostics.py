@@ -10,11 +10,11 @@ from .check_images import MAX_BYTES, MAX_PIXELS, ImageInfo
 from .files import format_bytes, to_one_line
 from .image_sizes import STRIDE
 
-# What is done about a problem. The first two are problems of the data, which --strict does not accept.
+# Actions for a problem. The first two mean that data are lost, which --strict does not accept.
 ERROR, DROPPED, FIXED, INFO = ACTIONS = ('error', 'dropped', 'fixed', 'info')
 PROBLEM_ACTIONS = (ERROR, DROPPED)
-MAX_EXAMPLES = 3  # per problem and split
-MAX_CAUSES = 3  # named where nothing is left of a split
+MAX_EXAMPLES = 3  # kept for each problem and split
+MAX_CAUSES = 3  # named if nothing is left of a split
 
 
 class Rule(NamedTuple):
@@ -30,7 +30,7 @@ class Rule(NamedTuple):
 
 
 TOO_LARGE = f'over {MAX_PIXELS:,} pixels, which Pillow does not open; cut it into tiles'
-# Of problems that are dropped, where no more is to be said.
+# Codes of what is dropped that need no explanation.
 SELF_EXPLANATORY_CODES = (
     'missing-image empty-file not-an-image truncated-image image-without-id-or-name name-outside-root '
     'orphan-annotation unknown-category not-an-annotation missing-box box-not-four-numbers '

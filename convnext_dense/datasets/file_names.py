@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 MAX_CANDIDATES = 50  # files that are returned for one name
 ADDRESS_RE = re.compile(r'[a-z][a-z0-9+.-]+://[^/]*/?|[a-z]:/|/', re.IGNORECASE)  # a URL, a drive, or a root
-UNDECODED_RE = re.compile('[\udc80-\udcff]+')  # bytes that Python's surrogateescape has kept
+UNDECODED_RE = re.compile('[\udc80-\udcff]+')  # bytes that Python decoded by surrogateescape
 
 
 class FileIndex:

@@ -18,18 +18,18 @@ import yaml
 
 from ..errors import UsageError
 
-LFS_POINTER_PREFIX = b'version https://git-lfs.github.com/spec/'  # of a file of Git LFS that was not fetched
+LFS_POINTER_PREFIX = b'version https://git-lfs.github.com/spec/'  # start of a file of Git LFS that was not fetched
 MAX_POINTER_BYTES = 1024  # as in Git LFS itself
-MAX_LIST_BYTES = 16 * 2**20  # of a list of classes or of names
+MAX_LIST_BYTES = 16 * 2**20  # largest list of classes or of names
 MAX_JSON_BYTES = 8 * 2**30
 MAX_YAML_BYTES = 2**20
-HEADER_BYTES = 4096  # of a file, by which its format is recognized
-JSON_WHITESPACE = b' \t\r\n\0\xef\xbb\xbf\xff\xfe'  # before the first character, in any encoding
-MAX_FOLDERS = 200  # in one folder, in which images are looked for
-MAX_VISITS = 8  # of one folder, to which several links may lead
-HIDDEN_PREFIXES = ('.', '__MACOSX')  # of folders that programs make for themselves
-MAX_VALUE_LENGTH = 500  # characters of a value in a report
-# Not all systems have all flags.
+HEADER_BYTES = 4096  # bytes of a file by which its format is recognized
+JSON_WHITESPACE = b' \t\r\n\0\xef\xbb\xbf\xff\xfe'  # bytes before the first character, in any encoding
+MAX_FOLDERS = 200  # subfolders in which images are looked for
+MAX_VISITS = 8  # to one folder, to which several links may lead
+HIDDEN_PREFIXES = ('.', '__MACOSX')  # folders that programs create for themselves
+MAX_VALUE_LENGTH = 500  # characters of a value that a report shows
+# Some systems lack some flags.
 OPEN_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ('O_NONBLOCK', 'O_NOCTTY', 'O_BINARY'))
 UNITS = ((2**30, 'GiB'), (2**20, 'MiB'))
 FILE_TYPES = {'d': 'a folder', 'p': 'a pipe', 'c': 'a device', 'b': 'a device', 's': 'a socket'}  # as in `ls -l`

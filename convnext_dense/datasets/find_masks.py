@@ -30,11 +30,11 @@ from .layouts import (
     strip_image_suffix,
 )
 
-MAX_FOLDERS = 100  # with images; more are those of a classification
-MAX_FILES_SAMPLED = 3  # of a folder, that are opened
-MAX_NAMES_SAMPLED = 50  # of a folder, that are compared with those of another one
+MAX_FOLDERS = 100  # folders with images; more of them are those of a classification
+MAX_FILES_SAMPLED = 3  # files of a folder that are opened
+MAX_NAMES_SAMPLED = 50  # names of a folder that are compared with those of another one
 MIN_MATCHING = 0.5  # fraction of these that have a mask of their name
-MAX_COLORS = 64  # of a mask; photographs have more
+MAX_COLORS = 64  # colors of a mask; photographs have more
 SAMPLE_SIDE = 128  # pixels to which a file is sampled, in order to count its colors
 MASK_WORDS = {*MASK_DIR_NAMES, 'annot', 'annots', 'annotation', 'seg', 'segmentation', 'groundtruth', 'segmentations'}
 IMAGE_WORDS = {*IMAGE_DIR_NAMES, 'original', 'originals', 'photo', 'photos', 'rgb', 'input', 'inputs', 'data'}

@@ -22,7 +22,7 @@ LABEL_LINE_RE = re.compile(
     r'\A\s*\d+(\.0*)?([ \t]+(0?\.\d+|[01](\.0*)?|\d(\.\d+)?[eE]-\d+)){4,}\s*$', re.MULTILINE
 )  # fmt: skip
 YAML_MARKS_RE = re.compile(r'^["\']?(names|nc)["\']?\s*:', re.MULTILINE)
-NO_VALUE = ('', '~', 'null', 'none')  # of a key of a YAML file
+NO_VALUE = ('', '~', 'null', 'none')  # how YAML says that a key has no value
 
 
 class YoloSplit(NamedTuple):

@@ -27,11 +27,11 @@ CLASSIFICATION_HINT = (
     'has one folder per class, as for classification: boxes or segmentation masks are needed; '
     'if one of them holds segmentation masks, give it by --train-masks and the other one by --train-images'
 )
-UNFINISHED = r'\.(part|partial|crdownload|download|aria2|filepart|opdownload)$'  # suffixes that browsers and others add
+UNFINISHED = r'\.(part|partial|crdownload|download|aria2|filepart|opdownload)$'  # of downloads
 ARCHIVE_SUFFIXES = ('.zip', '.tar', '.gz', '.tgz', '.rar', '.7z')
 DIR_NAMES = {*IMAGE_DIR_NAMES, *MASK_DIR_NAMES, *chain(*SPLIT_DIR_NAMES.values())}
 MAX_FILES_SCANNED = 20000
-MAX_FILES_PER_SUFFIX = 100  # in one folder; the others are taken to be alike
+MAX_FILES_PER_SUFFIX = 100  # files of one suffix that are read in a folder; the others are assumed to be alike
 # First line of KITTI's labels.
 KITTI_LINE = r'\A[A-Za-z_]+( -?[0-9.]+){14,15}\s*$'
 CSV_MARKS = r'filename|file_name|image|xmin|bbox|\.jpg|\.png'  # in a CSV of labels
@@ -87,7 +87,7 @@ def describe_unsupported(root: Path) -> str:
 def _is_dataset(folder: Path) -> bool:
     try:
         return bool(find_boxes(folder) or find_folders(folder))
-    except UsageError:  # which says what is to be chosen
+    except UsageError:  # the error asks the user to choose
         return True
 
 

@@ -25,7 +25,7 @@ MARKS_RE = re.compile(rf'\bfile_name\b[\s\S]*"({"|".join(BOX_KEYS)})"')
 
 def is_image_folder(start: str) -> bool:
     """Return whether a metadata file has boxes, by its start."""
-    return MARKS_RE.search(start.replace('""', '"')) is not None  # quotes are double in CSV
+    return MARKS_RE.search(start.replace('""', '"')) is not None  # CSV doubles quotes
 
 
 def parse_image_folder(file: Path, add: Callable) -> Iterator[ListedImage]:

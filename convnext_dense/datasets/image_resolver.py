@@ -16,7 +16,7 @@ from .files import files_below, folders_in, is_below, to_one_line
 from .layouts import IMAGE_DIR_NAMES, MASK_DIR_NAMES, SPLIT_DIR_NAMES, SPLIT_OF_NAME, WORD_RE, are_of_masks
 from .request import relative_to_root
 
-MAX_NAMES_TRIED = 50  # to find the folder in which names begin
+MAX_NAMES_TRIED = 50  # names that are tried to find the folder in which they begin
 MAX_NAME_LENGTH = 4096  # characters; no system has longer ones
 UPLOAD_RE = re.compile('(?<=/)[0-9a-f]{8}-(?=[^/]+$)')  # before the name of a file that was uploaded to Label Studio
 DIGITS_RE = re.compile('[0-9]+')
@@ -88,7 +88,7 @@ class ImageResolver:
         split_dirs, folders = ([], [Path(image_dir)]) if image_dir else _candidate_folders(ann_file, root)
         self._tops = [Path(image_dir)] if image_dir else _top_folders(ann_file, root)
         sampled_names = names[:: max(1, len(names) // MAX_NAMES_TRIED)]
-        # Masks have the names of their images. The folder of the annotations is one of masks by its name alone.
+        # Masks are named as their images. The folder of the annotations only has the name of one of masks.
         candidates = [f for f in folders if f == ann_file.parent or not _is_mask_folder(f, root)]
         split_dirs, candidates = ([f for f in each if not is_excluded(f)] for each in (split_dirs, candidates))
         best = _best_folder(candidates, sampled_names)

@@ -10,7 +10,7 @@ from ..config.tree import as_list, iter_dicts
 from ..type_names import is_type
 from . import SPLITS
 
-STRIDE = 32  # of the backbone's last stage, in which nothing is left of fewer pixels without padding
+STRIDE = 32  # of the backbone's last stage: without padding, nothing is left of fewer pixels
 
 
 class ResizeLimit(NamedTuple):
@@ -26,7 +26,7 @@ class ResizeLimit(NamedTuple):
     min_side: int = 1
 
 
-# Of the ADE20K recipes of 512 x 512 and of the COCO recipes, for checks without a config.
+# Limits of the ADE20K recipes of 512 x 512 and of the COCO recipes, for checks without a config.
 DEFAULT_LIMITS = {
     'detection': {split: ResizeLimit(((400, 1333) if split == 'train' else (1333, 800),)) for split in SPLITS},
     'segmentation': {

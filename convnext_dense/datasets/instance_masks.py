@@ -40,7 +40,7 @@ from .request import DatasetRequest, relative_to_root
 from .split_annotations import SplitAnnotations
 
 CITYSCAPES_SUFFIX = '_gtFine_instanceIds'
-# Cityscapes' classes with instances that are evaluated.
+# The classes of Cityscapes whose instances are evaluated.
 CITYSCAPES_CLASSES = {24: 'person', 25: 'rider', 26: 'car', 27: 'truck', 28: 'bus', 31: 'train', 32: 'motorcycle'}
 CITYSCAPES_CLASSES |= {33: 'bicycle'}
 DEFAULT_NAME = 'object'

@@ -67,7 +67,7 @@ def find_label_files(
         parts = folder.relative_to(path).parts
         split_match = split_of_folders(parts)
         if split_match:
-            # Of train/annotations the images are in train as well, of annotations/train elsewhere.
+            # The images of train/annotations are in train as well, those of annotations/train are elsewhere.
             split, images = split_match[0], path / parts[0] if split_match[1] == 0 else path
             source = by_split.get(split, LabelSplit((), images))
             by_split[split] = source._replace(labels=(*source.labels, folder))

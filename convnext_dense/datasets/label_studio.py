@@ -27,7 +27,7 @@ MARKS_RE = re.compile(r'"(annotations|completions)"\s*:\s*\[[\s\S]*"result"\s*:|
 EMPTY_MARKS_RE = re.compile(r'"(annotations|completions)"\s*:\s*\[\s*\]'), re.compile(r'"data"\s*:\s*\{')
 EMPTY_SHORT_MARKS_RE = re.compile(r'"annotator"\s*:'), re.compile(r'"annotation_id"\s*:')
 RECTANGLE, ELLIPSE = ('x', 'y', 'width', 'height'), ('x', 'y', 'radiusX', 'radiusY')
-CHANNELS = 4  # of a brush mask: red, green, blue and alpha, which is the mask
+CHANNELS = 4  # channels of a brush mask: red, green, blue and alpha, which is the mask
 
 
 def is_label_studio(start: str) -> bool:
@@ -86,7 +86,7 @@ def decode_brush(data: object, size: tuple[int, int]) -> np.ndarray | None:
             run = [int(bits[i : i + value_bits], 2) > 0 for i in range(at, stop, value_bits)]
             values[start:end] = run[0] if is_run else run[: num_values - start]
             start, at = end, stop
-    except (TypeError, ValueError, IndexError):  # no bytes, or too few of them
+    except (TypeError, ValueError, IndexError):  # these are no bytes, or too few
         return None
     return values.reshape(height, width, CHANNELS)[..., -1]
 

@@ -28,9 +28,9 @@ from .files import DataError, open_regular
 from .panoptic import decode_segments
 from .request import CheckedDataset
 
-MAX_GRAY_SPREAD = 16  # of the channels of a pixel; gray images in color can be slightly tinted
-INSTANCE_FACTOR = 1000  # of the class in an instance id, as in Cityscapes
-MASKS_DIR = 'masks'  # of converted masks, below `data` of the work dir
+MAX_GRAY_SPREAD = 16  # difference of the channels of a gray pixel; gray images can be slightly tinted
+INSTANCE_FACTOR = 1000  # factor of the class in an instance id, as in Cityscapes
+MASKS_DIR = 'masks'  # folder of converted masks, below `data` of the work dir
 # Problems of a mask as mmseg would read it, and what is reported where it is decoded instead.
 DECODED_CODES = {
     'mask-in-color': 'mask-gray-as-color',

@@ -25,7 +25,7 @@ from .split_annotations import SplitAnnotations
 PANOPTIC = 'COCO panoptic'
 KEYS = ('images', 'annotations', 'categories')
 FILE_NAME_RE = re.compile(r'"file_name"\s*:\s*"([^"]+)"')
-ID_WEIGHTS = np.array([1, 256, 65536])  # of red, green and blue
+ID_WEIGHTS = np.array([1, 256, 65536])  # weights of red, green and blue in an id
 
 
 def find_panoptic(tree: FolderTree) -> tuple[str, dict[str, ListSplit]] | None:

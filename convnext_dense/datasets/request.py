@@ -11,7 +11,7 @@ from .diagnostics import Report
 from .file_names import encode_name
 from .files import is_below
 
-DEFAULT_VAL_FRACTION = 0.1  # of the images, where the data set has no validation split
+DEFAULT_VAL_FRACTION = 0.1  # fraction of the images if the data set has no validation split
 
 
 @dataclass

@@ -10,7 +10,7 @@ from .coco_values import category_name, only_dicts, parse_id
 from .files import to_one_line
 
 FILE_SUFFIXES = ('.txt', '.json', '.csv')
-MAX_NAMES_LISTED = 8  # of the data set's classes, in a message
+MAX_NAMES_LISTED = 8  # classes of the data set that a message lists
 
 
 def parse_entries(classes: str | Sequence[str]) -> dict[str, list[str]]:
@@ -90,7 +90,7 @@ def select_classes(coco: dict, selected: Mapping[str, Sequence[str]], add: Calla
             annotations.append({**annotation, 'category_id': new_ids[category_id]})
         elif category_id is not None and category_id in unselected:
             counts[unselected[category_id]] += 1
-        else:  # invalid, as will be reported
+        else:  # invalid annotations are reported later
             annotations.append(annotation)
     for name, count in counts.items():
         if count:

@@ -105,7 +105,7 @@ def _clip_rle(rle: dict, window: Window) -> dict | None:
 def _clip_all(polygons: Sequence[Sequence[float]], window: Window) -> list[list[float]]:
     left, top = window[:2]
     clipped = (clip_polygon(polygon, window) for polygon in polygons)
-    # Fewer than three points, or no area: nothing of it lies in the tile.
+    # If there are fewer than three points, or no area, nothing of the polygon lies in the tile.
     return [
         [v - (top if i % 2 else left) for i, v in enumerate(p)]
         for p in clipped

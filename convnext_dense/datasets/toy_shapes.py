@@ -25,7 +25,7 @@ import numpy as np
 
 from ..errors import UsageError
 
-# Corners in the unit circle; the disc has none: it is what lies within a radius of 0.8.
+# Corners in the unit circle; the disc has none, it is everything within a radius of 0.8.
 SHAPE_CORNERS = {
     'disc': (),
     'square': ((-0.68, -0.68), (0.68, -0.68), (0.68, 0.68), (-0.68, 0.68)),
@@ -41,15 +41,15 @@ LABEL_NAMES = ('ground', *CLASSES)  # masks hold 1 + the index of these, and 0 o
 PALETTE = [[90, 90, 90], [220, 60, 50], [140, 220, 60], [60, 200, 200], [150, 60, 220]]  # RGB of LABEL_NAMES
 TOY_SPLITS = ('train', 'val')
 
-FORMAT_VERSION = 1  # increase it with any change of the pixels or annotations
+FORMAT_VERSION = 1  # increase it when pixels or annotations change
 ARG_RANGES = {'seed': (0, 2**32 - 1), 'train': (0, 999999), 'val': (0, 999999), 'size': (64, 1024)}
 RADIUS_RANGE = (15, 34)  # of the circumradius, in pixels of an image of 128 x 128
 MAX_TILT = 0.13  # tangent of half the largest rotation of a shape: 15 degrees; textures are rotated freely
 MIN_COLOR_DISTANCE = 80  # L1, between the mean RGB colors of a shape and the background
-# RGB of the classes: hues a quarter turn apart.
+# RGB of the classes, whose hues are a quarter turn apart.
 CLASS_COLORS = ((190, 70, 70), (130, 190, 70), (70, 190, 190), (130, 70, 190))
 BACKGROUND_CONTRAST, SHAPE_CONTRAST = (0, 9), (24, 41)  # of textures, in each of R, G, B; from, and below
-MAX_PLACEMENTS = 200  # tried per image, which may then have fewer shapes
+MAX_PLACEMENTS = 200  # attempts per image, which may end with fewer shapes
 
 # The sides of a pixel, clockwise: step to the neighbor, from the pixel to the side's first corner, along the side.
 PIXEL_SIDES = (
@@ -326,5 +326,5 @@ def main() -> int:
 
 if __name__ == '__main__':
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))  # removes what is half drawn
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))  # so that what is half drawn is removed
     sys.exit(main())

@@ -19,14 +19,14 @@ from .request import DatasetRequest
 
 MARKS_RE = re.compile(r'"(regions|_via_img_metadata)"\s*:')
 NAME_WITHOUT_ATTRIBUTE = 'object'
-# What the values of a shape are called.
+# Keys of the values of each shape.
 SHAPE_KEYS = {
     'rect': ('x', 'y', 'width', 'height'),
     'circle': ('cx', 'cy', 'r'),
     'ellipse': ('cx', 'cy', 'rx', 'ry'),
 }
 MAX_ATTRIBUTES_LISTED = 6
-MAX_GAP = 0.1  # of the length of a line, between its ends, if it is an outline
+MAX_GAP = 0.1  # largest gap between the ends of a line that is an outline, as a fraction of its length
 
 
 def is_via(start: str) -> bool:

@@ -67,5 +67,5 @@ def _has_exif_rotation(path: str) -> bool:
     try:
         with Image.open(path) as image:
             return image.getexif().get(EXIF_ORIENTATION, 1) != 1
-    except (OSError, ValueError):  # no format of Pillow's
+    except (OSError, ValueError):  # Pillow does not know the format
         return False
