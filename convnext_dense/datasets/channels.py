@@ -108,13 +108,11 @@ class ChannelSelection(NamedTuple):
                 layout = describe_file(path)
                 if layout.height * layout.width > MAX_PIXELS:
                     return ImageInfo(problem='image-too-large')
-                for code, differs in (
-                    ('channel-count-mismatch', layout.num_channels != self.layout.num_channels),
-                    ('value-type-mismatch', layout.dtype != self.layout.dtype),
-                ):
-                    if differs:
-                        text = f'{_describe(layout)}, {self.source} has {_describe(self.layout)}'
-                        return ImageInfo(problem=code, detail=text)
+                has_count = layout.num_channels == self.layout.num_channels
+                if not has_count or layout.dtype != self.layout.dtype:
+                    code = 'value-type-mismatch' if has_count else 'channel-count-mismatch'
+                    text = f'{_describe(layout)}, {self.source} has {_describe(self.layout)}'
+                    return ImageInfo(problem=code, detail=text)
                 digest = hashlib.blake2b(digest_size=16)
                 while block := file.read(HASH_BYTES):
                     digest.update(block)
