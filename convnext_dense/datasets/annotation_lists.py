@@ -54,8 +54,8 @@ def find_lists(
             by_split.setdefault(_split_of(file.relative_to(tree.root)), []).append(file)
     if 'train' in by_split:
         by_split.pop('all', None)
-    for split, (first, *duplicates) in by_split.items():
-        files = [first, *(file for file in duplicates if not filecmp.cmp(first, file, shallow=False))]
+    for split, (first_file, *duplicates) in by_split.items():
+        files = [first_file, *(file for file in duplicates if not filecmp.cmp(first_file, file, shallow=False))]
         if len(files) > 1:
             names = ' and '.join(to_one_line(file.relative_to(tree.root)) for file in files[:2])
             which = 'the annotations' if split == 'all' else f'those of the {split} split'
@@ -118,5 +118,5 @@ def _is_link_within(file: Path, root: Path) -> bool:
 
 def _split_of(file: Path) -> str:
     """Return the split after which a file or its folder is named; 'all' if there is none."""
-    named = split_of_folders(file.parts[:-1]) or split_of_folders(WORD_RE.findall(file.stem.lower()))
-    return named[0] if named else 'all'
+    split_match = split_of_folders(file.parts[:-1]) or split_of_folders(WORD_RE.findall(file.stem.lower()))
+    return split_match[0] if split_match else 'all'

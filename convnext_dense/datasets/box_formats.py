@@ -95,13 +95,13 @@ class BoxSources(NamedTuple):
         format (str): a key of `BOX_FORMATS`.
         layout (str): which of its layouts.
         by_split (dict[str, object]): what `BoxFormat.find` returns, by split.
-        others (tuple[str, ...]): formats of other boxes in the same folder, which are not used.
+        other_formats (tuple[str, ...]): formats of other boxes in the same folder, which are not used.
     """
 
     format: str
     layout: str
     by_split: dict[str, object]
-    others: tuple[str, ...] = ()
+    other_formats: tuple[str, ...] = ()
 
 
 def find_boxes(path: Path, key: str | None = None) -> BoxSources | None:

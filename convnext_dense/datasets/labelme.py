@@ -66,8 +66,8 @@ def _annotation(parts: list[Part], size: tuple[int, int] | None) -> dict:
     """Return the annotation of an object."""
     mask, masks = parts[0].mask, [part.mask for part in parts]
     if len(parts) > 1:
-        are_polygons = all(isinstance(each, list) for each in masks)
-        mask = [polygon for each in masks for polygon in each] if are_polygons else union(masks, size)
+        are_polygons = all(isinstance(polygons, list) for polygons in masks)
+        mask = [polygon for polygons in masks for polygon in polygons] if are_polygons else union(masks, size)
     return shape_annotation(*parts[0][:2], mask, size, all(part.is_rectangle for part in parts))
 
 

@@ -89,8 +89,8 @@ class FolderTree:
 
 def split_of_folders(parts: Sequence[str]) -> tuple[str, int] | None:
     """Return the split after which one of some folders is named, and its index; None if none is."""
-    named = ((SPLIT_OF_NAME.get(part.lower()), i) for i, part in enumerate(parts))
-    return next((pair for pair in named if pair[0]), None)
+    splits = ((SPLIT_OF_NAME.get(part.lower()), i) for i, part in enumerate(parts))
+    return next((pair for pair in splits if pair[0]), None)
 
 
 class SplitDirs(NamedTuple):
@@ -216,8 +216,8 @@ def pair_files(dirs: SplitDirs, mask_suffix: str | None = None) -> Pairing:
         elif stem + mask_suffix not in matched.ambiguous:
             problems.append(('unmatched-image', path.name))
     if dirs.names is None:  # else masks of other splits lie in the same folder
-        used = {*matched.matches.values(), *chain(*matched.ambiguous.values())}
-        unmatched = [path for stem, path in sorted(masks.items()) if stem not in used and stem.endswith(mask_suffix)]
+        paired = {*matched.matches.values(), *chain(*matched.ambiguous.values())}
+        unmatched = [path for stem, path in sorted(masks.items()) if stem not in paired and stem.endswith(mask_suffix)]
         problems += [('unmatched-mask', path.name) for path in unmatched]
     problems += [('duplicate-stem', path.name) for path in duplicates]
     for names in (listed_matches, matched):

@@ -193,7 +193,7 @@ def _report_unmatched_labels(root: Path, splits: Mapping, labels_of: Mapping, re
         return
     for split, labels in labels_of.items():
         for folder, names in labels.items():
-            other_names = (each.get(folder, set()) for each in labels_of.values() if each is not labels)
+            other_names = (by_folder.get(folder, set()) for by_folder in labels_of.values() if by_folder is not labels)
             for name in sorted({*os.listdir(os.path.join(root, folder))} - names.union(*other_names)):
                 path = os.path.join(folder, name)
                 if name.endswith('.txt') and name not in NAMES_FILES and _may_be_label(root / path):

@@ -59,9 +59,9 @@ def check_selection(selected: Mapping[str, Sequence[str]], coco: Mapping) -> Non
     missing = next((name for sources in selected.values() for name in sources if name not in names), None)
     if missing is not None:
         similar_name = next((name for name in names if name.strip().lower() == missing.strip().lower()), None)
-        listed = ', '.join(to_one_line(name, 40) for name in names[:MAX_NAMES_LISTED])
-        listed += ', ...' if len(names) > MAX_NAMES_LISTED else ''
-        text = f'it is called {to_one_line(similar_name, 60)}' if similar_name else f'the data set has {listed}'
+        known_names = ', '.join(to_one_line(name, 40) for name in names[:MAX_NAMES_LISTED])
+        known_names += ', ...' if len(names) > MAX_NAMES_LISTED else ''
+        text = f'it is called {to_one_line(similar_name, 60)}' if similar_name else f'the data set has {known_names}'
         raise UsageError(f"--classes: no class is called '{to_one_line(missing, 60)}'; {text}")
 
 

@@ -92,8 +92,8 @@ def draw(rng: np.random.RandomState, size: int) -> Scene:
         shape = _shape(rng, CLASSES[category], x, y)
         if np.abs(color - background).sum() < MIN_COLOR_DISTANCE:
             continue
-        below = np.setdiff1d(instances[shape], 0)
-        if not all(_is_visible_enough((instances == k) & ~shape, scene.areas[k - 1]) for k in below):
+        hidden_shapes = np.setdiff1d(instances[shape], 0)
+        if not all(_is_visible_enough((instances == k) & ~shape, scene.areas[k - 1]) for k in hidden_shapes):
             continue
         scene.categories.append(int(category))
         scene.areas.append(int(shape.sum()))

@@ -46,9 +46,9 @@ def test_a_segmentor(data, tmp_path, capsys):
     shutil.copy(tmp_path / 'a/iter_2.pth', tmp_path / 'b')
     resumed = [*args, '--work-dir', tmp_path / 'b', '--iters', 4, '--resume', tmp_path / 'b/iter_2.pth', *options]
     assert run('train.py', *resumed) == 0
-    again = torch.load(tmp_path / 'b/iter_4.pth', weights_only=False)
+    resumed_checkpoint = torch.load(tmp_path / 'b/iter_4.pth', weights_only=False)
     for name, tensor in in_checkpoint['state_dict'].items():
-        assert torch.equal(tensor, again['state_dict'][name]), name
+        assert torch.equal(tensor, resumed_checkpoint['state_dict'][name]), name
 
     capsys.readouterr()
     test = [SEGMENTOR, tmp_path / 'a/iter_4.pth', '--data', root, '--image-size', 64, '--work-dir', tmp_path / 't']

@@ -580,8 +580,8 @@ def test_random_validation_split_is_reproducible(toy_dataset, tmp_path, monkeypa
 def test_adding_images_moves_few_between_the_splits(tmp_path):
     request = DatasetRequest(str(tmp_path), val_fraction=0.2)
     names = [f'{n:05d}.jpg' for n in range(600)]
-    before, after = split_by_hash(names[:400], request)[0], split_by_hash(names, request)[0]
-    assert len(before ^ after & set(names[:400])) <= 8
+    val_of_few, val_of_all = split_by_hash(names[:400], request)[0], split_by_hash(names, request)[0]
+    assert len(val_of_few ^ val_of_all & set(names[:400])) <= 8
 
 
 @pytest.mark.parametrize('n, fraction, expected', [
