@@ -164,7 +164,7 @@ REFUSED = {
 def test_masks_that_a_model_does_not_use_are_not_loaded_for_mosaics():
     config = load('demo/dino')
     config.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=10)
-    assert set_mosaic(config, True) == 'mosaics of four images, but not in the last epoch'
+    assert set_mosaic(config) == 'mosaics of four images, but not in the last epoch'
     steps = [step for step in iter_dicts(config.train_dataloader) if step.get('type') == 'LoadAnnotations']
     assert steps and not any(step['with_mask'] for step in steps)
 
