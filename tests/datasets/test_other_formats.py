@@ -417,7 +417,7 @@ def test_ten_thousand_classes_and_names_that_repeat(tmp_path):
     assert findings['class-never-annotated'].count == 9998 and len(findings['class-never-annotated'].examples) == 3
     (tmp_path / 'data.yaml').write_text(f'train: images\nnames: {[*names[:-1], "last"]}\n')
     data = check_dataset(tmp_path)[0]
-    assert len(data.classes) == 10_000 and data.report.facts[-1].startswith('10000 classes: n0, n1')
+    assert len(data.classes) == 10_000 and data.report.facts[-1].startswith('10,000 classes: n0, n1')
 
 
 def test_files_and_folders_by_flags(toy_dataset, tmp_path):
