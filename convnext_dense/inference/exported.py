@@ -1,5 +1,6 @@
 """An exported model (ONNX, OpenVINO, torch.export) with the interface of mmdet's and mmseg's models."""
 
+import math
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -103,6 +104,8 @@ class ExportedModel(nn.Module):
         head = model.get('decode_head') or {}
         head = head[-1] if isinstance(head, (list, tuple)) else head
         self.decode_head = SimpleNamespace(threshold=head.get('threshold') or BINARY_THR)
+        # RTMDet-Ins resizes its masks, with the padding, to sides that are rounded up.
+        self.round_side = math.ceil if 'RTMDetIns' in str((model.get('bbox_head') or {}).get('type')) else round
         preprocessor = model.get('data_preprocessor') or data_preprocessor or {}
         self.has_channels = meta.input == CHANNELS
         keeps_order = self.has_channels or preprocessor.get('bgr_to_rgb')
@@ -190,7 +193,7 @@ class ExportedModel(nn.Module):
             images = (images.round().clip(0, 255) if dtype == np.uint8 else images).astype(dtype)
         images = _pad(images, size, self.mean)
         canvas = images.shape[2:]
-        space = tuple(max(round(s * o / c), o) for s, o, c in zip(canvas, original, content))
+        space = tuple(max(self.round_side(s * o / c), o) for s, o, c in zip(canvas, original, content))
         return images, Geometry(content, canvas, space, original)
 
     def _instances(self, tensors: dict[str, torch.Tensor], geometry: Geometry) -> InstanceData:

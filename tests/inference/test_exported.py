@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from mmdet.structures import DetDataSample
 from mmengine.config import Config
 
 from convnext_dense import load_model
@@ -91,6 +92,14 @@ def test_padding_by_the_test_pipeline_is_not_the_image(folder):
         expected = BOXES[:2] * max(height, width)
         assert np.allclose(sample.bboxes, expected.clip(max=np.float32([width, height] * 2)), atol=0.5)
         assert sample.masks.shape == (2, height, width)
+
+
+@pytest.mark.parametrize('head, width', [('RetinaHead', 121), ('mmdet.RTMDetInsSepBNHead', 122)])
+def test_padded_masks_of_rtmdet_ins_are_rounded_up(head, width, detector):
+    """As mmdet's: at 224 x 124 of 224 x 224, an image of 67 pixels would be 121.03 with its padding."""
+    model = ExportedModel(read_exported(detector), dict(bbox_head=dict(type=head)))
+    sample = DetDataSample(metainfo=dict(ori_shape=(121, 67), scale_factor=(124 / 67, 224 / 121)))
+    assert model._prepare([torch.zeros(3, 224, 224)], [sample])[1].space == (121, width)
 
 
 @pytest.mark.parametrize('suffix', ['.onnx', '.xml', '.pt2'])
