@@ -10,9 +10,12 @@ from mmdet.registry import MODELS
 
 from convnext_dense.errors import UsageError
 from convnext_dense.export.detector import ExportableDetector
-from convnext_dense.export.program import custom_operators
+from convnext_dense.export.files import onnx_to_openvino, write_onnx
+from convnext_dense.export.program import Traced, custom_operators
 from convnext_dense.export.rtmdet_ins import scaled_ceil
+from convnext_dense.inference.sessions import session_class
 from helpers.detections import assert_file_detects_the_same, assert_module_equals_mmdet
+from helpers.exported import make_meta
 from helpers.small_detectors import HEAD, LEVELS, NORM, ONE_ANCHOR, ONE_STAGE, build_predictor, one_stage
 
 SIZES = [(160, 224), (131, 97), (64, 64)]
@@ -58,12 +61,25 @@ def test_masks_are_resized_as_float64_rounds():
     assert assert_module_equals_mmdet(build('RTMDet-Ins'), SIZES[:1], (height, width)) > 30
 
 
-def test_ceiling_is_that_of_float64():
+def test_ceiling_is_that_of_float64(tmp_path):
+    """In runtimes that compute float64 otherwise, too."""
     rng = np.random.RandomState(0)
     n, n_result = rng.randint(16, 2048, 50000), rng.randint(16, 4096, 50000)
-    for padded in (n, n * 2, (n + 31) // 32 * 32):
-        expected = [math.ceil(a * (1 / (b / c))) for a, b, c in zip(*(x.tolist() for x in (padded, n, n_result)))]
-        assert scaled_ceil(*map(torch.from_numpy, (padded, n, n_result))).tolist() == expected
+    sides = np.concatenate([n, n * 2, (n + 31) // 32 * 32]), np.tile(n, 3), np.tile(n_result, 3)
+    expected = [math.ceil(a * (1 / (b / c))) for a, b, c in zip(*(x.tolist() for x in sides))]
+    inputs = tuple(map(torch.from_numpy, sides))
+    assert scaled_ceil(*inputs).tolist() == expected
+    traced = Traced(None, torch.export.export(Ceiling(), inputs), ('pixels',), make_meta('mask_rcnn'))
+    write_onnx(traced, onnx_path := tmp_path / 'ceiling.onnx')
+    onnx_to_openvino(onnx_path, openvino_path := tmp_path / 'ceiling.xml', traced.meta)
+    for path in (onnx_path, openvino_path):
+        session = session_class(path)(str(path), torch.device('cpu'))
+        assert session._infer(dict(zip(('padded', 'n', 'n_result'), sides)))['pixels'].tolist() == expected
+
+
+class Ceiling(torch.nn.Module):
+    def forward(self, padded, n, n_result):
+        return scaled_ceil(padded, n, n_result)
 
 
 def test_masks_in_boxes_are_refused():
