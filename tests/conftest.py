@@ -1,5 +1,6 @@
 """Fixtures of all tests: tools as a user starts them, the toy data set; and the markers `unit` and `integration`."""
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -31,6 +32,21 @@ def pytest_collection_modifyitems(items):
             item.add_marker('integration' if is_integration(item) else 'unit')
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Keep the garbage collector from all modules and tests, which mmengine starts for each data set that it builds."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or extension modules report leaks
+
+
 @pytest.fixture(scope='session')
 def tool_context():
     """A forkserver that has imported the tools' modules, which takes seconds."""
@@ -44,7 +60,8 @@ def run_tool(tool_context, tmp_path, tmp_path_factory):
     """Run a tool in an empty folder, as a user would; returns the finished process."""
 
     def run(tool: str, *args, timeout: float = 300, **env) -> subprocess.CompletedProcess:
-        if any(name.startswith(('PYTHON', 'LC_')) for name in env):  # read by Python at startup
+        read_at_startup = {name for name in env if name.startswith(('PYTHON', 'LC_'))} - {'PYTHONPATH'}
+        if read_at_startup or Path(tool).is_absolute():  # another project's tool does not import what ours do
             command = [sys.executable, ROOT / 'tools' / tool, *map(str, args)]
             settings = dict(cwd=tmp_path, text=True, capture_output=True, timeout=timeout)
             return subprocess.run(command, **settings, env={**os.environ, **env})

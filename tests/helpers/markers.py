@@ -5,8 +5,8 @@ import pytest
 from helpers.paths import ROOT
 
 TESTS = ROOT / 'tests'
-# Fixtures that start processes.
-INTEGRATION_FIXTURES = {'run_tool', 'start_tool', 'run_on_gpu'}
+# Fixtures that start processes or export models.
+INTEGRATION_FIXTURES = {'run_tool', 'start_tool', 'run_on_gpu', 'files', 'exported'}
 # Modules, and tests in them, that start processes themselves, train, or take seconds.
 INTEGRATION_TESTS = {
     'checkpoints/test_exported_files.py',
@@ -30,20 +30,26 @@ INTEGRATION_TESTS = {
     'datasets/test_fields.py::test_training_with_text_ids',
     'datasets/test_files.py',
     'datasets/test_fuzz.py',
+    'datasets/test_find_masks.py::test_given_folders_train',
     'datasets/test_image_sizes.py::test_training_with_thin_images',
     'datasets/test_instance_masks.py::test_cityscapes',
     'datasets/test_instance_masks.py::test_mask_rcnn_trains',
     'datasets/test_mask_encodings.py::test_a_training_reads_converted_masks',
     'datasets/test_mask_encodings.py::test_known_palettes_are_tables',
+    'datasets/test_voc.py::test_training_starts_from_xml_files',
+    'datasets/test_yolo.py::test_training_starts_from_a_data_yaml',
     'docs/test_export_page.py',
     'engine/test_distributed.py',
     'engine/test_failures.py',
+    'engine/test_training_aids.py',
     'engine/test_mixed_images.py::test_killed_runs_end_as_uninterrupted_ones',
     'engine/test_multi_node.py',
     'engine/test_resume.py',
     'evaluation/test_detection_report.py::test_boxes_without_masks_and_no_detections',
     'evaluation/test_detection_report.py::test_metric_writes_its_report',
     'evaluation/test_report_option.py::test_test_tool_writes_a_report',
+    'export/test_detector.py::test_module_equals_mmdet',
+    'export/test_mask2former_instances.py::test_exported_file_equals_mmdet',
     'export/test_one_stage.py::test_ceiling_is_that_of_float64',
     'export/test_one_stage.py::test_exported_file_equals_mmdet',
     'export/test_query_based.py::test_exported_file_equals_mmdet',

@@ -34,8 +34,11 @@ def _main(tool: str, args: list[str], out: str, err: str, env: dict[str, str], c
         torch.distributed.init_process_group('gloo')
     # As for a script: its own folder comes first, and nothing of the tests is found.
     hidden = {'', str(ROOT), str(ROOT / 'tests'), str(ROOT / 'tools')}
-    user_paths = filter(None, env.get('PYTHONPATH', '').split(os.pathsep))
+    user_paths = [*filter(None, env.get('PYTHONPATH', '').split(os.pathsep))]
     sys.path[:] = [str(ROOT / 'tools'), *user_paths, *(path for path in sys.path if path not in hidden)]
+    for path in user_paths:  # as Python does at startup
+        if (Path(path) / 'sitecustomize.py').exists():
+            runpy.run_path(str(Path(path) / 'sitecustomize.py'))
     sys.argv = [tool, *args]
     runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
 

@@ -58,7 +58,7 @@ def test_detections_equal_mmdet(recipe, checkpoints, predictors, photos, load_st
     detector = init_detector(str(ROOT / f'configs/demo/{recipe}.py'), str(checkpoints[recipe]), device='cpu')
     stock = load_stock(recipe)
     n_detections = n_missing = 0
-    for path in photos:
+    for path in photos[:10]:
         expected = inference_detector(detector, str(path)).pred_instances
         sample = predictors[recipe].predict(path)
         assert sample.img_path == str(path)
