@@ -11,15 +11,7 @@ from ..engine.datasets import IMAGE_SUFFIXES
 from ..errors import UsageError
 from .box_formats import find_boxes
 from .files import MAX_JSON_BYTES, UnusableFileError, open_regular, read_start, to_one_line, walk
-from .layouts import (
-    IMAGE_DIR_NAMES,
-    MASK_DIR_NAMES,
-    MAX_DEPTH,
-    SPLIT_DIR_NAMES,
-    find_dir,
-    find_folders,
-    is_image,
-)
+from .layouts import IMAGE_DIR_NAMES, MASK_DIR_NAMES, MAX_DEPTH, SPLIT_DIR_NAMES, find_dir, find_folders, is_image
 
 LFS_HINT = 'Git LFS pointers, such as {}: run git lfs pull where they are from'
 CONVERT_HINT = 'convert them to COCO json (with CVAT, FiftyOne or Roboflow)'

@@ -71,10 +71,7 @@ def read_detection(
     by_full_path = selection.inspect([*full_paths.values()], report)
     infos = {path: by_full_path[full] for path, full in full_paths.items()}
     apply_exif = decide_exif_handling(
-        (
-            infos.get(locations[split][image['file_name']].path, ImageInfo()),
-            (image.get('width'), image.get('height')),
-        )
+        (infos.get(locations[split][image['file_name']].path, ImageInfo()), (image.get('width'), image.get('height')))
         for split, coco in cocos.items()
         for image in coco['images']
         if isinstance(image.get('file_name'), str)
