@@ -191,7 +191,7 @@ def _find_images(root: Path, split: str, source: ListSplit, names: list[str], pn
 
 def _png_folder(file: Path, root: Path, annotations: list[dict]) -> Path:
     """Return the folder of the PNGs of a file: that of its name, or another one whose first PNG has the right ids."""
-    usual = file.with_suffix('')
+    usual, annotations = file.with_suffix(''), [a for a in annotations if isinstance(a.get('file_name'), str)]
     if not annotations or usual.is_dir():
         return usual
     name = annotations[0]['file_name']

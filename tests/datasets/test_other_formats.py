@@ -354,11 +354,16 @@ def test_pngs_elsewhere_are_found(toy_dataset, tmp_path):
     data = check_dataset(tmp_path)[0]
     assert len(data.splits['train']['annotations'])
     assert {Path(i['file_name']).parent.name for i in data.splits['train']['images']} == {'train2017'}
+    json_file = tmp_path / 'annotations/panoptic_train2017.json'
+    content = json.loads(json_file.read_text())
+    del content['annotations'][0]['file_name']
+    write_json(content, json_file)
+    assert check_dataset(tmp_path, 'segmentation')[0].splits['train']
     for file in tmp_path.glob('segments/*/*'):
         file.rename(file.with_suffix('.x'))
     for file in tmp_path.glob('val2017/*'):
         file.unlink()
-    assert 'its PNGs (such as 000001.png) are not in' in error_message(check_dataset, tmp_path)
+    assert 'its PNGs (such as 000002.png) are not in' in error_message(check_dataset, tmp_path)
 
 
 # Choosing
