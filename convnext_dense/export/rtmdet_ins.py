@@ -1,12 +1,19 @@
 """mmdet's RTMDet-Ins in the padded form of `boxes`: masks by convolutions whose weights the head predicts."""
 
+import inspect
+
+import mmdet
 import torch
 from mmdet.models import RTMDet
 from mmdet.models.dense_heads import RTMDetInsHead
 
+from ..errors import UsageError
 from .boxes import best_detections, flatten_map, take
 from .one_stage import METHODS, OneStage, to_float
 from .sizes import to_tensor
+
+# mmdet 3.3.0 resizes the height of masks by the scale of the width, and the width by that of the height.
+SWAPS_SIDES = 'shape[-2] * scale_factor[0]' in inspect.getsource(RTMDetInsHead._bbox_mask_post_process)
 
 
 class RTMDetIns(OneStage):
@@ -18,6 +25,11 @@ class RTMDetIns(OneStage):
 
     def __init__(self, model: RTMDet):
         super().__init__(model)
+        if SWAPS_SIDES:
+            raise UsageError(
+                f'{type(self.head).__name__} of mmdet {mmdet.__version__} cannot be exported, because it swaps the '
+                'sides of masks: install convnext_dense[onedl], whose mmdet does not'
+            )
         self.threshold = torch.tensor(float(self.test_cfg.mask_thr_binary)).logit().item()  # of logits
 
     def forward(self, images, shape, scale, size):
