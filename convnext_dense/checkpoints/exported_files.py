@@ -70,7 +70,12 @@ GRAPH, METADATA, GRAPH_OUTPUT, KEY_FIELD, VALUE_FIELD, NAME_FIELD = 7, 14, 12, 1
 
 
 def _read_onnx(path: str) -> tuple[str | None, tuple[str, ...]]:
-    """Walk over the fields of the model; those of the graph are not read, and need no memory."""
+    """Walk over the fields of the model; the weights in its graph are not read, and need no memory.
+
+    Not by `onnx`, which reads all weights, nor by ONNX Runtime, which knows the metadata only of a model that it has
+    loaded (seconds, and gigabytes, of a large one): both are optional, and what is wrong with a file, or that its
+    runtime is missing, is told before either is needed.
+    """
     metadata, outputs, has_graph = {}, [], False
     try:
         with open(path, 'rb') as f:
