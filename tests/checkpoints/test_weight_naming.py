@@ -56,16 +56,20 @@ def test_library_names_and_shapes_equal_the_reference(library):
     assert set(actual.names.values()) == {n for n in tiny if library not in HEADLESS or not n.startswith('head.')}
 
 
-@pytest.mark.parametrize('size', SIZES)
+@pytest.fixture(scope='module', params=SIZES)
+def original(request, tmp_path_factory):
+    """An architecture, weights with the original names, and features with them."""
+    arch = eighth_width(request.param)
+    weights = original_weights(arch)
+    file = save_pth(tmp_path_factory.mktemp('original') / 'original.pth', {'model': weights})
+    return arch, weights, compute_features(arch, file)
+
+
 @pytest.mark.parametrize('library', REFERENCE)
-def test_features_with_library_weights_equal_the_original(tmp_path, library, size):
-    weights = original_weights(eighth_width(size))
+def test_features_with_library_weights_equal_the_original(tmp_path, library, original):
+    arch, weights, features = original
     library_file = save_pth(tmp_path / 'theirs.pth', rename_to_library(weights, library))
-    original_file = save_pth(tmp_path / 'original.pth', {'model': weights})
-    for expected, actual in zip(
-        compute_features(eighth_width(size), original_file), compute_features(eighth_width(size), library_file)
-    ):
-        assert torch.equal(expected, actual)
+    assert all(map(torch.equal, compute_features(arch, library_file), features))
 
 
 @pytest.mark.parametrize(
