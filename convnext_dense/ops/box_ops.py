@@ -60,15 +60,15 @@ def _run(kernel, maps, features, rois, levels, spatial_scales, output_size, samp
         maps,
         spatial_scales,
         channels=maps[0].shape[1],
-        n_boxes=len(rois),
+        n_rois=len(rois),
         out_height=output_size[0],
         out_width=output_size[1],
         sampling_ratio=sampling_ratio,
         aligned=aligned,
         bf16=maps[0].dtype == torch.bfloat16,
         channels_last=channels_last,
-        boxes=rois,
-        box_levels=levels,
+        rois=rois,
+        roi_levels=levels,
         features=features,
     )
 

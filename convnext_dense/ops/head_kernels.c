@@ -20,28 +20,28 @@
 /* ---- vectors ----------------------------------------------------------------------------------------------------- */
 
 #ifdef __AVX512F__
-typedef __m512 vec;
-enum { LANES = 16, BLOCK = 8 }; /* BLOCK: vectors of a pixel that are added up in registers at a time */
-INLINE vec load(const float *p) { return _mm512_loadu_ps(p); }
-INLINE void store(float *p, vec v) { _mm512_storeu_ps(p, v); }
-INLINE vec splat(float x) { return _mm512_set1_ps(x); }
-INLINE vec multiply_add(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE vec mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
-INLINE vec maximum(vec a, vec b) { return _mm512_max_ps(b, a); } /* NaN of a stays one */
-INLINE vec load_bf16(const uint16_t *p) {
+typedef __m512 f32xn;
+enum { LANES = 16, VECS = 8 }; /* VECS: vectors of a pixel that are added up in registers at a time */
+INLINE f32xn load(const float *p) { return _mm512_loadu_ps(p); }
+INLINE void store(float *p, f32xn v) { _mm512_storeu_ps(p, v); }
+INLINE f32xn splat(float x) { return _mm512_set1_ps(x); }
+INLINE f32xn multiply_add(f32xn a, f32xn b, f32xn c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE f32xn mul(f32xn a, f32xn b) { return _mm512_mul_ps(a, b); }
+INLINE f32xn maximum(f32xn a, f32xn b) { return _mm512_max_ps(b, a); } /* NaN of a stays one */
+INLINE f32xn load_bf16(const uint16_t *p) {
     __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
 #else
-typedef __m256 vec;
-enum { LANES = 8, BLOCK = 4 };
-INLINE vec load(const float *p) { return _mm256_loadu_ps(p); }
-INLINE void store(float *p, vec v) { _mm256_storeu_ps(p, v); }
-INLINE vec splat(float x) { return _mm256_set1_ps(x); }
-INLINE vec multiply_add(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE vec mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
-INLINE vec maximum(vec a, vec b) { return _mm256_max_ps(b, a); }
-INLINE vec load_bf16(const uint16_t *p) {
+typedef __m256 f32xn;
+enum { LANES = 8, VECS = 4 };
+INLINE f32xn load(const float *p) { return _mm256_loadu_ps(p); }
+INLINE void store(float *p, f32xn v) { _mm256_storeu_ps(p, v); }
+INLINE f32xn splat(float x) { return _mm256_set1_ps(x); }
+INLINE f32xn multiply_add(f32xn a, f32xn b, f32xn c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE f32xn mul(f32xn a, f32xn b) { return _mm256_mul_ps(a, b); }
+INLINE f32xn maximum(f32xn a, f32xn b) { return _mm256_max_ps(b, a); }
+INLINE f32xn load_bf16(const uint16_t *p) {
     __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
 }
@@ -51,7 +51,7 @@ INLINE vec load_bf16(const uint16_t *p) {
 
 enum { STRUCT_VERSION = 1, CHANNEL_MULTIPLE = 16 }; /* both stand in head_kernels.py, too */
 
-/* A feature map images x height x width x channels; float, or bfloat16 for the forward pass. scale: that of boxes'
+/* A feature map images x height x width x channels; float, or bfloat16 for the forward pass. scale: that of RoIs'
    coordinates to the map's pixels. */
 typedef struct {
     int64_t height, width;
@@ -59,22 +59,22 @@ typedef struct {
     void *data;
 } Level;
 
-/* RoIAlign, average pooling. boxes: (image, x1, y1, x2, y2) each; box_levels: the level that each is taken from.
-   features: boxes x channels x out_height x out_width, or with channels_last boxes x out_height x out_width x channels.
-   Backward: features are their gradients, channels_last; the levels are written, not read. */
+/* RoIAlign, average pooling. rois: (image, x1, y1, x2, y2) each; roi_levels: the level that each is taken from.
+   features: n_rois x channels x out_height x out_width, or with channels_last n_rois x out_height x out_width x
+   channels. Backward: features are their gradients, channels_last; the levels are written, not read. */
 typedef struct {
-    int64_t version, threads, images, channels, n_levels, n_boxes, out_height, out_width, sampling_ratio, aligned, bf16,
+    int64_t version, threads, images, channels, n_levels, n_rois, out_height, out_width, sampling_ratio, aligned, bf16,
         channels_last;
     const Level *levels;
-    const float *boxes;
-    const int64_t *box_levels;
+    const float *rois;
+    const int64_t *roi_levels;
     float *features;
 } RoIAlignArgs;
 
 /* A 3 x 3 convolution of maps that are upsampled bilinearly, images x height x width x channels, once its taps were
-   applied before upsampling: levels are images x height x width x 9 x channels, the products of each pixel with the 3 x 3
-   taps. Forward: sum becomes base plus their shifted, upsampled sum; with relu negative values become 0. Backward: sum is
-   its gradient, base is null, and the levels are written. All in float, or all in bfloat16. */
+   applied before upsampling: levels are images x height x width x 9 x channels, the products of each pixel with the
+   3 x 3 taps. Forward: sum becomes base plus their shifted, upsampled sum; with relu negative values become 0.
+   Backward: sum is its gradient, base is null, and the levels are written. All in float, or all in bfloat16. */
 typedef struct {
     int64_t version, threads, images, channels, height, width, n_levels, align_corners, bf16, relu;
     const Level *levels;
@@ -83,7 +83,7 @@ typedef struct {
 } TapSumArgs;
 
 /* What kernels return, 0 for success; convnext_head_error_message has the texts. */
-enum { OK, BAD_VERSION, BAD_THREADS, BAD_SIZE, BAD_CHANNELS, BAD_FLAG, NULL_POINTER, BAD_IMAGE, BAD_LEVEL, BAD_BOX,
+enum { OK, BAD_VERSION, BAD_THREADS, BAD_SIZE, BAD_CHANNELS, BAD_FLAG, NULL_POINTER, BAD_IMAGE, BAD_LEVEL, BAD_ROI,
        NO_MEMORY, N_ERRORS };
 
 enum { MAX_SIDE = 1 << 24, MAX_BINS = 1 << 12 };
@@ -93,38 +93,38 @@ INLINE int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* ---- RoIAlign ---------------------------------------------------------------------------------------------------- */
 
-/* A box in the pixels of its map, with its grid of sample points per bin. */
+/* A RoI in the pixels of its map, with its grid of sample points per bin. */
 typedef struct {
     int64_t image;
     const Level *level;
     float x, y, bin_width, bin_height;
     int64_t grid_width, grid_height;
-} Box;
+} RoI;
 
-static int64_t read_box(const RoIAlignArgs *args, int64_t i, Box *box) {
-    const float *b = args->boxes + 5 * i;
-    int64_t level = args->box_levels[i];
+static int64_t read_roi(const RoIAlignArgs *args, int64_t i, RoI *roi) {
+    const float *b = args->rois + 5 * i;
+    int64_t level = args->roi_levels[i];
     if (level < 0 || level >= args->n_levels) return BAD_LEVEL;
     if (!(b[0] >= 0 && b[0] < (float)args->images)) return BAD_IMAGE;
-    box->image = (int64_t)b[0];
-    box->level = args->levels + level;
-    float scale = (float)box->level->scale, offset = args->aligned ? 0.5f : 0.0f;
-    box->x = b[1] * scale - offset;
-    box->y = b[2] * scale - offset;
+    roi->image = (int64_t)b[0];
+    roi->level = args->levels + level;
+    float scale = (float)roi->level->scale, offset = args->aligned ? 0.5f : 0.0f;
+    roi->x = b[1] * scale - offset;
+    roi->y = b[2] * scale - offset;
     float right = b[3] * scale - offset, bottom = b[4] * scale - offset;
-    float width = right - box->x, height = bottom - box->y;
+    float width = right - roi->x, height = bottom - roi->y;
     if (!args->aligned) {
         width = width < 1.0f ? 1.0f : width;
         height = height < 1.0f ? 1.0f : height;
     }
-    if (!(width >= 0 && height >= 0)) return BAD_BOX; /* NaN too */
+    if (!(width >= 0 && height >= 0)) return BAD_ROI; /* NaN too */
     float limit = (float)MAX_SIDE;
-    if (!(fabsf(box->x) < limit && fabsf(box->y) < limit && width < limit && height < limit)) return BAD_BOX;
-    box->bin_width = width / (float)args->out_width;
-    box->bin_height = height / (float)args->out_height;
+    if (!(fabsf(roi->x) < limit && fabsf(roi->y) < limit && width < limit && height < limit)) return BAD_ROI;
+    roi->bin_width = width / (float)args->out_width;
+    roi->bin_height = height / (float)args->out_height;
     int64_t ratio = args->sampling_ratio;
-    box->grid_width = ratio > 0 ? ratio : (int64_t)ceilf(width / (float)args->out_width);
-    box->grid_height = ratio > 0 ? ratio : (int64_t)ceilf(height / (float)args->out_height);
+    roi->grid_width = ratio > 0 ? ratio : (int64_t)ceilf(width / (float)args->out_width);
+    roi->grid_height = ratio > 0 ? ratio : (int64_t)ceilf(height / (float)args->out_height);
     return OK;
 }
 
@@ -156,15 +156,15 @@ static void fill_axis(const Axis *axis, float start, float bin, int64_t grid, in
     for (int64_t b = 0; b < bins; b++) {
         int32_t first = axis->begin[b] = n;
         for (int64_t i = 0; i < grid; i++) {
-            float at = start + (float)b * bin + ((float)i + .5f) * bin / (float)grid;
-            if (at < -1.0f || at > (float)size) continue;
-            if (at <= 0) at = 0;
-            int32_t low = (int32_t)at;
+            float coord = start + (float)b * bin + ((float)i + .5f) * bin / (float)grid;
+            if (coord < -1.0f || coord > (float)size) continue;
+            if (coord <= 0) coord = 0;
+            int32_t low = (int32_t)coord;
             if (low >= size - 1) {
                 n = add_tap(axis->taps, first, n, (int32_t)size - 1, scale);
                 continue;
             }
-            float fraction = at - (float)low;
+            float fraction = coord - (float)low;
             n = add_tap(axis->taps, first, n, low, (1.0f - fraction) * scale);
             if (fraction > 0) n = add_tap(axis->taps, first, n, low + 1, fraction * scale);
         }
@@ -172,7 +172,7 @@ static void fill_axis(const Axis *axis, float start, float bin, int64_t grid, in
     axis->begin[bins] = n;
 }
 
-/* Memory of a thread: the taps of both axes, and the features of a box, channels_last. */
+/* Memory of a thread: the taps of both axes, and the features of a RoI, channels_last. */
 typedef struct {
     int64_t axis_bytes[2], features_bytes, total;
 } Scratch;
@@ -193,7 +193,7 @@ static Scratch plan_scratch(const RoIAlignArgs *args) {
     return s;
 }
 
-static void fill_axes(const RoIAlignArgs *args, const Scratch *plan, char *scratch, const Box *box, Axis *y, Axis *x) {
+static void fill_axes(const RoIAlignArgs *args, const Scratch *plan, char *scratch, const RoI *roi, Axis *y, Axis *x) {
     char *parts[2] = {scratch, scratch + plan->axis_bytes[0]};
     int64_t bins[2] = {args->out_height, args->out_width};
     Axis *axes[2] = {y, x};
@@ -201,23 +201,23 @@ static void fill_axes(const RoIAlignArgs *args, const Scratch *plan, char *scrat
         axes[i]->begin = (int32_t *)parts[i];
         axes[i]->taps = (Tap *)(parts[i] + round_up((bins[i] + 1) * sizeof(int32_t)));
     }
-    float share = 1.0f / (float)max_i64(box->grid_height * box->grid_width, 1);
-    fill_axis(y, box->y, box->bin_height, box->grid_height, args->out_height, box->level->height, share);
-    fill_axis(x, box->x, box->bin_width, box->grid_width, args->out_width, box->level->width, 1.0f);
+    float inv_count = 1.0f / (float)max_i64(roi->grid_height * roi->grid_width, 1);
+    fill_axis(y, roi->y, roi->bin_height, roi->grid_height, args->out_height, roi->level->height, inv_count);
+    fill_axis(x, roi->x, roi->bin_width, roi->grid_width, args->out_width, roi->level->width, 1.0f);
 }
 
 /* `n` vectors of channels of a bin. */
 INLINE void pool(int bf16, int n, const char *map, int64_t width, int64_t channels, const Tap *y, int32_t ny,
                  const Tap *x, int32_t nx, float *out) {
-    vec sums[BLOCK];
+    f32xn sums[VECS];
     int64_t bytes = channels * (bf16 ? 2 : 4);
     for (int v = 0; v < n; v++) sums[v] = splat(0);
     for (int32_t i = 0; i < ny; i++) {
-        vec row[BLOCK], weight = splat(y[i].weight);
+        f32xn row[VECS], weight = splat(y[i].weight);
         for (int v = 0; v < n; v++) row[v] = splat(0);
         for (int32_t k = 0; k < nx; k++) {
             const char *pixel = map + (y[i].index * width + x[k].index) * bytes;
-            vec w = splat(x[k].weight);
+            f32xn w = splat(x[k].weight);
             for (int v = 0; v < n; v++)
                 row[v] = multiply_add(w, bf16 ? load_bf16((const uint16_t *)pixel + v * LANES)
                                      : load((const float *)pixel + v * LANES), row[v]);
@@ -227,25 +227,25 @@ INLINE void pool(int bf16, int n, const char *map, int64_t width, int64_t channe
     for (int v = 0; v < n; v++) store(out + v * LANES, sums[v]);
 }
 
-INLINE void pool_box(int bf16, const RoIAlignArgs *args, const Box *box, const Axis *y, const Axis *x, float *out) {
-    int64_t c = args->channels, size = bf16 ? 2 : 4, width = box->level->width;
-    const char *map = (const char *)box->level->data + box->image * box->level->height * width * c * size;
+INLINE void pool_roi(int bf16, const RoIAlignArgs *args, const RoI *roi, const Axis *y, const Axis *x, float *out) {
+    int64_t c = args->channels, size = bf16 ? 2 : 4, width = roi->level->width;
+    const char *map = (const char *)roi->level->data + roi->image * roi->level->height * width * c * size;
     for (int64_t i = 0; i < args->out_height; i++)
         for (int64_t j = 0; j < args->out_width; j++, out += c) {
             const Tap *ty = y->taps + y->begin[i], *tx = x->taps + x->begin[j];
             int32_t ny = y->begin[i + 1] - y->begin[i], nx = x->begin[j + 1] - x->begin[j];
             int64_t k = 0;
-            for (; k + BLOCK * LANES <= c; k += BLOCK * LANES)
-                pool(bf16, BLOCK, map + k * size, width, c, ty, ny, tx, nx, out + k);
+            for (; k + VECS * LANES <= c; k += VECS * LANES)
+                pool(bf16, VECS, map + k * size, width, c, ty, ny, tx, nx, out + k);
             for (; k < c; k += LANES) pool(bf16, 1, map + k * size, width, c, ty, ny, tx, nx, out + k);
         }
 }
 
 /* (area, channels) -> (channels, area), some channels at a time, whose lines stay in the nearest cache. */
-static void transpose(const float *from, int64_t area, int64_t channels, float *to) {
+static void transpose(const float *src, int64_t area, int64_t channels, float *dst) {
     for (int64_t c = 0; c < channels; c += CHANNEL_MULTIPLE)
         for (int64_t k = c; k < c + CHANNEL_MULTIPLE; k++)
-            for (int64_t i = 0; i < area; i++) to[k * area + i] = from[i * channels + k];
+            for (int64_t i = 0; i < area; i++) dst[k * area + i] = src[i * channels + k];
 }
 
 static int64_t check_roi_align(const RoIAlignArgs *args) {
@@ -253,7 +253,7 @@ static int64_t check_roi_align(const RoIAlignArgs *args) {
     if (args->version != STRUCT_VERSION) return BAD_VERSION;
     if (args->threads < 1 || args->threads > 1 << 16) return BAD_THREADS;
     if (args->channels < 1 || args->channels % CHANNEL_MULTIPLE || args->channels > MAX_SIDE) return BAD_CHANNELS;
-    if (args->images < 1 || args->images > MAX_SIDE || args->n_boxes < 0) return BAD_SIZE;
+    if (args->images < 1 || args->images > MAX_SIDE || args->n_rois < 0) return BAD_SIZE;
     if (args->n_levels < 1 || args->sampling_ratio < 0 || args->sampling_ratio > MAX_BINS) return BAD_SIZE;
     if (args->out_height < 1 || args->out_height > MAX_BINS) return BAD_SIZE;
     if (args->out_width < 1 || args->out_width > MAX_BINS) return BAD_SIZE;
@@ -261,15 +261,16 @@ static int64_t check_roi_align(const RoIAlignArgs *args) {
     if (!args->levels) return NULL_POINTER;
     for (int64_t i = 0; i < args->n_levels; i++) {
         const Level *level = args->levels + i;
-        if (level->height < 1 || level->height > MAX_SIDE || level->width < 1 || level->width > MAX_SIDE) return BAD_SIZE;
+        if (level->height < 1 || level->height > MAX_SIDE) return BAD_SIZE;
+        if (level->width < 1 || level->width > MAX_SIDE) return BAD_SIZE;
         if (level->height * level->width > INT32_MAX || !(level->scale > 0)) return BAD_SIZE;
         if (level->height * args->out_height > INT32_MAX || level->width * args->out_width > INT32_MAX) return BAD_SIZE;
         if (!level->data) return NULL_POINTER;
     }
-    if (args->n_boxes && (!args->boxes || !args->box_levels || !args->features)) return NULL_POINTER;
-    Box box;
-    for (int64_t i = 0; i < args->n_boxes; i++) {
-        int64_t error = read_box(args, i, &box);
+    if (args->n_rois && (!args->rois || !args->roi_levels || !args->features)) return NULL_POINTER;
+    RoI roi;
+    for (int64_t i = 0; i < args->n_rois; i++) {
+        int64_t error = read_roi(args, i, &roi);
         if (error) return error;
     }
     return OK;
@@ -284,19 +285,19 @@ int64_t convnext_roi_align(const RoIAlignArgs *args) {
     int64_t area = args->out_height * args->out_width, numel = area * args->channels;
 #pragma omp parallel num_threads((int)args->threads)
     {
-        char *own = scratch + omp_get_thread_num() * plan.total;
-        float *rows = (float *)(own + plan.axis_bytes[0] + plan.axis_bytes[1]);
+        char *buffer = scratch + omp_get_thread_num() * plan.total;
+        float *rows = (float *)(buffer + plan.axis_bytes[0] + plan.axis_bytes[1]);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < args->n_boxes; i++) {
-            Box box;
+        for (int64_t i = 0; i < args->n_rois; i++) {
+            RoI roi;
             Axis y, x;
             float *out = args->features + i * numel;
-            read_box(args, i, &box);
-            fill_axes(args, &plan, own, &box, &y, &x);
+            read_roi(args, i, &roi);
+            fill_axes(args, &plan, buffer, &roi, &y, &x);
             if (args->bf16)
-                pool_box(1, args, &box, &y, &x, args->channels_last ? out : rows);
+                pool_roi(1, args, &roi, &y, &x, args->channels_last ? out : rows);
             else
-                pool_box(0, args, &box, &y, &x, args->channels_last ? out : rows);
+                pool_roi(0, args, &roi, &y, &x, args->channels_last ? out : rows);
             if (!args->channels_last) transpose(rows, area, args->channels, out);
         }
     }
@@ -304,23 +305,26 @@ int64_t convnext_roi_align(const RoIAlignArgs *args) {
     return OK;
 }
 
-enum { BAND = 8 }; /* rows of a map that a thread takes at a time: no two threads write to one pixel */
+enum { BAND_ROWS = 8 }; /* rows of a map that a thread takes at a time: no two threads write to one pixel */
+
+INLINE int64_t n_bands(const Level *level) { return (level->height + BAND_ROWS - 1) / BAND_ROWS; }
 
 /* Add the gradient of a bin, times the weight of a row, to that row. */
-INLINE void spread(int n, const float *grad, float weight, const Tap *x, int32_t nx, int64_t channels, float *row) {
-    vec g[BLOCK], w = splat(weight);
+INLINE void scatter_add(int n, const float *grad, float weight, const Tap *x, int32_t nx, int64_t channels,
+                        float *row) {
+    f32xn g[VECS], w = splat(weight);
     for (int v = 0; v < n; v++) g[v] = mul(w, load(grad + v * LANES));
     for (int32_t k = 0; k < nx; k++) {
         float *pixel = row + x[k].index * channels;
-        vec wx = splat(x[k].weight);
+        f32xn wx = splat(x[k].weight);
         for (int v = 0; v < n; v++) store(pixel + v * LANES, multiply_add(wx, g[v], load(pixel + v * LANES)));
     }
 }
 
-static void spread_box(const RoIAlignArgs *args, int64_t i, const Box *box, const Axis *y, const Axis *x, int64_t first,
-                       int64_t last) {
-    int64_t c = args->channels, width = box->level->width;
-    float *map = (float *)box->level->data + box->image * box->level->height * width * c;
+static void scatter_add_roi(const RoIAlignArgs *args, int64_t i, const RoI *roi, const Axis *y, const Axis *x,
+                            int64_t first, int64_t last) {
+    int64_t c = args->channels, width = roi->level->width;
+    float *map = (float *)roi->level->data + roi->image * roi->level->height * width * c;
     for (int64_t h = 0; h < args->out_height; h++)
         for (const Tap *t = y->taps + y->begin[h]; t < y->taps + y->begin[h + 1]; t++) {
             if (t->index < first || t->index >= last) continue;
@@ -330,17 +334,17 @@ static void spread_box(const RoIAlignArgs *args, int64_t i, const Box *box, cons
                 const Tap *tx = x->taps + x->begin[w];
                 int32_t nx = x->begin[w + 1] - x->begin[w];
                 int64_t k = 0;
-                for (; k + BLOCK * LANES <= c; k += BLOCK * LANES)
-                    spread(BLOCK, grad + k, t->weight, tx, nx, c, row + k);
-                for (; k < c; k += LANES) spread(1, grad + k, t->weight, tx, nx, c, row + k);
+                for (; k + VECS * LANES <= c; k += VECS * LANES)
+                    scatter_add(VECS, grad + k, t->weight, tx, nx, c, row + k);
+                for (; k < c; k += LANES) scatter_add(1, grad + k, t->weight, tx, nx, c, row + k);
             }
         }
 }
 
-/* Whether the sample points of a box may touch rows from `first` to before `last`. */
-static int touches(const RoIAlignArgs *args, const Box *box, int64_t first, int64_t last) {
-    int64_t height = box->level->height;
-    int64_t top = (int64_t)floorf(box->y) - 1, bottom = (int64_t)ceilf(box->y + box->bin_height * args->out_height) + 1;
+/* Whether the sample points of a RoI may touch rows from `first` to before `last`. */
+static int may_overlap(const RoIAlignArgs *args, const RoI *roi, int64_t first, int64_t last) {
+    int64_t height = roi->level->height;
+    int64_t top = (int64_t)floorf(roi->y) - 1, bottom = (int64_t)ceilf(roi->y + roi->bin_height * args->out_height) + 1;
     top = min_i64(max_i64(top, 0), height - 1);
     bottom = min_i64(max_i64(bottom, 0), height - 1);
     return bottom >= first && top < last;
@@ -352,32 +356,33 @@ int64_t convnext_roi_align_backward(const RoIAlignArgs *args) {
     if (args->bf16 || !args->channels_last) return BAD_FLAG;
     Scratch plan = plan_scratch(args);
     int64_t tasks = 0;
-    for (int64_t l = 0; l < args->n_levels; l++) tasks += args->images * ((args->levels[l].height + BAND - 1) / BAND);
+    for (int64_t l = 0; l < args->n_levels; l++) tasks += args->images * n_bands(args->levels + l);
     char *scratch = aligned_alloc(64, args->threads * plan.total);
     if (!scratch) return NO_MEMORY;
 #pragma omp parallel num_threads((int)args->threads)
     {
-        char *own = scratch + omp_get_thread_num() * plan.total;
+        char *buffer = scratch + omp_get_thread_num() * plan.total;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t t = 0; t < tasks; t++) {
-            int64_t rest = t, l = 0, bands;
+            int64_t task = t, l = 0, bands;
             for (;; l++) {
-                bands = (args->levels[l].height + BAND - 1) / BAND;
-                if (rest < args->images * bands) break;
-                rest -= args->images * bands;
+                bands = n_bands(args->levels + l);
+                if (task < args->images * bands) break;
+                task -= args->images * bands;
             }
             const Level *level = args->levels + l;
-            int64_t image = rest / bands, first = rest % bands * BAND, last = min_i64(first + BAND, level->height);
-            int64_t row = level->width * args->channels;
-            memset((float *)level->data + (image * level->height + first) * row, 0, (last - first) * row * sizeof(float));
-            for (int64_t i = 0; i < args->n_boxes; i++) {
-                Box box;
+            int64_t image = task / bands, first = task % bands * BAND_ROWS;
+            int64_t last = min_i64(first + BAND_ROWS, level->height), row = level->width * args->channels;
+            float *band = (float *)level->data + (image * level->height + first) * row;
+            memset(band, 0, (last - first) * row * sizeof(float));
+            for (int64_t i = 0; i < args->n_rois; i++) {
+                RoI roi;
                 Axis y, x;
-                if (args->box_levels[i] != l) continue;
-                read_box(args, i, &box);
-                if (box.image != image || !touches(args, &box, first, last)) continue;
-                fill_axes(args, &plan, own, &box, &y, &x);
-                spread_box(args, i, &box, &y, &x, first, last);
+                if (args->roi_levels[i] != l) continue;
+                read_roi(args, i, &roi);
+                if (roi.image != image || !may_overlap(args, &roi, first, last)) continue;
+                fill_axes(args, &plan, buffer, &roi, &y, &x);
+                scatter_add_roi(args, i, &roi, &y, &x, first, last);
             }
         }
     }
@@ -385,41 +390,41 @@ int64_t convnext_roi_align_backward(const RoIAlignArgs *args) {
     return OK;
 }
 
-/* ---- convolutions of upsampled maps ------------------------------------------------------------------------------- */
+/* ---- convolutions of upsampled maps ------------------------------------------------------------------------------ */
 
-enum { TAPS = 3, PIECE = 64, ROWS = 8 }; /* channels and rows that a thread takes at a time */
+enum { CONV_K = 3, C_BLOCK = 64, ROW_BLOCK = 8 }; /* channels and rows that a thread takes at a time */
 
-/* For an output position and a tap, the two positions of the small map that the tap's position lies between, and their
+/* For an output position and a tap, the two positions of the level that the tap's position lies between, and their
    weights; weights of 0 beyond the border. */
 typedef struct {
     int32_t low, high;
     float low_weight, high_weight;
 } Source;
 
-/* `size` x TAPS sources, as torch interpolates. */
-static void fill_sources(Source *sources, int64_t size, int64_t small, int64_t align_corners) {
-    float scale = (float)small / (float)size;
-    if (align_corners) scale = size > 1 ? (float)(small - 1) / (float)(size - 1) : 0.0f;
-    for (int64_t i = 0; i < size; i++)
-        for (int64_t k = 0; k < TAPS; k++) {
-            int64_t at = i + k - 1;
-            Source *s = sources + i * TAPS + k;
+/* `out_size` x CONV_K sources, as torch interpolates. */
+static void fill_sources(Source *sources, int64_t out_size, int64_t in_size, int64_t align_corners) {
+    float scale = (float)in_size / (float)out_size;
+    if (align_corners) scale = out_size > 1 ? (float)(in_size - 1) / (float)(out_size - 1) : 0.0f;
+    for (int64_t i = 0; i < out_size; i++)
+        for (int64_t k = 0; k < CONV_K; k++) {
+            int64_t pos = i + k - 1;
+            Source *s = sources + i * CONV_K + k;
             *s = (Source){0, 0, 0.0f, 0.0f};
-            if (at < 0 || at >= size) continue;
-            float real = align_corners ? scale * (float)at : scale * ((float)at + 0.5f) - 0.5f;
-            real = real < 0 ? 0 : real;
-            s->low = (int32_t)min_i64((int64_t)real, small - 1);
-            s->high = (int32_t)min_i64(s->low + 1, small - 1);
-            s->high_weight = real - (float)s->low;
+            if (pos < 0 || pos >= out_size) continue;
+            float source = align_corners ? scale * (float)pos : scale * ((float)pos + 0.5f) - 0.5f;
+            source = source < 0 ? 0 : source;
+            s->low = (int32_t)min_i64((int64_t)source, in_size - 1);
+            s->high = (int32_t)min_i64(s->low + 1, in_size - 1);
+            s->high_weight = source - (float)s->low;
             s->low_weight = 1.0f - s->high_weight;
         }
 }
 
-INLINE vec load_elem(int bf16, const void *p, int64_t i) {
+INLINE f32xn load_elem(int bf16, const void *p, int64_t i) {
     return bf16 ? load_bf16((const uint16_t *)p + i) : load((const float *)p + i);
 }
 
-INLINE void store_elem(int bf16, void *p, int64_t i, vec v) {
+INLINE void store_elem(int bf16, void *p, int64_t i, f32xn v) {
     if (!bf16) {
         store((float *)p + i, v);
         return;
@@ -452,77 +457,79 @@ static int64_t check_tap_sum(const TapSumArgs *args) {
     return OK;
 }
 
-/* Sources of all levels, rows before columns: those of level i begin at i * (height + width) * TAPS. */
+/* Sources of all levels, rows before columns: those of level i begin at i * (height + width) * CONV_K. */
 static Source *all_sources(const TapSumArgs *args) {
-    int64_t n = (args->height + args->width) * TAPS;
+    int64_t n = (args->height + args->width) * CONV_K;
     Source *sources = malloc(args->n_levels * n * sizeof(Source));
     for (int64_t i = 0; sources && i < args->n_levels; i++) {
         fill_sources(sources + i * n, args->height, args->levels[i].height, args->align_corners);
-        fill_sources(sources + i * n + args->height * TAPS, args->width, args->levels[i].width, args->align_corners);
+        fill_sources(sources + i * n + args->height * CONV_K, args->width, args->levels[i].width, args->align_corners);
     }
     return sources;
 }
 
-/* `n` vectors: the products of a level, summed over the rows that an output row takes. columns: width x TAPS x PIECE. */
-INLINE void sum_rows(int bf16, int n, const Level *level, int64_t image, const Source *rows, int64_t channels, int64_t c,
-                     float *columns) {
-    int64_t pixel = TAPS * TAPS * channels, size = bf16 ? 2 : 4;
+/* `n` vectors: the products of a level, summed over the rows that an output row takes. columns: width x CONV_K x
+   C_BLOCK. */
+INLINE void sum_rows(int bf16, int n, const Level *level, int64_t image, const Source *rows, int64_t channels,
+                     int64_t c, float *columns) {
+    int64_t pixel = CONV_K * CONV_K * channels, size = bf16 ? 2 : 4;
     for (int64_t x = 0; x < level->width; x++)
-        for (int64_t kx = 0; kx < TAPS; kx++) {
-            vec sums[PIECE / LANES];
+        for (int64_t kx = 0; kx < CONV_K; kx++) {
+            f32xn sums[C_BLOCK / LANES];
             for (int v = 0; v < n; v++) sums[v] = splat(0);
-            for (int64_t ky = 0; ky < TAPS; ky++) {
+            for (int64_t ky = 0; ky < CONV_K; ky++) {
                 const Source *s = rows + ky;
-                int64_t place = (ky * TAPS + kx) * channels + c;
+                int64_t offset = (ky * CONV_K + kx) * channels + c;
                 const char *low = (const char *)level->data +
-                                  (((image * level->height + s->low) * level->width + x) * pixel + place) * size;
+                                  (((image * level->height + s->low) * level->width + x) * pixel + offset) * size;
                 const char *high = low + (s->high - s->low) * level->width * pixel * size;
-                vec a = splat(s->low_weight), b = splat(s->high_weight);
+                f32xn a = splat(s->low_weight), b = splat(s->high_weight);
                 for (int v = 0; v < n; v++) {
                     sums[v] = multiply_add(a, load_elem(bf16, low, v * LANES), sums[v]);
                     sums[v] = multiply_add(b, load_elem(bf16, high, v * LANES), sums[v]);
                 }
             }
-            for (int v = 0; v < n; v++) store(columns + (x * TAPS + kx) * PIECE + v * LANES, sums[v]);
+            for (int v = 0; v < n; v++) store(columns + (x * CONV_K + kx) * C_BLOCK + v * LANES, sums[v]);
         }
 }
 
 /* `n` vectors of an output row. columns: those of all levels, one after the other. */
 INLINE void sum_columns(int bf16, int n, const TapSumArgs *args, const Source *sources, const float *columns,
                         int64_t row, int64_t c) {
-    int64_t per_level = (args->height + args->width) * TAPS;
+    int64_t per_level = (args->height + args->width) * CONV_K;
     for (int64_t x = 0; x < args->width; x++) {
-        int64_t at = (row * args->width + x) * args->channels + c;
-        vec sums[PIECE / LANES], zero = splat(0);
-        for (int v = 0; v < n; v++) sums[v] = load_elem(bf16, args->base, at + v * LANES);
-        const float *own = columns;
+        int64_t offset = (row * args->width + x) * args->channels + c;
+        f32xn sums[C_BLOCK / LANES], zero = splat(0);
+        for (int v = 0; v < n; v++) sums[v] = load_elem(bf16, args->base, offset + v * LANES);
+        const float *level_columns = columns;
         for (int64_t i = 0; i < args->n_levels; i++) {
-            for (int64_t kx = 0; kx < TAPS; kx++) {
-                const Source *s = sources + i * per_level + (args->height + x) * TAPS + kx;
-                const float *low = own + (s->low * TAPS + kx) * PIECE, *high = own + (s->high * TAPS + kx) * PIECE;
-                vec a = splat(s->low_weight), b = splat(s->high_weight);
+            for (int64_t kx = 0; kx < CONV_K; kx++) {
+                const Source *s = sources + i * per_level + (args->height + x) * CONV_K + kx;
+                const float *low = level_columns + (s->low * CONV_K + kx) * C_BLOCK;
+                const float *high = level_columns + (s->high * CONV_K + kx) * C_BLOCK;
+                f32xn a = splat(s->low_weight), b = splat(s->high_weight);
                 for (int v = 0; v < n; v++) {
                     sums[v] = multiply_add(a, load(low + v * LANES), sums[v]);
                     sums[v] = multiply_add(b, load(high + v * LANES), sums[v]);
                 }
             }
-            own += args->levels[i].width * TAPS * PIECE;
+            level_columns += args->levels[i].width * CONV_K * C_BLOCK;
         }
         for (int v = 0; v < n; v++) {
             if (args->relu) sums[v] = maximum(sums[v], zero);
-            store_elem(bf16, args->sum, at + v * LANES, sums[v]);
+            store_elem(bf16, args->sum, offset + v * LANES, sums[v]);
         }
     }
 }
 
-INLINE void tap_sum_piece(int bf16, int n, const TapSumArgs *args, const Source *sources, float *columns, int64_t row,
+INLINE void tap_sum_block(int bf16, int n, const TapSumArgs *args, const Source *sources, float *columns, int64_t row,
                           int64_t c) {
-    int64_t image = row / args->height, per_level = (args->height + args->width) * TAPS;
-    float *own = columns;
+    int64_t image = row / args->height, per_level = (args->height + args->width) * CONV_K;
+    float *level_columns = columns;
     for (int64_t i = 0; i < args->n_levels; i++) {
-        const Source *rows = sources + i * per_level + row % args->height * TAPS;
-        sum_rows(bf16, n, args->levels + i, image, rows, args->channels, c, own);
-        own += args->levels[i].width * TAPS * PIECE;
+        const Source *rows = sources + i * per_level + row % args->height * CONV_K;
+        sum_rows(bf16, n, args->levels + i, image, rows, args->channels, c, level_columns);
+        level_columns += args->levels[i].width * CONV_K * C_BLOCK;
     }
     sum_columns(bf16, n, args, sources, columns, row, c);
 }
@@ -531,8 +538,8 @@ int64_t convnext_tap_sum(const TapSumArgs *args) {
     int64_t error = check_tap_sum(args);
     if (error) return error;
     if (!args->base) return NULL_POINTER;
-    int64_t columns = 0, rows = args->images * args->height, groups = (rows + ROWS - 1) / ROWS;
-    for (int64_t i = 0; i < args->n_levels; i++) columns += args->levels[i].width * TAPS * PIECE;
+    int64_t columns = 0, rows = args->images * args->height, groups = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
+    for (int64_t i = 0; i < args->n_levels; i++) columns += args->levels[i].width * CONV_K * C_BLOCK;
     Source *sources = all_sources(args);
     float *scratch = aligned_alloc(64, args->threads * columns * sizeof(float));
     if (!sources || !scratch) {
@@ -540,19 +547,20 @@ int64_t convnext_tap_sum(const TapSumArgs *args) {
         free(scratch);
         return NO_MEMORY;
     }
-    int64_t pieces = (args->channels + PIECE - 1) / PIECE;
+    int64_t c_blocks = (args->channels + C_BLOCK - 1) / C_BLOCK;
 #pragma omp parallel for num_threads((int)args->threads) schedule(dynamic, 1)
-    for (int64_t t = 0; t < groups * pieces; t++) {
-        float *own = scratch + omp_get_thread_num() * columns;
-        int64_t first = t / pieces * ROWS, c = t % pieces * PIECE, channels = min_i64(PIECE, args->channels - c);
-        for (int64_t row = first; row < min_i64(first + ROWS, rows); row++) {
+    for (int64_t t = 0; t < groups * c_blocks; t++) {
+        float *buffer = scratch + omp_get_thread_num() * columns;
+        int64_t first = t / c_blocks * ROW_BLOCK, c = t % c_blocks * C_BLOCK;
+        int64_t channels = min_i64(C_BLOCK, args->channels - c);
+        for (int64_t row = first; row < min_i64(first + ROW_BLOCK, rows); row++) {
             int64_t k = 0;
-            if (channels == PIECE && args->bf16)
-                tap_sum_piece(1, PIECE / LANES, args, sources, own, row, c);
-            else if (channels == PIECE)
-                tap_sum_piece(0, PIECE / LANES, args, sources, own, row, c);
+            if (channels == C_BLOCK && args->bf16)
+                tap_sum_block(1, C_BLOCK / LANES, args, sources, buffer, row, c);
+            else if (channels == C_BLOCK)
+                tap_sum_block(0, C_BLOCK / LANES, args, sources, buffer, row, c);
             else
-                for (; k < channels; k += LANES) tap_sum_piece((int)args->bf16, 1, args, sources, own, row, c + k);
+                for (; k < channels; k += LANES) tap_sum_block((int)args->bf16, 1, args, sources, buffer, row, c + k);
         }
     }
     free(sources);
@@ -560,33 +568,36 @@ int64_t convnext_tap_sum(const TapSumArgs *args) {
     return OK;
 }
 
-/* The weight that an output position and a tap give to a position of the small map. */
+/* The weight that an output position and a tap give to a position of the level. */
 INLINE float weight_of(const Source *s, int64_t index) {
     return (s->low == index ? s->low_weight : 0.0f) + (s->high == index ? s->high_weight : 0.0f);
 }
 
-/* Gradients of the products of a row of a level, `n` vectors of channels. sums: width x 9 x PIECE. columns: the gradient
-   of an output row, summed over the columns that a pixel of the level is a source of, width x TAPS x PIECE. */
-INLINE void tap_sum_backward_piece(int bf16, int n, const TapSumArgs *args, int64_t i, const Source *sources,
+/* Gradients of the products of a row of a level, `n` vectors of channels. sums: width x 9 x C_BLOCK. columns: the
+   gradient of an output row, summed over the columns that a pixel of the level is a source of, width x CONV_K x
+   C_BLOCK. */
+INLINE void tap_sum_backward_block(int bf16, int n, const TapSumArgs *args, int64_t i, const Source *sources,
                                    float *sums, float *columns, int64_t image, int64_t row, int64_t c) {
     const Level *level = args->levels + i;
-    const Source *rows = sources + i * (args->height + args->width) * TAPS, *xs = rows + args->height * TAPS;
-    int64_t pixel = TAPS * TAPS * args->channels, size = bf16 ? 2 : 4;
-    memset(sums, 0, level->width * TAPS * TAPS * PIECE * sizeof(float));
+    const Source *rows = sources + i * (args->height + args->width) * CONV_K, *xs = rows + args->height * CONV_K;
+    int64_t pixel = CONV_K * CONV_K * args->channels, size = bf16 ? 2 : 4;
+    memset(sums, 0, level->width * CONV_K * CONV_K * C_BLOCK * sizeof(float));
     for (int64_t y = 0; y < args->height; y++) {
-        float weights[TAPS];
-        int used = 0;
-        for (int64_t ky = 0; ky < TAPS; ky++) used |= (weights[ky] = weight_of(rows + y * TAPS + ky, row)) != 0;
-        if (!used) continue;
-        memset(columns, 0, level->width * TAPS * PIECE * sizeof(float));
+        float weights[CONV_K];
+        int is_source = 0;
+        for (int64_t ky = 0; ky < CONV_K; ky++)
+            is_source |= (weights[ky] = weight_of(rows + y * CONV_K + ky, row)) != 0;
+        if (!is_source) continue;
+        memset(columns, 0, level->width * CONV_K * C_BLOCK * sizeof(float));
         for (int64_t x = 0; x < args->width; x++) {
-            vec g[PIECE / LANES];
-            int64_t at = ((image * args->height + y) * args->width + x) * args->channels + c;
-            for (int v = 0; v < n; v++) g[v] = load_elem(bf16, args->sum, at + v * LANES);
-            for (int64_t kx = 0; kx < TAPS; kx++) {
-                const Source *s = xs + x * TAPS + kx;
-                float *low = columns + (s->low * TAPS + kx) * PIECE, *high = columns + (s->high * TAPS + kx) * PIECE;
-                vec a = splat(s->low_weight), b = splat(s->high_weight);
+            f32xn g[C_BLOCK / LANES];
+            int64_t offset = ((image * args->height + y) * args->width + x) * args->channels + c;
+            for (int v = 0; v < n; v++) g[v] = load_elem(bf16, args->sum, offset + v * LANES);
+            for (int64_t kx = 0; kx < CONV_K; kx++) {
+                const Source *s = xs + x * CONV_K + kx;
+                float *low = columns + (s->low * CONV_K + kx) * C_BLOCK;
+                float *high = columns + (s->high * CONV_K + kx) * C_BLOCK;
+                f32xn a = splat(s->low_weight), b = splat(s->high_weight);
                 for (int v = 0; v < n; v++) {
                     store(low + v * LANES, multiply_add(a, g[v], load(low + v * LANES)));
                     store(high + v * LANES, multiply_add(b, g[v], load(high + v * LANES)));
@@ -594,35 +605,35 @@ INLINE void tap_sum_backward_piece(int bf16, int n, const TapSumArgs *args, int6
             }
         }
         for (int64_t x = 0; x < level->width; x++)
-            for (int64_t kx = 0; kx < TAPS; kx++) {
-                const float *from = columns + (x * TAPS + kx) * PIECE;
-                for (int64_t ky = 0; ky < TAPS; ky++) {
+            for (int64_t kx = 0; kx < CONV_K; kx++) {
+                const float *src = columns + (x * CONV_K + kx) * C_BLOCK;
+                for (int64_t ky = 0; ky < CONV_K; ky++) {
                     if (weights[ky] == 0) continue;
-                    float *to = sums + ((x * TAPS + ky) * TAPS + kx) * PIECE;
-                    vec w = splat(weights[ky]);
+                    float *dst = sums + ((x * CONV_K + ky) * CONV_K + kx) * C_BLOCK;
+                    f32xn w = splat(weights[ky]);
                     for (int v = 0; v < n; v++)
-                        store(to + v * LANES, multiply_add(w, load(from + v * LANES), load(to + v * LANES)));
+                        store(dst + v * LANES, multiply_add(w, load(src + v * LANES), load(dst + v * LANES)));
                 }
             }
     }
     char *out = (char *)level->data + ((image * level->height + row) * level->width * pixel + c) * size;
-    for (int64_t k = 0; k < level->width * TAPS * TAPS; k++)
+    for (int64_t k = 0; k < level->width * CONV_K * CONV_K; k++)
         for (int v = 0; v < n; v++)
-            store_elem(bf16, out, k * args->channels + v * LANES, load(sums + k * PIECE + v * LANES));
+            store_elem(bf16, out, k * args->channels + v * LANES, load(sums + k * C_BLOCK + v * LANES));
 }
 
 int64_t convnext_tap_sum_backward(const TapSumArgs *args) {
     int64_t error = check_tap_sum(args);
     if (error) return error;
     if (args->relu) return BAD_FLAG;
-    int64_t columns = 0, tasks = 0, pieces = (args->channels + PIECE - 1) / PIECE;
+    int64_t columns = 0, tasks = 0, c_blocks = (args->channels + C_BLOCK - 1) / C_BLOCK;
     for (int64_t i = 0; i < args->n_levels; i++) {
-        columns = max_i64(columns, args->levels[i].width * TAPS * PIECE);
-        tasks += args->images * args->levels[i].height * pieces;
+        columns = max_i64(columns, args->levels[i].width * CONV_K * C_BLOCK);
+        tasks += args->images * args->levels[i].height * c_blocks;
     }
-    int64_t own_size = columns * (1 + TAPS);
+    int64_t thread_floats = columns * (1 + CONV_K);
     Source *sources = all_sources(args);
-    float *scratch = aligned_alloc(64, args->threads * own_size * sizeof(float));
+    float *scratch = aligned_alloc(64, args->threads * thread_floats * sizeof(float));
     if (!sources || !scratch) {
         free(sources);
         free(scratch);
@@ -630,19 +641,19 @@ int64_t convnext_tap_sum_backward(const TapSumArgs *args) {
     }
 #pragma omp parallel for num_threads((int)args->threads) schedule(dynamic, 1)
     for (int64_t t = 0; t < tasks; t++) {
-        float *own = scratch + omp_get_thread_num() * own_size;
-        int64_t rest = t, i = 0;
-        for (; rest >= args->images * args->levels[i].height * pieces; i++)
-            rest -= args->images * args->levels[i].height * pieces;
-        int64_t image = rest / pieces / args->levels[i].height, row = rest / pieces % args->levels[i].height;
-        int64_t c = rest % pieces * PIECE, channels = min_i64(PIECE, args->channels - c);
-        if (channels == PIECE && args->bf16)
-            tap_sum_backward_piece(1, PIECE / LANES, args, i, sources, own + columns, own, image, row, c);
-        else if (channels == PIECE)
-            tap_sum_backward_piece(0, PIECE / LANES, args, i, sources, own + columns, own, image, row, c);
+        float *buffer = scratch + omp_get_thread_num() * thread_floats;
+        int64_t task = t, i = 0;
+        for (; task >= args->images * args->levels[i].height * c_blocks; i++)
+            task -= args->images * args->levels[i].height * c_blocks;
+        int64_t image = task / c_blocks / args->levels[i].height, row = task / c_blocks % args->levels[i].height;
+        int64_t c = task % c_blocks * C_BLOCK, channels = min_i64(C_BLOCK, args->channels - c);
+        if (channels == C_BLOCK && args->bf16)
+            tap_sum_backward_block(1, C_BLOCK / LANES, args, i, sources, buffer + columns, buffer, image, row, c);
+        else if (channels == C_BLOCK)
+            tap_sum_backward_block(0, C_BLOCK / LANES, args, i, sources, buffer + columns, buffer, image, row, c);
         else
-            for (int64_t k = 0; k < channels; k += LANES)
-                tap_sum_backward_piece((int)args->bf16, 1, args, i, sources, own + columns, own, image, row, c + k);
+            for (int64_t k = c; k < c + channels; k += LANES)
+                tap_sum_backward_block((int)args->bf16, 1, args, i, sources, buffer + columns, buffer, image, row, k);
     }
     free(sources);
     free(scratch);
@@ -653,19 +664,18 @@ int64_t convnext_tap_sum_backward(const TapSumArgs *args) {
 
 /* Greedy NMS of n boxes in the order of their scores. coords: x1, y1, x2 and y2, n of each; keep: 1 for each box that
    stays. offset: what the width of a box has beyond x2 - x1. */
-int64_t convnext_nms(int64_t n, const float *coords, float threshold, float offset, int32_t *keep) {
+int64_t convnext_nms(int64_t n, const float *coords, float threshold, float offset, int32_t *restrict keep) {
     if (n < 0) return BAD_SIZE;
     if (n && (!coords || !keep)) return NULL_POINTER;
     const float *restrict x1 = coords, *restrict y1 = x1 + n, *restrict x2 = y1 + n, *restrict y2 = x2 + n;
     float *restrict areas = malloc((n + 1) * sizeof(float));
-    int32_t *restrict stays = keep;
     if (!areas) return NO_MEMORY;
     for (int64_t i = 0; i < n; i++) {
         areas[i] = (x2[i] - x1[i] + offset) * (y2[i] - y1[i] + offset);
-        stays[i] = 1;
+        keep[i] = 1;
     }
     for (int64_t i = 0; i < n; i++) {
-        if (!stays[i]) continue;
+        if (!keep[i]) continue;
         float left = x1[i], top = y1[i], right = x2[i], bottom = y2[i], area = areas[i];
         for (int64_t j = i + 1; j < n; j++) {
             float xx1 = left < x1[j] ? x1[j] : left, yy1 = top < y1[j] ? y1[j] : top;
@@ -674,7 +684,7 @@ int64_t convnext_nms(int64_t n, const float *coords, float threshold, float offs
             w = 0.0f < w ? w : 0.0f;
             h = 0.0f < h ? h : 0.0f;
             float overlap = w * h;
-            stays[j] &= !(overlap / (area + areas[j] - overlap) > threshold);
+            keep[j] &= !(overlap / (area + areas[j] - overlap) > threshold);
         }
     }
     free(areas);
@@ -692,10 +702,10 @@ const char *convnext_head_error_message(int64_t code) {
         "the number of channels is not a multiple of 16",
         "a flag is not 0 or 1, or not for the backward pass",
         "a pointer is null",
-        "a box is of an image that is not there",
-        "a box is of a level that is not there",
-        "a box has a negative size, or coordinates that are not finite or too large",
-        "there is no memory",
+        "the image index of a RoI is out of range",
+        "the level index of a RoI is out of range",
+        "a RoI has a negative size, or coordinates that are not finite or too large",
+        "out of memory",
     };
     return code >= 0 && code < N_ERRORS ? messages[code] : "unknown error";
 }

@@ -35,9 +35,9 @@ Level = _struct('Level', 'A map of a pyramid.', c_int64='height width', c_double
 RoIAlignArgs = _struct(
     'RoIAlignArgs',
     'Arguments of RoIAlign.',
-    c_int64='version threads images channels n_levels n_boxes out_height out_width sampling_ratio aligned bf16 '
+    c_int64='version threads images channels n_levels n_rois out_height out_width sampling_ratio aligned bf16 '
     'channels_last',
-    c_void_p='levels boxes box_levels features',
+    c_void_p='levels rois roi_levels features',
 )
 TapSumArgs = _struct(
     'TapSumArgs',

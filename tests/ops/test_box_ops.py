@@ -173,9 +173,9 @@ def test_unsupported_inputs():
 @pytest.mark.parametrize(
     'column, value, message',
     [
-        (0, 2.0, 'an image that is not there'),
-        (0, -1.0, 'an image that is not there'),
-        (0, float('nan'), 'an image that is not there'),
+        (0, 2.0, 'image index .* out of range'),
+        (0, -1.0, 'image index .* out of range'),
+        (0, float('nan'), 'image index .* out of range'),
         (1, float('nan'), 'negative size'),
         (3, float('inf'), 'negative size'),
         (3, -1e9, 'negative size'),
@@ -229,7 +229,7 @@ def test_kernels_refuse_invalid_structs():
     for kernel in kernels:
         assert kernel(ctypes.byref(head_kernels.RoIAlignArgs(**valid_args))) == 0 and kernel(None) != 0
         for name in names:
-            # But for the flags, which may be 0, and the ratio, that of which 0 means one by the size of the box.
+            # But for the flags, which may be 0, and the ratio, which 0 takes from the size of the RoI.
             for value in {None} if name in names[-4:] else {-1, 1 << 40}:
                 code = kernel(ctypes.byref(head_kernels.RoIAlignArgs(**(valid_args | {name: value}))))
                 assert code and library.convnext_head_error_message(code) not in (b'success', b'unknown error'), name
