@@ -139,6 +139,11 @@ static int64_t check_pointers(const void *const *pointers, int n) {
 #define CHECK_POINTERS(...) \
     check_pointers((const void *[]){__VA_ARGS__}, sizeof((const void *[]){__VA_ARGS__}) / sizeof(void *))
 
+static int64_t check_struct(const void *args) {
+    if (!args) return NULL_POINTER;
+    return is_aligned(args, sizeof(int64_t)) ? OK : MISALIGNED;
+}
+
 static int64_t check_common(int64_t version, int64_t threads, int64_t bf16) {
     if (version != STRUCT_VERSION) return BAD_VERSION;
     if (threads < 1 || threads > 65536) return BAD_THREADS;
@@ -168,7 +173,7 @@ static int64_t check_workspace(const char *workspace, int64_t bytes, int64_t nee
 
 /* Sizes alone, which a workspace is planned from. */
 static int64_t check_block_sizes(const BlockArgs *args) {
-    if (!args) return NULL_POINTER;
+    RETURN_ON_ERROR(check_struct(args));
     RETURN_ON_ERROR(check_common(args->version, args->threads, args->bf16));
     RETURN_ON_ERROR(check_sizes(args->images, args->height, args->width, args->channels));
     return args->channels % NR || args->channels > 1 << 20 ? BAD_CHANNELS : OK;
@@ -196,7 +201,7 @@ static int64_t check_block(const BlockArgs *args, int backward) {
 }
 
 static int64_t check_patch_embed_sizes(const PatchEmbedArgs *args) {
-    if (!args) return NULL_POINTER;
+    RETURN_ON_ERROR(check_struct(args));
     RETURN_ON_ERROR(check_common(args->version, args->threads, args->bf16));
     if (args->patch_size != 2 && args->patch_size != 4) return BAD_PATCH_SIZE;
     RETURN_ON_ERROR(check_sizes(args->images, args->height, args->width, args->out_channels));
@@ -208,7 +213,11 @@ static int64_t check_patch_embed_sizes(const PatchEmbedArgs *args) {
 static int64_t check_patch_embed(const PatchEmbedArgs *args, int backward) {
     RETURN_ON_ERROR(check_patch_embed_sizes(args));
     if (args->patch_size == 2 && args->stride_c != 1) return BAD_STRIDE;
-    if (args->stride_n < 0 || args->stride_c < 0 || args->stride_h < 0 || args->stride_w < 0) return BAD_STRIDE;
+    const int64_t strides[4] = {args->stride_n, args->stride_c, args->stride_h, args->stride_w};
+    const int64_t sizes[4] = {args->images, args->channels, args->height * args->patch_size,
+                              args->width * args->patch_size};
+    for (int i = 0; i < 4; i++)
+        if (strides[i] < 0 || (double)strides[i] * sizes[i] >= 0x1p50) return BAD_STRIDE;
     RETURN_ON_ERROR(CHECK_POINTERS(args->x, args->weight, args->bias, args->norm_weight, args->norm_bias));
     if (!backward) return CHECK_POINTERS(args->out);
     RETURN_ON_ERROR(CHECK_POINTERS(args->grad));
@@ -219,7 +228,7 @@ static int64_t check_patch_embed(const PatchEmbedArgs *args, int backward) {
 }
 
 static int64_t check_norm(const NormArgs *args, int backward) {
-    if (!args) return NULL_POINTER;
+    RETURN_ON_ERROR(check_struct(args));
     RETURN_ON_ERROR(check_common(args->version, args->threads, 0));
     RETURN_ON_ERROR(check_sizes(args->images, args->area, args->channels, 1));
     if (args->channels % NR || args->channels > 1 << 20) return BAD_CHANNELS;
@@ -1709,7 +1718,8 @@ int64_t convnext_norm_nchw_backward_workspace(const NormArgs *args) {
 
 /* Run kernels one after the other. Returns 0, or 256 times the index of the kernel that failed plus its error code. */
 int64_t convnext_run_queue(const KernelCall *calls, int64_t n) {
-    if (!calls || n < 0) return NULL_POINTER;
+    RETURN_ON_ERROR(check_struct(calls));
+    if (n < 0) return BAD_SIZE;
     for (int64_t i = 0; i < n; i++) {
         int64_t error = calls[i].kernel ? calls[i].kernel(calls[i].args) : NULL_POINTER;
         if (error) return 256 * i + error;
@@ -1729,7 +1739,7 @@ const char *convnext_error_message(int64_t code) {
         "a pointer is null that must not be, or set without its companion",
         "a pointer is misaligned",
         "the workspace is too small",
-        "the strides are not those of channels_last, or negative",
+        "the strides are not those of channels_last, or negative, or too large",
     };
     return code >= 0 && code < N_ERRORS ? messages[code] : "unknown error";
 }

@@ -84,12 +84,41 @@ typedef struct {
 
 /* What kernels return, 0 for success; convnext_head_error_message has the texts. */
 enum { OK, BAD_VERSION, BAD_THREADS, BAD_SIZE, BAD_CHANNELS, BAD_FLAG, NULL_POINTER, BAD_IMAGE, BAD_LEVEL, BAD_ROI,
-       NO_MEMORY, N_ERRORS };
+       NO_MEMORY, MISALIGNED, N_ERRORS };
 
-enum { MAX_SIDE = 1 << 24, MAX_BINS = 1 << 12 };
+enum { MAX_SIDE = 1 << 24, MAX_BINS = 1 << 12, MAX_LEVELS = 1 << 12, MAX_ROIS = 1 << 30 };
 
 INLINE int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* ---- checks ------------------------------------------------------------------------------------------------------ */
+
+static int is_aligned(const void *p, uintptr_t bytes) { return (uintptr_t)p % bytes == 0; }
+
+/* Whether a number of elements is so large that one of bytes might overflow. */
+static int is_too_large(double a, double b, double c, double d) { return a * b * c * d >= 0x1p50; }
+
+/* What the structs begin with. */
+static int64_t check_common(int64_t version, int64_t threads, int64_t images, int64_t channels, int64_t n_levels) {
+    if (version != STRUCT_VERSION) return BAD_VERSION;
+    if (threads < 1 || threads > 1 << 16) return BAD_THREADS;
+    if (channels < 1 || channels % CHANNEL_MULTIPLE || channels > MAX_SIDE) return BAD_CHANNELS;
+    if (images < 1 || images > MAX_SIDE || n_levels < 1 || n_levels > MAX_LEVELS) return BAD_SIZE;
+    return OK;
+}
+
+static int64_t check_levels(const Level *levels, int64_t n, int64_t images, int64_t channels, uintptr_t element) {
+    if (!levels) return NULL_POINTER;
+    if (!is_aligned(levels, sizeof(int64_t))) return MISALIGNED;
+    for (int64_t i = 0; i < n; i++) {
+        if (levels[i].height < 1 || levels[i].height > MAX_SIDE) return BAD_SIZE;
+        if (levels[i].width < 1 || levels[i].width > MAX_SIDE) return BAD_SIZE;
+        if (is_too_large(images, levels[i].height, levels[i].width, channels)) return BAD_SIZE;
+        if (!levels[i].data) return NULL_POINTER;
+        if (!is_aligned(levels[i].data, element)) return MISALIGNED;
+    }
+    return OK;
+}
 
 /* ---- RoIAlign ---------------------------------------------------------------------------------------------------- */
 
@@ -250,27 +279,29 @@ static void transpose(const float *src, int64_t area, int64_t channels, float *d
 
 static int64_t check_roi_align(const RoIAlignArgs *args) {
     if (!args) return NULL_POINTER;
-    if (args->version != STRUCT_VERSION) return BAD_VERSION;
-    if (args->threads < 1 || args->threads > 1 << 16) return BAD_THREADS;
-    if (args->channels < 1 || args->channels % CHANNEL_MULTIPLE || args->channels > MAX_SIDE) return BAD_CHANNELS;
-    if (args->images < 1 || args->images > MAX_SIDE || args->n_rois < 0) return BAD_SIZE;
-    if (args->n_levels < 1 || args->sampling_ratio < 0 || args->sampling_ratio > MAX_BINS) return BAD_SIZE;
+    if (!is_aligned(args, sizeof(int64_t))) return MISALIGNED;
+    int64_t error = check_common(args->version, args->threads, args->images, args->channels, args->n_levels);
+    if (error) return error;
+    if (args->n_rois < 0 || args->n_rois > MAX_ROIS) return BAD_SIZE;
+    if (args->sampling_ratio < 0 || args->sampling_ratio > MAX_BINS) return BAD_SIZE;
     if (args->out_height < 1 || args->out_height > MAX_BINS) return BAD_SIZE;
     if (args->out_width < 1 || args->out_width > MAX_BINS) return BAD_SIZE;
+    double features = (double)args->out_height * args->out_width * args->channels;
+    if (is_too_large(features, args->n_rois, 1, 1) || is_too_large(features, args->threads, 1, 1)) return BAD_SIZE;
     if (args->aligned >> 1 || args->bf16 >> 1 || args->channels_last >> 1) return BAD_FLAG;
-    if (!args->levels) return NULL_POINTER;
+    error = check_levels(args->levels, args->n_levels, args->images, args->channels, args->bf16 ? 2 : 4);
+    if (error) return error;
     for (int64_t i = 0; i < args->n_levels; i++) {
         const Level *level = args->levels + i;
-        if (level->height < 1 || level->height > MAX_SIDE) return BAD_SIZE;
-        if (level->width < 1 || level->width > MAX_SIDE) return BAD_SIZE;
         if (level->height * level->width > INT32_MAX || !(level->scale > 0)) return BAD_SIZE;
         if (level->height * args->out_height > INT32_MAX || level->width * args->out_width > INT32_MAX) return BAD_SIZE;
-        if (!level->data) return NULL_POINTER;
     }
     if (args->n_rois && (!args->rois || !args->roi_levels || !args->features)) return NULL_POINTER;
+    if (!is_aligned(args->rois, 4) || !is_aligned(args->roi_levels, 8) || !is_aligned(args->features, 4))
+        return MISALIGNED;
     RoI roi;
     for (int64_t i = 0; i < args->n_rois; i++) {
-        int64_t error = read_roi(args, i, &roi);
+        error = read_roi(args, i, &roi);
         if (error) return error;
     }
     return OK;
@@ -441,20 +472,16 @@ INLINE void store_elem(int bf16, void *p, int64_t i, f32xn v) {
 
 static int64_t check_tap_sum(const TapSumArgs *args) {
     if (!args) return NULL_POINTER;
-    if (args->version != STRUCT_VERSION) return BAD_VERSION;
-    if (args->threads < 1 || args->threads > 1 << 16) return BAD_THREADS;
-    if (args->channels < 1 || args->channels % CHANNEL_MULTIPLE || args->channels > MAX_SIDE) return BAD_CHANNELS;
-    if (args->images < 1 || args->images > MAX_SIDE || args->n_levels < 1 || args->n_levels > MAX_BINS) return BAD_SIZE;
+    if (!is_aligned(args, sizeof(int64_t))) return MISALIGNED;
+    int64_t error = check_common(args->version, args->threads, args->images, args->channels, args->n_levels);
+    if (error) return error;
     if (args->height < 1 || args->height > MAX_SIDE || args->width < 1 || args->width > MAX_SIDE) return BAD_SIZE;
+    if (is_too_large(args->images, args->height, args->width, args->channels)) return BAD_SIZE;
     if (args->align_corners >> 1 || args->bf16 >> 1 || args->relu >> 1) return BAD_FLAG;
-    if (!args->levels || !args->sum) return NULL_POINTER;
-    for (int64_t i = 0; i < args->n_levels; i++) {
-        const Level *level = args->levels + i;
-        if (level->height < 1 || level->height > MAX_SIDE) return BAD_SIZE;
-        if (level->width < 1 || level->width > MAX_SIDE) return BAD_SIZE;
-        if (!level->data) return NULL_POINTER;
-    }
-    return OK;
+    if (!args->sum) return NULL_POINTER;
+    uintptr_t element = args->bf16 ? 2 : 4;
+    if (!is_aligned(args->sum, element) || !is_aligned(args->base, element)) return MISALIGNED;
+    return check_levels(args->levels, args->n_levels, args->images, CONV_K * CONV_K * args->channels, element);
 }
 
 /* Sources of all levels, rows before columns: those of level i begin at i * (height + width) * CONV_K. */
@@ -665,8 +692,9 @@ int64_t convnext_tap_sum_backward(const TapSumArgs *args) {
 /* Greedy NMS of n boxes in the order of their scores. coords: x1, y1, x2 and y2, n of each; keep: 1 for each box that
    stays. offset: what the width of a box has beyond x2 - x1. */
 int64_t convnext_nms(int64_t n, const float *coords, float threshold, float offset, int32_t *restrict keep) {
-    if (n < 0) return BAD_SIZE;
+    if (n < 0 || n > MAX_ROIS) return BAD_SIZE;
     if (n && (!coords || !keep)) return NULL_POINTER;
+    if (!is_aligned(coords, 4) || !is_aligned(keep, 4)) return MISALIGNED;
     const float *restrict x1 = coords, *restrict y1 = x1 + n, *restrict x2 = y1 + n, *restrict y2 = x2 + n;
     float *restrict areas = malloc((n + 1) * sizeof(float));
     if (!areas) return NO_MEMORY;
@@ -706,6 +734,7 @@ const char *convnext_head_error_message(int64_t code) {
         "the level index of a RoI is out of range",
         "a RoI has a negative size, or coordinates that are not finite or too large",
         "out of memory",
+        "a pointer is misaligned",
     };
     return code >= 0 && code < N_ERRORS ? messages[code] : "unknown error";
 }
