@@ -33,7 +33,7 @@ def make_feats(channels=C, images=2, dtype=torch.float32, channels_last=True):
     return [f.contiguous(memory_format=torch.channels_last) if channels_last else f for f in feats]
 
 
-def make_rois(images=2, n=40):
+def make_rois(images=2, n=16):
     """RoIs of all sizes, some beyond the image, and their levels."""
     generator = torch.Generator().manual_seed(1)
     corners = torch.rand(n, 2, generator=generator) * torch.tensor([164.0, 120.0]) * 1.3 - 20
