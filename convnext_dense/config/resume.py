@@ -21,8 +21,8 @@ from .tree import flatten, is_equal
 from .work_dir import TIMESTAMP_GLOB, find_resume_checkpoint
 
 # Parts of a config whose values are also in the state of a checkpoint, which would override them.
-STATE_KEYS = ('optim_wrapper.optimizer', 'optim_wrapper.paramwise_cfg', 'optim_wrapper.constructor', 'param_scheduler')
-STATE_KEYS += ('auto_scale_lr', 'randomness.seed')
+STATE_PREFIXES = ('optim_wrapper.optimizer.', 'optim_wrapper.paramwise_cfg.', 'optim_wrapper.constructor.')
+STATE_PREFIXES += ('param_scheduler.', 'auto_scale_lr.', 'randomness.seed.')
 UNCHANGEABLE_KEYS = (
     'optim_wrapper.optimizer.type',
     'optim_wrapper.constructor',
@@ -162,7 +162,7 @@ def compare_settings(old: Config, new: Config, checkpoint: str, override: bool) 
     """
     changes = {key: (a, b) for key, a, b in _iter_changes(old, new)}
     unchangeable = {key: values for key, values in changes.items() if key in UNCHANGEABLE_KEYS}
-    in_state = {key: values for key, values in changes.items() if _is_below(key, STATE_KEYS)}
+    in_state = {key: values for key, values in changes.items() if f'{key}.'.startswith(STATE_PREFIXES)}
     from_weights = f'start a new run from its weights with --cfg-options load_from={checkpoint}'
     if unchangeable:
         raise UsageError(
@@ -204,10 +204,6 @@ def _comparable(name: str, value: object) -> object:
     if name == 'ann_file' and isinstance(value, str) and '/data/' in value:
         return value.rsplit('/data/', 1)[-1]  # of a custom data set, below the work dir, which may have moved
     return value
-
-
-def _is_below(key: str, parts: tuple[str, ...]) -> bool:
-    return any(key == part or key.startswith(f'{part}.') for part in parts)
 
 
 def _format_changes(changes: Mapping[str, tuple[object, object]]) -> str:

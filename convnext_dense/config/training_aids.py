@@ -96,7 +96,7 @@ def freeze_backbone(config: Config, stages: str) -> None:
     cls = class_of(backbone.get('type'), MODELS)
     if cls is None or 'frozen_stages' not in argument_names(cls):
         raise UsageError('--freeze: the model has no backbone with frozen_stages')
-    total = _count_stages(config) if issubclass(cls, ConvNeXt) else None
+    total = len(next(build_backbones(config.model)).stages) if issubclass(cls, ConvNeXt) else None
     if stages == 'all' and total is None:
         raise UsageError(f'--freeze all is for ConvNeXt: give the number of stages that {cls.__name__} freezes')
     if stages != 'all' and not stages.isdecimal():
@@ -165,7 +165,3 @@ def set_negatives(config: Config, negatives: str) -> None:
 def _check_no_hook(config: Config, name: str, flag: str) -> None:
     if any(is_type(hook.get('type'), HOOKS, name) for hook in as_list(config.get('custom_hooks'))):
         raise UsageError(f'{flag}: custom_hooks of the config has an {name} already: change it there')
-
-
-def _count_stages(config: Config) -> int:
-    return len(next(build_backbones(config.model)).stages)

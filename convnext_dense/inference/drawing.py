@@ -202,7 +202,7 @@ def _draw_labels(picture: np.ndarray, texts: Sequence[str], boxes: np.ndarray, c
     for i, text in enumerate(texts):
         left, top, right, bottom = font.getbbox(text)
         size = (right - left + 2 * pad, bottom - top + 2 * pad)
-        places = np.array([_clipped(place, size, (width, height)) for place in _label_places(boxes[i], size)])
+        places = np.array([_move_into(place, size, (width, height)) for place in _label_places(boxes[i], size)])
         other_boxes = np.delete(boxes, i, 0)
         # Hiding another label makes it unreadable; an object is only partly hidden.
         hidden = [intersections(places, each).sum(1) for each in (label_boxes, other_boxes, boxes[i : i + 1])]
@@ -231,7 +231,7 @@ def _label_places(box: np.ndarray, size: tuple[int, int]) -> Iterator[tuple[int,
     yield x2 - width, y2 - height
 
 
-def _clipped(place: tuple[int, int], size: tuple[int, int], picture: tuple[int, int]) -> tuple[int, int, int, int]:
+def _move_into(place: tuple[int, int], size: tuple[int, int], picture: tuple[int, int]) -> tuple[int, int, int, int]:
     """The rectangle (x1, y1, x2, y2) of a label, moved into the picture."""
     x, y = (max(min(p, limit - s), 0) for p, s, limit in zip(place, size, picture))
     return x, y, x + size[0], y + size[1]

@@ -115,7 +115,8 @@ def from_array(array: np.ndarray, channel_order: str | None, color_type: ColorTy
     if channel_order not in CHANNEL_ORDERS:
         raise UsageError("arrays can be RGB or BGR: give channel_order='rgb' or channel_order='bgr' (cv2.imread)")
     if channels == 4:
-        array = _on_background(array)
+        alpha = array[..., 3:].astype(np.float32) / 255
+        array = np.rint(array[..., :3] * alpha + BACKGROUND * (1 - alpha)).astype(np.uint8)
     bgr = array if channel_order == 'bgr' else np.ascontiguousarray(array[..., ::-1])
     return cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY) if color_type == 'grayscale' else bgr
 
@@ -166,12 +167,6 @@ def _decode_with_opencv(data: bytes, color_type: str) -> np.ndarray:
 
 def _has_alpha(image: Image.Image) -> bool:
     return image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in image.info
-
-
-def _on_background(array: np.ndarray) -> np.ndarray:
-    """Blend an image with alpha (H, W, 4) with the background: (H, W, 3)."""
-    alpha = array[..., 3:].astype(np.float32) / 255
-    return np.rint(array[..., :3] * alpha + BACKGROUND * (1 - alpha)).astype(np.uint8)
 
 
 def _to_uint8(array: np.ndarray) -> np.ndarray:

@@ -142,7 +142,8 @@ class Predictor:
 
     def __init__(self, model: nn.Module, source: ModelSource, device: torch.device, amp_dtype: str = 'float32'):
         self.model, self.config, self.task = model, source.config, source.task
-        n = _num_classes(model)
+        counts = [m.num_classes for m in model.modules() if isinstance(getattr(m, 'num_classes', None), int)]
+        n = max(counts, default=0)  # a region proposal network has a single class
         if source.classes and n and len(source.classes) != n:
             raise UsageError(f'{source.file}: there are names of {len(source.classes)} classes, but the model has {n}')
         self.classes = source.classes or tuple(f'class {i}' for i in range(n))
@@ -326,8 +327,3 @@ class Predictor:
         """
         picture = draw(self.read(image, channel_order), sample, self.classes, self.palette)
         return Image.fromarray(picture[..., ::-1])
-
-
-def _num_classes(model: nn.Module) -> int:
-    """Return the largest number of classes of any head; a region proposal network has a single class."""
-    return max((m.num_classes for m in model.modules() if isinstance(getattr(m, 'num_classes', None), int)), default=0)

@@ -92,7 +92,8 @@ def _curves_of(run: TrainingRun) -> TrainingCurves:
 
 def _add_session(curves: TrainingCurves, session: Session) -> None:
     last_x = curves.losses[-1][0] if curves.losses else 0.0
-    for i, record in enumerate(map(_strip_prefix, session.records)):
+    for i, raw_record in enumerate(session.records):
+        record = {re.sub('^(train|val)/', '', key): value for key, value in raw_record.items()}  # of log_with_hierarchy
         is_training = 'loss' in record or 'lr' in record
         x = last_x = _x_value(record, is_training, session, last_x)
         if i == 0:  # a later session resumed the run before its first record
@@ -118,11 +119,6 @@ def _report_undrawn(curves: TrainingCurves) -> None:
 
 def _is_drawn(value: float) -> bool:
     return abs(value) <= MAX_DRAWN  # False for NaN
-
-
-def _strip_prefix(record: dict) -> dict:
-    """Return a record without the prefixes that `log_with_hierarchy` adds."""
-    return {re.sub('^(train|val)/', '', key): value for key, value in record.items()}
 
 
 def _drop_overlap(curves: TrainingCurves, x: float, is_training: bool) -> None:

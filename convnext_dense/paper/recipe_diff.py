@@ -36,12 +36,8 @@ def diff_from_recipe(config: Config, result: PaperResult) -> list[str]:
     """
     settings, expected = (dict(_flatten_settings(c)) for c in (config, load_recipe(result)))
     changed = [key for key in {**expected, **settings} if not is_equal(settings.get(key), expected.get(key))]
-    return list(dict.fromkeys(map(_shorten, changed)))
-
-
-def _shorten(key: str) -> str:
-    """Return the last two names of a dotted key, without list indices."""
-    return '.'.join([part for part in key.split('.') if not part.isdigit()][-2:])
+    names = [[part for part in key.split('.') if not part.isdigit()] for key in changed]
+    return list(dict.fromkeys('.'.join(parts[-2:]) for parts in names))
 
 
 def _flatten_settings(config: Config) -> Iterator[tuple[str, object]]:
