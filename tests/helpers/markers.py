@@ -57,6 +57,7 @@ INTEGRATION_TESTS = {
     'export/test_one_stage.py::test_ceiling_is_that_of_float64',
     'export/test_one_stage.py::test_exported_file_equals_mmdet',
     'export/test_one_stage.py::test_module_equals_mmdet',
+    'export/test_other_channels.py',
     'export/test_query_based.py::test_exported_file_equals_mmdet',
     'export/test_query_based.py::test_module_equals_mmdet',
     'export/test_segmentor.py::test_equals_mmseg',
