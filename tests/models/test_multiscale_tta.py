@@ -151,7 +151,7 @@ config.model.decode_head.num_classes = 150
 evaluation.SCALE_FACTORS = {ratios}
 evaluation.set_multiscale(config)
 model = t.build_model(config)
-image = np.random.RandomState(0).randint(0, 256, (350, 500, 3)).astype(np.uint8)
+image = np.random.RandomState(0).randint(0, 256, (700, 1000, 3)).astype(np.uint8)
 data = t.prepare_views(config, image, Path({folder!r}))
 used = lambda key: int(next(x for x in open('/proc/self/status') if x.startswith(key)).split()[1])
 open('/proc/self/clear_refs', 'w').write('5')  # reset the peak
