@@ -100,6 +100,7 @@ INTEGRATION_TESTS = {
     'paper/test_later_results.py::test_rtmdet_trains_a_step',
     'paper/test_mask2former.py::test_demo_trains',
     'paper/test_pipelines.py',
+    'paper/test_recipes.py::test_every_config_builds',
     'test_package.py',
     'test_platforms.py',
 }

@@ -1,5 +1,9 @@
 """The recipes as configs, and their learning rates."""
 
+import copy
+import os
+from functools import cache
+
 import torch
 from mmengine.config import Config
 from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
@@ -26,8 +30,15 @@ SIZES = {
 SEGMENTATION = [result.recipe for result in PAPER_RESULTS if not result.is_detection]
 
 
+@cache
+def _read(name: str, roots: tuple[tuple[str, str], ...]) -> Config:
+    return Config.fromfile(ROOT / 'configs' / f'{name}.py')
+
+
 def load(name: str) -> Config:
-    config = Config.fromfile(ROOT / 'configs' / f'{name}.py')
+    """A recipe, which is read once for all tests; the folders of its data sets are in the environment."""
+    roots = sorted((key, value) for key, value in os.environ.items() if key.endswith('_ROOT'))
+    config = copy.deepcopy(_read(name, tuple(roots)))
     init_default_scope(config.default_scope)
     return config
 
