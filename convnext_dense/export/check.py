@@ -1,6 +1,7 @@
 """Whether an exported file computes what its model does: both run on the same images."""
 
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,6 +95,9 @@ def check_file(path: Path, predictor: Predictor, options: ExportOptions) -> list
     tolerance = HALF if options.half else FULL
     differences = compare_file(path, predictor, options, tolerance)
     _check_tolerance(differences, tolerance, path)
+    if not any(d.detections for d in differences) and predictor.task == 'detection':
+        message = 'the model detects nothing in the images of the check: what it detects in others was not compared'
+        print(f'warning: {message}', file=sys.stderr)
     return differences
 
 

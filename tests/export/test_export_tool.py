@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -44,6 +45,14 @@ def test_equal_file_is_kept_with_the_differences(export, checkpoints, tmp_path, 
     assert sum(row['detections'] for row in rows) > 20 and max(row['box'] for row in rows) < 1e-2
     assert capsys.readouterr().out.splitlines()[-1] == f'wrote {tmp_path / "d.onnx"}'
     assert read_exported(tmp_path / 'd.onnx').meta.task == 'detection'
+
+
+@pytest.mark.parametrize('detections, warns', [((0, 0), True), ((0, 3), False)])
+def test_check_without_detections_is_said(detections, warns, monkeypatch, capsys):
+    differences = [check.Difference((1, 64, 64), n, 0, 0.0, 0.0) for n in detections]
+    monkeypatch.setattr(check, 'compare_file', lambda *args: differences)
+    assert check.check_file(None, SimpleNamespace(task='detection'), check.ExportOptions()) is differences
+    assert ('warning: the model detects nothing in the images' in capsys.readouterr().err) == warns
 
 
 def test_file_that_differs_is_not_kept(export, checkpoints, tmp_path):
