@@ -17,9 +17,10 @@ from torch.export import Dim, ExportedProgram
 
 from ..checkpoints.exported_meta import CHANNELS, ExportedMeta
 from ..config.channels import channel_reader
-from ..errors import UsageError, one_line
+from ..errors import UsageError
 from ..inference.model import Predictor
 from ..inference.preprocessing import innermost_dataset
+from .swin import traceable_backbone
 
 EXAMPLE_SIZE = 224, 288  # of the images that are traced: neither square nor small, and quick
 CONFIG_KEYS = ('default_scope', 'custom_imports', 'model')
@@ -86,9 +87,14 @@ def trace(predictor: Predictor, options: ExportOptions, recipe: str | None = Non
         except UsageError:
             raise
         except Exception as error:  # what user code can raise while torch traces it
-            reason = custom_operators(module) or f'torch.export stops at: {one_line(error)[:300]}'
+            reason = custom_operators(module) or f'torch.export stops at: {_first_line(error)}'
             raise UsageError(f'{type(predictor.model).__name__} cannot be exported, {reason}') from error
     return Traced(module, program, tuple(module.output_names), _meta(predictor, options, module, recipe))
+
+
+def _first_line(error):
+    """What torch says in a line of its own before it explains how to debug it; long expressions are cut."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
 def custom_operators(model: nn.Module) -> str:
@@ -111,7 +117,7 @@ def image_channels(predictor: Predictor) -> int:
 
 
 def _exportable(predictor: Predictor, options: ExportOptions) -> nn.Module:
-    model = copy.deepcopy(predictor.model).half() if options.half else predictor.model
+    model = traceable_backbone(copy.deepcopy(predictor.model).half() if options.half else predictor.model)
     shared = dict(raw=options.input == 'raw', reader=channel_reader(predictor.config))
     if predictor.task == 'segmentation':
         from .segmentor import ExportableSegmentor
