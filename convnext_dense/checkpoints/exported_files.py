@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 from ..errors import UsageError
 from .exported_meta import KEY, ExportedMeta
+from .io import file_state
 
 AGAIN = 'export or copy it again'
 MAX_META_BYTES = 64 << 20
@@ -55,8 +56,7 @@ def read_exported(path: str | Path) -> ExportedFile:
         raise UsageError(f'{path} is not a regular file: give the file of a model')
     if not os.path.getsize(path):
         raise UsageError(f'{path} is empty: {AGAIN}')
-    status = os.stat(path)
-    return _read_cached(os.path.abspath(path), (status.st_ino, status.st_size, status.st_mtime_ns))
+    return _read_cached(os.path.abspath(path), file_state(path))
 
 
 @lru_cache(MAX_CACHED)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -59,11 +60,15 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
         UsageError: If the file is not a checkpoint, is damaged, or could only be read by running code from it.
     """
     path = Path(path).absolute()
-    status = path.stat()
     is_sharded = path.name.endswith(SHARD_INDEX_SUFFIX)  # not cached: the state of the index does not cover the shards
-    state = (status.st_ino, status.st_size, status.st_mtime_ns)
-    content = _load_uncached(path) if is_sharded else _load_cached(path, state)
+    content = _load_uncached(path) if is_sharded else _load_cached(path, file_state(path))
     return content if mmap else copy.deepcopy(content)
+
+
+def file_state(path: str | Path) -> tuple[int, ...]:
+    """Return numbers that change when a file is replaced or written to."""
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @lru_cache(MAX_CACHED)
