@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 from ..channel_files import denormalize
 from ..checkpoints.exported_files import ExportedFile, read_exported
 from ..checkpoints.exported_meta import CHANNELS
-from ..errors import UsageError
+from ..errors import UsageError, count
 from .options import PredictOptions
 from .sessions import session_class, session_device
 
@@ -172,7 +172,8 @@ class ExportedModel(nn.Module):
         original = tuple(map(int, samples[0].ori_shape[:2]))
         inputs = [image.cpu() for image in inputs]
         if len(inputs[0]) != (self.meta.channels or len(inputs[0])):
-            raise UsageError(f'images of {len(inputs[0])} channels: {self.file.path} takes {self.meta.channels}')
+            channels = count(len(inputs[0]), 'channel')
+            raise UsageError(f'images of {channels}: {self.file.path} takes {self.meta.channels}')
         shape, size = tuple(inputs[0].shape[1:]), self.session.size
         content = _content(shape, samples[0]) if self.task == 'detection' else shape
         if size and (shape[0] > size[0] or shape[1] > size[1]):
