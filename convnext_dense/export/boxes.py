@@ -78,8 +78,9 @@ def decode(coder: nn.Module, priors: torch.Tensor, deltas: torch.Tensor, shape: 
 
 
 def take(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Rows (N, k, C) of values (N, n, C) by indices (N, k)."""
-    return values.gather(1, indices[..., None].expand(-1, -1, values.shape[2]))
+    """Rows (N, k, ...) of values (N, n, ...) by indices (N, k)."""
+    shape = values.shape[2:]
+    return values.gather(1, indices.reshape(*indices.shape, *[1] * len(shape)).expand(-1, -1, *shape))
 
 
 def flatten_map(maps: torch.Tensor, channels: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..channel_files import ChannelReader
 from ..errors import UsageError
-from .mask2former import QueriedInstances
+from .mask2former import Mask2FormerInstances
 from .one_stage import PAA, YOLOX, OneStage
 from .preprocessing import Preprocess
 from .query_based import QueryBased
@@ -27,7 +27,7 @@ def one_stage(model: SingleStageDetector) -> OneStage:
 
 
 KINDS = {  # MaskFormer is derived from SingleStageDetector
-    MaskFormer: QueriedInstances,
+    MaskFormer: Mask2FormerInstances,
     TwoStageDetector: TwoStage,
     SingleStageDetector: one_stage,
     DetectionTransformer: QueryBased,

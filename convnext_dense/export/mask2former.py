@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..ops.export_ops import NO_SCORE
-from .boxes import require
+from .boxes import require, take
 from .deformable import Levels, cell_centers, copy_with_shared_weights, use_traceable_attention
 
 HEAD_METHODS = ('forward', '_forward_head', 'predict')
@@ -34,7 +34,7 @@ def traceable_segmentor(model: nn.Module) -> nn.Module:
     return model
 
 
-class QueriedInstances(nn.Module):
+class Mask2FormerInstances(nn.Module):
     """Of images to boxes, scores, labels and masks of mmdet's Mask2Former; boxes are the bounds of masks.
 
     Of a model in half precision, all but backbone and neck is float32.
@@ -84,13 +84,12 @@ class QueriedInstances(nn.Module):
         n_classes = scores.shape[2]
         scores, indices = scores.flatten(1).topk(self.test_cfg.get('max_per_image', 100))
         labels, queries = indices % n_classes, indices // n_classes
-        masks = masks.gather(1, queries[..., None, None].expand(-1, -1, *masks.shape[2:]))
-        masks = _resize(masks, images.shape[-2:])[..., : shape[0], : shape[1]]
+        masks = _resize(take(masks, queries), images.shape[-2:])[..., : shape[0], : shape[1]]
         masks = _resize(masks, size)
         scores, masks = scores * _mask_scores(masks), masks > 0
         scores, order = torch.where(labels < self.n_things, scores, NO_SCORE).sort(1, descending=True)
         is_thing = scores > NO_SCORE
-        masks = masks.gather(1, order[..., None, None].expand_as(masks)) & is_thing[..., None, None]
+        masks = take(masks, order) & is_thing[..., None, None]
         labels = torch.where(is_thing, labels.gather(1, order), -1)
         return mask_boxes(masks), scores.clamp(min=0), labels, masks
 
@@ -128,7 +127,7 @@ def _trace_pixel_decoder(head):
 def _predict_logits(head, feats, batch_img_metas, test_cfg):
     """Replace `Mask2FormerHead.predict` of mmseg, which copies the sizes of images."""
     classes, masks = (outputs[-1] for outputs in head(feats, []))
-    masks = F.interpolate(masks, size=batch_img_metas[0]['img_shape'], mode='bilinear', align_corners=False)
+    masks = _resize(masks, batch_img_metas[0]['img_shape'])
     return torch.einsum('bqc,bqhw->bchw', classes.softmax(-1)[..., :-1], masks.sigmoid())
 
 
@@ -157,6 +156,5 @@ def _decode_pixels(decoder, feats):
     outputs = [part.unflatten(2, level) for part, level in zip(parts, levels)]
     for i in reversed(range(n_rest)):
         lateral = decoder.lateral_convs[i](feats[i])
-        upsampled = F.interpolate(outputs[-1], size=lateral.shape[-2:], mode='bilinear', align_corners=False)
-        outputs.append(decoder.output_convs[i](lateral + upsampled))
+        outputs.append(decoder.output_convs[i](lateral + _resize(outputs[-1], lateral.shape[-2:])))
     return decoder.mask_feature(outputs[-1]), outputs[: decoder.num_outs]

@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 
 from ..checkpoints.exported_meta import CHANNELS, ExportedMeta
 from ..config.channels import channel_reader
-from ..errors import UsageError
+from ..errors import UsageError, root_message
 from ..inference.model import Predictor
 from ..inference.preprocessing import innermost_dataset
 from .swin import traceable_backbone
@@ -87,14 +87,9 @@ def trace(predictor: Predictor, options: ExportOptions, recipe: str | None = Non
         except UsageError:
             raise
         except Exception as error:  # what user code can raise while torch traces it
-            reason = custom_operators(module) or f'torch.export stops at: {_first_line(error)}'
+            reason = custom_operators(module) or f'torch.export stops at: {root_message(error)[:300]}'
             raise UsageError(f'{type(predictor.model).__name__} cannot be exported, {reason}') from error
     return Traced(module, program, tuple(module.output_names), _meta(predictor, options, module, recipe))
-
-
-def _first_line(error):
-    """What torch says in a line of its own before it explains how to debug it; long expressions are cut."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
 def custom_operators(model: nn.Module) -> str:
