@@ -1,4 +1,4 @@
-"""The embedded data set as label maps, with ADE20K's pipeline at a quarter of the size."""
+"""The embedded data set as segmentation masks, with ADE20K's pipeline at a quarter of the size."""
 
 dataset_type = 'BaseSegDataset'
 data_root = '{{$SHAPES_ROOT:data/shapes}}/'

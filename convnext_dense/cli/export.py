@@ -39,7 +39,7 @@ def make_export_parser(description: str) -> ArgumentParser:
         default='image',
         help='detection: masks in the size of the image, or probabilities of 28 x 28 in the box (default: %(default)s)',
     )
-    parser.add_argument('--logits', action='store_true', help='segmentation: return logits, not the label map')
+    parser.add_argument('--logits', action='store_true', help='segmentation: return logits, not the segmentation mask')
     parser.add_argument(
         '--int8',
         nargs='+',

@@ -29,7 +29,7 @@ from .foreign_layouts import describe_unsupported
 from .image_sizes import DEFAULT_LIMITS, ResizeLimit, resize_limits
 from .layouts import FolderTree, SplitDirs, find_folders
 from .mask_encoding import convert_masks
-from .panoptic import PANOPTIC, find_label_maps
+from .panoptic import PANOPTIC, find_panoptic_masks
 from .read_coco import read_detection
 from .read_masks import read_segmentation
 from .request import CheckedDataset, DatasetRequest, summarize_classes
@@ -162,7 +162,7 @@ def _find_by_task(request: DatasetRequest, task: str | None = None) -> dict[str,
         raise UsageError(f'{request.path} holds no labels of this format: leave out --format {request.format}')
     masks = find_folders(path) if path.is_dir() else None
     if path.is_dir() and not masks and (task == 'segmentation' or not boxes or boxes.format == PANOPTIC):
-        masks = find_label_maps(FolderTree(path))
+        masks = find_panoptic_masks(FolderTree(path))
     if path.is_dir() and not masks and (task == 'segmentation' or not boxes):
         is_level_above = any(map(find_folders, folders_in(path)))  # whose labels and classes are known one level below
         masks = None if is_level_above else find_mask_folders(path)

@@ -47,7 +47,7 @@ class MaskEncoding(NamedTuple):
         colors (Sequence[Sequence[int]] | None): RGB color of each label; None where no table is known.
         ignores_other_colors (bool): whether colors that are not among them are ignored.
         threshold (int | None): gray value from which on a pixel is label 1, others are 0.
-        panoptic (Mapping[str, str] | None): files from `panoptic.label_map_files`, if values are ids of segments.
+        panoptic (Mapping[str, str] | None): files from `panoptic.panoptic_json_files`, if values are ids of segments.
     """
 
     colors: Sequence[Sequence[int]] | None = None

@@ -49,7 +49,7 @@ def read_panoptic(
     return {split: _read_split(root, split, source, partial(report.add, split)) for split, source in splits.items()}
 
 
-def find_label_maps(tree: FolderTree) -> tuple[str, dict[str, SplitDirs]] | None:
+def find_panoptic_masks(tree: FolderTree) -> tuple[str, dict[str, SplitDirs]] | None:
     """Find the images and the PNGs of each split, as `layouts.find_folders`.
 
     The JSON, which may be large, is read only if the PNGs are in no folder of its name.
@@ -68,8 +68,8 @@ def find_label_maps(tree: FolderTree) -> tuple[str, dict[str, SplitDirs]] | None
     return (PANOPTIC, dirs) if dirs else None
 
 
-def label_map_files(root: Path, dirs: Mapping[str, SplitDirs]) -> dict[str, str]:
-    """Return the JSON of each folder of PNGs, of splits as of `find_label_maps`."""
+def panoptic_json_files(root: Path, dirs: Mapping[str, SplitDirs]) -> dict[str, str]:
+    """Return the JSON of each folder of PNGs, of splits as of `find_panoptic_masks`."""
     splits = find_panoptic(FolderTree(root))[1]
     return {os.path.abspath(dirs[split].labels): os.path.abspath(source.file) for split, source in splits.items()}
 
@@ -94,7 +94,7 @@ def decode_segments(path: str | os.PathLike, files: Mapping[str, str]) -> np.nda
 
     Args:
         path: path of the PNG.
-        files: files that `label_map_files` returns.
+        files: files that `panoptic_json_files` returns.
 
     Raises:
         DataError: the PNG is too large.

@@ -24,7 +24,7 @@ from .class_names import class_files, find_color_table
 from .diagnostics import Report
 from .layouts import Pairing, pair_files
 from .mask_encoding import DECODED_CODES, IGNORE_INDEX, MaskEncoding, inspect_encoded, is_decodable
-from .panoptic import PANOPTIC, class_table, label_map_files
+from .panoptic import PANOPTIC, class_table, panoptic_json_files
 from .request import CheckedDataset, DatasetRequest, relative_to_root, select_splits, split_by_hash, summarize_classes
 
 
@@ -64,7 +64,7 @@ def read_segmentation(
     selection = select_channels(train_images, request, trained, report)
     image_infos = selection.inspect([image for image, _ in pairs], report)
     mask_infos = inspect_all(inspect_mask, [mask for _, mask in pairs], 'segmentation masks')
-    panoptic = label_map_files(root, split_dirs) if layout == PANOPTIC else None
+    panoptic = panoptic_json_files(root, split_dirs) if layout == PANOPTIC else None
     table = class_table(next(iter(panoptic.values()))) if panoptic else _color_table(request, mask_infos, report)
     encoding = _decode(request, mask_infos, table, panoptic, report)
     if table:

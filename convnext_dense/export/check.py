@@ -31,8 +31,8 @@ class Tolerance:
         box: Pixels.
         score: Of detections.
         mask_iou: Least overlap of the masks of a detection.
-        unmatched: Share of detections without a partner: of scores that tie, either may come first.
-        pixels: Minimum fraction of equal pixels in label maps.
+        unmatched: Maximum fraction of detections without a partner: of scores that tie, either may come first.
+        pixels: Minimum fraction of equal pixels in segmentation masks.
         logits: Part of the largest logit.
     """
 
@@ -59,7 +59,7 @@ class Difference:
         box: Largest difference of a coordinate, in pixels.
         score: Largest difference of a score.
         mask_iou: Least overlap of masks.
-        pixels: Share of equal pixels in label maps.
+        pixels: Fraction of equal pixels in segmentation masks.
         logits: Largest difference of a logit, as a part of the largest one.
     """
 
@@ -264,7 +264,7 @@ def _check_tolerance(differences: list[Difference], tolerance: Tolerance, path: 
     worst = {
         'detections without a partner': unmatched > tolerance.unmatched * 2 * max(detections, 1),
         'masks': any(d.mask_iou is not None and d.mask_iou < tolerance.mask_iou for d in differences),
-        'label maps': any(d.pixels is not None and d.pixels < tolerance.pixels for d in differences),
+        'segmentation masks': any(d.pixels is not None and d.pixels < tolerance.pixels for d in differences),
         'logits': any(d.logits is not None and d.logits > tolerance.logits for d in differences),
     }
     wrong = [name for name, is_wrong in worst.items() if is_wrong]

@@ -439,7 +439,7 @@ def test_files_and_folders_by_flags(toy_dataset, tmp_path):
     )
 
 
-def test_panoptic_pngs_become_label_maps(toy_dataset, tmp_path, monkeypatch):
+def test_panoptic_pngs_become_segmentation_masks(toy_dataset, tmp_path, monkeypatch):
     as_panoptic(toy_dataset, tmp_path)
     monkeypatch.chdir(tmp_path)
     assert detect_tasks(DatasetRequest('.')) == ['detection', 'segmentation']

@@ -71,7 +71,7 @@ def test_detections_equal_the_checkpoint(suffix, detectors, photos):
 
 
 @pytest.mark.parametrize('suffix', [*SUFFIXES, pytest.param('.pt2', marks=pytest.mark.slow)])
-def test_label_maps_equal_the_checkpoint(suffix, segmentors, photos):
+def test_segmentation_masks_equal_the_checkpoint(suffix, segmentors, photos):
     expected, actual = (
         load_model(segmentors[s], device='cpu').predict(photos, channel_order='bgr') for s in ('.pth', suffix)
     )
