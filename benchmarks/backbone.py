@@ -268,7 +268,7 @@ def measure_memory(case: Case, names: list[str]) -> Iterator[Result]:
 
 
 def gemm_lower_bound(case: Case) -> float:
-    """Milliseconds of the matrix products of a forward pass alone, at the rate that this device reaches on their shapes
+    """Milliseconds of the matmuls of a forward pass alone, at the rate that this device reaches on their shapes
     in their fastest implementation, a cache-sized tile at a time."""
     dtype, device = DTYPES[case.dtype], case.device
     sizes, total = ARCHS[_split_arch(case.arch)[0]], 0.0
@@ -276,8 +276,8 @@ def gemm_lower_bound(case: Case) -> float:
     for i, (depth, channels) in enumerate(zip(sizes['depths'], sizes['channels'])):
         area = (4 * 2**i) ** 2
         rows = case.batch * case.height * case.width // area
-        products = [(in_channels, channels, 1), (channels, 4 * channels, depth), (4 * channels, channels, depth)]
-        for inner, outer, times_run in products:
+        matmuls = [(in_channels, channels, 1), (channels, 4 * channels, depth), (4 * channels, channels, depth)]
+        for inner, outer, times_run in matmuls:
             tile = min(rows, dispatch.onednn.TILE)
             total += times_run * rows / tile * _matmul_time(tile, inner, outer, dtype, device)
         in_channels = 4 * channels

@@ -257,7 +257,7 @@ def _channels_last_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def _decode(path: str | Path) -> np.ndarray:
-    """Decode a file of a common format: gray, RGB or RGBA as (H, W, C), turned as its EXIF says."""
+    """Decode a file of a common format: gray, RGB or RGBA as (H, W, C), rotated as its EXIF says."""
     data = np.fromfile(path, np.uint8)
     is_png = data[:4].tobytes() == b'\x89PNG'  # which may have a fourth channel
     pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED if is_png else cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)

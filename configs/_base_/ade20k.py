@@ -1,4 +1,4 @@
-"""ADE20K as the original trained and tested on it at 512 x 512: 16 images a step on 8 GPUs."""
+"""ADE20K as the original trained and tested on it at 512 x 512: 16 images per step on 8 GPUs."""
 
 dataset_type = 'ADE20KDataset'
 data_root = '{{$ADE20K_ROOT:data/ade/ADEChallengeData2016}}/'

@@ -1,4 +1,4 @@
-"""COCO 2017 as the original trained and tested on it: multi-scale with crops, 16 images a step on 8 GPUs."""
+"""COCO 2017 as the original trained and tested on it: multi-scale with crops, 16 images per step on 8 GPUs."""
 
 dataset_type = 'CocoDataset'
 data_root = '{{$COCO_ROOT:data/coco}}/'

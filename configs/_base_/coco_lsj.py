@@ -1,4 +1,4 @@
-"""COCO 2017 with large scale jittering at 1024 x 1024, 32 images a step on 8 GPUs (ConvNeXt V2, A.3)."""
+"""COCO 2017 with large scale jittering at 1024 x 1024, 32 images per step on 8 GPUs (ConvNeXt V2, A.3)."""
 
 _base_ = 'coco.py'
 

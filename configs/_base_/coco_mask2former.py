@@ -1,4 +1,4 @@
-"""COCO 2017 as Mask2Former trains on it: large scale jittering and crops of 1024 x 1024, 16 images a step on 8 GPUs."""
+"""COCO 2017 as Mask2Former trains on it: large scale jittering, crops of 1024 x 1024, 16 images per step on 8 GPUs."""
 
 _base_ = 'coco.py'
 

@@ -1,8 +1,8 @@
-"""A linear head on the last map of a frozen backbone, 40,000 iterations, as Meta evaluated DINOv3 on ADE20K.
+"""A linear head on the last feature map of a frozen backbone, 40,000 iterations, as Meta evaluated DINOv3 on ADE20K.
 
 facebookresearch/dinov3 (6876159), config-ade20k-linear-training.yaml; that the published rows were trained with
-exactly this file is not said. The map has stride 32 and goes through the final norm of the weights. Of its first 1500
-iterations the original lowers the lr by up to 3.5 % more; mmengine's schedulers have no such term.
+exactly this file is not stated. The feature map has stride 32 and goes through the final norm of the weights. In its
+first 1500 iterations the original lowers the lr by up to 3.5 % more; mmengine's schedulers have no such term.
 """
 
 _base_ = 'upernet_160k.py'

@@ -1,4 +1,4 @@
-"""DINO-4scale, ConvNeXt-B from ImageNet-1K at 384, with layer decay and drop path; untrained: no figure was published.
+"""DINO-4scale, ConvNeXt-B from ImageNet-1K at 384, with layer decay and drop path; untrained: no result was published.
 
 Both values are cascade/convnext_b.py's. The lr of a layer decays from 1e-4, instead of 1e-5 for all, and biases
 and norms have no weight decay, as in the paper's recipes; all else is convnext_b.py's.

@@ -78,10 +78,10 @@ class ExportedMeta:
                 'model again with this version'
             )
         values = {name: _freeze(values.get(name)) for name in CHECKS}
-        wrong = next((name for name, is_valid in CHECKS.items() if not is_valid(values[name])), None)
-        if wrong:
-            value = repr(values[wrong])[:50]
-            raise UsageError(f"{file}: '{wrong}' in its metadata cannot be {value}: export the model again")
+        invalid = next((name for name, is_valid in CHECKS.items() if not is_valid(values[name])), None)
+        if invalid:
+            value = repr(values[invalid])[:50]
+            raise UsageError(f"{file}: '{invalid}' in its metadata cannot be {value}: export the model again")
         return cls(**values)
 
 

@@ -79,15 +79,15 @@ def _check_entries(archive: zipfile.ZipFile, memory: mmap.mmap) -> dict[str, zip
     Names are unique, no entry overlaps another one or exceeds the file, none unpacks without bound, and all match their
     checksums, which torch does not verify (`ZipFile.read` does for compressed entries).
     """
-    listed = archive.infolist()
-    entries = {entry.filename: entry for entry in listed}
-    packed = [entry for entry in listed if entry.compress_type != zipfile.ZIP_STORED]
+    infos = archive.infolist()
+    entries = {entry.filename: entry for entry in infos}
+    packed = [entry for entry in infos if entry.compress_type != zipfile.ZIP_STORED]
     unpacked, limit = sum(entry.file_size for entry in packed), max(MAX_UNPACKED, MAX_RATIO * len(memory))
-    if len(entries) < len(listed) or sum(entry.compress_size for entry in listed) > len(memory):
+    if len(entries) < len(infos) or sum(entry.compress_size for entry in infos) > len(memory):
         raise UnsafeCheckpointError('its zip entries overlap')
     if unpacked > limit:
         raise UnsafeCheckpointError(f'it unpacks to {unpacked / 2**20:,.0f} MiB, the limit is {limit / 2**20:,.0f}')
-    for entry in listed:
+    for entry in infos:
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.flag_bits & 1:
             raise UnsafeCheckpointError(f'its zip entry {entry.filename} is encrypted or compressed in a rare way')
         if entry.compress_type == zipfile.ZIP_STORED and entry.CRC:  # some writers leave it at 0

@@ -89,7 +89,7 @@ NOTES = {
         'duplicate-stem': 'a segmentation mask belongs to one image; the later one is dropped',
         **dict.fromkeys(('unmatched-mask', 'unmatched-label'), 'no image has its name'),
         'missing-label': 'no annotation file has its name; one without objects makes an image a negative',
-        'task-without-annotation': 'not annotated, skipped or cancelled; an image without objects needs an empty one',
+        'task-without-annotation': 'not annotated, skipped or canceled; an image without objects needs an empty one',
         'region-of-rotated-image': 'the image was rotated in Label Studio, and its coordinates are of that view',
         'segment-without-pixels': 'no pixel of its PNG has its id',
         'ignored-region': 'LabelMe marks it to be ignored, which boxes cannot say',

@@ -1,7 +1,7 @@
 """Label Studio's own JSON, and its short form JSON_MIN: tasks, each an image with regions in percent of its sides.
 
 Rectangles (also rotated ones), polygons, ellipses and brush masks become objects. Of several annotations of a task the
-newest is used, of those marked as ground truth if there are any; cancelled ones are not.
+newest is used, of those marked as ground truth if there are any; canceled ones are not.
 """
 
 import re

@@ -31,7 +31,7 @@ def worker_init(init_fn, worker_id: int) -> None:
 
 
 def _exit_without_parent(parent) -> None:
-    """Exit when the parent is gone.
+    """Exit when the parent process has ended.
 
     Workers do not notice that it was killed: they would wait for a queue whose both ends they hold, and keep the
     parent's sockets open, so that other ranks would wait too. Watching the pipe to the parent is not enough, because

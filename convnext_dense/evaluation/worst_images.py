@@ -20,7 +20,7 @@ CORRECT, WRONG_CLASS, WRONG = '#2ca02c', '#ff8c00', '#e0162b'
 def read_rgb(
     path: str, size: tuple[int, int], backend_args: dict | None = None, channels: dict | None = None
 ) -> np.ndarray | None:
-    """Read an image as it was tested: turned as EXIF says if only then it has that size.
+    """Read an image as it was tested: rotated as EXIF says if only then it has that size.
 
     Args:
         path: Path of the image.

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention in a form that a tracer can follow: shapes of maps are sizes, not tensors."""
+"""Multi-scale deformable attention that a tracer can follow: shapes of feature maps are sizes, not tensors."""
 
 import copy
 
@@ -15,7 +15,7 @@ def copy_with_shared_weights(model: nn.Module) -> nn.Module:
 
 
 class Levels(list):
-    """Heights and widths of the maps, in the place of mmdet's tensor; `valid` are those of them without the padding."""
+    """Heights and widths of the feature maps, in place of mmdet's tensor; `valid` are those without the padding."""
 
     def __init__(self, feats, lines):
         super().__init__(tuple(feat.shape[-2:]) for feat in feats)
@@ -23,7 +23,7 @@ class Levels(list):
 
 
 class DeformableAttention(MultiScaleDeformableAttention):
-    """mmcv's attention in its form for PyTorch alone, of maps whose shapes are `Levels`."""
+    """mmcv's pure PyTorch implementation of the attention, for feature maps whose shapes are `Levels`."""
 
     def forward(
         self, query, value=None, query_pos=None, key_padding_mask=None, reference_points=None, spatial_shapes=(), **_
@@ -55,6 +55,6 @@ def use_traceable_attention(model: nn.Module) -> None:
 
 
 def cell_centers(level, valid):
-    """Centers (h * w, 2), x and y, of the cells of a map, as parts of the image."""
+    """Centers (h * w, 2), x and y, of the cells of a feature map, as fractions of the image."""
     y, x = ((torch.arange(n, device=part.device) + 0.5) / part for n, part in zip(level, valid))
     return torch.stack([x.expand(*level), y[:, None].expand(*level)], -1).flatten(0, 1)

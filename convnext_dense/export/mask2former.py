@@ -1,4 +1,4 @@
-"""Mask2Former in a form that a tracer can follow: mmseg's for segmentation, and mmdet's for instances."""
+"""Mask2Former that a tracer can follow: mmseg's for segmentation, and mmdet's for instances."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ HEAD_METHODS = ('forward', '_forward_head', 'predict')
 
 
 def traceable_segmentor(model: nn.Module) -> nn.Module:
-    """Return a model with the same parameters that takes no shapes of maps as tensors.
+    """Return a model with the same parameters that takes no shapes of feature maps as tensors.
 
     Args:
         model: mmseg's EncoderDecoder with a Mask2FormerHead.

@@ -1,4 +1,4 @@
-"""Exported models with convolutions and matrix products in 8-bit integers, calibrated on the user's images."""
+"""Exported models with convolutions and matmuls in 8-bit integers, calibrated on the user's images."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

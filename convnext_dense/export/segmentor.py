@@ -190,7 +190,7 @@ def bilinear_weights(pixel: torch.Tensor, size: int, cells: int, align_corners: 
 
 @contextmanager
 def exportable_operators() -> Iterator[None]:
-    """Context manager in which operators whose export would hold at one size alone run in forms for all sizes."""
+    """Context manager that replaces operators whose export would hold at one size alone by ones for all sizes."""
     from mmseg.models.utils.wrappers import Upsample, resize
 
     defaults, upsample = resize.__defaults__, Upsample.forward

@@ -1,4 +1,4 @@
-"""mmdet's and mmseg's Swin Transformer in a form that a tracer can follow: maps are padded without a condition."""
+"""mmdet's and mmseg's Swin Transformer that a tracer can follow: feature maps are padded without a condition."""
 
 from functools import partial
 
@@ -31,7 +31,7 @@ def traceable_backbone(model: nn.Module) -> nn.Module:
 
 
 def _is_known(module):
-    """Whether a PatchEmbed or PatchMerging cuts a padded map into patches that touch."""
+    """Whether a PatchEmbed or PatchMerging cuts a padded feature map into patches that touch."""
     conv = module.projection if hasattr(module, 'projection') else module.sampler
     shape = conv.kernel_size, conv.padding, conv.dilation
     return module.adap_padding is not None and shape == (conv.stride, (0, 0), (1, 1))
@@ -73,7 +73,7 @@ def _regions(size, side, shift, x):
 
 
 def _windows(x, rows, columns, side):
-    """Windows (N * rows * columns, side * side, C) of maps (N, rows * side, columns * side, C)."""
+    """Windows (N * rows * columns, side * side, C) of feature maps (N, rows * side, columns * side, C)."""
     x = x.reshape(x.shape[0], rows, side, columns, side, x.shape[3]).transpose(2, 3)
     return x.reshape(x.shape[0] * rows * columns, side * side, x.shape[5])
 

@@ -197,8 +197,8 @@ def plot_boxes(
     if coverage is not None:
         bins = np.clip(np.digitize(sides, edges) - 1, 0, NUM_BINS - 1)
         present = np.unique(bins)
-        shares = [100 * np.mean(coverage[bins == i] >= MIN_IOU) for i in present]
-        axes[2].plot(np.sqrt(edges[present] * edges[present + 1]), shares, 'o-', color=COLOR)
+        percentages = [100 * np.mean(coverage[bins == i] >= MIN_IOU) for i in present]
+        axes[2].plot(np.sqrt(edges[present] * edges[present + 1]), percentages, 'o-', color=COLOR)
         title = f'{np.mean(coverage >= MIN_IOU):.1%} meet an anchor (IoU >= {MIN_IOU})'
         axes[2].set(xscale='log', ylim=(-3, 103), xlabel=xlabel, ylabel='% of the boxes', title=title)
         axes[2].grid(alpha=0.3)

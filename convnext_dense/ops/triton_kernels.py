@@ -368,7 +368,7 @@ def grn_grad_scale(
     """Gradients of GRN for a sample, from the sums of `grn_grad_sums`.
 
     `square` is what gelu(hidden) is multiplied by for the gradient through its norm; `param_grads`, (samples, 2,
-    channels), are the sample's shares in the gradients of GRN's parameters.
+    channels), are the sample's contributions to the gradients of GRN's parameters.
     """
     sample = tl.program_id(0)
     c = tl.arange(0, BLOCK_C)

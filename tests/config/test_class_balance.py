@@ -1,4 +1,4 @@
-"""`--balance`: images with rare classes more often, rare classes with more weight, by figures counted by hand."""
+"""`--balance`: images with rare classes more often, rare classes with more weight, against numbers counted by hand."""
 
 import json
 import math

@@ -153,7 +153,7 @@ def test_a_single_channel(tmp_path):
 
 
 def test_a_fourth_channel_may_be_opacity(tmp_path):
-    """As GDAL calls that of four channels of 8 bits: they stay RGB, and that is said."""
+    """As GDAL calls that of four channels of 8 bits: they stay RGB, and that is reported."""
     write_channels(tmp_path)
     for path in tmp_path.rglob('*.tif'):
         pixels = made_image(0)[0][..., :4].astype(np.uint8)

@@ -79,7 +79,7 @@ def check_one(**extra):
     return annotation_or_none, problems
 
 
-CROWDS = [  # what is written, whether it is a crowd, None where that is unclear, and whether it is said
+CROWDS = [  # what is written, whether it is a crowd, None where that is unclear, and whether it is reported
     *((value, 0, False) for value in (0, 0.0, False, None)),
     *((value, 1, False) for value in (1, 1.0, True)),
     *((value, 0, True) for value in ('0', 'false', 'False', ' 0 ')),
@@ -326,7 +326,7 @@ def test_realistic_annotations_are_unchanged():
     assert not check(without_masks, masks=False)[1]
 
 
-INVALID_VALUES = {  # what is no value of a field -> what is said
+INVALID_VALUES = {  # what is no value of a field -> what is reported
     'box of 400 digits': (dict(bbox=[10**400, 1, 2, 3]), 'box-far-outside-image'),
     'width of 400 digits': (dict(bbox=[1, 1, 10**400, 3]), 'box-far-outside-image'),
     'polygon of 400 digits': (dict(segmentation=[[10**400] * 6]), 'polygon-far-outside-image'),

@@ -45,7 +45,7 @@ def advice(root, kind, **request):
     return problems[kind].examples[0]
 
 
-SINGLE = {  # the labels of the maps, what is asked for, and what is said
+SINGLE = {  # the labels of the maps, what is asked for, and what is reported
     '0 and 1': ([0, 0, 0, 1], {}, '2 names, for labels 0 and 1'),
     '0 and 1, 0 ignored': ([0, 0, 0, 1], dict(ignore_labels=[0]), '2 names, for labels 0 and 1, without --ignore 0'),
     '0 and 255, 0 ignored': ([0, 255], dict(ignore_labels=[0]), '255, which is ignored, as 1, without --ignore 0'),
@@ -92,7 +92,7 @@ def test_background_as_single_class_asks_for_the_others(tmp_path):
 
 
 CAMVID = ['Sky', 'Building', 'Pole', 'Road', 'Pavement', 'Tree', 'Sign', 'Fence', 'Car', 'Pedestrian', 'Bicyclist']
-OUT_OF_RANGE = {  # the labels of the maps, the number of classes, what is asked for, what is said of them and to do
+OUT_OF_RANGE = {  # the labels of the maps, the number of classes, what is asked for, what is reported of them and to do
     'void above the classes': (
         [*range(11)] * 3 + [11], 11, {}, 'label 11 is used and has no name',
         'name its class in --classes FILE, or --ignore 11, or, if 0 is no class, --ignore 0',

@@ -36,7 +36,7 @@ def locate(root, names, file='annotations/instances_train.json', **extra):
 
 
 SEQUENCES = ('images/seq1/1.png', 'images/seq1/2.png', 'images/seq2/1.png', 'images/seq2/2.png')
-# What is on the disk, and for names of a file where they are and what is said of them.
+# What is on the disk, and for names of a file where they are and what is reported of them.
 CASES = {
     'of another machine': (SEQUENCES, {
         '/home/me/images/seq1/1.png': ('images/seq1/1.png', BY_SUFFIX),

@@ -445,7 +445,7 @@ def test_ema_ignores_nonfinite_batch(tmp_path):
     ],
 )
 def test_long_zero_loss_warns_once(losses, accumulation, warnings, tmp_path, monkeypatch):
-    plan = [factor for factor in losses for _ in range(2)]  # two images a batch
+    plan = [factor for factor in losses for _ in range(2)]  # two images per batch
     runner, lines = planned_run(plan, tmp_path, model='Scaled', accumulative_counts=accumulation), []
     monkeypatch.setattr(runner.logger, 'warning', lambda line, *_: lines.append(line))
     runner.train()

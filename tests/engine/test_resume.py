@@ -335,14 +335,14 @@ def test_messages_about_changed_partition_are_true(num_images, by_epoch, same_im
 def test_steps_of_changed_partition_see_same_images():
     """The images of optimizer step k are the same with any number of processes."""
 
-    def images(world_size, batch_size, accumulation, update):
+    def images(world_size, batch_size, accumulation, step):
         order = list(range(96))  # any permutation
         actual = []
         for rank in range(world_size):
             rank_indices = order[rank::world_size]
-            start = update * accumulation * batch_size
+            start = step * accumulation * batch_size
             actual += rank_indices[start : start + accumulation * batch_size]
         return sorted(actual)
 
-    for update in range(6):
-        assert images(1, 2, 8, update) == images(4, 2, 2, update) == images(8, 2, 1, update) == images(16, 1, 1, update)
+    for step in range(6):
+        assert images(1, 2, 8, step) == images(4, 2, 2, step) == images(8, 2, 1, step) == images(16, 1, 1, step)

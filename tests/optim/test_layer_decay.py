@@ -290,7 +290,7 @@ def test_wrapper_type_is_preserved():
 
 
 def test_clipping_and_accumulation_reach_the_wrapper():
-    """Of three updates only the third moves the weights, at lr 1 exactly as far as the clipped gradient is long."""
+    """Of three iterations only the third moves the weights, at lr 1 exactly as far as the clipped gradient is long."""
     torch.manual_seed(0)
     model = ConvNeXt(dict(depths=(1,), channels=(8,)), out_indices=0).double()
     wrapper = build_optim_wrapper(model, config(accumulative_counts=3, clip_grad=dict(max_norm=0.25)))

@@ -124,7 +124,7 @@ def test_recipe_values_equal_the_source(name):
     assert config.model.neck.in_channels == list(ARCHS[arch]['channels'][1:])
     assert training_precision(config) == result.precision == 'float32'
     title = (ROOT / 'configs' / f'{name}.py').read_text().splitlines()[0]
-    assert 'untrained: no figure was published' in title if name in UNTRAINED else f'{ap} box AP' in title
+    assert 'untrained: no result was published' in title if name in UNTRAINED else f'{ap} box AP' in title
 
 
 @pytest.mark.parametrize('name', UNTRAINED)

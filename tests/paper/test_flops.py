@@ -32,7 +32,7 @@ def test_counts_equal_the_papers(result, expected):
 
 
 def test_backbone_flops_by_hand():
-    """A one-stage model whose every multiply-add can be written down: LayerNorm and GELU count nothing."""
+    """A one-stage model whose every MAC can be written down: LayerNorm and GELU count nothing."""
     config = Config(
         dict(
             default_scope='mmseg',

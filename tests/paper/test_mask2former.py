@@ -128,7 +128,7 @@ def test_ade20k_pipelines():
         type='RandomChoiceResize', scales=[int(x * 0.1 * 640) for x in range(5, 21)], resize_type='ResizeShortestEdge',
         max_size=2560,
     )  # fmt: skip
-    assert crop == dict(type='RandomCrop', crop_size=(640, 640))  # any share of a class: SINGLE_CATEGORY_MAX_AREA 1.0
+    assert crop == dict(type='RandomCrop', crop_size=(640, 640))  # SINGLE_CATEGORY_MAX_AREA 1.0: any part of a class
     assert [step.type for step in final_transforms] == ['RandomFlip', 'PhotoMetricDistortion', 'PackSegInputs']
     assert config.train_pipeline == config.train_dataloader.dataset.pipeline
     for loader in (config.val_dataloader, config.test_dataloader):

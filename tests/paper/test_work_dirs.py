@@ -264,7 +264,7 @@ MALFORMED = {  # config.py and scalars.json of a work dir, what is reported of t
         'has no valid optim_wrapper.accumulative_counts',
     ),
     'a length below 0': ('train_cfg = dict(max_iters=-3)', '', 'has no valid train_cfg.max_iters'),
-    'a figure that is no number': ('train_cfg = dict(max_epochs=3)', '{"mIoU":NaN,"step":1}', 'mIoU nan at step 1'),
+    'a metric that is no number': ('train_cfg = dict(max_epochs=3)', '{"mIoU":NaN,"step":1}', 'mIoU nan at step 1'),
     'a sign without end': (f'x = {"-" * 200_000}1', '', 'config.py cannot be read'),
     'lists without end': (f'x = {"[" * 100_000}', '', 'config.py cannot be read'),
     'text as a loss': ('train_cfg = dict(max_epochs=3)', '{"loss":"x","step":1}', "'loss' is not a number at line 1"),
