@@ -84,7 +84,7 @@ def take(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 
 def flatten_map(maps: torch.Tensor, channels: int) -> torch.Tensor:
-    """Of a map (N, A * channels, H, W) a row for each of its priors, (N, H * W * A, channels)."""
+    """Of a feature map (N, A * channels, H, W) a row for each of its priors, (N, H * W * A, channels)."""
     return maps.permute(0, 2, 3, 1).reshape(maps.shape[0], -1, channels)
 
 

@@ -37,7 +37,7 @@ class ExportOptions:
         size: Height and width of the images; None for any.
         masks: Detection: 'image' for masks in the size of the image, 'box' for the mask head's own.
         logits: Segmentation: whether the file returns `logits` in the place of `segmentation`.
-        half: Whether weights and the maps of backbone, neck and heads are float16.
+        half: Whether weights and the feature maps of backbone, neck and heads are float16.
     """
 
     input: str = 'uint8'

@@ -45,12 +45,12 @@ def calibration_inputs(
 
 
 def quantize(source: Path, target: Path, inputs: Iterator[dict[str, np.ndarray]]) -> None:
-    """Write an ONNX file whose weights and maps are 8-bit integers, with one scale for each channel of weights.
+    """Write an ONNX file whose weights and feature maps are 8-bit integers, with one scale for each channel of weights.
 
     Args:
         source: The file in float32.
         target: The file to write.
-        inputs: What it takes for some images, of which the ranges of maps are measured.
+        inputs: What it takes for some images, of which the ranges of feature maps are measured.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static

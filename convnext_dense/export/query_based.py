@@ -1,7 +1,7 @@
 """mmdet's DETR, Deformable DETR and DINO as functions of a batch: what they compute in other shapes than they do.
 
-Transformer and head are mmdet's own. Replaced is what takes shapes of maps as tensors or depends on the number of
-images: a tracer has to know these shapes.
+Transformer and head are mmdet's own. Replaced is what takes shapes of feature maps as tensors or depends on the
+number of images: a tracer has to know these shapes.
 """
 
 from functools import partial
@@ -74,7 +74,7 @@ class QueryBased(nn.Module):
 
 
 def _valid_lines(feat, shape, padded_shape):
-    """Which rows (h,) and columns (w,) of a map (N, C, h, w) are in the images, as `F.interpolate` rounds."""
+    """Which rows (h,) and columns (w,) of a feature map (N, C, h, w) are in the images, as `F.interpolate` rounds."""
     lines = []
     for n, padded, valid in zip(feat.shape[-2:], padded_shape, shape):
         ratio = to_tensor([padded], feat.device) / to_tensor([n], feat.device)
@@ -83,7 +83,7 @@ def _valid_lines(feat, shape, padded_shape):
 
 
 def _padding_mask(rows, columns):
-    """The padding of a map, (1, h, w) of bool."""
+    """The padding of a feature map, (1, h, w) of bool."""
     return ~(rows[:, None] & columns)[None]
 
 
@@ -101,11 +101,11 @@ def _flatten_map(model, feats, shapes):
     return encoder_inputs, dict(memory_mask=mask, memory_pos=position)
 
 
-# ---- maps of several sizes ------------------------------------------------------------------------------------------
+# ---- feature maps of several sizes ----------------------------------------------------------------------------------
 
 
 def _trace_deformable(model):
-    """Replace what takes the shapes of maps as a tensor."""
+    """Replace what takes the shapes of feature maps as a tensor."""
     use_traceable_attention(model)
     model.pre_transformer = partial(_flatten_maps, model)
     model.gen_encoder_output_proposals = partial(_encoder_proposals, model)

@@ -63,10 +63,10 @@ class RTMDetIns(OneStage):
 
 
 def _interpolations(cells, stride, shape, size, device):
-    """Weights (height, h) and (width, w) of the cells of a map (h, w) in the pixels of results.
+    """Weights (height, h) and (width, w) of the cells of a feature map (h, w) in the pixels of results.
 
-    mmdet enlarges a map by its stride to the padded image, that as `shape` is enlarged to `size`, and cuts the padding
-    off.
+    mmdet enlarges a feature map by its stride to the padded image, that as `shape` is enlarged to `size`, and cuts the
+    padding off.
     """
     padded = [n * stride for n in cells]
     n_pixels = scaled_ceil(*(to_tensor(sides, device, torch.int64) for sides in (padded, shape, size)))

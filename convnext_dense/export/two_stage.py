@@ -104,7 +104,7 @@ class RegionProposals(nn.Module):
         self.head, self.test_cfg = head, test_cfg
 
     def forward(self, feats, shape):
-        """Propose regions from the maps of images of this shape (H, W)."""
+        """Propose regions from the feature maps of images of this shape (H, W)."""
         head, cfg = self.head, self.test_cfg
         cls_scores, deltas = ([x.float() for x in maps] for maps in head(feats))
         priors = head.prior_generator.grid_priors([x.shape[-2:] for x in cls_scores], device=feats[0].device)

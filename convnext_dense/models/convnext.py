@@ -41,7 +41,7 @@ NORM_EPS = 1e-6
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of a map (N, C, H, W)."""
+    """LayerNorm over the channels of a feature map (N, C, H, W)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize each pixel; the result is channels_last."""
@@ -50,17 +50,17 @@ class LayerNorm2d(nn.LayerNorm):
 
 @dispatch.register('output_norm')
 class OutputNorm(LayerNorm2d):
-    """The norm of a map that the backbone returns.
+    """The norm of a feature map that the backbone returns.
 
     Attributes:
-        channels_last (bool): Whether maps of a CPU leave the backbone in channels_last; set by `optimize`, where what
-            follows reads that format.
+        channels_last (bool): Whether feature maps on a CPU leave the backbone in channels_last; set by `optimize` if
+            the modules after it read that format.
     """
 
     channels_last = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalize each pixel of a map (N, C, H, W)."""
+        """Normalize each pixel of a feature map (N, C, H, W)."""
         out = None if self.channels_last and x.device.type == 'cpu' else dispatch.norm_forward(self, x)
         return super().forward(x) if out is None else out
 
@@ -96,7 +96,7 @@ class DropPath(nn.Module):
 class GRN(nn.Module):
     """Global response normalization of ConvNeXt V2 (its section 3).
 
-    It scales each channel of a map (N, H, W, C) by its norm relative to the mean of all channels' norms.
+    It scales each channel of a feature map (N, H, W, C) by its norm relative to the mean of all channels' norms.
     """
 
     def __init__(self, channels: int):
@@ -105,8 +105,8 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalize a map (N, H, W, C)."""
-        acc_dtype = torch.promote_types(x.dtype, torch.float32)  # squares of a whole map add up beyond fp16
+        """Normalize a feature map (N, H, W, C)."""
+        acc_dtype = torch.promote_types(x.dtype, torch.float32)  # squares of a whole feature map add up beyond fp16
         gx = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=acc_dtype)
         nx = gx / (gx.mean(-1, keepdim=True) + GRN_EPS)
         return self.gamma * (x * nx.to(x.dtype)) + self.beta + x
@@ -116,7 +116,7 @@ class PatchEmbed(nn.Sequential):
     """A convolution of patches that do not overlap, and a LayerNorm before or after it."""
 
     # Whether the blocks after it have a layer scale; set by `ConvNeXt`. The first of them, a float32 parameter, makes
-    # the map float32 under autocast, so that the fast implementation need not round it to bfloat16 before.
+    # the feature map float32 under autocast, so that the fast implementation need not round it to bfloat16 before.
     before_layer_scale = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -141,7 +141,7 @@ class ConvNeXtBlock(nn.Module):
     shortcut.
 
     Args:
-        channels: Channels of the map.
+        channels: Channels of the feature map.
         kernel_size: Side of the depthwise kernel, odd.
         drop_path: Drop probability of stochastic depth.
         layer_scale: Initial layer scale; 0 for none.
@@ -161,7 +161,7 @@ class ConvNeXtBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Run the block on a map (N, C, H, W)."""
+        """Run the block on a feature map (N, C, H, W)."""
         out = dispatch.block_forward(self, x)
         if out is not None:
             return out
@@ -176,7 +176,7 @@ class ConvNeXtBlock(nn.Module):
         return x + self.drop_path(y.permute(0, 3, 1, 2))
 
     def mlp(self, y: torch.Tensor) -> torch.Tensor:
-        """What follows the depthwise convolution, on a map (N, H, W, C)."""
+        """What follows the depthwise convolution, on a feature map (N, H, W, C)."""
         y = self.pwconv2(self.grn(F.gelu(self.pwconv1(self.norm(y)))))
         return y if self.gamma is None else self.gamma * y
 
@@ -300,8 +300,8 @@ class ConvNeXt(BaseModule):
             x: Images, (N, in_channels, H, W), with H and W of at least 32 for four stages.
 
         Returns:
-            For each stage in `out_indices`, in this order, a contiguous map (N, C_i, H_i, W_i); after `optimize`
-            channels_last on a CPU. Sizes are rounded down: H_0 = H // 4, H_i = H_{i-1} // 2.
+            For each stage in `out_indices`, in this order, a contiguous feature map (N, C_i, H_i, W_i); on a CPU
+            channels_last after `optimize`. Sizes are rounded down: H_0 = H // 4, H_i = H_{i-1} // 2.
         """
         outputs = {}
         for i, (downsample, blocks) in enumerate(zip(self.downsample_layers, self.stages)):

@@ -58,7 +58,7 @@ class CPURoIExtractor(SingleRoIExtractor):
     channels_last = False
 
     def forward(self, feats, rois, roi_scale_factor=None):
-        """Extract features of RoIs (n, 5) from maps (N, C, H, W)."""
+        """Extract features of RoIs (n, 5) from feature maps (N, C, H, W)."""
         out = self._forward_on_cpu(feats, rois, roi_scale_factor)
         if out is not None:
             return out

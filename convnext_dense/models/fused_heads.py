@@ -72,7 +72,7 @@ def fold(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None, bool] | 
 def conv_of_upsampled(module: nn.Module, maps: list[torch.Tensor], align_corners: bool) -> torch.Tensor | None:
     """Apply a 3 x 3 ConvModule to feature maps that are upsampled to the size of the first and concatenated.
 
-    Returns None if this is not supported, so that the maps have to be upsampled and concatenated.
+    Returns None if this is not supported, so that the feature maps have to be upsampled and concatenated.
     """
     if not is_conv_norm_act(module):
         return None

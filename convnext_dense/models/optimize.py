@@ -40,7 +40,7 @@ def optimize(model: nn.Module) -> nn.Module:
     """Optimize a detector or segmentor with a ConvNeXt for training and inference.
 
     - If all modules after the backbone accept any memory format, feature maps on a CPU stay in channels_last; mmcv's
-      RoIAlign, which does not accept it, gets contiguous maps.
+      RoIAlign, which does not accept it, gets contiguous feature maps.
     - On a CPU, mmdet's RoIAlign and NMS run in kernels of `ops`, on all cores.
     - In evaluation on a CPU, batch norms and ReLUs of heads are folded into their convolutions. UPerHead convolves
       feature maps before upsampling them, also in training.

@@ -136,7 +136,7 @@ def check_block(x: torch.Tensor, params: BlockParams, args: BlockArgs) -> None:
     """Raise a RuntimeError unless the kernels can run the block."""
     if not supports_block(x.shape[-1], x.dtype, params, tuple(args.padding), args.dtype):
         raise RuntimeError(
-            f'the AVX-512 kernels take float32 and bfloat16 maps of a multiple of {CHANNEL_MULTIPLE} channels, '
+            f'the AVX-512 kernels take float32 and bfloat16 feature maps of a multiple of {CHANNEL_MULTIPLE} channels, '
             f'{DW_KERNEL} x {DW_KERNEL} depthwise kernels, and float32 parameters of the shapes that belong to them'
         )
 
@@ -174,7 +174,7 @@ def queue_blocks(
 
     Args:
         blocks: Settings and parameters of each block.
-        x: Map (N, H, W, C), float32.
+        x: Feature map (N, H, W, C), float32.
 
     Returns:
         The buffer with the output, the unused buffer, and the calls; nothing runs until `launch(*calls)`.
@@ -285,8 +285,8 @@ def check_patch_embed(x: torch.Tensor, params: PatchEmbedParams, args: PatchEmbe
     is_map = x.ndim == 4 and x.is_cpu and x.dtype == torch.float32 and not x.is_neg()
     if not is_map or not supports_patch_embed(x, params, args):
         raise RuntimeError(
-            f'the AVX-512 kernels take float32 maps (N, C, H, W), patches of {PATCH_SIZES} pixels, a multiple of '
-            f'{CHANNEL_MULTIPLE} output channels, and before a downsampling channels_last'
+            f'the AVX-512 kernels take float32 feature maps (N, C, H, W), patches of {PATCH_SIZES} pixels, a multiple '
+            f'of {CHANNEL_MULTIPLE} output channels, and before a downsampling channels_last'
         )
 
 
@@ -359,8 +359,8 @@ def check_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Non
     """Raise a RuntimeError unless the kernels can run the norm of x, (N, H, W, C)."""
     if x.dtype != torch.float32 or not _norm_params_match(x.shape[-1], weight, bias):
         raise RuntimeError(
-            f'the AVX-512 kernels take float32 maps of a multiple of {CHANNEL_MULTIPLE} channels, and a weight and a '
-            'bias for each channel'
+            f'the AVX-512 kernels take float32 feature maps of a multiple of {CHANNEL_MULTIPLE} channels, and a weight '
+            'and a bias for each channel'
         )
 
 

@@ -1,7 +1,7 @@
 """RoIAlign over the levels of a feature pyramid, and NMS, as operators of `torch.ops.convnext_dense` for the CPU.
 
 Both equal mmcv's: RoIAlign with average pooling to rounding (a bin's samples are added up by rows and columns), NMS
-to the index. RoIAlign is linear in the maps; its gradient reaches these alone, as mmcv's does.
+to the index. RoIAlign is linear in the feature maps; its gradient reaches these alone, as mmcv's does.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from .operators import _below_autograd, _check, _define, needs_grad, register
 DTYPES = (torch.float32, torch.bfloat16)
 _ARGS = 'Tensor rois, Tensor levels, float[] spatial_scales, int[2] output_size, int sampling_ratio, bool aligned'
 
-# Features of RoIs (n, 5), of which each is taken from one of the maps (N, C, H, W): (n, C, h, w) in float32.
+# Features of RoIs (n, 5), of which each is taken from one of the feature maps (N, C, H, W): (n, C, h, w) in float32.
 roi_align = _define(f'roi_align(Tensor[] feats, {_ARGS}, bool channels_last) -> Tensor')
-# Gradients of the maps, whose shapes are (images, C, heights[i], widths[i]), in float32, channels_last.
+# Gradients of the feature maps, whose shapes are (images, C, heights[i], widths[i]), in float32, channels_last.
 roi_align_backward = _define(
     f'roi_align_backward(Tensor grad, {_ARGS}, int images, int[] heights, int[] widths) -> Tensor[]'
 )
@@ -26,7 +26,7 @@ nms = _define('nms(Tensor boxes, Tensor scores, float iou_threshold, int offset)
 
 
 def supports_roi_align(feats: Sequence[torch.Tensor], rois: torch.Tensor) -> bool:
-    """Whether `roi_align` runs on these maps (N, C, H, W) of a pyramid and RoIs (n, 5)."""
+    """Whether `roi_align` runs on these feature maps (N, C, H, W) of a pyramid and RoIs (n, 5)."""
     if not feats or not all(map(is_plain, (*feats, rois))) or not head_kernels.available():
         return False
     shape, dtype = feats[0].shape[:2], feats[0].dtype
@@ -53,7 +53,7 @@ def _check_rois(rois, levels, spatial_scales, output_size, sampling_ratio):
 
 
 def _run(kernel, maps, features, rois, levels, spatial_scales, output_size, sampling_ratio, aligned, channels_last):
-    """Launch a kernel on maps in channels_last."""
+    """Launch a kernel on feature maps in channels_last."""
     rois, levels = rois.contiguous(), levels.contiguous()
     head_kernels.launch(
         kernel,
@@ -75,11 +75,11 @@ def _run(kernel, maps, features, rois, levels, spatial_scales, output_size, samp
 
 def _roi_align_cpu(feats, rois, levels, spatial_scales, output_size, sampling_ratio, aligned, channels_last):
     _check_rois(rois, levels, spatial_scales, output_size, sampling_ratio)
-    _check(len(feats) == len(spatial_scales), 'there must be a scale for each map')
-    _check(supports_roi_align(feats, rois), 'the maps must be (N, C, H, W) of one N, C and dtype, float32 or bfloat16')
+    _check(len(feats) == len(spatial_scales), 'there must be a scale for each feature map')
+    _check(supports_roi_align(feats, rois), 'feats must be (N, C, H, W) of one N, C and dtype, float32 or bfloat16')
     out = _empty_features(feats, rois, output_size, channels_last)
     if len(rois):
-        # Converted are only maps that boxes are taken from: of a map that they are not, the kernel reads nothing.
+        # Feature maps of levels without RoIs are not converted: the kernel does not read them.
         used = {*levels.unique().tolist()}
         maps = [x.contiguous(memory_format=torch.channels_last) if i in used else x for i, x in enumerate(feats)]
         settings = (rois, levels, spatial_scales, output_size, sampling_ratio, aligned, channels_last)
@@ -102,7 +102,7 @@ def _roi_align_backward_cpu(
     grad, rois, levels, spatial_scales, output_size, sampling_ratio, aligned, images, heights, widths
 ):
     _check_rois(rois, levels, spatial_scales, output_size, sampling_ratio)
-    _check(len(heights) == len(widths) == len(spatial_scales), 'there must be a scale for each map')
+    _check(len(heights) == len(widths) == len(spatial_scales), 'there must be a scale for each feature map')
     _check(grad.ndim == 4 and grad.shape[::2] == (len(rois), output_size[0]), 'grad must be (n, C, h, w)')
     _check(grad.shape[3] == output_size[1] and grad.dtype == torch.float32, 'grad must be (n, C, h, w) in float32')
     _check(grad.device.type == 'cpu' and not grad.is_neg(), 'grad must be on the CPU')
@@ -129,7 +129,7 @@ def _roi_align_backward_fake(
 
 
 class _RoIAlignFunction(torch.autograd.Function):
-    """Saves the RoIs and their levels alone: the features are linear in the maps."""
+    """Saves the RoIs and their levels alone: the features are linear in the feature maps."""
 
     @staticmethod
     def forward(ctx, n_levels, *args):

@@ -200,7 +200,7 @@ def norm_forward(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor | None:
 
 
 def to_channels_last(x: torch.Tensor) -> torch.Tensor:
-    """Convert a map to the memory format that blocks prefer, if they may run as operators."""
+    """Convert a feature map to the memory format that blocks prefer, if they may run as operators."""
     return x.contiguous(memory_format=torch.channels_last) if _is_eligible(x) else x
 
 
@@ -225,7 +225,7 @@ def _is_eligible(x: torch.Tensor) -> bool:
 
 
 def _may_use_operators(x: torch.Tensor) -> bool:
-    """Whether nothing that they do not know looks at operators, and the input is a map in memory."""
+    """Whether nothing that they do not know looks at operators, and the input is a feature map in memory."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not torch.Tensor:
         return False
     if x.layout != torch.strided or x.ndim != 4 or not x.numel() or x.is_neg():
@@ -242,7 +242,7 @@ def _is_transformed() -> bool:
 
 
 def _map_dtype(dtype: torch.dtype, has_layer_scale: bool) -> torch.dtype:
-    """Dtype of the reference's maps with matmuls in `dtype`: a layer scale, a float32 parameter, makes them float32."""
+    """Dtype of the reference's feature maps for matmuls in `dtype`: a layer scale, which is float32, decides."""
     return torch.float32 if has_layer_scale else dtype
 
 
@@ -309,7 +309,7 @@ def _patch_embed_args(module: nn.Module, x: torch.Tensor) -> tuple[PatchEmbedPar
 def _select_backend(
     block: nn.Module, channels: int, x_dtype: torch.dtype
 ) -> tuple[str, torch.dtype, BlockParams] | None:
-    """The backend for a block of a map of such channels, the dtype of its matmuls, and the block's parameters."""
+    """The backend for a block of so many channels, the dtype of its matmuls, and the block's parameters."""
     params = _block_params(block)
     if params is None:
         return None

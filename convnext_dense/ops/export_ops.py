@@ -25,7 +25,7 @@ soft_nms = _define(
     'soft_nms(Tensor boxes, Tensor scores, float iou_threshold, float score_threshold, int max_output, str method, '
     'float sigma, float min_score) -> Tensor'
 )
-# Features (n, C, h, w) of RoIs (n, 5), each from the map (N, C, H, W) of its level (n,).
+# Features (n, C, h, w) of RoIs (n, 5), each from the feature map (N, C, H, W) of its level (n,).
 pyramid_roi_align = _define(
     'pyramid_roi_align(Tensor[] feats, Tensor rois, Tensor levels, float[] spatial_scales, int[2] output_size, '
     'int sampling_ratio, bool aligned) -> Tensor'

@@ -31,7 +31,7 @@ def _struct(name: str, doc: str, **fields: str) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), dict(_fields_=members, __doc__=doc))
 
 
-Level = _struct('Level', 'A map of a pyramid.', c_int64='height width', c_double='scale', c_void_p='data')
+Level = _struct('Level', 'A feature map of a pyramid.', c_int64='height width', c_double='scale', c_void_p='data')
 RoIAlignArgs = _struct(
     'RoIAlignArgs',
     'Arguments of RoIAlign.',
@@ -79,8 +79,8 @@ def launch(kernel: str, maps: Sequence[torch.Tensor], scales: Sequence[float] = 
 
     Args:
         kernel: A key of `KERNELS`.
-        maps: The maps of a pyramid, (N, C, H, W), channels_last.
-        scales: Of each map, for those kernels that read it.
+        maps: The feature maps of a pyramid, (N, C, H, W), channels_last.
+        scales: Of each feature map, for those kernels that read it.
         fields: Numbers and tensors of the kernel's struct.
 
     Raises:

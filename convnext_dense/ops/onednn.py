@@ -1,6 +1,6 @@
 """Backend of torch's own operators, for any x86 CPU on which oneDNN is fast.
 
-- Feature maps stay channels_last: to LayerNorm and matmuls a map is a matrix with one row per pixel, without a copy.
+- Feature maps stay channels_last: to LayerNorm and matmuls they are matrices with one row per pixel, without a copy.
 - The four times wider hidden layer is computed in tiles of rows that stay in cache; it is never whole in memory.
 - Matmuls are oneDNN's, fused with GELU: in float32 up to three times the speed of MKL, which F.linear uses.
 - The backward pass recomputes the hidden layer tile by tile where that costs less than to write and read it.
@@ -65,8 +65,8 @@ def forward(
 
     Args:
         args: Settings of the block.
-        x: Map (N, H, W, C), contiguous.
-        z: The same map in `args.dtype`; None to cast it here.
+        x: Feature map (N, H, W, C), contiguous.
+        z: The same feature map in `args.dtype`; None to cast it here.
         params: Parameters of the block.
 
     Returns:
@@ -252,7 +252,7 @@ class _Grn:
 
 
 def depthwise_conv(z: torch.Tensor, p: BlockParams, padding: tuple[int, int]) -> torch.Tensor:
-    """Depthwise convolution of a map (N, H, W, C)."""
+    """Depthwise convolution of a feature map (N, H, W, C)."""
     z = z.permute(0, 3, 1, 2)
     y = F.conv2d(z, p.dwconv_weight, p.dwconv_bias, padding=padding, groups=len(p.dwconv_weight))
     return y.permute(0, 2, 3, 1).contiguous()
@@ -322,7 +322,7 @@ def _rows_as_image(rows: torch.Tensor) -> torch.Tensor:
 def _tile_groups(params: BlockParams, *maps: torch.Tensor) -> Iterator[list[list[torch.Tensor]]]:
     """Yield the tiles of each image where GRN looks at whole images, else those of all images as one group.
 
-    A tile has the same rows of each map (N, H, W, C).
+    A tile has the same rows of each feature map (N, H, W, C).
     """
     for images in [maps] if params.grn_gamma is None else zip(*(m.split(1) for m in maps)):
         rows = [m.view(-1, m.shape[-1]) for m in images]

@@ -68,7 +68,7 @@ def _check(condition: bool, message: str) -> None:
 
 
 def _check_map(x: torch.Tensor) -> None:
-    _check(x.ndim == 4 and x.is_contiguous() and not x.is_neg(), 'x must be a contiguous map (N, H, W, C)')
+    _check(x.ndim == 4 and x.is_contiguous() and not x.is_neg(), 'x must be a contiguous feature map (N, H, W, C)')
     _check(x.device.type == 'cpu' and min(x.shape[1:]) > 0, 'x must be on the CPU and not be empty')
 
 

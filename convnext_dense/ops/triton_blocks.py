@@ -1,8 +1,8 @@
 """The ConvNeXt block on a GPU in half precision: all but the matmuls in Triton kernels.
 
-Eager torch spends most of a block's time in passes over its maps in memory (casts, LayerNorm, GELU, GRN, layer scale,
-shortcut), in cuDNN's depthwise convolutions, and on the CPU, which starts some fifty kernels for it. Here there are
-eight in the forward pass of a block and ten in its backward pass. GELU's and GRN's results are not kept for the
+Eager torch spends most of a block's time in passes over its feature maps in memory (casts, LayerNorm, GELU, GRN, layer
+scale, shortcut), in cuDNN's depthwise convolutions, and on the CPU, which starts some fifty kernels for it. Here there
+are eight in the forward pass of a block and ten in its backward pass. GELU's and GRN's results are not kept for the
 backward pass: they follow from the hidden layer, which is.
 
 It is an autograd function and no operator of torch, because an operator with so many arguments takes as long to be
@@ -20,7 +20,7 @@ from .block_params import GRN_EPS, SAVE_DWCONV, SAVE_HIDDEN, SAVE_INPUT, BlockPa
 KERNEL_SIZE = 7
 DTYPES = (torch.float16, torch.bfloat16)
 MIN_TRITON = (3, 3)  # before, a compiled kernel does not take its constants as arguments
-MAX_CHANNELS = 4096  # a row of a map is one tile of LayerNorm
+MAX_CHANNELS = 4096  # a row of a feature map is one tile of LayerNorm
 MAX_PROGRAMS = 264  # over which a reduction is divided: two for each multiprocessor of the largest GPUs
 ROWS_PER_PROGRAM = 64  # at least
 N_PARAMS = len(BlockParams._fields)
@@ -55,7 +55,7 @@ class Block(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Channels of the map and of the hidden layer."""
+        """Channels of the feature map and of the hidden layer."""
         return self.params.pwconv2_weight.shape
 
     def output_dtype(self, x_dtype: torch.dtype) -> torch.dtype:
@@ -90,7 +90,7 @@ def run(x: torch.Tensor, block: Block, with_cp: bool | str) -> torch.Tensor:
     """Run a block.
 
     Args:
-        x: Map that is supported, contiguous (N, H, W, C).
+        x: Feature map that is supported, contiguous (N, H, W, C).
         block: The block.
         with_cp: What the backward pass recomputes: nothing (False), the whole block (True) or all but the depthwise
             convolution ('mlp').
@@ -171,7 +171,7 @@ def forward(x: torch.Tensor, block: Block, save_level: int | None) -> tuple[torc
     """Run a block without autograd.
 
     Args:
-        x: Map, contiguous (N, H, W, C).
+        x: Feature map, contiguous (N, H, W, C).
         block: The block.
         save_level: What to save for a backward pass, as in `BlockArgs`; None where there is none.
 

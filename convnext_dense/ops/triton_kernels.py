@@ -1,8 +1,8 @@
 """Triton kernels of the ConvNeXt block on a GPU in half precision.
 
-Maps are contiguous (N, H, W, C); rows are their pixels. All arithmetic is in float32; what is stored in half precision
-is rounded where the reference implementation under autocast rounds it. Reductions over rows are written as partial sums
-per program and added up by torch, so that results do not depend on the order in which programs finish.
+Feature maps are contiguous (N, H, W, C); rows are their pixels. All arithmetic is in float32; what is stored in half
+precision is rounded where the reference implementation under autocast rounds it. Reductions over rows are written as
+partial sums per program and added up by torch, so that results do not depend on the order in which programs finish.
 """
 
 import triton

@@ -1,9 +1,9 @@
-"""A 3 x 3 convolution of concatenated maps, of which all but the first are upsampled bilinearly before.
+"""A 3 x 3 convolution of concatenated feature maps, of which all but the first are upsampled bilinearly before.
 
 That is what UperNet spends most of its time on. Both are linear, and a tap of the convolution mixes channels where
-upsampling mixes pixels: so the taps are applied to the small maps, as a matmul (the products), and an operator
-(`torch.ops.convnext_dense.tap_sum`) adds up the products, shifted and upsampled. A map upsampled by s thereby takes
-1 / s^2 of the multiplications, and neither upsampled nor concatenated maps are ever in memory.
+upsampling mixes pixels: so the taps are applied to the small feature maps, as a matmul (the products), and an operator
+(`torch.ops.convnext_dense.tap_sum`) adds up the products, shifted and upsampled. A feature map upsampled by s thereby
+takes 1 / s^2 of the multiplications, and neither upsampled nor concatenated feature maps are ever in memory.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ tap_sum_backward = _define('tap_sum_backward(Tensor grad, int[] heights, int[] w
 
 
 def supports_upsampled_conv(maps: Sequence[torch.Tensor], weight: torch.Tensor) -> bool:
-    """Whether `upsampled_conv` runs on these maps and this weight, in the dtype that autocast gives them."""
+    """Whether `upsampled_conv` runs on these feature maps and this weight, in the dtype that autocast gives them."""
     tensors = (*maps, weight)
     if len(maps) < 2 or not all(map(is_plain, tensors)) or not head_kernels.available():
         return False
@@ -48,7 +48,7 @@ def upsampled_conv(
     align_corners: bool = False,
     relu: bool = False,
 ) -> torch.Tensor:
-    """Convolution, with padding of 1, of the concatenation of maps in the size of the first.
+    """Convolution, with padding of 1, of the concatenation of feature maps in the size of the first.
 
     Args:
         maps: (N, C_i, H_i, W_i), which are resized bilinearly to the size of the first, as a rule the largest.
@@ -69,7 +69,7 @@ def upsampled_conv(
 
 
 def supports_conv(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `conv` runs on a map (N, C, H, W) and a weight."""
+    """Whether `conv` runs on a feature map (N, C, H, W) and a weight."""
     if not is_plain(x) or not is_plain(weight) or x.ndim != 4 or not x.numel():
         return False
     return {_dtype(x), _dtype(weight)} <= set(DTYPES) and _dtype(x) == _dtype(weight) and _dtype(x) in onednn.dtypes()
@@ -102,8 +102,9 @@ def conv(
 
 
 def _check_maps(x: torch.Tensor, channels: int) -> None:
-    _check(x.ndim == 4 and x.numel() > 0 and x.device.type == 'cpu' and not x.is_neg(), 'maps must be (N, C, H, W)')
-    _check(x.dtype in DTYPES, 'maps must be float32 or bfloat16')
+    is_map = x.ndim == 4 and x.numel() > 0 and x.device.type == 'cpu' and not x.is_neg()
+    _check(is_map, 'feature maps must be (N, C, H, W)')
+    _check(x.dtype in DTYPES, 'feature maps must be float32 or bfloat16')
     _check(channels % head_kernels.CHANNEL_MULTIPLE == 0, 'the number of channels must be a multiple of 16')
     _check(head_kernels.available(), 'the kernels are not for this machine, or were not compiled')
 
@@ -145,7 +146,7 @@ def _tap_sum_fake(base, products, align_corners, relu):
 
 def _tap_sum_backward_cpu(grad, heights, widths, align_corners):
     _check_maps(grad, grad.shape[1] if grad.ndim == 4 else 0)
-    _check(len(heights) == len(widths) > 0, 'there must be a height and a width of each map')
+    _check(len(heights) == len(widths) > 0, 'there must be a height and a width of each feature map')
     _check(min(*heights, *widths) > 0, 'heights and widths must be positive')
     grads = _tap_sum_backward_fake(grad, heights, widths, align_corners)
     _launch('tap_sum_backward', grads, _channels_last(grad), align_corners, False)
