@@ -11,16 +11,9 @@ from mmengine.fileio import load
 from mmengine.logging import print_log
 from mmengine.registry import METRICS
 
-from .coco_matches import (
-    Pair,
-    class_results,
-    confusion_matrix,
-    evaluate_coco,
-    load_detections,
-    match_at_thresholds,
-)
-from .plots import plot_confusion_matrix, plot_pr_curves
-from .report_files import NUM_WORST_IMAGES, log_table, percent, write_csv
+from .coco_matches import Pair, class_results, confusion_matrix, evaluate_coco, load_detections, match_at_thresholds
+from .plots import plot_pr_curves, write_confusion_matrix
+from .report_files import NUM_WORST_IMAGES, log_table, mean_of_numbers, write_csv
 from .worst_images import draw_all, draw_detections, read_rgb
 
 HEADER = ('class', 'objects', 'AP', 'AP50', 'score', 'precision', 'recall', 'F1')
@@ -69,43 +62,28 @@ class DetectionReport(CocoMetric):
         if iou_type == 'segm':
             for detection in detections:
                 detection.pop('bbox', None)  # as CocoMetric: areas are those of masks
+        self.report_dir.mkdir(parents=True, exist_ok=True)
         gt = self._coco_api
         evaluation = evaluate_coco(gt, load_detections(gt, detections), self.cat_ids, iou_type, self.img_ids)
         category_ids, results = evaluation.params.catIds, class_results(evaluation)
         names = [result.name for result in results]
         pairs = match_at_thresholds(evaluation, results)
         self._write_classes(iou_type, results)
-        counts, all_names = confusion_matrix(pairs, category_ids), [*names, 'background']
-        write_csv(
-            self._file(f'confusion_{iou_type}.csv'), ['', *all_names], [[n, *r] for n, r in zip(all_names, counts)]
-        )
-        title = f'{NAMES[iou_type]}, at IoU 0.5 and the scores with the highest F1'
-        plot_confusion_matrix(counts, all_names, all_names, self._file(f'confusion_{iou_type}.png'), title)
+        counts, title = confusion_matrix(pairs, category_ids), 'at IoU 0.5 and the scores with the highest F1'
+        file = self.report_dir / f'confusion_{iou_type}'
+        write_confusion_matrix(file, counts, [*names, 'background'], f'{NAMES[iou_type]}, {title}')
         precision, recalls = evaluation.eval['precision'][..., 0, 0], evaluation.params.recThrs
-        plot_pr_curves(precision, recalls, names, self._file(f'pr_curves_{iou_type}.png'), NAMES[iou_type])
+        plot_pr_curves(precision, recalls, names, self.report_dir / f'pr_curves_{iou_type}.png', NAMES[iou_type])
         if with_images:
             self._write_images(pairs, images, dict(zip(category_ids, names)))
 
-    def _file(self, name: str) -> Path:
-        self.report_dir.mkdir(parents=True, exist_ok=True)
-        return self.report_dir / name
-
     def _write_classes(self, iou_type: str, results: Sequence) -> None:
-        rows = [
-            (
-                r.name,
-                r.num_objects,
-                *map(percent, (r.ap, r.ap50)),
-                r.threshold,
-                *map(percent, (r.precision, r.recall, r.f1)),
-            )
-            for r in results
-        ]
-        values = np.array([row[2:] for row in rows], float)
-        is_present = ~np.isnan(values[:, 0])
-        means = [float(v[~np.isnan(v)].mean()) if (~np.isnan(v)).any() else np.nan for v in values[is_present].T]
-        rows.append(('mean', sum(r.num_objects for r in results), *means))
-        write_csv(self._file(f'classes_{iou_type}.csv'), HEADER, rows)
+        scales = np.array([100, 100, 1, 100, 100, 100])  # percent, but for the threshold
+        values = scales * np.array([result[2:] for result in results], float)
+        means = map(mean_of_numbers, values[~np.isnan(values[:, 0])].T)
+        rows = [(*result[:2], *row) for result, row in zip(results, values.tolist())]
+        rows.append(('mean', sum(result.num_objects for result in results), *means))
+        write_csv(self.report_dir / f'classes_{iou_type}.csv', HEADER, rows)
         rows = [(*row[:4], '-' if np.isnan(row[4]) else f'{row[4]:.2f}', *row[5:]) for row in rows]
         log_table(f'{NAMES[iou_type]} by class; precision, recall and F1 at IoU 0.5 and this score:', HEADER, rows)
 
@@ -116,21 +94,19 @@ class DetectionReport(CocoMetric):
         rows = {image_id: image_errors(by_image[image_id]) for image_id in images}
         order = sorted(rows, key=lambda image_id: (rows[image_id][0], -sum(rows[image_id][2:])))
         paths = {i: image['img_path'] or str(i) for i, image in images.items()}
-        write_csv(
-            self._file('images.csv'), IMAGE_HEADER, [(paths[i], percent(rows[i][0]), *rows[i][1:]) for i in order]
-        )
+        table = [(paths[i], 100 * rows[i][0], *rows[i][1:]) for i in order]
+        write_csv(self.report_dir / 'images.csv', IMAGE_HEADER, table)
         worst = [i for i in order if sum(rows[i][2:])][:NUM_WORST_IMAGES]
 
         def draw(rank: int, file: Path) -> bool:
             image_id = worst[rank]
-            size = (images[image_id]['height'], images[image_id]['width'])
-            image = read_rgb(paths[image_id], size, self.backend_args, self.channels)
+            path, size = paths[image_id], (images[image_id]['height'], images[image_id]['width'])
+            image = read_rgb(path, size, self.backend_args, self.channels)
             if image is None:
                 return False
             _, correct, wrong, false, missed = rows[image_id]
             counts = f'{correct} right, {wrong} of a wrong class, {false} false, {missed} missed'
-            title = f'{Path(paths[image_id]).name}: {counts}'
-            draw_detections(image, by_image[image_id], names, file, title)
+            draw_detections(image, by_image[image_id], names, file, f'{Path(path).name}: {counts}')
             return True
 
         draw_all([paths[i] for i in worst], draw, self.report_dir / 'worst_images')

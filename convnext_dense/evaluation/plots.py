@@ -5,43 +5,40 @@ from pathlib import Path
 
 import numpy as np
 
+from .report_files import write_csv
+
 MAX_ANNOTATED = 25  # classes up to which each cell has its number
 MAX_LABELED = 10  # curves up to which each has a color and a name
 
 
-def plot_confusion_matrix(
-    counts: np.ndarray, row_names: Sequence[str], column_names: Sequence[str], file: Path, title: str
-) -> None:
-    """Draw a confusion matrix whose rows are shown as percentages of their sums.
+def write_confusion_matrix(file: Path, counts: np.ndarray, names: Sequence[str], title: str) -> None:
+    """Write a confusion matrix as CSV, and draw it with its rows as percentages of their sums.
 
     Args:
-        counts: Counts (R, C), whose rows are the ground truth.
-        row_names: Names of the classes of the ground truth.
-        column_names: Names of the predicted classes.
-        file: Path of the image.
+        file: Path of the two files, without suffix.
+        counts: Counts (C, C), whose rows are the ground truth.
+        names: Names of the classes.
         title: Title above the plot.
     """
     from matplotlib.figure import Figure
 
-    percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    n = max(counts.shape)
+    write_csv(file.with_suffix('.csv'), ['', *names], [[name, *row] for name, row in zip(names, counts)])
+    percent, n = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1), len(names)
     side = 3 + n * (0.45 if n <= MAX_ANNOTATED else 0.16)
     figure = Figure(figsize=(side + 0.8, side), dpi=110, layout='constrained')
     axes = figure.add_subplot()
     image = axes.imshow(percent, cmap='Blues', vmin=0, vmax=100)
     figure.colorbar(image, ax=axes, shrink=0.7, label='% of the row')
     size = 9 if n <= MAX_ANNOTATED else 6
-    axes.set_xticks(range(len(column_names)), column_names, rotation=90, fontsize=size)
-    axes.set_yticks(range(len(row_names)), row_names, fontsize=size)
-    axes.set_xlabel('predicted')
-    axes.set_ylabel('ground truth')
-    axes.set_title(title)
+    axes.set_xticks(range(n), names, rotation=90, fontsize=size)
+    axes.set_yticks(range(n), names, fontsize=size)
+    axes.set(xlabel='predicted', ylabel='ground truth', title=title)
     if n <= MAX_ANNOTATED:
         for (i, j), value in np.ndenumerate(percent):
             if counts[i, j]:
                 text = f'{value:.0f}' if value >= 0.5 else '<1'
                 axes.text(j, i, text, ha='center', va='center', fontsize=8, color='white' if value > 55 else 'black')
-    figure.savefig(file)
+    figure.savefig(file.with_suffix('.png'))
 
 
 def plot_pr_curves(precision: np.ndarray, recalls: np.ndarray, names: Sequence[str], file: Path, title: str) -> None:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from mmengine.logging import print_log
 
 NUM_WORST_IMAGES = 20  # that are drawn
@@ -14,17 +15,13 @@ def log_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]
     """Log a table; numbers with one digit, NaN as a dash."""
     from terminaltables import AsciiTable
 
+    def format_cell(cell: object) -> str:
+        return ('-' if math.isnan(cell) else f'{cell:.1f}') if isinstance(cell, float) else str(cell)
+
     table = AsciiTable([list(header), *([format_cell(cell) for cell in row] for row in rows)])
     for column in range(1, len(header)):
         table.justify_columns[column] = 'right'
     print_log(f'{title}\n{table.table}', logger='current')
-
-
-def format_cell(cell: object) -> str:
-    """Format a cell of a table."""
-    if not isinstance(cell, float):
-        return str(cell)
-    return '-' if math.isnan(cell) else f'{cell:.1f}'
 
 
 def write_csv(file: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -36,6 +33,7 @@ def write_csv(file: Path, header: Sequence[str], rows: Sequence[Sequence[object]
             writer.writerow(['' if isinstance(cell, float) and math.isnan(cell) else cell for cell in row])
 
 
-def percent(value: float) -> float:
-    """Return a ratio in percent."""
-    return 100 * float(value)
+def mean_of_numbers(values: Sequence[float]) -> float:
+    """Return the mean of the values that are not NaN; NaN if there are none."""
+    numbers = np.asarray(values)[~np.isnan(values)]
+    return float(numbers.mean()) if numbers.size else math.nan

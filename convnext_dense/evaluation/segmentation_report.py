@@ -12,8 +12,8 @@ from mmengine.logging import print_log
 from mmengine.registry import METRICS
 from mmseg.evaluation import IoUMetric
 
-from .plots import plot_confusion_matrix
-from .report_files import NUM_WORST_IMAGES, log_table, percent, write_csv
+from .plots import write_confusion_matrix
+from .report_files import NUM_WORST_IMAGES, log_table, mean_of_numbers, write_csv
 from .worst_images import default_palette, draw_all, draw_segmentation, read_rgb
 
 HEADER = ('class', 'pixels %', 'IoU', 'Acc', 'precision', 'F1')
@@ -35,7 +35,7 @@ class ImageResult(NamedTuple):
     miou: float
     acc: float
     cells: tuple[np.ndarray, np.ndarray]
-    maps: tuple[bytes, bytes] | None = None
+    maps: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @METRICS.register_module()
@@ -63,14 +63,14 @@ class SegmentationReport(IoUMetric):
             self.results[i] = (self.results[i], self._image_result(sample, i))
 
     def _image_result(self, sample: dict, index: int) -> ImageResult:
-        pred = sample['pred_sem_seg']['data'].squeeze(0).cpu().numpy()
-        label = sample['gt_sem_seg']['data'].squeeze(0).cpu().numpy()
+        label, pred = (sample[key]['data'].squeeze(0).cpu().numpy() for key in ('gt_sem_seg', 'pred_sem_seg'))
         cells = count_confusions(pred, label, len(self.dataset_meta['classes']), self.ignore_index)
-        ious = class_ious(*cells, len(self.dataset_meta['classes']))
-        miou = float(np.nanmean(ious)) if not np.isnan(ious).all() else np.nan
-        acc = float((pred == label)[label != self.ignore_index].mean()) if len(cells[0]) else np.nan
-        result = ImageResult(sample.get('img_path', ''), miou, acc, cells)
-        return result._replace(maps=(_to_png(label), _to_png(pred))) if self._is_among_worst(miou, index) else result
+        correct, union, _, labeled = (area.double() for area in self.results[index])  # of each class
+        miou, acc = float((correct / union).nanmean()), float(correct.sum() / labeled.sum())
+        maps = None
+        if self._is_among_worst(miou, index):
+            maps = tuple(cv2.imencode('.png', indices.astype(np.uint16))[1] for indices in (label, pred))
+        return ImageResult(sample.get('img_path', ''), miou, acc, cells, maps)
 
     def _is_among_worst(self, miou: float, index: int) -> bool:
         """Return whether an image is among the worst so far; drop the maps of one that no longer is."""
@@ -110,26 +110,24 @@ class SegmentationReport(IoUMetric):
         columns = [100 * values[key] for key in ('IoU', 'Acc', 'Precision', 'Fscore')]
         pixels = 100 * label.numpy() / max(float(label.sum()), 1)
         rows = [(name, *map(float, row)) for name, *row in zip(classes, pixels, *columns)]
-        means = [float(c[~np.isnan(c)].mean()) if (~np.isnan(c)).any() else np.nan for c in columns]
-        rows.append(('mean', 100.0, *means))
+        rows.append(('mean', 100.0, *map(mean_of_numbers, columns)))
         write_csv(self.report_dir / 'classes.csv', HEADER, rows)
         log_table('by class, in percent:', HEADER, rows)
-        write_csv(self.report_dir / 'confusion.csv', ['', *classes], [[n, *r] for n, r in zip(classes, matrix)])
-        plot_confusion_matrix(matrix, classes, classes, self.report_dir / 'confusion.png', 'pixels')
+        write_confusion_matrix(self.report_dir / 'confusion', matrix, classes, 'pixels')
 
     def _write_images(self, images: Sequence[ImageResult], classes: Sequence[str]) -> None:
         order = sorted((image for image in images if not np.isnan(image.miou)), key=lambda image: image.miou)
-        rows = [(image.path, percent(image.miou), percent(image.acc)) for image in order]
+        rows = [(image.path, 100 * image.miou, 100 * image.acc) for image in order]
         write_csv(self.report_dir / 'images.csv', IMAGE_HEADER, rows)
         worst = [image for image in order if image.maps][:NUM_WORST_IMAGES]
         palette = self.dataset_meta.get('palette') or default_palette(len(classes))
 
         def draw(place: int, file: Path) -> bool:
-            label, pred = map(_from_png, worst[place].maps)
+            label, pred = (cv2.imdecode(png, cv2.IMREAD_UNCHANGED).astype(np.int64) for png in worst[place].maps)
             image = read_rgb(worst[place].path, label.shape, channels=self.channels)
             if image is None:
                 return False
-            title = f'{Path(worst[place].path).name}: mIoU {percent(worst[place].miou):.1f}'
+            title = f'{Path(worst[place].path).name}: mIoU {100 * worst[place].miou:.1f}'
             draw_segmentation(image, label, pred, classes, palette, self.ignore_index, file, title)
             return True
 
@@ -153,20 +151,3 @@ def count_confusions(
     valid = (label != ignore_index) & (label < num_classes)
     cells = label[valid].astype(np.int64) * num_classes + pred[valid]
     return np.unique(cells, return_counts=True)
-
-
-def class_ious(cells: np.ndarray, counts: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return the IoU of each class, NaN for one that is nowhere; arguments are the result of `count_confusions`."""
-    label, pred = (np.bincount(index, counts, num_classes) for index in np.divmod(cells, num_classes))
-    is_correct = cells // num_classes == cells % num_classes
-    correct = np.bincount(cells[is_correct] // num_classes, counts[is_correct], num_classes)
-    union = label + pred - correct
-    return np.divide(correct, union, out=np.full(num_classes, np.nan), where=union > 0)
-
-
-def _to_png(labels: np.ndarray) -> bytes:
-    return cv2.imencode('.png', labels.astype(np.uint16))[1].tobytes()
-
-
-def _from_png(content: bytes) -> np.ndarray:
-    return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED).astype(np.int64)
