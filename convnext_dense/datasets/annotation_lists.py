@@ -4,6 +4,7 @@ import filecmp
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,11 +48,13 @@ def find_lists(
         UsageError: several files could be a split's.
     """
     by_split: dict[str, list[Path]] = {}
-    for files in tree.files_like(suffixes, is_list):
-        for file in files:
-            if _is_link_within(file, tree.root):
-                continue
-            by_split.setdefault(_split_of(file.relative_to(tree.root)), []).append(file)
+    top = os.path.realpath(tree.root)
+    for file in chain.from_iterable(tree.files_like(suffixes, is_list)):
+        path, real = file.relative_to(tree.root), os.path.realpath(file)
+        if is_below(real, top) and real != os.path.join(top, path):
+            continue  # a link to another file of the data set, or in a linked folder
+        named_split = split_of_folders(path.parts[:-1]) or split_of_folders(WORD_RE.findall(path.stem.lower()))
+        by_split.setdefault(named_split[0] if named_split else 'all', []).append(file)
     if 'train' in by_split:
         by_split.pop('all', None)
     for split, (first_file, *duplicates) in by_split.items():
@@ -108,15 +111,3 @@ def read_lists(
     drop_masks_of_boxes(results)
     number_categories(results)
     return results
-
-
-def _is_link_within(file: Path, root: Path) -> bool:
-    """Return whether a path leads to another file of the data set, by a link to it or to its folder."""
-    real, top = os.path.realpath(file), os.path.realpath(root)
-    return is_below(real, top) and real != os.path.join(top, os.path.relpath(file, root))
-
-
-def _split_of(file: Path) -> str:
-    """Return the split after which a file or its folder is named; 'all' if there is none."""
-    split_match = split_of_folders(file.parts[:-1]) or split_of_folders(WORD_RE.findall(file.stem.lower()))
-    return split_match[0] if split_match else 'all'

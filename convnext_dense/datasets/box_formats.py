@@ -8,13 +8,12 @@ from typing import NamedTuple
 
 from ..errors import UsageError
 from .annotation_lists import ListSplit, find_lists, read_lists
-from .coco_files import find_coco, read_coco_files
+from .coco_files import read_coco_files
 from .createml import is_createml, parse_createml
 from .diagnostics import Report
 from .files import read_ends
 from .find_yolo import find_yolo, yolo_split
-from .image_folder import SUFFIXES as METADATA_SUFFIXES
-from .image_folder import is_image_folder, name_numbers, parse_image_folder
+from .image_folder import METADATA_SUFFIXES, is_image_folder, name_numbers, parse_image_folder
 from .instance_masks import find_instance_masks, read_instance_masks
 from .label_files import find_label_files, label_split, read_label_files
 from .label_studio import is_label_studio, parse_label_studio
@@ -71,7 +70,7 @@ def _label_format(key: str, suffix: str, is_label: Callable, parse: Callable, fi
 
 # Formats are looked for in this order.
 BOX_FORMATS = {
-    COCO: BoxFormat('coco', find_coco, read_coco_files),
+    COCO: BoxFormat('coco', lambda tree: find_annotations(tree.root), read_coco_files),
     'YOLO': BoxFormat('yolo', find_yolo, read_yolo, from_folder=yolo_split),
     'Pascal VOC': _label_format('voc', '.xml', is_voc, parse_voc, shift_to_zero),
     'LabelMe': _label_format('labelme', '.json', is_labelme, parse_labelme, drop_masks_of_boxes),

@@ -9,16 +9,10 @@ from .coco_values import only_dicts
 from .diagnostics import Report
 from .files import read_json
 from .image_resolver import ImageResolver
-from .layouts import FolderTree, find_annotations
 from .request import DatasetRequest
 from .split_annotations import SplitAnnotations
 
 COCO_KEYS = ('images', 'annotations', 'categories')
-
-
-def find_coco(tree: FolderTree) -> tuple[str, dict[str, Path]] | None:
-    """Find the COCO json of each split, as `find_annotations`."""
-    return find_annotations(tree.root) if tree.root.is_dir() else None
 
 
 def read_coco(path: Path, split: str = 'train') -> dict:

@@ -1,22 +1,17 @@
 """CreateML: a JSON list of images with boxes, each by its center and its size in pixels."""
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .annotation_lists import ListedImage
 from .coco_values import as_dict, as_dicts
-from .files import read_json
+from .files import has_marks, read_json
 from .objects import box_annotation, parse_name, parse_numbers, parse_objects
 
 NAME_KEYS = ('image', 'imagefilename', 'imageFilename')
 SIDES = ('x', 'y', 'width', 'height')
-MARKS_RE = re.compile(r'"coordinates"\s*:\s*\{[^}]*"(x|y|width|height)"')
-
-
-def is_createml(start: str) -> bool:
-    """Return whether a JSON file is CreateML's, by its start."""
-    return start.lstrip('\ufeff \t\r\n').startswith('[') and MARKS_RE.search(start) is not None
+# In the start of a file.
+is_createml = has_marks(r'\A[\ufeff \t\r\n]*\[', r'"coordinates"\s*:\s*\{[^}]*"(x|y|width|height)"')
 
 
 def parse_createml(file: Path, add: Callable) -> Iterator[ListedImage]:

@@ -6,10 +6,11 @@ Only regular files of limited size are read, and folders that link to themselves
 import errno
 import json
 import os
+import re
 import stat
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 from unicodedata import category
@@ -172,15 +173,6 @@ def read_yaml(path: Path) -> object:
         raise UsageError(f'{path} is not valid YAML ({to_one_line(place, 100)}): correct it') from error
 
 
-def read_start(path: str | os.PathLike, size: int) -> str:
-    """Read the first bytes of a regular file as text; empty if it cannot be read."""
-    try:
-        with open_regular(path, 2**63) as file:
-            return file.read(size).decode('utf-8', 'replace')
-    except OSError:
-        return ''
-
-
 def read_ends(path: str | os.PathLike, size: int) -> str:
     """Read the first and the last bytes of a regular file as text; empty if it cannot be read."""
     try:
@@ -192,6 +184,11 @@ def read_ends(path: str | os.PathLike, size: int) -> str:
     except OSError:
         return ''
     return '\n'.join(end.decode('utf-8', 'replace') for end in ends)
+
+
+def has_marks(*marks: str) -> Callable[[str], bool]:
+    """Return whether the start of a file has all of some patterns, as a function of it."""
+    return lambda text: all(re.search(mark, text) for mark in marks)
 
 
 def size_of(file: BinaryIO) -> int:

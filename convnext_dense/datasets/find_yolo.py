@@ -12,16 +12,14 @@ from typing import NamedTuple
 from ..errors import UsageError
 from . import SPLITS
 from .file_names import split_machine_prefix
-from .files import MAX_YAML_BYTES, read_lines, read_start, read_text, read_yaml, to_one_line
+from .files import MAX_YAML_BYTES, has_marks, read_ends, read_lines, read_text, read_yaml, to_one_line
 from .layouts import SPLIT_DIR_NAMES, SPLIT_OF_NAME, FolderTree, are_of_masks, is_image, split_of_folders
 
 YAML_SUFFIXES = ('.yaml', '.yml')
 NAMES_FILES = ('classes.txt', 'obj.names', 'classes.names', 'data.names', '_darknet.labels', 'names.txt')
-# A line of a label: a class, and numbers from 0 to 1.
-LABEL_LINE_RE = re.compile(
-    r'\A\s*\d+(\.0*)?([ \t]+(0?\.\d+|[01](\.0*)?|\d(\.\d+)?[eE]-\d+)){4,}\s*$', re.MULTILINE
-)  # fmt: skip
-YAML_MARKS_RE = re.compile(r'^["\']?(names|nc)["\']?\s*:', re.MULTILINE)
+# The first line of a label: a class, and numbers from 0 to 1.
+is_yolo = has_marks(r'(?m)\A\s*\d+(\.0*)?([ \t]+(0?\.\d+|[01](\.0*)?|\d(\.\d+)?[eE]-\d+)){4,}\s*$')
+YAML_SPLIT_MARK = r'(?m)^["\']?(train|val)["\']?\s*:'
 NO_VALUE = ('', '~', 'null', 'none')  # how YAML says that a key has no value
 
 
@@ -95,7 +93,9 @@ def _find_images(tree: FolderTree, common: Mapping, note: str = '') -> tuple[str
         common: arguments of `YoloSplit` that all splits share.
         note: note for the report.
     """
-    lists = {split: tuple(_lists_of(tree.root, split)) for split in SPLITS}
+    files = [f for f in _files_in(tree.root) if f.suffix.lower() == '.txt' and f.stem.lower() in SPLIT_OF_NAME]
+    files = [file for file in files if is_image(Path(read_ends(file, 2**12).split('\n')[0].strip()))]
+    lists = {split: tuple(f for f in files if f.stem.lower() in names) for split, names in SPLIT_DIR_NAMES.items()}
     if lists['train']:
         return f'lists of images{note}', {split: YoloSplit(paths, **common) for split, paths in lists.items() if paths}
     by_split = _folders_by_split(tree)
@@ -203,15 +203,12 @@ def _resolve(entry: str, bases: Sequence[Path]) -> Path | None:
 
 
 def _is_data_yaml(file: Path) -> bool:
-    if file.suffix.lower() not in YAML_SUFFIXES:
-        return False
-    start = read_start(file, MAX_YAML_BYTES)
-    has_paths = file.stem.lower() == 'data' or re.search(r'^["\']?(train|val)["\']?\s*:', start, re.MULTILINE)
-    return bool(has_paths and YAML_MARKS_RE.search(start))
+    has_keys = has_marks(r'(?m)^["\']?(names|nc)["\']?\s*:', '' if file.stem.lower() == 'data' else YAML_SPLIT_MARK)
+    return file.suffix.lower() in YAML_SUFFIXES and has_keys(read_ends(file, MAX_YAML_BYTES))
 
 
 def _is_obj_data(file: Path) -> bool:
-    return file.suffix.lower() == '.data' and re.search(r'^\s*train\s*=', read_start(file, 2**16), re.M) is not None
+    return file.suffix.lower() == '.data' and has_marks(r'(?m)^\s*train\s*=')(read_ends(file, 2**16))
 
 
 def _read_obj_data(file: Path, tree: FolderTree) -> dict[str, YoloSplit]:
@@ -230,12 +227,7 @@ def _read_obj_data(file: Path, tree: FolderTree) -> dict[str, YoloSplit]:
             splits[split] = YoloSplit((path,) if path else (), missing='' if path else entry, **common)
     if _missing_train(splits):
         raise UsageError(f'{file}: {_missing_train(splits)}')
-    return _without_copies(splits)
-
-
-def _without_copies(splits: dict[str, YoloSplit]) -> dict[str, YoloSplit]:
-    """Leave out splits with the list of train, which darknet's files often name for all."""
-    train = splits['train'].images if 'train' in splits else None
+    train = splits['train'].images if 'train' in splits else None  # often named for all splits
     return {split: source for split, source in splits.items() if split == 'train' or source.images != train}
 
 
@@ -254,14 +246,6 @@ def _read_names(file: Path | None) -> tuple[tuple[int, str], ...] | None:
         raise UsageError(f'{file}: {error.strerror}') from error
     names = [(index, line.strip() or f'class {index}') for index, line in enumerate(lines)]
     return tuple(names) if lines != [''] else None
-
-
-def _lists_of(root: Path, split: str) -> Iterator[Path]:
-    """Iterate over the text files in a folder that are named after a split and hold paths of images."""
-    for file in _files_in(root):
-        is_named = file.suffix.lower() == '.txt' and file.stem.lower() in SPLIT_DIR_NAMES[split]
-        if is_named and is_image(Path(read_start(file, 2**12).split('\n')[0].strip())):
-            yield file
 
 
 def _folders_by_split(tree: FolderTree) -> dict[str, tuple[Path, ...]]:
@@ -284,11 +268,6 @@ def _folders_by_split(tree: FolderTree) -> dict[str, tuple[Path, ...]]:
 def _label_folders(tree: FolderTree) -> Iterator[Path]:
     """Iterate over the folders that hold labels of YOLO, by the first lines of some of their text files."""
     return (next(files).parent for files in tree.files_like(('.txt',), is_yolo))
-
-
-def is_yolo(start: str) -> bool:
-    """Return whether a text file is a label of YOLO, by its start."""
-    return LABEL_LINE_RE.search(start) is not None
 
 
 def _files_in(folder: Path) -> list[Path]:

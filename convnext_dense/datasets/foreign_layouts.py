@@ -10,7 +10,7 @@ from pathlib import Path
 from ..engine.datasets import IMAGE_SUFFIXES
 from ..errors import UsageError
 from .box_formats import find_boxes
-from .files import MAX_JSON_BYTES, UnusableFileError, open_regular, read_start, to_one_line, walk
+from .files import MAX_JSON_BYTES, UnusableFileError, open_regular, read_ends, to_one_line, walk
 from .layouts import IMAGE_DIR_NAMES, MASK_DIR_NAMES, MAX_DEPTH, SPLIT_DIR_NAMES, find_dir, find_folders, is_image
 
 LFS_HINT = 'Git LFS pointers, such as {}: run git lfs pull where they are from'
@@ -42,13 +42,15 @@ def describe_unsupported(root: Path) -> str:
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         if _is_dataset(folder):
             return f'holds a data set in its folder {to_one_line(folder.name)}: give {folder}'
-    parent = next(filter(_is_dataset, _folders_above(root)), None)
-    if parent:
-        return f'is a part of a data set: give {parent if root.is_absolute() else os.path.relpath(parent)}'
+    folder = Path(os.path.abspath(root))
+    while folder.name.lower() in DIR_NAMES:  # it may be a part of a data set
+        folder = folder.parent
+        if _is_dataset(folder):
+            return f'is a part of a data set: give {folder if root.is_absolute() else os.path.relpath(folder)}'
 
     def has_text(suffix: str, pattern: str, limit: int | None = 5):
         paths = [path for path in files if path.suffix.lower() == suffix][:limit]
-        return lambda: next((path for path in paths if re.search(pattern, read_start(path, 2**16), re.MULTILINE)), None)
+        return lambda: next((path for path in paths if re.search(pattern, read_ends(path, 2**16), re.MULTILINE)), None)
 
     def has_name(pattern: str):
         return lambda: next((path for path in files if re.search(pattern, path.as_posix().lower())), None)
@@ -81,14 +83,6 @@ def _is_dataset(folder: Path) -> bool:
         return bool(find_boxes(folder) or find_folders(folder))
     except UsageError:  # the error asks the user to choose
         return True
-
-
-def _folders_above(root: Path) -> Iterator[Path]:
-    """Iterate over the folders of which a folder may be a part, by its name and theirs."""
-    folder = Path(os.path.abspath(root))
-    while folder.name.lower() in DIR_NAMES:
-        folder = folder.parent
-        yield folder
 
 
 def _describe_file(path: Path) -> str:

@@ -69,20 +69,8 @@ def decode_part(
     raise DataError('mask-format-unknown')
 
 
-def polygons_to_rle(polygons: list[list[float]], holes: list[list[float]], size: tuple[int, int]) -> dict:
-    """Return the RLE of the pixels in some polygons and in none of the holes."""
-    pixels = mask_api().decode(_merge([polygons], size))
-    if holes:
-        pixels[mask_api().decode(_merge([holes], size)) > 0] = 0
-    return encode_mask(pixels)
-
-
-def union(masks: Iterable[list | dict], size: tuple[int, int]) -> dict:
-    """Return the RLE of the union of polygons and RLEs in an image of a size (width, height)."""
-    return encode_mask(mask_api().decode(_merge(masks, size)))
-
-
-def _merge(masks: Iterable[list | dict], size: tuple[int, int]) -> dict:
+def draw_masks(masks: Iterable[list | dict], size: tuple[int, int]) -> np.ndarray:
+    """Return the pixels in any of some lists of polygons and RLEs, (H, W), of an image of a size (width, height)."""
     api, (width, height) = mask_api(), size
     rles = [rle for m in masks for rle in (api.frPyObjects(m, height, width) if isinstance(m, list) else [m])]
-    return api.merge(rles)
+    return api.decode(api.merge(rles))

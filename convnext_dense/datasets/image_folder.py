@@ -5,7 +5,6 @@ Boxes are x, y, width, height, as in the documentation of `datasets`.
 
 import csv
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
@@ -14,18 +13,13 @@ from ..errors import UsageError
 from .annotation_lists import ListedImage
 from .coco_values import is_number
 from .diagnostics import Report
-from .files import MAX_JSON_BYTES, DataError, parse_error, read_bytes, to_one_line
+from .files import MAX_JSON_BYTES, DataError, has_marks, parse_error, read_bytes, to_one_line
 from .objects import box_annotation, parse_name, parse_numbers, parse_objects
 
-SUFFIXES = ('.jsonl', 'metadata.csv')
+METADATA_SUFFIXES = ('.jsonl', 'metadata.csv')
 BOX_KEYS = ('bbox', 'bboxes', 'boxes', 'box')
 CLASS_KEYS = ('categories', 'category', 'labels', 'label', 'classes', 'class', 'category_id', 'name')
-MARKS_RE = re.compile(rf'\bfile_name\b[\s\S]*"({"|".join(BOX_KEYS)})"')
-
-
-def is_image_folder(start: str) -> bool:
-    """Return whether a metadata file has boxes, by its start."""
-    return MARKS_RE.search(start.replace('""', '"')) is not None  # CSV doubles quotes
+is_image_folder = has_marks(rf'\bfile_name\b[\s\S]*"({"|".join(BOX_KEYS)})"')  # in the start of a file
 
 
 def parse_image_folder(file: Path, add: Callable) -> Iterator[ListedImage]:

@@ -4,7 +4,6 @@ Rectangles (also rotated ones), polygons, ellipses and brush masks become object
 newest is used, of those marked as ground truth if there are any; canceled ones are not.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -16,24 +15,25 @@ from .annotation_lists import ListedImage
 from .check_images import MAX_PIXELS
 from .coco_masks import encode_mask
 from .coco_values import as_dicts, only_dicts
-from .files import DataError, read_json
+from .files import DataError, has_marks, read_json
 from .geometry import ellipse, rectangle
 from .layouts import is_image
 from .objects import box_annotation, parse_numbers, parse_objects, parse_points, shape_annotation
 from .split_annotations import parse_size
 
-# Of a task with annotations, or of a region in the short form; and both of a task without any, in either form.
-MARKS_RE = re.compile(r'"(annotations|completions)"\s*:\s*\[[\s\S]*"result"\s*:|"original_width"\s*:')
-EMPTY_MARKS_RE = re.compile(r'"(annotations|completions)"\s*:\s*\[\s*\]'), re.compile(r'"data"\s*:\s*\{')
-EMPTY_SHORT_MARKS_RE = re.compile(r'"annotator"\s*:'), re.compile(r'"annotation_id"\s*:')
+# Of a task with annotations, or of a region in the short form; and of a task without any, in either form.
+IS_TASK = (
+    has_marks(r'"(annotations|completions)"\s*:\s*\[[\s\S]*"result"\s*:|"original_width"\s*:'),
+    has_marks(r'"(annotations|completions)"\s*:\s*\[\s*\]', r'"data"\s*:\s*\{'),
+    has_marks(r'"annotator"\s*:', r'"annotation_id"\s*:'),
+)
 RECTANGLE, ELLIPSE = ('x', 'y', 'width', 'height'), ('x', 'y', 'radiusX', 'radiusY')
 CHANNELS = 4  # channels of a brush mask: red, green, blue and alpha, which is the mask
 
 
 def is_label_studio(start: str) -> bool:
     """Return whether a JSON file is Label Studio's own, by its start."""
-    marks = ((MARKS_RE,), EMPTY_MARKS_RE, EMPTY_SHORT_MARKS_RE)
-    return any(all(mark.search(start) for mark in alternative) for alternative in marks)
+    return any(is_task(start) for is_task in IS_TASK)
 
 
 def parse_label_studio(file: Path, add: Callable) -> Iterator[ListedImage]:

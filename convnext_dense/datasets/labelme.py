@@ -5,18 +5,19 @@ any other shape, rectangles are boxes without masks.
 """
 
 import math
-import re
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
-from .files import DataError
-from .geometry import decode_part, ellipse, rectangle, union
+from .coco_masks import encode_mask
+from .files import DataError, has_marks
+from .geometry import decode_part, draw_masks, ellipse, rectangle
 from .label_files import Label, read_json_label
 from .objects import parse_name, parse_objects, parse_points, shape_annotation
 from .split_annotations import parse_size
 
-MARKS_RE = re.compile(r'"(points|imagePath|imageData)"\s*:')
+is_labelme = has_marks('"shapes"', r'"(points|imagePath|imageData)"\s*:')  # in the start of a file
 IGNORED_LABELS = ('__ignore__', '_background_')
 
 
@@ -36,11 +37,6 @@ class Part(NamedTuple):
     group: object
     mask: list | dict
     is_rectangle: bool
-
-
-def is_labelme(start: str) -> bool:
-    """Return whether a JSON file is LabelMe's, by its start."""
-    return '"shapes"' in start and MARKS_RE.search(start) is not None
 
 
 def parse_labelme(file: str, label_name: str, add: Callable) -> Label:
@@ -67,7 +63,7 @@ def _annotation(parts: list[Part], size: tuple[int, int] | None) -> dict:
     mask, masks = parts[0].mask, [part.mask for part in parts]
     if len(parts) > 1:
         are_polygons = all(isinstance(polygons, list) for polygons in masks)
-        mask = [polygon for polygons in masks for polygon in polygons] if are_polygons else union(masks, size)
+        mask = [*chain(*masks)] if are_polygons else encode_mask(draw_masks(masks, size))
     return shape_annotation(*parts[0][:2], mask, size, all(part.is_rectangle for part in parts))
 
 

@@ -69,8 +69,8 @@ class FolderTree:
     @cached_property
     def folders(self) -> list[tuple[Path, list[str]]]:
         """The first folders, and the names of their files."""
-        folders = walk(self.root, MAX_DEPTH, hidden=False) if self.root.is_dir() else ()
-        return [(Path(folder), names) for folder, names in islice(folders, MAX_FOLDERS_SEARCHED)]
+        folders = islice(walk(self.root, MAX_DEPTH, hidden=False), MAX_FOLDERS_SEARCHED)
+        return [(Path(folder), names) for folder, names in folders]
 
     def files_like(self, suffixes: tuple[str, ...], is_like: Callable[[str], bool]) -> Iterator[Iterator[Path]]:
         """Iterate over the folders that have files of a format; of each, over these among its first files.
@@ -134,17 +134,20 @@ def find_annotations(root: Path, given_splits: Collection[str] = ()) -> tuple[st
     Raises:
         UsageError: several files could be a split's.
     """
-    folders = walk(root, 2, hidden=False)
-    files = [Path(top, name) for top, names in folders for name in names if name.lower().endswith('.json')]
-    files = [path for path in files if path.name != 'shapes.json']
-    fallback = None
+    fallback, files = None, [file for file in _iter_files(root, 2) if file.name.lower().endswith('.json')]
+    parts_of = {file: file.relative_to(root).as_posix().lower().split('/') for file in files}
     for layout, patterns in ANNOTATION_PATTERNS.items():
         file_by_split = {}
         for split, pattern in patterns.items():
             if split in given_splits or (given_splits and split == 'all'):
                 continue
-            named_files = [file for file in files if _matches_pattern(file.relative_to(root), pattern)]
-            candidates = [file for file in named_files if _may_be_coco(file, is_named=Path(pattern).name != '*.json')]
+            *folder, name = pattern.split('/')
+            candidates = [
+                file
+                for file, parts in parts_of.items()
+                if len(parts) == len(folder) + 1 and all(map(fnmatch, parts, (*folder, name)))
+                if file.name != 'shapes.json' and _may_be_coco(file, is_named=name != '*.json')
+            ]
             if len(candidates) > 1:
                 names = f'{candidates[0].name} and {candidates[1].name} are both candidates for the {split} split'
                 raise UsageError(f'{root}: {names}: choose one with --train-ann and --val-ann')
@@ -293,11 +296,6 @@ def _find_mask_dir(folder: Path | None) -> Path | None:
         if any(path.name.lower().endswith(MASK_FILE_SUFFIXES) for path in _iter_files(child)):
             return child
     return None
-
-
-def _matches_pattern(path: Path, pattern: str) -> bool:
-    parts, patterns = path.as_posix().lower().split('/'), pattern.split('/')
-    return len(parts) == len(patterns) and all(map(fnmatch, parts, patterns))
 
 
 def _may_be_coco(path: Path, is_named: bool) -> bool:

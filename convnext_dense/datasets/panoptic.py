@@ -16,26 +16,18 @@ from .class_names import MAX_CLASSES
 from .coco_masks import mask_fields
 from .coco_values import category_name, only_dicts, parse_id
 from .diagnostics import Report
-from .files import read_ends, read_json, to_one_line, walk
+from .files import has_marks, read_ends, read_json, to_one_line, walk
 from .image_resolver import ImageResolver
 from .layouts import HEADER_BYTES, MAX_DEPTH, FolderTree, SplitDirs
 from .request import DatasetRequest
 from .split_annotations import SplitAnnotations
 
 PANOPTIC = 'COCO panoptic'
+is_panoptic = has_marks('"segments_info"')  # in the start of a file
+find_panoptic = partial(find_lists, suffixes=('.json',), is_list=is_panoptic)
 KEYS = ('images', 'annotations', 'categories')
 FILE_NAME_RE = re.compile(r'"file_name"\s*:\s*"([^"]+)"')
 ID_WEIGHTS = np.array([1, 256, 65536])  # weights of red, green and blue in an id
-
-
-def find_panoptic(tree: FolderTree) -> tuple[str, dict[str, ListSplit]] | None:
-    """Find the JSON of each split, as `find_lists`."""
-    return find_lists(tree, ('.json',), is_panoptic)
-
-
-def is_panoptic(start: str) -> bool:
-    """Return whether a JSON file is of panoptic segmentation, by its start."""
-    return '"segments_info"' in start
 
 
 def read_panoptic(

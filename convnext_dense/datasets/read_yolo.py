@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .diagnostics import Report
-from .files import is_below, read_lines, read_start, read_text, to_one_line
+from .files import is_below, read_ends, read_lines, read_text, to_one_line
 from .find_yolo import NAMES_FILES, YoloSplit
 from .image_resolver import ImageLocation, ImageResolver
 from .layouts import IMAGE_DIR_NAMES, are_of_masks, is_image, list_images
@@ -196,11 +196,8 @@ def _report_unmatched_labels(root: Path, splits: Mapping, labels_of: Mapping, re
             other_names = (by_folder.get(folder, set()) for by_folder in labels_of.values() if by_folder is not labels)
             for name in sorted({*os.listdir(os.path.join(root, folder))} - names.union(*other_names)):
                 path = os.path.join(folder, name)
-                if name.endswith('.txt') and name not in NAMES_FILES and _may_be_label(root / path):
+                if not name.endswith('.txt') or name in NAMES_FILES:
+                    continue
+                first_character = read_ends(root / path, 100).strip()[:1]
+                if not first_character or first_character.isdigit():  # others are about the data set
                     report.add(split, 'unmatched-label', path)
-
-
-def _may_be_label(file: Path) -> bool:
-    """Return whether a text file is empty or begins with a number; others are about the data set."""
-    start = read_start(file, 100)
-    return not start.strip() or start.strip()[0].isdigit()

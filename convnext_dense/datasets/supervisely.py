@@ -3,26 +3,22 @@
 Corners of rectangles are the first and the last pixel, as in Supervisely's own SDK.
 """
 
-import re
 import zlib
 from collections.abc import Callable
 from functools import partial
 
 from .check_images import MAX_PIXELS
+from .coco_masks import encode_mask
 from .coco_values import as_dict
-from .files import DataError
-from .geometry import decode_part, polygons_to_rle
+from .files import DataError, has_marks
+from .geometry import decode_part, draw_masks
 from .label_files import Label, read_json_label
 from .objects import box_annotation, parse_name, parse_objects, parse_points, shape_annotation
 from .split_annotations import parse_size
 
-MARKS_RE = re.compile(r'"(classTitle|geometryType)"|"size"\s*:\s*\{\s*"(height|width)"')
+# In the start of a file.
+is_supervisely = has_marks('"objects"', r'"(classTitle|geometryType)"|"size"\s*:\s*\{\s*"(height|width)"')
 MIN_POINTS = 3
-
-
-def is_supervisely(start: str) -> bool:
-    """Return whether a JSON file is Supervisely's, by its start."""
-    return '"objects"' in start and MARKS_RE.search(start) is not None
 
 
 def parse_supervisely(file: str, label_name: str, add: Callable) -> Label:
@@ -39,7 +35,8 @@ def _parse_figure(number: int, figure: dict, size: tuple[int, int] | None) -> di
     kind = figure.get('geometryType') or ('bitmap' if figure.get('bitmap') else 'polygon')
     if kind in ('bitmap', 'alpha_mask'):
         bitmap = as_dict(figure.get('bitmap'))  # a PNG, compressed, of the part of the image that begins at its origin
-        mask = decode_part(bitmap.get('data'), bitmap.get('origin'), size, _decompress)
+        decompress = partial(zlib.decompressobj().decompress, max_length=MAX_PIXELS)
+        mask = decode_part(bitmap.get('data'), bitmap.get('origin'), size, decompress)
         return shape_annotation(number, name, mask, size)
     if kind not in ('rectangle', 'polygon'):
         raise DataError('shape-without-area')
@@ -54,9 +51,5 @@ def _parse_figure(number: int, figure: dict, size: tuple[int, int] | None) -> di
         return box_annotation(number, name, [x1, y1, x2 - x1 + last_pixel, y2 - y1 + last_pixel])
     mask = [exterior]
     if holes and size and size[0] * size[1] <= MAX_PIXELS and min(map(len, [exterior, *holes])) >= 2 * MIN_POINTS:
-        mask = polygons_to_rle([exterior], holes, size)
+        mask = encode_mask(draw_masks([[exterior]], size) & ~draw_masks([holes], size))
     return shape_annotation(number, name, mask, size)
-
-
-def _decompress(data: bytes) -> bytes:
-    return zlib.decompressobj().decompress(data, MAX_PIXELS)

@@ -4,7 +4,6 @@ A region has a shape and attributes, of which one is the class.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,12 +11,12 @@ from ..errors import UsageError
 from .annotation_lists import ListedImage
 from .coco_values import as_dict, as_dicts, is_number
 from .diagnostics import Report
-from .files import DataError, read_json, to_one_line
+from .files import DataError, has_marks, read_json, to_one_line
 from .geometry import ellipse
 from .objects import box_annotation, parse_numbers, parse_objects, shape_annotation
 from .request import DatasetRequest
 
-MARKS_RE = re.compile(r'"(regions|_via_img_metadata)"\s*:')
+is_via = has_marks(r'"(regions|_via_img_metadata)"\s*:', '"filename"|"_via_')  # in the start of a file
 NAME_WITHOUT_ATTRIBUTE = 'object'
 # Keys of the values of each shape.
 SHAPE_KEYS = {
@@ -27,11 +26,6 @@ SHAPE_KEYS = {
 }
 MAX_ATTRIBUTES_LISTED = 6
 MAX_GAP = 0.1  # largest gap between the ends of a line that is an outline, as a fraction of its length
-
-
-def is_via(start: str) -> bool:
-    """Return whether a JSON file is one of VIA, by its start."""
-    return MARKS_RE.search(start) is not None and ('"filename"' in start or '"_via_' in start)
 
 
 def parse_via(file: Path, add: Callable) -> Iterator[ListedImage]:

@@ -10,17 +10,13 @@ from xml.etree import ElementTree
 
 from ..errors import UsageError
 from .diagnostics import Report
-from .files import MAX_LIST_BYTES, read_bytes, to_one_line
+from .files import MAX_LIST_BYTES, has_marks, read_bytes, to_one_line
 from .label_files import Label
 from .objects import parse_name, parse_numbers, parse_objects
 from .split_annotations import SplitAnnotations, parse_size
 
+is_voc = has_marks('<annotation')  # in the start of a file
 CORNERS = ('bndbox/xmin', 'bndbox/ymin', 'bndbox/xmax', 'bndbox/ymax')
-
-
-def is_voc(start: str) -> bool:
-    """Return whether an XML file is one of Pascal VOC, by its start."""
-    return '<annotation' in start
 
 
 def shift_to_zero(results: Mapping[str, SplitAnnotations], report: Report) -> None:
