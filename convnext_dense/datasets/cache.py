@@ -111,11 +111,6 @@ def hold_busy_file(folder: str) -> Iterator[None]:
         file.unlink(missing_ok=True)
 
 
-def is_local_rank0(launcher: str) -> bool:
-    """Return whether this process does the work that is done once per machine."""
-    return os.environ.get(LOCAL_RANK_VARIABLES.get(launcher, ''), '0') == '0'
-
-
 def dataset_fingerprint(key: tuple, paths: Sequence[str]) -> str:
     """Hash what was requested, and names, sizes and times of the files at some paths.
 
@@ -125,25 +120,16 @@ def dataset_fingerprint(key: tuple, paths: Sequence[str]) -> str:
     """
     digest = hashlib.sha256(repr((CACHE_VERSION, key)).encode())
     for path in sorted(paths):
-        parent, name = os.path.split(path)
-        if name.startswith('*.'):
-            for file in _files_of_suffix(parent, name[1:]):
-                digest.update(_file_state(file))
+        top, suffixes, depth = path, MASK_FILE_SUFFIXES, None
+        if os.path.basename(path).startswith('*.'):
+            top, suffixes, depth = os.path.dirname(path), os.path.splitext(path)[1], 1
         elif not os.path.isdir(path):
             digest.update(_file_state(path))
-        for folder, names in walk(path):
+        for folder, names in walk(top, depth):
             for name in names:
-                if name.lower().endswith(MASK_FILE_SUFFIXES):
+                if name.lower().endswith(suffixes):
                     digest.update(_file_state(os.path.join(folder, name)))
     return digest.hexdigest()
-
-
-def _files_of_suffix(folder: str, suffix: str) -> list[str]:
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return []
-    return [os.path.join(folder, name) for name in sorted(names) if name.lower().endswith(suffix)]
 
 
 def _file_state(path: str) -> bytes:

@@ -1,6 +1,7 @@
 """Checks of segmentation masks: which label values are which classes, and which pairs of files are usable."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from .class_names import KNOWN_DATASETS, class_files, read_classes
 from .diagnostics import Report
 from .files import to_one_line
 from .image_sizes import ResizeLimit, too_thin
-from .mask_encoding import IGNORE_INDEX, total_other_colors
+from .mask_encoding import IGNORE_INDEX
 from .request import DatasetRequest, summarize_classes
 from .toy_shapes import LABEL_NAMES, PALETTE
 
@@ -187,9 +188,14 @@ def validate_labels(masks: Mapping[Path, MaskInfo], spec: LabelSpec, report: Rep
     counts = sum((info.counts for info in readable.values()), np.zeros(256, int))
     labels, label_to_class = np.flatnonzero(counts).tolist(), spec.label_to_class
     unnamed = [label for label in labels if label not in label_to_class]
-    other_colors, soft = total_other_colors(readable), _soft_edges(counts) if len(spec.names) <= 2 else None
+    soft, other_colors = _soft_edges(counts) if len(spec.names) <= 2 else None, Counter()
+    for info in readable.values():
+        other_colors.update(info.other_colors or {})
     if other_colors:
-        report.add('all', 'color-not-in-table', _describe_colors(other_colors, sum(counts)), len(other_colors))
+        colors = other_colors.most_common(MAX_LISTED_LABELS)
+        texts = [f'{r} {g} {b}: {100 * n / counts.sum():.2g} %' for (r, g, b), n in colors]
+        texts += ['...'] if len(other_colors) > MAX_LISTED_LABELS else []
+        report.add('all', 'color-not-in-table', ', '.join(texts), len(other_colors))
     elif soft and unnamed:
         report.add('all', 'mask-soft-edges', soft)
     elif labels and len(spec.names) == 1:
@@ -213,12 +219,6 @@ def _soft_edges(counts: np.ndarray) -> str | None:
         f'the masks are black and white with gray edges: {percent:.1f} % of the pixels have {values} values between 0 '
         'and 255, as JPEG, resizing or anti-aliasing make them: write masks without, or give --mask-threshold 128'
     )
-
-
-def _describe_colors(colors: Mapping[tuple, int], total: int) -> str:
-    """List RGB colors and the fractions of their pixels."""
-    texts = [f'{r} {g} {b}: {100 * n / total:.2g} %' for (r, g, b), n in colors.items()]
-    return ', '.join(texts[:MAX_LISTED_LABELS]) + ', ...' * (len(texts) > MAX_LISTED_LABELS)
 
 
 def _single_class_advice(spec: LabelSpec, counts: np.ndarray) -> str:

@@ -168,7 +168,8 @@ def check_classes(config: Config) -> None:
     Raises:
         UsageError: they differ.
     """
-    classes = (_unwrap_dataset(config.train_dataloader.dataset).get('metainfo') or {}).get('classes')
+    metainfo = (settings.get('metainfo') for settings in iter_dicts(config.train_dataloader.dataset))
+    classes = next(filter(None, metainfo), {}).get('classes')  # of several datasets those of the first
     if not isinstance(classes, (list, tuple)):
         return
     for head in iter_class_heads(config.model):
@@ -178,13 +179,6 @@ def check_classes(config: Config) -> None:
                 f'{short_name(head.get("type"))} has {key}={head[key]}, but the data set names {len(classes)} classes: '
                 'make them agree, or use --data PATH, which sets both'
             )
-
-
-def _unwrap_dataset(settings: Mapping) -> Mapping:
-    """Return the config of the dataset within its wrappers; of several the first."""
-    while isinstance(settings.get('dataset'), Mapping) or settings.get('datasets'):
-        settings = settings['dataset'] if isinstance(settings.get('dataset'), Mapping) else settings['datasets'][0]
-    return settings
 
 
 def _dataset(settings: dict, data: CheckedDataset, file: str, loader: str) -> dict:
@@ -247,14 +241,11 @@ def _fill_evaluators(evaluators, data: CheckedDataset, file: str, split: str) ->
             evaluator['ann_file'] = os.path.abspath(file)
             if not data.has_masks:
                 evaluator['metric'] = [m for m in as_list(evaluator.get('metric', 'bbox')) if m != 'segm'] or ['bbox']
-        elif data.task == 'detection' and (evaluator.get('ann_file') or _is_mmdet_metric(type_)):
-            raise UsageError(
-                f'{split}_evaluator: {short_name(type_)} needs other annotations than --data gives: '
-                "use dict(type='CocoMetric', metric=['bbox', 'segm'])"
-            )
-
-
-def _is_mmdet_metric(type_) -> bool:
-    """Return whether a metric is mmdet's; all but those that dump predictions need a data set of their own."""
-    cls = class_of(type_, METRICS)
-    return cls is not None and cls.__module__.startswith('mmdet.') and not cls.__name__.startswith('Dump')
+        elif data.task == 'detection':
+            cls = class_of(type_, METRICS)
+            is_mmdet = cls is not None and cls.__module__.startswith('mmdet.')
+            if evaluator.get('ann_file') or (is_mmdet and not cls.__name__.startswith('Dump')):  # of predictions
+                raise UsageError(
+                    f'{split}_evaluator: {short_name(type_)} needs other annotations than --data gives: '
+                    "use dict(type='CocoMetric', metric=['bbox', 'segm'])"
+                )

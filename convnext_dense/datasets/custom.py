@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from mmengine.config import Config
@@ -19,11 +20,11 @@ from ..config.tree import is_equal
 from ..errors import UsageError
 from ..type_names import TASKS
 from .box_formats import FORMAT_KEYS, INSTANCES, BoxSources, find_boxes, find_given_boxes
-from .cache import hold_busy_file, is_local_rank0, load_cached, save_cache, wait_for_cache
+from .cache import LOCAL_RANK_VARIABLES, hold_busy_file, load_cached, save_cache, wait_for_cache
 from .channels import AUTO, parse_channels
 from .configure import apply_dataset, check_cfg_options
 from .data_yaml import read_data_yaml
-from .files import folders_in
+from .files import folders_in, is_below
 from .find_masks import find_mask_folders
 from .foreign_layouts import describe_unsupported
 from .image_sizes import DEFAULT_LIMITS, ResizeLimit, resize_limits
@@ -221,8 +222,10 @@ def read_data(
     gc.disable()  # the millions of values of a large JSON file have no cycles; walking them outlasts the checks
     try:
         data = READERS[task](request, *sources, splits, classes, limits or DEFAULT_LIMITS[task], trained)
-        for path in request.paths_outside:
-            data.report.add('all', 'images-outside-folder', path)
+        paths = chain.from_iterable(d.values() for d in (request.image_dirs, request.ann_files, request.mask_dirs))
+        for path in paths if request.data_yaml else ():
+            if not is_below(path, request.root):
+                data.report.add('all', 'images-outside-folder', path)
         return data
     finally:
         if gc_was_enabled:
@@ -313,7 +316,7 @@ def _load_or_check(
     folder, limits = os.path.join(config.work_dir, 'data'), resize_limits(config, ratio)
     key = (task, tuple(splits), classes, os.path.abspath(request.root), replace(request, strict=False))
     key += (str(find_sources(request, task)), str(limits))
-    if not is_local_rank0(config.launcher):
+    if os.environ.get(LOCAL_RANK_VARIABLES.get(config.launcher, ''), '0') != '0':  # one process per machine checks
         return wait_for_cache(folder, key)
     cached = load_cached(folder, key)
     if cached and (trained == AUTO or is_equal([*(cached[0].channels or {}).values()], [*(trained or ())])):

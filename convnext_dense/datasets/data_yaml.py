@@ -40,22 +40,14 @@ def _parse_names(value: object) -> list[str] | str:
     return value
 
 
-def _parse_integers(value: object) -> list[int]:
-    return [int(number) for number in as_list(value)]
-
-
-def _parse_numbers_of_channels(value: object) -> tuple[int, ...]:
-    return parse_channels(','.join(map(str, as_list(value))))
-
-
 # Parser of the value of each key, which raises ValueError or the like, and what the value has to be.
 OPTIONS = {
     'classes': (_parse_names, 'has to be a list of names, such as [car, truck=vehicle], or a file of them'),
     'format': ({key: key for key in FORMAT_KEYS}.__getitem__, f'is unknown: give one of {", ".join(FORMAT_KEYS)}'),
     'class_attribute': (str, 'has to be a name'),
-    'ignore': (_parse_integers, 'is a list of integers: correct it'),
+    'ignore': (lambda value: [int(number) for number in as_list(value)], 'is a list of integers: correct it'),
     'val_fraction': (float, 'is a number: correct it'),
-    'channels': (_parse_numbers_of_channels, 'is a list of numbers: correct it'),
+    'channels': (lambda value: parse_channels(','.join(map(str, as_list(value)))), 'is a list of numbers: correct it'),
     'mask_threshold': (int, 'is a number: correct it'),
     'ignore_other_colors': (lambda text: SWITCHES[text.lower()], 'has to be true or false'),
 }

@@ -6,7 +6,6 @@ Color-coded masks, 16-bit instance maps, masks in .npy, and masks whose gray val
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -190,22 +189,12 @@ def convert_masks(data: CheckedDataset, folder: str | os.PathLike) -> None:
             target = top / split / f'{number:06d}_{Path(pair[1]).stem}.png'
             targets[os.path.join(data.root, pair[1]), target] = pair
         (top / split).mkdir(parents=True)
-    write = partial(_convert_mask, encoding=MaskEncoding(**data.mask_encoding))
-    inspect_all(write, targets, 'segmentation masks, to convert them')
+    encoding = MaskEncoding(**data.mask_encoding)
+
+    def convert(paths: tuple[str, Path]) -> None:
+        Image.fromarray(decode_mask(paths[0], encoding)[0]).save(paths[1])
+
+    inspect_all(convert, targets, 'segmentation masks, to convert them')
     for (_, target), pair in targets.items():
         pair[1] = str(target)
     data.watched_paths.append(str(top))
-
-
-def _convert_mask(paths: tuple[str, Path], encoding: MaskEncoding) -> None:
-    source, target = paths
-    Image.fromarray(decode_mask(source, encoding)[0]).save(target)
-
-
-def total_other_colors(masks: Mapping[Path, MaskInfo]) -> dict[tuple, int]:
-    """Return the pixels of each color that is in no table, the most frequent first."""
-    total: dict[tuple, int] = {}
-    for info in masks.values():
-        for color, count in (info.other_colors or {}).items():
-            total[color] = total.get(color, 0) + count
-    return dict(sorted(total.items(), key=lambda item: -item[1]))

@@ -64,12 +64,6 @@ class DatasetRequest:
             return Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))
         return Path(os.path.dirname(self.path or next(iter(self.ann_files.values()))) or '.')
 
-    @property
-    def paths_outside(self) -> list[str]:
-        """Paths of a data.yaml that lie outside the root."""
-        paths = [*self.image_dirs.values(), *self.ann_files.values(), *self.mask_dirs.values()]
-        return [path for path in paths if self.data_yaml and not is_below(path, self.root)]
-
     def needs_val_split(self, splits: Collection[str]) -> bool:
         """Return whether a validation split has to be chosen, as a data set has none among its splits.
 
