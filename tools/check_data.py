@@ -23,8 +23,7 @@ from convnext_dense.datasets.custom import RECIPES, add_data_arguments, detect_t
 from convnext_dense.datasets.files import is_below
 from convnext_dense.datasets.request import CheckedDataset, DatasetRequest
 from convnext_dense.datasets.tiles import add_tile_arguments
-from convnext_dense.datasets.write_clean import write_clean
-from convnext_dense.datasets.write_tiles import check_output_folder, check_tile_options, write_tiles
+from convnext_dense.datasets.write_dataset import check_output_folder, check_tile_options, write_clean, write_tiles
 from convnext_dense.errors import UsageError
 from convnext_dense.type_names import TASKS
 

@@ -64,31 +64,22 @@ def clip_annotations(
         size: Height and width of the image.
         min_visible: Fraction of an object's area below which its part is left out; crowds are kept.
     """
-    for annotation in annotations:
-        part = clip_annotation(annotation, window)
-        if part is None:
-            continue
-        full_area = _area(annotation, size)
-        if part['area'] > 0 and (annotation.get('iscrowd') or part['area'] >= min_visible * full_area):
-            yield part
-
-
-def clip_annotation(annotation: dict, window: Window) -> dict | None:
-    """Return the part of an annotation in a tile, in its pixels; None where there is none."""
     left, top, right, bottom = window
-    x, y, w, h = annotation['bbox']
-    x1, y1, x2, y2 = max(x, left), max(y, top), min(x + w, right), min(y + h, bottom)
-    if x1 >= x2 or y1 >= y2:
-        return None
-    part = {**annotation, 'bbox': [x1 - left, y1 - top, x2 - x1, y2 - y1]}
-    mask = annotation.get('segmentation')
-    if mask:
-        part['segmentation'] = mask = _clip_rle(mask, window) if isinstance(mask, dict) else _clip_all(mask, window)
-        if not mask:
-            return None
-        part['bbox'] = mask_to_box(mask)
-    part['area'] = _area(part, (bottom - top, right - left))
-    return part
+    for annotation in annotations:
+        x, y, w, h = annotation['bbox']
+        x1, y1, x2, y2 = max(x, left), max(y, top), min(x + w, right), min(y + h, bottom)
+        if x1 >= x2 or y1 >= y2:
+            continue
+        part = {**annotation, 'bbox': [x1 - left, y1 - top, x2 - x1, y2 - y1]}
+        if annotation.get('segmentation'):
+            part['segmentation'] = mask = _clip_mask(annotation['segmentation'], window)
+            if not mask:
+                continue
+            part['bbox'] = mask_to_box(mask)
+        part['area'] = _area(part, (bottom - top, right - left))
+        min_area = 0 if annotation.get('iscrowd') else min_visible * _area(annotation, size)
+        if part['area'] > 0 and part['area'] >= min_area:
+            yield part
 
 
 def _area(annotation: dict, size: tuple[int, int]) -> float:
@@ -96,21 +87,15 @@ def _area(annotation: dict, size: tuple[int, int]) -> float:
     return float(mask_area(mask, size)) if mask else float(annotation['bbox'][2] * annotation['bbox'][3])
 
 
-def _clip_rle(rle: dict, window: Window) -> dict | None:
+def _clip_mask(mask: dict | list, window: Window) -> dict | list | None:
+    """Return the part of an RLE or of polygons that lies in a tile; None or an empty list where there is none."""
     left, top, right, bottom = window
-    part = decode_rle(rle)[top:bottom, left:right]
-    return encode_mask(part) if part.any() else None
-
-
-def _clip_all(polygons: Sequence[Sequence[float]], window: Window) -> list[list[float]]:
-    left, top = window[:2]
-    clipped = (clip_polygon(polygon, window) for polygon in polygons)
-    # If there are fewer than three points, or no area, nothing of the polygon lies in the tile.
-    return [
-        [v - (top if i % 2 else left) for i, v in enumerate(p)]
-        for p in clipped
-        if len(p) >= 6 and mask_area([p], (0, 0))
-    ]
+    if isinstance(mask, dict):
+        part = decode_rle(mask)[top:bottom, left:right]
+        return encode_mask(part) if part.any() else None
+    polygons = (clip_polygon(polygon, window) for polygon in mask)
+    polygons = (p for p in polygons if len(p) >= 6 and mask_area([p], (0, 0)))  # the others have nothing in the tile
+    return [[v - (top if i % 2 else left) for i, v in enumerate(p)] for p in polygons]
 
 
 def clip_polygon(polygon: Sequence[float], window: Window) -> list[float]:

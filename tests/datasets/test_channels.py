@@ -16,7 +16,7 @@ from convnext_dense.config.mixed_images import set_mosaic
 from convnext_dense.config.tree import iter_dicts
 from convnext_dense.datasets.channels import Moments, parse_channels
 from convnext_dense.datasets.custom import DatasetRequest, apply_custom_data
-from convnext_dense.datasets.write_tiles import write_tiles
+from convnext_dense.datasets.write_dataset import write_tiles
 from convnext_dense.errors import UsageError
 from convnext_dense.inference.dataset_pictures import write_pictures
 from convnext_dense.models.convnext import ConvNeXt

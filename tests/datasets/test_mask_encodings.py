@@ -13,8 +13,7 @@ from convnext_dense.datasets.class_names import read_classes
 from convnext_dense.datasets.custom import DatasetRequest, apply_custom_data
 from convnext_dense.datasets.files import DataError
 from convnext_dense.datasets.mask_encoding import MaskEncoding, decode_mask
-from convnext_dense.datasets.write_clean import write_clean
-from convnext_dense.datasets.write_tiles import write_tiles
+from convnext_dense.datasets.write_dataset import write_clean, write_tiles
 from convnext_dense.errors import UsageError
 from convnext_dense.inference.dataset_pictures import write_pictures
 from helpers.datasets import SEGMENTOR, check_dataset, load_recipe, quick_options, run

@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 
 from convnext_dense.datasets.custom import DatasetRequest, read_data
 from convnext_dense.datasets.tiles import clip_annotations, clip_polygon, tile_windows
-from convnext_dense.datasets.write_tiles import check_tile_options, write_tiles
+from convnext_dense.datasets.write_dataset import check_tile_options, write_tiles
 from convnext_dense.errors import UsageError
 from helpers.datasets import run, write_dataset, write_json
 
@@ -195,7 +195,7 @@ def test_bad_options(tile, overlap, out, words):
 
 def test_labels_that_are_mapped_are_written_as_classes(tmp_path):
     from convnext_dense.datasets.request import CheckedDataset
-    from convnext_dense.datasets.write_tiles import class_table
+    from convnext_dense.datasets.write_dataset import class_table
 
     kwargs = dict(reduce_zero_label=True, label_map=[[4, 1], [9, 255]])
     table = class_table(CheckedDataset('segmentation', '', ['a', 'b'], {}, None, dataset_kwargs=kwargs))

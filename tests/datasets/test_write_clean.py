@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from convnext_dense.datasets.custom import DatasetRequest, read_data
-from convnext_dense.datasets.write_clean import write_clean
+from convnext_dense.datasets.write_dataset import write_clean
 from helpers.datasets import TRAIN, check_dataset, edit_coco, load_coco, run
 
 

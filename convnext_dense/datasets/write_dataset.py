@@ -1,7 +1,8 @@
-"""Writing a checked data set in tiles, as a data set of its own."""
+"""Writing a checked data set as one of its own, in a layout that other tools read: what can be used of it, or tiles."""
 
 import json
 import os
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +21,7 @@ from .tiles import Window, clip_annotations, tile_windows
 
 JPEG_SUFFIXES = ('.jpg', '.jpeg')
 JPEG_QUALITY = 95
+EXIF_ORIENTATION = 0x0112
 
 
 def check_tile_options(tile: int, overlap: float, out: str | None) -> None:
@@ -57,25 +59,37 @@ def write_tiles(data: CheckedDataset, tile: int, overlap: float, out: str) -> li
     """
     if data.channels:
         raise UsageError('--tile writes images of 8 bits and three channels, and these have others: cut them by GDAL')
-    write = _write_coco if data.task == 'detection' else _write_masks
-    windows_of = partial(tile_windows, tile=tile, overlap=overlap)
+    write_parts = partial(_write_tiles, windows_of=partial(tile_windows, tile=tile, overlap=overlap))
+    return _write_splits(data, Path(out), _cut_coco, write_parts)
+
+
+def write_clean(data: CheckedDataset, out: str) -> list[str]:
+    """Write a checked data set without what is dropped and with what is fixed.
+
+    Images are copied, byte for byte; those that EXIF data rotate are written as training reads them. Boxes become COCO
+    JSON; segmentation masks become PNGs in which a pixel is the index of its class, 255 where it is ignored.
+
+    Args:
+        data: The data set, of one task.
+        out: Folder of the new data set.
+
+    Returns:
+        What was written, one line for each split.
+
+    Raises:
+        UnreadableImageError: An image can no longer be read.
+    """
+    return _write_splits(data, Path(out), _copy_coco, _copy_image)
+
+
+def _write_splits(data: CheckedDataset, out: Path, write_coco: Callable, write_parts: Callable) -> list[str]:
+    """Write all splits; `write_parts` writes an image and iterates over the windows and the files of its parts."""
+    out.mkdir(parents=True, exist_ok=True)
     if data.task == 'segmentation':
-        write_class_names(data, out)
-    return [f'{out}: {split}: {write(data, split, windows_of, Path(out))}' for split in data.splits]
-
-
-def write_class_names(data: CheckedDataset, out: str) -> None:
-    """Write `classes.txt`, one name per line, or JSON where a name has lines."""
-    Path(out).mkdir(parents=True, exist_ok=True)
-    names = json.dumps(data.classes) if any('\n' in name for name in data.classes) else '\n'.join(data.classes)
-    Path(out, 'classes.txt').write_text(names + '\n', encoding='utf-8')
-
-
-def write_coco(out: Path, split: str, images: list[dict], annotations: list[dict], categories: list[dict]) -> None:
-    """Write the COCO json of a split."""
-    (out / 'annotations').mkdir(parents=True, exist_ok=True)
-    content = dict(images=images, annotations=annotations, categories=categories)
-    (out / 'annotations' / f'instances_{split}.json').write_text(json.dumps(content))
+        write_coco = _write_masks
+        names = json.dumps(data.classes) if any('\n' in name for name in data.classes) else '\n'.join(data.classes)
+        Path(out, 'classes.txt').write_text(names + '\n', encoding='utf-8')
+    return [f'{out}: {split}: {write_coco(data, split, out, write_parts)}' for split in data.splits]
 
 
 def write_image(pixels: np.ndarray, folder: Path, stem: str, suffix: str) -> str:
@@ -86,33 +100,47 @@ def write_image(pixels: np.ndarray, folder: Path, stem: str, suffix: str) -> str
     return name
 
 
-def _write_coco(data: CheckedDataset, split: str, windows_of: Callable, out: Path) -> str:
-    coco, names, by_image = data.splits[split], UniqueNames(), defaultdict(list)
+def _copy_coco(data: CheckedDataset, split: str, out: Path, write_parts: Callable) -> str:
+    coco, new_name, images = data.splits[split], UniqueNames(), []
+    for image in coco['images']:
+        name, size = image['file_name'], (image['height'], image['width'])
+        images += [{**image, 'file_name': new} for _, new in write_parts(data, name, size, out / split, new_name)]
+    _write_json(out, split, {**coco, 'images': images})
+    return f'{len(images):,} images, {len(coco["annotations"]):,} annotations'
+
+
+def _cut_coco(data: CheckedDataset, split: str, out: Path, write_parts: Callable) -> str:
+    coco, new_name, by_image = data.splits[split], UniqueNames(), defaultdict(list)
     for annotation in coco['annotations']:
         by_image[annotation['image_id']].append(annotation)
     images, annotations = [], []
     for image in coco['images']:
         size = image['height'], image['width']
-        for window, name in _write_parts(data, image['file_name'], size, windows_of, out / split, names):
+        for window, name in write_parts(data, image['file_name'], size, out / split, new_name):
             new = dict(id=len(images) + 1, file_name=name, width=window[2] - window[0], height=window[3] - window[1])
             for part in clip_annotations(by_image[image['id']], window, size):
                 annotations.append({**part, 'id': len(annotations) + 1, 'image_id': new['id']})
             images.append(new)
-    write_coco(out, split, images, annotations, coco['categories'])
+    _write_json(out, split, {**coco, 'images': images, 'annotations': annotations})
     return f'{len(images):,} tiles of {len(coco["images"]):,} images, {len(annotations):,} annotations'
 
 
-def _write_masks(data: CheckedDataset, split: str, windows_of: Callable, out: Path) -> str:
-    names, n_tiles = UniqueNames(), 0
+def _write_json(out: Path, split: str, coco: dict) -> None:
+    (out / 'annotations').mkdir(exist_ok=True)
+    (out / 'annotations' / f'instances_{split}.json').write_text(json.dumps(coco))
+
+
+def _write_masks(data: CheckedDataset, split: str, out: Path, write_parts: Callable) -> str:
+    new_name, num_parts, folder = UniqueNames(), 0, out / 'images' / split
     (out / 'masks' / split).mkdir(parents=True, exist_ok=True)
     for image, mask in data.splits[split]:
         labels = read_class_indices(data, mask)
-        for window, name in _write_parts(data, image, labels.shape, windows_of, out / 'images' / split, names):
-            left, top, right, bottom = window
+        for (left, top, right, bottom), name in write_parts(data, image, labels.shape, folder, new_name):
             path = out / 'masks' / split / f'{Path(name).stem}.png'
             Image.fromarray(np.ascontiguousarray(labels[top:bottom, left:right])).save(path)
-            n_tiles += 1
-    return f'{n_tiles:,} tiles of {len(data.splits[split]):,} images with segmentation masks'
+            num_parts += 1
+    tiles = '' if write_parts is _copy_image else f'{num_parts:,} tiles of '
+    return f'{tiles}{len(data.splits[split]):,} images with segmentation masks'
 
 
 def read_class_indices(data: CheckedDataset, mask: str) -> np.ndarray:
@@ -132,10 +160,9 @@ def class_table(data: CheckedDataset) -> np.ndarray:
     return mapped.astype(np.uint8)
 
 
-def _write_parts(
-    data: CheckedDataset, file_name: str, size: tuple[int, int], windows_of: Callable, folder: Path, new_name: Callable
+def _write_tiles(
+    data: CheckedDataset, file_name: str, size: tuple[int, int], folder: Path, new_name: Callable, windows_of: Callable
 ) -> Iterator[tuple[Window, str]]:
-    """Write the tiles of an image; each window and the name of its file in `folder`."""
     path = os.path.join(data.root, file_name)
     pixels = read_image(path, data.apply_exif)
     if pixels.shape[:2] != size:
@@ -146,6 +173,28 @@ def _write_parts(
     for window in windows_of(size):
         left, top, right, bottom = window
         yield window, write_image(pixels[top:bottom, left:right], folder, f'{stem}_{left}_{top}', suffix)
+
+
+def _copy_image(
+    data: CheckedDataset, file_name: str, size: tuple[int, int], folder: Path, new_name: Callable
+) -> Iterator[tuple[Window, str]]:
+    """Copy an image as the only part of it, without its rotation by EXIF data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, (stem, suffix) = os.path.join(data.root, file_name), os.path.splitext(os.path.basename(file_name))
+    name = f'{new_name(stem)}{suffix}'
+    if _has_exif_rotation(path):
+        name = write_image(read_image(path, data.apply_exif), folder, Path(name).stem, suffix)
+    else:
+        shutil.copyfile(path, folder / name)
+    yield (0, 0, size[1], size[0]), name
+
+
+def _has_exif_rotation(path: str) -> bool:
+    try:
+        with Image.open(path) as image:
+            return image.getexif().get(EXIF_ORIENTATION, 1) != 1
+    except (OSError, ValueError):  # Pillow does not know the format
+        return False
 
 
 def read_image(path: str, apply_exif: bool) -> np.ndarray:
