@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UsageError
+from .check_coco import image_names
 from .diagnostics import Report
 from .files import is_below, to_one_line
 from .image_resolver import ImageResolver
 from .layouts import WORD_RE, FolderTree, split_of_folders
-from .objects import drop_masks_of_boxes
 from .request import DatasetRequest, relative_to_root
-from .split_annotations import SplitAnnotations, add_image, number_categories
+from .split_annotations import SplitAnnotations, add_image, drop_masks_of_boxes, number_categories
 
 
 class ListSplit(NamedTuple):
@@ -23,20 +23,6 @@ class ListSplit(NamedTuple):
 
     file: Path
     images: str | None = None
-
-
-class ListedImage(NamedTuple):
-    """An image in an annotation file.
-
-    Attributes:
-        name (str): file name as it is written there.
-        size (tuple[int, int] | None): width and height; None if they are not given.
-        annotations (list[dict]): annotations as those of `label_files.Label`.
-    """
-
-    name: str
-    size: tuple[int, int] | None
-    annotations: list[dict]
 
 
 def find_lists(
@@ -75,7 +61,7 @@ def read_lists(
     splits: Mapping[str, ListSplit],
     report: Report,
     request: DatasetRequest,
-    parse: Callable[[Path, Callable], Iterable[ListedImage]],
+    parse: Callable[[Path, Callable], Iterable[tuple[str, tuple[int, int] | None, list[dict]]]],
     resolve_names: Callable | None = None,
 ) -> dict[str, SplitAnnotations]:
     """Read the annotation files of each split as COCO; the first four arguments as `BoxFormat.read`.
@@ -85,7 +71,8 @@ def read_lists(
         splits: result of `find_lists`.
         report: report to add to.
         request: what the user asks for.
-        parse: returns the images of a file; its arguments are the file and `add(code, example)`.
+        parse: returns what `add_image` takes of each image in a file: its name as it is written there, its size and its
+            annotations. Its arguments are the file and `add(code, example)`.
         resolve_names: replaces what stands for the names of classes in `category_id`, if it has to be known of all
             files; its arguments are the results by split, `report` and `request`.
 
@@ -95,16 +82,14 @@ def read_lists(
     results = {}
     for split, source in splits.items():
         ann_name = relative_to_root(source.file, root)
-        entries = [*parse(source.file, partial(report.add, split))]
-        named_images = [image for image in entries if image.name]
-        for number, image in enumerate(entries, 1):
-            if not image.name:
+        entries, coco = [*parse(source.file, partial(report.add, split))], dict(images=[], annotations=[])
+        for number, (name, size, annotations) in enumerate(entries, 1):
+            if name:
+                add_image(coco, name, size, annotations, f'{ann_name}: {to_one_line(name, 60)}')
+            else:
                 report.add(split, 'image-without-id-or-name', f'{ann_name}: entry {number}')
-        resolver = ImageResolver(source.file, root, [image.name for image in named_images], source.images, split)
-        coco, watched = dict(images=[], annotations=[]), [source.file, *resolver.searched_folders]
-        for image in named_images:
-            add_image(coco, *image, f'{ann_name}: {to_one_line(image.name, 60)}')
-        has_sizes = any(image.size for image in named_images)
+        resolver = ImageResolver(source.file, root, image_names(coco), source.images, split)
+        watched, has_sizes = [source.file, *resolver.searched_folders], any(size for name, size, _ in entries if name)
         results[split] = SplitAnnotations(coco, resolver.locations, resolver.folder, watched, has_sizes=has_sizes)
     if resolve_names:
         resolve_names(results, report, request)

@@ -19,11 +19,10 @@ from .label_files import find_label_files, label_split, read_label_files
 from .label_studio import is_label_studio, parse_label_studio
 from .labelme import is_labelme, parse_labelme
 from .layouts import HEADER_BYTES, FolderTree, find_annotations
-from .objects import drop_masks_of_boxes
 from .panoptic import PANOPTIC, find_panoptic, is_panoptic, read_panoptic
 from .read_yolo import read_yolo
 from .request import DatasetRequest
-from .split_annotations import SplitAnnotations
+from .split_annotations import SplitAnnotations, drop_masks_of_boxes
 from .supervisely import is_supervisely, parse_supervisely
 from .via import choose_class_attribute, is_via, parse_via
 from .voc import is_voc, parse_voc, shift_to_zero

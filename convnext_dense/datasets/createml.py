@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .annotation_lists import ListedImage
 from .coco_values import as_dict, as_dicts
 from .files import has_marks, read_json
-from .objects import box_annotation, parse_name, parse_numbers, parse_objects
+from .split_annotations import box_annotation, parse_name, parse_numbers, parse_objects
 
 NAME_KEYS = ('image', 'imagefilename', 'imageFilename')
 SIDES = ('x', 'y', 'width', 'height')
@@ -14,12 +13,12 @@ SIDES = ('x', 'y', 'width', 'height')
 is_createml = has_marks(r'\A[\ufeff \t\r\n]*\[', r'"coordinates"\s*:\s*\{[^}]*"(x|y|width|height)"')
 
 
-def parse_createml(file: Path, add: Callable) -> Iterator[ListedImage]:
+def parse_createml(file: Path, add: Callable) -> Iterator[tuple[str, None, list[dict]]]:
     """Iterate over the images of a file, as `annotation_lists.read_lists`."""
     for entry in as_dicts(read_json(file)):
         name = next((entry[key] for key in NAME_KEYS if isinstance(entry.get(key), str)), '')
         boxes = entry.get('annotations', entry.get('annotation'))
-        yield ListedImage(name, None, parse_objects(boxes, name, add, _parse_box))
+        yield name, None, parse_objects(boxes, name, add, _parse_box)
 
 
 def _parse_box(number: int, item: dict) -> dict:

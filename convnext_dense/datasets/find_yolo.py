@@ -5,7 +5,8 @@ In this order: a data.yaml of Ultralytics, an obj.data of darknet, lists of imag
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from ..errors import UsageError
 from . import SPLITS
 from .file_names import split_machine_prefix
 from .files import MAX_YAML_BYTES, has_marks, read_ends, read_lines, read_text, read_yaml, to_one_line
-from .layouts import SPLIT_DIR_NAMES, SPLIT_OF_NAME, FolderTree, are_of_masks, is_image, split_of_folders
+from .layouts import SPLIT_DIR_NAMES, SPLIT_OF_NAME, FolderTree, are_of_masks, is_image, iter_files, split_of_folders
 
 YAML_SUFFIXES = ('.yaml', '.yml')
 NAMES_FILES = ('classes.txt', 'obj.names', 'classes.names', 'data.names', '_darknet.labels', 'names.txt')
@@ -53,8 +54,12 @@ def find_yolo(tree: FolderTree) -> tuple[str, dict[str, YoloSplit]] | None:
     """
     path = tree.root
     if path.is_file():
-        return _read_given_file(tree)
-    yamls = [file for file in _files_in(path) if _is_data_yaml(file)]
+        is_yaml, is_darknet = path.suffix.lower() in YAML_SUFFIXES, _is_obj_data(path)
+        splits = _read_yaml_splits(path) if is_yaml else _read_obj_data(path, tree) if is_darknet else {}
+        if missing := _missing_train(splits):
+            raise UsageError(f'{path}: {missing}')
+        return (path.name, splits) if splits else None
+    yamls = [file for file in iter_files(path, 1) if _is_data_yaml(file)]
     if len(yamls) > 1:
         names = ' and '.join(to_one_line(file.name) for file in yamls[:3])
         raise UsageError(f'{path}: {names} describe a data set: choose one with --data {yamls[0]}')
@@ -62,10 +67,10 @@ def find_yolo(tree: FolderTree) -> tuple[str, dict[str, YoloSplit]] | None:
     missing = _missing_train(splits)
     if splits and not missing:
         return yamls[0].name, splits
-    darknet = next((file for folder in (path, path / 'data') for file in _files_in(folder) if _is_obj_data(file)), None)
+    darknet = next(filter(_is_obj_data, chain(iter_files(path, 1), iter_files(path / 'data', 1))), None)
     if darknet:
         return darknet.name, _read_obj_data(darknet, tree)
-    has_labels = next(_label_folders(tree), None) is not None
+    has_labels = any(tree.folders_like('.txt', is_yolo))
     if not missing:
         return _find_images(tree, _named_classes(tree)) if has_labels else None
     if not has_labels:
@@ -75,25 +80,9 @@ def find_yolo(tree: FolderTree) -> tuple[str, dict[str, YoloSplit]] | None:
     return _find_images(tree, common, f' ({yamls[0].name}: {missing})')
 
 
-def _read_given_file(tree: FolderTree) -> tuple[str, dict[str, YoloSplit]] | None:
-    """Read the data.yaml or obj.data that the user names; None if it is neither."""
-    file = tree.root
-    is_yaml, is_darknet = file.suffix.lower() in YAML_SUFFIXES, _is_obj_data(file)
-    splits = _read_yaml_splits(file) if is_yaml else _read_obj_data(file, tree) if is_darknet else {}
-    if _missing_train(splits):
-        raise UsageError(f'{file}: {_missing_train(splits)}')
-    return (file.name, splits) if splits else None
-
-
 def _find_images(tree: FolderTree, common: Mapping, note: str = '') -> tuple[str, dict[str, YoloSplit]] | None:
-    """Find the images with labels of each split by lists of them, or by folders.
-
-    Args:
-        tree: folder of the data set.
-        common: arguments of `YoloSplit` that all splits share.
-        note: note for the report.
-    """
-    files = [f for f in _files_in(tree.root) if f.suffix.lower() == '.txt' and f.stem.lower() in SPLIT_OF_NAME]
+    """Find the images of each split by lists or folders; `common` are the arguments that all `YoloSplit`s share."""
+    files = [f for f in iter_files(tree.root, 1) if f.suffix.lower() == '.txt' and f.stem.lower() in SPLIT_OF_NAME]
     files = [file for file in files if is_image(Path(read_ends(file, 2**12).split('\n')[0].strip()))]
     lists = {split: tuple(f for f in files if f.stem.lower() in names) for split, names in SPLIT_DIR_NAMES.items()}
     if lists['train']:
@@ -108,7 +97,7 @@ def _find_images(tree: FolderTree, common: Mapping, note: str = '') -> tuple[str
 
 def yolo_split(labels: FolderTree, images: Path) -> YoloSplit | None:
     """Return the split of a folder of labels and one of images; None if the first holds no labels."""
-    folders = tuple(_label_folders(labels))
+    folders = tuple(labels.folders_like('.txt', is_yolo))
     return YoloSplit((images,), labels=folders, **_named_classes(labels)) if folders else None
 
 
@@ -122,13 +111,14 @@ def _read_yaml_splits(file: Path) -> dict[str, YoloSplit]:
     """Read a data.yaml."""
     content = read_yaml(file)
     if not isinstance(content, dict) or not {'names', 'nc'} & content.keys():
-        raise UsageError(
-            f'{file} is no data set of YOLO, which needs names, train and val; docs/datasets.md has another data.yaml'
-        )
-    names, num_classes = _names_of(content, file), _to_int(content.get('nc'))
+        text = 'is no data set of YOLO, which needs names, train and val; docs/datasets.md has another data.yaml'
+        raise UsageError(f'{file} {text}')
+    # Paths are relative to `path`, which is relative to the file or to the folder above, or to the file.
+    top, bases, splits = content.get('path'), [file.parent], {}
+    if isinstance(top, str) and top and (at := _resolve(top, [file.parent, file.parent.parent])):
+        bases.insert(0, at)
+    names, num_classes = _names_of(content, file, bases), _to_int(content.get('nc'))
     common = dict(names=names, num_classes=num_classes, files=(file,), keypoints='kpt_shape' in content)
-    bases = _yaml_bases(file, content.get('path'))
-    splits = {}
     for split in SPLITS:
         entries = content.get(split, content.get('valid') if split == 'val' else None)
         entries = entries if isinstance(entries, list) else [entries or '']
@@ -153,11 +143,11 @@ def _missing_train(splits: Mapping[str, YoloSplit]) -> str:
     return f'its train is {to_one_line(train.missing, 200)}, which is not there: correct it'
 
 
-def _names_of(content: Mapping, file: Path) -> tuple[tuple[int, str], ...] | None:
+def _names_of(content: Mapping, file: Path, bases: Sequence[Path]) -> tuple[tuple[int, str], ...] | None:
     """Return index and name of each class of a data.yaml; a dict may have gaps."""
     names = content.get('names')
     if isinstance(names, str) and names:  # a file, as in darknet
-        path = _resolve(names, _yaml_bases(file, content.get('path')))
+        path = _resolve(names, bases)
         if path is None or not path.is_file():
             raise UsageError(f'{file}: its names are {to_one_line(names, 60)}, neither a list nor a file: correct it')
         return _read_names(path)
@@ -166,18 +156,9 @@ def _names_of(content: Mapping, file: Path) -> tuple[tuple[int, str], ...] | Non
     if not names:
         return None
     pairs = [(_to_int(index), name) for index, name in names.items()]
-    if any(index is None or index < 0 or not isinstance(name, str) for index, name in pairs):
+    if any(index is None or not isinstance(name, str) for index, name in pairs):
         raise UsageError(f'{file}: names has to be a list of names, or a dict of indices and names: correct it')
     return tuple(sorted((index, name.strip() or f'class {index}') for index, name in pairs))
-
-
-def _yaml_bases(file: Path, top: object) -> list[Path]:
-    """Return the folders to which paths of a data.yaml may be relative, the likeliest first."""
-    bases = [file.parent]
-    if isinstance(top, str) and top:
-        at = _resolve(top, [file.parent, file.parent.parent])
-        bases = [*([at] if at else []), *bases]
-    return bases
 
 
 def _resolve(entry: str, bases: Sequence[Path]) -> Path | None:
@@ -263,18 +244,6 @@ def _folders_by_split(tree: FolderTree) -> dict[str, tuple[Path, ...]]:
     depth = min((len(top.parts) for folders in by_split.values() for top in folders), default=0)
     by_split = {split: tuple(top for top in by_split.get(split, ()) if len(top.parts) == depth) for split in SPLITS}
     return {split: folders for split, folders in by_split.items() if folders}
-
-
-def _label_folders(tree: FolderTree) -> Iterator[Path]:
-    """Iterate over the folders that hold labels of YOLO, by the first lines of some of their text files."""
-    return (next(files).parent for files in tree.files_like(('.txt',), is_yolo))
-
-
-def _files_in(folder: Path) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if path.is_file())
-    except OSError:
-        return []
 
 
 def _to_int(value: object) -> int | None:

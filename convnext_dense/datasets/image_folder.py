@@ -10,11 +10,10 @@ from itertools import zip_longest
 from pathlib import Path
 
 from ..errors import UsageError
-from .annotation_lists import ListedImage
 from .coco_values import is_number
 from .diagnostics import Report
 from .files import MAX_JSON_BYTES, DataError, has_marks, parse_error, read_bytes, to_one_line
-from .objects import box_annotation, parse_name, parse_numbers, parse_objects
+from .split_annotations import box_annotation, parse_name, parse_numbers, parse_objects
 
 METADATA_SUFFIXES = ('.jsonl', 'metadata.csv')
 BOX_KEYS = ('bbox', 'bboxes', 'boxes', 'box')
@@ -22,7 +21,7 @@ CLASS_KEYS = ('categories', 'category', 'labels', 'label', 'classes', 'class', '
 is_image_folder = has_marks(rf'\bfile_name\b[\s\S]*"({"|".join(BOX_KEYS)})"')  # in the start of a file
 
 
-def parse_image_folder(file: Path, add: Callable) -> Iterator[ListedImage]:
+def parse_image_folder(file: Path, add: Callable) -> Iterator[tuple[str, None, list[dict]]]:
     """Iterate over the images of a metadata file, as `annotation_lists.read_lists`."""
     for line, row in _rows(file):
         name = row.get('file_name')
@@ -35,7 +34,7 @@ def parse_image_folder(file: Path, add: Callable) -> Iterator[ListedImage]:
             boxes, names = (values if isinstance(values, list) else [] for values in (boxes, names))
             objects = [dict(bbox=box, label=label) for box, label in zip_longest(boxes, names[: len(boxes)])]
         objects = objects if isinstance(objects, list) else [{}]
-        yield ListedImage(name, None, parse_objects(objects, f'{file.name}:{line}', add, _parse_box))
+        yield name, None, parse_objects(objects, f'{file.name}:{line}', add, _parse_box)
 
 
 def _parse_box(number: int, item: dict) -> dict:

@@ -35,19 +35,6 @@ class LabelSplit(NamedTuple):
     list_file: Path | None = None
 
 
-class Label(NamedTuple):
-    """The content of an annotation file.
-
-    Attributes:
-        size (tuple[int, int] | None): width and height of the image; None if they are not given.
-        annotations (list[dict]): annotations as those of COCO, without `id` and `image_id`; `category_id` is the name
-            of the class, and `number` that of the object in the file.
-    """
-
-    size: tuple[int, int] | None
-    annotations: list[dict]
-
-
 def find_label_files(
     tree: FolderTree, suffix: str, is_label: Callable[[str], bool]
 ) -> tuple[str, dict[str, LabelSplit]] | None:
@@ -56,7 +43,7 @@ def find_label_files(
     Raises:
         UsageError: there are several data sets.
     """
-    path, folders = tree.root, tuple(next(files).parent for files in tree.files_like((suffix,), is_label))
+    path, folders = tree.root, tuple(tree.folders_like(suffix, is_label))
     if not folders:
         return None
     lists = {split: _find_list(path, folders, split) for split in SPLITS}
@@ -78,7 +65,7 @@ def find_label_files(
 
 def label_split(labels: FolderTree, images: Path, suffix: str, is_label: Callable[[str], bool]) -> LabelSplit | None:
     """Return the split of a folder of annotation files and one of images; None if the first holds no such files."""
-    folders = tuple(next(files).parent for files in labels.files_like((suffix,), is_label))
+    folders = tuple(labels.folders_like(suffix, is_label))
     return LabelSplit(folders, images) if folders else None
 
 
@@ -88,7 +75,7 @@ def read_label_files(
     report: Report,
     request: DatasetRequest,
     suffix: str,
-    parse: Callable[[str, str, Callable], Label],
+    parse: Callable[[str, str, Callable], tuple[tuple[int, int] | None, list[dict]]],
     finish: Callable[[Mapping, Report], None],
 ) -> dict[str, SplitAnnotations]:
     """Read the annotation files of each split as COCO.
@@ -99,8 +86,9 @@ def read_label_files(
         report: the report that is added to.
         request: what the user asks for.
         suffix: suffix of the files.
-        parse: returns the `Label` of a file; its arguments are the file, its path in reports and `add(code, example)`;
-            raises UsageError, with the reason alone, if the file is unusable.
+        parse: returns what `add_image` takes of a file: the size of its image, and its annotations. Its arguments are
+            the file, its path in reports and `add(code, example)`; it raises UsageError, with the reason alone, if the
+            file is unusable.
         finish: changes the results by split, in place, where all files have to be known.
 
     Raises:
@@ -109,8 +97,28 @@ def read_label_files(
     images_in, labels_in = cache(_images_by_stem), cache(partial(_labels_by_name, suffix=suffix))
     results = {}
     for split, source in splits.items():
+        add, coco, locations = partial(report.add, split), dict(images=[], annotations=[]), {}
         labels, photos = labels_in(source.labels), images_in(source.images)
-        results[split] = _read_split(root, source, labels, photos, suffix, parse, partial(report.add, split))
+        for name in _read_list(source.list_file) if source.list_file else labels:
+            file = labels.get(name)
+            if file is None:
+                add('missing-label', name)
+                continue
+            label_name, image = relative_to_root(file, root), _image_of(file, photos.get(os.path.basename(name), ()))
+            if image is None:
+                add('unmatched-label', label_name)
+                continue
+            try:
+                size, annotations = parse(file, label_name, add)
+            except UsageError as error:
+                add('unreadable-label', f'{label_name}: {error}')
+                continue
+            file_name = relative_to_root(image, root)
+            locations[file_name] = ImageLocation(file_name)
+            add_image(coco, file_name, size, annotations, label_name)
+        watched = [source.images, *(folder / f'*{suffix}' for folder in source.labels)]
+        watched += [source.list_file] if source.list_file else []
+        results[split] = SplitAnnotations(coco, locations, source.images, watched)
     if not any(source.list_file for source in splits.values()):
         stems = {os.path.basename(name) for source in splits.values() for name in labels_in(source.labels)}
         _report_missing_labels(root, splits, results, stems, images_in, report)
@@ -128,38 +136,6 @@ def read_json_label(file: str, key: str) -> dict:
     if isinstance(content, dict) and isinstance(content.get(key), list):
         return content
     raise UsageError(f'it has no list of {key}')
-
-
-def _read_split(
-    root: Path,
-    source: LabelSplit,
-    labels: Mapping[str, str],
-    photos: Mapping[str, list[str]],
-    suffix: str,
-    parse: Callable,
-    add: Callable,
-) -> SplitAnnotations:
-    """Return the annotations of a split, whose categories are names."""
-    names = list(labels) if source.list_file is None else _read_list(source.list_file)
-    coco, locations = dict(images=[], annotations=[]), {}
-    for name in names:
-        file = labels.get(name)
-        image = file and _image_of(file, photos.get(os.path.basename(name), ()))
-        if file is None or image is None:
-            code, name = ('unmatched-label', relative_to_root(file, root)) if file else ('missing-label', name)
-            add(code, name)
-            continue
-        label_name, file_name = relative_to_root(file, root), relative_to_root(image, root)
-        try:
-            label = parse(file, label_name, add)
-        except UsageError as error:
-            add('unreadable-label', f'{label_name}: {error}')
-            continue
-        locations[file_name] = ImageLocation(file_name)
-        add_image(coco, file_name, *label, label_name)
-    watched = [source.images, *([source.list_file] if source.list_file else [])]
-    watched += [folder / f'*{suffix}' for folder in source.labels]
-    return SplitAnnotations(coco, locations, source.images, watched)
 
 
 def _report_missing_labels(

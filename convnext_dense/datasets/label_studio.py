@@ -11,15 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UsageError
-from .annotation_lists import ListedImage
 from .check_images import MAX_PIXELS
 from .coco_masks import encode_mask
 from .coco_values import as_dicts, only_dicts
 from .files import DataError, has_marks, read_json
 from .geometry import ellipse, rectangle
 from .layouts import is_image
-from .objects import box_annotation, parse_numbers, parse_objects, parse_points, shape_annotation
-from .split_annotations import parse_size
+from .split_annotations import box_annotation, parse_numbers, parse_objects, parse_points, parse_size, shape_annotation
 
 # Of a task with annotations, or of a region in the short form; and of a task without any, in either form.
 IS_TASK = (
@@ -36,7 +34,7 @@ def is_label_studio(start: str) -> bool:
     return any(is_task(start) for is_task in IS_TASK)
 
 
-def parse_label_studio(file: Path, add: Callable) -> Iterator[ListedImage]:
+def parse_label_studio(file: Path, add: Callable) -> Iterator[tuple[str, tuple[int, int] | None, list[dict]]]:
     """Iterate over the images of a file, as `annotation_lists.read_lists`."""
     content = read_json(file)
     if not isinstance(content, list):
@@ -49,10 +47,11 @@ def parse_label_studio(file: Path, add: Callable) -> Iterator[ListedImage]:
             if regions is None:
                 continue
         else:
-            name, regions = _image_name(task, []), _short_regions(task)
+            values = [value for values in task.values() for value in only_dicts(values) if 'original_width' in value]
+            name, regions = _image_name(task, []), [value | dict(value=value) for value in values]  # the short form
         annotations = parse_objects(regions, name, add, _parse_region)
         size = next(filter(None, map(_size_of, reversed(regions))), None)
-        yield ListedImage(name, size, [*chain(*annotations)])
+        yield name, size, [*chain(*annotations)]
 
 
 def decode_brush(data: object, size: tuple[int, int]) -> np.ndarray | None:
@@ -120,12 +119,6 @@ def _choose_annotation(results: Sequence[dict], name: str, add: Callable) -> lis
         merged = regions.setdefault(key, dict(region, value={}))
         merged['value'] |= value if isinstance(value, dict) else {}
     return list(regions.values())
-
-
-def _short_regions(task: dict) -> list[dict]:
-    """Return the regions of a task of the short form, whose values are those of regions."""
-    values = (value for values in task.values() for value in only_dicts(values))
-    return [value | dict(value=value) for value in values if 'original_width' in value]
 
 
 def _size_of(region: dict) -> tuple[int, int] | None:

@@ -86,6 +86,10 @@ class FolderTree:
             if first_file:
                 yield chain([first_file], matching_files)
 
+    def folders_like(self, suffix: str, is_like: Callable[[str], bool]) -> Iterator[Path]:
+        """Iterate over the folders that have files of a format, as `files_like`."""
+        return (next(files).parent for files in self.files_like((suffix,), is_like))
+
 
 def split_of_folders(parts: Sequence[str]) -> tuple[str, int] | None:
     """Return the split after which one of some folders is named, and its index; None if none is."""
@@ -134,7 +138,7 @@ def find_annotations(root: Path, given_splits: Collection[str] = ()) -> tuple[st
     Raises:
         UsageError: several files could be a split's.
     """
-    fallback, files = None, [file for file in _iter_files(root, 2) if file.name.lower().endswith('.json')]
+    fallback, files = None, [file for file in iter_files(root, 2) if file.name.lower().endswith('.json')]
     parts_of = {file: file.relative_to(root).as_posix().lower().split('/') for file in files}
     for layout, patterns in ANNOTATION_PATTERNS.items():
         file_by_split = {}
@@ -254,7 +258,7 @@ def infer_mask_suffix(stems: Collection[str], masks: Iterable[str]) -> tuple[str
 
 def list_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[Path]:
     """Return all image files in and below a folder, by their suffixes; arrays (.npy) only where nothing else is."""
-    files = [path for path in _iter_files(folder, None) if not path.name.startswith('.')]
+    files = [path for path in iter_files(folder, None) if not path.name.startswith('.')]
     images = [path for path in files if path.name.lower().endswith(suffixes) and not is_array(path)]
     return sorted(images or filter(is_array, files))
 
@@ -293,7 +297,7 @@ def find_dir(folder: Path | None, names: tuple[str, ...]) -> Path | None:
 def _find_mask_dir(folder: Path | None) -> Path | None:
     """Return the folder of masks in a folder; other folders may have such names, too."""
     for child in filter(None, (find_dir(folder, (name,)) for name in MASK_DIR_NAMES)):
-        if any(path.name.lower().endswith(MASK_FILE_SUFFIXES) for path in _iter_files(child)):
+        if any(path.name.lower().endswith(MASK_FILE_SUFFIXES) for path in iter_files(child)):
             return child
     return None
 
@@ -333,6 +337,6 @@ def stem_in(path: Path, folder: Path) -> str:
     return path.relative_to(folder).with_suffix('').as_posix()
 
 
-def _iter_files(root: Path, depth: int | None = MAX_DEPTH) -> Iterator[Path]:
+def iter_files(root: Path, depth: int | None = MAX_DEPTH) -> Iterator[Path]:
     """Iterate over the files in and below a folder, those further up first."""
     yield from (Path(folder, name) for folder, names in walk(root, depth, hidden=False) for name in names)

@@ -12,21 +12,20 @@ from .coco_masks import encode_mask
 from .coco_values import as_dict
 from .files import DataError, has_marks
 from .geometry import decode_part, draw_masks
-from .label_files import Label, read_json_label
-from .objects import box_annotation, parse_name, parse_objects, parse_points, shape_annotation
-from .split_annotations import parse_size
+from .label_files import read_json_label
+from .split_annotations import box_annotation, parse_name, parse_objects, parse_points, parse_size, shape_annotation
 
 # In the start of a file.
 is_supervisely = has_marks('"objects"', r'"(classTitle|geometryType)"|"size"\s*:\s*\{\s*"(height|width)"')
 MIN_POINTS = 3
 
 
-def parse_supervisely(file: str, label_name: str, add: Callable) -> Label:
+def parse_supervisely(file: str, label_name: str, add: Callable) -> tuple[tuple[int, int] | None, list[dict]]:
     """Return the objects of a file, as `label_files.read_label_files`."""
     content = read_json_label(file, 'objects')
     size = as_dict(content.get('size'))
     size = parse_size(size.get('width'), size.get('height'))
-    return Label(size, parse_objects(content['objects'], label_name, add, partial(_parse_figure, size=size)))
+    return size, parse_objects(content['objects'], label_name, add, partial(_parse_figure, size=size))
 
 
 def _parse_figure(number: int, figure: dict, size: tuple[int, int] | None) -> dict:

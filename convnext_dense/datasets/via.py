@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import UsageError
-from .annotation_lists import ListedImage
 from .coco_values import as_dict, as_dicts, is_number
 from .diagnostics import Report
 from .files import DataError, has_marks, read_json, to_one_line
 from .geometry import ellipse
-from .objects import box_annotation, parse_numbers, parse_objects, shape_annotation
 from .request import DatasetRequest
+from .split_annotations import box_annotation, parse_numbers, parse_objects, shape_annotation
 
 is_via = has_marks(r'"(regions|_via_img_metadata)"\s*:', '"filename"|"_via_')  # in the start of a file
 NAME_WITHOUT_ATTRIBUTE = 'object'
@@ -28,7 +27,7 @@ MAX_ATTRIBUTES_LISTED = 6
 MAX_GAP = 0.1  # largest gap between the ends of a line that is an outline, as a fraction of its length
 
 
-def parse_via(file: Path, add: Callable) -> Iterator[ListedImage]:
+def parse_via(file: Path, add: Callable) -> Iterator[tuple[str, None, list[dict]]]:
     """Iterate over the images of a file, as `annotation_lists.read_lists`; `category_id` is a dict of attributes."""
     content = read_json(file)
     if isinstance(content, dict):
@@ -37,7 +36,7 @@ def parse_via(file: Path, add: Callable) -> Iterator[ListedImage]:
         raise UsageError(f'{file} is not a file of VIA: it has no images')
     for entry in as_dicts(content):
         name = entry['filename'] if isinstance(entry.get('filename'), str) else ''
-        yield ListedImage(name, None, parse_objects(_without_keys(entry.get('regions')), name, add, _parse_region))
+        yield name, None, parse_objects(_without_keys(entry.get('regions')), name, add, _parse_region)
 
 
 def _without_keys(items: object) -> object:

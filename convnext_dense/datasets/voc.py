@@ -11,23 +11,17 @@ from xml.etree import ElementTree
 from ..errors import UsageError
 from .diagnostics import Report
 from .files import MAX_LIST_BYTES, has_marks, read_bytes, to_one_line
-from .label_files import Label
-from .objects import parse_name, parse_numbers, parse_objects
-from .split_annotations import SplitAnnotations, parse_size
+from .split_annotations import SplitAnnotations, parse_name, parse_numbers, parse_objects, parse_size
 
 is_voc = has_marks('<annotation')  # in the start of a file
 CORNERS = ('bndbox/xmin', 'bndbox/ymin', 'bndbox/xmax', 'bndbox/ymax')
 
 
 def shift_to_zero(results: Mapping[str, SplitAnnotations], report: Report) -> None:
-    """Turn corners into boxes, in place.
+    """Turn the corners in the annotations of all splits into boxes, in place.
 
     Coordinates count pixels from 1 and include the last one, as in Pascal VOC; if any is 0 or no integer, they are
     those of points, and are used as they are.
-
-    Args:
-        results: annotations by split, whose boxes are corners.
-        report: the report that is added to.
     """
     annotations = [a for result in results.values() for a in result.coco['annotations']]
     corners = [a['bbox'] for a in annotations]
@@ -41,13 +35,13 @@ def shift_to_zero(results: Mapping[str, SplitAnnotations], report: Report) -> No
         annotation.update(bbox=[x1 - offset, y1 - offset, w, h], area=w * h)
 
 
-def parse_voc(file: str, label_name: str, add: Callable) -> Label:
+def parse_voc(file: str, label_name: str, add: Callable) -> tuple[tuple[int, int] | None, list[dict]]:
     """Return the boxes of an XML file as corners, as `label_files.read_label_files`."""
     tree = _read_xml(file)
     size = parse_size(*(_number(tree.findtext(f'size/{side}')) for side in ('width', 'height')))
     keys = ('name', 'difficult', *CORNERS)
     objects = [{key: element.findtext(key) for key in keys} for element in tree.findall('object')]
-    return Label(size, parse_objects(objects, label_name, add, _parse_object))
+    return size, parse_objects(objects, label_name, add, _parse_object)
 
 
 def _parse_object(number: int, texts: dict) -> dict:
