@@ -12,8 +12,14 @@ from mmengine.logging import print_log
 from mmengine.registry import METRICS
 
 from .coco_matches import Pair, class_results, confusion_matrix, evaluate_coco, load_detections, match_at_thresholds
-from .plots import plot_pr_curves, write_confusion_matrix
-from .report_files import NUM_WORST_IMAGES, log_table, mean_of_numbers, write_csv
+from .report_files import (
+    NUM_WORST_IMAGES,
+    log_table,
+    mean_of_numbers,
+    plot_pr_curves,
+    write_confusion_matrix,
+    write_csv,
+)
 from .worst_images import draw_all, draw_detections, read_rgb
 
 HEADER = ('class', 'objects', 'AP', 'AP50', 'score', 'precision', 'recall', 'F1')

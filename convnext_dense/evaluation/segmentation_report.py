@@ -12,8 +12,7 @@ from mmengine.logging import print_log
 from mmengine.registry import METRICS
 from mmseg.evaluation import IoUMetric
 
-from .plots import write_confusion_matrix
-from .report_files import NUM_WORST_IMAGES, log_table, mean_of_numbers, write_csv
+from .report_files import NUM_WORST_IMAGES, log_table, mean_of_numbers, write_confusion_matrix, write_csv
 from .worst_images import default_palette, draw_all, draw_segmentation, read_rgb
 
 HEADER = ('class', 'pixels %', 'IoU', 'Acc', 'precision', 'F1')
@@ -103,9 +102,7 @@ class SegmentationReport(IoUMetric):
         return metrics
 
     def _write_classes(self, matrix: np.ndarray, classes: Sequence[str]) -> None:
-        correct, pred, label = (
-            torch.from_numpy(a).double() for a in (matrix.diagonal().copy(), matrix.sum(0), matrix.sum(1))
-        )
+        correct, pred, label = map(torch.tensor, (matrix.diagonal() * 1.0, matrix.sum(0) * 1.0, matrix.sum(1) * 1.0))
         values = self.total_area_to_metrics(correct, pred + label - correct, pred, label, ['mIoU', 'mFscore'])
         columns = [100 * values[key] for key in ('IoU', 'Acc', 'Precision', 'Fscore')]
         pixels = 100 * label.numpy() / max(float(label.sum()), 1)

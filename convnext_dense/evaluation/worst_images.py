@@ -33,18 +33,15 @@ def read_rgb(
     """
     from mmcv import imfrombytes
 
-    if channels:
-        try:
-            return to_rgb(ChannelReader(**channels).read(path))
-        except UnreadableImageError:
-            return None
     try:
+        if channels:
+            return to_rgb(ChannelReader(**channels).read(path))
         content = get(path, backend_args)
         for flag in ('color', 'color_ignore_orientation'):
             image = imfrombytes(content, flag=flag, channel_order='rgb')
             if image is not None and image.shape[:2] == tuple(size):
                 return image
-    except (OSError, ValueError):
+    except (OSError, ValueError, UnreadableImageError):
         pass
     return None
 
