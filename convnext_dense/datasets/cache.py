@@ -29,11 +29,7 @@ LOCAL_RANK_VARIABLES = {'pytorch': 'LOCAL_RANK', 'slurm': 'SLURM_LOCALID', 'mpi'
 
 
 def load_cached(folder: str, key: tuple) -> tuple[CheckedDataset, dict[str, str]] | None:
-    """Load the result of an earlier check.
-
-    Args:
-        folder: folder of the cache.
-        key: what was requested.
+    """Load the result of an earlier check, of which `key` says what was requested.
 
     Returns:
         The data set without its splits, and the file of each split; None if there is no cache, `key` differs, or

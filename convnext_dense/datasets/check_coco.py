@@ -11,7 +11,7 @@ from functools import partial
 from .check_images import ImageInfo
 from .coco_boxes import BoxVotes, box_mask_difference, box_problem, clip_box, reaches_out
 from .coco_masks import is_implausible_area, mask_area, mask_to_box, validate_mask
-from .coco_values import category_name, format_size, is_finite, is_number, is_positive, only_dicts, parse_id
+from .coco_values import category_name, is_finite, is_number, is_positive, only_dicts, parse_id
 from .diagnostics import Report
 from .files import to_one_line
 from .image_sizes import ResizeLimit, too_thin
@@ -39,12 +39,7 @@ def image_names(coco: dict) -> list[str]:
 
 
 def split_coco(coco: dict, val_names: set[str]) -> tuple[dict, dict]:
-    """Split a COCO dict into train and val.
-
-    Args:
-        coco: COCO dict to split. Annotations of no image stay in train, where they are reported.
-        val_names: file names of the images of val.
-    """
+    """Split a COCO dict into train and val; annotations of no image stay in train, where they are reported."""
     train, val = (coco | dict(images=[], annotations=[]) for _ in range(2))
     for image in coco['images']:
         is_val = isinstance(image.get('file_name'), str) and image['file_name'] in val_names
@@ -90,12 +85,6 @@ def class_names(coco: dict, add: Callable) -> list[str]:
 def match_categories(coco: dict, train: dict, classes: Sequence[str], add: Callable) -> dict:
     """Match the categories of a split with the classes, by name.
 
-    Args:
-        coco: COCO dict of the split.
-        train: COCO dict of the train split.
-        classes: class names.
-        add: reports a problem.
-
     Returns:
         The class index, or None for a category without a class, by category id.
     """
@@ -135,15 +124,7 @@ def most_have_masks(coco: dict, add: Callable) -> bool:
 def validate_images(
     coco: dict, locations: Mapping, infos: Mapping, apply_exif: bool, limit: ResizeLimit, add: Callable
 ) -> dict:
-    """Check the images of a split.
-
-    Args:
-        coco: COCO dict of the split.
-        locations: `ImageLocation` of each name.
-        infos: what the files are, by path.
-        apply_exif: whether images are rotated as EXIF says.
-        limit: the recipe's resize.
-        add: reports a problem.
+    """Check the images of a split, whose `locations` are by name and `infos` by path.
 
     Returns:
         The usable images by id: dicts of id, file_name, width and height.
@@ -167,8 +148,8 @@ def validate_images(
         elif location.path in paths:
             problem = 'duplicate-file-name'
         elif not problem and has_size and annotated_size != size:
-            example = f'{name}: {format_size(annotated_size)}, its image {format_size(size)}'
-            problem = 'image-size-mismatch'
+            sizes = ', its image '.join(f'{w} x {h}' for w, h in (annotated_size, size))
+            problem, example = 'image-size-mismatch', f'{name}: {sizes}'
         elif not problem and (thin := too_thin(size, limit)):
             problem, example = thin[0], f'{name}: {thin[1]}'
         if problem:
@@ -178,7 +159,7 @@ def validate_images(
             (location.code, location.code, location.example),
             (not has_size, 'image-without-size', name),
             (info.exif_swapped and not apply_exif, 'exif-rotated-image', name),
-            (min(size) < MIN_IMAGE_SIDE, 'image-below-32-pixels', f'{name} ({format_size(size)})'),
+            (min(size) < MIN_IMAGE_SIDE, 'image-below-32-pixels', f'{name} ({size[0]} x {size[1]})'),
         ):
             if applies:
                 add(code, example)
@@ -196,15 +177,7 @@ def validate_images(
 def validate_annotations(
     coco: dict, images: dict, class_indices: dict, use_masks: bool, split: str, report: Report
 ) -> list[dict]:
-    """Check the annotations of a split.
-
-    Args:
-        coco: COCO dict of the split.
-        images: the usable images by id.
-        class_indices: class index by category id, from `match_categories`.
-        use_masks: whether annotations need masks.
-        split: name of the split.
-        report: the report that is added to.
+    """Check the annotations of a split, with the results of `validate_images` and `match_categories`.
 
     Returns:
         The usable annotations, with ids from 1 (pycocotools does not match an annotation of id 0).

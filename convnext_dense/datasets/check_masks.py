@@ -67,16 +67,13 @@ class LabelSpec(NamedTuple):
         return dict(reduce_zero_label=reduces, label_map=label_map or None)
 
 
-def infer_label_spec(
-    request: DatasetRequest, layout: str, mask_suffix: str, table: tuple[list[str], list[list[int]]] | None = None
-) -> LabelSpec:
+def infer_label_spec(request: DatasetRequest, layout: str, mask_suffix: str) -> LabelSpec:
     """Find the classes of a data set.
 
     Args:
         request: its `classes` are names, a file, or a key of `MMSEG_DATASETS`; None to look for a file in the root.
         layout: layout that `layouts.find_folders` returns.
         mask_suffix: what names of masks end with, as of `layouts.Pairing`.
-        table: names and RGB colors of color-coded masks, which are their classes.
 
     Raises:
         UsageError: a label value is out of range, or the file cannot be read.
@@ -90,8 +87,6 @@ def infer_label_spec(
     if not classes and not file:
         dataset_key = _known_dataset(root, layout, mask_suffix)
     is_toy = (root / 'shapes.json').exists() and not classes
-    if table:
-        return _spec_of_table(*table, ignore_labels)
     if dataset_key:
         names, palette = mmseg_classes(dataset_key)
     elif classes:
@@ -109,8 +104,12 @@ def infer_label_spec(
     return LabelSpec(names, palette, ignored, CITYSCAPES_IDS if is_label_ids else None)
 
 
-def _spec_of_table(names: list[str], colors: list[list[int]], ignore_labels: Sequence[int]) -> LabelSpec:
-    """Return the classes of color-coded masks, whose labels are their places in the table, without ignored ones."""
+def spec_of_table(names: list[str], colors: list[list[int]], ignore_labels: Sequence[int]) -> LabelSpec:
+    """Return the classes of color-coded masks, whose labels are their places in the table, without ignored ones.
+
+    Raises:
+        UsageError: all are ignored.
+    """
     labels = [label for label in range(len(names)) if label not in ignore_labels]
     if not labels:
         raise UsageError(f'--ignore leaves none of {summarize_classes(names)}: name fewer labels')
@@ -177,13 +176,7 @@ def infer_class_count(masks: Mapping[Path, MaskInfo], spec: LabelSpec, root: Pat
 
 
 def validate_labels(masks: Mapping[Path, MaskInfo], spec: LabelSpec, report: Report) -> None:
-    """Report label values without a class, and sets of classes from which nothing can be learned.
-
-    Args:
-        masks: all masks of the data set by path.
-        spec: the classes.
-        report: the report that is added to; examples say how to fix it, by the pixels of all masks.
-    """
+    """Report label values without a class, and sets of classes from which nothing can be learned, in any mask."""
     readable = {path: info for path, info in masks.items() if info.counts is not None}
     counts = sum((info.counts for info in readable.values()), np.zeros(256, int))
     labels, label_to_class = np.flatnonzero(counts).tolist(), spec.label_to_class
@@ -215,10 +208,9 @@ def _soft_edges(counts: np.ndarray) -> str | None:
     are_edges = values >= MIN_EDGE_VALUES and between.max() <= MAX_EDGE_FRACTION * total and between[128:].any()
     if not are_edges or not counts[0] or not counts[IGNORE_INDEX] or percent > 100 * (1 - MIN_ENDS_FRACTION):
         return None
-    return (
-        f'the masks are black and white with gray edges: {percent:.1f} % of the pixels have {values} values between 0 '
-        'and 255, as JPEG, resizing or anti-aliasing make them: write masks without, or give --mask-threshold 128'
-    )
+    edges = f'{percent:.1f} % of the pixels have {values} values between 0 and 255'
+    causes = 'as JPEG, resizing or anti-aliasing make them: write masks without, or give --mask-threshold 128'
+    return f'the masks are black and white with gray edges: {edges}, {causes}'
 
 
 def _single_class_advice(spec: LabelSpec, counts: np.ndarray) -> str:
@@ -283,16 +275,7 @@ def _format_fractions(counts: np.ndarray, labels: list[int]) -> str:
 def validate_pairs(
     pairs: list, images: Mapping, masks: Mapping, spec: LabelSpec, apply_exif: bool, limit: ResizeLimit, add: Callable
 ) -> tuple[list[tuple[Path, Path]], np.ndarray]:
-    """Check the pairs of an image and its segmentation mask in a split.
-
-    Args:
-        pairs: paths of images and masks.
-        images: what the image files are, by path.
-        masks: what the mask files are, by path.
-        spec: the classes.
-        apply_exif: whether images are rotated as EXIF says.
-        limit: the recipe's resize.
-        add: reports a problem of their split, as `Report.add`.
+    """Check the pairs of an image and its segmentation mask in a split; `images` and `masks` say what the files are.
 
     Returns:
         The usable pairs, and the number of their pixels by class, (num_classes,).

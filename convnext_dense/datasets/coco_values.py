@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Sequence
 
 from .files import is_text
 
@@ -54,8 +53,3 @@ def as_dicts(values: object) -> list[dict]:
 def as_dict(value: object) -> dict:
     """Return a dict, an empty one for anything else."""
     return value if isinstance(value, dict) else {}
-
-
-def format_size(size: Sequence) -> str:
-    """Return 'width x height'."""
-    return ' x '.join(map(str, size))

@@ -91,30 +91,21 @@ def set_num_classes(model: dict, num_classes: int) -> None:
         UsageError: a head has class weights that differ, and not one per class.
     """
     for head in iter_class_heads(model):
-        old_num_classes = count_of(head)
+        old, counted = count_of(head), (1,) if num_classes > 2 else ()
         for key in COUNT_KEYS:
             if key in head:
                 head[key] = 0 if key == 'num_stuff_classes' else num_classes
-        counts_classes = head.get('out_channels') == old_num_classes or (
-            head.get('out_channels') == 1 and num_classes > 2
-        )
-        if counts_classes and 'num_queries' not in head:  # if there are queries, it is their width
+        if head.get('out_channels') in (old, *counted) and 'num_queries' not in head:  # else it is the width of queries
             head['out_channels'] = num_classes
-        for holder in iter_dicts(head):
-            if isinstance(holder.get('class_weight'), (list, tuple)):
-                holder['class_weight'] = _adapt_class_weights(
-                    holder['class_weight'], old_num_classes, num_classes, head
-                )
-    _limit_detections(model, num_classes)
-
-
-def _limit_detections(model: dict, n: int) -> None:
-    """Lower max_per_img to the number of scores of a query-based head, of which topk takes that many."""
+        for part in iter_dicts(head):
+            if isinstance(part.get('class_weight'), (list, tuple)):
+                part['class_weight'] = _adapt_class_weights(part['class_weight'], old, num_classes, head)
+    # A query-based head takes the topk of its scores, which have to be that many.
     queries = [part['num_queries'] for part in iter_dicts(model) if isinstance(part.get('num_queries'), int)]
-    for key in ('max_per_img', 'max_per_image'):
+    for key in ('max_per_img', 'max_per_image') if queries else ():
         max_detections = (model.get('test_cfg') or {}).get(key)
-        if queries and max_detections and max_detections > min(queries) * n:
-            model['test_cfg'][key] = min(queries) * n
+        if max_detections:
+            model['test_cfg'][key] = min(max_detections, min(queries) * num_classes)
 
 
 def _adapt_class_weights(weights: Sequence[float], old_n: int, n: int, head: dict) -> list[float]:
@@ -122,9 +113,8 @@ def _adapt_class_weights(weights: Sequence[float], old_n: int, n: int, head: dic
     if len(weights) in (old_n, old_n + 1) and len({*weights[:old_n]}) == 1:
         return [weights[0]] * n + list(weights[old_n:])
     if len(weights) not in (n, n + 1):
-        raise UsageError(
-            f'class_weight of {short_name(head.get("type"))} has {len(weights)} values, but the data set {n} classes'
-        )
+        holder = f'class_weight of {short_name(head.get("type"))}'
+        raise UsageError(f'{holder} has {len(weights)} values, but the data set {n} classes')
     return list(weights)
 
 
@@ -175,10 +165,8 @@ def check_classes(config: Config) -> None:
     for head in iter_class_heads(config.model):
         if count_of(head) != len(classes):
             key = next(key for key in COUNT_KEYS if key in head)
-            raise UsageError(
-                f'{short_name(head.get("type"))} has {key}={head[key]}, but the data set names {len(classes)} classes: '
-                'make them agree, or use --data PATH, which sets both'
-            )
+            text = f'the data set names {len(classes)} classes: make them agree, or use --data PATH, which sets both'
+            raise UsageError(f'{short_name(head.get("type"))} has {key}={head[key]}, but {text}')
 
 
 def _dataset(settings: dict, data: CheckedDataset, file: str, loader: str) -> dict:
@@ -193,16 +181,13 @@ def _dataset(settings: dict, data: CheckedDataset, file: str, loader: str) -> di
     if settings.get('datasets'):
         parts = [_dataset(part, data, file, loader) for part in settings['datasets']]
         if any(part != parts[0] for part in parts):
-            raise UsageError(
-                f'{loader}: {short_name(settings.get("type"))} concatenates datasets with different pipelines or '
-                'filters, but --data gives one data set: keep one of them in the config'
-            )
+            text = 'datasets with different pipelines or filters, but --data gives one data set: keep one of them'
+            raise UsageError(f'{loader}: {short_name(settings.get("type"))} concatenates {text} in the config')
         return parts[0]
     if isinstance(settings.get('dataset'), dict):
         if data.task == 'segmentation' and is_type(settings.get('type'), DATASETS, 'ClassBalancedDataset'):
-            raise UsageError(
-                f'{loader}: ClassBalancedDataset needs classes per image, but segmentation masks have them per pixel'
-            )
+            text = 'ClassBalancedDataset needs classes per image, but segmentation masks have them per pixel'
+            raise UsageError(f'{loader}: {text}')
         return {**settings, 'dataset': _dataset(settings['dataset'], data, file, loader)}
     recipe = {k: settings[k] for k in RECIPE_KEYS if k in settings}
     meta = dict(classes=tuple(data.classes)) | (dict(palette=data.palette) if data.palette else {})
@@ -216,16 +201,13 @@ def _dataset(settings: dict, data: CheckedDataset, file: str, loader: str) -> di
 def _fill_pipeline(steps, data: CheckedDataset, loader: str) -> None:
     for step in iter_dicts(steps):
         type_ = step.get('type')
-        loads = next(
-            (content for name, content in UNSUPPORTED_LOADERS.items() if is_type(type_, TRANSFORMS, name)), None
-        )
+        loads = next((what for name, what in UNSUPPORTED_LOADERS.items() if is_type(type_, TRANSFORMS, name)), None)
         is_loader = is_type(type_, TRANSFORMS, 'LoadAnnotations')
         if is_loader and step.get('with_seg') and data.task == 'detection':
             loads = 'segmentation of stuff (with_seg=True)'
         if loads:
-            raise UsageError(
-                f'{loader}: {short_name(type_)} loads {loads}, but --data gives {data.task}: use another recipe'
-            )
+            text = f'loads {loads}, but --data gives {data.task}: use another recipe'
+            raise UsageError(f'{loader}: {short_name(type_)} {text}')
         for key, has_key in (('with_mask', is_loader), ('by_mask', is_type(type_, TRANSFORMS, 'FilterAnnotations'))):
             if has_key and step.get(key):
                 step[key] = data.has_masks

@@ -45,12 +45,7 @@ RECIPES = {'detection': 'configs/cascade/convnext_t.py', 'segmentation': 'config
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, strict: bool = True) -> None:
-    """Add the arguments that name a custom data set.
-
-    Args:
-        parser: parser that is added to.
-        strict: whether to add `--strict`.
-    """
+    """Add the arguments that name a custom data set, and `--strict` if it is wanted."""
     add = parser.add_argument_group('custom dataset').add_argument
     add('--data', metavar='PATH', help='folder of a data set, in any layout of docs/datasets.md, or a data.yaml')
     add('--train-ann', metavar='PATH', help='file or folder of annotations to train on, if --data does not find it')
@@ -112,9 +107,8 @@ def parse_request(args: argparse.Namespace) -> DatasetRequest | None:
     if described is None:
         return DatasetRequest(args.data, **places, **options)
     if any(places.values()):
-        raise UsageError(
-            f'{described.data_yaml} says where everything is: leave out --train-ann, --train-masks and the like'
-        )
+        text = 'says where everything is: leave out --train-ann, --train-masks and the like'
+        raise UsageError(f'{described.data_yaml} {text}')
     return replace(described, **options)
 
 
@@ -221,7 +215,7 @@ def read_data(
     gc_was_enabled = gc.isenabled()
     gc.disable()  # the millions of values of a large JSON file have no cycles; walking them outlasts the checks
     try:
-        data = READERS[task](request, *sources, splits, classes, limits or DEFAULT_LIMITS[task], trained)
+        data = READERS[task](request, sources, splits, classes, limits or DEFAULT_LIMITS[task], trained)
         paths = chain.from_iterable(d.values() for d in (request.image_dirs, request.ann_files, request.mask_dirs))
         for path in paths if request.data_yaml else ():
             if not is_below(path, request.root):
@@ -273,10 +267,8 @@ def apply_custom_data(
         raise UsageError(f'{request.root} has no training data: give --train-ann, or a folder with a train split')
     data.report.raise_if_errors(request.strict)
     if classes and classes != data.classes:
-        raise UsageError(
-            f'{checkpoint} was trained on {summarize_classes(classes)}; '
-            f'the data set has {summarize_classes(data.classes)}'
-        )
+        trained_on, classes = map(summarize_classes, (classes, data.classes))
+        raise UsageError(f'{checkpoint} was trained on {trained_on}; the data set has {classes}')
     check_cfg_options(options or {}, len(data.classes))
     has_mask_branch = 'mask_head' in (config.model.get('roi_head') or {})  # a training on boxes removed it
     if keep_mask_branch is None or not has_mask_branch:

@@ -188,10 +188,6 @@ class Diagnostic:
         """What is done about it, one of `ACTIONS`."""
         return RULES[self.code].action
 
-    def in_short(self) -> str:
-        """Return code, count and two examples, as a part of a sentence."""
-        return f'{self.code}, {self.count:,} ({", ".join(to_one_line(example, 60) for example in self.examples[:2])})'
-
     def describe(self) -> str:
         """Return split, code, count, examples and note in one line."""
         note = RULES[self.code].note
@@ -230,18 +226,15 @@ class Report:
         causes = [d for d in diagnostics if d.action in PROBLEM_ACTIONS or d.code in UNTRAINABLE_CODES]
         causes = causes or [d for d in diagnostics if d.code == 'image-without-annotations']
         causes.sort(key=lambda diagnostic: diagnostic.count, reverse=True)
-        summary = '; '.join(cause.in_short() for cause in causes[:MAX_CAUSES]) or 'no images'
+        examples = [', '.join(to_one_line(example, 60) for example in cause.examples[:2]) for cause in causes]
+        texts = [f'{cause.code}, {cause.count:,} ({text})' for cause, text in zip(causes, examples)]
+        summary = '; '.join(texts[:MAX_CAUSES]) or 'no images'
         if len(causes) == 1 and causes[0].action == DROPPED and (note := RULES[causes[0].code].note):
             summary += f': {note}'
         self.add(split, 'nothing-to-train-on' if split == 'train' else 'nothing-to-evaluate', f'{folder}: {summary}')
 
     def add_duplicates(self, names: Mapping[str, Sequence[str]], infos: Mapping[str, ImageInfo]) -> None:
-        """Report images with the same bytes, within a split or in train and another one.
-
-        Args:
-            names: names of the images by split.
-            infos: what the images are, by name.
-        """
+        """Report images with the same bytes, within a split or in train and another one; `names` are by split."""
         first_by_digest: dict[str, tuple[str, str]] = {}
         for split, names_of_split in names.items():
             for name in names_of_split:
@@ -251,12 +244,7 @@ class Report:
                     self.add(split, code, f'{name} is {first_image[1]}')
 
     def add_unused_classes(self, used_indices: Mapping[str, set[int]], classes: Sequence[str]) -> None:
-        """Report classes that do not occur, in all splits or in train.
-
-        Args:
-            used_indices: indices of the classes that occur, by split.
-            classes: class names.
-        """
+        """Report classes that do not occur (`used_indices` by split), in all splits or in train."""
         for i, name in enumerate(classes):
             splits = [split for split, indices in used_indices.items() if i in indices]
             if not splits:

@@ -6,7 +6,7 @@ an object of the same class. Maps of 8 bits may be classes, so they are read as 
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -58,13 +58,16 @@ class InstanceMasks(NamedTuple):
         masks (dict[Path, list[Path]]): masks of each image, one per object, or one map of ids.
         are_maps (bool): whether they are maps of ids.
         folders (list[Path]): folders that hold images and masks.
-        is_cityscapes (bool): whether ids are those of Cityscapes.
     """
 
     masks: dict[Path, list[Path]]
     are_maps: bool
     folders: list[Path]
-    is_cityscapes: bool = False
+
+    @property
+    def is_cityscapes(self) -> bool:
+        """Whether ids are those of Cityscapes."""
+        return any(CITYSCAPES_SUFFIX in mask.name for masks in self.masks.values() for mask in masks)
 
 
 def find_instance_masks(tree: FolderTree, is_requested: bool = False) -> tuple[str, dict[str, InstanceMasks]] | None:
@@ -87,8 +90,12 @@ def find_instance_masks(tree: FolderTree, is_requested: bool = False) -> tuple[s
     own_masks = {split: _own_masks(dirs) for split, dirs in layout_dirs[1].items()}
     if any(own_masks.values()):
         return 'masks of single objects', {split: masks for split, masks in own_masks.items() if masks}
-    maps = {split: _id_maps(dirs) for split, dirs in layout_dirs[1].items()}
-    maps = {split: id_maps for split, id_maps in maps.items() if id_maps.masks}
+    maps = {}
+    for split, dirs in layout_dirs[1].items():
+        is_cityscapes = any(CITYSCAPES_SUFFIX in path.name for path in list_images(dirs.labels, MASK_FILE_SUFFIXES))
+        pairs = pair_files(dirs, CITYSCAPES_SUFFIX if is_cityscapes else None).pairs
+        if pairs:
+            maps[split] = InstanceMasks({image: [mask] for image, mask in pairs}, True, [dirs.images, dirs.labels])
     samples = [files[0] for id_maps in maps.values() for files in [*id_maps.masks.values()][:MAX_SAMPLED]]
     is_cityscapes = any(id_maps.is_cityscapes for id_maps in maps.values())
     if maps and (is_requested or is_cityscapes or any(map(_holds_ids, samples))):
@@ -138,12 +145,6 @@ def _own_masks(dirs: SplitDirs) -> InstanceMasks | None:
     return InstanceMasks(by_image, False, [dirs.images, dirs.labels])
 
 
-def _id_maps(dirs: SplitDirs) -> InstanceMasks:
-    is_cityscapes = any(CITYSCAPES_SUFFIX in path.name for path in list_images(dirs.labels, MASK_FILE_SUFFIXES))
-    pairs = pair_files(dirs, CITYSCAPES_SUFFIX if is_cityscapes else None).pairs
-    return InstanceMasks({image: [mask] for image, mask in pairs}, True, [dirs.images, dirs.labels], is_cityscapes)
-
-
 def _holds_ids(path: Path) -> bool:
     """Return whether a map has values beyond those of classes."""
     try:
@@ -162,7 +163,7 @@ def read_instance_masks(
     files = [mask for source in splits.values() for masks in source.masks.values() for mask in masks]
     objects = inspect_all(read, files, 'instance masks')
     ids = {id_ for result in objects.values() if isinstance(result, list) for id_, _ in result}
-    names = _class_names(root, ids, splits) if are_maps else {None: _single_name(root)}
+    names = _class_names(root, ids, splits)
     class_ids = {key: i + 1 for i, key in enumerate(names)}
     categories = [dict(id=class_ids[key], name=name) for key, name in names.items()]
     results = {}
@@ -182,7 +183,8 @@ def read_instance_masks(
                 if not result and not are_maps:
                     report.add(split, 'mask-without-object', mask_name)
                 for id_, rle in result:
-                    key, is_crowd = _class_of(id_, names)
+                    is_crowd = None not in names and id_ < INSTANCE_FACTOR  # objects that are not told apart
+                    key = None if None in names else id_ if is_crowd else id_ // INSTANCE_FACTOR
                     if key in class_ids:
                         fields = dict(image_id=len(images), category_id=class_ids[key], iscrowd=int(is_crowd))
                         annotations.append(dict(id=f'{mask_name}:{id_}', **fields, **rle))
@@ -210,31 +212,15 @@ def _read_mask(path: Path, are_maps: bool) -> list[tuple[int, dict]] | str:
     return [(id_, mask_fields(values == id_)) for id_ in np.unique(values).tolist() if id_ > 0]
 
 
-def _single_name(root: Path) -> str:
-    names = _listed_names(root)
-    return names[-1] if 1 <= len(names) <= 2 else DEFAULT_NAME  # of two the first is the background
-
-
-def _listed_names(root: Path) -> list[str]:
-    file = next((file for file in class_files(root, None) if file.exists()), None)
-    return read_classes(file)[0] if file else []
-
-
-def _class_names(root: Path, ids: Iterable[int], splits: Mapping[str, InstanceMasks]) -> dict[int | None, str]:
+def _class_names(root: Path, ids: set[int], splits: Mapping[str, InstanceMasks]) -> dict[int | None, str]:
     """Return the names of the classes by the thousands of the ids; by None if all objects are of one class."""
-    if any(source.is_cityscapes for source in splits.values()):
+    are_maps = any(source.are_maps for source in splits.values())
+    if are_maps and any(source.is_cityscapes for source in splits.values()):
         return dict(CITYSCAPES_CLASSES)
-    ids = [*ids]
+    file = next((file for file in class_files(root, None) if file.exists()), None)
+    names = read_classes(file)[0] if file else []
     classes = sorted({id_ // INSTANCE_FACTOR for id_ in ids if id_ >= INSTANCE_FACTOR})
     has_classes = classes and classes[-1] <= MAX_LABEL and not any(MAX_LABEL < id_ < INSTANCE_FACTOR for id_ in ids)
-    if not has_classes:
-        return {None: _single_name(root)}
-    names = _listed_names(root)
+    if not are_maps or not has_classes:
+        return {None: names[-1] if 1 <= len(names) <= 2 else DEFAULT_NAME}  # of two the first is the background
     return {c: names[c] if c < len(names) else f'class {c}' for c in classes}
-
-
-def _class_of(id_: int, names: Mapping[int | None, str]) -> tuple[int | None, bool]:
-    """Return the class of an id, and whether it is a group of objects that are not told apart."""
-    if None in names:
-        return None, False
-    return (id_, True) if id_ < INSTANCE_FACTOR else (id_ // INSTANCE_FACTOR, False)

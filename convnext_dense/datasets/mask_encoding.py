@@ -173,12 +173,7 @@ def _match_colors(pixels: np.ndarray, colors: Sequence) -> tuple[np.ndarray, dic
 
 
 def convert_masks(data: CheckedDataset, folder: str | os.PathLike) -> None:
-    """Write the masks of a data set as index PNGs, which then take their place in its splits.
-
-    Args:
-        data: data set, with masks that mmseg cannot read if it has any.
-        folder: folder below which they are written.
-    """
+    """Write masks that mmseg cannot read as index PNGs below a folder, which then take their place in the splits."""
     if data.mask_encoding is None:
         return
     top = Path(folder, MASKS_DIR).absolute()

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
@@ -38,7 +38,29 @@ def read_panoptic(
     Raises:
         UsageError: a file is not of panoptic segmentation, or its PNGs or images are not there.
     """
-    return {split: _read_split(root, split, source, partial(report.add, split)) for split, source in splits.items()}
+    results = {}
+    for split, source in splits.items():
+        content, add = _read_lists(source.file), partial(report.add, split)
+        things = [c for c in only_dicts(content['categories']) if c.get('isthing', 1)]
+        thing_ids = {parse_id(c.get('id')) for c in things}
+        images, annotations = (
+            [item for item in only_dicts(content[key]) if isinstance(item.get('file_name'), str)] for key in KEYS[:2]
+        )
+        folder = _png_folder(source.file, root, annotations)
+        resolver = _find_images(root, split, source, [image['file_name'] for image in images], folder)
+        segments = {a['file_name']: (a.get('image_id'), _segments(a, thing_ids)) for a in annotations}
+        decode, objects = partial(_decode, folder=folder, segments=segments), []
+        for name, (problem, segments_of_png) in inspect_all(decode, segments, 'PNGs of segments').items():
+            if problem:
+                add(problem, name)
+                continue
+            for segment_id in set(segments[name][1]) - {info['id'] for info in segments_of_png}:
+                add('segment-without-pixels', f'{name}: {segment_id}')
+            objects += [info | dict(id=f'{name}: {info["id"]}') for info in segments_of_png]
+        coco = dict(images=images, annotations=objects, categories=things)
+        watched = [source.file, folder / '*.png', *resolver.searched_folders]
+        results[split] = SplitAnnotations(coco, resolver.locations, resolver.folder, watched)
+    return results
 
 
 def find_panoptic_masks(tree: FolderTree) -> tuple[str, dict[str, SplitDirs]] | None:
@@ -118,30 +140,6 @@ def _read_lists(file: Path) -> dict:
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in KEYS):
         raise UsageError(f'{file} is not of panoptic segmentation: it needs {", ".join(KEYS)}')
     return content
-
-
-def _read_split(root: Path, split: str, source: ListSplit, add: Callable) -> SplitAnnotations:
-    content = _read_lists(source.file)
-    images, annotations, categories = (only_dicts(content[key]) for key in KEYS)
-    things = [c for c in categories if c.get('isthing', 1)]
-    thing_ids = {parse_id(c.get('id')) for c in things}
-    annotations = [a for a in annotations if isinstance(a.get('file_name'), str)]
-    folder = _png_folder(source.file, root, annotations)
-    images = [image for image in images if isinstance(image.get('file_name'), str)]
-    names = [image['file_name'] for image in images]
-    resolver = _find_images(root, split, source, names, folder)
-    segments = {a['file_name']: (a.get('image_id'), _segments(a, thing_ids)) for a in annotations}
-    decode = partial(_decode, folder=folder, segments=segments)
-    objects = []
-    for name, (problem, segments_of_png) in inspect_all(decode, segments, 'PNGs of segments').items():
-        if problem:
-            add(problem, name)
-            continue
-        for segment_id in set(segments[name][1]) - {info['id'] for info in segments_of_png}:
-            add('segment-without-pixels', f'{name}: {segment_id}')
-        objects += [info | dict(id=f'{name}: {info["id"]}') for info in segments_of_png]
-    coco, watched = dict(images=images, annotations=objects, categories=things), [source.file, folder / '*.png']
-    return SplitAnnotations(coco, resolver.locations, resolver.folder, [*watched, *resolver.searched_folders])
 
 
 def _segments(annotation: dict, thing_ids: set) -> dict[int, dict]:

@@ -4,10 +4,9 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from ..channel_files import ChannelReader
 from ..errors import UsageError
 from . import check_coco as checks
-from .box_formats import BOX_FORMATS, COCO
+from .box_formats import BOX_FORMATS, COCO, BoxSources
 from .channels import select_channels
 from .check_images import ImageInfo, decide_exif_handling
 from .diagnostics import Report
@@ -17,17 +16,10 @@ from .split_annotations import fill_sizes, scale_to_pixels
 
 
 def read_detection(
-    request: DatasetRequest,
-    format: str,
-    layout: str,
-    sources: dict,
-    other_formats: Sequence[str],
-    splits: Sequence,
-    classes: Sequence | None,
-    limits: Mapping,
-    trained: ChannelReader | str | None,
+    request: DatasetRequest, found: BoxSources, splits: Sequence, classes: list | None, limits: Mapping, trained: object
 ) -> CheckedDataset:
-    """Read and check a detection data set; its sources as of `BoxSources`, the rest as of `custom.read_data`."""
+    """Read and check a detection data set; arguments as of `custom.read_data`, and what `find_boxes` found."""
+    format, layout, sources, other_formats = found
     root, report = request.root, Report()
     for name in other_formats:
         report.add('all', 'other-format', f'{name}: --format {BOX_FORMATS[name].key}')

@@ -6,20 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..channel_files import ChannelReader
 from ..errors import UsageError
+from . import check_masks as checks
 from .channels import select_channels
 from .check_images import MaskInfo, decide_exif_handling, inspect_all, inspect_mask
-from .check_masks import (
-    MMSEG_DATASETS,
-    LabelSpec,
-    as_binary,
-    infer_class_count,
-    infer_label_spec,
-    mmseg_classes,
-    validate_labels,
-    validate_pairs,
-)
 from .class_names import class_files, find_color_table
 from .diagnostics import Report
 from .layouts import Pairing, pair_files
@@ -29,16 +19,10 @@ from .request import CheckedDataset, DatasetRequest, relative_to_root, select_sp
 
 
 def read_segmentation(
-    request: DatasetRequest,
-    layout: str,
-    split_dirs: dict,
-    splits: Sequence,
-    classes: Sequence | None,
-    limits: Mapping,
-    trained: ChannelReader | str | None,
+    request: DatasetRequest, found: tuple, splits: Sequence, classes: list | None, limits: Mapping, trained: object
 ) -> CheckedDataset:
-    """Read and check a segmentation data set; folders as of `find_folders`, the rest as of `custom.read_data`."""
-    root, report = request.root, Report()
+    """Read and check a segmentation data set; arguments as of `custom.read_data`, and what `find_folders` found."""
+    root, report, (layout, split_dirs) = request.root, Report(), found
     if isinstance(request.classes, list) and not request.data_yaml:
         raise UsageError('--classes: for segmentation masks give one file, or one of ade20k, cityscapes, voc')
     main_split = next(split for split in ('train', 'all', *split_dirs) if split in split_dirs)
@@ -46,7 +30,7 @@ def read_segmentation(
     pairings = {split: pair_files(dirs, mask_suffix) for split, dirs in split_dirs.items()}
     if mask_suffix.startswith('_gtFine') and 'val' in pairings:
         pairings.pop('test', None)  # Cityscapes does not publish the masks of its test split
-    spec = infer_label_spec(request, layout, mask_suffix)
+    spec = checks.infer_label_spec(request, layout, mask_suffix)
     if request.mask_threshold is not None and not 1 <= request.mask_threshold <= 255:
         raise UsageError(f'--mask-threshold {request.mask_threshold}: give a gray value from 1 to 255, such as 128')
     split_note = ''
@@ -68,14 +52,13 @@ def read_segmentation(
     table = class_table(next(iter(panoptic.values()))) if panoptic else _color_table(request, mask_infos, report)
     encoding = _decode(request, mask_infos, table, panoptic, report)
     if table:
-        spec = infer_label_spec(request, layout, mask_suffix, table)
+        spec = checks.spec_of_table(*table, request.ignore_labels or ())
     else:
         spec = _name_classes(spec, mask_infos, classes, root, report)
     if classes and list(classes) != spec.names:
-        raise UsageError(
-            f"{root} has {summarize_classes(spec.names)}; the checkpoint's are {summarize_classes(classes)}"
-        )
-    validate_labels(mask_infos, spec, report)
+        named, trained_on = map(summarize_classes, (spec.names, classes))
+        raise UsageError(f"{root} has {named}; the checkpoint's are {trained_on}")
+    checks.validate_labels(mask_infos, spec, report)
     sizes = ((image_infos[image], mask_infos[mask]) for image, mask in pairs)
     apply_exif = decide_exif_handling((image, (mask.width, mask.height)) for image, mask in sizes)
     contents, used_classes = {}, {}
@@ -83,7 +66,9 @@ def read_segmentation(
         add = partial(report.add, split)
         for code, example in pairing.problems:
             add(code, example)
-        usable, pixels = validate_pairs(pairing.pairs, image_infos, mask_infos, spec, apply_exif, limits[split], add)
+        usable, pixels = checks.validate_pairs(
+            pairing.pairs, image_infos, mask_infos, spec, apply_exif, limits[split], add
+        )
         used_classes[split] = set(np.flatnonzero(pixels).tolist())
         contents[split] = [[relative_to_root(path, root) for path in pair] for pair in usable]
         report.facts.append(f'{split}: {len(usable):,} images with segmentation masks')
@@ -105,15 +90,15 @@ def read_segmentation(
 
 
 def _name_classes(
-    spec: LabelSpec, masks: Mapping[Path, MaskInfo], classes: Sequence | None, root: Path, report: Report
-) -> LabelSpec:
+    spec: checks.LabelSpec, masks: Mapping[Path, MaskInfo], classes: Sequence | None, root: Path, report: Report
+) -> checks.LabelSpec:
     """Return the classes of masks that are not color-coded, by their values if nothing else names them."""
     if spec.names is None and classes:
         spec = spec._replace(names=list(classes))
-    spec = as_binary(masks, spec)
+    spec = checks.as_binary(masks, spec)
     if IGNORE_INDEX in (spec.raw_values or ()):
         report.add('all', 'mask-0-and-255', spec.names[1], len(masks))
-    return infer_class_count(masks, spec, root) if spec.names is None else spec
+    return checks.infer_class_count(masks, spec, root) if spec.names is None else spec
 
 
 def _color_table(
@@ -124,8 +109,8 @@ def _color_table(
         return None
     if isinstance(request.classes, list):
         return None
-    if request.classes in MMSEG_DATASETS:
-        return mmseg_classes(request.classes)
+    if request.classes in checks.MMSEG_DATASETS:
+        return checks.mmseg_classes(request.classes)
     file_table = find_color_table(request.root, request.classes)
     if file_table is None:
         return None
@@ -152,7 +137,7 @@ def _decode(
     return encoding if decoded_masks else None
 
 
-def _describe_labels(spec: LabelSpec) -> str:
+def _describe_labels(spec: checks.LabelSpec) -> str:
     """Return the classes, the labels of the first and the last one, and the ignored labels."""
     ends = {spec.labels[0]: spec.names[0], spec.labels[-1]: spec.names[-1]}
     labels = ', '.join(f'label {label} is {name}' for label, name in ends.items())

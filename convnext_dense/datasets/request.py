@@ -73,9 +73,8 @@ class DatasetRequest:
         if 'val' not in splits and {'train', 'all'} & {*splits}:
             return True
         if self.val_fraction is not None:
-            raise UsageError(
-                '--val-fraction is for a data set without a validation split; this one has one: leave it out'
-            )
+            text = '--val-fraction is for a data set without a validation split; this one has one: leave it out'
+            raise UsageError(text)
         return False
 
 

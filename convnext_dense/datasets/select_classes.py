@@ -46,15 +46,7 @@ def parse_entries(classes: str | Sequence[str]) -> dict[str, list[str]]:
 
 
 def check_selection(selected: Mapping[str, Sequence[str]], coco: Mapping) -> None:
-    """Check that a data set has the selected categories.
-
-    Args:
-        selected: entries that `parse_entries` returns.
-        coco: COCO dict of the training split.
-
-    Raises:
-        UsageError: one is missing.
-    """
+    """Raise UsageError if a training split (a COCO dict) lacks one of the categories that `parse_entries` returns."""
     names = [name for category in only_dicts(coco['categories']) if (name := category_name(category))]
     missing = next((name for sources in selected.values() for name in sources if name not in names), None)
     if missing is not None:
@@ -66,13 +58,7 @@ def check_selection(selected: Mapping[str, Sequence[str]], coco: Mapping) -> Non
 
 
 def select_classes(coco: dict, selected: Mapping[str, Sequence[str]], add: Callable) -> dict:
-    """Return a COCO dict with the selected classes as categories, without annotations of others.
-
-    Args:
-        coco: COCO dict of a split.
-        selected: entries that `parse_entries` returns.
-        add: reports a problem of the split.
-    """
+    """Return a COCO dict with the classes of `parse_entries` as categories, without annotations of others."""
     ids_by_name: dict[str | None, list] = {}
     for category in only_dicts(coco['categories']):
         ids_by_name.setdefault(category_name(category), []).append(parse_id(category.get('id')))

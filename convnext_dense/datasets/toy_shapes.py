@@ -179,10 +179,8 @@ def write(root: str | Path, seed: int = 0, train: int = 400, val: int = 100, siz
         if root.exists():
             if _read_json(root / 'shapes.json') == dict(format=FORMAT_VERSION, **request):
                 return False
-            about = _format_request(request)
-            raise UsageError(
-                f'{root} exists already and is not this data set ({about}): remove it or choose another folder'
-            )
+            text = f'is not this data set ({_format_request(request)}): remove it or choose another folder'
+            raise UsageError(f'{root} exists already and {text}')
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f'.{root.name}-', dir=root.parent) as temporary:
             complete = Path(temporary, 'shapes')
@@ -228,10 +226,8 @@ def _write_split(root: Path, split: str, seed: int, count: int, size: int) -> No
         (images / name).write_bytes(_encode_png(scene.image[..., ::-1]))
         (labels / name).write_bytes(_encode_png(segmentation_mask(scene)))
         coco['images'].append(dict(id=index, file_name=name, width=size, height=size))
-        coco['annotations'] += [
-            dict(id=i, image_id=index, **annotation)
-            for i, annotation in enumerate(coco_annotations(scene), len(coco['annotations']) + 1)
-        ]
+        for annotation in coco_annotations(scene):
+            coco['annotations'].append(dict(id=len(coco['annotations']) + 1, image_id=index, **annotation))
     _write_json(instances, coco)
 
 
@@ -306,21 +302,20 @@ def main() -> int:
     parser.add_argument('--train', type=int, default=400, help='images to train on (default: 400)')
     parser.add_argument('--val', type=int, default=100, help='images to evaluate on (default: 100)')
     parser.add_argument('--size', type=int, default=128, help='side of the images in pixels (default: 128)')
-    parser.add_argument(
-        '--unlabeled', type=int, metavar='N', help='instead draw N images without labels, which are in no split'
-    )
+    text = 'instead draw N images without labels, which are in no split'
+    parser.add_argument('--unlabeled', type=int, metavar='N', help=text)
     request = vars(parser.parse_args())
     root, n_unlabeled = request.pop('root'), request.pop('unlabeled')
     try:
         if n_unlabeled is not None:
             write_unlabeled(root, n_unlabeled, request['seed'], request['size'])
             print(f'drew {n_unlabeled} images without labels into {root}')
-            return 0
-        message = 'drew the toy data set into' if write(root, **request) else 'the toy data set is already in'
+        else:
+            message = 'drew the toy data set into' if write(root, **request) else 'the toy data set is already in'
+            print(f'{message} {root} ({_format_request(request)})')
     except UsageError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    print(f'{message} {root} ({_format_request(request)})')
     return 0
 
 
