@@ -29,7 +29,7 @@ class YoloSplit(NamedTuple):
 
     Attributes:
         images (tuple[Path, ...]): folders, or text files of paths.
-        names (tuple[tuple[int, str], ...] | None): index and name of each class; None if nothing names them.
+        names (dict[int, str] | None): name of each class by its index; None if nothing names them.
         files (tuple[Path, ...]): those that say so.
         missing (str): folder or list of the split that does not exist; empty if there is none.
         keypoints (bool): whether labels are of poses: a box, and keypoints after it.
@@ -38,7 +38,7 @@ class YoloSplit(NamedTuple):
     """
 
     images: tuple[Path, ...]
-    names: tuple[tuple[int, str], ...] | None
+    names: dict[int, str] | None
     files: tuple[Path, ...] = ()
     missing: str = ''
     keypoints: bool = False
@@ -143,8 +143,8 @@ def _missing_train(splits: Mapping[str, YoloSplit]) -> str:
     return f'its train is {to_one_line(train.missing, 200)}, which is not there: correct it'
 
 
-def _names_of(content: Mapping, file: Path, bases: Sequence[Path]) -> tuple[tuple[int, str], ...] | None:
-    """Return index and name of each class of a data.yaml; a dict may have gaps."""
+def _names_of(content: Mapping, file: Path, bases: Sequence[Path]) -> dict[int, str] | None:
+    """Return the name of each class of a data.yaml; its indices may have gaps."""
     names = content.get('names')
     if isinstance(names, str) and names:  # a file, as in darknet
         path = _resolve(names, bases)
@@ -155,10 +155,11 @@ def _names_of(content: Mapping, file: Path, bases: Sequence[Path]) -> tuple[tupl
         names = dict(enumerate(names))
     if not names:
         return None
-    pairs = [(_to_int(index), name) for index, name in names.items()]
-    if any(index is None or not isinstance(name, str) for index, name in pairs):
+    indices = [_to_int(index) for index in names]
+    if None in indices or len({*indices}) < len(names) or not all(isinstance(name, str) for name in names.values()):
         raise UsageError(f'{file}: names has to be a list of names, or a dict of indices and names: correct it')
-    return tuple(sorted((index, name.strip() or f'class {index}') for index, name in pairs))
+    pairs = sorted(zip(indices, names.values()))
+    return {index: name.strip() or f'class {index}' for index, name in pairs}
 
 
 def _resolve(entry: str, bases: Sequence[Path]) -> Path | None:
@@ -217,7 +218,7 @@ def _find_names_file(tree: FolderTree) -> Path | None:
     return next(files, None)
 
 
-def _read_names(file: Path | None) -> tuple[tuple[int, str], ...] | None:
+def _read_names(file: Path | None) -> dict[int, str] | None:
     """Read one name per line; empty lines at the end are none."""
     if file is None:
         return None
@@ -225,8 +226,7 @@ def _read_names(file: Path | None) -> tuple[tuple[int, str], ...] | None:
         lines = read_text(file, errors='replace').rstrip().split('\n')
     except OSError as error:
         raise UsageError(f'{file}: {error.strerror}') from error
-    names = [(index, line.strip() or f'class {index}') for index, line in enumerate(lines)]
-    return tuple(names) if lines != [''] else None
+    return {index: line.strip() or f'class {index}' for index, line in enumerate(lines)} if lines != [''] else None
 
 
 def _folders_by_split(tree: FolderTree) -> dict[str, tuple[Path, ...]]:

@@ -17,7 +17,7 @@ from .find_yolo import NAMES_FILES, YoloSplit
 from .image_resolver import ImageLocation, ImageResolver
 from .layouts import IMAGE_DIR_NAMES, are_of_masks, is_image, list_images
 from .request import DatasetRequest, relative_to_root
-from .split_annotations import SplitAnnotations, outermost
+from .split_annotations import SplitAnnotations, add_image, outermost
 
 MAX_OVERSHOOT = 0.01  # beyond 0 and 1, as Ultralytics has it: an object that the border cuts off
 LABEL_DIR_NAMES = ('labels', 'label', 'Labels', 'annotations')
@@ -47,11 +47,11 @@ def read_yolo(
     if names is None:
         num_classes = next((source.num_classes for source in splits.values()), None)
         used_indices = {a['category_id'] for result in results.values() for a in result.coco['annotations']}
-        names = [(i, f'class {i}') for i in range(num_classes or max(used_indices, default=-1) + 1)]
+        names = {i: f'class {i}' for i in range(num_classes or max(used_indices, default=-1) + 1)}
         report.add('all', 'class-names-missing', f'{len(names)} classes')
     elif source.num_classes not in (None, len(names)):
         report.add('all', 'class-count-mismatch', f'nc is {source.num_classes}, names has {len(names)}')
-    categories = [dict(id=index, name=name) for index, name in names]
+    categories = [dict(id=index, name=name) for index, name in names.items()]
     for result in results.values():
         result.coco['categories'] = categories
     _report_unmatched_labels(root, splits, labels_of, report)
@@ -66,7 +66,7 @@ def _read_split(
     root: Path, split: str, source: YoloSplit, add: Callable
 ) -> tuple[SplitAnnotations, dict[str, set[str]]]:
     """Return the annotations of a split, and the names of the labels of its images by folder, relative to the root."""
-    images, annotations, locations, labels = [], [], {}, {}
+    coco, locations, labels = dict(images=[], annotations=[], categories=[]), {}, {}
     label_folders_of = cache(partial(label_folders, root=root))
     given_folders = [relative_to_root(folder, root) for folder in source.labels]
     for location in _locate_images(root, split, source):
@@ -74,20 +74,17 @@ def _read_split(
         if name in locations:
             continue  # folders of a list may overlap
         locations[name] = location
-        images.append(dict(id=len(images) + 1, file_name=name))
-        if location.path is None:
-            continue
         parent, image_name = os.path.split(name)
-        label_name = f'{os.path.splitext(image_name)[0]}.txt'
-        for folder in given_folders or label_folders_of(parent):
+        label_name, label, annotations = f'{os.path.splitext(image_name)[0]}.txt', '', []
+        for folder in (given_folders or label_folders_of(parent)) if location.path else ():
             names = labels.setdefault(folder, set())
             if os.path.isfile(file := os.path.join(root, folder, label_name)):
                 names.add(label_name)
                 label = os.path.join(folder, label_name)
-                annotations += _read_label(file, label, source, len(images), add)
+                annotations = _read_label(file, label, source, add)
                 break
+        add_image(coco, name, None, annotations, label)
     watched = [*outermost([*source.files, *source.images]), *(root / folder / '*.txt' for folder in labels)]
-    coco = dict(images=images, annotations=annotations, categories=[])
     return SplitAnnotations(coco, locations, source.images[0], watched, is_relative=True, has_sizes=False), labels
 
 
@@ -112,14 +109,8 @@ def label_folders(folder: str, root: Path) -> list[str]:
     """Return the folders in which the labels of the images in a folder may be, the likeliest first.
 
     The last `images` in its path becomes `labels`; or they are beside the images; or in `labels` next to their folder
-    or in it; or in `labels` of the data set, in folders as those of the images.
-
-    Args:
-        folder: relative to the root, or absolute.
-        root: folder of the data set.
-
-    Returns:
-        Those that exist, as `folder`.
+    or in it; or in `labels` of the data set, in folders as those of the images. They are relative to the root if the
+    folder is.
     """
     parts, candidates = folder.split('/'), []
     at = next((i for i in range(len(parts) - 1, -1, -1) if parts[i].lower() in IMAGE_DIR_NAMES), None)
@@ -132,34 +123,32 @@ def label_folders(folder: str, root: Path) -> list[str]:
     return [path for path in dict.fromkeys(candidates) if os.path.isdir(os.path.join(root, path))]
 
 
-def _read_label(file: str, label: str, source: YoloSplit, image_id: int, add: Callable) -> list[dict]:
-    """Return the annotations of a label with relative coordinates; `label` is its path in reports."""
+def _read_label(file: str, label: str, source: YoloSplit, add: Callable) -> list[dict]:
+    """Return the annotations of a label with relative coordinates, as `add_image`; `label` is its path in reports."""
     try:
         text = read_text(file, errors='replace')
     except OSError as error:
         add('unreadable-label', f'{label}: {error.strerror}')
         return []
-    annotations, names = [], None if source.names is None else dict(source.names)
-    has_commas = ',' in text
+    annotations = []
     for number, line in enumerate(text.split('\n'), 1):
-        if has_commas and ',' in line:
+        if ',' in line:
             add('label-with-commas', f'{label}:{number}')
             line = line.replace(',', ' ' if COMMA_SEPARATES_RE.search(line.strip()) else '.')
         values = line.split()
         if not values:
             continue
-        line_name = f'{label}:{number}'
-        problem, fields = _parse_line(values, names, source)
+        problem, fields = _parse_line(values, source)
         if problem:
-            add(problem, f'{line_name}: {to_one_line(line.strip(), 60)}')
+            add(problem, f'{label}:{number}: {to_one_line(line.strip(), 60)}')
         if fields:
-            annotations.append(dict(id=line_name, image_id=image_id, **fields))
+            annotations.append(dict(number=number, **fields))
     if len({'bbox' in annotation for annotation in annotations}) > 1:
         add('boxes-and-polygons', label)
     return annotations
 
 
-def _parse_line(values: list[str], names: Mapping | None, source: YoloSplit) -> tuple[str | None, dict | None]:
+def _parse_line(values: list[str], source: YoloSplit) -> tuple[str | None, dict | None]:
     """Return the code of a problem of a line, and class and box or mask if it can be used."""
     try:
         index, *numbers = map(float, values)
@@ -176,7 +165,7 @@ def _parse_line(values: list[str], names: Mapping | None, source: YoloSplit) -> 
         problem, numbers = 'label-sixth-number', numbers[:4]
     elif len(numbers) % 2:
         return 'label-odd-polygon', None
-    if names is not None and int(index) not in names:
+    if source.names is not None and int(index) not in source.names:
         return 'class-index-out-of-range', None
     if min(numbers) < -MAX_OVERSHOOT or max(numbers) > 1 + MAX_OVERSHOOT:
         return 'coordinates-beyond-one', None
