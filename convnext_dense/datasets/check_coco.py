@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from .check_images import ImageInfo
-from .coco_boxes import BoxVotes, box_mask_difference, box_problem, clip_box, reaches_out
+from .coco_boxes import BORDER_TOLERANCE, BoxVotes, box_mask_difference, box_problem, clip_box
 from .coco_masks import is_implausible_area, mask_area, mask_to_box, validate_mask
-from .coco_values import category_name, is_finite, is_number, is_positive, only_dicts, parse_id
+from .coco_values import as_dict, category_name, is_finite, is_number, is_positive, only_dicts, parse_id
 from .diagnostics import Report
 from .files import to_one_line
 from .image_sizes import ResizeLimit, too_thin
@@ -61,20 +61,20 @@ def class_names(coco: dict, add: Callable) -> list[str]:
     categories, ids, id_by_name = coco['categories'], set(), {}
     supercategories = {c['supercategory'] for c in only_dicts(categories) if isinstance(c.get('supercategory'), str)}
     for category in categories:
-        is_dict = isinstance(category, dict)
-        name, category_id = (category_name(category), parse_id(category.get('id'))) if is_dict else (None, None)
+        fields = as_dict(category)
+        name, category_id, group = category_name(fields), parse_id(fields.get('id')), fields.get('supercategory')
         if name is None or category_id is None:
             add('category-without-id-or-name', category)
         elif category_id in ids:
             add('duplicate-category-id', f'{category_id} ({name})')
-        elif name in supercategories and not num_annotations[category_id] and category.get('supercategory') in NO_GROUP:
+        elif name in supercategories and not num_annotations[category_id] and group in NO_GROUP:
             add('supercategory-as-class', name)
         elif name in id_by_name:
             add('duplicate-category-name', name)
         else:
             id_by_name[name] = category_id
         ids.add(category_id)
-        if is_dict and not isinstance(category.get('supercategory'), (str, type(None))):
+        if not isinstance(group, (str, type(None))):
             add('supercategory-not-text', name)
     numbers = sorted(number for number in ids if isinstance(number, int))
     if id_by_name and numbers and numbers[-1] - numbers[0] >= len(numbers):
@@ -265,7 +265,8 @@ def _validate_box(
             return None
     if min(box[2:]) < 1:
         add('box-below-one-pixel')
-    if reaches_out(box, width, height):
+    x, y, w, h = box
+    if min(x, y, width - x - w, height - y - h) < -BORDER_TOLERANCE:
         add('box-partly-outside-image')
     return box
 

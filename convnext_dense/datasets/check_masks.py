@@ -85,7 +85,9 @@ def infer_label_spec(request: DatasetRequest, layout: str, mask_suffix: str) -> 
     file = next((f for f in class_files(root, None) if f.exists()), None)
     dataset_key = classes if classes in [*MMSEG_DATASETS] else None
     if not classes and not file:
-        dataset_key = _known_dataset(root, layout, mask_suffix)
+        is_voc = layout == 'VOC' and re.fullmatch(r'VOC20\d\d', root.resolve().name) is not None
+        is_ade, is_cityscapes = (root / 'objectInfo150.txt').exists(), mask_suffix.startswith('_gtFine')
+        dataset_key = 'ade20k' if is_ade else 'cityscapes' if is_cityscapes else 'voc' if is_voc else None
     is_toy = (root / 'shapes.json').exists() and not classes
     if dataset_key:
         names, palette = mmseg_classes(dataset_key)
@@ -115,14 +117,6 @@ def spec_of_table(names: list[str], colors: list[list[int]], ignore_labels: Sequ
         raise UsageError(f'--ignore leaves none of {summarize_classes(names)}: name fewer labels')
     names, colors = [names[label] for label in labels], [colors[label] for label in labels]
     return LabelSpec(names, colors, frozenset({IGNORE_INDEX, *ignore_labels}), labels if ignore_labels else None)
-
-
-def _known_dataset(root: Path, layout: str, mask_suffix: str) -> str | None:
-    if (root / 'objectInfo150.txt').exists():
-        return 'ade20k'
-    if mask_suffix.startswith('_gtFine'):
-        return 'cityscapes'
-    return 'voc' if layout == 'VOC' and re.fullmatch(r'VOC20\d\d', root.resolve().name) else None
 
 
 def mmseg_classes(dataset_key: str) -> tuple[list[str], list[list[int]]]:

@@ -33,12 +33,6 @@ def box_problem(box: object, width: int, height: int) -> str | None:
     return 'box-outside-image' if x >= width or y >= height or x + w <= 0 or y + h <= 0 else None
 
 
-def reaches_out(box: list[float], width: int, height: int) -> bool:
-    """Return whether a box reaches out of its image by more than `BORDER_TOLERANCE`."""
-    x, y, w, h = box
-    return min(x, y, width - x - w, height - y - h) < -BORDER_TOLERANCE
-
-
 def box_mask_difference(box: list[float], mask_box: list[float]) -> str | None:
     """Return the code of the difference between a box and that of its mask, None if there is none.
 

@@ -86,16 +86,16 @@ def _is_dataset(folder: Path) -> bool:
 
 
 def _describe_file(path: Path) -> str:
-    if not path.is_file():
-        return 'is neither a folder nor a file: give the folder of a data set'
-    if re.search(UNFINISHED, path.name.lower()):
-        return 'is an unfinished download: finish it'
-    if path.suffix.lower() in ARCHIVE_SUFFIXES:
-        return 'is an archive: unpack it and give its folder'
-    if path.suffix.lower() == '.json':
-        return 'is a file: give its folder, or --train-ann and --val-ann'
-    if path.suffix.lower() in ('.yaml', '.yml'):
-        return 'is no data.yaml of YOLO: give the folder of a data set'
+    suffix = path.suffix.lower()
+    for applies, description in (
+        (not path.is_file(), 'is neither a folder nor a file: give the folder of a data set'),
+        (re.search(UNFINISHED, path.name.lower()), 'is an unfinished download: finish it'),
+        (suffix in ARCHIVE_SUFFIXES, 'is an archive: unpack it and give its folder'),
+        (suffix == '.json', 'is a file: give its folder, or --train-ann and --val-ann'),
+        (suffix in ('.yaml', '.yml'), 'is no data.yaml of YOLO: give the folder of a data set'),
+    ):
+        if applies:
+            return description
     return 'is a file: give the folder of a data set'
 
 

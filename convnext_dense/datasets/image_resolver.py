@@ -36,20 +36,6 @@ class ImageLocation(NamedTuple):
     example: str = ''
 
 
-class SuffixMatch(NamedTuple):
-    """Files whose paths have the longest ending in common with a name.
-
-    Attributes:
-        files (list[str]): the first few.
-        num_parts (int): parts of the path in the common ending.
-        prefix (tuple[str, ...]): the parts of the name before it.
-    """
-
-    files: list[str]
-    num_parts: int = 0
-    prefix: tuple[str, ...] = ()
-
-
 class ImageResolver:
     """Finds the image files of a COCO json file.
 
@@ -165,32 +151,36 @@ class ImageResolver:
                 names_by_file[location.path].append(name)
                 prefixes['',] += 1
         matches = {name: self._match_suffix(name, bool(prefixes)) for name, at in exact.items() if at is None}
-        prefixes.update(match.prefix for match in matches.values() if match.num_parts > 1)
-        lengths = {len(prefix) for prefix in prefixes}
-        for name, match in matches.items():
-            files = [] if _is_other_file(match, prefixes, lengths) else match.files
-            matches[name] = match._replace(files=files)
+        prefixes.update(prefix for _, num_parts, prefix in matches.values() if num_parts > 1)
+        lengths, files_by_name = {len(prefix) for prefix in prefixes}, {}
+        for name, (files, num_parts, prefix) in matches.items():
+            files_by_name[name] = files = [] if _is_other_file(num_parts, prefix, prefixes, lengths) else files
             if len(files) == 1:
                 names_by_file[files[0]].append(name)
         has_machine_names = any(split_machine_prefix(name)[1] for name in chain(*names_by_file.values()))
         locations = {}
-        for name, match in matches.items():
+        for name, files in files_by_name.items():
             is_outside = split_machine_prefix(name)[1] and not has_machine_names
             locations[name] = ImageLocation(None, 'name-outside-root' if is_outside else 'missing-image', name)
-            if match.files:
-                locations[name] = _to_location(name, match.files, 'name-matched-by-suffix', names_by_file)
+            if files:
+                locations[name] = _to_location(name, files, 'name-matched-by-suffix', names_by_file)
         return locations
 
-    def _match_suffix(self, name: str, has_exact_names: bool) -> SuffixMatch:
+    def _match_suffix(self, name: str, has_exact_names: bool) -> tuple[list[str], int, tuple[str, ...]]:
+        """Return the first files whose paths have the longest ending in common with a name.
+
+        Returns:
+            Also the number of parts of the path in that ending, and the parts of the name before it.
+        """
         path, machine = split_machine_prefix(name)
         path = re.sub(r'^(\.\./)+', '', path)
         if has_exact_names and '/' not in path:
-            return SuffixMatch([])
+            return [], 0, ()
         match = self._match_path(path, machine)
         original = UPLOAD_RE.sub('', path)
-        return match if match.files or original == path else self._match_path(original, machine)
+        return match if match[0] or original == path else self._match_path(original, machine)
 
-    def _match_path(self, path: str, machine: str) -> SuffixMatch:
+    def _match_path(self, path: str, machine: str) -> tuple[list[str], int, tuple[str, ...]]:
         num_parts, files = self._split_files.find_by_suffix(path)
         num_parts_of_all, other_files = self._all_files.find_by_suffix(path)
         if num_parts_of_all > num_parts:
@@ -200,7 +190,7 @@ class ImageResolver:
         files = [file for file in files if not _is_among_masks(file)] or (files if num_parts > 1 else [])
         if num_parts == 1:
             files = [file for file in files if not _contradicts(prefix[1:], file, self._split)]
-        return SuffixMatch(files, num_parts, prefix)
+        return files, num_parts, prefix
 
 
 def _to_location(name: str, files: list[str], code: str, names: Mapping = MappingProxyType({})) -> ImageLocation:
@@ -213,19 +203,16 @@ def _to_location(name: str, files: list[str], code: str, names: Mapping = Mappin
     return ImageLocation(files[0], code, f'{name} is {files[0]}')
 
 
-def _is_other_file(match: SuffixMatch, prefixes: Counter, lengths: set[int]) -> bool:
+def _is_other_file(num_parts: int, prefix: tuple[str, ...], prefixes: Counter, lengths: set[int]) -> bool:
     """Return whether a name means a file that is missing, and not those that it matches.
 
-    Args:
-        match: match of the name.
-        prefixes: number of names that match more than the last part of a path, by what precedes the match. If most
-            names with the beginning of this one match more of themselves, so would its own file.
-        lengths: lengths of the prefixes.
+    `prefixes` counts the names that match more than the last part of a path, by what precedes the match (`lengths` are
+    theirs). If most names with the beginning of this one match more of themselves, so would its own file.
     """
-    if match.num_parts < 2:
+    if num_parts < 2:
         return bool(prefixes)
-    shorter = (match.prefix[:n] for n in lengths if 0 < n < len(match.prefix))
-    return any(prefixes[prefix] >= prefixes[match.prefix] for prefix in shorter)
+    shorter = (prefix[:n] for n in lengths if 0 < n < len(prefix))
+    return any(prefixes[beginning] >= prefixes[prefix] for beginning in shorter)
 
 
 def _contradicts(folders: Sequence[str], file: str, split: str | None) -> bool:

@@ -78,7 +78,10 @@ def read_segmentation(
         report.add('train', 'single-class-in-train', spec.names[min(used_classes['train'])])
     image_names = {split: [image for image, _ in content] for split, content in contents.items()}
     report.add_duplicates(image_names, {relative_to_root(path, root): i for path, i in image_infos.items()})
-    report.facts.append(_describe_labels(spec))
+    ends = {spec.labels[0]: spec.names[0], spec.labels[-1]: spec.names[-1]}
+    labels = ', '.join(f'label {label} is {name}' for label, name in ends.items())
+    ignored = ', '.join(map(str, sorted(spec.ignored))) or 'none'
+    report.facts.append(f'{summarize_classes(spec.names)}; {labels}; ignored labels: {ignored}')
     watched = [*class_files(root, request.classes), *{path for dirs in split_dirs.values() for path in dirs[:2]}]
     watched += (panoptic or {}).values()
     settings = dict(palette=spec.palette, apply_exif=apply_exif, dataset_kwargs=spec.dataset_kwargs)
@@ -135,11 +138,3 @@ def _decode(
             code = 'mask-color-coded'
         report.add('all', code, path.name)
     return encoding if decoded_masks else None
-
-
-def _describe_labels(spec: checks.LabelSpec) -> str:
-    """Return the classes, the labels of the first and the last one, and the ignored labels."""
-    ends = {spec.labels[0]: spec.names[0], spec.labels[-1]: spec.names[-1]}
-    labels = ', '.join(f'label {label} is {name}' for label, name in ends.items())
-    ignored = ', '.join(map(str, sorted(spec.ignored))) or 'none'
-    return f'{summarize_classes(spec.names)}; {labels}; ignored labels: {ignored}'

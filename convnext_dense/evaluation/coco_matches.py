@@ -39,13 +39,7 @@ class ClassResult(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """An object and the detection that matches it; either is None where it has no counterpart.
-
-    Attributes:
-        image_id: Id of the image in COCO.
-        gt: Annotation of the object.
-        dt: Annotation of the detection, with its score.
-    """
+    """Annotations of an object and the detection that matches it; either is None where it has no counterpart."""
 
     image_id: int
     gt: dict | None
@@ -134,23 +128,15 @@ def _best_threshold(images: Sequence[dict], num_objects: int) -> tuple[float, fl
     scores, num_correct, count = scores[last_of_score], num_correct[last_of_score], last_of_score + 1
     f1 = 2 * num_correct / (count + num_objects)
     best = int(f1.argmax())
-    return (
-        float(scores[best]),
-        float(num_correct[best] / count[best]),
-        float(num_correct[best] / num_objects),
-        float(f1[best]),
-    )
+    precision, recall = num_correct[best] / count[best], num_correct[best] / num_objects
+    return tuple(map(float, (scores[best], precision, recall, f1[best])))
 
 
 def match_at_thresholds(evaluation: COCOeval, results: Sequence[ClassResult]) -> list[Pair]:
     """Pair objects and detections at IoU 0.5 and the best score of each class.
 
     First those of the same class, as for AP; then what is left, whatever its class. Crowds, and the detections that
-    they hold, are left out.
-
-    Args:
-        evaluation: Evaluation of all classes.
-        results: Results of all classes, as `class_results` returns them.
+    they hold, are left out. The results are those of `class_results`.
     """
     thresholds = {
         category_id: DEFAULT_THRESHOLD if np.isnan(result.threshold) else result.threshold
@@ -191,11 +177,7 @@ def _match_any_class(evaluation: COCOeval, objects: Sequence[dict], detections: 
 
 
 def confusion_matrix(pairs: Sequence[Pair], category_ids: Sequence[int]) -> np.ndarray:
-    """Count pairs by class.
-
-    Args:
-        pairs: Pairs that `match_at_thresholds` returns.
-        category_ids: Ids of the classes, in the order of rows and columns.
+    """Count the pairs of `match_at_thresholds` by class, in the order of the ids.
 
     Returns:
         Counts (C + 1, C + 1): rows are classes of objects, columns of detections; the last of either is the background.
