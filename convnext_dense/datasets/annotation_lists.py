@@ -66,15 +66,9 @@ def read_lists(
 ) -> dict[str, SplitAnnotations]:
     """Read the annotation files of each split as COCO; the first four arguments as `BoxFormat.read`.
 
-    Args:
-        root: folder of the data set.
-        splits: result of `find_lists`.
-        report: report to add to.
-        request: what the user asks for.
-        parse: returns what `add_image` takes of each image in a file: its name as it is written there, its size and its
-            annotations. Its arguments are the file and `add(code, example)`.
-        resolve_names: replaces what stands for the names of classes in `category_id`, if it has to be known of all
-            files; its arguments are the results by split, `report` and `request`.
+    `parse(file, add)` returns what `add_image` takes of each image in a file: its name as it is written there, its size
+    and its annotations; it reports problems by `add(code, example)`. `resolve_names(results, report, request)` replaces
+    what stands for the names of classes in `category_id`, if all files have to be known for that.
 
     Raises:
         UsageError: a file cannot be read, or none of its images is there.

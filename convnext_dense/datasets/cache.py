@@ -108,12 +108,7 @@ def hold_busy_file(folder: str) -> Iterator[None]:
 
 
 def dataset_fingerprint(key: tuple, paths: Sequence[str]) -> str:
-    """Hash what was requested, and names, sizes and times of the files at some paths.
-
-    Args:
-        key: what was requested.
-        paths: files, and folders of which the images count; `folder/*.txt` are the files of that suffix in a folder.
-    """
+    """Hash what was requested, and the states of files, of images in and below folders, and of `folder/*.suffix`."""
     digest = hashlib.sha256(repr((CACHE_VERSION, key)).encode())
     for path in sorted(paths):
         top, suffixes, depth = path, MASK_FILE_SUFFIXES, None

@@ -31,13 +31,7 @@ AUTO = 'auto'  # channels follow from the images, not from a trained model
 
 
 class Moments(NamedTuple):
-    """Moments of the values of each channel.
-
-    Attributes:
-        count (np.ndarray): number of values, (C,).
-        mean (np.ndarray): (C,).
-        m2 (np.ndarray): sum of the squared distances from the mean, (C,).
-    """
+    """Number, mean and sum of the squared distances from it (`m2`) of the values of each channel, (C,)."""
 
     count: np.ndarray
     mean: np.ndarray
@@ -128,10 +122,6 @@ class ChannelSelection(NamedTuple):
         """Return the fields of the `ChannelReader` of the images; None for RGB.
 
         Mean and standard deviation of each channel are those of all pixels of the training images, or of the model's.
-
-        Args:
-            infos: what the training images are.
-            report: the report that is added to.
 
         Raises:
             UsageError: no training image can be read.

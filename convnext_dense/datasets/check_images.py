@@ -212,10 +212,7 @@ def _is_lossy(image: Image.Image, file: BinaryIO) -> bool:
 def decide_exif_handling(annotated_sizes: Iterable[tuple[ImageInfo, tuple]]) -> bool:
     """Return whether images are to be rotated as EXIF says, which is what training does by default.
 
-    They are not if annotated sizes fit images as they are stored, and none fits a rotated one.
-
-    Args:
-        annotated_sizes: images, and width and height as of their annotations.
+    They are not if annotated sizes (width and height) fit images as they are stored, and none fits a rotated one.
     """
     rotated = [(info, size) for info, size in annotated_sizes if info.exif_swapped and info.width != info.height]
     fits_rotated = any(size == info.oriented_size(True) for info, size in rotated)
@@ -223,15 +220,9 @@ def decide_exif_handling(annotated_sizes: Iterable[tuple[ImageInfo, tuple]]) -> 
 
 
 def inspect_all(function: Callable, items: Iterable[Hashable], item_name: str) -> dict:
-    """Apply a function to each item, in one thread per core (decoding releases the GIL).
+    """Return the result of a function for each item, in one thread per core (decoding releases the GIL).
 
-    Args:
-        function: function to apply, such as `inspect_image`.
-        items: its arguments; duplicates are inspected once.
-        item_name: name of the items, for the progress bar (on a terminal) or line.
-
-    Returns:
-        The results by item.
+    A progress bar (on a terminal) or a line names the items as `item_name`.
     """
     items = list(dict.fromkeys(items))
     print(f'reading {len(items):,} {item_name}', file=sys.stderr)

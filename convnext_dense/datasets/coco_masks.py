@@ -21,16 +21,9 @@ MAX_AREA_PER_BOX, MAX_AREA_PER_MASK, AREA_SLACK = 1.5, 5, 4
 
 
 def validate_mask(mask: object, width: int, height: int, report: Callable) -> list | dict | None:
-    """Check a mask.
+    """Return the usable polygons of a `segmentation`, or the RLE; None if nothing can be used.
 
-    Args:
-        mask: `segmentation` of an annotation.
-        width: width of its image in pixels.
-        height: height of its image in pixels.
-        report: called with the code of a problem, and more about it.
-
-    Returns:
-        The usable polygons, or the RLE; None if nothing can be used.
+    `report` is called with the code of a problem, and more about it.
     """
     if not mask:
         report('missing-mask')

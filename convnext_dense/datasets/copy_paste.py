@@ -12,11 +12,7 @@ class AnySizeCopyPaste(CopyPaste):
     """
 
     def transform(self, results: dict) -> dict:
-        """Paste objects of `results['mix_results']` into an image.
-
-        Args:
-            results: results of an image with boxes and `BitmapMasks`.
-        """
+        """Paste objects of `results['mix_results']` into an image with boxes and `BitmapMasks`."""
         height, width = results['img'].shape[:2]
         crop = RandomCrop(crop_size=(width, height), recompute_bbox=True, allow_negative_crop=True)
         results['mix_results'] = [Pad(size=(width, height))(crop(source)) for source in results['mix_results']]

@@ -18,12 +18,7 @@ MAX_CAUSES = 3  # named if nothing is left of a split
 
 
 class Rule(NamedTuple):
-    """What is done about a kind of problem.
-
-    Attributes:
-        action (str): one of `ACTIONS`.
-        note (str): what exactly is done, or how to fix it; empty where code and action say it.
-    """
+    """What is done about a kind of problem: one of `ACTIONS`, and a note as in `NOTES`."""
 
     action: str
     note: str = ''
@@ -169,14 +164,7 @@ UNTRAINABLE_CODES = ('difficult', 'crowd', 'crowd-with-polygons', 'box-below-one
 
 @dataclass
 class Diagnostic:
-    """A problem in a split.
-
-    Attributes:
-        split (str): 'train', 'val', 'test' or 'all'.
-        code (str): a key of `RULES`.
-        count (int): how many files, images or annotations have it.
-        examples (list[str]): the first `MAX_EXAMPLES` of them.
-    """
+    """A problem, by its code, in a split or in 'all': how many files, images or annotations have it, and examples."""
 
     split: str
     code: str
@@ -201,12 +189,7 @@ class Diagnostic:
 
 @dataclass
 class Report:
-    """The result of the checks of a data set.
-
-    Attributes:
-        facts (list[str]): what the data set holds, one line each.
-        diagnostics (dict): `Diagnostic` by (split, code).
-    """
+    """The result of the checks of a data set: lines on what it holds, and each `Diagnostic` by split and code."""
 
     facts: list[str] = field(default_factory=list)
     diagnostics: dict[tuple[str, str], Diagnostic] = field(default_factory=dict)
@@ -278,10 +261,7 @@ class Report:
         return cls(data['facts'], {(d.split, d.code): d for d in diagnostics})
 
     def raise_if_errors(self, strict: bool = False) -> None:
-        """Raise if the data cannot be used.
-
-        Args:
-            strict: also raise if something is dropped.
+        """Raise if the data cannot be used, or with `strict` if something is dropped.
 
         Raises:
             UsageError: with the first such diagnostic, and how many others there are.

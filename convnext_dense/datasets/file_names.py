@@ -18,11 +18,7 @@ UNDECODED_RE = re.compile('[\udc80-\udcff]+')  # bytes that Python decoded by su
 
 
 class FileIndex:
-    """An index of file paths by spelling and by suffix; lookups take logarithmic time.
-
-    Attributes:
-        exact (set[str]): the paths as they are on the disk.
-    """
+    """An index of file paths (`exact`) by spelling and by suffix; lookups take logarithmic time."""
 
     def __init__(self, paths: Iterable[str]):
         self.exact = set(paths)
@@ -54,12 +50,7 @@ class FileIndex:
 
 
 class NameMatches(NamedTuple):
-    """The result of matching names with existing ones.
-
-    Attributes:
-        matches (Mapping[str, str]): the existing name of each name.
-        ambiguous (Mapping[str, list[str]]): the existing names that a name may mean.
-    """
+    """The existing name of each name (`matches`), and those that others may mean (`ambiguous`)."""
 
     matches: Mapping[str, str] = {}
     ambiguous: Mapping[str, list[str]] = {}

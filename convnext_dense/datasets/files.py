@@ -51,11 +51,7 @@ class _TextLoader(yaml.BaseLoader):
 
 
 class UnusableFileError(OSError):
-    """A path does not lead to a regular file whose content is there and not too large.
-
-    Attributes:
-        code (str): code of the problem in `diagnostics.RULES`.
-    """
+    """A path does not lead to a regular file whose content is there and not too large; `code` is of `RULES`."""
 
     def __init__(self, code: str, number: int, text: str, path: str | os.PathLike):
         super().__init__(number, text, os.fspath(path))
@@ -63,11 +59,7 @@ class UnusableFileError(OSError):
 
 
 class DataError(ValueError):
-    """What a file holds cannot be used.
-
-    Attributes:
-        code (str): code of the problem in `diagnostics.RULES`.
-    """
+    """What a file holds cannot be used; `code` is that of the problem in `diagnostics.RULES`."""
 
     def __init__(self, code: str):
         super().__init__(code)

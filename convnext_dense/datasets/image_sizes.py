@@ -37,12 +37,7 @@ DEFAULT_LIMITS = {
 
 
 def resize_limits(config: Config, ratio: float = 1.0) -> dict[str, ResizeLimit]:
-    """Return the limit of each split of a config.
-
-    Args:
-        config: config with pipelines and model.
-        ratio: smallest scale factor of a multi-scale test.
-    """
+    """Return the limit of each split of a config; `ratio` is the smallest scale factor of a multi-scale test."""
     limits = {}
     for split in SPLITS:
         steps = list(iter_dicts((config.get(f'{split}_dataloader') or {}).get('dataset')))
@@ -57,15 +52,7 @@ def resize_limits(config: Config, ratio: float = 1.0) -> dict[str, ResizeLimit]:
 
 
 def too_thin(size: tuple[int, int], limit: ResizeLimit) -> tuple[str, str] | None:
-    """Check whether a resize leaves enough of an image.
-
-    Args:
-        size: width and height of the image.
-        limit: limit of its split.
-
-    Returns:
-        The code of the problem and the sizes before and after; None if there is none.
-    """
+    """Return a code and the sizes before and after, if a resize leaves too little of an image (W, H); else None."""
     sizes = [resized(size, scale) for scale in limit.scales] or [size]
     smallest = min(sizes, key=min)
     if min(smallest) >= limit.min_side:

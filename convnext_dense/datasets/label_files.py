@@ -22,13 +22,7 @@ LIST_NAMES = {'train': ('train', 'trainval'), 'val': ('val', 'valid'), 'test': (
 
 
 class LabelSplit(NamedTuple):
-    """Where the annotations of a split are.
-
-    Attributes:
-        labels (tuple[Path, ...]): folders of annotation files.
-        images (Path): folder in and below which the images are.
-        list_file (Path | None): list of the names of the images of the split; None for all.
-    """
+    """Folders of annotation files, the folder in and below which the images are, and the list of the split, if any."""
 
     labels: tuple[Path, ...]
     images: Path
@@ -78,18 +72,11 @@ def read_label_files(
     parse: Callable[[str, str, Callable], tuple[tuple[int, int] | None, list[dict]]],
     finish: Callable[[Mapping, Report], None],
 ) -> dict[str, SplitAnnotations]:
-    """Read the annotation files of each split as COCO.
+    """Read the annotation files of each split, by their suffix, as COCO; the first four arguments as `BoxFormat.read`.
 
-    Args:
-        root: folder of the data set.
-        splits: sources that `find_label_files` returns.
-        report: the report that is added to.
-        request: what the user asks for.
-        suffix: suffix of the files.
-        parse: returns what `add_image` takes of a file: the size of its image, and its annotations. Its arguments are
-            the file, its path in reports and `add(code, example)`; it raises UsageError, with the reason alone, if the
-            file is unusable.
-        finish: changes the results by split, in place, where all files have to be known.
+    `parse(file, label_name, add)` returns what `add_image` takes of a file: the size of its image and its annotations;
+    it reports problems by `add(code, example)`, and raises UsageError, with the reason alone, if the file is unusable.
+    `finish(results, report)` changes the results, in place, where all files have to be known for that.
 
     Raises:
         UsageError: a list cannot be read.

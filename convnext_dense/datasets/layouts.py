@@ -54,14 +54,7 @@ MAX_FILES_SAMPLED = 20  # annotation files in one folder, of which some may be o
 
 
 class FolderTree:
-    """The folders in and below one, which is walked once for all formats.
-
-    Args:
-        root: folder of the data set; of a file, there are none.
-
-    Attributes:
-        root (Path): the same folder.
-    """
+    """The folders in and below the root of a data set, which is walked once for all formats; of a file, none."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -75,9 +68,7 @@ class FolderTree:
     def files_like(self, suffixes: tuple[str, ...], is_like: Callable[[str], bool]) -> Iterator[Iterator[Path]]:
         """Iterate over the folders that have files of a format; of each, over these among its first files.
 
-        Args:
-            suffixes: suffixes of their names, in lower case.
-            is_like: whether a file is of the format, by its first and last `HEADER_BYTES`.
+        They have one of the suffixes, in lower case, and are of the format by their first and last `HEADER_BYTES`.
         """
         for folder, names in self.folders:
             files = [folder / name for name in names if name.lower().endswith(suffixes)][:MAX_FILES_SAMPLED]
@@ -98,13 +89,7 @@ def split_of_folders(parts: Sequence[str]) -> tuple[str, int] | None:
 
 
 class SplitDirs(NamedTuple):
-    """Where the images and segmentation masks of a split are.
-
-    Attributes:
-        images (Path): folder of the images.
-        labels (Path): folder of the masks.
-        names (list[str] | None): stems of the images of the split; None for all.
-    """
+    """Folders of the images and the segmentation masks of a split, and the stems of its images (None for all)."""
 
     images: Path
     labels: Path
@@ -194,12 +179,7 @@ def find_folders(root: Path) -> tuple[str, dict[str, SplitDirs]] | None:
 
 
 def pair_files(dirs: SplitDirs, mask_suffix: str | None = None) -> Pairing:
-    """Pair the images of a split with their segmentation masks, by name.
-
-    Args:
-        dirs: folders of the split.
-        mask_suffix: suffix of the masks of the train split; None to find out.
-    """
+    """Pair the images of a split with their segmentation masks, by name; their suffix is found out if it is None."""
     images, duplicates, listed_matches = {}, [], NameMatches()
     for path in list_images(dirs.images):
         stem = strip_image_suffix(stem_in(path, dirs.images))
@@ -238,12 +218,8 @@ def pair_files(dirs: SplitDirs, mask_suffix: str | None = None) -> Pairing:
 def infer_mask_suffix(stems: Collection[str], masks: Iterable[str]) -> tuple[str, int]:
     """Return what follows the name of an image in that of its mask, and how many images have one.
 
-    Args:
-        stems: stems of the images, from `normalize_spelling`.
-        masks: stems of the masks.
-
-    Returns:
-        The best of `MASK_SUFFIXES`; if no image has a mask of such a name, the most frequent other ending.
+    It is the best of `MASK_SUFFIXES`; if no image has a mask of such a name, the most frequent other ending. Stems of
+    images are normalized (`normalize_spelling`).
     """
     spelled = {normalize_spelling(mask): mask for mask in masks}
     counts = Counter({suffix: sum(stem + suffix.lower() in spelled for stem in stems) for suffix in MASK_SUFFIXES})

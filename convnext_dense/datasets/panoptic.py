@@ -104,11 +104,7 @@ def class_table(file: str) -> tuple[list[str], list[list[int]]]:
 
 
 def decode_segments(path: str | os.PathLike, files: Mapping[str, str]) -> np.ndarray:
-    """Return the labels of a PNG (H, W) of uint8, 255 where there is no segment.
-
-    Args:
-        path: path of the PNG.
-        files: files that `panoptic_json_files` returns.
+    """Return the labels of a PNG (H, W) of uint8, 255 where there is no segment, by `panoptic_json_files`.
 
     Raises:
         DataError: the PNG is too large.

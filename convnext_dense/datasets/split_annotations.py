@@ -35,13 +35,10 @@ class SplitAnnotations(NamedTuple):
 
 
 def parse_objects(items: object, owner: str, add: Callable, parse: Callable[[int, dict], object]) -> list:
-    """Parse the objects of an image, and report those that cannot be used.
+    """Parse the objects of an image in a list of dicts, and report those that cannot be used.
 
-    Args:
-        items: list of dicts; anything else holds no objects.
-        owner: the image or its file, for reports.
-        add: reports a problem by its code and an example.
-        parse: called with the number of an object, from 1, and its dict; raises DataError.
+    `parse(number, item)` raises DataError for such an object, whose number counts from 1; reports are of
+    `owner:number`. Anything but a list holds no objects.
     """
     results = []
     for number, item in enumerate(as_dicts(items), 1):
@@ -82,14 +79,10 @@ def box_annotation(number: object, name: object, box: list[float]) -> dict:
 def shape_annotation(
     number: object, name: object, mask: list | dict, size: tuple[int, int] | None, is_rectangle: bool = False
 ) -> dict:
-    """Return the annotation of a shape, as of `split_annotations.add_image`.
+    """Return the annotation of a shape (polygons or RLE), as `add_image` takes it.
 
-    Args:
-        number: number of the shape in its file.
-        name: name of its class, or what stands for it.
-        mask: polygons or RLE.
-        size: width and height of the image; None if they are not known, and then the mask is no RLE.
-        is_rectangle: whether the mask says no more than the box.
+    `name` is that of its class, or what stands for it. The size (width, height) of the image may be unknown if the mask
+    is no RLE. A mask that `is_rectangle` says no more than the box.
     """
     box = mask_to_box(mask)
     area = mask_area(mask, size[::-1] if size else (0, 0)) or box[2] * box[3]

@@ -11,12 +11,7 @@ Window = tuple[int, int, int, int]  # left, top, right and bottom, in pixels
 
 
 def add_tile_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
-    """Add --tile and --overlap.
-
-    Args:
-        parser: The parser.
-        purpose: What is done in tiles, as the help says it.
-    """
+    """Add --tile and --overlap; `purpose` is what is done in tiles, as the help says it."""
     parser.add_argument('--tile', type=int, metavar='SIZE', help=f'{purpose} in square tiles of this side, in pixels')
     parser.add_argument(
         '--overlap',
@@ -28,15 +23,9 @@ def add_tile_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
 
 
 def tile_starts(length: int, tile: int, overlap: float) -> list[int]:
-    """Return where tiles start along one side of an image.
+    """Return where tiles start along one side of an image: as few as possible, at even distances.
 
-    Args:
-        length: Length of the side in pixels.
-        tile: Side of a tile.
-        overlap: Fraction of a tile's side that it has in common with the next one, at least.
-
-    Returns:
-        As few starts as possible, at even distances; one for a side that is not longer than a tile.
+    Each has at least the fraction `overlap` in common with the next one. A side that is not longer than a tile has one.
     """
     step = max(tile - round(tile * overlap), 1)
     n = max(-(-(length - tile) // step), 0) + 1

@@ -42,13 +42,9 @@ def mean_of_numbers(values: Sequence[float]) -> float:
 
 
 def write_confusion_matrix(file: Path, counts: np.ndarray, names: Sequence[str], title: str) -> None:
-    """Write a confusion matrix as CSV, and draw it with its rows as percentages of their sums.
+    """Write a confusion matrix (C, C), whose rows are the ground truth, as CSV, and draw it in percent of its rows.
 
-    Args:
-        file: Path of the two files, without suffix.
-        counts: Counts (C, C), whose rows are the ground truth.
-        names: Names of the classes.
-        title: Title above the plot.
+    The two files have the path `file` with another suffix.
     """
     from matplotlib.figure import Figure
 

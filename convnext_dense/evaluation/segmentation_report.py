@@ -134,13 +134,7 @@ class SegmentationReport(IoUMetric):
 def count_confusions(
     pred: np.ndarray, label: np.ndarray, num_classes: int, ignore_index: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Count the pixels of each pair of classes.
-
-    Args:
-        pred: Class indices (H, W).
-        label: Class indices (H, W), or `ignore_index`.
-        num_classes: Number of classes of the data set.
-        ignore_index: Label that is not evaluated.
+    """Count the pixels of each pair of classes in two maps (H, W) of their indices.
 
     Returns:
         Flat indices (class of the ground truth * num_classes + predicted class) that occur, and their counts.
