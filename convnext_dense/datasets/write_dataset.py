@@ -84,12 +84,12 @@ def write_clean(data: CheckedDataset, out: str) -> list[str]:
 
 def _write_splits(data: CheckedDataset, out: Path, write_coco: Callable, write_parts: Callable) -> list[str]:
     """Write all splits; `write_parts` writes an image and iterates over the windows and the files of its parts."""
+    write_split = _write_masks if data.task == 'segmentation' else write_coco
     out.mkdir(parents=True, exist_ok=True)
     if data.task == 'segmentation':
-        write_coco = _write_masks
         names = json.dumps(data.classes) if any('\n' in name for name in data.classes) else '\n'.join(data.classes)
         Path(out, 'classes.txt').write_text(names + '\n', encoding='utf-8')
-    return [f'{out}: {split}: {write_coco(data, split, out, write_parts)}' for split in data.splits]
+    return [f'{out}: {split}: {write_split(data, split, out, write_parts)}' for split in data.splits]
 
 
 def write_image(pixels: np.ndarray, folder: Path, stem: str, suffix: str) -> str:
