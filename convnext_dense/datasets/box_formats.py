@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UsageError
-from .annotation_lists import ListSplit, find_lists, read_lists
+from .annotation_files import ListSplit, find_label_files, find_lists, label_split, read_label_files, read_lists
 from .coco_files import read_coco_files
 from .createml import is_createml, parse_createml
 from .diagnostics import Report
@@ -15,7 +15,6 @@ from .files import read_ends
 from .find_yolo import find_yolo, yolo_split
 from .image_folder import METADATA_SUFFIXES, is_image_folder, name_numbers, parse_image_folder
 from .instance_masks import find_instance_masks, read_instance_masks
-from .label_files import find_label_files, label_split, read_label_files
 from .label_studio import is_label_studio, parse_label_studio
 from .labelme import is_labelme, parse_labelme
 from .layouts import HEADER_BYTES, FolderTree, find_annotations
@@ -55,13 +54,13 @@ class BoxFormat(NamedTuple):
 
 
 def _list_format(key: str, suffixes: tuple[str, ...], is_list: Callable, parse: Callable, **options) -> BoxFormat:
-    """Return the entry of a format with one file for many images, as of `annotation_lists`."""
+    """Return the entry of a format with one file for many images, as of `annotation_files`."""
     find = partial(find_lists, suffixes=suffixes, is_list=is_list)
     return BoxFormat(key, find, partial(read_lists, parse=parse, **options), is_list, suffixes)
 
 
 def _label_format(key: str, suffix: str, is_label: Callable, parse: Callable, finish: Callable) -> BoxFormat:
-    """Return the entry of a format with one file per image, as of `label_files`."""
+    """Return the entry of a format with one file per image, as of `annotation_files`."""
     files = dict(suffix=suffix, is_label=is_label)
     read = partial(read_label_files, suffix=suffix, parse=parse, finish=finish)
     return BoxFormat(key, partial(find_label_files, **files), read, from_folder=partial(label_split, **files))

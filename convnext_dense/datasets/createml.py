@@ -14,7 +14,7 @@ is_createml = has_marks(r'\A[\ufeff \t\r\n]*\[', r'"coordinates"\s*:\s*\{[^}]*"(
 
 
 def parse_createml(file: Path, add: Callable) -> Iterator[tuple[str, None, list[dict]]]:
-    """Iterate over the images of a file, as `annotation_lists.read_lists`."""
+    """Iterate over the images of a file, as `annotation_files.read_lists`."""
     for entry in as_dicts(read_json(file)):
         name = next((entry[key] for key in NAME_KEYS if isinstance(entry.get(key), str)), '')
         boxes = entry.get('annotations', entry.get('annotation'))

@@ -22,7 +22,7 @@ is_image_folder = has_marks(rf'\bfile_name\b[\s\S]*"({"|".join(BOX_KEYS)})"')  #
 
 
 def parse_image_folder(file: Path, add: Callable) -> Iterator[tuple[str, None, list[dict]]]:
-    """Iterate over the images of a metadata file, as `annotation_lists.read_lists`."""
+    """Iterate over the images of a metadata file, as `annotation_files.read_lists`."""
     for line, row in _rows(file):
         name = row.get('file_name')
         if not isinstance(name, str):

@@ -35,7 +35,7 @@ def is_label_studio(start: str) -> bool:
 
 
 def parse_label_studio(file: Path, add: Callable) -> Iterator[tuple[str, tuple[int, int] | None, list[dict]]]:
-    """Iterate over the images of a file, as `annotation_lists.read_lists`."""
+    """Iterate over the images of a file, as `annotation_files.read_lists`."""
     content = read_json(file)
     if not isinstance(content, list):
         raise UsageError(f'{file} is not JSON of Label Studio: it holds no list of tasks')

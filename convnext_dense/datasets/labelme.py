@@ -9,10 +9,10 @@ from collections.abc import Callable
 from functools import partial
 from itertools import chain
 
+from .annotation_files import read_json_label
 from .coco_masks import encode_mask
 from .files import DataError, has_marks
 from .geometry import decode_part, draw_masks, ellipse, rectangle
-from .label_files import read_json_label
 from .split_annotations import parse_name, parse_objects, parse_points, parse_size, shape_annotation
 
 is_labelme = has_marks('"shapes"', r'"(points|imagePath|imageData)"\s*:')  # in the start of a file
@@ -20,7 +20,7 @@ IGNORED_LABELS = ('__ignore__', '_background_')
 
 
 def parse_labelme(file: str, label_name: str, add: Callable) -> tuple[tuple[int, int] | None, list[dict]]:
-    """Return the objects of a file, as `label_files.read_label_files`."""
+    """Return the objects of a file, as `annotation_files.read_label_files`."""
     content = read_json_label(file, 'shapes')
     size = parse_size(content.get('imageWidth'), content.get('imageHeight'))
     objects: dict[object, list[tuple]] = {}

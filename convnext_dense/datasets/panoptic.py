@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UsageError
-from .annotation_lists import ListSplit, find_lists
+from .annotation_files import ListSplit, find_lists
 from .check_images import IGNORE_INDEX, inspect_all, mask_problem, open_mask
 from .class_names import MAX_CLASSES
+from .coco_files import COCO_KEYS
 from .coco_masks import mask_fields
 from .coco_values import category_name, only_dicts, parse_id
 from .diagnostics import Report
@@ -25,7 +26,6 @@ from .split_annotations import SplitAnnotations
 PANOPTIC = 'COCO panoptic'
 is_panoptic = has_marks('"segments_info"')  # in the start of a file
 find_panoptic = partial(find_lists, suffixes=('.json',), is_list=is_panoptic)
-KEYS = ('images', 'annotations', 'categories')
 FILE_NAME_RE = re.compile(r'"file_name"\s*:\s*"([^"]+)"')
 ID_WEIGHTS = np.array([1, 256, 65536])  # weights of red, green and blue in an id
 
@@ -43,9 +43,7 @@ def read_panoptic(
         content, add = _read_lists(source.file), partial(report.add, split)
         things = [c for c in only_dicts(content['categories']) if c.get('isthing', 1)]
         thing_ids = {parse_id(c.get('id')) for c in things}
-        images, annotations = (
-            [item for item in only_dicts(content[key]) if isinstance(item.get('file_name'), str)] for key in KEYS[:2]
-        )
+        images, annotations = _with_names(content['images']), _with_names(content['annotations'])
         folder = _png_folder(source.file, root, annotations)
         resolver = _find_images(root, split, source, [image['file_name'] for image in images], folder)
         segments = {a['file_name']: (a.get('image_id'), _segments(a, thing_ids)) for a in annotations}
@@ -75,7 +73,7 @@ def find_panoptic_masks(tree: FolderTree) -> tuple[str, dict[str, SplitDirs]] | 
     for split, source in sources[1].items() if sources else ():
         names = FILE_NAME_RE.findall(read_ends(source.file, HEADER_BYTES))
         is_usual = source.file.with_suffix('').is_dir()
-        annotations = [] if is_usual else only_dicts(_read_lists(source.file)['annotations'])
+        annotations = [] if is_usual else _with_names(_read_lists(source.file)['annotations'])
         folder = _png_folder(source.file, tree.root, annotations)
         images = _find_images(tree.root, split, source, names[:1], folder)
         dirs[split] = SplitDirs(images.folder, folder)
@@ -133,9 +131,14 @@ def _segment_labels(file: str) -> dict[str, dict[int, int]]:
 def _read_lists(file: Path) -> dict:
     """Return the content of a file of panoptic segmentation; UsageError if it is none."""
     content = read_json(file)
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in KEYS):
-        raise UsageError(f'{file} is not of panoptic segmentation: it needs {", ".join(KEYS)}')
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in COCO_KEYS):
+        raise UsageError(f'{file} is not of panoptic segmentation: it needs {", ".join(COCO_KEYS)}')
     return content
+
+
+def _with_names(items: list) -> list[dict]:
+    """Return those of some images or annotations that have the name of a file."""
+    return [item for item in only_dicts(items) if isinstance(item.get('file_name'), str)]
 
 
 def _segments(annotation: dict, thing_ids: set) -> dict[int, dict]:
@@ -177,7 +180,7 @@ def _find_images(root: Path, split: str, source: ListSplit, names: list[str], pn
 
 def _png_folder(file: Path, root: Path, annotations: list[dict]) -> Path:
     """Return the folder of the PNGs of a file: that of its name, or another one whose first PNG has the right ids."""
-    usual, annotations = file.with_suffix(''), [a for a in annotations if isinstance(a.get('file_name'), str)]
+    usual = file.with_suffix('')
     if not annotations or usual.is_dir():
         return usual
     name = annotations[0]['file_name']

@@ -7,12 +7,12 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 
+from .annotation_files import read_json_label
 from .check_images import MAX_PIXELS
 from .coco_masks import encode_mask
 from .coco_values import as_dict
 from .files import DataError, has_marks
 from .geometry import decode_part, draw_masks
-from .label_files import read_json_label
 from .split_annotations import box_annotation, parse_name, parse_objects, parse_points, parse_size, shape_annotation
 
 # In the start of a file.
@@ -21,7 +21,7 @@ MIN_POINTS = 3
 
 
 def parse_supervisely(file: str, label_name: str, add: Callable) -> tuple[tuple[int, int] | None, list[dict]]:
-    """Return the objects of a file, as `label_files.read_label_files`."""
+    """Return the objects of a file, as `annotation_files.read_label_files`."""
     content = read_json_label(file, 'objects')
     size = as_dict(content.get('size'))
     size = parse_size(size.get('width'), size.get('height'))

@@ -28,7 +28,7 @@ MAX_GAP = 0.1  # largest gap between the ends of a line that is an outline, as a
 
 
 def parse_via(file: Path, add: Callable) -> Iterator[tuple[str, None, list[dict]]]:
-    """Iterate over the images of a file, as `annotation_lists.read_lists`; `category_id` is a dict of attributes."""
+    """Iterate over the images of a file, as `annotation_files.read_lists`; `category_id` is a dict of attributes."""
     content = read_json(file)
     if isinstance(content, dict):
         content = _without_keys(content.get('_via_img_metadata', content))

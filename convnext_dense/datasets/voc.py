@@ -36,7 +36,7 @@ def shift_to_zero(results: Mapping[str, SplitAnnotations], report: Report) -> No
 
 
 def parse_voc(file: str, label_name: str, add: Callable) -> tuple[tuple[int, int] | None, list[dict]]:
-    """Return the boxes of an XML file as corners, as `label_files.read_label_files`."""
+    """Return the boxes of an XML file as corners, as `annotation_files.read_label_files`."""
     tree = _read_xml(file)
     size = parse_size(*(_number(tree.findtext(f'size/{side}')) for side in ('width', 'height')))
     keys = ('name', 'difficult', *CORNERS)

@@ -67,17 +67,8 @@ def write_clean(data: CheckedDataset, out: str) -> list[str]:
     """Write a checked data set without what is dropped and with what is fixed.
 
     Images are copied, byte for byte; those that EXIF data rotate are written as training reads them. Boxes become COCO
-    JSON; segmentation masks become PNGs in which a pixel is the index of its class, 255 where it is ignored.
-
-    Args:
-        data: The data set, of one task.
-        out: Folder of the new data set.
-
-    Returns:
-        What was written, one line for each split.
-
-    Raises:
-        UnreadableImageError: An image can no longer be read.
+    JSON; segmentation masks become PNGs in which a pixel is the index of its class, 255 where it is ignored. The result
+    and errors are as of `write_tiles`.
     """
     return _write_splits(data, Path(out), _copy_coco, _copy_image)
 
