@@ -84,7 +84,7 @@ def read_data_yaml(path: Path) -> DatasetRequest | None:
         if split in options:
             for key, value in _split_paths(options[split], root, f'{file}: {split}').items():
                 places[PLACES[key]][split] = value
-    if not places['ann_files'].keys().isdisjoint(places['mask_dirs']) or (places['ann_files'] and places['mask_dirs']):
+    if places['ann_files'] and places['mask_dirs']:
         raise UsageError(f'{file}: annotations and masks are for different tasks: give one of them')
     return DatasetRequest(str(root), **places, data_yaml=str(file), **_parse_options(options, root, file))
 

@@ -6,7 +6,8 @@ A folder of masks holds files named as those of a folder of images, with few col
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
-from itertools import islice
+from functools import cache
+from itertools import islice, permutations
 from pathlib import Path
 
 import numpy as np
@@ -59,18 +60,14 @@ def find_mask_folders(root: Path) -> tuple[str, dict[str, SplitDirs]] | None:
     if not 2 <= len(folders) <= MAX_FOLDERS:
         return _masks_beside_images(root, folders)
     stems = {f: {normalize_spelling(os.path.splitext(name)[0]) for name in names} for f, names in folders.items()}
-    likeness: dict[Path, int] = {}
+    likeness = cache(lambda folder: _mask_likeness(folder, root, folders[folder]))
     pairs: dict[str, set[tuple[Path, Path]]] = {}
-    for images in folders:
-        for masks in folders:
-            if images == masks or not _match(stems[images], stems[masks]):
-                continue
-            for folder in (images, masks):
-                if folder not in likeness:
-                    likeness[folder] = _mask_likeness(folder, root, folders[folder])
-            splits = {split_of(folder, root) for folder in (images, masks)} - {None}
-            if likeness[masks] > max(likeness[images], 0) and len(splits) < 2:
-                pairs.setdefault(next(iter(splits), 'all'), set()).add(_common_tops(images, masks, root))
+    for images, masks in permutations(folders, 2):
+        splits = {split_of(folder, root) for folder in (images, masks)} - {None}
+        if len(splits) > 1 or not _match(stems[images], stems[masks]):
+            continue
+        if likeness(masks) > max(likeness(images), 0):
+            pairs.setdefault(next(iter(splits), 'all'), set()).add(_common_tops(images, masks, root))
     if 'train' in pairs:
         pairs.pop('all', None)
     for split, candidates in pairs.items():
