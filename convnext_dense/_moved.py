@@ -18,9 +18,6 @@ MOVED = dict(
     saving='engine.checkpoint_hook engine.atomic_files engine.progress',
     segmentation='models.multiscale_tta config.evaluation', shapes='datasets.toy_shapes', tables='paper.tables',
     tracking='config.trackers', weights='checkpoints checkpoints.hub checkpoints.convert',
-    **{'datasets.objects': 'datasets.split_annotations', 'evaluation.plots': 'evaluation.report_files'},
-    **dict.fromkeys(('datasets.write_clean', 'datasets.write_tiles'), 'datasets.write_dataset'),
-    **dict.fromkeys(('datasets.annotation_lists', 'datasets.label_files'), 'datasets.annotation_files'),
 )  # fmt: skip
 
 
