@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.model import PretrainedInit, Sequential
 from mmengine.registry import MODELS
@@ -19,6 +18,7 @@ from convnext_dense.errors import UsageError
 from convnext_dense.models.convnext import ConvNeXt
 from convnext_dense.paper.results import PAPER_RESULTS, RESULTS
 from helpers.paths import ROOT
+from helpers.recipes import load as load_recipe
 from helpers.weights import random_weights
 
 ARCH = dict(depths=(1, 1, 4, 1), channels=(8, 16, 24, 32))
@@ -262,7 +262,8 @@ def test_unreachable_url_gives_a_fix(tmp_path, monkeypatch):
 
 def test_recipes_name_published_weights():
     for path in {*(ROOT / 'configs').glob('[!_]*/*.py')} - {*(ROOT / 'configs').glob('demo/*.py')}:
-        assert Config.fromfile(path).model.backbone.init_cfg.checkpoint in {*hub.WEIGHTS, *WEIGHT_URLS.values()}
+        config = load_recipe(f'{path.parent.name}/{path.stem}')
+        assert config.model.backbone.init_cfg.checkpoint in {*hub.WEIGHTS, *WEIGHT_URLS.values()}
 
 
 @pytest.mark.parametrize(

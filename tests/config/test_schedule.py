@@ -35,9 +35,9 @@ def compute_lrs(config, epochs):
         for cfg in config.param_scheduler
     ]
     actual = []
+    optimizer.step()  # torch wants it before the first step of a scheduler; the factors do not depend on it
     for i in range(epochs * EPOCH):
         actual.append(optimizer.param_groups[0]['lr'])
-        optimizer.step()
         for scheduler in schedulers:
             if not scheduler.by_epoch or (i + 1) % EPOCH == 0:
                 scheduler.step()

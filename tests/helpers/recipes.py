@@ -44,14 +44,17 @@ def load(name: str) -> Config:
 
 
 def lrs_over_iterations(config: Config, iterations: list[int], epoch_length: int | None = None) -> dict[int, float]:
-    """The lr relative to its base before each of these iterations, by stepping mmengine's own schedulers."""
+    """The lr relative to its base before each of these iterations, by stepping mmengine's own schedulers.
+
+    Their factors do not depend on the optimizer's steps, which take most of the time: the first one suffices for torch.
+    """
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedulers = [PARAM_SCHEDULERS.build({**cfg, 'optimizer': optimizer}) for cfg in config.param_scheduler]
     lrs = {}
+    optimizer.step()
     for iteration in range(max(iterations) + 1):
         if iteration in iterations:
             lrs[iteration] = optimizer.param_groups[0]['lr']
-        optimizer.step()
         for scheduler in schedulers:
             if not scheduler.by_epoch or (epoch_length and (iteration + 1) % epoch_length == 0):
                 scheduler.step()
