@@ -1,6 +1,7 @@
 """Checkpoints of the demo's models with random weights, and images to predict."""
 
 import os
+from collections.abc import Mapping
 
 import cv2
 import numpy as np
@@ -11,17 +12,35 @@ from helpers.checkpoints import CLASSES, draw_photo, save_checkpoint
 from helpers.exported import save_detector, save_segmentor
 
 
+class LazyMapping(Mapping):
+    """A value for each key, which is made when it is first asked for."""
+
+    def __init__(self, keys, make):
+        self._keys, self._make, self._values = tuple(keys), make, {}
+
+    def __getitem__(self, key):
+        if key not in self._values:
+            self._values[key] = self._make(key)
+        return self._values[key]
+
+    def __iter__(self):
+        return iter(self._keys)
+
+    def __len__(self):
+        return len(self._keys)
+
+
 @pytest.fixture(scope='session')
 def checkpoints(tmp_path_factory):
     """Paths of checkpoints by recipe."""
     folder = tmp_path_factory.mktemp('checkpoints')
-    return {recipe: save_checkpoint(recipe, folder / f'{recipe}.pth') for recipe in CLASSES}
+    return LazyMapping(CLASSES, lambda recipe: save_checkpoint(recipe, folder / f'{recipe}.pth'))
 
 
 @pytest.fixture(scope='session')
 def predictors(checkpoints):
     """Models by recipe."""
-    return {recipe: load_model(path, device='cpu') for recipe, path in checkpoints.items()}
+    return LazyMapping(CLASSES, lambda recipe: load_model(checkpoints[recipe], device='cpu'))
 
 
 @pytest.fixture(scope='session')

@@ -6,10 +6,14 @@ import torch
 from convnext_dense.inference import large_segmentation
 
 
+@pytest.fixture(scope='module')
+def expected(predictors, photos):
+    return [predictors['upernet'].predict(path).pred_sem_seg.data for path in photos[:8]]
+
+
 @pytest.mark.parametrize('limit', [1, 20_000, 60_000])
-def test_labels_equal_mmseg(limit, predictors, photos, monkeypatch):
+def test_labels_equal_mmseg(limit, expected, predictors, photos, monkeypatch):
     predictor = predictors['upernet']
-    expected = [predictor.predict(path).pred_sem_seg.data for path in photos[:8]]
     monkeypatch.setattr(large_segmentation, 'MAX_LOGITS', limit)
     calls = []
     decide = large_segmentation._resize_and_decide
