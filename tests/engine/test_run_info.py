@@ -1,6 +1,7 @@
 """run.json: writing and reading the facts of a training session."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -19,10 +20,17 @@ def latest_session(work_dir):
     return max(path for path in work_dir.iterdir() if path.is_dir())
 
 
+@pytest.fixture(scope='module')
+def recorded_dir(tmp_path_factory):
+    work_dir = tmp_path_factory.mktemp('run')
+    planned_run([1.0] * 8, work_dir, accumulative_counts=2).train()
+    return latest_session(work_dir)
+
+
 @pytest.fixture
-def log_dir(tmp_path):
-    planned_run([1.0] * 8, tmp_path, accumulative_counts=2).train()
-    return latest_session(tmp_path)
+def log_dir(recorded_dir, tmp_path):
+    """The log folder of a session, which a test may change."""
+    return shutil.copytree(recorded_dir, tmp_path / recorded_dir.name)
 
 
 def test_session_writes_run_json(log_dir):
