@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -33,6 +34,11 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def modules() -> dict[str, Path]:
     files = (path for path in PACKAGE.rglob('*.py') if '.mim' not in path.parts)
     names = {'.'.join(path.relative_to(PACKAGE).with_suffix('').parts): path for path in files}
@@ -43,7 +49,7 @@ def imports(name: str, path: Path, known: set[str]) -> set[str]:
     """The modules of the package that a module imports, inside functions too."""
     parents = name.split('.') if path.name == '__init__.py' else name.split('.')[:-1]
     targets = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = parents[: len(parents) - node.level + 1] + (node.module.split('.') if node.module else [])
             for alias in node.names:
@@ -72,7 +78,7 @@ def test_imports_follow_the_layers_without_cycles():
 
 def test_package_does_not_import_benchmarks_tools_or_tests():
     for name, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             top = {a.name.split('.')[0] for a in node.names} if isinstance(node, ast.Import) else set()
             top |= {(node.module or '').split('.')[0]} if isinstance(node, ast.ImportFrom) and not node.level else set()
             assert not top & {'benchmarks', 'tools', 'tests'}, name
@@ -103,7 +109,7 @@ def test_private_members_of_mmengine_are_used_in_one_file_only():
     for name, path in modules().items():
         if name.split('.')[0] not in MMENGINE_PACKAGES:
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             private = isinstance(node, ast.Attribute) and node.attr.startswith('_') and not node.attr.startswith('__')
             if private and node.attr not in OWN_PRIVATE_NAMES:
                 assert isinstance(node.value, ast.Name) and node.value.id in ('self', 'cls'), f'{name}: {node.attr}'
