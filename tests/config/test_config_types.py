@@ -35,9 +35,11 @@ from convnext_dense.datasets.request import CheckedDataset
 from convnext_dense.engine.runner import _mmengine_class_name
 from convnext_dense.errors import UsageError
 from convnext_dense.models.convnext import ConvNeXt
+from convnext_dense.paper.flops import build_on_meta
 from convnext_dense.paper.results import find_paper_result
 from convnext_dense.type_names import class_of, is_type, short_name
 from helpers.paths import ROOT
+from helpers.recipes import load as read_recipe
 from helpers.tools import one_line_error
 
 CONFIGS = ROOT / 'configs'
@@ -60,8 +62,7 @@ class OwnConvNeXt(ConvNeXt):
 
 
 def load(name):
-    config = Config.fromfile(CONFIGS / f'{name}.py')
-    init_default_scope(config.default_scope)
+    config = read_recipe(name)
     config.launcher, config.work_dir = 'none', 'run'
     return config
 
@@ -472,7 +473,7 @@ def test_num_classes_of_mmdet_and_mmseg_heads(case):
     for part in ('backbone', 'pretrained'):
         if part == 'pretrained' or 'init_cfg' in (config.model.get(part) or {}):
             config.model.pop(part, None) if part == 'pretrained' else config.model[part].update(init_cfg=None)
-    assert num_outputs(MODELS.build(config.model), layers) == expected
+    assert num_outputs(build_on_meta(config.model), layers) == expected
 
 
 def test_class_weights_and_queries_are_adapted():

@@ -4,8 +4,6 @@ from other arguments."""
 import logging
 
 import pytest
-from mmengine.config import Config
-from mmengine.registry import init_default_scope
 
 from convnext_dense.config.batch_size import choose_batch, scale_batch
 from convnext_dense.config.evaluation import set_multiscale
@@ -16,14 +14,14 @@ from convnext_dense.datasets import toy_shapes
 from convnext_dense.datasets.custom import DatasetRequest, apply_custom_data
 from convnext_dense.errors import UsageError
 from helpers.paths import ROOT
+from helpers.recipes import load as read_recipe
 from helpers.tools import one_line_error
 
 CONFIGS = ROOT / 'configs'
 
 
 def load(name):
-    config = Config.fromfile(CONFIGS / f'{name}.py')
-    init_default_scope(config.default_scope)
+    config = read_recipe(name)
     config.launcher = 'none'
     return config
 

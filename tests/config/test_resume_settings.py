@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
 
 from convnext_dense.config.batch_size import scale_batch
 from convnext_dense.config.literal import parse_config_literal
@@ -16,6 +15,7 @@ from convnext_dense.engine.resume import OVERRIDE_KEY
 from convnext_dense.engine.runner import ResumableRunner
 from convnext_dense.errors import UsageError
 from helpers.paths import ROOT
+from helpers.recipes import load
 from helpers.runs import run_config
 from helpers.tools import one_line_error
 
@@ -26,12 +26,6 @@ CONFIGS = ROOT / 'configs'
 def loader():
     """The checkpoint loader of the tools: the classic mmengine's own refuses its checkpoints since torch 2.6."""
     register_checkpoint_loader()
-
-
-def load(name):
-    config = Config.fromfile(CONFIGS / f'{name}.py')
-    init_default_scope(config.default_scope)
-    return config
 
 
 def load_changed(recipe, key, value):

@@ -15,6 +15,7 @@ from convnext_dense.config.launch import world_size_from_env
 from convnext_dense.config.schedule import scale_schedule
 from convnext_dense.errors import UsageError
 from helpers.paths import ROOT
+from helpers.recipes import load
 from helpers.tools import one_line_error
 
 STOCK = Path(mmdet.__file__).parent / '.mim/configs'
@@ -146,7 +147,7 @@ INVALID_VALUES = {
 def test_wrong_value_types_are_refused(key):
     for value in INVALID_VALUES[key]:
         for scale in (lambda config: scale_schedule(config, iters=50), lambda config: scale_batch(config, 1)):
-            config = Config.fromfile(ROOT / 'configs/upernet/convnext_t.py')
+            config = load('upernet/convnext_t')
             config.custom_hooks = [dict(type='EMAHook')]
             parent_key, _, child_key = key.rpartition('.')
             node = config
@@ -159,7 +160,7 @@ def test_wrong_value_types_are_refused(key):
 
 
 def test_valid_value_types_pass():
-    config = Config.fromfile(ROOT / 'configs/upernet/convnext_t.py')
+    config = load('upernet/convnext_t')
     config.train_cfg.val_interval = 1e9
     config.train_cfg.dynamic_intervals = [[10, 2], (20, 3)]
     config.custom_hooks = config.param_scheduler = config.default_hooks.checkpoint = None
