@@ -61,8 +61,8 @@ class PaperResult:
     lr: float
     decay_rate: float | None
     values: tuple[float | None, ...]
-    params_m: int | None
-    gflops: int | None
+    params_m: int | None = None
+    gflops: int | None = None
     size: tuple[int, int] = (1280, 800)
     precision: str = 'float16'
     total_batch: int = TOTAL_BATCH
@@ -189,7 +189,7 @@ class LaterResult(PaperResult):
     """A result of ConvNeXt or ConvNeXt V2 that was published after the paper.
 
     Attributes:
-        weights_name: Name of the pretrained weights; by default the paper's of this size.
+        weights_name: Name of the pretrained weights; by default the paper's of this size, or timm's copy of DINOv3's.
         source: Publication of the result; '' if it is unpublished.
         epochs: Length of a training on COCO; None for iteration-based trainings.
     """
@@ -201,6 +201,8 @@ class LaterResult(PaperResult):
     @property
     def weights(self) -> str:
         """Name of the pretrained weights of the backbone."""
+        if self.pretraining == 'DINOv3':
+            return f'hf-hub:timm/convnext_{self.arch}.dinov3_lvd1689m'
         return self.weights_name or super().weights
 
     @property
@@ -266,58 +268,46 @@ RESNET_WEIGHTS = {
 
 
 # fmt: off
-PAPER_RESULTS = (
+PAPER_RESULTS = tuple(PaperResult(*row) for row in (
     # recipe, arch, weights, drop path, lr, decay rate, box AP/50/75 and mask AP/50/75, M parameters, GFLOPs
-    PaperResult('mask_rcnn/convnext_t', 'tiny', '1k', 0.4, 1e-4, 0.95, (46.2, 67.9, 50.8, 41.7, 65.0, 44.9), 48, 262),
-    PaperResult('cascade/convnext_t', 'tiny', '1k', 0.4, 2e-4, 0.7, (50.4, 69.1, 54.8, 43.7, 66.5, 47.3), 86, 741),
-    PaperResult('cascade/convnext_s', 'small', '1k', 0.6, 2e-4, 0.7, (51.9, 70.8, 56.5, 45.0, 68.4, 49.1), 108, 827),
-    PaperResult('cascade/convnext_b', 'base', '1k', 0.7, 2e-4, 0.8, (52.7, 71.3, 57.2, 45.6, 68.9, 49.5), 146, 964),
-    PaperResult('cascade/convnext_b_in22k', 'base', '22k', 0.6, 1e-4, 0.8,
-                (54.0, 73.1, 58.8, 46.9, 70.6, 51.3), 146, 964),
-    PaperResult('cascade/convnext_l_in22k', 'large', '22k', 0.7, 1e-4, 0.7,
-                (54.8, 73.8, 59.8, 47.6, 71.3, 51.7), 255, 1354, precision='float32'),
-    PaperResult('cascade/convnext_xl_in22k', 'xlarge', '22k', 0.8, 1e-4, 0.7,
-                (55.2, 74.2, 59.9, 47.7, 71.6, 52.2), 407, 1898, precision='float32'),
+    ('mask_rcnn/convnext_t', 'tiny', '1k', 0.4, 1e-4, 0.95, (46.2, 67.9, 50.8, 41.7, 65.0, 44.9), 48, 262),
+    ('cascade/convnext_t', 'tiny', '1k', 0.4, 2e-4, 0.7, (50.4, 69.1, 54.8, 43.7, 66.5, 47.3), 86, 741),
+    ('cascade/convnext_s', 'small', '1k', 0.6, 2e-4, 0.7, (51.9, 70.8, 56.5, 45.0, 68.4, 49.1), 108, 827),
+    ('cascade/convnext_b', 'base', '1k', 0.7, 2e-4, 0.8, (52.7, 71.3, 57.2, 45.6, 68.9, 49.5), 146, 964),
+    ('cascade/convnext_b_in22k', 'base', '22k', 0.6, 1e-4, 0.8, (54.0, 73.1, 58.8, 46.9, 70.6, 51.3), 146, 964),
+    ('cascade/convnext_l_in22k', 'large', '22k', 0.7, 1e-4, 0.7,
+     (54.8, 73.8, 59.8, 47.6, 71.3, 51.7), 255, 1354, (1280, 800), 'float32'),
+    ('cascade/convnext_xl_in22k', 'xlarge', '22k', 0.8, 1e-4, 0.7,
+     (55.2, 74.2, 59.9, 47.7, 71.6, 52.2), 407, 1898, (1280, 800), 'float32'),
     # recipe, arch, weights, drop path, lr, decay rate, mIoU single scale and multi-scale, M parameters, GFLOPs, size
-    PaperResult('upernet/convnext_t', 'tiny', '1k', 0.4, 1e-4, 0.9, (46.0, 46.7), 60, 939, (2048, 512)),
-    PaperResult('upernet/convnext_s', 'small', '1k', 0.3, 1e-4, 0.9, (48.7, 49.6), 82, 1027, (2048, 512)),
-    PaperResult('upernet/convnext_b', 'base', '1k', 0.4, 1e-4, 0.9, (49.1, 49.9), 122, 1170, (2048, 512)),
-    PaperResult('upernet/convnext_b_in22k', 'base', '22k', 0.4, 1e-4, 0.9, (52.6, 53.1), 122, 1828, (2560, 640)),
-    PaperResult('upernet/convnext_l_in22k', 'large', '22k', 0.4, 1e-4, 0.9, (53.2, 53.7), 235, 2458, (2560, 640),
-                'float32'),
-    PaperResult('upernet/convnext_xl_in22k', 'xlarge', '22k', 0.4, 8e-5, 0.9, (53.6, 54.0), 391, 3335, (2560, 640),
-                'float32'),
-)
+    ('upernet/convnext_t', 'tiny', '1k', 0.4, 1e-4, 0.9, (46.0, 46.7), 60, 939, (2048, 512)),
+    ('upernet/convnext_s', 'small', '1k', 0.3, 1e-4, 0.9, (48.7, 49.6), 82, 1027, (2048, 512)),
+    ('upernet/convnext_b', 'base', '1k', 0.4, 1e-4, 0.9, (49.1, 49.9), 122, 1170, (2048, 512)),
+    ('upernet/convnext_b_in22k', 'base', '22k', 0.4, 1e-4, 0.9, (52.6, 53.1), 122, 1828, (2560, 640)),
+    ('upernet/convnext_l_in22k', 'large', '22k', 0.4, 1e-4, 0.9, (53.2, 53.7), 235, 2458, (2560, 640), 'float32'),
+    ('upernet/convnext_xl_in22k', 'xlarge', '22k', 0.4, 8e-5, 0.9, (53.6, 54.0), 391, 3335, (2560, 640), 'float32'),
+))
 # Tables 3 and 4 as well. Lr and drop path of the two Cascade Swin-22K are this project's choice, since nobody published
 # them; parameters that the paper leaves out, and mIoU of a single scale, are those of Swin's paper and READMEs.
-BASELINE_RESULTS = (
-    BaselineResult('mask_rcnn/swin_t', 'swin_tiny', '1k', 0.2, 1e-4, None, (46.0, 68.1, 50.3, 41.6, 65.1, 44.9),
-                   48, 267),
-    BaselineResult('cascade/resnet50', 'resnet50', '1k', 0, 1e-4, None, (46.3, 64.3, 50.5, 40.1, 61.7, 43.4), 82, 739),
-    BaselineResult('cascade/resnext101_32x4d', 'resnext101_32x4d', '1k', 0, 1e-4, None,
-                   (48.1, 66.5, 52.4, 41.6, 63.9, 45.2), 101, 819),
-    BaselineResult('cascade/resnext101_64x4d', 'resnext101_64x4d', '1k', 0, 1e-4, None,
-                   (48.3, 66.4, 52.3, 41.7, 64.0, 45.1), 140, 972),
-    BaselineResult('cascade/swin_t', 'swin_tiny', '1k', 0.2, 1e-4, None, (50.4, 69.2, 54.7, 43.7, 66.6, 47.3), 86, 745),
-    BaselineResult('cascade/swin_s', 'swin_small', '1k', 0.2, 1e-4, None, (51.9, 70.7, 56.3, 45.0, 68.2, 48.8),
-                   107, 838),
-    BaselineResult('cascade/swin_b', 'swin_base', '1k', 0.3, 1e-4, None, (51.9, 70.5, 56.4, 45.0, 68.1, 48.9),
-                   145, 982),
-    BaselineResult('cascade/swin_b_in22k', 'swin_base', '22k', 0.3, 1e-4, 0.9, (53.0, 71.8, 57.5, 45.8, 69.4, 49.7),
-                   145, 982),
-    BaselineResult('cascade/swin_l_in22k', 'swin_large', '22k', 0.4, 1e-4, 0.9, (53.9, 72.4, 58.8, 46.7, 70.1, 50.8),
-                   None, 1382, precision='float32'),
-    BaselineResult('upernet/swin_t', 'swin_tiny', '1k', 0.3, 6e-5, None, (44.51, 45.8), 60, 945, (2048, 512),
-                   'float32'),
-    BaselineResult('upernet/swin_s', 'swin_small', '1k', 0.3, 6e-5, None, (47.64, 49.5), 81, 1038, (2048, 512),
-                   'float32'),
-    BaselineResult('upernet/swin_b', 'swin_base', '1k', 0.3, 6e-5, None, (48.13, 49.7), 121, 1188, (2048, 512),
-                   'float32'),
-    BaselineResult('upernet/swin_b_in22k', 'swin_base', '22k', 0.3, 6e-5, None, (None, 51.7), 121, 1841, (2560, 640),
-                   'float32'),
-    BaselineResult('upernet/swin_l_in22k', 'swin_large', '22k', 0.3, 6e-5, None, (None, 53.5), 234, 2468, (2560, 640),
-                   'float32'),
-)
+BASELINE_RESULTS = tuple(BaselineResult(*row) for row in (
+    ('mask_rcnn/swin_t', 'swin_tiny', '1k', 0.2, 1e-4, None, (46.0, 68.1, 50.3, 41.6, 65.1, 44.9), 48, 267),
+    ('cascade/resnet50', 'resnet50', '1k', 0, 1e-4, None, (46.3, 64.3, 50.5, 40.1, 61.7, 43.4), 82, 739),
+    ('cascade/resnext101_32x4d', 'resnext101_32x4d', '1k', 0, 1e-4, None,
+     (48.1, 66.5, 52.4, 41.6, 63.9, 45.2), 101, 819),
+    ('cascade/resnext101_64x4d', 'resnext101_64x4d', '1k', 0, 1e-4, None,
+     (48.3, 66.4, 52.3, 41.7, 64.0, 45.1), 140, 972),
+    ('cascade/swin_t', 'swin_tiny', '1k', 0.2, 1e-4, None, (50.4, 69.2, 54.7, 43.7, 66.6, 47.3), 86, 745),
+    ('cascade/swin_s', 'swin_small', '1k', 0.2, 1e-4, None, (51.9, 70.7, 56.3, 45.0, 68.2, 48.8), 107, 838),
+    ('cascade/swin_b', 'swin_base', '1k', 0.3, 1e-4, None, (51.9, 70.5, 56.4, 45.0, 68.1, 48.9), 145, 982),
+    ('cascade/swin_b_in22k', 'swin_base', '22k', 0.3, 1e-4, 0.9, (53.0, 71.8, 57.5, 45.8, 69.4, 49.7), 145, 982),
+    ('cascade/swin_l_in22k', 'swin_large', '22k', 0.4, 1e-4, 0.9,
+     (53.9, 72.4, 58.8, 46.7, 70.1, 50.8), None, 1382, (1280, 800), 'float32'),
+    ('upernet/swin_t', 'swin_tiny', '1k', 0.3, 6e-5, None, (44.51, 45.8), 60, 945, (2048, 512), 'float32'),
+    ('upernet/swin_s', 'swin_small', '1k', 0.3, 6e-5, None, (47.64, 49.5), 81, 1038, (2048, 512), 'float32'),
+    ('upernet/swin_b', 'swin_base', '1k', 0.3, 6e-5, None, (48.13, 49.7), 121, 1188, (2048, 512), 'float32'),
+    ('upernet/swin_b_in22k', 'swin_base', '22k', 0.3, 6e-5, None, (None, 51.7), 121, 1841, (2560, 640), 'float32'),
+    ('upernet/swin_l_in22k', 'swin_large', '22k', 0.3, 6e-5, None, (None, 53.5), 234, 2468, (2560, 640), 'float32'),
+))
 
 VMAMBA, CONVNEXT_V2, MMDET = "VMamba's table", "ConvNeXt V2's table", "mmdet's README"
 MASK2FORMER, DINOV3 = "Mask2Former's PR #34", "DINOv3's model card"
@@ -360,61 +350,48 @@ LATER_RESULTS = (
                 (2560, 640), 'float32', 64, 'convnext_base_22k_1k_384', MASK2FORMER),
     *(
         LaterResult(f'linear/dinov3_convnext_{letter}', DINOV3_SIZES[letter], 'DINOv3', 0.0, 1e-3, None, (miou, None),
-                    None, None, (2048, 512), 'float32',
-                    weights_name=f'hf-hub:timm/convnext_{DINOV3_SIZES[letter]}.dinov3_lvd1689m', source=DINOV3)
+                    size=(2048, 512), precision='float32', source=DINOV3)
         for letter, miou in dict(t=42.7, s=44.8, b=46.3, l=47.8).items()
     ),
 )
-# DINO-4scale as detrex trained it, and the same with layer decay and stochastic depth, which nobody has trained.
+# DINO-4scale as detrex trained it, and the same with layer decay and stochastic depth, which nobody has trained: end of
+# the recipe, arch, weights and their name, box AP of the first, drop path and decay rate of the second.
+DINO_ROWS = (
+    ('t', 'tiny', '1k', 'convnext_tiny_1k_224_ema', 51.4, 0.4, 0.7),
+    ('s', 'small', '1k', 'convnext_small_1k_224_ema', 52.0, 0.6, 0.7),
+    ('b', 'base', '1k', 'convnext_base_1k_384', 52.6, 0.7, 0.8),
+    ('l', 'large', '1k', 'convnext_large_1k_384', 53.4, 0.7, 0.7),
+    ('t_in22k', 'tiny', '22k', 'convnext_tiny_22k_1k_384', 52.4, 0.4, 0.7),
+    ('s_in22k', 'small', '22k', 'convnext_small_22k_1k_384', 54.2, 0.6, 0.7),
+    ('b_in22k', 'base', '22k', 'convnext_base_22k_1k_384', 55.1, 0.6, 0.8),
+    ('l_in22k', 'large', '22k', 'convnext_large_22k_1k_384', 55.5, 0.7, 0.7),
+)
 DINO = dict(precision='float32', source="detrex's README", epochs=None)
 NO_MORE, UNTRAINED = (None,) * 5, (None,) * 6
 DINO_RESULTS = (
-    DINOResult('dino/convnext_t', 'tiny', '1k', 0.0, 1e-4, None, (51.4, *NO_MORE), None, None,
-               weights_name='convnext_tiny_1k_224_ema', **DINO),
-    DINOResult('dino/convnext_s', 'small', '1k', 0.0, 1e-4, None, (52.0, *NO_MORE), None, None,
-               weights_name='convnext_small_1k_224_ema', **DINO),
-    DINOResult('dino/convnext_b', 'base', '1k', 0.0, 1e-4, None, (52.6, *NO_MORE), None, None,
-               weights_name='convnext_base_1k_384', **DINO),
-    DINOResult('dino/convnext_l', 'large', '1k', 0.0, 1e-4, None, (53.4, *NO_MORE), None, None,
-               weights_name='convnext_large_1k_384', **DINO),
-    DINOResult('dino/convnext_t_in22k', 'tiny', '22k', 0.0, 1e-4, None, (52.4, *NO_MORE), None, None,
-               weights_name='convnext_tiny_22k_1k_384', **DINO),
-    DINOResult('dino/convnext_s_in22k', 'small', '22k', 0.0, 1e-4, None, (54.2, *NO_MORE), None, None,
-               weights_name='convnext_small_22k_1k_384', **DINO),
-    DINOResult('dino/convnext_b_in22k', 'base', '22k', 0.0, 1e-4, None, (55.1, *NO_MORE), None, None,
-               weights_name='convnext_base_22k_1k_384', **DINO),
-    DINOResult('dino/convnext_l_in22k', 'large', '22k', 0.0, 1e-4, None, (55.5, *NO_MORE), None, None,
-               weights_name='convnext_large_22k_1k_384', **DINO),
-    DINOResult('dino/convnext_t_layer_decay', 'tiny', '1k', 0.4, 1e-4, 0.7, UNTRAINED, None, None,
-               weights_name='convnext_tiny_1k_224_ema', **DINO),
-    DINOResult('dino/convnext_s_layer_decay', 'small', '1k', 0.6, 1e-4, 0.7, UNTRAINED, None, None,
-               weights_name='convnext_small_1k_224_ema', **DINO),
-    DINOResult('dino/convnext_b_layer_decay', 'base', '1k', 0.7, 1e-4, 0.8, UNTRAINED, None, None,
-               weights_name='convnext_base_1k_384', **DINO),
-    DINOResult('dino/convnext_l_layer_decay', 'large', '1k', 0.7, 1e-4, 0.7, UNTRAINED, None, None,
-               weights_name='convnext_large_1k_384', **DINO),
-    DINOResult('dino/convnext_t_in22k_layer_decay', 'tiny', '22k', 0.4, 1e-4, 0.7, UNTRAINED, None, None,
-               weights_name='convnext_tiny_22k_1k_384', **DINO),
-    DINOResult('dino/convnext_s_in22k_layer_decay', 'small', '22k', 0.6, 1e-4, 0.7, UNTRAINED, None, None,
-               weights_name='convnext_small_22k_1k_384', **DINO),
-    DINOResult('dino/convnext_b_in22k_layer_decay', 'base', '22k', 0.6, 1e-4, 0.8, UNTRAINED, None, None,
-               weights_name='convnext_base_22k_1k_384', **DINO),
-    DINOResult('dino/convnext_l_in22k_layer_decay', 'large', '22k', 0.7, 1e-4, 0.7, UNTRAINED, None, None,
-               weights_name='convnext_large_22k_1k_384', **DINO),
+    *(
+        DINOResult(f'dino/convnext_{name}', arch, pretraining, 0.0, 1e-4, None, (box_ap, *NO_MORE),
+                   weights_name=weights, **DINO)
+        for name, arch, pretraining, weights, box_ap, _, _ in DINO_ROWS
+    ),
+    *(
+        DINOResult(f'dino/convnext_{name}_layer_decay', arch, pretraining, drop_path, 1e-4, decay_rate, UNTRAINED,
+                   weights_name=weights, **DINO)
+        for name, arch, pretraining, weights, _, drop_path, decay_rate in DINO_ROWS
+    ),
 )
 # Recipes whose combination of backbone, weights and head nobody published a result of.
 UNTRAINED_RESULTS = (
-    LaterResult('mask2former/convnext_b_in22k_coco', 'base', '22k', 0.6, 1e-4, 0.8, UNTRAINED, None, None,
-                precision='float32', weights_name='convnext_base_22k_1k_384', epochs=None),
+    LaterResult('mask2former/convnext_b_in22k_coco', 'base', '22k', 0.6, 1e-4, 0.8, UNTRAINED, precision='float32',
+                weights_name='convnext_base_22k_1k_384', epochs=None),
     *(
-        DINOResult(f'dino/dinov3_convnext_{letter}', arch, 'DINOv3', 0.0, 1e-4, None, UNTRAINED, None, None,
-                   precision='float32', weights_name=f'hf-hub:timm/convnext_{arch}.dinov3_lvd1689m', epochs=None)
+        DINOResult(f'dino/dinov3_convnext_{letter}', arch, 'DINOv3', 0.0, 1e-4, None, UNTRAINED, precision='float32',
+                   epochs=None)
         for letter, arch in DINOV3_SIZES.items()
     ),
     *(
         LaterResult(f'upernet/dinov3_convnext_{letter}', DINOV3_SIZES[letter], 'DINOv3', drop_path, 1e-4, 0.9,
-                    (None, None), None, None, (2048, 512),
-                    weights_name=f'hf-hub:timm/convnext_{DINOV3_SIZES[letter]}.dinov3_lvd1689m')
+                    (None, None), size=(2048, 512))
         for letter, drop_path in dict(t=0.4, s=0.3, b=0.4, l=0.4).items()
     ),
 )
