@@ -3,7 +3,7 @@
 import importlib
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -31,14 +31,22 @@ class Tracker(NamedTuple):
         modules: Modules that must be importable.
         package: Name of the package on PyPI that provides them.
         backend: mmengine's visualization backend.
-        settings: Function of the config of a run, and of whether it is resumed, that returns the arguments of the
-            backend; a `type` among them names a subclass to use instead.
     """
 
     modules: tuple[str, ...]
     package: str
     backend: str
-    settings: Callable[[Config, bool], dict]
+
+
+TRACKERS = {
+    'tensorboard': Tracker(('torch.utils.tensorboard',), 'tensorboard', 'TensorboardVisBackend'),
+    'wandb': Tracker(('wandb',), 'wandb', 'WandbVisBackend'),
+    'mlflow': Tracker(('mlflow',), 'mlflow', 'MLflowVisBackend'),
+    'clearml': Tracker(('clearml',), 'clearml', 'ClearMLVisBackend'),
+    'dvclive': Tracker(('pygit2', 'dvclive'), 'dvclive', 'DVCLiveVisBackend'),
+    'aim': Tracker(('aim',), 'aim', 'AimVisBackend'),
+    'neptune': Tracker(('neptune',), 'neptune', 'NeptuneVisBackend'),
+}
 
 
 @VISBACKENDS.register_module(name=['NoCodeWandbVisBackend', 'RunWandbVisBackend'])  # the second name is in old configs
@@ -86,7 +94,7 @@ def add_trackers(config: Config, names: Iterable[str], resumed: bool = False) ->
     for name in names:
         tracker = TRACKERS[name]
         if not any(is_type(backend['type'], VISBACKENDS, tracker.backend) for backend in backends):
-            backends.append({'type': tracker.backend, **tracker.settings(config, resumed)})
+            backends.append({'type': tracker.backend, **_backend_settings(config, resumed)[name]})
     config.visualizer.vis_backends = backends
 
 
@@ -113,23 +121,46 @@ def _wandb_errors(wandb: ModuleType) -> Iterator[None]:
         ) from error
 
 
-def _project(config: Config) -> str:
-    return '-'.join(recipe_id(config.filename))
-
-
-def _run_name(config: Config) -> str:
-    return Path(config.work_dir).name
-
-
-def _wandb_settings(config: Config, resumed: bool) -> dict:
-    init_kwargs = dict(name=_run_name(config), id=secrets.token_hex(4), resume='allow')
-    if resumed:
-        init_kwargs['id'] = _previous_run_id(Path(config.work_dir)) or init_kwargs['id']
-    if 'WANDB_PROJECT' not in os.environ:
-        init_kwargs['project'] = _project(config)
-    # W&B's own axis counts calls; mmengine logs the iteration of each call.
-    axis = [dict(name='iter'), dict(name='*', step_metric='iter')]
-    return dict(type='NoCodeWandbVisBackend', init_kwargs=init_kwargs, define_metric_cfg=axis)
+def _backend_settings(config: Config, resumed: bool) -> dict[str, dict]:
+    """Return the arguments of each tracker's backend; a `type` among them names a subclass to use instead."""
+    env, work_dir = os.environ, Path(config.work_dir)
+    run, project = work_dir.name, '-'.join(recipe_id(config.filename))
+    wandb_id = (_previous_run_id(work_dir) if resumed else None) or secrets.token_hex(4)
+    wandb_project = {} if 'WANDB_PROJECT' in env else dict(project=project)
+    # As in mmengine without arguments: offline, the data are kept in .neptune.
+    neptune_mode = {} if {'NEPTUNE_API_TOKEN', 'NEPTUNE_PROJECT'} <= set(env) else dict(mode='offline')
+    return {
+        'tensorboard': {},
+        'wandb': dict(
+            type='NoCodeWandbVisBackend',
+            init_kwargs=dict(name=run, id=wandb_id, resume='allow', **wandb_project),
+            # W&B's own axis counts calls; mmengine logs the iteration of each call.
+            define_metric_cfg=[dict(name='iter'), dict(name='*', step_metric='iter')],
+        ),
+        # mmengine ignores MLflow's own environment variables, and by default logs every setting and all files of the
+        # work dir, which MLflow 3 refuses; mlflow.db is MLflow's own default.
+        'mlflow': dict(
+            tracking_uri=env.get('MLFLOW_TRACKING_URI') or 'sqlite:///mlflow.db',
+            exp_name=env.get('MLFLOW_EXPERIMENT_NAME') or project,
+            run_name=run,
+            tracked_config_keys=[key for key in TRACKED_KEYS if key in config],
+            artifact_suffix=('.py',),
+        ),
+        # By default ClearML uploads checkpoints as they are written, and the changes of the git repository.
+        'clearml': dict(
+            init_kwargs=dict(
+                project_name=env.get('CLEARML_PROJECT') or project, task_name=run, auto_connect_frameworks=False
+            ),
+            artifact_suffix=('.py',),
+        ),
+        # By default DVCLive saves experiments as git references, and writes dvc.yaml into the current folder.
+        'dvclive': dict(
+            init_kwargs=dict(save_dvc_exp=False, dvcyaml=os.path.abspath(work_dir / 'dvc.yaml')),
+            artifact_suffix=('.py',),
+        ),
+        'aim': dict(init_kwargs=dict(experiment=project)),
+        'neptune': dict(init_kwargs=dict(name=run, tags=[project], source_files=[], **neptune_mode)),
+    }
 
 
 def _previous_run_id(work_dir: Path) -> str | None:
@@ -143,49 +174,3 @@ def _previous_run_id(work_dir: Path) -> str | None:
             if 'id' in (backend.get('init_kwargs') or {}):
                 return backend.init_kwargs.id
     return None
-
-
-def _mlflow_settings(config: Config, resumed: bool) -> dict:
-    # mmengine ignores MLflow's own environment variables, and by default logs every setting and all files of the work
-    # dir, which MLflow 3 refuses; mlflow.db is MLflow's own default.
-    return dict(
-        tracking_uri=os.environ.get('MLFLOW_TRACKING_URI') or 'sqlite:///mlflow.db',
-        exp_name=os.environ.get('MLFLOW_EXPERIMENT_NAME') or _project(config),
-        run_name=_run_name(config),
-        tracked_config_keys=[key for key in TRACKED_KEYS if key in config],
-        artifact_suffix=('.py',),
-    )
-
-
-def _clearml_settings(config: Config, resumed: bool) -> dict:
-    # By default ClearML uploads checkpoints as they are written, and the changes of the git repository.
-    init_kwargs = dict(project_name=os.environ.get('CLEARML_PROJECT') or _project(config))
-    init_kwargs |= dict(task_name=_run_name(config), auto_connect_frameworks=False)
-    return dict(init_kwargs=init_kwargs, artifact_suffix=('.py',))
-
-
-def _dvclive_settings(config: Config, resumed: bool) -> dict:
-    # By default DVCLive saves experiments as git references, and writes dvc.yaml into the current folder.
-    init_kwargs = dict(save_dvc_exp=False, dvcyaml=os.path.abspath(os.path.join(config.work_dir, 'dvc.yaml')))
-    return dict(init_kwargs=init_kwargs, artifact_suffix=('.py',))
-
-
-def _aim_settings(config: Config, resumed: bool) -> dict:
-    return dict(init_kwargs=dict(experiment=_project(config)))
-
-
-def _neptune_settings(config: Config, resumed: bool) -> dict:
-    # As in mmengine without arguments: offline, the data are kept in .neptune.
-    mode = {} if {'NEPTUNE_API_TOKEN', 'NEPTUNE_PROJECT'} <= set(os.environ) else dict(mode='offline')
-    return dict(init_kwargs=dict(name=_run_name(config), tags=[_project(config)], source_files=[], **mode))
-
-
-TRACKERS = {
-    'tensorboard': Tracker(('torch.utils.tensorboard',), 'tensorboard', 'TensorboardVisBackend', lambda *_: {}),
-    'wandb': Tracker(('wandb',), 'wandb', 'WandbVisBackend', _wandb_settings),
-    'mlflow': Tracker(('mlflow',), 'mlflow', 'MLflowVisBackend', _mlflow_settings),
-    'clearml': Tracker(('clearml',), 'clearml', 'ClearMLVisBackend', _clearml_settings),
-    'dvclive': Tracker(('pygit2', 'dvclive'), 'dvclive', 'DVCLiveVisBackend', _dvclive_settings),
-    'aim': Tracker(('aim',), 'aim', 'AimVisBackend', _aim_settings),
-    'neptune': Tracker(('neptune',), 'neptune', 'NeptuneVisBackend', _neptune_settings),
-}
