@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from mmengine.dist import get_world_size
+from mmengine.dist import broadcast_object_list, get_world_size
 from mmengine.runner import EpochBasedTrainLoop
 
 from ..mmengine_internals import accumulation_steps
@@ -18,24 +17,20 @@ OLD_NAMES |= dict(batches='iters_per_epoch', samples='num_images', order='order_
 
 
 @dataclass(frozen=True)
-class BatchPartition:
-    """How a run divides its data into batches, which gives its iteration counter a meaning.
+class BatchSizes:
+    """How many images a run takes at a time; checkpoints and `run.json` have these names.
 
     Attributes:
         world_size: Number of ranks.
         batch_size: Images per rank and iteration.
         accumulation_steps: Iterations per optimizer step.
         iters_per_epoch: Iterations per epoch.
-        num_images: Images in the data set.
-        order_digest: Digest of `samplers.order_digest`; '' if it is unknown.
     """
 
     world_size: int
     batch_size: int
     accumulation_steps: int
     iters_per_epoch: int
-    num_images: int
-    order_digest: str = ''
 
     @property
     def global_batch(self) -> int:
@@ -48,19 +43,36 @@ class BatchPartition:
         return self.global_batch * self.accumulation_steps
 
 
-def batch_partition(runner) -> BatchPartition:
-    """Return the batch partition of a runner that trains."""
+@dataclass(frozen=True)
+class BatchPartition(BatchSizes):
+    """How a run divides its data into batches, which gives its iteration counter a meaning.
+
+    Attributes:
+        num_images: Images in the data set.
+        order_digest: Digest of `samplers.order_digest`; '' if it is unknown.
+    """
+
+    num_images: int
+    order_digest: str = ''
+
+
+def batch_sizes(runner) -> dict[str, int]:
+    """Return the values of `BatchSizes` of a runner that trains, by name."""
     loader = runner.train_loop.dataloader
-    if not hasattr(runner, 'order_digest'):  # computed once per run, from the names of all images
-        runner.order_digest = order_digest(loader.dataset)
-    return BatchPartition(
+    return dict(
         world_size=get_world_size(),
         batch_size=getattr(loader.batch_sampler, 'batch_size', None) or loader.batch_size,
         accumulation_steps=accumulation_steps(runner.optim_wrapper),
         iters_per_epoch=len(loader),
-        num_images=count_images(loader.dataset),
-        order_digest=runner.order_digest,
     )
+
+
+def batch_partition(runner) -> BatchPartition:
+    """Return the batch partition of a runner that trains."""
+    dataset = runner.train_loop.dataloader.dataset
+    if not hasattr(runner, 'order_digest'):  # computed once per run, from the names of all images
+        runner.order_digest = order_digest(dataset)
+    return BatchPartition(**batch_sizes(runner), num_images=count_images(dataset), order_digest=runner.order_digest)
 
 
 def load_partition(meta: Mapping) -> BatchPartition | None:
@@ -91,8 +103,6 @@ def progress_of(runner) -> int:
 
 def broadcast_from_rank0(value, runner):
     """Return the value of rank 0, which may be any picklable object, on all ranks."""
-    if get_world_size() == 1:
-        return value
     box = [value]
-    torch.distributed.broadcast_object_list(box, 0, group=runner.cpu_group)
+    broadcast_object_list(box, group=runner.cpu_group)
     return box[0]

@@ -12,17 +12,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmengine.dist import get_world_size, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper, OptimWrapperDict
 from mmengine.runner import EpochBasedTrainLoop
 
 from ..errors import UsageError
-from ..mmengine_internals import accumulation_steps
 from .atomic_files import warn_on_disk_full, write_atomic
+from .progress import BatchSizes, batch_sizes
 
 RUN_INFO_FILE = 'run.json'  # name of the file in the log folder of a session
-POSITIVE = ('world_size', 'batch_size', 'accumulation_steps', 'iters_per_epoch')
+POSITIVE = tuple(field.name for field in dataclasses.fields(BatchSizes))
 VERSIONED_PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'convnext_dense')
 
 
@@ -48,19 +48,15 @@ class ParamGroup:
 
 
 @dataclass(frozen=True)
-class RunInfo:
+class RunInfo(BatchSizes):
     """The content of `run.json`; the keys of the file are the attributes.
 
     Attributes:
         config_file: Path of the session's config; None if it did not come from a file.
-        world_size: Number of processes.
-        batch_size: Images per GPU and iteration.
-        accumulation_steps: Iterations per optimizer step.
         precision: 'float32', 'float16' or 'bfloat16'.
         by_epoch: Whether the length of the run is counted in epochs.
         max_epochs: Length in epochs; None if it is counted in iterations.
         max_iters: Length in iterations.
-        iters_per_epoch: Batches per epoch and process.
         start_epoch: Finished epochs when the session started; 0 for a new run.
         start_iter: Finished iterations when the session started; 0 for a new run.
         param_groups: Parameter groups, by layer.
@@ -68,23 +64,14 @@ class RunInfo:
     """
 
     config_file: str | None
-    world_size: int
-    batch_size: int
-    accumulation_steps: int
     precision: str
     by_epoch: bool
     max_epochs: int | None
     max_iters: int
-    iters_per_epoch: int
     start_epoch: int
     start_iter: int
     param_groups: list[ParamGroup]
     versions: dict[str, str]
-
-    @property
-    def total_batch(self) -> int:
-        """Images per optimizer step."""
-        return self.world_size * self.batch_size * self.accumulation_steps
 
     @property
     def layer_lr_scales(self) -> dict[int, float]:
@@ -145,18 +132,14 @@ class RunInfoHook(Hook):
 def collect_run_info(runner) -> RunInfo:
     """Return the facts of a training session whose model, optimizer and loop are built."""
     loop = runner.train_loop
-    loader = loop.dataloader
     by_epoch = isinstance(loop, EpochBasedTrainLoop)
     return RunInfo(
+        **batch_sizes(runner),
         config_file=runner.cfg.filename,
-        world_size=get_world_size(),
-        batch_size=getattr(loader.batch_sampler, 'batch_size', None) or loader.batch_size,
-        accumulation_steps=accumulation_steps(runner.optim_wrapper),
         precision=_precision(runner.optim_wrapper),
         by_epoch=by_epoch,
         max_epochs=loop.max_epochs if by_epoch else None,
         max_iters=loop.max_iters,
-        iters_per_epoch=len(loader),
         start_epoch=runner.epoch,
         start_iter=runner.iter,
         param_groups=_param_groups(runner.optim_wrapper),

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 from mmengine.config import Config
 
 from ..config.recipe import accumulative_counts, counts_epochs
 from ..config.work_dir import read_log_text
+from ..engine.progress import BatchSizes
 from ..engine.run_info import RunInfo, read_run_info
 from ..errors import UsageError
 
@@ -30,21 +30,14 @@ EPOCH_LINE = re.compile(r'Epoch\(train\) *\[ *\d+\]\[ *\d+/(\d+)\]')  # Epoch(tr
 GPU_LINE = re.compile(r'GPU number: (\d+)')
 
 
-class LoggedFacts(NamedTuple):
-    """The facts of `RunInfo` that a text log and a config may contain, under the same names.
+@dataclass(frozen=True)
+class LoggedFacts(BatchSizes):
+    """The facts of `RunInfo` that a text log and a config may contain; unknown sizes are None, or 0 for `batch_size`.
 
     Attributes:
-        world_size: Number of processes; None if unknown.
-        batch_size: Images per GPU and iteration; 0 if unknown.
-        accumulation_steps: Iterations per optimizer step.
-        iters_per_epoch: Iterations per epoch; None if unknown.
         layer_lr_scales: Learning rate scale by layer id, in the order of the parameter groups; {} if unknown.
     """
 
-    world_size: int | None
-    batch_size: int
-    accumulation_steps: int
-    iters_per_epoch: int | None
     layer_lr_scales: dict[int, float]
 
 
