@@ -10,7 +10,7 @@ import signal
 import threading
 
 import torch
-from mmengine.dist import get_rank, get_world_size
+from mmengine.dist import all_gather_object, all_reduce, get_rank
 from mmengine.hooks import EMAHook, Hook
 
 from ..errors import RunInterrupted, TrainingError
@@ -130,7 +130,7 @@ class HealthCheckHook(Hook):
 
     def before_val_epoch(self, runner) -> None:
         """Determine the number of batches that all ranks have; some may have one more."""
-        self._common_batches = min(self._all_gather(len(runner.val_dataloader)))
+        self._common_batches = min(all_gather_object(len(runner.val_dataloader), self._group))
 
     def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         """Stop during an evaluation if the state of the run can be saved there or is saved already."""
@@ -183,22 +183,12 @@ class HealthCheckHook(Hook):
 
     def _all_reduce_sum(self, *numbers: int) -> list[int]:
         """Return the sum of each number over all ranks."""
-        if self._group is None:
-            return [int(number) for number in numbers]
         sums = torch.tensor([int(number) for number in numbers])
-        torch.distributed.all_reduce(sums, group=self._group)
+        all_reduce(sums, group=self._group)
         return sums.tolist()
 
-    def _all_gather(self, value) -> list:
-        """Return the values of all ranks, in rank order."""
-        if self._group is None:
-            return [value]
-        values = [None] * get_world_size()
-        torch.distributed.all_gather_object(values, value, group=self._group)
-        return values
-
     def _record_unreadable(self, runner) -> None:
-        for reasons in self._all_gather(self._new_unreadable):
+        for reasons in all_gather_object(self._new_unreadable, self._group):
             for path, reason in reasons.items():
                 if path not in self.unreadable:
                     self.unreadable[path] = reason
@@ -218,7 +208,7 @@ class HealthCheckHook(Hook):
         """Count skipped optimizer steps, which left the weights unchanged."""
         images = []
         if self._nonfinite:
-            images = [name for names in self._all_gather(self._nonfinite_images) for name in names]
+            images = [name for names in all_gather_object(self._nonfinite_images, self._group) for name in names]
             of_images = f' ({", ".join(images[:MAX_LISTED_IMAGES])})' if images else ''
             skipped = ': optimizer step skipped' if self._skipped_step else ''
             runner.logger.warning(f'Non-finite loss or gradient{of_images}{skipped}')
