@@ -10,7 +10,7 @@ MOVED = dict(
     commands='cli.prepare config.load config.preflight config.work_dir engine.build', complexity='paper.flops',
     config_types='type_names', data='datasets.custom datasets.request datasets.configure',
     detection='models.fp32_heads', dumped='config.literal', fast='ops.dispatch ops.avx512 ops.onednn',
-    fitting='config.batch_size config.schedule config.inputs config.launch',
+    fitting='config.batch_size config.schedule config.channels config.launch',
     guarding='engine.health_hook engine.failures', kinds='config.value_types', layer_decay='optim.layer_decay',
     options='config.options', plots='paper.curves', resuming='config.resume',
     running='engine.runner engine.loops engine.resume', runs='paper.work_dirs',

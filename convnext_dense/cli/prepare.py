@@ -15,10 +15,10 @@ from mmengine.runner import Runner
 from ..checkpoints.exported_files import ExportedFile, is_exported, read_exported
 from ..checkpoints.hub import download
 from ..config.batch_size import scale_batch, set_accumulation
+from ..config.channels import adapt_input_channels
 from ..config.class_balance import balance_classes
 from ..config.evaluation import multiscale_factors, set_multiscale, set_prediction_output, set_report, set_visualization
 from ..config.image_size import set_image_size
-from ..config.inputs import adapt_input_channels
 from ..config.launch import check_launcher, world_size_from_env
 from ..config.load import load_config
 from ..config.lr_finder import set_lr_find

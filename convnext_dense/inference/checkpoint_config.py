@@ -13,8 +13,8 @@ from mmengine.registry import DATASETS, init_default_scope
 from ..checkpoints.exported_files import ExportedFile, is_exported, read_exported
 from ..checkpoints.hub import WEIGHT_URLS, download
 from ..checkpoints.io import find_state_dicts, load_checkpoint
+from ..config.channels import adapt_input_channels
 from ..config.data_files import WEIGHT_KEYS, check_plain_strings
-from ..config.inputs import adapt_input_channels
 from ..config.literal import parse_config_literal
 from ..config.load import load_config
 from ..config.preflight import check_backbones, check_installed, check_levels

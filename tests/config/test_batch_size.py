@@ -13,8 +13,7 @@ from mmengine.runner import Runner
 
 from convnext_dense.channel_files import ChannelReader
 from convnext_dense.config.batch_size import check_accumulation_unchanged, choose_batch, scale_batch
-from convnext_dense.config.channels import set_channels
-from convnext_dense.config.inputs import adapt_input_channels
+from convnext_dense.config.channels import adapt_input_channels, set_channels
 from convnext_dense.config.launch import world_size_from_env
 from convnext_dense.config.literal import parse_config_literal
 from convnext_dense.config.schedule import scale_schedule

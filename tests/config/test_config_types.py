@@ -20,8 +20,8 @@ from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS, TRANSFORMS, init_default_scope
 
 from convnext_dense.config.batch_size import scale_batch
+from convnext_dense.config.channels import adapt_input_channels
 from convnext_dense.config.evaluation import set_prediction_output
-from convnext_dense.config.inputs import adapt_input_channels
 from convnext_dense.config.preflight import check_backbones
 from convnext_dense.config.recipe import training_precision
 from convnext_dense.config.training import set_checkpoint_retention, set_precision
