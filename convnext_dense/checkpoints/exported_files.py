@@ -86,10 +86,10 @@ def _read_onnx(path: str) -> tuple[str | None, tuple[str, ...]]:
                 elif number == GRAPH:
                     has_graph = True
                     outputs += [_first_text(f, a, b) for n, a, b in _iter_fields(f, start, end) if n == GRAPH_OUTPUT]
+        if not has_graph:
+            raise ValueError('no graph')
     except ValueError as error:  # UnicodeDecodeError is one
         raise UsageError(f'{path} is not an ONNX model, or is truncated: {AGAIN}') from error
-    if not has_graph:
-        raise UsageError(f'{path} is not an ONNX model, or is truncated: {AGAIN}')
     return metadata.get(KEY), tuple(outputs)
 
 
@@ -104,8 +104,7 @@ def _iter_fields(f: BinaryIO, start: int, end: int) -> Iterator[tuple[int, int, 
             _read_varint(f)
             value_end = f.tell()
         elif wire_type in (1, 2, 5):
-            length = {1: 8, 5: 4}.get(wire_type)
-            length = _read_varint(f) if length is None else length
+            length = {1: 8, 5: 4}.get(wire_type) or _read_varint(f)
             value_start = f.tell()
             value_end = value_start + length
         else:

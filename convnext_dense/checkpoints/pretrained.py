@@ -1,6 +1,7 @@
 """Load weights of any code base into the backbone: detect the naming scheme, rename, compare, report."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from .swin_naming import rename_swin
 
 PREFERRED_KEYS = ('', *STATE_DICT_KEYS)  # the first of these with a ConvNeXt is loaded, whatever else there is
 FINAL_NORM_POLICIES = ('drop', 'reuse')
+MAX_NAMES = 3  # names of each kind in a message
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -231,10 +233,8 @@ def plan_load(backbone: ConvNeXt, source: str | Path | Checkpoint, final_norm: s
         notes.append(f'the stem is adapted from 3 to {state[STEM].shape[1]} input channels')
     # A file contains either all output norms or none.
     kept_init = [] if has_output_norms else [n for n in state if OUTPUT_NORM_RE.fullmatch(n) and n not in weights]
-    problems = describe_mismatch(
-        {n: tuple(t.shape) for n, t in state.items() if n not in kept_init},
-        {n: tuple(t.shape) for n, t in weights.items()} | dict.fromkeys(checkpoint.parsed.unknown, ()),
-    )
+    expected_state = {n: t for n, t in state.items() if n not in kept_init}
+    problems = describe_mismatch(expected_state, weights, checkpoint.parsed.unknown)
     if problems:
         expected = arch_name(backbone.depths, backbone.channels, backbone.use_grn)
         raise UsageError(
@@ -306,11 +306,8 @@ def check_state_dict_matches(
     Raises:
         UsageError: If a name is missing or unknown, or a shape differs.
     """
-    expected, actual = (
-        {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(prefixes)}
-        for tensors in (model.state_dict(), weights)
-    )
-    problems = describe_mismatch(expected, actual)
+    state_dicts = model.state_dict(), weights
+    problems = describe_mismatch(*({n: t for n, t in s.items() if n.startswith(prefixes)} for s in state_dicts))
     if problems:
         raise UsageError(f'{file} does not fit the config: {problems}; give the config that it was trained with')
 
@@ -364,21 +361,20 @@ class PretrainedConvNeXt(StrictInitializer):
         return plan_load(module, self.checkpoint, self.final_norm)
 
 
-def describe_mismatch(expected: dict[str, tuple], actual: dict[str, tuple], max_names: int = 3) -> str:
-    """Describe briefly how names and shapes differ, with the most similar unknown name for each missing one.
-
-    Returns:
-        The description; '' if nothing differs.
-    """
-    reshaped = [f'{n} is {actual[n]}, not {expected[n]}' for n in expected if actual.get(n, expected[n]) != expected[n]]
+def describe_mismatch(
+    expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor], unknown: Sequence[str] = ()
+) -> str:
+    """Describe how names and shapes differ, with the most similar unknown name for each missing one; '' if none do."""
+    shared = {n: (tuple(actual[n].shape), tuple(tensor.shape)) for n, tensor in expected.items() if n in actual}
+    reshaped = [f'{n} is {shape}, not {wanted}' for n, (shape, wanted) in shared.items() if shape != wanted]
     missing = [n for n in expected if n not in actual]
-    unknown = [n for n in actual if n not in expected]
-    if len(missing) <= max_names:
+    unknown = [*(n for n in actual if n not in expected), *unknown]
+    if len(missing) <= MAX_NAMES:
         similar = {n: difflib.get_close_matches(n, unknown, 1, 0.8) for n in missing}
         missing = [f'{n} (did you mean {similar[n][0]}?)' if similar[n] else n for n in missing]
     problems = {'missing': missing, 'unknown': unknown, 'of another shape': reshaped}
     return '; '.join(
-        f'{len(names)} {problem} ({", ".join(names[:max_names])}{", ..." if len(names) > max_names else ""})'
+        f'{len(names)} {problem} ({", ".join(names[:MAX_NAMES])}{", ..." if len(names) > MAX_NAMES else ""})'
         for problem, names in problems.items()
         if names
     )

@@ -46,13 +46,10 @@ def plan_swin(backbone: nn.Module, source: str | Path) -> LoadPlan:
             unused.append(name)
         elif not short.endswith(BUFFER_NAMES):
             weights[short] = tensor
-    expected = {name: tuple(tensor.shape) for name, tensor in state.items() if not name.endswith(BUFFER_NAMES)}
+    expected = {name: tensor for name, tensor in state.items() if not name.endswith(BUFFER_NAMES)}
     has_output_norms = any(map(OUTPUT_NORM_RE.fullmatch, weights))
     kept_init = [] if has_output_norms else [name for name in expected if OUTPUT_NORM_RE.fullmatch(name)]
-    problems = describe_mismatch(
-        {name: shape for name, shape in expected.items() if name not in kept_init},
-        {name: tuple(tensor.shape) for name, tensor in weights.items()},
-    )
+    problems = describe_mismatch({name: t for name, t in expected.items() if name not in kept_init}, weights)
     if problems:
         raise UsageError(f'{file} does not fit the Swin of the config: {problems}')
     check_values(file, weights)

@@ -60,14 +60,10 @@ def _load_zip(file: Path, memory: mmap.mmap) -> object:
                 size = 'none' if entry is None else f'{entry.file_size} bytes'
                 raise UnsafeCheckpointError(f'its storage {key} should hold {numel} values and has {size}')
             if key not in storages:
-                if entry.compress_type == zipfile.ZIP_STORED:
-                    start = _data_offset(memory, entry)
-                    storages[key] = _load_storage(memory, start, entry.file_size, kind.dtype)
-                else:
-                    packed = bytearray(archive.read(entry))
-                    storages[key] = _load_storage(packed, 0, len(packed), kind.dtype)
-                if swap:
-                    _swap_bytes(storages[key], kind.dtype)
+                is_stored = entry.compress_type == zipfile.ZIP_STORED
+                content = memory if is_stored else bytearray(archive.read(entry))
+                start = _data_offset(memory, entry) if is_stored else 0
+                storages[key] = _load_storage(content, start, entry.file_size, kind.dtype, swap)
             return Storage(kind.dtype, storages[key])
 
         return Unpickler(io.BytesIO(_read_record(archive, memory, entries[f'{root}data.pkl'])), find_storage).load()
@@ -169,9 +165,7 @@ def _load_legacy(file: Path, memory: mmap.mmap) -> object:
         if numel != place.numel or kind.dtype != place.dtype:
             raise UnsafeCheckpointError(f'its storage {key} is described in two ways')
         if key not in storages:
-            storages[key] = _load_storage(memory, place.start, numel * size, kind.dtype)
-            if swap:
-                _swap_bytes(storages[key], kind.dtype)
+            storages[key] = _load_storage(memory, place.start, numel * size, kind.dtype, swap)
         if view is None:
             return Storage(kind.dtype, storages[key])
         _, view_start, length = view  # the part of it to which offsets of tensors refer
@@ -205,15 +199,17 @@ def _refuse_storage(*_) -> Storage:
     raise UnsafeCheckpointError('it has a storage where none is due')
 
 
-def _load_storage(memory: mmap.mmap | bytearray, start: int, size: int, dtype: torch.dtype) -> torch.UntypedStorage:
-    """Return `size` bytes from offset `start`: mapped if the values are aligned there, otherwise copied."""
+def _load_storage(
+    memory: mmap.mmap | bytearray, start: int, size: int, dtype: torch.dtype, swap: bool
+) -> torch.UntypedStorage:
+    """Return `size` bytes from offset `start`: mapped if the values are aligned there, otherwise copied.
+
+    The bytes of each value are reversed if `swap`, in a file from a machine with the other byte order.
+    """
     if not size:
         return torch.UntypedStorage(0)
     mapped = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=start)
-    return (mapped if start % dtype.itemsize == 0 else mapped.clone()).untyped_storage()
-
-
-def _swap_bytes(storage: torch.UntypedStorage, dtype: torch.dtype) -> None:
-    """Reverse the bytes of each value in a file from a machine with the other byte order."""
-    if dtype.itemsize > 1 and storage.nbytes():
+    storage = (mapped if start % dtype.itemsize == 0 else mapped.clone()).untyped_storage()
+    if swap and dtype.itemsize > 1:
         storage.byteswap(dtype)
+    return storage

@@ -260,15 +260,13 @@ def _method_name(owner: object, name: str) -> None:
 
 def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> torch.Tensor | None:
     """Build a tensor within its storage, as `torch._utils._rebuild_tensor_v2` does."""
-    return _in_storage(_expect(storage, Storage), storage.dtype, offset, size, stride, requires_grad, metadata)
+    dtype = _expect(storage, Storage).dtype
+    return _tensor_of_dtype(storage, offset, size, stride, requires_grad, hooks, dtype, metadata)
 
 
 def _tensor_of_dtype(storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None) -> torch.Tensor | None:
     """Build a tensor of a dtype without a storage class, as `torch._utils._rebuild_tensor_v3` does."""
-    return _in_storage(_expect(storage, Storage), dtype, offset, size, stride, requires_grad, metadata)
-
-
-def _in_storage(storage, dtype, offset, size, stride, requires_grad, metadata) -> torch.Tensor | None:
+    _expect(storage, Storage)
     numbers = [offset, *size, *stride]
     if metadata:
         raise UnsafeCheckpointError(
