@@ -52,6 +52,8 @@ class PaperResult:
         size: (width, height) at which `gflops` are counted.
         precision: 'float16' (mixed precision) or 'float32'.
         total_batch: Images per optimizer step.
+        weights_name: Name of the pretrained weights; by default the original ones of this size, or timm's copy of
+            DINOv3's.
     """
 
     recipe: str
@@ -66,6 +68,7 @@ class PaperResult:
     size: tuple[int, int] = (1280, 800)
     precision: str = 'float16'
     total_batch: int = TOTAL_BATCH
+    weights_name: str = ''
 
     @property
     def is_detection(self) -> bool:
@@ -90,7 +93,9 @@ class PaperResult:
     @property
     def weights(self) -> str:
         """Name of the pretrained weights of the backbone."""
-        return f'convnext_{self.arch}_{self.pretraining}_224'
+        if self.pretraining == 'DINOv3':
+            return f'hf-hub:timm/convnext_{self.arch}.dinov3_lvd1689m'
+        return self.weights_name or f'convnext_{self.arch}_{self.pretraining}_224'
 
     @property
     def released(self) -> str | None:
@@ -106,8 +111,8 @@ class PaperResult:
 
     @property
     def counted(self) -> frozenset[str]:
-        """The `paper.flops.OPTIONAL_PARTS` that `gflops` include."""
-        return frozenset({'SyncBN'})
+        """The `paper.flops.OPTIONAL_PARTS` that `gflops` include; else the default of `count_flops`."""
+        return frozenset({'SyncBN'} if self.gflops else {'SyncBN', 'attention'})
 
     @property
     def backbone_identity(self) -> dict[str, object]:
@@ -189,21 +194,12 @@ class LaterResult(PaperResult):
     """A result of ConvNeXt or ConvNeXt V2 that was published after the paper.
 
     Attributes:
-        weights_name: Name of the pretrained weights; by default the paper's of this size, or timm's copy of DINOv3's.
         source: Publication of the result; '' if it is unpublished.
         epochs: Length of a training on COCO; None for iteration-based trainings.
     """
 
-    weights_name: str = ''
     source: str = ''
     epochs: int | None = 36
-
-    @property
-    def weights(self) -> str:
-        """Name of the pretrained weights of the backbone."""
-        if self.pretraining == 'DINOv3':
-            return f'hf-hub:timm/convnext_{self.arch}.dinov3_lvd1689m'
-        return self.weights_name or super().weights
 
     @property
     def released(self) -> str | None:
@@ -211,19 +207,9 @@ class LaterResult(PaperResult):
         return None
 
     @property
-    def counted(self) -> frozenset[str]:
-        """The parts that `gflops` include; without published ones, the default of `count_flops`."""
-        return super().counted | ({'attention'} if self.gflops is None else set())
-
-    @property
-    def use_grn(self) -> bool:
-        """Whether the backbone is a ConvNeXt V2."""
-        return 'v2' in self.recipe
-
-    @property
     def backbone_identity(self) -> dict[str, object]:
         """The settings of the backbone and its training that identify the recipe of this result."""
-        settings = super().backbone_identity | {'model.backbone.use_grn': True if self.use_grn else None}
+        settings = super().backbone_identity | {'model.backbone.use_grn': True if 'v2' in self.recipe else None}
         if self.is_detection:
             settings |= {'total_batch': self.total_batch, 'train_cfg.max_epochs': self.epochs}
         if self.pretraining == 'DINOv3':
