@@ -63,7 +63,8 @@ def fit_schedule(
     check_value_types(config)
     options = options or {}
     fixed_length = fixed_length or is_explicit(options, 'train_cfg.max_epochs', 'train_cfg.max_iters')
-    warmups = {i: _duration(scheduler) for i, scheduler in enumerate(_schedulers(config)) if _is_warmup(scheduler)}
+    schedulers = as_list(config.get('param_scheduler'))
+    warmups = {i: _duration(scheduler) for i, scheduler in enumerate(schedulers) if _is_warmup(scheduler)}
     record = record or {}
     recipe_batch = record.get('recipe_batch') or _total_batch(config, world_size)
     changes, times = [], record.get('times', 1)
@@ -73,7 +74,9 @@ def fit_schedule(
     if counts_epochs(config):
         if not fixed_length and not record:
             times = max(1, math.ceil(MIN_STEPS * total_batch / (config.train_cfg.max_epochs * num_images)))
-        changes += _repeat_dataset(config, times)
+        if times > 1:
+            wrap_training_set(config, type='RepeatDataset', times=times)
+            changes.append(f'all images {times} times in each of {config.train_cfg.max_epochs} epochs')
     elif not fixed_length:
         changes += _fit_iterations(config, num_images, total_batch, options)
     steps = _count_steps(config, num_images * times, total_batch)
@@ -121,14 +124,6 @@ def _fit_batch(config: Config, num_images: int, old: int, options: Mapping[str, 
     return changes
 
 
-def _repeat_dataset(config: Config, times: int) -> list[str]:
-    """Repeat the training set several times per epoch."""
-    if times == 1:
-        return []
-    wrap_training_set(config, type='RepeatDataset', times=times)
-    return [f'all images {times} times in each of {config.train_cfg.max_epochs} epochs']
-
-
 def _fit_iterations(config: Config, num_images: int, total_batch: int, options: Mapping[str, object]) -> list[str]:
     """Limit an iteration-based training to `MAX_PASSES` over the images, but to no less than `MIN_STEPS`."""
     old, accumulation = int(config.train_cfg.max_iters), accumulative_counts(config)
@@ -138,10 +133,6 @@ def _fit_iterations(config: Config, num_images: int, total_batch: int, options: 
         return []
     scale_schedule(config, iters=iters, options=options)
     return [f'{iters:,} iterations instead of {old:,}']
-
-
-def _schedulers(config: Config) -> list[dict]:
-    return as_list(config.get('param_scheduler'))
 
 
 def _is_warmup(scheduler: Mapping) -> bool:
@@ -156,7 +147,7 @@ def _duration(scheduler: Mapping) -> int:
 
 def _fit_warmup(config: Config, steps: int, durations: Mapping[int, int], options: Mapping[str, object]) -> list[str]:
     """Keep the duration of warmups in the recipe (`durations`, by index), up to `MAX_WARMUP` of the training."""
-    changes, schedulers = [], _schedulers(config)
+    changes, schedulers = [], as_list(config.get('param_scheduler'))
     for i, old in durations.items():
         is_there = i < len(schedulers) and _is_warmup(schedulers[i])
         if not is_there or is_explicit(options, f'param_scheduler.{i}.end'):
