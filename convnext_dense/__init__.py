@@ -15,8 +15,7 @@ except ImportError as error:
 from . import _moved  # noqa: F401  (imports by old paths name the new one)
 from .checkpoints import PretrainedConvNeXt, load_backbone
 from .config.trackers import NoCodeWandbVisBackend, RunWandbVisBackend
-from .engine.mosaic_hook import MosaicOffHook
-from .engine.param_scheduler_hook import UpdateParamSchedulerHook
+from .engine.hooks import MosaicOffHook, UpdateParamSchedulerHook
 from .errors import UsageError
 from .models.convnext import ARCHS, ConvNeXt
 from .models.optimize import optimize, optimize_for_inference

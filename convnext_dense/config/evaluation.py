@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from mmengine.config import Config
 from mmengine.registry import HOOKS, METRICS, TRANSFORMS
 
-from ..engine import progress_bar  # noqa: F401  (registers ProgressBarHook)
 from ..errors import UsageError
 from ..models import multiscale_tta  # noqa: F401  (registers MultiScaleSegmentor)
 from ..type_names import is_type, short_name

@@ -12,7 +12,7 @@ from mmengine.runner import EpochBasedTrainLoop
 from ..errors import UsageError
 from ..mmengine_internals import accumulation_steps, checkpoint_to_load, is_resuming, update_val_interval
 from .atomic_files import warn_on_disk_full, write_atomic
-from .param_scheduler_hook import UpdateParamSchedulerHook
+from .hooks import UpdateParamSchedulerHook
 from .progress import BatchPartition, batch_partition, load_partition, progress_of
 
 OVERRIDE_KEY = 'override_resumed'  # config key: whether its settings replace those of the checkpoint

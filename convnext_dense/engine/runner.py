@@ -31,7 +31,7 @@ from .datasets import wrap_pipelines
 from .early_stopping_hook import ResumableEarlyStoppingHook
 from .failures import collect_rank_errors, diagnose
 from .health_hook import HealthActionHook, HealthCheckHook
-from .logger_hook import DiskFullTolerantLoggerHook
+from .hooks import DiskFullTolerantLoggerHook
 from .loops import LOOP_OVERRIDES, ResumableIterLoop
 from .resume import OVERRIDE_KEY, ResumeHook
 from .run_info import RunInfoHook

@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
 from convnext_dense.config.batch_size import scale_batch
-from convnext_dense.engine.param_scheduler_hook import UpdateParamSchedulerHook
+from convnext_dense.engine.hooks import UpdateParamSchedulerHook
 from convnext_dense.errors import UsageError
 from convnext_dense.models.convnext import ConvNeXt
 from convnext_dense.paper.curves import ema, format_progress, layer_lrs, plot, read_curves
