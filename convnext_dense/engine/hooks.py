@@ -66,7 +66,7 @@ class MosaicOffHook(Hook):
 
 @HOOKS.register_module()
 class ProgressBarHook(Hook):
-    """Shows the number of tested images over all ranks."""
+    """Shows the number of tested images over all ranks, in tests that take long per image."""
 
     def before_test(self, runner) -> None:
         """Show an empty bar."""
