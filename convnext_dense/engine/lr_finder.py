@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class LRFinderHook(Hook):
     priority = 'LOWEST'
 
     def __init__(self):
-        self.lrs, self.losses, self.smoothed, self._window, self._average = [], [], [], [], 0.0
+        self.lrs, self.losses, self.smoothed, self._window = [], [], [], []
 
     def before_train(self, runner) -> None:
         """Store the learning rates of the config."""
@@ -58,20 +59,35 @@ class LRFinderHook(Hook):
             return
         mean, self._window = sum(self._window) / len(self._window), []
         if math.isfinite(mean):
-            self._record(mean)
+            self.lrs.append(self._lr)
+            self.losses.append(mean)
+            self.smoothed = ema(self.losses, SMOOTHING)
         if not math.isfinite(mean) or len(self.lrs) == NUM_STEPS or self.smoothed[-1] > DIVERGED * min(self.smoothed):
             raise TrialEnd
-
-    def _record(self, loss: float) -> None:
-        self.lrs.append(self._lr)
-        self.losses.append(loss)
-        self._average = SMOOTHING * self._average + (1 - SMOOTHING) * loss
-        self.smoothed.append(self._average / (1 - SMOOTHING ** len(self.lrs)))
 
     def best_lr(self) -> float | None:
         """Return the learning rate with the lowest smoothed loss; None if the loss rises from the start."""
         best = min(range(len(self.lrs)), key=self.smoothed.__getitem__, default=0)
         return self.lrs[best] if best >= NUM_STEPS // 10 else None
+
+
+def ema(values: Sequence[float], factor: float) -> list[float]:
+    """Compute the bias-corrected exponential moving average (as in Adam).
+
+    Args:
+        values: Values in order; non-finite ones are kept and do not enter the average.
+        factor: Weight of the previous average, in [0, 1).
+
+    Returns:
+        The averages, one per value.
+    """
+    mean, weight, averages = 0.0, 0.0, []
+    for value in values:
+        if math.isfinite(value):
+            mean, weight = factor * mean + (1 - factor) * value, factor * weight + 1 - factor
+            value = mean / weight
+        averages.append(value)
+    return averages
 
 
 def find_lr(runner) -> None:

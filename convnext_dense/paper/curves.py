@@ -12,6 +12,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ..config.work_dir import TIMESTAMP_GLOB
+from ..engine.lr_finder import ema
 from ..errors import UsageError
 from ..type_names import TASKS
 from .results import MAIN_METRICS, to_paper_metrics
@@ -191,25 +192,6 @@ def _metrics(record: dict) -> dict[str, float]:
     return to_paper_metrics(record) or {
         key: value for key, value in record.items() if key not in NOT_METRICS and isinstance(value, (int, float))
     }
-
-
-def ema(values: Sequence[float], factor: float) -> list[float]:
-    """Compute the bias-corrected exponential moving average (as in Adam).
-
-    Args:
-        values: Values in order; non-finite ones are kept and do not enter the average.
-        factor: Weight of the previous average, in [0, 1).
-
-    Returns:
-        The averages, one per value.
-    """
-    mean, weight, averages = 0.0, 0.0, []
-    for value in values:
-        if math.isfinite(value):
-            mean, weight = factor * mean + (1 - factor) * value, factor * weight + 1 - factor
-            value = mean / weight
-        averages.append(value)
-    return averages
 
 
 def format_progress(run: TrainingRun) -> str:
