@@ -1,6 +1,7 @@
 """Download weights from the Hugging Face Hub with huggingface_hub, named like in timm: `hf-hub:owner/name`."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 from mmengine.logging import print_log
@@ -13,7 +14,6 @@ HF_SITE = 'https://huggingface.co'
 WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')
 NAME_RE = re.compile(r'[\w.-]+/[\w.-]+(?:@[\w./-]+)?')
 LICENSE_RE = re.compile(r'^license(_name|_link)?:[ \t]*(\S.*?)[ \t]*$', re.MULTILINE)
-_announced = set()  # models whose license this process has logged
 
 
 def is_hf_name(source: str) -> bool:
@@ -54,7 +54,7 @@ def download_from_hf(source: str) -> Path:
             if 'EntryNotFoundError' in names and 'LocalEntryNotFoundError' not in names and file != WEIGHT_FILES[-1]:
                 continue
             raise UsageError(f'{_describe(names, source, repo, error)}, or {by_hand}') from error
-        _announce_license(huggingface_hub, source, repo, revision)
+        _announce_license(source, repo, revision)
         return path
     raise AssertionError('the last file either returns or raises')
 
@@ -74,11 +74,11 @@ def _describe(names: set[str], source: str, repo: str, error: Exception) -> str:
     return f"cannot download '{source}' ({' '.join(str(error).split())[:200]}): try again"
 
 
-def _announce_license(huggingface_hub, source: str, repo: str, revision: str) -> None:
-    """Log the license in the README of the model."""
-    if (repo, revision) in _announced:
-        return
-    _announced.add((repo, revision))
+@cache
+def _announce_license(source: str, repo: str, revision: str) -> None:
+    """Log the license in the README of the model, once in this process."""
+    import huggingface_hub
+
     try:
         readme = Path(huggingface_hub.hf_hub_download(repo, 'README.md', revision=revision or None))
         terms = dict(LICENSE_RE.findall(readme.read_text(encoding='utf-8', errors='replace')))

@@ -64,7 +64,7 @@ def hugging_face(tmp_path, monkeypatch):
 
     module.hf_hub_download, module.requests = hf_hub_download, requests
     monkeypatch.setitem(sys.modules, 'huggingface_hub', module)
-    monkeypatch.setattr(hf_hub, '_announced', set())
+    hf_hub._announce_license.cache_clear()
     (tmp_path / 'hub/timm/convnext_tiny.dinov3_lvd1689m').mkdir(parents=True)
     return module
 
