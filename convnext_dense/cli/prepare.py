@@ -19,7 +19,7 @@ from ..config.channels import adapt_input_channels
 from ..config.class_balance import balance_classes
 from ..config.evaluation import multiscale_factors, set_multiscale, set_prediction_output, set_report, set_visualization
 from ..config.image_size import set_image_size
-from ..config.launch import check_launcher, world_size_from_env
+from ..config.launch import check_launcher, is_rank0, world_size_from_env
 from ..config.load import load_config
 from ..config.lr_finder import set_lr_find
 from ..config.mixed_images import set_copy_paste, set_mosaic
@@ -32,11 +32,12 @@ from ..config.trackers import add_trackers
 from ..config.training import set_checkpoint_retention, set_max_unreadable, set_precision
 from ..config.training_aids import freeze_backbone, scale_backbone_lr, set_early_stopping, set_ema, set_negatives
 from ..config.training_set import count_training_images
-from ..config.work_dir import default_work_dir, hold_work_dir
+from ..config.work_dir import default_work_dir
 from ..datasets.configure import check_classes
 from ..datasets.custom import DatasetRequest, apply_custom_data, parse_request
 from ..engine.build import compile_backbones, make_runner
 from ..engine.console import survive_closed_stdout
+from ..engine.work_dir_lock import lock_work_dir
 from ..errors import Notice, UsageError
 from ..inference.checkpoint_config import check_exported_fits, dataset_classes
 from ..inference.exported import ExportedModel
@@ -309,7 +310,9 @@ TRAIN_STEPS = (
     Step('data_files', lambda run, args: _check_data_files(run, ('train', 'val')), after=('config',)),
     Step('pretrained', lambda run, args: check_pretrained(run.config.model), after=('config',)),
     Step('resume', _find_checkpoint_to_resume, after=('config',)),
-    Step('lock', lambda run, args: hold_work_dir(run.config), after=('config', 'resume')),
+    Step(
+        'lock', lambda run, args: lock_work_dir(run.config.work_dir) if is_rank0() else None, after=('config', 'resume')
+    ),
     Step(
         'data',
         lambda run, args: apply_custom_data(run.config, run.request, ('train', 'val'), run.options, run.checkpoint),

@@ -1,23 +1,13 @@
-"""The work dir of a run: its name, its lock and its latest checkpoint."""
+"""The work dir of a run: its name and its latest checkpoint."""
 
 from pathlib import Path
-
-from mmengine.config import Config
 
 from ..checkpoints.io import load_checkpoint
 from ..engine.checkpoint_hook import LAST_CKPT_FILE
 from ..engine.progress import load_partition
-from ..engine.work_dir_lock import lock_work_dir
-from .launch import is_rank0
 from .recipe import recipe_id
 
 TIMESTAMP_GLOB = '[0-9]' * 8 + '_' + '[0-9]' * 6  # name of the log folder of a session
-
-
-def hold_work_dir(config: Config) -> None:
-    """Lock the work dir for this run; raise UsageError if another run uses it."""
-    if is_rank0():
-        lock_work_dir(config.work_dir)
 
 
 def find_resume_checkpoint(work_dir: Path) -> str | None:
