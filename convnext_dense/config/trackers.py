@@ -25,27 +25,25 @@ TRACKED_KEYS = ('model', 'optim_wrapper', 'param_scheduler', 'train_cfg', 'train
 
 
 class Tracker(NamedTuple):
-    """An experiment tracker.
+    """An experiment tracker, which has the name of its package on PyPI.
 
     Attributes:
         modules: Modules that must be importable.
-        package: Name of the package on PyPI that provides them.
         backend: mmengine's visualization backend.
     """
 
     modules: tuple[str, ...]
-    package: str
     backend: str
 
 
 TRACKERS = {
-    'tensorboard': Tracker(('torch.utils.tensorboard',), 'tensorboard', 'TensorboardVisBackend'),
-    'wandb': Tracker(('wandb',), 'wandb', 'WandbVisBackend'),
-    'mlflow': Tracker(('mlflow',), 'mlflow', 'MLflowVisBackend'),
-    'clearml': Tracker(('clearml',), 'clearml', 'ClearMLVisBackend'),
-    'dvclive': Tracker(('pygit2', 'dvclive'), 'dvclive', 'DVCLiveVisBackend'),
-    'aim': Tracker(('aim',), 'aim', 'AimVisBackend'),
-    'neptune': Tracker(('neptune',), 'neptune', 'NeptuneVisBackend'),
+    'tensorboard': Tracker(('torch.utils.tensorboard',), 'TensorboardVisBackend'),
+    'wandb': Tracker(('wandb',), 'WandbVisBackend'),
+    'mlflow': Tracker(('mlflow',), 'MLflowVisBackend'),
+    'clearml': Tracker(('clearml',), 'ClearMLVisBackend'),
+    'dvclive': Tracker(('pygit2', 'dvclive'), 'DVCLiveVisBackend'),
+    'aim': Tracker(('aim',), 'AimVisBackend'),
+    'neptune': Tracker(('neptune',), 'NeptuneVisBackend'),
 }
 
 
@@ -103,7 +101,7 @@ def _check_installed(name: str) -> None:
         try:
             imported = importlib.import_module(module)
         except ImportError as error:
-            raise UsageError(f'--loggers {name}: {error}: run pip install {TRACKERS[name].package}') from error
+            raise UsageError(f'--loggers {name}: {error}: run pip install {name}') from error
     if name == 'wandb' and os.environ.get('WANDB_MODE', 'online') == 'online':
         with _wandb_errors(imported):
             imported.login()
