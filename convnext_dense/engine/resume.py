@@ -19,17 +19,10 @@ OVERRIDE_KEY = 'override_resumed'  # config key: whether its settings replace th
 LAST_EVAL_FILE = 'last_evaluation'  # in the work dir: the progress of the run at the last finished evaluation
 
 
-def use_config_settings(optim_wrapper: OptimWrapper, checkpoint: dict) -> None:
-    """Replace the optimizer settings in a checkpoint by those of a newly built optimizer.
+def _use_config_settings(optim_wrapper: OptimWrapper, checkpoint: dict) -> None:
+    """Replace the optimizer settings in a checkpoint by those of a newly built optimizer, in place.
 
-    The schedules in it are dropped; `replay_schedules` advances those of the config.
-
-    Args:
-        optim_wrapper: Optimizer wrapper with the config's settings.
-        checkpoint: Checkpoint; it is changed in place.
-
-    Raises:
-        UsageError: If the parameter groups are not the same.
+    The schedules in it are dropped; `_replay_schedules` advances those of the config.
     """
     current, saved = optim_wrapper.state_dict(), checkpoint['optimizer']
     sizes = [[len(group['params']) for group in state.get('param_groups', ())] for state in (current, saved)]
@@ -42,7 +35,7 @@ def use_config_settings(optim_wrapper: OptimWrapper, checkpoint: dict) -> None:
     checkpoint.pop('param_schedulers', None)
 
 
-def replay_schedules(runner) -> None:
+def _replay_schedules(runner) -> None:
     """Step the parameter schedulers of a new runner until they match its progress."""
     by_step = any(isinstance(hook, UpdateParamSchedulerHook) for hook in runner.hooks)
     interval = accumulation_steps(runner.optim_wrapper) if by_step else 1
@@ -80,7 +73,7 @@ class ResumeHook(Hook):
         self._replays_schedules = bool(runner.cfg.get(OVERRIDE_KEY))
         if self._replays_schedules:
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-            use_config_settings(runner.optim_wrapper, checkpoint)
+            _use_config_settings(runner.optim_wrapper, checkpoint)
         by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
         meta, new = checkpoint.get('meta', {}), batch_partition(runner)
         old = load_partition(meta)
@@ -95,7 +88,7 @@ class ResumeHook(Hook):
         """Replay schedules and repeat an interrupted evaluation."""
         self.last_eval_file = Path(runner.work_dir, LAST_EVAL_FILE)
         if self._replays_schedules:
-            replay_schedules(runner)
+            _replay_schedules(runner)
         if is_resuming(runner) and runner.val_loop is not None and is_eval_due(runner.train_loop):
             evaluated = int(self.last_eval_file.read_text()) if self.last_eval_file.exists() else 0
             if evaluated < progress_of(runner):

@@ -69,7 +69,7 @@ class Session:
     @cached_property
     def records(self) -> list[dict[str, float]]:
         """The logged records in order, each with numbers by name; [] if nothing was logged yet."""
-        return list(read_records(self.log_dir / SCALARS_FILE, self.issues))
+        return list(_read_records(self.log_dir / SCALARS_FILE, self.issues))
 
     @property
     def by_epoch(self) -> bool:
@@ -93,16 +93,8 @@ class Session:
         return min(max(epochs, epoch - 1), epoch)
 
 
-def read_records(scalars: Path, issues: list[str]) -> Iterator[dict[str, float]]:
-    """Read mmengine's log of scalars, one JSON object per line.
-
-    Args:
-        scalars: Path of the file, which may be missing.
-        issues: List to which truncated lines and values that are not numbers are added.
-
-    Yields:
-        The numbers of a line, by name.
-    """
+def _read_records(scalars: Path, issues: list[str]) -> Iterator[dict[str, float]]:
+    """Yield the numbers of each line of mmengine's log of scalars, by name; what is none is added to `issues`."""
     for i, line in enumerate(read_log_text(scalars).splitlines(), 1):
         try:
             record = dict(json.loads(line))
