@@ -1,7 +1,5 @@
 """Learning rate range test: a short training with an exponentially rising learning rate."""
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -115,11 +113,8 @@ def _suggestion(hook: LRFinderHook) -> str:
 
 
 def _write_csv(hook: LRFinderHook, path: Path) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(['lr', 'loss', 'smoothed_loss'])
-    writer.writerows(zip(hook.lrs, hook.losses, hook.smoothed))
-    write_atomic(path, text.getvalue().encode())
+    rows = [('lr', 'loss', 'smoothed_loss'), *zip(hook.lrs, hook.losses, hook.smoothed)]
+    write_atomic(path, ''.join(f'{lr},{loss},{smoothed}\n' for lr, loss, smoothed in rows).encode())
 
 
 def _plot(hook: LRFinderHook, path: Path) -> None:
