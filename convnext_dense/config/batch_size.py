@@ -142,23 +142,21 @@ def _apply_accumulation(config: Config, n: int) -> None:
     hooks = config.default_hooks
     hooks['param_scheduler'] = dict(type='UpdateParamSchedulerHook')
     train_cfg, checkpoint = config.train_cfg, hooks.get('checkpoint') or {}
+    _fill_implicit_defaults(config)
+    counts = [(part, 'warmup_iters') for part in iter_dicts(config.model)]
     if 'max_iters' in train_cfg:
-        for key in ('max_iters', 'val_interval', 'val_begin'):
-            if key in train_cfg:
-                train_cfg[key] *= n
+        counts += [(train_cfg, key) for key in ('max_iters', 'val_interval', 'val_begin')]
         if train_cfg.get('dynamic_intervals'):
             train_cfg.dynamic_intervals = [(start * n, length * n) for start, length in train_cfg.dynamic_intervals]
+    if not checkpoint.get('by_epoch', True) and checkpoint.get('interval', -1) > 0:
+        counts.append((checkpoint, 'interval'))
     for hook in config.get('custom_hooks') or []:
         if is_type(hook.get('type'), HOOKS, 'EMAHook'):  # averages every `interval` iterations, from `begin_iter` on
-            hook['begin_iter'], hook['interval'] = n * hook.get('begin_iter', 0), n * hook.get('interval', 1)
-            if 'gamma' in hook:  # counted in iterations too
-                hook['gamma'] *= n
-    _fill_implicit_defaults(config)
-    for part in iter_dicts(config.model):
-        if part.get('warmup_iters'):
-            part['warmup_iters'] *= n
-    if not checkpoint.get('by_epoch', True) and checkpoint.get('interval', -1) > 0:
-        checkpoint.interval *= n
+            hook.setdefault('interval', 1)
+            counts += [(hook, key) for key in ('begin_iter', 'interval', 'gamma')]
+    for holder, key in counts:
+        if holder.get(key):
+            holder[key] *= n
 
 
 def _has_sync_bn(model: dict) -> bool:
