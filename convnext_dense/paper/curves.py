@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from itertools import accumulate, groupby
+from itertools import accumulate, cycle, groupby
 from pathlib import Path
 
 from mmengine.config import Config
@@ -37,6 +37,7 @@ class TrainingCurves:
             unknown.
         metrics: (x, metrics of an evaluation): the paper's in percent, others as logged.
         resume_points: Values of x at which later sessions resumed the training.
+        color: Color of the training among others.
     """
 
     run: TrainingRun
@@ -45,6 +46,7 @@ class TrainingCurves:
     lrs: list[tuple[float, dict[int | str, float]]] = field(default_factory=list)
     metrics: list[tuple[float, dict[str, float]]] = field(default_factory=list)
     resume_points: list[float] = field(default_factory=list)
+    color: str = COLORS[0]
 
     @property
     def panel_key(self) -> tuple[str, str]:
@@ -227,26 +229,27 @@ def plot(curves: Sequence[TrainingCurves], file: str | Path, smooth: float = 0.0
     file = Path(file) if Path(file).suffix else Path(f'{file}.png')
     if file.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
         raise UsageError(f"--out '{file}': give a name that ends with .png, .pdf or .svg")
-    colors = {id(c): COLORS[i % len(COLORS)] for i, c in enumerate(curves)}
+    for each, color in zip(curves, cycle(COLORS)):
+        each.color = color
     groups = [list(g) for _, g in groupby(sorted(curves, key=lambda c: c.panel_key), lambda c: c.panel_key)]
     n_rows = [math.ceil(len(_panel_names(group)) / 2) for group in groups]
     figure = Figure(figsize=(11, 0.6 + 3.4 * sum(n_rows)), dpi=130, layout='constrained')
     grid = figure.add_gridspec(sum(n_rows), 2)
     for group, row in zip(groups, accumulate([0, *n_rows])):
         title = '' if len(groups) == 1 else f'{group[0].panel_key[0]}: '.removeprefix(': ')
-        _draw_group(figure, grid, row, group, title, colors, smooth, single_run=len(curves) == 1)
+        _draw_group(figure, grid, row, group, title, smooth, single_run=len(curves) == 1)
     names = _names([c.run.work_dir for c in curves])
     if len(curves) == 1:
         figure.suptitle(f'{names[0]}: {format_progress(curves[0].run)}', fontsize=11)
     else:
-        lines = [figure.axes[0].plot([], [], color=colors[id(c)], label=name)[0] for c, name in zip(curves, names)]
+        lines = [figure.axes[0].plot([], [], color=c.color, label=name)[0] for c, name in zip(curves, names)]
         figure.legend(handles=lines, loc='outside upper center', ncols=min(len(lines), 4), frameon=False)
     figure.savefig(file)
     return file
 
 
 def _draw_group(
-    figure, grid, row: int, group: Sequence[TrainingCurves], title: str, colors: dict, smooth: float, single_run: bool
+    figure, grid, row: int, group: Sequence[TrainingCurves], title: str, smooth: float, single_run: bool
 ) -> None:
     """Draw the panels of runs with the same task and unit, two per row of the grid."""
     panels = _panel_names(group)
@@ -255,11 +258,11 @@ def _draw_group(
         axis = figure.add_subplot(grid[row + i // 2, slice(2) if full_width else i % 2])
         axis.set_title(f'{title}{name}', fontsize=11)
         if name == 'loss':
-            _draw_losses(axis, group, colors, smooth, single_run)
+            _draw_losses(axis, group, smooth, single_run)
         elif name == 'lr':
-            _draw_lrs(axis, group, colors, single_run)
+            _draw_lrs(axis, group, single_run)
         else:
-            _draw_metric(axis, group, colors, name)
+            _draw_metric(axis, group, name)
         _style_axis(axis, group)
 
 
@@ -283,13 +286,12 @@ def _plot_line(axis, xs: Sequence[float], values: Sequence[float], **style) -> N
     axis.plot(xs, values, **{'marker': 'o', 'ms': 4, 'markevery': single, **style})
 
 
-def _draw_losses(axis, group: Sequence[TrainingCurves], colors: dict, smooth: float, single_run: bool) -> None:
+def _draw_losses(axis, group: Sequence[TrainingCurves], smooth: float, single_run: bool) -> None:
     for curves in group:
-        color = colors[id(curves)]
         xs, values = _line(curves.losses, 'loss')
         if smooth:
-            _plot_line(axis, xs, values, color=color, lw=0.8, alpha=0.3)
-        _plot_line(axis, xs, ema(values, smooth), color=color, lw=1.8, label='total')
+            _plot_line(axis, xs, values, color=curves.color, lw=0.8, alpha=0.3)
+        _plot_line(axis, xs, ema(values, smooth), color=curves.color, lw=1.8, label='total')
     if single_run:
         names = dict.fromkeys(name for _, losses in curves.losses for name in losses if name != 'loss')
         for i, name in enumerate(names if len(names) > 1 else []):
@@ -301,21 +303,20 @@ def _draw_losses(axis, group: Sequence[TrainingCurves], colors: dict, smooth: fl
     axis.set_ylim(bottom=0)
 
 
-def _draw_lrs(axis, group: Sequence[TrainingCurves], colors: dict, single_run: bool) -> None:
+def _draw_lrs(axis, group: Sequence[TrainingCurves], single_run: bool) -> None:
     if single_run:
-        _draw_all_layers(axis, group[0], colors[id(group[0])])
+        _draw_all_layers(axis, group[0])
     else:
         for curves in group:
             layers = _layers(curves)
             for layer in dict.fromkeys([*layers[:1], *layers[-1:]]):
                 line_style = '-' if layer == layers[-1] else '--'
-                _plot_line(axis, *_line(curves.lrs, layer), color=colors[id(curves)], lw=1.4, ls=line_style)
+                _plot_line(axis, *_line(curves.lrs, layer), color=curves.color, lw=1.4, ls=line_style)
         axis.set_title(f'{axis.get_title()} of the heads, of the first layer dashed', fontsize=11)
-    highest = max((value for line in axis.lines for value in line.get_ydata() if value > 0), default=0)
-    if highest > 0:  # the start of a warmup and the end of a poly schedule would dominate the panel
-        lowest = min((v for line in axis.lines for v in line.get_ydata() if v > 0), default=highest)
+    positive = [value for line in axis.lines for value in line.get_ydata() if value > 0]
+    if positive:  # the start of a warmup and the end of a poly schedule would dominate the panel
         axis.set_yscale('log')
-        axis.set_ylim(max(lowest, 1e-4 * highest) / 1.5, highest * 1.5)
+        axis.set_ylim(max(min(positive), 1e-4 * max(positive)) / 1.5, max(positive) * 1.5)
 
 
 def _layers(curves: TrainingCurves) -> list[int | str]:
@@ -324,7 +325,7 @@ def _layers(curves: TrainingCurves) -> list[int | str]:
     return sorted(layers, key=lambda layer: layer if isinstance(layer, int) else -1)
 
 
-def _draw_all_layers(axis, curves: TrainingCurves, color: str) -> None:
+def _draw_all_layers(axis, curves: TrainingCurves) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm
@@ -332,7 +333,7 @@ def _draw_all_layers(axis, curves: TrainingCurves, color: str) -> None:
     layers = _layers(curves)
     shades = colormaps['viridis'].resampled(max(len(layers), 2))
     for i, layer in enumerate(layers):
-        style = dict(color=shades(i) if len(layers) > 1 else color, lw=1.4, label=layer)
+        style = dict(color=shades(i) if len(layers) > 1 else curves.color, lw=1.4, label=layer)
         _plot_line(axis, *_line(curves.lrs, layer), **style)
     if not all(isinstance(layer, int) for layer in layers):
         axis.legend(fontsize=8, frameon=False)
@@ -343,21 +344,20 @@ def _draw_all_layers(axis, curves: TrainingCurves, color: str) -> None:
         bar.set_label('layer id, the last: heads', fontsize=8)
 
 
-def _draw_metric(axis, group: Sequence[TrainingCurves], colors: dict, name: str) -> None:
+def _draw_metric(axis, group: Sequence[TrainingCurves], name: str) -> None:
     paper_values = {}
     for curves in group:
         xs, values = _line(curves.metrics, name)
         if all(map(math.isnan, values)):
             continue
-        color = colors[id(curves)]
         markers = dict(ms=3.5, markevery=1) if len(xs) < MAX_MARKERS else {}
-        _plot_line(axis, xs, values, color=color, lw=1.6, **markers)
+        _plot_line(axis, xs, values, color=curves.color, lw=1.6, **markers)
         best = max((i for i, value in enumerate(values) if not math.isnan(value)), key=values.__getitem__)
         text = f'{values[best]:.1f}' if name in MAIN_METRICS else f'{values[best]:.3g}'
-        _annotate(axis, text, (xs[best], values[best]), color, ha='right')
+        _annotate(axis, text, (xs[best], values[best]), curves.color, ha='right')
         paper = curves.run.paper_result
         if paper is not None and name in paper.metrics:
-            paper_values.setdefault(paper.metrics[name], color)
+            paper_values.setdefault(paper.metrics[name], curves.color)
     for i, (value, color) in enumerate(sorted(paper_values.items())):
         axis.axhline(value, color=color, lw=1, ls='--', alpha=0.7)
         _annotate(axis, f'paper {value}', (0.01 + 0.17 * i, value), color, xycoords=axis.get_yaxis_transform())
