@@ -93,12 +93,10 @@ def check_pretrained(model: dict) -> None:
 def check_data(config: Config, splits: tuple[str, ...]) -> None:
     """Raise UsageError for the first data folder or annotation file of some splits that does not exist."""
     for split in splits:
-        for dataset in iter_dicts(config.get(f'{split}_dataloader') or {}):
-            for path in _iter_data_paths(dataset):
-                _require_path(path, split)
-        for evaluator in iter_dicts(config.get(f'{split}_evaluator') or {}):
-            if evaluator.get('ann_file'):
-                _require_path(evaluator['ann_file'], split)
+        datasets, evaluators = (iter_dicts(config.get(f'{split}_{part}')) for part in ('dataloader', 'evaluator'))
+        paths = [path for dataset in datasets for path in _iter_data_paths(dataset)]
+        for path in [*paths, *(e['ann_file'] for e in evaluators if e.get('ann_file'))]:
+            _require_path(path, split)
 
 
 def build_backbones(model: dict) -> Iterator[ConvNeXt | SwinMixin]:
