@@ -1,4 +1,7 @@
-"""Fixtures of all tests: tools as a user starts them, the toy data set; and the markers `unit` and `integration`."""
+"""Fixtures of all tests: tools as a user starts them, the toy data set; and the markers `unit` and `integration`.
+
+This module imports neither torch nor the package: with pytest-xdist, the process that only starts the workers loads it.
+"""
 
 import gc
 import multiprocessing
@@ -9,9 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from convnext_dense.datasets import toy_shapes
 from helpers.gpu import hide_gpus
 from helpers.markers import is_integration
 from helpers.paths import ROOT
@@ -21,12 +22,14 @@ os.environ['TRITON_INTERPRET'] = '1'  # read when Triton is imported: its kernel
 hide_gpus()  # the same tests on every machine: only those in tests/gpu see its GPUs, in processes of their own
 # Tests run in parallel, one process per core: threads of each would only get in each other's way.
 os.environ['OMP_NUM_THREADS'] = '1'
-torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest itself deselects by `-m`
 def pytest_collection_modifyitems(items):
     """Give every test exactly one of the markers `unit` and `integration`; one that it has already stays."""
+    import torch
+
+    torch.set_num_threads(1)
     for item in items:
         if not any(item.iter_markers('unit')) and not any(item.iter_markers('integration')):
             item.add_marker('integration' if is_integration(item) else 'unit')
@@ -86,6 +89,8 @@ def start_tool(tool_context):
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
+    from convnext_dense.datasets import toy_shapes
+
     folder = tmp_path_factory.mktemp('data') / 'shapes'
     toy_shapes.write(folder, train=8, val=4, size=64)
     return str(folder)

@@ -5,8 +5,6 @@ import runpy
 import sys
 from pathlib import Path
 
-import torch
-
 from helpers.paths import ROOT
 
 # Options to read data in the tool's own process.
@@ -22,6 +20,8 @@ PRELOADED += ['mmseg.datasets', 'mmseg.evaluation', 'mmdet.visualization', 'mmse
 
 
 def _main(tool: str, args: list[str], out: str, err: str, env: dict[str, str], cwd: str | None) -> None:
+    import torch  # not with this module, which tests/conftest.py imports
+
     os.setsid()  # its own group, as a launcher's or a terminal's: signals to it reach its data workers too
     for path, stream in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
