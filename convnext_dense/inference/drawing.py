@@ -15,7 +15,6 @@ from ..channel_files import to_rgb
 from .colors import Color, class_colors, text_color
 from .cropped_mask import decode_window
 from .mask_writer import IGNORED
-from .merging import intersections
 
 MIN_SIDE, MAX_SIDE = 320, 4096  # range of the longer side in pixels, to which other images are resized
 SCORE_THR = 0.3  # default score threshold
@@ -205,7 +204,7 @@ def _draw_labels(picture: np.ndarray, texts: Sequence[str], boxes: np.ndarray, c
         places = np.array([_move_into(place, size, (width, height)) for place in _label_places(boxes[i], size)])
         other_boxes = np.delete(boxes, i, 0)
         # Hiding another label makes it unreadable; an object is only partly hidden.
-        hidden = [intersections(places, each).sum(1) for each in (label_boxes, other_boxes, boxes[i : i + 1])]
+        hidden = [_intersections(places, each).sum(1) for each in (label_boxes, other_boxes, boxes[i : i + 1])]
         costs = 10 * hidden[0] + hidden[1] + hidden[2]
         x, y = places[int(costs.argmin())][:2]
         label = Image.new('RGB', tuple(map(int, size)), colors[i])  # not the whole picture, which may have 50 MB
@@ -214,6 +213,12 @@ def _draw_labels(picture: np.ndarray, texts: Sequence[str], boxes: np.ndarray, c
         area[:] = np.asarray(label)[: area.shape[0], : area.shape[1], ::-1]
         label_boxes = np.vstack((label_boxes, [[x, y, x + size[0], y + size[1]]]))
     return picture
+
+
+def _intersections(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The intersection areas (N, M) of boxes (N, 4) and (M, 4)."""
+    low, high = np.maximum(a[:, None, :2], b[:, :2]), np.minimum(a[:, None, 2:], b[:, 2:])
+    return (high - low).clip(0).prod(2)
 
 
 def _label_places(box: np.ndarray, size: tuple[int, int]) -> Iterator[tuple[int, int]]:

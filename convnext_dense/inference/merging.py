@@ -1,8 +1,6 @@
 """Merge the detections of several views of an image, or of its tiles."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,51 +16,19 @@ CUT_MARGIN = 0.01  # fraction of a tile's side; a box this near to an edge of it
 MIN_CUT_MARGIN = 4  # pixels
 
 
-@dataclass
-class Detections:
-    """Detections in pixels of the image.
+def to_detections(instances: InstanceData, left: int = 0, top: int = 0) -> InstanceData:
+    """Return the detections in a part of an image in pixels of the image, on the CPU, with masks as `CroppedMask`.
 
-    Attributes:
-        boxes: (N, 4) xyxy in pixels, float32.
-        scores: (N,), float32.
-        labels: Class indices, (N,).
-        masks: N masks; None for a model without masks.
+    Args:
+        instances: mmdet's detections.
+        left: First column of the part.
+        top: First row of the part.
     """
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-    masks: list[CroppedMask] | None = None
-
-    @classmethod
-    def from_instances(cls, instances: InstanceData, left: int = 0, top: int = 0) -> 'Detections':
-        """Convert mmdet's detections in an image, or in a part of it whose upper left pixel is (left, top)."""
-        boxes = instances.bboxes.float().cpu().numpy().reshape(-1, 4) + np.float32([left, top, left, top])
-        masks = None
-        if 'masks' in instances:
-            masks = [CroppedMask.from_bitmap(np.asarray(mask.cpu()), left, top) for mask in instances.masks]
-        return cls(boxes, instances.scores.float().cpu().numpy(), instances.labels.cpu().numpy(), masks)
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def __getitem__(self, indices: np.ndarray) -> 'Detections':
-        masks = None if self.masks is None else [self.masks[i] for i in indices]
-        return Detections(self.boxes[indices], self.scores[indices], self.labels[indices], masks)
-
-    @staticmethod
-    def concatenate(parts: Sequence['Detections']) -> 'Detections':
-        """Concatenate at least one set of detections."""
-        masks = None if parts[0].masks is None else [mask for part in parts for mask in part.masks]
-        return Detections(
-            *(np.concatenate([getattr(p, n) for p in parts]) for n in ('boxes', 'scores', 'labels')), masks
-        )
-
-    def to_instances(self, masks: torch.Tensor | list[dict] | None) -> InstanceData:
-        """Convert to mmdet's InstanceData, with masks as a tensor (N, H, W) or as COCO RLEs."""
-        names = ('boxes', 'scores', 'labels')
-        boxes, scores, labels = (torch.from_numpy(np.ascontiguousarray(getattr(self, name))) for name in names)
-        return InstanceData(bboxes=boxes, scores=scores, labels=labels, **({} if masks is None else dict(masks=masks)))
+    boxes = instances.bboxes.float().cpu() + torch.tensor([left, top, left, top])
+    detections = InstanceData(bboxes=boxes, scores=instances.scores.float().cpu(), labels=instances.labels.cpu())
+    if 'masks' in instances:
+        detections.masks = [CroppedMask.from_bitmap(mask.cpu().numpy(), left, top) for mask in instances.masks]
+    return detections
 
 
 def merge_detections(
@@ -84,19 +50,18 @@ def merge_detections(
     first_sample, views, device = None, [], None
     for sample in samples:
         first_sample, device = first_sample or sample, sample.pred_instances.bboxes.device
-        views.append(Detections.from_instances(sample.pred_instances))
+        views.append(to_detections(sample.pred_instances))
         if sample is not first_sample:
             del sample.pred_instances
     size = first_sample.ori_shape[:2]
-    view_ids = np.repeat(np.arange(len(views)), [len(view) for view in views])
-    detections = Detections.concatenate(views)
+    view_ids = torch.repeat_interleave(torch.tensor([len(view) for view in views]))
+    detections = InstanceData.cat(views)
     keep = nms(detections, iou_thr)[:max_per_image]
-    merged, masks = detections[keep], None
-    if merged.masks is not None:
-        voted = [_vote(detections, view_ids, i, iou_thr) for i in keep]
-        bitmaps = [mask.bitmap((0, 0, size[1], size[0])).astype(bool) for mask in voted]
-        masks = torch.from_numpy(np.stack(bitmaps) if bitmaps else np.zeros((0, *size), bool)).to(device)
-    first_sample.pred_instances = merged.to_instances(masks).to(device)
+    merged = detections[keep]
+    if 'masks' in detections:
+        masks = [_vote(detections, view_ids, i, iou_thr).bitmap((0, 0, size[1], size[0])) for i in keep.tolist()]
+        merged.masks = torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *size), np.uint8)).bool()
+    first_sample.pred_instances = merged.to(device)
     return first_sample
 
 
@@ -107,71 +72,54 @@ def detector_limits(model) -> tuple[float, int | None]:
     return float((test_cfg.get('nms') or {}).get('iou_threshold', IOU_THR)), test_cfg.get('max_per_img')
 
 
-def nms(detections: Detections, iou_thr: float) -> np.ndarray:
+def nms(detections: InstanceData, iou_thr: float) -> torch.Tensor:
     """Return the indices (k,) that class-wise NMS keeps, by descending score."""
     from mmcv.ops import batched_nms
 
     if not len(detections):
-        return np.zeros(0, np.int64)
-    boxes, scores, labels = (torch.from_numpy(getattr(detections, n)) for n in ('boxes', 'scores', 'labels'))
-    return batched_nms(boxes, scores, labels, dict(type='nms', iou_threshold=iou_thr))[1].numpy()
+        return torch.zeros(0, dtype=torch.long)
+    config = dict(type='nms', iou_threshold=iou_thr)
+    return batched_nms(detections.bboxes, detections.scores, detections.labels, config)[1]
 
 
-def _vote(detections: Detections, view_ids: np.ndarray, index: int, iou_thr: float) -> CroppedMask:
+def _vote(detections: InstanceData, view_ids: torch.Tensor, index: int, iou_thr: float) -> CroppedMask:
     """Return the mask by a weighted majority vote of the views with a detection of the same object (the best each)."""
-    ious = box_ious(detections.boxes[index : index + 1], detections.boxes)[0]
+    ious = _overlaps(detections.bboxes[index : index + 1], detections.bboxes)[0]
     ious[detections.labels != detections.labels[index]] = 0
     ious[index] = 1
-    members = []
-    for view in np.unique(view_ids[ious >= iou_thr]):
-        in_view = np.flatnonzero(view_ids == view)
-        members.append(in_view[ious[in_view].argmax()])
-    weights = detections.scores[members]
+    views = view_ids[ious >= iou_thr].unique()
+    members = [torch.where(view_ids == view, ious, -1).argmax().item() for view in views]
+    weights = detections.scores[members].numpy()
     return combine([detections.masks[i] for i in members], weights, max(weights.sum() / 2, 1e-3))
 
 
-def box_ious(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the IoUs (N, M) of boxes (N, 4) and (M, 4) xyxy; 0 for empty boxes."""
-    inter = intersections(a, b)
-    union = box_areas(a)[:, None] + box_areas(b)[None] - inter
-    return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
+def _overlaps(a: torch.Tensor, b: torch.Tensor, mode: str = 'iou') -> torch.Tensor:
+    """Return IoUs (N, M) of boxes (N, 4) and (M, 4), or with 'iof' the fractions of the first that they cover."""
+    from mmdet.structures.bbox import bbox_overlaps
+
+    return bbox_overlaps(a, b, mode)
 
 
-def intersections(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the intersection areas (N, M) of boxes (N, 4) and (M, 4) xyxy."""
-    low = np.maximum(a[:, None, :2], b[None, :, :2])
-    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    return (high - low).clip(0).prod(2)
+def to_tile_detections(
+    instances: InstanceData, window: tuple[int, int, int, int], size: tuple[int, int]
+) -> InstanceData:
+    """Return the detections in a tile in pixels of the image, as `to_detections` does.
 
+    Args:
+        instances: mmdet's detections.
+        window: Left, top, right and bottom of the tile in the image, which the result has as `window`.
+        size: (H, W) of the image.
 
-def box_areas(boxes: np.ndarray) -> np.ndarray:
-    """Return the areas (N,) of boxes (N, 4) xyxy."""
-    return (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1)
-
-
-@dataclass
-class TileDetections:
-    """Detections of one tile.
-
-    Attributes:
-        window: Left, top, right and bottom of the tile in the image.
-        detections: Detections in pixels of the image.
-        is_cut: Whether a box touches an edge of the tile that is not an edge of the image, (N,).
+    Returns:
+        The detections, with `is_cut`: whether a box touches an edge of the tile that is not an edge of the image.
     """
-
-    window: tuple[int, int, int, int]
-    detections: Detections
-    is_cut: np.ndarray
-
-    @classmethod
-    def from_instances(
-        cls, instances: InstanceData, window: tuple[int, int, int, int], size: tuple[int, int]
-    ) -> 'TileDetections':
-        """Convert detections in pixels of the tile at `window` of an image of size (H, W)."""
-        detections = Detections.from_instances(instances, *window[:2])
-        ends = np.array([window[0] > 0, window[1] > 0, window[2] < size[1], window[3] < size[0]])
-        distance = np.abs(detections.boxes - np.float32(window))
-        return cls(window, detections, (ends & (distance <= cut_margin(window))).any(1))
+    left, top, right, bottom = window
+    detections = to_detections(instances, left, top)
+    ends = torch.tensor([left > 0, top > 0, right < size[1], bottom < size[0]])
+    distance = (detections.bboxes - torch.tensor(window)).abs()
+    detections.is_cut = (ends & (distance <= cut_margin(window))).any(1)
+    detections.set_metainfo(dict(window=window))
+    return detections
 
 
 def cut_margin(window: Sequence[int]) -> float:
@@ -179,7 +127,7 @@ def cut_margin(window: Sequence[int]) -> float:
     return max(MIN_CUT_MARGIN, CUT_MARGIN * max(window[2] - window[0], window[3] - window[1]))
 
 
-def merge_tiles(tiles: Sequence[TileDetections], iou_thr: float = IOU_THR) -> Detections:
+def merge_tiles(tiles: Sequence[InstanceData], iou_thr: float = IOU_THR) -> InstanceData:
     """Merge the detections of overlapping tiles, so that each object is detected once, and completely.
 
     Two detections of a class in different tiles are the same object if they agree where the tiles overlap. If a tile
@@ -187,124 +135,113 @@ def merge_tiles(tiles: Sequence[TileDetections], iou_thr: float = IOU_THR) -> De
     fragment that agrees with no other detection is dropped if it lies inside one. Class-wise NMS comes last.
 
     Args:
-        tiles: Detections of at least one tile.
+        tiles: Detections of at least one tile, from `to_tile_detections`.
         iou_thr: IoU from which two detections agree.
 
     Returns:
         The detections by descending score.
     """
-    starts = np.cumsum([0, *(len(tile.detections) for tile in tiles)])
-    detections = Detections.concatenate([tile.detections for tile in tiles])
-    is_cut = np.concatenate([tile.is_cut for tile in tiles])
-    groups = _Groups(len(detections))
-    for a, b in _neighbors(tiles):
-        for i, j in _matches(tiles[a], tiles[b], iou_thr):
-            groups.join(starts[a] + i, starts[b] + j)
-    members = groups.members()
-    merged = _merge_groups(detections, is_cut, members)
-    is_fragment = np.array([len(group) == 1 and is_cut[group[0]] for group in members], bool)
-    merged = merged[np.flatnonzero(~_is_covered(merged, is_fragment))]
-    return merged[nms(merged, iou_thr)]
+    starts = np.cumsum([0, *map(len, tiles)])
+    pairs = [
+        (starts[a] + i, starts[b] + j)
+        for a, b in _neighbors(tiles)
+        for i, j in _matches(tiles[a], tiles[b], iou_thr).items()
+    ]
+    detections = InstanceData.cat(tiles)
+    merged, parts = _merge_groups(detections, _connected(pairs, starts[-1]))
+    keep = torch.from_numpy(np.flatnonzero(~_is_covered(merged)))
+    keep = keep[nms(merged[keep], iou_thr)]
+    merged = merged[keep]
+    if 'masks' in detections:
+        masks = ([detections.masks[i] for i in parts[k]] for k in keep.tolist())
+        merged.masks = [unite(each) if len(each) > 1 else each[0] for each in masks]
+    return merged
 
 
-class _Groups:
-    """Disjoint sets of the indices 0 to n - 1 (union-find)."""
+def _connected(pairs: Sequence[tuple[int, int]], n: int) -> list[np.ndarray]:
+    """Return the sets of the indices 0 to n - 1 that pairs connect."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
 
-    def __init__(self, n: int):
-        self.parent = list(range(n))
-
-    def root(self, i: int) -> int:
-        while self.parent[i] != i:
-            self.parent[i] = self.parent[self.parent[i]]
-            i = self.parent[i]
-        return i
-
-    def join(self, i: int, j: int) -> None:
-        self.parent[self.root(j)] = self.root(i)
-
-    def members(self) -> list[list[int]]:
-        groups = defaultdict(list)
-        for i in range(len(self.parent)):
-            groups[self.root(i)].append(i)
-        return list(groups.values())
+    rows, columns = np.reshape(pairs, (-1, 2)).astype(int).T
+    graph = coo_matrix((np.ones(len(rows)), (rows, columns)), (n, n))
+    labels = connected_components(graph, directed=False)[1] if n else np.zeros(0, int)
+    return np.split(np.argsort(labels, kind='stable'), np.cumsum(np.bincount(labels))[:-1]) if n else []
 
 
-def _neighbors(tiles: Sequence[TileDetections]) -> Iterator[tuple[int, int]]:
+def _neighbors(tiles: Sequence[InstanceData]) -> Iterator[tuple[int, int]]:
     """Pairs of tiles that overlap or share an edge, and have detections."""
     windows = np.array([tile.window for tile in tiles])
     low = np.maximum(windows[:, None, :2], windows[None, :, :2])
     high = np.minimum(windows[:, None, 2:], windows[None, :, 2:])
     side = high - low
     touch = (side >= 0).all(2) & (side > 0).any(2)  # not at a corner alone
-    for a, b in zip(*np.nonzero(np.triu(touch, 1))):
-        if len(tiles[a].detections) and len(tiles[b].detections):
-            yield a, b
+    return ((a, b) for a, b in zip(*np.nonzero(np.triu(touch, 1))) if len(tiles[a]) and len(tiles[b]))
 
 
-def _matches(a: TileDetections, b: TileDetections, iou_thr: float) -> list[tuple[int, int]]:
-    """Return pairs of indices of detections in two tiles that are the same object; each has at most one partner."""
-    region = np.array([*np.maximum(a.window, b.window)[:2], *np.minimum(a.window, b.window)[2:]])
+def _matches(a: InstanceData, b: InstanceData, iou_thr: float) -> dict[int, int]:
+    """Return which detections of one tile are which of another; each has at most one partner."""
+    windows = torch.tensor([a.window, b.window])
+    region = torch.cat([windows[:, :2].amax(0), windows[:, 2:].amin(0)])
     margin = max(cut_margin(a.window), cut_margin(b.window))
-    parts = [_clip(tile.detections.boxes, region, margin) for tile in (a, b)]
-    agreement = box_ious(*parts)
-    both_whole = ~(a.is_cut[:, None] | b.is_cut[None])
-    agreement = np.where(both_whole, box_ious(a.detections.boxes, b.detections.boxes), agreement)
-    agreement[a.detections.labels[:, None] != b.detections.labels[None]] = 0
-    if a.detections.masks is not None:
-        for i, j in zip(*np.nonzero((agreement >= MIN_MASK_CHECK) & (agreement < iou_thr) & ~both_whole)):
-            masks = a.detections.masks[i], b.detections.masks[j]
-            agreement[i, j] = max(agreement[i, j], overlap(*masks, region))
-    rows, columns = np.nonzero(agreement >= iou_thr)
-    scores = a.detections.scores[rows] * b.detections.scores[columns]
-    pairs, used = [], (set(), set())
-    for k in np.argsort(-scores, kind='stable'):
-        i, j = int(rows[k]), int(columns[k])
-        if i not in used[0] and j not in used[1]:
-            pairs.append((i, j))
-            used[0].add(i)
-            used[1].add(j)
-    return pairs
+    agreement = _overlaps(_clip(a.bboxes, region, margin), _clip(b.bboxes, region, margin))
+    both_whole = ~(a.is_cut[:, None] | b.is_cut)
+    agreement = torch.where(both_whole, _overlaps(a.bboxes, b.bboxes), agreement)
+    agreement[a.labels[:, None] != b.labels] = 0
+    if 'masks' in a:
+        unclear = (agreement >= MIN_MASK_CHECK) & (agreement < iou_thr) & ~both_whole
+        for i, j in unclear.nonzero().tolist():
+            agreement[i, j] = max(agreement[i, j], overlap(a.masks[i], b.masks[j], region.tolist()))
+    pairs = (agreement >= iou_thr).nonzero()
+    scores = a.scores[pairs[:, 0]] * b.scores[pairs[:, 1]]
+    partners: dict[int, int] = {}
+    for i, j in pairs[scores.argsort(descending=True, stable=True)].tolist():
+        if i not in partners and j not in partners.values():
+            partners[i] = j
+    return partners
 
 
-def _clip(boxes: np.ndarray, region: np.ndarray, margin: float) -> np.ndarray:
+def _clip(boxes: torch.Tensor, region: torch.Tensor, margin: float) -> torch.Tensor:
     """Clip boxes (N, 4) to the overlap of two tiles.
 
     If the overlap is hardly wider than a line, boxes near it are only compared along the line.
     """
-    low, high = np.maximum(boxes[:, :2], region[:2]), np.minimum(boxes[:, 2:], region[2:])
+    low, high = torch.maximum(boxes[:, :2], region[:2]), torch.minimum(boxes[:, 2:], region[2:])
     for axis in range(2):
         start, end = region[axis], region[axis + 2]
         if end - start < 2 * margin:
             is_near = (boxes[:, axis] <= end + margin) & (boxes[:, axis + 2] >= start - margin)
-            low[:, axis], high[:, axis] = 0, is_near
-    return np.concatenate([low, high], 1)
+            low[:, axis], high[:, axis] = 0, is_near.float()
+    return torch.cat([low, high], 1)
 
 
-def _merge_groups(detections: Detections, is_cut: np.ndarray, groups: Sequence[Sequence[int]]) -> Detections:
-    """Merge each group into one detection: the best complete one, or the union of all parts, with the highest score."""
-    best = np.zeros(len(groups), np.int64)
-    boxes, masks = np.zeros((len(groups), 4), np.float32), []
-    scores = np.zeros(len(groups), np.float32)
-    for g, group in enumerate(groups):
-        scores[g] = detections.scores[group].max()
-        chosen = [i for i in group if not is_cut[i]] or list(group)
-        if not is_cut[chosen[0]]:
-            chosen = [max(chosen, key=lambda i: detections.scores[i])]
-        best[g] = chosen[0]
-        boxes[g, :2], boxes[g, 2:] = detections.boxes[chosen, :2].min(0), detections.boxes[chosen, 2:].max(0)
-        if detections.masks is not None:
-            parts = [detections.masks[i] for i in chosen]
-            masks.append(unite(parts) if len(parts) > 1 else parts[0])
-    return Detections(boxes, scores, detections.labels[best], None if detections.masks is None else masks)
+def _merge_groups(detections: InstanceData, groups: Sequence[np.ndarray]) -> tuple[InstanceData, Sequence[np.ndarray]]:
+    """Merge each group into one detection: the best complete one, or the union of all parts, with the highest score.
+
+    Returns:
+        The detections, without masks, and with `is_fragment`: whether one is a part that no other tile completes; and
+        the indices of the detections that each is the union of.
+    """
+    boxes, scores, is_cut = (detections[name].numpy() for name in ('bboxes', 'scores', 'is_cut'))
+    parts = []
+    for group in groups:
+        whole = group[~is_cut[group]]
+        parts.append(whole[[scores[whole].argmax()]] if len(whole) else group)
+    merged = InstanceData(
+        bboxes=torch.tensor([[*boxes[i, :2].min(0), *boxes[i, 2:].max(0)] for i in parts]).reshape(-1, 4),
+        scores=torch.tensor([scores[group].max() for group in groups]),
+        labels=detections.labels[[i[0] for i in parts]],
+        is_fragment=torch.tensor([len(group) == 1 and is_cut[group[0]] for group in groups], dtype=torch.bool),
+    )
+    return merged, parts
 
 
-def _is_covered(detections: Detections, is_fragment: np.ndarray) -> np.ndarray:
+def _is_covered(detections: InstanceData) -> np.ndarray:
     """Whether a fragment lies inside a larger detection of its class, (N,) of bool."""
-    covered = np.zeros(len(detections), bool)
-    areas = box_areas(detections.boxes)
-    for i in np.flatnonzero(is_fragment):
-        larger = (detections.labels == detections.labels[i]) & (areas > areas[i])
-        larger &= detections.scores >= MIN_COVER_SCORE * detections.scores[i]
-        inter = intersections(detections.boxes[i : i + 1], detections.boxes[larger])[0]
-        covered[i] = bool((inter >= FRAGMENT_THR * max(areas[i], 1e-6)).any())
+    boxes, scores, labels = (detections[name].numpy() for name in ('bboxes', 'scores', 'labels'))
+    covered, areas = np.zeros(len(boxes), bool), (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    for i in np.flatnonzero(detections.is_fragment):
+        is_larger = (labels == labels[i]) & (areas > areas[i]) & (scores >= MIN_COVER_SCORE * scores[i])
+        covers = _overlaps(detections.bboxes[i : i + 1], detections.bboxes[is_larger], 'iof')
+        covered[i] = (covers >= FRAGMENT_THR).any()
     return covered

@@ -10,7 +10,7 @@ import torch
 from mmengine.structures import BaseDataElement, PixelData
 
 from ..datasets.tiles import tile_starts
-from .merging import TileDetections, detector_limits, merge_tiles
+from .merging import detector_limits, merge_tiles, to_tile_detections
 from .options import PredictOptions
 from .row_reader import RowReader, open_rows
 
@@ -88,13 +88,14 @@ def _detect(predictor, reader: RowReader, options: PredictOptions) -> BaseDataEl
     from mmdet.structures import DetDataSample
 
     tiles = [
-        TileDetections.from_instances(sample.pred_instances, window, reader.size)
+        to_tile_detections(sample.pred_instances, window, reader.size)
         for window, sample in _iter_tiles(predictor, reader, options)
     ]
     merged = merge_tiles(tiles, detector_limits(predictor.model)[0])
-    masks = None if merged.masks is None else [mask.in_image(reader.size) for mask in merged.masks]
+    if 'masks' in merged:
+        merged.masks = [mask.in_image(reader.size) for mask in merged.masks]
     sample = DetDataSample(metainfo=dict(img_id=0, ori_shape=reader.size, img_shape=reader.size))
-    sample.pred_instances = merged.to_instances(masks)
+    sample.pred_instances = merged
     return sample
 
 
@@ -172,31 +173,22 @@ class _Carry:
     """Logits by tile column that wait for the tiles below: in memory up to a limit, then in a temporary file."""
 
     def __init__(self, limit: int = MAX_CARRY_BYTES):
-        self.limit, self.used, self.file = limit, 0, None
-        self.in_memory: dict[int, torch.Tensor] = {}
-        self.in_file: dict[int, tuple[int, torch.Size]] = {}
+        self.file = tempfile.SpooledTemporaryFile(limit)  # noqa: SIM115
         self.slots: dict[int, tuple[int, int]] = {}
+        self.shapes: dict[int, torch.Size] = {}
 
     def put(self, key: int, logits: torch.Tensor) -> None:
         n_bytes = logits.numel() * 4
-        if self.used + n_bytes <= self.limit:
-            self.in_memory[key] = logits.cpu().clone()
-            self.used += n_bytes
-            return
-        self.file = self.file or tempfile.TemporaryFile()  # noqa: SIM115
         place, size = self.slots.get(key, (0, 0))
         if n_bytes > size:
-            place = self.file.seek(0, 2)
+            self.file.seek(0, 2)
+            place = self.file.tell()
             self.slots[key] = (place, n_bytes)
         self.file.seek(place)
-        self.file.write(logits.cpu().contiguous().numpy().tobytes())
-        self.in_file[key] = (place, logits.shape)
+        self.file.write(logits.cpu().contiguous().numpy())
+        self.shapes[key] = logits.shape
 
     def pop(self, key: int) -> torch.Tensor:
-        if key in self.in_memory:
-            logits = self.in_memory.pop(key)
-            self.used -= logits.numel() * 4
-            return logits
-        place, shape = self.in_file.pop(key)
-        self.file.seek(place)
+        shape = self.shapes.pop(key)
+        self.file.seek(self.slots[key][0])
         return torch.frombuffer(bytearray(self.file.read(shape.numel() * 4)), dtype=torch.float32).reshape(shape)

@@ -9,7 +9,7 @@ from mmengine.structures import InstanceData
 from pycocotools import mask as coco_mask
 
 from convnext_dense.inference.cropped_mask import CroppedMask, combine, overlap, unite
-from convnext_dense.inference.merging import Detections, TileDetections, merge_detections, merge_tiles
+from convnext_dense.inference.merging import merge_detections, merge_tiles, to_tile_detections
 
 SIZE = (60, 100)
 
@@ -127,14 +127,14 @@ def make_tile(window, *rows, size=SIZE, masks=True):
         (c, s, [max(b[0], x1) - x1, max(b[1], y1) - y1, min(b[2], x2) - x1, min(b[3], y2) - y1]) for c, s, b in rows
     ]
     instances = make_sample(*local, size=(y2 - y1, x2 - x1), masks=masks).pred_instances
-    return TileDetections.from_instances(instances, window, size)
+    return to_tile_detections(instances, window, size)
 
 
 LEFT, RIGHT = (0, 0, 60, 60), (40, 0, 100, 60)
 
 
 def merge_to_rows(*tiles):
-    return to_rows(merge_tiles(tiles).to_instances(None))
+    return to_rows(merge_tiles(tiles))
 
 
 @pytest.mark.parametrize('masks', [True, False])
@@ -157,7 +157,7 @@ def test_object_cut_by_both_tiles_is_united(masks, gap):
     left, right = (LEFT, RIGHT) if gap else ((0, 0, 50, 60), (50, 0, 100, 60))
     box = [10, 20, 90, 40]
     merged = merge_tiles([make_tile(left, (0, 0.6, box), masks=masks), make_tile(right, (0, 0.8, box), masks=masks)])
-    assert to_rows(merged.to_instances(None)) == [(0, 0.8, box)]
+    assert to_rows(merged) == [(0, 0.8, box)]
     if masks:
         assert (coco_mask.decode(merged.masks[0].in_image(SIZE)) == box_mask(box)).all()
 
@@ -215,7 +215,7 @@ def test_diagonal_object_is_united_by_mask_overlap():
         box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
         instances = make_sample((0, 0.9, box), size=part.shape).pred_instances
         instances.masks = torch.from_numpy(part.copy())[None]
-        tiles.append(TileDetections.from_instances(instances, window, size))
+        tiles.append(to_tile_detections(instances, window, size))
     merged = merge_tiles(tiles)
     assert len(merged) == 1 and (coco_mask.decode(merged.masks[0].in_image(size)) == band).all()
 
@@ -225,4 +225,3 @@ def test_object_larger_than_any_tile_and_no_objects():
     box = [2, 3, 98, 57]
     assert merge_to_rows(*[make_tile(window, (0, 0.9, box)) for window in windows]) == [(0, 0.9, box)]
     assert merge_to_rows(*[make_tile(window) for window in windows]) == []
-    assert len(Detections.concatenate([make_tile(window).detections for window in windows])) == 0
