@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -72,19 +72,25 @@ class Difference:
     pixels: float | None = None
     logits: float | None = None
 
+    def known(self) -> dict[str, object]:
+        """Return what is not None, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
     def __str__(self) -> str:
         n, height, width = self.images
-        parts = [f'{n} x {height} x {width}:']
-        if self.detections is not None:
-            parts.append(f'{self.detections} detections, {self.unmatched} without a partner')
-            parts.append(f'boxes {self.box:.1e} px, scores {self.score:.1e}')
-        if self.mask_iou is not None:
-            parts.append(f'masks IoU {self.mask_iou:.5f}')
-        if self.pixels is not None:
-            parts.append(f'{self.pixels:.4%} of the pixels equal')
-        if self.logits is not None:
-            parts.append(f'logits {self.logits:.1e} of the largest')
-        return parts[0] + ' ' + ', '.join(parts[1:])
+        texts = [text.format(value) for name, value in self.known().items() if (text := TEXTS.get(name))]
+        return f'{n} x {height} x {width}: {", ".join(texts)}'
+
+
+TEXTS = dict(
+    detections='{} detections',
+    unmatched='{} without a partner',
+    box='boxes {:.1e} px',
+    score='scores {:.1e}',
+    mask_iou='masks IoU {:.5f}',
+    pixels='{:.4%} of the pixels equal',
+    logits='logits {:.1e} of the largest',
+)
 
 
 def check_file(path: Path, predictor: Predictor, options: ExportOptions) -> list[Difference]:
@@ -131,8 +137,7 @@ def compare_file(
 
 def write_differences(differences: list[Difference], path: Path) -> None:
     """Write the differences as JSON."""
-    rows = [{key: value for key, value in asdict(d).items() if value is not None} for d in differences]
-    path.write_text(json.dumps(rows, indent=1) + '\n')
+    path.write_text(json.dumps([difference.known() for difference in differences], indent=1) + '\n')
 
 
 def _default_batches(predictor: Predictor, options: ExportOptions) -> Iterator[np.ndarray]:
