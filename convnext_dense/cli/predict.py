@@ -17,14 +17,14 @@ from ..inference import video
 from ..inference.batch_prediction import RunReport, predict_files
 from ..inference.checkpoint_config import ModelSource, find_model
 from ..inference.coco_writer import FORMATS
+from ..inference.drawing import SCORE_THR
 from ..inference.exported import check_exported_options
-from ..inference.inputs import InputFile, Inputs, find_inputs
+from ..inference.inputs import Inputs, find_inputs
 from ..inference.mask_writer import check_num_classes
 from ..inference.model import AMP_DTYPES, Predictor, build_predictor, check_device, source_device
 from ..inference.options import PredictOptions, class_indices
 from ..inference.output import OutputFolder, open_folder
 from ..inference.preprocessing import split_test_pipeline
-from ..inference.progress import Progress
 from ..inference.sessions import session_class
 from ..inference.views import check_scales
 from .arguments import ArgumentParser
@@ -117,16 +117,19 @@ def predict(args: argparse.Namespace) -> int:
         source.classes,
         source.palette,
         args.format,
-        not args.no_pictures,
-        args.show,
-        args.score_thr,
-        f'predictions of {os.path.basename(source.file)}',
+        pictures=not args.no_pictures,
+        show=args.show,
+        score_thr=SCORE_THR if args.score_thr is None else args.score_thr,
+        description=f'predictions of {os.path.basename(source.file)}',
+        color_type=split_test_pipeline(source.config)[0],
     )
     todo = Inputs(
         [file for file in inputs.images if not output.is_done(file)],
         [file for file in inputs.videos if not video.is_done(file, output)],
     )
-    _report_resumed(inputs, todo)
+    total, num_left = len(inputs.images + inputs.videos), len(todo.images + todo.videos)
+    if num_left < total:
+        print(f'{total - num_left:,} of {total:,} were predicted by an earlier run', file=sys.stderr)
     report = RunReport()
     if todo.images or todo.videos:
         predictor = build_predictor(source, device, args.amp_dtype)
@@ -170,12 +173,6 @@ def _settings(source: ModelSource, options: PredictOptions, args: argparse.Names
     }
 
 
-def _report_resumed(inputs: Inputs, todo: Inputs) -> None:
-    total, num_left = len(inputs.images + inputs.videos), len(todo.images + todo.videos)
-    if num_left < total:
-        print(f'{total - num_left:,} of {total:,} were predicted by an earlier run', file=sys.stderr)
-
-
 def _run(
     predictor: Predictor,
     inputs: Inputs,
@@ -189,26 +186,16 @@ def _run(
             output.number(inputs.images)
             report.add(predict_files(predictor, inputs.images, options, output, show))
         for file in inputs.videos:
-            report.add(_predict_video(predictor, file, options, output, show))
+            try:
+                report.add(video.predict_video(predictor, file, options, output, show))
+            except UnreadableImageError as error:
+                print(printable(f'skipped {file.path}: {error}'), file=sys.stderr)
+                report.num_skipped += 1
     except KeyboardInterrupt:
         raise RunInterrupted(
             f'interrupted; what is complete is in {output.path}: continue with --resume', signal.SIGINT
         ) from None
     return report
-
-
-def _predict_video(
-    predictor: Predictor,
-    file: InputFile,
-    options: PredictOptions,
-    output: OutputFolder,
-    show: Callable[[np.ndarray], None] | None,
-) -> RunReport:
-    try:
-        return video.predict_video(predictor, file, options, output, show)
-    except UnreadableImageError as error:
-        Progress(0).print(printable(f'skipped {file.path}: {error}'))
-        return RunReport(num_skipped=1)
 
 
 def _summary(report: RunReport, task: str) -> str:

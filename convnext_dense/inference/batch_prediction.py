@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
@@ -22,7 +22,6 @@ from .model import Predictor
 from .options import PredictOptions
 from .output import OutputFolder, Written
 from .progress import Progress
-from .reduced import read_reduced
 from .row_reader import whole_image_note
 
 T, R = TypeVar('T'), TypeVar('R')
@@ -33,14 +32,15 @@ class LoadedInput(NamedTuple):
     """An image that was loaded for the model.
 
     Attributes:
-        pixels (np.ndarray | None): The image (H, W, C); None if the model reads it in tiles.
-        prepared (dict | None): Result of the test pipeline; None if several views are predicted.
+        pixels (np.ndarray | None): The image (H, W, C) to be drawn on; None if it is read in tiles.
+        model_input (dict | np.ndarray | str): Result of the test pipeline; for tiles and several views, the pixels or
+            the path of the file.
         note (str): Note on the image for the user; '' for none.
     """
 
     pixels: np.ndarray | None
-    prepared: dict | None
-    note: str
+    model_input: dict | np.ndarray | str
+    note: str = ''
 
 
 @dataclass
@@ -59,28 +59,12 @@ class RunReport:
     num_skipped: int = 0
     num_detections: int = 0
     model_seconds: float = 0.0
-    seconds: float = field(default=0.0)
+    seconds: float = 0.0
 
     def add(self, report: 'RunReport') -> None:
         """Add the numbers of another report."""
         for name, value in vars(report).items():
             setattr(self, name, getattr(self, name) + value)
-
-
-def make_recorder(
-    output, report: RunReport, progress: Progress, show: Callable[[np.ndarray], None] | None
-) -> Callable[[object, Written], None]:
-    """Return a function that records a written result in `output`, counts it and shows its picture."""
-
-    def record(key: object, written: Written) -> None:
-        output.record(key, written)
-        report.num_done += 1
-        report.num_detections += len(written.annotations)
-        progress.update()
-        if show and written.picture is not None:
-            show(written.picture)
-
-    return record
 
 
 def predict_files(
@@ -105,30 +89,105 @@ def predict_files(
     Returns:
         A summary of the run.
     """
-    report, progress, start = RunReport(), Progress(len(files)), time.monotonic()
-    n_readers = 1 if predictor.device.type == 'cpu' else min(n_threads(), 8)
 
-    record = make_recorder(output, report, progress, show)
-    with _single_threaded_opencv(), pool(n_readers) as readers, pool(2) as writers:
-        writing = OrderedWriting(writers, record)
-        loads = prefetch(readers, lambda file: _load(predictor, file, options), files, options.batch_size + n_readers)
-        while batch := list(islice(loads, options.batch_size)):
-            images = []
-            for file, future in batch:
-                try:
-                    loaded = future.result()
-                except UnreadableImageError as error:
-                    _skip(file, error, report, progress)
-                    continue
-                if loaded.note:
-                    progress.print(f'{file.path}: {loaded.note}')
-                images.append((file, loaded))
-            for file, pixels, sample in _predict(predictor, images, options, report, progress):
-                writing.submit(file, _write, predictor, output, file, pixels, sample)
-        writing.finish()
-    progress.close()
-    report.seconds = time.monotonic() - start
-    return report
+    def load(file: InputFile) -> LoadedInput:
+        if options.tile:
+            return LoadedInput(None, file.path, whole_image_note(file.path))
+        image = read_image(file.path, predictor.color_type)
+        return LoadedInput(image.pixels, prepare_input(predictor, image.pixels, options), image.note)
+
+    n_readers = 1 if predictor.device.type == 'cpu' else min(n_threads(), 8)
+    with _single_threaded_opencv():
+        return PredictionRun(predictor, options, output, Progress(len(files)), show).run(files, load, n_readers, 2)
+
+
+def prepare_input(predictor: Predictor, pixels: np.ndarray, options: PredictOptions) -> dict | np.ndarray:
+    """Return what the model takes for an image: the result of the test pipeline, or the pixels for several views."""
+    return pixels if options.tile or options.multiscale else predictor.prepare(pixels)
+
+
+class PredictionRun:
+    """Predicts images, or the frames of a video, while the next ones are read and the last ones are written.
+
+    Args:
+        predictor: The model.
+        options: Options of the prediction.
+        output: What writes results (`write`, in threads) and then records them (`record`, in order, in this thread).
+        progress: Progress bar.
+        show: Function that is called with each picture, in this thread.
+    """
+
+    def __init__(self, predictor: Predictor, options: PredictOptions, output, progress: Progress, show=None):
+        self.predictor, self.options, self.output, self.progress = predictor, options, output, progress
+        self.show, self.report = show, RunReport()
+
+    def run(
+        self,
+        files: Iterable[InputFile],
+        load: Callable[[InputFile], LoadedInput | None],
+        n_readers: int = 1,
+        n_writers: int = 1,
+    ) -> RunReport:
+        """Load files in threads until there are no more, or `load` returns None; predict them and write the results."""
+        start, batch_size = time.monotonic(), self.options.batch_size
+        with pool(n_readers) as readers, pool(n_writers) as writers:
+            writing = OrderedWriting(writers, self._record)
+            loads = self._iter_loaded(prefetch(readers, load, files, batch_size + n_readers))
+            while batch := list(islice(loads, batch_size)):
+                for file, pixels, sample in self._predict(batch):
+                    writing.submit(file, self.output.write, file, pixels, sample)
+            writing.finish()
+        self.progress.close()
+        self.report.seconds = time.monotonic() - start
+        return self.report
+
+    def skip(self, file: InputFile, error: UnreadableImageError) -> None:
+        """Report an image that cannot be read."""
+        self.report.num_skipped += 1
+        self.progress.print(f'skipped {file.path}: {error}')
+        self.progress.update()
+
+    def _iter_loaded(self, loads: Iterator[tuple[InputFile, Future]]) -> Iterator[tuple[InputFile, LoadedInput]]:
+        for file, future in loads:
+            try:
+                loaded = future.result()
+            except UnreadableImageError as error:
+                self.skip(file, error)
+                continue
+            if loaded is None:
+                return
+            if loaded.note:
+                self.progress.print(f'{file.path}: {loaded.note}')
+            yield file, loaded
+
+    def _predict(self, batch: Sequence[tuple[InputFile, LoadedInput]]) -> Iterator[tuple]:
+        """Iterate over files, pixels and samples, without those that turn out to be unreadable."""
+        if isinstance(batch[0][1].model_input, dict):
+            samples = self._timed(self.predictor.predict_prepared, [loaded.model_input for _, loaded in batch])
+            yield from ((file, loaded.pixels, sample) for (file, loaded), sample in zip(batch, samples))
+            return
+        for file, loaded in batch:
+            try:
+                (sample,) = self._timed(self.predictor.predict_arrays, [loaded.model_input])
+            except UnreadableImageError as error:
+                self.skip(file, error)
+                continue
+            yield file, loaded.pixels, sample
+
+    def _timed(self, function: Callable, images: list) -> list[BaseDataElement]:
+        start = time.monotonic()
+        with explain_out_of_memory(self.options):
+            samples = function(images, **vars(self.options))
+        self.report.model_seconds += time.monotonic() - start
+        return samples
+
+    def _record(self, file: InputFile, written: Written) -> None:
+        self.output.record(file, written)
+        self.report.num_done += 1
+        self.report.num_detections += len(written.annotations)
+        self.progress.update()
+        if self.show and written.picture is not None:
+            self.show(written.picture)
 
 
 class OrderedWriting:
@@ -180,60 +239,6 @@ def explain_out_of_memory(options: PredictOptions) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         fix = f'a --batch-size below {options.batch_size}' if options.batch_size > 1 else '--tile, or --device cpu'
         raise TrainingError(f'the GPU has too little memory for this: give {fix}') from error
-
-
-def _load(predictor: Predictor, file: InputFile, options: PredictOptions) -> LoadedInput:
-    if options.tile:
-        return LoadedInput(None, None, whole_image_note(file.path))
-    image = read_image(file.path, predictor.color_type)
-    prepared = None if options.multiscale else predictor.prepare(image.pixels)
-    return LoadedInput(image.pixels, prepared, image.note)
-
-
-def _predict(
-    predictor: Predictor,
-    images: Sequence[tuple[InputFile, LoadedInput]],
-    options: PredictOptions,
-    report: RunReport,
-    progress: Progress,
-) -> Iterator[tuple[InputFile, np.ndarray | None, BaseDataElement]]:
-    """Predict loaded images; those that turn out to be unreadable are skipped."""
-    if images and images[0][1].prepared is not None:
-        samples = _timed(report, options, predictor.predict_prepared, [loaded.prepared for _, loaded in images])
-        for (file, loaded), sample in zip(images, samples):
-            yield file, loaded.pixels, sample
-        return
-    for file, loaded in images:
-        try:
-            image = file.path if options.tile else loaded.pixels
-            (sample,) = _timed(report, options, predictor.predict_arrays, [image])
-        except UnreadableImageError as error:
-            _skip(file, error, report, progress)
-            continue
-        yield file, loaded.pixels, sample
-
-
-def _timed(report: RunReport, options: PredictOptions, function: Callable, images: list) -> list[BaseDataElement]:
-    start = time.monotonic()
-    with explain_out_of_memory(options):
-        samples = function(images, **vars(options))
-    report.model_seconds += time.monotonic() - start
-    return samples
-
-
-def _write(
-    predictor: Predictor, output: OutputFolder, file: InputFile, pixels: np.ndarray | None, sample: BaseDataElement
-) -> Written:
-    size = None
-    if pixels is None and output.draws:
-        pixels, size = read_reduced(file.path, predictor.color_type)
-    return output.write(file, pixels, sample, size)
-
-
-def _skip(file: InputFile, error: Exception, report: RunReport, progress: Progress) -> None:
-    report.num_skipped += 1
-    progress.print(f'skipped {file.path}: {error}')
-    progress.update()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +15,10 @@ from ..errors import UsageError
 from .coco_writer import CocoWriter
 from .colors import Color
 from .drawing import SCORE_THR, draw
+from .images import ColorType
 from .inputs import InputFile
 from .mask_writer import encode_mask, mask_colors, write_class_list
+from .reduced import read_reduced
 
 SETTINGS_FILE = 'predict.json'
 JPEG_QUALITY = 90
@@ -35,10 +38,11 @@ class Written(NamedTuple):
     picture: np.ndarray | None
 
 
+@dataclass
 class OutputFolder:
     """Folder with predictions: `predictions.json`, or `masks/` and `classes.txt`; `pictures/`, `videos/`.
 
-    Args:
+    Attributes:
         path: Path of the folder.
         task: 'detection' or 'segmentation'.
         classes: Names of the classes.
@@ -46,34 +50,28 @@ class OutputFolder:
         format: Format of the JSON file: 'coco' or 'results'.
         pictures: Whether to write pictures.
         show: Whether to return pictures to be shown.
-        score_thr: Score threshold for pictures; None for the default.
+        score_thr: Score threshold for pictures.
         description: Description of the data set in the JSON file.
+        color_type: How images are read for pictures, as for `read_image`.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        task: str,
-        classes: Sequence[str],
-        palette: Sequence[Color] = (),
-        format: str = 'coco',
-        pictures: bool = True,
-        show: bool = False,
-        score_thr: float | None = None,
-        description: str = '',
-    ):
-        self.path, self.task, self.classes, self.palette = path, task, tuple(classes), palette
-        self.format, self.pictures, self.show, self.description = format, pictures, show, description
-        self.score_thr = SCORE_THR if score_thr is None else score_thr
-        self.colors = mask_colors(classes, palette)
-        self.coco = CocoWriter(path, classes, format=format, description=description) if task == 'detection' else None
-        if task == 'segmentation':
-            write_class_list(path / 'classes.txt', classes)
+    path: Path
+    task: str
+    classes: Sequence[str]
+    palette: Sequence[Color] = ()
+    format: str = 'coco'
+    pictures: bool = True
+    show: bool = False
+    score_thr: float = SCORE_THR
+    description: str = ''
+    color_type: ColorType = 'color'
 
-    @property
-    def draws(self) -> bool:
-        """Whether predictions are drawn."""
-        return self.pictures or self.show
+    def __post_init__(self):
+        self.coco = None
+        if self.task == 'detection':
+            self.coco = CocoWriter(self.path, self.classes, format=self.format, description=self.description)
+        else:
+            write_class_list(self.path / 'classes.txt', self.classes)
 
     def is_done(self, file: InputFile) -> bool:
         """Whether an earlier run has written all results of an image."""
@@ -89,45 +87,33 @@ class OutputFolder:
         """Path of the segmentation mask of an image."""
         return self.path / 'masks' / f'{stem}.png'
 
-    def write(
-        self,
-        file: InputFile,
-        image: np.ndarray | None,
-        sample: BaseDataElement,
-        size: tuple[int, int] | None = None,
-    ) -> Written:
+    def write(self, file: InputFile, image: np.ndarray | None, sample: BaseDataElement) -> Written:
         """Write mask and picture of an image, and encode its detections; thread-safe.
 
         Args:
             file: The image.
-            image: Its pixels (H, W, C); None for no picture.
+            image: Its pixels (H, W, C); None if they have to be read for the picture.
             sample: Its prediction.
-            size: (H, W) of the original image if `image` is reduced.
         """
-        annotations = self.coco.annotations_of(sample) if self.coco else []
-        if not self.coco:
-            self.write_mask(file.stem, sample)
-        picture = None
-        if self.draws and image is not None:
-            picture = self.draw(image, sample, size=size)
-            if self.pictures:
-                write_file(self.picture_path(file.stem), encode_jpeg(picture))
+        annotations, picture = self.convert(file, image, sample)
+        if self.pictures:
+            write_file(self.picture_path(file.stem), encode_jpeg(picture))
         return Written(tuple(sample.ori_shape), annotations, picture if self.show else None)
 
-    def write_mask(self, stem: str, sample: BaseDataElement) -> None:
-        """Write the segmentation mask of an image."""
-        labels = sample.pred_sem_seg.data.squeeze(0).cpu().numpy()
-        write_file(self.mask_path(stem), encode_mask(labels, self.colors))
-
-    def draw(
-        self,
-        image: np.ndarray,
-        sample: BaseDataElement,
-        legend: bool = True,
-        size: tuple[int, int] | None = None,
-    ) -> np.ndarray:
-        """Draw the prediction of an image: (H, W, 3), BGR; see `drawing.draw`."""
-        return draw(image, sample, self.classes, self.palette, self.score_thr, legend, size)
+    def convert(
+        self, file: InputFile, image: np.ndarray | None, sample: BaseDataElement, legend: bool = True
+    ) -> tuple[list[dict], np.ndarray | None]:
+        """Write the mask of an image; return the annotations and the picture (H, W, 3), BGR, if they are needed."""
+        annotations, picture = [], None
+        if self.coco:
+            annotations = self.coco.annotations_of(sample)
+        else:
+            labels = sample.pred_sem_seg.data.squeeze(0).cpu().numpy()
+            write_file(self.mask_path(file.stem), encode_mask(labels, mask_colors(self.classes, self.palette)))
+        if self.pictures or self.show:
+            image, size = read_reduced(file.path, self.color_type) if image is None else (image, None)
+            picture = draw(image, sample, self.classes, self.palette, self.score_thr, legend, size)
+        return annotations, picture
 
     def record(self, file: InputFile, written: Written) -> None:
         """Record an image as done; to be called in the order of the images."""

@@ -3,9 +3,7 @@
 import itertools
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 
 import cv2
@@ -13,7 +11,7 @@ import numpy as np
 from mmengine.structures import BaseDataElement
 
 from ..errors import UnreadableImageError
-from .batch_prediction import OrderedWriting, RunReport, explain_out_of_memory, make_recorder, pool, prefetch
+from .batch_prediction import LoadedInput, PredictionRun, RunReport, prepare_input
 from .coco_writer import CocoWriter
 from .images import from_array
 from .inputs import InputFile
@@ -122,45 +120,29 @@ def predict_video(
     Raises:
         UnreadableImageError: If the video cannot be read.
     """
-    reader, report, start = VideoReader(file.path), RunReport(), time.monotonic()
-    results = _FrameResults(file, output, reader.fps, predictor)
-    progress = Progress(reader.num_frames, 'frames')
+    reader = VideoReader(file.path)
+    results = _FrameResults(file, output, reader.fps)
+    images = iter(reader)
 
-    record = make_recorder(results, report, progress, show)
-    frames = iter(reader)
-    with pool(1) as reading, pool(1) as writers:
-        writing = OrderedWriting(writers, record)
-        loads = prefetch(reading, lambda _: _load(predictor, frames, options), itertools.count(), 2)
-        loads = itertools.takewhile(lambda item: item[1] is not None, ((i, f.result()) for i, f in loads))
-        while batch := list(islice(loads, options.batch_size)):
-            model_start = time.monotonic()
-            with explain_out_of_memory(options):
-                samples = _predict(predictor, [loaded for _, loaded in batch], options)
-            report.model_seconds += time.monotonic() - model_start
-            for (index, (frame, _)), sample in zip(batch, samples):
-                writing.submit(index, results.make, index, frame, sample)
-        writing.finish()
-    progress.close()
+    def load(_: InputFile) -> LoadedInput | None:
+        image = next(images, None)
+        if image is None:
+            return None
+        return LoadedInput(image, prepare_input(predictor, from_array(image, 'bgr', predictor.color_type), options))
+
+    run = _VideoRun(predictor, options, results, Progress(reader.num_frames, 'frames'), show)
+    frames = (InputFile(file.path, f'{file.file_name}#{i}', f'{file.stem}/{i:06}') for i in itertools.count())
+    report = run.run(frames, load)
     results.finish()
     if report.num_done < reader.num_frames:
-        progress.print(f'{file.path}: {report.num_done} of {reader.num_frames} frames could be read')
-    report.seconds = time.monotonic() - start
+        run.progress.print(f'{file.path}: {report.num_done} of {reader.num_frames} frames could be read')
     return report
 
 
-def _load(predictor: Predictor, frames: Iterator[np.ndarray], options: PredictOptions):
-    """Return the next frame and its input for the model; None at the end."""
-    frame = next(frames, None)
-    if frame is None:
-        return None
-    pixels = from_array(frame, 'bgr', predictor.color_type)
-    return frame, pixels if options.tile or options.multiscale else predictor.prepare(pixels)
-
-
-def _predict(predictor: Predictor, batch: list, options: PredictOptions) -> list[BaseDataElement]:
-    items = [item for _, item in batch]
-    prepared = isinstance(items[0], dict)
-    return (predictor.predict_prepared if prepared else predictor.predict_arrays)(items, **vars(options))
+class _VideoRun(PredictionRun):
+    def skip(self, file: InputFile, error: UnreadableImageError) -> None:
+        """Skip the whole video: its frames are all alike."""
+        raise error
 
 
 def _json_path(file: InputFile, output: OutputFolder) -> Path:
@@ -170,31 +152,28 @@ def _json_path(file: InputFile, output: OutputFolder) -> Path:
 class _FrameResults:
     """Writes the results of the frames of a video."""
 
-    def __init__(self, file: InputFile, output: OutputFolder, fps: float, predictor: Predictor):
-        self.file, self.output, self.fps = file, output, fps
+    def __init__(self, file: InputFile, output: OutputFolder, fps: float):
+        self.file, self.output, self.fps, self.num_recorded = file, output, fps, 0
         path = _json_path(file, output)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix('.jsonl').unlink(missing_ok=True)  # left by an interrupted run
-        self.coco = CocoWriter(path.parent, predictor.classes, path.stem, output.format, output.description)
+        self.coco = CocoWriter(path.parent, output.classes, path.stem, output.format, output.description)
         self.video = VideoWriter(path.with_suffix(SUFFIX), fps) if output.pictures else None
 
-    def make(self, index: int, frame: np.ndarray, sample: BaseDataElement) -> Written:
+    def write(self, frame: InputFile, image: np.ndarray, sample: BaseDataElement) -> Written:
         """Write the mask and the picture of a frame; to be called in one thread, in frame order."""
-        is_detection = self.output.coco is not None
-        if not is_detection:
-            self.output.write_mask(self._frame_stem(index), sample)
-        picture = self.output.draw(frame, sample, legend=False) if self.output.draws else None
+        annotations, picture = self.output.convert(frame, image, sample, legend=False)
         if self.video:
             self.video.write(picture)
-        annotations = self.coco.annotations_of(sample) if is_detection else []
-        return Written(frame.shape[:2], annotations, picture if self.output.show else None)
+        return Written(image.shape[:2], annotations, picture if self.output.show else None)
 
-    def record(self, index: int, written: Written) -> None:
+    def record(self, frame: InputFile, written: Written) -> None:
         """Record a frame as done; to be called in frame order."""
-        fields = dict(frame_index=index, timestamp=round(index / self.fps, 6))
+        fields = dict(frame_index=self.num_recorded, timestamp=round(self.num_recorded / self.fps, 6))
         if self.output.coco is None:
-            fields['mask'] = f'masks/{self._frame_stem(index)}.png'
-        self.coco.add(f'{self.file.file_name}#{index}', written.size, written.annotations, **fields)
+            fields['mask'] = f'masks/{frame.stem}.png'
+        self.coco.add(frame.file_name, written.size, written.annotations, **fields)
+        self.num_recorded += 1
 
     def finish(self) -> None:
         """Complete the video, then the JSON file."""
@@ -209,6 +188,3 @@ class _FrameResults:
             self.coco.finish()
         self.coco.close()
         self.coco.lines_path.unlink(missing_ok=True)
-
-    def _frame_stem(self, index: int) -> str:
-        return f'{self.file.stem}/{index:06}'
