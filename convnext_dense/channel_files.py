@@ -201,8 +201,13 @@ def explain_errors() -> Iterator[None]:
         reason = error.strerror or str(error).splitlines()[0]
         raise UnreadableImageError('not a valid image' if UNKNOWN_FORMAT in reason else reason) from error
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UnreadableImageError(f'it is damaged ({reason})') from error
+        raise damaged(error) from error
+
+
+def damaged(error: Exception) -> UnreadableImageError:
+    """Return the error of a file whose content made a library raise another one."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return UnreadableImageError(f'it is damaged ({reason})')
 
 
 def _describe_tiff(file) -> FileLayout:
@@ -213,15 +218,11 @@ def _describe_tiff(file) -> FileLayout:
     if dtype.startswith('complex'):
         raise ValueError('its values are complex numbers')
     if len(file.subdatasets) > 1:
-        return FileLayout(*_pages_shape(file), dtype, is_rgb=dtype == 'uint8')  # viewers show the first page
+        pages = np.broadcast_to(0, (len(file.subdatasets), file.height, file.width))
+        return FileLayout(*_channels_last(pages).shape, dtype, is_rgb=dtype == 'uint8')  # viewers show the first page
     names = [kind.name for kind in file.colorinterp]
     is_rgb = dtype == 'uint8' and (file.count in (1, 3) or (file.count in (2, 4) and names[-1] == 'alpha'))
     return FileLayout(file.height, file.width, file.count, dtype, is_rgb)
-
-
-def _pages_shape(file) -> tuple[int, int, int]:
-    """Return height, width and number of channels of pages of one channel each."""
-    return _channels_last_shape((len(file.subdatasets), file.height, file.width))
 
 
 def _read_pages(file) -> np.ndarray:
@@ -250,10 +251,6 @@ def _channels_last(array: np.ndarray) -> np.ndarray:
     if array.ndim == 2:
         return array[..., None]
     return np.moveaxis(array, 0, 2) if array.shape[0] < array.shape[2] else array
-
-
-def _channels_last_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    return (*shape[1:], shape[0]) if shape[0] < shape[2] else shape
 
 
 def _decode(path: str | Path) -> np.ndarray:

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..channel_files import ChannelReader
+from ..channel_files import ChannelReader, damaged
 from ..datasets.check_images import FORMATS, MAX_BYTES
 from ..datasets.files import open_regular, read_bytes
 from ..errors import UnreadableImageError, UsageError, count
@@ -63,7 +63,7 @@ def read_image(path: str | Path, color_type: ColorType = 'color') -> LoadedImage
     except UnreadableImageError:
         raise
     except Exception as error:  # decoders raise any exception for a broken file
-        raise UnreadableImageError(f'it is damaged ({_reason(error)})') from error
+        raise damaged(error) from error
 
 
 def from_pil(image: Image.Image, color_type: ColorType = 'color') -> np.ndarray:
@@ -75,14 +75,12 @@ def from_pil(image: Image.Image, color_type: ColorType = 'color') -> np.ndarray:
         pixels = np.asarray(image)
         return pixels[..., ::-1] if pixels.ndim == 3 and pixels.shape[2] == 3 else pixels
     if image.mode.startswith('I'):  # 16 bits, which Pillow would clip at 255
-        gray = _to_uint8(np.asarray(image))
-        return gray if color_type == 'grayscale' else cv2.cvtColor(gray, cv2.COLOR_GRAY2BGR)
+        return from_array(_to_uint8(np.asarray(image)), None, color_type)
     if _has_alpha(image):
         image = image.convert('RGBA')
         background = Image.new('RGBA', image.size, (BACKGROUND,) * 4)
         image = Image.alpha_composite(background, image)
-    bgr = np.ascontiguousarray(np.asarray(image.convert('RGB'))[..., ::-1])
-    return cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY) if color_type == 'grayscale' else bgr
+    return from_array(np.asarray(image.convert('RGB')), 'rgb', color_type)
 
 
 def from_array(array: np.ndarray, channel_order: str | None, color_type: ColorType = 'color') -> np.ndarray:
@@ -159,7 +157,7 @@ def _decode_with_opencv(data: bytes, color_type: str) -> np.ndarray:
     try:
         pixels = mmcv.imfrombytes(data, flag=color_type)
     except cv2.error as error:
-        raise UnreadableImageError(f'it is damaged ({_reason(error)})') from error
+        raise damaged(error) from error
     if pixels is None:
         raise UnreadableImageError('it is not an image, or damaged')
     return pixels
@@ -172,7 +170,3 @@ def _has_alpha(image: Image.Image) -> bool:
 def _to_uint8(array: np.ndarray) -> np.ndarray:
     """Return the high byte of each 16-bit value, as OpenCV reads 16-bit files."""
     return array if array.dtype == np.uint8 else np.clip(array // 256, 0, 255).astype(np.uint8)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -18,7 +18,7 @@ from .drawing import SCORE_THR, draw
 from .images import ColorType
 from .inputs import InputFile
 from .mask_writer import encode_mask, mask_colors, write_class_list
-from .reduced import read_reduced
+from .row_reader import read_reduced
 
 SETTINGS_FILE = 'predict.json'
 JPEG_QUALITY = 90

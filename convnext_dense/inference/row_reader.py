@@ -3,17 +3,29 @@
 import importlib.util
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image
 
-from ..channel_files import TIFF_SUFFIXES, ChannelReader, describe_file, explain_errors, open_tiff, read_bands
+from ..channel_files import (
+    TIFF_SUFFIXES,
+    ChannelReader,
+    damaged,
+    describe_file,
+    explain_errors,
+    open_tiff,
+    read_bands,
+    to_rgb,
+)
 from ..errors import UnreadableImageError
+from .drawing import picture_size, to_bgr
 from .images import ORIENTATION, ColorType, from_array, read_image
 
 WINDOWED_SUFFIXES = ('.tif', '.tiff', '.png')  # formats that rasterio reads by rows
 LARGE = 4096 * 4096  # pixels from which the user is told that an image is read as a whole
 GDAL_CACHE_BYTES = 16 << 20
 CHUNK_ROWS = 128  # rows that are converted at a time
+REDUCED_ROWS = 256  # rows of a reduced image that are computed at a time
 
 
 class RowReader:
@@ -42,13 +54,13 @@ class RasterRowReader(RowReader):
 
     Args:
         path: Path of the file.
-        color_type: 'color' or 'grayscale'.
+        color_type: 'color' or 'grayscale', or the reader of other channels.
 
     Raises:
         UnreadableImageError: If the file cannot be read.
     """
 
-    def __init__(self, path: str | Path, color_type: str):
+    def __init__(self, path: str | Path, color_type: ColorType):
         import rasterio
 
         self.color_type, self.error = color_type, rasterio.errors.RasterioError
@@ -60,9 +72,13 @@ class RasterRowReader(RowReader):
             self.env.__exit__()
             raise UnreadableImageError(str(error)) from error
         self.size = self.file.height, self.file.width
-        self.bands = self._bands(rasterio.enums.ColorInterp.alpha)
+        if isinstance(color_type, ChannelReader):
+            self.bands, channels, dtype = list(color_type.channels), (len(color_type.channels),), np.float32
+        else:
+            self.bands = self._color_bands(rasterio.enums.ColorInterp.alpha)
+            channels, dtype = () if color_type == 'grayscale' else (3,), np.uint8
         # The rows that were read last: the next rows overlap them, and PNG can only be read forward.
-        self.buffer, self.top, self.n_rows = self._allocate(0), 0, 0
+        self.buffer, self.top, self.n_rows = np.empty((0, self.size[1], *channels), dtype), 0, 0
 
     def _palette(self) -> np.ndarray | None:
         """Colors (256, 4) of a file with one band of palette indices; None for other files."""
@@ -72,7 +88,7 @@ class RasterRowReader(RowReader):
             return None
         return np.array([colors.get(i, (0, 0, 0, 255)) for i in range(256)], np.uint8) if colors else None
 
-    def _bands(self, alpha) -> list[int]:
+    def _color_bands(self, alpha) -> list[int]:
         """Numbers of the color or gray bands, and of the alpha band if there is one."""
         interpretations = self.file.colorinterp
         colors = [i for i, kind in enumerate(interpretations, 1) if kind != alpha]
@@ -84,7 +100,7 @@ class RasterRowReader(RowReader):
         """Return rows `top` to `bottom` (exclusive); the next call overwrites them."""
         overlap = self.buffer[top - self.top : self.n_rows]
         if bottom - top > len(self.buffer):
-            self.buffer = self._allocate(bottom - top)
+            self.buffer = np.empty((bottom - top, *self.buffer.shape[1:]), self.buffer.dtype)
         self.buffer[: len(overlap)] = overlap  # NumPy handles source and target that overlap
         for start in range(top + len(overlap), bottom, CHUNK_ROWS):
             end = min(start + CHUNK_ROWS, bottom)
@@ -92,16 +108,15 @@ class RasterRowReader(RowReader):
         self.top, self.n_rows = top, bottom - top
         return self.buffer[: self.n_rows]
 
-    def _allocate(self, n_rows: int) -> np.ndarray:
-        channels = () if self.color_type == 'grayscale' else (3,)
-        return np.empty((n_rows, self.size[1], *channels), np.uint8)
-
     def _read(self, top: int, bottom: int) -> np.ndarray:
         window = ((top, bottom), (0, self.size[1]))
+        if isinstance(self.color_type, ChannelReader):
+            with explain_errors():
+                return self.color_type.normalize(read_bands(self.file, self.bands, window))
         try:
             pixels = np.moveaxis(self.file.read(self.bands, window=window), 0, -1)
         except self.error as error:
-            raise UnreadableImageError(f'it is damaged ({error})') from error
+            raise damaged(error) from error
         if self.palette is not None:
             pixels = self.palette[pixels[..., 0]]
         return from_array(np.ascontiguousarray(pixels), 'rgb', self.color_type)
@@ -110,34 +125,6 @@ class RasterRowReader(RowReader):
         """Close the file."""
         self.file.close()
         self.env.__exit__()
-
-
-class ChannelRowReader(RasterRowReader):
-    """Reads rows of a TIFF with any number of channels, with only the rows in use in memory.
-
-    Args:
-        path: Path of the file.
-        color_type: Reader of its channels.
-
-    Raises:
-        UnreadableImageError: If the file cannot be read, or has other channels than the model expects.
-    """
-
-    color_type: ChannelReader
-
-    def _palette(self) -> None:
-        """No palette: values are those of the channels."""
-
-    def _bands(self, alpha) -> list[int]:
-        return list(self.color_type.channels)
-
-    def _allocate(self, n_rows: int) -> np.ndarray:
-        return np.empty((n_rows, self.size[1], len(self.bands)), np.float32)
-
-    def _read(self, top: int, bottom: int) -> np.ndarray:
-        with explain_errors():
-            pixels = read_bands(self.file, self.bands, ((top, bottom), (0, self.size[1])))
-        return self.color_type.normalize(pixels)
 
 
 def open_rows(image: np.ndarray | str | Path, color_type: ColorType = 'color') -> RowReader:
@@ -154,19 +141,40 @@ def open_rows(image: np.ndarray | str | Path, color_type: ColorType = 'color') -
     if isinstance(image, np.ndarray):
         return RowReader(image)
     if isinstance(color_type, ChannelReader):
-        return _open_channels(image, color_type)
-    if _is_windowed(image) and color_type != 'unchanged' and _is_plain(image):
-        return RasterRowReader(image, color_type)
-    return RowReader(read_image(image, color_type).pixels)
+        by_rows = _has_bands(image, color_type)
+    else:
+        by_rows = _is_windowed(image) and color_type != 'unchanged' and _is_plain(image)
+    return RasterRowReader(image, color_type) if by_rows else RowReader(read_image(image, color_type).pixels)
 
 
-def _open_channels(path: str | Path, reader: ChannelReader) -> RowReader:
-    if Path(path).suffix.lower() not in TIFF_SUFFIXES:
-        return RowReader(read_image(path, reader).pixels)
-    with explain_errors(), open_tiff(path) as file:
-        has_pages = len(file.subdatasets) > 1
-        reader.check(describe_file(path))
-    return RowReader(read_image(path, reader).pixels) if has_pages else ChannelRowReader(path, reader)
+def read_reduced(path: str | Path, color_type: ColorType = 'color') -> tuple[np.ndarray, tuple[int, int]]:
+    """Read an image at the size at which predictions are drawn, by rows if the file format allows it.
+
+    Args:
+        path: Path of the file.
+        color_type: 'color', 'grayscale' or 'unchanged', or the reader of other channels.
+
+    Returns:
+        The image (h, w, 3), BGR of uint8, and the original size (H, W).
+
+    Raises:
+        UnreadableImageError: If the file cannot be read; the message is the reason without the path.
+    """
+    reader, show = open_rows(path, color_type), to_bgr
+    if isinstance(color_type, ChannelReader):
+        show = lambda rows: np.ascontiguousarray(to_rgb(rows)[..., ::-1])  # noqa: E731
+    try:
+        height, (small_height, small_width) = reader.size[0], picture_size(reader.size)
+        if small_height >= height:
+            return show(reader.read(0, height)), reader.size
+        result = np.empty((small_height, small_width, 3), np.uint8)
+        for top in range(0, small_height, REDUCED_ROWS):
+            bottom = min(top + REDUCED_ROWS, small_height)
+            rows = reader.read(top * height // small_height, -(-bottom * height // small_height))
+            cv2.resize(show(rows), (small_width, bottom - top), result[top:bottom], interpolation=cv2.INTER_AREA)
+        return result, reader.size
+    finally:
+        reader.close()
 
 
 def whole_image_note(path: str | Path) -> str:
@@ -189,6 +197,15 @@ def whole_image_note(path: str | Path) -> str:
 
 def _is_windowed(path: str | Path) -> bool:
     return Path(path).suffix.lower() in WINDOWED_SUFFIXES and importlib.util.find_spec('rasterio') is not None
+
+
+def _has_bands(path: str | Path, reader: ChannelReader) -> bool:
+    """Whether a file is a TIFF with its channels, those that a reader expects, on one page."""
+    if Path(path).suffix.lower() not in TIFF_SUFFIXES:
+        return False
+    with explain_errors(), open_tiff(path) as file:
+        reader.check(describe_file(path))
+        return len(file.subdatasets) < 2
 
 
 def _is_plain(path: str | Path) -> bool:

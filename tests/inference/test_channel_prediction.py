@@ -13,8 +13,7 @@ from convnext_dense.inference.drawing import to_bgr
 from convnext_dense.inference.images import read_image
 from convnext_dense.inference.inputs import find_inputs
 from convnext_dense.inference.model import load_model
-from convnext_dense.inference.reduced import read_reduced
-from convnext_dense.inference.row_reader import ChannelRowReader, RowReader, open_rows
+from convnext_dense.inference.row_reader import RasterRowReader, RowReader, open_rows, read_reduced
 from helpers.channels import MEANS, STDS, made_image, save_tiff
 from helpers.datasets import load_recipe
 
@@ -34,7 +33,7 @@ def test_rows_are_those_of_the_whole_image(tiff):
     image = read_image(path, READER).pixels
     assert np.array_equal(image, (pixels[..., [3, 0, 2]] - np.float32(READER.mean)) / np.float32(READER.std))
     reader = open_rows(path, READER)
-    assert type(reader) is ChannelRowReader and reader.size == (200, 200)
+    assert type(reader) is RasterRowReader and reader.size == (200, 200)
     for top, bottom in ((0, 90), (40, 130), (150, 200)):
         assert np.array_equal(reader.read(top, bottom), image[top:bottom])
     reader.close()

@@ -14,7 +14,7 @@ from convnext_dense.errors import UsageError
 from convnext_dense.inference.cropped_mask import decode_window
 from convnext_dense.inference.drawing import draw, picture_size
 from convnext_dense.inference.images import read_image
-from convnext_dense.inference.reduced import read_reduced
+from convnext_dense.inference.row_reader import read_reduced
 
 
 def predict(*args):
