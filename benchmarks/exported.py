@@ -44,7 +44,7 @@ def make_candidates(folder: Path, predictor: Predictor, image: np.ndarray) -> di
     for name, dtype in (('PyTorch', 'float32'), ('PyTorch, bfloat16', 'bfloat16')):
         model = load_model(folder / 'model.pth', predictor.config, 'cpu', amp_dtype=dtype)
         item = model.prepare(image)
-        candidates[name] = lambda model=model, item=item: model.predict_prepared([item])
+        candidates[name] = lambda model=model, item=item: model.predict_arrays([item])
     images = item['inputs'].flip(0)[None].numpy()
     for name, (suffix, dtype) in FILES.items():
         path = folder / f'model{suffix}'

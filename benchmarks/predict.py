@@ -75,7 +75,7 @@ def run_model(predictor: Predictor, photos: Path) -> np.ndarray:
     for file in find_inputs([str(photos)]).images:
         item = predictor.prepare(predictor.read(file.path))
         start = seconds()
-        predictor.predict_prepared([item])
+        predictor.predict_arrays([item])
         total = total + seconds() - start
     return total
 

@@ -24,7 +24,6 @@ from .swin import traceable_backbone
 
 EXAMPLE_SIZE = 224, 288  # of the images that are traced: neither square nor small, and quick
 CONFIG_KEYS = ('default_scope', 'custom_imports', 'model')
-MIN_SIDE = 2  # of the images, and of the results
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from .boxes import (
     require,
     require_nms,
     take,
-    top_boxes,
 )
 
 # What leads from features to results.
@@ -112,7 +111,9 @@ class RegionProposals(nn.Module):
         boxes = decode(head.bbox_coder, priors, deltas, shape)
         scores = drop_small(boxes, scores, cfg)
         level_ids = torch.cat([torch.full_like(part[2], i) for i, part in enumerate(levels)], 1)
-        return top_boxes(boxes, batched_nms(boxes, scores, level_ids, cfg.nms, cfg.max_per_img), cfg.max_per_img)
+        scores = batched_nms(boxes, scores, level_ids, cfg.nms, cfg.max_per_img)
+        scores, indices = scores.topk(min(cfg.max_per_img, scores.shape[1]))
+        return take(boxes, indices), scores
 
 
 def _best_of_level(head, cls_score, deltas, priors, nms_pre):

@@ -163,21 +163,21 @@ class PredictionRun:
     def _predict(self, batch: Sequence[tuple[InputFile, LoadedInput]]) -> Iterator[tuple]:
         """Iterate over files, pixels and samples, without those that turn out to be unreadable."""
         if isinstance(batch[0][1].model_input, dict):
-            samples = self._timed(self.predictor.predict_prepared, [loaded.model_input for _, loaded in batch])
+            samples = self._predict_timed([loaded.model_input for _, loaded in batch])
             yield from ((file, loaded.pixels, sample) for (file, loaded), sample in zip(batch, samples))
             return
         for file, loaded in batch:
             try:
-                (sample,) = self._timed(self.predictor.predict_arrays, [loaded.model_input])
+                (sample,) = self._predict_timed([loaded.model_input])
             except UnreadableImageError as error:
                 self.skip(file, error)
                 continue
             yield file, loaded.pixels, sample
 
-    def _timed(self, function: Callable, images: list) -> list[BaseDataElement]:
+    def _predict_timed(self, images: list) -> list[BaseDataElement]:
         start = time.monotonic()
         with explain_out_of_memory(self.options):
-            samples = function(images, **vars(self.options))
+            samples = self.predictor.predict_arrays(images, **vars(self.options))
         self.report.model_seconds += time.monotonic() - start
         return samples
 

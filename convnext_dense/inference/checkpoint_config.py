@@ -1,9 +1,8 @@
 """Find the checkpoint or exported model that a user names, and its config, which is read as data."""
 
 import importlib
-import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +30,7 @@ HEAD_RE = {
     'segmentation': re.compile(r'(?<![^.])decode_head\.'),
 }
 RECIPES_BY_RELEASED = {result.released: result.recipe for result in RESULTS if result.released}
+PACKAGE = __name__.partition('.')[0]
 CONFIG_HINT = 'give the config that it was trained with as --config'
 
 
@@ -152,7 +152,7 @@ def _prepared(config: Config, name: str) -> Config:
         importlib.import_module(f'{scope}.utils').register_all_modules(init_default_scope=False)
     imports = (config.get('custom_imports') or {}).get('imports') or []
     for module in [imports] if isinstance(imports, str) else imports:
-        if str(module).partition('.')[0] != __name__.partition('.')[0]:
+        if str(module).partition('.')[0] != PACKAGE:
             raise UsageError(f'{name}: its config imports {module}, which prediction does not run: {CONFIG_HINT}')
         importlib.import_module(module)
     check_backbones(config.get('model', {}))
@@ -163,13 +163,13 @@ def _prepared(config: Config, name: str) -> Config:
 def _check_types(config: Config, file: str) -> None:
     """Refuse a config from a checkpoint that names anything but registered types: mmengine would import and call it."""
     ops = importlib.import_module('mmcv.ops')
-    operators = {name for name in ops.__all__ if name.isidentifier()}
+    known = _registered_names() | {name for name in ops.__all__ if name.isidentifier()}
     for part in (config.model, config.test_dataloader):
         for item in iter_dicts(part):
             for key in WEIGHT_KEYS:
                 item.pop(key, None)  # the weights are in the checkpoint
             type_ = item.get('type')
-            if type_ is not None and not (_is_registered(type_) or type_ in operators):
+            if type_ is not None and str(type_) not in known:
                 raise UsageError(f"{file}: type='{str(type_)[:100]}' in its config is not registered: {CONFIG_HINT}")
             if item.get('_scope_') not in (None, *SCOPES):
                 raise UsageError(f"{file}: its config has the unknown scope '{item['_scope_']}': {CONFIG_HINT}")
@@ -178,26 +178,15 @@ def _check_types(config: Config, file: str) -> None:
         check_plain_strings(part, file, CONFIG_HINT)
 
 
-def _is_registered(name: object) -> bool:
-    scope, _, key = str(name).rpartition('.')
-    return any(
-        key in registry.module_dict and scope in ('', registry.scope, *_convnext_scope(registry.module_dict[key]))
-        for root in REGISTRIES
-        for registry in (root, *_descendants(root))
-    )
-
-
-def _convnext_scope(cls: object) -> Iterator[str]:
-    """Yield the scope of this package for its classes, which are in mmengine's root registries."""
-    module = inspect.getmodule(cls)
-    if module is not None and module.__name__.partition('.')[0] == 'convnext_dense':
-        yield 'convnext_dense'
-
-
-def _descendants(registry) -> Iterator:
-    for child in registry.children.values():
-        yield child
-        yield from _descendants(child)
+def _registered_names() -> set[str]:
+    """Names in all registries, with and without their scope; this package's classes are in mmengine's."""
+    names, registries = set(), list(REGISTRIES)
+    for registry in registries:  # which grows
+        registries += registry.children.values()
+        for name, cls in registry.module_dict.items():
+            package = getattr(cls, '__module__', '').partition('.')[0]
+            names |= {name, f'{registry.scope}.{name}', *([f'{package}.{name}'] if package == PACKAGE else [])}
+    return names
 
 
 def _check_task(content: Mapping, file: str, task: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.structures import BaseDataElement, InstanceData
+from mmengine.structures import InstanceData
 from pycocotools import mask as coco_mask
 
 from ..errors import UsageError
@@ -98,17 +98,13 @@ class CocoWriter:
         if len(numbers) == len(stems) == len(set(numbers.values())) and is_kept:
             self._ids = numbers
 
-    def annotations_of(self, sample: BaseDataElement) -> list[dict]:
-        """Return the annotations of a prediction; thread-safe."""
-        return to_annotations(sample.pred_instances, self.category_ids)
-
     def add(self, file_name: str, size: tuple[int, int], annotations: list[dict], **fields) -> None:
         """Append an image.
 
         Args:
             file_name: File name of the image.
             size: (H, W) of the image.
-            annotations: Annotations from `annotations_of`.
+            annotations: Annotations from `to_annotations`.
             **fields: Additional fields of the image.
         """
         image = dict(id=self._ids.get(file_name, self._next_id), file_name=file_name, height=size[0], width=size[1])

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -28,11 +27,6 @@ def encode_mask(labels: np.ndarray, palette: Sequence[Color]) -> bytes:
     content = io.BytesIO()
     image.save(content, 'PNG', compress_level=1)
     return content.getvalue()
-
-
-def write_class_list(path: Path, classes: Sequence[str]) -> None:
-    """Write class names, one per line: line n, counted from 0, is the class with the value n in masks."""
-    path.write_text(''.join(f'{name}\n' for name in classes), encoding='utf-8')
 
 
 def mask_colors(classes: Sequence[str], palette: Sequence[Color]) -> list[Color]:

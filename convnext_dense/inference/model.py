@@ -13,7 +13,7 @@ from mmengine.dataset import Compose
 from mmengine.device import get_device
 from mmengine.model.utils import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.structures import BaseDataElement
+from mmengine.structures import BaseDataElement, InstanceData
 from PIL import Image
 from torch import nn
 
@@ -28,9 +28,9 @@ from .drawing import draw
 from .exported import NEEDS_LOGITS, ExportedModel, check_exported_options
 from .images import from_array, from_pil, read_image
 from .large_segmentation import labels_alone
+from .mask_writer import IGNORED
 from .options import PredictOptions, class_indices
 from .preprocessing import is_resize, split_test_pipeline
-from .results import select_classes, select_instances
 from .sessions import session_device
 from .tiling import predict_tiled
 from .views import DetectionViews, SegmentationViews
@@ -218,12 +218,12 @@ class Predictor:
         raise UsageError(f'a {type(image).__name__} is not an image: give a path, a numpy array or a PIL image')
 
     def predict_arrays(
-        self, images: Sequence[np.ndarray], with_logits: bool = False, **options
+        self, images: Sequence[np.ndarray | dict], with_logits: bool = False, **options
     ) -> list[BaseDataElement]:
-        """Predict loaded images.
+        """Predict images that are loaded.
 
         Args:
-            images: Images from `read`, (H, W, C) BGR of uint8. With `tile`, also paths of files.
+            images: Images from `read`, (H, W, C) BGR of uint8, or results of `prepare`. With `tile`, also paths.
             with_logits: Whether segmentors also return `seg_logits` (C, H, W).
             **options: Arguments of `PredictOptions`.
 
@@ -237,15 +237,10 @@ class Predictor:
         elif options.multiscale:
             samples = [self.predict_views(image, with_logits) for image in images]
         else:
-            return self.predict_prepared([self.prepare(image) for image in images], with_logits, **vars(options))
-        return self.finish(samples, options, with_logits)
-
-    def predict_prepared(self, prepared: Sequence[dict], with_logits: bool = False, **options) -> list[BaseDataElement]:
-        """Predict images from `prepare`; other arguments and the result are those of `predict_arrays`."""
-        options = PredictOptions(**options)
-        only_labels = self.task == 'segmentation' and not with_logits and not isinstance(self.model, ExportedModel)
-        with labels_alone(self.model) if only_labels else nullcontext():
-            samples = self.forward(prepared, options.batch_size)
+            prepared = [image if isinstance(image, dict) else self.prepare(image) for image in images]
+            only_labels = self.task == 'segmentation' and not with_logits and not isinstance(self.model, ExportedModel)
+            with labels_alone(self.model) if only_labels else nullcontext():
+                samples = self.forward(prepared, options.batch_size)
         return self.finish(samples, options, with_logits)
 
     def check_options(self, options: PredictOptions, with_logits: bool = False) -> None:
@@ -309,12 +304,14 @@ class Predictor:
         selected = class_indices(options.classes, self.classes)
         for sample in samples:
             if self.task == 'detection':
-                select_instances(sample, options.score_thr, selected, options.max_per_image)
+                sample.pred_instances = _select_instances(sample.pred_instances, options, selected)
                 continue
             if not with_logits and 'seg_logits' in sample:
                 del sample.seg_logits
             if selected is not None:
-                select_classes(sample, selected)
+                labels = sample.pred_sem_seg.data
+                is_other = ~torch.isin(labels, torch.as_tensor(selected, dtype=labels.dtype, device=labels.device))
+                sample.pred_sem_seg.data = labels.masked_fill(is_other, IGNORED)
         return [sample.to('cpu') for sample in samples]
 
     def draw(self, image: ImageInput, sample: BaseDataElement, channel_order: str | None = None) -> Image.Image:
@@ -327,3 +324,17 @@ class Predictor:
         """
         picture = draw(self.read(image, channel_order), sample, self.classes, self.palette)
         return Image.fromarray(picture[..., ::-1])
+
+
+def _select_instances(instances: InstanceData, options: PredictOptions, selected: Sequence[int] | None) -> InstanceData:
+    """Return the detections that the options leave, in their order, of the selected classes (None: of all)."""
+    keep = torch.ones_like(instances.labels, dtype=torch.bool)
+    if options.score_thr is not None:
+        keep &= instances.scores >= options.score_thr
+    if selected is not None:
+        keep &= torch.isin(instances.labels, torch.as_tensor(selected, device=instances.labels.device))
+    indices = keep.nonzero().flatten()
+    if options.max_per_image is not None and len(indices) > options.max_per_image:
+        best = instances.scores[indices].argsort(descending=True, stable=True)[: options.max_per_image]
+        indices = indices[best.sort().values]
+    return instances[indices] if len(indices) < len(keep) else instances

@@ -66,11 +66,7 @@ def class_indices(names: Sequence[str] | None, classes: Sequence[str]) -> list[i
     for name in names:
         if name not in classes:
             near = difflib.get_close_matches(name, classes, 1)
-            hint = f'did you mean {near[0]}?' if near else f'the model has {_summarize(classes)}'
+            more = f' and {len(classes) - 10} more' if len(classes) > 10 else ''
+            hint = f'did you mean {near[0]}?' if near else f'the model has {", ".join(classes[:10])}{more}'
             raise UsageError(f"no class '{name}': {hint}")
     return [list(classes).index(name) for name in names]
-
-
-def _summarize(classes: Sequence[str], n: int = 10) -> str:
-    more = f' and {len(classes) - n} more' if len(classes) > n else ''
-    return f'{", ".join(classes[:n])}{more}'

@@ -12,12 +12,12 @@ import numpy as np
 from mmengine.structures import BaseDataElement
 
 from ..errors import UsageError
-from .coco_writer import CocoWriter
+from .coco_writer import CocoWriter, to_annotations
 from .colors import Color
 from .drawing import SCORE_THR, draw
 from .images import ColorType
 from .inputs import InputFile
-from .mask_writer import encode_mask, mask_colors, write_class_list
+from .mask_writer import encode_mask, mask_colors
 from .row_reader import read_reduced
 
 SETTINGS_FILE = 'predict.json'
@@ -71,7 +71,8 @@ class OutputFolder:
         if self.task == 'detection':
             self.coco = CocoWriter(self.path, self.classes, format=self.format, description=self.description)
         else:
-            write_class_list(self.path / 'classes.txt', self.classes)
+            names = ''.join(f'{name}\n' for name in self.classes)  # line n, from 0, is the class of the value n
+            (self.path / 'classes.txt').write_text(names, encoding='utf-8')
 
     def is_done(self, file: InputFile) -> bool:
         """Whether an earlier run has written all results of an image."""
@@ -106,7 +107,7 @@ class OutputFolder:
         """Write the mask of an image; return the annotations and the picture (H, W, 3), BGR, if they are needed."""
         annotations, picture = [], None
         if self.coco:
-            annotations = self.coco.annotations_of(sample)
+            annotations = to_annotations(sample.pred_instances, self.coco.category_ids)
         else:
             labels = sample.pred_sem_seg.data.squeeze(0).cpu().numpy()
             write_file(self.mask_path(file.stem), encode_mask(labels, mask_colors(self.classes, self.palette)))

@@ -16,7 +16,7 @@ AMP_HINT = 'an exported model runs in the precision of its file: export it with 
 
 
 class Session:
-    """A loaded exported model.
+    """A loaded exported model; the class of each runtime says how it loads a file (`_load`) and runs it (`_infer`).
 
     Args:
         path: Path of the file.
@@ -52,12 +52,6 @@ class Session:
             raise
         except Exception as error:  # runtimes raise any exception for a damaged file
             raise UsageError(f'{path} cannot be loaded by {self.runtime} ({_reason(error)}): {AGAIN}') from error
-
-    def _load(self, module: ModuleType, device: torch.device, amp_dtype: str) -> None:
-        raise NotImplementedError
-
-    def _infer(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        raise NotImplementedError
 
     def run(self, images: np.ndarray, output_size: Sequence[int] | None = None) -> dict[str, np.ndarray]:
         """Run the model.
@@ -108,8 +102,8 @@ class Session:
 
     @classmethod
     def has_cuda(cls) -> bool:
-        """Whether the runtime can use a GPU of this machine."""
-        return False
+        """Whether the runtime can use a GPU of this machine, if there is one."""
+        return 'cuda' in cls.device_types
 
 
 class OnnxSession(Session):
@@ -205,11 +199,6 @@ class TorchSession(Session):
         tensors = [result] if isinstance(result, torch.Tensor) else result
         tensors = tensors.values() if isinstance(tensors, dict) else tensors
         return {name: tensor.cpu().numpy() for name, tensor in zip(self.outputs, tensors)}
-
-    @classmethod
-    def has_cuda(cls) -> bool:
-        """Whether PyTorch has a GPU."""
-        return torch.cuda.is_available()
 
 
 SESSIONS = {'.onnx': OnnxSession, '.xml': OpenVinoSession, '.pt2': TorchSession}

@@ -109,7 +109,9 @@ def _segment(predictor, reader: RowReader, options: PredictOptions, with_logits:
             labels = torch.empty((1, *reader.size), dtype=dtype)
             logits = torch.empty((len(block), *reader.size)) if with_logits else None
         area = (slice(None), slice(top, top + block.shape[1]), slice(left, left + block.shape[2]))
-        labels[area] = _decide(block, predictor.model)
+        # A single class has probabilities, as mmseg's `seg_logits` then are.
+        is_one = len(block) == 1
+        labels[area] = block > predictor.model.decode_head.threshold if is_one else block.argmax(0, keepdim=True)
         if with_logits:
             logits[area] = block
     sample = SegDataSample(metainfo=dict(ori_shape=reader.size, img_shape=reader.size))
@@ -117,13 +119,6 @@ def _segment(predictor, reader: RowReader, options: PredictOptions, with_logits:
     if with_logits:
         sample.seg_logits = PixelData(data=logits)
     return sample
-
-
-def _decide(block: torch.Tensor, model) -> torch.Tensor:
-    """Return the class indices (1, H, W) of `seg_logits` (C, H, W) as mmseg does; one class has probabilities."""
-    if len(block) > 1:
-        return block.argmax(0, keepdim=True)
-    return block > model.decode_head.threshold
 
 
 def iter_logits(predictor, reader: RowReader, options: PredictOptions) -> Iterator[tuple[int, int, torch.Tensor]]:
