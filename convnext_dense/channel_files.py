@@ -59,13 +59,7 @@ class ChannelReader(NamedTuple):
     dtype: str
 
     def read(self, path: str | Path) -> np.ndarray:
-        """Read an image.
-
-        Args:
-            path: Of the file.
-
-        Returns:
-            (H, W, C) of float32, normalized.
+        """Read an image, (H, W, C) of float32, normalized.
 
         Raises:
             UnreadableImageError: If it cannot be read, or has other channels; the message is the reason alone.
@@ -95,11 +89,7 @@ def denormalize(images: np.ndarray, mean: Sequence[float], std: Sequence[float])
 
 
 def to_rgb(pixels: np.ndarray) -> np.ndarray:
-    """Return the first three channels of a normalized image (H, W, C), or the first one, as a picture.
-
-    Returns:
-        (H, W, 3) of uint8.
-    """
+    """Return the first three channels of a normalized image (H, W, C), or the first one: (H, W, 3) of uint8."""
     pixels = pixels if pixels.ndim == 3 else pixels[..., None]
     pixels = pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, 2)
     scaled = (pixels + DISPLAY_RANGE) * (255 / (2 * DISPLAY_RANGE))
@@ -125,14 +115,9 @@ def describe_file(path: str | Path) -> FileLayout:
 
 
 def read_channels(path: str | Path, channels: Sequence[int] | None = None) -> np.ndarray:
-    """Read channels of an image.
+    """Read channels of an image, by their numbers from 1, or all: (H, W, C) of float32.
 
-    Args:
-        path: Of the file.
-        channels: Their numbers, from 1; None for all.
-
-    Returns:
-        (H, W, C) of float32, in which pixels that the file marks as without a value are NaN.
+    Pixels that the file marks as without a value are NaN.
 
     Raises:
         UsageError: If it is a TIFF, and rasterio is not installed.
@@ -172,15 +157,9 @@ def open_tiff(path: str | Path) -> Iterator:
 
 
 def read_bands(file, channels: Sequence[int], window: tuple | None = None) -> np.ndarray:
-    """Read channels of an open TIFF.
+    """Read channels of an open TIFF, by their numbers from 1: (H, W, C) of float32, NaN where it has no value.
 
-    Args:
-        file: As of `open_tiff`.
-        channels: Their numbers, from 1.
-        window: First row and that after the last, first column and that after the last; None for all.
-
-    Returns:
-        (H, W, C) of float32, with NaN where the file has no value.
+    A window is the first row and that after the last, first column and that after the last; None for all.
     """
     pixels = np.moveaxis(file.read(list(channels), window=window), 0, -1).astype(np.float32)
     for i, channel in enumerate(channels):

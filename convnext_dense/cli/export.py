@@ -54,10 +54,7 @@ def make_export_parser(description: str) -> ArgumentParser:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Export what the arguments name.
-
-    Args:
-        args: Arguments as `make_export_parser` defines them.
+    """Export what the arguments of `make_export_parser` name.
 
     Raises:
         UsageError: If an argument cannot be used, or the file does not compute what the model does; no file is written

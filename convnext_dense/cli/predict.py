@@ -78,13 +78,7 @@ def make_predict_parser(description: str) -> ArgumentParser:
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Predict what the arguments name.
-
-    Args:
-        args: Arguments as `make_predict_parser` defines them.
-
-    Returns:
-        The exit code: 1 if an image was skipped.
+    """Predict what the arguments of `make_predict_parser` name; return the exit code, 1 if an image was skipped.
 
     Raises:
         UsageError: If an argument cannot be used; this is known before the model is built.

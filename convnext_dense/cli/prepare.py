@@ -83,14 +83,7 @@ class Step(NamedTuple):
 
 
 def prepare(args: argparse.Namespace, steps: Iterable[Step]) -> PreparedRun:
-    """Apply the steps of a tool (`TRAIN_STEPS` or `TEST_STEPS`) to the config that its arguments name.
-
-    Args:
-        args: Arguments as `make_run_parser` and the tool define them.
-        steps: The steps, in the order in which they are applied.
-
-    Returns:
-        The run, for `build_runner`.
+    """Apply the steps of a tool (`TRAIN_STEPS` or `TEST_STEPS`) in order to the config that its arguments name.
 
     Raises:
         UsageError: If the config, an argument, or a file that they name cannot be used.
@@ -104,11 +97,7 @@ def prepare(args: argparse.Namespace, steps: Iterable[Step]) -> PreparedRun:
 
 
 def build_runner(run: PreparedRun, compile_blocks: bool = False) -> Runner:
-    """Build the runner of a prepared run and log the notices.
-
-    Args:
-        run: The run that `prepare` returned.
-        compile_blocks: Whether to compile the blocks of the backbone with torch.compile.
+    """Build the runner of a prepared run, with compiled blocks of the backbone if wanted, and log the notices.
 
     Raises:
         UsageError: If the config cannot be built, or the checkpoint does not fit its model.
@@ -366,13 +355,9 @@ TEST_STEPS = (
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
-    """Format an evaluation in one line.
+    """Format the metrics of an evaluator in one line.
 
-    Args:
-        metrics: Metrics as an evaluator returns them.
-
-    Returns:
-        Box and mask AP (in percent, as in the paper) or mIoU; all metrics if there is none of these.
+    It has box and mask AP (in percent, as in the paper) or mIoU; all metrics if there is none of these.
     """
     parts = [
         f'{name} {value:.2f}' if name == 'mIoU' else f'{name} {value:.1f}'

@@ -91,11 +91,7 @@ class Preprocess(nn.Module):
 
 
 class NormalizeChannels(nn.Module):
-    """What `ChannelReader.normalize` does.
-
-    Args:
-        reader: With mean and standard deviation of each channel.
-    """
+    """What `ChannelReader.normalize` does."""
 
     def __init__(self, reader: ChannelReader):
         super().__init__()

@@ -63,12 +63,7 @@ class Traced(NamedTuple):
 
 
 def trace(predictor: Predictor, options: ExportOptions, recipe: str | None = None) -> Traced:
-    """Trace a model for a file.
-
-    Args:
-        predictor: The model, on a CPU.
-        options: What the file takes and returns.
-        recipe: Name of its recipe, for the metadata.
+    """Trace a model, which is on a CPU, for a file; the name of its recipe is for the metadata.
 
     Raises:
         UsageError: If a part of the model cannot be exported.

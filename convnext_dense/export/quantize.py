@@ -21,11 +21,6 @@ def calibration_inputs(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield what an exported model takes for each of the first images.
 
-    Args:
-        predictor: The model.
-        paths: Of images.
-        options: With which the model was exported.
-
     Raises:
         UsageError: If an image cannot be read, or is not of the size that the model takes.
     """
@@ -47,10 +42,7 @@ def calibration_inputs(
 def quantize(source: Path, target: Path, inputs: Iterator[dict[str, np.ndarray]]) -> None:
     """Write an ONNX file whose weights and feature maps are 8-bit integers, with one scale for each channel of weights.
 
-    Args:
-        source: The file in float32.
-        target: The file to write.
-        inputs: What it takes for some images, of which the ranges of feature maps are measured.
+    The ranges of feature maps are measured on `inputs` of the file in float32.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static

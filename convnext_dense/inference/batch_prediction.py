@@ -74,20 +74,10 @@ def predict_files(
     output: OutputFolder,
     show: Callable[[np.ndarray], None] | None = None,
 ) -> RunReport:
-    """Predict image files and write the results.
+    """Predict image files and write the results; `show` is called with each picture, in this thread.
 
     Some threads read the next images while the model runs, others write the last results; the number of images in
     memory is bounded. An unreadable image is reported and skipped.
-
-    Args:
-        predictor: The model.
-        files: The images.
-        options: Options of the prediction.
-        output: Output folder.
-        show: Function that is called with the picture of each image, in this thread.
-
-    Returns:
-        A summary of the run.
     """
 
     def load(file: InputFile) -> LoadedInput:

@@ -99,14 +99,7 @@ class CocoWriter:
             self._ids = numbers
 
     def add(self, file_name: str, size: tuple[int, int], annotations: list[dict], **fields) -> None:
-        """Append an image.
-
-        Args:
-            file_name: File name of the image.
-            size: (H, W) of the image.
-            annotations: Annotations from `to_annotations`.
-            **fields: Additional fields of the image.
-        """
+        """Append an image of size (H, W), with annotations from `to_annotations` and additional fields."""
         image = dict(id=self._ids.get(file_name, self._next_id), file_name=file_name, height=size[0], width=size[1])
         self._next_id = max(self._next_id, image['id']) + 1
         self.num_annotations += len(annotations)

@@ -12,15 +12,7 @@ LIGHTNESS, MIN_CHROMA = (30, 85), 25  # in CIELAB; excludes black, white and gra
 
 
 def class_colors(n: int, palette: Sequence[Color] = ()) -> list[Color]:
-    """Return a color for each class.
-
-    Args:
-        n: Number of classes.
-        palette: RGB palette of the data set; it is used if it has a different color for each class.
-
-    Returns:
-        RGB colors.
-    """
+    """Return a color for each of `n` classes: those of the palette if all are different, else distinguishable ones."""
     if len(palette) == n == len({tuple(color) for color in palette}):
         return [tuple(color) for color in palette]
     colors = _distinct_colors()

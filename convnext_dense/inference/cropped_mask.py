@@ -71,14 +71,9 @@ class CroppedMask(NamedTuple):
 
 
 def decode_window(rle: dict, window: Sequence[int]) -> np.ndarray:
-    """Decode a window of a COCO RLE without allocating more than the columns of the window.
+    """Decode a window (left, top, right, bottom) of a COCO RLE: (h, w) of uint8.
 
-    Args:
-        rle: COCO RLE of an instance mask.
-        window: Left, top, right and bottom of the window in pixels.
-
-    Returns:
-        The mask in the window, (h, w) of uint8.
+    No more than the columns of the window are allocated.
     """
     (height, _), (left, top, right, bottom) = rle['size'], window
     counts = rle['counts']

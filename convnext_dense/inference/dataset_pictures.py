@@ -83,15 +83,12 @@ def write_pictures(config: Config, data: CheckedDataset, folder: str) -> list[st
 
 
 def draw_contact_sheet(unaugmented, augmented, palette: Sequence) -> np.ndarray:
-    """Draw images of a data set with their annotations, each before and after augmentation.
+    """Draw images of a data set with their annotations, each before and after augmentation: (H, W, 3) BGR of uint8.
 
     Args:
         unaugmented: The data set with a pipeline that only loads images and annotations.
         augmented: The data set with the training pipeline; it may repeat or mix images.
         palette: RGB colors of the classes; empty for the default.
-
-    Returns:
-        (H, W, 3) BGR of uint8.
     """
     names, cells = {unaugmented.get_data_info(i)['img_path']: i for i in range(len(unaugmented))}, []
     for i in np.linspace(0, len(augmented) - 1, min(len(unaugmented), MAX_IMAGES)).astype(int).tolist():
@@ -176,14 +173,9 @@ def _describe_coverage(ious: np.ndarray, config: Config) -> str:
 def plot_boxes(
     boxes: np.ndarray, labels: np.ndarray, coverage: np.ndarray | None, classes: Sequence[str], file: str
 ) -> None:
-    """Plot the number of boxes per class, their sizes, and the fraction that anchors cover, by size.
+    """Plot the number of boxes (N, 4) per class, their sizes, and the fraction that anchors cover, by size.
 
-    Args:
-        boxes: (N, 4) as x1, y1, x2, y2, in pixels of the resized images.
-        labels: Class index of each box, (N,).
-        coverage: IoU of each box with its best anchor, (N,); None without anchors.
-        classes: Names of the classes.
-        file: Path of the image.
+    `labels` (N,) are their classes, `coverage` (N,) their IoUs with the best anchor: None without anchors.
     """
     figure, axes = _figure(classes, 2 if coverage is None else 3)
     _plot_bars(axes[0], classes, np.bincount(labels, minlength=len(classes)), 'boxes')
@@ -212,13 +204,9 @@ def plot_boxes(
 
 
 def plot_pixels(classes: Sequence[str], counts: np.ndarray, sizes: Sequence[tuple[int, int]], file: str) -> None:
-    """Plot the pixels of each class of a segmentation data set, and the sizes of its images.
+    """Plot the pixels of each class of a segmentation data set, and the sizes (H, W) of its images.
 
-    Args:
-        classes: Names of the classes.
-        counts: Number of pixels of each label, (256,); 255 is ignored.
-        sizes: (H, W) of each image, in pixels.
-        file: Path of the image.
+    `counts` (256,) are the pixels of each label; 255 is ignored.
     """
     figure, axes = _figure(classes, 2)
     percent = 100 * counts / max(counts.sum(), 1)

@@ -27,13 +27,7 @@ NEEDS_LOGITS = 'needs logits, which the exported model does not return: export i
 
 
 def check_exported_options(file: ExportedFile, options: PredictOptions, amp_dtype: str = 'float32') -> None:
-    """Raise UsageError if an exported model, which need not be loaded, does not support the options.
-
-    Args:
-        file: The model.
-        options: Options of the prediction.
-        amp_dtype: Precision, as for `load_model`.
-    """
+    """Raise UsageError if an exported model, which need not be loaded, does not support options and precision."""
     session_class(file.path).check_amp_dtype(amp_dtype)
     is_segmentation = file.meta.task == 'segmentation'
     if options.multiscale and (is_segmentation or file.meta.size or file.meta.input == 'raw'):

@@ -17,12 +17,9 @@ MIN_CUT_MARGIN = 4  # pixels
 
 
 def to_detections(instances: InstanceData, left: int = 0, top: int = 0) -> InstanceData:
-    """Return the detections in a part of an image in pixels of the image, on the CPU, with masks as `CroppedMask`.
+    """Return mmdet's detections on the CPU, with masks as `CroppedMask`.
 
-    Args:
-        instances: mmdet's detections.
-        left: First column of the part.
-        top: First row of the part.
+    Those in a part of an image, whose upper left pixel is (left, top), come out in pixels of the image.
     """
     boxes = instances.bboxes.float().cpu() + torch.tensor([left, top, left, top])
     detections = InstanceData(bboxes=boxes, scores=instances.scores.float().cpu(), labels=instances.labels.cpu())
@@ -103,15 +100,10 @@ def _overlaps(a: torch.Tensor, b: torch.Tensor, mode: str = 'iou') -> torch.Tens
 def to_tile_detections(
     instances: InstanceData, window: tuple[int, int, int, int], size: tuple[int, int]
 ) -> InstanceData:
-    """Return the detections in a tile in pixels of the image, as `to_detections` does.
+    """Return mmdet's detections in a tile of an image of size (H, W) in pixels of the image, as `to_detections` does.
 
-    Args:
-        instances: mmdet's detections.
-        window: Left, top, right and bottom of the tile in the image, which the result has as `window`.
-        size: (H, W) of the image.
-
-    Returns:
-        The detections, with `is_cut`: whether a box touches an edge of the tile that is not an edge of the image.
+    They have the tile's `window` (left, top, right, bottom), and `is_cut`: whether a box touches an edge of the tile
+    that is not an edge of the image.
     """
     left, top, right, bottom = window
     detections = to_detections(instances, left, top)

@@ -49,14 +49,7 @@ class PredictOptions:
 
 
 def class_indices(names: Sequence[str] | None, classes: Sequence[str]) -> list[int] | None:
-    """Return the indices of classes by name.
-
-    Args:
-        names: Names of the requested classes; None for all.
-        classes: Names of the model's classes.
-
-    Returns:
-        Indices in `classes`, None for all.
+    """Return the indices of classes by name; None, for all of them, stays.
 
     Raises:
         UsageError: If the model has no class with one of these names.

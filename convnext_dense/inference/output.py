@@ -91,10 +91,7 @@ class OutputFolder:
     def write(self, file: InputFile, image: np.ndarray | None, sample: BaseDataElement) -> Written:
         """Write mask and picture of an image, and encode its detections; thread-safe.
 
-        Args:
-            file: The image.
-            image: Its pixels (H, W, C); None if they have to be read for the picture.
-            sample: Its prediction.
+        Pixels (H, W, C) that are None are read for the picture.
         """
         annotations, picture = self.convert(file, image, sample)
         if self.pictures:
@@ -141,10 +138,7 @@ class OutputFolder:
 def open_folder(path: str | Path, settings: Mapping[str, object], resume: bool) -> Path:
     """Create the output folder, or check that an earlier run can be resumed there.
 
-    Args:
-        path: Path of the folder.
-        settings: Settings on which the results depend: plain values by option name.
-        resume: Whether to continue an earlier run.
+    `settings` are those on which the results depend: plain values by option name.
 
     Raises:
         UsageError: If the folder is not empty, has results with other settings, or cannot be written.

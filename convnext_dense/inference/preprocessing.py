@@ -15,13 +15,7 @@ def is_resize(step: dict) -> bool:
 
 
 def split_test_pipeline(config: Config) -> tuple[ColorType, list[dict]]:
-    """Split the test pipeline of a config into loading a file and the transforms after it.
-
-    Args:
-        config: Config with `test_dataloader`.
-
-    Returns:
-        How files are read, and the transforms without those that load image and annotations.
+    """Split the test pipeline of a config into how files are read, and the transforms after it.
 
     Raises:
         UsageError: If the pipeline does not load an image.

@@ -52,10 +52,6 @@ class RowReader:
 class RasterRowReader(RowReader):
     """Reads rows of a TIFF, GeoTIFF or PNG, with only the rows in use in memory.
 
-    Args:
-        path: Path of the file.
-        color_type: 'color' or 'grayscale', or the reader of other channels.
-
     Raises:
         UnreadableImageError: If the file cannot be read.
     """

@@ -20,10 +20,7 @@ MAX_CARRY_BYTES = 128 << 20  # logits that wait in memory for the tiles below; m
 def blend_weights(starts: Sequence[int], tile: int, length: int) -> list[np.ndarray]:
     """Return the blending weights of each tile along one side, which ramp down in overlaps and add up to 1.
 
-    Args:
-        starts: First pixel of each tile, from `tile_starts`.
-        tile: Side of a tile in pixels.
-        length: Length of the side of the image in pixels.
+    Tiles of a side start as `tile_starts` says; `length` is that of the image.
     """
     sides = [min(tile, length - start) for start in starts]
     ramp = max([1, *(start + side - next_start for (start, next_start), side in zip(pairwise(starts), sides))])
@@ -123,11 +120,6 @@ def _segment(predictor, reader: RowReader, options: PredictOptions, with_logits:
 
 def iter_logits(predictor, reader: RowReader, options: PredictOptions) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Iterate over the blended logits of an image by areas, which cover each pixel once.
-
-    Args:
-        predictor: A `Predictor` of a segmentor.
-        reader: Reader of the image.
-        options: Options of the prediction.
 
     Yields:
         Top, left and logits (C, h, w) of an area; with `multiscale`, probabilities.

@@ -62,12 +62,7 @@ class VideoReader:
 
 
 class VideoWriter:
-    """Writes an MP4 file, which appears under its name when it is complete.
-
-    Args:
-        path: Path of the file.
-        fps: Frames per second.
-    """
+    """Writes an MP4 file, which appears under its name when it is complete."""
 
     def __init__(self, path: Path, fps: float):
         self.path, self.fps = path, fps
@@ -105,17 +100,10 @@ def predict_video(
     output: OutputFolder,
     show: Callable[[np.ndarray], None] | None = None,
 ) -> RunReport:
-    """Predict all frames of a video.
+    """Predict all frames of a video; `show` is called with each picture, in this thread.
 
-    Args:
-        predictor: The model.
-        file: The video.
-        options: Options of the prediction.
-        output: Output folder for `videos/NAME.mp4` and `videos/NAME.json`, and for segmentation `masks/NAME/*.png`.
-        show: Function that is called with the picture of each frame, in this thread.
-
-    Returns:
-        A summary of the run, in frames.
+    The results are `videos/NAME.mp4` and `videos/NAME.json` in the output folder, for segmentation also
+    `masks/NAME/*.png`.
 
     Raises:
         UnreadableImageError: If the video cannot be read.

@@ -60,11 +60,8 @@ class SegmentationViews:
 class DetectionViews:
     """Multi-scale test of a detector: the detections at three scales and flips are merged.
 
-    Args:
-        steps: Transforms of its test pipeline, for a loaded image.
-
     Raises:
-        UsageError: If the pipeline does not resize to a scale.
+        UsageError: If the test pipeline, whose transforms for a loaded image are given, does not resize to a scale.
     """
 
     def __init__(self, steps: list[dict]):
