@@ -3,6 +3,7 @@
 import argparse
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from ..checkpoints.exported_files import is_exported
@@ -71,13 +72,8 @@ def export(args: argparse.Namespace) -> None:
         raise UsageError(f'there is no folder {out.parent}: make it, or give another path')
     if args.size and not 32 <= min(args.size) <= max(args.size) <= 8192:
         raise UsageError(f'--size {args.size[0]} {args.size[1]}: give two sizes from 32 to 8192')
-    options = ExportOptions(
-        'raw' if args.raw else args.input_dtype,
-        tuple(args.size) if args.size else None,
-        args.masks,
-        args.logits,
-        args.half,
-    )
+    size = tuple(args.size) if args.size else None
+    options = ExportOptions('raw' if args.raw else args.input_dtype, size, args.masks, args.logits, args.half)
     if is_exported(args.checkpoint):
         raise UsageError(f'{args.checkpoint} is exported already: give the checkpoint that it was made from')
     if args.int8 and (args.half or out.suffix == '.pt2'):
@@ -94,11 +90,8 @@ def export(args: argparse.Namespace) -> None:
             WRITERS[out.suffix](traced, path)
         print(f'{out.name}: {sum(f.stat().st_size for f in files_of(path) if f.exists()) / 2**20:.1f} MB')
         if not args.no_check:
-            if calibration:
-                differences = compare_file(path, predictor, options, INT8)
-            else:
-                differences = check_file(path, predictor, options)
-            write_differences(differences, Path(folder, report.name))
+            compare = partial(compare_file, tolerance=INT8) if calibration else check_file
+            write_differences(compare(path, predictor, options), Path(folder, report.name))
         for file in Path(folder).iterdir():
             os.replace(file, out.parent / file.name)
     print(f'wrote {out}')

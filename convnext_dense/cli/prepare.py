@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
-from ..checkpoints.exported_files import ExportedFile, is_exported, read_exported
+from ..checkpoints.exported_files import is_exported, read_exported
 from ..checkpoints.hub import download
 from ..config.batch_size import scale_batch, set_accumulation
 from ..config.channels import adapt_input_channels
@@ -219,13 +219,9 @@ def _use_model(run: PreparedRun, args: argparse.Namespace) -> Lines:
     check_exported_fits(exported, run.config)
     run.config.model = dict(type=ExportedModel.__name__, file=os.path.abspath(run.checkpoint), model=run.config.model)
     run.config.load_from = run.checkpoint = None
-    return _warnings(_other_names(exported, run.config))
-
-
-def _other_names(exported: ExportedFile, config: Config) -> str | None:
-    names = dataset_classes(config)
+    names = dataset_classes(run.config)
     if names and names != exported.meta.classes:
-        return f'{exported.path} names its classes otherwise than the data set: compare their order'
+        return _warnings(f'{exported.path} names its classes otherwise than the data set: compare their order')
     return None
 
 

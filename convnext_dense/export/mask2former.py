@@ -17,10 +17,7 @@ HEAD_METHODS = ('forward', '_forward_head', 'predict')
 
 
 def traceable_segmentor(model: nn.Module) -> nn.Module:
-    """Return a model with the same parameters that takes no shapes of feature maps as tensors.
-
-    Args:
-        model: mmseg's EncoderDecoder with a Mask2FormerHead.
+    """Return a segmentor of mmseg with the same parameters that takes no shapes of feature maps as tensors.
 
     Raises:
         UsageError: If its head or pixel decoder computes something else than mmseg's and mmdet's.
@@ -38,9 +35,6 @@ class Mask2FormerInstances(nn.Module):
     """Of images to boxes, scores, labels and masks of mmdet's Mask2Former; boxes are the bounds of masks.
 
     Of a model in half precision, all but backbone and neck is float32.
-
-    Args:
-        model: mmdet's Mask2Former, which predicts instances alone.
 
     Raises:
         UsageError: If a part of it computes something else than mmdet's, or it predicts panoptic segmentation.
@@ -67,17 +61,9 @@ class Mask2FormerInstances(nn.Module):
     def forward(
         self, images: torch.Tensor, shape: tuple[int, int], scale: torch.Tensor, size: tuple[int, int]
     ) -> tuple[torch.Tensor, ...]:
-        """Detect the objects of a batch of images.
+        """Detect, as `TwoStage` does, with masks (N, K, height, width) of bool in images of `size`.
 
-        Args:
-            images: (N, 3, H, W), as the data preprocessor returns them.
-            shape: Height and width of the images without their padding.
-            scale: (4,): factors from `shape` to `size`, which masks are resized by themselves.
-            size: Height and width of the results.
-
-        Returns:
-            Boxes (N, K, 4), scores (N, K) in descending order, labels (N, K) of int64, which are -1 where a query is of
-            no class of things, and masks (N, K, height, width) of bool.
+        Labels are -1 where a query is of no class of things. Masks are resized from `shape` by themselves.
         """
         logits, masks = (outputs[-1] for outputs in self.head([x.float() for x in self.model.extract_feat(images)], []))
         scores = logits.softmax(-1)[..., :-1]

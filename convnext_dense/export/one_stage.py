@@ -25,11 +25,8 @@ METHODS = ('predict', 'predict_by_feat', '_predict_by_feat_single', '_bbox_post_
 class OneStage(nn.Module):
     """Of images to boxes, scores and labels, as BaseDenseHead predicts.
 
-    Args:
-        model: mmdet's SingleStageDetector.
-
     Raises:
-        UsageError: If its head is of a class whose computation is not known here.
+        UsageError: If the head is of a class whose computation is not known here.
     """
 
     mask_form: str | None = None

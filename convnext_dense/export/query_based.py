@@ -28,11 +28,8 @@ class QueryBased(nn.Module):
 
     Of a model in half precision, all but backbone and neck is float32.
 
-    Args:
-        model: mmdet's DETR, DeformableDETR or DINO.
-
     Raises:
-        UsageError: If it is another detector of their kind, or has another head.
+        UsageError: If it is another detector than DETR, Deformable DETR or DINO, or has another head.
     """
 
     mask_form = None

@@ -204,12 +204,7 @@ def exportable_operators() -> Iterator[None]:
 
 
 def adaptive_avg_pool2d(x: torch.Tensor, output_size: int | tuple[int | None, int | None]) -> torch.Tensor:
-    """Replace `F.adaptive_avg_pool2d`: exporters would write a pooling of the size that they see.
-
-    Args:
-        x: (N, C, H, W).
-        output_size: Height and width of the result, or one number for both; None leaves a side as it is.
-    """
+    """Replace `F.adaptive_avg_pool2d`: exporters would write a pooling of the size that they see."""
     rows, columns = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
     if columns is not None:
         x = x.mean(3, keepdim=True) if columns == 1 else x @ averaging_weights(x.shape[3], columns, x).T

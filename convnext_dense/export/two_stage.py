@@ -35,9 +35,6 @@ METHODS += ('_mask_forward', 'map_roi_levels', '_bbox_post_process', 'extract_fe
 class TwoStage(nn.Module):
     """Of images to boxes, scores, labels and, where the model has them, masks of the boxes.
 
-    Args:
-        model: mmdet's TwoStageDetector.
-
     Raises:
         UsageError: If a part of it is of a class whose computation is not known here.
     """

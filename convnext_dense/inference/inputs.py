@@ -19,6 +19,7 @@ SUFFIXES = (*IMAGE_SUFFIXES, '.gif', '.avif', '.jfif', '.dib', '.tga', '.pcx', '
 VIDEO_SUFFIXES = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')
 LIST_SUFFIX = '.txt'
 STDIN = '-'
+Candidate = tuple[str, int]  # a path, and the number of its last parts that make up the file name
 
 
 class InputFile(NamedTuple):
@@ -50,13 +51,6 @@ class Inputs:
     notices: list[str] = field(default_factory=list)
 
 
-class _Candidate(NamedTuple):
-    """A path, and the number of its last parts that make up the file name."""
-
-    path: str
-    n_parts: int
-
-
 def find_inputs(inputs: Sequence[str], exclude: str | Path | None = None, stdin: TextIO | None = None) -> Inputs:
     """Find the images and videos that a user names.
 
@@ -77,10 +71,10 @@ def find_inputs(inputs: Sequence[str], exclude: str | Path | None = None, stdin:
         candidates += _expand(name, notices, stdin or sys.stdin)
     outside = os.path.join(os.path.realpath(exclude), '') if exclude else None
     unique = {}
-    for candidate in candidates:
-        real = os.path.join(os.path.realpath(os.path.dirname(candidate.path) or '.'), os.path.basename(candidate.path))
+    for path, n_parts in candidates:
+        real = os.path.join(os.path.realpath(os.path.dirname(path) or '.'), os.path.basename(path))
         if not (outside and real.startswith(outside)):
-            unique.setdefault(real, candidate)
+            unique.setdefault(real, (path, n_parts))
     if not unique:
         raise UsageError(f'no images in {", ".join(map(repr, inputs))}: give files ending in {", ".join(SUFFIXES[:6])}')
     files = _name_files(list(unique.values()))
@@ -92,23 +86,23 @@ def find_inputs(inputs: Sequence[str], exclude: str | Path | None = None, stdin:
     )
 
 
-def _expand(name: str, notices: list[str], stdin: TextIO) -> Iterator[_Candidate]:
+def _expand(name: str, notices: list[str], stdin: TextIO) -> Iterator[Candidate]:
     if name == STDIN:
-        yield from (_Candidate(line, 1) for line in _lines(stdin.read()))
+        yield from ((line, 1) for line in _lines(stdin.read()))
     elif os.path.isdir(name):
         yield from _images_below(name, notices)
     elif os.path.isfile(name) and name.lower().endswith(LIST_SUFFIX):
         for line in _lines(read_text(name)):
             beside = os.path.join(os.path.dirname(name), line)
-            yield _Candidate(beside if not os.path.exists(line) and os.path.exists(beside) else line, 1)
+            yield beside if not os.path.exists(line) and os.path.exists(beside) else line, 1
     elif os.path.lexists(name):
-        yield _Candidate(name, 1)
+        yield name, 1
     elif glob.has_magic(name):
         matches = sorted(glob.glob(name, recursive=True))
         if not matches:
             raise UsageError(f"no file matches '{name}'")
         for match in matches:
-            yield from _images_below(match, notices) if os.path.isdir(match) else [_Candidate(match, 1)]
+            yield from _images_below(match, notices) if os.path.isdir(match) else [(match, 1)]
     else:
         raise UsageError(f"no image or folder '{name}'")
 
@@ -117,7 +111,7 @@ def _lines(text: str) -> list[str]:
     return [line.strip('\r\n') for line in text.split('\n') if line.strip()]
 
 
-def _images_below(folder: str, notices: list[str]) -> Iterator[_Candidate]:
+def _images_below(folder: str, notices: list[str]) -> Iterator[Candidate]:
     n_videos, n_images, arrays = 0, 0, []
     for parent, names in walk(folder, hidden=False):
         n_parts = 1 + (0 if os.path.samefile(parent, folder) else len(Path(os.path.relpath(parent, folder)).parts))
@@ -125,27 +119,27 @@ def _images_below(folder: str, notices: list[str]) -> Iterator[_Candidate]:
             n_videos += file_name.lower().endswith(VIDEO_SUFFIXES)
             if file_name.lower().endswith(SUFFIXES):
                 n_images += 1
-                yield _Candidate(os.path.join(parent, file_name), n_parts)
+                yield os.path.join(parent, file_name), n_parts
             elif file_name.lower().endswith(ARRAY_SUFFIX):
-                arrays.append(_Candidate(os.path.join(parent, file_name), n_parts))
+                arrays.append((os.path.join(parent, file_name), n_parts))
     if not n_images:  # next to images, arrays are rather features or labels
         yield from arrays
     if n_videos:
         notices.append(f'{folder}: {n_videos} videos are left out: name them one by one')
 
 
-def _name_files(candidates: list[_Candidate]) -> list[InputFile]:
+def _name_files(candidates: list[Candidate]) -> list[InputFile]:
     """Give each file a unique name, with as many of its parent folders as necessary."""
-    parts = [Path(os.path.abspath(candidate.path)).parts[1:] for candidate in candidates]
-    n_parts = [candidate.n_parts for candidate in candidates]
+    paths, n_parts = zip(*candidates)
+    parts = [Path(os.path.abspath(path)).parts[1:] for path in paths]
     while True:
         names = ['/'.join(p[-n:]) for p, n in zip(parts, n_parts)]
         counts = Counter(names)
-        longer = [n + 1 if counts[name] > 1 and n < len(p) else n for name, n, p in zip(names, n_parts, parts)]
+        longer = tuple(n + 1 if counts[name] > 1 and n < len(p) else n for name, n, p in zip(names, n_parts, parts))
         if longer == n_parts:
             break
         n_parts = longer
     stems = [os.path.splitext(name)[0] for name in names]
     shared = {stem for stem, count in Counter(stems).items() if count > 1}
     stems = [name if stem in shared else stem for name, stem in zip(names, stems)]
-    return [InputFile(candidate.path, name, stem) for candidate, name, stem in zip(candidates, names, stems)]
+    return list(map(InputFile, paths, names, stems))

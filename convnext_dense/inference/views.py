@@ -28,12 +28,8 @@ def check_scales(steps: list[dict]) -> None:
 class SegmentationViews:
     """The paper's multi-scale test of a segmentor: probabilities are averaged over six scales and flips.
 
-    Args:
-        model: Segmentor of mmseg.
-        steps: Transforms of its test pipeline, for a loaded image.
-
     Raises:
-        UsageError: If the pipeline does not resize to a scale.
+        UsageError: If the test pipeline, whose transforms for a loaded image are given, does not resize to a scale.
     """
 
     def __init__(self, model, steps: list[dict]):
