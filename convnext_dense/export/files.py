@@ -35,7 +35,8 @@ def write_onnx(traced: Traced, path: Path) -> None:
         _import(name, 'export')
     from .onnx_ops import TRANSLATIONS
 
-    inputs = [node.name for node in traced.program.graph.nodes if node.op == 'placeholder'][-_n_inputs(traced) :]
+    n_inputs = len(traced.program.graph_signature.user_inputs)
+    inputs = [node.name for node in traced.program.graph.nodes if node.op == 'placeholder'][-n_inputs:]
     with torch.no_grad(), quiet():
         try:
             onnx_program = torch.onnx.export(
@@ -57,10 +58,6 @@ def write_onnx(traced: Traced, path: Path) -> None:
                 value.shape[i] = name
     model.metadata_props[KEY] = traced.meta.to_json()
     onnx_program.save(path)
-
-
-def _n_inputs(traced: Traced) -> int:
-    return len(traced.program.graph_signature.user_inputs)
 
 
 def _missing_operator(traced: Traced, error: Exception) -> str:

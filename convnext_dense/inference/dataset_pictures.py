@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 from mmengine.config import Config
 from mmengine.registry import TASK_UTILS, TRANSFORMS
 
@@ -146,6 +147,8 @@ def anchor_coverage(model: dict, boxes: np.ndarray, sizes: np.ndarray) -> np.nda
     generator = None if cfg is None else TASK_UTILS.build(deepcopy(cfg))
     if not hasattr(generator, 'base_anchors'):  # a generator of points
         return None
+    from mmdet.structures.bbox import bbox_overlaps
+
     best = np.zeros(len(boxes))
     for anchors, stride in zip(generator.base_anchors, generator.strides):
         step = np.array(stride, float)  # (x, y)
@@ -153,15 +156,9 @@ def anchor_coverage(model: dict, boxes: np.ndarray, sizes: np.ndarray) -> np.nda
         for anchor in anchors.numpy().astype(float):
             offset = (boxes[:, :2] + boxes[:, 2:] - anchor[:2] - anchor[2:]) / 2
             shift = np.clip(np.round(offset / step), 0, max_index) * step
-            best = np.maximum(best, _iou(boxes, anchor + np.tile(shift, 2)))
+            nearest = torch.from_numpy(anchor + np.tile(shift, 2))
+            best = np.maximum(best, bbox_overlaps(torch.from_numpy(boxes), nearest, is_aligned=True).numpy())
     return best
-
-
-def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU (N,) of each box (N, 4) with the box in the same row of another array (N, 4)."""
-    inside = np.clip(np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]), 0, None).prod(1)
-    areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (a, b)]
-    return inside / np.maximum(areas[0] + areas[1] - inside, 1e-12)
 
 
 def _describe_coverage(ious: np.ndarray, config: Config) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -23,18 +24,22 @@ from .sessions import session_class, session_device
 
 OUTPUTS = {'detection': ({'boxes', 'scores', 'labels'},), 'segmentation': ({'segmentation'}, {'logits'})}
 MASK_THR, BINARY_THR = 0.5, 0.3  # defaults of mmdet and mmseg for configs without thresholds
-NEEDS_LOGITS = 'needs logits, which the exported model does not return: export it with --logits'
 
 
-def check_exported_options(file: ExportedFile, options: PredictOptions, amp_dtype: str = 'float32') -> None:
+def check_exported_options(
+    file: ExportedFile, options: PredictOptions, amp_dtype: str = 'float32', with_logits: bool = False
+) -> None:
     """Raise UsageError if an exported model, which need not be loaded, does not support options and precision."""
     session_class(file.path).check_amp_dtype(amp_dtype)
     is_segmentation = file.meta.task == 'segmentation'
     if options.multiscale and (is_segmentation or file.meta.size or file.meta.input == 'raw'):
         purpose = 'for segmentation' if is_segmentation else 'at other sizes'
         raise UsageError(f'multiscale {purpose} is not in an exported model: predict with the checkpoint')
-    if options.tile and is_segmentation and file.outputs is not None and 'logits' not in file.outputs:
-        raise UsageError(f'{file.path}: tile {NEEDS_LOGITS}')
+    if is_segmentation and (options.tile or with_logits) and 'logits' not in (file.outputs or ['logits']):
+        purpose = 'tile' if options.tile else 'seg_logits'
+        raise UsageError(
+            f'{file.path}: {purpose} needs logits, which the exported model does not return: export it with --logits'
+        )
 
 
 class Geometry(NamedTuple):
@@ -91,8 +96,8 @@ class ExportedModel(nn.Module):
         amp_dtype: str = 'float32',
     ):
         super().__init__()
-        self.file = file if isinstance(file, ExportedFile) else read_exported(file)
-        self.meta = meta = self.file.meta
+        file = file if isinstance(file, ExportedFile) else read_exported(file)
+        self.meta = meta = file.meta
         self.task, self.num_classes = meta.task, len(meta.classes)
         self.test_cfg = ConfigDict(model.get('test_cfg') or {})
         head = model.get('decode_head') or {}
@@ -105,9 +110,10 @@ class ExportedModel(nn.Module):
         keeps_order = self.has_channels or preprocessor.get('bgr_to_rgb')
         self.mean = (meta.mean if keeps_order else meta.mean[::-1]) or [0.0]  # in the order of `images`
         self.preprocessor = MODELS.build(preprocessor) if meta.input == 'raw' else None
-        device = session_device(self.file.path, device and str(device))
-        self.session = session_class(self.file.path)(self.file.path, device, amp_dtype)
+        device = session_device(file.path, device and str(device))
+        self.session = session_class(file.path)(file.path, device, amp_dtype)
         names = self.session.outputs
+        self.file = replace(file, outputs=names)
         if not any(expected <= set(names) for expected in OUTPUTS[self.task]):
             raise UsageError(f'{self.file.path} returns {", ".join(names)}, not those of {self.task}: export it again')
 

@@ -25,7 +25,7 @@ from ..errors import UnreadableImageError, UsageError, is_user_code_error, root_
 from ..models.optimize import optimize
 from .checkpoint_config import ModelSource, find_model
 from .drawing import draw
-from .exported import NEEDS_LOGITS, ExportedModel, check_exported_options
+from .exported import ExportedModel, check_exported_options
 from .images import from_array, from_pil, read_image
 from .large_segmentation import labels_alone
 from .mask_writer import IGNORED
@@ -231,7 +231,8 @@ class Predictor:
             A DetDataSample or SegDataSample per image, on the CPU.
         """
         options = PredictOptions(**options)
-        self.check_options(options, with_logits)
+        if isinstance(self.model, ExportedModel):
+            check_exported_options(self.model.file, options, with_logits=with_logits)
         if options.tile:
             samples = [predict_tiled(self, image, options, with_logits) for image in images]
         elif options.multiscale:
@@ -242,15 +243,6 @@ class Predictor:
             with labels_alone(self.model) if only_labels else nullcontext():
                 samples = self.forward(prepared, options.batch_size)
         return self.finish(samples, options, with_logits)
-
-    def check_options(self, options: PredictOptions, with_logits: bool = False) -> None:
-        """Raise UsageError if an exported model does not support the options."""
-        if not isinstance(self.model, ExportedModel):
-            return
-        check_exported_options(self.model.file, options)
-        outputs = self.model.session.outputs
-        if self.task == 'segmentation' and 'logits' not in outputs and (with_logits or options.tile):
-            raise UsageError(f'{self.model.file.path}: {"tile" if options.tile else "seg_logits"} {NEEDS_LOGITS}')
 
     @torch.inference_mode()
     def predict_views(self, image: np.ndarray, with_logits: bool = False) -> BaseDataElement:

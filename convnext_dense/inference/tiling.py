@@ -72,13 +72,11 @@ def _iter_tiles(predictor, reader: RowReader, options: PredictOptions) -> Iterat
         windows = iter([(left, top, min(left + side, width), bottom) for left in lefts])
         while batch := list(islice(windows, options.batch_size)):
             tiles = [np.ascontiguousarray(rows[:, left:right]) for left, _, right, _ in batch]
-            yield from zip(batch, _predict(predictor, tiles, options))
-
-
-def _predict(predictor, tiles: list[np.ndarray], options: PredictOptions) -> Iterator[BaseDataElement]:
-    if options.multiscale:
-        return (predictor.predict_views(tile, with_logits=True) for tile in tiles)
-    return iter(predictor.forward([predictor.prepare(tile) for tile in tiles], options.batch_size))
+            if options.multiscale:
+                samples = (predictor.predict_views(tile, with_logits=True) for tile in tiles)
+            else:
+                samples = predictor.forward([predictor.prepare(tile) for tile in tiles], options.batch_size)
+            yield from zip(batch, samples)
 
 
 def _detect(predictor, reader: RowReader, options: PredictOptions) -> BaseDataElement:
