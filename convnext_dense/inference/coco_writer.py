@@ -85,8 +85,6 @@ class CocoWriter:
         self.categories = [dict(id=i, name=name) for i, name in zip(self.category_ids, classes)]
         _cut_off_partial_line(self.lines_path)
         self.done = {image['file_name']: image['id'] for image, _ in self.iter_lines()}
-        self.num_annotations = 0
-        self._file = None
         self._next_id = max(self.done.values(), default=0) + 1
         self._ids: dict[str, int] = {}
 
@@ -102,24 +100,15 @@ class CocoWriter:
         """Append an image of size (H, W), with annotations from `to_annotations` and additional fields."""
         image = dict(id=self._ids.get(file_name, self._next_id), file_name=file_name, height=size[0], width=size[1])
         self._next_id = max(self._next_id, image['id']) + 1
-        self.num_annotations += len(annotations)
-        self._file = self._file or open(self.lines_path, 'a', encoding='ascii')  # noqa: SIM115
-        self._file.write(json.dumps([{**image, **fields}, annotations]) + '\n')
-        self._file.flush()
+        with open(self.lines_path, 'a', encoding='ascii') as file:
+            file.write(json.dumps([{**image, **fields}, annotations]) + '\n')
 
     def finish(self) -> None:
         """Write the JSON file; an old one is kept until the new one is complete."""
-        self.close()
         tmp_path = self.path.with_name(f'{self.path.name}.part')
         with open(tmp_path, 'w', encoding='ascii') as file:
             file.writelines(self._iter_results() if self.format == 'results' else self._iter_dataset())
         os.replace(tmp_path, self.path)
-
-    def close(self) -> None:
-        """Close the .jsonl file."""
-        if self._file:
-            self._file.close()
-            self._file = None
 
     def _iter_dataset(self) -> Iterator[str]:
         yield f'{{"info": {json.dumps(dict(description=self.description))}, "licenses": [],\n"images": ['

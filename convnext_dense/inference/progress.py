@@ -36,23 +36,19 @@ class Progress:
             self.is_terminal and self.done == self.total
         ):
             self.shown_at = now
-            self._show()
+            self._write(self._line() if self.is_terminal else f'{self._line()}\n')
 
     def print(self, line: str) -> None:
         """Print a line above the bar."""
-        self.file.write(f'\r\033[K{line}\n' if self.is_terminal else f'{line}\n')
-        self.file.flush()
+        self._write(f'{line}\n')
 
     def close(self) -> None:
         """Show the final state and end the line of the bar."""
         if self.is_terminal and self.done:
-            self._show()
-            self.file.write('\n')
-            self.file.flush()
+            self._write(f'{self._line()}\n')
 
-    def _show(self) -> None:
-        line = self._line()
-        self.file.write(f'\r\033[K{line}' if self.is_terminal else f'{line}\n')
+    def _write(self, text: str) -> None:
+        self.file.write(f'\r\033[K{text}' if self.is_terminal else text)
         self.file.flush()
 
     def _line(self) -> str:

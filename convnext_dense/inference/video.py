@@ -174,5 +174,4 @@ class _FrameResults:
             write_file(path, (json.dumps(content) + '\n').encode())
         else:
             self.coco.finish()
-        self.coco.close()
         self.coco.lines_path.unlink(missing_ok=True)

@@ -108,7 +108,7 @@ def test_numeric_file_names_are_image_ids(tmp_path):
 
 def test_killed_run_is_resumed(tmp_path, capsys):
     names = ['a.jpg', 'b.jpg', 'c.jpg']
-    write_predictions(tmp_path, names).close()
+    write_predictions(tmp_path, names)
     complete = (tmp_path / 'predictions.jsonl').read_bytes()
     for length in range(len(complete)):
         (tmp_path / 'predictions.jsonl').write_bytes(complete[:length])
