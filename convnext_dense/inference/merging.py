@@ -155,10 +155,11 @@ def _connected(pairs: Sequence[tuple[int, int]], n: int) -> list[np.ndarray]:
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
+    if not n:
+        return []
     rows, columns = np.reshape(pairs, (-1, 2)).astype(int).T
-    graph = coo_matrix((np.ones(len(rows)), (rows, columns)), (n, n))
-    labels = connected_components(graph, directed=False)[1] if n else np.zeros(0, int)
-    return np.split(np.argsort(labels, kind='stable'), np.cumsum(np.bincount(labels))[:-1]) if n else []
+    labels = connected_components(coo_matrix((np.ones(len(rows)), (rows, columns)), (n, n)), directed=False)[1]
+    return np.split(np.argsort(labels, kind='stable'), np.cumsum(np.bincount(labels))[:-1])
 
 
 def _neighbors(tiles: Sequence[InstanceData]) -> Iterator[tuple[int, int]]:
