@@ -37,15 +37,10 @@ def exit_on_error() -> Iterator[None]:
         if message_and_code is None:
             raise
         message, code = message_and_code
-        if is_debug():
+        if '--debug' in sys.argv or os.environ.get(DEBUG_VARIABLE, '0') not in ('', '0'):
             traceback.print_exc()
         print(printable(message), file=sys.stderr)
         sys.exit(code)
-
-
-def is_debug() -> bool:
-    """Whether the user asked for tracebacks, by `--debug` or in the environment."""
-    return '--debug' in sys.argv or os.environ.get(DEBUG_VARIABLE, '0') not in ('', '0')
 
 
 def _message_and_code(error: BaseException) -> tuple[str, int] | None:

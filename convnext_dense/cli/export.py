@@ -1,6 +1,7 @@
 """What tools/export.py does: load the model, write the file, prove it equal, and only then put it into its place."""
 
 import argparse
+import json
 import os
 import tempfile
 from functools import partial
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from ..checkpoints.exported_files import is_exported
 from ..errors import UsageError
-from ..export.check import INT8, check_file, compare_file, write_differences
+from ..export.check import INT8, check_file, compare_file
 from ..export.files import WRITERS, files_of, onnx_to_openvino, write_onnx
 from ..export.program import ExportOptions, Traced, trace
 from ..export.quantize import MAX_IMAGES, calibration_inputs, quantize
@@ -91,7 +92,8 @@ def export(args: argparse.Namespace) -> None:
         print(f'{out.name}: {sum(f.stat().st_size for f in files_of(path) if f.exists()) / 2**20:.1f} MB')
         if not args.no_check:
             compare = partial(compare_file, tolerance=INT8) if calibration else check_file
-            write_differences(compare(path, predictor, options), Path(folder, report.name))
+            differences = [difference.known() for difference in compare(path, predictor, options)]
+            Path(folder, report.name).write_text(json.dumps(differences, indent=1) + '\n')
         for file in Path(folder).iterdir():
             os.replace(file, out.parent / file.name)
     print(f'wrote {out}')

@@ -20,7 +20,7 @@ from ..inference.coco_writer import FORMATS
 from ..inference.drawing import SCORE_THR
 from ..inference.exported import check_exported_options
 from ..inference.inputs import Inputs, find_inputs
-from ..inference.mask_writer import check_num_classes
+from ..inference.mask_writer import MAX_CLASSES
 from ..inference.model import AMP_DTYPES, Predictor, build_predictor, check_device, source_device
 from ..inference.options import PredictOptions, class_indices
 from ..inference.output import OutputFolder, open_folder
@@ -137,7 +137,9 @@ def _check_options(source: ModelSource, options: PredictOptions, args: argparse.
     if source.classes:
         class_indices(options.classes, source.classes)
     if source.task == 'segmentation':
-        check_num_classes(len(source.classes))
+        n = len(source.classes)
+        if n > MAX_CLASSES:
+            raise UsageError(f'the model has {n} classes: an indexed PNG holds at most {MAX_CLASSES}')
         unused = [f'--{name.replace("_", "-")}' for name in DETECTION_OPTIONS if getattr(options, name) is not None]
         unused += ['--format results'] if args.format != FORMATS[0] else []
         if unused:

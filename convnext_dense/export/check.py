@@ -1,6 +1,5 @@
 """Whether an exported file computes what its model does: both run on the same images."""
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -127,17 +126,13 @@ def compare_file(
     session = session_class(path)(str(path), torch.device('cpu'))
     differences = []
     for images in batches or _default_batches(predictor, options):
-        output_size = None if options.input == 'raw' else _output_size(images)
+        # Results are resized to the size of an original image.
+        output_size = None if options.input == 'raw' else (images.shape[2] * 5 // 4, images.shape[3] * 3 // 4)
         actual = session.run(as_input(images, predictor, options), output_size)
         expected = [predict(predictor, image, output_size, options) for image in images]
         differences.append(_compare(images, actual, expected, options, tolerance))
         print(differences[-1], flush=True)
     return differences
-
-
-def write_differences(differences: list[Difference], path: Path) -> None:
-    """Write the differences as JSON."""
-    path.write_text(json.dumps([difference.known() for difference in differences], indent=1) + '\n')
 
 
 def _default_batches(predictor: Predictor, options: ExportOptions) -> Iterator[np.ndarray]:
@@ -153,11 +148,6 @@ def _default_batches(predictor: Predictor, options: ExportOptions) -> Iterator[n
         yield denormalize(images / 64 - 2, reader.mean, reader.std) if reader else images
     shape = 1, channels, *sizes[0]
     yield np.full(shape, np.nan, np.float32) if reader else np.zeros(shape, np.uint8)
-
-
-def _output_size(images: np.ndarray) -> tuple[int, int]:
-    """A size of the original images: results are resized to it."""
-    return images.shape[2] * 5 // 4, images.shape[3] * 3 // 4
 
 
 def as_input(images: np.ndarray, predictor: Predictor, options: ExportOptions) -> np.ndarray:

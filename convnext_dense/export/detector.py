@@ -54,11 +54,7 @@ class ExportableDetector(nn.Module):
             raise UsageError(f'{type(model).__name__} has no masks in boxes: its masks are those of the image')
         self.preprocess = nn.Identity() if raw else Preprocess(model.data_preprocessor, reader)
         self.raw, self.masks, self.dtype = raw, masks, next(model.backbone.parameters()).dtype
-
-    @property
-    def output_names(self) -> list[str]:
-        """Names of what `forward` returns."""
-        return ['boxes', 'scores', 'labels', *(['masks'] if self.detect.mask_form else [])]
+        self.output_names = ['boxes', 'scores', 'labels', *(['masks'] if self.detect.mask_form else [])]
 
     def forward(self, images: torch.Tensor, output_size: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """Detect the objects of a batch of images.
@@ -74,7 +70,10 @@ class ExportableDetector(nn.Module):
         """
         images = with_unknown_size(images)
         shape = images.shape[-2:]
-        scale = torch.ones(4, device=images.device) if self.raw else _scale(shape, output_size)
+        if self.raw:
+            scale = torch.ones(4, device=images.device)
+        else:  # from pixels of the input to those of `output_size`
+            scale = (output_size / to_tensor(shape, images.device)).flip(0).repeat(2)
         images = self.preprocess(images).to(self.dtype)
         if not self.detect.mask_form or self.masks == 'box':
             return self.detect(images, shape, scale)
@@ -91,14 +90,6 @@ def _kind(model):
             return kind
     names = ' or '.join(cls.__name__ for cls in KINDS)
     raise UsageError(f'{type(model).__name__} cannot be exported: only {names} can')
-
-
-# ---- size of the image -----------------------------------------------------------------------------------------------
-
-
-def _scale(shape, output_size):
-    """Factors (4,) from pixels of the input to those of `output_size`."""
-    return (output_size / to_tensor(shape, output_size.device)).flip(0).repeat(2)
 
 
 def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

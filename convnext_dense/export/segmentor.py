@@ -40,7 +40,7 @@ class ExportableSegmentor(nn.Module):
             model = traceable_segmentor(model)
         self.model = model
         self.preprocess = nn.Identity() if raw else Preprocess(model.data_preprocessor, reader)
-        self.returns_logits = logits
+        self.returns_logits, self.output_names = logits, ['logits' if logits else 'segmentation']
         test_cfg = model.test_cfg or {}
         self.mode = test_cfg.get('mode', 'whole')
         if self.mode not in MODES:
@@ -49,11 +49,6 @@ class ExportableSegmentor(nn.Module):
             self.crop_size, self.stride = tuple(test_cfg['crop_size']), tuple(test_cfg['stride'])
             self.resizes_last = resizes_last(model)
         self.eval()
-
-    @property
-    def output_names(self) -> list[str]:
-        """Names of what `forward` returns."""
-        return ['logits' if self.returns_logits else 'segmentation']
 
     def forward(self, images: torch.Tensor, output_size: torch.Tensor | None = None) -> torch.Tensor:
         """Segment a batch of images of one size.

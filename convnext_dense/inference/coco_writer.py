@@ -13,9 +13,8 @@ from pycocotools import mask as coco_mask
 from ..errors import UsageError
 
 FORMATS = ('coco', 'results')
-N_COCO_IDS = 90
-UNUSED_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
-COCO_IDS = [i for i in range(1, N_COCO_IDS + 1) if i not in UNUSED_COCO_IDS]  # category ids of COCO's 80 classes
+# Category ids of COCO's 80 classes.
+COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 
 
 def category_ids(classes: Sequence[str]) -> list[int]:

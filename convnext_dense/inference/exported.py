@@ -62,10 +62,6 @@ class Geometry(NamedTuple):
         """Whether the results are in pixels of the original image."""
         return self.content == self.canvas and self.space == self.original
 
-    def visible(self) -> tuple[int, int]:
-        """Size of the image in the results."""
-        return self.content if self.space == self.canvas else self.original
-
 
 @MODELS.register_module()
 class ExportedModel(nn.Module):
@@ -236,7 +232,8 @@ def _to_original(maps: torch.Tensor, geometry: Geometry, mode: str) -> torch.Ten
     """Crop maps (C, h, w) of a result to the image, and resize them to its original size (C, H, W)."""
     if geometry.is_identity:
         return maps
-    height, width = geometry.visible()
+    # Maps in pixels of the input hold the padding, too.
+    height, width = geometry.content if geometry.space == geometry.canvas else geometry.original
     maps = maps[:, :height, :width]
     if maps.shape[1:] == geometry.original:
         return maps

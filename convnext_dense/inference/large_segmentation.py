@@ -27,7 +27,10 @@ def labels_alone(model: nn.Module) -> Iterator[None]:
         if data_samples is None or seg_logits.shape[1] == 1 or not any(_is_large(seg_logits, s) for s in data_samples):
             return postprocess(seg_logits, data_samples)
         for logits, sample in zip(seg_logits, data_samples):
-            labels = _resize_and_decide(_without_padding(logits, sample), sample.ori_shape, model.align_corners)
+            meta = sample.metainfo
+            left, right, top, bottom = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
+            logits = logits[:, top : logits.shape[1] - bottom, left : logits.shape[2] - right]
+            labels = _resize_and_decide(logits, sample.ori_shape, model.align_corners)
             sample.set_data({'pred_sem_seg': PixelData(data=labels)})
         return data_samples
 
@@ -41,12 +44,6 @@ def labels_alone(model: nn.Module) -> Iterator[None]:
 def _is_large(seg_logits: torch.Tensor, sample: BaseDataElement) -> bool:
     height, width = sample.ori_shape
     return seg_logits.shape[1] * height * width > MAX_LOGITS and not sample.metainfo.get('flip')
-
-
-def _without_padding(logits: torch.Tensor, sample: BaseDataElement) -> torch.Tensor:
-    meta = sample.metainfo
-    left, right, top, bottom = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
-    return logits[:, top : logits.shape[1] - bottom, left : logits.shape[2] - right]
 
 
 def _resize_and_decide(logits: torch.Tensor, size: tuple[int, int], align_corners: bool) -> torch.Tensor:

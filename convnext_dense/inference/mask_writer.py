@@ -6,17 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from ..errors import UsageError
 from .colors import Color, class_colors
 
 IGNORED = 255  # value of pixels of other classes than the requested ones; mmseg's ignore_index
 MAX_CLASSES = 255  # classes in an 8-bit PNG
-
-
-def check_num_classes(n: int) -> None:
-    """Raise UsageError if `n` classes do not fit into an 8-bit PNG."""
-    if n > MAX_CLASSES:
-        raise UsageError(f'the model has {n} classes: an indexed PNG holds at most {MAX_CLASSES}')
 
 
 def encode_mask(labels: np.ndarray, palette: Sequence[Color]) -> bytes:

@@ -102,7 +102,10 @@ def build_predictor(
     """
     init_default_scope(source.config.default_scope)
     if source.exported:
-        return _build_exported(source, device, amp_dtype)
+        check_exported_options(source.exported, PredictOptions(), amp_dtype)
+        preprocessor = source.config.get('data_preprocessor')
+        model = ExportedModel(source.exported, source.config.model, preprocessor, device, amp_dtype)
+        return Predictor(model, source, device)
     try:
         model = revert_sync_batchnorm(MODELS.build(copy.deepcopy(source.config.model)))
         predictor = Predictor(optimize(model) if optimized else model, source, device, amp_dtype)
@@ -115,14 +118,6 @@ def build_predictor(
     predictor.model.load_state_dict(weights)
     predictor.model.to(device).eval()
     return predictor
-
-
-def _build_exported(source: ModelSource, device: torch.device, amp_dtype: str) -> 'Predictor':
-    check_exported_options(source.exported, PredictOptions(), amp_dtype)
-    model = ExportedModel(
-        source.exported, source.config.model, source.config.get('data_preprocessor'), device, amp_dtype
-    )
-    return Predictor(model, source, device)
 
 
 class Predictor:

@@ -95,7 +95,8 @@ class OutputFolder:
         """
         annotations, picture = self.convert(file, image, sample)
         if self.pictures:
-            write_file(self.picture_path(file.stem), encode_jpeg(picture))
+            jpeg = cv2.imencode('.jpg', picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
+            write_file(self.picture_path(file.stem), jpeg.tobytes())
         return Written(tuple(sample.ori_shape), annotations, picture if self.show else None)
 
     def convert(
@@ -175,8 +176,3 @@ def write_file(path: Path, content: bytes) -> None:
     tmp_path = path.with_name(f'{path.name}.part')
     tmp_path.write_bytes(content)
     os.replace(tmp_path, path)
-
-
-def encode_jpeg(picture: np.ndarray) -> bytes:
-    """Encode a picture (H, W, 3), BGR, as JPEG."""
-    return cv2.imencode('.jpg', picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
