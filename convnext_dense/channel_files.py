@@ -24,13 +24,9 @@ DISPLAY_RANGE = 2.0  # standard deviations around the mean that a picture shows 
 
 
 class FileLayout(NamedTuple):
-    """What an image file holds.
+    """What an image file holds; `dtype` is NumPy's name of the type of its values.
 
     Attributes:
-        height (int): In pixels.
-        width (int): Likewise.
-        num_channels (int): Of the file.
-        dtype (str): Of its values, as NumPy names it.
         is_rgb (bool): Whether it is gray or RGB of 8 bits, with or without opacity, as any image viewer reads it.
     """
 

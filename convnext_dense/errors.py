@@ -10,12 +10,7 @@ from typing import NamedTuple
 
 
 class Notice(NamedTuple):
-    """One line for the user.
-
-    Attributes:
-        message: The line.
-        level: Its level as in `logging`.
-    """
+    """One line for the user, with its level as in `logging`."""
 
     message: str
     level: int = logging.INFO

@@ -45,15 +45,7 @@ class LoadedInput(NamedTuple):
 
 @dataclass
 class RunReport:
-    """Summary of a prediction run.
-
-    Attributes:
-        num_done: Number of predicted images or frames.
-        num_skipped: Number of unreadable images.
-        num_detections: Number of detections in all images.
-        model_seconds: Time in the model.
-        seconds: Total time.
-    """
+    """Summary of a prediction run: what was done with its images or frames, and the time in all and in the model."""
 
     num_done: int = 0
     num_skipped: int = 0

@@ -10,12 +10,9 @@ from ..datasets.coco_masks import decode_rle_runs
 
 
 class CroppedMask(NamedTuple):
-    """The part of an instance mask within the bounding box of its object.
+    """The part of an instance mask within the bounding box of its object, as COCO RLE.
 
-    Attributes:
-        left: Left edge of the part in the image, in pixels.
-        top: Top edge of the part in the image, in pixels.
-        rle: The part as COCO RLE.
+    Its upper left pixel is at (left, top) in the image.
     """
 
     left: int

@@ -38,12 +38,9 @@ class InputFile(NamedTuple):
 
 @dataclass
 class Inputs:
-    """Images and videos to predict.
+    """Images and videos to predict, and lines to show to the user.
 
-    Attributes:
-        images: Images in the order of the inputs, those of a folder sorted by name.
-        videos: Videos in the order of the inputs.
-        notices: Lines to show to the user.
+    They are in the order of the inputs, the images of a folder sorted by name.
     """
 
     images: list[InputFile] = field(default_factory=list)

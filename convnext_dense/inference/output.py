@@ -25,12 +25,9 @@ JPEG_QUALITY = 90
 
 
 class Written(NamedTuple):
-    """Results of writing the prediction of an image.
+    """What was written of an image of size (H, W): its COCO annotations, none for segmentation.
 
-    Attributes:
-        size (tuple): (H, W) of the image.
-        annotations (list[dict]): Detections as COCO annotations; empty for segmentation.
-        picture (np.ndarray | None): Picture (H, W, 3), BGR, if it is to be shown.
+    If it is to be shown, also its picture (H, W, 3), BGR.
     """
 
     size: tuple[int, int]
