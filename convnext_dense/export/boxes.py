@@ -114,6 +114,12 @@ def drop_small(boxes: torch.Tensor, scores: torch.Tensor, test_cfg: dict) -> tor
     return torch.where((boxes[..., 2:] - boxes[..., :2]).amin(-1) > limit, scores, NO_SCORE)
 
 
+def top_boxes(boxes: torch.Tensor, scores: torch.Tensor, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best `limit` of boxes (N, n, 4) with their scores (N, n)."""
+    scores, indices = scores.topk(min(limit, scores.shape[1]))
+    return take(boxes, indices), scores
+
+
 def best_detections(
     boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, test_cfg: dict, *rows: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:

@@ -25,6 +25,7 @@ from .boxes import (
     require,
     require_nms,
     take,
+    top_boxes,
 )
 
 # What leads from features to results.
@@ -35,6 +36,9 @@ METHODS += ('_mask_forward', 'map_roi_levels', '_bbox_post_process', 'extract_fe
 class TwoStage(nn.Module):
     """Of images to boxes, scores, labels and, where the model has them, masks of the boxes.
 
+    Args:
+        model: mmdet's TwoStageDetector.
+
     Raises:
         UsageError: If a part of it is of a class whose computation is not known here.
     """
@@ -44,7 +48,7 @@ class TwoStage(nn.Module):
         _require_parts(model)
         self.model, self.mask_form = model, 'box' if model.roi_head.with_mask else None
         self.rpn = RegionProposals(model.rpn_head, model.test_cfg.rpn)
-        self.roi_head = RoIHead(model.roi_head)
+        self.roi_head = (CascadeHead if isinstance(model.roi_head, CascadeRoIHead) else RoIHead)(model.roi_head)
         self.test_cfg = self.roi_head.test_cfg
 
     def forward(self, images: torch.Tensor, shape: tuple[int, int], scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -82,7 +86,8 @@ def _require_parts(model):
     if roi_head.with_mask:
         parts |= dict(mask_head=FCNMaskHead, mask_roi_extractor=SingleRoIExtractor)
     for name, known in parts.items():
-        for module in _stages(roi_head, name):
+        modules = getattr(roi_head, name)
+        for module in modules if isinstance(roi_head, CascadeRoIHead) else [modules]:
             require(module, (known,), METHODS)
     for cfg in (model.test_cfg.rpn, model.test_cfg.rcnn):
         require_nms(cfg)
@@ -108,9 +113,7 @@ class RegionProposals(nn.Module):
         boxes = decode(head.bbox_coder, priors, deltas, shape)
         scores = drop_small(boxes, scores, cfg)
         level_ids = torch.cat([torch.full_like(part[2], i) for i, part in enumerate(levels)], 1)
-        scores = batched_nms(boxes, scores, level_ids, cfg.nms, cfg.max_per_img)
-        scores, indices = scores.topk(min(cfg.max_per_img, scores.shape[1]))
-        return take(boxes, indices), scores
+        return top_boxes(boxes, batched_nms(boxes, scores, level_ids, cfg.nms, cfg.max_per_img), cfg.max_per_img)
 
 
 def _best_of_level(head, cls_score, deltas, priors, nms_pre):
@@ -128,46 +131,58 @@ def _best_of_level(head, cls_score, deltas, priors, nms_pre):
 
 
 class RoIHead(nn.Module):
-    """mmdet's CascadeRoIHead for a batch, or its StandardRoIHead, which is a cascade of one stage."""
+    """mmdet's StandardRoIHead for a batch."""
 
-    def __init__(self, head: StandardRoIHead | CascadeRoIHead):
+    def __init__(self, head: nn.Module):
         super().__init__()
         self.head, self.test_cfg = head, head.test_cfg
 
     def classify(self, feats, proposals, shape):
-        """Boxes (N, n, classes or 1, 4) of the last stage, and scores (N, n, classes) averaged over the stages."""
-        rois, logits, bbox_heads = to_rois(proposals), [], _stages(self.head, 'bbox_head')
+        """Boxes (N, n, classes or 1, 4) and scores (N, n, classes) of proposals (N, n, 4)."""
+        head = self.head
+        rois = to_rois(proposals)
+        logits, deltas = (x.float() for x in head.bbox_head(extract(head.bbox_roi_extractor, feats, rois)))
+        boxes = _decode_classes(head.bbox_head, rois, deltas, shape)
+        scores = _class_scores(head.bbox_head, logits)
         n, k = proposals.shape[:2]
-        for bbox_head, extractor in zip(bbox_heads, _stages(self.head, 'bbox_roi_extractor')):
-            stage_logits, deltas = (x.float() for x in bbox_head(extract(extractor, feats, rois)))
+        return boxes.reshape(n, k, -1, 4), scores.reshape(n, k, -1)
+
+    def segment(self, feats, boxes, labels):
+        """Mask probabilities (N, K, h, w) of boxes (N, K, 4)."""
+        head = self.head
+        masks = head.mask_head(extract(head.mask_roi_extractor, feats, to_rois(boxes))).float().sigmoid()
+        return _masks_of_labels(masks, boxes, labels)
+
+
+class CascadeHead(RoIHead):
+    """mmdet's CascadeRoIHead for a batch."""
+
+    def classify(self, feats, proposals, shape):
+        """Boxes (N, n, classes or 1, 4) of the last stage, and scores (N, n, classes) averaged over the stages."""
+        head = self.head
+        rois, logits = to_rois(proposals), []
+        n, k = proposals.shape[:2]
+        for stage in range(head.num_stages):
+            bbox_head = head.bbox_head[stage]
+            features = extract(head.bbox_roi_extractor[stage], feats, rois)
+            stage_logits, deltas = (x.float() for x in bbox_head(features))
             logits.append(stage_logits)
-            if bbox_head is not bbox_heads[-1]:
+            if stage < head.num_stages - 1:
                 if bbox_head.custom_activation:
                     stage_logits = bbox_head.loss_cls.get_activation(stage_logits)
                 labels = stage_logits[:, :-1].argmax(1)
                 boxes = bbox_head.regress_by_class(rois[:, 1:], labels, deltas, dict(img_shape=shape))
                 rois = torch.cat([rois[:, :1], boxes], 1)
         boxes = _decode_classes(bbox_head, rois, deltas, shape)
-        scores = _class_scores(bbox_head, _mean(logits))
+        scores = _class_scores(bbox_head, sum(logits) / len(logits))
         return boxes.reshape(n, k, -1, 4), scores.reshape(n, k, -1)
 
     def segment(self, feats, boxes, labels):
         """Mask probabilities (N, K, h, w) of boxes (N, K, 4), averaged over the stages."""
-        rois = to_rois(boxes)
-        stages = zip(_stages(self.head, 'mask_head'), _stages(self.head, 'mask_roi_extractor'))
-        masks = _mean([mask_head(extract(extractor, feats, rois)).float().sigmoid() for mask_head, extractor in stages])
-        labels = (labels if masks.shape[1] > 1 else torch.zeros_like(labels)).reshape(-1, 1, 1, 1)
-        masks = masks.gather(1, labels.expand(-1, 1, *masks.shape[2:]))
-        return masks.reshape(*boxes.shape[:2], *masks.shape[2:])
-
-
-def _stages(roi_head, name):
-    modules = getattr(roi_head, name)
-    return modules if isinstance(modules, nn.ModuleList) else [modules]
-
-
-def _mean(stages):
-    return stages[0] if len(stages) == 1 else sum(stages) / len(stages)
+        head, rois = self.head, to_rois(boxes)
+        stages = zip(head.mask_head, head.mask_roi_extractor)
+        masks = [mask_head(extract(extractor, feats, rois)).float().sigmoid() for mask_head, extractor in stages]
+        return _masks_of_labels(sum(masks) / len(masks), boxes, labels)
 
 
 def to_rois(boxes: torch.Tensor) -> torch.Tensor:
@@ -195,3 +210,10 @@ def _class_scores(bbox_head, logits):
     if bbox_head.custom_cls_channels:
         return bbox_head.loss_cls.get_activation(logits)[:, :-1]
     return logits.softmax(-1)[:, :-1]
+
+
+def _masks_of_labels(masks, boxes, labels):
+    """Of masks (N * K, classes or 1, h, w) those of the labels, (N, K, h, w)."""
+    labels = labels.reshape(-1, 1, 1, 1) if masks.shape[1] > 1 else torch.zeros_like(labels.reshape(-1, 1, 1, 1))
+    masks = masks.gather(1, labels.expand(-1, 1, *masks.shape[2:]))
+    return masks.reshape(*boxes.shape[:2], *masks.shape[2:])
