@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops import dispatch
+from ..ops.conv import conv, supports_conv
 from ..ops.head_kernels import is_plain
-from ..ops.upsampled_conv import conv, supports_conv, supports_upsampled_conv, upsampled_conv
+from ..ops.upsampled_conv import supports_upsampled_conv, upsampled_conv
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm, _BatchNormXd)
 dispatch.remember_methods(ConvModule, nn.Conv2d, nn.ReLU, *NORMS)

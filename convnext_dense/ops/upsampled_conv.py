@@ -9,13 +9,12 @@ takes 1 / s^2 of the multiplications, and neither upsampled nor concatenated fea
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from . import head_kernels, onednn
+from .conv import DTYPES, compute_dtype, conv
 from .head_kernels import is_plain
 from .operators import _below_autograd, _check, _define, needs_grad, register
 
-DTYPES = (torch.float32, torch.bfloat16)
 TAPS = 9
 
 # base (N, C, H, W) plus the sum of products (N, 9 C, h, w), whose channels are tap by tap.
@@ -33,12 +32,7 @@ def supports_upsampled_conv(maps: Sequence[torch.Tensor], weight: torch.Tensor) 
         return False
     if weight.shape[1:] != (sum(x.shape[1] for x in maps), 3, 3) or weight.shape[0] % head_kernels.CHANNEL_MULTIPLE:
         return False
-    return {_dtype(t) for t in tensors} <= set(DTYPES) and _dtype(maps[0]) in onednn.dtypes()
-
-
-def _dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype that a convolution casts an input to."""
-    return torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
+    return {compute_dtype(t) for t in tensors} <= set(DTYPES) and compute_dtype(maps[0]) in onednn.dtypes()
 
 
 def upsampled_conv(
@@ -66,36 +60,6 @@ def upsampled_conv(
     products = [conv(x, w, None) for x, w in zip(maps[1:], by_tap)]
     dtype = base.dtype
     return tap_sum(base, [p.to(dtype) for p in products], align_corners, relu)
-
-
-def supports_conv(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `conv` runs on a feature map (N, C, H, W) and a weight."""
-    if not is_plain(x) or not is_plain(weight) or x.ndim != 4 or not x.numel():
-        return False
-    return {_dtype(x), _dtype(weight)} <= set(DTYPES) and _dtype(x) == _dtype(weight) and _dtype(x) in onednn.dtypes()
-
-
-def conv(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    groups: int = 1,
-    relu: bool = False,
-) -> torch.Tensor:
-    """A convolution and perhaps a ReLU in channels_last, without gradients in one call of oneDNN."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    if needs_grad(x, weight, bias):
-        out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        return out.relu() if relu else out
-    dtype = _dtype(x)
-    x, weight, bias = (None if t is None else t.detach().to(dtype) for t in (x, weight, bias))
-    with torch.autocast('cpu', enabled=False):
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, weight, bias, padding, stride, dilation, groups, 'relu' if relu else 'none', [], ''
-        )
 
 
 # ---- the operator ----------------------------------------------------------------------------------------------------
