@@ -32,7 +32,7 @@ PATCH_SIZES = (4, 2)  # of the stem and of a downsampling
 SAVE_HIDDEN_FROM = 384  # channels from which on saving the hidden layer is faster than recomputing it
 
 STRUCT_VERSION = 3
-STRUCTS = ('BlockArgs', 'PatchEmbedArgs', 'NormArgs', 'KernelCall')  # of avx512_kernels.c, which describes them
+STRUCTS = ('BlockArgs', 'PatchEmbedArgs', 'NormArgs', 'Conv3x3Args', 'KernelCall')  # avx512_kernels.c describes them
 # The struct that a kernel takes; those in NEEDS_WORKSPACE also take memory to work in.
 KERNELS = {
     'block': 'BlockArgs',
@@ -41,6 +41,7 @@ KERNELS = {
     'patch_embed_backward': 'PatchEmbedArgs',
     'norm_nchw': 'NormArgs',
     'norm_nchw_backward': 'NormArgs',
+    'conv3x3': 'Conv3x3Args',
 }
 NEEDS_WORKSPACE = [name for name in KERNELS if name != 'norm_nchw']
 
@@ -402,6 +403,44 @@ def _norm_call(kernel: str, eps: float, x: torch.Tensor, weight: torch.Tensor, b
     n, height, width, channels = x.shape
     fields |= dict(norm_weight=_contiguous(weight), norm_bias=_contiguous(bias))
     return _pack(kernel, images=n, area=height * width, channels=channels, eps=eps, x=x, **fields)
+
+
+# ---- 3 x 3 convolutions of necks and heads ---------------------------------------------------------------------------
+
+
+def supports_conv3x3(shape: torch.Size, weight: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a 3 x 3 convolution of a map (N, C, H, W), with stride and padding 1, in `dtype` runs here."""
+    if weight.ndim != 4 or weight.shape[1:] != (shape[1], 3, 3) or dtype not in dtypes():
+        return False
+    return not (weight.shape[0] % CHANNEL_MULTIPLE or weight.shape[1] % CHANNEL_MULTIPLE)
+
+
+def check_conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raise a RuntimeError unless the kernel can convolve the map."""
+    shapes = [(weight.shape[0], x.shape[1], 3, 3), *([] if bias is None else [(weight.shape[0],)])]
+    params = [weight, *([] if bias is None else [bias])]
+    if not (supports_conv3x3(x.shape, weight, x.dtype) and _params_match(params, shapes)):
+        raise RuntimeError(
+            'the AVX-512 kernels convolve float32 and bfloat16 maps by float32 weights (C_out, C, 3, 3), with channels '
+            f'in multiples of {CHANNEL_MULTIPLE}'
+        )
+
+
+def conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool) -> torch.Tensor:
+    """Convolve a map (N, C, H, W), and apply a ReLU if `relu`; both maps are channels_last.
+
+    In float32 by Winograd's algorithm, which rounds as a sum in another order does; in bfloat16 directly, with sums in
+    float32. If a value is infinite or NaN, up to 4 x 4 pixels around it are.
+    """
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    n, channels, height, width = x.shape
+    # Not a permuted view of rows, which ReLUs could not change in place.
+    shape = (n, len(weight), height, width)
+    out = torch.empty(shape, dtype=x.dtype, device='cpu', memory_format=torch.channels_last)
+    fields = dict(images=n, height=height, width=width, channels=channels, out_channels=len(weight), relu=relu)
+    bf16 = x.dtype == torch.bfloat16
+    launch(_pack('conv3x3', bf16=bf16, x=x, weight=weight, bias=_contiguous(bias), out=out, **fields))
+    return out
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------

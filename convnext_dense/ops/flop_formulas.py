@@ -72,6 +72,10 @@ def register() -> None:
             flops += linear(n_rows, params.pwconv1_weight) + linear(n_rows, params.pwconv2_weight)
         return flops
 
+    @register_flop_formula(ops.conv3x3)
+    def conv3x3(x, weight, bias, *args, out_shape=None, **kwargs):
+        return conv(x, weight, [x[0], weight[0], *x[2:]])
+
     @register_flop_formula([ops.output_norm, ops.output_norm_backward])
     def norm(*args, out_shape=None, **kwargs):
         return 0  # torch counts matmuls and convolutions only
