@@ -16,9 +16,10 @@ from ..ops import dispatch
 from ..ops.conv import conv, supports_conv
 from ..ops.head_kernels import is_plain
 from ..ops.upsampled_conv import supports_upsampled_conv, upsampled_conv
+from .fused_conv2d import FusedConv2d
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm, _BatchNormXd)
-dispatch.remember_methods(ConvModule, nn.Conv2d, nn.ReLU, *NORMS)
+dispatch.remember_methods(ConvModule, nn.ReLU, *NORMS)
 
 
 class FusedConvModule(ConvModule):
@@ -43,7 +44,11 @@ def is_conv_norm_act(module: nn.Module) -> bool:
         return False
     children = [*module.children()]
     convolution, *norm_and_act = children
-    if type(convolution) is not nn.Conv2d or convolution.padding_mode != 'zeros' or module.with_explicit_padding:
+    if (
+        type(convolution) not in (nn.Conv2d, FusedConv2d)
+        or convolution.padding_mode != 'zeros'
+        or module.with_explicit_padding
+    ):
         return False
     if not isinstance(convolution.padding, tuple) or not all(type(m) in (*NORMS, nn.ReLU) for m in norm_and_act):
         return False

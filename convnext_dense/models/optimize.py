@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .convnext import OutputNorm
+from .fused_conv2d import FusedConv2d, is_conv3x3
 
 # Modules of mmdet and mmseg that accept any memory format, as do all modules of torch, mmcv.cnn and mmengine.
 ANY_FORMAT = {
@@ -41,7 +42,8 @@ def optimize(model: nn.Module) -> nn.Module:
 
     - If all modules after the backbone accept any memory format, feature maps on a CPU stay in channels_last; mmcv's
       RoIAlign, which does not accept it, gets contiguous feature maps.
-    - On a CPU, mmdet's RoIAlign and NMS run in kernels of `ops`, on all cores.
+    - On a CPU, mmdet's RoIAlign and NMS run in kernels of `ops`, on all cores. So do 3 x 3 convolutions, if the feature
+      maps stay in channels_last.
     - In evaluation on a CPU, batch norms and ReLUs of heads are folded into their convolutions. UPerHead convolves
       feature maps before upsampling them, also in training.
 
@@ -53,7 +55,7 @@ def optimize(model: nn.Module) -> nn.Module:
     """
     channels_last = all(map(_reads_any_format, model.modules()))
     for module in [*model.modules()]:
-        replacement = _faster_class(module)
+        replacement = FusedConv2d if channels_last and is_conv3x3(module) else _faster_class(module)
         if replacement is not None:
             module.__class__ = replacement
     has_other_nms = any(type(module).__name__ in CHECK_NMS_TYPE for module in model.modules())

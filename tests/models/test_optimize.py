@@ -153,6 +153,29 @@ def test_a_training_step_is_the_same(name, monkeypatch):
         assert (found_grads[key] - grad).norm() < 2e-3 * grad.norm() + 1e-5, key
 
 
+@pytest.mark.skipif(not avx512.dtypes(), reason='the kernels are not for this machine')
+@pytest.mark.parametrize('name', ['demo/mask_rcnn', 'demo/upernet'])
+def test_3x3_convolutions_run_in_a_kernel(name, monkeypatch):
+    calls = []
+    launch = avx512.launch
+    monkeypatch.setattr(avx512, 'launch', lambda *queue: (calls.extend(c.name for c in queue), launch(*queue)))
+    model = optimize(build(name))
+    predict(model)
+    n_large = calls.count('conv3x3')
+    # The largest level of the neck and of the RPN and four of the mask head; the largest level and its bottleneck.
+    assert n_large == (6 if 'rcnn' in name else 2)
+    del calls[:]
+    train_step(model)
+    assert calls.count('conv3x3') > 1.5 * n_large  # gradients, too
+    hooked = optimize(build(name))
+    for module in hooked.modules():
+        if type(module).__name__ in ('FusedConv2d', 'FusedConvModule'):
+            module.register_forward_hook(lambda *args: None)
+    del calls[:]
+    predict(hooked)
+    assert 'conv3x3' not in calls
+
+
 def test_modified_weights_take_effect():
     """Folded weights are not cached."""
     model, reference = optimize(build('demo/upernet')), build('demo/upernet')

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from convnext_dense.models.convnext import ConvNeXtBlock, Downsample, OutputNorm, PatchEmbed, Stem
-from convnext_dense.ops import avx512, box_ops, dispatch, head_kernels
+from convnext_dense.models.fused_conv2d import FusedConv2d
+from convnext_dense.ops import avx512, box_ops, conv, dispatch, head_kernels
 from convnext_dense.ops.upsampled_conv import tap_sum
 from helpers import kernel_calls, sanitizers
 from helpers.views import VIEWS, build_model, set_param_view
@@ -47,6 +48,7 @@ def entries_of_kernels(name: str) -> set[str]:
 
 def under_sanitizers(name: str, folder: str, mode: str, n: str = '0') -> None:
     use_library_in(Path(folder), name)
+    conv.MIN_PIXELS = 1
     library = kernel_calls.load(name)
     if mode == 'overrun':
         overrun(library, name)
@@ -130,6 +132,7 @@ def run_module(r: random.Random) -> None:
         [
             (1, lambda: ConvNeXtBlock(c, 7, r.choice([0.0, 0.5]), r.choice([0.0, 1.0]), r.random() < 0.5)),
             (1, lambda: OutputNorm(c)),
+            (1, lambda: FusedConv2d(c, other_c, 3, padding=1)),
             (2, lambda: Downsample(c, other_c)),
             (4, lambda: Stem(in_channels, c)),
             (
