@@ -46,6 +46,7 @@ def optimize(model: nn.Module) -> nn.Module:
       maps stay in channels_last.
     - In evaluation on a CPU, batch norms and ReLUs of heads are folded into their convolutions. UPerHead convolves
       feature maps before upsampling them, also in training.
+    - mmseg's sliding windows are added up in place.
 
     Args:
         model: A model of mmdet or mmseg; it is changed in place. Modules of other classes are unchanged.
@@ -93,6 +94,10 @@ def _faster_class(module: nn.Module) -> type | None:
         from .fused_uper_head import FusedUPerHead
 
         return FusedUPerHead
+    if place == 'mmseg.models.segmentors.encoder_decoder.EncoderDecoder':
+        from .fused_segmentor import FusedEncoderDecoder
+
+        return FusedEncoderDecoder
     if place == 'mmdet.models.roi_heads.roi_extractors.single_level_roi_extractor.SingleRoIExtractor':
         from .fp32_heads import CPURoIExtractor
 

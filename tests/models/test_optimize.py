@@ -10,6 +10,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData, PixelData
+from mmseg.models.segmentors import EncoderDecoder
 from mmseg.structures import SegDataSample
 from mmseg.utils import register_all_modules as register_mmseg
 from torch import nn
@@ -137,6 +138,29 @@ def test_segmentations_are_the_same(monkeypatch):
     actual = predict(optimize_for_inference(model))
     assert calls.names == ['tap_sum', 'tap_sum'] and [*model.state_dict()] == keys
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize('n', [1, 2])
+@pytest.mark.parametrize('crop_size, stride', [((64, 64), (40, 30)), ((96, 128), (96, 128)), ((200, 50), (64, 50))])
+def test_sliding_windows_are_added_up_as_in_mmseg(crop_size, stride, n):
+    model = optimize(build('demo/upernet'))
+    model.test_cfg = ConfigDict(mode='slide', crop_size=crop_size, stride=stride)
+    images, metas = torch.cat([make_image()] * n), [dict(ori_shape=SIZE, img_shape=SIZE) for _ in range(n)]
+    for dtype in (torch.float32, torch.bfloat16):
+        for channels_last in (False, True):
+
+            def encode_decode(window, metas, channels_last=channels_last):
+                logits = type(model).encode_decode(model, window, metas)
+                return logits.contiguous(
+                    memory_format=torch.channels_last if channels_last else torch.contiguous_format
+                )
+
+            model.encode_decode = encode_decode
+            with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+                expected = EncoderDecoder.slide_inference(model, images, metas)
+                actual = model.slide_inference(images, metas)
+            assert torch.equal(actual, expected) and actual.dtype == expected.dtype
+            assert actual.is_contiguous(memory_format=torch.channels_last) == channels_last
 
 
 @needs_kernels
