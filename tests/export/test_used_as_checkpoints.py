@@ -116,7 +116,7 @@ def test_ap_equals_the_checkpoint(detectors, data, tmp_path):
     exported = json.loads((tmp_path / 'exported/predictions.json').read_text())
     assert exported['images'] == predictions['images'] and exported['categories'] == predictions['categories']
     areas = [
-        sum(coco_mask.area(a['segmentation']) for a in content['annotations'] if a['score'] > 0.05)
+        sum(int(coco_mask.area(a['segmentation'])) for a in content['annotations'] if a['score'] > 0.05)
         for content in (predictions, exported)
     ]
     assert areas[0] == pytest.approx(areas[1], rel=1e-3)

@@ -13,7 +13,7 @@ from helpers.paths import ROOT
 def assert_equal_instances(actual, expected):
     assert len(actual) == len(expected)
     torch.testing.assert_close(actual.bboxes, expected.bboxes, rtol=0, atol=1e-3)
-    torch.testing.assert_close(actual.scores, expected.scores, rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual.scores, expected.scores, rtol=0, atol=1e-5)
     assert torch.equal(actual.labels, expected.labels)
     assert torch.equal(torch.as_tensor(actual.masks), torch.as_tensor(expected.masks))
 

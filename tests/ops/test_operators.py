@@ -377,6 +377,9 @@ def kernel_args(kernel):
         out = dict(grad=torch.randn(1, 2, 2, 64), grad_x=torch.empty_like(x))
         out = out if kernel.endswith('backward') else dict(out=torch.empty(1, 2, 2, 64))
         return avx512._patch_embed_call(kernel, args, x, avx512.PatchEmbedParams(*params), **out)
+    if kernel == 'conv3x3':
+        settings = dict(images=1, height=4, width=4, channels=C, out_channels=C)
+        return avx512._pack(kernel, x=rows, weight=torch.randn(C, 3, 3, C), out=torch.empty(1, C, 4, 4), **settings)
     out = dict(grad=torch.randn(1, C, 4, 4), grad_x=torch.empty_like(rows), sums=torch.empty(2 * C))
     out = out if kernel.endswith('backward') else dict(out=torch.empty(1, C, 4, 4))
     return avx512._norm_call(kernel, 1e-6, rows, torch.ones(C), torch.zeros(C), **out)
