@@ -37,6 +37,9 @@ class FusedEncoderDecoder(EncoderDecoder):
                     total = _zeros_like_logits(logits, (n, self.out_channels, height, width), inputs.dtype)
                 total[area] += logits
                 count[area] += 1
+        # mmseg asserts this, too: a stride may be larger than the window.
+        size, stride = f'{crop_height} x {crop_width}', f'{stride_y} and {stride_x}'
+        assert count.all(), f'windows of {size} pixels, {stride} apart, leave gaps'
         return total.div_(count)
 
 

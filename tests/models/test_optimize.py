@@ -163,6 +163,13 @@ def test_sliding_windows_are_added_up_as_in_mmseg(crop_size, stride, n):
             assert actual.is_contiguous(memory_format=torch.channels_last) == channels_last
 
 
+def test_sliding_windows_that_leave_gaps_are_refused():
+    model = optimize(build('demo/upernet'))
+    model.test_cfg = ConfigDict(mode='slide', crop_size=(64, 32), stride=(64, 40))
+    with pytest.raises(AssertionError, match='windows of 64 x 32 pixels, 64 and 40 apart, leave gaps'):
+        predict(model)
+
+
 @needs_kernels
 @pytest.mark.parametrize('name', ['demo/mask_rcnn', 'demo/upernet'])
 def test_a_training_step_is_the_same(name, monkeypatch):
