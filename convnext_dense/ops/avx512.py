@@ -409,25 +409,25 @@ def _norm_call(kernel: str, eps: float, x: torch.Tensor, weight: torch.Tensor, b
 
 
 def supports_conv3x3(shape: torch.Size, weight: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether a 3 x 3 convolution of a map (N, C, H, W), with stride and padding 1, in `dtype` runs here."""
+    """Whether a 3 x 3 convolution of a feature map (N, C, H, W), with stride and padding 1, in `dtype` runs here."""
     if weight.ndim != 4 or weight.shape[1:] != (shape[1], 3, 3) or dtype not in dtypes():
         return False
     return not (weight.shape[0] % CHANNEL_MULTIPLE or weight.shape[1] % CHANNEL_MULTIPLE)
 
 
 def check_conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Raise a RuntimeError unless the kernel can convolve the map."""
-    shapes = [(weight.shape[0], x.shape[1], 3, 3), *([] if bias is None else [(weight.shape[0],)])]
-    params = [weight, *([] if bias is None else [bias])]
+    """Raise a RuntimeError unless the kernel can convolve the feature map."""
+    params = [weight] if bias is None else [weight, bias]
+    shapes = [(len(weight), x.shape[1], 3, 3), (len(weight),)][: len(params)]
     if not (supports_conv3x3(x.shape, weight, x.dtype) and _params_match(params, shapes)):
         raise RuntimeError(
-            'the AVX-512 kernels convolve float32 and bfloat16 maps by float32 weights (C_out, C, 3, 3), with channels '
-            f'in multiples of {CHANNEL_MULTIPLE}'
+            'the AVX-512 kernels convolve float32 and bfloat16 feature maps with float32 weights (C_out, C, 3, 3), where '
+            f'C and C_out are multiples of {CHANNEL_MULTIPLE}'
         )
 
 
 def conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool) -> torch.Tensor:
-    """Convolve a map (N, C, H, W), and apply a ReLU if `relu`; both maps are channels_last.
+    """Convolve a feature map (N, C, H, W), and apply a ReLU if `relu`; the result is channels_last.
 
     In float32 by Winograd's algorithm, which rounds as a sum in another order does; in bfloat16 directly, with sums in
     float32. If a value is infinite or NaN, up to 4 x 4 pixels around it are.
