@@ -421,7 +421,7 @@ def check_conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     shapes = [(len(weight), x.shape[1], 3, 3), (len(weight),)][: len(params)]
     if not (supports_conv3x3(x.shape, weight, x.dtype) and _params_match(params, shapes)):
         raise RuntimeError(
-            'the AVX-512 kernels convolve float32 and bfloat16 feature maps with float32 weights (C_out, C, 3, 3), where '
+            'the AVX-512 kernels convolve float32 and bfloat16 feature maps with float32 weights (C_out, C, 3, 3); '
             f'C and C_out are multiples of {CHANNEL_MULTIPLE}'
         )
 
