@@ -147,8 +147,9 @@ def run_benchmarks(args) -> dict:
                 report['results'] += [{**r.as_dict(), 'unit': 'MB'} for r in measure_memory(case, chosen)]
     for measure, mode in (('models', 'inference'), ('models-training', 'training')):
         for dtype in args.dtypes if measure in args.measure else ():
-            models = measure_models(args.device, dtype, args.rounds, mode, args.archs)
-            report['models'] += [{'dtype': dtype, **m} for m in models]
+            for result in measure_models(args.device, dtype, args.rounds, mode, args.archs):
+                report['models'].append({'dtype': dtype, **result})
+                print('\n'.join(format_model(report['models'][-1])), flush=True)  # to stderr: all take an hour
     return report
 
 
@@ -197,19 +198,24 @@ def format_report(report: dict, markdown: bool) -> list[str]:
         if r['backbone'].startswith('swin') and r['arch'] in PAPER_RATIOS and r['unit'] == 'ms'
         if (r['mode'], r['height'], r['width']) == ('inference', 224, 224)
     ]
-    for m in report['models']:
-        seconds = ', '.join(f'{name} {value:.2f}' for name, value in m['seconds'].items())
-        parts = ', '.join(f'{name} {fraction:.0%}' for name, fraction in m['parts'].items())
-        case = f'{m["model"]} {m["arch"]} {m["mode"]} {m["size"][0]}x{m["size"][1]} {m["dtype"]}'
-        lines.append(f'{case}, seconds: {seconds}; parts of ours: {parts}')
-        lines += [f'{case}: left out: {line}' for line in m['missing']]
-        if m['ratio']:
-            lines.append(f'{case}: stock : ours {m["ratio"]:.2f}')
-        if m['swin_ratio']:
-            paper = f', in the paper {m["paper_ratio"]}' if m['paper_ratio'] else ''
-            lines.append(f'{case}: ConvNeXt : Swin {m["swin_ratio"]:.2f} in images per second{paper}')
-        if m['gemm_bound']:
-            lines.append(f'{case}: matmuls of the reference implementation alone take {m["gemm_bound"]:.2f} s')
+    lines += [line for m in report['models'] for line in format_model(m)]
+    return lines
+
+
+def format_model(m: dict) -> list[str]:
+    """The lines of the report about one whole model."""
+    seconds = ', '.join(f'{name} {value:.2f}' for name, value in m['seconds'].items())
+    parts = ', '.join(f'{name} {fraction:.0%}' for name, fraction in m['parts'].items())
+    case = f'{m["model"]} {m["arch"]} {m["mode"]} {m["size"][0]}x{m["size"][1]} {m["dtype"]}'
+    lines = [f'{case}, seconds: {seconds}; parts of ours: {parts}']
+    lines += [f'{case}: left out: {line}' for line in m['missing']]
+    if m['ratio']:
+        lines.append(f'{case}: stock : ours {m["ratio"]:.2f}')
+    if m['swin_ratio']:
+        paper = f', in the paper {m["paper_ratio"]}' if m['paper_ratio'] else ''
+        lines.append(f'{case}: ConvNeXt : Swin {m["swin_ratio"]:.2f} in images per second{paper}')
+    if m['gemm_bound']:
+        lines.append(f'{case}: matmuls of the reference implementation alone take {m["gemm_bound"]:.2f} s')
     return lines
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..ops import dispatch
-from ..ops.conv import conv, supports_conv, supports_conv3x3
+from ..ops.conv import conv, prefers_conv3x3, supports_conv
 
 
 class FusedConv2d(nn.Conv2d):
@@ -12,7 +12,7 @@ class FusedConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve a feature map (N, C, H, W)."""
-        if not dispatch.may_replace(self) or not supports_conv(x, self.weight) or not supports_conv3x3(x, self.weight):
+        if not dispatch.may_replace(self) or not supports_conv(x, self.weight) or not prefers_conv3x3(x, self.weight):
             return super().forward(x)
         return conv(x, self.weight, self.bias, self.stride, self.padding)
 

@@ -51,7 +51,7 @@ def conv(
 ) -> torch.Tensor:
     """A convolution and perhaps a ReLU in channels_last, without gradients in one call of oneDNN."""
     x, dtype = x.contiguous(memory_format=torch.channels_last), compute_dtype(x)
-    if (stride, padding, dilation, groups) == ((1, 1), (1, 1), (1, 1), 1) and supports_conv3x3(x, weight):
+    if (stride, padding, dilation, groups) == ((1, 1), (1, 1), (1, 1), 1) and prefers_conv3x3(x, weight):
         return conv3x3(x.to(dtype), weight.float(), None if bias is None else bias.float(), relu)
     if needs_grad(x, weight, bias):
         out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
@@ -63,8 +63,8 @@ def conv(
         )
 
 
-def supports_conv3x3(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `conv3x3` runs, and is faster than oneDNN, on a map and a weight that `conv` supports."""
+def prefers_conv3x3(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `conv3x3` runs, and is faster than oneDNN, on a feature map and a weight that `conv` supports."""
     n, _, height, width = x.shape
     return n * height * width >= MIN_PIXELS and avx512.supports_conv3x3(x.shape, weight, compute_dtype(x))
 

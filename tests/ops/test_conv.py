@@ -7,7 +7,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from convnext_dense.ops import avx512, flop_formulas
-from convnext_dense.ops.conv import MIN_PIXELS, conv, conv3x3, supports_conv3x3
+from convnext_dense.ops.conv import MIN_PIXELS, conv, conv3x3, prefers_conv3x3
 from helpers.views import VIEWS
 
 pytestmark = pytest.mark.skipif(not avx512.dtypes(), reason='the kernels are not for this machine')
@@ -114,7 +114,7 @@ def test_only_supported_convolutions_use_the_kernel(monkeypatch):
     assert not calls and x[0, 0].numel() == MIN_PIXELS
     conv(x, weight, bias, padding=(1, 1))
     assert len(calls) == 1
-    assert not supports_conv3x3(x.double(), weight.double()) and not supports_conv3x3(x, weight[:, :32])
+    assert not prefers_conv3x3(x.double(), weight.double()) and not prefers_conv3x3(x, weight[:, :32])
 
 
 def test_results_are_bitwise_equal_for_any_number_of_threads():
