@@ -4,8 +4,9 @@ import importlib
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from mmengine.config import Config
@@ -39,6 +40,13 @@ RECIPES = {
 }
 OURS, REFERENCE, STOCK, SWIN = 'ours', 'ours-reference', 'stock-mmpretrain', 'swin-mmdet'
 STOCK_CHANNELS_LAST = f'{STOCK}-channels-last'
+CANDIDATES = {  # and what `--baselines` calls them
+    OURS: 'ours',
+    REFERENCE: 'reference',
+    STOCK: 'mmpretrain',
+    STOCK_CHANNELS_LAST: 'mmpretrain',
+    SWIN: 'swin-mmdet',
+}
 STOCK_TYPES = {'FP32RoIExtractor': 'SingleRoIExtractor'}  # of the others the name follows 'FP32'
 PARTS = ('backbone', 'neck', 'rpn_head', 'bbox_roi_extractor', 'bbox_head', 'mask_roi_extractor', 'mask_head')
 PARTS += ('decode_head', 'auxiliary_head')
@@ -51,6 +59,7 @@ def measure_models(
     mode: str = 'inference',
     archs: tuple[str, ...] = ('tiny',),
     size: tuple[int, int] | None = None,
+    baselines: Collection[str] = tuple(CANDIDATES.values()),
 ) -> Iterator[dict]:
     """Seconds of whole models with random weights, runs interleaved; `mode` is 'inference' or 'training'.
 
@@ -59,10 +68,13 @@ def measure_models(
     for recipe, (paper_size, paper_ratio) in RECIPES.items():
         for arch in archs:
             width, height = size or paper_size
+            make_run = partial(
+                _make_step, recipe, arch, device=device, dtype=dtype, mode=mode, height=height, width=width
+            )
             runs, missing = {}, []
-            for name in (OURS, REFERENCE, STOCK, STOCK_CHANNELS_LAST, SWIN):
+            for name in (name for name, baseline in CANDIDATES.items() if baseline in (OURS, *baselines)):
                 try:
-                    runs[name] = _make_step(recipe, arch, name, device, dtype, mode, height, width)
+                    runs[name] = make_run(name)
                 except (ImportError, UsageError) as error:
                     missing.append(f'{name}: {str(error).splitlines()[0]}')
             seconds = defaultdict(list)
@@ -85,7 +97,7 @@ def measure_models(
                 'swin_ratio': medians[SWIN] / medians[OURS] if SWIN in medians else None,
                 'paper_ratio': paper_ratio if arch == 'tiny' else None,
                 'parts': _part_fractions(*runs[OURS]),
-                'gemm_bound': _gemm_bound(*runs[REFERENCE], device, dtype) if mode == 'inference' else None,
+                'gemm_bound': _gemm_bound(make_run(REFERENCE)[0], device, dtype) if mode == 'inference' else None,
             }
 
 
@@ -208,7 +220,7 @@ def _part_fractions(run: Callable[[], None], model: nn.Module) -> dict[str, floa
     return fractions | {'other': 1 - sum(fractions.values())}
 
 
-def _gemm_bound(run: Callable[[], None], model: nn.Module, device: str, dtype: str) -> float:
+def _gemm_bound(run: Callable[[], None], device: str, dtype: str) -> float:
     """Seconds of the matmuls and convolutions of the reference implementation, at the rate of this device's matmuls."""
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -147,7 +147,8 @@ def run_benchmarks(args) -> dict:
                 report['results'] += [{**r.as_dict(), 'unit': 'MB'} for r in measure_memory(case, chosen)]
     for measure, mode in (('models', 'inference'), ('models-training', 'training')):
         for dtype in args.dtypes if measure in args.measure else ():
-            for result in measure_models(args.device, dtype, args.rounds, mode, args.archs):
+            baselines = BACKBONES if args.baselines is None else args.baselines
+            for result in measure_models(args.device, dtype, args.rounds, mode, args.archs, baselines=baselines):
                 report['models'].append({'dtype': dtype, **result})
                 print('\n'.join(format_model(report['models'][-1])), flush=True)  # to stderr: all take an hour
     return report
