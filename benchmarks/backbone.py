@@ -238,7 +238,7 @@ def measure_time(case: Case, names: list[str], rounds: int) -> Iterator[Result]:
         for memory_format in (['contiguous'] if name.startswith((OURS, 'swin')) else MEMORY_FORMATS)
     ]
     # While the device is free:
-    first = {key: _run_in_subprocess(_time_first_runs, case, *key) if case.compiled else None for key in keys}
+    first = {key: run_in_subprocess(_time_first_runs, case, *key) if case.compiled else None for key in keys}
     runs = {key: _make_step(case, build(key[0], case.arch), key[1]) for key in keys}
     milliseconds = {key: [] for key in runs}
     for i in range(rounds + 2):
@@ -262,7 +262,7 @@ def break_even_runs(compiled: dict, eager: dict) -> int | None:
 def measure_memory(case: Case, names: list[str]) -> Iterator[Result]:
     """Peak memory of a step in MB, beyond what the process held before it, which is mostly weights; each backbone in a
     process of its own. On a CPU it is resident memory (Linux)."""
-    peaks = {name: _run_in_subprocess(_peak_memory, case, name) for name in names}
+    peaks = {name: run_in_subprocess(_peak_memory, case, name) for name in names}
     for name, value in peaks.items():
         yield _result(case, name, 'contiguous', [value], peaks.get(OURS, float('nan')))
 
@@ -309,7 +309,7 @@ def _make_step(case: Case, model: nn.Module, memory_format: str) -> Callable[[],
     return run
 
 
-def _run_in_subprocess(function: Callable, *args):
+def run_in_subprocess(function: Callable, *args):
     """Its result in a process of its own."""
     with get_context('spawn').Pool(1) as pool:
         return pool.apply(function, args, dict(threads=torch.get_num_threads()))
@@ -334,7 +334,12 @@ def _peak_memory(case: Case, name: str, threads: int) -> float:
     _make_step(small, model, 'contiguous')()  # what libraries allocate once
     run = _make_step(case, model, 'contiguous')
     model.zero_grad(set_to_none=True)
-    if case.device != 'cpu':
+    return peak_memory(run, case.device)
+
+
+def peak_memory(run: Callable[[], None], device: str) -> float:
+    """Peak memory of a run in MB, beyond what the process held before it; on a CPU resident memory (Linux)."""
+    if device != 'cpu':
         torch.cuda.reset_peak_memory_stats()
         initial = torch.cuda.memory_allocated()
         run()

@@ -2,10 +2,11 @@
 
 import importlib
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 
 import torch
@@ -30,13 +31,16 @@ from .backbone import (
     _synchronize,
     _with_torchvision,
     build,
+    peak_memory,
+    run_in_subprocess,
 )
 
-# Recipe, width and height, and the paper's ratio of images per second, ConvNeXt : Swin, where it has one, of tiny.
+# Of each recipe (width, height) in inference and in training, and the paper's ratio of images per second of tiny,
+# ConvNeXt : Swin, where it has one.
 RECIPES = {
-    'mask_rcnn/convnext_t': ((1280, 800), 1.11),  # table 3
-    'cascade/convnext_t': ((1280, 800), None),
-    'upernet/convnext_t': ((2048, 512), None),
+    'mask_rcnn/convnext_t': ({'inference': (1280, 800), 'training': (1280, 800)}, 1.11),  # table 3
+    'cascade/convnext_t': ({'inference': (1280, 800), 'training': (1280, 800)}, None),
+    'upernet/convnext_t': ({'inference': (2048, 512), 'training': (512, 512)}, None),
 }
 OURS, REFERENCE, STOCK, SWIN = 'ours', 'ours-reference', 'stock-mmpretrain', 'swin-mmdet'
 STOCK_CHANNELS_LAST = f'{STOCK}-channels-last'
@@ -65,14 +69,14 @@ def measure_models(
 
     Stock models run in float32 where they cannot run in `dtype`: mmcv's RoIAlign on a CPU knows no bfloat16.
     """
-    for recipe, (paper_size, paper_ratio) in RECIPES.items():
+    for recipe, (sizes, paper_ratio) in RECIPES.items():
         for arch in archs:
-            width, height = size or paper_size
+            width, height = size or sizes[mode]
             make_run = partial(
                 _make_step, recipe, arch, device=device, dtype=dtype, mode=mode, height=height, width=width
             )
             runs, missing = {}, []
-            for name in (name for name, baseline in CANDIDATES.items() if baseline in (OURS, *baselines)):
+            for name in _candidates(baselines):
                 try:
                     runs[name] = make_run(name)
                 except (ImportError, UsageError) as error:
@@ -99,6 +103,48 @@ def measure_models(
                 'parts': _part_fractions(*runs[OURS]),
                 'gemm_bound': _gemm_bound(make_run(REFERENCE)[0], device, dtype) if mode == 'inference' else None,
             }
+
+
+def measure_model_memory(
+    device: str,
+    dtype: str,
+    mode: str = 'inference',
+    archs: tuple[str, ...] = ('tiny',),
+    size: tuple[int, int] | None = None,
+    baselines: Collection[str] = tuple(CANDIDATES.values()),
+) -> Iterator[dict]:
+    """Peak memory of whole models in MB, beyond what the process held before, mostly weights; each in a process of its
+    own, in the dtypes of `measure_models`."""
+    for recipe, (sizes, _) in RECIPES.items():
+        for arch in archs:
+            width, height = size or sizes[mode]
+            peaks, missing = {}, []
+            for name in _candidates(baselines):
+                case = recipe, arch, name, device, dtype, mode, height, width
+                try:
+                    peaks[name] = run_in_subprocess(_peak_model_memory, case)
+                except (ImportError, UsageError) as error:
+                    missing.append(f'{name}: {str(error).splitlines()[0]}')
+            yield {
+                'model': recipe,
+                'arch': arch,
+                'mode': mode,
+                'size': (width, height),
+                'peak_mb': peaks,
+                'missing': missing,
+            }
+
+
+def _candidates(baselines: Collection[str]) -> list[str]:
+    return [name for name, baseline in CANDIDATES.items() if baseline in (OURS, *baselines)]
+
+
+def _peak_model_memory(case: tuple, threads: int) -> float:
+    torch.set_num_threads(threads)
+    with redirect_stdout(sys.stderr):  # libraries print as they are imported
+        _make_step(*case[:-2], 256, 256)[0]()  # what libraries allocate once
+        run, _ = _make_step(*case)
+    return peak_memory(run, case[3])
 
 
 def _make_step(recipe, arch, name, device, dtype, mode, height, width) -> tuple[Callable[[], None], nn.Module]:

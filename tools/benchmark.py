@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
@@ -33,7 +34,7 @@ from benchmarks.backbone import (
     measure_memory,
     measure_time,
 )
-from benchmarks.whole_models import measure_models
+from benchmarks.whole_models import measure_model_memory, measure_models
 from convnext_dense.cli.arguments import ArgumentParser
 from convnext_dense.cli.exit import exit_on_error
 from convnext_dense.errors import UsageError
@@ -42,6 +43,8 @@ from convnext_dense.ops import dispatch
 from convnext_dense.paper.tables import format_table
 
 SIZE_ALIASES = dict(T='tiny', S='small', B='base', L='large', XL='xlarge')
+
+WHOLE_MODELS = 'models', 'models-training', 'models-memory', 'models-training-memory'
 
 
 def parse_args():
@@ -56,8 +59,8 @@ def parse_args():
         '--measure',
         nargs='+',
         default=['inference', 'training'],
-        choices=('inference', 'training', 'inference-memory', 'training-memory', 'models', 'models-training'),
-        help='time or peak memory of a forward pass, of forward and backward; time of whole models, and of their steps',
+        choices=('inference', 'training', 'inference-memory', 'training-memory', *WHOLE_MODELS),
+        help='time or peak memory of a forward pass, of forward and backward; of whole models, and of their steps',
     )
     parser.add_argument(
         '--baselines', nargs='*', metavar='NAME', help=f'compare with these of {", ".join(BACKBONES)} (default: all)'
@@ -121,7 +124,7 @@ def run_benchmarks(args) -> dict:
         'results': [],
         'models': [],
     }
-    modes = [m for m in args.measure if not m.startswith('models')]
+    modes = [m for m in args.measure if m not in WHOLE_MODELS]
     for arch in args.archs if modes else []:
         buildable, missing = available(names, arch)
         report['missing'] += [f'{arch}: {line}' for line in missing]
@@ -145,10 +148,12 @@ def run_benchmarks(args) -> dict:
                     report['gemm_lower_bounds'].append({**vars(case), 'ms': gemm_lower_bound(case)})
             if f'{case.mode}-memory' in modes:
                 report['results'] += [{**r.as_dict(), 'unit': 'MB'} for r in measure_memory(case, chosen)]
-    for measure, mode in (('models', 'inference'), ('models-training', 'training')):
-        for dtype in args.dtypes if measure in args.measure else ():
-            baselines = BACKBONES if args.baselines is None else args.baselines
-            for result in measure_models(args.device, dtype, args.rounds, mode, args.archs, baselines=baselines):
+    baselines = BACKBONES if args.baselines is None else args.baselines
+    for measure in (m for m in args.measure if m in WHOLE_MODELS):
+        function = measure_model_memory if measure.endswith('memory') else partial(measure_models, rounds=args.rounds)
+        mode = 'training' if 'training' in measure else 'inference'
+        for dtype in args.dtypes:
+            for result in function(args.device, dtype, mode=mode, archs=args.archs, baselines=baselines):
                 report['models'].append({'dtype': dtype, **result})
                 print('\n'.join(format_model(report['models'][-1])), flush=True)  # to stderr: all take an hour
     return report
@@ -205,9 +210,12 @@ def format_report(report: dict, markdown: bool) -> list[str]:
 
 def format_model(m: dict) -> list[str]:
     """The lines of the report about one whole model."""
+    case = f'{m["model"]} {m["arch"]} {m["mode"]} {m["size"][0]}x{m["size"][1]} {m["dtype"]}'
+    if 'peak_mb' in m:
+        peaks = ', '.join(f'{name} {value:.0f}' for name, value in m['peak_mb'].items())
+        return [f'{case}, peak MB: {peaks}', *(f'{case}: left out: {line}' for line in m['missing'])]
     seconds = ', '.join(f'{name} {value:.2f}' for name, value in m['seconds'].items())
     parts = ', '.join(f'{name} {fraction:.0%}' for name, fraction in m['parts'].items())
-    case = f'{m["model"]} {m["arch"]} {m["mode"]} {m["size"][0]}x{m["size"][1]} {m["dtype"]}'
     lines = [f'{case}, seconds: {seconds}; parts of ours: {parts}']
     lines += [f'{case}: left out: {line}' for line in m['missing']]
     if m['ratio']:
