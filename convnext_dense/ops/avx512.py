@@ -410,7 +410,7 @@ def _norm_call(kernel: str, eps: float, x: torch.Tensor, weight: torch.Tensor, b
 
 def supports_conv3x3(shape: torch.Size, weight: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether a 3 x 3 convolution of a feature map (N, C, H, W), with stride and padding 1, in `dtype` runs here."""
-    if weight.ndim != 4 or weight.shape[1:] != (shape[1], 3, 3) or dtype not in dtypes():
+    if weight.ndim != 4 or weight.shape[1:] != (shape[1], 3, 3) or not (dtype == torch.float32 and dtypes()):
         return False
     return not (weight.shape[0] % CHANNEL_MULTIPLE or weight.shape[1] % CHANNEL_MULTIPLE)
 
@@ -421,7 +421,7 @@ def check_conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     shapes = [(len(weight), x.shape[1], 3, 3), (len(weight),)][: len(params)]
     if not (supports_conv3x3(x.shape, weight, x.dtype) and _params_match(params, shapes)):
         raise RuntimeError(
-            'the AVX-512 kernels convolve float32 and bfloat16 feature maps with float32 weights (C_out, C, 3, 3); '
+            'the AVX-512 kernels convolve float32 feature maps with float32 weights (C_out, C, 3, 3); '
             f'C and C_out are multiples of {CHANNEL_MULTIPLE}'
         )
 
@@ -429,8 +429,8 @@ def check_conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 def conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool) -> torch.Tensor:
     """Convolve a feature map (N, C, H, W), and apply a ReLU if `relu`; the result is channels_last.
 
-    In float32 by Winograd's algorithm, which rounds as a sum in another order does; in bfloat16 directly, with sums in
-    float32. If a value is infinite or NaN, up to 4 x 4 pixels around it are.
+    Winograd's algorithm rounds as a sum in another order does. If a value is infinite or NaN, up to 4 x 4 pixels around
+    it are.
     """
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     n, channels, height, width = x.shape
@@ -438,8 +438,7 @@ def conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, re
     shape = (n, len(weight), height, width)
     out = torch.empty(shape, dtype=x.dtype, device='cpu', memory_format=torch.channels_last)
     fields = dict(images=n, height=height, width=width, channels=channels, out_channels=len(weight), relu=relu)
-    bf16 = x.dtype == torch.bfloat16
-    launch(_pack('conv3x3', bf16=bf16, x=x, weight=weight, bias=_contiguous(bias), out=out, **fields))
+    launch(_pack('conv3x3', x=x, weight=weight, bias=_contiguous(bias), out=out, **fields))
     return out
 
 

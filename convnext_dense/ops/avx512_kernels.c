@@ -85,11 +85,11 @@ enum { STRUCT_VERSION = 3 };
     P(const float, x) P(const float, norm_weight) P(const float, norm_bias) P(float, out) \
     P(const float, grad) P(float, grad_x) P(float, sums) P(char, workspace)
 
-/* A 3 x 3 convolution, stride and padding 1, and a ReLU if relu is 1, of maps images x height x width x channels. x and
-   out have elements of the dtype. weight: out_channels x 3 x 3 x channels; bias may be null. */
+/* A 3 x 3 convolution, stride and padding 1, and a ReLU if relu is 1, of maps images x height x width x channels.
+   weight: out_channels x 3 x 3 x channels; bias may be null. */
 #define CONV3X3_FIELDS(I, F, P) \
-    I(version) I(threads) I(images) I(height) I(width) I(channels) I(out_channels) I(bf16) I(relu) I(workspace_bytes) \
-    P(const void, x) P(const float, weight) P(const float, bias) P(void, out) P(char, workspace)
+    I(version) I(threads) I(images) I(height) I(width) I(channels) I(out_channels) I(relu) I(workspace_bytes) \
+    P(const float, x) P(const float, weight) P(const float, bias) P(float, out) P(char, workspace)
 
 #define DECLARE_INT(NAME) int64_t NAME;
 #define DECLARE_FLOAT(NAME) float NAME;
@@ -245,7 +245,7 @@ static int64_t check_norm(const NormArgs *args, int backward) {
 
 static int64_t check_conv3x3_sizes(const Conv3x3Args *args) {
     RETURN_ON_ERROR(check_struct(args));
-    RETURN_ON_ERROR(check_common(args->version, args->threads, args->bf16));
+    RETURN_ON_ERROR(check_common(args->version, args->threads, 0));
     RETURN_ON_ERROR(check_sizes(args->images, args->height, args->width, args->channels));
     RETURN_ON_ERROR(check_sizes(args->images, args->height, args->width, args->out_channels));
     if (args->channels % NR || args->channels > 1 << 20) return BAD_CHANNELS;
@@ -255,10 +255,8 @@ static int64_t check_conv3x3_sizes(const Conv3x3Args *args) {
 
 static int64_t check_conv3x3(const Conv3x3Args *args) {
     RETURN_ON_ERROR(check_conv3x3_sizes(args));
-    if (!args->x || !args->out) return NULL_POINTER;
-    uintptr_t size = args->bf16 ? 2 : 4;
-    if (!is_aligned(args->x, size) || !is_aligned(args->out, size) || !is_aligned(args->bias, 4)) return MISALIGNED;
-    return CHECK_POINTERS(args->weight);
+    if (!is_aligned(args->bias, 4)) return MISALIGNED;
+    return CHECK_POINTERS(args->x, args->weight, args->out);
 }
 
 /* ---- vectors ----------------------------------------------------------------------------------------------------- */
@@ -436,14 +434,11 @@ typedef struct {
     const float *factor, *correction;
 } Epilogue;
 
-INLINE void clear(const int rows, f32x16 acc[MR][2]) {
-    UNROLL for (int i = 0; i < rows; i++) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
-}
-
-/* Add rows of `a` times a panel of NR columns: a[i][k] is at i * row + k * step bytes, b[k] at k * NR operands. */
-INLINE void accumulate(const int bf16, const int rows, const char *a, int64_t row, int64_t step, const operand_t *b,
-                       int64_t k, f32x16 acc[MR][2]) {
+/* Rows of `a` times a panel of NR columns: a[i][k] is at i * row + k * step bytes, b[k] at k * NR operands. */
+INLINE void microkernel(const int bf16, const int rows, const char *a, int64_t row, int64_t step, const operand_t *b,
+                        int64_t k, f32x16 acc[MR][2]) {
     const char *a7 = rows > 7 ? a + 7 * row : a; /* a second base: with two, few registers address all rows */
+    UNROLL for (int i = 0; i < rows; i++) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
     for (; k > 0; k--, b += NR, a += step, a7 += step) {
         f32x16 b0 = load(b), b1 = load(b + LANES);
         UNROLL for (int i = 0; i < rows; i++) {
@@ -452,12 +447,6 @@ INLINE void accumulate(const int bf16, const int rows, const char *a, int64_t ro
             acc[i][1] = multiply_add(bf16, x, b1, acc[i][1]);
         }
     }
-}
-
-INLINE void microkernel(const int bf16, const int rows, const char *a, int64_t row, int64_t step, const operand_t *b,
-                        int64_t k, f32x16 acc[MR][2]) {
-    clear(rows, acc);
-    accumulate(bf16, rows, a, row, step, b, k, acc);
 }
 
 /* GELU of rows plus bias, with or without the sums of its squares. */
@@ -1728,104 +1717,34 @@ int64_t convnext_norm_nchw_backward(const void *pointer) {
 
 /* ---- 3 x 3 convolution ------------------------------------------------------------------------------------------- */
 
+/* Winograd's algorithm, F(2 x 2, 3 x 3) of Lavin and Gray, 2016 (arXiv:1509.09308). Of a tile of 2 x 2 pixels, the 4 x 4
+   around it and the taps are transformed, so that 16 matmuls do instead of 36. Its rounding errors are those of a sum in
+   another order. */
+
 enum {
     CONV_TAPS = 9,
-    CONV_ROWS = 168,          /* pixels of a tile in bfloat16 */
-    N_PRODUCTS = 16,          /* of a Winograd tile */
+    N_PRODUCTS = 16,          /* of a tile */
     WINOGRAD_BYTES = 4 << 20, /* of a thread's tiles: a share of the last cache, the weights take another */
 };
 
-/* Where the parts of the workspace lie. In float32, rows is the number of Winograd tiles that a thread takes at a time;
-   in bfloat16, tile_height x tile_width are the pixels of a tile. */
+/* Where the parts of the workspace lie, and the number of tiles that a thread takes at a time. */
 typedef struct {
-    int64_t rows, row_bytes, out_row_bytes, tile_height, tile_width, weight, scratch, scratch_size, total;
+    int64_t rows, row_bytes, out_row_bytes, weight, scratch, scratch_size, total;
 } Conv3x3Workspace;
 
 static Conv3x3Workspace plan_conv3x3(const Conv3x3Args *args) {
     Conv3x3Workspace p = {0};
-    int64_t end = 0, size = size_of(args->bf16), weights = args->channels * args->out_channels * size;
-    p.row_bytes = size * args->channels + ROW_PAD;
-    if (args->bf16) {
-        int64_t parts = (args->width + CONV_ROWS - 1) / CONV_ROWS;
-        p.tile_width = (args->width + parts - 1) / parts;
-        p.tile_height = min_i64(args->height, max_i64(1, CONV_ROWS / p.tile_width));
-        p.weight = reserve(&end, CONV_TAPS * weights);
-        p.scratch_size = (p.tile_height + 2) * (p.tile_width + 2) * p.row_bytes;
-    } else {
-        p.out_row_bytes = size * args->out_channels + ROW_PAD;
-        p.rows = WINOGRAD_BYTES / (N_PRODUCTS * (p.row_bytes + p.out_row_bytes));
-        p.rows = min_i64(max_i64(p.rows / MR, 1), 8) * MR;
-        p.weight = reserve(&end, N_PRODUCTS * weights);
-        p.scratch_size = N_PRODUCTS * p.rows * (p.row_bytes + p.out_row_bytes);
-    }
-    p.scratch_size = round_up(p.scratch_size, 64);
+    int64_t end = 0;
+    p.row_bytes = 4 * args->channels + ROW_PAD;
+    p.out_row_bytes = 4 * args->out_channels + ROW_PAD;
+    p.rows = WINOGRAD_BYTES / (N_PRODUCTS * (p.row_bytes + p.out_row_bytes));
+    p.rows = min_i64(max_i64(p.rows / MR, 1), 8) * MR;
+    p.weight = reserve(&end, N_PRODUCTS * args->channels * args->out_channels * 4);
+    p.scratch_size = round_up(N_PRODUCTS * p.rows * (p.row_bytes + p.out_row_bytes), 64);
     p.scratch = reserve(&end, args->threads * p.scratch_size);
     p.total = end;
     return p;
 }
-
-/* In bfloat16: the sum over the taps of a matmul each, in registers. */
-
-/* A tile with a border of a pixel, zeros outside of the map, `line_bytes` per row of pixels. */
-static void pad_tile(const Conv3x3Args *args, const Conv3x3Workspace *plan, int64_t image, int64_t top, int64_t left,
-                     int64_t height, int64_t width, char *to) {
-    int64_t bytes = args->channels * 2;
-    const char *map = (const char *)args->x + image * args->height * args->width * bytes;
-    for (int64_t y = top - 1; y <= top + height; y++)
-        for (int64_t x = left - 1; x <= left + width; x++, to += plan->row_bytes)
-            if (y < 0 || x < 0 || y >= args->height || x >= args->width)
-                memset(to, 0, bytes);
-            else
-                memcpy(to, map + (y * args->width + x) * bytes, bytes);
-}
-
-/* NR channels of `rows` neighboring pixels of a row; `a` is the pixel at the upper left of the first. */
-INLINE void conv_row(const int rows, const Conv3x3Args *args, const char *a, int64_t row_bytes, int64_t line_bytes,
-                     const operand_t *b, int64_t column, char *to) {
-    int64_t words = args->channels / 2;
-    f32x16 acc[MR][2], bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    f32x16 minimum = splat(args->relu ? 0 : -INFINITY);
-    clear(rows, acc);
-    for (int t = 0; t < CONV_TAPS; t++)
-        accumulate(1, rows, a + t / 3 * line_bytes + t % 3 * row_bytes, row_bytes, 4, b + t * words * NR, words, acc);
-    if (args->bias) bias[0] = load(args->bias + column), bias[1] = load(args->bias + column + LANES);
-    UNROLL for (int i = 0; i < rows; i++) {
-        /* max returns its second operand for NaN: it stays */
-        f32x16 v[2] = {_mm512_max_ps(minimum, _mm512_add_ps(acc[i][0], bias[0])),
-                       _mm512_max_ps(minimum, _mm512_add_ps(acc[i][1], bias[1]))};
-        store_elems2(1, to + 2 * i * args->out_channels, column, v[0], v[1]);
-    }
-}
-
-#define DO_CONV(N) conv_row(N, args, a, row_bytes, line_bytes, b, column, to); break
-__attribute__((noinline)) static void conv_rows(int64_t rows, const Conv3x3Args *args, const char *a,
-                                                int64_t row_bytes, int64_t line_bytes, const operand_t *b,
-                                                int64_t column, char *to) {
-    FOR_ROWS(DO_CONV)
-}
-
-static void conv_tile(const Conv3x3Args *args, const Conv3x3Workspace *plan, char *scratch, int64_t tile) {
-    int64_t nx = (args->width + plan->tile_width - 1) / plan->tile_width;
-    int64_t ny = (args->height + plan->tile_height - 1) / plan->tile_height;
-    int64_t image = tile / (ny * nx), top = tile / nx % ny * plan->tile_height, left = tile % nx * plan->tile_width;
-    int64_t height = min_i64(plan->tile_height, args->height - top);
-    int64_t width = min_i64(plan->tile_width, args->width - left), line_bytes = (width + 2) * plan->row_bytes;
-    int64_t parts = (width + MR - 1) / MR, panel = CONV_TAPS * args->channels / 2 * NR;
-    const operand_t *b = (const operand_t *)(args->workspace + plan->weight);
-    pad_tile(args, plan, image, top, left, height, width, scratch);
-    for (int64_t column = 0; column < args->out_channels; column += NR, b += panel)
-        for (int64_t y = 0; y < height; y++)
-            for (int64_t i = 0; i < parts; i++) {
-                int64_t first = i * width / parts, n = (i + 1) * width / parts - first;
-                int64_t pixel = (image * args->height + top + y) * args->width + left + first;
-                conv_rows(n, args, scratch + y * line_bytes + first * plan->row_bytes, plan->row_bytes, line_bytes, b,
-                          column, (char *)args->out + 2 * pixel * args->out_channels);
-            }
-}
-
-/* In float32: Winograd's algorithm, F(2 x 2, 3 x 3) of Lavin and Gray, 2016 (arXiv:1509.09308). Of a tile of 2 x 2
-   pixels, the 4 x 4 around it and the taps are transformed, so that 16 matmuls do instead of 36. Its rounding errors
-   are those of a sum in another order. */
 
 /* G g G^T of 16 channels, whose taps are `channels` apart. */
 INLINE void transform_taps(const float *taps, int64_t channels, f32x16 u[N_PRODUCTS]) {
@@ -1881,7 +1800,7 @@ INLINE Corner corner_of(const Conv3x3Args *args, int64_t tile) {
 /* B^T d B of the 4 x 4 pixels around a tile, a row of each of 16 matrices. */
 static void winograd_input(const Conv3x3Args *args, Corner at, char *to, int64_t matrix_bytes) {
     int64_t c = args->channels;
-    const float *image = (const float *)args->x + at.image * args->height * args->width * c;
+    const float *image = args->x + at.image * args->height * args->width * c;
     __mmask16 mask[4][4];
     uintptr_t row[4];
     for (int i = 0; i < 4; i++) {
@@ -1911,7 +1830,7 @@ static void winograd_input(const Conv3x3Args *args, Corner at, char *to, int64_t
 /* A^T m A, and bias and ReLU: the pixels of a tile that lie in the map. */
 static void winograd_output(const Conv3x3Args *args, Corner at, const char *from, int64_t matrix_bytes) {
     int64_t c = args->out_channels, line = args->width * c;
-    float *out = (float *)args->out + (at.image * args->height + at.y) * line + at.x * c;
+    float *out = args->out + (at.image * args->height + at.y) * line + at.x * c;
     int height = at.y + 1 < args->height ? 2 : 1, has_right = at.x + 1 < args->width;
     f32x16 minimum = splat(args->relu ? 0 : -INFINITY);
     for (int64_t k = 0; k < c; k += LANES) {
@@ -1959,21 +1878,11 @@ int64_t convnext_conv3x3(const void *pointer) {
         char *scratch = args->workspace + p.scratch + omp_get_thread_num() * p.scratch_size;
 #pragma omp for
         for (int64_t i = 0; i < args->out_channels / NR; i++)
-            if (args->bf16)
-                pack_b_nt(1, args->weight, CONV_TAPS * args->channels, i, weight);
-            else
-                pack_winograd_weight(args, i, weight);
-        if (args->bf16) {
-            int64_t ny = (args->height + p.tile_height - 1) / p.tile_height;
-            int64_t nx = (args->width + p.tile_width - 1) / p.tile_width;
+            pack_winograd_weight(args, i, weight);
+        int64_t tiles = winograd_tiles(args);
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < args->images * ny * nx; i++) conv_tile(args, plan, scratch, i);
-        } else {
-            int64_t tiles = winograd_tiles(args);
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t first = 0; first < tiles; first += p.rows)
-                winograd_tile(args, plan, scratch, first, min_i64(p.rows, tiles - first));
-        }
+        for (int64_t first = 0; first < tiles; first += p.rows)
+            winograd_tile(args, plan, scratch, first, min_i64(p.rows, tiles - first));
     }
     return OK;
 }

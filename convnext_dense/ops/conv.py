@@ -1,7 +1,7 @@
 """Convolutions of necks and heads on a CPU: in channels_last, by oneDNN, and if they are 3 x 3 by a kernel of ours.
 
-The kernel (`torch.ops.convnext_dense.conv3x3`) takes half the multiplications in float32, and in bfloat16 reaches the
-rate of the processor's matmuls, where oneDNN reaches about half of it.
+The kernel (`torch.ops.convnext_dense.conv3x3`) is for float32, where it takes half the multiplications. In bfloat16
+oneDNN's convolutions run at the rate of the processor's matmuls.
 """
 
 import torch
@@ -52,7 +52,7 @@ def conv(
     """A convolution and perhaps a ReLU in channels_last, without gradients in one call of oneDNN."""
     x, dtype = x.contiguous(memory_format=torch.channels_last), compute_dtype(x)
     if (stride, padding, dilation, groups) == ((1, 1), (1, 1), (1, 1), 1) and prefers_conv3x3(x, weight):
-        return conv3x3(x.to(dtype), weight.float(), None if bias is None else bias.float(), relu)
+        return conv3x3(*(None if t is None else t.to(dtype) for t in (x, weight, bias)), relu)
     if needs_grad(x, weight, bias):
         out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         return out.relu() if relu else out
@@ -85,7 +85,7 @@ def _conv3x3_fake(x, weight, bias, relu):
 
 
 def _conv3x3_reference(x, weight, bias=None):
-    return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), padding=1)
+    return F.conv2d(x, weight, bias, padding=1)
 
 
 class _Conv3x3Function(torch.autograd.Function):
@@ -105,9 +105,9 @@ class _Conv3x3Function(torch.autograd.Function):
         grad_x = conv3x3(grad, weight.flip(2, 3).transpose(0, 1), None, False) if needs_x else None
         args = [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, needs_weight, needs_bias]
         _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad, x, weight.to(x.dtype), None if bias is None else [len(bias)], *args
+            grad, x, weight, None if bias is None else [len(bias)], *args
         )
-        return grad_x, *(None if g is None else g.float() for g in (grad_weight, grad_bias))
+        return grad_x, grad_weight, grad_bias
 
 
 def _conv3x3_autograd(x, weight, bias, relu):

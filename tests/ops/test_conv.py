@@ -11,7 +11,6 @@ from convnext_dense.ops.conv import MIN_PIXELS, conv, conv3x3, prefers_conv3x3
 from helpers.views import VIEWS
 
 pytestmark = pytest.mark.skipif(not avx512.dtypes(), reason='the kernels are not for this machine')
-needs_bfloat16 = pytest.mark.skipif(torch.bfloat16 not in avx512.dtypes(), reason='no bfloat16 here')
 # Images, channels, height and width, and channels of the output: even, odd, thin, a batch of RoIs, wide rows.
 SHAPES = [
     ((1, 64, 16, 24), 32),
@@ -68,20 +67,18 @@ def test_gradients_with_a_relu_equal_torch():
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5 * e.abs().max().item())
 
 
-@needs_bfloat16
-@pytest.mark.parametrize('shape, out_channels', SHAPES, ids=str)
-def test_bfloat16_is_as_accurate_as_torch(shape, out_channels):
-    tensors = [t.bfloat16().float() for t in make_inputs(shape, out_channels)]
-    grad = torch.randn(shape[0], out_channels, *shape[2:]).bfloat16().float()
-    exact = output_and_gradients(reference, [t.double() for t in tensors], grad, False)
+def test_bfloat16_equals_torch():
+    tensors = make_inputs((2, 64, 20, 20), 64)
+    grad = torch.randn(2, 64, 20, 20).bfloat16().float()
     with torch.autocast('cpu', torch.bfloat16):
-        expected = output_and_gradients(reference, tensors, grad, False)
+        expected = output_and_gradients(reference, tensors, grad, True)
         actual = output_and_gradients(
-            lambda x, weight, bias, relu: conv(x, weight, bias, padding=(1, 1), relu=relu), tensors, grad, False
+            lambda x, weight, bias, relu: conv(x, weight, bias, padding=(1, 1), relu=relu), tensors, grad, True
         )
-    assert [a.dtype for a in actual] == [e.dtype for e in expected]
-    for a, e, t in zip(actual, expected, exact):
-        assert (a - t).norm() < 2 * (e - t).norm() + 1e-3 * t.norm()
+        with torch.no_grad():
+            torch.testing.assert_close(conv(*tensors, padding=(1, 1), relu=True), expected[0])
+    for a, e in zip(actual, expected):
+        torch.testing.assert_close(a, e, rtol=1e-2, atol=1e-2 * e.abs().max().item())
 
 
 @pytest.mark.parametrize('view', VIEWS)
@@ -121,21 +118,17 @@ def test_results_are_bitwise_equal_for_any_number_of_threads():
     tensors, results, threads = make_inputs((1, 32, 40, 41), 32), [], torch.get_num_threads()
     for n in (1, 2, 5):
         torch.set_num_threads(n)
-        results.append(
-            [conv3x3(x, *tensors[1:], True) for x in (tensors[0], tensors[0].bfloat16())[: len(avx512.dtypes())]]
-        )
+        results.append(conv3x3(*tensors, True))
     torch.set_num_threads(threads)
-    for result in results[1:]:
-        assert all(map(torch.equal, result, results[0]))
+    assert torch.equal(results[1], results[0]) and torch.equal(results[2], results[0])
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
-def test_nan_and_inf_stay_where_they_are(dtype):
+def test_nan_and_inf_stay_where_they_are():
     x, weight, bias = make_inputs((1, 32, 20, 20), 32)
     for value in (float('nan'), float('inf')):
         broken = x.clone()
         broken[0, 3, 9, 9] = value
-        finite = conv3x3(broken.to(dtype), weight, bias, True).isfinite()[0]
+        finite = conv3x3(broken, weight, bias, True).isfinite()[0]
         assert not finite[:, 8:11, 8:11].all(0).any() and finite[:, :7].all() and finite[:, 12:].all()
         assert finite[..., :7].all() and finite[..., 12:].all()
 
