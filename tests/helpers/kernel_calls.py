@@ -100,13 +100,11 @@ def invalid_changes(call: Call) -> Iterator[tuple[str, int | None, str]]:
 # ---- avx512_kernels.c ------------------------------------------------------------------------------------------------
 
 
-def _fill(
-    struct, memory_sizes, outputs, is_bf16=False, elements=('y', 'hidden'), **numbers
-) -> tuple[ctypes.Structure, list, list]:
-    """A struct and its memory: `memory_sizes` values per pointer; `elements` may be bfloat16."""
+def _fill(struct, memory_sizes, outputs, is_bf16=False, **numbers) -> tuple[ctypes.Structure, list, list]:
+    """A struct and its memory: `memory_sizes` values per pointer; y and hidden may be bfloat16."""
     tensors = {}
     for name, size in memory_sizes.items():
-        dtype = torch.bfloat16 if is_bf16 and name in elements else torch.float32
+        dtype = torch.bfloat16 if is_bf16 and name in ('y', 'hidden') else torch.float32
         values = torch.full((size,), float('nan')) if name in outputs else torch.randn(size) / 2
         tensors[name] = values.to(dtype)
     args = struct(**numbers, **{name: t.data_ptr() for name, t in tensors.items()})
@@ -189,19 +187,16 @@ def norm_nchw(library, backward=False, images=2, area=35, channels=64, threads=2
     return _with_workspace(library, entry, *_fill(struct, sizes | outputs, outputs, eps=1e-6, **numbers))
 
 
-def conv3x3(
-    library, backward=False, shape=(2, 5, 7, 32), out_channels=64, has_bias=True, relu=0, threads=2, bf16=False
-) -> Call:
+def conv3x3(library, backward=False, shape=(2, 5, 7, 32), out_channels=64, has_bias=True, relu=0, threads=2) -> Call:
     """Its own backward pass: the gradient of the input is a convolution."""
     images, height, width, c = shape
     pixels = images * height * width
     sizes = dict(x=pixels * c, weight=out_channels * 9 * c) | (dict(bias=out_channels) if has_bias else {})
-    numbers = dict(images=images, height=height, width=width, channels=c, out_channels=out_channels, bf16=bf16)
+    numbers = dict(images=images, height=height, width=width, channels=c, out_channels=out_channels)
     numbers |= dict(version=avx512.STRUCT_VERSION, relu=relu, threads=threads)
     outputs = dict(out=pixels * out_channels)
     struct = avx512._library().structs['Conv3x3Args']
-    filled = _fill(struct, sizes | outputs, outputs, bf16, ('x', 'out'), **numbers)
-    return _with_workspace(library, 'convnext_conv3x3', *filled)
+    return _with_workspace(library, 'convnext_conv3x3', *_fill(struct, sizes | outputs, outputs, **numbers))
 
 
 # ---- head_kernels.c --------------------------------------------------------------------------------------------------
@@ -322,12 +317,10 @@ EDGES = {
     ],
     conv3x3: [
         dict(shape=(1, 1, 1, 32), out_channels=32, threads=1, has_bias=False),
-        dict(shape=(1, 1, 1, 32), out_channels=32, threads=1, bf16=True),
         dict(shape=(3, 1, 9, 64), out_channels=96, threads=5, relu=1),
-        dict(shape=(1, 9, 1, 64), out_channels=32, bf16=True, relu=1),
+        dict(shape=(1, 9, 1, 64), out_channels=32, relu=1),
         dict(shape=(1, 17, 33, 96), threads=3),
-        dict(shape=(1, 2, 345, 32), threads=3, bf16=True, has_bias=False),
-        dict(shape=(2, 13, 14, 32), out_channels=32, threads=4, bf16=True),
+        dict(shape=(1, 2, 345, 32), threads=3, has_bias=False),
     ],
     roi_align: [
         dict(images=1, channels=16, sides=((1, 1),), n_rois=1, out_size=(1, 1), threads=1),
@@ -386,7 +379,6 @@ RANDOM = {
         out_channels=32 * r.randint(1, 4),
         has_bias=r.random() < 0.7,
         relu=r.randint(0, 1),
-        bf16=r.random() < 0.5,
     ),
     roi_align: lambda r, side: dict(
         images=r.randint(1, 3),
